@@ -1,0 +1,35 @@
+"""The errors a user sees.
+
+Anything a user can mend raises `MinitronError`: one sentence that names the file or key and its value, and one that says
+what to do. The command line prints both and exits with 2; everything else is a bug and keeps its stack trace.
+"""
+
+from __future__ import annotations
+
+
+class MinitronError(Exception):
+    """A problem in what the user gave: `problem` names the place and the value, `remedy` says what to do."""
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.problem}\n  remedy: {self.remedy}" if self.remedy else self.problem
+
+    def __reduce__(self) -> tuple[type[MinitronError], tuple[str, str]]:
+        # Ray carries errors between processes; both parts must survive the trip.
+        return type(self), (self.problem, self.remedy)
+
+
+class InputError(MinitronError):
+    """A recipe key, file, model or dataset that cannot be used as given."""
+
+
+class StorageError(MinitronError):
+    """A path that cannot be read, written or trusted: missing, no permission, no room, wrong checksum."""
+
+
+class NonFiniteError(MinitronError):
+    """A loss or gradient became NaN or infinite."""

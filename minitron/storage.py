@@ -1,0 +1,249 @@
+"""Folders that are whole or invisible, on any fsspec path.
+
+A folder is written under a temporary name on local disk, every file is hashed, and `manifest.json` (sizes and SHA-256)
+is published last. A folder without its manifest does not exist for a reader; nothing ever picks "the newest directory".
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.core import url_to_fs
+
+from minitron.errors import StorageError
+
+MANIFEST = "manifest.json"
+SCHEMES = ("file", "local", "memory", "s3", "gs", "gcs", "abfs", "az", "hf")
+
+
+def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The filesystem of `path` and the path inside it. Raises StorageError for schemes that are not storage."""
+    scheme = path.split("://", 1)[0] if "://" in path else "file"
+    if scheme not in SCHEMES:
+        raise StorageError(f"{path!r}: scheme {scheme!r} is not allowed", f"use one of {', '.join(SCHEMES)}")
+    try:
+        fs, inner = url_to_fs(path)
+    except ImportError as error:
+        raise StorageError(f"{path!r}: {error}", "install the fsspec driver it names, for example s3fs or gcsfs") from error
+    return fs, inner
+
+
+def is_local(path: str) -> bool:
+    """Whether `path` is on this machine's own filesystem."""
+    return "://" not in path or path.startswith(("file://", "local://"))
+
+
+def local_path(path: str) -> Path:
+    """The local path of a plain path or file:// address."""
+    return Path(path.split("://", 1)[1] if "://" in path else path).expanduser().absolute()
+
+
+def absolute(path: str) -> str:
+    """`path` made independent of the working directory (Ray's workers change theirs)."""
+    return str(local_path(path)) if is_local(path) else path.rstrip("/")
+
+
+def join(path: str, *parts: str) -> str:
+    """Join below a plain path or an address."""
+    return "/".join([path.rstrip("/"), *parts])
+
+
+def exists(path: str) -> bool:
+    fs, inner = filesystem(path)
+    return bool(fs.exists(inner))
+
+
+def read_bytes(path: str) -> bytes:
+    fs, inner = filesystem(path)
+    try:
+        return bytes(fs.cat_file(inner))
+    except FileNotFoundError as error:
+        raise StorageError(f"{path}: no such file", "check the path") from error
+
+
+def read_json(path: str) -> Any:
+    try:
+        return json.loads(read_bytes(path))
+    except json.JSONDecodeError as error:
+        raise StorageError(f"{path}: not valid JSON ({error})", "delete the file and run again") from error
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    fs, inner = filesystem(path)
+    if is_local(path):
+        target = local_path(path)
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+        with disk_errors(path):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(temporary, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
+    else:
+        fs.pipe_file(inner, data)  # object stores publish a put whole
+
+
+def write_json(path: str, value: Any) -> None:
+    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def remove(path: str) -> None:
+    """Delete a file or folder if it is there; a folder's manifest goes first, so that a part of it is never trusted."""
+    fs, inner = filesystem(path)
+    if not fs.exists(inner):
+        return
+    manifest = f"{inner.rstrip('/')}/{MANIFEST}"
+    if fs.isdir(inner) and fs.exists(manifest):
+        fs.rm_file(manifest)
+    fs.rm(inner, recursive=True)
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a local file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of a JSON value in canonical form, first 16 hexadecimal digits: the name of everything content-addressed."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def disk_errors(path: str) -> Iterator[None]:
+    """Turn the operating system's refusals into errors that say what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = free_bytes(path)
+            raise StorageError(
+                f"{path}: no room left on the disk ({free / 1e9:.2f} GB free)",
+                "free some space, or choose another place with --storage",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise StorageError(
+                f"{path}: cannot write there ({error.strerror})",
+                "choose a place you may write to with --storage, or change its permissions",
+            ) from error
+        raise
+
+
+def free_bytes(path: str) -> int:
+    """Free bytes on the disk that holds the nearest existing parent of a local path."""
+    place = local_path(path)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+@contextmanager
+def committed_folder(target: str, note: dict[str, Any] | None = None) -> Iterator[Path]:
+    """Yield a temporary local folder; on leaving without an error, publish it at `target` with its manifest last.
+
+    `note` is stored in the manifest beside the files. If `target` is committed by somebody else meanwhile, theirs stays.
+    """
+    local = is_local(target)
+    parent = local_path(target).parent if local else Path(tempfile.gettempdir())
+    with disk_errors(target):
+        parent.mkdir(parents=True, exist_ok=True)
+        temporary = parent / f".{target.rstrip('/').rsplit('/', 1)[-1]}.{uuid.uuid4().hex[:8]}.tmp"
+        temporary.mkdir()
+        try:
+            yield temporary
+            files = {
+                str(file.relative_to(temporary)): {"bytes": file.stat().st_size, "sha256": sha256(file)}
+                for file in sorted(temporary.rglob("*"))
+                if file.is_file()
+            }
+            manifest = json.dumps({"files": files, "note": note or {}}, indent=1, sort_keys=True) + "\n"
+            if local:
+                (temporary / MANIFEST).write_text(manifest)
+                _publish(temporary, local_path(target))
+            else:
+                fs, inner = filesystem(target)
+                for name in files:
+                    fs.put_file(str(temporary / name), f"{inner}/{name}")
+                fs.pipe_file(f"{inner}/{MANIFEST}", manifest.encode())
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    if target.exists() and not (target / MANIFEST).exists():
+        shutil.rmtree(target)  # a folder that lost its manifest was being deleted
+    try:
+        os.rename(temporary, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+
+
+def is_committed(target: str) -> bool:
+    """Whether a folder was published whole."""
+    return exists(join(target, MANIFEST))
+
+
+def manifest(target: str) -> dict[str, Any]:
+    """The manifest of a committed folder: {"files": {name: {"bytes", "sha256"}}, "note": {...}}."""
+    value: dict[str, Any] = read_json(join(target, MANIFEST))
+    return value
+
+
+def verify(target: str, *, hashes: bool = True) -> None:
+    """Raise StorageError naming the first file that is missing, short, or (with `hashes`) altered."""
+    fs, inner = filesystem(target)
+    for name, expected in manifest(target)["files"].items():
+        path = f"{inner}/{name}"
+        if not fs.exists(path):
+            raise StorageError(f"{join(target, name)}: missing", f"delete {target} and run again")
+        size = fs.size(path)
+        if size != expected["bytes"]:
+            raise StorageError(
+                f"{join(target, name)}: {size} bytes where {expected['bytes']} were written",
+                f"delete {target} and run again",
+            )
+        if hashes:
+            with fs.open(path, "rb") as file:
+                actual = hashlib.file_digest(file, "sha256").hexdigest()
+            if actual != expected["sha256"]:
+                raise StorageError(
+                    f"{join(target, name)}: SHA-256 is {actual}, expected {expected['sha256']}",
+                    f"delete {target} and run again",
+                )
+
+
+def fetch(target: str, cache: str | None = None) -> Path:
+    """A committed folder as a local path: itself, or a verified copy of a remote one under `cache`."""
+    if is_local(target):
+        return local_path(target)
+    name = fingerprint([target, manifest(target)])
+    copy = Path(cache or os.path.join(tempfile.gettempdir(), "minitron-cache")) / name
+    if not is_committed(str(copy)):
+        fs, inner = filesystem(target)
+        with committed_folder(str(copy)) as folder:
+            for file in manifest(target)["files"]:
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                fs.get_file(f"{inner}/{file}", str(folder / file))
+        expected = {k: v["sha256"] for k, v in manifest(target)["files"].items()}
+        actual = {k: v["sha256"] for k, v in manifest(str(copy))["files"].items()}
+        if expected != actual:
+            remove(str(copy))
+            raise StorageError(f"{target}: the copy that arrived does not match its manifest", "run again")
+    return copy

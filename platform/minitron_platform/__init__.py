@@ -1,0 +1,31 @@
+"""The platform: recipes, the pipeline of stages, Ray Train, Ray jobs, MLflow, the registry and the command line."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minitron_platform.jobs import submit as submit
+    from minitron_platform.pipeline import run as run
+    from minitron_platform.planning import plan as plan
+    from minitron_platform.recipe import load_recipe as load_recipe
+    from minitron_platform.registry import promote as promote
+
+_PUBLIC = {
+    "load_recipe": "minitron_platform.recipe",
+    "plan": "minitron_platform.planning",
+    "run": "minitron_platform.pipeline",
+    "submit": "minitron_platform.jobs",
+    "promote": "minitron_platform.registry",
+}
+
+__all__ = [*_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(import_module(_PUBLIC[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'minitron_platform' has no attribute {name!r}")
