@@ -1,0 +1,177 @@
+"""Architecture: the numbers of a decoder, and everything that follows from them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from minitron.errors import InputError
+from minitron.families import Family, Parameter, family_of
+from minitron.families.table import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MLP, VOCAB
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+PRUNABLE = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shape of a decoder-only transformer of one family.
+
+    `flags` are the config switches that are on and add parameters (biases). Raises InputError when the numbers cannot
+    make a model.
+    """
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied: bool
+    family: str = "llama"
+    flags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in (*PRUNABLE, "head_dim", "vocab_size"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{field}: {value!r} is not a positive whole number", "give a whole number of at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(
+                f"num_heads: {self.num_heads} does not divide into num_kv_heads = {self.num_kv_heads} groups",
+                f"use a multiple of {self.num_kv_heads}",
+            )
+        if self.table.hidden_in_heads and self.hidden_size % self.num_heads:
+            raise InputError(
+                f"hidden_size: {self.hidden_size} is not a multiple of num_heads = {self.num_heads}, which transformers "
+                f"requires of {self.family} models",
+                f"use a multiple of {self.num_heads}",
+            )
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig) -> Architecture:
+        """Read a transformers config. Raises InputError for a model type without a family table."""
+        family = family_of(config.model_type)
+        heads = config.num_attention_heads
+        return cls(
+            num_layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_heads=heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            vocab_size=config.vocab_size,
+            tied=bool(config.tie_word_embeddings),
+            family=config.model_type,
+            flags=tuple(flag for flag in family.flags if getattr(config, flag, False)),
+        )
+
+    def to_config(self, config: PretrainedConfig, kept_layers: Sequence[int] | None = None) -> PretrainedConfig:
+        """A copy of `config` with these numbers; `head_dim` is always explicit.
+
+        `kept_layers` are the source's layers that stay, so that per-layer settings follow them (default: the first ones).
+        """
+        table = family_of(self.family)
+        kept = list(range(self.num_layers)) if kept_layers is None else list(kept_layers)
+        result = copy.deepcopy(config)
+        for name in table.per_layer:
+            values = getattr(config, name, None)
+            if values is not None:
+                setattr(result, name, [values[index] for index in kept])
+        result.num_hidden_layers = self.num_layers
+        result.hidden_size = self.hidden_size
+        result.intermediate_size = self.intermediate_size
+        result.num_attention_heads = self.num_heads
+        result.num_key_value_heads = self.num_kv_heads
+        result.head_dim = self.head_dim
+        return result
+
+    @property
+    def table(self) -> Family:
+        return family_of(self.family)
+
+    def axis_size(self, axis: str) -> int:
+        """Length of a tensor dimension that carries `axis`."""
+        return {
+            HIDDEN: self.hidden_size,
+            MLP: self.intermediate_size,
+            HEADS: self.num_heads * self.head_dim,
+            KV_HEADS: self.num_kv_heads * self.head_dim,
+            HEAD_DIM: self.head_dim,
+            VOCAB: self.vocab_size,
+        }[axis]
+
+    def _present(self, parameters: Sequence[Parameter]) -> list[Parameter]:
+        head = self.table.head if self.tied else None
+        return [p for p in parameters if (not p.flag or p.flag in self.flags) and p.name != head]
+
+    @property
+    def outer_parameters(self) -> list[Parameter]:
+        """Tensors outside the layers; the head only where it is a tensor of its own."""
+        return self._present(self.table.outer)
+
+    @property
+    def layer_parameters(self) -> list[Parameter]:
+        """Tensors of one layer."""
+        return self._present(self.table.inner)
+
+    def _count(self, parameters: Sequence[Parameter], min_dims: int = 1) -> int:
+        sizes = [[self.axis_size(axis) for axis in p.axes] for p in parameters]
+        return sum(math.prod(shape) for shape in sizes if len(shape) >= min_dims)
+
+    @property
+    def num_parameters(self) -> int:
+        """Exact number of parameters, tied matrices counted once."""
+        return self._count(self.outer_parameters) + self.num_layers * self._count(self.layer_parameters)
+
+    @property
+    def num_non_embedding_parameters(self) -> int:
+        """Parameters outside the embedding matrix and the head."""
+        vocabulary = [p for p in self.outer_parameters if VOCAB in p.axes]
+        return self.num_parameters - self._count(vocabulary)
+
+    def flops_per_token(self, seq_length: int) -> int:
+        """FLOPs of one forward pass per token in a causal sequence of `seq_length`: 2 per multiply-add of every matrix,
+        the head included, plus 2·L·heads·head_dim·seq_length for attention (its causal half)."""
+        matrices = self.num_layers * self._count(self.layer_parameters, min_dims=2) + self.vocab_size * self.hidden_size
+        return 2 * matrices + 2 * self.num_layers * self.num_heads * self.head_dim * seq_length
+
+    def kv_cache_bytes(self, tokens: int, bytes_per_value: int = 2) -> int:
+        """Bytes of keys and values kept for `tokens` tokens of context."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * tokens * bytes_per_value
+
+    def check_inside(self, base: Architecture) -> None:
+        """Raise InputError unless this can be cut out of `base`."""
+        for field in ("family", "vocab_size", "head_dim", "tied", "flags"):
+            mine, theirs = getattr(self, field), getattr(base, field)
+            if mine != theirs:
+                raise InputError(f"{field}: {mine!r} differs from the model's {theirs!r}", "pruning cannot change it")
+        for field in PRUNABLE:
+            mine, theirs = getattr(self, field), getattr(base, field)
+            if mine > theirs:
+                raise InputError(f"{field}: {mine} is larger than the model's {theirs}", f"use at most {theirs}")
+        if self.num_heads // self.num_kv_heads > base.num_heads // base.num_kv_heads:
+            raise InputError(
+                f"num_heads: {self.num_heads} in {self.num_kv_heads} groups needs more heads a group than the model has",
+                f"use at most {base.num_heads // base.num_kv_heads * self.num_kv_heads}",
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**asdict(self), "flags": list(self.flags)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Architecture:
+        return cls(**{**values, "flags": tuple(values["flags"])})
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_layers}L · {self.hidden_size} hidden · {self.intermediate_size} MLP · "
+            f"{self.num_heads}/{self.num_kv_heads} heads"
+        )

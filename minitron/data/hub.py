@@ -1,0 +1,63 @@
+"""Rows of a dataset on the Hugging Face hub, streamed; `path` may also be a local folder laid out like one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from minitron.errors import InputError, StorageError
+from minitron.storage import fingerprint
+
+
+def commit(path: str, revision: str | None) -> str:
+    """The commit that `revision` (by default the newest) of a dataset stands for; one request, nothing downloaded.
+
+    For a local folder: the hash of its files' names, sizes and modification times.
+
+    Raises InputError when there is no such dataset or revision, StorageError when the hub cannot be reached.
+    """
+    if Path(path).is_dir():
+        stats = {str(file.relative_to(path)): file.stat() for file in sorted(Path(path).rglob("*")) if file.is_file()}
+        return fingerprint([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()])
+
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return str(HfApi().dataset_info(path, revision=revision, timeout=30).sha)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise InputError(
+            f"data.path: no dataset {path!r} on the hub that you may read",
+            "check the name; for a private or gated dataset run `hf auth login`",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise InputError(f"data.revision: {path} has no revision {revision!r}", "use a branch, tag or commit") from error
+    except Exception as error:
+        raise _unreachable(path, error) from error
+
+
+def rows(path: str, name: str | None, split: str, revision: str | None) -> Iterator[dict[str, Any]]:
+    """The rows of one split in the dataset's order, without downloading it first.
+
+    Raises InputError for an unknown dataset, configuration or split, StorageError when the hub cannot be reached.
+    """
+    import datasets
+
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # loading is nobody else's business
+    try:
+        yield from datasets.load_dataset(path, name, split=split, revision=revision, streaming=True)
+    except (datasets.exceptions.DatasetNotFoundError, ValueError) as error:
+        raise InputError(
+            f"hub dataset {path!r}, name {name!r}, split {split!r}, revision {revision!r}: {error}",
+            "check data.path, data.name, data.split and data.revision",
+        ) from error
+    except OSError as error:
+        raise _unreachable(path, error) from error
+
+
+def _unreachable(path: str, error: Exception) -> StorageError:
+    return StorageError(
+        f"hub dataset {path!r}: cannot be reached ({type(error).__name__}: {error})",
+        "check the network and HF_ENDPOINT, or copy the dataset here and use kind: parquet or jsonl with its path",
+    )

@@ -1,0 +1,54 @@
+"""Training checkpoints: a step is committed whole or does not exist, and a damaged one is passed over by name."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from minitron import storage
+from minitron.errors import StorageError
+
+log = logging.getLogger(__name__)
+FILE = "state.safetensors"
+
+
+def save_checkpoint(folder: str, step: int, tensors: dict[str, Tensor], *, key: str, keep: int = 2) -> None:
+    """Commit `tensors` as the state after `step` steps, then delete all but the newest `keep`.
+
+    `key` names what is trained; a checkpoint of something else is never resumed from.
+    """
+    with storage.committed_folder(_path(folder, step), note={"step": step, "key": key}) as place:
+        save_file(tensors, str(Path(place) / FILE))
+    for old in committed_steps(folder)[:-keep]:
+        storage.remove(_path(folder, old))
+
+
+def load_checkpoint(folder: str, *, key: str) -> tuple[int, dict[str, Tensor]] | None:
+    """(step, tensors) of the newest checkpoint that verifies, or None. Damaged ones are named in a warning and skipped."""
+    for step in reversed(committed_steps(folder)):
+        path = _path(folder, step)
+        try:
+            if storage.manifest(path)["note"].get("key") != key:
+                raise StorageError(f"{path}: belongs to another training run", "delete it, or use another folder")
+            storage.verify(path)
+            return step, load_file(str(storage.fetch(path) / FILE))
+        except StorageError as error:
+            log.warning("checkpoint skipped: %s", error.problem)
+    return None
+
+
+def committed_steps(folder: str) -> list[int]:
+    """Steps with a committed checkpoint, ascending."""
+    fs, inner = storage.filesystem(folder)
+    if not fs.exists(inner):
+        return []
+    names = [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(inner, detail=True, refresh=True)]
+    steps = sorted(int(name.removeprefix("step-")) for name in names if name.startswith("step-"))
+    return [step for step in steps if storage.is_committed(_path(folder, step))]
+
+
+def _path(folder: str, step: int) -> str:
+    return storage.join(folder, f"step-{step:08d}")

