@@ -247,3 +247,15 @@ def fetch(target: str, cache: str | None = None) -> Path:
             remove(str(copy))
             raise StorageError(f"{target}: the copy that arrived does not match its manifest", "run again")
     return copy
+
+
+def fetch_file(path: str, cache: str | None = None) -> Path:
+    """A single file as a local path: itself, or a copy of a remote one under `cache`, named by its address."""
+    if is_local(path):
+        return local_path(path)
+    fs, inner = filesystem(path)
+    copy = Path(cache or os.path.join(tempfile.gettempdir(), "minitron-cache")) / fingerprint(path) / Path(inner).name
+    if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(str(copy), read_bytes(path))
+    return copy

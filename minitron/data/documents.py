@@ -7,7 +7,6 @@ the hash of their name), so that the first documents are a fair sample and a rea
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import lzma
 import zlib
@@ -48,7 +47,7 @@ class TextSource:
 
 @dataclass(frozen=True)
 class Document:
-    """One text. `id` is the same on every machine: a module's name, or a file's name below `path` and a line or row."""
+    """One text. `id` names it: a module, or a file (below the folder that all share) and a line or row in it."""
 
     id: str
     text: str
@@ -57,9 +56,10 @@ class Document:
 def documents(source: TextSource) -> Iterator[Document]:
     """The documents of a source, read lazily; those without any visible character are left out.
 
-    text: one document per file. jsonl: one per line (.gz, .bz2, .xz, and .zst where zstandard is installed); blank lines
-    are passed over. parquet: one per row. A folder means the files below it with the kind's suffix, for text all of
-    them; hidden files are left out. Files come in the order of their names' hashes, lines and rows in their own.
+    text: one document per file. jsonl: one per line; blank lines are passed over. Both may be compressed (.gz, .bz2,
+    .xz, and .zst where zstandard is installed). parquet: one per row. A folder means the files below it with the
+    kind's suffix, for text all of them; hidden files are left out. Files come in the order of their names' hashes,
+    lines and rows in their own.
 
     Raises InputError naming the file, line, key and value that cannot be used, or that the source holds no text.
     """
@@ -101,13 +101,9 @@ def _reader(source: TextSource) -> Iterator[Document]:
             place = f"{source.path}, row {number} of split {source.split!r}"
             yield Document(str(number), _text(row, source.key, place))
     else:
-        read: Callable[[IO[bytes], str, str], Iterator[tuple[str, str]]] = {
-            "text": _whole,
-            "jsonl": _lines,
-            "parquet": _parquet,
-        }[source.kind]
         fs, files = _files(source)
-        root = fs._parent(next(iter(files))) if len(files) == 1 else _common_folder(list(files))
+        read = _READERS[source.kind]
+        root = _common_folder(list(files))
         names = {path: path[len(root) :].lstrip("/") for path in files}
         for path in sorted(files, key=lambda path: hashlib.sha256(names[path].encode()).digest()):
             with _opened(fs, path, plain=source.kind == "parquet") as file:
@@ -153,9 +149,19 @@ def _parquet(file: IO[bytes], key: str, path: str) -> Iterator[tuple[str, str]]:
         raise InputError(f"{path}: not a readable parquet file ({error})", "write or download it again") from error
 
 
+# kind -> (file, key, path) -> (place in the file, text)
+_READERS: dict[str, Callable[[IO[bytes], str, str], Iterator[tuple[str, str]]]] = {
+    "text": _whole,
+    "jsonl": _lines,
+    "parquet": _parquet,
+}
+
+
 def _text(row: Any, key: str, place: str) -> str:
     if not isinstance(row, dict):
-        raise InputError(f"{place}: not an object but {_short(row)}", f"each one must be an object with the key {key!r}")
+        raise InputError(
+            f"{place}: not an object but {_short(row)}", f"each one must be an object with the key {key!r}"
+        )
     if key not in row:
         raise InputError(f"{place}: no key {key!r}", f"set data.key to one of its keys: {', '.join(map(str, row))}")
     text = row[key]
@@ -212,9 +218,13 @@ def _files(source: TextSource) -> tuple[fsspec.AbstractFileSystem, dict[str, dic
         elif any(sign in inner for sign in "*?["):
             found = {path: info for path, info in fs.glob(inner, detail=True).items() if info["type"] == "file"}
         else:
-            raise InputError(f"data.path: {source.path!r} does not exist", "check the path; it may be a file, folder or glob")
+            raise InputError(
+                f"data.path: {source.path!r} does not exist", "check the path; it may be a file, folder or glob"
+            )
     except OSError as error:
-        raise StorageError(f"{source.path}: cannot be listed ({error})", "check the address and its permissions") from error
+        raise StorageError(
+            f"{source.path}: cannot be listed ({error})", "check the address and its permissions"
+        ) from error
     if not found:
         wanted = " or ".join(_SUFFIXES.get(source.kind, ("any",)))
         raise InputError(f"data.path: no files in {source.path!r}", f"{source.kind} looks for names with {wanted}")
@@ -256,7 +266,7 @@ def _opened(fs: fsspec.AbstractFileSystem, path: str, *, plain: bool) -> Iterato
         raise InputError(f"{path}: cannot read {suffix} here", f"pip install {_PACKED[suffix]}, or unpack the file")
     try:
         with fs.open(path, "rb", compression=compression) as file:
-            yield file if isinstance(file, io.IOBase) else file
+            yield file
     except PermissionError as error:
         raise StorageError(f"{path}: no permission to read it", "change its permissions, or leave it out") from error
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:

@@ -22,7 +22,7 @@ def commit(path: str, revision: str | None) -> str:
         return fingerprint([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()])
 
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         return str(HfApi().dataset_info(path, revision=revision, timeout=30).sha)
@@ -32,8 +32,10 @@ def commit(path: str, revision: str | None) -> str:
             "check the name; for a private or gated dataset run `hf auth login`",
         ) from error
     except RevisionNotFoundError as error:
-        raise InputError(f"data.revision: {path} has no revision {revision!r}", "use a branch, tag or commit") from error
-    except Exception as error:
+        raise InputError(
+            f"data.revision: {path} has no revision {revision!r}", "use a branch, tag or commit"
+        ) from error
+    except (HTTPError, OSError) as error:
         raise _unreachable(path, error) from error
 
 
@@ -47,7 +49,7 @@ def rows(path: str, name: str | None, split: str, revision: str | None) -> Itera
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # loading is nobody else's business
     try:
         yield from datasets.load_dataset(path, name, split=split, revision=revision, streaming=True)
-    except (datasets.exceptions.DatasetNotFoundError, ValueError) as error:
+    except (datasets.exceptions.DatasetsError, ValueError) as error:
         raise InputError(
             f"hub dataset {path!r}, name {name!r}, split {split!r}, revision {revision!r}: {error}",
             "check data.path, data.name, data.split and data.revision",

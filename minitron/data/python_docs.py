@@ -57,7 +57,7 @@ def _wanted(name: str) -> bool:
 
 
 def python_documents() -> Iterator[tuple[str, str]]:
-    """(dotted name, text) of every module with at least 200 characters of docstrings, in the order of the names' hashes.
+    """(dotted name, text) of every module with 200 characters of docstrings or more, in the order of the names' hashes.
 
     Files over 2 MB and files that do not parse are left out.
     """
@@ -122,7 +122,10 @@ def _topics(file: Path) -> dict[str, str]:
         for value in values
         if isinstance(value, ast.Dict)
         for key, item in zip(value.keys, value.values, strict=True)
-        if isinstance(key, ast.Constant) and isinstance(item, ast.Constant) and isinstance(item.value, str)
+        if isinstance(key, ast.Constant)
+        and isinstance(key.value, str)
+        and isinstance(item, ast.Constant)
+        and isinstance(item.value, str)
     }
 
 

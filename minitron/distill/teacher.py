@@ -73,6 +73,11 @@ class StoredTeacher:
         return self._shards[number]
 
 
+def store_key(teacher_id: str, rows: str, dtype: str) -> str:
+    """The name of the hidden states of one teacher's weights on one set of rows in one dtype."""
+    return storage.fingerprint({"teacher": teacher_id, "rows": rows, "dtype": dtype})
+
+
 def store_hidden(
     load_teacher: Callable[[], nn.Module],
     rows: Rows,

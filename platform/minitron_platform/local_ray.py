@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import shutil
 import site
+import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -65,7 +65,9 @@ def ray_session(address: str | None, *, num_cpus: int | None, temp_dir: str | No
     temp_dir: where the private Ray keeps sockets and logs, at most 44 bytes long. Default: a folder that is deleted at
         the end.
 
-    A Ray that is already running in this process is used as it is and left running.
+    A Ray that is already running in this process is used as it is and left running. When this process is killed, the
+    private Ray's workers end within seconds and its two agents, which first try to report to the dead head, within a
+    minute.
     Raises InputError for an address or temp_dir that cannot be used, MinitronError if the cluster does not answer.
     """
     if ray.is_initialized():
@@ -155,11 +157,10 @@ def _private_folder(temp_dir: str | None) -> Iterator[str]:
         return
     parent = tempfile.gettempdir()
     folder = tempfile.mkdtemp(prefix="mt-", dir=parent if len(os.fsencode(parent)) <= LONGEST_TEMP_DIR - 12 else "/tmp")
-    try:
+    # A process that outlives this one by a moment deletes the folder, so that a killed run leaves nothing either.
+    delete = ["sh", "-c", 'cat >/dev/null; rm -rf "$1"', "sh", folder]
+    with subprocess.Popen(delete, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True):
         yield folder
-    finally:
-        # Ray's processes may still be closing their logs.
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The code as content: the three packages staged as folders that Ray hashes, so that the code that runs is the code sent.
+"""The code as content: the three packages as folders that Ray hashes, so that the code that runs is the code sent.
 
 Ray names an uploaded directory by its content but a wheel by its file name, and would run a stale wheel of the same
 version; so directories are sent, from a checkout and from an installed wheel alike.
@@ -20,8 +20,8 @@ DATA = ("clusters", "dashboards")  # beside the packages in a checkout, in minit
 def package_folder(package: str) -> Path:
     """Where `package` is imported from, without importing it."""
     spec = find_spec(package)
-    assert spec is not None and spec.origin is not None, f"{package} is one of our own packages"
-    return Path(spec.origin).resolve().parent
+    assert spec is not None, f"{package} is one of our own packages"
+    return Path(str(spec.origin)).resolve().parent
 
 
 def stage_code(target: Path) -> list[str]:

@@ -1,0 +1,127 @@
+"""Fixed-length rows of token ids, read from memory-mapped shards, and which of them each training step takes.
+
+A row's number names it everywhere. The rows of step `n` are a pure function of the seed and `n`: resuming needs no
+state but the step, at any number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from minitron import storage
+from minitron.errors import InputError, StorageError
+from minitron.storage import fetch, fingerprint, is_committed, join, read_json
+
+Split = Literal["train", "heldout"]
+INDEX = "index.json"
+FORMAT = 1
+
+
+def shard_name(split: str, number: int) -> str:
+    """The file of a shard inside its folder, for example train-00000.bin."""
+    return f"{split}-{number:05d}.bin"
+
+
+class Rows:
+    """One split of a folder that `minitron.data.packing.pack` wrote. Make it with `Rows.open`.
+
+    It may be pickled: the other process opens the same folder again.
+    """
+
+    def __init__(self, folder: str, local: str, split: Split, index: dict[str, Any]) -> None:
+        self.folder = folder
+        self.split = split
+        self.index = index
+        self.seq_length: int = index["seq_length"]
+        self.vocab_size: int = index["vocab_size"]
+        self.fingerprint: str = fingerprint([self.seq_length, index["dtype"], index["splits"][split]["sha256"]])
+        self._rows: int = index["splits"][split]["rows"]
+        self._local = local
+        self._maps: dict[int, np.ndarray] = {}
+
+    @classmethod
+    def open(cls, folder: str, split: Split, *, verify: bool = False) -> Rows:
+        """Open the rows of one split; a remote folder is copied here first and checked.
+
+        folder: what `pack` wrote, at any fsspec path. Every shard's size is checked; with `verify` its SHA-256
+        too, which reads the whole folder. Raises StorageError naming the shard that is missing, short or altered, and
+        InputError for a folder or split that is not there.
+        """
+        if not is_committed(folder):
+            raise InputError(f"{folder}: no packed rows there", "pack a corpus into it first")
+        local = str(fetch(folder))
+        storage.verify(local, hashes=verify)
+        index = read_json(join(local, INDEX))
+        if index.get("format") != FORMAT:
+            raise InputError(f"{folder}: rows of format {index.get('format')!r}, not {FORMAT}", "pack the corpus again")
+        if split not in index["splits"]:
+            raise InputError(f"split {split!r}", f"use one of {', '.join(index['splits'])}")
+        if not index["splits"][split]["rows"]:
+            raise InputError(f"{folder}: packed without {split} rows", f"pack the corpus again with some {split} rows")
+        return cls(folder, local, split, index)
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A memory map would be pickled as a copy of its whole content.
+        return Rows.open, (self.folder, self.split)
+
+    def take(self, indices: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """The rows with these numbers, in this order: int64 [len(indices), seq_length].
+
+        Raises IndexError for a number outside [0, len(rows)).
+        """
+        given = indices.cpu() if isinstance(indices, torch.Tensor) else indices
+        numbers = np.asarray(given, dtype=np.int64).reshape(-1)
+        if numbers.size and (numbers.min() < 0 or numbers.max() >= len(self)):
+            bad = numbers[(numbers < 0) | (numbers >= len(self))][0]
+            raise IndexError(f"row {bad} of {self.folder} ({self.split}), which has rows 0 to {len(self) - 1}")
+        taken = np.empty((numbers.size, self.seq_length), dtype=np.int64)
+        shards, offsets = np.divmod(numbers, self.index["shard_rows"])
+        for shard in np.unique(shards):
+            here = shards == shard
+            taken[here] = self._shard(int(shard))[offsets[here]]
+        return torch.from_numpy(taken)
+
+    def _shard(self, number: int) -> np.ndarray:
+        if number not in self._maps:
+            path = join(self._local, shard_name(self.split, number))
+            try:
+                flat = np.memmap(path, dtype=self.index["dtype"], mode="r")
+            except OSError as error:
+                raise StorageError(f"{path}: cannot be read ({error.strerror})", "pack the corpus again") from error
+            self._maps[number] = flat.reshape(-1, self.seq_length)
+        return self._maps[number]
+
+
+def rows_for_step(num_rows: int, batch_rows: int, step: int, seed: int) -> list[int]:
+    """The numbers of the rows that global step `step` (from 0) trains, batch_rows of them.
+
+    Epoch e is the permutation of range(num_rows) given by (seed, e), and the epochs follow each other without a gap: a
+    batch may end in the next epoch, so every batch is whole, and no row is dropped or repeated within an epoch. The
+    same answer in every process, on every machine and with every numpy: `RandomState`'s stream is frozen (NEP 19).
+    """
+    if num_rows < 1 or batch_rows < 1 or step < 0 or seed < 0:
+        raise InputError(
+            f"num_rows {num_rows}, batch_rows {batch_rows}, step {step}, seed {seed}",
+            "rows and batch must be at least 1, step and seed at least 0",
+        )
+    numbers: list[int] = []
+    while len(numbers) < batch_rows:
+        epoch, offset = divmod(step * batch_rows + len(numbers), num_rows)
+        numbers += _permutation(num_rows, seed, epoch)[offset : offset + batch_rows - len(numbers)].tolist()
+    return numbers
+
+
+@lru_cache(maxsize=4)
+def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    bits = np.random.MT19937(np.random.SeedSequence([seed, epoch]))
+    order = np.random.RandomState(bits).permutation(num_rows)
+    order.setflags(write=False)
+    return order

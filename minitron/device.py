@@ -1,0 +1,28 @@
+"""What arithmetic this machine is good at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def device() -> torch.device:
+    """The first GPU, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype(asked: str = "auto") -> torch.dtype:
+    """The dtype to compute in: as asked, or bfloat16 where the hardware multiplies it natively and float32 elsewhere."""
+    if asked != "auto":
+        return DTYPES[asked]
+    return torch.bfloat16 if torch.cuda.is_available() or _cpu_has_bfloat16() else torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    # Without these instructions a CPU emulates bfloat16, many times slower than float32.
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16 "))

@@ -1,0 +1,60 @@
+"""Everything a distillation reads, by address: the same for every candidate, trial and worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from minitron import storage
+from minitron.architecture import Architecture
+from minitron.data import Rows
+from minitron.device import DTYPES, device
+from minitron.distill.teacher import StoredTeacher, store_key
+from minitron.evaluation import HeldoutMetrics, heldout_metrics
+from minitron.importance import ImportanceScores
+from minitron.models import load_model
+from minitron.pruning import prune
+
+
+@dataclass(frozen=True)
+class Materials:
+    """Addresses of a teacher checkpoint, its importance scores, the packed rows, and the stored hidden states of both
+    splits; `teacher_id` names the teacher's weights, `dtype` is what models compute in."""
+
+    teacher: str
+    teacher_id: str
+    dtype: str
+    scores: str
+    rows: str
+    train_targets: str
+    heldout_targets: str
+
+    def load_teacher(self) -> nn.Module:
+        return load_model(storage.fetch(self.teacher), DTYPES[self.dtype]).to(device())
+
+    def open_rows(self, split: str) -> Rows:
+        return Rows.open(self.rows, split)
+
+    def targets_key(self, split: str) -> str:
+        return store_key(self.teacher_id, self.open_rows(split).fingerprint, self.dtype)
+
+    def targets(self, split: str, teacher_head: Tensor) -> StoredTeacher:
+        """The stored hidden states of a split, "train" or "heldout"."""
+        folder = self.train_targets if split == "train" else self.heldout_targets
+        return StoredTeacher(folder, teacher_head, self.targets_key(split))
+
+    def prune(self, teacher: nn.Module, architecture: Architecture) -> nn.Module:
+        return prune(teacher, architecture, ImportanceScores.load(storage.fetch_file(self.scores)))
+
+    def heldout(self, model: nn.Module, teacher_head: Tensor) -> HeldoutMetrics:
+        """Loss and KL to the teacher on every held-out row."""
+        rows = self.open_rows("heldout")
+        tokens = rows.take(range(len(rows)))
+        targets = self.targets("heldout", teacher_head)
+        return heldout_metrics(
+            model,
+            tokens,
+            teacher_hidden=lambda part: targets.hidden(range(part.start, part.stop), tokens[part]),
+            teacher_head=teacher_head,
+        )

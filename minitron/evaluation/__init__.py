@@ -1,0 +1,46 @@
+"""Measuring a model: held-out loss and KL, benchmark scores, forward throughput.
+
+Names are loaded on first use: held-out metrics need torch alone, benchmark scores bring lm-eval.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minitron.evaluation.harness import Score as Score
+    from minitron.evaluation.harness import evaluate as evaluate
+    from minitron.evaluation.heldout import HeldoutMetrics as HeldoutMetrics
+    from minitron.evaluation.heldout import decoder_and_head as decoder_and_head
+    from minitron.evaluation.heldout import heldout_metrics as heldout_metrics
+    from minitron.evaluation.heldout import teacher_targets as teacher_targets
+    from minitron.evaluation.speed import Throughput as Throughput
+    from minitron.evaluation.speed import interleaved_throughput as interleaved_throughput
+    from minitron.evaluation.speed import throughput as throughput
+    from minitron.evaluation.tasks import Task as Task
+    from minitron.evaluation.tasks import check_tasks as check_tasks
+
+_PUBLIC = {
+    "Score": "harness",
+    "evaluate": "harness",
+    "HeldoutMetrics": "heldout",
+    "decoder_and_head": "heldout",
+    "heldout_metrics": "heldout",
+    "teacher_targets": "heldout",
+    "Task": "tasks",
+    "check_tasks": "tasks",
+    "Throughput": "speed",
+    "interleaved_throughput": "speed",
+    "throughput": "speed",
+}
+
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

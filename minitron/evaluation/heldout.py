@@ -1,0 +1,185 @@
+"""Loss of a model on held-out rows, and its distance to a teacher on the same tokens.
+
+Candidates are compared by these numbers, so they are exact: logits in fp32 from the model's own final hidden states
+and head, means in float64, over every position that has a next token. No [tokens, vocabulary] tensor outlives a chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from minitron.errors import InputError, NonFiniteError
+from minitron.evaluation.mode import evaluating
+
+
+@dataclass(frozen=True)
+class HeldoutMetrics:
+    """Means over `tokens` predicted tokens; rows have equal length, so each is also the mean of its per-row values."""
+
+    loss: float
+    """Next-token cross-entropy, nats per token."""
+    kl: float | None
+    """KL(teacher || student), nats per token; None without a teacher."""
+    top1_agreement: float | None
+    """Share of positions where student and teacher rank the same token first; None without a teacher."""
+    tokens: int
+    per_row_loss: list[float]
+    """[num_rows], for paired statistics between models scored on the same rows."""
+    per_row_kl: list[float] | None
+
+
+class TeacherTargets(TypedDict):
+    """What `heldout_metrics` needs to know of a teacher."""
+
+    teacher_hidden: Callable[[slice], Tensor]
+    teacher_head: Tensor
+
+
+def decoder_and_head(model: Any) -> tuple[torch.nn.Module, Tensor]:
+    """The part of a transformers causal LM that gives final hidden states, and its head's weight [vocab, hidden].
+
+    Raises InputError when the model's logits are not `hidden @ head.T` (a head bias, scaled or soft-capped logits).
+    """
+    name = type(model).__name__
+    embeddings = model.get_output_embeddings()
+    if embeddings is None:
+        raise InputError(f"{name} has no output head", "give a causal language model, for example LlamaForCausalLM")
+    scaling = {
+        "final_logit_softcapping": getattr(model.config, "final_logit_softcapping", None) or None,
+        "logit_scale": getattr(model.config, "logit_scale", None) or 1.0,
+        "logits_scaling": getattr(model.config, "logits_scaling", None) or 1.0,
+        "head bias": getattr(embeddings, "bias", None),
+    }
+    changed = [
+        key for key, value in scaling.items() if not (value is None or (isinstance(value, float) and value == 1.0))
+    ]
+    if changed:
+        raise InputError(
+            f"{name}: its logits are not hidden states times head ({', '.join(changed)})",
+            "use a model without it; Llama, Mistral and Qwen types have none",
+        )
+    return model.get_decoder(), embeddings.weight
+
+
+def teacher_targets(teacher_model: Any, rows: Tensor) -> TeacherTargets:
+    """A live teacher's targets for `rows`: `heldout_metrics(student, rows, **teacher_targets(teacher, rows))`.
+
+    Hidden states [n, seq_length, hidden] are computed when asked for, in the teacher's dtype and on its device.
+    """
+    body, head = decoder_and_head(teacher_model)
+
+    def hidden(which: slice) -> Tensor:
+        with torch.inference_mode(), evaluating(teacher_model):
+            return body(input_ids=rows[which].to(head.device), use_cache=False).last_hidden_state
+
+    return {"teacher_hidden": hidden, "teacher_head": head}
+
+
+def heldout_metrics(
+    model: Any,
+    rows: Tensor,
+    *,
+    teacher_hidden: Callable[[slice], Tensor] | None = None,
+    teacher_head: Tensor | None = None,
+    batch_rows: int = 4,
+    chunk_tokens: int = 512,
+    progress: Callable[[int, int], None] | None = None,
+) -> HeldoutMetrics:
+    """Score `model` on `rows`, int64 [num_rows, seq_length], every position predicting the next one.
+
+    `teacher_hidden(slice of rows)` gives the teacher's final hidden states [n, seq_length, teacher_hidden_size] (after
+    the last norm) and `teacher_head` [vocab, teacher_hidden_size] turns them into logits; both or neither. At most
+    `chunk_tokens` x vocabulary logits exist at a time, once for each model. `progress(done, total)` counts rows.
+
+    The model's training mode and the global random state are left as they were.
+    Raises InputError for rows or a head that do not fit the model, NonFiniteError naming the first row whose loss or KL
+    is NaN or infinite.
+    """
+    body, head = decoder_and_head(model)
+    _check(rows, head, teacher_hidden, teacher_head)
+    device = head.device
+    student_head = head.detach().float()
+    other_head = None if teacher_head is None else teacher_head.detach().to(device).float()
+
+    num_rows, seq_length = rows.shape
+    row_loss: list[float] = []
+    row_kl: list[float] = []
+    agreed = 0
+    with torch.inference_mode(), evaluating(model):
+        for start in range(0, num_rows, batch_rows):
+            which = slice(start, min(start + batch_rows, num_rows))
+            ids = rows[which].to(device)
+            hidden = body(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+            targets = ids[:, 1:].flatten()
+            other = None if teacher_hidden is None else _teacher_batch(teacher_hidden, which, seq_length, device)
+            loss, kl = [], []
+            for first in range(0, len(targets), chunk_tokens):
+                chunk = slice(first, first + chunk_tokens)
+                student = functional.log_softmax(hidden[chunk].float() @ student_head.T, dim=-1)
+                loss.append(-student.gather(1, targets[chunk, None])[:, 0].double())
+                if other is not None and other_head is not None:
+                    teacher = functional.log_softmax(other[chunk].float() @ other_head.T, dim=-1)
+                    agreed += int((student.argmax(-1) == teacher.argmax(-1)).sum())
+                    kl.append((teacher.exp() * (teacher - student)).sum(-1).double())
+            row_loss += torch.cat(loss).view(-1, seq_length - 1).mean(1).tolist()
+            if kl:
+                row_kl += torch.cat(kl).view(-1, seq_length - 1).mean(1).tolist()
+            if progress is not None:
+                progress(which.stop, num_rows)
+
+    for name, values in (("loss", row_loss), ("KL", row_kl)):
+        for row, value in enumerate(values):
+            if not math.isfinite(value):
+                raise NonFiniteError(
+                    f"held-out row {row}: {name} is {value}", "the weights or hidden states are broken"
+                )
+    tokens = num_rows * (seq_length - 1)
+    return HeldoutMetrics(
+        loss=math.fsum(row_loss) / num_rows,
+        kl=math.fsum(row_kl) / num_rows if teacher_hidden is not None else None,
+        top1_agreement=agreed / tokens if teacher_hidden is not None else None,
+        tokens=tokens,
+        per_row_loss=row_loss,
+        per_row_kl=row_kl if teacher_hidden is not None else None,
+    )
+
+
+def _check(
+    rows: Tensor, head: Tensor, teacher_hidden: Callable[[slice], Tensor] | None, teacher_head: Tensor | None
+) -> None:
+    if rows.dtype != torch.int64 or rows.ndim != 2 or rows.shape[0] < 1 or rows.shape[1] < 2:
+        raise InputError(
+            f"rows: {rows.dtype} {list(rows.shape)}", "give token ids as int64 [num_rows, seq_length], seq_length >= 2"
+        )
+    low, high = int(rows.min()), int(rows.max())
+    if low < 0 or high >= head.shape[0]:
+        raise InputError(
+            f"rows: token ids {low} to {high} where the model's vocabulary has {head.shape[0]}",
+            "tokenise the rows with the model's own tokenizer",
+        )
+    if (teacher_hidden is None) != (teacher_head is None):
+        raise InputError("teacher_hidden and teacher_head: only one was given", "give both, or neither")
+    if teacher_head is not None and teacher_head.shape[0] != head.shape[0]:
+        raise InputError(
+            f"teacher_head: vocabulary of {teacher_head.shape[0]}, the model's has {head.shape[0]}",
+            "KL needs one vocabulary for both; use a teacher with the same tokenizer and head",
+        )
+
+
+def _teacher_batch(
+    teacher_hidden: Callable[[slice], Tensor], which: slice, seq_length: int, device: torch.device
+) -> Tensor:
+    hidden = teacher_hidden(which)
+    if hidden.shape[:2] != (which.stop - which.start, seq_length):
+        raise InputError(
+            f"teacher_hidden: {list(hidden.shape)} for rows {which.start} to {which.stop} of {seq_length} tokens",
+            "store the teacher's hidden states for these same rows",
+        )
+    return hidden.to(device)[:, :-1].flatten(0, 1)

@@ -1,0 +1,239 @@
+"""The recipe: one YAML file that says everything about a run, typed and strict about unknown keys."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from minitron.errors import InputError
+
+NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+Positive = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Teacher(_Section):
+    """The model to distil from: a folder, a .gguf file, `package:NAME/FILE` inside a Python package, or a hub name."""
+
+    model: str
+    revision: str | None = None
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+
+
+class Data(_Section):
+    """Text, packed once into rows. `path` may be any fsspec path."""
+
+    kind: Literal["python-docs", "text", "jsonl", "parquet", "hub"]
+    path: str = ""
+    key: str = "text"
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    seq_length: Annotated[int, Field(ge=8)]
+    train_rows: Positive
+    heldout_rows: Positive
+    heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+
+
+class Calibrate(_Section):
+    """Importance scores. `layers` ranks blocks of layers by the loss without them, or by cosine alone."""
+
+    rows: Positive
+    batch_aggregation: Literal["l2", "mean", "var"] = "l2"
+    sequence_aggregation: Literal["l2", "mean", "var"] = "mean"
+    layers: Literal["loss", "cosine"] = "loss"
+    layer_rows: Positive = 4
+
+
+class Target(_Section):
+    """The size to reach: parameters, within a relative tolerance."""
+
+    parameters: Positive
+    tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.05
+
+
+class Training(_Section):
+    """A distillation: steps of `batch_rows` rows, warm-up then cosine."""
+
+    steps: Positive
+    batch_rows: Positive
+    micro_batch_rows: Positive = 4
+    peak_lr: Annotated[float, Field(gt=0)]
+    min_lr: Annotated[float, Field(ge=0)]
+    warmup_steps: Annotated[int, Field(ge=0)]
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    seed: int = 0
+    checkpoint_every: Annotated[int, Field(ge=0)] = 0
+
+
+class Search(_Section):
+    """The space of architectures, and the short distillation that every candidate gets."""
+
+    space: dict[str, list[int | float]]
+    training: Training
+
+
+class Task(_Section):
+    """An lm-eval task. `data` is a local folder or `package:NAME/FOLDER`; without it the task's own hub dataset is used."""
+
+    name: str
+    data: str | None = None
+    num_fewshot: Annotated[int, Field(ge=0)] = 0
+    limit: Positive | None = None
+
+
+class Evaluate(_Section):
+    tasks: list[Task] = []
+    batch_rows: Positive = 8
+
+
+class Register(_Section):
+    """Where the student goes in the MLflow registry."""
+
+    model: Annotated[str, Field(pattern=NAME)]
+    alias: Annotated[str, Field(pattern=NAME)] = "candidate"
+
+
+class Resources(_Section):
+    """What each trial and each training worker takes; `workers` distil the winner together."""
+
+    cpus_per_trial: Annotated[float, Field(gt=0)] = 1
+    gpus_per_trial: Annotated[float, Field(ge=0)] = 0
+    workers: Positive = 2
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    max_failures: Annotated[int, Field(ge=0)] = 3
+
+
+class Recipe(_Section):
+    """One run, in full."""
+
+    name: Annotated[str, Field(pattern=NAME)]
+    description: str = ""
+    experiment: Annotated[str, Field(pattern=NAME)]
+    teacher: Teacher
+    data: Data
+    calibrate: Calibrate
+    target: Target
+    search: Search
+    distill: Training
+    evaluate: Evaluate
+    register_as: Register = Field(alias="register")
+    resources: Resources = Resources()
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Recipes that come with the package, by name."""
+    folder = Path(str(importlib.resources.files("minitron_platform") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A shipped recipe by its name, or one of yours by its path, with `a.b=value` overrides applied.
+
+    Raises InputError naming the file, the key, the value and the remedy.
+    """
+    shipped = shipped_recipes()
+    path = shipped.get(name_or_path) or Path(name_or_path).expanduser()
+    if not path.is_file():
+        close = difflib.get_close_matches(name_or_path, shipped, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise InputError(
+            f"{name_or_path!r} is neither a recipe that ships ({', '.join(shipped)}) nor a file",
+            f"{hint}see `minitron recipes`, or give the path of a YAML file",
+        )
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})", "check its permissions") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML ({_one_line(error)})", "mend the line it names") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: holds no keys", "start from a recipe that ships: `minitron recipes`")
+    for override in overrides:
+        _override(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise _explain(path, error) from error
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not re.fullmatch(r"\w+(\.\w+)*", key):
+        raise InputError(f"--set {override!r} is not KEY=VALUE", "write it as --set distill.steps=50")
+    *parents, last = key.split(".")
+    place: Any = values
+    for index, parent in enumerate(parents):
+        place = _enter(place, parent, key) if index or parent in place else place.setdefault(parent, {})
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override!r}: the value is not valid YAML ({_one_line(error)})", "quote it") from error
+    if isinstance(place, list):
+        place[_position(place, last, key)] = value
+    elif isinstance(place, dict):
+        place[last] = value
+    else:
+        raise InputError(f"--set {key}: {'.'.join(parents)} is a single value", "name a key of a section")
+
+
+def _enter(place: Any, part: str, key: str) -> Any:
+    if isinstance(place, list):
+        return place[_position(place, part, key)]
+    if not isinstance(place, dict):
+        raise InputError(f"--set {key}: there is no section above {part!r}", "see the recipe's keys in its file")
+    return place.setdefault(part, {})
+
+
+def _position(values: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(values):
+        raise InputError(f"--set {key}: {part!r} is not a position in a list of {len(values)}", "count from 0")
+    return int(part)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _explain(path: Path, error: ValidationError) -> InputError:
+    """The first thing that is wrong, as one sentence about a key."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    value = first["input"]
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(first["loc"][:-1])
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return InputError(f"{path}: {key}: unknown key{more}", f"{hint}known here: {', '.join(known)}")
+    if first["type"] == "missing":
+        return InputError(f"{path}: {key}: missing{more}", "add the key; the recipes that ship show every one")
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return InputError(f"{path}: {key}: {value!r} is not valid: {message}{more}", f"change {key}, or --set {key}=…")
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    model: Any = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        name = next((n for n, f in model.model_fields.items() if part in (n, f.alias)), None)
+        annotation = model.model_fields[name].annotation if name else None
+        inner = getattr(annotation, "__args__", (annotation,))[0]
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        model = inner
+    return [field.alias or name for name, field in model.model_fields.items()]

@@ -1,0 +1,154 @@
+"""The local record of every run, written before anything is sent to MLflow.
+
+A spool is a folder on the node's own disk with one append-only `<key>.jsonl` per run. A line is one event:
+
+    {"t": 1767225600000, "event": "metrics", "step": 40, "values": {"loss": 2.5, "grad_norm": "nan"}}
+
+`t` is the time in milliseconds; NaN and infinities are strings, so that every line is plain JSON. Whole lines are
+appended with one write, so any process of the node may open the same run. What a killed process wrote is kept; what a
+power cut takes is what the operating system had not yet put on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from minitron.errors import InputError
+from minitron.storage import is_local, local_path
+
+log = logging.getLogger(__name__)
+
+KEY = re.compile(r"^[A-Za-z0-9._-]+$")
+READ_BYTES = 4 << 20  # one read; also bounds what a pass of the sender holds in memory
+NAME_LENGTH = 250  # MLflow's limit for the name of a metric, parameter or tag
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+class RunLog:
+    """One run's line-by-line record. Cheap to open, holds no file open, and may be pickled to other processes of the node.
+
+    spool: the folder; key: the run's name in it and, as the tag `minitron.key`, in the MLflow experiment.
+    Writing never raises: when the disk refuses, one warning is logged and `lost` counts the events.
+    Raises InputError for a key with other characters than letters, digits, dot, underscore and dash.
+    """
+
+    def __init__(self, spool: str, key: str) -> None:
+        self.spool = str(spool_folder(spool))
+        self.key = check_key(key)
+        self.lost = 0
+
+    def start(self, name: str, parent: str | None = None, tags: Mapping[str, Any] | None = None) -> None:
+        """The run begins, or goes on after it ended. `parent` is the key of the run it is shown under."""
+        if parent is not None:
+            check_key(parent)
+        self._append({"event": "start", "name": name, "parent": parent, "tags": _strings(tags or {})})
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Settings of the run, stored as text. MLflow keeps the first value; a later one becomes a tag `changed.<name>`."""
+        self._append({"event": "params", "values": _strings(values)})
+
+    def metrics(self, values: Mapping[str, Any], step: int) -> None:
+        """Numbers at a step: anything float() takes."""
+        numbers = {mlflow_name(name): _number(float(value)) for name, value in values.items()}
+        self._append({"event": "metrics", "step": int(step), "values": numbers})
+
+    def tags(self, values: Mapping[str, Any]) -> None:
+        """Labels of the run, stored as text; the last value counts."""
+        self._append({"event": "tags", "values": _strings(values)})
+
+    def artifact(self, local_path: str, folder: str = "") -> None:
+        """A file or folder of this node to upload under `folder` of the run's artifacts; it must stay until it is sent."""
+        self._append({"event": "artifact", "path": os.path.abspath(local_path), "folder": folder})
+
+    def end(self, status: Status = "FINISHED") -> None:
+        self._append({"event": "end", "status": status})
+
+    def _append(self, event: dict[str, Any]) -> None:
+        line = json.dumps({"t": time.time_ns() // 1_000_000, **event}, allow_nan=False).encode() + b"\n"
+        try:
+            os.makedirs(self.spool, exist_ok=True)
+            file = os.open(os.path.join(self.spool, f"{self.key}.jsonl"), os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                size = os.fstat(file).st_size
+                if size and os.pread(file, 1, size - 1) != b"\n":
+                    line = b"\n" + line  # somebody died in the middle of a line; ours must not be glued to it
+                if os.write(file, line) != len(line):
+                    raise OSError("the disk took only a part of the line")
+            finally:
+                os.close(file)
+        except OSError as error:
+            self.lost += 1
+            if self.lost == 1:
+                log.warning(
+                    "%s: the record of run %r cannot be written and is being lost: %s", self.spool, self.key, error
+                )
+
+
+def spool_folder(spool: str) -> Path:
+    """The local path of a spool. Raises InputError for an address: a spool is on the node's own disk."""
+    if not is_local(spool):
+        raise InputError(f"spool {spool!r} is not a local folder", "give a folder on this machine's disk")
+    return local_path(spool)
+
+
+def check_key(key: str) -> str:
+    if not KEY.match(key):
+        raise InputError(
+            f"run key {key!r} has characters that are not allowed", "use letters, digits, '.', '_' and '-'"
+        )
+    return key
+
+
+def mlflow_name(name: str) -> str:
+    """`name` with what MLflow refuses in names replaced: `acc,none` of lm-eval becomes `acc_none`."""
+    return re.sub(r"/+", "/", re.sub(r"[^\w.\- :/]", "_", name)).strip("/")[:NAME_LENGTH]
+
+
+def keys(spool: Path) -> list[str]:
+    """The runs of a spool, in order of their names."""
+    return sorted(path.stem for path in spool.glob("*.jsonl"))
+
+
+def read_events(path: Path, offset: int) -> Iterator[tuple[dict[str, Any] | None, int]]:
+    """Yield (event, the byte offset after its line) for the whole lines from `offset` on; the event of a broken line is None.
+
+    A last line that is not finished yet is left for the next call.
+    """
+    with open(path, "rb") as file:
+        file.seek(offset)
+        rest = b""
+        while block := file.read(READ_BYTES):
+            *lines, rest = (rest + block).split(b"\n")
+            for line in lines:
+                offset += len(line) + 1
+                if line.strip():
+                    yield _parse(line), offset
+
+
+def metric_value(value: float | str) -> float:
+    """The number of an event's value; "nan", "inf" and "-inf" are strings there."""
+    return float(value)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except ValueError:  # cut JSON, or bytes that are not UTF-8
+        return None
+    return event if isinstance(event, dict) and "event" in event and "t" in event else None
+
+
+def _number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def _strings(values: Mapping[str, Any]) -> dict[str, str]:
+    return {mlflow_name(name): str(value) for name, value in values.items()}

@@ -1,0 +1,85 @@
+"""The candidates: every combination of the space whose parameters fall in the budget (arXiv 2407.14679 section 2.3)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from minitron.architecture import PRUNABLE, Architecture
+from minitron.errors import InputError
+
+MLP_RATIO = "mlp_ratio"
+
+
+def candidates(
+    base: Architecture, space: Mapping[str, Sequence[float]], low: float, high: float
+) -> list[Architecture]:
+    """Architectures inside `base` with `low` to `high` parameters, largest first.
+
+    `space` maps Architecture fields to their values, or `mlp_ratio` to ratios, intermediate_size = int(ratio ·
+    hidden_size); a field that is not named keeps the base's value. Combinations that make no model (a hidden size that the
+    heads do not divide) are left out; a value that can never make one raises InputError naming it.
+    """
+    check_space(base, space)
+    found = {
+        architecture
+        for values in itertools.product(*space.values())
+        if (architecture := _build(base, dict(zip(space, values, strict=True)))) is not None
+        and low <= architecture.num_parameters <= high
+    }
+    return sorted(found, key=lambda a: (-a.num_parameters, -a.num_layers, -a.hidden_size, -a.num_heads))
+
+
+def check_space(base: Architecture, space: Mapping[str, Sequence[float]]) -> None:
+    """Raise InputError for an axis that does not exist, an empty one, or a value no model can have."""
+    for axis, values in space.items():
+        key = f"search.space.{axis}"
+        if axis not in (*PRUNABLE, MLP_RATIO):
+            raise InputError(f"{key}: there is no such axis", f"use {', '.join((*PRUNABLE, MLP_RATIO))}")
+        if not values:
+            raise InputError(f"{key}: the list is empty", "give at least one value, or leave the axis out")
+        for value in values:
+            if axis == MLP_RATIO:
+                if value <= 0:
+                    raise InputError(f"{key}: {value} is not positive", "use ratios such as 2.5")
+                continue
+            if value != int(value) or value < 1:
+                raise InputError(f"{key}: {value} is not a positive whole number", "use whole numbers of at least 1")
+            if value > getattr(base, axis):
+                largest = getattr(base, axis)
+                raise InputError(f"{key}: {value} is larger than the teacher's {largest}", f"use at most {largest}")
+    if MLP_RATIO in space and "intermediate_size" in space:
+        raise InputError("search.space: both mlp_ratio and intermediate_size are given", "keep one of the two")
+    groups = space.get("num_kv_heads", [base.num_kv_heads])
+    for heads in space.get("num_heads", []):
+        if all(heads % group for group in groups):
+            raise InputError(
+                f"search.space.num_heads: {heads} does not divide into {' or '.join(str(int(g)) for g in groups)} KV groups",
+                f"use multiples of {int(groups[0])}",
+            )
+    heads_values = space.get("num_heads", [base.num_heads])
+    for hidden in space.get("hidden_size", []):
+        if base.table.hidden_in_heads and all(hidden % heads for heads in heads_values):
+            raise InputError(
+                f"search.space.hidden_size: {hidden} is not a multiple of {' or '.join(str(int(h)) for h in heads_values)} "
+                f"heads, which transformers requires of {base.family} models",
+                f"use multiples of {int(heads_values[0])}",
+            )
+
+
+def _build(base: Architecture, values: dict[str, float]) -> Architecture | None:
+    ratio = values.pop(MLP_RATIO, None)
+    fields = {name: int(value) for name, value in values.items()}
+    if ratio is not None:
+        fields["intermediate_size"] = int(ratio * fields.get("hidden_size", base.hidden_size))
+    heads, groups = fields.get("num_heads", base.num_heads), fields.get("num_kv_heads", base.num_kv_heads)
+    hidden = fields.get("hidden_size", base.hidden_size)
+    if heads % groups or (base.table.hidden_in_heads and hidden % heads):
+        return None
+    architecture = replace(base, **fields)  # type: ignore[arg-type]
+    try:
+        architecture.check_inside(base)
+    except InputError:
+        return None  # for example an MLP ratio that needs more neurons than the teacher has
+    return architecture

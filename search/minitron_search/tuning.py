@@ -1,0 +1,100 @@
+"""Ray Tune gives every candidate its short distillation."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ray import tune
+from ray.tune import Callback
+
+from minitron.architecture import Architecture
+from minitron.errors import MinitronError
+from minitron_search.ranking import SearchResult, rank
+from minitron_search.trial import SearchTask, run_trial, trial_key, trial_result
+
+Event = Callable[[str, dict[str, Any]], None]
+
+
+def search(
+    task: SearchTask,
+    architectures: Sequence[Architecture],
+    *,
+    cpus_per_trial: float = 1,
+    gpus_per_trial: float = 0,
+    max_failures: int = 3,
+    on_event: Event | None = None,
+) -> SearchResult:
+    """Distil every candidate briefly, as many at a time as the cluster has room for, and rank them by held-out KL.
+
+    Trials that finished before are read back; an unfinished one goes on from its checkpoint. A trial whose worker dies is
+    started again up to `max_failures` times; one that raises is recorded with its reason and the search goes on.
+    `on_event(key, metrics)` is called in this process with what each trial reports; key is `trial_key(architecture)`.
+    Needs Ray to be running. Raises MinitronError with the reasons when no candidate finished.
+    """
+    waiting = [a for a in architectures if trial_result(task.folder, a) is None]
+    failures = _run(task, waiting, cpus_per_trial, gpus_per_trial, max_failures, on_event) if waiting else {}
+    results = [result for a in architectures if (result := trial_result(task.folder, a)) is not None]
+    if not results:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
+        raise MinitronError(f"no candidate of the search finished: {reasons}", "mend the cause and run again")
+    ranking = rank(results)
+    best = min(results, key=lambda result: result["kl"])
+    return SearchResult(ranking, Architecture.from_dict(best["architecture"]), failures)
+
+
+def _run(
+    task: SearchTask, waiting: list[Architecture], cpus: float, gpus: float, max_failures: int, on_event: Event | None
+) -> dict[str, str]:
+    by_key = {trial_key(a): a for a in waiting}
+
+    def trainable(config: dict[str, Any]) -> None:
+        run_trial(task, by_key[config["candidate"]], tune.report)
+
+    resources = {"cpu": cpus, "gpu": gpus} if gpus else {"cpu": cpus}
+    # Tune's own experiment state is not what a run resumes from (restoring it would mean trusting pickles): results and
+    # checkpoints of trials are, so its folder is thrown away.
+    with tempfile.TemporaryDirectory(prefix="minitron-tune-") as scratch:
+        logging.getLogger("ray.tune").setLevel(logging.ERROR)
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, resources),
+            param_space={"candidate": tune.grid_search(list(by_key))},
+            tune_config=tune.TuneConfig(reuse_actors=True),
+            run_config=tune.RunConfig(
+                name="search",
+                storage_path=scratch,
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=max_failures),
+                callbacks=[_Events(on_event)] if on_event else [],
+            ),
+        )
+        grid = tuner.fit()
+    return {
+        str(by_key[result.config["candidate"]]): _reason(result.error)
+        for result in grid
+        if result.error is not None and result.config is not None
+    }
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else type(error).__name__)
+
+
+class _Events(Callback):
+    """Hands on what trials report, in the driver."""
+
+    def __init__(self, on_event: Event) -> None:
+        self.on_event = on_event
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        numbers = {k: v for k, v in result.items() if k in _REPORTED}
+        self.on_event(trial.config["candidate"], numbers)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.on_event(trial.config["candidate"], {"failed": _reason(Exception(trial.get_error() or ""))})
+
+
+_REPORTED = ("step", "steps", "kl", "loss", "train_kl", "learning_rate", "grad_norm", "tokens_per_second")
