@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from minitron import storage
+from minitron.architecture import Architecture
 from minitron.errors import InputError
 from minitron.families import family_of
 
@@ -89,6 +91,42 @@ def source_identity(source: str, revision: str | None = None) -> dict[str, Any]:
     return {"folder": str(path), "files": [[name, s.st_size, s.st_mtime_ns] for name, s in stats]}
 
 
+def source_architecture(source: str, revision: str | None = None) -> Architecture:
+    """The architecture of a model source, from its config or header alone. Raises InputError as `load_source` does."""
+    from transformers import AutoConfig
+
+    check_source(source)
+    folder, arguments = _arguments(source, revision)
+    with _readable(source), quiet_transformers():
+        config = AutoConfig.from_pretrained(folder, **arguments)
+    return Architecture.from_config(config)
+
+
+def _arguments(source: str, revision: str | None) -> tuple[str, dict[str, Any]]:
+    """What transformers' from_pretrained takes for a source."""
+    path = str(package_path(source)) if source.startswith(PACKAGE) else source
+    if _looks_like_path(path):
+        path = str(storage.local_path(path))
+    arguments: dict[str, Any] = {"trust_remote_code": False}
+    if revision:
+        arguments["revision"] = revision
+    if path.endswith(".gguf"):
+        path, arguments["gguf_file"] = os.path.split(path)
+    return path, arguments
+
+
+@contextmanager
+def _readable(source: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"teacher.model: {source!r} cannot be read as a transformers model ({reason})",
+            "give a complete checkpoint folder, a .gguf file, or a hub name that this machine can reach",
+        ) from error
+
+
 def load_source(source: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
     """The model and tokenizer of a GGUF file, a local folder, `package:NAME/FILE`, or a hub name.
 
@@ -98,25 +136,10 @@ def load_source(source: str, revision: str | None = None, dtype: torch.dtype = t
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     check_source(source)
-    path = str(package_path(source)) if source.startswith(PACKAGE) else source
-    if _looks_like_path(path):
-        path = str(storage.local_path(path))
-    arguments: dict[str, Any] = {"trust_remote_code": False}
-    if revision:
-        arguments["revision"] = revision
-    folder = path
-    if path.endswith(".gguf"):
-        folder, arguments["gguf_file"] = os.path.split(path)
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **arguments)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"teacher.model: {source!r} cannot be read as a transformers model ({reason})",
-            "give a complete checkpoint folder, a .gguf file, or a hub name that this machine can reach",
-        ) from error
+    folder, arguments = _arguments(source, revision)
+    with _readable(source), quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **arguments)
     family_of(model.config.model_type)
     if "gguf_file" in arguments:
         model.hf_quantizer = None

@@ -169,6 +169,8 @@ def test_identity_follows_the_files(tmp_path: Path) -> None:
     file.write_text("one")
     first = source_identity(TextSource("text", str(tmp_path)))
     assert first == source_identity(TextSource("text", str(tmp_path))) == json.loads(json.dumps(first))
+    file.chmod(0o600)
+    assert source_identity(TextSource("text", str(tmp_path))) == first, "permissions are no text"
     os.utime(file, (1, 1))
     second = source_identity(TextSource("text", str(tmp_path)))
     file.write_text("longer")
@@ -252,9 +254,10 @@ def test_the_same_request_is_not_packed_again_and_another_is_refused(
     packed: str, corpus: TextSource, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     sizes = {"seq_length": 16, "heldout_rows": 40, "heldout_fraction": 0.2, "shard_rows": 64}
-    inode = os.stat(f"{packed}/train-00000.bin").st_ino
-    assert len(pack(corpus, tokenizer, packed, train_rows=300, **sizes)) == 300
-    assert os.stat(f"{packed}/train-00000.bin").st_ino == inode
+    calls: list[tuple[int, int]] = []
+    again = pack(corpus, tokenizer, packed, train_rows=300, progress=lambda *call: calls.append(call), **sizes)
+    assert len(again) == 300
+    assert not calls
     with pytest.raises(StorageError, match="rows of another request"):
         pack(corpus, tokenizer, packed, train_rows=299, **sizes)
 
@@ -267,10 +270,19 @@ def test_a_source_that_ends_first_says_how_much_there_was(
         pack(corpus, tokenizer, str(tmp_path / "rows"), **sizes)
     one = tmp_path / "one.txt"
     one.write_text("the quick brown fox " * 1000)
-    with pytest.raises(InputError, match="never split|0 of 5") as error:
+    with pytest.raises(InputError, match=r"0 of 5 (train|heldout) rows") as error:
         pack(TextSource("text", str(one)), tokenizer, str(tmp_path / "rows"), **(sizes | {"train_rows": 5}))
     assert "more and shorter documents" in error.value.remedy
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "one.txt"], "nothing half-written"
+
+
+def test_reading_stops_when_both_sides_are_full(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"{n} the quick brown fox " * 500}) for n in range(100)]
+    (tmp_path / "long.jsonl").write_text("\n".join([*lines, "not JSON, and never reached"]))
+    source = TextSource("jsonl", str(tmp_path / "long.jsonl"))
+    pack(source, tokenizer, str(tmp_path / "few"), seq_length=16, train_rows=20, heldout_rows=10, heldout_fraction=None)
+    with pytest.raises(InputError, match="line 101: not JSON"):
+        pack(source, tokenizer, str(tmp_path / "many"), seq_length=16, train_rows=10**6, heldout_rows=10)
 
 
 def test_a_long_text_is_cut_in_pieces_without_losing_any(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -312,7 +324,7 @@ def test_a_tokenizer_needs_an_end_of_text(corpus: TextSource, tmp_path: Path) ->
 
 def test_tokenizer_identity_is_what_turns_text_into_ids(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     before = tokenizer_identity(tokenizer)
-    tokenizer(["a", "b c d"], padding="max_length", truncation=True, max_length=4)
+    tokenizer(["a", "b c d"], truncation=True, max_length=4)
     assert tokenizer_identity(tokenizer) == before
     tokenizer.save_pretrained(tmp_path)
     assert tokenizer_identity(PreTrainedTokenizerFast.from_pretrained(tmp_path)) == before

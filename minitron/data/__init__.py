@@ -1,1 +1,16 @@
 """From text to fixed-length rows of token ids: `documents` reads, `packing` writes, `rows` reads back."""
+
+from minitron.data.documents import Document, TextSource, documents, source_identity
+from minitron.data.packing import pack, tokenizer_identity
+from minitron.data.rows import Rows, rows_for_step
+
+__all__ = [
+    "Document",
+    "Rows",
+    "TextSource",
+    "documents",
+    "pack",
+    "rows_for_step",
+    "source_identity",
+    "tokenizer_identity",
+]

@@ -168,9 +168,35 @@ class _Scorer(HFLM):
         self._expect(requests)
         return super().generate_until(requests, disable_tqdm=True)
 
-    def _loglikelihood_tokens(self, requests: list[Any], **options: Any) -> list[tuple[float, bool]]:
-        self.cut += sum(len(context) + len(rest) > self.max_length + 1 for _, context, rest in requests)
-        return super()._loglikelihood_tokens(requests, **options)
+    def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
+        """As the parent's, but logits only where a continuation is: the rest is a quarter of the time of a small model,
+        and [batch, length, vocabulary] in fp32 does not fit beside a large one."""
+        inputs: dict[tuple[int, ...], list[int]] = {}  # requests that differ in their last token share one input
+        for index, (_text, context, continuation) in enumerate(requests):
+            tokens = context + continuation
+            self.cut += len(tokens) > self.max_length + 1
+            inputs.setdefault(tuple(tokens[-(self.max_length + 1) : -1]), []).append(index)
+        answers: dict[int, tuple[float, bool]] = {}
+        longest_first = sorted(inputs, key=len, reverse=True)  # alike lengths together; out of memory at once or never
+        for start in range(0, len(longest_first), self.batch_size):
+            batch = longest_first[start : start + self.batch_size]
+            length = len(batch[0])
+            ids = torch.tensor([[*tokens, *[0] * (length - len(tokens))] for tokens in batch], device=self.device)
+            first = min(len(tokens) - len(requests[i][2]) for tokens in batch for i in inputs[tokens])
+            with torch.inference_mode():
+                logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=length - first).logits
+                for row, tokens in enumerate(batch):
+                    for index in inputs[tokens]:
+                        target = torch.tensor(requests[index][2], device=self.device)
+                        end = len(tokens) - first
+                        log_p = torch.log_softmax(logits[row, end - len(target) : end].float(), dim=-1)
+                        answer = (
+                            float(log_p.gather(1, target[:, None]).sum()),
+                            bool((log_p.argmax(-1) == target).all()),
+                        )
+                        answers[index] = answer
+                        self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
+        return [answers[index] for index in range(len(requests))]
 
 
 class _Answered(CacheHook):

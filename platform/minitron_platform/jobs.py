@@ -36,6 +36,11 @@ RECIPE_FILE = "recipe.yaml"
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 SECRET = re.compile(r"TOKEN(?!IZ)|KEY|SECRET|PASSWORD", re.IGNORECASE)  # but not TOKENIZERS_PARALLELISM
 CREDENTIALS = re.compile(r"://[^/@\s:]*:[^/@\s]+@")
+CHATTY = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 STOP_WAIT = 30.0  # seconds; Ray itself kills a driver 3 s after asking it to end
 
@@ -219,7 +224,7 @@ def _connect(address: str, insecure: bool) -> JobSubmissionClient:
             "set RAY_AUTH_TOKEN_PATH to the file with the cluster's token, or forward the port and use "
             "http://127.0.0.1:8265; --insecure submits all the same",
         )
-    for logger in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+    for logger in CHATTY:
         logging.getLogger(logger).setLevel(logging.WARNING)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     with _head_errors(address), _without("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
@@ -273,7 +278,7 @@ def _rows(client: JobSubmissionClient) -> list[JobRow]:
             status=job.status.value,
             started=job.start_time / 1000 if job.start_time else None,
             ended=job.end_time / 1000 if job.end_time else None,
-            message=job.message or "",
+            message=(job.message or "").split(", last available logs")[0].split("\n")[0],
             code=job.metadata.get("minitron.code", ""),
             version=job.metadata.get("minitron.version", ""),
         )

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import site
+import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -25,8 +26,6 @@ IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entrypoint of a j
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",  # no telemetry
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the behaviour to come, without the warning about it
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",  # writes for a dashboard that is not there
-    "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own tables; the terminal is ours
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 
@@ -110,6 +109,21 @@ def cluster_cpus_gpus() -> tuple[float, float]:
 
 
 def _join(address: str) -> None:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:  # Ray itself tries for more than a minute
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError as error:
+            raise MinitronError(
+                f"Ray at {address!r} does not answer ({error.strerror or error})",
+                "check the address with `ray status` there; without an address a private Ray is started here",
+            ) from error
+    # Where a token is at hand it is sent; a cluster that asks for none takes no notice.
+    with _environment({"RAY_AUTH_MODE": "token"} if auth_token() else {}):
+        _connect(address)
+
+
+def _connect(address: str) -> None:
     with tempfile.TemporaryDirectory(prefix="minitron-code-") as folder:
         runtime_env = None  # inside a job the code came with the job
         if IN_A_JOB not in os.environ:

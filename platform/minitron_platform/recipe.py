@@ -42,7 +42,7 @@ class Data(_Section):
     seq_length: Annotated[int, Field(ge=8)]
     train_rows: Positive
     heldout_rows: Positive
-    heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    heldout_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
 
 
 class Calibrate(_Section):

@@ -33,7 +33,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 class RunLog:
-    """One run's line-by-line record. Cheap to open, holds no file open, and may be pickled to other processes of the node.
+    """One run's record, line by line. Holds no file open, and may be pickled to other processes of the node.
 
     spool: the folder; key: the run's name in it and, as the tag `minitron.key`, in the MLflow experiment.
     Writing never raises: when the disk refuses, one warning is logged and `lost` counts the events.
@@ -52,7 +52,7 @@ class RunLog:
         self._append({"event": "start", "name": name, "parent": parent, "tags": _strings(tags or {})})
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Settings of the run, stored as text. MLflow keeps the first value; a later one becomes a tag `changed.<name>`."""
+        """Settings of the run, as text. MLflow keeps the first value; a later one becomes a tag `changed.<name>`."""
         self._append({"event": "params", "values": _strings(values)})
 
     def metrics(self, values: Mapping[str, Any], step: int) -> None:
@@ -65,7 +65,7 @@ class RunLog:
         self._append({"event": "tags", "values": _strings(values)})
 
     def artifact(self, local_path: str, folder: str = "") -> None:
-        """A file or folder of this node to upload under `folder` of the run's artifacts; it must stay until it is sent."""
+        """A file or folder of this node to upload under `folder` of the artifacts; it must stay until it is sent."""
         self._append({"event": "artifact", "path": os.path.abspath(local_path), "folder": folder})
 
     def end(self, status: Status = "FINISHED") -> None:
@@ -87,9 +87,7 @@ class RunLog:
         except OSError as error:
             self.lost += 1
             if self.lost == 1:
-                log.warning(
-                    "%s: the record of run %r cannot be written and is being lost: %s", self.spool, self.key, error
-                )
+                log.warning("%s: the record of run %r is being lost: %s", self.spool, self.key, error)
 
 
 def spool_folder(spool: str) -> Path:
@@ -118,7 +116,7 @@ def keys(spool: Path) -> list[str]:
 
 
 def read_events(path: Path, offset: int) -> Iterator[tuple[dict[str, Any] | None, int]]:
-    """Yield (event, the byte offset after its line) for the whole lines from `offset` on; the event of a broken line is None.
+    """Yield (event, the byte offset after its line) for the whole lines from `offset` on; a broken line yields None.
 
     A last line that is not finished yet is left for the next call.
     """
@@ -131,11 +129,6 @@ def read_events(path: Path, offset: int) -> Iterator[tuple[dict[str, Any] | None
                 offset += len(line) + 1
                 if line.strip():
                     yield _parse(line), offset
-
-
-def metric_value(value: float | str) -> float:
-    """The number of an event's value; "nan", "inf" and "-inf" are strings there."""
-    return float(value)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

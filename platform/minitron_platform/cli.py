@@ -1,0 +1,343 @@
+"""The command line: `minitron VERB RECIPE`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import click
+
+from minitron import __version__
+from minitron.errors import MinitronError
+from minitron_platform.console import Console, seconds
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class _Group(click.Group):
+    """Prints what the user can mend as two lines and exits with 2; a bug keeps its stack trace."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except MinitronError as error:
+            _fail(error)
+        except KeyboardInterrupt:
+            click.echo(f"\nstopped; to go on from here: {_again()}", err=True)
+            context.exit(130)
+
+
+def _fail(error: MinitronError) -> None:
+    click.secho("error: ", fg="red", bold=True, nl=False, err=True)
+    click.echo(error.problem, err=True)
+    if error.remedy:
+        click.secho("  fix: ", fg="green", bold=True, nl=False, err=True)
+        click.echo(error.remedy, err=True)
+    raise SystemExit(2)
+
+
+def _again() -> str:
+    import shlex
+
+    return shlex.join(["minitron", *sys.argv[1:]])
+
+
+@click.group(cls=_Group, context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="minitron")
+def main() -> None:
+    """Turn one large language model into a family of smaller ones.
+
+    A recipe says which teacher, text, size, search and evaluation; `minitron recipes` lists those that ship, and any YAML
+    file of yours works too.
+    """
+
+
+def _recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    options = [
+        click.argument("recipe"),
+        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a recipe key: --set distill.steps=50."),
+        click.option("--storage", "storage_path", metavar="PATH", envvar="MINITRON_STORAGE", help="Where everything is kept: a folder or any fsspec address. [default: ./runs]"),
+        click.option("--tracking-uri", metavar="URI", envvar="MLFLOW_TRACKING_URI", help="MLflow server or database. [default: SQLite in the storage]"),
+    ]  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def _tracking_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    @click.option("--storage", "storage_path", metavar="PATH", envvar="MINITRON_STORAGE", help="[default: ./runs]")
+    @click.option("--tracking-uri", metavar="URI", envvar="MLFLOW_TRACKING_URI", help="[default: SQLite in the storage]")
+    @wraps(function)
+    def wrapped(storage_path: str | None, tracking_uri: str | None, **rest: Any) -> Any:
+        from minitron_platform.context import places
+
+        return function(places=places(storage_path, tracking_uri), **rest)
+
+    return wrapped
+
+
+@main.command()
+def recipes() -> None:
+    """List the recipes that ship."""
+    from minitron_platform.recipe import load_recipe, shipped_recipes
+
+    for name in shipped_recipes():
+        click.echo(f"{name:<28}{load_recipe(name).description}")
+
+
+@main.command()
+@_recipe_options
+def plan(recipe: str, overrides: tuple[str, ...], storage_path: str | None, tracking_uri: str | None) -> None:
+    """Show what RECIPE will do and cost, and refuse what cannot work."""
+    console = Console()
+    _show_plan(console, *_planned(console, recipe, overrides, storage_path, tracking_uri), candidates=True)
+
+
+@main.command()
+@_recipe_options
+@click.option("--address", metavar="ADDRESS", help="A running Ray cluster to use. [default: Ray starts here]")
+@click.option("--until", metavar="STAGE", help="Stop after this stage.")
+def run(
+    recipe: str,
+    overrides: tuple[str, ...],
+    storage_path: str | None,
+    tracking_uri: str | None,
+    address: str | None,
+    until: str | None,
+) -> None:
+    """Carry out RECIPE here, going on from what is already done."""
+    import time
+
+    started = time.monotonic()
+    console = Console()
+    console.say(f"[bold]Minitron {__version__}[/]  {recipe}")
+    loaded, planned = _planned(console, recipe, overrides, storage_path, tracking_uri)
+    from minitron_platform import stages
+    from minitron_platform.console import seconds as duration
+
+    if until is not None and until not in stages.NAMES:
+        from minitron.errors import InputError
+
+        raise InputError(f"--until {until!r} is not a stage", f"use one of {', '.join(stages.NAMES)}")
+    _show_plan(console, loaded, planned, candidates=False)
+    with console.working("starting"):
+        from minitron_platform.pipeline import run as run_pipeline
+        from minitron_platform.pipeline import run_key
+        from minitron_platform.report import final_table
+    done = run_pipeline(
+        loaded,
+        storage_path=storage_path,
+        tracking_uri=tracking_uri,
+        address=address,
+        until=until,
+        console=console,
+    )
+    if "register" not in done:
+        return
+    console.say()
+    console.table(final_table(done))
+    registered = done["register"]
+    where = f" --storage {storage_path}" if storage_path else ""
+    uri = f" --tracking-uri {tracking_uri}" if tracking_uri else ""
+    console.say(f"\nThe student is a plain transformers checkpoint: [bold]{registered['source']}[/]")
+    console.say(f"The report: [bold]{planned.places.local}/runs/{run_key(loaded)}/report.html[/]")
+    console.say(f"Browse the experiment:  [bold]minitron ui{where}{uri}[/]")
+    console.say(f"Promote the student:    [bold]minitron promote {registered['model']}{where}{uri}[/]")
+    console.say(f"[dim]{duration(time.monotonic() - started)} in all[/]")
+
+
+def _planned(
+    console: Console, recipe: str, overrides: tuple[str, ...], storage_path: str | None, tracking_uri: str | None
+) -> tuple[Any, Any]:
+    from minitron_platform.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    with console.working("planning"):
+        from minitron_platform.planning import plan as make_plan
+
+        return loaded, make_plan(loaded, storage_path=storage_path, tracking_uri=tracking_uri)
+
+
+def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{recipe.name}: {planned.teacher.num_parameters / 1e6:,.1f}M to {recipe.target.parameters / 1e6:,.1f}M", title_justify="left")  # fmt: skip
+    for title, side in (("stage", "left"), ("what", "left"), ("TFLOP", "right"), ("disk", "right"), ("rough time", "right")):
+        table.add_column(title, justify=side)  # type: ignore[arg-type]
+    for cost in planned.costs:
+        table.add_row(
+            cost.stage,
+            cost.what,
+            f"{cost.flops / 1e12:,.1f}" if cost.flops else "",
+            f"{cost.bytes / 1e6:,.0f} MB" if cost.bytes > 1e5 else "",
+            seconds(cost.seconds),
+        )
+    table.add_section()
+    table.add_row("", "in all", f"{sum(c.flops for c in planned.costs) / 1e12:,.1f}", f"{planned.bytes / 1e6:,.0f} MB", seconds(planned.seconds))  # fmt: skip
+    console.table(table)
+    free = f" ({planned.free_bytes / 1e9:,.0f} GB free)" if planned.free_bytes is not None else ""
+    console.say(f"storage  {planned.places.storage}{free}")
+    console.say(f"mlflow   {planned.places.tracking_uri}")
+    console.say(f"compute  {planned.dtype}, {planned.flops_per_second / 1e9:,.0f} GFLOP/s measured here\n")
+    if candidates:
+        shapes = Table(title=f"{len(planned.candidates)} candidates", title_justify="left")
+        for title in ("layers", "hidden", "MLP", "heads", "KV heads", "parameters", "GFLOP/token", "KV cache/token"):
+            shapes.add_column(title, justify="right")
+        for a in planned.candidates:
+            shapes.add_row(
+                *[str(v) for v in (a.num_layers, a.hidden_size, a.intermediate_size, a.num_heads, a.num_kv_heads)],
+                f"{a.num_parameters:,}",
+                f"{a.flops_per_token(recipe.data.seq_length) / 1e9:.3f}",
+                f"{a.kv_cache_bytes(1):,} B",
+            )
+        console.table(shapes)
+
+
+@main.command()
+@_recipe_options
+@click.option("--address", required=True, metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's Jobs address, http://HOST:8265.")
+@click.option("--insecure", is_flag=True, help="Allow a plain address elsewhere without a token.")
+def submit(
+    recipe: str,
+    overrides: tuple[str, ...],
+    storage_path: str | None,
+    tracking_uri: str | None,
+    address: str,
+    insecure: bool,
+) -> None:
+    """Run RECIPE as a job on a Ray cluster; it goes on when this terminal is gone."""
+    import yaml
+
+    from minitron_platform.context import places
+    from minitron_platform.jobs import submit as submit_job
+    from minitron_platform.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    where = places(storage_path, tracking_uri)
+    submission = submit_job(
+        yaml.safe_dump(loaded.model_dump(by_alias=True), sort_keys=False),
+        name=loaded.name,
+        address=address,
+        options={"storage": where.storage, "tracking-uri": where.tracking_uri},
+        insecure=insecure,
+        say=click.echo,
+    )
+    click.echo(submission)
+    click.echo(f"follow it: minitron logs {submission} --address {address} --follow", err=True)
+
+
+def _job_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--insecure", is_flag=True, help="Allow a plain address elsewhere without a token."),
+        click.option("--address", required=True, metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="http://HOST:8265."),
+    ):
+        function = option(function)
+    return function
+
+
+@main.command()
+@click.argument("job", required=False)
+@_job_options
+def status(job: str | None, address: str, insecure: bool) -> None:
+    """The state of JOB, or of every submitted run."""
+    from minitron_platform.jobs import status as job_status
+
+    for row in job_status(address, job, insecure=insecure):
+        click.echo(f"{row.submission_id:<48}{row.status:<12}{row.message or ''}")
+
+
+@main.command()
+@click.argument("job")
+@click.option("--follow", "-f", is_flag=True, help="Keep printing until the job ends.")
+@_job_options
+def logs(job: str, follow: bool, address: str, insecure: bool) -> None:
+    """What JOB printed."""
+    from minitron_platform.jobs import logs as job_logs
+
+    for text in job_logs(address, job, follow, insecure=insecure):
+        click.echo(text, nl=False)
+
+
+@main.command()
+@click.argument("job")
+@_job_options
+def stop(job: str, address: str, insecure: bool) -> None:
+    """Stop JOB; submitting it again goes on from where it was."""
+    from minitron_platform.jobs import stop as stop_job
+
+    click.echo(stop_job(address, job, insecure=insecure))
+
+
+@main.command()
+@_tracking_options
+def models(places: Any) -> None:
+    """List the registered models."""
+    from rich.table import Table
+
+    from minitron_platform.registry import models as registered
+
+    found = registered(places.tracking_uri)
+    if not found:
+        click.echo(f"no models in {places.tracking_uri}; `minitron run` registers one")
+        return
+    table = Table()
+    for title in ("model", "version", "aliases", "parameters", "held-out KL", "loss", "created", "weights"):
+        table.add_column(title, overflow="fold")
+    for row in found:
+        table.add_row(
+            row.name,
+            row.version,
+            ", ".join(row.aliases),
+            f"{row.parameters:,}" if row.parameters else "",
+            f"{row.heldout_kl:.3f}" if row.heldout_kl is not None else "",
+            f"{row.heldout_loss:.3f}" if row.heldout_loss is not None else "",
+            str(row.created),
+            row.source,
+        )
+    Console().table(table)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--version", metavar="N", help="[default: the one under the alias 'candidate']")
+@click.option("--alias", default="champion", show_default=True)
+@_tracking_options
+def promote(places: Any, model: str, version: str | None, alias: str) -> None:
+    """Point an alias of MODEL at a version, after checking its weights."""
+    from minitron_platform.registry import promote as promote_model
+
+    _say_promotion(promote_model(places.tracking_uri, model, version=version, alias=alias))
+
+
+@main.command()
+@click.argument("model")
+@click.option("--alias", default="champion", show_default=True)
+@_tracking_options
+def rollback(places: Any, model: str, alias: str) -> None:
+    """Point an alias of MODEL back at the version before."""
+    from minitron_platform.registry import rollback as roll_back
+
+    _say_promotion(roll_back(places.tracking_uri, model, alias=alias))
+
+
+def _say_promotion(promotion: Any) -> None:
+    before = f" (was version {promotion.previous})" if promotion.previous else ""
+    click.echo(f"{promotion.name}@{promotion.alias} is version {promotion.version}{before}")
+
+
+@main.command()
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=5000, show_default=True)
+@click.option("--insecure", is_flag=True, help="Allow a host other than this machine.")
+@_tracking_options
+def ui(places: Any, host: str, port: int, insecure: bool) -> None:
+    """Browse experiments and models in MLflow's pages."""
+    from minitron_platform.ui import serve
+
+    raise SystemExit(serve(places.tracking_uri, places.local, host=host, port=port, insecure=insecure, say=click.echo))
+
+
+if __name__ == "__main__":
+    main()

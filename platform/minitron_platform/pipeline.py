@@ -1,0 +1,240 @@
+"""One recipe carried out: every stage in order, each done once and recognised by its fingerprint afterwards."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minitron import storage
+from minitron.errors import MinitronError
+from minitron_platform import stages
+from minitron_platform.console import Console, seconds
+from minitron_platform.context import Context, Places, places
+from minitron_platform.local_ray import cluster_cpus_gpus, ray_session
+from minitron_platform.recipe import Recipe
+from minitron_platform.spool import RunLog, read_events
+from minitron_platform.tracking import Flusher
+
+RECORD = "stage.json"
+
+
+def run(
+    recipe: Recipe,
+    *,
+    storage_path: str | None = None,
+    tracking_uri: str | None = None,
+    address: str | None = None,
+    until: str | None = None,
+    console: Console | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Carry out `recipe`, doing only what is not done yet; returns the outputs of every stage by name.
+
+    storage_path: any fsspec path (default ./runs or MINITRON_STORAGE). tracking_uri: MLflow's (default SQLite inside the
+    storage). address: a running Ray cluster (default: Ray starts in this process). until: the last stage to do.
+    Killed at any point and called again, it goes on from the last finished stage, trial or checkpoint.
+    Raises MinitronError for what the user can mend.
+    """
+    console = console or Console()
+    where = places(storage_path, tracking_uri)
+    key = run_key(recipe)
+    with _lock(where, key), ExitStack() as stack:
+        storage.write_bytes(storage.join(where.run(key), "recipe.yaml"), _yaml(recipe))
+        flusher = stack.enter_context(Flusher(where.spool(key), where.tracking_uri, recipe.experiment))
+        context = Context(
+            recipe=recipe,
+            places=where,
+            console=console,
+            run_key=key,
+            need_ray=_ray_starter(stack, recipe, address),
+            mlflow_run=lambda record: flusher.wait_for(record, timeout=30),
+        )
+        parent = _Parent(context)
+        try:
+            for name in stages.NAMES:
+                _stage(context, name, parent)
+                if name == until:
+                    break
+        except BaseException as error:
+            parent.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+        if until in (None, stages.NAMES[-1]):
+            from minitron_platform.report import write_report
+
+            write_report(context, parent)
+        parent.end("FINISHED")
+    return context.done
+
+
+def run_key(recipe: Recipe) -> str:
+    """The name of a run: the recipe's, and the fingerprint of all it says except how it is spread over machines."""
+    content = recipe.model_dump(by_alias=True, exclude={"resources", "description"})
+    return f"{recipe.name}-{storage.fingerprint(content)[:8]}"
+
+
+def _yaml(recipe: Recipe) -> bytes:
+    return yaml.safe_dump(recipe.model_dump(by_alias=True), sort_keys=False).encode()
+
+
+def stage_fingerprint(context: Context, name: str) -> str:
+    """Content address of a stage's result; needs the outputs of the stages before it."""
+    stage = stages.load(name)
+    return storage.fingerprint({"stage": name, "version": stage.VERSION, "inputs": stage.inputs(context)})
+
+
+def finished_record(context: Context, folder: str) -> dict[str, Any] | None:
+    """What a finished stage recorded, if all that it made is still there."""
+    path = storage.join(folder, RECORD)
+    if not storage.exists(path):
+        return None
+    record: dict[str, Any] = storage.read_json(path)
+    gone = [p for p in record["artifacts"] if not storage.exists(p)]
+    if gone:
+        context.console.say(f"  [yellow]{gone[0]} is gone: making it again[/]")
+        return None
+    return record
+
+
+def _stage(context: Context, name: str, parent: _Parent) -> None:
+    console = context.console
+    with console.working(f"[bold]{name}[/]"):
+        fingerprint = stage_fingerprint(context, name)
+        folder = context.places.stage(name, fingerprint)
+        record = finished_record(context, folder)
+        reused = record is not None
+        log = parent.child(name)
+        if record is None:
+            log.start(name, parent=context.run_key, tags={"minitron.kind": "stage"})
+            started = time.time()
+            try:
+                outputs = stages.load(name).run(context, folder)
+            except BaseException as error:
+                log.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+                raise
+            record = {
+                "outputs": {**outputs, "fingerprint": fingerprint},
+                "seconds": time.time() - started,
+                "artifacts": sorted(_artifacts(outputs, folder)),
+            }
+            storage.write_json(storage.join(folder, RECORD), record)
+        context.done[name] = record["outputs"]
+        _log_stage(context, log, record, reused)
+    took = "already done" if reused else seconds(record["seconds"])
+    console.say(f"[green]✓[/] [bold]{name:<10}[/] {record['outputs']['summary']} [dim]· {took}[/]")
+
+
+def _artifacts(outputs: dict[str, Any], folder: str) -> Iterator[str]:
+    for value in outputs.values():
+        if isinstance(value, str) and value.startswith(folder):
+            yield value
+
+
+def _log_stage(context: Context, log: RunLog, record: dict[str, Any], reused: bool) -> None:
+    if reused and is_finished(log):
+        return
+    if reused:
+        log.start(log.key.rsplit(".", 1)[-1], parent=context.run_key, tags={"minitron.kind": "stage"})
+    outputs = record["outputs"]
+    log.tags({"minitron.reused": reused, "minitron.fingerprint": outputs["fingerprint"], "summary": outputs["summary"]})
+    log.params({k: v for k, v in outputs.items() if isinstance(v, str | int) and k not in ("summary", "fingerprint")})
+    log.metrics({"seconds": record["seconds"], **_table_metrics(outputs)}, step=0)
+    log.end("FINISHED")
+
+
+def _table_metrics(outputs: dict[str, Any]) -> dict[str, float]:
+    values = {}
+    for model, row in outputs.get("table", {}).items():
+        values |= {f"{model}.{k}": row[k] for k in ("loss", "kl", "top1_agreement", "parameters", "tokens_per_second")}
+        values |= {f"{model}.{task}": score["value"] for task, score in row["tasks"].items()}
+    return values
+
+
+def is_finished(log: RunLog) -> bool:
+    """Whether a record's last word is that its run finished."""
+    path = f"{log.spool}/{log.key}.jsonl"
+    if not os.path.exists(path):
+        return False
+    last = None
+    for event, _ in read_events(Path(path), 0):
+        if event and event["event"] in ("start", "end"):
+            last = event
+    return last is not None and last["event"] == "end" and last["status"] == "FINISHED"
+
+
+class _Parent:
+    """The record that all stages are shown under; opened by the first stage that has something to record."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.log = RunLog(context.places.spool(context.run_key), context.run_key)
+        self.open = False
+
+    def child(self, name: str) -> RunLog:
+        log = self.context.log(name)
+        if not (is_finished(self.log) and is_finished(log)):
+            self.reopen()
+        return log
+
+    def reopen(self) -> None:
+        if self.open:
+            return
+        recipe = self.context.recipe
+        self.log.start(self.context.run_key, tags={"minitron.kind": "run", "minitron.recipe": recipe.name})
+        self.log.params({"teacher": recipe.teacher.model, "target_parameters": recipe.target.parameters})
+        self.open = True
+
+    def end(self, status: Any) -> None:
+        if self.open:
+            self.log.end(status)
+            self.open = False
+
+
+def _ray_starter(stack: ExitStack, recipe: Recipe, address: str | None) -> Callable[[], None]:
+    started = False
+
+    def start() -> None:
+        nonlocal started
+        if started:
+            return
+        resources = recipe.resources
+        wanted = max(resources.cpus_per_trial, resources.workers * resources.cpus_per_worker)
+        stack.enter_context(ray_session(address, num_cpus=int(wanted + 0.999)))
+        started = True
+        cpus, gpus = cluster_cpus_gpus()
+        wanted_gpus = max(resources.gpus_per_trial, resources.workers * resources.gpus_per_worker)
+        # Ray would wait for ever for what the cluster does not have.
+        if wanted > cpus or wanted_gpus > gpus:
+            raise MinitronError(
+                f"resources: {wanted:g} CPUs and {wanted_gpus:g} GPUs are needed at once, the cluster has {cpus:g} and {gpus:g}",
+                "lower resources.workers or what each takes, or use a larger cluster",
+            )
+
+    return start
+
+
+@contextmanager
+def _lock(where: Places, key: str) -> Iterator[None]:
+    """One process at a time carries out a run; the operating system drops the lock of a killed one."""
+    folder = storage.local_path(where.local) / "runs" / key
+    with storage.disk_errors(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "a+")  # noqa: SIM115 (held open as long as the run)
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise MinitronError(
+                f"run {key} is already going on in process {file.read().strip() or '?'}",
+                "wait for it, or stop that process",
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

@@ -1,0 +1,27 @@
+"""The stages of a run, in order.
+
+A stage is a module with `inputs(context)`, a JSON value of everything that can change its result, and
+`run(context, folder)`, which does the work in its folder and returns its outputs as a JSON value with a `summary`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, Protocol
+
+from minitron_platform.context import Context
+
+NAMES = ("teacher", "data", "calibrate", "targets", "search", "distill", "evaluate", "register")
+
+
+class Stage(Protocol):
+    VERSION: int
+
+    def inputs(self, context: Context) -> dict[str, Any]: ...
+
+    def run(self, context: Context, folder: str) -> dict[str, Any]: ...
+
+
+def load(name: str) -> Stage:
+    """The stage's module; imported when it is needed, since some bring large libraries."""
+    return import_module(f"{__name__}.{name}")  # type: ignore[return-value]

@@ -1,0 +1,86 @@
+"""Evaluate: teacher, pruned-only and distilled student on the same held-out rows, benchmarks and clock."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from minitron import storage
+from minitron.device import DTYPES, device
+from minitron.evaluation import Task, evaluate, interleaved_throughput
+from minitron.models import head_of, load_model, load_tokenizer
+from minitron_platform.context import Context
+from minitron_platform.stages.targets import materials
+
+VERSION = 1
+MODELS = ("teacher", "pruned", "distilled")
+
+
+def tasks(context: Context) -> list[Task]:
+    return [Task(**task.model_dump()) for task in context.recipe.evaluate.tasks]
+
+
+def inputs(context: Context) -> dict[str, Any]:
+    return {
+        "student": context.done["distill"]["id"],
+        "targets": context.done["targets"]["fingerprint"],
+        "scores": context.done["calibrate"]["id"],
+        "evaluate": context.recipe.evaluate.model_dump(exclude={"batch_rows"}),
+    }
+
+
+def run(context: Context, folder: str) -> dict[str, Any]:
+    done, dtype = context.done, DTYPES[context.done["teacher"]["dtype"]]
+    folders = {
+        "teacher": done["teacher"]["folder"],
+        "pruned": done["distill"]["pruned"],
+        "distilled": done["distill"]["student"],
+    }
+    models: dict[str, nn.Module] = {}
+    for name, place in folders.items():
+        context.console.status(f"loading the {name} model")
+        models[name] = load_model(storage.fetch(place), dtype).to(device())
+    table: dict[str, dict[str, Any]] = {name: _quality(context, name, models, folder) for name in MODELS}
+    context.console.status("measuring throughput")
+    speeds = interleaved_throughput(models, seq_length=done["data"]["seq_length"], batch_rows=4, seconds=6.0)
+    for name in MODELS:
+        table[name]["tokens_per_second"] = speeds[name].tokens_per_second
+        table[name]["tokens_per_second_spread"] = speeds[name].spread
+        table[name]["parameters"] = models[name].num_parameters()  # type: ignore[operator]
+    pruned, distilled = table["pruned"], table["distilled"]
+    return {
+        "table": table,
+        "summary": f"KL to the teacher: pruned {pruned['kl']:.3f}, distilled {distilled['kl']:.3f}",
+    }
+
+
+def _quality(context: Context, name: str, models: dict[str, nn.Module], folder: str) -> dict[str, Any]:
+    """One model's held-out metrics and benchmark scores, measured once and kept."""
+    path = storage.join(folder, f"{name}.json")
+    if not storage.exists(path):
+        context.console.status(f"{name}: held-out rows")
+        head = head_of(models["teacher"]).detach()
+        heldout = materials(context).heldout(models[name], head)
+        context.console.status(f"{name}: preparing benchmarks")
+        count = context.console.counter("documents")
+        scores = evaluate(
+            models[name],
+            load_tokenizer(storage.fetch(context.done["teacher"]["folder"])),
+            tasks(context),
+            batch_size=context.recipe.evaluate.batch_rows,
+            progress=count,
+        )
+        values = {
+            "loss": heldout.loss,
+            "kl": heldout.kl,
+            "top1_agreement": heldout.top1_agreement,
+            "heldout_tokens": heldout.tokens,
+            "tasks": {task: asdict(score) for task, score in scores.items()},
+        }
+        storage.write_json(path, values)
+        line = " · ".join(f"{task} {score.value:.3f}" for task, score in scores.items())
+        context.console.say(f"  {name}: loss {heldout.loss:.3f} · KL {heldout.kl:.3f}" + (f" · {line}" if line else ""))
+    found: dict[str, Any] = storage.read_json(path)
+    return found

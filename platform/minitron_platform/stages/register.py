@@ -1,0 +1,61 @@
+"""Register: the student becomes a version in the MLflow registry, with its lineage."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import minitron
+from minitron_platform import registry
+from minitron_platform.context import Context
+
+VERSION = 1
+
+
+def inputs(context: Context) -> dict[str, Any]:
+    return {
+        "student": context.done["distill"]["id"],
+        "evaluate": context.done["evaluate"]["fingerprint"],
+        "register": context.recipe.register_as.model_dump(),
+        "tracking": context.places.tracking_uri,
+    }
+
+
+def run(context: Context, folder: str) -> dict[str, Any]:
+    done, settings = context.done, context.recipe.register_as
+    quality = done["evaluate"]["table"]["distilled"]
+    tags = {
+        "minitron.version": minitron.__version__,
+        "minitron.recipe": context.recipe.name,
+        "minitron.run": context.run_key,
+        "minitron.teacher": context.recipe.teacher.model,
+        "minitron.teacher_sha256": json.dumps(done["teacher"]["sha256"], sort_keys=True),
+        "minitron.architecture": json.dumps(done["distill"]["architecture"], sort_keys=True),
+        "minitron.parameters": str(done["distill"]["parameters"]),
+        "minitron.data": f"{context.recipe.data.kind} {context.recipe.data.path}".strip(),
+        "minitron.data_sha256": done["data"]["train"],
+        "minitron.tokens": str(done["distill"]["tokens"]),
+        "minitron.heldout_loss": f"{quality['loss']:.6f}",
+        "minitron.heldout_kl": f"{quality['kl']:.6f}",
+        **{f"minitron.task.{name}": f"{s['value']:.4f}" for name, s in quality["tasks"].items()},
+    }
+    run_id = context.mlflow_run(context.run_key)
+    version = registry.register(
+        context.places.tracking_uri,
+        name=settings.model,
+        source=done["distill"]["student"],
+        run_id=run_id,
+        tags=tags,
+        description=f"{context.recipe.teacher.model} pruned to {done['distill']['parameters']:,} parameters and distilled",
+        alias=settings.alias,
+        key=f"{context.run_key}.{done['distill']['id']}",
+    )
+    return {
+        "model": settings.model,
+        "version": version,
+        "alias": settings.alias,
+        "source": done["distill"]["student"],
+        "summary": f"{settings.model} version {version} as {settings.alias!r}",
+    }
+
+

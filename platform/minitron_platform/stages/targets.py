@@ -1,0 +1,67 @@
+"""Targets: the teacher's hidden states of every row, computed once and read by everything that distils."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from minitron import storage
+from minitron.distill import store_hidden
+from minitron.distill.materials import Materials
+from minitron_platform.context import Context
+
+VERSION = 1
+
+
+def inputs(context: Context) -> dict[str, Any]:
+    return {
+        "teacher": context.done["teacher"]["id"],
+        "dtype": context.done["teacher"]["dtype"],
+        "train": context.done["data"]["train"],
+        "heldout": context.done["data"]["heldout"],
+    }
+
+
+def run(context: Context, folder: str) -> dict[str, Any]:
+    outputs = {"train": storage.join(folder, "train"), "heldout": storage.join(folder, "heldout")}
+    reads = materials(context, outputs)
+    teacher: list[nn.Module] = []
+
+    def load_once() -> nn.Module:
+        if not teacher:
+            context.console.status("loading the teacher")
+            teacher.append(reads.load_teacher())
+        return teacher[0]
+
+    computed = 0
+    for split in ("heldout", "train"):
+        computed += store_hidden(
+            load_once,
+            reads.open_rows(split),
+            outputs[split],
+            key=reads.targets_key(split),
+            progress=context.console.counter(f"{split} rows"),
+        )
+    tokens = context.done["data"]["train_tokens"] + context.done["data"]["heldout_tokens"]
+    size = tokens * context.done["teacher"]["architecture"]["hidden_size"] * 2
+    return {
+        **outputs,
+        "rows_computed": computed,
+        "summary": f"{tokens:,} tokens once through the teacher · {size / 1e6:.0f} MB",
+    }
+
+
+def materials(context: Context, targets: dict[str, Any] | None = None) -> Materials:
+    """What distillations of this run read."""
+    done = context.done
+    stored = targets or done["targets"]
+    return Materials(
+        teacher=done["teacher"]["folder"],
+        teacher_id=done["teacher"]["id"],
+        dtype=done["teacher"]["dtype"],
+        scores=done["calibrate"]["scores"],
+        rows=done["data"]["folder"],
+        train_targets=stored["train"],
+        heldout_targets=stored["heldout"],
+    )

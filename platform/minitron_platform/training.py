@@ -1,0 +1,122 @@
+"""The winner's distillation on Ray Train: any number of workers, one global batch, one result."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from minitron import storage
+from minitron.architecture import Architecture
+from minitron.distill import DistillConfig, StepReport, distill
+from minitron.distill.materials import Materials
+from minitron.models import head_of, load_tokenizer, save_model
+from minitron_platform.recipe import Resources, Training
+from minitron_platform.spool import RunLog
+
+
+@dataclass(frozen=True)
+class DistillTask:
+    """What every worker needs. `student` is the folder that the result is committed to."""
+
+    materials: Materials
+    architecture: dict[str, Any]
+    config: DistillConfig
+    checkpoints: str
+    student: str
+    key: str
+    threads: int
+
+
+def distill_config(training: Training) -> DistillConfig:
+    return DistillConfig(**training.model_dump())
+
+
+def train_on_ray(task: DistillTask, resources: Resources, log: RunLog, scratch: str) -> None:
+    """Distil with `resources.workers` processes; the student is committed when this returns.
+
+    A worker that dies is restarted from the last checkpoint, up to `max_failures` times. `log` gets the metrics.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    # The name is new each time: what a run resumes from is its own verified checkpoints, not Ray Train's snapshot.
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"task": task},
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker={
+                "CPU": resources.cpus_per_worker,
+                **({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
+            },
+        ),
+        run_config=RunConfig(
+            name=f"train-{uuid.uuid4().hex[:8]}",
+            storage_path=scratch,
+            failure_config=FailureConfig(max_failures=resources.max_failures),
+            callbacks=[_record(log)],
+        ),
+    )
+    try:
+        trainer.fit()
+    finally:
+        storage.remove(scratch)
+
+
+def _record(log: RunLog) -> Any:
+    from ray.train import UserCallback
+
+    class Record(UserCallback):
+        """Appends rank 0's metrics to the run's record, in Ray Train's controller."""
+
+        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+            numbers = dict(metrics[0])
+            log.metrics(numbers, step=int(numbers.pop("step")))
+
+    return Record()
+
+
+def _worker(config: dict[str, Any]) -> None:
+    import ray.train
+
+    task: DistillTask = config["task"]
+    if not torch.cuda.is_available():
+        torch.set_num_threads(task.threads)
+    materials = task.materials
+    teacher = materials.load_teacher()
+    teacher_head = head_of(teacher).detach()
+    student = materials.prune(teacher, Architecture.from_dict(task.architecture))
+    del teacher
+
+    def report(step: StepReport) -> None:
+        ray.train.report(
+            {
+                "step": step.step,
+                "train_kl": step.loss,
+                "learning_rate": step.learning_rate,
+                "grad_norm": step.grad_norm,
+                "tokens": step.tokens,
+                "tokens_per_second": step.tokens_per_second,
+            }
+        )
+
+    distill(
+        student,
+        materials.targets("train", teacher_head),
+        materials.open_rows("train"),
+        task.config,
+        checkpoints=task.checkpoints,
+        key=task.key,
+        report=report,
+    )
+    if dist.get_rank() == 0:
+        with storage.committed_folder(task.student) as folder:
+            save_model(student, load_tokenizer(storage.fetch(materials.teacher)), folder)
+    dist.barrier()
