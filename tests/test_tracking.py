@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,9 +24,24 @@ from minitron_platform.tracking import Flusher, prepare_mlflow
 EXPERIMENT = "tiny family"
 
 
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow takes a second or more to make its tables; once is enough for most tests."""
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    Flusher(str(file.parent / "spool"), f"sqlite:///{file}", "another experiment").close(60)
+    return file
+
+
 @pytest.fixture
-def uri(tmp_path: Path) -> str:
+def uri(tmp_path: Path, empty_database: Path) -> str:
+    (tmp_path / "store").mkdir()
+    shutil.copy(empty_database, tmp_path / "store")
     return f"sqlite:///{tmp_path}/store/mlflow.db"
+
+
+@pytest.fixture
+def new_uri(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/new/mlflow.db"
 
 
 @pytest.fixture
@@ -84,7 +100,9 @@ def test_children_are_nested_and_everything_arrives(spool: str, uri: str, tmp_pa
     assert stored.is_relative_to(tmp_path / "store")
 
 
-def test_an_outage_costs_no_metric_and_no_time(spool: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_outage_costs_no_metric_and_no_time(
+    spool: str, uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     run = RunLog(spool, "run")
@@ -97,7 +115,7 @@ def test_an_outage_costs_no_metric_and_no_time(spool: str, tmp_path: Path, caplo
             run.metrics({"loss": 1 / (step + 1), "lr": 0.5}, step)
             slowest = max(slowest, time.perf_counter() - began)
         assert flusher.wait_for("run", 1.0) is None
-        with mlflow_server(tmp_path, port):
+        with mlflow_server(tmp_path / "store", port):
             assert flusher.wait_for("run", 60) is not None
             run.end()
             assert flusher.close(60) == 0
@@ -111,7 +129,7 @@ def test_an_outage_costs_no_metric_and_no_time(spool: str, tmp_path: Path, caplo
     assert len(said) == 2, said
     assert "events wait in" in said[0]
     assert "answers again" in said[1]
-    assert slowest < 5  # the client's own patience is four minutes
+    assert slowest < 5  # seconds; the client's own patience is four minutes
 
 
 def test_what_is_unsent_is_counted_and_sent_by_the_next_run(spool: str, uri: str) -> None:
@@ -212,6 +230,21 @@ def test_one_bad_event_stops_nothing(spool: str, uri: str) -> None:
     assert points(uri, runs(uri)["run"], "loss") == [(1, 3.0), (2, 2.0)]
 
 
+def test_a_run_deleted_in_mlflow_stays_deleted_until_it_is_started_again(spool: str, uri: str) -> None:
+    from mlflow import MlflowClient
+
+    run = RunLog(spool, "run")
+    run.start("run")
+    deleted = flush(spool, uri).run_ids()["run"]
+    MlflowClient(uri).delete_run(deleted)
+    run.metrics({"loss": 2.0}, 1)
+    assert flush(spool, uri).refused() == 1
+    run.start("run")
+    run.metrics({"loss": 1.0}, 2)
+    assert flush(spool, uri).run_ids()["run"] != deleted
+    assert points(uri, runs(uri)["run"], "loss") == [(2, 1.0)]
+
+
 def test_a_deleted_database_is_filled_again(spool: str, uri: str, tmp_path: Path) -> None:
     run = RunLog(spool, "run")
     run.start("run")
@@ -222,17 +255,17 @@ def test_a_deleted_database_is_filled_again(spool: str, uri: str, tmp_path: Path
     assert points(other, runs(other)["run"], "loss") == [(1, 1.0)]
 
 
-def test_two_drivers_make_one_database_and_one_run(spool: str, uri: str) -> None:
+def test_two_drivers_make_one_database_and_one_run(spool: str, new_uri: str) -> None:
     RunLog(spool, "run").start("run")
     code = "import sys; from minitron_platform.tracking import Flusher; print(Flusher(*sys.argv[1:]).close(60))"
-    command = [sys.executable, "-c", code, spool, uri, EXPERIMENT]
+    command = [sys.executable, "-c", code, spool, new_uri, EXPERIMENT]
     drivers = [subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) for _ in range(2)]
     other = subprocess.Popen([*command[:3], f"{spool}-2", *command[4:]], env=environment(), stdout=subprocess.PIPE)
     for driver in [*drivers, other]:
         driver.communicate(timeout=120)
         assert driver.returncode == 0
-    flush(spool, uri)
-    assert list(runs(uri)) == ["run"]
+    flush(spool, new_uri)
+    assert list(runs(new_uri)) == ["run"]
 
 
 def test_lines_of_many_writers_stay_whole(spool: str) -> None:
@@ -267,3 +300,6 @@ def test_what_cannot_work_is_refused_at_once(tmp_path: Path) -> None:
         prepare_mlflow(str(tmp_path / "mlruns"))
     with pytest.raises(InputError, match="names no file"):
         prepare_mlflow("sqlite:///:memory:")
+    with pytest.raises(InputError) as refused:
+        prepare_mlflow("oracle://user:hunter2@db/mlflow")
+    assert "hunter2" not in str(refused.value)

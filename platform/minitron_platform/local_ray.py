@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
+from ray._private.authentication import authentication_token_setup
 
 from minitron.errors import InputError, MinitronError
 from minitron_platform.shipping import PACKAGES, package_folder, stage_code
@@ -118,12 +119,9 @@ def _join(address: str) -> None:
                 f"Ray at {address!r} does not answer ({error.strerror or error})",
                 "check the address with `ray status` there; without an address a private Ray is started here",
             ) from error
-    # Where a token is at hand it is sent; a cluster that asks for none takes no notice.
-    with _environment({"RAY_AUTH_MODE": "token"} if auth_token() else {}):
-        _connect(address)
-
-
-def _connect(address: str) -> None:
+    # Ray sends its token by itself to a cluster it starts, not to one it joins.
+    logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)
+    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     with tempfile.TemporaryDirectory(prefix="minitron-code-") as folder:
         runtime_env = None  # inside a job the code came with the job
         if IN_A_JOB not in os.environ:

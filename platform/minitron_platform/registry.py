@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from minitron.errors import InputError, MinitronError, StorageError
 from minitron.storage import MANIFEST, absolute, is_committed, is_local, join, local_path, manifest, read_bytes, verify
 from minitron_platform.spool import check_key
-from minitron_platform.tracking import prepare_mlflow, sqlite_path
+from minitron_platform.tracking import prepare_mlflow, shown, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -306,9 +306,10 @@ def _registry(tracking_uri: str) -> Iterator[MlflowClient]:
         yield MlflowClient(tracking_uri, registry_uri=tracking_uri)
     except MlflowException as error:
         if error.error_code == "INVALID_PARAMETER_VALUE":
-            raise InputError(f"MLflow at {tracking_uri}: {error}", "change the value it names") from error
+            raise InputError(f"MLflow at {shown(tracking_uri)}: {error}", "change the value it names") from error
         remedy = "check that the server runs and that the address is right"
-        raise MinitronError(f"MLflow at {tracking_uri}: {str(error).splitlines()[0][:300]}", remedy) from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        raise MinitronError(f"MLflow at {shown(tracking_uri)}: {shown(reason)}", remedy) from error
 
 
 def _check_name(name: str) -> None:

@@ -33,7 +33,7 @@ def stage_code(target: Path) -> list[str]:
     for package in PACKAGES:
         source = package_folder(package)
         copy = target / package
-        shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"))
+        shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__", ".*"))
         if package == "minitron_platform" and not (copy / "_data").exists():
             for name in DATA:
                 if (source.parents[1] / name).is_dir():

@@ -37,7 +37,7 @@ def prepare_mlflow(tracking_uri: str) -> None:
     """
     if not re.match(r"^(sqlite|postgresql|mysql|mssql)(\+\w+)?://|^https?://", tracking_uri):
         raise InputError(
-            f"MLflow tracking address {tracking_uri!r} is not supported",
+            f"MLflow tracking address {shown(tracking_uri)!r} is not supported",
             "use sqlite:///path/mlflow.db, http(s)://host:port, or a postgresql:// or mysql:// address",
         )
     for name, value in {
@@ -58,6 +58,11 @@ def prepare_mlflow(tracking_uri: str) -> None:
     if path is not None:
         with disk_errors(str(path.parent)):
             path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def shown(tracking_uri: str) -> str:
+    """The address without the user and password it may carry, for messages."""
+    return re.sub(r"://[^/@]*@", "://", tracking_uri)
 
 
 def sqlite_path(tracking_uri: str) -> Path | None:
@@ -134,15 +139,14 @@ class Flusher:
                 try:
                     self._pass()
                     if failures:
-                        log.warning("MLflow at %s answers again", self.tracking_uri)
+                        log.warning("MLflow at %s answers again", shown(self.tracking_uri))
                     failures = 0
                 except unreachable() as error:
                     failures += 1
                     if failures == 1:
                         reason = (str(error).splitlines() or [type(error).__name__])[0]
-                        log.warning(
-                            "MLflow at %s: %.300s; its events wait in %s", self.tracking_uri, reason, self.spool
-                        )
+                        where = shown(self.tracking_uri)
+                        log.warning("MLflow at %s: %.300s; events wait in %s", where, shown(reason), self.spool)
                 if last and (not failures or failures >= LAST_ATTEMPTS):
                     break
                 pause = min(self.interval * 2**failures, LONGEST_PAUSE) if failures else self.interval

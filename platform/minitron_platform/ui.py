@@ -19,7 +19,7 @@ from urllib.error import URLError
 
 from minitron.errors import InputError, MinitronError
 from minitron.storage import disk_errors, is_local, local_path
-from minitron_platform.tracking import prepare_mlflow, sqlite_path
+from minitron_platform.tracking import prepare_mlflow, shown, sqlite_path
 
 START_SECONDS = 90.0  # MLflow imports, and on first use creates its tables
 STOP_SECONDS = 10.0
@@ -43,7 +43,7 @@ def serve(
     """
     prepare_mlflow(tracking_uri)
     if tracking_uri.startswith("http"):
-        say(f"MLflow is at {tracking_uri}")
+        say(f"MLflow is at {shown(tracking_uri)}")
         return 0
     if not insecure and not _is_loopback(host):
         raise InputError(
@@ -57,11 +57,15 @@ def serve(
             os.makedirs(artifact_root, exist_ok=True)
     database = sqlite_path(tracking_uri)
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", tracking_uri if database is None else f"sqlite:///{database}"]
     command += ["--artifacts-destination", artifact_root]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     with tempfile.TemporaryDirectory(prefix="minitron-ui-") as folder, open(f"{folder}/log", "w+b") as output:
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        store = tracking_uri if database is None else f"sqlite:///{database}"
+        environment = {
+            **os.environ,
+            "MLFLOW_BACKEND_STORE_URI": store,  # not an argument: it may hold a password, and ps shows arguments
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        }
         # Its own session, so that one signal ends it and its workers however this process is ended.
         server = subprocess.Popen(
             command,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray import tune
 from ray.tune import Callback
 
+from minitron import storage
 from minitron.architecture import Architecture
 from minitron.errors import MinitronError
 from minitron_search.ranking import SearchResult, rank
@@ -51,36 +51,47 @@ def _run(
     by_key = {trial_key(a): a for a in waiting}
 
     def trainable(config: dict[str, Any]) -> None:
-        run_trial(task, by_key[config["candidate"]], tune.report)
+        architecture = by_key[config["candidate"]]
+        try:
+            run_trial(task, architecture, tune.report)
+        except MinitronError as error:
+            # It would fail the same way again: recorded, not raised, so that Tune does not retry it.
+            tune.report({"failed": error.problem})
 
     resources = {"cpu": cpus, "gpu": gpus} if gpus else {"cpu": cpus}
     # Tune's own experiment state is not what a run resumes from (restoring it would mean trusting pickles): results and
     # checkpoints of trials are, so its folder is thrown away.
-    with tempfile.TemporaryDirectory(prefix="minitron-tune-") as scratch:
-        logging.getLogger("ray.tune").setLevel(logging.ERROR)
-        tuner = tune.Tuner(
-            tune.with_resources(trainable, resources),
-            param_space={"candidate": tune.grid_search(list(by_key))},
-            tune_config=tune.TuneConfig(reuse_actors=True),
-            run_config=tune.RunConfig(
-                name="search",
-                storage_path=scratch,
-                verbose=0,
-                failure_config=tune.FailureConfig(max_failures=max_failures),
-                callbacks=[_Events(on_event)] if on_event else [],
-            ),
-        )
-        grid = tuner.fit()
-    return {
-        str(by_key[result.config["candidate"]]): _reason(result.error)
-        for result in grid
-        if result.error is not None and result.config is not None
-    }
+    scratch = storage.join(task.folder, "tune")
+    storage.remove(scratch)
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, resources),
+        param_space={"candidate": tune.grid_search(list(by_key))},
+        tune_config=tune.TuneConfig(reuse_actors=True),
+        run_config=tune.RunConfig(
+            name="search",
+            storage_path=scratch,
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=max_failures),
+            callbacks=[_Events(on_event)] if on_event else [],
+        ),
+    )
+    grid = tuner.fit()
+    failures = {}
+    for result in grid:
+        name = str(by_key[(result.config or {})["candidate"]])
+        if result.error is not None:
+            failures[name] = _reason(str(result.error))
+        elif "failed" in (result.metrics or {}):
+            failures[name] = result.metrics["failed"]
+    storage.remove(scratch)
+    return failures
 
 
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else type(error).__name__)
+def _reason(text: str) -> str:
+    """The line of a traceback that says what went wrong."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "no reason given")
 
 
 class _Events(Callback):
@@ -89,12 +100,14 @@ class _Events(Callback):
     def __init__(self, on_event: Event) -> None:
         self.on_event = on_event
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles callbacks with its experiment state, which is never restored
+
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
-        numbers = {k: v for k, v in result.items() if k in _REPORTED}
-        self.on_event(trial.config["candidate"], numbers)
+        self.on_event(trial.config["candidate"], {k: v for k, v in result.items() if k in _REPORTED})
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.on_event(trial.config["candidate"], {"failed": _reason(Exception(trial.get_error() or ""))})
+        self.on_event(trial.config["candidate"], {"failed": "its worker died too often"})
 
 
-_REPORTED = ("step", "steps", "kl", "loss", "train_kl", "learning_rate", "grad_norm", "tokens_per_second")
+_REPORTED = ("step", "steps", "kl", "loss", "train_kl", "learning_rate", "grad_norm", "tokens_per_second", "failed")

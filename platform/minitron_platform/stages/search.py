@@ -13,7 +13,7 @@ from minitron_platform.recipe import Recipe
 from minitron_platform.stages.targets import materials
 from minitron_platform.training import distill_config
 from minitron_search.space import candidates
-from minitron_search.trial import SearchTask, trial_key
+from minitron_search.trial import SearchTask, trial_key, trial_result
 
 VERSION = 1
 
@@ -75,8 +75,6 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         max_failures=recipe.resources.max_failures,
         on_event=view.event,
     )
-    for name, reason in result.failures.items():
-        context.console.say(f"  [yellow]failed[/] {name}: {reason}")
     ranking = json.loads(result.ranking.to_json(orient="records"))
     _record_trials(context, task, found)
     best = result.ranking.iloc[0]
@@ -92,8 +90,6 @@ def run(context: Context, folder: str) -> dict[str, Any]:
 
 def _record_trials(context: Context, task: SearchTask, found: list[Architecture]) -> None:
     """Close each trial's record; one that finished in an earlier, killed process is recorded from its result."""
-    from minitron_search.trial import trial_result
-
     for architecture in found:
         log = context.log(f"trial-{trial_key(architecture)}")
         result = trial_result(task.folder, architecture)
@@ -136,13 +132,17 @@ class _View:
             wanted = ("train_kl", "learning_rate", "grad_norm", "tokens_per_second")
             log.metrics({k: numbers[k] for k in wanted if k in numbers}, step=int(numbers["step"]))
         self.latest[key] = numbers
+        if "failed" in numbers:
+            self.console.say(f"  [yellow]failed[/]  {self.names[key]}: {numbers['failed']}")
+            log.tags({"minitron.failure": numbers["failed"]})
+            self.latest[key] = {}
+            return
         if "kl" not in numbers:
             return
         if numbers["step"] == 0:
             self.first_kl[key] = numbers["kl"]
             return
         self.finished += 1
-        del self.latest[key]
         self.latest[key] = {}
         before = f"{self.first_kl[key]:.2f} → " if key in self.first_kl else ""
         self.console.say(f"  {self.finished}/{len(self.names)}  {self.names[key]}  held-out KL {before}{numbers['kl']:.3f}")

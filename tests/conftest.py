@@ -1,0 +1,27 @@
+"""Fixtures that several test files use."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+
+os.environ.update(
+    MLFLOW_DISABLE_TELEMETRY="true",
+    RAY_USAGE_STATS_ENABLED="0",
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+
+@pytest.fixture
+def free_port():
+    """A function that gives a loopback port nobody listens on."""
+
+    def find() -> int:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            return listener.getsockname()[1]
+
+    return find

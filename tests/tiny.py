@@ -1,0 +1,108 @@
+"""Small but real models, tokenizers and texts that tests build on the spot."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from minitron.architecture import Architecture
+
+logging.set_verbosity_error()
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "nemotron")
+WORDS = (
+    "the model reads a row of tokens and predicts next one from all before it small large teacher student layer head "
+    "neuron channel loss rate batch step search prune keep remove learn text word line page book river stone cloud tree"
+).split()
+
+
+def config(family: str, tied: bool, **changes: Any) -> Any:
+    """A transformers config of a family: grouped-query attention, explicit head_dim, biases where the family has them."""
+    from transformers import AutoConfig
+
+    values = {
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 24,
+        "tie_word_embeddings": tied,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    return AutoConfig.for_model(family, **{**values, **changes})
+
+
+def model(family: str = "llama", tied: bool = True, seed: int = 0, **changes: Any) -> torch.nn.Module:
+    """A float32 model whose every weight, norms and biases included, is random, so that no slicing error hides."""
+    torch.manual_seed(seed)
+    made = AutoModelForCausalLM.from_config(config(family, tied, **changes)).float().eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else 0.05))
+    return made
+
+
+def architecture(of: torch.nn.Module) -> Architecture:
+    return Architecture.from_config(of.config)
+
+
+def rows(count: int = 8, seq_length: int = 16, vocab: int = 300, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, vocab, (count, seq_length), generator=torch.Generator().manual_seed(seed))
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    """Sentences of common words with a little structure, so that a model can learn something."""
+    draw = random.Random(seed)
+    return [
+        " ".join(WORDS[(draw.randrange(7) * 11 + 5 * i) % len(WORDS)] for i in range(draw.randrange(30, 80)))
+        for _ in range(count)
+    ]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on `texts`."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    made.train_from_iterator(texts(50), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", pad_token="<eos>", bos_token="<eos>")
+
+
+def checkpoint(folder: Path, steps: int = 60) -> Path:
+    """A Llama trained for a moment on `texts`, saved with its tokenizer: a teacher worth imitating."""
+    words = tokenizer()
+    made = model("llama", tied=True, vocab_size=len(words), hidden_size=48, num_attention_heads=6, num_key_value_heads=2)
+    for parameter in made.parameters():
+        parameter.requires_grad_(True)
+    ids = torch.tensor([i for text in texts(200) for i in [*words(text)["input_ids"], words.eos_token_id]])
+    ids = ids[: len(ids) // 32 * 32].view(-1, 32)
+    optimizer = torch.optim.AdamW(made.parameters(), lr=3e-3)
+    for step in range(steps):
+        batch = ids[(torch.arange(16) + 16 * step) % len(ids)]
+        made(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    made.eval().save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def corpus(path: Path, count: int = 400) -> Path:
+    """JSON lines of `texts`."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(count, seed=3)))
+    return path
