@@ -41,7 +41,9 @@ class Architecture:
         for field in (*PRUNABLE, "head_dim", "vocab_size"):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
-                raise InputError(f"{field}: {value!r} is not a positive whole number", "give a whole number of at least 1")
+                raise InputError(
+                    f"{field}: {value!r} is not a positive whole number", "give a whole number of at least 1"
+                )
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"num_heads: {self.num_heads} does not divide into num_kv_heads = {self.num_kv_heads} groups",

@@ -66,9 +66,13 @@ def check_source(source: str) -> None:
     elif _looks_like_path(source):
         path = storage.local_path(source)
         if not path.exists():
-            raise InputError(f"teacher.model: {source} does not exist", "give a model folder, a .gguf file or a hub name")
+            raise InputError(
+                f"teacher.model: {source} does not exist", "give a model folder, a .gguf file or a hub name"
+            )
         if path.is_dir() and not (path / "config.json").exists():
-            raise InputError(f"teacher.model: {source} has no config.json", "give the folder of a transformers checkpoint")
+            raise InputError(
+                f"teacher.model: {source} has no config.json", "give the folder of a transformers checkpoint"
+            )
 
 
 def _looks_like_path(source: str) -> bool:
@@ -173,19 +177,41 @@ def load_tokenizer(folder: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
 
 
-def decoder_of(model: nn.Module) -> nn.Module:
-    """The part of a causal language model that maps token ids to the final hidden states."""
-    return model.base_model  # type: ignore[return-value]
+def decoder_and_head(model: Any) -> tuple[nn.Module, Tensor]:
+    """The part of a transformers causal LM that gives final hidden states, and its head's weight [vocab, hidden].
+
+    Raises InputError when the model's logits are not `hidden @ head.T` (a head bias, scaled or soft-capped logits).
+    """
+    name = type(model).__name__
+    embeddings = model.get_output_embeddings()
+    if embeddings is None:
+        raise InputError(f"{name} has no output head", "give a causal language model, for example LlamaForCausalLM")
+    scaling = {
+        "final_logit_softcapping": getattr(model.config, "final_logit_softcapping", None) or None,
+        "logit_scale": getattr(model.config, "logit_scale", None) or 1.0,
+        "logits_scaling": getattr(model.config, "logits_scaling", None) or 1.0,
+        "head bias": getattr(embeddings, "bias", None),
+    }
+    changed = [
+        key for key, value in scaling.items() if not (value is None or (isinstance(value, float) and value == 1.0))
+    ]
+    if changed:
+        raise InputError(
+            f"{name}: its logits are not hidden states times head ({', '.join(changed)})",
+            "use a model without it; Llama, Mistral and Qwen types have none",
+        )
+    return model.get_decoder(), embeddings.weight
 
 
 def head_of(model: nn.Module) -> Tensor:
     """The head's weight [vocabulary, hidden]; the embedding matrix itself where the two are tied."""
-    return model.get_output_embeddings().weight  # type: ignore[operator,no-any-return]
+    return decoder_and_head(model)[1]
 
 
 def final_hidden(model: nn.Module, input_ids: Tensor) -> Tensor:
     """Hidden states after the final norm, [rows, seq_length, hidden] in the model's dtype."""
-    return decoder_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+    decoder, _ = decoder_and_head(model)
+    return decoder(input_ids=input_ids, use_cache=False).last_hidden_state
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:

@@ -19,9 +19,9 @@ def prune(model: nn.Module, architecture: Architecture, scores: ImportanceScores
     The result has the dtype and class of `model`, which stays as it is. Its logits equal those of `model` with the removed
     units masked, to rounding. Raises InputError when `architecture` does not fit inside the model.
     """
-    base = Architecture.from_config(model.config)  # type: ignore[arg-type]
+    base = Architecture.from_config(model.config)
     selection = select(scores, base, architecture)
-    config = architecture.to_config(model.config, selection.layers)  # type: ignore[arg-type]
+    config = architecture.to_config(model.config, selection.layers)
     source = model.state_dict()
     state = dict(sliced_tensors(source.__getitem__, base, architecture, selection))
     if architecture.tied:
@@ -30,7 +30,7 @@ def prune(model: nn.Module, architecture: Architecture, scores: ImportanceScores
     with quiet_transformers():
         result: nn.Module = type(model).from_pretrained(None, config=config, state_dict=state, dtype=dtype)  # type: ignore[attr-defined]
     if hasattr(model, "generation_config"):
-        result.generation_config = model.generation_config  # type: ignore[assignment]
+        result.generation_config = model.generation_config
     return result.eval()
 
 

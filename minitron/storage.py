@@ -35,7 +35,9 @@ def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         fs, inner = url_to_fs(path)
     except ImportError as error:
-        raise StorageError(f"{path!r}: {error}", "install the fsspec driver it names, for example s3fs or gcsfs") from error
+        raise StorageError(
+            f"{path!r}: {error}", "install the fsspec driver it names, for example s3fs or gcsfs"
+        ) from error
     return fs, inner
 
 
@@ -253,8 +255,7 @@ def fetch_file(path: str, cache: str | None = None) -> Path:
     """A single file as a local path: itself, or a copy of a remote one under `cache`, named by its address."""
     if is_local(path):
         return local_path(path)
-    fs, inner = filesystem(path)
-    copy = Path(cache or os.path.join(tempfile.gettempdir(), "minitron-cache")) / fingerprint(path) / Path(inner).name
+    copy = Path(cache or os.path.join(tempfile.gettempdir(), "minitron-cache")) / fingerprint(path) / Path(path).name
     if not copy.exists():
         copy.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(str(copy), read_bytes(path))

@@ -343,6 +343,8 @@ def test_a_local_run_has_a_private_ray_that_leaves_nothing_behind(end: str, tmp_
         assert cpus == 64
         assert file == str(tmp_path / "code/minitron/__init__.py")
         assert all(map(is_alive, pids))
+        folder = Path(session).parents[1]
+        assert folder.stat().st_mode & 0o077 == 0  # sockets and logs are this user's
         if end == "killed":
             driver.kill()
         else:
@@ -352,7 +354,7 @@ def test_a_local_run_has_a_private_ray_that_leaves_nothing_behind(end: str, tmp_
             assert driver.stderr.read() == ""  # a quiet terminal
             assert driver.wait() == 0
         wait_until(lambda: not any(map(is_alive, pids)), "raylet and worker are gone")
-        wait_until(lambda: not Path(session).parent.exists(), "the folder of sockets and logs is gone")
+        wait_until(lambda: not folder.exists(), "the folder of sockets and logs is gone")
         assert list((tmp_path / "home").iterdir()) == []  # no lasting token was written
     finally:
         driver.kill()

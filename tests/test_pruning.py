@@ -105,7 +105,9 @@ def test_the_least_important_block_of_layers_goes():
     base = tiny.architecture(model)
     scores = estimate_importance(model, tiny.rows(), block_sizes=(2,))
     start = int(scores.block_loss[2].argmin())
-    assert select(scores, base, replace(base, num_layers=3)).layers == [i for i in range(5) if not start <= i < start + 2]
+    assert select(scores, base, replace(base, num_layers=3)).layers == [
+        i for i in range(5) if not start <= i < start + 2
+    ]
 
 
 @pytest.mark.parametrize(

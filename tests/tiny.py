@@ -17,10 +17,9 @@ from minitron.architecture import Architecture
 logging.set_verbosity_error()
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "nemotron")
-WORDS = (
-    "the model reads a row of tokens and predicts next one from all before it small large teacher student layer head "
-    "neuron channel loss rate batch step search prune keep remove learn text word line page book river stone cloud tree"
-).split()
+TEXT = """the model reads a row of tokens and predicts next one from all before it small large teacher student layer head
+neuron channel loss rate batch step search prune keep remove learn text word line page book river stone cloud tree"""
+WORDS = TEXT.split()
 
 
 def config(family: str, tied: bool, **changes: Any) -> Any:
@@ -77,7 +76,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=300,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     made.train_from_iterator(texts(50), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", pad_token="<eos>", bos_token="<eos>")
@@ -86,7 +88,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def checkpoint(folder: Path, steps: int = 60) -> Path:
     """A Llama trained for a moment on `texts`, saved with its tokenizer: a teacher worth imitating."""
     words = tokenizer()
-    made = model("llama", tied=True, vocab_size=len(words), hidden_size=48, num_attention_heads=6, num_key_value_heads=2)
+    made = model(
+        "llama", tied=True, vocab_size=len(words), hidden_size=48, num_attention_heads=6, num_key_value_heads=2
+    )
     for parameter in made.parameters():
         parameter.requires_grad_(True)
     ids = torch.tensor([i for text in texts(200) for i in [*words(text)["input_ids"], words.eos_token_id]])

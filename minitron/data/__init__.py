@@ -2,11 +2,12 @@
 
 from minitron.data.documents import Document, TextSource, documents, source_identity
 from minitron.data.packing import pack, tokenizer_identity
-from minitron.data.rows import Rows, rows_for_step
+from minitron.data.rows import Rows, Split, rows_for_step
 
 __all__ = [
     "Document",
     "Rows",
+    "Split",
     "TextSource",
     "documents",
     "pack",

@@ -76,7 +76,7 @@ def distill(
     clock, clock_tokens = time.perf_counter(), 0
     for step in range(first, config.steps):
         indices = rows_for_step(len(rows), config.batch_rows, step, config.seed)
-        loss = _forward_backward(student, targets, rows, indices[rank::world], config)
+        share = _forward_backward(student, targets, rows, indices[rank::world], config)
         rate = learning_rate(
             step,
             total_steps=config.steps,
@@ -84,7 +84,7 @@ def distill(
             minimum=config.min_lr,
             warmup_steps=config.warmup_steps,
         )
-        loss, norm = state.update(loss, rate, world, where=f"step {step}, rows {indices}")
+        loss, norm = state.update(share, rate, world, where=f"step {step}, rows {indices}")
         clock_tokens += len(indices) * rows.seq_length
         done = step + 1
         if report and (done % config.report_every == 0 or done == config.steps):
@@ -114,7 +114,7 @@ def _forward_backward(
         loss = linear_kl_div(
             hidden.flatten(0, 1), head_of(student), teacher.flatten(0, 1), targets.head, config.temperature
         ) * (len(part) / config.batch_rows)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += loss.detach().double().cpu()
     return total
 
@@ -163,7 +163,7 @@ class _State:
             parameter.copy_(master)
 
     def tensors(self) -> dict[str, Tensor]:
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for master, (name, _) in zip(self.masters, self.named, strict=True):
             moments = self.optimizer.state[master]
             tensors |= {

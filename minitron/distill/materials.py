@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from minitron import storage
 from minitron.architecture import Architecture
-from minitron.data import Rows
+from minitron.data import Rows, Split
 from minitron.device import DTYPES, device
 from minitron.distill.teacher import StoredTeacher, store_key
 from minitron.evaluation import HeldoutMetrics, heldout_metrics
@@ -33,13 +33,13 @@ class Materials:
     def load_teacher(self) -> nn.Module:
         return load_model(storage.fetch(self.teacher), DTYPES[self.dtype]).to(device())
 
-    def open_rows(self, split: str) -> Rows:
+    def open_rows(self, split: Split) -> Rows:
         return Rows.open(self.rows, split)
 
-    def targets_key(self, split: str) -> str:
+    def targets_key(self, split: Split) -> str:
         return store_key(self.teacher_id, self.open_rows(split).fingerprint, self.dtype)
 
-    def targets(self, split: str, teacher_head: Tensor) -> StoredTeacher:
+    def targets(self, split: Split, teacher_head: Tensor) -> StoredTeacher:
         """The stored hidden states of a split, "train" or "heldout"."""
         folder = self.train_targets if split == "train" else self.heldout_targets
         return StoredTeacher(folder, teacher_head, self.targets_key(split))

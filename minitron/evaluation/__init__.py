@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from minitron.evaluation.harness import Score as Score
     from minitron.evaluation.harness import evaluate as evaluate
     from minitron.evaluation.heldout import HeldoutMetrics as HeldoutMetrics
-    from minitron.evaluation.heldout import decoder_and_head as decoder_and_head
     from minitron.evaluation.heldout import heldout_metrics as heldout_metrics
     from minitron.evaluation.heldout import teacher_targets as teacher_targets
     from minitron.evaluation.speed import Throughput as Throughput
@@ -25,7 +24,6 @@ _PUBLIC = {
     "Score": "harness",
     "evaluate": "harness",
     "HeldoutMetrics": "heldout",
-    "decoder_and_head": "heldout",
     "heldout_metrics": "heldout",
     "teacher_targets": "heldout",
     "Task": "tasks",

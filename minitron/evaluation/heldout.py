@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from minitron.errors import InputError, NonFiniteError
 from minitron.evaluation.mode import evaluating
+from minitron.models import decoder_and_head
 
 
 @dataclass(frozen=True)
@@ -40,32 +41,6 @@ class TeacherTargets(TypedDict):
 
     teacher_hidden: Callable[[slice], Tensor]
     teacher_head: Tensor
-
-
-def decoder_and_head(model: Any) -> tuple[torch.nn.Module, Tensor]:
-    """The part of a transformers causal LM that gives final hidden states, and its head's weight [vocab, hidden].
-
-    Raises InputError when the model's logits are not `hidden @ head.T` (a head bias, scaled or soft-capped logits).
-    """
-    name = type(model).__name__
-    embeddings = model.get_output_embeddings()
-    if embeddings is None:
-        raise InputError(f"{name} has no output head", "give a causal language model, for example LlamaForCausalLM")
-    scaling = {
-        "final_logit_softcapping": getattr(model.config, "final_logit_softcapping", None) or None,
-        "logit_scale": getattr(model.config, "logit_scale", None) or 1.0,
-        "logits_scaling": getattr(model.config, "logits_scaling", None) or 1.0,
-        "head bias": getattr(embeddings, "bias", None),
-    }
-    changed = [
-        key for key, value in scaling.items() if not (value is None or (isinstance(value, float) and value == 1.0))
-    ]
-    if changed:
-        raise InputError(
-            f"{name}: its logits are not hidden states times head ({', '.join(changed)})",
-            "use a model without it; Llama, Mistral and Qwen types have none",
-        )
-    return model.get_decoder(), embeddings.weight
 
 
 def teacher_targets(teacher_model: Any, rows: Tensor) -> TeacherTargets:

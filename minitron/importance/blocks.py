@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from minitron.architecture import Architecture
-from minitron.models import decoder_of, head_of, layers_of
+from minitron.models import final_hidden, head_of, layers_of
 
 
 def block_losses(
@@ -29,7 +29,7 @@ def block_losses(
     rows int64 [num_rows, seq_length]. Memory: the residual stream of one batch at every depth.
     """
     layers = layers_of(model)
-    table = Architecture.from_config(model.config).table  # type: ignore[arg-type]
+    table = Architecture.from_config(model.config).table
     norm, head = model.get_submodule(table.final_norm), head_of(model)
     totals = {size: torch.zeros(len(layers) - size + 1, dtype=torch.float64) for size in sizes}
     for batch in rows.split(batch_rows) if sizes else ():
@@ -57,7 +57,7 @@ def _record(model: nn.Module, layers: nn.ModuleList, batch: Tensor) -> list[tupl
 
     handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
     try:
-        decoder_of(model)(input_ids=batch, use_cache=False)
+        final_hidden(model, batch)
     finally:
         for handle in handles:
             handle.remove()

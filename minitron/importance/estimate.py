@@ -13,7 +13,7 @@ from minitron.errors import InputError
 from minitron.importance.aggregate import AGGREGATIONS, OverBatch, over_sequence
 from minitron.importance.blocks import block_losses
 from minitron.importance.scores import ImportanceScores
-from minitron.models import decoder_of, layers_of
+from minitron.models import final_hidden, layers_of
 
 Progress = Callable[[int, int], None]
 
@@ -84,7 +84,7 @@ class _Collector:
 
     def __init__(self, model: nn.Module, batch: str, sequence: str) -> None:
         config = model.config
-        self.architecture = Architecture.from_config(config)  # type: ignore[arg-type]
+        self.architecture = Architecture.from_config(config)
         self.model = model
         self.sequence = sequence
         layers = layers_of(model)
@@ -129,7 +129,7 @@ class _Collector:
 
     def forward(self, batch: Tensor) -> None:
         self.stream.clear()
-        decoder_of(self.model)(input_ids=batch, use_cache=False)
+        final_hidden(self.model, batch)
         unit = torch.stack([nn.functional.normalize(hidden.float(), dim=-1) for hidden in self.stream])
         self.stream.clear()
         cosine = torch.einsum("irsd,jrsd->ij", unit, unit) / unit.shape[2]  # mean over positions, summed over rows

@@ -13,6 +13,10 @@ from minitron import __version__
 from minitron.errors import MinitronError
 from minitron_platform.console import Console, seconds
 
+STORAGE_HELP = "Where everything is kept: a folder or any fsspec address. [default: ./runs]"
+TRACKING_HELP = "MLflow server or database. [default: SQLite in the storage]"
+ADDRESS_HELP = "The cluster's Jobs address, http://HOST:8265."
+INSECURE_HELP = "Allow a plain address elsewhere without a token."
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -57,18 +61,24 @@ def main() -> None:
 def _recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         click.argument("recipe"),
-        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a recipe key: --set distill.steps=50."),
-        click.option("--storage", "storage_path", metavar="PATH", envvar="MINITRON_STORAGE", help="Where everything is kept: a folder or any fsspec address. [default: ./runs]"),
-        click.option("--tracking-uri", metavar="URI", envvar="MLFLOW_TRACKING_URI", help="MLflow server or database. [default: SQLite in the storage]"),
-    ]  # fmt: skip
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Change a recipe key: --set distill.steps=50.",
+        ),
+        click.option("--storage", "storage_path", metavar="PATH", envvar="MINITRON_STORAGE", help=STORAGE_HELP),
+        click.option("--tracking-uri", metavar="URI", envvar="MLFLOW_TRACKING_URI", help=TRACKING_HELP),
+    ]
     for option in reversed(options):
         function = option(function)
     return function
 
 
 def _tracking_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    @click.option("--storage", "storage_path", metavar="PATH", envvar="MINITRON_STORAGE", help="[default: ./runs]")
-    @click.option("--tracking-uri", metavar="URI", envvar="MLFLOW_TRACKING_URI", help="[default: SQLite in the storage]")
+    @click.option("--storage", "storage_path", metavar="PATH", envvar="MINITRON_STORAGE", help=STORAGE_HELP)
+    @click.option("--tracking-uri", metavar="URI", envvar="MLFLOW_TRACKING_URI", help=TRACKING_HELP)
     @wraps(function)
     def wrapped(storage_path: str | None, tracking_uri: str | None, **rest: Any) -> Any:
         from minitron_platform.context import places
@@ -163,8 +173,17 @@ def _planned(
 def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool) -> None:
     from rich.table import Table
 
-    table = Table(title=f"{recipe.name}: {planned.teacher.num_parameters / 1e6:,.1f}M to {recipe.target.parameters / 1e6:,.1f}M", title_justify="left")  # fmt: skip
-    for title, side in (("stage", "left"), ("what", "left"), ("TFLOP", "right"), ("disk", "right"), ("rough time", "right")):
+    table = Table(
+        title=f"{recipe.name}: {planned.teacher.num_parameters / 1e6:,.1f}M to {recipe.target.parameters / 1e6:,.1f}M",
+        title_justify="left",
+    )
+    for title, side in (
+        ("stage", "left"),
+        ("what", "left"),
+        ("TFLOP", "right"),
+        ("disk", "right"),
+        ("rough time", "right"),
+    ):
         table.add_column(title, justify=side)  # type: ignore[arg-type]
     for cost in planned.costs:
         table.add_row(
@@ -175,7 +194,13 @@ def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool)
             seconds(cost.seconds),
         )
     table.add_section()
-    table.add_row("", "in all", f"{sum(c.flops for c in planned.costs) / 1e12:,.1f}", f"{planned.bytes / 1e6:,.0f} MB", seconds(planned.seconds))  # fmt: skip
+    table.add_row(
+        "",
+        "in all",
+        f"{sum(c.flops for c in planned.costs) / 1e12:,.1f}",
+        f"{planned.bytes / 1e6:,.0f} MB",
+        seconds(planned.seconds),
+    )
     console.table(table)
     free = f" ({planned.free_bytes / 1e9:,.0f} GB free)" if planned.free_bytes is not None else ""
     console.say(f"storage  {planned.places.storage}{free}")
@@ -197,8 +222,8 @@ def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool)
 
 @main.command()
 @_recipe_options
-@click.option("--address", required=True, metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's Jobs address, http://HOST:8265.")
-@click.option("--insecure", is_flag=True, help="Allow a plain address elsewhere without a token.")
+@click.option("--address", required=True, metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help=ADDRESS_HELP)
+@click.option("--insecure", is_flag=True, help=INSECURE_HELP)
 def submit(
     recipe: str,
     overrides: tuple[str, ...],
@@ -230,8 +255,8 @@ def submit(
 
 def _job_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
-        click.option("--insecure", is_flag=True, help="Allow a plain address elsewhere without a token."),
-        click.option("--address", required=True, metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="http://HOST:8265."),
+        click.option("--insecure", is_flag=True, help=INSECURE_HELP),
+        click.option("--address", required=True, metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help=ADDRESS_HELP),
     ):
         function = option(function)
     return function

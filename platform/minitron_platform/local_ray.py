@@ -168,11 +168,11 @@ def _private_folder(temp_dir: str | None) -> Iterator[str]:
         yield folder
         return
     parent = tempfile.gettempdir()
-    folder = tempfile.mkdtemp(prefix="mt-", dir=parent if len(os.fsencode(parent)) <= LONGEST_TEMP_DIR - 12 else "/tmp")
+    folder = tempfile.mkdtemp(prefix="mt-", dir=parent if len(os.fsencode(parent)) <= LONGEST_TEMP_DIR - 14 else "/tmp")
     # A process that outlives this one by a moment deletes the folder, so that a killed run leaves nothing either.
     delete = ["sh", "-c", 'cat >/dev/null; rm -rf "$1"', "sh", folder]
     with subprocess.Popen(delete, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True):
-        yield folder
+        yield f"{folder}/r"  # Ray opens its own folder to everybody, so it gets one inside ours
 
 
 @contextmanager

@@ -148,7 +148,7 @@ def _log_stage(context: Context, log: RunLog, record: dict[str, Any], reused: bo
 
 
 def _table_metrics(outputs: dict[str, Any]) -> dict[str, float]:
-    values = {}
+    values: dict[str, float] = {}
     for model, row in outputs.get("table", {}).items():
         values |= {f"{model}.{k}": row[k] for k in ("loss", "kl", "top1_agreement", "parameters", "tokens_per_second")}
         values |= {f"{model}.{task}": score["value"] for task, score in row["tasks"].items()}
@@ -211,7 +211,7 @@ def _ray_starter(stack: ExitStack, recipe: Recipe, address: str | None) -> Calla
         # Ray would wait for ever for what the cluster does not have.
         if wanted > cpus or wanted_gpus > gpus:
             raise MinitronError(
-                f"resources: {wanted:g} CPUs and {wanted_gpus:g} GPUs are needed at once, the cluster has {cpus:g} and {gpus:g}",
+                f"resources: {wanted:g} CPUs and {wanted_gpus:g} GPUs are needed at once, there are {cpus:g} and {gpus:g}",
                 "lower resources.workers or what each takes, or use a larger cluster",
             )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +16,34 @@ from minitron_platform.context import Context
 from minitron_platform.resources import data_folder
 from minitron_platform.spool import RunLog, read_events
 
-MODELS = {"teacher": "teacher", "pruned": "pruned only", "distilled": "distilled student"}
+MODELS = {"teacher": "teacher", "pruned": "pruned only", "distilled": "distilled"}
 
 
-def rows(context_done: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the final table, as text."""
-    table = context_done["evaluate"]["table"]
-    tasks = list(next(iter(table.values()))["tasks"])
-    header = ["", "parameters", "loss", "KL to teacher", "same top-1", *tasks, "tokens/s"]
-    body = []
-    for key, name in MODELS.items():
-        row = table[key]
-        scores = [_score(row["tasks"][task]) for task in tasks]
-        body.append(
-            [
-                name,
-                f"{row['parameters'] / 1e6:,.1f}M",
-                f"{row['loss']:.3f}",
-                f"{row['kl']:.3f}",
-                f"{100 * row['top1_agreement']:.1f}%",
-                *scores,
-                f"{row['tokens_per_second']:,.0f}",
-            ]
-        )
-    return header, body
+def rows(done: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the final table, as text: a column per model, a row per figure."""
+    models = [done["evaluate"]["table"][key] for key in MODELS]
+    figures: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("parameters", lambda m: f"{m['parameters']:,}"),
+        ("held-out loss", lambda m: f"{m['loss']:.3f}"),
+        ("KL to the teacher", lambda m: f"{m['kl']:.3f}"),
+        ("same first token", lambda m: f"{100 * m['top1_agreement']:.1f} %"),
+        *((task, partial(_score, task)) for task in models[0]["tasks"]),
+        ("tokens per second", lambda m: f"{m['tokens_per_second']:,.0f}"),
+    ]
+    return ["", *MODELS.values()], [[name, *[text(model) for model in models]] for name, text in figures]
 
 
-def _score(score: dict[str, Any]) -> str:
+def _score(task: str, model: dict[str, Any]) -> str:
+    score = model["tasks"][task]
     error = f" ± {100 * score['stderr']:.1f}" if score["stderr"] is not None else ""
-    return f"{100 * score['value']:.1f}{error}"
+    return f"{100 * score['value']:.1f}{error} %"
 
 
 def caption(done: dict[str, dict[str, Any]]) -> str:
     """What the table's figures are measured on."""
     table = done["evaluate"]["table"]
     tasks = [
-        f"{name}: {s['metric']} in %, {s['num_fewshot']}-shot, first {s['num_documents']} of {s['split']}"
+        f"{name}: {s['metric']}, {s['num_fewshot']}-shot, first {s['num_documents']} documents of {s['split']}"
         for name, s in table["distilled"]["tasks"].items()
     ]
     tokens = f"{table['distilled']['heldout_tokens']:,} held-out tokens"
@@ -61,7 +55,7 @@ def final_table(done: dict[str, dict[str, Any]]) -> Table:
     header, body = rows(done)
     table = Table(caption=caption(done), caption_justify="left")
     for index, title in enumerate(header):
-        table.add_column(title, justify="left" if index == 0 else "right", no_wrap=index == 0)
+        table.add_column(title, justify="left" if index == 0 else "right")
     for row in body:
         table.add_row(*row)
     return table

@@ -12,9 +12,7 @@ from minitron.errors import InputError
 MLP_RATIO = "mlp_ratio"
 
 
-def candidates(
-    base: Architecture, space: Mapping[str, Sequence[float]], low: float, high: float
-) -> list[Architecture]:
+def candidates(base: Architecture, space: Mapping[str, Sequence[float]], low: float, high: float) -> list[Architecture]:
     """Architectures inside `base` with `low` to `high` parameters, largest first.
 
     `space` maps Architecture fields to their values, or `mlp_ratio` to ratios, intermediate_size = int(ratio ·

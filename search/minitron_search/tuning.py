@@ -103,7 +103,9 @@ class _Events(Callback):
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles callbacks with its experiment state, which is never restored
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         self.on_event(trial.config["candidate"], {k: v for k, v in result.items() if k in _REPORTED})
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

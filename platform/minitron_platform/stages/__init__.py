@@ -24,4 +24,4 @@ class Stage(Protocol):
 
 def load(name: str) -> Stage:
     """The stage's module; imported when it is needed, since some bring large libraries."""
-    return import_module(f"{__name__}.{name}")  # type: ignore[return-value]
+    return import_module(f"{__name__}.{name}")

@@ -8,9 +8,9 @@ from typing import Any
 
 from minitron import storage
 from minitron.data import Rows
+from minitron.device import DTYPES, device
 from minitron.importance import estimate_importance
 from minitron.models import load_model
-from minitron.device import DTYPES, device
 from minitron_platform.context import Context
 
 VERSION = 1

@@ -7,7 +7,7 @@ from typing import Any
 
 from minitron import storage
 from minitron.architecture import Architecture
-from minitron.models import save_model, load_tokenizer
+from minitron.models import load_tokenizer, save_model
 from minitron_platform.console import seconds
 from minitron_platform.context import Context
 from minitron_platform.spool import RunLog, read_events
@@ -75,7 +75,8 @@ class _Tail:
 
     def text(self) -> str:
         if self.path.exists():
-            for event, self.offset in read_events(self.path, self.offset):
+            for event, offset in read_events(self.path, self.offset):
+                self.offset = offset
                 if event and event["event"] == "metrics":
                     numbers, step = event["values"], event["step"]
                     per_step = numbers["tokens"] / step / numbers["tokens_per_second"]
@@ -84,5 +85,3 @@ class _Tail:
                         f"{numbers['tokens_per_second']:.0f} tokens/s · {seconds(per_step * (self.steps - step))} left"
                     )
         return self.latest or "starting workers"
-
-

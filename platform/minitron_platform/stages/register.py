@@ -57,5 +57,3 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         "source": done["distill"]["student"],
         "summary": f"{settings.model} version {version} as {settings.alias!r}",
     }
-
-

@@ -145,7 +145,9 @@ class _View:
         self.finished += 1
         self.latest[key] = {}
         before = f"{self.first_kl[key]:.2f} → " if key in self.first_kl else ""
-        self.console.say(f"  {self.finished}/{len(self.names)}  {self.names[key]}  held-out KL {before}{numbers['kl']:.3f}")
+        self.console.say(
+            f"  {self.finished}/{len(self.names)}  {self.names[key]}  held-out KL {before}{numbers['kl']:.3f}"
+        )
 
     def _status(self) -> str:
         active = [
@@ -155,5 +157,3 @@ class _View:
             if "steps" in numbers
         ]
         return f"{self.finished}/{len(self.names)} candidates · " + (" · ".join(active) or "starting workers")
-
-

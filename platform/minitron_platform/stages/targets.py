@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from minitron import storage
+from minitron.data import Split
 from minitron.distill import store_hidden
 from minitron.distill.materials import Materials
 from minitron_platform.context import Context
@@ -35,7 +36,8 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         return teacher[0]
 
     computed = 0
-    for split in ("heldout", "train"):
+    splits: tuple[Split, ...] = ("heldout", "train")
+    for split in splits:
         computed += store_hidden(
             load_once,
             reads.open_rows(split),

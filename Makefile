@@ -1,0 +1,38 @@
+# The two commands of the README: `make run` and `make test`. Each sets up what it needs.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -c constraints.txt
+INPUTS := pyproject.toml constraints.txt requirements-data.txt
+
+.PHONY: run test lint clean
+
+run: $(VENV)/.run  ## SmolLM2-135M to about 90M parameters, on this machine
+	$(BIN)/minitron run smollm2-135m-cpu
+
+test: $(VENV)/.dev  ## the tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev  ## style, types, and the one-way imports
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Minitron needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: with it in place nothing else asks for another build of it
+$(VENV)/.run: $(VENV)/bin/python $(INPUTS)
+	$(PIP) torch
+	$(PIP) -e .
+	$(PIP) --no-deps -r requirements-data.txt
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(PIP) -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)

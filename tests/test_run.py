@@ -1,0 +1,337 @@
+"""The whole recipe, as a user runs it: the command line on a small real model, its results, its resumption, its errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from mlflow import MlflowClient
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).parent.parent
+STAGES = ["teacher", "data", "calibrate", "targets", "search", "distill", "evaluate", "register"]
+SEARCH_STEPS, DISTILL_STEPS = 6, 24
+
+
+def _environment():
+    paths = [str(ROOT / part) for part in (".", "platform", "search")]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MINITRON_", "MLFLOW_TRACKING", "RAY_ADDRESS"))}
+    return {**kept, "PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200"}
+
+
+def _command(*arguments):
+    return [sys.executable, "-m", "minitron_platform", *map(str, arguments)]
+
+
+def _minitron(*arguments, cwd, timeout=300):
+    return subprocess.run(
+        _command(*arguments), cwd=cwd, env=_environment(), capture_output=True, text=True, timeout=timeout
+    )
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """A folder with a small trained teacher, a text, a benchmark, and the recipe that uses them."""
+    folder = tmp_path_factory.mktemp("bench")
+    tiny.checkpoint(folder / "teacher")
+    tiny.corpus(folder / "text.jsonl")
+    with open(folder / "arc.jsonl", "w") as file:
+        for number, text in enumerate(tiny.texts(12, seed=7)):
+            words = text.split()
+            choices = {"text": [words[8], "stone cloud", "river river"], "label": ["A", "B", "C"]}
+            line = {"id": str(number), "question": " ".join(words[:8]), "choices": choices, "answerKey": "A"}
+            file.write(json.dumps(line) + "\n")
+    training = {"batch_rows": 4, "micro_batch_rows": 2, "peak_lr": 2e-3, "min_lr": 1e-4, "warmup_steps": 2}
+    recipe = {
+        "name": "tiny-cpu",
+        "description": "a small teacher for tests",
+        "experiment": "tiny",
+        "teacher": {"model": str(folder / "teacher"), "dtype": "float32"},
+        "data": {
+            "kind": "jsonl",
+            "path": str(folder / "text.jsonl"),
+            "seq_length": 32,
+            "train_rows": 96,
+            "heldout_rows": 16,
+        },
+        "calibrate": {"rows": 16, "layers": "loss", "layer_rows": 4},
+        "target": {"parameters": 80_000, "tolerance": 0.2},
+        "search": {
+            "space": {"num_layers": [3, 4, 5], "hidden_size": [36, 48], "intermediate_size": [48, 72, 96]},
+            "training": {"steps": SEARCH_STEPS, "checkpoint_every": 2, **training},
+        },
+        "distill": {"steps": DISTILL_STEPS, "checkpoint_every": 4, **training},
+        "evaluate": {"tasks": [{"name": "arc_easy", "data": str(folder / "arc.jsonl"), "limit": 10}]},
+        "register": {"model": "tiny-student"},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(bench):
+    """The run, carried out once."""
+    result = _minitron("run", "recipe.yaml", "--storage", "runs", cwd=bench)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def _results(bench, storage="runs"):
+    (path,) = (bench / storage / "runs").glob("*/results.json")
+    return json.loads(path.read_text())["stages"]
+
+
+def test_a_run_ends_with_a_better_student_and_says_so(bench, finished):
+    done = _results(bench)
+    table = done["evaluate"]["table"]
+    assert table["teacher"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert table["distilled"]["kl"] < 0.8 * table["pruned"]["kl"]
+    assert table["distilled"]["loss"] < table["pruned"]["loss"]
+    assert table["pruned"]["parameters"] == table["distilled"]["parameters"] < table["teacher"]["parameters"]
+    for model in ("teacher", "pruned", "distilled"):
+        score = table[model]["tasks"]["arc_easy"]
+        assert score["num_documents"] == 10
+        assert score["stderr"] > 0
+        assert f"{table[model]['kl']:.3f}" in finished.stdout
+        assert f"{table[model]['parameters']:,}" in finished.stdout
+    assert "first 10 documents" in finished.stdout
+    assert "minitron ui" in finished.stdout
+    assert "minitron promote tiny-student" in finished.stdout
+
+
+def test_every_candidate_was_distilled_on_the_same_tokens(bench, finished):
+    done = _results(bench)
+    ranking = done["search"]["ranking"]
+    assert len(ranking) == done["search"]["candidates"] >= 6
+    assert [r["kl"] for r in ranking] == sorted(r["kl"] for r in ranking)
+    assert {r["tokens"] for r in ranking} == {SEARCH_STEPS * 4 * 32}
+    assert all(r["kl"] < r["kl_undistilled"] for r in ranking)
+    assert all(64_000 <= r["parameters"] <= 96_000 for r in ranking)
+    assert len({r["num_layers"] for r in ranking}) > 1
+    assert len({r["hidden_size"] for r in ranking}) > 1
+    winner = done["search"]["winner"]
+    assert winner["num_layers"] == ranking[0]["num_layers"]
+    assert done["distill"]["architecture"] == winner
+
+
+def test_the_student_loads_without_minitron_and_gives_the_same_logits(bench, finished):
+    folder = _results(bench)["distill"]["student"]
+    program = (
+        "import sys, torch\n"
+        "for name in ('minitron', 'minitron_search', 'minitron_platform'): sys.modules[name] = None\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"model = AutoModelForCausalLM.from_pretrained({folder!r}).eval()\n"
+        f"ids = AutoTokenizer.from_pretrained({folder!r})('the teacher reads a page', return_tensors='pt').input_ids\n"
+        "torch.save((ids, model(ids).logits.detach()), 'logits.pt')\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=bench, check=True, capture_output=True)
+    ids, logits = torch.load(bench / "logits.pt", weights_only=True)
+    with torch.no_grad():
+        ours = AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits
+    assert torch.equal(ours, logits)
+    assert logits.std() > 0.1
+
+
+def test_mlflow_shows_the_run_its_stages_and_the_trials_below_the_search(bench, finished):
+    client = MlflowClient(f"sqlite:///{bench}/runs/mlflow.db")
+    experiment = client.get_experiment_by_name("tiny")
+    runs = client.search_runs([experiment.experiment_id], max_results=100)
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    by_id = {run.info.run_id: run for run in runs}
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    (parent,) = parents
+    stages = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert sorted(run.info.run_name for run in stages) == sorted(STAGES)
+    trials = [run for run in runs if run.data.tags.get("minitron.kind") == "trial"]
+    assert len(trials) == _results(bench)["search"]["candidates"]
+    assert {by_id[run.data.tags["mlflow.parentRunId"]].info.run_name for run in trials} == {"search"}
+    best = min(trials, key=lambda run: run.data.metrics["heldout_kl"])
+    assert best.data.metrics["heldout_kl"] == pytest.approx(_results(bench)["search"]["ranking"][0]["kl"])
+    distill = next(run for run in stages if run.info.run_name == "distill")
+    history = client.get_metric_history(distill.info.run_id, "train_kl")
+    assert [point.step for point in history] == list(range(1, DISTILL_STEPS + 1))
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {"report.html", "report.png"}
+
+
+def test_the_student_is_registered_with_its_lineage_and_can_be_promoted(bench, finished):
+    done = _results(bench)
+    client = MlflowClient(f"sqlite:///{bench}/runs/mlflow.db")
+    version = client.get_model_version_by_alias("tiny-student", "candidate")
+    assert version.source == done["distill"]["student"]
+    assert json.loads(version.tags["minitron.teacher_sha256"]) == done["teacher"]["sha256"]
+    assert json.loads(version.tags["minitron.architecture"]) == done["search"]["winner"]
+    assert int(version.tags["minitron.tokens"]) == DISTILL_STEPS * 4 * 32
+    assert float(version.tags["minitron.heldout_kl"]) == pytest.approx(
+        done["evaluate"]["table"]["distilled"]["kl"], abs=1e-6
+    )
+    listed = _minitron("models", "--storage", "runs", cwd=bench)
+    assert "tiny-student" in listed.stdout
+    assert "candidate" in listed.stdout
+    promoted = _minitron("promote", "tiny-student", "--storage", "runs", cwd=bench)
+    assert promoted.returncode == 0, promoted.stderr
+    assert client.get_model_version_by_alias("tiny-student", "champion").version == version.version
+
+
+def test_running_again_does_nothing_over(bench, finished):
+    before = {p: p.stat().st_mtime_ns for p in (bench / "runs" / "stages").rglob("*") if p.is_file()}
+    again = _minitron("run", "recipe.yaml", "--storage", "runs", cwd=bench)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("already done") == len(STAGES)
+    assert before == {p: p.stat().st_mtime_ns for p in (bench / "runs" / "stages").rglob("*") if p.is_file()}
+    client = MlflowClient(f"sqlite:///{bench}/runs/mlflow.db")
+    assert len(client.search_model_versions("name='tiny-student'")) == 1
+
+
+def test_only_what_a_change_touches_is_done_again(bench, finished):
+    changed = _minitron(
+        "run", "recipe.yaml", "--storage", "runs", "--set", "evaluate.tasks.0.limit=5", "--until", "evaluate", cwd=bench
+    )
+    assert changed.returncode == 0, changed.stderr
+    assert changed.stdout.count("already done") == STAGES.index("evaluate")
+
+
+def _start(bench, storage):
+    log = open(bench / f"{storage}.log", "w")  # noqa: SIM115 (lives as long as the process)
+    return subprocess.Popen(
+        _command("run", "recipe.yaml", "--storage", storage), cwd=bench, env=_environment(), stdout=log, stderr=log
+    )
+
+
+def _kill_when(process, condition, what):
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert process.poll() is None, f"the run ended before {what}"
+        assert time.monotonic() < deadline, f"no {what} in time"
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_runs_go_on_and_give_the_same_student_bit_for_bit(bench, finished):
+    def found(pattern):
+        return list((bench / "killed" / "stages").glob(pattern))
+
+    _kill_when(_start(bench, "killed"), lambda: found("targets/*/heldout/index.json"), "stored targets")
+    _kill_when(_start(bench, "killed"), lambda: len(found("search/*/trials/*/result.json")) >= 2, "two finished trials")
+    results = {p: p.stat().st_mtime_ns for p in found("search/*/trials/*/result.json")}
+    _kill_when(_start(bench, "killed"), lambda: found("distill/*/checkpoints/step-*/manifest.json"), "a checkpoint")
+    (spool,) = (bench / "killed" / "runs").glob("*/spool")
+    steps_before = len(_metric_steps(spool))
+    last = _minitron("run", "recipe.yaml", "--storage", "killed", cwd=bench)
+    assert last.returncode == 0, last.stdout + last.stderr
+    # finished trials were never run again
+    assert all(path.stat().st_mtime_ns == written for path, written in results.items())
+    # the distillation went on from its checkpoint, not from the start
+    steps = _metric_steps(spool)
+    resumed_at = steps[steps_before]
+    assert resumed_at % 4 == 1
+    assert resumed_at > 1
+    assert steps[-1] == DISTILL_STEPS
+    # and it is as if nothing had happened
+    for name in ("pruned", "student"):
+        one, other = (Path(_results(bench, s)["distill"][name]) / "model.safetensors" for s in ("runs", "killed"))
+        assert one.read_bytes() == other.read_bytes()
+    # one MLflow run for each record, however often the driver was killed
+    client = MlflowClient(f"sqlite:///{bench}/killed/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id], max_results=100)
+    assert len({run.data.tags["minitron.key"] for run in runs}) == len(runs)
+    assert {run.info.status for run in runs} == {"FINISHED"}
+
+
+def _metric_steps(spool):
+    (log,) = spool.glob("*.distill.jsonl")
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    return [e["step"] for e in events if e["event"] == "metrics" and "train_kl" in e["values"]]
+
+
+def test_two_processes_do_not_carry_out_one_run_at_once(bench, finished):
+    key = next((bench / "runs" / "runs").glob("*/results.json")).parent
+    program = (
+        "import fcntl, time\n"
+        f"file = open({str(key / 'lock')!r}, 'a')\n"
+        "fcntl.flock(file, fcntl.LOCK_EX)\n"
+        "print('held', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        refused = _minitron("run", "recipe.yaml", "--storage", "runs", cwd=bench)
+    finally:
+        holder.kill()
+    assert refused.returncode == 2
+    assert "already going on" in refused.stderr
+
+
+BAD = {
+    "unknown key": (["--set", "distill.stepz=3"], "distill.stepz: unknown key", "steps"),
+    "wrong type": (["--set", "distill.steps=many"], "distill.steps: 'many'", "--set distill.steps"),
+    "target above the teacher": (["--set", "target.parameters=900000"], "target.parameters: 900,000", "smaller target"),
+    "target nothing meets": (["--set", "target.parameters=1000"], "search.space: no combination", "widen"),
+    "heads that do not divide": (
+        ["--set", "search.space.num_heads=[5]"],
+        "search.space.num_heads: 5",
+        "multiples of 2",
+    ),
+    "hidden above the teacher": (["--set", "search.space.hidden_size=[96]"], "hidden_size: 96 is larger", "at most 48"),
+    "missing text": (["--set", "data.path=/nowhere/text.jsonl"], "/nowhere/text.jsonl", ""),
+    "missing teacher": (["--set", "teacher.model=./nowhere"], "./nowhere", "model folder"),
+    "unreadable teacher": (["--set", "teacher.model=broken"], "'broken' cannot be read", "checkpoint"),
+    "missing package": (["--set", "teacher.model=package:nowhere_at_all/x.gguf"], "nowhere_at_all", "install"),
+    "unknown task": (["--set", "evaluate.tasks.0.name=arc_eazy"], "arc_eazy", "arc_easy"),
+    "warm-up too long": (["--set", "distill.warmup_steps=24"], "distill.warmup_steps: 24", "fewer"),
+    "no such stage": (["--until", "prune"], "'prune' is not a stage", "calibrate"),
+    "too little room": (["--set", "data.train_rows=99000000000000"], "GB free", "--storage"),
+    "no permission": (["--storage", "text.jsonl/runs"], "text.jsonl/runs", "--storage"),
+    "GPUs that are not there": (["--set", "resources.gpus_per_trial=64"], "64 GPUs", "gpus_per_trial"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_before_work_starts(bench, case, tmp_path):
+    (bench / "broken").mkdir(exist_ok=True)
+    (bench / "broken" / "config.json").write_text("{not json")
+    arguments, named, remedy = BAD[case]
+    storage = [] if "--storage" in arguments else ["--storage", tmp_path / "runs"]
+    refused = _minitron("run", "recipe.yaml", *storage, *arguments, cwd=bench, timeout=60)
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert named in refused.stderr
+    assert remedy in refused.stderr
+    assert "Traceback" not in refused.stderr + refused.stdout
+    assert not (tmp_path / "runs" / "stages").exists()
+
+
+def test_a_teacher_with_damaged_weights_is_refused_by_name(bench, tmp_path):
+    shutil.copytree(bench / "teacher", tmp_path / "teacher")
+    weights = tmp_path / "teacher" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    refused = _minitron(
+        "run", "recipe.yaml", "--storage", tmp_path / "runs", "--set", f"teacher.model={tmp_path}/teacher", cwd=bench
+    )
+    assert refused.returncode == 2, refused.stderr
+    assert f"{tmp_path}/teacher" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not list((tmp_path / "runs" / "stages").rglob("*.json"))
+
+
+def test_a_recipe_that_does_not_exist_names_those_that_do(tmp_path):
+    refused = _minitron("run", "smolm2-135m-cpu", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "did you mean 'smollm2-135m-cpu'" in refused.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_shipped_recipes_are_listed_and_valid(tmp_path):
+    listed = _minitron("recipes", cwd=tmp_path)
+    assert listed.returncode == 0
+    assert "smollm2-135m-cpu" in listed.stdout
