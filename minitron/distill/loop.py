@@ -17,6 +17,7 @@ from minitron.distill.loss import linear_kl_div
 from minitron.distill.schedule import learning_rate
 from minitron.distill.teacher import Targets
 from minitron.errors import NonFiniteError
+from minitron.logits import Head
 from minitron.models import final_hidden, head_of
 
 
@@ -71,12 +72,13 @@ def distill(
     """
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     state = _State(student, config)
+    teacher_head = Head(targets.head)
     first = state.resume(checkpoints, key) if checkpoints else 0
     student.train()
     clock, clock_tokens = time.perf_counter(), 0
     for step in range(first, config.steps):
         indices = rows_for_step(len(rows), config.batch_rows, step, config.seed)
-        share = _forward_backward(student, targets, rows, indices[rank::world], config)
+        share = _forward_backward(student, targets, teacher_head, rows, indices[rank::world], config)
         rate = learning_rate(
             step,
             total_steps=config.steps,
@@ -101,7 +103,12 @@ def distill(
 
 
 def _forward_backward(
-    student: nn.Module, targets: Targets, rows: Rows, indices: Sequence[int], config: DistillConfig
+    student: nn.Module,
+    targets: Targets,
+    teacher_head: Head,
+    rows: Rows,
+    indices: Sequence[int],
+    config: DistillConfig,
 ) -> Tensor:
     """Gradients of this process's share of the global mean loss, left on the parameters; returns that share."""
     device = head_of(student).device
@@ -112,7 +119,7 @@ def _forward_backward(
         teacher = targets.hidden(part, tokens)
         hidden = final_hidden(student, tokens)
         loss = linear_kl_div(
-            hidden.flatten(0, 1), head_of(student), teacher.flatten(0, 1), targets.head, config.temperature
+            hidden.flatten(0, 1), head_of(student), teacher.flatten(0, 1), teacher_head, config.temperature
         ) * (len(part) / config.batch_rows)
         loss.backward()
         total += loss.detach().double().cpu()

@@ -47,10 +47,10 @@ class Materials:
     def prune(self, teacher: nn.Module, architecture: Architecture) -> nn.Module:
         return prune(teacher, architecture, ImportanceScores.load(storage.fetch_file(self.scores)))
 
-    def heldout(self, model: nn.Module, teacher_head: Tensor) -> HeldoutMetrics:
-        """Loss and KL to the teacher on every held-out row."""
+    def heldout(self, model: nn.Module, teacher_head: Tensor, limit: int | None = None) -> HeldoutMetrics:
+        """Loss and KL to the teacher on the first `limit` held-out rows, by default all."""
         rows = self.open_rows("heldout")
-        tokens = rows.take(range(len(rows)))
+        tokens = rows.take(range(min(limit or len(rows), len(rows))))
         targets = self.targets("heldout", teacher_head)
         return heldout_metrics(
             model,

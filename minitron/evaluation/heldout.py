@@ -13,10 +13,10 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from minitron.errors import InputError, NonFiniteError
 from minitron.evaluation.mode import evaluating
+from minitron.logits import Head, cache_slices, log_softmax_
 from minitron.models import decoder_and_head
 
 
@@ -80,8 +80,8 @@ def heldout_metrics(
     body, head = decoder_and_head(model)
     _check(rows, head, teacher_hidden, teacher_head)
     device = head.device
-    student_head = head.detach().float()
-    other_head = None if teacher_head is None else teacher_head.detach().to(device).float()
+    student_head = Head(head)
+    other_head = None if teacher_head is None else Head(teacher_head.to(device))
 
     num_rows, seq_length = rows.shape
     row_loss: list[float] = []
@@ -97,12 +97,15 @@ def heldout_metrics(
             loss, kl = [], []
             for first in range(0, len(targets), chunk_tokens):
                 chunk = slice(first, first + chunk_tokens)
-                student = functional.log_softmax(hidden[chunk].float() @ student_head.T, dim=-1)
-                loss.append(-student.gather(1, targets[chunk, None])[:, 0].double())
-                if other is not None and other_head is not None:
-                    teacher = functional.log_softmax(other[chunk].float() @ other_head.T, dim=-1)
-                    agreed += int((student.argmax(-1) == teacher.argmax(-1)).sum())
-                    kl.append((teacher.exp() * (teacher - student)).sum(-1).double())
+                student_logits = student_head.logits(hidden[chunk])
+                teacher_logits = None if other is None or other_head is None else other_head.logits(other[chunk])
+                for part in cache_slices(student_logits):
+                    student = log_softmax_(student_logits[part])
+                    loss.append(-student.gather(1, targets[chunk][part, None])[:, 0].double())
+                    if teacher_logits is not None:
+                        teacher = log_softmax_(teacher_logits[part])
+                        agreed += int((student.argmax(-1) == teacher.argmax(-1)).sum())
+                        kl.append(torch.linalg.vecdot(teacher.exp(), teacher.sub_(student)).double())
             row_loss += torch.cat(loss).view(-1, seq_length - 1).mean(1).tolist()
             if kl:
                 row_kl += torch.cat(kl).view(-1, seq_length - 1).mean(1).tolist()

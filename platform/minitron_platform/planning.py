@@ -149,6 +149,7 @@ def _costs(
 
     search_tokens = recipe.search.training.steps * recipe.search.training.batch_rows * seq
     distill_tokens = recipe.distill.steps * recipe.distill.batch_rows * seq
+    compared = min(recipe.search.heldout_rows or data.heldout_rows, data.heldout_rows)
     documents = sum(task.limit or 1000 for task in recipe.evaluate.tasks)
     checkpoints = 3 * MASTER_BYTES * largest
     work: list[tuple[str, str, float, int]] = [
@@ -169,7 +170,7 @@ def _costs(
         (
             "search",
             f"{len(found)} candidates, {search_tokens:,} tokens each",
-            sum(training(a, search_tokens) + 2 * data.heldout_rows * seq * a.flops_per_token(seq) for a in found),
+            sum(training(a, search_tokens) + 2 * compared * seq * (a.flops_per_token(seq) + head) for a in found),
             checkpoints,
         ),
         (
@@ -181,7 +182,7 @@ def _costs(
         (
             "evaluate",
             f"3 models, {', '.join(task.name for task in recipe.evaluate.tasks) or 'held-out rows only'}",
-            forward * 3 * (documents * 200 + data.heldout_rows * seq),
+            forward * 3 * (documents * 90 + data.heldout_rows * seq),
             0,
         ),
         ("register", f"{recipe.register_as.model} as {recipe.register_as.alias}", 0, 0),

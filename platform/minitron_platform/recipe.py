@@ -79,9 +79,11 @@ class Training(_Section):
 
 
 class Search(_Section):
-    """The space of architectures, and the short distillation that every candidate gets."""
+    """The space of architectures, and the short distillation that every candidate gets; they are ranked on the first
+    `heldout_rows` held-out rows (default: all)."""
 
     space: dict[str, list[int | float]]
+    heldout_rows: Positive | None = None
     training: Training
 
 

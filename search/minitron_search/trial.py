@@ -20,11 +20,13 @@ Report = Callable[[dict[str, float]], None]
 
 @dataclass(frozen=True)
 class SearchTask:
-    """What every trial of a search shares. `folder` keeps each trial's checkpoints and result, under its own key."""
+    """What every trial of a search shares. `folder` keeps each trial's checkpoints and result, under its own key; they are
+    compared on the first `heldout_rows` held-out rows, by default all."""
 
     materials: Materials
     config: DistillConfig
     folder: str
+    heldout_rows: int | None = None
     threads: int = 1
 
 
@@ -57,7 +59,7 @@ def run_trial(task: SearchTask, architecture: Architecture, report: Report) -> d
     teacher_head = head_of(teacher).detach()
     student = materials.prune(teacher, architecture)
     del teacher
-    before = _measured_before(materials, folder, student, teacher_head)
+    before = _measured_before(task, folder, student, teacher_head)
     report({"step": 0, "steps": task.config.steps, "kl": before["kl"], "loss": before["loss"]})
     distill(
         student,
@@ -68,7 +70,7 @@ def run_trial(task: SearchTask, architecture: Architecture, report: Report) -> d
         key=trial_key(architecture),
         report=lambda step: report(_metrics(step)),
     )
-    after = materials.heldout(student, teacher_head)
+    after = materials.heldout(student, teacher_head, task.heldout_rows)
     result = {
         "architecture": architecture.to_dict(),
         "parameters": architecture.num_parameters,
@@ -90,11 +92,11 @@ def run_trial(task: SearchTask, architecture: Architecture, report: Report) -> d
 
 
 def _measured_before(
-    materials: Materials, folder: str, student: torch.nn.Module, teacher_head: torch.Tensor
+    task: SearchTask, folder: str, student: torch.nn.Module, teacher_head: torch.Tensor
 ) -> dict[str, Any]:
     path = storage.join(folder, "undistilled.json")
     if not storage.exists(path):
-        metrics = materials.heldout(student, teacher_head)
+        metrics = task.materials.heldout(student, teacher_head, task.heldout_rows)
         storage.write_json(path, {"kl": metrics.kl, "loss": metrics.loss})
     found: dict[str, Any] = storage.read_json(path)
     return found

@@ -44,7 +44,7 @@ def inputs(context: Context) -> dict[str, Any]:
     return {
         "targets": context.done["targets"]["fingerprint"],
         "scores": context.done["calibrate"]["id"],
-        "heldout": context.done["data"]["heldout"],
+        "heldout": [context.done["data"]["heldout"], search.heldout_rows],
         "space": search.space,
         "target": context.recipe.target.model_dump(),
         # how often to checkpoint changes nothing about the result
@@ -62,6 +62,7 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         materials=materials(context),
         config=distill_config(recipe.search.training),
         folder=storage.join(folder, "trials"),
+        heldout_rows=recipe.search.heldout_rows,
         threads=max(1, int(recipe.resources.cpus_per_trial)),
     )
     context.console.status("starting Ray")
