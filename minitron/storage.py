@@ -20,6 +20,7 @@ from typing import Any
 
 import fsspec
 from fsspec.core import url_to_fs
+from safetensors import SafetensorError
 
 from minitron.errors import StorageError
 
@@ -132,6 +133,10 @@ def disk_errors(path: str) -> Iterator[None]:
     """Turn the operating system's refusals into errors that say what to do."""
     try:
         yield
+    except SafetensorError as error:
+        if "os error" not in str(error):
+            raise
+        raise StorageError(f"{path}: {error}", "free some space, or choose another place with --storage") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = free_bytes(path)

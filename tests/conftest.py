@@ -25,3 +25,11 @@ def free_port():
             return listener.getsockname()[1]
 
     return find
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory):
+    """A folder with a small trained teacher, a text, a benchmark, and the recipe that uses them."""
+    import tiny
+
+    return tiny.bench(tmp_path_factory.mktemp("bench"))

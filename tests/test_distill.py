@@ -281,7 +281,7 @@ def test_two_processes_train_as_one_and_survive_a_kill(material, tmp_path, free_
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(material, tmp_path, caplog):
     config = replace(CONFIG, checkpoint_every=3)
     _run(material, config, checkpoints=str(tmp_path), key="k")
-    newest = tmp_path / "step-00000009" / "state.safetensors"
+    newest = tmp_path / "step-00000009" / "state-00000.safetensors"
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
     newest.write_bytes(data)

@@ -359,3 +359,31 @@ def test_a_local_run_has_a_private_ray_that_leaves_nothing_behind(end: str, tmp_
     finally:
         driver.kill()
         driver.wait()
+
+
+def test_a_recipe_runs_as_a_job_and_its_results_are_in_storage(as_user: Head, bench: Path, tmp_path: Path) -> None:
+    def minitron(*arguments: str) -> str:
+        paths = [ROOT, ROOT / "search", ROOT / "platform"]
+        done = subprocess.run(
+            [sys.executable, "-m", "minitron_platform", *arguments],
+            env={**os.environ, "PYTHONPATH": python_path(*paths)},
+            cwd=bench,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    # relative paths mean the submitter's folder, not the job's
+    settings = ["--set", "teacher.model=./teacher", "--set", "data.path=text.jsonl", "--set", "distill.steps=6"]
+    sent = minitron(
+        "submit", "recipe.yaml", "--address", as_user.address, "--storage", str(tmp_path / "runs"), *settings
+    )
+    job = sent.strip().splitlines()[-1]
+    printed = minitron("logs", job, "--address", as_user.address, "--follow")
+    assert "SUCCEEDED" in minitron("status", job, "--address", as_user.address), printed
+    for stage in ("teacher", "search", "distill", "register"):
+        assert f"✓ {stage}" in printed
+    (results,) = (tmp_path / "runs" / "runs").glob("*/results.json")
+    table = json.loads(results.read_text())["stages"]["evaluate"]["table"]
+    assert table["distilled"]["kl"] < table["pruned"]["kl"]

@@ -12,15 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-import yaml
 from mlflow import MlflowClient
+from tiny import DISTILL_STEPS, SEARCH_STEPS
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parent.parent
 STAGES = ["teacher", "data", "calibrate", "targets", "search", "distill", "evaluate", "register"]
-SEARCH_STEPS, DISTILL_STEPS = 6, 24
 
 
 def _environment():
@@ -37,45 +35,6 @@ def _minitron(*arguments, cwd, timeout=300):
     return subprocess.run(
         _command(*arguments), cwd=cwd, env=_environment(), capture_output=True, text=True, timeout=timeout
     )
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory):
-    """A folder with a small trained teacher, a text, a benchmark, and the recipe that uses them."""
-    folder = tmp_path_factory.mktemp("bench")
-    tiny.checkpoint(folder / "teacher")
-    tiny.corpus(folder / "text.jsonl")
-    with open(folder / "arc.jsonl", "w") as file:
-        for number, text in enumerate(tiny.texts(12, seed=7)):
-            words = text.split()
-            choices = {"text": [words[8], "stone cloud", "river river"], "label": ["A", "B", "C"]}
-            line = {"id": str(number), "question": " ".join(words[:8]), "choices": choices, "answerKey": "A"}
-            file.write(json.dumps(line) + "\n")
-    training = {"batch_rows": 4, "micro_batch_rows": 2, "peak_lr": 2e-3, "min_lr": 1e-4, "warmup_steps": 2}
-    recipe = {
-        "name": "tiny-cpu",
-        "description": "a small teacher for tests",
-        "experiment": "tiny",
-        "teacher": {"model": str(folder / "teacher"), "dtype": "float32"},
-        "data": {
-            "kind": "jsonl",
-            "path": str(folder / "text.jsonl"),
-            "seq_length": 32,
-            "train_rows": 96,
-            "heldout_rows": 16,
-        },
-        "calibrate": {"rows": 16, "layers": "loss", "layer_rows": 4},
-        "target": {"parameters": 80_000, "tolerance": 0.2},
-        "search": {
-            "space": {"num_layers": [3, 4, 5], "hidden_size": [36, 48], "intermediate_size": [48, 72, 96]},
-            "training": {"steps": SEARCH_STEPS, "checkpoint_every": 2, **training},
-        },
-        "distill": {"steps": DISTILL_STEPS, "checkpoint_every": 4, **training},
-        "evaluate": {"tasks": [{"name": "arc_easy", "data": str(folder / "arc.jsonl"), "limit": 10}]},
-        "register": {"model": "tiny-student"},
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -20,6 +21,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "nemotron")
 TEXT = """the model reads a row of tokens and predicts next one from all before it small large teacher student layer head
 neuron channel loss rate batch step search prune keep remove learn text word line page book river stone cloud tree"""
 WORDS = TEXT.split()
+SEARCH_STEPS, DISTILL_STEPS = 6, 24
 
 
 def config(family: str, tied: bool, **changes: Any) -> Any:
@@ -110,3 +112,40 @@ def corpus(path: Path, count: int = 400) -> Path:
     """JSON lines of `texts`."""
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(count, seed=3)))
     return path
+
+
+def bench(folder: Path) -> Path:
+    """Fill a folder with a small trained teacher, a text, a benchmark, and the recipe that uses them."""
+    checkpoint(folder / "teacher")
+    corpus(folder / "text.jsonl")
+    with open(folder / "arc.jsonl", "w") as file:
+        for number, text in enumerate(texts(12, seed=7)):
+            words = text.split()
+            choices = {"text": [words[8], "stone cloud", "river river"], "label": ["A", "B", "C"]}
+            line = {"id": str(number), "question": " ".join(words[:8]), "choices": choices, "answerKey": "A"}
+            file.write(json.dumps(line) + "\n")
+    training = {"batch_rows": 4, "micro_batch_rows": 2, "peak_lr": 2e-3, "min_lr": 1e-4, "warmup_steps": 2}
+    recipe = {
+        "name": "tiny-cpu",
+        "description": "a small teacher for tests",
+        "experiment": "tiny",
+        "teacher": {"model": str(folder / "teacher"), "dtype": "float32"},
+        "data": {
+            "kind": "jsonl",
+            "path": str(folder / "text.jsonl"),
+            "seq_length": 32,
+            "train_rows": 96,
+            "heldout_rows": 16,
+        },
+        "calibrate": {"rows": 16, "layers": "loss", "layer_rows": 4},
+        "target": {"parameters": 80_000, "tolerance": 0.2},
+        "search": {
+            "space": {"num_layers": [3, 4, 5], "hidden_size": [36, 48], "intermediate_size": [48, 72, 96]},
+            "training": {"steps": SEARCH_STEPS, "checkpoint_every": 2, **training},
+        },
+        "distill": {"steps": DISTILL_STEPS, "checkpoint_every": 4, **training},
+        "evaluate": {"tasks": [{"name": "arc_easy", "data": str(folder / "arc.jsonl"), "limit": 10}]},
+        "register": {"model": "tiny-student"},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -12,7 +13,7 @@ from minitron import storage
 from minitron.errors import StorageError
 
 log = logging.getLogger(__name__)
-FILE = "state.safetensors"
+FILE_BYTES = 256 << 20  # safetensors copies what it writes, so one file's worth is the memory that saving takes
 
 
 def save_checkpoint(folder: str, step: int, tensors: dict[str, Tensor], *, key: str, keep: int = 2) -> None:
@@ -21,7 +22,8 @@ def save_checkpoint(folder: str, step: int, tensors: dict[str, Tensor], *, key: 
     `key` names what is trained; a checkpoint of something else is never resumed from.
     """
     with storage.committed_folder(_path(folder, step), note={"step": step, "key": key}) as place:
-        save_file(tensors, str(Path(place) / FILE))
+        for number, names in enumerate(_files(tensors)):
+            save_file({name: tensors[name] for name in names}, str(Path(place) / f"state-{number:05d}.safetensors"))
     for old in committed_steps(folder)[:-keep]:
         storage.remove(_path(folder, old))
 
@@ -34,10 +36,30 @@ def load_checkpoint(folder: str, *, key: str) -> tuple[int, dict[str, Tensor]] |
             if storage.manifest(path)["note"].get("key") != key:
                 raise StorageError(f"{path}: belongs to another training run", "delete it, or use another folder")
             storage.verify(path)
-            return step, load_file(str(storage.fetch(path) / FILE))
+            return step, _load(storage.fetch(path))
         except StorageError as error:
             log.warning("checkpoint skipped: %s", error.problem)
     return None
+
+
+def _files(tensors: dict[str, Tensor]) -> Iterator[list[str]]:
+    """Names of the tensors of each file."""
+    names: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        if names and size + tensor.nbytes > FILE_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += tensor.nbytes
+    yield names
+
+
+def _load(folder: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("state-*.safetensors")):
+        tensors |= load_file(str(file))
+    return tensors
 
 
 def committed_steps(folder: str) -> list[int]:

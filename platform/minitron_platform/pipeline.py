@@ -44,7 +44,7 @@ def run(
     console = console or Console()
     where = places(storage_path, tracking_uri)
     key = run_key(recipe)
-    with _lock(where, key), ExitStack() as stack:
+    with _lock(where, key), _closing(console) as stack:
         storage.write_bytes(storage.join(where.run(key), "recipe.yaml"), _yaml(recipe))
         flusher = stack.enter_context(Flusher(where.spool(key), where.tracking_uri, recipe.experiment))
         context = Context(
@@ -70,6 +70,20 @@ def run(
             write_report(context, parent)
         parent.end("FINISHED")
     return context.done
+
+
+@contextmanager
+def _closing(console: Console) -> Iterator[ExitStack]:
+    """A stack whose leaving, which waits for Ray and for what MLflow has not got yet, is shown."""
+    stack = ExitStack()
+    try:
+        yield stack
+    except BaseException as error:
+        with console.working("stopping"):
+            stack.__exit__(type(error), error, error.__traceback__)
+        raise
+    with console.working("closing"):
+        stack.close()
 
 
 def run_key(recipe: Recipe) -> str:

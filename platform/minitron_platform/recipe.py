@@ -13,6 +13,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from minitron.errors import InputError
+from minitron.packages import PACKAGE
+from minitron.storage import is_local, local_path
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 Positive = Annotated[int, Field(ge=1)]
@@ -170,6 +172,17 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise _explain(path, error) from error
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The same recipe with its local paths independent of the working directory, to be sent elsewhere."""
+    values = recipe.model_dump(by_alias=True)
+    tasks = [(task, "data") for task in values["evaluate"]["tasks"]]
+    for section, key in [(values["teacher"], "model"), (values["data"], "path"), *tasks]:
+        value = section[key]
+        if value and not value.startswith(PACKAGE) and is_local(value) and local_path(value).exists():
+            section[key] = str(local_path(value))
+    return Recipe.model_validate(values)
 
 
 def _override(values: dict[str, Any], override: str) -> None:

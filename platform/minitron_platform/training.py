@@ -14,6 +14,7 @@ from minitron import storage
 from minitron.architecture import Architecture
 from minitron.distill import DistillConfig, StepReport, distill
 from minitron.distill.materials import Materials
+from minitron.errors import MinitronError, NonFiniteError
 from minitron.models import head_of, load_tokenizer, save_model
 from minitron_platform.recipe import Resources, Training
 from minitron_platform.spool import RunLog
@@ -40,8 +41,10 @@ def train_on_ray(task: DistillTask, resources: Resources, log: RunLog, scratch: 
     """Distil with `resources.workers` processes; the student is committed when this returns.
 
     A worker that dies is restarted from the last checkpoint, up to `max_failures` times. `log` gets the metrics.
+    Raises NonFiniteError where the loss is not finite, StorageError where a checkpoint cannot be written, and
+    MinitronError when workers died too often.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
@@ -65,9 +68,26 @@ def train_on_ray(task: DistillTask, resources: Resources, log: RunLog, scratch: 
         ),
     )
     try:
-        trainer.fit()
+        result = trainer.fit()
+    except WorkerGroupError as error:
+        raise _cause(error.worker_failures) from error
     finally:
         storage.remove(scratch)
+    if result.return_value:
+        raise NonFiniteError(*result.return_value)
+
+
+def _cause(failures: dict[int, Exception]) -> MinitronError:
+    """What went wrong in the workers, as an error for the user."""
+    causes = {rank: getattr(failure, "_base_exc", failure) for rank, failure in failures.items()}
+    for cause in causes.values():
+        if isinstance(cause, MinitronError):
+            return cause
+    reasons = "; ".join(f"worker {rank}: {type(cause).__name__}: {cause}" for rank, cause in sorted(causes.items()))
+    return MinitronError(
+        f"the distillation failed too often ({' '.join(reasons.split())[:2000]})",
+        "run again to go on from the last checkpoint; resources.max_failures says how often workers may fail",
+    )
 
 
 def _record(log: RunLog) -> Any:
@@ -83,7 +103,9 @@ def _record(log: RunLog) -> Any:
     return Record()
 
 
-def _worker(config: dict[str, Any]) -> None:
+def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
+    """One process of the distillation; returns what is wrong if the loss is not finite, which every process sees alike and
+    no restart would mend."""
     import ray.train
 
     task: DistillTask = config["task"]
@@ -107,16 +129,20 @@ def _worker(config: dict[str, Any]) -> None:
             }
         )
 
-    distill(
-        student,
-        materials.targets("train", teacher_head),
-        materials.open_rows("train"),
-        task.config,
-        checkpoints=task.checkpoints,
-        key=task.key,
-        report=report,
-    )
+    try:
+        distill(
+            student,
+            materials.targets("train", teacher_head),
+            materials.open_rows("train"),
+            task.config,
+            checkpoints=task.checkpoints,
+            key=task.key,
+            report=report,
+        )
+    except NonFiniteError as error:
+        return error.problem, error.remedy
     if dist.get_rank() == 0:
         with storage.committed_folder(task.student) as folder:
             save_model(student, load_tokenizer(storage.fetch(materials.teacher)), folder)
     dist.barrier()
+    return None

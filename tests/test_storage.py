@@ -1,0 +1,127 @@
+"""A folder is whole or invisible; what the disk refuses is named."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import uuid
+
+import pytest
+
+from minitron import storage
+from minitron.errors import StorageError
+
+
+@pytest.fixture(params=["local", "memory"])
+def place(request, tmp_path):
+    """A folder on this machine, and one that only fsspec reaches."""
+    return str(tmp_path / "place") if request.param == "local" else f"memory://{uuid.uuid4().hex}"
+
+
+def test_a_committed_folder_comes_back_whole(place, tmp_path):
+    with storage.committed_folder(place, note={"step": 3}) as folder:
+        (folder / "a.bin").write_bytes(b"abc")
+        (folder / "inner").mkdir()
+        (folder / "inner" / "b.txt").write_text("text")
+        assert not storage.is_committed(place)
+    assert storage.is_committed(place)
+    storage.verify(place)
+    assert storage.manifest(place)["note"] == {"step": 3}
+    copy = storage.fetch(place, cache=str(tmp_path / "cache"))
+    assert (copy / "a.bin").read_bytes() == b"abc"
+    assert (copy / "inner" / "b.txt").read_text() == "text"
+
+
+def test_a_failed_folder_leaves_nothing(tmp_path):
+    def fail():
+        with storage.committed_folder(str(tmp_path / "place")) as folder:
+            (folder / "a.bin").write_bytes(b"abc")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda path: path.unlink(), "a.bin: missing"),
+        (lambda path: path.write_bytes(b"ab"), "a.bin: 2 bytes where 3 were written"),
+        (lambda path: path.write_bytes(b"abd"), "a.bin: SHA-256 is"),
+    ],
+    ids=["missing", "short", "altered"],
+)
+def test_damage_is_named(tmp_path, damage, named):
+    target = tmp_path / "place"
+    with storage.committed_folder(str(target)) as folder:
+        (folder / "a.bin").write_bytes(b"abc")
+    damage(target / "a.bin")
+    with pytest.raises(StorageError, match=named):
+        storage.verify(str(target))
+
+
+def test_who_commits_first_stays(tmp_path):
+    target = tmp_path / "place"
+    with storage.committed_folder(str(target)) as mine:
+        (mine / "a").write_text("mine")
+        with storage.committed_folder(str(target)) as theirs:
+            (theirs / "a").write_text("theirs")
+    assert (target / "a").read_text() == "theirs"
+    storage.verify(str(target))
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_removal_takes_the_manifest_first(place):
+    with storage.committed_folder(place) as folder:
+        (folder / "a").write_text("x")
+    storage.remove(place)
+    assert not storage.is_committed(place)
+    storage.remove(place)  # and once more is nothing
+
+
+def test_writing_a_file_replaces_it_whole(place):
+    path = storage.join(place, "value.json")
+    storage.write_json(path, {"a": 1})
+    storage.write_json(path, {"a": 2})
+    assert storage.read_json(path) == {"a": 2}
+
+
+@pytest.mark.parametrize("path", ["http://host/file", "ftp://host/file", "github://org:repo@main/x"])
+def test_schemes_that_are_not_storage_are_refused(path):
+    with pytest.raises(StorageError, match="is not allowed"):
+        storage.filesystem(path)
+
+
+FULL = """
+import resource, sys, torch
+from safetensors.torch import save_file
+from minitron import storage
+from minitron.errors import StorageError
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # as if the disk were full after 100 kB
+place = sys.argv[1]
+writers = {
+    "safetensors": lambda folder: save_file({"x": torch.zeros(100_000)}, str(folder / "x.safetensors")),
+    "python": lambda folder: (folder / "x.bin").write_bytes(bytes(400_000)),
+}
+try:
+    if sys.argv[2] == "file":
+        storage.write_bytes(place + "/file", bytes(400_000))
+    else:
+        with storage.committed_folder(place + "/folder") as folder:
+            writers[sys.argv[2]](folder)
+except StorageError as error:
+    print(error)
+    sys.exit(2)
+"""
+
+
+@pytest.mark.parametrize("how", ["file", "safetensors", "python"])
+def test_a_full_disk_is_named_and_nothing_half_written_stays(tmp_path, how):
+    (tmp_path / "file").write_text("as it was")
+    result = subprocess.run([sys.executable, "-c", FULL, str(tmp_path), how], capture_output=True, text=True)
+    assert result.returncode == 2, result.stderr
+    assert str(tmp_path) in result.stdout
+    assert "--storage" in result.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "as it was"
