@@ -7,10 +7,12 @@ is published last. A folder without its manifest does not exist for a reader; no
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -170,7 +172,9 @@ def committed_folder(target: str, note: dict[str, Any] | None = None) -> Iterato
     parent = local_path(target).parent if local else Path(tempfile.gettempdir())
     with disk_errors(target):
         parent.mkdir(parents=True, exist_ok=True)
-        temporary = parent / f".{target.rstrip('/').rsplit('/', 1)[-1]}.{uuid.uuid4().hex[:8]}.tmp"
+        name = target.rstrip("/").rsplit("/", 1)[-1]
+        _sweep(parent, name)
+        temporary = parent / f".{name}.{_owner()}.{uuid.uuid4().hex[:8]}.tmp"
         temporary.mkdir()
         try:
             yield temporary
@@ -190,6 +194,28 @@ def committed_folder(target: str, note: dict[str, Any] | None = None) -> Iterato
                 fs.pipe_file(f"{inner}/{MANIFEST}", manifest.encode())
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _owner() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def _sweep(parent: Path, name: str) -> None:
+    """Delete what killed processes of this machine left half-written for the same target."""
+    for left in parent.glob(f".{glob.escape(name)}.*.tmp"):
+        host, _, pid = left.name.removeprefix(f".{name}.").rsplit(".", 2)[0].rpartition("-")
+        if host == socket.gethostname() and pid.isdigit() and not _is_alive(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _publish(temporary: Path, target: Path) -> None:

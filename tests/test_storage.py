@@ -61,6 +61,23 @@ def test_damage_is_named(tmp_path, damage, named):
         storage.verify(str(target))
 
 
+def test_what_a_killed_process_left_is_cleaned_up(tmp_path):
+    target = str(tmp_path / "place")
+    program = (
+        "import os, signal, sys\n"
+        "from minitron import storage\n"
+        "with storage.committed_folder(sys.argv[1]) as folder:\n"
+        "    (folder / 'half').write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, target], check=False)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert not storage.is_committed(target)
+    with storage.committed_folder(target) as folder:
+        (folder / "a").write_text("whole")
+    assert [p.name for p in tmp_path.iterdir()] == ["place"]
+
+
 def test_who_commits_first_stays(tmp_path):
     target = tmp_path / "place"
     with storage.committed_folder(str(target)) as mine:

@@ -48,6 +48,7 @@ def train_on_ray(task: DistillTask, resources: Resources, log: RunLog, scratch: 
     from ray.train.torch import TorchTrainer
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
+    storage.remove(scratch)  # a killed run's
     # The name is new each time: what a run resumes from is its own verified checkpoints, not Ray Train's snapshot.
     trainer = TorchTrainer(
         _worker,
