@@ -75,7 +75,7 @@ def test_every_candidate_was_distilled_on_the_same_tokens(bench, finished):
     assert [r["kl"] for r in ranking] == sorted(r["kl"] for r in ranking)
     assert {r["tokens"] for r in ranking} == {SEARCH_STEPS * 4 * 32}
     assert all(r["kl"] < r["kl_undistilled"] for r in ranking)
-    assert all(64_000 <= r["parameters"] <= 96_000 for r in ranking)
+    assert all(56_000 <= r["parameters"] <= 104_000 for r in ranking)
     assert len({r["num_layers"] for r in ranking}) > 1
     assert len({r["hidden_size"] for r in ranking}) > 1
     winner = done["search"]["winner"]

@@ -112,7 +112,7 @@ def draw(context: Context) -> bytes:
         left.barh(names, [r["kl"] for r in reversed(ranking)], color=colours, label="after its short distillation")
         left.set_xlabel("held-out KL to the teacher, nats per token")
         left.set_title(f"Search: {len(ranking)} candidates, best at the top", loc="left", fontsize=10)
-        left.legend(frameon=False, loc="lower right")
+        left.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
         steps, values = curve(context.log("distill"), "train_kl")
         table = done["evaluate"]["table"]
         per_step = done["distill"]["tokens"] / context.recipe.distill.steps

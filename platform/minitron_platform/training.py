@@ -52,7 +52,7 @@ def train_on_ray(task: DistillTask, resources: Resources, log: RunLog, scratch: 
     # The name is new each time: what a run resumes from is its own verified checkpoints, not Ray Train's snapshot.
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"task": task},
+        train_loop_config={"task": task, "recorder": _recorder(log)},
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.gpus_per_worker > 0,
@@ -65,7 +65,6 @@ def train_on_ray(task: DistillTask, resources: Resources, log: RunLog, scratch: 
             name=f"train-{uuid.uuid4().hex[:8]}",
             storage_path=scratch,
             failure_config=FailureConfig(max_failures=resources.max_failures),
-            callbacks=[_record(log)],
         ),
     )
     try:
@@ -91,23 +90,26 @@ def _cause(failures: dict[int, Exception]) -> MinitronError:
     )
 
 
-def _record(log: RunLog) -> Any:
-    from ray.train import UserCallback
+def _recorder(log: RunLog) -> Any:
+    """An actor on this node that appends what rank 0 sends it to the run's record.
 
-    class Record(UserCallback):
-        """Appends rank 0's metrics to the run's record, in Ray Train's controller."""
+    Not `ray.train.report`: that is a barrier that waits for the controller's next poll, about two seconds every step.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-            numbers = dict(metrics[0])
-            log.metrics(numbers, step=int(numbers.pop("step")))
+    class Recorder:
+        def record(self, metrics: dict[str, float], step: int) -> None:
+            log.metrics(metrics, step=step)
 
-    return Record()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Recorder).options(num_cpus=0, scheduling_strategy=here).remote()
 
 
 def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
     """One process of the distillation; returns what is wrong if the loss is not finite, which every process sees alike and
     no restart would mend."""
-    import ray.train
+    import ray
 
     task: DistillTask = config["task"]
     if not torch.cuda.is_available():
@@ -118,17 +120,19 @@ def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
     student = materials.prune(teacher, Architecture.from_dict(task.architecture))
     del teacher
 
+    unheard: list[Any] = []
+
     def report(step: StepReport) -> None:
-        ray.train.report(
-            {
-                "step": step.step,
+        if dist.get_rank() == 0:
+            ray.get(unheard)  # so that at most one step's metrics are on their way when something dies
+            metrics = {
                 "train_kl": step.loss,
                 "learning_rate": step.learning_rate,
                 "grad_norm": step.grad_norm,
                 "tokens": step.tokens,
                 "tokens_per_second": step.tokens_per_second,
             }
-        )
+            unheard[:] = [config["recorder"].record.remote(metrics, step.step)]
 
     try:
         distill(

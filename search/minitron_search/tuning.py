@@ -7,6 +7,10 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+# Before Tune is imported: none of its tables, and no CSV, JSON and TensorBoard copies of what trials report.
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+
 from ray import tune
 from ray.tune import Callback
 
@@ -72,8 +76,6 @@ def _run(
     scratch = storage.join(task.folder, "tune")
     storage.remove(scratch)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    # Tune's own CSV, JSON and TensorBoard copies of what trials report
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     tuner = tune.Tuner(
         tune.with_resources(trainable, resources),
         param_space={"candidate": tune.grid_search(list(by_key))},

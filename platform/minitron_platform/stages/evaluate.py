@@ -44,7 +44,7 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         models[name] = load_model(storage.fetch(place), dtype).to(device())
     table: dict[str, dict[str, Any]] = {name: _quality(context, name, models, folder) for name in MODELS}
     context.console.status("measuring throughput")
-    speeds = interleaved_throughput(models, seq_length=done["data"]["seq_length"], batch_rows=4, seconds=6.0)
+    speeds = interleaved_throughput(models, seq_length=done["data"]["seq_length"], batch_rows=4, seconds=4.0)
     for name in MODELS:
         table[name]["tokens_per_second"] = speeds[name].tokens_per_second
         table[name]["tokens_per_second_spread"] = speeds[name].spread
