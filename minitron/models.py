@@ -57,29 +57,53 @@ def _looks_like_path(source: str) -> bool:
 
 def source_identity(source: str, revision: str | None = None) -> dict[str, Any]:
     """What a model source holds, as a cheap JSON value: SHA-256 of a single file, sizes and times of a folder's files,
-    name and revision on the hub."""
+    name and commit on the hub. Raises StorageError when the hub does not answer."""
     check_source(source)
     if source.startswith(PACKAGE):
         path = package_path(source)
     elif _looks_like_path(source):
         path = storage.local_path(source)
     else:
-        return {"hub": source, "revision": revision}
+        return {"hub": source, "revision": _hub_commit(source, revision)}
     if path.is_file():
         return {"file": path.name, "sha256": storage.sha256(path)}
-    stats = [(p.name, p.stat()) for p in sorted(path.iterdir()) if p.suffix in (".safetensors", ".json")]
+    stats = [(p.name, p.stat()) for p in sorted(path.iterdir()) if p.is_file()]
     return {"folder": str(path), "files": [[name, s.st_size, s.st_mtime_ns] for name, s in stats]}
 
 
-def source_architecture(source: str, revision: str | None = None) -> Architecture:
-    """The architecture of a model source, from its config or header alone. Raises InputError as `load_source` does."""
+def _hub_commit(name: str, revision: str | None) -> str:
+    """The commit a hub model stands at, or that of the copy in the local cache when the hub cannot be reached."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return str(HfApi().model_info(name, revision=revision, timeout=30).sha)
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise InputError(
+            f"teacher.model: no model {name!r}, revision {revision!r}, on the hub that you may read",
+            "check the name, or give a folder or a .gguf file; for a private or gated model run `hf auth login`",
+        ) from error
+    except (HTTPError, OSError) as error:
+        cached = try_to_load_from_cache(name, "config.json", revision=revision or "main")
+        if isinstance(cached, str):
+            return Path(cached).parent.name
+        raise InputError(
+            f"teacher.model: {name!r} is no local folder or file, and the hub cannot be reached",
+            "check the path or the name, or connect to the network",
+        ) from error
+
+
+def source_architecture(source: str, revision: str | None = None) -> tuple[Architecture, int | None]:
+    """The architecture of a model source and the longest sequence it takes, from its config or header alone.
+
+    Raises InputError as `load_source` does."""
     from transformers import AutoConfig
 
     check_source(source)
     folder, arguments = _arguments(source, revision)
     with _readable(source), quiet_transformers():
         config = AutoConfig.from_pretrained(folder, **arguments)
-    return Architecture.from_config(config)
+    return Architecture.from_config(config), getattr(config, "max_position_embeddings", None)
 
 
 def _arguments(source: str, revision: str | None) -> tuple[str, dict[str, Any]]:

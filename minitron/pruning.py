@@ -16,8 +16,8 @@ from minitron.selection import Selection, select
 def prune(model: nn.Module, architecture: Architecture, scores: ImportanceScores) -> nn.Module:
     """A new transformers model of `architecture` with the best-scored units of `model`, kept in order.
 
-    The result has the dtype and class of `model`, which stays as it is. Its logits equal those of `model` with the removed
-    units masked, to rounding. Raises InputError when `architecture` does not fit inside the model.
+    The result has the class, dtype and device of `model`, which stays as it is. Its logits equal those of `model` with
+    the removed units masked, to rounding. Raises InputError when `architecture` does not fit inside the model.
     """
     base = Architecture.from_config(model.config)
     selection = select(scores, base, architecture)
@@ -31,7 +31,7 @@ def prune(model: nn.Module, architecture: Architecture, scores: ImportanceScores
         result: nn.Module = type(model).from_pretrained(None, config=config, state_dict=state, dtype=dtype)  # type: ignore[attr-defined]
     if hasattr(model, "generation_config"):
         result.generation_config = model.generation_config
-    return result.eval()
+    return result.to(next(model.parameters()).device).eval()
 
 
 def sliced_tensors(

@@ -146,7 +146,7 @@ def disk_errors(path: str) -> Iterator[None]:
                 f"{path}: no room left on the disk ({free / 1e9:.2f} GB free)",
                 "free some space, or choose another place with --storage",
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
             raise StorageError(
                 f"{path}: cannot write there ({error.strerror})",
                 "choose a place you may write to with --storage, or change its permissions",
@@ -283,11 +283,12 @@ def fetch(target: str, cache: str | None = None) -> Path:
 
 
 def fetch_file(path: str, cache: str | None = None) -> Path:
-    """A single file as a local path: itself, or a copy of a remote one under `cache`, named by its address."""
+    """A single file as a local path: itself, or a copy of a remote one under `cache`, named by its content."""
     if is_local(path):
         return local_path(path)
-    copy = Path(cache or os.path.join(tempfile.gettempdir(), "minitron-cache")) / fingerprint(path) / Path(path).name
+    data = read_bytes(path)
+    name = hashlib.sha256(data).hexdigest()[:16]
+    copy = Path(cache or os.path.join(tempfile.gettempdir(), "minitron-cache")) / name / Path(path).name
     if not copy.exists():
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(str(copy), read_bytes(path))
+        write_bytes(str(copy), data)
     return copy

@@ -21,7 +21,8 @@ from pathlib import Path
 import pytest
 
 from minitron.errors import InputError, MinitronError
-from minitron_platform.jobs import entrypoint_for, logs, status, stop, submit
+from minitron_platform.jobs import entrypoint_for, logs, status, stop
+from minitron_platform.jobs import submit_text as submit
 from minitron_platform.shipping import PACKAGES, code_hash, package_folder, stage_code
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,7 +122,7 @@ class Checkout:
 
     def submit(self, address: str, name: str, entrypoint: str) -> tuple[str, str]:
         """The submission id and what was said on standard error."""
-        client = "import sys; from minitron_platform.jobs import submit; "
+        client = "import sys; from minitron_platform.jobs import submit_text as submit; "
         client += f"print(submit({RECIPE!r}, name=sys.argv[1], address=sys.argv[2], entrypoint=sys.argv[3]))"
         paths = [self.root, self.root / "search", self.root / "platform"]
         sent = subprocess.run(

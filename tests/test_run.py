@@ -178,12 +178,14 @@ def _kill_when(process, condition, what):
 
 def test_killed_runs_go_on_and_give_the_same_student_bit_for_bit(bench, finished):
     def found(pattern):
-        return list((bench / "killed" / "stages").glob(pattern))
+        return list((bench / "killed").glob(pattern))
 
-    _kill_when(_start(bench, "killed"), lambda: found("targets/*/heldout/index.json"), "stored targets")
-    _kill_when(_start(bench, "killed"), lambda: len(found("search/*/trials/*/result.json")) >= 2, "two finished trials")
-    results = {p: p.stat().st_mtime_ns for p in found("search/*/trials/*/result.json")}
-    _kill_when(_start(bench, "killed"), lambda: found("distill/*/checkpoints/step-*/manifest.json"), "a checkpoint")
+    _kill_when(_start(bench, "killed"), lambda: found("stages/targets/*/heldout/index.json"), "stored targets")
+    _kill_when(_start(bench, "killed"), lambda: len(found("trials/*/*/result.json")) >= 2, "two finished trials")
+    results = {p: p.stat().st_mtime_ns for p in found("trials/*/*/result.json")}
+    _kill_when(
+        _start(bench, "killed"), lambda: found("stages/distill/*/checkpoints/step-*/manifest.json"), "a checkpoint"
+    )
     (spool,) = (bench / "killed" / "runs").glob("*/spool")
     steps_before = len(_metric_steps(spool))
     last = _minitron("run", "recipe.yaml", "--storage", "killed", cwd=bench)
@@ -249,8 +251,11 @@ BAD = {
     "missing package": (["--set", "teacher.model=package:nowhere_at_all/x.gguf"], "nowhere_at_all", "install"),
     "unknown task": (["--set", "evaluate.tasks.0.name=arc_eazy"], "arc_eazy", "arc_easy"),
     "warm-up too long": (["--set", "distill.warmup_steps=24"], "distill.warmup_steps: 24", "fewer"),
-    "no such stage": (["--until", "prune"], "'prune' is not a stage", "calibrate"),
+    "no such stage": (["--until", "prune"], "'prune' is not one of", "calibrate"),
     "too little room": (["--set", "data.train_rows=99000000000000"], "GB free", "--storage"),
+    "storage that is a file": (["--storage", "text.jsonl"], "text.jsonl", "--storage"),
+    "rows longer than the teacher takes": (["--set", "data.seq_length=5000"], "data.seq_length: 5000", "at most 2048"),
+    "more calibration rows than rows": (["--set", "calibrate.rows=97"], "calibrate.rows: 97", "at most 96"),
     "no permission": (["--storage", "text.jsonl/runs"], "text.jsonl/runs", "--storage"),
     "GPUs that are not there": (["--set", "resources.gpus_per_trial=64"], "64 GPUs", "gpus_per_trial"),
 }

@@ -10,6 +10,11 @@
 # they ask for the token.
 set -euo pipefail
 
+# The checkout's own environment first, where `make run` made one: jobs start `python` from the head's PATH.
+venv="$(cd "$(dirname "$0")/../.." && pwd)/.venv/bin"
+[ -x "$venv/ray" ] && PATH="$venv:$PATH"
+export PATH
+
 export RAY_AUTH_MODE=token
 export RAY_USAGE_STATS_ENABLED=0
 export MLFLOW_DISABLE_TELEMETRY=true

@@ -17,10 +17,11 @@ FILE_BYTES = 256 << 20  # safetensors copies what it writes, so one file's worth
 
 
 def save_checkpoint(folder: str, step: int, tensors: dict[str, Tensor], *, key: str, keep: int = 2) -> None:
-    """Commit `tensors` as the state after `step` steps, then delete all but the newest `keep`.
+    """Commit `tensors` as the state after `step` steps, in place of what is there, then delete all but the newest `keep`.
 
     `key` names what is trained; a checkpoint of something else is never resumed from.
     """
+    storage.remove(_path(folder, step))  # a damaged one that was passed over
     with storage.committed_folder(_path(folder, step), note={"step": step, "key": key}) as place:
         for number, names in enumerate(_files(tensors)):
             save_file({name: tensors[name] for name in names}, str(Path(place) / f"state-{number:05d}.safetensors"))

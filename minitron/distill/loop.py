@@ -112,7 +112,7 @@ def _forward_backward(
 ) -> Tensor:
     """Gradients of this process's share of the global mean loss, left on the parameters; returns that share."""
     device = head_of(student).device
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for start in range(0, len(indices), config.micro_batch_rows):
         part = indices[start : start + config.micro_batch_rows]
         tokens = rows.take(part).to(device)
@@ -122,7 +122,7 @@ def _forward_backward(
             hidden.flatten(0, 1), head_of(student), teacher.flatten(0, 1), teacher_head, config.temperature
         ) * (len(part) / config.batch_rows)
         loss.backward()
-        total += loss.detach().double().cpu()
+        total += loss.detach().double()
     return total
 
 
@@ -189,7 +189,7 @@ class _State:
         for master, (name, _) in zip(self.masters, self.named, strict=True):
             master.copy_(tensors[f"master.{name}"])
             self.optimizer.state[master] = {
-                "step": torch.tensor(float(step)),
+                "step": torch.tensor(float(step), device=master.device),
                 "exp_avg": tensors[f"exp_avg.{name}"].to(master.device),
                 "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(master.device),
             }

@@ -38,6 +38,13 @@ def locate(data: str) -> Path:
     return path
 
 
+def documents_identity(data: str) -> list[list[str | int]]:
+    """Names, sizes and modification times of the files at `data`: what changes when its documents do."""
+    place = locate(data)
+    files = [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
 def find_splits(path: Path) -> dict[str, list[Path]]:
     """The splits at `path`, each with its Arrow folder or its files; nothing is read but Arrow's small state files.
 

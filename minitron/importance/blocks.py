@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from minitron.architecture import Architecture
+from minitron.logits import Head
 from minitron.models import final_hidden, head_of, layers_of
 
 
@@ -30,10 +31,10 @@ def block_losses(
     """
     layers = layers_of(model)
     table = Architecture.from_config(model.config).table
-    norm, head = model.get_submodule(table.final_norm), head_of(model)
+    norm, head = model.get_submodule(table.final_norm), Head(head_of(model))
     totals = {size: torch.zeros(len(layers) - size + 1, dtype=torch.float64) for size in sizes}
     for batch in rows.split(batch_rows) if sizes else ():
-        batch = batch.to(head.device)
+        batch = batch.to(head.weight.device)
         calls = _record(model, layers, batch)
         for size, losses in totals.items():
             for start in range(len(losses)):
@@ -64,10 +65,9 @@ def _record(model: nn.Module, layers: nn.ModuleList, batch: Tensor) -> list[tupl
     return calls
 
 
-def _loss_sum(hidden: Tensor, head: Tensor, batch: Tensor) -> float:
+def _loss_sum(hidden: Tensor, head: Head, batch: Tensor) -> float:
     """Summed next-token cross-entropy, one row at a time so that the logits stay small."""
     total = 0.0
     for states, tokens in zip(hidden, batch, strict=True):
-        logits = (states[:-1] @ head.T).float()
-        total += float(nn.functional.cross_entropy(logits, tokens[1:], reduction="sum"))
+        total += float(nn.functional.cross_entropy(head.logits(states[:-1]), tokens[1:], reduction="sum"))
     return total

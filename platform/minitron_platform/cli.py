@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 import click
+from rich.markup import escape
 
-from minitron import __version__
+from minitron import __version__, storage
 from minitron.errors import MinitronError
 from minitron_platform.console import Console, seconds
+from minitron_platform.stages import NAMES as STAGES
 
 STORAGE_HELP = "Where everything is kept: a folder or any fsspec address. [default: ./runs]"
 TRACKING_HELP = "MLflow server or database. [default: SQLite in the storage]"
@@ -108,7 +111,7 @@ def plan(recipe: str, overrides: tuple[str, ...], storage_path: str | None, trac
 @main.command()
 @_recipe_options
 @click.option("--address", metavar="ADDRESS", help="A running Ray cluster to use. [default: Ray starts here]")
-@click.option("--until", metavar="STAGE", help="Stop after this stage.")
+@click.option("--until", type=click.Choice(STAGES), help="Stop after this stage.")
 def run(
     recipe: str,
     overrides: tuple[str, ...],
@@ -122,20 +125,14 @@ def run(
 
     started = time.monotonic()
     console = Console()
-    console.say(f"[bold]Minitron {__version__}[/]  {recipe}")
-    loaded, planned = _planned(console, recipe, overrides, storage_path, tracking_uri)
-    from minitron_platform import stages
-    from minitron_platform.console import seconds as duration
-
-    if until is not None and until not in stages.NAMES:
-        from minitron.errors import InputError
-
-        raise InputError(f"--until {until!r} is not a stage", f"use one of {', '.join(stages.NAMES)}")
+    console.say(f"[bold]Minitron {__version__}[/]  {escape(recipe)}")
+    loaded, planned = _planned(console, recipe, overrides, storage_path, tracking_uri, address)
     _show_plan(console, loaded, planned, candidates=False)
     with console.working("starting"):
         from minitron_platform.pipeline import run as run_pipeline
         from minitron_platform.pipeline import run_key
         from minitron_platform.report import final_table
+        from minitron_platform.tracking import shown
     done = run_pipeline(
         loaded,
         storage_path=storage_path,
@@ -149,17 +146,26 @@ def run(
     console.say()
     console.table(final_table(done))
     registered = done["register"]
-    where = f" --storage {storage_path}" if storage_path else ""
-    uri = f" --tracking-uri {tracking_uri}" if tracking_uri else ""
-    console.say(f"\nThe student is a plain transformers checkpoint: [bold]{registered['source']}[/]")
-    console.say(f"The report: [bold]{planned.places.local}/runs/{run_key(loaded)}/report.html[/]")
-    console.say(f"Browse the experiment:  [bold]minitron ui{where}{uri}[/]")
-    console.say(f"Promote the student:    [bold]minitron promote {registered['model']}{where}{uri}[/]")
-    console.say(f"[dim]{duration(time.monotonic() - started)} in all[/]")
+    program = "minitron" if shutil.which("minitron") else sys.argv[0]
+    options = (f" --storage {storage_path}" if storage_path else "") + (
+        f" --tracking-uri {shown(tracking_uri)}" if tracking_uri else ""
+    )
+    report = storage.join(planned.places.local, "runs", run_key(loaded), "report.html")
+    chosen = f"{registered['model']} --version {registered['version']}"
+    console.say(f"\nThe student, a plain transformers checkpoint:\n  [bold]{escape(registered['source'])}[/]")
+    console.say(f"The report:\n  [bold]{escape(report)}[/]")
+    console.say(f"Browse the experiment:\n  [bold]{escape(program + ' ui' + options)}[/]")
+    console.say(f"Promote the student:\n  [bold]{escape(f'{program} promote {chosen}{options}')}[/]")
+    console.say(f"[dim]{seconds(time.monotonic() - started)} in all[/]")
 
 
 def _planned(
-    console: Console, recipe: str, overrides: tuple[str, ...], storage_path: str | None, tracking_uri: str | None
+    console: Console,
+    recipe: str,
+    overrides: tuple[str, ...],
+    storage_path: str | None,
+    tracking_uri: str | None,
+    address: str | None = None,
 ) -> tuple[Any, Any]:
     from minitron_platform.recipe import load_recipe
 
@@ -167,11 +173,13 @@ def _planned(
     with console.working("planning"):
         from minitron_platform.planning import plan as make_plan
 
-        return loaded, make_plan(loaded, storage_path=storage_path, tracking_uri=tracking_uri)
+        return loaded, make_plan(loaded, storage_path=storage_path, tracking_uri=tracking_uri, address=address)
 
 
 def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool) -> None:
     from rich.table import Table
+
+    from minitron_platform.tracking import shown
 
     table = Table(
         title=f"{recipe.name}: {planned.teacher.num_parameters / 1e6:,.1f}M to {recipe.target.parameters / 1e6:,.1f}M",
@@ -191,7 +199,7 @@ def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool)
             cost.what,
             f"{cost.flops / 1e12:,.1f}" if cost.flops else "",
             f"{cost.bytes / 1e6:,.0f} MB" if cost.bytes > 1e5 else "",
-            seconds(cost.seconds),
+            "already done" if cost.done else seconds(cost.seconds),
         )
     table.add_section()
     table.add_row(
@@ -203,13 +211,13 @@ def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool)
     )
     console.table(table)
     free = f" ({planned.free_bytes / 1e9:,.0f} GB free)" if planned.free_bytes is not None else ""
-    console.say(f"storage  {planned.places.storage}{free}")
-    console.say(f"mlflow   {planned.places.tracking_uri}")
+    console.say(f"storage  {escape(planned.places.storage)}{free}")
+    console.say(f"mlflow   {escape(shown(planned.places.tracking_uri))}")
     console.say(f"compute  {planned.dtype}, {planned.flops_per_second / 1e9:,.0f} GFLOP/s measured here\n")
     if candidates:
         shapes = Table(title=f"{len(planned.candidates)} candidates", title_justify="left")
-        for title in ("layers", "hidden", "MLP", "heads", "KV heads", "parameters", "GFLOP/token", "KV cache/token"):
-            shapes.add_column(title, justify="right")
+        for title in ("layers", "hidden", "MLP", "heads", "KV", "parameters", "GFLOP/tok", "cache/tok"):
+            shapes.add_column(title, justify="right", no_wrap=True)
         for a in planned.candidates:
             shapes.add_row(
                 *[str(v) for v in (a.num_layers, a.hidden_size, a.intermediate_size, a.num_heads, a.num_kv_heads)],
@@ -233,21 +241,16 @@ def submit(
     insecure: bool,
 ) -> None:
     """Run RECIPE as a job on a Ray cluster; it goes on when this terminal is gone."""
-    import yaml
+    from minitron_platform.recipe import load_recipe
+    from minitron_platform.submission import submit as submit_recipe
 
-    from minitron_platform.context import places
-    from minitron_platform.jobs import submit as submit_job
-    from minitron_platform.recipe import load_recipe, with_absolute_paths
-
-    loaded = with_absolute_paths(load_recipe(recipe, overrides))
-    where = places(storage_path, tracking_uri)
-    submission = submit_job(
-        yaml.safe_dump(loaded.model_dump(by_alias=True), sort_keys=False),
-        name=loaded.name,
+    submission = submit_recipe(
+        load_recipe(recipe, overrides),
         address=address,
-        options={"storage": where.storage, "tracking-uri": where.tracking_uri},
+        storage_path=storage_path,
+        tracking_uri=tracking_uri,
         insecure=insecure,
-        say=click.echo,
+        say=lambda line: click.echo(line, err=True),
     )
     click.echo(submission)
     click.echo(f"follow it: minitron logs {submission} --address {address} --follow", err=True)

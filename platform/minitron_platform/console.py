@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from rich.console import Console as RichConsole
 from rich.live import Live
+from rich.markup import escape
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
@@ -74,7 +75,7 @@ class Console:
 
     def _text(self) -> str:
         status = self._status()
-        return f"{self._name}  {status}{' · ' if status else ''}{seconds(time.monotonic() - self._since)}"
+        return f"{self._name}  {escape(status)}{' · ' if status else ''}{seconds(time.monotonic() - self._since)}"
 
     def _line(self) -> Spinner:
         return Spinner("dots", text=Text.from_markup(self._text(), overflow="ellipsis"))

@@ -7,7 +7,6 @@ what a run has finished lies in its storage, and submitting it again resumes it 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import os
 import re
@@ -29,6 +28,7 @@ from ray.job_submission import JobSubmissionClient
 from minitron import __version__
 from minitron.errors import InputError, MinitronError
 from minitron.storage import fingerprint
+from minitron_platform.addresses import is_loopback
 from minitron_platform.local_ray import auth_token
 from minitron_platform.shipping import code_hash, stage_code
 
@@ -82,7 +82,7 @@ def entrypoint_for(recipe_file: str, options: Mapping[str, str], overrides: Sequ
     return shlex.join(words)
 
 
-def submit(
+def submit_text(
     recipe_yaml: str,
     *,
     name: str,
@@ -218,7 +218,7 @@ def _connect(address: str, insecure: bool) -> JobSubmissionClient:
     if parts.password is not None:
         raise InputError(f"address at {parts.hostname}: holds a password", "give the token in RAY_AUTH_TOKEN_PATH")
     token = auth_token()
-    if token is None and parts.scheme == "http" and not _is_loopback(parts.hostname) and not insecure:
+    if token is None and parts.scheme == "http" and not is_loopback(parts.hostname) and not insecure:
         raise InputError(
             f"address {address!r}: no cluster token is set, and whoever reaches a head without one can run code on it",
             "set RAY_AUTH_TOKEN_PATH to the file with the cluster's token, or forward the port and use "
@@ -239,13 +239,6 @@ def _without(*names: str) -> Iterator[None]:
         yield
     finally:
         os.environ.update(taken)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 @contextmanager

@@ -26,7 +26,7 @@ IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entrypoint of a j
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",  # no telemetry
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the behaviour to come, without the warning about it
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a worker that asked for no GPU sees none
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 
@@ -55,13 +55,16 @@ def auth_token() -> str | None:
 
 
 @contextmanager
-def ray_session(address: str | None, *, num_cpus: int | None, temp_dir: str | None = None) -> Iterator[None]:
+def ray_session(
+    address: str | None, *, num_cpus: int | None, temp_dir: str | None = None, keep_logs: str | None = None
+) -> Iterator[None]:
     """Have Ray inside the block and shut it down afterwards.
 
     address: a running cluster ("auto", "host:6379", "ray://host:10001"). None joins the cluster that RAY_ADDRESS names,
         as it does inside a Ray job; without one, a private Ray is started here: no dashboard, no log lines on the
         terminal, no telemetry, a token of its own.
     num_cpus: the private Ray offers at least this many CPU slots, however few cores there are.
+    keep_logs: folder for what workers of the private Ray printed, if the block ends with an error.
     temp_dir: where the private Ray keeps sockets and logs, at most 44 bytes long. Default: a folder that is deleted at
         the end.
 
@@ -93,6 +96,11 @@ def ray_session(address: str | None, *, num_cpus: int | None, temp_dir: str | No
                 )
                 try:
                     yield
+                except BaseException:
+                    ray.shutdown()
+                    if keep_logs is not None:
+                        _keep_worker_logs(Path(folder), Path(keep_logs))
+                    raise
                 finally:
                     ray.shutdown()
         else:
@@ -101,6 +109,13 @@ def ray_session(address: str | None, *, num_cpus: int | None, temp_dir: str | No
                 yield
             finally:
                 ray.shutdown()
+
+
+def _keep_worker_logs(ray_folder: Path, target: Path) -> None:
+    for log in ray_folder.glob("session_*_*/logs/worker-*"):
+        if log.stat().st_size:
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy(log, target / log.name)
 
 
 def cluster_cpus_gpus() -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.markup import escape
 
 from minitron import storage
-from minitron.errors import MinitronError
+from minitron.errors import InputError, MinitronError
 from minitron_platform import stages
 from minitron_platform.console import Console, seconds
 from minitron_platform.context import Context, Places, places
@@ -41,18 +43,20 @@ def run(
     Killed at any point and called again, it goes on from the last finished stage, trial or checkpoint.
     Raises MinitronError for what the user can mend.
     """
+    if until is not None and until not in stages.NAMES:
+        raise InputError(f"until: {until!r} is not a stage", f"use one of {', '.join(stages.NAMES)}")
     console = console or Console()
     where = places(storage_path, tracking_uri)
     key = run_key(recipe)
-    with _lock(where, key), _closing(console) as stack:
-        storage.write_bytes(storage.join(where.run(key), "recipe.yaml"), _yaml(recipe))
+    with _lock(where, f"runs/{key}/lock", f"run {key}"), _closing(console) as stack:
+        storage.write_bytes(storage.join(where.local, "runs", key, "recipe.yaml"), _yaml(recipe))
         flusher = stack.enter_context(Flusher(where.spool(key), where.tracking_uri, recipe.experiment))
         context = Context(
             recipe=recipe,
             places=where,
             console=console,
             run_key=key,
-            need_ray=_ray_starter(stack, recipe, address),
+            need_ray=_ray_starter(stack, recipe, address, storage.join(where.local, "runs", key, "logs")),
             mlflow_run=lambda record: flusher.wait_for(record, timeout=30),
         )
         parent = _Parent(context)
@@ -102,7 +106,7 @@ def stage_fingerprint(context: Context, name: str) -> str:
     return storage.fingerprint({"stage": name, "version": stage.VERSION, "inputs": stage.inputs(context)})
 
 
-def finished_record(context: Context, folder: str) -> dict[str, Any] | None:
+def finished_record(context: Context, name: str, folder: str) -> dict[str, Any] | None:
     """What a finished stage recorded, if all that it made is still there."""
     path = storage.join(folder, RECORD)
     if not storage.exists(path):
@@ -110,9 +114,28 @@ def finished_record(context: Context, folder: str) -> dict[str, Any] | None:
     record: dict[str, Any] = storage.read_json(path)
     gone = [p for p in record["artifacts"] if not storage.exists(p)]
     if gone:
-        context.console.say(f"  [yellow]{gone[0]} is gone: making it again[/]")
+        context.console.say(f"  [yellow]{escape(gone[0])} is gone: making it again[/]")
         return None
-    return record
+    holds = getattr(stages.load(name), "holds", None)
+    return record if holds is None or holds(context, record["outputs"]) else None
+
+
+def finished_stages(recipe: Recipe, where: Places) -> set[str]:
+    """The stages of `recipe` that are already done in `where`, as far as it can be known without doing any."""
+    context = Context(
+        recipe=recipe,
+        places=where,
+        console=Console(),
+        run_key=run_key(recipe),
+        need_ray=lambda: None,
+        mlflow_run=lambda key: None,
+    )
+    for name in stages.NAMES:
+        record = finished_record(context, name, where.stage(name, stage_fingerprint(context, name)))
+        if record is None:
+            break
+        context.done[name] = record["outputs"]
+    return set(context.done)
 
 
 def _stage(context: Context, name: str, parent: _Parent) -> None:
@@ -120,40 +143,47 @@ def _stage(context: Context, name: str, parent: _Parent) -> None:
     with console.working(f"[bold]{name}[/]"):
         fingerprint = stage_fingerprint(context, name)
         folder = context.places.stage(name, fingerprint)
-        record = finished_record(context, folder)
+        stage = stages.load(name)
+        record = finished_record(context, name, folder)
         reused = record is not None
         log = parent.child(name)
         if record is None:
             log.start(name, parent=context.run_key, tags={"minitron.kind": "stage"})
             started = time.time()
             try:
-                outputs = stages.load(name).run(context, folder)
+                with _lock(context.places, f"locks/{name}-{fingerprint}", f"stage {name}"):
+                    outputs = stage.run(context, folder)
             except BaseException as error:
                 log.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
                 raise
             record = {
                 "outputs": {**outputs, "fingerprint": fingerprint},
                 "seconds": time.time() - started,
-                "artifacts": sorted(_artifacts(outputs, folder)),
+                "artifacts": sorted(_artifacts(outputs)),
             }
             storage.write_json(storage.join(folder, RECORD), record)
         context.done[name] = record["outputs"]
         _log_stage(context, log, record, reused)
+    summary = escape(record["outputs"]["summary"])
     took = "already done" if reused else seconds(record["seconds"])
-    console.say(f"[green]✓[/] [bold]{name:<10}[/] {record['outputs']['summary']} [dim]· {took}[/]")
+    console.say(f"[green]✓[/] [bold]{name:<10}[/] {summary} [dim]· {took}[/]")
 
 
-def _artifacts(outputs: dict[str, Any], folder: str) -> Iterator[str]:
+def _artifacts(outputs: dict[str, Any]) -> Iterator[str]:
+    """What must be there for the outputs to be of use: files, and the manifests of committed folders."""
     for value in outputs.values():
-        if isinstance(value, str) and value.startswith(folder):
-            yield value
+        if isinstance(value, str) and "/" in value and storage.exists(value):
+            yield storage.join(value, storage.MANIFEST) if storage.is_committed(value) else value
 
 
 def _log_stage(context: Context, log: RunLog, record: dict[str, Any], reused: bool) -> None:
     if reused and is_finished(log):
         return
+    name = log.key.rsplit(".", 1)[-1]
     if reused:
-        log.start(log.key.rsplit(".", 1)[-1], parent=context.run_key, tags={"minitron.kind": "stage"})
+        log.start(name, parent=context.run_key, tags={"minitron.kind": "stage"})
+    if record_more := getattr(stages.load(name), "record", None):
+        record_more(context, record["outputs"])
     outputs = record["outputs"]
     log.tags({"minitron.reused": reused, "minitron.fingerprint": outputs["fingerprint"], "summary": outputs["summary"]})
     log.params({k: v for k, v in outputs.items() if isinstance(v, str | int) and k not in ("summary", "fingerprint")})
@@ -209,7 +239,7 @@ class _Parent:
             self.open = False
 
 
-def _ray_starter(stack: ExitStack, recipe: Recipe, address: str | None) -> Callable[[], None]:
+def _ray_starter(stack: ExitStack, recipe: Recipe, address: str | None, logs: str) -> Callable[[], None]:
     started = False
 
     def start() -> None:
@@ -218,7 +248,7 @@ def _ray_starter(stack: ExitStack, recipe: Recipe, address: str | None) -> Calla
             return
         resources = recipe.resources
         wanted = max(resources.cpus_per_trial, resources.workers * resources.cpus_per_worker)
-        stack.enter_context(ray_session(address, num_cpus=int(wanted + 0.999)))
+        stack.enter_context(ray_session(address, num_cpus=math.ceil(wanted), keep_logs=logs))
         started = True
         cpus, gpus = cluster_cpus_gpus()
         wanted_gpus = max(resources.gpus_per_trial, resources.workers * resources.gpus_per_worker)
@@ -233,19 +263,19 @@ def _ray_starter(stack: ExitStack, recipe: Recipe, address: str | None) -> Calla
 
 
 @contextmanager
-def _lock(where: Places, key: str) -> Iterator[None]:
-    """One process at a time carries out a run; the operating system drops the lock of a killed one."""
-    folder = storage.local_path(where.local) / "runs" / key
-    with storage.disk_errors(str(folder)):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "a+")  # noqa: SIM115 (held open as long as the run)
+def _lock(where: Places, name: str, what: str) -> Iterator[None]:
+    """One process at a time on this machine; the operating system drops the lock of a killed one."""
+    path = storage.local_path(where.local) / name
+    with storage.disk_errors(str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")  # noqa: SIM115 (held open as long as the lock)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
             raise MinitronError(
-                f"run {key} is already going on in process {file.read().strip() or '?'}",
+                f"{what} is already going on in process {file.read().strip() or '?'}",
                 "wait for it, or stop that process",
             ) from error
         file.truncate(0)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,12 +15,11 @@ from minitron.device import compute_dtype, device
 from minitron.errors import InputError, StorageError
 from minitron.evaluation import Task, check_tasks
 from minitron.models import source_architecture
-from minitron_platform import stages
 from minitron_platform.context import Places, places
+from minitron_platform.pipeline import finished_stages
 from minitron_platform.recipe import Recipe
 from minitron_platform.stages.data import source as text_source
 from minitron_platform.stages.search import architectures
-from minitron_search.trial import trial_key
 
 MASTER_BYTES = 12  # float32 weights and two moments: what a checkpoint holds per parameter
 
@@ -34,6 +33,7 @@ class Cost:
     flops: float
     bytes: int
     seconds: float
+    done: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,34 +51,43 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        return sum(cost.bytes for cost in self.costs)
+        """What the disk needs for the stages that are not done yet."""
+        return sum(cost.bytes for cost in self.costs if not cost.done)
 
     @property
     def seconds(self) -> float:
-        return sum(cost.seconds for cost in self.costs)
+        return sum(cost.seconds for cost in self.costs if not cost.done)
 
 
-def plan(recipe: Recipe, *, storage_path: str | None = None, tracking_uri: str | None = None) -> Plan:
+def plan(
+    recipe: Recipe, *, storage_path: str | None = None, tracking_uri: str | None = None, address: str | None = None
+) -> Plan:
     """Check everything about a recipe that can be known without doing it, and add up what it costs.
 
     Raises InputError or StorageError, naming the key or path and the remedy, for what cannot work: a teacher or text that
     is missing, a target that no candidate meets, an unknown task, a place that cannot be written, too little room.
     """
     where = places(storage_path, tracking_uri)
-    teacher = source_architecture(recipe.teacher.model, recipe.teacher.revision)
+    teacher, longest = source_architecture(recipe.teacher.model, recipe.teacher.revision)
+    _check_context(recipe, longest)
     found = architectures(recipe, teacher)
     text_identity(text_source(recipe.data))
     check_tasks([Task(**task.model_dump()) for task in recipe.evaluate.tasks])
+    _check_rows(recipe)
     _check_training(recipe)
-    _check_gpus(recipe)
+    if address is None and not os.environ.get("RAY_ADDRESS"):
+        _check_gpus(recipe)
     _check_writable(where.storage)
     dtype = compute_dtype(recipe.teacher.dtype)
     speed = _measured_speed(dtype)
-    costs = _costs(recipe, teacher, found, 2 if dtype == torch.bfloat16 else 4, speed)
+    done = finished_stages(recipe, where)
+    costs = [
+        replace(cost, done=cost.stage in done)
+        for cost in _costs(recipe, teacher, found, 2 if dtype == torch.bfloat16 else 4, speed)
+    ]
     free = storage.free_bytes(where.storage) if storage.is_local(where.storage) else None
     result = Plan(recipe, where, teacher, found, costs, str(dtype).removeprefix("torch."), speed, free)
-    kept = _already_there(where.storage) if storage.is_local(where.storage) else 0
-    if free is not None and free + kept < result.bytes:
+    if free is not None and free < result.bytes:
         raise StorageError(
             f"{where.storage}: the run needs about {result.bytes / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free",
             "free some space, choose another place with --storage, or lower data.train_rows",
@@ -97,14 +106,32 @@ def _check_training(recipe: Recipe) -> None:
             )
 
 
-def _check_gpus(recipe: Recipe) -> None:
-    import os
+def _check_rows(recipe: Recipe) -> None:
+    data = recipe.data
+    for key, asked, split, there in (
+        ("calibrate.rows", recipe.calibrate.rows, "data.train_rows", data.train_rows),
+        ("calibrate.layer_rows", recipe.calibrate.layer_rows, "calibrate.rows", recipe.calibrate.rows),
+        ("search.heldout_rows", recipe.search.heldout_rows or 0, "data.heldout_rows", data.heldout_rows),
+    ):
+        if asked > there:
+            raise InputError(f"{key}: {asked} is more than {split} = {there}", f"use at most {there}")
 
-    wanted = max(recipe.resources.gpus_per_trial, recipe.resources.gpus_per_worker)
-    if wanted and not os.environ.get("RAY_ADDRESS") and wanted > torch.cuda.device_count():
+
+def _check_context(recipe: Recipe, longest: int | None) -> None:
+    if longest is not None and recipe.data.seq_length > longest:
         raise InputError(
-            f"resources: {wanted:g} GPUs are asked for and this machine has {torch.cuda.device_count()}",
-            "set gpus_per_trial and gpus_per_worker to 0, or submit to a cluster",
+            f"data.seq_length: {recipe.data.seq_length} is more than the {longest} tokens that the teacher takes",
+            f"use at most {longest}",
+        )
+
+
+def _check_gpus(recipe: Recipe) -> None:
+    resources, there = recipe.resources, torch.cuda.device_count()
+    wanted = max(resources.gpus_per_trial, resources.workers * resources.gpus_per_worker)
+    if wanted > there:
+        raise InputError(
+            f"resources: {wanted:g} GPUs are asked for and this machine has {there}",
+            "set gpus_per_trial and gpus_per_worker to 0, give --address, or submit to a cluster",
         )
 
 
@@ -112,11 +139,6 @@ def _check_writable(path: str) -> None:
     probe = storage.join(path, ".writable")
     storage.write_bytes(probe, b"")
     storage.remove(probe)
-
-
-def _already_there(path: str) -> int:
-    root = storage.local_path(path) / "stages"
-    return sum(file.stat().st_size for file in root.rglob("*") if file.is_file()) if root.exists() else 0
 
 
 def _measured_speed(dtype: torch.dtype, size: int = 1024) -> float:
@@ -193,18 +215,3 @@ def _costs(
         Cost(stage, what, flops, size, flops / (speed * efficiency) + start_up.get(stage, 5))
         for stage, what, flops, size in work
     ]
-
-
-def describe(planned: Plan) -> dict[str, Any]:
-    """The plan as plain values, for JSON."""
-    return {
-        "recipe": planned.recipe.name,
-        "storage": planned.places.storage,
-        "tracking_uri": planned.places.tracking_uri,
-        "teacher": planned.teacher.to_dict(),
-        "candidates": [
-            {"key": trial_key(a), **a.to_dict(), "parameters": a.num_parameters} for a in planned.candidates
-        ],
-        "stages": {cost.stage: {"flops": cost.flops, "bytes": cost.bytes} for cost in planned.costs},
-        "order": list(stages.NAMES),
-    }

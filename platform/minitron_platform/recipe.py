@@ -20,6 +20,15 @@ NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 Positive = Annotated[int, Field(ge=1)]
 
 
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that also reads 6e-4 and 9e7 as numbers, which YAML 1.1 takes for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -159,7 +168,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
             f"{hint}see `minitron recipes`, or give the path of a YAML file",
         )
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})", "check its permissions") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -177,10 +186,14 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 def with_absolute_paths(recipe: Recipe) -> Recipe:
     """The same recipe with its local paths independent of the working directory, to be sent elsewhere."""
     values = recipe.model_dump(by_alias=True)
-    tasks = [(task, "data") for task in values["evaluate"]["tasks"]]
-    for section, key in [(values["teacher"], "model"), (values["data"], "path"), *tasks]:
+    paths = [(task, "data") for task in values["evaluate"]["tasks"]]
+    if recipe.data.kind != "hub":
+        paths.append((values["data"], "path"))
+    if local_path(recipe.teacher.model).exists():  # else it is a hub name
+        paths.append((values["teacher"], "model"))
+    for section, key in paths:
         value = section[key]
-        if value and not value.startswith(PACKAGE) and is_local(value) and local_path(value).exists():
+        if value and is_local(value) and not value.startswith(PACKAGE):
             section[key] = str(local_path(value))
     return Recipe.model_validate(values)
 
@@ -194,7 +207,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     for index, parent in enumerate(parents):
         place = _enter(place, parent, key) if index or parent in place else place.setdefault(parent, {})
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
         raise InputError(f"--set {override!r}: the value is not valid YAML ({_one_line(error)})", "quote it") from error
     if isinstance(place, list):

@@ -14,7 +14,7 @@ from rich.table import Table
 from minitron import storage
 from minitron_platform.context import Context
 from minitron_platform.resources import data_folder
-from minitron_platform.spool import RunLog, read_events
+from minitron_platform.tracking import shown
 
 MODELS = {"teacher": "teacher", "pruned": "pruned only", "distilled": "distilled"}
 
@@ -77,20 +77,10 @@ def write_report(context: Context, parent: Any) -> Path:
     if not parent.open:
         parent.reopen()
     for name in ("report.html", "report.png", "results.json", "recipe.yaml"):
-        if (folder / name).exists():
-            parent.log.artifact(str(folder / name))
+        parent.log.artifact(str(folder / name))
+        if not storage.is_local(context.places.storage):
+            storage.write_bytes(storage.join(context.places.run(context.run_key), name), (folder / name).read_bytes())
     return folder
-
-
-def curve(log: RunLog, metric: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a metric in a record; where a step was run again, the last value."""
-    path = Path(log.spool) / f"{log.key}.jsonl"
-    points: dict[int, float] = {}
-    if path.exists():
-        for event, _ in read_events(path, 0):
-            if event and event["event"] == "metrics" and metric in event["values"]:
-                points[event["step"]] = float(event["values"][metric])
-    return sorted(points), [points[step] for step in sorted(points)]
 
 
 def draw(context: Context) -> bytes:
@@ -113,7 +103,8 @@ def draw(context: Context) -> bytes:
         left.set_xlabel("held-out KL to the teacher, nats per token")
         left.set_title(f"Search: {len(ranking)} candidates, best at the top", loc="left", fontsize=10)
         left.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
-        steps, values = curve(context.log("distill"), "train_kl")
+        curve = storage.read_json(done["distill"]["curve"])
+        steps, values = curve["step"], curve["train_kl"]
         table = done["evaluate"]["table"]
         per_step = done["distill"]["tokens"] / context.recipe.distill.steps
         right.plot([step * per_step for step in steps], values, color="#76b900", label="training rows")
@@ -151,5 +142,5 @@ def page(context: Context) -> str:
         picture=base64.b64encode((folder / "report.png").read_bytes()).decode(),
         ranking=done["search"]["ranking"],
         done=done,
-        tracking_uri=context.places.tracking_uri,
+        tracking_uri=shown(context.places.tracking_uri),
     )

@@ -131,6 +131,16 @@ def read_events(path: Path, offset: int) -> Iterator[tuple[dict[str, Any] | None
                     yield _parse(line), offset
 
 
+def read_curve(log: RunLog, metric: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a metric in a record; where a step was done again, its last value."""
+    path = Path(log.spool) / f"{log.key}.jsonl"
+    points: dict[int, float] = {}
+    for event, _ in read_events(path, 0) if path.exists() else ():
+        if event and event["event"] == "metrics" and metric in event["values"]:
+            points[event["step"]] = float(event["values"][metric])
+    return sorted(points), [points[step] for step in sorted(points)]
+
+
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         event = json.loads(line)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +51,6 @@ def train_on_ray(task: DistillTask, resources: Resources, log: RunLog, scratch: 
     from ray.train.torch import TorchTrainer
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    storage.remove(scratch)  # a killed run's
     # The name is new each time: what a run resumes from is its own verified checkpoints, not Ray Train's snapshot.
     trainer = TorchTrainer(
         _worker,
@@ -67,11 +69,17 @@ def train_on_ray(task: DistillTask, resources: Resources, log: RunLog, scratch: 
             failure_config=FailureConfig(max_failures=resources.max_failures),
         ),
     )
+    storage.remove(scratch)  # a killed run's
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         result = trainer.fit()
     except WorkerGroupError as error:
         raise _cause(error.worker_failures) from error
+    except SystemExit as error:
+        raise KeyboardInterrupt from error  # what Ray Train makes of Ctrl-C
     finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, on_interrupt)  # Ray Train leaves its own handler behind
         storage.remove(scratch)
     if result.return_value:
         raise NonFiniteError(*result.return_value)
@@ -122,9 +130,13 @@ def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
 
     unheard: list[Any] = []
 
+    def heard() -> None:
+        with suppress(ray.exceptions.RayError):  # the record never stops the work
+            ray.get(unheard)
+
     def report(step: StepReport) -> None:
         if dist.get_rank() == 0:
-            ray.get(unheard)  # so that at most one step's metrics are on their way when something dies
+            heard()  # so that at most one step's metrics are on their way when something dies
             metrics = {
                 "train_kl": step.loss,
                 "learning_rate": step.learning_rate,
@@ -146,6 +158,7 @@ def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
         )
     except NonFiniteError as error:
         return error.problem, error.remedy
+    heard()
     if dist.get_rank() == 0:
         with storage.committed_folder(task.student) as folder:
             save_model(student, load_tokenizer(storage.fetch(materials.teacher)), folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import signal
 import socket
@@ -19,6 +18,7 @@ from urllib.error import URLError
 
 from minitron.errors import InputError, MinitronError
 from minitron.storage import disk_errors, is_local, local_path
+from minitron_platform.addresses import is_loopback
 from minitron_platform.tracking import prepare_mlflow, shown, sqlite_path
 
 START_SECONDS = 90.0  # MLflow imports, and on first use creates its tables
@@ -45,7 +45,7 @@ def serve(
     if tracking_uri.startswith("http"):
         say(f"MLflow is at {shown(tracking_uri)}")
         return 0
-    if not insecure and not _is_loopback(host):
+    if not insecure and not is_loopback(host):
         raise InputError(
             f"host {host!r} can be reached from other machines, and MLflow asks nobody for a password",
             "keep 127.0.0.1 and tunnel to it with ssh -L, or pass --insecure",
@@ -92,13 +92,6 @@ def serve(
                 return 0
             finally:
                 _end(server)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _check_free(host: str, port: int) -> None:

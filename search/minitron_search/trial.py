@@ -49,6 +49,7 @@ def run_trial(task: SearchTask, architecture: Architecture, report: Report) -> d
     """
     found = trial_result(task.folder, architecture)
     if found is not None:
+        storage.remove(storage.join(task.folder, trial_key(architecture), "checkpoints"))  # killed just before it could
         return found
     if not torch.cuda.is_available():
         torch.set_num_threads(task.threads)

@@ -10,13 +10,15 @@ from typing import Any
 # Before Tune is imported: none of its tables, and no CSV, JSON and TensorBoard copies of what trials report.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+# Its own handling of Ctrl-C would end a search early as if it were finished.
+os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
 
 from ray import tune
 from ray.tune import Callback
 
 from minitron import storage
 from minitron.architecture import Architecture
-from minitron.errors import MinitronError
+from minitron.errors import InputError, MinitronError, NonFiniteError
 from minitron_search.ranking import SearchResult, rank
 from minitron_search.trial import SearchTask, run_trial, trial_key, trial_result
 
@@ -36,15 +38,22 @@ def search(
     """Distil every candidate briefly, as many at a time as the cluster has room for, and rank them by held-out KL.
 
     Trials that finished before are read back; an unfinished one goes on from its checkpoint. A trial whose worker dies is
-    started again up to `max_failures` times; one that raises is recorded with its reason and the search goes on.
+    started again up to `max_failures` times; one whose loss is not finite is recorded with its reason.
     `memory_per_trial` (bytes) keeps more from running at once than fit. `on_event(key, metrics)` is called in this process
     with what each trial reports; key is `trial_key(architecture)`.
-    Needs Ray to be running. Raises MinitronError with the reasons when no candidate finished.
+    Needs Ray to be running. Raises MinitronError with the reasons when a trial broke off for a reason that may pass (a
+    full disk, workers that were killed), after the others have finished, and when no candidate finished.
     """
     waiting = [a for a in architectures if trial_result(task.folder, a) is None]
     resources = {"cpu": cpus_per_trial, "gpu": gpus_per_trial, "memory": memory_per_trial}
     wanted = {name: amount for name, amount in resources.items() if amount}
-    failures = _run(task, waiting, wanted, max_failures, on_event) if waiting else {}
+    failures, broken = _run(task, waiting, wanted, max_failures, on_event) if waiting else ({}, {})
+    if broken:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in broken.items())
+        raise MinitronError(
+            f"{len(broken)} of {len(architectures)} candidates did not finish ({reasons})",
+            "mend the cause and run again; what has finished is kept",
+        )
     results = [result for a in architectures if (result := trial_result(task.folder, a)) is not None]
     if not results:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
@@ -60,21 +69,22 @@ def _run(
     resources: dict[str, float],
     max_failures: int,
     on_event: Event | None,
-) -> dict[str, str]:
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Reasons by candidate: of those that failed for good, and of those that broke off."""
     by_key = {trial_key(a): a for a in waiting}
 
     def trainable(config: dict[str, Any]) -> None:
         architecture = by_key[config["candidate"]]
         try:
             run_trial(task, architecture, tune.report)
-        except MinitronError as error:
+        except (NonFiniteError, InputError) as error:
             # It would fail the same way again: recorded, not raised, so that Tune does not retry it.
             tune.report({"failed": error.problem})
 
     # Tune's own experiment state is not what a run resumes from (restoring it would mean trusting pickles): results and
     # checkpoints of trials are, so its folder is thrown away.
     scratch = storage.join(task.folder, "tune")
-    storage.remove(scratch)
+    storage.remove(scratch)  # a killed run's
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     tuner = tune.Tuner(
         tune.with_resources(trainable, resources),
@@ -88,16 +98,24 @@ def _run(
             callbacks=[_Events(on_event)] if on_event else [],
         ),
     )
-    grid = tuner.fit()
-    failures = {}
+    try:
+        grid = tuner.fit()
+    except BaseException:
+        storage.remove(scratch)
+        raise
+    failures, broken = {}, {}
     for result in grid:
         name = str(by_key[(result.config or {})["candidate"]])
         if result.error is not None:
-            failures[name] = _reason(str(result.error))
+            broken[name] = _reason(str(result.error))
         elif "failed" in (result.metrics or {}):
             failures[name] = result.metrics["failed"]
     storage.remove(scratch)
-    return failures
+    for architecture in waiting:
+        name = str(architecture)
+        if trial_result(task.folder, architecture) is None and name not in failures:
+            broken.setdefault(name, "it was stopped")
+    return failures, broken
 
 
 def _reason(text: str) -> str:

@@ -2,6 +2,8 @@
 
 A stage is a module with `inputs(context)`, a JSON value of everything that can change its result, and
 `run(context, folder)`, which does the work in its folder and returns its outputs as a JSON value with a `summary`.
+It may also have `record(context, outputs)`, which completes the run's record, and `holds(context, outputs)`, which says
+whether what it did elsewhere is still so.
 """
 
 from __future__ import annotations

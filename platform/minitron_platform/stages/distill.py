@@ -10,7 +10,7 @@ from minitron.architecture import Architecture
 from minitron.models import load_tokenizer, save_model
 from minitron_platform.console import seconds
 from minitron_platform.context import Context
-from minitron_platform.spool import RunLog, read_events
+from minitron_platform.spool import RunLog, read_curve, read_events
 from minitron_platform.stages.targets import materials
 from minitron_platform.training import DistillTask, distill_config, train_on_ray
 
@@ -51,17 +51,30 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         )
         train_on_ray(task, recipe.resources, log, scratch=storage.join(folder, "ray"))
     storage.remove(storage.join(folder, "checkpoints"))
+    curve = storage.join(folder, "curve.json")
+    if not storage.exists(curve):
+        steps, values = read_curve(context.log("distill"), "train_kl")
+        storage.write_json(curve, {"step": steps, "train_kl": values})
     weights = {k: v["sha256"] for k, v in storage.manifest(student)["files"].items() if k.endswith(".safetensors")}
     tokens = recipe.distill.steps * recipe.distill.batch_rows * context.done["data"]["seq_length"]
     return {
         "pruned": pruned,
         "student": student,
+        "curve": curve,
         "id": storage.fingerprint(weights),
         "tokens": tokens,
         "parameters": architecture.num_parameters,
         "architecture": architecture.to_dict(),
         "summary": f"{tokens:,} tokens · {architecture.num_parameters / 1e6:.1f}M parameters",
     }
+
+
+def record(context: Context, outputs: dict[str, Any]) -> None:
+    """Write the training curve into a record that does not have it, because another run did the work."""
+    log, curve = context.log("distill"), storage.read_json(outputs["curve"])
+    if not read_curve(log, "train_kl")[0]:
+        for step, value in zip(curve["step"], curve["train_kl"], strict=True):
+            log.metrics({"train_kl": value}, step=step)
 
 
 class _Tail:

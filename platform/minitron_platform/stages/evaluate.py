@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from minitron import storage
 from minitron.device import DTYPES, device
 from minitron.evaluation import Task, evaluate, interleaved_throughput
+from minitron.evaluation.documents import documents_identity
 from minitron.models import head_of, load_model, load_tokenizer
 from minitron_platform.context import Context
 from minitron_platform.stages.targets import materials
@@ -28,6 +30,8 @@ def inputs(context: Context) -> dict[str, Any]:
         "targets": context.done["targets"]["fingerprint"],
         "scores": context.done["calibrate"]["id"],
         "evaluate": context.recipe.evaluate.model_dump(exclude={"batch_rows"}),
+        "documents": [documents_identity(task.data) for task in context.recipe.evaluate.tasks if task.data],
+        "lm_eval": version("lm_eval"),
     }
 
 

@@ -6,8 +6,10 @@ import json
 from typing import Any
 
 import minitron
+from minitron.errors import StorageError
 from minitron_platform import registry
 from minitron_platform.context import Context
+from minitron_platform.tracking import shown
 
 VERSION = 1
 
@@ -19,6 +21,12 @@ def inputs(context: Context) -> dict[str, Any]:
         "register": context.recipe.register_as.model_dump(),
         "tracking": context.places.tracking_uri,
     }
+
+
+def holds(context: Context, outputs: dict[str, Any]) -> bool:
+    """Whether the registry, which may have been deleted since, still has the version."""
+    found = registry.models(context.places.tracking_uri)
+    return any((row.name, row.version) == (outputs["model"], outputs["version"]) for row in found)
 
 
 def run(context: Context, folder: str) -> dict[str, Any]:
@@ -40,6 +48,11 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         **{f"minitron.task.{name}": f"{s['value']:.4f}" for name, s in quality["tasks"].items()},
     }
     run_id = context.mlflow_run(context.run_key)
+    if run_id is None:
+        raise StorageError(
+            f"MLflow at {shown(context.places.tracking_uri)} has not taken the run's record within 30 s",
+            "check that the server answers, and run again: all else is done",
+        )
     version = registry.register(
         context.places.tracking_uri,
         name=settings.model,

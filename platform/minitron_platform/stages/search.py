@@ -12,8 +12,9 @@ from minitron_platform.context import Context
 from minitron_platform.recipe import Recipe
 from minitron_platform.stages.targets import materials
 from minitron_platform.training import distill_config
+from minitron_platform.trials import TrialsView, record_trials
 from minitron_search.space import candidates
-from minitron_search.trial import SearchTask, trial_key, trial_result
+from minitron_search.trial import SearchTask
 
 VERSION = 1
 
@@ -39,13 +40,26 @@ def architectures(recipe: Recipe, teacher: Architecture) -> list[Architecture]:
     return found
 
 
-def memory_per_trial(teacher: Architecture, found: list[Architecture]) -> int:
-    """Bytes of main memory that a trial on CPUs takes at its peak, about: libraries, the teacher while the student is cut,
-    the student's weights, master weights, gradients and moments, and a chunk of logits for both."""
-    student = 24 * max(a.num_parameters for a in found)
-    return (
-        1_200_000_000 + max(4 * teacher.num_parameters, 8 * teacher.vocab_size * (512 + teacher.hidden_size)) + student
-    )
+def trials_folder(context: Context) -> str:
+    """Where trials are kept: not under the search, so that a wider space finds those of the narrower one."""
+    rest = {name: value for name, value in inputs(context).items() if name not in ("space", "target")}
+    return storage.join(context.places.storage, "trials", storage.fingerprint(rest))
+
+
+def memory_per_trial(recipe: Recipe, teacher: Architecture, found: list[Architecture]) -> int:
+    """Bytes of main memory to ask Ray for, for each trial on CPUs; 0 for trials on GPUs, which need the GPU's instead.
+
+    Libraries, the teacher while the student is cut, and the student's weights, master weights, gradients and moments.
+    No more than the largest node offers: one trial at a time always runs.
+    """
+    import ray
+
+    if recipe.resources.gpus_per_trial:
+        return 0
+    logits = 8 * teacher.vocab_size * (512 + teacher.hidden_size)
+    wanted = 1_200_000_000 + max(4 * teacher.num_parameters, logits) + 24 * max(a.num_parameters for a in found)
+    largest = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
+    return int(min(wanted, largest))
 
 
 def inputs(context: Context) -> dict[str, Any]:
@@ -70,101 +84,36 @@ def run(context: Context, folder: str) -> dict[str, Any]:
     task = SearchTask(
         materials=materials(context),
         config=distill_config(recipe.search.training),
-        folder=storage.join(folder, "trials"),
+        folder=trials_folder(context),
         heldout_rows=recipe.search.heldout_rows,
         threads=max(1, int(recipe.resources.cpus_per_trial)),
     )
     context.console.status("starting Ray")
     context.need_ray()
-    view = _View(context, found)
+    view = TrialsView(context, task.folder, found)
     result = search(
         task,
         found,
         cpus_per_trial=recipe.resources.cpus_per_trial,
         gpus_per_trial=recipe.resources.gpus_per_trial,
-        memory_per_trial=memory_per_trial(teacher, found),
+        memory_per_trial=memory_per_trial(recipe, teacher, found),
         max_failures=recipe.resources.max_failures,
         on_event=view.event,
     )
     ranking = json.loads(result.ranking.to_json(orient="records"))
-    _record_trials(context, task, found)
     best = result.ranking.iloc[0]
     return {
         "winner": result.winner.to_dict(),
         "ranking": ranking,
         "failures": result.failures,
         "candidates": len(found),
+        "architectures": [a.to_dict() for a in found],
         "trials": task.folder,
         "summary": f"{len(ranking)} of {len(found)} candidates distilled · winner {result.winner} · KL {best['kl']:.3f}",
     }
 
 
-def _record_trials(context: Context, task: SearchTask, found: list[Architecture]) -> None:
-    """Close each trial's record; one that finished in an earlier, killed process is recorded from its result."""
-    for architecture in found:
-        log = context.log(f"trial-{trial_key(architecture)}")
-        result = trial_result(task.folder, architecture)
-        if result is None:
-            log.start(str(architecture), parent=f"{context.run_key}.search", tags={"minitron.kind": "trial"})
-            log.end("FAILED")
-            continue
-        log.start(str(architecture), parent=f"{context.run_key}.search", tags={"minitron.kind": "trial"})
-        shape = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
-        log.params({name: result["architecture"][name] for name in shape} | {"parameters": result["parameters"]})
-        log.metrics(
-            {
-                "heldout_kl": result["kl"],
-                "heldout_loss": result["loss"],
-                "top1_agreement": result["top1_agreement"],
-                "heldout_kl_undistilled": result["kl_undistilled"],
-                "tokens": result["tokens"],
-            },
-            step=task.config.steps,
-        )
-        log.end("FINISHED")
-
-
-class _View:
-    """Turns trial reports into the live line, a line per finished trial, and metrics."""
-
-    def __init__(self, context: Context, found: list[Architecture]) -> None:
-        self.context, self.console = context, context.console
-        self.names = {trial_key(a): str(a) for a in found}
-        self.latest: dict[str, dict[str, Any]] = {}
-        self.first_kl: dict[str, float] = {}
-        self.finished = 0
-        self.console.status(self._status)
-
-    def event(self, key: str, numbers: dict[str, Any]) -> None:
-        log = self.context.log(f"trial-{key}")
-        if key not in self.latest:
-            log.start(self.names[key], parent=f"{self.context.run_key}.search", tags={"minitron.kind": "trial"})
-        if "train_kl" in numbers:
-            wanted = ("train_kl", "learning_rate", "grad_norm", "tokens_per_second")
-            log.metrics({k: numbers[k] for k in wanted if k in numbers}, step=int(numbers["step"]))
-        self.latest[key] = numbers
-        if "failed" in numbers:
-            self.console.say(f"  [yellow]failed[/]  {self.names[key]}: {numbers['failed']}")
-            log.tags({"minitron.failure": numbers["failed"]})
-            self.latest[key] = {}
-            return
-        if "kl" not in numbers:
-            return
-        if numbers["step"] == 0:
-            self.first_kl[key] = numbers["kl"]
-            return
-        self.finished += 1
-        self.latest[key] = {}
-        before = f"{self.first_kl[key]:.2f} → " if key in self.first_kl else ""
-        self.console.say(
-            f"  {self.finished}/{len(self.names)}  {self.names[key]}  held-out KL {before}{numbers['kl']:.3f}"
-        )
-
-    def _status(self) -> str:
-        active = [
-            f"{self.names[key].split(' · ', 1)[0]}…{numbers['step']}/{numbers['steps']}"
-            + (f" KL {numbers['train_kl']:.2f}" if "train_kl" in numbers else "")
-            for key, numbers in self.latest.items()
-            if "steps" in numbers
-        ]
-        return f"{self.finished}/{len(self.names)} candidates · " + (" · ".join(active) or "starting workers")
+def record(context: Context, outputs: dict[str, Any]) -> None:
+    """Write every trial's result into its record, whichever run and process computed it."""
+    found = [Architecture.from_dict(values) for values in outputs["architectures"]]
+    record_trials(context, outputs["trials"], found)

@@ -36,13 +36,18 @@ def run(context: Context, folder: str) -> dict[str, Any]:
     architecture = _architecture(target)
     return {
         "folder": target,
-        "id": storage.fingerprint(weights),
+        # also what else decides its outputs: norms' epsilon, RoPE, the tokenizer
+        "id": storage.fingerprint({name: entry["sha256"] for name, entry in files.items() if _decides(name)}),
         "sha256": weights,
         "dtype": str(dtype).removeprefix("torch."),
         "architecture": architecture.to_dict(),
         "parameters": architecture.num_parameters,
         "summary": f"{architecture.num_parameters / 1e6:.1f}M parameters · {architecture}",
     }
+
+
+def _decides(name: str) -> bool:
+    return name.endswith((".safetensors", ".model")) or name in ("config.json", "tokenizer.json")
 
 
 def _architecture(folder: str) -> Architecture:
