@@ -159,21 +159,73 @@ def test_only_what_a_change_touches_is_done_again(bench, finished):
     assert changed.stdout.count("already done") == STAGES.index("evaluate")
 
 
-def _start(bench, storage):
+def test_a_run_that_diverges_stops_and_says_where(bench, finished):
+    steep = ["--set", "distill.peak_lr=1e30", "--set", "distill.min_lr=1e30"]
+    stopped = _minitron("run", "recipe.yaml", "--storage", "runs", *steep, cwd=bench)
+    assert stopped.returncode == 2, stopped.stdout + stopped.stderr
+    assert "at step" in stopped.stderr
+    assert "learning rate" in stopped.stderr
+    assert stopped.stdout.count("already done") == STAGES.index("distill")
+    steep = ["--set", "search.training.peak_lr=1e30", "--set", "search.training.min_lr=1e30"]
+    stopped = _minitron("run", "recipe.yaml", "--storage", "runs", *steep, cwd=bench)
+    assert stopped.returncode == 2, stopped.stdout + stopped.stderr
+    assert "no candidate of the search finished" in stopped.stderr
+    assert "Traceback" not in stopped.stderr + stopped.stdout
+
+
+def test_a_wider_space_distils_only_what_is_new(bench, finished):
+    before = {p: p.stat().st_mtime_ns for p in (bench / "runs" / "trials").glob("*/*/result.json")}
+    wider = ["--set", "target.tolerance=0.5", "--until", "search"]
+    assert _minitron("run", "recipe.yaml", "--storage", "runs", *wider, cwd=bench).returncode == 0
+    after = {p: p.stat().st_mtime_ns for p in (bench / "runs" / "trials").glob("*/*/result.json")}
+    assert len(after) > len(before)
+    assert before.items() <= after.items()
+
+
+def test_a_deleted_registry_is_filled_again(bench, finished):
+    for file in (bench / "runs").glob("mlflow.db*"):
+        file.unlink()
+    again = _minitron("run", "recipe.yaml", "--storage", "runs", cwd=bench)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("already done") == len(STAGES) - 1
+    version = MlflowClient(f"sqlite:///{bench}/runs/mlflow.db").get_model_version_by_alias("tiny-student", "candidate")
+    assert version.source == _results(bench)["distill"]["student"]
+
+
+def test_ctrl_c_stops_a_search_where_it_is_and_says_how_to_go_on(bench, finished):
+    process = _start(bench, "interrupted", "--set", "search.training.steps=200")
+    _wait_until(process, lambda: list((bench / "interrupted").glob("trials/*/*/result.json")), "finished trial")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=90) == 130
+    said = (bench / "interrupted.log").read_text()
+    assert "to go on from here: minitron run recipe.yaml" in said
+    assert "Traceback" not in said
+    assert not list((bench / "interrupted").glob("stages/search/*/stage.json"))
+
+
+def _start(bench, storage, *settings):
     log = open(bench / f"{storage}.log", "w")  # noqa: SIM115 (lives as long as the process)
     return subprocess.Popen(
-        _command("run", "recipe.yaml", "--storage", storage), cwd=bench, env=_environment(), stdout=log, stderr=log
+        _command("run", "recipe.yaml", "--storage", storage, *settings),
+        cwd=bench,
+        env=_environment(),
+        stdout=log,
+        stderr=log,
     )
 
 
 def _kill_when(process, condition, what):
+    _wait_until(process, condition, what)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _wait_until(process, condition, what):
     deadline = time.monotonic() + 240
     while not condition():
         assert process.poll() is None, f"the run ended before {what}"
         assert time.monotonic() < deadline, f"no {what} in time"
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def test_killed_runs_go_on_and_give_the_same_student_bit_for_bit(bench, finished):
