@@ -25,6 +25,7 @@ $(BIN)/python:
 
 # torch first: with it in place nothing else asks for another build of it
 $(VENV)/.installed: $(BIN)/python $(INPUTS)
+	@echo 'Installing about 180 packages into $(VENV): a few minutes, the last of them quiet.'
 	$(PIP) torch
 	$(PIP) -e '.[dev]'
 	$(PIP) --no-deps -r requirements-data.txt

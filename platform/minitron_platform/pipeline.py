@@ -72,6 +72,8 @@ def run(
             from minitron_platform.report import write_report
 
             write_report(context, parent)
+            if parent.open:
+                parent.log.metrics(_table_metrics(context.done["evaluate"]), step=0)
         parent.end("FINISHED")
     return context.done
 
