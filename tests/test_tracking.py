@@ -303,3 +303,21 @@ def test_what_cannot_work_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(InputError) as refused:
         prepare_mlflow("oracle://user:hunter2@db/mlflow")
     assert "hunter2" not in str(refused.value)
+
+
+def test_a_database_whose_making_was_killed_is_made_again(tmp_path: Path) -> None:
+    # The tables take MLflow seconds: a process killed among them must not leave a file that nobody can use.
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    program = f"from minitron_platform.tracking import *\nprepare_mlflow({uri!r})\ncreate_database({uri!r})"
+    maker = subprocess.Popen(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+    while not list(tmp_path.glob(".mlflow.db.*/made.db")):
+        assert maker.poll() is None
+        time.sleep(0.01)
+    maker.kill()
+    maker.wait()
+    assert not (tmp_path / "mlflow.db").exists()
+    with Flusher(str(tmp_path / "spool"), uri, "experiment") as flusher:
+        RunLog(str(tmp_path / "spool"), "run").start("run")
+        assert flusher.wait_for("run", timeout=60)

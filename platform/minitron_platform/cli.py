@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -46,9 +47,16 @@ def _fail(error: MinitronError) -> None:
 
 
 def _again() -> str:
-    import shlex
+    return shlex.join([*shlex.split(_program()), *sys.argv[1:]])
 
-    return shlex.join(["minitron", *sys.argv[1:]])
+
+def _program() -> str:
+    """How to call this program from where the user is."""
+    if shutil.which("minitron"):
+        return "minitron"
+    if sys.argv[0].endswith("__main__.py"):
+        return shlex.join([sys.executable, "-m", "minitron_platform"])
+    return shlex.quote(sys.argv[0])
 
 
 @click.group(cls=_Group, context_settings=CONTEXT)
@@ -146,7 +154,7 @@ def run(
     console.say()
     console.table(final_table(done))
     registered = done["register"]
-    program = "minitron" if shutil.which("minitron") else sys.argv[0]
+    program = _program()
     options = (f" --storage {storage_path}" if storage_path else "") + (
         f" --tracking-uri {shown(tracking_uri)}" if tracking_uri else ""
     )

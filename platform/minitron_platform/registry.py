@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from minitron.errors import InputError, MinitronError, StorageError
 from minitron.storage import MANIFEST, absolute, is_committed, is_local, join, local_path, manifest, read_bytes, verify
 from minitron_platform.spool import check_key
-from minitron_platform.tracking import prepare_mlflow, shown, sqlite_path
+from minitron_platform.tracking import create_database, prepare_mlflow, shown, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -299,6 +299,7 @@ def _patient() -> Iterator[None]:
 def _registry(tracking_uri: str) -> Iterator[MlflowClient]:
     """A client; what MLflow refuses becomes an InputError, a registry that is away a MinitronError."""
     prepare_mlflow(tracking_uri)
+    create_database(tracking_uri)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 

@@ -10,9 +10,12 @@ import fcntl
 import logging
 import os
 import re
+import shutil
+import sqlite3
+import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -58,6 +61,29 @@ def prepare_mlflow(tracking_uri: str) -> None:
     if path is not None:
         with disk_errors(str(path.parent)):
             path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def create_database(tracking_uri: str) -> None:
+    """Make the tables of a SQLite store that does not exist yet, whole or not at all.
+
+    MLflow makes them one after the other in the file itself, and a file with half of them is of no use any more.
+    """
+    path = sqlite_path(tracking_uri)
+    if path is None or path.exists():
+        return
+    from mlflow import MlflowClient
+
+    with disk_errors(str(path)), open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return  # another process was faster
+        for left in path.parent.glob(f".{path.name}.*/"):  # by one that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            MlflowClient(f"sqlite:///{folder}/made.db").search_experiments(max_results=1)
+            with closing(sqlite3.connect(f"{folder}/made.db")) as made:
+                made.execute("VACUUM INTO ?", (f"{folder}/whole.db",))
+            os.replace(f"{folder}/whole.db", path)
 
 
 def shown(tracking_uri: str) -> str:
@@ -157,6 +183,7 @@ class Flusher:
 
     def _pass(self) -> None:
         if self._sender is None:
+            create_database(self.tracking_uri)
             database = sqlite_path(self.tracking_uri)
             artifacts = None if database is None else str(database.parent / "artifacts")
             stop, opened = self._abandon.is_set, self._announce

@@ -19,7 +19,7 @@ from urllib.error import URLError
 from minitron.errors import InputError, MinitronError
 from minitron.storage import disk_errors, is_local, local_path
 from minitron_platform.addresses import is_loopback
-from minitron_platform.tracking import prepare_mlflow, shown, sqlite_path
+from minitron_platform.tracking import create_database, prepare_mlflow, shown, sqlite_path
 
 START_SECONDS = 90.0  # MLflow imports, and on first use creates its tables
 STOP_SECONDS = 10.0
@@ -51,6 +51,7 @@ def serve(
             "keep 127.0.0.1 and tunnel to it with ssh -L, or pass --insecure",
         )
     _check_free(host, port)
+    create_database(tracking_uri)
     if is_local(artifact_root):
         artifact_root = str(local_path(artifact_root))
         with disk_errors(artifact_root):
