@@ -57,7 +57,7 @@ def _looks_like_path(source: str) -> bool:
 
 def source_identity(source: str, revision: str | None = None) -> dict[str, Any]:
     """What a model source holds, as a cheap JSON value: SHA-256 of a single file, sizes and times of a folder's files,
-    name and commit on the hub. Raises StorageError when the hub does not answer."""
+    name and commit on the hub. Raises InputError when the hub does not answer."""
     check_source(source)
     if source.startswith(PACKAGE):
         path = package_path(source)

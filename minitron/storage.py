@@ -108,6 +108,12 @@ def write_json(path: str, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 
+def size(path: str) -> int:
+    """Bytes below a folder, 0 if it is not there."""
+    fs, inner = filesystem(path)
+    return int(fs.du(inner)) if fs.exists(inner) else 0
+
+
 def remove(path: str) -> None:
     """Delete a file or folder if it is there; a folder's manifest goes first, so that a part of it is never trusted."""
     fs, inner = filesystem(path)

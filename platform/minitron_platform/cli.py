@@ -155,8 +155,8 @@ def run(
     console.table(final_table(done))
     registered = done["register"]
     program = _program()
-    options = (f" --storage {storage_path}" if storage_path else "") + (
-        f" --tracking-uri {shown(tracking_uri)}" if tracking_uri else ""
+    options = (f" --storage {shlex.quote(storage_path)}" if storage_path else "") + (
+        f" --tracking-uri {shlex.quote(shown(tracking_uri))}" if tracking_uri else ""
     )
     report = storage.join(planned.places.local, "runs", run_key(loaded), "report.html")
     chosen = f"{registered['model']} --version {registered['version']}"
@@ -261,7 +261,7 @@ def submit(
         say=lambda line: click.echo(line, err=True),
     )
     click.echo(submission)
-    click.echo(f"follow it: minitron logs {submission} --address {address} --follow", err=True)
+    click.echo(f"follow it: {_program()} logs {submission} --address {address} --follow", err=True)
 
 
 def _job_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import ray
@@ -100,7 +100,8 @@ def ray_session(
                 except BaseException:
                     ray.shutdown()
                     if keep_logs is not None:
-                        _keep_worker_logs(Path(folder), Path(keep_logs))
+                        with suppress(OSError):  # the error itself matters more
+                            _keep_worker_logs(Path(folder), Path(keep_logs))
                     raise
                 finally:
                     ray.shutdown()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 import time
@@ -11,15 +10,17 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import ray
 import yaml
 from rich.markup import escape
 
 from minitron import storage
-from minitron.errors import InputError, MinitronError
+from minitron.errors import InputError
 from minitron_platform import stages
 from minitron_platform.console import Console, seconds
 from minitron_platform.context import Context, Places, places
 from minitron_platform.local_ray import cluster_cpus_gpus, ray_session
+from minitron_platform.locks import lock
 from minitron_platform.recipe import Recipe
 from minitron_platform.spool import RunLog, read_events
 from minitron_platform.tracking import Flusher
@@ -48,7 +49,7 @@ def run(
     console = console or Console()
     where = places(storage_path, tracking_uri)
     key = run_key(recipe)
-    with _lock(where, f"runs/{key}/lock", f"run {key}"), _closing(console) as stack:
+    with lock(where, f"runs/{key}/lock", f"run {key}"), _closing(console) as stack:
         storage.write_bytes(storage.join(where.local, "runs", key, "recipe.yaml"), _yaml(recipe))
         flusher = stack.enter_context(Flusher(where.spool(key), where.tracking_uri, recipe.experiment))
         context = Context(
@@ -65,17 +66,21 @@ def run(
                 _stage(context, name, parent)
                 if name == until:
                     break
+            if until in (None, stages.NAMES[-1]):
+                _report(context, parent)
         except BaseException as error:
             parent.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
-        if until in (None, stages.NAMES[-1]):
-            from minitron_platform.report import write_report
-
-            write_report(context, parent)
-            if parent.open:
-                parent.log.metrics(_table_metrics(context.done["evaluate"]), step=0)
         parent.end("FINISHED")
     return context.done
+
+
+def _report(context: Context, parent: _Parent) -> None:
+    from minitron_platform.report import write_report
+
+    write_report(context, parent)
+    if parent.open:
+        parent.log.metrics(_table_metrics(context.done["evaluate"]), step=0)
 
 
 @contextmanager
@@ -122,8 +127,9 @@ def finished_record(context: Context, name: str, folder: str) -> dict[str, Any] 
     return record if holds is None or holds(context, record["outputs"]) else None
 
 
-def finished_stages(recipe: Recipe, where: Places) -> set[str]:
-    """The stages of `recipe` that are already done in `where`, as far as it can be known without doing any."""
+def finished_stages(recipe: Recipe, where: Places) -> tuple[set[str], int]:
+    """The stages of `recipe` that are already done in `where`, as far as it can be known without doing any, and the bytes
+    that the next one has already written."""
     context = Context(
         recipe=recipe,
         places=where,
@@ -133,11 +139,12 @@ def finished_stages(recipe: Recipe, where: Places) -> set[str]:
         mlflow_run=lambda key: None,
     )
     for name in stages.NAMES:
-        record = finished_record(context, name, where.stage(name, stage_fingerprint(context, name)))
+        folder = where.stage(name, stage_fingerprint(context, name))
+        record = finished_record(context, name, folder)
         if record is None:
-            break
+            return set(context.done), storage.size(folder)
         context.done[name] = record["outputs"]
-    return set(context.done)
+    return set(context.done), 0
 
 
 def _stage(context: Context, name: str, parent: _Parent) -> None:
@@ -153,7 +160,7 @@ def _stage(context: Context, name: str, parent: _Parent) -> None:
             log.start(name, parent=context.run_key, tags={"minitron.kind": "stage"})
             started = time.time()
             try:
-                with _lock(context.places, f"locks/{name}-{fingerprint}", f"stage {name}"):
+                with lock(context.places, f"locks/{name}-{fingerprint}", f"stage {name}"):
                     outputs = stage.run(context, folder)
             except BaseException as error:
                 log.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
@@ -248,39 +255,32 @@ def _ray_starter(stack: ExitStack, recipe: Recipe, address: str | None, logs: st
         nonlocal started
         if started:
             return
-        resources = recipe.resources
-        wanted = max(resources.cpus_per_trial, resources.workers * resources.cpus_per_worker)
+        wanted = max(recipe.resources.cpus_per_trial, recipe.resources.workers * recipe.resources.cpus_per_worker)
         stack.enter_context(ray_session(address, num_cpus=math.ceil(wanted), keep_logs=logs))
         started = True
-        cpus, gpus = cluster_cpus_gpus()
-        wanted_gpus = max(resources.gpus_per_trial, resources.workers * resources.gpus_per_worker)
-        # Ray would wait for ever for what the cluster does not have.
-        if wanted > cpus or wanted_gpus > gpus:
-            raise MinitronError(
-                f"resources: {wanted:g} CPUs and {wanted_gpus:g} GPUs are needed at once, there are {cpus:g} and {gpus:g}",
-                "lower resources.workers or what each takes, or use a larger cluster",
-            )
+        _check_cluster(recipe)
 
     return start
 
 
-@contextmanager
-def _lock(where: Places, name: str, what: str) -> Iterator[None]:
-    """One process at a time on this machine; the operating system drops the lock of a killed one."""
-    path = storage.local_path(where.local) / name
-    with storage.disk_errors(str(path)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+")  # noqa: SIM115 (held open as long as the lock)
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise MinitronError(
-                f"{what} is already going on in process {file.read().strip() or '?'}",
-                "wait for it, or stop that process",
-            ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+def _check_cluster(recipe: Recipe) -> None:
+    """Refuse what the cluster does not have; Ray would wait for it for ever."""
+    resources = recipe.resources
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for key, cpus, gpus in (
+        ("trial", resources.cpus_per_trial, resources.gpus_per_trial),
+        ("worker", resources.cpus_per_worker, resources.gpus_per_worker),
+    ):
+        if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+            raise InputError(
+                f"resources: a {key} takes {cpus:g} CPUs and {gpus:g} GPUs, and no node of the cluster has as many",
+                f"lower resources.cpus_per_{key} or resources.gpus_per_{key}",
+            )
+    cpus, gpus = cluster_cpus_gpus()
+    wanted, wanted_gpus = resources.workers * resources.cpus_per_worker, resources.workers * resources.gpus_per_worker
+    if wanted > cpus or wanted_gpus > gpus:
+        raise InputError(
+            f"resources.workers: {resources.workers} take {wanted:g} CPUs and {wanted_gpus:g} GPUs at once, "
+            f"the cluster has {cpus:g} and {gpus:g}",
+            "lower resources.workers or what each takes, or use a larger cluster",
+        )

@@ -17,7 +17,7 @@ from minitron.evaluation import Task, check_tasks
 from minitron.models import source_architecture
 from minitron_platform.context import Places, places
 from minitron_platform.pipeline import finished_stages
-from minitron_platform.recipe import Recipe
+from minitron_platform.recipe import Recipe, Training
 from minitron_platform.stages.data import source as text_source
 from minitron_platform.stages.search import architectures
 
@@ -80,14 +80,14 @@ def plan(
     _check_writable(where.storage)
     dtype = compute_dtype(recipe.teacher.dtype)
     speed = _measured_speed(dtype)
-    done = finished_stages(recipe, where)
+    done, written = finished_stages(recipe, where)
     costs = [
         replace(cost, done=cost.stage in done)
         for cost in _costs(recipe, teacher, found, 2 if dtype == torch.bfloat16 else 4, speed)
     ]
     free = storage.free_bytes(where.storage) if storage.is_local(where.storage) else None
     result = Plan(recipe, where, teacher, found, costs, str(dtype).removeprefix("torch."), speed, free)
-    if free is not None and free < result.bytes:
+    if free is not None and free + written < result.bytes:
         raise StorageError(
             f"{where.storage}: the run needs about {result.bytes / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free",
             "free some space, choose another place with --storage, or lower data.train_rows",
@@ -110,7 +110,6 @@ def _check_rows(recipe: Recipe) -> None:
     data = recipe.data
     for key, asked, split, there in (
         ("calibrate.rows", recipe.calibrate.rows, "data.train_rows", data.train_rows),
-        ("calibrate.layer_rows", recipe.calibrate.layer_rows, "calibrate.rows", recipe.calibrate.rows),
         ("search.heldout_rows", recipe.search.heldout_rows or 0, "data.heldout_rows", data.heldout_rows),
     ):
         if asked > there:
@@ -173,7 +172,11 @@ def _costs(
     distill_tokens = recipe.distill.steps * recipe.distill.batch_rows * seq
     compared = min(recipe.search.heldout_rows or data.heldout_rows, data.heldout_rows)
     documents = sum(task.limit or 1000 for task in recipe.evaluate.tasks)
-    checkpoints = 3 * MASTER_BYTES * largest
+    at_once = max(1, min(len(found), int((os.cpu_count() or 1) / recipe.resources.cpus_per_trial)))
+
+    def checkpoints(training: Training, runs: int) -> int:
+        return 3 * MASTER_BYTES * largest * runs if training.checkpoint_every else 0
+
     work: list[tuple[str, str, float, int]] = [
         ("teacher", f"{teacher.num_parameters / 1e6:,.1f}M parameters", 0, teacher.num_parameters * value_bytes),
         ("data", f"{rows:,} rows of {seq} tokens", 0, rows * seq * 4),
@@ -193,13 +196,13 @@ def _costs(
             "search",
             f"{len(found)} candidates, {search_tokens:,} tokens each",
             sum(training(a, search_tokens) + 2 * compared * seq * (a.flops_per_token(seq) + head) for a in found),
-            checkpoints,
+            checkpoints(recipe.search.training, at_once),
         ),
         (
             "distill",
             f"{distill_tokens:,} tokens on {recipe.resources.workers} workers",
             training(found[0], distill_tokens),
-            checkpoints + 2 * largest * value_bytes,
+            checkpoints(recipe.distill, 1) + 2 * largest * value_bytes,
         ),
         (
             "evaluate",

@@ -187,7 +187,7 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     """The same recipe with its local paths independent of the working directory, to be sent elsewhere."""
     values = recipe.model_dump(by_alias=True)
     paths = [(task, "data") for task in values["evaluate"]["tasks"]]
-    if recipe.data.kind != "hub":
+    if recipe.data.kind != "hub" or local_path(recipe.data.path).exists():
         paths.append((values["data"], "path"))
     if local_path(recipe.teacher.model).exists():  # else it is a hub name
         paths.append((values["teacher"], "model"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -26,6 +27,8 @@ from minitron_platform.tracking import create_database, prepare_mlflow, shown, s
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
 
 KEY_TAG = "minitron.key"
 MANIFEST_TAG = "minitron.manifest_sha256"
@@ -137,6 +140,26 @@ def rollback(tracking_uri: str, name: str, *, alias: str = CHAMPION) -> Promotio
                 f"promote the version that you want with: minitron promote {name} --version N",
             )
         return _move(client, model, earlier[-1], alias, rolled_back=True)
+
+
+def has_version(tracking_uri: str, name: str, version: str) -> bool:
+    """Whether the registry has that version; taken for granted, with a warning, where the registry does not answer."""
+    from mlflow.exceptions import MlflowException
+
+    database = sqlite_path(tracking_uri)
+    if database is not None and not database.exists():
+        return False  # opening it would create it
+    try:
+        with _registry(tracking_uri) as client:
+            try:
+                client.get_model_version(name, version)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                return False
+    except MinitronError as error:
+        log.warning("%s version %s was not looked up: %s", name, version, error.problem)
+    return True
 
 
 def models(tracking_uri: str) -> list[ModelRow]:

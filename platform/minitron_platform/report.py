@@ -67,7 +67,7 @@ def write_report(context: Context, parent: Any) -> Path:
     results = {"run": context.run_key, "stages": context.done}
     text = json.dumps(results, indent=1, sort_keys=True)
     target = folder / "results.json"
-    if target.exists() and target.read_text() == text and (folder / "report.html").exists():
+    if not parent.open and target.exists() and target.read_text() == text and (folder / "report.html").exists():
         return folder
     with context.console.working("report"):
         picture = draw(context)

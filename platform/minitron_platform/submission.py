@@ -33,6 +33,11 @@ def submit(
     """
     where = places(storage_path, tracking_uri)
     options = {"storage": where.storage}
+    if tracking_uri is None and not storage.is_local(where.storage):
+        raise InputError(
+            f"--tracking-uri: with storage at {where.storage} MLflow's default would be a file on the cluster's head",
+            "give the address of an MLflow server",
+        )
     if is_loopback(urlsplit(address).hostname or ""):
         options["tracking-uri"] = where.tracking_uri
     else:
@@ -40,11 +45,6 @@ def submit(
             raise InputError(
                 f"--storage: the default {where.storage} is on this machine, the cluster is at {address}",
                 "give a folder that all its nodes share, or an address such as s3://bucket/minitron",
-            )
-        if tracking_uri is None and not storage.is_local(where.storage):
-            raise InputError(
-                f"--tracking-uri: with storage at {where.storage} MLflow's default would be a file on the cluster's head",
-                "give the address of an MLflow server",
             )
         if tracking_uri is not None:
             options["tracking-uri"] = tracking_uri

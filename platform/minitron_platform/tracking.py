@@ -19,7 +19,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from minitron.errors import InputError
+from minitron.errors import InputError, StorageError
 from minitron.storage import disk_errors
 from minitron_platform.sender import STATE, Sender, Sent, unreachable
 from minitron_platform.spool import keys, read_events, spool_folder
@@ -72,6 +72,7 @@ def create_database(tracking_uri: str) -> None:
     if path is None or path.exists():
         return
     from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
 
     with disk_errors(str(path)), open(path.with_name(f".{path.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -80,9 +81,14 @@ def create_database(tracking_uri: str) -> None:
         for left in path.parent.glob(f".{path.name}.*/"):  # by one that was killed
             shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            MlflowClient(f"sqlite:///{folder}/made.db").search_experiments(max_results=1)
-            with closing(sqlite3.connect(f"{folder}/made.db")) as made:
-                made.execute("VACUUM INTO ?", (f"{folder}/whole.db",))
+            try:
+                MlflowClient(f"sqlite:///{folder}/made.db").search_experiments(max_results=1)
+                with closing(sqlite3.connect(f"{folder}/made.db")) as made:
+                    made.execute("VACUUM INTO ?", (f"{folder}/whole.db",))
+            except (sqlite3.Error, MlflowException) as error:
+                raise StorageError(
+                    f"{path}: MLflow's tables cannot be made there ({error})", "free some space, or name another place"
+                ) from error
             os.replace(f"{folder}/whole.db", path)
 
 

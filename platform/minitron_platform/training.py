@@ -47,7 +47,7 @@ def train_on_ray(task: DistillTask, resources: Resources, log: RunLog, scratch: 
     Raises NonFiniteError where the loss is not finite, StorageError where a checkpoint cannot be written, and
     MinitronError when workers died too often.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
@@ -73,14 +73,15 @@ def train_on_ray(task: DistillTask, resources: Resources, log: RunLog, scratch: 
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         result = trainer.fit()
-    except WorkerGroupError as error:
-        raise _cause(error.worker_failures) from error
+    except TrainingFailedError as error:
+        raise _cause(getattr(error, "worker_failures", {0: error})) from error
     except SystemExit as error:
         raise KeyboardInterrupt from error  # what Ray Train makes of Ctrl-C
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, on_interrupt)  # Ray Train leaves its own handler behind
-        storage.remove(scratch)
+        with suppress(OSError):  # Ray Train may still be writing there; the next run removes the rest
+            storage.remove(scratch)
     if result.return_value:
         raise NonFiniteError(*result.return_value)
 

@@ -60,17 +60,18 @@ class TrialsView:
         if key not in self.logs:
             self.logs[key] = _open(self.context, self.by_key[key])
         log, name = self.logs[key], str(self.by_key[key])
-        self.active[key] = numbers
+        if "steps" in numbers:
+            self.active[key] = numbers
         if "train_kl" in numbers:
             log.metrics({k: numbers[k] for k in CURVES if k in numbers}, step=int(numbers["step"]))
         elif "failed" in numbers:
-            del self.active[key]
+            self.active.pop(key, None)
             self.console.say(f"  [yellow]failed[/]  {name}: {escape(str(numbers['failed']))}")
             log.tags({"minitron.failure": numbers["failed"]})
         elif "kl" in numbers and numbers["step"] == 0:
             self.first_kl[key] = numbers["kl"]
         elif "kl" in numbers:
-            del self.active[key]
+            self.active.pop(key, None)
             self.finished += 1
             before = f"{self.first_kl[key]:.2f} → " if key in self.first_kl else ""
             self.console.say(f"  {self.finished}/{len(self.by_key)}  {name}  held-out KL {before}{numbers['kl']:.3f}")

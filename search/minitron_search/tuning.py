@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 # Before Tune is imported: none of its tables, and no CSV, JSON and TensorBoard copies of what trials report.
@@ -33,12 +34,14 @@ def search(
     gpus_per_trial: float = 0,
     memory_per_trial: int = 0,
     max_failures: int = 3,
+    scratch: str | None = None,
     on_event: Event | None = None,
 ) -> SearchResult:
     """Distil every candidate briefly, as many at a time as the cluster has room for, and rank them by held-out KL.
 
     Trials that finished before are read back; an unfinished one goes on from its checkpoint. A trial whose worker dies is
     started again up to `max_failures` times; one whose loss is not finite is recorded with its reason.
+    `scratch` is a folder that all nodes share for Tune's own use (default: in the trials' folder); it is deleted.
     `memory_per_trial` (bytes) keeps more from running at once than fit. `on_event(key, metrics)` is called in this process
     with what each trial reports; key is `trial_key(architecture)`.
     Needs Ray to be running. Raises MinitronError with the reasons when a trial broke off for a reason that may pass (a
@@ -46,8 +49,9 @@ def search(
     """
     waiting = [a for a in architectures if trial_result(task.folder, a) is None]
     resources = {"cpu": cpus_per_trial, "gpu": gpus_per_trial, "memory": memory_per_trial}
+    place = scratch or storage.join(task.folder, "tune")
     wanted = {name: amount for name, amount in resources.items() if amount}
-    failures, broken = _run(task, waiting, wanted, max_failures, on_event) if waiting else ({}, {})
+    failures, broken = _run(task, waiting, wanted, max_failures, place, on_event) if waiting else ({}, {})
     if broken:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in broken.items())
         raise MinitronError(
@@ -68,6 +72,7 @@ def _run(
     waiting: list[Architecture],
     resources: dict[str, float],
     max_failures: int,
+    scratch: str,
     on_event: Event | None,
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Reasons by candidate: of those that failed for good, and of those that broke off."""
@@ -83,7 +88,6 @@ def _run(
 
     # Tune's own experiment state is not what a run resumes from (restoring it would mean trusting pickles): results and
     # checkpoints of trials are, so its folder is thrown away.
-    scratch = storage.join(task.folder, "tune")
     storage.remove(scratch)  # a killed run's
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     tuner = tune.Tuner(
@@ -100,9 +104,9 @@ def _run(
     )
     try:
         grid = tuner.fit()
-    except BaseException:
-        storage.remove(scratch)
-        raise
+    finally:
+        with suppress(OSError):  # Tune may still be writing there; the next run removes the rest
+            storage.remove(scratch)
     failures, broken = {}, {}
     for result in grid:
         name = str(by_key[(result.config or {})["candidate"]])
@@ -110,7 +114,6 @@ def _run(
             broken[name] = _reason(str(result.error))
         elif "failed" in (result.metrics or {}):
             failures[name] = result.metrics["failed"]
-    storage.remove(scratch)
     for architecture in waiting:
         name = str(architecture)
         if trial_result(task.folder, architecture) is None and name not in failures:

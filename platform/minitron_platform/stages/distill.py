@@ -50,6 +50,7 @@ def run(context: Context, folder: str) -> dict[str, Any]:
             threads=max(1, int(recipe.resources.cpus_per_worker)),
         )
         train_on_ray(task, recipe.resources, log, scratch=storage.join(folder, "ray"))
+        context.console.status("")
     storage.remove(storage.join(folder, "checkpoints"))
     curve = storage.join(folder, "curve.json")
     if not storage.exists(curve):
@@ -90,7 +91,7 @@ class _Tail:
         if self.path.exists():
             for event, offset in read_events(self.path, self.offset):
                 self.offset = offset
-                if event and event["event"] == "metrics":
+                if event and event["event"] == "metrics" and "tokens" in event["values"]:
                     numbers, step = event["values"], event["step"]
                     per_step = numbers["tokens"] / step / numbers["tokens_per_second"]
                     self.latest = (

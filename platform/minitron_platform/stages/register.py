@@ -25,8 +25,7 @@ def inputs(context: Context) -> dict[str, Any]:
 
 def holds(context: Context, outputs: dict[str, Any]) -> bool:
     """Whether the registry, which may have been deleted since, still has the version."""
-    found = registry.models(context.places.tracking_uri)
-    return any((row.name, row.version) == (outputs["model"], outputs["version"]) for row in found)
+    return registry.has_version(context.places.tracking_uri, outputs["model"], outputs["version"])
 
 
 def run(context: Context, folder: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from minitron import storage
 from minitron.architecture import Architecture
 from minitron.errors import InputError
 from minitron_platform.context import Context
+from minitron_platform.locks import lock
 from minitron_platform.recipe import Recipe
 from minitron_platform.stages.targets import materials
 from minitron_platform.training import distill_config
@@ -41,9 +42,9 @@ def architectures(recipe: Recipe, teacher: Architecture) -> list[Architecture]:
 
 
 def trials_folder(context: Context) -> str:
-    """Where trials are kept: not under the search, so that a wider space finds those of the narrower one."""
+    """Where trials are kept: not under the search, so that a space with more widths finds those of the narrower one."""
     rest = {name: value for name, value in inputs(context).items() if name not in ("space", "target")}
-    return storage.join(context.places.storage, "trials", storage.fingerprint(rest))
+    return storage.join(context.places.storage, "trials", storage.fingerprint({**rest, "version": VERSION}))
 
 
 def memory_per_trial(recipe: Recipe, teacher: Architecture, found: list[Architecture]) -> int:
@@ -58,7 +59,8 @@ def memory_per_trial(recipe: Recipe, teacher: Architecture, found: list[Architec
         return 0
     logits = 8 * teacher.vocab_size * (512 + teacher.hidden_size)
     wanted = 1_200_000_000 + max(4 * teacher.num_parameters, logits) + 24 * max(a.num_parameters for a in found)
-    largest = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    largest = max(n.get("memory", 0) for n in nodes if n.get("CPU", 0) >= recipe.resources.cpus_per_trial)
     return int(min(wanted, largest))
 
 
@@ -91,15 +93,17 @@ def run(context: Context, folder: str) -> dict[str, Any]:
     context.console.status("starting Ray")
     context.need_ray()
     view = TrialsView(context, task.folder, found)
-    result = search(
-        task,
-        found,
-        cpus_per_trial=recipe.resources.cpus_per_trial,
-        gpus_per_trial=recipe.resources.gpus_per_trial,
-        memory_per_trial=memory_per_trial(recipe, teacher, found),
-        max_failures=recipe.resources.max_failures,
-        on_event=view.event,
-    )
+    with lock(context.places, f"locks/trials-{task.folder.rsplit('/', 1)[-1]}", "a search over the same trials"):
+        result = search(
+            task,
+            found,
+            scratch=storage.join(folder, "tune"),
+            cpus_per_trial=recipe.resources.cpus_per_trial,
+            gpus_per_trial=recipe.resources.gpus_per_trial,
+            memory_per_trial=memory_per_trial(recipe, teacher, found),
+            max_failures=recipe.resources.max_failures,
+            on_event=view.event,
+        )
     ranking = json.loads(result.ranking.to_json(orient="records"))
     best = result.ranking.iloc[0]
     return {

@@ -47,7 +47,12 @@ def run(context: Context, folder: str) -> dict[str, Any]:
 
 
 def _decides(name: str) -> bool:
-    return name.endswith((".safetensors", ".model")) or name in ("config.json", "tokenizer.json")
+    return name.endswith((".safetensors", ".model")) or name in (
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+    )
 
 
 def _architecture(folder: str) -> Architecture:
