@@ -319,20 +319,22 @@ def models(places: Any) -> None:
         click.echo(f"no models in {places.tracking_uri}; `minitron run` registers one")
         return
     table = Table()
-    for title in ("model", "version", "aliases", "parameters", "held-out KL", "loss", "created", "weights"):
-        table.add_column(title, overflow="fold")
+    for title in ("model", "version", "parameters", "KL", "loss", "registered"):
+        table.add_column(title, no_wrap=True)
     for row in found:
         table.add_row(
             row.name,
             row.version,
-            ", ".join(row.aliases),
-            f"{row.parameters:,}" if row.parameters else "",
+            f"{row.parameters / 1e6:,.1f}M" if row.parameters else "",
             f"{row.heldout_kl:.3f}" if row.heldout_kl is not None else "",
             f"{row.heldout_loss:.3f}" if row.heldout_loss is not None else "",
-            str(row.created),
-            row.source,
+            f"{row.created:%Y-%m-%d %H:%M}",
         )
-    Console().table(table)
+    console = Console()
+    console.table(table)
+    for row in found:
+        aliases = f" ({', '.join(row.aliases)})" if row.aliases else ""
+        console.say(escape(f"{row.name} {row.version}{aliases}: {row.source}"))
 
 
 @main.command()
