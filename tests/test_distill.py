@@ -41,7 +41,7 @@ def test_linear_kl_div_equals_float64(tokens, temperature):
     grads = torch.autograd.grad(3 * loss, [hs, ws])
     expected = _reference(hs, ws, ht, wt, temperature)
     wanted = torch.autograd.grad(3 * expected, [hs, ws])
-    assert abs(float(loss) - float(expected)) < 1e-5 * float(expected)
+    assert abs(loss.item() - expected.item()) < 1e-5 * expected.item()
     for actual, reference in zip(grads, wanted, strict=True):
         assert torch.allclose(actual, reference.float(), rtol=1e-3, atol=1e-6)
 
