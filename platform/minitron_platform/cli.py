@@ -158,7 +158,7 @@ def run(
     options = (f" --storage {shlex.quote(storage_path)}" if storage_path else "") + (
         f" --tracking-uri {shlex.quote(shown(tracking_uri))}" if tracking_uri else ""
     )
-    report = storage.join(planned.places.local, "runs", run_key(loaded), "report.html")
+    report = storage.join(planned.places.local_run(run_key(loaded)), "report.html")
     chosen = f"{registered['model']} --version {registered['version']}"
     console.say(f"\nThe student, a plain transformers checkpoint:\n  [bold]{escape(registered['source'])}[/]")
     console.say(f"The report:\n  [bold]{escape(report)}[/]")

@@ -28,8 +28,12 @@ class Places:
     def run(self, run_key: str) -> str:
         return storage.join(self.storage, "runs", run_key)
 
+    def local_run(self, run_key: str) -> str:
+        """The run's folder on this machine: its record, report and lock."""
+        return storage.join(self.local, "runs", run_key)
+
     def spool(self, run_key: str) -> str:
-        return storage.join(self.local, "runs", run_key, "spool")
+        return storage.join(self.local_run(run_key), "spool")
 
 
 def places(storage_path: str | None = None, tracking_uri: str | None = None) -> Places:

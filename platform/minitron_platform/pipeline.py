@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
-import yaml
 from rich.markup import escape
 
 from minitron import storage
@@ -21,7 +18,7 @@ from minitron_platform.console import Console, seconds
 from minitron_platform.context import Context, Places, places
 from minitron_platform.local_ray import cluster_cpus_gpus, ray_session
 from minitron_platform.locks import lock
-from minitron_platform.recipe import Recipe
+from minitron_platform.recipe import Recipe, recipe_yaml
 from minitron_platform.spool import RunLog, read_events
 from minitron_platform.tracking import Flusher
 
@@ -50,14 +47,14 @@ def run(
     where = places(storage_path, tracking_uri)
     key = run_key(recipe)
     with lock(where, f"runs/{key}/lock", f"run {key}"), _closing(console) as stack:
-        storage.write_bytes(storage.join(where.local, "runs", key, "recipe.yaml"), _yaml(recipe))
+        storage.write_bytes(storage.join(where.local_run(key), "recipe.yaml"), recipe_yaml(recipe).encode())
         flusher = stack.enter_context(Flusher(where.spool(key), where.tracking_uri, recipe.experiment))
         context = Context(
             recipe=recipe,
             places=where,
             console=console,
             run_key=key,
-            need_ray=_ray_starter(stack, recipe, address, storage.join(where.local, "runs", key, "logs")),
+            need_ray=_ray_starter(stack, recipe, address, storage.join(where.local_run(key), "logs")),
             mlflow_run=lambda record: flusher.wait_for(record, timeout=30),
         )
         parent = _Parent(context)
@@ -101,10 +98,6 @@ def run_key(recipe: Recipe) -> str:
     """The name of a run: the recipe's, and the fingerprint of all it says except how it is spread over machines."""
     content = recipe.model_dump(by_alias=True, exclude={"resources", "description"})
     return f"{recipe.name}-{storage.fingerprint(content)[:8]}"
-
-
-def _yaml(recipe: Recipe) -> bytes:
-    return yaml.safe_dump(recipe.model_dump(by_alias=True), sort_keys=False).encode()
 
 
 def stage_fingerprint(context: Context, name: str) -> str:
@@ -210,11 +203,8 @@ def _table_metrics(outputs: dict[str, Any]) -> dict[str, float]:
 
 def is_finished(log: RunLog) -> bool:
     """Whether a record's last word is that its run finished."""
-    path = f"{log.spool}/{log.key}.jsonl"
-    if not os.path.exists(path):
-        return False
     last = None
-    for event, _ in read_events(Path(path), 0):
+    for event, _ in read_events(log.path, 0) if log.path.exists() else ():
         if event and event["event"] in ("start", "end"):
             last = event
     return last is not None and last["event"] == "end" and last["status"] == "FINISHED"

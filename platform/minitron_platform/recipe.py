@@ -183,6 +183,11 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise _explain(path, error) from error
 
 
+def recipe_yaml(recipe: Recipe) -> str:
+    """The recipe in full, as `load_recipe` reads it."""
+    return yaml.safe_dump(recipe.model_dump(by_alias=True), sort_keys=False)
+
+
 def with_absolute_paths(recipe: Recipe) -> Recipe:
     """The same recipe with its local paths independent of the working directory, to be sent elsewhere."""
     values = recipe.model_dump(by_alias=True)

@@ -63,7 +63,7 @@ def final_table(done: dict[str, dict[str, Any]]) -> Table:
 
 def write_report(context: Context, parent: Any) -> Path:
     """Write report.html, report.png and results.json beside the run's record, once per result."""
-    folder = storage.local_path(context.places.local) / "runs" / context.run_key
+    folder = Path(context.places.local_run(context.run_key))
     results = {"run": context.run_key, "stages": context.done}
     text = json.dumps(results, indent=1, sort_keys=True)
     target = folder / "results.json"
@@ -131,7 +131,7 @@ def page(context: Context) -> str:
     header, body = rows(done)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string((data_folder("dashboards") / "report.html.j2").read_text())
-    folder = storage.local_path(context.places.local) / "runs" / context.run_key
+    folder = Path(context.places.local_run(context.run_key))
     return template.render(
         recipe=context.recipe,
         run_key=context.run_key,

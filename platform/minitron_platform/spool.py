@@ -45,6 +45,11 @@ class RunLog:
         self.key = check_key(key)
         self.lost = 0
 
+    @property
+    def path(self) -> Path:
+        """The file of the record; it is there once something was written."""
+        return Path(self.spool) / f"{self.key}.jsonl"
+
     def start(self, name: str, parent: str | None = None, tags: Mapping[str, Any] | None = None) -> None:
         """The run begins, or goes on after it ended. `parent` is the key of the run it is shown under."""
         if parent is not None:
@@ -75,7 +80,7 @@ class RunLog:
         line = json.dumps({"t": time.time_ns() // 1_000_000, **event}, allow_nan=False).encode() + b"\n"
         try:
             os.makedirs(self.spool, exist_ok=True)
-            file = os.open(os.path.join(self.spool, f"{self.key}.jsonl"), os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
             try:
                 size = os.fstat(file).st_size
                 if size and os.pread(file, 1, size - 1) != b"\n":
@@ -133,9 +138,8 @@ def read_events(path: Path, offset: int) -> Iterator[tuple[dict[str, Any] | None
 
 def read_curve(log: RunLog, metric: str) -> tuple[list[int], list[float]]:
     """Steps and values of a metric in a record; where a step was done again, its last value."""
-    path = Path(log.spool) / f"{log.key}.jsonl"
     points: dict[int, float] = {}
-    for event, _ in read_events(path, 0) if path.exists() else ():
+    for event, _ in read_events(log.path, 0) if log.path.exists() else ():
         if event and event["event"] == "metrics" and metric in event["values"]:
             points[event["step"]] = float(event["values"][metric])
     return sorted(points), [points[step] for step in sorted(points)]

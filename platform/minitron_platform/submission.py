@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
-import yaml
-
 from minitron import storage
 from minitron.errors import InputError
 from minitron_platform.addresses import is_loopback
 from minitron_platform.context import places
 from minitron_platform.jobs import submit_text
-from minitron_platform.recipe import Recipe, with_absolute_paths
+from minitron_platform.recipe import Recipe, recipe_yaml, with_absolute_paths
 
 
 def submit(
@@ -48,5 +46,5 @@ def submit(
             )
         if tracking_uri is not None:
             options["tracking-uri"] = tracking_uri
-    text = yaml.safe_dump(with_absolute_paths(recipe).model_dump(by_alias=True), sort_keys=False)
+    text = recipe_yaml(with_absolute_paths(recipe))
     return submit_text(text, name=recipe.name, address=address, options=options, insecure=insecure, say=say)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from minitron import storage
@@ -82,7 +81,7 @@ class _Tail:
     """The newest metrics that workers appended to a run's record, as one line."""
 
     def __init__(self, log: RunLog, steps: int) -> None:
-        self.path, self.steps, self.offset = Path(log.spool) / f"{log.key}.jsonl", steps, 0
+        self.path, self.steps, self.offset = log.path, steps, 0
         if self.path.exists():
             self.offset = self.path.stat().st_size
         self.latest = ""
