@@ -10,20 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 from minitron.errors import InputError
 from minitron.families import Family, Parameter, family_of
-from minitron.families.table import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MLP, VOCAB
+from minitron.families.config import LONGROPE, read_config, write_config
+from minitron.families.table import EXPERTS, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MLP, VOCAB, Axis
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-PRUNABLE = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
+PRUNABLE = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "num_experts")
 
 
 @dataclass(frozen=True)
 class Architecture:
     """The shape of a decoder-only transformer of one family.
 
-    `flags` are the config switches that are on and add parameters (biases). Raises InputError when the numbers cannot
-    make a model.
+    In a mixture of experts `intermediate_size` is the width of one expert, and each token takes `experts_per_token` of
+    `num_experts`; both are 0 in a dense model. `flags` are the config switches that are on and add parameters (biases) or
+    bind the numbers (longrope). Raises InputError when the numbers cannot make a model.
     """
 
     num_layers: int
@@ -36,14 +38,18 @@ class Architecture:
     tied: bool
     family: str = "llama"
     flags: tuple[str, ...] = ()
+    num_experts: int = 0
+    experts_per_token: int = 0
 
     def __post_init__(self) -> None:
         for field in (*PRUNABLE, "head_dim", "vocab_size"):
             value = getattr(self, field)
-            if not isinstance(value, int) or value < 1:
+            least = 0 if field == "num_experts" else 1
+            if not isinstance(value, int) or value < least:
                 raise InputError(
-                    f"{field}: {value!r} is not a positive whole number", "give a whole number of at least 1"
+                    f"{field}: {value!r} is not a whole number of at least {least}", "give a whole number in range"
                 )
+        self._check_experts()
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"num_heads: {self.num_heads} does not divide into num_kv_heads = {self.num_kv_heads} groups",
@@ -56,55 +62,53 @@ class Architecture:
                 f"use a multiple of {self.num_heads}",
             )
 
+    def _check_experts(self) -> None:
+        mixture = bool(self.table.experts)
+        if mixture != (self.num_experts > 0) or mixture != (self.experts_per_token > 0):
+            raise InputError(
+                f"num_experts: {self.num_experts} with experts_per_token = {self.experts_per_token} is no {self.family} model",
+                "give both for a mixture of experts, and neither for a dense model",
+            )
+        if self.num_experts < self.experts_per_token:
+            raise InputError(
+                f"num_experts: {self.num_experts} is less than the {self.experts_per_token} that each token takes",
+                f"keep at least {self.experts_per_token}",
+            )
+
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> Architecture:
-        """Read a transformers config. Raises InputError for a model type without a family table."""
-        family = family_of(config.model_type)
-        heads = config.num_attention_heads
-        return cls(
-            num_layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_heads=heads,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            vocab_size=config.vocab_size,
-            tied=bool(config.tie_word_embeddings),
-            family=config.model_type,
-            flags=tuple(flag for flag in family.flags if getattr(config, flag, False)),
-        )
+        """Read a transformers config. Raises InputError for a model type without a family table, a wrapper around a text
+        model, and config values that the family's table cannot describe."""
+        return cls(**read_config(config))
 
     def to_config(self, config: PretrainedConfig, kept_layers: Sequence[int] | None = None) -> PretrainedConfig:
         """A copy of `config` with these numbers; `head_dim` is always explicit.
 
         `kept_layers` are the source's layers that stay, so that per-layer settings follow them (default: the first ones).
         """
-        table = family_of(self.family)
         kept = list(range(self.num_layers)) if kept_layers is None else list(kept_layers)
         result = copy.deepcopy(config)
-        for name in table.per_layer:
+        for name in self.table.per_layer:
             values = getattr(config, name, None)
             if values is not None:
                 setattr(result, name, [values[index] for index in kept])
-        result.num_hidden_layers = self.num_layers
-        result.hidden_size = self.hidden_size
-        result.intermediate_size = self.intermediate_size
-        result.num_attention_heads = self.num_heads
-        result.num_key_value_heads = self.num_kv_heads
-        result.head_dim = self.head_dim
+        write_config(result, self.table, asdict(self))
         return result
 
     @property
     def table(self) -> Family:
         return family_of(self.family)
 
-    def axis_size(self, axis: str) -> int:
+    def axis_size(self, axis: Axis) -> int:
         """Length of a tensor dimension that carries `axis`."""
+        if isinstance(axis, tuple):
+            return sum(self.axis_size(part) for part in axis)
         return {
             HIDDEN: self.hidden_size,
             MLP: self.intermediate_size,
             HEADS: self.num_heads * self.head_dim,
             KV_HEADS: self.num_kv_heads * self.head_dim,
+            EXPERTS: self.num_experts,
             HEAD_DIM: self.head_dim,
             VOCAB: self.vocab_size,
         }[axis]
@@ -123,9 +127,15 @@ class Architecture:
         """Tensors of one layer."""
         return self._present(self.table.inner)
 
-    def _count(self, parameters: Sequence[Parameter], min_dims: int = 1) -> int:
-        sizes = [[self.axis_size(axis) for axis in p.axes] for p in parameters]
-        return sum(math.prod(shape) for shape in sizes if len(shape) >= min_dims)
+    def _count(self, parameters: Sequence[Parameter]) -> int:
+        return sum(math.prod(self.axis_size(axis) for axis in p.axes) for p in parameters)
+
+    def _multiplied(self, parameter: Parameter) -> int:
+        """Entries of a layer's tensor that one token is multiplied with: those of matrices, of the experts it takes."""
+        shape = [self.axis_size(axis) for axis in parameter.axes]
+        if len(shape) == 3:
+            shape[0] = self.experts_per_token
+        return math.prod(shape) if len(shape) > 1 else 0
 
     @property
     def num_parameters(self) -> int:
@@ -140,8 +150,10 @@ class Architecture:
 
     def flops_per_token(self, seq_length: int) -> int:
         """FLOPs of one forward pass per token in a causal sequence of `seq_length`: 2 per multiply-add of every matrix,
-        the head included, plus 2·L·heads·head_dim·seq_length for attention (its causal half)."""
-        matrices = self.num_layers * self._count(self.layer_parameters, min_dims=2) + self.vocab_size * self.hidden_size
+        the head included and of the experts only those a token takes, plus 2·L·heads·head_dim·seq_length for attention
+        (its causal half)."""
+        layer = sum(self._multiplied(parameter) for parameter in self.layer_parameters)
+        matrices = self.num_layers * layer + self.vocab_size * self.hidden_size
         return 2 * matrices + 2 * self.num_layers * self.num_heads * self.head_dim * seq_length
 
     def kv_cache_bytes(self, tokens: int, bytes_per_value: int = 2) -> int:
@@ -150,7 +162,7 @@ class Architecture:
 
     def check_inside(self, base: Architecture) -> None:
         """Raise InputError unless this can be cut out of `base`."""
-        for field in ("family", "vocab_size", "head_dim", "tied", "flags"):
+        for field in ("family", "vocab_size", "head_dim", "tied", "flags", "experts_per_token"):
             mine, theirs = getattr(self, field), getattr(base, field)
             if mine != theirs:
                 raise InputError(f"{field}: {mine!r} differs from the model's {theirs!r}", "pruning cannot change it")
@@ -163,6 +175,12 @@ class Architecture:
                 f"num_heads: {self.num_heads} in {self.num_kv_heads} groups needs more heads a group than the model has",
                 f"use at most {base.num_heads // base.num_kv_heads * self.num_kv_heads}",
             )
+        if LONGROPE in self.flags and self.hidden_size // self.num_heads != self.head_dim:
+            raise InputError(
+                f"hidden_size: {self.hidden_size} with {self.num_heads} heads changes how many rotary factors transformers "
+                f"expects of a {self.family} model with longrope: it counts them from hidden_size // heads, not head_dim",
+                f"use hidden_size = {self.head_dim * self.num_heads}, or prune hidden_size and num_heads in the same ratio",
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -173,7 +191,8 @@ class Architecture:
         return cls(**{**values, "flags": tuple(values["flags"])})
 
     def __str__(self) -> str:
+        experts = f" · {self.num_experts} experts" if self.num_experts else ""
         return (
             f"{self.num_layers}L · {self.hidden_size} hidden · {self.intermediate_size} MLP · "
-            f"{self.num_heads}/{self.num_kv_heads} heads"
+            f"{self.num_heads}/{self.num_kv_heads} heads{experts}"
         )

@@ -7,26 +7,66 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from minitron.models import head_of
 
 CACHE_ROWS = 16  # on CPUs: rows of logits worked on at a time, so that they stay in the cache
 
 
 class Head:
-    """An output head [V, d], made ready once for many products."""
+    """An output head, made ready once for many products: weight [V, d], and what the model does to the products.
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight.detach()
-        self.low_precision = self.weight.dtype != torch.float32
+    logits = softcap · tanh(scale · hidden @ weight.T / softcap), or scale · hidden @ weight.T where `softcap` is 0. The
+    products use the weight as it is at the first call; no gradient flows through them.
+    """
+
+    def __init__(self, weight: Tensor, *, softcap: float = 0.0, scale: float = 1.0) -> None:
+        self.weight = weight
+        self.softcap = softcap
+        self.scale = scale
+        self.low_precision = weight.dtype != torch.float32
+
+    @classmethod
+    def of(cls, model: Any) -> Head:
+        """The head of a transformers causal LM: soft-capped (Gemma), multiplied (Cohere) or divided (Granite) logits too.
+
+        Raises InputError when the model has no plain output matrix.
+        """
+        config = model.config
+        scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        return cls(head_of(model), softcap=getattr(config, "final_logit_softcapping", None) or 0.0, scale=scale)
+
+    def to(self, device: torch.device) -> Head:
+        """The same head on a device, without its history of gradients."""
+        return Head(self.weight.detach().to(device), softcap=self.softcap, scale=self.scale)
+
+    @cached_property
+    def columns(self) -> Tensor:
+        weight = self.weight.detach()
         # CPUs have no product of bf16 matrices with a float32 result; there the operands are widened
-        self.columns = self.weight.T if self.weight.is_cuda else self.weight.float().T
+        return weight.T if weight.is_cuda else weight.float().T
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [n, V] of hidden states [n, d]."""
+        logits = self._products(hidden)
+        if self.softcap:
+            return logits.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
+        return logits if self.scale == 1.0 else logits.mul_(self.scale)
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """Derivative of the logits with respect to the products hidden @ weight.T, from the logits."""
+        if not self.softcap:
+            return self.scale
+        return logits.div(self.softcap).square_().neg_().add_(1.0).mul_(self.scale)
+
+    def _products(self, hidden: Tensor) -> Tensor:
         if self.weight.is_cuda and self.low_precision:
-            return torch.mm(hidden.to(self.weight.dtype), self.columns, out_dtype=torch.float32)
+            return torch.mm(hidden.detach().to(self.weight.dtype), self.columns, out_dtype=torch.float32)
         hidden = hidden.detach().to(self.weight.dtype).float()
         if not self.low_precision:
             return hidden @ self.columns

@@ -146,7 +146,7 @@ def load_source(source: str, revision: str | None = None, dtype: torch.dtype = t
     with _readable(source), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **arguments)
-    family_of(model.config.model_type)
+    Architecture.from_config(model.config)
     if "gguf_file" in arguments:
         model.hf_quantizer = None
         model.is_quantized = False
@@ -182,27 +182,20 @@ def load_tokenizer(folder: str | Path) -> Any:
 def decoder_and_head(model: Any) -> tuple[nn.Module, Tensor]:
     """The part of a transformers causal LM that gives final hidden states, and its head's weight [vocab, hidden].
 
-    Raises InputError when the model's logits are not `hidden @ head.T` (a head bias, scaled or soft-capped logits).
+    Raises InputError when the head is more than one matrix (a bias, an adapter); `minitron.logits.Head` knows the
+    scaling and soft-capping that come after it.
     """
     name = type(model).__name__
-    embeddings = model.get_output_embeddings()
-    if embeddings is None:
+    head = model.get_output_embeddings()
+    if head is None:
         raise InputError(f"{name} has no output head", "give a causal language model, for example LlamaForCausalLM")
-    scaling = {
-        "final_logit_softcapping": getattr(model.config, "final_logit_softcapping", None) or None,
-        "logit_scale": getattr(model.config, "logit_scale", None) or 1.0,
-        "logits_scaling": getattr(model.config, "logits_scaling", None) or 1.0,
-        "head bias": getattr(embeddings, "bias", None),
-    }
-    changed = [
-        key for key, value in scaling.items() if not (value is None or (isinstance(value, float) and value == 1.0))
-    ]
-    if changed:
+    more = [key for key, _ in head.named_parameters() if key != "weight"]
+    if more:
         raise InputError(
-            f"{name}: its logits are not hidden states times head ({', '.join(changed)})",
-            "use a model without it; Llama, Mistral and Qwen types have none",
+            f"{name}: its logits are not hidden states times one matrix (the head also has {', '.join(more)})",
+            "use a model whose head has no bias and no adapter",
         )
-    return model.get_decoder(), embeddings.weight
+    return model.get_decoder(), head.weight
 
 
 def head_of(model: nn.Module) -> Tensor:

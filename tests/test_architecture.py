@@ -7,7 +7,15 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, NemotronConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    NemotronConfig,
+)
 
 from minitron import Architecture
 from minitron.errors import InputError
@@ -45,6 +53,14 @@ def test_published_shapes_count_exactly(name):
     assert Architecture.from_config(config).num_parameters == model.num_parameters() == expected
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe"])
+def test_full_size_models_count_exactly(family):
+    config = AutoConfig.for_model(family)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert Architecture.from_config(config).num_parameters == model.num_parameters()
+
+
 @pytest.mark.parametrize("flags", [{}, {"attention_bias": False, "mlp_bias": False}], ids=["biases", "no biases"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -58,7 +74,8 @@ def test_counts_equal_the_models_own(family, tied, flags):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_config_round_trip(family):
     base = tiny.architecture(tiny.model(family))
-    smaller = replace(base, num_layers=2, hidden_size=32, intermediate_size=48, num_heads=4)
+    experts = 3 if base.num_experts else 0
+    smaller = replace(base, num_layers=2, hidden_size=32, intermediate_size=48, num_heads=4, num_experts=experts)
     config = smaller.to_config(tiny.config(family, True), kept_layers=[0, 4])
     assert Architecture.from_config(config) == smaller
     assert config.head_dim == base.head_dim
@@ -70,6 +87,13 @@ def test_flops_count_every_matrix_and_causal_attention():
     per_layer = 8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 3 * 8 * 16
     assert a.flops_per_token(10) == 2 * (2 * per_layer + 100 * 8) + 2 * 2 * 2 * 4 * 10
     assert a.kv_cache_bytes(10) == 2 * 2 * 1 * 4 * 10 * 2
+
+
+def test_flops_count_only_the_experts_a_token_takes():
+    a = Architecture(2, 8, 16, 2, 1, 4, 100, True, "mixtral", num_experts=8, experts_per_token=2)
+    per_layer = 8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 8 * 8 + 2 * (3 * 8 * 16)  # attention, router, two experts
+    assert a.flops_per_token(10) == 2 * (2 * per_layer + 100 * 8) + 2 * 2 * 2 * 4 * 10
+    assert replace(a, num_experts=4).flops_per_token(10) == a.flops_per_token(10) - 2 * 2 * 4 * 8
 
 
 # arXiv 2407.14679 table 19; the window is the one that gives its fifteen rows
@@ -101,11 +125,11 @@ def test_the_papers_4b_space_has_18_candidates():
 @pytest.mark.parametrize(
     ("space", "named"),
     [
-        ({"num_heads": [7]}, r"search.space.num_heads: 7 does not divide into 8 KV groups"),
-        ({"hidden_size": [8192]}, r"search.space.hidden_size: 8192 is larger than the teacher's 6144"),
-        ({"width": [3]}, "search.space.width: there is no such axis"),
-        ({"num_layers": []}, "search.space.num_layers: the list is empty"),
-        ({"num_layers": [2.5]}, "search.space.num_layers: 2.5"),
+        ({"num_heads": [7]}, r"space.num_heads: 7 does not divide into 8 KV groups"),
+        ({"hidden_size": [8192]}, r"space.hidden_size: 8192 is larger than the model's 6144"),
+        ({"width": [3]}, "space.width: there is no such axis"),
+        ({"num_layers": []}, "space.num_layers: the list is empty"),
+        ({"num_layers": [2.5]}, "space.num_layers: 2.5"),
     ],
 )
 def test_a_space_that_cannot_be_is_refused(space, named):
@@ -120,7 +144,37 @@ def test_a_hidden_size_transformers_would_refuse_is_refused():
 
 
 def test_a_family_without_a_table_is_refused_by_name():
-    from transformers import GPT2Config
-
-    with pytest.raises(InputError, match="'gpt2' has no family table"):
+    with pytest.raises(InputError, match=r"'gpt2' has no family table[\s\S]*qwen3_moe; docs/adding-a-family.md"):
         Architecture.from_config(GPT2Config())
+
+
+def test_a_wrapper_around_a_text_model_is_refused_by_name():
+    with pytest.raises(InputError, match="'gemma3' wraps the text model 'gemma3_text'"):
+        Architecture.from_config(Gemma3Config())
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "named"),
+    [
+        ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers: \[1\] is not supported in qwen3_moe models"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step: 2 is not supported"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention: True is not supported"),
+    ],
+)
+def test_a_model_that_the_table_does_not_describe_is_refused(family, settings, named):
+    with pytest.raises(InputError, match=named):
+        Architecture.from_config(tiny.config(family, True, **settings))
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "named"),
+    [
+        ("mixtral", {"num_experts": 1}, "num_experts: 1 is less than the 2 that each token takes"),
+        ("mixtral", {"num_experts": 0}, "num_experts: 0 with experts_per_token = 2 is no mixtral model"),
+        ("llama", {"num_experts": 4, "experts_per_token": 2}, "num_experts: 4 .* is no llama model"),
+        ("gemma2", {"hidden_size": 42}, "hidden_size: 42 is not a multiple of num_heads = 8"),
+    ],
+)
+def test_numbers_that_make_no_model_are_refused(family, change, named):
+    with pytest.raises(InputError, match=named):
+        replace(tiny.architecture(tiny.model(family)), **change)

@@ -1,4 +1,4 @@
-"""The loss against float64, and the loop's promises: exact resume, any number of processes, named failures."""
+"""The loop's promises: exact resume, any number of processes, named failures."""
 
 from __future__ import annotations
 
@@ -13,76 +13,24 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from torch.nn import functional
+from torch import nn
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from minitron import estimate_importance, linear_kl_div, prune, storage
+from minitron import ImportanceScores, estimate_importance, prune, storage
 from minitron.data import Rows, TextSource, pack
-from minitron.distill import DistillConfig, LiveTeacher, StoredTeacher, distill, store_hidden
+from minitron.distill import DistillConfig, LiveTeacher, Losses, StoredTeacher, distill, store_hidden
 from minitron.distill.schedule import learning_rate
-from minitron.errors import NonFiniteError, StorageError
-from minitron.models import final_hidden, load_model, load_tokenizer
+from minitron.errors import InputError, NonFiniteError, StorageError
+from minitron.evaluation import heldout_metrics, teacher_targets
+from minitron.logits import Head
+from minitron.models import load_model, load_tokenizer
 
 CONFIG = DistillConfig(steps=12, batch_rows=4, micro_batch_rows=2, peak_lr=2e-3, min_lr=1e-4, warmup_steps=2)
-
-
-def _reference(hs, ws, ht, wt, temperature):
-    student = functional.log_softmax(hs.double() @ ws.double().T / temperature, dim=-1)
-    teacher = functional.log_softmax(ht.double() @ wt.double().T / temperature, dim=-1)
-    return temperature**2 * functional.kl_div(student, teacher, log_target=True, reduction="batchmean")
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-@pytest.mark.parametrize("tokens", [7, 256, 700], ids=["part of a chunk", "one chunk", "chunks and a rest"])
-def test_linear_kl_div_equals_float64(tokens, temperature):
-    torch.manual_seed(0)
-    hs, ws = torch.randn(tokens, 24, requires_grad=True), torch.randn(300, 24, requires_grad=True)
-    ht, wt = torch.randn(tokens, 40), torch.randn(300, 40) * 0.3
-    loss = linear_kl_div(hs, ws, ht, wt, temperature)
-    grads = torch.autograd.grad(3 * loss, [hs, ws])
-    expected = _reference(hs, ws, ht, wt, temperature)
-    wanted = torch.autograd.grad(3 * expected, [hs, ws])
-    assert abs(loss.item() - expected.item()) < 1e-5 * expected.item()
-    for actual, reference in zip(grads, wanted, strict=True):
-        assert torch.allclose(actual, reference.float(), rtol=1e-3, atol=1e-6)
-
-
-def test_bf16_gradient_stays_exact_when_the_student_is_close():
-    # Rounding the logits to bf16 before the difference of probabilities is what makes this gradient wrong elsewhere.
-    torch.manual_seed(0)
-    ht, wt = torch.randn(300, 64).bfloat16(), torch.randn(2000, 64).bfloat16() * 0.5
-    hs = (ht.float() + 0.02 * torch.randn(300, 64)).bfloat16().requires_grad_(True)
-    ws = wt.clone().requires_grad_(True)
-    loss = linear_kl_div(hs, ws, ht, wt)
-    grads = torch.autograd.grad(loss, [hs, ws])
-    d_hs, d_ws = hs.detach().double().requires_grad_(True), ws.detach().double().requires_grad_(True)
-    wanted = torch.autograd.grad(_reference(d_hs, d_ws, ht, wt, 1.0), [d_hs, d_ws])
-    rounded_student = functional.log_softmax(hs.detach() @ ws.detach().T, -1).float().exp()
-    rounded_teacher = functional.log_softmax(ht @ wt.T, -1).float().exp()
-    usual = ((rounded_student - rounded_teacher) / 300) @ ws.detach().float()
-    error = ((grads[0].double() - wanted[0]).norm() / wanted[0].norm()).item()
-    usual_error = ((usual.double() - wanted[0]).norm() / wanted[0].norm()).item()
-    assert error < 0.01
-    assert ((grads[1].double() - wanted[1]).norm() / wanted[1].norm()).item() < 0.01
-    assert usual_error > 8 * error
-
-
-def test_a_tied_head_gets_the_gradient_of_both_its_uses():
-    model, tokens = tiny.model(), tiny.rows(2)
-    teacher = tiny.model(seed=5)
-    head = model.get_output_embeddings().weight
-    with torch.no_grad():
-        target = final_hidden(teacher, tokens).flatten(0, 1)
-    loss = linear_kl_div(final_hidden(model, tokens).flatten(0, 1), head, target, teacher.lm_head.weight.detach())
-    (actual,) = torch.autograd.grad(loss, [head])
-    logits = model(tokens).logits.flatten(0, 1)
-    dense = functional.kl_div(
-        functional.log_softmax(logits, -1),
-        functional.log_softmax(teacher(tokens).logits.detach().flatten(0, 1), -1),
-        log_target=True,
-        reduction="batchmean",
-    )
-    (expected,) = torch.autograd.grad(dense, [head])
-    assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-6)
+# every loss there is, through one projection that is trained with the student
+CHANNELS = torch.arange(36)
+INTERMEDIATE = Losses(
+    cross_entropy=0.2, hidden=("last-2:last-2",), embedding=True, mlp_input=("1:1",), attention=("2:2",)
+)
 
 
 def test_learning_rate_warms_up_and_ends_at_the_minimum():
@@ -112,14 +60,12 @@ def _teacher(folder):
 
 def _student(folder, seed=0):
     teacher = _teacher(folder)
-    from minitron import ImportanceScores
-
     target = replace(tiny.architecture(teacher), num_layers=4, hidden_size=36, intermediate_size=48)
     return prune(teacher, target, ImportanceScores.load(folder / "scores.safetensors"))
 
 
 def _stored(folder):
-    return StoredTeacher(str(folder / "hidden"), _teacher(folder).get_output_embeddings().weight, "k")
+    return StoredTeacher(str(folder / "hidden"), Head.of(_teacher(folder)), "k")
 
 
 def _run(folder, config=CONFIG, targets=None, **options):
@@ -168,7 +114,7 @@ def test_teacher_runs_once_per_row_and_a_killed_store_goes_on(material, tmp_path
 
 
 def test_a_store_of_another_teacher_or_a_damaged_one_is_refused(material, tmp_path):
-    head = _teacher(material).get_output_embeddings().weight
+    head = Head.of(_teacher(material))
     with pytest.raises(StorageError, match="holds the store k, not other"):
         StoredTeacher(str(material / "hidden"), head, "other")
     rows = Rows.open(str(material / "rows"), "train")
@@ -181,8 +127,13 @@ def test_a_store_of_another_teacher_or_a_damaged_one_is_refused(material, tmp_pa
         StoredTeacher(str(tmp_path), head, "k").hidden([0], rows.take([0]))
 
 
-def test_interrupted_run_is_bit_identical(material, tmp_path):
-    whole, expected = _run(material)
+def _live(folder):
+    return LiveTeacher(_teacher(folder))
+
+
+@pytest.mark.parametrize(("losses", "targets"), [(Losses(), _stored), (INTERMEDIATE, _live)], ids=["logits", "all"])
+def test_interrupted_run_is_bit_identical(material, tmp_path, losses, targets):
+    whole, expected = _run(material, targets=targets(material), losses=losses, channels=CHANNELS)
     config = replace(CONFIG, checkpoint_every=3)
     # stopped at a different place each time, so checkpoints at 3, 6 and 9 are all resumed from
     pieces = []
@@ -199,9 +150,11 @@ def test_interrupted_run_is_bit_identical(material, tmp_path):
         try:
             student = distill(
                 _student(material),
-                _stored(material),
+                targets(material),
                 Rows.open(str(material / "rows"), "train"),
                 config,
+                losses=losses,
+                channels=CHANNELS,
                 checkpoints=str(tmp_path),
                 key="k",
                 report=report,
@@ -209,6 +162,7 @@ def test_interrupted_run_is_bit_identical(material, tmp_path):
         except Stop:
             continue
     assert dict(pieces) == dict(whole)
+    assert list(student.state_dict()) == list(expected.state_dict())  # and no projection among them
     for name, value in expected.state_dict().items():
         assert torch.equal(student.state_dict()[name], value)
 
@@ -220,7 +174,7 @@ import torch, torch.distributed as dist
 from pathlib import Path
 from dataclasses import replace
 import test_distill as t
-folder, out, world, kill = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+folder, out, world, kill, how = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]), sys.argv[6]
 torch.set_num_threads(1)
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo", rank=rank, world_size=world)
@@ -230,19 +184,24 @@ def report(step):
             file.write(json.dumps([step.step, step.loss]) + "\\n")
     if kill and step.step == kill and rank == world - 1:
         os.kill(os.getpid(), 9)
-t.distill(t._student(folder), t._stored(folder), t.Rows.open(str(folder / "rows"), "train"),
-          replace(t.CONFIG, checkpoint_every=3), checkpoints=out, key="k", report=report)
+student = t._student(folder)
+targets, losses = t._stored(folder), t.Losses()
+if how == "norms":
+    t._norms_only(student)
+    targets, losses = t._live(folder), t.INTERMEDIATE
+t.distill(student, targets, t.Rows.open(str(folder / "rows"), "train"), replace(t.CONFIG, checkpoint_every=3),
+          losses=losses, channels=t.CHANNELS, checkpoints=out, key="k", report=report)
 dist.destroy_process_group()
 """
 
 
-def _processes(material, out, world, port, kill=0):
+def _processes(material, out, world, port, kill=0, how="logits"):
     """Run the loop in `world` processes; with `kill`, the last one dies by SIGKILL after that step."""
     paths = json.dumps([str(Path(__file__).parent), *sys.path])
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, paths, str(material), str(out), str(world), str(kill)],
+            [sys.executable, "-c", WORKER, paths, str(material), str(out), str(world), str(kill), how],
             env={**environment, "RANK": str(rank)},
             stderr=subprocess.PIPE,
         )
@@ -278,6 +237,140 @@ def test_two_processes_train_as_one_and_survive_a_kill(material, tmp_path, free_
     assert list(shrunk.values()) == pytest.approx(list(together.values()), rel=1e-4)
 
 
+def _norms_only(student):
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_("norm" in name)
+
+
+def test_only_what_requires_a_gradient_and_the_projection_are_trained_on_any_number_of_processes(
+    material, tmp_path, free_port
+):
+    student, before, losses = _student(material), _student(material).state_dict(), []
+    _norms_only(student)
+    rows, options = Rows.open(str(material / "rows"), "train"), {"losses": INTERMEDIATE, "channels": CHANNELS}
+    distill(student, _live(material), rows, CONFIG, **options, report=lambda step: losses.append(step.loss))
+    changed = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if "norm" in name}
+    together, _ = _processes(material, tmp_path / "together", 2, free_port(), how="norms")
+    assert list(together.values()) == pytest.approx(losses, rel=1e-4)
+
+
+class Adapted(nn.Module):
+    """A frozen projection with a low-rank adapter, as peft injects it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, values):
+        return self.base(values) + self.up(self.down(values))
+
+
+def test_adapters_alone_are_trained(material):
+    student = _student(material).requires_grad_(False)
+    for layer in student.model.layers:
+        layer.self_attn.q_proj = Adapted(layer.self_attn.q_proj)
+    rows, losses = Rows.open(str(material / "rows"), "train"), []
+    config, report = replace(CONFIG, steps=30, peak_lr=1e-2), lambda step: losses.append(step.loss)
+    distill(student, _live(material), rows, config, losses=INTERMEDIATE, channels=CHANNELS, report=report)
+    assert sum(losses[-5:]) < sum(losses[:5])
+    assert {name for name, p in student.named_parameters() if p.requires_grad} == {
+        f"model.layers.{layer}.self_attn.q_proj.{part}.weight" for layer in range(4) for part in ("down", "up")
+    }
+
+
+def test_nothing_to_train_is_refused(material):
+    rows = Rows.open(str(material / "rows"), "train")
+    with pytest.raises(InputError, match="no parameter that requires a gradient"):
+        distill(_student(material).requires_grad_(False), _stored(material), rows, CONFIG)
+
+
+def test_intermediate_losses_bring_hidden_states_closer(material):
+    parts, student = [], _student(material)
+    distill(
+        student,
+        _live(material),
+        Rows.open(str(material / "rows"), "train"),
+        replace(CONFIG, steps=40),
+        losses=INTERMEDIATE,
+        channels=CHANNELS,
+        report=parts.append,
+    )
+    for first, last in ((parts[0].intermediate, parts[-1].intermediate), (parts[0].kl, parts[-1].kl)):
+        assert last < 0.7 * first
+    # L_CLM weighted, and α · L_is = L_logits
+    assert parts[0].loss == pytest.approx(2 * parts[0].kl + 0.2 * parts[0].cross_entropy, rel=1e-4)
+
+
+def test_micro_batches_change_nothing(material):
+    rows, options = Rows.open(str(material / "rows"), "train"), {"losses": INTERMEDIATE, "channels": CHANNELS}
+    steps = {size: [] for size in (4, 3, 1)}  # with 3, of unequal size
+    for size, reports in steps.items():
+        config = replace(CONFIG, steps=4, micro_batch_rows=size)
+        distill(_student(material), _live(material), rows, config, **options, report=reports.append)
+    for size in (3, 1):
+        for name in ("loss", "kl", "cross_entropy", "intermediate", "grad_norm"):
+            expected = [getattr(step, name) for step in steps[4]]
+            assert [getattr(step, name) for step in steps[size]] == pytest.approx(expected, rel=1e-4)
+
+
+def test_intermediate_losses_need_the_teacher_itself(material):
+    with pytest.raises(InputError, match="a StoredTeacher has the teacher's final hidden states alone"):
+        _run(material, losses=INTERMEDIATE)
+
+
+def test_cross_entropy_alone_needs_no_teacher(material):
+    parts = []
+    rows = Rows.open(str(material / "rows"), "train")
+    losses = Losses(logits="none", cross_entropy=1.0)
+    student = distill(_student(material), None, rows, replace(CONFIG, steps=40), losses=losses, report=parts.append)
+    assert parts[-1].loss < 0.8 * parts[0].loss
+    assert [parts[0].kl, parts[0].cross_entropy, parts[0].intermediate] == [None, parts[0].loss, None]
+    first = rows.take(range(4))
+    assert heldout_metrics(student, first).loss == pytest.approx(parts[-1].loss, rel=0.3)
+    with pytest.raises(InputError, match="compare with a teacher"):
+        distill(student, None, rows, CONFIG)
+
+
+def test_a_run_may_be_looked_at_and_gone_on_with(material, tmp_path):
+    whole, expected = _run(material)
+    first, looked_at = _run(material, checkpoints=str(tmp_path), key="k", until=5)
+    rest, student = _run(material, checkpoints=str(tmp_path), key="k", until=12)
+    assert first + rest == whole  # the schedule is that of all the steps
+    assert len(first) == 5
+    assert not torch.equal(looked_at.lm_head.weight, student.lm_head.weight)
+    assert torch.equal(student.lm_head.weight, expected.lm_head.weight)
+    again, same = _run(material, checkpoints=str(tmp_path), key="k", until=12)
+    assert again == []
+    assert torch.equal(same.lm_head.weight, expected.lm_head.weight)
+    with pytest.raises(InputError, match="until: 5 without checkpoints"):
+        _run(material, until=5)
+
+
+def test_a_soft_capped_model_distils(material):
+    values = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+    config = Gemma2Config(**values, intermediate_size=48, num_key_value_heads=2, final_logit_softcapping=2.0)
+    torch.manual_seed(0)
+    teacher, student = (Gemma2ForCausalLM(config) for _ in range(2))
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(20)  # so that the cap bends
+        for mine, theirs in zip(student.parameters(), teacher.parameters(), strict=True):
+            mine.copy_(theirs + 0.05 * torch.randn_like(theirs))
+    rows = Rows.open(str(material / "rows"), "train")
+    parts = []
+    distill(student, LiveTeacher(teacher), rows, replace(CONFIG, steps=40, peak_lr=5e-3), report=parts.append)
+    assert parts[-1].kl < 0.5 * parts[0].kl
+    heldout = rows.take(range(4))
+    dense = [model(heldout).logits[:, :-1].double().log_softmax(-1) for model in (teacher, student)]
+    expected = (dense[0].exp() * (dense[0] - dense[1])).sum(-1).mean().item()
+    assert heldout_metrics(student, heldout, **teacher_targets(teacher, heldout)).kl == pytest.approx(
+        expected, rel=1e-4
+    )
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(material, tmp_path, caplog):
     config = replace(CONFIG, checkpoint_every=3)
     _run(material, config, checkpoints=str(tmp_path), key="k")
@@ -299,7 +392,7 @@ def test_a_checkpoint_of_something_else_is_not_resumed(material, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_at_that_step_and_names_the_rows(material):
     class Poisoned:
-        head = _teacher(material).get_output_embeddings().weight.detach()
+        head = Head.of(_teacher(material))
         stored = _stored(material)
         calls = 0
 

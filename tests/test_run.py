@@ -20,7 +20,7 @@ from tiny import DISTILL_STEPS, SEARCH_STEPS
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parent.parent
-STAGES = ["teacher", "data", "calibrate", "targets", "search", "distill", "evaluate", "register"]
+STAGES = ["teacher", "data", "correct", "targets", "calibrate", "search", "distill", "evaluate", "register"]
 
 
 def _environment():
@@ -67,9 +67,11 @@ def _reused(result):
     return sum(line.startswith("✓") and "already done" in line for line in result.stdout.splitlines())
 
 
-def _results(bench, storage="runs"):
+def _results(bench, storage="runs", model="tiny-student"):
+    """Outputs of the stages that one model of the family saw."""
     (path,) = (bench / storage / "runs").glob("*/results.json")
-    return json.loads(path.read_text())["stages"]
+    results = json.loads(path.read_text())
+    return results["stages"] | results["family"][model]
 
 
 def test_a_run_ends_with_a_better_student_and_says_so(bench, finished):
@@ -197,7 +199,7 @@ def test_a_run_that_diverges_stops_and_says_where(bench, finished):
 
 def test_a_wider_space_distils_only_what_is_new(bench, finished):
     before = {p: p.stat().st_mtime_ns for p in (bench / "runs" / "trials").glob("*/*/result.json")}
-    wider = ["--set", "target.tolerance=0.5", "--until", "search"]
+    wider = ["--set", "family.0.tolerance=0.5", "--until", "search"]
     assert _minitron("run", "recipe.yaml", "--storage", "runs", *wider, cwd=bench).returncode == 0
     after = {p: p.stat().st_mtime_ns for p in (bench / "runs" / "trials").glob("*/*/result.json")}
     assert len(after) > len(before)
@@ -305,14 +307,22 @@ def test_two_processes_do_not_carry_out_one_run_at_once(bench, finished):
 BAD = {
     "unknown key": (["--set", "distill.stepz=3"], "distill.stepz: unknown key", "steps"),
     "wrong type": (["--set", "distill.steps=many"], "distill.steps: 'many'", "--set distill.steps"),
-    "target above the teacher": (["--set", "target.parameters=900000"], "target.parameters: 900,000", "smaller target"),
-    "target nothing meets": (["--set", "target.parameters=1000"], "search.space: no combination", "widen"),
+    "target above the teacher": (
+        ["--set", "family.0.parameters=900000"],
+        "family.0.parameters: 900,000",
+        "smaller target",
+    ),
+    "target nothing meets": (["--set", "family.0.parameters=1000"], "family.0.space: no combination", "widen"),
     "heads that do not divide": (
-        ["--set", "search.space.num_heads=[5]"],
-        "search.space.num_heads: 5",
+        ["--set", "family.0.space.num_heads=[5]"],
+        "family.0.space.num_heads: 5",
         "multiples of 2",
     ),
-    "hidden above the teacher": (["--set", "search.space.hidden_size=[96]"], "hidden_size: 96 is larger", "at most 48"),
+    "hidden above the teacher": (
+        ["--set", "family.0.space.hidden_size=[96]"],
+        "hidden_size: 96 is larger",
+        "at most 48",
+    ),
     "missing text": (["--set", "data.path=/nowhere/text.jsonl"], "/nowhere/text.jsonl", ""),
     "missing teacher": (["--set", "teacher.model=./nowhere"], "./nowhere", "model folder"),
     "unreadable teacher": (["--set", "teacher.model=broken"], "'broken' cannot be read", "checkpoint"),

@@ -14,18 +14,40 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from minitron.architecture import Architecture
+from minitron.importance import ImportanceScores
 
 logging.set_verbosity_error()
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "nemotron")
+DENSE = ("llama", "mistral", "qwen2", "qwen3", "nemotron", "gemma2", "gemma3_text", "phi3")
+MIXTURES = ("mixtral", "qwen3_moe")
+FAMILIES = (*DENSE, *MIXTURES)
 TEXT = """the model reads a row of tokens and predicts next one from all before it small large teacher student layer head
 neuron channel loss rate batch step search prune keep remove learn text word line page book river stone cloud tree"""
 WORDS = TEXT.split()
 SEARCH_STEPS, DISTILL_STEPS = 6, 24
 
 
+# What a family needs beyond the common numbers: small sliding windows, soft-capping that bends, a few experts.
+GEMMA = {
+    "sliding_window": 5,
+    "final_logit_softcapping": 3.0,
+    "attn_logit_softcapping": 2.0,
+    "query_pre_attn_scalar": 16,
+}
+OWN: dict[str, dict[str, Any]] = {
+    "gemma2": GEMMA,
+    "gemma3_text": {**GEMMA, "sliding_window_pattern": 2},
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True},
+}
+
+
 def config(family: str, tied: bool, **changes: Any) -> Any:
-    """A transformers config of a family: grouped-query attention, explicit head_dim, biases where the family has them."""
+    """A transformers config of a family: grouped-query attention, explicit head_dim, biases where the family has them.
+
+    A change to None leaves an attribute to transformers' default.
+    """
     from transformers import AutoConfig
 
     values = {
@@ -43,13 +65,18 @@ def config(family: str, tied: bool, **changes: Any) -> Any:
         "eos_token_id": 0,
         "pad_token_id": 0,
     }
-    return AutoConfig.for_model(family, **{**values, **changes})
+    values |= {**OWN.get(family, {}), **changes}
+    if family == "qwen3_moe":
+        values["moe_intermediate_size"] = values["intermediate_size"]
+    return AutoConfig.for_model(family, **{name: value for name, value in values.items() if value is not None})
 
 
 def model(family: str = "llama", tied: bool = True, seed: int = 0, **changes: Any) -> torch.nn.Module:
     """A float32 model whose every weight, norms and biases included, is random, so that no slicing error hides."""
     torch.manual_seed(seed)
-    made = AutoModelForCausalLM.from_config(config(family, tied, **changes)).float().eval()
+    settings = config(family, tied, **changes)
+    # eager: the faster implementations of a mixture know no float64
+    made = AutoModelForCausalLM.from_config(settings, experts_implementation="eager").float().eval()
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else 0.05))
@@ -58,6 +85,19 @@ def model(family: str = "llama", tied: bool = True, seed: int = 0, **changes: An
 
 def architecture(of: torch.nn.Module) -> Architecture:
     return Architecture.from_config(of.config)
+
+
+def scores(of: Architecture, seed: int = 2) -> ImportanceScores:
+    """Random scores of an architecture's shape: what stays is arbitrary, which is enough to test how it is cut."""
+    draw = torch.Generator().manual_seed(seed)
+    layers, experts = of.num_layers, (of.num_experts,) if of.num_experts else ()
+    return ImportanceScores(
+        heads=torch.rand(layers, of.num_heads, generator=draw),
+        neurons=torch.rand(layers, *experts, of.intermediate_size, generator=draw),
+        channels=torch.rand(of.hidden_size, generator=draw),
+        similarity=torch.rand(layers + 1, layers + 1, generator=draw),
+        experts=torch.rand(layers, *experts, generator=draw) if experts else None,
+    )
 
 
 def rows(count: int = 8, seq_length: int = 16, vocab: int = 300, seed: int = 1) -> torch.Tensor:
@@ -138,14 +178,17 @@ def bench(folder: Path) -> Path:
             "heldout_rows": 16,
         },
         "calibrate": {"rows": 16, "layers": "loss", "layer_rows": 4},
-        "target": {"parameters": 80_000, "tolerance": 0.3},
-        "search": {
-            "space": {"num_layers": [3, 4, 5], "hidden_size": [36, 48], "intermediate_size": [48, 72, 96]},
-            "training": {"steps": SEARCH_STEPS, "checkpoint_every": 2, **training},
-        },
+        "family": [
+            {
+                "model": "tiny-student",
+                "parameters": 80_000,
+                "tolerance": 0.3,
+                "space": {"num_layers": [3, 4, 5], "hidden_size": [36, 48], "intermediate_size": [48, 72, 96]},
+            }
+        ],
+        "search": {"training": {"steps": SEARCH_STEPS, "checkpoint_every": 2, **training}},
         "distill": {"steps": DISTILL_STEPS, "checkpoint_every": 4, **training},
         "evaluate": {"tasks": [{"name": "arc_easy", "data": str(folder / "arc.jsonl"), "limit": 10}]},
-        "register": {"model": "tiny-student"},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     return folder

@@ -1,7 +1,19 @@
-"""Distillation: the loss, the teacher's stored targets, the loop and its checkpoints."""
+"""Distillation: the losses, the teacher's stored targets, the loop and its checkpoints."""
 
 from minitron.distill.loop import DistillConfig, StepReport, distill
-from minitron.distill.loss import linear_kl_div
+from minitron.distill.loss import linear_kl_div, linear_logit_loss
+from minitron.distill.losses import Losses, default_losses
 from minitron.distill.teacher import LiveTeacher, StoredTeacher, store_hidden
 
-__all__ = ["DistillConfig", "LiveTeacher", "StepReport", "StoredTeacher", "distill", "linear_kl_div", "store_hidden"]
+__all__ = [
+    "DistillConfig",
+    "LiveTeacher",
+    "Losses",
+    "StepReport",
+    "StoredTeacher",
+    "default_losses",
+    "distill",
+    "linear_kl_div",
+    "linear_logit_loss",
+    "store_hidden",
+]

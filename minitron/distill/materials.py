@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from minitron import storage
 from minitron.architecture import Architecture
@@ -12,20 +12,19 @@ from minitron.data import Rows, Split
 from minitron.device import DTYPES, device
 from minitron.distill.teacher import StoredTeacher, store_key
 from minitron.evaluation import HeldoutMetrics, heldout_metrics
-from minitron.importance import ImportanceScores
+from minitron.logits import Head
 from minitron.models import load_model
-from minitron.pruning import prune
+from minitron.origin import Origin
 
 
 @dataclass(frozen=True)
 class Materials:
-    """Addresses of a teacher checkpoint, its importance scores, the packed rows, and the stored hidden states of both
-    splits; `teacher_id` names the teacher's weights, `dtype` is what models compute in."""
+    """Addresses of a teacher checkpoint, the packed rows, and the stored hidden states of both splits; `teacher_id` names
+    the teacher's weights, `dtype` is what models compute in."""
 
     teacher: str
     teacher_id: str
     dtype: str
-    scores: str
     rows: str
     train_targets: str
     heldout_targets: str
@@ -39,15 +38,18 @@ class Materials:
     def targets_key(self, split: Split) -> str:
         return store_key(self.teacher_id, self.open_rows(split).fingerprint, self.dtype)
 
-    def targets(self, split: Split, teacher_head: Tensor) -> StoredTeacher:
+    def targets(self, split: Split, teacher_head: Head) -> StoredTeacher:
         """The stored hidden states of a split, "train" or "heldout"."""
         folder = self.train_targets if split == "train" else self.heldout_targets
         return StoredTeacher(folder, teacher_head, self.targets_key(split))
 
-    def prune(self, teacher: nn.Module, architecture: Architecture) -> nn.Module:
-        return prune(teacher, architecture, ImportanceScores.load(storage.fetch_file(self.scores)))
+    def student(self, origin: Origin, architecture: Architecture) -> tuple[nn.Module, Head]:
+        """A student of `architecture`, cut from `origin`, and the teacher's head."""
+        source = origin.load()
+        head = Head.of(source if origin.folder == self.teacher else self.load_teacher())
+        return origin.prune(source, architecture), head
 
-    def heldout(self, model: nn.Module, teacher_head: Tensor, limit: int | None = None) -> HeldoutMetrics:
+    def heldout(self, model: nn.Module, teacher_head: Head, limit: int | None = None) -> HeldoutMetrics:
         """Loss and KL to the teacher on the first `limit` held-out rows, by default all."""
         rows = self.open_rows("heldout")
         tokens = rows.take(range(min(limit or len(rows), len(rows))))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from minitron import storage
 from minitron.data import Rows
 from minitron.errors import StorageError
+from minitron.logits import Head
 from minitron.models import final_hidden
 
 ROWS_PER_SHARD = 64
@@ -27,7 +28,7 @@ FILE = "hidden.safetensors"
 class Targets(Protocol):
     """Where a distillation gets its teacher from."""
 
-    head: Tensor
+    head: Head
 
     def hidden(self, indices: Sequence[int], input_ids: Tensor) -> Tensor:
         """Teacher's final hidden states [n, seq_length, hidden] of the rows with these numbers and tokens."""
@@ -39,7 +40,7 @@ class LiveTeacher:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.head = model.get_output_embeddings().weight.detach()  # type: ignore[operator]
+        self.head = Head.of(self.model)
 
     @torch.no_grad()
     def hidden(self, indices: Sequence[int], input_ids: Tensor) -> Tensor:
@@ -52,11 +53,11 @@ class StoredTeacher:
     Raises StorageError if the store was made from another teacher or other rows, or a shard is missing.
     """
 
-    def __init__(self, folder: str, head: Tensor, key: str) -> None:
+    def __init__(self, folder: str, head: Head, key: str) -> None:
         index = storage.read_json(storage.join(folder, "index.json"))
         if index["key"] != key:
             raise StorageError(f"{folder}: holds the store {index['key']}, not {key}", f"delete {folder} and run again")
-        self.head = head.detach()
+        self.head = head
         self.folder, self.num_rows, self.rows_per_shard = folder, index["num_rows"], index["rows_per_shard"]
         self._shards: dict[int, Tensor] = {}
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from minitron.errors import InputError, NonFiniteError
 from minitron.evaluation.mode import evaluating
 from minitron.logits import Head, cache_slices, log_softmax_
-from minitron.models import decoder_and_head
+from minitron.models import final_hidden
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class TeacherTargets(TypedDict):
     """What `heldout_metrics` needs to know of a teacher."""
 
     teacher_hidden: Callable[[slice], Tensor]
-    teacher_head: Tensor
+    teacher_head: Head
 
 
 def teacher_targets(teacher_model: Any, rows: Tensor) -> TeacherTargets:
@@ -48,11 +48,11 @@ def teacher_targets(teacher_model: Any, rows: Tensor) -> TeacherTargets:
 
     Hidden states [n, seq_length, hidden] are computed when asked for, in the teacher's dtype and on its device.
     """
-    body, head = decoder_and_head(teacher_model)
+    head = Head.of(teacher_model)
 
     def hidden(which: slice) -> Tensor:
         with torch.inference_mode(), evaluating(teacher_model):
-            return body(input_ids=rows[which].to(head.device), use_cache=False).last_hidden_state
+            return final_hidden(teacher_model, rows[which].to(head.weight.device))
 
     return {"teacher_hidden": hidden, "teacher_head": head}
 
@@ -62,7 +62,7 @@ def heldout_metrics(
     rows: Tensor,
     *,
     teacher_hidden: Callable[[slice], Tensor] | None = None,
-    teacher_head: Tensor | None = None,
+    teacher_head: Head | None = None,
     batch_rows: int = 4,
     chunk_tokens: int = 512,
     progress: Callable[[int, int], None] | None = None,
@@ -70,18 +70,17 @@ def heldout_metrics(
     """Score `model` on `rows`, int64 [num_rows, seq_length], every position predicting the next one.
 
     `teacher_hidden(slice of rows)` gives the teacher's final hidden states [n, seq_length, teacher_hidden_size] (after
-    the last norm) and `teacher_head` [vocab, teacher_hidden_size] turns them into logits; both or neither. At most
+    the last norm) and `teacher_head` turns them into logits over the same vocabulary; both or neither. At most
     `chunk_tokens` x vocabulary logits exist at a time, once for each model. `progress(done, total)` counts rows.
 
     The model's training mode and the global random state are left as they were.
     Raises InputError for rows or a head that do not fit the model, NonFiniteError naming the first row whose loss or KL
     is NaN or infinite.
     """
-    body, head = decoder_and_head(model)
-    _check(rows, head, teacher_hidden, teacher_head)
-    device = head.device
-    student_head = Head(head)
-    other_head = None if teacher_head is None else Head(teacher_head.to(device))
+    student_head = Head.of(model)
+    _check(rows, student_head, teacher_hidden, teacher_head)
+    device = student_head.weight.device
+    other_head = None if teacher_head is None else teacher_head.to(device)
 
     num_rows, seq_length = rows.shape
     row_loss: list[float] = []
@@ -91,7 +90,7 @@ def heldout_metrics(
         for start in range(0, num_rows, batch_rows):
             which = slice(start, min(start + batch_rows, num_rows))
             ids = rows[which].to(device)
-            hidden = body(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+            hidden = final_hidden(model, ids)[:, :-1].flatten(0, 1)
             targets = ids[:, 1:].flatten()
             other = None if teacher_hidden is None else _teacher_batch(teacher_hidden, which, seq_length, device)
             loss, kl = [], []
@@ -130,23 +129,24 @@ def heldout_metrics(
 
 
 def _check(
-    rows: Tensor, head: Tensor, teacher_hidden: Callable[[slice], Tensor] | None, teacher_head: Tensor | None
+    rows: Tensor, head: Head, teacher_hidden: Callable[[slice], Tensor] | None, teacher_head: Head | None
 ) -> None:
+    vocabulary = head.weight.shape[0]
     if rows.dtype != torch.int64 or rows.ndim != 2 or rows.shape[0] < 1 or rows.shape[1] < 2:
         raise InputError(
             f"rows: {rows.dtype} {list(rows.shape)}", "give token ids as int64 [num_rows, seq_length], seq_length >= 2"
         )
     low, high = int(rows.min()), int(rows.max())
-    if low < 0 or high >= head.shape[0]:
+    if low < 0 or high >= vocabulary:
         raise InputError(
-            f"rows: token ids {low} to {high} where the model's vocabulary has {head.shape[0]}",
+            f"rows: token ids {low} to {high} where the model's vocabulary has {vocabulary}",
             "tokenise the rows with the model's own tokenizer",
         )
     if (teacher_hidden is None) != (teacher_head is None):
         raise InputError("teacher_hidden and teacher_head: only one was given", "give both, or neither")
-    if teacher_head is not None and teacher_head.shape[0] != head.shape[0]:
+    if teacher_head is not None and teacher_head.weight.shape[0] != vocabulary:
         raise InputError(
-            f"teacher_head: vocabulary of {teacher_head.shape[0]}, the model's has {head.shape[0]}",
+            f"teacher_head: vocabulary of {teacher_head.weight.shape[0]}, the model's has {vocabulary}",
             "KL needs one vocabulary for both; use a teacher with the same tokenizer and head",
         )
 

@@ -1,31 +1,26 @@
-"""The model families that can be pruned, by transformers model type. The next one is a line here."""
+"""The model families that can be pruned, by transformers model type. The next one is a file and a line here."""
 
 from __future__ import annotations
 
-from minitron.errors import InputError
-from minitron.families.table import Family, Parameter, decoder
+from importlib import import_module
 
-FAMILIES = {
-    family.model_type: family
-    for family in (
-        decoder(
-            "llama",
-            qkv_bias="attention_bias",
-            output_bias="attention_bias",
-            mlp_bias="mlp_bias",
-            hidden_in_heads=True,
-        ),
-        decoder("mistral"),
-        decoder("qwen2", qkv_bias=""),
-        decoder("qwen3", qkv_bias="attention_bias", output_bias="attention_bias", qk_norm=True),
-        decoder(
-            "nemotron",
-            gated=False,
-            norm_bias=True,
-            qkv_bias="attention_bias",
-            output_bias="attention_bias",
-            mlp_bias="mlp_bias",
-        ),
+from minitron.errors import InputError
+from minitron.families.decoder import decoder
+from minitron.families.table import Family, Parameter
+
+FAMILIES: dict[str, Family] = {
+    model_type: import_module(f"minitron.families.{model_type}").FAMILY
+    for model_type in (
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "nemotron",
+        "gemma2",
+        "gemma3_text",
+        "phi3",
+        "mixtral",
+        "qwen3_moe",
     )
 }
 
@@ -35,7 +30,7 @@ def family_of(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise InputError(
             f"model type {model_type!r} has no family table",
-            f"use one of {', '.join(FAMILIES)}, or add a table in minitron/families",
+            f"use one of {', '.join(FAMILIES)}; docs/adding-a-family.md explains how to add one",
         )
     return FAMILIES[model_type]
 

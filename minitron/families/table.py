@@ -1,18 +1,22 @@
-"""What a family adapter says: which parameter of a transformers model carries which axis.
+"""What a family's table says: which parameter of a transformers model carries which axis.
 
 Slicing, counting and the hooks for importance read these tables and nothing else about a model.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 HIDDEN = "hidden"  # embedding channels
-MLP = "mlp"  # neurons of the MLP
+MLP = "mlp"  # neurons of the MLP; in a mixture of experts, of one expert
 HEADS = "heads"  # query heads, head_dim values each
 KV_HEADS = "kv_heads"  # key or value heads, head_dim values each
+EXPERTS = "experts"  # experts of a mixture; always the first dimension
 HEAD_DIM = "head_dim"  # inside one head; never pruned
 VOCAB = "vocab"  # rows of the embedding matrix; never pruned
+
+Axis = str | tuple[str, ...]  # several axes: one after another in one dimension, as fused projections store them
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class Parameter:
     """One tensor: its name, the axis along each of its dimensions, and the config flag it depends on, if any."""
 
     name: str
-    axes: tuple[str, ...]
+    axes: tuple[Axis, ...]
     flag: str = ""
 
 
@@ -28,9 +32,11 @@ class Parameter:
 class Family:
     """One transformers model type.
 
-    `inner` names are relative to a decoder layer, `outer` names to the model. `head_input` and `mlp_input` are the modules
-    of a layer whose input carries the heads and the neurons; `norms` are the layer's norms whose output carries the
-    embedding channels. `flags` are boolean config attributes that switch parameters on.
+    `inner` names are relative to a decoder layer, `outer` names to the model. Modules of a layer: `head_input` and
+    `mlp_input` take the heads and the neurons as their input, `activation` the MLP's pre-activation; `qkv` give queries,
+    keys and values, in this order, from one fused module or three; `norms` feed attention and MLP, the MLP's last;
+    `experts` holds the fused tensors gate_up_proj [experts, 2·MLP, hidden] and down_proj [experts, hidden, MLP] of a
+    mixture, which has no `mlp_input` and no `activation`.
     """
 
     model_type: str
@@ -42,59 +48,17 @@ class Family:
     head: str = "lm_head.weight"
     head_input: str = "self_attn.o_proj"
     mlp_input: str = "mlp.down_proj"
+    activation: str = "mlp.act_fn"
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    experts: str = ""
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
-    flags: tuple[str, ...] = ()
-    hidden_in_heads: bool = False  # transformers refuses a hidden size that is no multiple of the number of heads
+    norm_offset: float = 0.0  # a norm multiplies by this plus its stored weight
+    embedding_scaled: bool = False  # the model multiplies its embeddings by sqrt(hidden_size)
+    flags: tuple[str, ...] = ()  # boolean config attributes that switch parameters on
+    config_names: Mapping[str, str] = field(
+        default_factory=dict
+    )  # Architecture field -> config attribute, where unusual
+    required: Mapping[str, object] = field(default_factory=dict)  # config attributes that must have this value
     per_layer: tuple[str, ...] = ("layer_types",)  # config lists with one entry a layer
-
-
-def decoder(
-    model_type: str,
-    *,
-    gated: bool = True,
-    norm_bias: bool = False,
-    qkv_bias: str | None = None,
-    output_bias: str | None = None,
-    mlp_bias: str | None = None,
-    qk_norm: bool = False,
-    hidden_in_heads: bool = False,
-) -> Family:
-    """The table of the common pre-norm decoder.
-
-    Each `*_bias` is None for never, "" for always, or the name of the config flag that decides.
-    """
-    inner = [
-        Parameter("self_attn.q_proj.weight", (HEADS, HIDDEN)),
-        Parameter("self_attn.k_proj.weight", (KV_HEADS, HIDDEN)),
-        Parameter("self_attn.v_proj.weight", (KV_HEADS, HIDDEN)),
-        Parameter("self_attn.o_proj.weight", (HIDDEN, HEADS)),
-        Parameter("mlp.up_proj.weight", (MLP, HIDDEN)),
-        Parameter("mlp.down_proj.weight", (HIDDEN, MLP)),
-    ]
-    if gated:
-        inner.append(Parameter("mlp.gate_proj.weight", (MLP, HIDDEN)))
-    if qkv_bias is not None:
-        inner += [
-            Parameter("self_attn.q_proj.bias", (HEADS,), qkv_bias),
-            Parameter("self_attn.k_proj.bias", (KV_HEADS,), qkv_bias),
-            Parameter("self_attn.v_proj.bias", (KV_HEADS,), qkv_bias),
-        ]
-    if output_bias is not None:
-        inner.append(Parameter("self_attn.o_proj.bias", (HIDDEN,), output_bias))
-    if mlp_bias is not None:
-        inner += [Parameter("mlp.up_proj.bias", (MLP,), mlp_bias), Parameter("mlp.down_proj.bias", (HIDDEN,), mlp_bias)]
-        if gated:
-            inner.append(Parameter("mlp.gate_proj.bias", (MLP,), mlp_bias))
-    if qk_norm:
-        inner += [Parameter("self_attn.q_norm.weight", (HEAD_DIM,)), Parameter("self_attn.k_norm.weight", (HEAD_DIM,))]
-    outer = [Parameter("model.embed_tokens.weight", (VOCAB, HIDDEN)), Parameter("lm_head.weight", (VOCAB, HIDDEN))]
-    for norm, place in (
-        ("input_layernorm", inner),
-        ("post_attention_layernorm", inner),
-        ("model.norm", outer),
-    ):
-        place.append(Parameter(f"{norm}.weight", (HIDDEN,)))
-        if norm_bias:
-            place.append(Parameter(f"{norm}.bias", (HIDDEN,)))
-    flags = tuple(sorted({flag for flag in (qkv_bias, output_bias, mlp_bias) if flag}))
-    return Family(model_type, tuple(outer), tuple(inner), flags=flags, hidden_in_heads=hidden_in_heads)
+    hidden_in_heads: bool = False  # transformers refuses a hidden size that is no multiple of the number of heads
+    longrope_in_hidden: bool = False  # transformers counts longrope's factors from hidden_size // number of heads

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from minitron.importance.distributed import add_up
 
 AGGREGATIONS = ("mean", "l2", "var")
 
@@ -19,28 +23,29 @@ def over_sequence(values: Tensor, how: str) -> Tensor:
 
 
 class OverBatch:
-    """Streaming aggregate of float32 rows [units], in float64 so that the order of batches does not matter."""
+    """Streaming aggregate over rows, of many places at once: [*shape], the last dimension the units of one place.
 
-    def __init__(self, how: str) -> None:
+    In float64, so that neither the order of batches nor the number of processes matters.
+    """
+
+    def __init__(self, how: str, shape: tuple[int, ...], device: torch.device) -> None:
         self.how = how
-        self.count = 0
-        self.total: Tensor | float = 0.0
-        self.squares: Tensor | float = 0.0
+        self.total = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.squares = torch.zeros_like(self.total)
 
-    def add(self, rows: Tensor) -> None:
-        """rows [n, units]"""
+    def add(self, place: Any, rows: Tensor) -> None:
+        """rows float32 [n, units], of the place at index `place`; a place that is left out for a row counts as zero."""
         rows = rows.double()
-        self.count += rows.shape[0]
-        self.total = self.total + (rows.abs() if self.how == "mean" else rows).sum(dim=0)
-        self.squares = self.squares + rows.square().sum(dim=0)
+        self.total[place] += (rows.abs() if self.how == "mean" else rows).sum(dim=0)
+        self.squares[place] += rows.square().sum(dim=0)
 
-    def result(self) -> Tensor:
-        """float32 [units] on the CPU"""
-        total, squares = torch.as_tensor(self.total), torch.as_tensor(self.squares)
+    def result(self, count: int) -> Tensor:
+        """float32 [*shape] on the CPU, over the `count` rows of all processes."""
+        total, squares = add_up(self.total), add_up(self.squares)
         if self.how == "mean":
-            value = total / self.count
+            value = total / count
         elif self.how == "l2":
             value = squares.sqrt()
         else:
-            value = (squares / self.count - (total / self.count).square()).clamp(min=0)
+            value = (squares / count - (total / count).square()).clamp(min=0)
         return value.float().cpu()

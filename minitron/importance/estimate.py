@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minitron.architecture import Architecture
 from minitron.errors import InputError
-from minitron.importance.aggregate import AGGREGATIONS, OverBatch, over_sequence
-from minitron.importance.blocks import block_losses
+from minitron.evaluation.mode import evaluating
+from minitron.importance.aggregate import AGGREGATIONS
+from minitron.importance.collector import Collector
+from minitron.importance.distributed import add_up, own_batches, own_share
+from minitron.importance.layers import LayerScoring, score_layers
 from minitron.importance.scores import ImportanceScores
-from minitron.models import final_hidden, layers_of
+from minitron.models import layers_of
 
 Progress = Callable[[int, int], None]
+BATCH_TOKENS = 4096
 
 
 def estimate_importance(
@@ -24,27 +27,48 @@ def estimate_importance(
     *,
     batch_aggregation: str = "l2",
     sequence_aggregation: str = "mean",
-    block_sizes: Sequence[int] = (),
-    block_rows: int | None = None,
-    batch_rows: int = 4,
+    neurons: str = "post",
+    layers: LayerScoring | Sequence[LayerScoring] = (),
+    tokenizer: Any = None,
+    batch_rows: int | None = None,
     progress: Progress | None = None,
 ) -> ImportanceScores:
-    """Score heads, neurons, embedding channels and layers.
+    """Score heads, neurons, embedding channels, experts and layers.
 
     model: a transformers causal language model of a supported family. rows: int64 [num_rows, seq_length], packed tokens.
-    Heads are scored at the output projection's input by their L2 norm over head_dim, neurons after the activation,
-    channels after every norm (summed over the norms), layers by the cosine of the residual stream before and after.
-    `block_sizes` also measures the loss without each contiguous block of those sizes, on the first `block_rows` rows.
-    Raises InputError for an unknown aggregation or family.
+    Heads are scored at the output projection's input by their L2 norm over head_dim, neurons after the activation (`neurons`
+    "post") or before it ("pre", the paper's F_neuron), channels after every norm (summed over the norms), experts by the L2
+    norm of their output times its router weight, layers by the cosine of the residual stream before and after. Tokens that
+    don't reach an expert count as zero for it and its neurons. `layers` measures more about layers; its metric "task" needs
+    `tokenizer`.
+
+    Memory beside the model, with L layers of hidden size d: the residual stream of one batch at every depth, (L + 1) x tokens
+    x d values of the model's dtype, a few times the widest activation of a batch in float32, and 512 tokens' logits in
+    float32 a few times. A batch is `batch_rows` rows; by default about 4,096 tokens, at least one row.
+
+    Where torch.distributed is initialised every process takes its share of the same `rows`, and all return the same scores.
+    `progress(done, total)` counts passes of this process's rows, and scorings of a task.
+    Raises InputError for an unknown aggregation, family or metric, and for no rows.
     """
     for key, how in (("batch_aggregation", batch_aggregation), ("sequence_aggregation", sequence_aggregation)):
         if how not in AGGREGATIONS:
             raise InputError(f"{key}: {how!r} is not an aggregation", f"use one of {', '.join(AGGREGATIONS)}")
-    was_training = model.training
-    model.eval()
-    block_input = rows[: block_rows or len(rows)]
-    positions = {size: int(model.config.num_hidden_layers) - size + 1 for size in block_sizes}  # type: ignore[union-attr,arg-type]
-    total = len(rows) + sum(positions.values()) * len(block_input)
+    if neurons not in ("post", "pre"):
+        raise InputError(f"neurons: {neurons!r} is not a place", 'use "post" or "pre", after or before the activation')
+    if rows.ndim != 2 or not rows.numel():
+        raise InputError(
+            f"rows: shape {list(rows.shape)}", "give token ids as int64 [num_rows, seq_length], one row or more"
+        )
+    scorings = [layers] if isinstance(layers, LayerScoring) else list(layers)
+    num_layers = len(layers_of(model))
+    for scoring in scorings:
+        scoring.check(num_layers)
+        if scoring.task and tokenizer is None:
+            raise InputError(
+                f"tokenizer: none, and layers are scored on {scoring.task.name}", "give the model's tokenizer"
+            )
+    batch_rows = batch_rows or max(1, BATCH_TOKENS // rows.shape[1])
+    total = len(own_share(rows)) + sum(scoring.passes(num_layers, len(rows)) for scoring in scorings)
     done = 0
 
     def advance(count: int) -> None:
@@ -53,88 +77,38 @@ def estimate_importance(
         if progress:
             progress(done, total)
 
-    collector = _Collector(model, batch_aggregation, sequence_aggregation)
+    removal: dict[str, dict[int, Tensor]] = {}
+    orders: dict[str, dict[int, list[int]]] = {}
+    collector = Collector(model, batch_aggregation, sequence_aggregation, pre_activation=neurons == "pre")
     try:
-        with torch.inference_mode():
-            for batch in rows.split(batch_rows):
-                collector.forward(batch.to(next(model.parameters()).device))
+        with torch.no_grad(), evaluating(model):
+            for batch in own_batches(rows, batch_rows):
+                collector.forward(batch.to(collector.cosines.device))
                 advance(len(batch))
-            losses = block_losses(model, block_input, tuple(block_sizes), batch_rows=batch_rows, advance=advance)
+            collector.remove()
+            for scoring in scorings:
+                blocks, order = score_layers(
+                    model, rows, scoring, tokenizer=tokenizer, batch_rows=batch_rows, advance=advance
+                )
+                removal.setdefault(scoring.key, {}).update(blocks)
+                if order:
+                    orders.setdefault(scoring.key, {})[scoring.iterative] = order
     finally:
         collector.remove()
-        model.train(was_training)
     return ImportanceScores(
-        heads=torch.stack([scores.result() for scores in collector.heads]),
-        neurons=torch.stack([scores.result() for scores in collector.neurons]),
-        channels=torch.stack([scores.result() for scores in collector.channels]).sum(dim=0),
-        similarity=(collector.similarity / len(rows)).float().cpu(),
-        block_loss=losses,
+        heads=collector.heads.result(len(rows)),
+        neurons=collector.neurons.result(len(rows)),
+        channels=collector.channels.result(len(rows)).sum(dim=0),
+        similarity=(add_up(collector.cosines) / rows.numel()).float().cpu(),
+        experts=collector.experts.result(len(rows)) if collector.experts else None,
+        removal={metric: blocks for metric, blocks in removal.items() if blocks},
+        orders=orders,
         provenance={
             "rows": len(rows),
             "seq_length": rows.shape[1],
-            "block_rows": len(block_input) if block_sizes else 0,
             "batch_aggregation": batch_aggregation,
             "sequence_aggregation": sequence_aggregation,
+            "neurons": neurons,
+            "layers": [scoring.to_dict() for scoring in scorings],
         },
     )
-
-
-class _Collector:
-    """Forward hooks on one model, and what they gathered."""
-
-    def __init__(self, model: nn.Module, batch: str, sequence: str) -> None:
-        config = model.config
-        self.architecture = Architecture.from_config(config)
-        self.model = model
-        self.sequence = sequence
-        layers = layers_of(model)
-        table = self.architecture.table
-        count = len(layers)
-        self.heads = [OverBatch(batch) for _ in range(count)]
-        self.neurons = [OverBatch(batch) for _ in range(count)]
-        self.channels = [OverBatch(batch) for _ in range(count * len(table.norms) + 1)]
-        self.similarity = torch.zeros(count + 1, count + 1, dtype=torch.float64)
-        self.stream: list[Tensor] = []  # residual stream before each layer, and after the last
-        self.handles: list[Any] = []
-        for index, layer in enumerate(layers):
-            self._on_input(layer.get_submodule(table.head_input), self._heads(index))
-            self._on_input(layer.get_submodule(table.mlp_input), self._units(self.neurons[index]))
-            self._on_input(layer, self.stream.append)
-            for place, name in enumerate(table.norms):
-                self._on_output(layer.get_submodule(name), self._units(self.channels[index * len(table.norms) + place]))
-        final = model.get_submodule(table.final_norm)
-        self._on_input(final, self.stream.append)
-        self._on_output(final, self._units(self.channels[-1]))
-
-    def _on_input(self, module: nn.Module, collect: Callable[[Tensor], None]) -> None:
-        def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            collect(arguments[0] if arguments else keywords["hidden_states"])
-
-        self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-
-    def _on_output(self, module: nn.Module, collect: Callable[[Tensor], None]) -> None:
-        self.handles.append(module.register_forward_hook(lambda _module, _arguments, output: collect(output)))
-
-    def _units(self, scores: OverBatch) -> Callable[[Tensor], None]:
-        return lambda values: scores.add(over_sequence(values, self.sequence))
-
-    def _heads(self, index: int) -> Callable[[Tensor], None]:
-        shape = (self.architecture.num_heads, self.architecture.head_dim)
-
-        def collect(values: Tensor) -> None:
-            norms = values.float().unflatten(-1, shape).norm(dim=-1)
-            self.heads[index].add(over_sequence(norms, self.sequence))
-
-        return collect
-
-    def forward(self, batch: Tensor) -> None:
-        self.stream.clear()
-        final_hidden(self.model, batch)
-        unit = torch.stack([nn.functional.normalize(hidden.float(), dim=-1) for hidden in self.stream])
-        self.stream.clear()
-        cosine = torch.einsum("irsd,jrsd->ij", unit, unit) / unit.shape[2]  # mean over positions, summed over rows
-        self.similarity += cosine.double().cpu()
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()

@@ -15,6 +15,8 @@ from rich.markup import escape
 from minitron import __version__, storage
 from minitron.errors import MinitronError
 from minitron_platform.console import Console, seconds
+from minitron_platform.importance_command import importance
+from minitron_platform.prune_command import prune
 from minitron_platform.stages import NAMES as STAGES
 
 STORAGE_HELP = "Where everything is kept: a folder or any fsspec address. [default: ./runs]"
@@ -149,21 +151,25 @@ def run(
         until=until,
         console=console,
     )
-    if "register" not in done:
+    if len(done.family) < len(loaded.family) or not all("register" in own for own in done.family.values()):
         return
     console.say()
     console.table(final_table(done))
-    registered = done["register"]
     program = _program()
     options = (f" --storage {shlex.quote(storage_path)}" if storage_path else "") + (
         f" --tracking-uri {shlex.quote(shown(tracking_uri))}" if tracking_uri else ""
     )
     report = storage.join(planned.places.local_run(run_key(loaded)), "report.html")
-    chosen = f"{registered['model']} --version {registered['version']}"
-    console.say(f"\nThe student, a plain transformers checkpoint:\n  [bold]{escape(registered['source'])}[/]")
+    students = [own["register"] for own in done.family.values()]
+    console.say(f"\nThe student{'s' if len(students) > 1 else ''}, as plain transformers checkpoints:")
+    for registered in students:
+        console.say(f"  [bold]{escape(registered['source'])}[/]")
     console.say(f"The report:\n  [bold]{escape(report)}[/]")
     console.say(f"Browse the experiment:\n  [bold]{escape(program + ' ui' + options)}[/]")
-    console.say(f"Promote the student:\n  [bold]{escape(f'{program} promote {chosen}{options}')}[/]")
+    console.say("Promote a student:" if len(students) > 1 else "Promote the student:")
+    for registered in students:
+        chosen = f"{registered['model']} --version {registered['version']}"
+        console.say(f"  [bold]{escape(f'{program} promote {chosen}{options}')}[/]")
     console.say(f"[dim]{seconds(time.monotonic() - started)} in all[/]")
 
 
@@ -189,8 +195,9 @@ def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool)
 
     from minitron_platform.tracking import shown
 
+    sizes = " and ".join(f"{member.parameters / 1e6:,.1f}M" for member in recipe.family)
     table = Table(
-        title=f"{recipe.name}: {planned.teacher.num_parameters / 1e6:,.1f}M to {recipe.target.parameters / 1e6:,.1f}M",
+        title=f"{recipe.name}: {planned.teacher.num_parameters / 1e6:,.1f}M to {sizes}",
         title_justify="left",
     )
     for title, side in (
@@ -201,7 +208,12 @@ def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool)
         ("rough time", "right"),
     ):
         table.add_column(title, justify=side)  # type: ignore[arg-type]
+    model = ""
     for cost in planned.costs:
+        if cost.model != model and len(recipe.family) > 1:
+            table.add_section()
+            table.add_row("", f"[bold]{escape(cost.model)}[/]")
+        model = cost.model
         table.add_row(
             cost.stage,
             cost.what,
@@ -222,11 +234,17 @@ def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool)
     console.say(f"storage  {escape(planned.places.storage)}{free}")
     console.say(f"mlflow   {escape(shown(planned.places.tracking_uri))}")
     console.say(f"compute  {planned.dtype}, {planned.flops_per_second / 1e9:,.0f} GFLOP/s measured here\n")
-    if candidates:
-        shapes = Table(title=f"{len(planned.candidates)} candidates", title_justify="left")
+    for note in planned.notes[:3]:
+        console.say(f"[yellow]note[/]     {escape(note)}")
+    if len(planned.notes) > 3:
+        console.say(f"[yellow]note[/]     {len(planned.notes) - 3} more of the kind")
+    for member in recipe.family if candidates else ():
+        found = planned.candidates[member.model]
+        after = f", by what wins before {member.model}" if recipe.origin(member) else ""
+        shapes = Table(title=f"{member.model}: {len(found)} candidates{after}", title_justify="left")
         for title in ("layers", "hidden", "MLP", "heads", "KV", "parameters", "GFLOP/tok", "cache/tok"):
             shapes.add_column(title, justify="right", no_wrap=True)
-        for a in planned.candidates:
+        for a in found:
             shapes.add_row(
                 *[str(v) for v in (a.num_layers, a.hidden_size, a.intermediate_size, a.num_heads, a.num_kv_heads)],
                 f"{a.num_parameters:,}",
@@ -375,6 +393,10 @@ def ui(places: Any, host: str, port: int, insecure: bool) -> None:
     from minitron_platform.ui import serve
 
     raise SystemExit(serve(places.tracking_uri, places.local, host=host, port=port, insecure=insecure, say=click.echo))
+
+
+main.add_command(importance)
+main.add_command(prune)
 
 
 if __name__ == "__main__":

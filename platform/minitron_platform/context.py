@@ -10,7 +10,7 @@ from typing import Any
 
 from minitron import storage
 from minitron_platform.console import Console
-from minitron_platform.recipe import Recipe
+from minitron_platform.recipe import Member, Recipe
 from minitron_platform.spool import RunLog
 
 
@@ -57,8 +57,46 @@ class Context:
     run_key: str
     need_ray: Callable[[], None]  # starts or joins Ray once, when the first stage needs it
     mlflow_run: Callable[[str], str | None]  # the MLflow run of a record's key, once it is known
-    done: dict[str, dict[str, Any]] = field(default_factory=dict)  # outputs of finished stages, by name
+    shared: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # outputs of the stages that all models share, by name
+    family: dict[str, dict[str, dict[str, Any]]] = field(
+        default_factory=dict
+    )  # of each model's own stages, by its name
+    current: Member | None = None  # the model of the family whose stages are being done
+
+    @property
+    def member(self) -> Member:
+        """The model of the family whose stages are being done."""
+        assert self.current is not None
+        return self.current
+
+    @property
+    def done(self) -> dict[str, dict[str, Any]]:
+        """Outputs of the finished stages that the current one can see, by name."""
+        return {**self.shared, **self.family.get(self.current.model, {})} if self.current else dict(self.shared)
+
+    def finish(self, name: str, outputs: dict[str, Any]) -> None:
+        """Take in a finished stage's outputs."""
+        if self.current is None:
+            self.shared[name] = outputs
+        else:
+            self.family.setdefault(self.current.model, {})[name] = outputs
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """The model that the current one is cut from: `folder`, `id` and `architecture`. It is the teacher, corrected where
+        that was asked for, or the finished student before it in the family."""
+        if before := self.recipe.origin(self.member):
+            student = self.family[before.model]["distill"]
+            return {"folder": student["student"], "id": student["id"], "architecture": student["architecture"]}
+        return {**self.shared["correct"], "architecture": self.shared["teacher"]["architecture"]}
+
+    def title(self, name: str) -> str:
+        """What a stage or trial is called where several models have one of that name."""
+        return f"{name} {self.current.model}" if self.current and len(self.recipe.family) > 1 else name
 
     def log(self, part: str) -> RunLog:
         """The record of a stage, or of a search's trial, under this run."""
-        return RunLog(self.places.spool(self.run_key), f"{self.run_key}.{part}")
+        place = f"{self.current.model}." if self.current and len(self.recipe.family) > 1 else ""
+        return RunLog(self.places.spool(self.run_key), f"{self.run_key}.{place}{part}")

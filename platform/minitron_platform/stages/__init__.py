@@ -13,7 +13,9 @@ from typing import Any, Protocol
 
 from minitron_platform.context import Context
 
-NAMES = ("teacher", "data", "calibrate", "targets", "search", "distill", "evaluate", "register")
+SHARED = ("teacher", "data", "correct", "targets")  # done once for the whole family
+MEMBER = ("calibrate", "search", "distill", "evaluate", "register")  # done for each model of it
+NAMES = (*SHARED, *MEMBER)
 
 
 class Stage(Protocol):

@@ -1,65 +1,118 @@
-"""Calibrate: importance scores for every axis from one forward-only pass."""
+"""Calibrate: importance scores for every axis of what the next model is cut from, from one forward-only pass.
+
+A corrected teacher is scored as it was before: correction doesn't change which weights to prune (arXiv 2408.11796).
+"""
 
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from minitron import storage
+from minitron.architecture import Architecture
 from minitron.data import Rows
 from minitron.device import DTYPES, device
-from minitron.importance import estimate_importance
+from minitron.evaluation import Task
+from minitron.importance import LayerScoring, estimate_importance
 from minitron.models import load_model
+from minitron.selection import kept_layers
 from minitron_platform.context import Context
 
-VERSION = 1
+VERSION = 2
 
 
 def inputs(context: Context) -> dict[str, Any]:
     return {
-        "teacher": context.done["teacher"]["id"],
+        "model": _model(context)["id"],
         "dtype": context.done["teacher"]["dtype"],
         "rows": context.done["data"]["train"],
-        "calibrate": context.recipe.calibrate.model_dump(),
-        "blocks": _block_sizes(context),
+        "calibrate": context.recipe.calibrate.model_dump(exclude={"depth"}),
+        "depths": _depths(context),
+        "iterative": context.recipe.calibrate.depth == "iterative",
     }
 
 
-def _block_sizes(context: Context) -> list[int]:
-    """How many layers the space may remove; each is measured as a contiguous block."""
-    if context.recipe.calibrate.layers == "cosine":
-        return []
-    total = context.done["teacher"]["architecture"]["num_layers"]
-    depths = context.recipe.search.space.get("num_layers", [])
-    return sorted({total - int(depth) for depth in depths} - {0})
+def _model(context: Context) -> dict[str, Any]:
+    return context.base if context.recipe.origin(context.member) else context.done["teacher"]
+
+
+def _depths(context: Context) -> list[int]:
+    """Numbers of layers that the models cut from this one may keep, fewer than it has."""
+    total = context.base["architecture"]["num_layers"]
+    origin = context.recipe.origin(context.member)
+    siblings = [m for m in context.recipe.family if context.recipe.origin(m) == origin]
+    return sorted({int(d) for m in siblings for d in m.space.get("num_layers", []) if d < total})
+
+
+def _scoring(context: Context) -> LayerScoring:
+    settings, total = context.recipe.calibrate, context.base["architecture"]["num_layers"]
+    depths = _depths(context)
+    asked = LayerScoring(
+        metric=settings.layers,
+        rows=settings.layer_rows,
+        task=Task(**settings.task.model_dump()) if settings.task else None,
+    )
+    if not depths:
+        return LayerScoring()
+    if settings.depth == "iterative":
+        return replace(asked, iterative=1, keep=depths[0])
+    sizes = (1,) if settings.depth == "scattered" else tuple(total - depth for depth in reversed(depths))
+    return replace(asked, sizes=sizes)
 
 
 def run(context: Context, folder: str) -> dict[str, Any]:
-    settings, teacher = context.recipe.calibrate, context.done["teacher"]
+    settings, scored = context.recipe.calibrate, _model(context)
     target = storage.join(folder, "scores.safetensors")
-    context.console.status("loading the teacher")
-    model = load_model(storage.fetch(teacher["folder"]), DTYPES[teacher["dtype"]]).to(device())
+    context.console.status("loading the model")
+    model = load_model(storage.fetch(scored["folder"]), DTYPES[context.done["teacher"]["dtype"]]).to(device())
     rows = Rows.open(context.done["data"]["folder"], "train")
     scores = estimate_importance(
         model,
         rows.take(range(min(settings.rows, len(rows)))),
         batch_aggregation=settings.batch_aggregation,
         sequence_aggregation=settings.sequence_aggregation,
-        block_sizes=_block_sizes(context),
-        block_rows=settings.layer_rows,
+        neurons=settings.neurons,
+        layers=_scoring(context),
         progress=context.console.counter("row passes"),
     )
-    scores.provenance.update(teacher=teacher["id"], rows=rows.fingerprint)
+    scores.provenance.update(model=scored["id"], rows_id=rows.fingerprint)
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "scores.safetensors"
         scores.save(file)
         storage.write_bytes(target, file.read_bytes())
-    starts = {size: int(scores.blocks(size).argmin()) for size in _block_sizes(context)}
-    blocks = ", ".join(f"{start}-{start + size - 1}" for size, start in starts.items())
+    total = Architecture.from_config(model.config).num_layers
+    removed = {
+        depth: sorted(
+            set(range(total)) - set(kept_layers(scores, total, depth, how=settings.depth, metric=metric(context)))
+        )
+        for depth in _depths(context)
+    }
+    chosen = "; ".join(f"{depth} left: {_spans(layers)}" for depth, layers in removed.items())
     return {
         "scores": target,
         "id": storage.fingerprint(storage.sha256(storage.fetch_file(target))),
-        "blocks": {str(size): start for size, start in starts.items()},
-        "summary": f"{settings.rows} rows" + (f" · least important blocks of layers: {blocks}" if blocks else ""),
+        "removed": {str(depth): layers for depth, layers in removed.items()},
+        "summary": f"{settings.rows} rows"
+        + (f" · layers that matter least, by {settings.layers}: {chosen}" if chosen else ""),
     }
+
+
+def metric(context: Context) -> str | None:
+    """What layers are ranked by; None for the loss."""
+    settings = context.recipe.calibrate
+    if settings.layers == "task" and settings.task:
+        return f"task:{settings.task.name}"
+    return None if settings.layers == "loss" else settings.layers
+
+
+def _spans(layers: list[int]) -> str:
+    """[3, 4, 5, 9] as 3-5, 9."""
+    spans: list[list[int]] = []
+    for layer in layers:
+        if spans and layer == spans[-1][1] + 1:
+            spans[-1][1] = layer
+        else:
+            spans.append([layer, layer])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

@@ -2,61 +2,77 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from minitron import storage
 from minitron.architecture import Architecture
+from minitron.distill import Losses
 from minitron.models import load_tokenizer, save_model
 from minitron_platform.console import seconds
 from minitron_platform.context import Context
+from minitron_platform.losses import distillation_losses
 from minitron_platform.spool import RunLog, read_curve, read_events
-from minitron_platform.stages.targets import materials
-from minitron_platform.training import DistillTask, distill_config, train_on_ray
+from minitron_platform.stages.targets import materials, origin
+from minitron_platform.training import TrainTask, distill_config, train_on_ray
 
-VERSION = 1
+VERSION = 2
 
 
 def inputs(context: Context) -> dict[str, Any]:
     return {
         "targets": context.done["targets"]["fingerprint"],
+        "base": context.base["id"],
         "scores": context.done["calibrate"]["id"],
+        "depth": [context.recipe.calibrate.depth, context.recipe.calibrate.layers],
         "architecture": context.done["search"]["winner"],
-        "training": context.recipe.distill.model_dump(exclude={"checkpoint_every"}),
+        "losses": asdict(_losses(context)[0]),
+        "training": context.recipe.distillation(context.member).model_dump(exclude={"checkpoint_every"}),
     }
 
 
+def _losses(context: Context) -> tuple[Losses, str]:
+    student, teacher = context.done["search"]["winner"], context.done["teacher"]["architecture"]
+    return distillation_losses(context.recipe, Architecture.from_dict(student), Architecture.from_dict(teacher))
+
+
 def run(context: Context, folder: str) -> dict[str, Any]:
-    recipe, reads = context.recipe, materials(context)
+    recipe, reads, cut = context.recipe, materials(context), origin(context)
+    training, (losses, chosen) = recipe.distillation(context.member), _losses(context)
+    context.console.say(f"  losses: {chosen}")
     architecture = Architecture.from_dict(context.done["search"]["winner"])
     pruned, student = storage.join(folder, "pruned"), storage.join(folder, "student")
     if not storage.is_committed(pruned):
-        context.console.status("pruning the teacher")
-        model = reads.prune(reads.load_teacher(), architecture)
+        context.console.status("pruning")
+        model = cut.prune(cut.load(), architecture)
         with storage.committed_folder(pruned) as place:
             save_model(model, load_tokenizer(storage.fetch(reads.teacher)), place)
     if not storage.is_committed(student):
         context.console.status("starting Ray")
         context.need_ray()
         log = context.log("distill")
-        context.console.status(_Tail(log, recipe.distill.steps).text)
-        task = DistillTask(
+        context.console.status(Tail(log, training.steps).text)
+        task = TrainTask(
             materials=reads,
-            architecture=architecture.to_dict(),
-            config=distill_config(recipe.distill),
+            config=distill_config(training),
+            losses=losses,
             checkpoints=storage.join(folder, "checkpoints"),
-            student=student,
+            result=student,
             key=folder.rsplit("/", 1)[-1],
             threads=max(1, int(recipe.resources.cpus_per_worker)),
+            origin=cut,
+            architecture=architecture.to_dict(),
         )
         train_on_ray(task, recipe.resources, log, scratch=storage.join(folder, "ray"))
         context.console.status("")
     storage.remove(storage.join(folder, "checkpoints"))
     curve = storage.join(folder, "curve.json")
     if not storage.exists(curve):
-        steps, values = read_curve(context.log("distill"), "train_kl")
-        storage.write_json(curve, {"step": steps, "train_kl": values})
+        steps, values = read_curve(context.log("distill"), "train_loss")
+        _, kl = read_curve(context.log("distill"), "train_kl")
+        storage.write_json(curve, {"step": steps, "train_loss": values, "train_kl": kl})
     weights = {k: v["sha256"] for k, v in storage.manifest(student)["files"].items() if k.endswith(".safetensors")}
-    tokens = recipe.distill.steps * recipe.distill.batch_rows * context.done["data"]["seq_length"]
+    tokens = training.steps * training.batch_rows * context.done["data"]["seq_length"]
     return {
         "pruned": pruned,
         "student": student,
@@ -65,6 +81,8 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         "tokens": tokens,
         "parameters": architecture.num_parameters,
         "architecture": architecture.to_dict(),
+        "losses": asdict(losses),
+        "losses_chosen": chosen,
         "summary": f"{tokens:,} tokens · {architecture.num_parameters / 1e6:.1f}M parameters",
     }
 
@@ -72,12 +90,13 @@ def run(context: Context, folder: str) -> dict[str, Any]:
 def record(context: Context, outputs: dict[str, Any]) -> None:
     """Write the training curve into a record that does not have it, because another run did the work."""
     log, curve = context.log("distill"), storage.read_json(outputs["curve"])
-    if not read_curve(log, "train_kl")[0]:
-        for step, value in zip(curve["step"], curve["train_kl"], strict=True):
-            log.metrics({"train_kl": value}, step=step)
+    if not read_curve(log, "train_loss")[0]:
+        for name in ("train_loss", "train_kl"):
+            for step, value in zip(curve["step"], curve[name], strict=False):
+                log.metrics({name: value}, step=step)
 
 
-class _Tail:
+class Tail:
     """The newest metrics that workers appended to a run's record, as one line."""
 
     def __init__(self, log: RunLog, steps: int) -> None:
@@ -93,8 +112,13 @@ class _Tail:
                 if event and event["event"] == "metrics" and "tokens" in event["values"]:
                     numbers, step = event["values"], event["step"]
                     per_step = numbers["tokens"] / step / numbers["tokens_per_second"]
+                    shown = (
+                        f"KL {numbers['train_kl']:.3f}"
+                        if "train_kl" in numbers
+                        else f"loss {numbers['train_loss']:.3f}"
+                    )
                     self.latest = (
-                        f"step {step}/{self.steps} · KL {numbers['train_kl']:.3f} · "
+                        f"step {step}/{self.steps} · {shown} · "
                         f"{numbers['tokens_per_second']:.0f} tokens/s · {seconds(per_step * (self.steps - step))} left"
                     )
         return self.latest or "starting workers"

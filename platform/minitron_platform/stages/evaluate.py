@@ -12,11 +12,12 @@ from minitron import storage
 from minitron.device import DTYPES, device
 from minitron.evaluation import Task, evaluate, interleaved_throughput
 from minitron.evaluation.documents import documents_identity
-from minitron.models import head_of, load_model, load_tokenizer
+from minitron.logits import Head
+from minitron.models import load_model, load_tokenizer
 from minitron_platform.context import Context
 from minitron_platform.stages.targets import materials
 
-VERSION = 1
+VERSION = 2
 MODELS = ("teacher", "pruned", "distilled")
 
 
@@ -28,7 +29,15 @@ def inputs(context: Context) -> dict[str, Any]:
     return {
         "student": context.done["distill"]["id"],
         "targets": context.done["targets"]["fingerprint"],
+        "base": context.base["id"],
         "scores": context.done["calibrate"]["id"],
+        **_questions(context),
+    }
+
+
+def _questions(context: Context) -> dict[str, Any]:
+    """All that decides a model's figures beside the model."""
+    return {
         "evaluate": context.recipe.evaluate.model_dump(exclude={"batch_rows"}),
         "documents": [documents_identity(task.data) for task in context.recipe.evaluate.tasks if task.data],
         "lm_eval": version("lm_eval"),
@@ -38,7 +47,7 @@ def inputs(context: Context) -> dict[str, Any]:
 def run(context: Context, folder: str) -> dict[str, Any]:
     done, dtype = context.done, DTYPES[context.done["teacher"]["dtype"]]
     folders = {
-        "teacher": done["teacher"]["folder"],
+        "teacher": done["correct"]["folder"],
         "pruned": done["distill"]["pruned"],
         "distilled": done["distill"]["student"],
     }
@@ -63,10 +72,12 @@ def run(context: Context, folder: str) -> dict[str, Any]:
 def _quality(context: Context, name: str, models: dict[str, nn.Module], folder: str) -> dict[str, Any]:
     """One model's held-out metrics and benchmark scores, measured once and kept."""
     path = storage.join(folder, f"{name}.json")
+    if name == "teacher":  # the same for the whole family
+        key = {"targets": context.done["targets"]["fingerprint"], "version": VERSION, **_questions(context)}
+        path = storage.join(context.places.storage, "quality", f"{storage.fingerprint(key)}.json")
     if not storage.exists(path):
         context.console.status(f"{name}: held-out rows")
-        head = head_of(models["teacher"]).detach()
-        heldout = materials(context).heldout(models[name], head)
+        heldout = materials(context).heldout(models[name], Head.of(models["teacher"]))
         context.console.status(f"{name}: preparing benchmarks")
         count = context.console.counter("documents")
         scores = evaluate(

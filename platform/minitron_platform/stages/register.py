@@ -9,15 +9,17 @@ import minitron
 from minitron.errors import StorageError
 from minitron_platform import registry
 from minitron_platform.context import Context
+from minitron_platform.recipe import Member
 from minitron_platform.tracking import shown
 
-VERSION = 1
+VERSION = 2
 
 
 def inputs(context: Context) -> dict[str, Any]:
     return {
         "student": context.done["distill"]["id"],
         "evaluate": context.done["evaluate"]["fingerprint"],
+        "model": context.member.model,
         "register": context.recipe.register_as.model_dump(),
         "tracking": context.places.tracking_uri,
     }
@@ -30,6 +32,7 @@ def holds(context: Context, outputs: dict[str, Any]) -> bool:
 
 def run(context: Context, folder: str) -> dict[str, Any]:
     done, settings = context.done, context.recipe.register_as
+    name, origin = context.member.model, context.recipe.origin(context.member)
     quality = done["evaluate"]["table"]["distilled"]
     tags = {
         "minitron.version": minitron.__version__,
@@ -37,6 +40,9 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         "minitron.run": context.run_key,
         "minitron.teacher": context.recipe.teacher.model,
         "minitron.teacher_sha256": json.dumps(done["teacher"]["sha256"], sort_keys=True),
+        "minitron.teacher_corrected": str(done["correct"]["corrected"]),
+        "minitron.cut_from": _version(context, origin) if origin else "teacher",
+        "minitron.losses": json.dumps(done["distill"]["losses"], sort_keys=True),
         "minitron.architecture": json.dumps(done["distill"]["architecture"], sort_keys=True),
         "minitron.parameters": str(done["distill"]["parameters"]),
         "minitron.data": f"{context.recipe.data.kind} {context.recipe.data.path}".strip(),
@@ -44,7 +50,7 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         "minitron.tokens": str(done["distill"]["tokens"]),
         "minitron.heldout_loss": f"{quality['loss']:.6f}",
         "minitron.heldout_kl": f"{quality['kl']:.6f}",
-        **{f"minitron.task.{name}": f"{s['value']:.4f}" for name, s in quality["tasks"].items()},
+        **{f"minitron.task.{task}": f"{s['value']:.4f}" for task, s in quality["tasks"].items()},
     }
     run_id = context.mlflow_run(context.run_key)
     if run_id is None:
@@ -54,7 +60,7 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         )
     version = registry.register(
         context.places.tracking_uri,
-        name=settings.model,
+        name=name,
         source=done["distill"]["student"],
         run_id=run_id,
         tags=tags,
@@ -63,9 +69,14 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         key=f"{context.run_key}.{done['distill']['id']}",
     )
     return {
-        "model": settings.model,
+        "model": name,
         "version": version,
         "alias": settings.alias,
         "source": done["distill"]["student"],
-        "summary": f"{settings.model} version {version} as {settings.alias!r}",
+        "summary": f"{name} version {version} as {settings.alias!r}",
     }
+
+
+def _version(context: Context, member: Member) -> str:
+    registered = context.family[member.model]["register"]
+    return f"{registered['model']} version {registered['version']}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 from minitron import storage
@@ -10,40 +11,55 @@ from minitron.architecture import Architecture
 from minitron.errors import InputError
 from minitron_platform.context import Context
 from minitron_platform.locks import lock
-from minitron_platform.recipe import Recipe
-from minitron_platform.stages.targets import materials
+from minitron_platform.losses import logit_losses
+from minitron_platform.recipe import Member, Recipe
+from minitron_platform.stages.targets import materials, origin
 from minitron_platform.training import distill_config
 from minitron_platform.trials import TrialsView, record_trials
 from minitron_search.space import candidates
 from minitron_search.trial import SearchTask
 
-VERSION = 1
+VERSION = 2
 
 
-def architectures(recipe: Recipe, teacher: Architecture) -> list[Architecture]:
-    """The candidates of a recipe. Raises InputError when the target cannot be met from its space."""
-    target = recipe.target
-    if target.parameters >= teacher.num_parameters:
+def architectures(member: Member, base: Architecture, place: str) -> list[Architecture]:
+    """The candidates for one of the family, cut from `base`; `place` is its key in the recipe.
+
+    What follows another model of the family may name larger values in its space than that one has; they are left out.
+    Raises InputError when its size cannot be met from its space.
+    """
+    if member.parameters >= base.num_parameters:
+        what = "the teacher's" if member.start == "teacher" else "those of the model it is cut from,"
         raise InputError(
-            f"target.parameters: {target.parameters:,} is not smaller than the teacher's {teacher.num_parameters:,}",
+            f"{place}.parameters: {member.parameters:,} is not smaller than {what} {base.num_parameters:,}",
             "choose a smaller target, or a larger teacher",
         )
-    low, high = target.parameters * (1 - target.tolerance), target.parameters * (1 + target.tolerance)
-    found = candidates(teacher, recipe.search.space, low, high)
+    space = member.space
+    if member.start == "previous":
+        fitting = {axis: [v for v in values if v <= getattr(base, axis, v)] for axis, values in space.items()}
+        space = {axis: values or space[axis] for axis, values in fitting.items()}  # if none fits, it is refused by name
+    low, high = member.parameters * (1 - member.tolerance), member.parameters * (1 + member.tolerance)
+    found = candidates(base, space, low, high, key=f"{place}.space")
     if not found:
-        everything = candidates(teacher, recipe.search.space, 0, float("inf"))
-        nearest = min(everything, key=lambda a: abs(a.num_parameters - target.parameters), default=None)
+        everything = candidates(base, space, 0, float("inf"), key=f"{place}.space")
+        nearest = min(everything, key=lambda a: abs(a.num_parameters - member.parameters), default=None)
         near = f"; the nearest has {nearest.num_parameters:,} ({nearest})" if nearest else ""
+        inside = f" inside {base}" if member.start == "previous" else ""
         raise InputError(
-            f"search.space: no combination has {low:,.0f} to {high:,.0f} parameters{near}",
-            "widen search.space or target.tolerance",
+            f"{place}.space: no combination{inside} has {low:,.0f} to {high:,.0f} parameters{near}",
+            f"widen {place}.space or {place}.tolerance",
         )
     return found
 
 
+def place(recipe: Recipe, member: Member) -> str:
+    """A model's key in the recipe."""
+    return f"family.{recipe.family.index(member)}"
+
+
 def trials_folder(context: Context) -> str:
     """Where trials are kept: not under the search, so that a space with more widths finds those of the narrower one."""
-    rest = {name: value for name, value in inputs(context).items() if name not in ("space", "target")}
+    rest = {name: value for name, value in inputs(context).items() if name not in ("space", "parameters", "tolerance")}
     return storage.join(context.places.storage, "trials", storage.fingerprint({**rest, "version": VERSION}))
 
 
@@ -68,10 +84,14 @@ def inputs(context: Context) -> dict[str, Any]:
     search = context.recipe.search
     return {
         "targets": context.done["targets"]["fingerprint"],
+        "base": context.base["id"],
         "scores": context.done["calibrate"]["id"],
+        "depth": [context.recipe.calibrate.depth, context.recipe.calibrate.layers],
         "heldout": [context.done["data"]["heldout"], search.heldout_rows],
-        "space": search.space,
-        "target": context.recipe.target.model_dump(),
+        "space": context.member.space,
+        "parameters": context.member.parameters,
+        "tolerance": context.member.tolerance,
+        "losses": asdict(logit_losses(context.recipe)),
         # how often to checkpoint changes nothing about the result
         "training": search.training.model_dump(exclude={"checkpoint_every"}),
     }
@@ -82,10 +102,13 @@ def run(context: Context, folder: str) -> dict[str, Any]:
 
     recipe = context.recipe
     teacher = Architecture.from_dict(context.done["teacher"]["architecture"])
-    found = architectures(recipe, teacher)
+    base = Architecture.from_dict(context.base["architecture"])
+    found = architectures(context.member, base, place(recipe, context.member))
     task = SearchTask(
         materials=materials(context),
+        origin=origin(context),
         config=distill_config(recipe.search.training),
+        losses=logit_losses(recipe),
         folder=trials_folder(context),
         heldout_rows=recipe.search.heldout_rows,
         threads=max(1, int(recipe.resources.cpus_per_trial)),

@@ -10,14 +10,16 @@ from minitron import storage
 from minitron.data import Split
 from minitron.distill import store_hidden
 from minitron.distill.materials import Materials
+from minitron.origin import Origin
 from minitron_platform.context import Context
+from minitron_platform.stages.calibrate import metric
 
 VERSION = 1
 
 
 def inputs(context: Context) -> dict[str, Any]:
     return {
-        "teacher": context.done["teacher"]["id"],
+        "teacher": context.done["correct"]["id"],
         "dtype": context.done["teacher"]["dtype"],
         "train": context.done["data"]["train"],
         "heldout": context.done["data"]["heldout"],
@@ -59,11 +61,22 @@ def materials(context: Context, targets: dict[str, Any] | None = None) -> Materi
     done = context.done
     stored = targets or done["targets"]
     return Materials(
-        teacher=done["teacher"]["folder"],
-        teacher_id=done["teacher"]["id"],
+        teacher=done["correct"]["folder"],
+        teacher_id=done["correct"]["id"],
         dtype=done["teacher"]["dtype"],
-        scores=done["calibrate"]["scores"],
         rows=done["data"]["folder"],
         train_targets=stored["train"],
         heldout_targets=stored["heldout"],
+    )
+
+
+def origin(context: Context) -> Origin:
+    """What the family's current model is cut from."""
+    done = context.done
+    return Origin(
+        folder=context.base["folder"],
+        scores=done["calibrate"]["scores"],
+        dtype=done["teacher"]["dtype"],
+        depth=context.recipe.calibrate.depth,
+        metric=metric(context),
     )

@@ -1,0 +1,72 @@
+"""From results to the table: means over seeds, paired differences, and whether the direction is the papers'."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks.ablation.plan import ARMS, COMPARISONS, Comparison, Study
+from benchmarks.ablation.work import result_path
+
+
+def markdown(folder: Path, study: Study, hardware: str, command: str) -> str:
+    """Both tables, with what they were measured on."""
+    results = {
+        name: [json.loads(result_path(folder, arm, seed).read_text()) for seed in range(study.size.seeds)]
+        for name, arm in ARMS.items()
+    }
+    size = study.size
+    lines = [
+        f"`{command}` on {hardware}: {size.tokens:,} training tokens for every student, {size.seeds} seeds (order",
+        f"of the rows, calibration rows, random weights), held-out rows: {size.heldout_rows} of {size.seq_length} tokens.",
+        "Loss and KL to the teacher in nats per token; ± is the standard deviation over seeds.",
+        "",
+        "| student | parameters | loss pruned | loss distilled | KL pruned | KL distilled |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, runs in results.items():
+        cells = [_spread([run[when][what] for run in runs]) for what in ("loss", "kl") for when in ("before", "after")]
+        lines.append(f"| {ARMS[name].what} | {runs[0]['parameters']:,} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Differences of the held-out loss, first minus second, paired by seed; ± is two standard errors over seeds. Below zero",
+        "the first is better.",
+        "",
+        "| question | before distillation | after | the papers | direction |",
+        "|---|---:|---:|---|---|",
+    ]
+    lines += [_row(comparison, results) for comparison in COMPARISONS]
+    return "\n".join(lines) + "\n"
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+
+
+def _row(comparison: Comparison, results: dict[str, list[dict[str, Any]]]) -> str:
+    first, second = results[comparison.first], results[comparison.second]
+    cells = []
+    for when in ("before", "after"):
+        differences = [a[when]["loss"] - b[when]["loss"] for a, b in zip(first, second, strict=True)]
+        mean = statistics.fmean(differences)
+        error = 2 * statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+        cells.append((mean, error))
+    (before, before_error), (after, after_error) = cells
+    return (
+        f"| {comparison.question} | {before:+.3f} ± {before_error:.3f} | {after:+.3f} ± {after_error:.3f} "
+        f"| {comparison.paper} | {direction(comparison, after, after_error)} |"
+    )
+
+
+def direction(comparison: Comparison, difference: float, error: float) -> str:
+    """What the measured difference (first minus second, with its two standard errors) says of the paper's finding."""
+    apart = abs(difference) > error
+    if comparison.better is None:
+        return "disagrees: there is one" if apart else "agrees: none to be seen"
+    if not apart:
+        return "can't be told apart"
+    found = comparison.first if difference < 0 else comparison.second
+    return "agrees" if found == comparison.better else "disagrees"

@@ -1,0 +1,116 @@
+"""How far a student's next-token distribution is from its teacher's, with the gradient in closed form.
+
+Every function takes float32 logits [n, V] of student and teacher (or the tokens) and works in place: it returns the loss
+of each token, float32 [n], leaves the gradient with respect to the student's logits in the student's, and spends the
+teacher's. Source: arXiv 2407.14679 section 2.4 (L_logits, a loss between the softmax probabilities p_t and p_s).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from minitron.logits import log_softmax_
+
+IGNORED = -100  # the label of a token that has no next token
+Divergence = Callable[[Tensor, Tensor], Tensor]
+
+
+def forward_kl_(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(p_t || p_s), nats; gradient p_s - p_t."""
+    log_softmax_(teacher)
+    log_softmax_(student)
+    probability = teacher.exp()
+    loss = torch.linalg.vecdot(probability, teacher.sub_(student))
+    student.exp_().sub_(probability)
+    return loss
+
+
+def forward_kl_of_best_(student: Tensor, teacher: Tensor, k: int) -> Tensor:
+    """KL(p_k || p_s), nats, where p_k is p_t on its `k` most likely tokens, renormalised; gradient p_s - p_k."""
+    values, tokens = teacher.topk(k, dim=-1)
+    log_softmax_(values)
+    log_softmax_(student)
+    probability = values.exp()
+    loss = torch.linalg.vecdot(probability, values.sub_(student.gather(1, tokens)))
+    student.exp_().scatter_add_(1, tokens, probability.neg_())
+    return loss
+
+
+def reverse_kl_(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(p_s || p_t), nats; gradient p_s · (log p_s - log p_t - KL)."""
+    log_softmax_(teacher)
+    log_softmax_(student)
+    slope = teacher.neg_().add_(student)
+    return _through_softmax_(student.exp_(), slope)
+
+
+def jensen_shannon_(student: Tensor, teacher: Tensor) -> Tensor:
+    """½ KL(p_t || m) + ½ KL(p_s || m) with m = (p_t + p_s) / 2, nats; dL/dp_s = ½ log(p_s / m)."""
+    log_softmax_(teacher)
+    log_softmax_(student)
+    probability = teacher.exp()
+    ratio = teacher.sub_(student)  # log p_t / p_s
+    own = functional.softplus(ratio).neg_().add_(math.log(2))  # log p_s / m
+    of_teacher = torch.linalg.vecdot(probability, ratio.add_(own))
+    return _through_softmax_(student.exp_(), own.mul_(0.5)).add_(of_teacher, alpha=0.5)
+
+
+def squared_error_(student: Tensor, teacher: Tensor) -> Tensor:
+    """Σ (p_s - p_t)² over the vocabulary; dL/dp_s = 2 (p_s - p_t)."""
+    log_softmax_(teacher).exp_()
+    log_softmax_(student).exp_()
+    slope = teacher.neg_().add_(student)
+    loss = torch.linalg.vecdot(slope, slope)
+    _through_softmax_(student, slope.mul_(2))
+    return loss
+
+
+def cosine_(student: Tensor, teacher: Tensor) -> Tensor:
+    """1 - cos(p_s, p_t) = ½ |d|² with d = p_s / |p_s| - p_t / |p_t|, which does not cancel where both are close;
+    dL/dp_s = (d - L · p_s / |p_s|) / |p_s|."""
+    log_softmax_(teacher).exp_()
+    log_softmax_(student).exp_()
+    length = student.norm(dim=-1, keepdim=True)
+    direction = student / length
+    slope = teacher.div_(teacher.norm(dim=-1, keepdim=True)).neg_().add_(direction)
+    loss = torch.linalg.vecdot(slope, slope).mul_(0.5)
+    _through_softmax_(student, slope.addcmul_(direction, -loss[:, None]).div_(length))
+    return loss
+
+
+def cross_entropy_(student: Tensor, labels: Tensor) -> Tensor:
+    """-log p_s of the labels, int64 [n], nats; gradient p_s - onehot. Both are 0 where the label is -100."""
+    ignored = labels == IGNORED
+    tokens = labels.masked_fill(ignored, 0)[:, None]
+    loss = -log_softmax_(student).gather(1, tokens)[:, 0]
+    student.exp_().scatter_add_(1, tokens, student.new_full(tokens.shape, -1.0))
+    student[ignored] = 0.0
+    return loss.masked_fill_(ignored, 0.0)
+
+
+def _through_softmax_(probability: Tensor, slope: Tensor) -> Tensor:
+    """Turn p into dL/dz for z with p = softmax(z), from slope = dL/dp (up to a constant): p · (slope - Σ p · slope).
+    Returns Σ p · slope."""
+    mean = torch.linalg.vecdot(probability, slope)
+    probability.mul_(slope.sub_(mean[:, None]))
+    return mean
+
+
+DIVERGENCES: dict[str, Divergence] = {
+    "forward_kl": forward_kl_,
+    "reverse_kl": reverse_kl_,
+    "jensen_shannon": jensen_shannon_,
+    "mse": squared_error_,
+    "cosine": cosine_,
+}
+
+
+def divergence(name: str, top_k: int = 0) -> Divergence:
+    """The divergence of that name; with `top_k`, forward KL to the teacher's `top_k` best tokens."""
+    return partial(forward_kl_of_best_, k=top_k) if top_k else DIVERGENCES[name]

@@ -1,0 +1,68 @@
+"""From a transformers config to an architecture's numbers, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from minitron.errors import InputError
+from minitron.families import Family, family_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+LONGROPE = "longrope"  # the flag of a model whose rotary factors transformers counts from its hidden size
+
+# what transformers' configs call the numbers, unless the family's table says otherwise
+CONFIG_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+}
+EXPERT_NAMES = {"num_experts": "num_experts", "experts_per_token": "num_experts_per_tok"}
+
+
+def read_config(config: PretrainedConfig) -> dict[str, Any]:
+    """The fields of an `Architecture`. Raises InputError for a model type without a family table, a wrapper around a text
+    model, and config values that the family's table cannot describe."""
+    text = getattr(config, "text_config", None)
+    if text is not None:
+        raise InputError(
+            f"model type {config.model_type!r} wraps the text model {text.model_type!r}; only text models can be pruned",
+            "save its text model as a checkpoint of its own, as docs/adding-a-family.md shows, and give that",
+        )
+    family = family_of(config.model_type)
+    for name, value in family.required.items():
+        found = getattr(config, name, None)
+        if found is not None and found != value:
+            raise InputError(
+                f"{name}: {found!r} is not supported in {family.model_type} models",
+                f"use a model with {name} = {value!r}",
+            )
+    numbers = {field: getattr(config, name, None) for field, name in _names(family).items()}
+    heads = numbers["num_heads"]
+    flags = [flag for flag in family.flags if getattr(config, flag, False)]
+    if family.longrope_in_hidden and (config.rope_parameters or {}).get("rope_type") == LONGROPE:
+        flags.append(LONGROPE)
+    return {
+        **numbers,
+        "num_kv_heads": numbers["num_kv_heads"] or heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "vocab_size": config.vocab_size,
+        "tied": bool(config.tie_word_embeddings),
+        "family": config.model_type,
+        "flags": tuple(flags),
+    }
+
+
+def write_config(config: PretrainedConfig, family: Family, fields: Mapping[str, Any]) -> None:
+    """Set the numbers of an `Architecture` in a config, `head_dim` always."""
+    for field, name in _names(family).items():
+        setattr(config, name, fields[field])
+    config.head_dim = fields["head_dim"]
+
+
+def _names(family: Family) -> dict[str, str]:
+    return {**CONFIG_NAMES, **(EXPERT_NAMES if family.experts else {}), **family.config_names}

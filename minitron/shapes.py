@@ -1,0 +1,90 @@
+"""The shape for a number of parameters, by the papers' practice: heads stay, hidden size and MLP shrink together.
+
+After the best practices of arXiv 2407.14679 and 2408.11796: width keeps layers and heads, depth changes nothing but the
+layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from minitron.architecture import Architecture
+from minitron.errors import InputError
+
+TOLERANCE = 0.05
+HOW = ("width", "depth", "both")
+ALIGNMENT = 8  # 16-bit tensor cores want multiples of it; given up last
+DRIFT = 0.25  # how far the MLP may leave its ratio to the hidden size before alignment is given up
+
+
+def architecture_for(base: Architecture, parameters: int, *, how: str = "width", multiple: int = 64) -> Architecture:
+    """The architecture inside `base` that comes nearest to `parameters`, never further off than 5 %.
+
+    `how`: "width" shrinks hidden size and MLP by the same share, "depth" removes layers, "both" shrinks layers, hidden
+    size and MLP by the same share. Widths are multiples of `multiple`. Where none of those comes near (a small model, or a
+    family whose hidden size must be a multiple of its heads) it is halved down to 8, then the MLP may leave its ratio to
+    the hidden size by up to a quarter, then it is halved down to 1. Raises InputError when `parameters` cannot be reached,
+    saying what can.
+    """
+    if how not in HOW:
+        raise InputError(f"how: {how!r} is not a way to shrink", f"use one of {', '.join(HOW)}")
+    if multiple < 1:
+        raise InputError(f"multiple: {multiple} is not positive", "use a power of two such as 64")
+    if not 0 < parameters <= base.num_parameters:
+        raise InputError(
+            f"parameters: {parameters:,} does not lie between 1 and the model's {base.num_parameters:,}",
+            "give a smaller number than the model has",
+        )
+    closest = base
+    for step, drift in _concessions(multiple):
+        candidates = _depths(base) if how == "depth" else _widths(base, step, multiple, drift, deep=how == "both")
+        best = min(candidates, key=lambda a: (_distance(a, parameters), -a.hidden_size))
+        if _distance(best, parameters) <= TOLERANCE:
+            return best
+        closest = min(closest, best, key=lambda a: _distance(a, parameters))
+    raise InputError(
+        f"parameters: {parameters:,} cannot be reached by {how}; the nearest is {closest.num_parameters:,} ({closest})",
+        f"use {closest.num_parameters}, another way ({', '.join(way for way in HOW if way != how)}), or give the sizes",
+    )
+
+
+def _distance(architecture: Architecture, parameters: int) -> float:
+    return abs(architecture.num_parameters / parameters - 1)
+
+
+def _concessions(multiple: int) -> list[tuple[int, float]]:
+    """(multiple of the hidden size, drift of the MLP's ratio), the best first."""
+    steps = _halvings(multiple)
+    aligned = [step for step in steps if step >= ALIGNMENT] or steps[:1]
+    rest = [step for step in steps if step not in aligned]
+    return [(step, drift) for drift in (0.0, DRIFT) for step in aligned] + [(step, 0.0) for step in rest]
+
+
+def _halvings(multiple: int) -> list[int]:
+    return [multiple >> shift for shift in range(multiple.bit_length())]
+
+
+def _depths(base: Architecture) -> Iterator[Architecture]:
+    for layers in range(1, base.num_layers + 1):
+        yield replace(base, num_layers=layers)
+
+
+def _widths(base: Architecture, step: int, multiple: int, drift: float, *, deep: bool) -> Iterator[Architecture]:
+    hidden_step = math.lcm(step, base.num_heads) if base.table.hidden_in_heads else step
+    # the MLP stays coarse as long as rounding leaves its ratio to the hidden size nearly alone
+    mlp_step = next(s for s in _halvings(multiple) if s <= max(step, base.intermediate_size // 16))
+    for hidden in {*range(hidden_step, base.hidden_size, hidden_step), base.hidden_size}:
+        share = hidden / base.hidden_size
+        depths = _around(base.num_layers * share, 0.0, 1, base.num_layers) if deep else [base.num_layers]
+        for mlp in _around(base.intermediate_size * share, drift, mlp_step, base.intermediate_size):
+            for layers in depths:
+                yield replace(base, num_layers=layers, hidden_size=hidden, intermediate_size=mlp)
+
+
+def _around(ideal: float, drift: float, step: int, largest: int) -> list[int]:
+    """The multiples of `step` on both sides of `ideal` and those within `drift` of it, between one step and `largest`."""
+    first = min(math.floor(ideal / step), math.ceil(ideal * (1 - drift) / step))
+    last = max(math.ceil(ideal / step), math.floor(ideal * (1 + drift) / step))
+    return sorted({min(max(count, 1) * step, largest) for count in range(first, last + 1)})

@@ -1,0 +1,62 @@
+"""Which parameters of a model a training moves: all, the norms, or low-rank adapters that are merged in afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from minitron.architecture import Architecture
+from minitron.errors import InputError
+
+METHODS = ("full", "norms", "lora")
+
+
+@contextmanager
+def trainable(model: nn.Module, method: str, *, lora_rank: int = 16) -> Iterator[nn.Module]:
+    """Within the block only the parameters of `method` require a gradient; afterwards adapters are merged and all do.
+
+    "norms" are the vectors that scale and shift activations; "lora" adds adapters of rank `lora_rank` to every matrix of the
+    layers through peft (arXiv 2106.09685). Raises InputError for another method, for lora without peft, and for lora on a
+    mixture of experts, whose experts are no Linear modules.
+    """
+    if method not in METHODS:
+        raise InputError(f"method: {method!r} is not a way to train", f"use one of {', '.join(METHODS)}")
+    if method == "lora":
+        with _lora(model, lora_rank) as adapted:
+            yield adapted
+        return
+    if method == "norms":
+        names = [name for name, parameter in model.named_parameters() if parameter.ndim == 1 and "norm" in name]
+        model.requires_grad_(False)
+        for name in names:
+            model.get_parameter(name).requires_grad_(True)
+    try:
+        yield model
+    finally:
+        model.requires_grad_(True)
+
+
+@contextmanager
+def _lora(model: nn.Module, rank: int) -> Iterator[nn.Module]:
+    try:
+        from peft import LoraConfig
+        from peft.tuners.lora import LoraModel
+    except ImportError as error:
+        raise InputError("method: 'lora' needs the package peft", "pip install 'minitron[lora]'") from error
+    table = Architecture.from_config(model.config).table
+    if table.experts:
+        raise InputError("method: 'lora' does not reach the experts of a mixture", "use full or norms")
+    layers = model.get_submodule(table.layers)
+    targets = sorted({name.rsplit(".", 1)[-1] for name, m in layers.named_modules() if isinstance(m, nn.Linear)})
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, lora_dropout=0.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # every process starts from the same adapters
+        adapters = LoraModel(model, config, "correction")
+    try:
+        yield model
+    finally:
+        adapters.merge_and_unload()
+        model.requires_grad_(True)

@@ -1,0 +1,40 @@
+"""From a recipe's `losses` to what a distillation minimises."""
+
+from __future__ import annotations
+
+from minitron.architecture import Architecture
+from minitron.distill import Losses, default_losses
+from minitron_platform.recipe import Recipe
+
+
+def logit_losses(recipe: Recipe) -> Losses:
+    """The part that is about logits: what candidates are compared on, from the stored teacher."""
+    settings = recipe.losses
+    return Losses(
+        logits=settings.logits,
+        temperature=settings.temperature,
+        cross_entropy=settings.cross_entropy,
+        top_k=settings.top_k,
+    )
+
+
+def distillation_losses(recipe: Recipe, student: Architecture, teacher: Architecture) -> tuple[Losses, str]:
+    """All of it for one student, and a sentence that says what was chosen."""
+    settings = recipe.losses
+    hidden, embedding, said = settings.hidden, settings.embedding, "as the recipe says"
+    if hidden == "auto":
+        default, said = default_losses(student, teacher)
+        hidden, embedding = list(default.hidden), embedding or default.embedding
+    losses = Losses(
+        logits=settings.logits,
+        temperature=settings.temperature,
+        cross_entropy=settings.cross_entropy,
+        top_k=settings.top_k,
+        hidden=tuple(hidden),
+        hidden_loss=settings.hidden_loss,
+        embedding=embedding,
+        attention=tuple(settings.attention),
+        mlp_input=tuple(settings.mlp_input),
+        alpha=settings.alpha,
+    )
+    return losses, said
