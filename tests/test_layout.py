@@ -8,6 +8,11 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import get_args
+
+from pydantic import BaseModel
+
+from minitron_platform.recipe import Recipe, Task, Training
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,3 +66,21 @@ assert heldout_metrics(student, rows, **teacher_targets(model, rows)).kl > 0
 """
     paths = os.pathsep.join(map(str, [ROOT, ROOT / "tests"]))
     subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": paths}, check=True)
+
+
+def test_every_key_of_a_recipe_is_documented():
+    page = (ROOT / "docs" / "recipes.md").read_text()
+
+    def keys(model, prefix=""):
+        for name, field in model.model_fields.items():
+            key = prefix + (field.alias or name)
+            inner = next((a for a in (field.annotation, *get_args(field.annotation)) if isinstance(a, type)), None)
+            if inner and issubclass(inner, BaseModel) and inner not in (Training, Task):
+                yield from keys(inner, f"{key}.")
+            else:
+                yield key
+
+    found = set(keys(Recipe)) | {f"distill.{name}" for name in Training.model_fields}
+    assert len(found) > 50
+    assert [key for key in sorted(found) if f"`{key}`" not in page] == []
+    assert [name for name in Task.model_fields if f"`{name}`" not in page] == []

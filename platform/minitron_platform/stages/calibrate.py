@@ -16,7 +16,7 @@ from minitron.data import Rows
 from minitron.device import DTYPES, device
 from minitron.evaluation import Task
 from minitron.importance import LayerScoring, estimate_importance
-from minitron.models import load_model
+from minitron.models import load_model, load_tokenizer
 from minitron.selection import kept_layers
 from minitron_platform.context import Context
 
@@ -75,6 +75,7 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         sequence_aggregation=settings.sequence_aggregation,
         neurons=settings.neurons,
         layers=_scoring(context),
+        tokenizer=load_tokenizer(storage.fetch(context.done["teacher"]["folder"])) if settings.task else None,
         progress=context.console.counter("row passes"),
     )
     scores.provenance.update(model=scored["id"], rows_id=rows.fingerprint)
@@ -99,12 +100,10 @@ def run(context: Context, folder: str) -> dict[str, Any]:
     }
 
 
-def metric(context: Context) -> str | None:
-    """What layers are ranked by; None for the loss."""
+def metric(context: Context) -> str:
+    """What layers are ranked by, as the scores name it."""
     settings = context.recipe.calibrate
-    if settings.layers == "task" and settings.task:
-        return f"task:{settings.task.name}"
-    return None if settings.layers == "loss" else settings.layers
+    return f"task:{settings.task.name}" if settings.task else settings.layers
 
 
 def _spans(layers: list[int]) -> str:
