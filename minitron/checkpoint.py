@@ -109,7 +109,7 @@ class Checkpoint:
 
 def _files(folder: Path) -> dict[str, str]:
     index, single = folder / INDEX, folder / SINGLE
-    if index.exists():
+    if index.exists() and not single.exists():  # transformers' order
         try:
             files: dict[str, str] = json.loads(index.read_text())["weight_map"]
         except (ValueError, KeyError, TypeError) as error:

@@ -26,13 +26,15 @@ def prune_in_steps(
     *,
     steps: int,
     layers: LayerScoring | None = None,
+    merge_heads: int = 0,
     **calibration: Any,
 ) -> nn.Module:
     """`model` pruned to `architecture` in `steps` equal steps; `model` stays as it is.
 
     rows: int64 [num_rows, seq_length], packed tokens for `estimate_importance`, which takes `calibration`. Every step
     removes the contiguous block of layers that `layers` scores least, in blocks of the size that the step removes
-    (default: by cosine). Raises InputError when `architecture` does not fit inside the model or `steps` is not positive.
+    (default: by cosine); `merge_heads` as in `prune`. Raises InputError when `architecture` does not fit inside the model or
+    `steps` is not positive.
     """
     current = Architecture.from_config(model.config)
     for shape in shapes_between(current, architecture, steps):
@@ -40,7 +42,7 @@ def prune_in_steps(
         scoring = replace(layers, sizes=(removed,)) if layers and removed else None
         scores = estimate_importance(model, rows, layers=scoring or (), **calibration)
         kept = kept_layers(scores, current.num_layers, shape.num_layers, metric=scoring.key if scoring else "cosine")
-        model = prune(model, shape, scores, layers=kept)
+        model = prune(model, shape, scores, layers=kept, merge_heads=merge_heads)
         current = shape
     return model
 

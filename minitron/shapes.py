@@ -40,7 +40,8 @@ def architecture_for(base: Architecture, parameters: int, *, how: str = "width",
     closest = base
     for step, drift in _concessions(multiple):
         candidates = _depths(base) if how == "depth" else _widths(base, step, multiple, drift, deep=how == "both")
-        best = min(candidates, key=lambda a: (_distance(a, parameters), -a.hidden_size))
+        possible = (shape for shape in candidates if _fits(shape, base))
+        best = min(possible, key=lambda a: (_distance(a, parameters), -a.hidden_size), default=base)
         if _distance(best, parameters) <= TOLERANCE:
             return best
         closest = min(closest, best, key=lambda a: _distance(a, parameters))
@@ -48,6 +49,14 @@ def architecture_for(base: Architecture, parameters: int, *, how: str = "width",
         f"parameters: {parameters:,} cannot be reached by {how}; the nearest is {closest.num_parameters:,} ({closest})",
         f"use {closest.num_parameters}, another way ({', '.join(way for way in HOW if way != how)}), or give the sizes",
     )
+
+
+def _fits(shape: Architecture, base: Architecture) -> bool:
+    try:
+        shape.check_inside(base)
+    except InputError:
+        return False
+    return True
 
 
 def _distance(architecture: Architecture, parameters: int) -> float:

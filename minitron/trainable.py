@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,16 +40,22 @@ def trainable(model: nn.Module, method: str, *, lora_rank: int = 16) -> Iterator
         model.requires_grad_(True)
 
 
+def check_lora(architecture: Architecture) -> None:
+    """Raise InputError where adapters cannot be trained: without peft, or on a mixture of experts."""
+    if importlib.util.find_spec("peft") is None:
+        raise InputError("method: 'lora' needs the package peft", "pip install 'minitron[lora]'")
+    if architecture.table.experts:
+        raise InputError("method: 'lora' does not reach the experts of a mixture", "use full or norms")
+
+
 @contextmanager
 def _lora(model: nn.Module, rank: int) -> Iterator[nn.Module]:
-    try:
-        from peft import LoraConfig
-        from peft.tuners.lora import LoraModel
-    except ImportError as error:
-        raise InputError("method: 'lora' needs the package peft", "pip install 'minitron[lora]'") from error
-    table = Architecture.from_config(model.config).table
-    if table.experts:
-        raise InputError("method: 'lora' does not reach the experts of a mixture", "use full or norms")
+    architecture = Architecture.from_config(model.config)
+    check_lora(architecture)
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+
+    table = architecture.table
     layers = model.get_submodule(table.layers)
     targets = sorted({name.rsplit(".", 1)[-1] for name, m in layers.named_modules() if isinstance(m, nn.Linear)})
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, lora_dropout=0.0)

@@ -131,6 +131,8 @@ def test_a_teacher_that_gains_too_little_stays_as_it_is_and_scores_are_kept(benc
     assert result.returncode == 0, result.stdout + result.stderr
     line = next(x for x in result.stdout.splitlines() if x.startswith("✓ correct"))
     assert "after 6 steps, less than 5" in line
+    left = [path for path in (bench / "family" / "stages" / "correct").glob("*") if not (path / "corrected").exists()]
+    assert all(not (path / name).exists() for path in left for name in ("checkpoints", "probe"))
     # the scores of the teacher as it came serve the corrected one too
     line = next(x for x in result.stdout.splitlines() if x.startswith("✓ calibrate"))
     assert "already done" in line
@@ -147,7 +149,11 @@ def test_a_teacher_that_gains_too_little_stays_as_it_is_and_scores_are_kept(benc
         ({"family.1.space.num_layers": "[7]"}, "family.1.space"),
         ({"family.1.model": "tiny-large"}, "two models are called 'tiny-large'"),
         ({"calibrate.layers": "task"}, "calibrate.task"),
-        ({"losses.top_k": "5", "losses.logits": "mse"}, "top_k"),
+        ({"losses.top_k": "5", "losses.logits": "mse"}, "losses.top_k: 5"),
+        ({"losses.top_k": "5000"}, "losses.top_k: 5000"),
+        ({"losses.hidden": "[last-2:last-2, 4:9]"}, "losses.layer map '4:9'"),
+        ({"losses.hidden": "foo"}, "losses.hidden: 'foo'"),
+        ({"correct.probe_steps": "3"}, "correct.probe_steps: 3 is inside"),
         ({"correct.training.warmup_steps": "12"}, "correct.training.warmup_steps"),
     ],
 )

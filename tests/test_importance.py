@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -238,6 +239,28 @@ def test_a_task_scores_layers_by_the_accuracy_lost(bench):
     start = pairs.index(min(pairs))
     assert scores.orders == {"task:arc_easy": {2: [start, start + 1]}}
     assert calls[-1][0] == calls[-1][1]
+
+
+def test_a_task_whose_metric_should_be_low_scores_layers_by_its_rise(bench, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(bench / "teacher").eval()
+    tokenizer = AutoTokenizer.from_pretrained(bench / "teacher")
+    lines = [json.dumps({"text": " ".join(text.split()[:9])}) for text in tiny.texts(4, seed=7)]
+    (tmp_path / "lambada.jsonl").write_text("\n".join(lines))
+    task = Task("lambada_openai", data=str(tmp_path / "lambada.jsonl"))
+    scoring = LayerScoring("task", sizes=(1,), iterative=2, keep=3, task=task)
+    scores = estimate_importance(model, tiny.rows(2), layers=scoring, tokenizer=tokenizer)
+
+    def perplexity(removed):
+        score = evaluate(_cut(model, removed), tokenizer, [task])["lambada_openai"]
+        assert score.metric == "perplexity"
+        return score.value
+
+    whole = perplexity(())
+    rises = [perplexity((layer,)) - whole for layer in range(5)]
+    assert torch.allclose(scores.blocks(1, "task:lambada_openai"), torch.tensor(rises), rtol=1e-4)
+    pairs = [perplexity((start, start + 1)) for start in range(4)]
+    start = pairs.index(min(pairs))
+    assert scores.orders == {"task:lambada_openai": {2: [start, start + 1]}}
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

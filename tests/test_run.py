@@ -20,7 +20,7 @@ from tiny import DISTILL_STEPS, SEARCH_STEPS
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parent.parent
-STAGES = ["teacher", "data", "correct", "targets", "calibrate", "search", "distill", "evaluate", "register"]
+STAGES = ["teacher", "data", "correct", "calibrate", "targets", "search", "distill", "evaluate", "register"]
 
 
 def _environment():

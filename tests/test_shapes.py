@@ -81,6 +81,19 @@ def test_a_hidden_size_that_must_be_a_multiple_of_nine_heads_is_found():
     assert architecture_for(free, 100_000_000).hidden_size % 32 == 0
 
 
+def test_a_hidden_size_that_longrope_binds_stays():
+    phi = Architecture(32, 3072, 8192, 32, 32, 96, 32_064, False, "phi3", flags=("longrope",))
+    for how in ("width", "both"):
+        shape = architecture_for(phi, int(phi.num_parameters * 0.9), how=how)
+        shape.check_inside(phi)
+        assert shape.hidden_size == 3072
+        assert abs(shape.num_parameters / phi.num_parameters - 0.9) < 0.05
+    with pytest.raises(InputError, match="cannot be reached by width") as caught:
+        architecture_for(phi, phi.num_parameters // 2)
+    nearest = int(caught.value.remedy.split()[1].strip(","))
+    architecture_for(phi, nearest).check_inside(phi)
+
+
 def test_the_whole_model_is_its_own_nearest_shape():
     for how in ("width", "depth", "both"):
         assert architecture_for(LLAMA, LLAMA.num_parameters, how=how) == LLAMA

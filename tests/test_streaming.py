@@ -94,6 +94,17 @@ def test_experts_that_are_one_tensor_on_disk(family, tmp_path):
     assert same_logits(tmp_path / "out", prune(model, target, scores))
 
 
+def test_where_there_are_both_the_single_file_is_read_as_transformers_does(tmp_path):
+    model, target, scores = on_disk(tmp_path / "model")
+    on_disk(tmp_path / "other", seed=1, shard="100KB")
+    for file in (tmp_path / "other").glob("model*"):
+        file.rename(tmp_path / "model" / file.name)
+    assert (tmp_path / "model/model.safetensors.index.json").exists()
+    assert same_logits(tmp_path / "model", model)
+    prune_checkpoint(tmp_path / "model", tmp_path / "out", target, scores)
+    assert same_logits(tmp_path / "out", prune(model, target, scores))
+
+
 def test_the_dtype_of_the_weights_stays(tmp_path):
     _, target, scores = on_disk(tmp_path / "float", "llama")
     model = load_model(tmp_path / "float", torch.bfloat16)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import platform
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -23,7 +25,7 @@ def main() -> None:
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--short", action="store_true", help="about an hour on two CPU cores (the default)")
-    form.add_argument("--long", action="store_true", help="39 million tokens a student, for one H200")
+    form.add_argument("--long", action="store_true", help="39 million tokens a student, for one H200; give --text")
     parser.add_argument("--folder", type=Path, default=Path("runs/ablation"), help="where everything is kept")
     parser.add_argument(
         "--model",
@@ -36,6 +38,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="how often each student is made (default: 3)")
     arguments = parser.parse_args()
 
+    if arguments.long and not arguments.text:
+        parser.error("--long needs --text: the docstrings of installed packages are too few")
     size = LONG if arguments.long else SHORT
     size = replace(size, seeds=arguments.seeds) if arguments.seeds else size
     study = Study(size, arguments.model, _text(arguments.text))
@@ -56,7 +60,7 @@ def main() -> None:
             result, (name, seed) = future.result(), pending[future]
             losses = f"loss {result['before']['loss']:.3f} to {result['after']['loss']:.3f}"
             say(f"{done}/{len(waiting)}  {name}, seed {seed}: {losses}")
-    command = "python -m benchmarks.ablation " + ("--long" if arguments.long else "--short")
+    command = " ".join(["python -m benchmarks.ablation", *sys.argv[1:]])
     text = markdown(folder, study, _hardware(size.workers), command)
     (folder / "table.md").write_text(text)
     print(f"\n{text}\n{folder / 'table.md'}")
@@ -72,8 +76,9 @@ def _hardware(workers: int) -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-    return f"{workers} cores of {names[0] if names else 'a CPU'}"
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{workers} cores of {names[0] if names else platform.processor() or 'a CPU'}"
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from scipy import stats
+
 from benchmarks.ablation.plan import ARMS, COMPARISONS, Comparison, Study
-from benchmarks.ablation.work import result_path
+from benchmarks.ablation.work import agreement, result_path
 
 
 def markdown(folder: Path, study: Study, hardware: str, command: str) -> str:
@@ -22,7 +24,7 @@ def markdown(folder: Path, study: Study, hardware: str, command: str) -> str:
     lines = [
         f"`{command}` on {hardware}: {size.tokens:,} training tokens for every student, {size.seeds} seeds (order",
         f"of the rows, calibration rows, random weights), held-out rows: {size.heldout_rows} of {size.seq_length} tokens.",
-        "Loss and KL to the teacher in nats per token; ± is the standard deviation over seeds.",
+        "Loss and KL to its own teacher in nats per token; ± is the standard deviation over seeds.",
         "",
         "| student | parameters | loss pruned | loss distilled | KL pruned | KL distilled |",
         "|---|---:|---:|---:|---:|---:|",
@@ -32,13 +34,19 @@ def markdown(folder: Path, study: Study, hardware: str, command: str) -> str:
         lines.append(f"| {ARMS[name].what} | {runs[0]['parameters']:,} | {' | '.join(cells)} |")
     lines += [
         "",
-        "Differences of the held-out loss, first minus second, paired by seed; ± is two standard errors over seeds. Below zero",
-        "the first is better.",
+        "Differences of the held-out loss, first minus second, paired by seed; ± is the 95 % interval of their mean (Student's",
+        "t). Below zero the first is better.",
         "",
         "| question | before distillation | after | the papers | direction |",
         "|---|---:|---:|---|---|",
     ]
     lines += [_row(comparison, results) for comparison in COMPARISONS]
+    alike = [f"{axis} {rho:.3f} and {100 * same:.0f} %" for axis, (rho, same) in agreement(folder, size).items()]
+    lines += [
+        "",
+        "Scores of the corrected teacher against the original's, rank correlation and share of the better half that is the",
+    ]
+    lines += [f"same: {', '.join(alike)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -48,21 +56,29 @@ def _spread(values: list[float]) -> str:
 
 def _row(comparison: Comparison, results: dict[str, list[dict[str, Any]]]) -> str:
     first, second = results[comparison.first], results[comparison.second]
-    cells = []
-    for when in ("before", "after"):
-        differences = [a[when]["loss"] - b[when]["loss"] for a, b in zip(first, second, strict=True)]
-        mean = statistics.fmean(differences)
-        error = 2 * statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-        cells.append((mean, error))
-    (before, before_error), (after, after_error) = cells
+    (before, before_error), (after, after_error) = (
+        _interval([a[when]["loss"] - b[when]["loss"] for a, b in zip(first, second, strict=True)])
+        for when in ("before", "after")
+    )
     return (
         f"| {comparison.question} | {before:+.3f} ± {before_error:.3f} | {after:+.3f} ± {after_error:.3f} "
         f"| {comparison.paper} | {direction(comparison, after, after_error)} |"
     )
 
 
+def _interval(values: list[float]) -> tuple[float, float]:
+    """Mean, and the half width of its 95 % interval; infinite where one seed says nothing of it."""
+    count = len(values)
+    if count < 2:
+        return values[0], math.inf
+    width = stats.t.ppf(0.975, count - 1) * statistics.stdev(values) / math.sqrt(count)
+    return statistics.fmean(values), float(width)
+
+
 def direction(comparison: Comparison, difference: float, error: float) -> str:
-    """What the measured difference (first minus second, with its two standard errors) says of the paper's finding."""
+    """What the measured difference (first minus second, with its 95 % interval) says of the paper's finding."""
+    if math.isinf(error):
+        return "one seed: no telling"
     apart = abs(difference) > error
     if comparison.better is None:
         return "disagrees: there is one" if apart else "agrees: none to be seen"

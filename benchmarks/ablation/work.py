@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,11 +17,13 @@ from minitron import Architecture, ImportanceScores, estimate_importance, prune,
 from minitron.data import Rows, TextSource, pack
 from minitron.device import compute_dtype, device
 from minitron.distill import DistillConfig, Losses, StoredTeacher, distill, store_hidden
+from minitron.errors import InputError
 from minitron.evaluation import heldout_metrics
 from minitron.importance import LayerScoring
+from minitron.importance.compare import axes, kept_overlap, rank_correlation
 from minitron.iterative import prune_in_steps
 from minitron.logits import Head
-from minitron.models import load_model, load_source, load_tokenizer, save_model
+from minitron.models import load_model, load_source, load_tokenizer, quiet_transformers, save_model, source_identity
 from minitron.selection import kept_layers
 
 Say = Callable[[str], None]
@@ -45,8 +48,12 @@ def _fill(shape: Architecture, parameters: int) -> Architecture:
 
 
 def prepare(folder: Path, study: Study, say: Say) -> None:
-    """Teacher, rows, stored targets, the corrected teacher and its targets, and the scores of every seed."""
+    """Teacher, rows, stored targets, the corrected teacher and its targets, and the scores of every seed.
+
+    Raises InputError if the folder holds another study.
+    """
     size = study.size
+    _check_same(folder / "study.json", study)
     teacher, rows = folder / "original", folder / "rows"
     if not storage.is_committed(str(teacher)):
         say(f"reading {study.model}")
@@ -80,6 +87,14 @@ def prepare(folder: Path, study: Study, say: Say) -> None:
         for batch, sequence in {arm.aggregation for arm in ARMS.values()}:
             _scores(folder, size, seed, batch, sequence, "original", say)
     _scores(folder, size, 0, "l2", "mean", "corrected", say)
+
+
+def _check_same(path: Path, study: Study) -> None:
+    size = {name: value for name, value in asdict(study.size).items() if name not in ("seeds", "workers")}
+    mine = {"size": size, "model": source_identity(study.model), "text": study.text}
+    if path.exists() and (there := json.loads(path.read_text())) != mine:
+        raise InputError(f"{path.parent} holds another study: {there}", "give another --folder, or delete this one")
+    path.write_text(json.dumps(mine))
 
 
 def _load(folder: Path) -> nn.Module:
@@ -152,6 +167,21 @@ def _scores(folder: Path, size: Size, seed: int, batch: str, sequence: str, teac
     return ImportanceScores.load(path)
 
 
+def agreement(folder: Path, size: Size) -> dict[str, tuple[float, float]]:
+    """How far the corrected teacher's scores rank units as the original's do: for each axis the mean rank correlation and the
+    mean share of the better half that is the same (arXiv 2408.11796 section 2.1 finds no need to compute them again)."""
+    pair = [_scores(folder, size, 0, "l2", "mean", teacher, lambda _: None) for teacher in ("original", "corrected")]
+    found = {}
+    for axis, first in axes(pair[0]).items():
+        second = axes(pair[1])[axis]
+        places = list(zip(first, second, strict=True))
+        found[axis] = (
+            statistics.fmean(rank_correlation(a, b) for a, b in places),
+            statistics.fmean(kept_overlap(a, b) for a, b in places),
+        )
+    return found
+
+
 def result_path(folder: Path, arm: Arm, seed: int) -> Path:
     return folder / "results" / f"{arm.name}-{seed}.json"
 
@@ -216,8 +246,15 @@ def _student(folder: Path, size: Size, arm: Arm, seed: int, teacher: nn.Module) 
     layers = kept_layers(by_layers, base.num_layers, shape.num_layers, how=how, metric=metric)
     scores = _scores(folder, size, seed, *arm.aggregation, "original", lambda _: None)
     student = prune(teacher, shape, scores, layers=layers)
-    if arm.start == "random":
-        torch.manual_seed(seed)
-        fresh = type(student)(student.config).to(next(student.parameters()).dtype)
-        student = fresh.to(device()).eval()
-    return student
+    return _randomised(student, seed) if arm.start == "random" else student
+
+
+def _randomised(student: nn.Module, seed: int) -> nn.Module:
+    """A model of the same shape as transformers initialises it; made as `prune` makes one, so that buffers keep float32."""
+    torch.manual_seed(seed)
+    fresh = type(student)(student.config).state_dict()
+    with quiet_transformers():
+        made: nn.Module = type(student).from_pretrained(
+            None, config=student.config, state_dict=fresh, dtype=next(student.parameters()).dtype
+        )
+    return made.to(device()).eval()

@@ -52,6 +52,8 @@ class Score:
     """lm-eval's version of the task definition; scores of different versions do not compare."""
     split: str
     """The split whose documents were scored."""
+    higher_is_better: bool
+    """As lm-eval says of the metric; false for a perplexity."""
 
 
 def evaluate(
@@ -112,6 +114,7 @@ def _score(scorer: _Scorer, task: Task, name: str, split: str, built: Any) -> Sc
         num_fewshot=task.num_fewshot,
         version=str(results["versions"][name]),
         split=split,
+        higher_is_better=built.higher_is_better()[metric],
     )
 
 
@@ -129,6 +132,7 @@ def _pooled(name: str, members: list[Score]) -> Score:
         num_fewshot=members[0].num_fewshot,
         version=members[0].version,
         split=members[0].split,
+        higher_is_better=members[0].higher_is_better,
     )
 
 

@@ -31,7 +31,9 @@ class LayerScoring:
 
     `metric`: "loss", next-token loss without a block, nats per token · "logit_error", sum (M - M')^2 / sum M^2 between the
     whole model's logits M and those without it (arXiv 2511.16664) · "cosine", 1 minus the mean cosine of the residual stream
-    before and after it · "task", the accuracy that the lm-eval task `task` loses without it (arXiv 2408.11796 section 3).
+    before and after it · "task", what the lm-eval task `task` loses without it (arXiv 2408.11796 section 3): accuracy, or
+    a perplexity's rise. A task runs whole for every position, and once more for the whole model: unlike "loss" and
+    "logit_error" it does not reuse what the layers before the block have computed.
     `sizes`: block sizes; every position of every size is measured. `iterative`: take the least important block of so many
     layers out, measure what is left anew, and so on while at least `keep` layers stay; 0 = don't. `rows`: only the first so
     many calibration rows; None = all. Raises InputError for what cannot be measured.
@@ -121,25 +123,26 @@ def score_layers(
 
 
 def _task_measure(model: nn.Module, tokenizer: Any, task: Task, advance: Advance) -> Measure:
-    """Measures the accuracy lost, as float64."""
+    """Measures what the task's metric loses, as float64: how far it falls, or rises where lower is better."""
     from minitron.evaluation import evaluate
 
     everything = range(len(layers_of(model)))
 
-    def accuracy(remainders: Sequence[Sequence[int]]) -> Tensor:
+    def quality(remainders: Sequence[Sequence[int]]) -> Tensor:
         values = torch.zeros(len(remainders), dtype=torch.float64, device=next(model.parameters()).device)
         for place in own_share(range(len(remainders))):
             with without_layers(model, set(everything) - set(remainders[place])):
-                values[place] = evaluate(model, tokenizer, [task])[task.name].value
+                score = evaluate(model, tokenizer, [task])[task.name]
+            values[place] = score.value if score.higher_is_better else -score.value
             advance(1)
         return add_up(values)
 
-    whole = accuracy([everything])
+    whole = quality([everything])
 
     def measure(kept: Sequence[int], sizes: Sequence[int]) -> dict[int, Tensor]:
         starts = {size: range(len(kept) - size + 1) for size in sizes}
         remainders = [[*kept[:start], *kept[start + size :]] for size in sizes for start in starts[size]]
-        lost = whole - accuracy(remainders)
+        lost = whole - quality(remainders)
         return dict(zip(sizes, lost.split([len(starts[size]) for size in sizes]), strict=True))
 
     return measure

@@ -28,7 +28,7 @@ def show(scores: Path, plot: Path | None) -> None:
     from minitron_platform import importance_tables as tables
 
     console = Console()
-    file = _file(console, scores)
+    file = scores_file(console, scores)
     loaded = ImportanceScores.load(file)
     console.say(f"[bold]{escape(str(file))}[/]")
     console.say(escape(tables.provenance(loaded)))
@@ -51,12 +51,12 @@ def compare(first: Path, second: Path) -> None:
     from minitron_platform import importance_tables as tables
 
     console = Console()
-    a, b = (ImportanceScores.load(_file(console, place)) for place in (first, second))
+    a, b = (ImportanceScores.load(scores_file(console, place)) for place in (first, second))
     console.table(tables.agreement(a, b))
     console.table(tables.block_agreement(a, b))
 
 
-def _file(console: Console, place: Path) -> Path:
+def scores_file(console: Console, place: Path) -> Path:
     """The scores file that a path means; the others of a folder are listed."""
     from minitron.errors import InputError
 

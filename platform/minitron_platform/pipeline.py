@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import ray
+import torch
 from rich.markup import escape
 
 from minitron import storage
@@ -77,9 +78,12 @@ def run(
 
 def steps(recipe: Recipe) -> Iterator[tuple[str, Member | None]]:
     """Every stage in order, with the model of the family that it is for."""
-    yield from ((name, None) for name in stages.SHARED)
-    for member in recipe.family:
-        yield from ((name, member) for name in stages.MEMBER)
+    yield from ((name, None) for name in stages.BEFORE)
+    for place, member in enumerate(recipe.family):
+        for name in stages.MEMBER:
+            yield name, member
+            if place == 0 and name == stages.MEMBER[0]:
+                yield stages.TARGETS, None
 
 
 def _report(context: Context, parent: _Parent) -> None:
@@ -262,6 +266,8 @@ def _ray_starter(stack: ExitStack, recipe: Recipe, address: str | None, logs: st
         nonlocal started
         if started:
             return
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what earlier stages held; workers share the GPU
         wanted = max(recipe.resources.cpus_per_trial, recipe.resources.workers * recipe.resources.cpus_per_worker)
         stack.enter_context(ray_session(address, num_cpus=math.ceil(wanted), keep_logs=logs))
         started = True

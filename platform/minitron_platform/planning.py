@@ -16,10 +16,12 @@ from minitron.errors import InputError, StorageError
 from minitron.evaluation import Task, check_tasks
 from minitron.hardware import hardware_notes
 from minitron.models import source_architecture
+from minitron.trainable import check_lora
 from minitron_platform.context import Places, places
-from minitron_platform.losses import distillation_losses, logit_losses
+from minitron_platform.losses import distillation_losses
 from minitron_platform.pipeline import finished_stages
 from minitron_platform.recipe import Member, Recipe, Training
+from minitron_platform.stages.calibrate import layer_scoring
 from minitron_platform.stages.data import source as text_source
 from minitron_platform.stages.search import architectures, place
 
@@ -77,10 +79,13 @@ def plan(
     _check_context(recipe, longest)
     found = _candidates(recipe, teacher)
     text_identity(text_source(recipe.data))
-    tasks = [*recipe.evaluate.tasks, *filter(None, [recipe.calibrate.task])]
-    check_tasks([Task(**task.model_dump()) for task in tasks])
+    check_tasks([Task(**task.model_dump()) for task in recipe.evaluate.tasks])
+    if recipe.calibrate.task:
+        check_tasks([Task(**recipe.calibrate.task.model_dump())])
     _check_rows(recipe)
     _check_training(recipe)
+    _check_correction(recipe, teacher)
+    _check_losses(recipe, teacher, found)
     if address is None and not os.environ.get("RAY_ADDRESS"):
         _check_gpus(recipe)
     _check_writable(where.storage)
@@ -105,11 +110,6 @@ def plan(
 
 def _candidates(recipe: Recipe, teacher: Architecture) -> dict[str, list[Architecture]]:
     """Each model's candidates; those of one that follows another, for every architecture that may win before it."""
-    names = [member.model for member in recipe.family]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise InputError(f"family: two models are called {twice!r}", "give each its own name")
-    if recipe.family[0].start == "previous":
-        raise InputError(f"family.0.start: nothing comes before {names[0]!r}", "start it from the teacher")
     found: dict[str, list[Architecture]] = {}
     for member in recipe.family:
         before = recipe.origin(member)
@@ -127,8 +127,8 @@ def _notes(teacher: Architecture, found: dict[str, list[Architecture]]) -> list[
 def _check_training(recipe: Recipe) -> None:
     trainings = {"search.training": recipe.search.training, "distill": recipe.distill}
     trainings |= {f"{place(recipe, m)}.distill": m.distill for m in recipe.family if m.distill}
-    if recipe.correct:
-        trainings["correct.training"] = recipe.correct.training
+    if correction := recipe.correction():
+        trainings["correct.training"] = correction
     for key, training in trainings.items():
         if training.min_lr > training.peak_lr:
             raise InputError(f"{key}.min_lr: {training.min_lr} is above peak_lr {training.peak_lr}", "lower min_lr")
@@ -142,7 +142,34 @@ def _check_training(recipe: Recipe) -> None:
             f"calibrate.task: {recipe.calibrate.task} with calibrate.layers: {recipe.calibrate.layers}",
             "give a task with `layers: task`, and only then",
         )
-    logit_losses(recipe)
+    if recipe.calibrate.steps > 1 and recipe.calibrate.depth != "contiguous":
+        raise InputError(
+            f"calibrate.steps: {recipe.calibrate.steps} with calibrate.depth: {recipe.calibrate.depth}",
+            "steps remove contiguous blocks: leave one of the two out",
+        )
+
+
+def _check_correction(recipe: Recipe, teacher: Architecture) -> None:
+    asked, training = recipe.correct, recipe.correction()
+    if asked is None or training is None:
+        return
+    if asked.probe_steps and asked.probe_steps <= training.warmup_steps:
+        raise InputError(
+            f"correct.probe_steps: {asked.probe_steps} is inside the {training.warmup_steps} warm-up steps",
+            "look later, or leave it out",
+        )
+    if asked.method == "lora":
+        check_lora(teacher)
+
+
+def _check_losses(recipe: Recipe, teacher: Architecture, found: dict[str, list[Architecture]]) -> None:
+    """Refuse what would fail for a winner after the whole search."""
+    if recipe.losses.top_k > teacher.vocab_size:
+        raise InputError(
+            f"losses.top_k: {recipe.losses.top_k} of {teacher.vocab_size} tokens", f"use at most {teacher.vocab_size}"
+        )
+    for depth in sorted({shape.num_layers for shapes in found.values() for shape in shapes}):
+        distillation_losses(recipe, replace(teacher, num_layers=depth), teacher)
 
 
 def _check_rows(recipe: Recipe) -> None:
@@ -224,11 +251,12 @@ def _head_flops(architecture: Architecture) -> int:
 
 
 def _correction(recipe: Recipe, teacher: Architecture, value_bytes: int) -> tuple[str, float, int]:
-    asked = recipe.correct
-    if asked is None:
+    asked, training = recipe.correct, recipe.correction()
+    if asked is None or training is None:
         return "not asked for", 0, 0
-    tokens = asked.training.steps * asked.training.batch_rows * recipe.data.seq_length
-    sizes = (3 * MASTER_BYTES if asked.training.checkpoint_every else 0) + 2 * value_bytes
+    tokens = training.steps * training.batch_rows * recipe.data.seq_length
+    # at the probe there is a checkpoint in any case; of norms and adapters it is next to nothing
+    sizes = (3 * MASTER_BYTES if asked.method == "full" else 0) + 2 * value_bytes
     return (
         f"{asked.method}, at most {tokens:,} tokens, {asked.when}",
         3.0 * tokens * teacher.flops_per_token(recipe.data.seq_length),
@@ -243,8 +271,9 @@ def _member_costs(
     forward, shapes = teacher.flops_per_token(seq), found[member.model]
     before = recipe.origin(member)
     base = found[before.model][0] if before else teacher
-    depths = {base.num_layers - a.num_layers for a in shapes} - {0} if recipe.calibrate.layers != "cosine" else set()
-    passes = sum((base.num_layers - size + 1) * (1 - size / base.num_layers) / 2 for size in depths if size > 0)
+    scoring = layer_scoring(recipe.calibrate, base.num_layers, {a.num_layers for a in shapes})
+    # on average half of the layers are behind a removed block; a task's documents are not known here
+    passes = scoring.passes(base.num_layers, scoring.rows or 0) / 2 if scoring.metric in ("loss", "logit_error") else 0
     largest = max(a.num_parameters for a in shapes)
 
     def training(architecture: Architecture, tokens: int) -> float:
@@ -266,8 +295,8 @@ def _member_costs(
     work: list[tuple[str, str, float, int]] = [
         (
             "calibrate",
-            f"{recipe.calibrate.rows} rows, {len(depths)} sizes of layer blocks",
-            base.flops_per_token(seq) * seq * (recipe.calibrate.rows + passes * recipe.calibrate.layer_rows),
+            f"{recipe.calibrate.rows} rows, layers by {recipe.calibrate.layers}, {recipe.calibrate.depth}",
+            base.flops_per_token(seq) * seq * (recipe.calibrate.rows + passes),
             4 * base.num_layers * base.intermediate_size,
         ),
         (

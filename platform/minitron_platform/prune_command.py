@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import resource
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,34 +14,34 @@ from rich.table import Table
 from minitron import storage
 from minitron.errors import InputError
 from minitron_platform.console import Console, seconds
+from minitron_platform.prune_request import Request, layer_numbers, ranges
+from minitron_platform.prune_sources import CONFIG, HUB_FILES, check_scores, local_model, local_scores
 
 if TYPE_CHECKING:
     from minitron.architecture import Architecture
     from minitron.importance import ImportanceScores
 
 SIZES = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "num_experts")
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
 
 
 @click.command(short_help="Cut a smaller checkpoint out of MODEL.")
 @click.argument("model")
 @click.argument("out")
-@click.option("--scores", required=True, metavar="FILE", help="Importance scores of MODEL (scores.safetensors).")
+@click.option("--revision", metavar="REV", help="Commit, branch or tag of a hub model. [default: the newest]")
+@click.option(
+    "--scores", required=True, metavar="FILE", help="Importance scores of MODEL, or the storage of the run they are in."
+)
 @click.option("--like", metavar="NAME", help="The shape of a published Minitron, such as mn-minitron-8b.")
 @click.option("--parameters", type=float, metavar="N", help="The shape for about this many parameters: 4.5e9.")
 @click.option(
     "--how",
     type=click.Choice(["width", "depth", "both"]),
-    default="width",
-    show_default=True,
-    help="What --parameters shrinks.",
+    help="What --parameters shrinks. [default: width]",
 )
 @click.option(
     "--multiple",
     type=click.IntRange(1),
-    default=64,
-    show_default=True,
-    help="--parameters: widths are multiples of this.",
+    help="--parameters: widths are multiples of this. [default: 64]",
 )
 @click.option("--num-layers", type=int, metavar="N", help="Layers that stay.")
 @click.option("--hidden-size", type=int, metavar="N", help="Embedding channels that stay.")
@@ -56,9 +53,7 @@ HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jin
 @click.option(
     "--depth",
     type=click.Choice(["contiguous", "scattered", "iterative"]),
-    default="contiguous",
-    show_default=True,
-    help="How the scores choose layers.",
+    help="How the scores choose layers. [default: contiguous]",
 )
 @click.option("--metric", metavar="NAME", help="The layer score to use. [default: loss where measured, else cosine]")
 @click.option(
@@ -69,13 +64,14 @@ HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jin
 def prune(
     model: str,
     out: str,
+    revision: str | None,
     scores: str,
     like: str | None,
     parameters: float | None,
-    how: str,
-    multiple: int,
+    how: str | None,
+    multiple: int | None,
     layers: str | None,
-    depth: str,
+    depth: str | None,
     metric: str | None,
     merge_heads: str | None,
     **sizes: int | None,
@@ -97,33 +93,37 @@ def prune(
     console = Console()
     if storage.exists(out):
         raise InputError(f"{out} exists", "give a new folder, or delete it")
-    asked = _Asked({name: size for name, size in sizes.items() if size is not None}, parameters, how, multiple, like)
-    explicit = _layer_numbers(layers) if layers else None
-    asked.check(explicit)
-    if not storage.exists(scores):
-        raise InputError(
-            f"--scores: {scores} does not exist", "calibrate first: `minitron run RECIPE --until calibrate`"
-        )
+    asked = Request(
+        {name: size for name, size in sizes.items() if size is not None},
+        parameters,
+        how,
+        multiple,
+        like,
+        None if layers is None else layer_numbers(layers),
+        depth,
+        metric,
+    )
+    file = local_scores(scores, console)
+    console.say(f"scores  {escape(str(file))}")
     with console.working("reading"):
         from minitron.hardware import hardware_notes
         from minitron.importance import ImportanceScores
         from minitron.models import source_architecture
-        from minitron.selection import kept_layers
 
-        found = ImportanceScores.load(storage.fetch_file(scores))
-        place = _local(model, console)
-        base, _ = source_architecture(place)
-    target = asked.shape(base, explicit)
-    _check_scores(found, base, scores)
-    kept = explicit or kept_layers(found, base.num_layers, target.num_layers, how=depth, metric=metric)
-    target.check_inside(base)
+        found = ImportanceScores.load(file)
+        base, _ = source_architecture(local_model(model, revision, CONFIG))
+    check_scores(found, base, file)
+    target = asked.shape(base)
+    kept, chosen = asked.kept(found, base, target)
     console.table(_shapes(base, target))
     if parameters:
         console.say(f"{target.num_parameters / parameters - 1:+.1%} of the {parameters:,.0f} parameters asked for")
     if len(kept) < base.num_layers:
-        console.say(f"layers kept: {_ranges(kept)}")
+        console.say(f"layers kept: {ranges(kept)} ({escape(chosen)})")
     for note in hardware_notes(base, target):
         console.say(f"[yellow]note[/]  {escape(note)}")
+    with console.working("downloading"):
+        place = local_model(model, revision, HUB_FILES)
     sign = int(merge_heads or 0)
     if place.endswith(".gguf"):
         console.say(f"{escape(model)} is loaded whole, in float32")
@@ -137,115 +137,6 @@ def prune(
             prune_checkpoint(place, out, target, found, layers=kept, merge_heads=sign, progress=count)
     console.say(f"[dim]{seconds(time.monotonic() - started)} · peak memory {_peak_gigabytes():.1f} GB[/]")
     console.say(f"The pruned model, a plain transformers checkpoint:\n  [bold]{escape(storage.absolute(out))}[/]")
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """The shape as the user gave it."""
-
-    sizes: dict[str, int]
-    parameters: float | None
-    how: str
-    multiple: int
-    like: str | None
-
-    def check(self, layers: Sequence[int] | None) -> None:
-        """Raise InputError unless it is given in exactly one way."""
-        ways = {
-            "--like": self.like,
-            "--parameters": self.parameters,
-            " ".join(f"--{name.replace('_', '-')}" for name in self.sizes): self.sizes,
-        }
-        given = [name for name, value in ways.items() if value]
-        if len(given) > 1:
-            raise InputError(f"{' and '.join(given)} give the shape twice", "keep one of them")
-        if not given and layers is None:
-            raise InputError(
-                "no shape is given",
-                "add --hidden-size and the like, --parameters N, --like NAME, or --layers RANGES",
-            )
-
-    def shape(self, base: Architecture, layers: Sequence[int] | None) -> Architecture:
-        """The architecture to cut out of `base`; listed layers also say how many there are."""
-        from minitron.published import published
-        from minitron.shapes import architecture_for
-
-        if self.like:
-            return published(self.like, base)
-        if self.parameters:
-            return architecture_for(base, round(self.parameters), how=self.how, multiple=self.multiple)
-        return replace(base, **({"num_layers": len(layers)} if layers else {}) | self.sizes)  # type: ignore[arg-type]
-
-
-def _layer_numbers(text: str) -> list[int]:
-    """0-2,5 as [0, 1, 2, 5]. Raises InputError for anything else, and unless they ascend."""
-    parts = text.replace(" ", "").split(",")
-    numbers: list[int] = []
-    for part in parts:
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if not match:
-            raise InputError(f"--layers: {part!r} is not a layer or a range", "give layers such as 0-14,31")
-        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
-    if not numbers or numbers != sorted(set(numbers)):
-        raise InputError(f"--layers: {text} does not ascend", "give every layer once, in order, such as 0-14,31")
-    return numbers
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] as 0-2, 5."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-def _local(model: str, console: Console) -> str:
-    """MODEL as a local folder or .gguf file; a hub model is downloaded into the hub's own cache first."""
-    from minitron.packages import PACKAGE, package_path
-
-    if model.startswith(PACKAGE):
-        return str(package_path(model))
-    path = storage.local_path(model)
-    if path.exists():
-        return str(path)
-    if model.startswith((".", "/", "~")) or model.endswith(".gguf"):
-        raise InputError(f"{model} does not exist", "give a checkpoint folder, a .gguf file or a hub name")
-    console.status(f"downloading {model}")
-    return _download(model)
-
-
-def _download(name: str) -> str:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
-
-    from minitron.models import quiet_transformers
-
-    try:
-        with quiet_transformers():
-            return str(snapshot_download(name, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, HTTPError, OSError) as error:
-        raise InputError(
-            f"{name!r} is no local folder or file, and cannot be downloaded from the hub ({_first_line(error)})",
-            "check the path or the name, or connect to the network; for a gated model run `hf auth login`",
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _check_scores(scores: ImportanceScores, base: Architecture, file: str) -> None:
-    expected = {"heads": (base.num_layers, base.num_heads), "channels": (base.hidden_size,)}
-    for name, shape in expected.items():
-        actual = tuple(getattr(scores, name).shape)
-        if actual != shape:
-            raise InputError(
-                f"--scores: {file} has {name} {list(actual)} where this model has {list(shape)}",
-                "give the scores that were computed for this model",
-            )
 
 
 def _shapes(base: Architecture, target: Architecture) -> Table:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from minitron.errors import InputError
 from minitron.packages import PACKAGE
@@ -68,7 +68,8 @@ class Task(_Section):
 class Calibrate(_Section):
     """Importance scores. `layers` says how layers are ranked: by the loss or the logits' error without them, by the accuracy
     lost on `task`, or by the cosine of the residual stream alone. `depth`: the least important contiguous block goes, the
-    least important single layers (`scattered`), or one after the other, measured anew each time (`iterative`)."""
+    least important single layers (`scattered`), or one after the other, measured anew each time (`iterative`). `steps`: prune
+    in so many steps, scoring every candidate anew before each; `merge_heads` adds removed query heads to those that stay."""
 
     rows: Positive
     batch_aggregation: Literal["l2", "mean", "var"] = "l2"
@@ -78,6 +79,8 @@ class Calibrate(_Section):
     task: Task | None = None
     depth: Literal["contiguous", "scattered", "iterative"] = "contiguous"
     layer_rows: Positive = 4
+    steps: Positive = 1
+    merge_heads: Literal[-1, 0, 1] = 0
 
 
 class Losses(_Section):
@@ -114,16 +117,17 @@ class Training(_Section):
 
 class Correct(_Section):
     """Teacher correction: plain cross-entropy on the text before distilling from the teacher (arXiv 2408.11796). `measured`
-    looks at the held-out loss after `probe_steps` (default: a tenth of them), goes on only if it fell by `min_gain` nats per
-    token, and takes the corrected teacher only if the whole training gained as much; `always` takes it as it comes out.
-    The papers use a fifth of the teacher's own peak rate and 120 warm-up steps."""
+    looks at the held-out loss after `probe_steps` (default: a tenth of them, and twice the warm-up at least), goes on only if
+    it fell by `min_gain` nats per token, and takes the corrected teacher only if the whole training gained as much; `always`
+    takes it as it comes out. Without a `training` it is that of `distill`, at a fifth of its rates and with 120 warm-up
+    steps, or a quarter of the steps where they are few."""
 
     when: Literal["measured", "always"] = "measured"
     method: Literal["full", "norms", "lora"] = "full"
     lora_rank: Positive = 16
     min_gain: Annotated[float, Field(ge=0)] = 0.01
     probe_steps: Positive | None = None
-    training: Training
+    training: Training | None = None
 
 
 class Search(_Section):
@@ -190,6 +194,23 @@ class Recipe(_Section):
     def distillation(self, member: Member) -> Training:
         """The full distillation of one of the family."""
         return member.distill or self.distill
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Recipe:
+        names = [member.model for member in self.family]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two models are called {twice!r}")
+        if self.family[0].start == "previous":
+            raise ValueError(f"nothing comes before {names[0]!r}, so that it cannot start from what is previous")
+        return self
+
+    def correction(self) -> Training | None:
+        """The training of the teacher's correction, if one is asked for."""
+        if self.correct is None or self.correct.training:
+            return self.correct.training if self.correct else None
+        like = self.distill
+        rates = {"peak_lr": like.peak_lr / 5, "min_lr": like.min_lr / 5, "warmup_steps": min(120, like.steps // 4)}
+        return like.model_copy(update=rates)
 
     def origin(self, member: Member) -> Member | None:
         """The family's model that a later one is cut from; None where it is cut from the teacher."""
@@ -302,7 +323,10 @@ def _one_line(error: Exception) -> str:
 def _explain(path: Path, error: ValidationError) -> InputError:
     """The first thing that is wrong, as one sentence about a key."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    # a union's branches are no keys
+    key = (
+        ".".join(str(part) for part in first["loc"] if isinstance(part, int) or re.fullmatch(r"\w+", part))
+    )
     value = first["input"]
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
@@ -312,7 +336,10 @@ def _explain(path: Path, error: ValidationError) -> InputError:
         return InputError(f"{path}: {key}: unknown key{more}", f"{hint}known here: {', '.join(known)}")
     if first["type"] == "missing":
         return InputError(f"{path}: {key}: missing{more}", "add the key; the recipes that ship show every one")
-    message = first["msg"][0].lower() + first["msg"][1:]
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if not first["loc"]:
+        return InputError(f"{path}: family: {message}", "change the list of models")
     return InputError(f"{path}: {key}: {value!r} is not valid: {message}{more}", f"change {key}, or --set {key}=…")
 
 

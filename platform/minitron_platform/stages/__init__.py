@@ -13,9 +13,10 @@ from typing import Any, Protocol
 
 from minitron_platform.context import Context
 
-SHARED = ("teacher", "data", "correct", "targets")  # done once for the whole family
+BEFORE = ("teacher", "data", "correct")  # done once for the whole family
 MEMBER = ("calibrate", "search", "distill", "evaluate", "register")  # done for each model of it
-NAMES = (*SHARED, *MEMBER)
+TARGETS = "targets"  # once too, before the first search: calibrating needs none
+NAMES = (*BEFORE, MEMBER[0], TARGETS, *MEMBER[1:])
 
 
 class Stage(Protocol):

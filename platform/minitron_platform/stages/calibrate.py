@@ -1,26 +1,32 @@
-"""Calibrate: importance scores for every axis of what the next model is cut from, from one forward-only pass.
+"""Calibrate: importance scores for every axis of what the next model is cut from, without any gradient.
 
 A corrected teacher is scored as it was before: correction doesn't change which weights to prune (arXiv 2408.11796).
 """
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
+from collections.abc import Collection
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from minitron import storage
-from minitron.architecture import Architecture
-from minitron.data import Rows
+from minitron.data import Rows, rows_for_step
 from minitron.device import DTYPES, device
 from minitron.evaluation import Task
-from minitron.importance import LayerScoring, estimate_importance
+from minitron.evaluation.documents import documents_identity
+from minitron.importance import ImportanceScores, LayerScoring, estimate_importance
 from minitron.models import load_model, load_tokenizer
 from minitron.selection import kept_layers
 from minitron_platform.context import Context
+from minitron_platform.recipe import Calibrate
 
-VERSION = 2
+VERSION = 3
 
 
 def inputs(context: Context) -> dict[str, Any]:
@@ -28,9 +34,9 @@ def inputs(context: Context) -> dict[str, Any]:
         "model": _model(context)["id"],
         "dtype": context.done["teacher"]["dtype"],
         "rows": context.done["data"]["train"],
-        "calibrate": context.recipe.calibrate.model_dump(exclude={"depth"}),
+        "calibrate": context.recipe.calibrate.model_dump(exclude={"steps", "merge_heads"}),
         "depths": _depths(context),
-        "iterative": context.recipe.calibrate.depth == "iterative",
+        "task": _task_identity(context.recipe.calibrate),
     }
 
 
@@ -38,28 +44,37 @@ def _model(context: Context) -> dict[str, Any]:
     return context.base if context.recipe.origin(context.member) else context.done["teacher"]
 
 
+def _task_identity(settings: Calibrate) -> Any:
+    """What the figures of `layers: task` depend on beside the recipe."""
+    if settings.task is None:
+        return None
+    return [version("lm_eval"), documents_identity(settings.task.data) if settings.task.data else None]
+
+
 def _depths(context: Context) -> list[int]:
-    """Numbers of layers that the models cut from this one may keep, fewer than it has."""
+    """Numbers of layers that the current model may keep, fewer than there are."""
     total = context.base["architecture"]["num_layers"]
-    origin = context.recipe.origin(context.member)
-    siblings = [m for m in context.recipe.family if context.recipe.origin(m) == origin]
-    return sorted({int(d) for m in siblings for d in m.space.get("num_layers", []) if d < total})
+    return sorted({int(depth) for depth in context.member.space.get("num_layers", []) if depth < total})
 
 
-def _scoring(context: Context) -> LayerScoring:
-    settings, total = context.recipe.calibrate, context.base["architecture"]["num_layers"]
-    depths = _depths(context)
+def layer_scoring(settings: Calibrate, total: int, depths: Collection[int]) -> LayerScoring:
+    """What is measured of `total` layers, of which models may keep so many as `depths` says."""
+    removed = sorted({total - int(depth) for depth in depths if depth < total})
+    if not removed:
+        return LayerScoring()
     asked = LayerScoring(
         metric=settings.layers,
         rows=settings.layer_rows,
         task=Task(**settings.task.model_dump()) if settings.task else None,
     )
-    if not depths:
-        return LayerScoring()
     if settings.depth == "iterative":
-        return replace(asked, iterative=1, keep=depths[0])
-    sizes = (1,) if settings.depth == "scattered" else tuple(total - depth for depth in reversed(depths))
-    return replace(asked, sizes=sizes)
+        return replace(asked, iterative=1, keep=total - removed[-1])
+    return replace(asked, sizes=(1,) if settings.depth == "scattered" else tuple(removed))
+
+
+def calibration_rows(settings: Calibrate, rows: Rows) -> Tensor:
+    """Training rows drawn at random, always the same."""
+    return rows.take(rows_for_step(len(rows), min(settings.rows, len(rows)), 0, seed=0))
 
 
 def run(context: Context, folder: str) -> dict[str, Any]:
@@ -68,13 +83,14 @@ def run(context: Context, folder: str) -> dict[str, Any]:
     context.console.status("loading the model")
     model = load_model(storage.fetch(scored["folder"]), DTYPES[context.done["teacher"]["dtype"]]).to(device())
     rows = Rows.open(context.done["data"]["folder"], "train")
+    total = context.base["architecture"]["num_layers"]
     scores = estimate_importance(
         model,
-        rows.take(range(min(settings.rows, len(rows)))),
+        calibration_rows(settings, rows),
         batch_aggregation=settings.batch_aggregation,
         sequence_aggregation=settings.sequence_aggregation,
         neurons=settings.neurons,
-        layers=_scoring(context),
+        layers=layer_scoring(settings, total, _depths(context)),
         tokenizer=load_tokenizer(storage.fetch(context.done["teacher"]["folder"])) if settings.task else None,
         progress=context.console.counter("row passes"),
     )
@@ -83,26 +99,31 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         file = Path(place) / "scores.safetensors"
         scores.save(file)
         storage.write_bytes(target, file.read_bytes())
-    total = Architecture.from_config(model.config).num_layers
     removed = {
         depth: sorted(
-            set(range(total)) - set(kept_layers(scores, total, depth, how=settings.depth, metric=metric(context)))
+            set(range(total)) - set(kept_layers(scores, total, depth, how=settings.depth, metric=metric(settings)))
         )
         for depth in _depths(context)
     }
     chosen = "; ".join(f"{depth} left: {_spans(layers)}" for depth, layers in removed.items())
     return {
         "scores": target,
-        "id": storage.fingerprint(storage.sha256(storage.fetch_file(target))),
+        "id": _identity(scores, settings),
         "removed": {str(depth): layers for depth, layers in removed.items()},
         "summary": f"{settings.rows} rows"
         + (f" · layers that matter least, by {settings.layers}: {chosen}" if chosen else ""),
     }
 
 
-def metric(context: Context) -> str:
+def _identity(scores: ImportanceScores, settings: Calibrate) -> str:
+    """A name of all that decides what a candidate keeps, whichever other depths were measured beside its own."""
+    widths = [scores.heads, scores.neurons, scores.channels, *([] if scores.experts is None else [scores.experts])]
+    digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in widths)).hexdigest()
+    return storage.fingerprint({"widths": digest, "calibrate": settings.model_dump(), "task": _task_identity(settings)})
+
+
+def metric(settings: Calibrate) -> str:
     """What layers are ranked by, as the scores name it."""
-    settings = context.recipe.calibrate
     return f"task:{settings.task.name}" if settings.task else settings.layers
 
 

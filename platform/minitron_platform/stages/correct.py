@@ -16,7 +16,7 @@ from minitron.distill.materials import Materials
 from minitron.evaluation import HeldoutMetrics, heldout_metrics
 from minitron.models import load_model
 from minitron_platform.context import Context
-from minitron_platform.recipe import Correct
+from minitron_platform.recipe import Correct, Training
 from minitron_platform.stages.distill import Tail
 from minitron_platform.training import TrainTask, distill_config, train_on_ray
 
@@ -24,7 +24,7 @@ VERSION = 1
 
 
 def inputs(context: Context) -> dict[str, Any]:
-    asked = context.recipe.correct
+    asked, training = context.recipe.correct, context.recipe.correction()
     teacher = {"teacher": context.done["teacher"]["id"]}
     if asked is None:
         return teacher
@@ -33,7 +33,8 @@ def inputs(context: Context) -> dict[str, Any]:
         "dtype": context.done["teacher"]["dtype"],
         "train": context.done["data"]["train"],
         "heldout": context.done["data"]["heldout"],
-        "correct": asked.model_dump(exclude={"training": {"checkpoint_every"}}),
+        "correct": asked.model_dump(exclude={"training"}),
+        "training": training.model_dump(exclude={"checkpoint_every"}) if training else None,
     }
 
 
@@ -41,18 +42,21 @@ def run(context: Context, folder: str) -> dict[str, Any]:
     teacher, asked = context.done["teacher"], context.recipe.correct
     if asked is None:
         return {"folder": teacher["folder"], "id": teacher["id"], "corrected": False, "summary": "not asked for"}
+    training = context.recipe.correction()
+    assert training is not None
     before = _heldout(context, folder, "before", teacher["folder"])
-    probe = min(asked.training.steps, asked.probe_steps or max(1, asked.training.steps // 10))
+    probe = min(training.steps, asked.probe_steps or max(1, training.steps // 10, 2 * training.warmup_steps))
     if asked.when == "measured":
-        probed = _train(context, folder, asked, "probe", probe)
-        gain = before - _heldout(context, folder, "probe", probed)
+        gain = before - _after(context, folder, asked, training, "probe", probe)
         if gain < asked.min_gain:
-            return _kept(teacher, before, gain, f"after {probe} steps", asked)
-    corrected = _train(context, folder, asked, "corrected", None)
-    storage.remove(storage.join(folder, "checkpoints"))
-    after = _heldout(context, folder, "after", corrected)
+            _forget(folder, "checkpoints")
+            return _kept(teacher, before, gain, probe, asked)
+    after = _after(context, folder, asked, training, "corrected", None)
+    _forget(folder, "checkpoints")
     if asked.when == "measured" and before - after < asked.min_gain:
-        return _kept(teacher, before, before - after, f"after all {asked.training.steps} steps", asked)
+        _forget(folder, "corrected")
+        return _kept(teacher, before, before - after, training.steps, asked)
+    corrected = storage.join(folder, "corrected")
     files = storage.manifest(corrected)["files"]
     weights = {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
     return {
@@ -61,31 +65,53 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         "corrected": True,
         "loss_before": before,
         "loss_after": after,
+        "steps": training.steps,
         "summary": f"{asked.method}, held-out loss {before:.3f} to {after:.3f}",
     }
 
 
-def _kept(teacher: dict[str, Any], before: float, gain: float, when: str, asked: Correct) -> dict[str, Any]:
-    said = f"held-out loss {before:.3f} fell by {gain:.3f} {when}, less than {asked.min_gain:g}"
+def record(context: Context, outputs: dict[str, Any]) -> None:
+    """The held-out loss before and after, in the run's record."""
+    if "loss_before" in outputs:
+        context.log("correct").metrics({"heldout_loss": outputs["loss_before"]}, step=0)
+        context.log("correct").metrics({"heldout_loss": outputs["loss_after"]}, step=outputs["steps"])
+
+
+def _kept(teacher: dict[str, Any], before: float, gain: float, steps: int, asked: Correct) -> dict[str, Any]:
+    said = f"held-out loss {before:.3f} fell by {gain:.3f} after {steps} steps, less than {asked.min_gain:g}"
     return {
         "folder": teacher["folder"],
         "id": teacher["id"],
         "corrected": False,
         "loss_before": before,
         "loss_after": before - gain,
+        "steps": steps,
         "summary": f"the teacher stays as it is: {said}",
     }
 
 
-def _train(context: Context, folder: str, asked: Correct, name: str, until: int | None) -> str:
-    """The folder of the teacher after `until` steps, or after all of them."""
+def _forget(folder: str, name: str) -> None:
+    storage.remove(storage.join(folder, name))
+
+
+def _after(context: Context, folder: str, asked: Correct, training: Training, name: str, until: int | None) -> float:
+    """Held-out loss of the teacher after `until` steps, or after all of them; only the last model is kept."""
+    if not storage.exists(storage.join(folder, f"{name}.json")):
+        _train(context, folder, asked, training, name, until)
+    loss = _heldout(context, folder, name, storage.join(folder, name))
+    if until is not None:
+        _forget(folder, name)
+    return loss
+
+
+def _train(context: Context, folder: str, asked: Correct, training: Training, name: str, until: int | None) -> None:
     target = storage.join(folder, name)
     if storage.is_committed(target):
-        return target
+        return
     context.console.status("starting Ray")
     context.need_ray()
     log, teacher = context.log("correct"), context.done["teacher"]
-    context.console.status(Tail(log, asked.training.steps).text)
+    context.console.status(Tail(log, training.steps).text)
     task = TrainTask(
         materials=Materials(
             teacher=teacher["folder"],
@@ -95,7 +121,7 @@ def _train(context: Context, folder: str, asked: Correct, name: str, until: int 
             train_targets="",
             heldout_targets="",
         ),
-        config=distill_config(asked.training),
+        config=distill_config(training),
         losses=Losses(logits="none", cross_entropy=1.0),
         checkpoints=storage.join(folder, "checkpoints"),
         result=target,
@@ -106,7 +132,6 @@ def _train(context: Context, folder: str, asked: Correct, name: str, until: int 
         until=until,
     )
     train_on_ray(task, context.recipe.resources, log, scratch=storage.join(folder, "ray"))
-    return target
 
 
 def _heldout(context: Context, folder: str, name: str, model: str) -> float:

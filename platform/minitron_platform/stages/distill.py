@@ -9,6 +9,7 @@ from minitron import storage
 from minitron.architecture import Architecture
 from minitron.distill import Losses
 from minitron.models import load_tokenizer, save_model
+from minitron.origin import Origin
 from minitron_platform.console import seconds
 from minitron_platform.context import Context
 from minitron_platform.losses import distillation_losses
@@ -24,7 +25,6 @@ def inputs(context: Context) -> dict[str, Any]:
         "targets": context.done["targets"]["fingerprint"],
         "base": context.base["id"],
         "scores": context.done["calibrate"]["id"],
-        "depth": [context.recipe.calibrate.depth, context.recipe.calibrate.layers],
         "architecture": context.done["search"]["winner"],
         "losses": asdict(_losses(context)[0]),
         "training": context.recipe.distillation(context.member).model_dump(exclude={"checkpoint_every"}),
@@ -44,9 +44,7 @@ def run(context: Context, folder: str) -> dict[str, Any]:
     pruned, student = storage.join(folder, "pruned"), storage.join(folder, "student")
     if not storage.is_committed(pruned):
         context.console.status("pruning")
-        model = cut.prune(cut.load(), architecture)
-        with storage.committed_folder(pruned) as place:
-            save_model(model, load_tokenizer(storage.fetch(reads.teacher)), place)
+        _save_pruned(cut, architecture, reads.teacher, pruned)
     if not storage.is_committed(student):
         context.console.status("starting Ray")
         context.need_ray()
@@ -85,6 +83,12 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         "losses_chosen": chosen,
         "summary": f"{tokens:,} tokens · {architecture.num_parameters / 1e6:.1f}M parameters",
     }
+
+
+def _save_pruned(cut: Origin, architecture: Architecture, teacher: str, target: str) -> None:
+    model = cut.prune(cut.load(), architecture)
+    with storage.committed_folder(target) as place:
+        save_model(model, load_tokenizer(storage.fetch(teacher)), place)
 
 
 def record(context: Context, outputs: dict[str, Any]) -> None:

@@ -86,7 +86,6 @@ def inputs(context: Context) -> dict[str, Any]:
         "targets": context.done["targets"]["fingerprint"],
         "base": context.base["id"],
         "scores": context.done["calibrate"]["id"],
-        "depth": [context.recipe.calibrate.depth, context.recipe.calibrate.layers],
         "heldout": [context.done["data"]["heldout"], search.heldout_rows],
         "space": context.member.space,
         "parameters": context.member.parameters,

@@ -10,7 +10,7 @@ from minitron import storage
 from minitron.data import Split
 from minitron.distill import store_hidden
 from minitron.distill.materials import Materials
-from minitron.origin import Origin
+from minitron.origin import Origin, Recalibration
 from minitron_platform.context import Context
 from minitron_platform.stages.calibrate import metric
 
@@ -72,11 +72,27 @@ def materials(context: Context, targets: dict[str, Any] | None = None) -> Materi
 
 def origin(context: Context) -> Origin:
     """What the family's current model is cut from."""
-    done = context.done
+    done, settings = context.done, context.recipe.calibrate
     return Origin(
         folder=context.base["folder"],
         scores=done["calibrate"]["scores"],
         dtype=done["teacher"]["dtype"],
-        depth=context.recipe.calibrate.depth,
-        metric=metric(context),
+        depth=settings.depth,
+        metric=metric(settings),
+        merge_heads=settings.merge_heads,
+        again=_recalibration(context) if settings.steps > 1 else None,
+    )
+
+
+def _recalibration(context: Context) -> Recalibration:
+    settings = context.recipe.calibrate
+    return Recalibration(
+        steps=settings.steps,
+        rows=context.done["data"]["folder"],
+        num_rows=settings.rows,
+        layer_metric=settings.layers if settings.layers in ("loss", "logit_error") else "cosine",
+        layer_rows=settings.layer_rows,
+        batch_aggregation=settings.batch_aggregation,
+        sequence_aggregation=settings.sequence_aggregation,
+        neurons=settings.neurons,
     )
