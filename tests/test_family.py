@@ -18,7 +18,8 @@ from minitron import Architecture, ImportanceScores, prune, storage
 from minitron.models import load_model
 
 ROOT = Path(__file__).parent.parent
-SPACE = {"num_layers": [2, 3, 4], "hidden_size": [36, 48], "intermediate_size": [48, 72]}
+LARGE = {"num_layers": [3, 4], "hidden_size": [36, 48], "intermediate_size": [48, 72]}
+SMALL = {"num_layers": [2, 3], "hidden_size": [36, 48], "intermediate_size": [48, 72]}
 
 
 def _minitron(*arguments, cwd):
@@ -51,8 +52,8 @@ def _correction(**changes):
 def family(bench):
     """A corrected teacher, a model cut from it, and one cut from that model."""
     members = [
-        {"model": "tiny-large", "parameters": 75_000, "tolerance": 0.15, "space": SPACE},
-        {"model": "tiny-small", "start": "previous", "parameters": 50_000, "tolerance": 0.15, "space": SPACE},
+        {"model": "tiny-large", "parameters": 75_000, "tolerance": 0.15, "space": LARGE},
+        {"model": "tiny-small", "start": "previous", "parameters": 50_000, "tolerance": 0.15, "space": SMALL},
     ]
     recipe = _recipe(
         bench,

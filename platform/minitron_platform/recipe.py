@@ -21,12 +21,20 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that also reads 6e-4 and 9e7 as numbers, which YAML 1.1 takes for text."""
+    """SafeLoader that also reads 6e-4 and 9e7 as numbers, which YAML 1.1 takes for text, and 29:13 as the text it is, which
+    YAML 1.1 takes for 29 minutes."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"^[-+]?(0|[1-9][0-9_]*)$",
+    "tag:yaml.org,2002:float": r"^[-+]?(\d[\d_]*(\.[\d_]*([eE][-+]?\d+)?|[eE][-+]?\d+)|\.\d+([eE][-+]?\d+)?|\.inf)$",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+0123456789."))
 
 
 class _Section(BaseModel):
@@ -324,9 +332,7 @@ def _explain(path: Path, error: ValidationError) -> InputError:
     """The first thing that is wrong, as one sentence about a key."""
     first = error.errors()[0]
     # a union's branches are no keys
-    key = (
-        ".".join(str(part) for part in first["loc"] if isinstance(part, int) or re.fullmatch(r"\w+", part))
-    )
+    key = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or re.fullmatch(r"\w+", part))
     value = first["input"]
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
