@@ -386,5 +386,5 @@ def test_a_recipe_runs_as_a_job_and_its_results_are_in_storage(as_user: Head, be
     for stage in ("teacher", "search", "distill", "register"):
         assert f"✓ {stage}" in printed
     (results,) = (tmp_path / "runs" / "runs").glob("*/results.json")
-    table = json.loads(results.read_text())["stages"]["evaluate"]["table"]
+    table = json.loads(results.read_text())["family"]["tiny-student"]["evaluate"]["table"]
     assert table["distilled"]["kl"] < table["pruned"]["kl"]
