@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import pty
@@ -18,6 +19,8 @@ import torch
 from mlflow import MlflowClient
 from tiny import DISTILL_STEPS, SEARCH_STEPS
 from transformers import AutoModelForCausalLM
+
+from minitron import Architecture
 
 ROOT = Path(__file__).parent.parent
 STAGES = ["teacher", "data", "correct", "targets", "calibrate", "search", "distill", "evaluate", "register"]
@@ -103,8 +106,13 @@ def test_every_candidate_was_distilled_on_the_same_tokens(bench, finished):
     assert len({r["num_layers"] for r in ranking}) > 1
     assert len({r["hidden_size"] for r in ranking}) > 1
     winner = done["search"]["winner"]
-    assert winner["num_layers"] == ranking[0]["num_layers"]
+    (chosen,) = [r for r in ranking if r["winner"]]
+    assert chosen["flops_per_token"] == min(r["flops_per_token"] for r in ranking if r["tied"])
+    assert str(Architecture.from_dict(winner)) == chosen["architecture"]
     assert done["distill"]["architecture"] == winner
+    assert done["search"]["reason"] in finished.stdout
+    page = next((bench / "runs" / "runs").glob("*/report.html")).read_text()
+    assert done["search"]["reason"] in html.unescape(page)
 
 
 def test_the_student_loads_without_minitron_and_gives_the_same_logits(bench, finished):

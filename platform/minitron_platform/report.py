@@ -118,7 +118,7 @@ def draw(context: Context) -> bytes:
 def _draw_search(axes: Any, ranking: list[dict[str, Any]], name: str) -> None:
     ordered = ranking[::-1]
     names = [f"{r['num_layers']}L·{r['hidden_size']}·{r['intermediate_size']}" for r in ordered]
-    colours = ["#76b900" if r["rank"] == 1 else "#9aa5b1" for r in ordered]
+    colours = ["#76b900" if r["winner"] else "#b5d99c" if r["tied"] else "#9aa5b1" for r in ordered]
     axes.barh(names, [r["kl_undistilled"] for r in ordered], color="#e4e7eb", label="pruned only")
     axes.barh(names, [r["kl"] for r in ordered], color=colours, label="after its short distillation")
     axes.set_xlabel("held-out KL to the teacher, nats per token")

@@ -20,7 +20,7 @@ from ray.tune import Callback
 from minitron import storage
 from minitron.architecture import Architecture
 from minitron.errors import InputError, MinitronError, NonFiniteError
-from minitron_search.ranking import SearchResult, rank
+from minitron_search.ranking import SearchResult, rank, reason
 from minitron_search.trial import SearchTask, run_trial, trial_key, trial_result
 
 Event = Callable[[str, dict[str, Any]], None]
@@ -62,9 +62,9 @@ def search(
     if not results:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
         raise MinitronError(f"no candidate of the search finished: {reasons}", "mend the cause and run again")
-    ranking = rank(results)
-    best = min(results, key=lambda result: result["kl"])
-    return SearchResult(ranking, Architecture.from_dict(best["architecture"]), failures)
+    ranking = rank(results, task.materials.open_rows("heldout").seq_length)
+    winner = next(a for a in architectures if str(a) == ranking[ranking["winner"]].iloc[0]["architecture"])
+    return SearchResult(ranking, winner, reason(ranking), failures)
 
 
 def _run(

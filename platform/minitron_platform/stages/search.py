@@ -19,7 +19,7 @@ from minitron_platform.trials import TrialsView, record_trials
 from minitron_search.space import candidates
 from minitron_search.trial import SearchTask
 
-VERSION = 2
+VERSION = 3
 
 
 def architectures(member: Member, base: Architecture, place: str) -> list[Architecture]:
@@ -128,19 +128,23 @@ def run(context: Context, folder: str) -> dict[str, Any]:
             on_event=view.event,
         )
     ranking = json.loads(result.ranking.to_json(orient="records"))
-    best = result.ranking.iloc[0]
+    winner = result.ranking[result.ranking["winner"]].iloc[0]
     return {
         "winner": result.winner.to_dict(),
+        "reason": result.reason,
         "ranking": ranking,
         "failures": result.failures,
         "candidates": len(found),
         "architectures": [a.to_dict() for a in found],
         "trials": task.folder,
-        "summary": f"{len(ranking)} of {len(found)} candidates distilled · winner {result.winner} · KL {best['kl']:.3f}",
+        "summary": f"{len(ranking)} of {len(found)} candidates distilled · winner {result.winner} · "
+        f"KL {winner['kl']:.3f} · {result.reason}",
     }
 
 
 def record(context: Context, outputs: dict[str, Any]) -> None:
     """Write every trial's result into its record, whichever run and process computed it."""
+    winner = str(Architecture.from_dict(outputs["winner"]))
+    context.log("search").tags({"minitron.winner": winner, "minitron.winner_reason": outputs["reason"]})
     found = [Architecture.from_dict(values) for values in outputs["architectures"]]
     record_trials(context, outputs["trials"], found)
