@@ -114,7 +114,7 @@ def _candidates(recipe: Recipe, teacher: Architecture) -> dict[str, list[Archite
     for member in recipe.family:
         before = recipe.origin(member)
         bases = found[before.model] if before else [teacher]
-        fitting = {a for base in bases for a in architectures(member, base, place(recipe, member))}
+        fitting = {a for base in bases for a in architectures(recipe, member, base)}
         found[member.model] = sorted(fitting, key=lambda a: -a.num_parameters)
     return found
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from minitron.errors import InputError
 from minitron.packages import PACKAGE
@@ -18,6 +18,8 @@ from minitron.storage import is_local, local_path
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 Positive = Annotated[int, Field(ge=1)]
+Limit = Annotated[float, Field(gt=0)]
+LONGEST_AXIS = 10_000  # values; a range with more is a slip
 
 
 class _Loader(yaml.SafeLoader):
@@ -134,16 +136,48 @@ class Search(_Section):
     training: Training
 
 
+def _values(given: Any) -> Any:
+    """{from, to, step}, both ends included, as the list of its values; anything else as it is."""
+    if not isinstance(given, dict):
+        return given
+    if set(given) != {"from", "to", "step"}:
+        raise ValueError("a range has the keys from, to and step")
+    first, last, step = given["from"], given["to"], given["step"]
+    if not all(isinstance(value, int | float) for value in (first, last, step)):
+        raise ValueError("from, to and step are numbers")
+    if step <= 0 or last < first or (last - first) / step >= LONGEST_AXIS:
+        raise ValueError(f"a range goes up from `from` to `to` in at most {LONGEST_AXIS:,} steps")
+    count = int((last - first) / step + 1e-9) + 1
+    return [round(first + index * step, 9) for index in range(count)]
+
+
+Values = Annotated[list[int | float], BeforeValidator(_values)]
+
+
+class Limits(_Section):
+    """What a candidate may need at most to serve `batch` sequences of `context` tokens (default: data.seq_length): FLOPs of
+    a forward pass per token, bytes of KV cache, bytes of weights and KV cache, at 16 bits a value."""
+
+    context: Positive | None = None
+    batch: Positive = 1
+    flops_per_token: Limit | None = None
+    kv_cache_bytes: Limit | None = None
+    memory_bytes: Limit | None = None
+
+
 class Member(_Section):
     """One model of the family: the name it is registered under, its size within a relative tolerance, and the space of
-    architectures to look for it in. It is cut from the teacher, or from the family's model before it; either way it is
-    distilled from the teacher. `distill` replaces the recipe's for this one."""
+    architectures to look for it in, each axis a list or a range {from, to, step}. `points` are shapes that are tried first
+    and always distilled. It is cut from the teacher, or from the family's model before it; either way it is distilled from
+    the teacher. `distill` replaces the recipe's for this one."""
 
     model: Annotated[str, Field(pattern=NAME)]
     start: Literal["teacher", "previous"] = "teacher"
     parameters: Positive
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    space: dict[str, list[int | float]]
+    space: dict[str, Values]
+    points: list[dict[str, Positive]] = []
+    limits: Limits | None = None
     distill: Training | None = None
 
 
@@ -312,7 +346,8 @@ def _explain(path: Path, error: ValidationError) -> InputError:
         return InputError(f"{path}: {key}: unknown key{more}", f"{hint}known here: {', '.join(known)}")
     if first["type"] == "missing":
         return InputError(f"{path}: {key}: missing{more}", "add the key; the recipes that ship show every one")
-    message = first["msg"][0].lower() + first["msg"][1:]
+    said = first["msg"].removeprefix("Value error, ")
+    message = said[0].lower() + said[1:]
     return InputError(f"{path}: {key}: {value!r} is not valid: {message}{more}", f"change {key}, or --set {key}=…")
 
 

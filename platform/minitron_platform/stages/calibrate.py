@@ -43,7 +43,9 @@ def _depths(context: Context) -> list[int]:
     total = context.base["architecture"]["num_layers"]
     origin = context.recipe.origin(context.member)
     siblings = [m for m in context.recipe.family if context.recipe.origin(m) == origin]
-    return sorted({int(d) for m in siblings for d in m.space.get("num_layers", []) if d < total})
+    named = [d for m in siblings for d in m.space.get("num_layers", [])]
+    named += [point["num_layers"] for m in siblings for point in m.points if "num_layers" in point]
+    return sorted({int(d) for d in named if d < total})
 
 
 def _scoring(context: Context) -> LayerScoring:

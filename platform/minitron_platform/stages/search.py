@@ -16,40 +16,76 @@ from minitron_platform.recipe import Member, Recipe
 from minitron_platform.stages.targets import materials, origin
 from minitron_platform.training import distill_config
 from minitron_platform.trials import TrialsView, record_trials
-from minitron_search.space import candidates
+from minitron_search.limits import Limits
+from minitron_search.space import candidates, points_in
 from minitron_search.trial import SearchTask
 
 VERSION = 3
+_WHICH = ("space", "points", "limits", "parameters", "tolerance")  # inputs that say which candidates there are
 
 
-def architectures(member: Member, base: Architecture, place: str) -> list[Architecture]:
-    """The candidates for one of the family, cut from `base`; `place` is its key in the recipe.
+def architectures(recipe: Recipe, member: Member, base: Architecture) -> list[Architecture]:
+    """The candidates for one of the family, cut from `base`, its points first.
 
-    What follows another model of the family may name larger values in its space than that one has; they are left out.
-    Raises InputError when its size cannot be met from its space.
+    What follows another model of the family may name larger values in its space or points than that one has; they are left
+    out. Raises InputError when its size cannot be met from its space.
     """
+    where = place(recipe, member)
     if member.parameters >= base.num_parameters:
         what = "the teacher's" if member.start == "teacher" else "those of the model it is cut from,"
         raise InputError(
-            f"{place}.parameters: {member.parameters:,} is not smaller than {what} {base.num_parameters:,}",
+            f"{where}.parameters: {member.parameters:,} is not smaller than {what} {base.num_parameters:,}",
             "choose a smaller target, or a larger teacher",
         )
     space = member.space
     if member.start == "previous":
         fitting = {axis: [v for v in values if v <= getattr(base, axis, v)] for axis, values in space.items()}
         space = {axis: values or space[axis] for axis, values in fitting.items()}  # if none fits, it is refused by name
-    low, high = member.parameters * (1 - member.tolerance), member.parameters * (1 + member.tolerance)
-    found = candidates(base, space, low, high, key=f"{place}.space")
+    low, high = _budget(member)
+    limits = _limits(recipe, member)
+    points = pinned(recipe, member, base)
+    found = candidates(base, space, low, high, limits=limits, points=points, key=f"{where}.space")
     if not found:
-        everything = candidates(base, space, 0, float("inf"), key=f"{place}.space")
+        sized = candidates(base, space, low, high, key=f"{where}.space")
+        if sized and limits:
+            over = limits.unreachable(sized) or "no combination keeps to all of them at once"
+            raise InputError(
+                f"{where}.limits: none of {len(sized)} combinations with {low:,.0f} to {high:,.0f} parameters keeps to "
+                f"them: {over}",
+                f"raise {where}.limits, or widen {where}.space",
+            )
+        everything = candidates(base, space, 0, float("inf"), key=f"{where}.space")
         nearest = min(everything, key=lambda a: abs(a.num_parameters - member.parameters), default=None)
         near = f"; the nearest has {nearest.num_parameters:,} ({nearest})" if nearest else ""
         inside = f" inside {base}" if member.start == "previous" else ""
         raise InputError(
-            f"{place}.space: no combination{inside} has {low:,.0f} to {high:,.0f} parameters{near}",
-            f"widen {place}.space or {place}.tolerance",
+            f"{where}.space: no combination{inside} has {low:,.0f} to {high:,.0f} parameters{near}",
+            f"widen {where}.space or {where}.tolerance",
         )
     return found
+
+
+def pinned(recipe: Recipe, member: Member, base: Architecture) -> list[Architecture]:
+    """The shapes that the recipe names for one of the family; those that do not fit the model before it are left out."""
+    return points_in(
+        base,
+        member.points,
+        *_budget(member),
+        limits=_limits(recipe, member),
+        key=f"{place(recipe, member)}.points",
+        skip=member.start == "previous",
+    )
+
+
+def _budget(member: Member) -> tuple[float, float]:
+    """Fewest and most parameters."""
+    return member.parameters * (1 - member.tolerance), member.parameters * (1 + member.tolerance)
+
+
+def _limits(recipe: Recipe, member: Member) -> Limits | None:
+    if member.limits is None:
+        return None
+    return Limits(**{**member.limits.model_dump(), "context": member.limits.context or recipe.data.seq_length})
 
 
 def place(recipe: Recipe, member: Member) -> str:
@@ -59,7 +95,7 @@ def place(recipe: Recipe, member: Member) -> str:
 
 def trials_folder(context: Context) -> str:
     """Where trials are kept: not under the search, so that a space with more widths finds those of the narrower one."""
-    rest = {name: value for name, value in inputs(context).items() if name not in ("space", "parameters", "tolerance")}
+    rest = {name: value for name, value in inputs(context).items() if name not in _WHICH}
     return storage.join(context.places.storage, "trials", storage.fingerprint({**rest, "version": VERSION}))
 
 
@@ -89,6 +125,8 @@ def inputs(context: Context) -> dict[str, Any]:
         "depth": [context.recipe.calibrate.depth, context.recipe.calibrate.layers],
         "heldout": [context.done["data"]["heldout"], search.heldout_rows],
         "space": context.member.space,
+        "points": context.member.points,
+        "limits": asdict(limits) if (limits := _limits(context.recipe, context.member)) else None,
         "parameters": context.member.parameters,
         "tolerance": context.member.tolerance,
         "losses": asdict(logit_losses(context.recipe)),
@@ -103,7 +141,7 @@ def run(context: Context, folder: str) -> dict[str, Any]:
     recipe = context.recipe
     teacher = Architecture.from_dict(context.done["teacher"]["architecture"])
     base = Architecture.from_dict(context.base["architecture"])
-    found = architectures(context.member, base, place(recipe, context.member))
+    found = architectures(recipe, context.member, base)
     task = SearchTask(
         materials=materials(context),
         origin=origin(context),
