@@ -128,11 +128,28 @@ class Correct(_Section):
     training: Training
 
 
+class Forward(_Section):
+    """A first look at every candidate: exact held-out KL without any training. The best `keep` by it are distilled."""
+
+    keep: Positive
+
+
+class Halving(_Section):
+    """At every rung from the share `grace` of the short run on, the best share `keep` of the candidates goes on."""
+
+    keep: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    grace: Annotated[float, Field(ge=0, lt=1)] = 0.75
+
+
 class Search(_Section):
     """The short distillation that every candidate gets; they are ranked on the first `heldout_rows` held-out rows (default:
-    all)."""
+    all), and measured on them at `rungs` too, shares of the short run. With `forward` only the best before training are
+    distilled; with `halving` the worse are stopped at rungs. By default all are distilled to the end."""
 
     heldout_rows: Positive | None = None
+    rungs: list[Annotated[float, Field(gt=0, lt=1)]] = [0.5, 0.75]
+    forward: Forward | None = None
+    halving: Halving | None = None
     training: Training
 
 

@@ -22,13 +22,20 @@ class SearchResult:
 
     `ranking` has a row per candidate that was distilled to the end, lowest held-out KL first (see `rank`); `winner` is the
     architecture to go on with and `reason` the sentence that says why; `failures` has a reason per candidate that did not
-    finish.
+    finish. `stopped` are the candidates that a rung stopped, with the `step` and their held-out `kl` there. `forward` has
+    every candidate's KL before training, lowest first, and whether it was `distilled`; None where not all were scored.
+    `stability` says how well earlier measures predict the ranking (see `minitron_search.stability.stability`), and `saved`
+    is the share of the training steps that stopping saved.
     """
 
     ranking: pd.DataFrame
     winner: Architecture
     reason: str
     failures: dict[str, str]
+    stopped: pd.DataFrame
+    forward: pd.DataFrame | None
+    stability: pd.DataFrame
+    saved: float
 
 
 def rank(results: Sequence[dict[str, Any]], seq_length: int) -> pd.DataFrame:
@@ -88,3 +95,12 @@ def _row(position: int, result: dict[str, Any], best: dict[str, Any], seq_length
 
 def _stderr(values: Sequence[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def pareto(costs: Sequence[float], kl: Sequence[float]) -> list[int]:
+    """Positions of the candidates that none other beats in both, the cheapest first."""
+    front: list[int] = []
+    for index in sorted(range(len(costs)), key=lambda i: (costs[i], kl[i])):
+        if not front or kl[index] < kl[front[-1]]:
+            front.append(index)
+    return front

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minitron import storage
 from minitron.architecture import Architecture
@@ -16,12 +16,19 @@ from minitron_platform.recipe import Member, Recipe
 from minitron_platform.stages.targets import materials, origin
 from minitron_platform.training import distill_config
 from minitron_platform.trials import TrialsView, record_trials
+from minitron_search.halving import Halving, planned_steps, rung_steps
 from minitron_search.limits import Limits
 from minitron_search.space import candidates, points_in
 from minitron_search.trial import SearchTask
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from minitron_search.ranking import SearchResult
+
 VERSION = 3
-_WHICH = ("space", "points", "limits", "parameters", "tolerance")  # inputs that say which candidates there are
+# Inputs that say which candidates there are and how far each goes, but change no trial.
+_WHICH = ("space", "points", "limits", "parameters", "tolerance", "rungs", "forward", "halving")
 
 
 def architectures(recipe: Recipe, member: Member, base: Architecture) -> list[Architecture]:
@@ -129,6 +136,9 @@ def inputs(context: Context) -> dict[str, Any]:
         "limits": asdict(limits) if (limits := _limits(context.recipe, context.member)) else None,
         "parameters": context.member.parameters,
         "tolerance": context.member.tolerance,
+        "rungs": rung_steps(search.rungs, search.training.steps),
+        "forward": search.forward.model_dump() if search.forward else None,
+        "halving": search.halving.model_dump() if search.halving else None,
         "losses": asdict(logit_losses(context.recipe)),
         # how often to checkpoint changes nothing about the result
         "training": search.training.model_dump(exclude={"checkpoint_every"}),
@@ -136,6 +146,7 @@ def inputs(context: Context) -> dict[str, Any]:
 
 
 def run(context: Context, folder: str) -> dict[str, Any]:
+    from minitron_search.stability import settled
     from minitron_search.tuning import search
 
     recipe = context.recipe
@@ -150,14 +161,19 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         folder=trials_folder(context),
         heldout_rows=recipe.search.heldout_rows,
         threads=max(1, int(recipe.resources.cpus_per_trial)),
+        rungs=rung_steps(recipe.search.rungs, recipe.search.training.steps),
     )
     context.console.status("starting Ray")
     context.need_ray()
-    view = TrialsView(context, task.folder, found)
+    distilled = distilled_count(recipe, len(found), len(context.member.points))
+    view = TrialsView(context, task, found, distilled=distilled, planned=search_steps(recipe, distilled))
     with lock(context.places, f"locks/trials-{task.folder.rsplit('/', 1)[-1]}", "a search over the same trials"):
         result = search(
             task,
             found,
+            forward_keep=recipe.search.forward.keep if recipe.search.forward else None,
+            pinned=pinned(recipe, context.member, base),
+            halving=halving(recipe),
             scratch=storage.join(folder, "tune"),
             cpus_per_trial=recipe.resources.cpus_per_trial,
             gpus_per_trial=recipe.resources.gpus_per_trial,
@@ -165,24 +181,58 @@ def run(context: Context, folder: str) -> dict[str, Any]:
             max_failures=recipe.resources.max_failures,
             on_event=view.event,
         )
-    ranking = json.loads(result.ranking.to_json(orient="records"))
     winner = result.ranking[result.ranking["winner"]].iloc[0]
+    passed_over = set() if result.forward is None else set(result.forward.query("not distilled")["architecture"])
     return {
         "winner": result.winner.to_dict(),
         "reason": result.reason,
-        "ranking": ranking,
+        "ranking": _records(result.ranking),
+        "stopped": _records(result.stopped),
+        "forward": None if result.forward is None else _records(result.forward),
+        "stability": _records(result.stability),
+        "settled": settled(result.stability),
+        "saved": result.saved,
         "failures": result.failures,
         "candidates": len(found),
-        "architectures": [a.to_dict() for a in found],
+        "architectures": [a.to_dict() for a in found if str(a) not in passed_over],
         "trials": task.folder,
-        "summary": f"{len(ranking)} of {len(found)} candidates distilled · winner {result.winner} · "
-        f"KL {winner['kl']:.3f} · {result.reason}",
+        "summary": f"{_counts(result, len(found))} · winner {result.winner} · KL {winner['kl']:.3f} · {result.reason}",
     }
+
+
+def halving(recipe: Recipe) -> Halving | None:
+    """How the recipe's search stops candidates early."""
+    return Halving(**recipe.search.halving.model_dump()) if recipe.search.halving else None
+
+
+def distilled_count(recipe: Recipe, candidates: int, points: int) -> int:
+    """How many of the candidates are distilled, at most."""
+    forward = recipe.search.forward
+    return min(candidates, forward.keep + points) if forward else candidates
+
+
+def search_steps(recipe: Recipe, distilled: int) -> int:
+    """Training steps of all trials together."""
+    steps, rule = recipe.search.training.steps, halving(recipe)
+    cuts = rule.cuts(rung_steps(recipe.search.rungs, steps), steps) if rule else []
+    return planned_steps(distilled, steps, cuts, rule.keep if rule else 1)
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = json.loads(table.to_json(orient="records"))
+    return records
+
+
+def _counts(result: SearchResult, candidates: int) -> str:
+    """How many candidates got how far."""
+    parts = [] if result.forward is None else [f"{len(result.forward)} scored undistilled"]
+    if len(result.stopped):
+        parts.append(f"{len(result.stopped)} stopped early")
+    return ", ".join([*parts, f"{len(result.ranking)} of {candidates} candidates distilled"])
 
 
 def record(context: Context, outputs: dict[str, Any]) -> None:
     """Write every trial's result into its record, whichever run and process computed it."""
     winner = str(Architecture.from_dict(outputs["winner"]))
     context.log("search").tags({"minitron.winner": winner, "minitron.winner_reason": outputs["reason"]})
-    found = [Architecture.from_dict(values) for values in outputs["architectures"]]
-    record_trials(context, outputs["trials"], found)
+    record_trials(context, outputs)
