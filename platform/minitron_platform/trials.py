@@ -57,15 +57,23 @@ def _open(context: Context, architecture: Architecture) -> RunLog:
 
 
 class TrialsView:
-    """Turns what trials report into the live line, a line per finished trial, and metrics. `distilled` is how many of
-    `found` are distilled, `planned` how many training steps that takes in all."""
+    """Turns what trials report into the live line, a line per finished trial, and metrics. `scoring` says that all of
+    `found` are scored first; `to_end` is how many are distilled to the end, `planned` how many training steps are done in
+    all."""
 
     def __init__(
-        self, context: Context, task: SearchTask, found: list[Architecture], *, distilled: int, planned: int
+        self,
+        context: Context,
+        task: SearchTask,
+        found: list[Architecture],
+        *,
+        scoring: bool,
+        to_end: int,
+        planned: int,
     ) -> None:
         self.context, self.console = context, context.console
         self.by_key = {trial_key(a): a for a in found}
-        self.rungs, self.distilled, self.planned = task.rungs, distilled, planned
+        self.rungs, self.scoring, self.to_end, self.planned = task.rungs, scoring, to_end, planned
         self.steps = task.config.steps
         self.active: dict[str, dict[str, Any]] = {}
         self.logs: dict[str, RunLog] = {}
@@ -75,9 +83,8 @@ class TrialsView:
             None  # less the step, KL, candidate: the furthest measured, then lowest
         )
         self.position = {trial_key(a): _steps_done(task, a) for a in found}
-        self.finished = sum(step == self.steps for step in self.position.values())
-        self.to_score = distilled < len(found)
-        self.scored = sum(undistilled(task.folder, a) is not None for a in found) if self.to_score else 0
+        self.finished = min(to_end, sum(step == self.steps for step in self.position.values()))
+        self.scored = sum(undistilled(task.folder, a) is not None for a in found) if scoring else 0
         self.before: tuple[float, int] | None = None  # when the first step was reported, and the steps done by then
         self.console.status(self._status)
 
@@ -111,7 +118,7 @@ class TrialsView:
             self.finished += 1
             self._measured(key, self.steps, numbers["kl"])
             before = f"{self.first_kl[key]:.2f} → " if key in self.first_kl else ""
-            self.console.say(f"  {self.finished}/{self.distilled}  {name}  held-out KL {before}{numbers['kl']:.3f}")
+            self.console.say(f"  {self.finished}/{self.to_end}  {name}  held-out KL {before}{numbers['kl']:.3f}")
 
     def _moved(self, key: str, numbers: dict[str, Any]) -> None:
         self.active[key] = numbers
@@ -124,10 +131,10 @@ class TrialsView:
         self.best = min(self.best or (-step, kl, key), (-step, kl, key))
 
     def _status(self) -> str:
-        if self.to_score and not self.logs:
+        if self.scoring and not self.logs:
             parts = [f"{self.scored}/{len(self.by_key)} candidates scored undistilled"]
         else:
-            parts = [f"{self.finished}/{self.distilled} candidates"]
+            parts = [f"{self.finished}/{self.to_end} candidates"]
         if next_rung := self._next_rung():
             parts.append(f"next rung at step {next_rung}/{self.steps}")
         if self.best:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -20,9 +21,9 @@ def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float:
     return sum((product > 0) - (product < 0) for product in pairs) / len(pairs) if pairs else math.nan
 
 
-def stability(results: Sequence[dict[str, Any]], keep: float = 0.5) -> pd.DataFrame:
+def stability(results: Sequence[dict[str, Any]], rungs: Sequence[int], keep: float = 0.5) -> pd.DataFrame:
     """How well each earlier measure predicts the final held-out KL, a row per measure, from the candidates that were distilled
-    to the end (`results`, those of `minitron_search.trial.run_trial`, measured at the same rungs).
+    to the end (`results`, those of `minitron_search.trial.run_trial`) and measured after the steps `rungs`.
 
     `measure` is "size" (the largest is best), "loss undistilled", "KL undistilled" or "KL at step N"; `step` its step (NaN
     where nothing is measured of the candidate). `tau` is Kendall's to the final KL over `candidates`; `regret` the final KL
@@ -36,8 +37,7 @@ def stability(results: Sequence[dict[str, Any]], keep: float = 0.5) -> pd.DataFr
         ("loss undistilled", 0, lambda result: result["loss_undistilled"]),
         ("KL undistilled", 0, lambda result: result["kl_undistilled"]),
     ]
-    for index, rung in enumerate(results[0]["rungs"]):
-        measures.append((f"KL at step {rung['step']}", rung["step"], lambda result, i=index: result["rungs"][i]["kl"]))  # type: ignore[misc]
+    measures += [(f"KL at step {rung}", rung, partial(_kl_at, rung)) for rung in rungs]
     rows = []
     for name, step, measure in measures:
         values = [measure(result) for result in results]
@@ -56,6 +56,10 @@ def stability(results: Sequence[dict[str, Any]], keep: float = 0.5) -> pd.DataFr
             }
         )
     return pd.DataFrame(rows)
+
+
+def _kl_at(step: int, result: dict[str, Any]) -> float:
+    return next(rung["kl"] for rung in result["rungs"] if rung["step"] == step)
 
 
 def settled(table: pd.DataFrame) -> int | None:

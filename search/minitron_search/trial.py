@@ -14,6 +14,7 @@ from torch import nn
 from minitron import storage
 from minitron.architecture import Architecture
 from minitron.distill import DistillConfig, Losses, StepReport, distill
+from minitron.distill.checkpoint import committed_steps
 from minitron.distill.materials import Materials
 from minitron.logits import Head
 from minitron.origin import Origin
@@ -85,6 +86,7 @@ def run_trial(task: SearchTask, architecture: Architecture, report: Report, *, u
     if finished_result(task, architecture) is not None:
         drop_checkpoints(task.folder, architecture)  # killed just before it could
         return
+    _start_over_if_rungs_were_passed(task, architecture)
     _use_threads(task)
     started = time.perf_counter()
     materials, steps = task.materials, task.config.steps
@@ -135,6 +137,14 @@ def run_trial(task: SearchTask, architecture: Architecture, report: Report, *, u
     storage.write_json(storage.join(folder, "result.json"), result)
     drop_checkpoints(task.folder, architecture)
     report({"step": steps, "steps": steps, "kl": after.kl, "loss": after.loss})
+
+
+def _start_over_if_rungs_were_passed(task: SearchTask, architecture: Architecture) -> None:
+    """A checkpoint beyond a rung that was not asked for when it was written can't be gone on from."""
+    missing = [step for step in task.rungs if rung_result(task.folder, architecture, step) is None]
+    saved = committed_steps(storage.join(task.folder, trial_key(architecture), "checkpoints"))
+    if missing and saved and saved[-1] >= missing[0]:
+        drop_checkpoints(task.folder, architecture)
 
 
 @lru_cache(maxsize=1)

@@ -78,9 +78,7 @@ def search(
     stopped: Stopped = {}
     for cut in cuts:
         assert halving is not None
-        failures |= pool.run(
-            partial(run_trial, task, until=cut), going, partial(rung_result, task.folder, step=cut)
-        )
+        failures |= pool.run(partial(run_trial, task, until=cut), going, partial(rung_result, task.folder, step=cut))
         going = _cut(task, going, cut, halving.keep, stopped)
     failures |= pool.run(partial(run_trial, task), going, partial(finished_result, task))
     results = [result for a in going if (result := finished_result(task, a)) is not None]
@@ -96,7 +94,7 @@ def search(
         failures=failures,
         stopped=_stopped_table(task, stopped),
         forward=forward,
-        stability=stability(results, halving.keep if halving else Halving.keep),
+        stability=stability(results, task.rungs, halving.keep if halving else Halving.keep),
         saved=_saved(len(results), stopped, steps),
     )
 

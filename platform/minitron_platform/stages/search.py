@@ -16,7 +16,7 @@ from minitron_platform.recipe import Member, Recipe
 from minitron_platform.stages.targets import materials, origin
 from minitron_platform.training import distill_config
 from minitron_platform.trials import TrialsView, record_trials
-from minitron_search.halving import Halving, planned_steps, rung_steps
+from minitron_search.halving import Halving, kept, planned_steps, rung_steps
 from minitron_search.limits import Limits
 from minitron_search.space import candidates, points_in
 from minitron_search.trial import SearchTask
@@ -166,7 +166,14 @@ def run(context: Context, folder: str) -> dict[str, Any]:
     context.console.status("starting Ray")
     context.need_ray()
     distilled = distilled_count(recipe, len(found), len(context.member.points))
-    view = TrialsView(context, task, found, distilled=distilled, planned=search_steps(recipe, distilled))
+    view = TrialsView(
+        context,
+        task,
+        found,
+        scoring=recipe.search.forward is not None,
+        to_end=_to_end(recipe, distilled),
+        planned=search_steps(recipe, distilled),
+    )
     with lock(context.places, f"locks/trials-{task.folder.rsplit('/', 1)[-1]}", "a search over the same trials"):
         result = search(
             task,
@@ -213,9 +220,23 @@ def distilled_count(recipe: Recipe, candidates: int, points: int) -> int:
 
 def search_steps(recipe: Recipe, distilled: int) -> int:
     """Training steps of all trials together."""
+    return planned_steps(distilled, recipe.search.training.steps, _cuts(recipe), _keep(recipe))
+
+
+def _to_end(recipe: Recipe, distilled: int) -> int:
+    """How many no rung stops."""
+    for _ in _cuts(recipe):
+        distilled = kept(distilled, _keep(recipe))
+    return distilled
+
+
+def _keep(recipe: Recipe) -> float:
+    return recipe.search.halving.keep if recipe.search.halving else 1
+
+
+def _cuts(recipe: Recipe) -> list[int]:
     steps, rule = recipe.search.training.steps, halving(recipe)
-    cuts = rule.cuts(rung_steps(recipe.search.rungs, steps), steps) if rule else []
-    return planned_steps(distilled, steps, cuts, rule.keep if rule else 1)
+    return rule.cuts(rung_steps(recipe.search.rungs, steps), steps) if rule else []
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
