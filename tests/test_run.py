@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import pty
@@ -18,6 +19,9 @@ import torch
 from mlflow import MlflowClient
 from tiny import DISTILL_STEPS, SEARCH_STEPS
 from transformers import AutoModelForCausalLM
+
+from minitron import Architecture
+from minitron_platform.report import findings
 
 ROOT = Path(__file__).parent.parent
 STAGES = ["teacher", "data", "correct", "calibrate", "targets", "search", "distill", "evaluate", "register"]
@@ -103,8 +107,13 @@ def test_every_candidate_was_distilled_on_the_same_tokens(bench, finished):
     assert len({r["num_layers"] for r in ranking}) > 1
     assert len({r["hidden_size"] for r in ranking}) > 1
     winner = done["search"]["winner"]
-    assert winner["num_layers"] == ranking[0]["num_layers"]
+    (chosen,) = [r for r in ranking if r["winner"]]
+    assert chosen["flops_per_token"] == min(r["flops_per_token"] for r in ranking if r["tied"])
+    assert str(Architecture.from_dict(winner)) == chosen["architecture"]
     assert done["distill"]["architecture"] == winner
+    assert done["search"]["reason"] in finished.stdout
+    page = next((bench / "runs" / "runs").glob("*/report.html")).read_text()
+    assert done["search"]["reason"] in html.unescape(page)
 
 
 def test_the_student_loads_without_minitron_and_gives_the_same_logits(bench, finished):
@@ -204,6 +213,27 @@ def test_a_wider_space_distils_only_what_is_new(bench, finished):
     after = {p: p.stat().st_mtime_ns for p in (bench / "runs" / "trials").glob("*/*/result.json")}
     assert len(after) > len(before)
     assert before.items() <= after.items()
+
+
+def test_a_search_that_stops_early_says_how_early_the_order_was_known(bench, finished):
+    before = {p: p.stat().st_mtime_ns for p in (bench / "runs" / "trials").glob("*/*/*.json")}
+    early = ["--set", "search.forward.keep=4", "--set", "search.halving.keep=0.5", "--until", "search"]
+    result = _minitron("run", "recipe.yaml", "--storage", "runs", *early, cwd=bench)
+    assert result.returncode == 0, result.stdout + result.stderr
+    records = [json.loads(p.read_text())["outputs"] for p in (bench / "runs/stages/search").glob("*/stage.json")]
+    (stopping,) = [record for record in records if record["stopped"]]
+    (whole,) = [record for record in records if record["fingerprint"] == _results(bench)["search"]["fingerprint"]]
+    assert len(stopping["stopped"]) == len(stopping["ranking"]) == 2
+    assert "2 stopped early, 2 of" in result.stdout
+    assert sum(row["distilled"] for row in stopping["forward"]) == 4
+    # trials are shared with the search that ran all to the end, and its page says what stopping would have done
+    assert before == {p: p.stat().st_mtime_ns for p in (bench / "runs" / "trials").glob("*/*/*.json")}
+    assert [row["measure"] for row in whole["stability"]][3:] == ["KL at step 3", "KL at step 5"]
+    page = html.unescape(next((bench / "runs" / "runs").glob("*/report.html")).read_text())
+    assert all(sentence in page for sentence in findings(whole))
+    assert all(f"{row['tau']:.2f}" in page for row in whole["stability"])
+    (stops,) = [sentence for sentence in findings(stopping) if "stopped at a rung" in sentence]
+    assert f"2 were stopped at a rung, which saved {2 / 24:.0%}" in stops
 
 
 def test_a_deleted_registry_is_filled_again(bench, finished):
@@ -322,6 +352,17 @@ BAD = {
         ["--set", "family.0.space.hidden_size=[96]"],
         "hidden_size: 96 is larger",
         "at most 48",
+    ),
+    "halving after the last rung": (["--set", "search.halving.grace=0.9"], "search.rungs: [0.5, 0.75]", "grace"),
+    "limits nothing keeps to": (
+        ["--set", "family.0.limits.kv_cache_bytes=10"],
+        "family.0.limits: none of",
+        "raise family.0.limits",
+    ),
+    "a point of another size": (
+        ["--set", "family.0.points=[{num_layers: 1}]"],
+        "family.0.points.0: 1L",
+        "change the point",
     ),
     "missing text": (["--set", "data.path=/nowhere/text.jsonl"], "/nowhere/text.jsonl", ""),
     "missing teacher": (["--set", "teacher.model=./nowhere"], "./nowhere", "model folder"),

@@ -43,10 +43,14 @@ class Materials:
         folder = self.train_targets if split == "train" else self.heldout_targets
         return StoredTeacher(folder, teacher_head, self.targets_key(split))
 
+    def source(self, origin: Origin) -> tuple[nn.Module, Head]:
+        """What `origin` cuts students from, and the teacher's head."""
+        source = origin.load()
+        return source, Head.of(source if origin.folder == self.teacher else self.load_teacher())
+
     def student(self, origin: Origin, architecture: Architecture) -> tuple[nn.Module, Head]:
         """A student of `architecture`, cut from `origin`, and the teacher's head."""
-        source = origin.load()
-        head = Head.of(source if origin.folder == self.teacher else self.load_teacher())
+        source, head = self.source(origin)
         return origin.prune(source, architecture), head
 
     def heldout(self, model: nn.Module, teacher_head: Head, limit: int | None = None) -> HeldoutMetrics:

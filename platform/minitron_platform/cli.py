@@ -23,6 +23,7 @@ STORAGE_HELP = "Where everything is kept: a folder or any fsspec address. [defau
 TRACKING_HELP = "MLflow server or database. [default: SQLite in the storage]"
 ADDRESS_HELP = "The cluster's Jobs address, http://HOST:8265."
 INSECURE_HELP = "Allow a plain address elsewhere without a token."
+LISTED = 40  # candidates that a plan shows
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -244,7 +245,7 @@ def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool)
         shapes = Table(title=f"{member.model}: {len(found)} candidates{after}", title_justify="left")
         for title in ("layers", "hidden", "MLP", "heads", "KV", "parameters", "GFLOP/tok", "cache/tok"):
             shapes.add_column(title, justify="right", no_wrap=True)
-        for a in found:
+        for a in found[:LISTED]:
             shapes.add_row(
                 *[str(v) for v in (a.num_layers, a.hidden_size, a.intermediate_size, a.num_heads, a.num_kv_heads)],
                 f"{a.num_parameters:,}",
@@ -252,6 +253,8 @@ def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool)
                 f"{a.kv_cache_bytes(1):,} B",
             )
         console.table(shapes)
+        if len(found) > LISTED:
+            console.say(f"and {len(found) - LISTED:,} more, down to {found[-1].num_parameters:,} parameters\n")
 
 
 @main.command()

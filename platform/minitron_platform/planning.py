@@ -23,7 +23,8 @@ from minitron_platform.pipeline import finished_stages
 from minitron_platform.recipe import Member, Recipe, Training
 from minitron_platform.stages.calibrate import layer_scoring
 from minitron_platform.stages.data import source as text_source
-from minitron_platform.stages.search import architectures, place
+from minitron_platform.stages.search import architectures, distilled_count, halving, place, search_steps
+from minitron_search.halving import rung_steps
 
 MASTER_BYTES = 12  # float32 weights and two moments: what a checkpoint holds per parameter
 
@@ -114,7 +115,7 @@ def _candidates(recipe: Recipe, teacher: Architecture) -> dict[str, list[Archite
     for member in recipe.family:
         before = recipe.origin(member)
         bases = found[before.model] if before else [teacher]
-        fitting = {a for base in bases for a in architectures(member, base, place(recipe, member))}
+        fitting = {a for base in bases for a in architectures(recipe, member, base)}
         found[member.model] = sorted(fitting, key=lambda a: -a.num_parameters)
     return found
 
@@ -137,6 +138,12 @@ def _check_training(recipe: Recipe) -> None:
                 f"{key}.warmup_steps: {training.warmup_steps} leaves nothing of {training.steps} steps",
                 "use fewer warm-up steps, or more steps",
             )
+    rungs, rule = rung_steps(recipe.search.rungs, recipe.search.training.steps), halving(recipe)
+    if rule and not rule.cuts(rungs, recipe.search.training.steps):
+        raise InputError(
+            f"search.rungs: {recipe.search.rungs} has none between search.halving.grace = {rule.grace:g} and the end",
+            "add a rung, or shorten the grace period",
+        )
     if (recipe.calibrate.layers == "task") != (recipe.calibrate.task is not None):
         raise InputError(
             f"calibrate.task: {recipe.calibrate.task} with calibrate.layers: {recipe.calibrate.layers}",
@@ -264,6 +271,14 @@ def _correction(recipe: Recipe, teacher: Architecture, value_bytes: int) -> tupl
     )
 
 
+def _search_text(recipe: Recipe, at_most: str, candidates: int, distilled: int, tokens: int) -> str:
+    """How many candidates go how far."""
+    scored = f"{at_most}{candidates} candidates" + (" scored" if recipe.search.forward else "")
+    most = f", {distilled} distilled" if recipe.search.forward else ""
+    fewer = ", the worse stopped at rungs" if recipe.search.halving else ""
+    return f"{scored}{most}, {tokens:,} tokens each{fewer}"
+
+
 def _member_costs(
     recipe: Recipe, member: Member, teacher: Architecture, found: dict[str, list[Architecture]], value_bytes: int
 ) -> list[tuple[str, str, str, float, int]]:
@@ -281,7 +296,10 @@ def _member_costs(
         return tokens * (3 * architecture.flops_per_token(seq) + _head_flops(teacher))
 
     distillation = recipe.distillation(member)
-    search_tokens = recipe.search.training.steps * recipe.search.training.batch_rows * seq
+    batch, steps = recipe.search.training.batch_rows, recipe.search.training.steps
+    distilled = distilled_count(recipe, len(shapes), len(member.points))
+    all_tokens = search_steps(recipe, distilled) * batch * seq
+    rungs = len(rung_steps(recipe.search.rungs, steps))
     distill_tokens = distillation.steps * distillation.batch_rows * seq
     compared = min(recipe.search.heldout_rows or data.heldout_rows, data.heldout_rows)
     documents = sum(task.limit or 1000 for task in recipe.evaluate.tasks)
@@ -291,6 +309,7 @@ def _member_costs(
     def checkpoints(settings: Training, runs: int) -> int:
         return 3 * MASTER_BYTES * largest * runs if settings.checkpoint_every else 0
 
+    mean_flops = sum(a.flops_per_token(seq) for a in shapes) / len(shapes)  # which are distilled is not known
     at_most = "up to " if before else ""
     work: list[tuple[str, str, float, int]] = [
         (
@@ -301,12 +320,11 @@ def _member_costs(
         ),
         (
             "search",
-            f"{at_most}{len(shapes)} candidates, {search_tokens:,} tokens each",
-            sum(
-                training(a, search_tokens) + 2 * compared * seq * (a.flops_per_token(seq) + _head_flops(teacher))
-                for a in shapes
-            ),
-            checkpoints(recipe.search.training, at_once),
+            _search_text(recipe, at_most, len(shapes), distilled, steps * batch * seq),
+            all_tokens * (3 * mean_flops + _head_flops(teacher))
+            + (len(shapes) + (1 + rungs) * distilled) * compared * seq * (mean_flops + _head_flops(teacher)),
+            (2 * MASTER_BYTES * largest * distilled if halving(recipe) else 0)  # all wait at the rung
+            + checkpoints(recipe.search.training, at_once),
         ),
         (
             "distill",

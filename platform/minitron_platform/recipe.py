@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from minitron.errors import InputError
 from minitron.packages import PACKAGE
@@ -18,6 +18,8 @@ from minitron.storage import is_local, local_path
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 Positive = Annotated[int, Field(ge=1)]
+Limit = Annotated[float, Field(gt=0)]
+LONGEST_AXIS = 10_000  # values; a range with more is a slip
 
 
 class _Loader(yaml.SafeLoader):
@@ -138,24 +140,73 @@ class Correct(_Section):
     training: Training | None = None
 
 
+class Forward(_Section):
+    """A first look at every candidate: exact held-out KL without any training. The best `keep` by it are distilled."""
+
+    keep: Positive
+
+
+class Halving(_Section):
+    """At every rung from the share `grace` of the short run on, the best share `keep` of the candidates goes on."""
+
+    keep: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    grace: Annotated[float, Field(ge=0, lt=1)] = 0.75
+
+
 class Search(_Section):
     """The short distillation that every candidate gets; they are ranked on the first `heldout_rows` held-out rows (default:
-    all)."""
+    all), and measured on them at `rungs` too, shares of the short run. With `forward` only the best before training are
+    distilled; with `halving` the worse are stopped at rungs. By default all are distilled to the end."""
 
     heldout_rows: Positive | None = None
+    rungs: list[Annotated[float, Field(gt=0, lt=1)]] = [0.5, 0.75]
+    forward: Forward | None = None
+    halving: Halving | None = None
     training: Training
+
+
+def _values(given: Any) -> Any:
+    """{from, to, step}, both ends included, as the list of its values; anything else as it is."""
+    if not isinstance(given, dict):
+        return given
+    if set(given) != {"from", "to", "step"}:
+        raise ValueError("a range has the keys from, to and step")
+    first, last, step = given["from"], given["to"], given["step"]
+    if not all(isinstance(value, int | float) for value in (first, last, step)):
+        raise ValueError("from, to and step are numbers")
+    if step <= 0 or last < first or (last - first) / step >= LONGEST_AXIS:
+        raise ValueError(f"a range goes up from `from` to `to` in at most {LONGEST_AXIS:,} steps")
+    count = int((last - first) / step + 1e-9) + 1
+    return [round(first + index * step, 9) for index in range(count)]
+
+
+Values = Annotated[list[int | float], BeforeValidator(_values)]
+
+
+class Limits(_Section):
+    """What a candidate may need at most to serve `batch` sequences of `context` tokens (default: data.seq_length): FLOPs of
+    a forward pass per token, bytes of KV cache, bytes of weights and KV cache, at 16 bits a value."""
+
+    context: Positive | None = None
+    batch: Positive = 1
+    flops_per_token: Limit | None = None
+    kv_cache_bytes: Limit | None = None
+    memory_bytes: Limit | None = None
 
 
 class Member(_Section):
     """One model of the family: the name it is registered under, its size within a relative tolerance, and the space of
-    architectures to look for it in. It is cut from the teacher, or from the family's model before it; either way it is
-    distilled from the teacher. `distill` replaces the recipe's for this one."""
+    architectures to look for it in, each axis a list or a range {from, to, step}. `points` are shapes that are tried first
+    and always distilled. It is cut from the teacher, or from the family's model before it; either way it is distilled from
+    the teacher. `distill` replaces the recipe's for this one."""
 
     model: Annotated[str, Field(pattern=NAME)]
     start: Literal["teacher", "previous"] = "teacher"
     parameters: Positive
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    space: dict[str, list[int | float]]
+    space: dict[str, Values]
+    points: list[dict[str, Positive]] = []
+    limits: Limits | None = None
     distill: Training | None = None
 
 

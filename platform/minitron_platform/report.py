@@ -15,7 +15,10 @@ from minitron import storage
 from minitron_platform.context import Context
 from minitron_platform.resources import data_folder
 from minitron_platform.tracking import shown
+from minitron_search.ranking import pareto
+from minitron_search.stability import SETTLED
 
+MOST_BARS = 25
 LABELS = {"pruned": "pruned only", "distilled": "distilled"}
 
 
@@ -94,7 +97,8 @@ def write_report(context: Context, parent: Any) -> Path:
 
 
 def draw(context: Context) -> bytes:
-    """For each model of the family its search and its distillation, as a PNG: a bar per candidate, and the training curve."""
+    """For each model of the family its search and its distillation, as a PNG: a bar per candidate, the training curve, and
+    KL against parameters and FLOPs."""
     import io
 
     import matplotlib
@@ -104,26 +108,48 @@ def draw(context: Context) -> bytes:
 
     with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         count = len(context.family)
-        figure, axes = pyplot.subplots(count, 2, figsize=(11, 3.8 * count), layout="constrained", squeeze=False)
-        for (left, right), (model, own) in zip(axes, context.family.items(), strict=True):
+        figure, axes = pyplot.subplots(2 * count, 2, figsize=(11, 7.2 * count), layout="constrained", squeeze=False)
+        for index, (model, own) in enumerate(context.family.items()):
             name = f"{model}: " if count > 1 else ""
-            _draw_search(left, own["search"]["ranking"], name)
-            _draw_distillation(right, context, own, name)
+            ranking = own["search"]["ranking"]
+            (bars, curve), (parameters, flops) = axes[2 * index], axes[2 * index + 1]
+            _draw_search(bars, ranking, name)
+            _draw_distillation(curve, context, own, name)
+            _draw_pareto(parameters, ranking, "parameters", 1e6, "million parameters", name)
+            _draw_pareto(flops, ranking, "flops_per_token", 1e9, "GFLOPs per token", name)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=130)
         pyplot.close(figure)
     return buffer.getvalue()
 
 
+def _colour(row: dict[str, Any]) -> str:
+    return "#76b900" if row["winner"] else "#b5d99c" if row["tied"] else "#9aa5b1"
+
+
 def _draw_search(axes: Any, ranking: list[dict[str, Any]], name: str) -> None:
-    ordered = ranking[::-1]
-    names = [f"{r['num_layers']}L·{r['hidden_size']}·{r['intermediate_size']}" for r in ordered]
-    colours = ["#76b900" if r["rank"] == 1 else "#9aa5b1" for r in ordered]
-    axes.barh(names, [r["kl_undistilled"] for r in ordered], color="#e4e7eb", label="pruned only")
-    axes.barh(names, [r["kl"] for r in ordered], color=colours, label="after its short distillation")
+    ordered = ranking[:MOST_BARS][::-1]
+    names = [f"{r['num_layers']}L·{r['hidden_size']}·{r['intermediate_size']}·{r['num_heads']}h" for r in ordered]
+    places = range(len(ordered))
+    axes.barh(places, [r["kl_undistilled"] for r in ordered], color="#e4e7eb", label="pruned only")
+    colours = [_colour(r) for r in ordered]
+    axes.barh(places, [r["kl"] for r in ordered], color=colours, label="after its short distillation")
+    axes.set_yticks(places, names)
     axes.set_xlabel("held-out KL to the teacher, nats per token")
-    axes.set_title(f"{name}search, {len(ranking)} candidates, best at the top", loc="left", fontsize=10)
+    shown = f"best {len(ordered)} of " if len(ordered) < len(ranking) else ""
+    axes.set_title(f"{name}search, {shown}{len(ranking)} candidates; the winner is green", loc="left", fontsize=10)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
+
+
+def _draw_pareto(axes: Any, ranking: list[dict[str, Any]], cost: str, unit: float, label: str, name: str) -> None:
+    """A point per candidate, and a line through those that none other beats in both."""
+    costs, kl = [r[cost] / unit for r in ranking], [r["kl"] for r in ranking]
+    front = pareto(costs, kl)
+    axes.plot([costs[i] for i in front], [kl[i] for i in front], color="#52606d", linewidth=1, zorder=1)
+    axes.scatter(costs, kl, color=[_colour(r) for r in ranking], zorder=2)
+    axes.set_xlabel(label)
+    axes.set_ylabel("held-out KL, nats per token")
+    axes.set_title(f"{name}the least KL for its {label.split(' ', 1)[-1]} is on the line", loc="left", fontsize=10)
 
 
 def _draw_distillation(axes: Any, context: Context, own: dict[str, dict[str, Any]], name: str) -> None:
@@ -139,6 +165,34 @@ def _draw_distillation(axes: Any, context: Context, own: dict[str, dict[str, Any
     axes.set_title(f"{name}distillation", loc="left", fontsize=10)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
+
+
+def findings(search: dict[str, Any]) -> list[str]:
+    """What a search says about itself: how early its order was known, and what stopping early saved or would have."""
+    said = []
+    if search["forward"] is not None:
+        distilled = sum(row["distilled"] for row in search["forward"])
+        said.append(
+            f"{len(search['forward'])} candidates were scored without training and {distilled} of them distilled."
+        )
+    if search["stopped"]:
+        stopped = len(search["stopped"])
+        said.append(f"{stopped} were stopped at a rung, which saved {search['saved']:.0%} of the training steps.")
+    if len(search["ranking"]) < 2:
+        return said
+    rows = {row["step"]: row for row in search["stability"] if row["measure"].startswith("KL")}
+    threshold = f"Kendall's tau of at least {SETTLED:g} to the final order"
+    if search["settled"] is None:
+        return [*said, f"No earlier measurement has a {threshold}: the order did not settle before the end."]
+    row = rows[search["settled"]]
+    when = f"from step {search['settled']} on" if search["settled"] else "before any training"
+    said.append(f"The order had settled {when} ({threshold}).")
+    if not search["stopped"]:
+        said.append(
+            f"Stopping the worse half there would have saved {row['saved']:.0%} of the training steps and cost "
+            f"{row['regret_kept']:.3f} nats per token."
+        )
+    return said
 
 
 def page(context: Context) -> str:
@@ -161,6 +215,7 @@ def page(context: Context) -> str:
         picture=base64.b64encode((folder / "report.png").read_bytes()).decode(),
         shared=context.shared,
         family=context.family,
+        findings={model: findings(own["search"]) for model, own in context.family.items()},
         origins={m.model: o.model for m in context.recipe.family if (o := context.recipe.origin(m))},
         tracking_uri=shown(context.places.tracking_uri),
     )

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from rich.markup import escape
 
 from minitron.architecture import Architecture
+from minitron_platform.console import seconds
 from minitron_platform.context import Context
 from minitron_platform.spool import RunLog
-from minitron_search.trial import trial_key, trial_result
+from minitron_search.trial import SearchTask, finished_result, rung_result, trial_key, trial_result, undistilled
 
 CURVES = ("train_loss", "train_kl", "learning_rate", "grad_norm", "tokens_per_second")
+SHAPE = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
+SHOWN = 4  # trials on the live line
 
 
-def record_trials(context: Context, folder: str, found: list[Architecture]) -> None:
-    """Close the record of every trial with its result."""
-    for architecture in found:
+def record_trials(context: Context, outputs: dict[str, Any]) -> None:
+    """Close the record of every trial of a search stage with its result, or with the rung that stopped it."""
+    stopped = {row["architecture"]: row for row in outputs["stopped"]}
+    for architecture in [Architecture.from_dict(values) for values in outputs["architectures"]]:
         log = _open(context, architecture)
-        result = trial_result(folder, architecture)
+        if row := stopped.get(str(architecture)):
+            log.params({name: row[name] for name in (*SHAPE, "parameters")})
+            log.metrics({"heldout_kl": row["kl"]}, step=row["step"])
+            log.metrics({"heldout_kl_undistilled": row["kl_undistilled"]}, step=0)
+            log.tags({"minitron.stopped_at_step": row["step"]})
+            log.end("FINISHED")
+            continue
+        result = trial_result(outputs["trials"], architecture)
         if result is None:
             log.end("FAILED")
             continue
-        shape = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
-        log.params({name: result["architecture"][name] for name in shape} | {"parameters": result["parameters"]})
+        log.params({name: result["architecture"][name] for name in SHAPE} | {"parameters": result["parameters"]})
+        for rung in result["rungs"]:
+            log.metrics({"heldout_kl": rung["kl"]}, step=rung["step"])
         log.metrics(
             {
                 "heldout_kl": result["kl"],
@@ -44,42 +57,120 @@ def _open(context: Context, architecture: Architecture) -> RunLog:
 
 
 class TrialsView:
-    """Turns what trials report into the live line, a line per finished trial, and metrics."""
+    """Turns what trials report into the live line, a line per finished trial, and metrics. `scoring` says that all of
+    `found` are scored first; `to_end` is how many are distilled to the end, `planned` how many training steps are done in
+    all."""
 
-    def __init__(self, context: Context, folder: str, found: list[Architecture]) -> None:
+    def __init__(
+        self,
+        context: Context,
+        task: SearchTask,
+        found: list[Architecture],
+        *,
+        scoring: bool,
+        to_end: int,
+        planned: int,
+    ) -> None:
         self.context, self.console = context, context.console
         self.by_key = {trial_key(a): a for a in found}
+        self.rungs, self.scoring, self.to_end, self.planned = task.rungs, scoring, to_end, planned
+        self.steps = task.config.steps
         self.active: dict[str, dict[str, Any]] = {}
         self.logs: dict[str, RunLog] = {}
         self.first_kl: dict[str, float] = {}
-        self.finished = sum(trial_result(folder, a) is not None for a in found)
+        self.last_kl: dict[str, float] = {}
+        self.best: tuple[int, float, str] | None = (
+            None  # less the step, KL, candidate: the furthest measured, then lowest
+        )
+        self.position = {trial_key(a): _steps_done(task, a) for a in found}
+        self.finished = min(to_end, sum(step == self.steps for step in self.position.values()))
+        self.scored = sum(undistilled(task.folder, a) is not None for a in found) if scoring else 0
+        self.before: tuple[float, int] | None = None  # when the first step was reported, and the steps done by then
         self.console.status(self._status)
 
     def event(self, key: str, numbers: dict[str, Any]) -> None:
         """A report of one trial: see `minitron_search.trial.run_trial`; or {"failed": reason}."""
+        if "scored" in numbers:
+            self.scored += 1
+            self._measured(key, 0, numbers["scored"])
+            return
         if key not in self.logs:
             self.logs[key] = _open(self.context, self.by_key[key])
         log, name = self.logs[key], str(self.by_key[key])
         if "steps" in numbers:
-            self.active[key] = numbers
+            self._moved(key, numbers)
         if "train_loss" in numbers:
             log.metrics({k: numbers[k] for k in CURVES if k in numbers}, step=int(numbers["step"]))
         elif "failed" in numbers:
             self.active.pop(key, None)
             self.console.say(f"  [yellow]failed[/]  {name}: {escape(str(numbers['failed']))}")
             log.tags({"minitron.failure": numbers["failed"]})
+        elif "rung" in numbers:
+            log.metrics({"heldout_kl": numbers["kl"]}, step=int(numbers["rung"]))
+            self._measured(key, int(numbers["rung"]), numbers["kl"])
+        elif "paused" in numbers:
+            self.active.pop(key, None)
+            self.console.say(f"  step {numbers['paused']}/{self.steps}  {name}  held-out KL {self.last_kl[key]:.3f}")
         elif "kl" in numbers and numbers["step"] == 0:
             self.first_kl[key] = numbers["kl"]
         elif "kl" in numbers:
             self.active.pop(key, None)
             self.finished += 1
+            self._measured(key, self.steps, numbers["kl"])
             before = f"{self.first_kl[key]:.2f} → " if key in self.first_kl else ""
-            self.console.say(f"  {self.finished}/{len(self.by_key)}  {name}  held-out KL {before}{numbers['kl']:.3f}")
+            self.console.say(f"  {self.finished}/{self.to_end}  {name}  held-out KL {before}{numbers['kl']:.3f}")
+
+    def _moved(self, key: str, numbers: dict[str, Any]) -> None:
+        self.active[key] = numbers
+        if self.before is None and "train_loss" in numbers:
+            self.before = time.monotonic(), sum(self.position.values())
+        self.position[key] = max(self.position[key], int(numbers["step"]))
+
+    def _measured(self, key: str, step: int, kl: float) -> None:
+        self.last_kl[key] = kl
+        self.best = min(self.best or (-step, kl, key), (-step, kl, key))
 
     def _status(self) -> str:
+        if self.scoring and not self.logs:
+            parts = [f"{self.scored}/{len(self.by_key)} candidates scored undistilled"]
+        else:
+            parts = [f"{self.finished}/{self.to_end} candidates"]
+        if next_rung := self._next_rung():
+            parts.append(f"next rung at step {next_rung}/{self.steps}")
+        if self.best:
+            step, kl, key = self.best
+            parts.append(f"best so far {_short(self.by_key[key])} KL {kl:.3f} at step {-step}")
+        if left := self._seconds_left():
+            parts.append(f"about {seconds(left)} left")
         shown = [
-            f"{self.by_key[key].num_layers}L·{self.by_key[key].hidden_size} {numbers['step']}/{numbers['steps']}"
+            f"{_short(self.by_key[key])} {numbers['step']}/{numbers['steps']}"
             + (f" loss {numbers['train_loss']:.2f}" if "train_loss" in numbers else "")
-            for key, numbers in list(self.active.items())
+            for key, numbers in list(self.active.items())[:SHOWN]
         ]
-        return f"{self.finished}/{len(self.by_key)} candidates · " + (" · ".join(shown) or "starting workers")
+        return " · ".join([*parts, *(shown or ([] if self.scored else ["starting workers"]))])
+
+    def _next_rung(self) -> int | None:
+        """The next rung of the trial that has come least far."""
+        if not self.active:
+            return None
+        least = min(self.position[key] for key in list(self.active))
+        return next((rung for rung in self.rungs if rung > least), None)
+
+    def _seconds_left(self) -> float | None:
+        """At the pace of this process so far."""
+        if self.before is None:
+            return None
+        since, first = self.before
+        done = sum(self.position.values())
+        return (time.monotonic() - since) / (done - first) * max(0, self.planned - done) if done > first else None
+
+
+def _steps_done(task: SearchTask, architecture: Architecture) -> int:
+    if finished_result(task, architecture) is not None:
+        return task.config.steps
+    reached = (rung for rung in task.rungs if rung_result(task.folder, architecture, rung) is not None)
+    return max(reached, default=0)
+
+
+def _short(architecture: Architecture) -> str:
+    return f"{architecture.num_layers}L·{architecture.hidden_size}"

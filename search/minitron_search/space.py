@@ -8,14 +8,23 @@ from dataclasses import replace
 
 from minitron.architecture import PRUNABLE, Architecture
 from minitron.errors import InputError
+from minitron_search.limits import Limits
 
 MLP_RATIO = "mlp_ratio"
 
 
 def candidates(
-    base: Architecture, space: Mapping[str, Sequence[float]], low: float, high: float, *, key: str = "space"
+    base: Architecture,
+    space: Mapping[str, Sequence[float]],
+    low: float,
+    high: float,
+    *,
+    limits: Limits | None = None,
+    points: Sequence[Architecture] = (),
+    key: str = "space",
 ) -> list[Architecture]:
-    """Architectures inside `base` with `low` to `high` parameters, largest first.
+    """`points` (see `points_in`), then the other architectures of `space` inside `base` with `low` to `high` parameters and
+    within `limits`, largest first.
 
     `space` maps Architecture fields to their values, or `mlp_ratio` to ratios, intermediate_size = int(ratio ·
     hidden_size); a field that is not named keeps the base's value. Combinations that make no model (a hidden size that the
@@ -27,8 +36,53 @@ def candidates(
         for values in itertools.product(*space.values())
         if (architecture := _build(base, dict(zip(space, values, strict=True)))) is not None
         and low <= architecture.num_parameters <= high
+        and not (limits and limits.exceeded(architecture))
     }
-    return sorted(found, key=lambda a: (-a.num_parameters, -a.num_layers, -a.hidden_size, -a.num_heads))
+    others = sorted(found, key=lambda a: (-a.num_parameters, -a.num_layers, -a.hidden_size, -a.num_heads))
+    return list(dict.fromkeys([*points, *others]))
+
+
+def points_in(
+    base: Architecture,
+    shapes: Sequence[Mapping[str, int]],
+    low: float,
+    high: float,
+    *,
+    limits: Limits | None = None,
+    key: str = "points",
+    skip: bool = False,
+) -> list[Architecture]:
+    """The architectures that `shapes`, mappings of Architecture fields to values, make of `base`.
+
+    Raises InputError naming under `key` the shape that cannot be cut out of `base`, has not `low` to `high` parameters or
+    exceeds `limits`; with `skip` it is left out instead.
+    """
+    made = []
+    for index, shape in enumerate(shapes):
+        unknown = [name for name in shape if name not in PRUNABLE]
+        if unknown:
+            raise InputError(f"{key}.{index}.{unknown[0]}: there is no such axis", f"use {', '.join(PRUNABLE)}")
+        try:
+            made.append(_point(base, shape, low, high, limits))
+        except InputError as error:
+            if not skip:
+                raise InputError(f"{key}.{index}: {error.problem}", error.remedy) from error
+    return made
+
+
+def _point(
+    base: Architecture, shape: Mapping[str, int], low: float, high: float, limits: Limits | None
+) -> Architecture:
+    point = replace(base, **shape)  # type: ignore[arg-type]
+    point.check_inside(base)
+    if not low <= point.num_parameters <= high:
+        raise InputError(
+            f"{point} has {point.num_parameters:,} parameters, not {low:,.0f} to {high:,.0f}",
+            "change the point, or widen the tolerance",
+        )
+    if limits and (over := limits.exceeded(point)):
+        raise InputError(f"{point}: {over}", "change the point, or raise the limit")
+    return point
 
 
 def check_space(base: Architecture, space: Mapping[str, Sequence[float]], where: str) -> None:

@@ -1,17 +1,20 @@
-"""One candidate's short distillation, from pruning to its held-out KL."""
+"""One candidate: its score before training, and its short distillation from pruning to its held-out KL."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import nn
 
 from minitron import storage
 from minitron.architecture import Architecture
 from minitron.distill import DistillConfig, Losses, StepReport, distill
+from minitron.distill.checkpoint import committed_steps
 from minitron.distill.materials import Materials
 from minitron.logits import Head
 from minitron.origin import Origin
@@ -21,8 +24,8 @@ Report = Callable[[dict[str, float]], None]
 
 @dataclass(frozen=True)
 class SearchTask:
-    """What every trial of a search shares. `folder` keeps each trial's checkpoints and result, under its own key; they are
-    compared on the first `heldout_rows` held-out rows, by default all."""
+    """What every trial of a search shares. `folder` keeps each trial's checkpoints and results, under its own key; they are
+    compared on the first `heldout_rows` held-out rows, by default all, also after the steps `rungs` (ascending)."""
 
     materials: Materials
     origin: Origin
@@ -31,6 +34,7 @@ class SearchTask:
     folder: str
     heldout_rows: int | None = None
     threads: int = 1
+    rungs: tuple[int, ...] = ()
 
 
 def trial_key(architecture: Architecture) -> str:
@@ -40,28 +44,65 @@ def trial_key(architecture: Architecture) -> str:
 
 def trial_result(folder: str, architecture: Architecture) -> dict[str, Any] | None:
     """What a finished trial found, or None."""
-    path = storage.join(folder, trial_key(architecture), "result.json")
-    return storage.read_json(path) if storage.exists(path) else None
+    return _read(folder, architecture, "result.json")
 
 
-def run_trial(task: SearchTask, architecture: Architecture, report: Report) -> dict[str, Any]:
+def finished_result(task: SearchTask, architecture: Architecture) -> dict[str, Any] | None:
+    """What a finished trial found, if it was measured at the task's rungs; else it is to be done again."""
+    found = trial_result(task.folder, architecture)
+    return found if found and {rung["step"] for rung in found["rungs"]} >= set(task.rungs) else None
+
+
+def rung_result(folder: str, architecture: Architecture, step: int) -> dict[str, Any] | None:
+    """{"step", "kl", "loss", "per_row_kl"} of a candidate after `step` steps, or None."""
+    return _read(folder, architecture, _rung_file(step))
+
+
+def undistilled(folder: str, architecture: Architecture) -> dict[str, Any] | None:
+    """{"kl", "loss"} of a candidate before any training, or None."""
+    return _read(folder, architecture, "undistilled.json")
+
+
+def drop_checkpoints(folder: str, architecture: Architecture) -> None:
+    """Delete what a trial would go on from."""
+    storage.remove(storage.join(folder, trial_key(architecture), "checkpoints"))
+
+
+def score(task: SearchTask, architecture: Architecture, report: Report) -> None:
+    """Cut the candidate out and store its exact held-out KL without training it; `report` gets {"scored": KL}."""
+    _use_threads(task)
+    source, teacher_head = _source(task.materials, task.origin)
+    found = _measured_before(task, architecture, lambda: task.origin.prune(source, architecture), teacher_head)
+    report({"scored": found["kl"]})
+
+
+def run_trial(task: SearchTask, architecture: Architecture, report: Report, *, until: int | None = None) -> None:
     """Prune, distil briefly, and measure on the held-out rows; the result is stored and never computed twice.
 
-    A trial that was killed goes on from its last checkpoint. `report` gets {"step", "steps", "train_loss",
-    "train_kl", "tokens_per_second"} as it trains, and at the start and the end {"step", "kl", "loss"}.
+    With `until` the trial pauses after that step, and a later call goes on from there. A trial that was killed goes on from
+    its last checkpoint. `report` gets {"step", "steps", "train_loss", "train_kl", "tokens_per_second"} as it trains,
+    {"rung", "kl", "loss"} at a rung, {"step", "kl", "loss"} at the start and the end, and {"paused": step}.
     """
-    found = trial_result(task.folder, architecture)
-    if found is not None:
-        storage.remove(storage.join(task.folder, trial_key(architecture), "checkpoints"))  # killed just before it could
-        return found
-    if not torch.cuda.is_available():
-        torch.set_num_threads(task.threads)
+    if finished_result(task, architecture) is not None:
+        drop_checkpoints(task.folder, architecture)  # killed just before it could
+        return
+    _start_over_if_rungs_were_passed(task, architecture)
+    _use_threads(task)
     started = time.perf_counter()
-    materials, folder = task.materials, storage.join(task.folder, trial_key(architecture))
-    report({"step": 0, "steps": task.config.steps})
+    materials, steps = task.materials, task.config.steps
+    folder = storage.join(task.folder, trial_key(architecture))
+    report({"step": 0, "steps": steps})
     student, teacher_head = materials.student(task.origin, architecture)
-    before = _measured_before(task, folder, student, teacher_head)
-    report({"step": 0, "steps": task.config.steps, "kl": before["kl"], "loss": before["loss"]})
+    before = _measured_before(task, architecture, lambda: student, teacher_head)
+    report({"step": 0, "steps": steps, "kl": before["kl"], "loss": before["loss"]})
+
+    def after_step(step: StepReport) -> None:
+        report(_metrics(step))
+        if step.step in task.rungs:
+            # before the checkpoint of this step is written, so that going on from one never passes a rung by
+            found = _measured_at(task, architecture, step.step, student, teacher_head)
+            report({"step": step.step, "steps": steps, "rung": step.step, "kl": found["kl"], "loss": found["loss"]})
+
     distill(
         student,
         materials.targets("train", teacher_head),
@@ -70,36 +111,82 @@ def run_trial(task: SearchTask, architecture: Architecture, report: Report) -> d
         losses=task.losses,
         checkpoints=storage.join(folder, "checkpoints"),
         key=trial_key(architecture),
-        report=lambda step: report(_metrics(step)),
+        report=after_step,
+        until=until,
     )
+    if until is not None:
+        report({"step": until, "steps": steps, "paused": until})
+        return
     after = materials.heldout(student, teacher_head, task.heldout_rows)
+    assert after.kl is not None
+    rungs = [found for step in task.rungs if (found := rung_result(task.folder, architecture, step)) is not None]
     result = {
         "architecture": architecture.to_dict(),
         "parameters": architecture.num_parameters,
         "kl_undistilled": before["kl"],
         "loss_undistilled": before["loss"],
+        "rungs": [{"step": rung["step"], "kl": rung["kl"]} for rung in rungs],
         "kl": after.kl,
         "loss": after.loss,
         "top1_agreement": after.top1_agreement,
         "per_row_kl": after.per_row_kl,
-        "tokens": task.config.steps * task.config.batch_rows * materials.open_rows("train").seq_length,
+        "tokens": steps * task.config.batch_rows * materials.open_rows("train").seq_length,
         "config": asdict(task.config),
         "seconds": time.perf_counter() - started,
     }
     storage.write_json(storage.join(folder, "result.json"), result)
-    storage.remove(storage.join(folder, "checkpoints"))
-    assert after.kl is not None
-    report({"step": task.config.steps, "steps": task.config.steps, "kl": after.kl, "loss": after.loss})
-    return result
+    drop_checkpoints(task.folder, architecture)
+    report({"step": steps, "steps": steps, "kl": after.kl, "loss": after.loss})
 
 
-def _measured_before(task: SearchTask, folder: str, student: torch.nn.Module, teacher_head: Head) -> dict[str, Any]:
-    path = storage.join(folder, "undistilled.json")
-    if not storage.exists(path):
-        metrics = task.materials.heldout(student, teacher_head, task.heldout_rows)
-        storage.write_json(path, {"kl": metrics.kl, "loss": metrics.loss})
-    found: dict[str, Any] = storage.read_json(path)
+def _start_over_if_rungs_were_passed(task: SearchTask, architecture: Architecture) -> None:
+    """A checkpoint beyond a rung that was not asked for when it was written can't be gone on from."""
+    missing = [step for step in task.rungs if rung_result(task.folder, architecture, step) is None]
+    saved = committed_steps(storage.join(task.folder, trial_key(architecture), "checkpoints"))
+    if missing and saved and saved[-1] >= missing[0]:
+        drop_checkpoints(task.folder, architecture)
+
+
+@lru_cache(maxsize=1)
+def _source(materials: Materials, origin: Origin) -> tuple[nn.Module, Head]:
+    """Kept in a worker from one candidate to the next."""
+    return materials.source(origin)
+
+
+def _use_threads(task: SearchTask) -> None:
+    if not torch.cuda.is_available():
+        torch.set_num_threads(task.threads)
+
+
+def _measured_before(
+    task: SearchTask, architecture: Architecture, student: Callable[[], nn.Module], teacher_head: Head
+) -> dict[str, Any]:
+    found = undistilled(task.folder, architecture)
+    if found is None:
+        metrics = task.materials.heldout(student(), teacher_head, task.heldout_rows)
+        found = {"kl": metrics.kl, "loss": metrics.loss}
+        storage.write_json(storage.join(task.folder, trial_key(architecture), "undistilled.json"), found)
     return found
+
+
+def _measured_at(
+    task: SearchTask, architecture: Architecture, step: int, student: nn.Module, teacher_head: Head
+) -> dict[str, Any]:
+    found = rung_result(task.folder, architecture, step)
+    if found is None:
+        metrics = task.materials.heldout(student, teacher_head, task.heldout_rows)
+        found = {"step": step, "kl": metrics.kl, "loss": metrics.loss, "per_row_kl": metrics.per_row_kl}
+        storage.write_json(storage.join(task.folder, trial_key(architecture), _rung_file(step)), found)
+    return found
+
+
+def _rung_file(step: int) -> str:
+    return f"rung-{step:06d}.json"
+
+
+def _read(folder: str, architecture: Architecture, name: str) -> dict[str, Any] | None:
+    path = storage.join(folder, trial_key(architecture), name)
+    return storage.read_json(path) if storage.exists(path) else None
 
 
 def _metrics(step: StepReport) -> dict[str, float]:

@@ -54,7 +54,9 @@ def _task_identity(settings: Calibrate) -> Any:
 def _depths(context: Context) -> list[int]:
     """Numbers of layers that the current model may keep, fewer than there are."""
     total = context.base["architecture"]["num_layers"]
-    return sorted({int(depth) for depth in context.member.space.get("num_layers", []) if depth < total})
+    named = [*context.member.space.get("num_layers", [])]
+    named += [point["num_layers"] for point in context.member.points if "num_layers" in point]
+    return sorted({int(depth) for depth in named if depth < total})
 
 
 def layer_scoring(settings: Calibrate, total: int, depths: Collection[int]) -> LayerScoring:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minitron import storage
 from minitron.architecture import Architecture
@@ -16,40 +16,83 @@ from minitron_platform.recipe import Member, Recipe
 from minitron_platform.stages.targets import materials, origin
 from minitron_platform.training import distill_config
 from minitron_platform.trials import TrialsView, record_trials
-from minitron_search.space import candidates
+from minitron_search.halving import Halving, kept, planned_steps, rung_steps
+from minitron_search.limits import Limits
+from minitron_search.space import candidates, points_in
 from minitron_search.trial import SearchTask
 
-VERSION = 2
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from minitron_search.ranking import SearchResult
+
+VERSION = 3
+# Inputs that say which candidates there are and how far each goes, but change no trial.
+_WHICH = ("space", "points", "limits", "parameters", "tolerance", "rungs", "forward", "halving")
 
 
-def architectures(member: Member, base: Architecture, place: str) -> list[Architecture]:
-    """The candidates for one of the family, cut from `base`; `place` is its key in the recipe.
+def architectures(recipe: Recipe, member: Member, base: Architecture) -> list[Architecture]:
+    """The candidates for one of the family, cut from `base`, its points first.
 
-    What follows another model of the family may name larger values in its space than that one has; they are left out.
-    Raises InputError when its size cannot be met from its space.
+    What follows another model of the family may name larger values in its space or points than that one has; they are left
+    out. Raises InputError when its size cannot be met from its space.
     """
+    where = place(recipe, member)
     if member.parameters >= base.num_parameters:
         what = "the teacher's" if member.start == "teacher" else "those of the model it is cut from,"
         raise InputError(
-            f"{place}.parameters: {member.parameters:,} is not smaller than {what} {base.num_parameters:,}",
+            f"{where}.parameters: {member.parameters:,} is not smaller than {what} {base.num_parameters:,}",
             "choose a smaller target, or a larger teacher",
         )
     space = member.space
     if member.start == "previous":
         fitting = {axis: [v for v in values if v <= getattr(base, axis, v)] for axis, values in space.items()}
         space = {axis: values or space[axis] for axis, values in fitting.items()}  # if none fits, it is refused by name
-    low, high = member.parameters * (1 - member.tolerance), member.parameters * (1 + member.tolerance)
-    found = candidates(base, space, low, high, key=f"{place}.space")
+    low, high = _budget(member)
+    limits = _limits(recipe, member)
+    points = pinned(recipe, member, base)
+    found = candidates(base, space, low, high, limits=limits, points=points, key=f"{where}.space")
     if not found:
-        everything = candidates(base, space, 0, float("inf"), key=f"{place}.space")
+        sized = candidates(base, space, low, high, key=f"{where}.space")
+        if sized and limits:
+            over = limits.unreachable(sized) or "no combination keeps to all of them at once"
+            raise InputError(
+                f"{where}.limits: none of {len(sized)} combinations with {low:,.0f} to {high:,.0f} parameters keeps to "
+                f"them: {over}",
+                f"raise {where}.limits, or widen {where}.space",
+            )
+        everything = candidates(base, space, 0, float("inf"), key=f"{where}.space")
         nearest = min(everything, key=lambda a: abs(a.num_parameters - member.parameters), default=None)
         near = f"; the nearest has {nearest.num_parameters:,} ({nearest})" if nearest else ""
         inside = f" inside {base}" if member.start == "previous" else ""
         raise InputError(
-            f"{place}.space: no combination{inside} has {low:,.0f} to {high:,.0f} parameters{near}",
-            f"widen {place}.space or {place}.tolerance",
+            f"{where}.space: no combination{inside} has {low:,.0f} to {high:,.0f} parameters{near}",
+            f"widen {where}.space or {where}.tolerance",
         )
     return found
+
+
+def pinned(recipe: Recipe, member: Member, base: Architecture) -> list[Architecture]:
+    """The shapes that the recipe names for one of the family; those that do not fit the model before it are left out."""
+    return points_in(
+        base,
+        member.points,
+        *_budget(member),
+        limits=_limits(recipe, member),
+        key=f"{place(recipe, member)}.points",
+        skip=member.start == "previous",
+    )
+
+
+def _budget(member: Member) -> tuple[float, float]:
+    """Fewest and most parameters."""
+    return member.parameters * (1 - member.tolerance), member.parameters * (1 + member.tolerance)
+
+
+def _limits(recipe: Recipe, member: Member) -> Limits | None:
+    if member.limits is None:
+        return None
+    return Limits(**{**member.limits.model_dump(), "context": member.limits.context or recipe.data.seq_length})
 
 
 def place(recipe: Recipe, member: Member) -> str:
@@ -59,7 +102,7 @@ def place(recipe: Recipe, member: Member) -> str:
 
 def trials_folder(context: Context) -> str:
     """Where trials are kept: not under the search, so that a space with more widths finds those of the narrower one."""
-    rest = {name: value for name, value in inputs(context).items() if name not in ("space", "parameters", "tolerance")}
+    rest = {name: value for name, value in inputs(context).items() if name not in _WHICH}
     return storage.join(context.places.storage, "trials", storage.fingerprint({**rest, "version": VERSION}))
 
 
@@ -88,8 +131,13 @@ def inputs(context: Context) -> dict[str, Any]:
         "scores": context.done["calibrate"]["id"],
         "heldout": [context.done["data"]["heldout"], search.heldout_rows],
         "space": context.member.space,
+        "points": context.member.points,
+        "limits": asdict(limits) if (limits := _limits(context.recipe, context.member)) else None,
         "parameters": context.member.parameters,
         "tolerance": context.member.tolerance,
+        "rungs": rung_steps(search.rungs, search.training.steps),
+        "forward": search.forward.model_dump() if search.forward else None,
+        "halving": search.halving.model_dump() if search.halving else None,
         "losses": asdict(logit_losses(context.recipe)),
         # how often to checkpoint changes nothing about the result
         "training": search.training.model_dump(exclude={"checkpoint_every"}),
@@ -97,12 +145,13 @@ def inputs(context: Context) -> dict[str, Any]:
 
 
 def run(context: Context, folder: str) -> dict[str, Any]:
+    from minitron_search.stability import settled
     from minitron_search.tuning import search
 
     recipe = context.recipe
     teacher = Architecture.from_dict(context.done["teacher"]["architecture"])
     base = Architecture.from_dict(context.base["architecture"])
-    found = architectures(context.member, base, place(recipe, context.member))
+    found = architectures(recipe, context.member, base)
     task = SearchTask(
         materials=materials(context),
         origin=origin(context),
@@ -111,14 +160,26 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         folder=trials_folder(context),
         heldout_rows=recipe.search.heldout_rows,
         threads=max(1, int(recipe.resources.cpus_per_trial)),
+        rungs=rung_steps(recipe.search.rungs, recipe.search.training.steps),
     )
     context.console.status("starting Ray")
     context.need_ray()
-    view = TrialsView(context, task.folder, found)
+    distilled = distilled_count(recipe, len(found), len(context.member.points))
+    view = TrialsView(
+        context,
+        task,
+        found,
+        scoring=recipe.search.forward is not None,
+        to_end=_to_end(recipe, distilled),
+        planned=search_steps(recipe, distilled),
+    )
     with lock(context.places, f"locks/trials-{task.folder.rsplit('/', 1)[-1]}", "a search over the same trials"):
         result = search(
             task,
             found,
+            forward_keep=recipe.search.forward.keep if recipe.search.forward else None,
+            pinned=pinned(recipe, context.member, base),
+            halving=halving(recipe),
             scratch=storage.join(folder, "tune"),
             cpus_per_trial=recipe.resources.cpus_per_trial,
             gpus_per_trial=recipe.resources.gpus_per_trial,
@@ -126,20 +187,72 @@ def run(context: Context, folder: str) -> dict[str, Any]:
             max_failures=recipe.resources.max_failures,
             on_event=view.event,
         )
-    ranking = json.loads(result.ranking.to_json(orient="records"))
-    best = result.ranking.iloc[0]
+    winner = result.ranking[result.ranking["winner"]].iloc[0]
+    passed_over = set() if result.forward is None else set(result.forward.query("not distilled")["architecture"])
     return {
         "winner": result.winner.to_dict(),
-        "ranking": ranking,
+        "reason": result.reason,
+        "ranking": _records(result.ranking),
+        "stopped": _records(result.stopped),
+        "forward": None if result.forward is None else _records(result.forward),
+        "stability": _records(result.stability),
+        "settled": settled(result.stability),
+        "saved": result.saved,
         "failures": result.failures,
         "candidates": len(found),
-        "architectures": [a.to_dict() for a in found],
+        "architectures": [a.to_dict() for a in found if str(a) not in passed_over],
         "trials": task.folder,
-        "summary": f"{len(ranking)} of {len(found)} candidates distilled · winner {result.winner} · KL {best['kl']:.3f}",
+        "summary": f"{_counts(result, len(found))} · winner {result.winner} · KL {winner['kl']:.3f} · {result.reason}",
     }
+
+
+def halving(recipe: Recipe) -> Halving | None:
+    """How the recipe's search stops candidates early."""
+    return Halving(**recipe.search.halving.model_dump()) if recipe.search.halving else None
+
+
+def distilled_count(recipe: Recipe, candidates: int, points: int) -> int:
+    """How many of the candidates are distilled, at most."""
+    forward = recipe.search.forward
+    return min(candidates, forward.keep + points) if forward else candidates
+
+
+def search_steps(recipe: Recipe, distilled: int) -> int:
+    """Training steps of all trials together."""
+    return planned_steps(distilled, recipe.search.training.steps, _cuts(recipe), _keep(recipe))
+
+
+def _to_end(recipe: Recipe, distilled: int) -> int:
+    """How many no rung stops."""
+    for _ in _cuts(recipe):
+        distilled = kept(distilled, _keep(recipe))
+    return distilled
+
+
+def _keep(recipe: Recipe) -> float:
+    return recipe.search.halving.keep if recipe.search.halving else 1
+
+
+def _cuts(recipe: Recipe) -> list[int]:
+    steps, rule = recipe.search.training.steps, halving(recipe)
+    return rule.cuts(rung_steps(recipe.search.rungs, steps), steps) if rule else []
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = json.loads(table.to_json(orient="records"))
+    return records
+
+
+def _counts(result: SearchResult, candidates: int) -> str:
+    """How many candidates got how far."""
+    parts = [] if result.forward is None else [f"{len(result.forward)} scored undistilled"]
+    if len(result.stopped):
+        parts.append(f"{len(result.stopped)} stopped early")
+    return ", ".join([*parts, f"{len(result.ranking)} of {candidates} candidates distilled"])
 
 
 def record(context: Context, outputs: dict[str, Any]) -> None:
     """Write every trial's result into its record, whichever run and process computed it."""
-    found = [Architecture.from_dict(values) for values in outputs["architectures"]]
-    record_trials(context, outputs["trials"], found)
+    winner = str(Architecture.from_dict(outputs["winner"]))
+    context.log("search").tags({"minitron.winner": winner, "minitron.winner_reason": outputs["reason"]})
+    record_trials(context, outputs)

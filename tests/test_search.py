@@ -1,0 +1,235 @@
+"""The search on Ray Tune, as a library: the forward-only score, rungs, who is stopped, and what a second call does over."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+
+from minitron import Architecture, estimate_importance, storage
+from minitron.data import Rows, TextSource, pack
+from minitron.distill import DistillConfig, Losses, store_hidden
+from minitron.distill.materials import Materials
+from minitron.errors import InputError
+from minitron.models import load_model, load_tokenizer
+from minitron.origin import Origin
+from minitron_platform.local_ray import ray_session
+from minitron_search import candidates, search
+from minitron_search.halving import Halving, kept, planned_steps, rung_steps, survivors
+from minitron_search.ranking import pareto
+from minitron_search.stability import kendall_tau, settled, stability
+from minitron_search.trial import SearchTask, run_trial, trial_key, trial_result
+
+CONFIG = DistillConfig(steps=8, batch_rows=4, micro_batch_rows=4, peak_lr=1e-3, min_lr=1e-4, warmup_steps=2)
+RUNGS = (4, 6)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Materials of a trained teacher, what students are cut from, and six candidates."""
+    folder = tmp_path_factory.mktemp("search")
+    teacher = tiny.checkpoint(folder / "teacher")
+    source = TextSource("jsonl", path=str(tiny.corpus(folder / "text.jsonl")))
+    rows = pack(source, load_tokenizer(teacher), str(folder / "rows"), seq_length=32, train_rows=64, heldout_rows=12)
+    materials = Materials(
+        teacher=str(teacher),
+        teacher_id="t",
+        dtype="float32",
+        rows=str(folder / "rows"),
+        train_targets=str(folder / "train"),
+        heldout_targets=str(folder / "heldout"),
+    )
+    model = load_model(teacher)
+    for split in ("train", "heldout"):
+        store_hidden(
+            lambda: model,
+            Rows.open(materials.rows, split),
+            str(folder / split),
+            key=materials.targets_key(split),
+        )
+    estimate_importance(model, rows.take(range(8))).save(folder / "scores.safetensors")
+    origin = Origin(folder=str(teacher), scores=str(folder / "scores.safetensors"), dtype="float32")
+    base = Architecture.from_config(model.config)
+    found = candidates(base, {"hidden_size": [24, 36], "intermediate_size": [24, 48, 96]}, 0, base.num_parameters)
+    return materials, origin, found
+
+
+def _task(made, folder, **changes):
+    materials, origin, _ = made
+    task = SearchTask(
+        materials=materials, origin=origin, config=CONFIG, losses=Losses(), folder=str(folder), rungs=RUNGS
+    )
+    return replace(task, **changes)
+
+
+@pytest.fixture(scope="module")
+def to_the_end(made, tmp_path_factory):
+    """Every candidate distilled to the end: the task, what was found, and what was reported."""
+    events = []
+    task = _task(made, tmp_path_factory.mktemp("trials"))
+    with ray_session(None, num_cpus=2):
+        found = search(task, made[2], on_event=lambda key, numbers: events.append((key, numbers)))
+        yield task, found, events
+
+
+def _files(folder):
+    return {p: p.stat().st_mtime_ns for p in Path(folder).rglob("*.json")}
+
+
+def test_every_candidate_is_measured_at_every_rung(made, to_the_end):
+    task, found, events = to_the_end
+    assert len(found.ranking) == len(made[2]) == 6
+    assert found.ranking["kl"].is_monotonic_increasing
+    for architecture in made[2]:
+        result = trial_result(task.folder, architecture)
+        assert [rung["step"] for rung in result["rungs"]] == list(RUNGS)
+        kl = [result["kl_undistilled"], *(rung["kl"] for rung in result["rungs"]), result["kl"]]
+        assert kl == sorted(kl, reverse=True)
+        mine = [numbers for key, numbers in events if key == trial_key(architecture)]
+        assert [numbers["rung"] for numbers in mine if "rung" in numbers] == list(RUNGS)
+    assert found.saved == 0
+    assert found.forward is None
+    assert found.stopped.empty
+    table = found.stability.set_index("measure")
+    assert table.loc["KL at step 4", "saved"] == pytest.approx(1 - (6 * 4 + 3 * 4) / (6 * 8))
+    assert all(-1 <= tau <= 1 for tau in table["tau"])
+
+
+def test_measuring_at_rungs_changes_nothing_and_a_pause_goes_on_bit_for_bit(made, to_the_end, tmp_path):
+    task, found, _ = to_the_end
+    architecture = found.winner
+    whole = trial_result(task.folder, architecture)
+    plain = _task(made, tmp_path / "plain", rungs=())
+    run_trial(plain, architecture, lambda numbers: None)
+    paused, reports = _task(made, tmp_path / "paused"), []
+    run_trial(paused, architecture, reports.append, until=6)
+    assert trial_result(paused.folder, architecture) is None
+    assert reports[-1] == {"step": 6, "steps": 8, "paused": 6}
+    run_trial(paused, architecture, lambda numbers: None)
+    for folder in (plain.folder, paused.folder):
+        assert trial_result(folder, architecture)["per_row_kl"] == whole["per_row_kl"]
+    assert trial_result(paused.folder, architecture)["rungs"] == whole["rungs"]
+
+
+def test_a_trial_without_a_wanted_rung_is_measured_again_to_the_same_result(made, tmp_path):
+    architecture = made[2][-1]
+    run_trial(_task(made, tmp_path, rungs=(6,)), architecture, lambda numbers: None, until=6)
+    run_trial(_task(made, tmp_path), architecture, lambda numbers: None)  # though its checkpoint is beyond step 4
+    found = trial_result(str(tmp_path), architecture)
+    assert [rung["step"] for rung in found["rungs"]] == list(RUNGS)
+    Path(tmp_path, trial_key(architecture), "result.json").unlink()
+    Path(tmp_path, trial_key(architecture), "rung-000004.json").unlink()
+    run_trial(_task(made, tmp_path, rungs=(4,)), architecture, lambda numbers: None)
+    assert trial_result(str(tmp_path), architecture)["per_row_kl"] == found["per_row_kl"]
+    run_trial(_task(made, tmp_path), architecture, lambda numbers: None)
+    after = trial_result(str(tmp_path), architecture)
+    assert after["per_row_kl"] == found["per_row_kl"]
+    assert [rung["step"] for rung in after["rungs"]] == list(RUNGS)
+
+
+def test_only_the_best_undistilled_go_on_and_the_worse_stop_at_a_rung(made, to_the_end, tmp_path):
+    whole, (_, all_found, _) = made[2], to_the_end
+    task = _task(made, tmp_path)
+    worst = min(whole, key=lambda a: (a.hidden_size, a.intermediate_size))
+    options = {"forward_keep": 3, "pinned": [worst], "halving": Halving(keep=0.5, grace=0.75)}
+    found = search(task, whole, **options)
+    # forward only: the KL before training that full trials measured too, and the three lowest beside the pinned one
+    assert len(found.forward) == 6
+    known = all_found.ranking.set_index("architecture")["kl_undistilled"]
+    for row in found.forward.to_dict("records"):
+        assert row["kl_undistilled"] == pytest.approx(known[row["architecture"]])
+    assert found.forward["kl_undistilled"].is_monotonic_increasing
+    assert found.forward["architecture"].iloc[-1] == str(worst)
+    assert found.forward["distilled"].tolist() == [True, True, True, False, False, True]
+    # the cut: at step 6 alone, since step 4 is in the grace period; two of four go on
+    assert len(found.ranking) == len(found.stopped) == 2
+    assert set(found.stopped["step"]) == {6}
+    at_rung = {r["architecture"]: r["kl"] for r in found.stopped.to_dict("records")}
+    for architecture in whole:
+        if str(architecture) in at_rung:
+            rungs = {rung["step"]: rung["kl"] for rung in trial_result(to_the_end[0].folder, architecture)["rungs"]}
+            assert at_rung[str(architecture)] == rungs[6]
+            assert trial_result(task.folder, architecture) is None
+            assert not storage.exists(storage.join(task.folder, trial_key(architecture), "checkpoints"))
+    best = all_found.ranking.set_index("architecture")["kl"]
+    assert all(best[name] == kl for name, kl in zip(found.ranking["architecture"], found.ranking["kl"], strict=True))
+    assert found.saved == pytest.approx(1 - (2 * 8 + 2 * 6) / (4 * 8))
+    # and again: the same, with nothing done over
+    before = _files(tmp_path)
+    again = search(task, whole, **options)
+    assert _files(tmp_path) == before
+    assert again.ranking.equals(found.ranking)
+    assert again.stopped.equals(found.stopped)
+    # a stopped one can still be taken to the end, where it is as if it had never stopped
+    stopped = next(a for a in whole if str(a) in at_rung)
+    run_trial(task, stopped, lambda numbers: None)
+    ours, theirs = (trial_result(t.folder, stopped) for t in (task, to_the_end[0]))
+    assert ours["per_row_kl"] == theirs["per_row_kl"]
+
+
+def test_halving_without_a_rung_after_its_grace_is_refused(made, tmp_path):
+    with pytest.raises(InputError, match="no rung"):
+        search(_task(made, tmp_path, rungs=(4,)), made[2], halving=Halving())
+
+
+def test_rungs_are_shares_rounded_up():
+    assert rung_steps([0.5, 0.75], 14) == (7, 11)
+    assert rung_steps([0.7, 0.1], 10) == (1, 7)
+    assert rung_steps([0.5, 0.75, 0.6], 3) == (2,)
+    assert rung_steps([0.5], 1) == ()
+    assert Halving(grace=0.75).cuts((7, 11), 14) == [11]
+
+
+def test_halving_keeps_the_best_share_rounded_up():
+    kl = {"a": 3.0, "b": 1.0, "c": 2.0, "d": 5.0, "e": 4.0}
+    assert survivors(kl, 0.5) == ["b", "c", "a"]
+    assert survivors(kl, 0.2) == ["b"]
+    assert kept(1, 0.01) == 1
+    # 27 candidates, a third kept at 1/9 and 3/9 of 9 steps: 27 + 9·2 + 3·6
+    assert planned_steps(27, 9, [1, 3], 1 / 3) == 63
+    assert planned_steps(8, 400, [], 0.5) == 3200
+
+
+def test_tau_by_its_definition():
+    assert kendall_tau([1, 2, 3, 4], [10, 20, 30, 40]) == 1
+    assert kendall_tau([1, 2, 3, 4], [4, 3, 2, 1]) == -1
+    assert kendall_tau([1, 2, 3, 4], [1, 2, 4, 3]) == pytest.approx(4 / 6)
+    assert kendall_tau([1, 1, 2], [1, 2, 3]) == pytest.approx(2 / 3)  # a tie is neither
+    assert math.isnan(kendall_tau([1], [1]))
+
+
+def _result(final, rungs, undistilled, parameters):
+    return {
+        "kl": final,
+        "rungs": [{"step": step, "kl": kl} for step, kl in zip((4, 6, 7), rungs, strict=True)],
+        "kl_undistilled": undistilled,
+        "loss_undistilled": undistilled + 1,
+        "parameters": parameters,
+        "config": {"steps": 8},
+    }
+
+
+def test_what_each_measure_would_have_cost():
+    results = [  # the winner looks worst undistilled, third at step 4 and is first from step 6 on
+        _result(1.0, [1.7, 1.2, 1.1], 9.0, 100),
+        _result(1.1, [1.5, 1.3, 1.2], 2.0, 110),
+        _result(1.2, [1.6, 1.4, 1.3], 3.0, 130),
+        _result(1.5, [1.9, 1.8, 1.7], 4.0, 120),
+    ]
+    table = stability(results, (4, 6, 7)).set_index("measure")
+    assert table.loc["KL undistilled", "tau"] == 0
+    assert table.loc["KL undistilled", "regret_kept"] == pytest.approx(0.1)
+    assert table.loc["KL at step 4", "tau"] == pytest.approx(2 / 6)
+    assert table.loc["KL at step 4", "regret"] == table.loc["KL at step 4", "regret_kept"] == pytest.approx(0.1)
+    assert table.loc["KL at step 6", ["tau", "regret", "regret_kept"]].tolist() == [1, 0, 0]
+    assert table.loc["KL at step 6", "saved"] == pytest.approx(0.5 * 2 / 8)
+    assert table.loc["size", "regret"] == pytest.approx(0.2)
+    assert settled(table.reset_index()) == 6
+    assert settled(stability([_result(r["kl"], [1, 1, 1], 1, 1) for r in results], (4, 6, 7))) is None
+
+
+def test_pareto_holds_what_nothing_beats_in_both():
+    assert pareto([3, 1, 2, 2, 4], [1.0, 5.0, 3.0, 4.0, 1.0]) == [1, 2, 0]
