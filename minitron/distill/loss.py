@@ -127,13 +127,14 @@ class _Teacher(NamedTuple):
     log_sum_exp: Tensor | None = None
     top: TopK | None = None
 
-    def target(self, part: slice, top_k: int) -> _Target:
+    def target(self, part: slice, top_k: int, out: Tensor | None) -> _Target:
         if self.top is not None:
             return _Target(self.top.log_probs[part, :top_k].float(), tokens=self.top.tokens[part, :top_k].long())
         assert self.hidden is not None
         assert self.head is not None
         known = None if self.log_sum_exp is None else self.log_sum_exp[part]
-        return _Target(self.head.logits(self.hidden[part]), known)
+        hidden = self.hidden[part]
+        return _Target(self.head.logits(hidden, None if out is None else out[: len(hidden)]), known)
 
 
 class _LinearLogitLoss(torch.autograd.Function):
@@ -149,15 +150,22 @@ class _LinearLogitLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         tokens = hidden.shape[0]
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        hidden_grad = torch.empty_like(hidden) if need_hidden else None
+        hidden_grad = torch.empty(hidden.shape, dtype=weight.dtype, device=hidden.device) if need_hidden else None
         weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
         soft = torch.zeros(tokens, dtype=torch.float32, device=hidden.device)
         hard = torch.zeros_like(soft)
+        # kept for all chunks: memory of this size goes back to the system when it is freed, and is slow to come again
+        shape = min(tokens, CHUNK_TOKENS), len(weight)
+        own_space = torch.empty(shape, device=weight.device)
+        other_space = torch.empty(shape, device=weight.device) if teacher is not None and teacher.head else None
+        rounded = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        product = torch.empty_like(weight) if need_weight else None
         labelled = 0 if labels is None else max(1, int((labels != IGNORED).sum()))
         for start in range(0, tokens, CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
-            target = None if teacher is None else teacher.target(part, losses.top_k)
-            logits = student.logits(hidden[part])
+            count = min(CHUNK_TOKENS, tokens - start)
+            target = None if teacher is None else teacher.target(part, losses.top_k, other_space)
+            logits, gradient = student.logits(hidden[part], own_space[:count]), rounded[:count]
             for rows in cache_slices(logits):
                 slope = student.slope(logits[rows])
                 own = None
@@ -171,13 +179,16 @@ class _LinearLogitLoss(torch.autograd.Function):
                         logits[rows] += own
                 if isinstance(slope, Tensor) or slope != 1.0:
                     logits[rows] *= slope
-            # p_s - p_t in float32, then rounded once: the products lose no more than the operands' own precision
-            gradient = logits.to(weight.dtype)
+                # p_s - p_t in float32, then rounded once: the products lose no more than the operands' own precision
+                gradient[rows] = logits[rows]
             if hidden_grad is not None:
-                hidden_grad[part] = gradient @ weight
+                torch.mm(gradient, weight, out=hidden_grad[part])
             if weight_grad is not None:
-                weight_grad += gradient.T @ hidden[part].to(weight.dtype)
-        ctx.save_for_backward(hidden_grad, weight_grad.to(weight.dtype) if weight_grad is not None else None)
+                weight_grad += torch.mm(gradient.T, hidden[part].to(weight.dtype), out=product)
+        ctx.save_for_backward(
+            hidden_grad.to(hidden.dtype) if hidden_grad is not None else None,
+            weight_grad.to(weight.dtype) if weight_grad is not None else None,
+        )
         cross_entropy = hard.double().sum() / max(1, labelled)
         loss = soft.double().mean() + losses.cross_entropy * cross_entropy
         parts = soft, cross_entropy.float()
