@@ -100,10 +100,11 @@ def _students(tokens: int) -> dict[str, dict[str, Tensor]]:
                 value = original[key]
                 parameter.copy_(value + noise * value.std() * torch.randn(value.shape, generator=draw))
         start = len(every) // 2 - dropped // 2
-        layers[:] = every[:start] + every[start + dropped :]
+        del layers[start : start + dropped]
         config.num_hidden_layers = len(layers)
         found[name] = {"hs": hidden(), "ws": Head.of(model).weight.detach().clone(), "ht": ht, "wt": wt}
-        layers[:] = every
+        del layers[:]
+        layers.extend(every)
     return found
 
 
