@@ -51,9 +51,9 @@ class Head:
         # CPUs have no product of bf16 matrices with a float32 result; there the operands are widened
         return weight.T if weight.is_cuda else weight.float().T
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """float32 [n, V] of hidden states [n, d]."""
-        logits = self._products(hidden)
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """float32 [n, V] of hidden states [n, d], in `out` if it is given."""
+        logits = self._products(hidden, out)
         if self.softcap:
             return logits.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
         return logits if self.scale == 1.0 else logits.mul_(self.scale)
@@ -64,14 +64,14 @@ class Head:
             return self.scale
         return logits.div(self.softcap).square_().neg_().add_(1.0).mul_(self.scale)
 
-    def _products(self, hidden: Tensor) -> Tensor:
+    def _products(self, hidden: Tensor, out: Tensor | None) -> Tensor:
         if self.weight.is_cuda and self.low_precision:
-            return torch.mm(hidden.detach().to(self.weight.dtype), self.columns, out_dtype=torch.float32)
+            return torch.mm(hidden.detach().to(self.weight.dtype), self.columns, out_dtype=torch.float32, out=out)
         hidden = hidden.detach().to(self.weight.dtype).float()
         if not self.low_precision:
-            return hidden @ self.columns
+            return torch.mm(hidden, self.columns, out=out)
         with _bf16_operands():
-            return hidden @ self.columns
+            return torch.mm(hidden, self.columns, out=out)
 
 
 @contextmanager

@@ -119,11 +119,11 @@ def test_a_store_of_another_teacher_or_a_damaged_one_is_refused(material, tmp_pa
         StoredTeacher(str(material / "hidden"), head, "other")
     rows = Rows.open(str(material / "rows"), "train")
     store_hidden(lambda: _teacher(material), rows, str(tmp_path), key="k")
-    shard = tmp_path / "shard-00000" / "hidden.safetensors"
+    shard = tmp_path / "shard-00000" / "rows.safetensors"
     data = bytearray(shard.read_bytes())
     data[-100] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(StorageError, match=r"shard-00000.hidden.safetensors: SHA-256"):
+    with pytest.raises(StorageError, match=r"shard-00000.rows.safetensors: SHA-256"):
         StoredTeacher(str(tmp_path), head, "k").hidden([0], rows.take([0]))
 
 
@@ -391,15 +391,15 @@ def test_a_checkpoint_of_something_else_is_not_resumed(material, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_at_that_step_and_names_the_rows(material):
-    class Poisoned:
-        head = Head.of(_teacher(material))
-        stored = _stored(material)
+    class Poisoned(StoredTeacher):
         calls = 0
 
-        def hidden(self, indices, tokens):
+        def batch(self, indices, tokens):
             self.calls += 1
-            values = self.stored.hidden(indices, tokens)
-            return values * float("nan") if self.calls == 5 else values  # two micro-batches a step
+            values = super().batch(indices, tokens)
+            if self.calls == 5:  # two micro-batches a step
+                values["teacher_hidden"] = values["teacher_hidden"] * float("nan")
+            return values
 
     with pytest.raises(NonFiniteError, match=r"step 2, rows \[\d+, \d+, \d+, \d+\]"):
-        _run(material, targets=Poisoned())
+        _run(material, targets=Poisoned(str(material / "hidden"), Head.of(_teacher(material)), "k"))

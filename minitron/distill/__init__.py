@@ -3,7 +3,9 @@
 from minitron.distill.loop import DistillConfig, StepReport, distill
 from minitron.distill.loss import linear_kl_div, linear_logit_loss
 from minitron.distill.losses import Losses, default_losses
-from minitron.distill.teacher import LiveTeacher, StoredTeacher, store_hidden
+from minitron.distill.store import StoredTeacher, store_hidden
+from minitron.distill.teacher import LiveTeacher
+from minitron.distill.topk import TopKTeacher, store_top_k
 
 __all__ = [
     "DistillConfig",
@@ -11,9 +13,11 @@ __all__ = [
     "Losses",
     "StepReport",
     "StoredTeacher",
+    "TopKTeacher",
     "default_losses",
     "distill",
     "linear_kl_div",
     "linear_logit_loss",
     "store_hidden",
+    "store_top_k",
 ]

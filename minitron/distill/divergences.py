@@ -1,8 +1,9 @@
 """How far a student's next-token distribution is from its teacher's, with the gradient in closed form.
 
-Every function takes float32 logits [n, V] of student and teacher (or the tokens) and works in place: it returns the loss
-of each token, float32 [n], leaves the gradient with respect to the student's logits in the student's, and spends the
-teacher's. Source: arXiv 2407.14679 section 2.4 (L_logits, a loss between the softmax probabilities p_t and p_s).
+Every function takes float32 [n, V], the student's logits and the teacher's log-probabilities (or the tokens), and works in
+place: it returns the loss of each token, float32 [n], leaves the gradient with respect to the student's logits in the
+student's, and spends the teacher's. Source: arXiv 2407.14679 section 2.4 (L_logits, a loss between the softmax
+probabilities p_t and p_s).
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 
 def forward_kl_(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(p_t || p_s), nats; gradient p_s - p_t."""
-    log_softmax_(teacher)
     log_softmax_(student)
     probability = teacher.exp()
     loss = torch.linalg.vecdot(probability, teacher.sub_(student))
@@ -32,8 +32,13 @@ def forward_kl_(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def forward_kl_of_best_(student: Tensor, teacher: Tensor, k: int) -> Tensor:
-    """KL(p_k || p_s), nats, where p_k is p_t on its `k` most likely tokens, renormalised; gradient p_s - p_k."""
-    values, tokens = teacher.topk(k, dim=-1)
+    """`forward_kl_to_best_` of the teacher's `k` most likely tokens."""
+    return forward_kl_to_best_(student, *teacher.topk(k, dim=-1))
+
+
+def forward_kl_to_best_(student: Tensor, values: Tensor, tokens: Tensor) -> Tensor:
+    """KL(p_k || p_s), nats, where p_k is the softmax of `values` [n, k], the teacher's logits or log-probabilities of these
+    `tokens`, int64 [n, k]; gradient p_s - p_k."""
     log_softmax_(values)
     log_softmax_(student)
     probability = values.exp()
@@ -44,7 +49,6 @@ def forward_kl_of_best_(student: Tensor, teacher: Tensor, k: int) -> Tensor:
 
 def reverse_kl_(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(p_s || p_t), nats; gradient p_s · (log p_s - log p_t - KL)."""
-    log_softmax_(teacher)
     log_softmax_(student)
     slope = teacher.neg_().add_(student)
     return _through_softmax_(student.exp_(), slope)
@@ -52,7 +56,6 @@ def reverse_kl_(student: Tensor, teacher: Tensor) -> Tensor:
 
 def jensen_shannon_(student: Tensor, teacher: Tensor) -> Tensor:
     """½ KL(p_t || m) + ½ KL(p_s || m) with m = (p_t + p_s) / 2, nats; dL/dp_s = ½ log(p_s / m)."""
-    log_softmax_(teacher)
     log_softmax_(student)
     probability = teacher.exp()
     ratio = teacher.sub_(student)  # log p_t / p_s
@@ -63,7 +66,7 @@ def jensen_shannon_(student: Tensor, teacher: Tensor) -> Tensor:
 
 def squared_error_(student: Tensor, teacher: Tensor) -> Tensor:
     """Σ (p_s - p_t)² over the vocabulary; dL/dp_s = 2 (p_s - p_t)."""
-    log_softmax_(teacher).exp_()
+    teacher.exp_()
     log_softmax_(student).exp_()
     slope = teacher.neg_().add_(student)
     loss = torch.linalg.vecdot(slope, slope)
@@ -74,7 +77,7 @@ def squared_error_(student: Tensor, teacher: Tensor) -> Tensor:
 def cosine_(student: Tensor, teacher: Tensor) -> Tensor:
     """1 - cos(p_s, p_t) = ½ |d|² with d = p_s / |p_s| - p_t / |p_t|, which does not cancel where both are close;
     dL/dp_s = (d - L · p_s / |p_s|) / |p_s|."""
-    log_softmax_(teacher).exp_()
+    teacher.exp_()
     log_softmax_(student).exp_()
     length = student.norm(dim=-1, keepdim=True)
     direction = student / length

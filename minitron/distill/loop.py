@@ -91,6 +91,9 @@ def distill(
     clock, clock_tokens = time.perf_counter(), 0
     for step in range(first, config.steps if until is None else min(until, config.steps)):
         indices = rows_for_step(len(rows), config.batch_rows, step, config.seed)
+        if objective.targets:
+            following = rows_for_step(len(rows), config.batch_rows, step + 1, config.seed)
+            objective.targets.prefetch([*indices[rank::world], *following[rank::world]])
         share = _forward_backward(objective, rows, indices[rank::world], config)
         rate = learning_rate(
             step,

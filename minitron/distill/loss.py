@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minitron.distill.divergences import IGNORED, cross_entropy_, divergence
+from minitron.distill.divergences import IGNORED, cross_entropy_, divergence, forward_kl_to_best_
 from minitron.distill.losses import Losses
+from minitron.distill.teacher import TopK
 from minitron.errors import InputError
-from minitron.logits import Head, cache_slices
+from minitron.logits import Head, cache_slices, log_softmax_
 
 CHUNK_TOKENS = 512
 
@@ -38,19 +39,34 @@ def linear_logit_loss(
     *,
     teacher_hidden: Tensor | None = None,
     teacher_head: Head | None = None,
+    teacher_log_sum_exp: Tensor | None = None,
+    teacher_top_k: TopK | None = None,
     labels: Tensor | None = None,
 ) -> LogitLoss:
     """Mean over tokens of T² · D(teacher, student), plus `cross_entropy` times the mean loss of the next tokens; nats.
 
     student_hidden [N, d_s] and student_head.weight [V, d_s] are differentiable; teacher_hidden [N, d_t] and teacher_head
-    [V, d_t] are not, and are not needed with `logits: none`. labels int64 [N], -100 for none, are needed where
+    [V, d_t] are not, and are not needed with `logits: none`. teacher_log_sum_exp float32 [N] is that of the teacher's
+    logits, where it is known; with temperature 1 it saves passes over them. `teacher_top_k` is all that is known of some
+    teachers, and serves `losses.top_k` up to its k. labels int64 [N], -100 for none, are needed where
     `losses.cross_entropy` is not 0. Any floating dtypes; gradients have the dtype of their tensors. One chunk's logits,
     float32 [512, V] for each side, are all that lives at a time. Raises InputError for vocabularies that differ.
     Source: arXiv 2407.14679 section 2.4 (L_CLM + L_logits).
     """
     vocabulary = student_head.weight.shape[0]
+    if losses.top_k > vocabulary:
+        raise InputError(f"top_k: {losses.top_k} of a vocabulary of {vocabulary}", "use 0, which takes all of it")
+    teacher: _Teacher | None = None
     if losses.logits == "none":
-        teacher_hidden, teacher_head = None, None
+        pass
+    elif teacher_top_k is not None:
+        stored = teacher_top_k.log_probs.shape[1]
+        if not 1 <= losses.top_k <= stored:
+            raise InputError(
+                f"top_k: {losses.top_k} with a teacher of which the {stored} most likely tokens are known",
+                f"use logits: forward_kl with top_k: {stored}, or store its hidden states",
+            )
+        teacher = _Teacher(top=teacher_top_k)
     elif teacher_hidden is None or teacher_head is None:
         raise InputError(
             f"logits: {losses.logits} without a teacher", "give its hidden states and head, or logits: none"
@@ -60,16 +76,14 @@ def linear_logit_loss(
             f"the teacher's vocabulary has {teacher_head.weight.shape[0]} tokens, the student's {vocabulary}",
             "distil from a teacher with the same tokenizer and head",
         )
-    if losses.top_k > vocabulary:
-        raise InputError(f"top_k: {losses.top_k} of a vocabulary of {vocabulary}", "use 0, which takes all of it")
+    else:
+        teacher = _Teacher(teacher_hidden, teacher_head, teacher_log_sum_exp if losses.temperature == 1.0 else None)
     if not losses.cross_entropy:
         labels = None
     elif labels is None:
         raise InputError(f"cross_entropy: {losses.cross_entropy} without labels", "give the next tokens, int64 [N]")
     return LogitLoss(
-        *_LinearLogitLoss.apply(
-            student_hidden, student_head.weight, student_head, losses, teacher_hidden, teacher_head, labels
-        )
+        *_LinearLogitLoss.apply(student_hidden, student_head.weight, student_head, losses, teacher, labels)
     )
 
 
@@ -92,6 +106,37 @@ def linear_kl_div(
     return linear_logit_loss(student_hidden, student, losses, teacher_hidden=teacher_hidden, teacher_head=teacher).loss
 
 
+class _Target(NamedTuple):
+    """A teacher's distribution at n tokens: logits [n, V], with their log-sum-exp [n] if it is known, or the
+    log-probabilities [n, k] of some `tokens` [n, k]."""
+
+    values: Tensor
+    log_sum_exp: Tensor | None = None
+    tokens: Tensor | None = None
+
+    def rows(self, rows: slice) -> _Target:
+        known, tokens = (None if tensor is None else tensor[rows] for tensor in self[1:])
+        return _Target(self.values[rows], known, tokens)
+
+
+class _Teacher(NamedTuple):
+    """Hidden states and head, or the most likely tokens."""
+
+    hidden: Tensor | None = None
+    head: Head | None = None
+    log_sum_exp: Tensor | None = None
+    top: TopK | None = None
+
+    def target(self, part: slice, top_k: int, out: Tensor | None) -> _Target:
+        if self.top is not None:
+            return _Target(self.top.log_probs[part, :top_k].float(), tokens=self.top.tokens[part, :top_k].long())
+        assert self.hidden is not None
+        assert self.head is not None
+        known = None if self.log_sum_exp is None else self.log_sum_exp[part]
+        hidden = self.hidden[part]
+        return _Target(self.head.logits(hidden, None if out is None else out[: len(hidden)]), known)
+
+
 class _LinearLogitLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -100,21 +145,27 @@ class _LinearLogitLoss(torch.autograd.Function):
         weight: Tensor,
         student: Head,
         losses: Losses,
-        teacher_hidden: Tensor | None,
-        teacher: Head | None,
+        teacher: _Teacher | None,
         labels: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         tokens = hidden.shape[0]
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        hidden_grad = torch.empty_like(hidden) if need_hidden else None
+        hidden_grad = torch.empty(hidden.shape, dtype=weight.dtype, device=hidden.device) if need_hidden else None
         weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
         soft = torch.zeros(tokens, dtype=torch.float32, device=hidden.device)
         hard = torch.zeros_like(soft)
+        # kept for all chunks: memory of this size goes back to the system when it is freed, and is slow to come again
+        shape = min(tokens, CHUNK_TOKENS), len(weight)
+        own_space = torch.empty(shape, device=weight.device)
+        other_space = torch.empty(shape, device=weight.device) if teacher is not None and teacher.head else None
+        rounded = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        product = torch.empty_like(weight) if need_weight else None
         labelled = 0 if labels is None else max(1, int((labels != IGNORED).sum()))
         for start in range(0, tokens, CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
-            target = None if teacher is None or teacher_hidden is None else teacher.logits(teacher_hidden[part])
-            logits = student.logits(hidden[part])
+            count = min(CHUNK_TOKENS, tokens - start)
+            target = None if teacher is None else teacher.target(part, losses.top_k, other_space)
+            logits, gradient = student.logits(hidden[part], own_space[:count]), rounded[:count]
             for rows in cache_slices(logits):
                 slope = student.slope(logits[rows])
                 own = None
@@ -123,18 +174,21 @@ class _LinearLogitLoss(torch.autograd.Function):
                     hard[part][rows] = cross_entropy_(own, labels[part][rows])
                     own.mul_(losses.cross_entropy / labelled)
                 if target is not None:
-                    soft[part][rows] = _divergence_(logits[rows], target[rows], losses, tokens)
+                    soft[part][rows] = _divergence_(logits[rows], target.rows(rows), losses, tokens)
                     if own is not None:
                         logits[rows] += own
                 if isinstance(slope, Tensor) or slope != 1.0:
                     logits[rows] *= slope
-            # p_s - p_t in float32, then rounded once: the products lose no more than the operands' own precision
-            gradient = logits.to(weight.dtype)
+                # p_s - p_t in float32, then rounded once: the products lose no more than the operands' own precision
+                gradient[rows] = logits[rows]
             if hidden_grad is not None:
-                hidden_grad[part] = gradient @ weight
+                torch.mm(gradient, weight, out=hidden_grad[part])
             if weight_grad is not None:
-                weight_grad += gradient.T @ hidden[part].to(weight.dtype)
-        ctx.save_for_backward(hidden_grad, weight_grad.to(weight.dtype) if weight_grad is not None else None)
+                weight_grad += torch.mm(gradient.T, hidden[part].to(weight.dtype), out=product)
+        ctx.save_for_backward(
+            hidden_grad.to(hidden.dtype) if hidden_grad is not None else None,
+            weight_grad.to(weight.dtype) if weight_grad is not None else None,
+        )
         cross_entropy = hard.double().sum() / max(1, labelled)
         loss = soft.double().mean() + losses.cross_entropy * cross_entropy
         parts = soft, cross_entropy.float()
@@ -149,16 +203,23 @@ class _LinearLogitLoss(torch.autograd.Function):
         return (
             hidden_grad * scale.to(hidden_grad.dtype) if hidden_grad is not None else None,
             weight_grad * scale.to(weight_grad.dtype) if weight_grad is not None else None,
-            *(None,) * 5,
+            *(None,) * 4,
         )
 
 
-def _divergence_(student: Tensor, teacher: Tensor, losses: Losses, tokens: int) -> Tensor:
+def _divergence_(student: Tensor, target: _Target, losses: Losses, tokens: int) -> Tensor:
     """T² · D of each token, float32 [n]; the student's logits become its gradient divided by the number of tokens."""
-    temperature = losses.temperature
+    temperature, teacher = losses.temperature, target.values
     if temperature != 1.0:
         student.div_(temperature)
         teacher.div_(temperature)
-    loss = divergence(losses.logits, losses.top_k)(student, teacher)
+    if target.tokens is not None:
+        loss = forward_kl_to_best_(student, teacher, target.tokens)
+    else:
+        if target.log_sum_exp is None:
+            log_softmax_(teacher)
+        else:
+            teacher.sub_(target.log_sum_exp[:, None])
+        loss = divergence(losses.logits, losses.top_k)(student, teacher)
     student.mul_(temperature / tokens)
     return loss.mul_(temperature**2) if temperature != 1.0 else loss

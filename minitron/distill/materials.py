@@ -10,7 +10,7 @@ from minitron import storage
 from minitron.architecture import Architecture
 from minitron.data import Rows, Split
 from minitron.device import DTYPES, device
-from minitron.distill.teacher import StoredTeacher, store_key
+from minitron.distill.store import StoredTeacher, store_key
 from minitron.evaluation import HeldoutMetrics, heldout_metrics
 from minitron.logits import Head
 from minitron.models import load_model

@@ -12,7 +12,7 @@ from minitron.distill.divergences import IGNORED
 from minitron.distill.intermediate import IntermediateLosses, dynamic_alpha, recorded
 from minitron.distill.loss import linear_logit_loss
 from minitron.distill.losses import Losses
-from minitron.distill.teacher import LiveTeacher, Targets
+from minitron.distill.teacher import LiveTeacher, Targets, TeacherBatch
 from minitron.errors import InputError
 from minitron.logits import Head
 from minitron.models import final_hidden
@@ -50,7 +50,7 @@ class Objective:
     def __call__(self, indices: Sequence[int], tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of the rows with these numbers and tokens, int64 [n, seq_length], as a scalar with a gradient; and its
         parts without: float64 [4] of the loss, the divergence, the cross-entropy and L_is. All are means over the rows."""
-        teacher_hidden, teacher_outputs = self._teacher(indices, tokens)
+        teacher, teacher_outputs = self._teacher(indices, tokens)
         modules = self.intermediate.student_modules if self.intermediate else ()
         with recorded(self.student, modules) as outputs:
             hidden = final_hidden(self.student, tokens)
@@ -58,9 +58,8 @@ class Objective:
             hidden.flatten(0, 1),
             Head.of(self.student),
             self.losses,
-            teacher_hidden=teacher_hidden,
-            teacher_head=self.targets.head if self.targets else None,
             labels=functional.pad(tokens[:, 1:], (0, 1), value=IGNORED).flatten(),
+            **teacher,
         )
         loss, intermediate = logits.loss, torch.zeros(len(tokens), device=tokens.device)
         if self.intermediate:
@@ -72,12 +71,11 @@ class Objective:
         parts = (loss, logits.divergence.double().mean(), logits.cross_entropy, intermediate.mean())
         return loss, torch.stack([part.detach().double() for part in parts])
 
-    def _teacher(self, indices: Sequence[int], tokens: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
+    def _teacher(self, indices: Sequence[int], tokens: Tensor) -> tuple[TeacherBatch, dict[str, Tensor]]:
         if self.targets is None:
-            return None, {}
+            return {}, {}
         if self.intermediate is None:
-            return self.targets.hidden(indices, tokens).flatten(0, 1), {}
+            return self.targets.batch(indices, tokens), {}
         assert isinstance(self.targets, LiveTeacher)
         with recorded(self.targets.model, self.intermediate.teacher_modules) as outputs:
-            hidden = self.targets.hidden(indices, tokens)
-        return hidden.flatten(0, 1), outputs
+            return self.targets.batch(indices, tokens), outputs

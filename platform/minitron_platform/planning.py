@@ -12,6 +12,7 @@ from minitron import storage
 from minitron.architecture import Architecture
 from minitron.data import source_identity as text_identity
 from minitron.device import compute_dtype, device
+from minitron.distill.store import stored_bytes
 from minitron.errors import InputError, StorageError
 from minitron.evaluation import Task, check_tasks
 from minitron.hardware import hardware_notes
@@ -240,7 +241,7 @@ def _costs(
             "",
             f"{rows * seq:,} tokens, once through the teacher",
             teacher.flops_per_token(seq) * seq * rows,
-            rows * seq * teacher.hidden_size * value_bytes,
+            stored_bytes(rows, seq, teacher.hidden_size, value_bytes),
         ),
     ]
     for member in recipe.family:

@@ -8,13 +8,15 @@ from torch import nn
 
 from minitron import storage
 from minitron.data import Split
+from minitron.device import DTYPES
 from minitron.distill import store_hidden
 from minitron.distill.materials import Materials
+from minitron.distill.store import stored_bytes
 from minitron.origin import Origin, Recalibration
 from minitron_platform.context import Context
 from minitron_platform.stages.calibrate import metric
 
-VERSION = 1
+VERSION = 2
 
 
 def inputs(context: Context) -> dict[str, Any]:
@@ -29,10 +31,15 @@ def inputs(context: Context) -> dict[str, Any]:
 def run(context: Context, folder: str) -> dict[str, Any]:
     outputs = {"train": storage.join(folder, "train"), "heldout": storage.join(folder, "heldout")}
     reads = materials(context, outputs)
+    num_rows = sum(len(reads.open_rows(split)) for split in ("train", "heldout"))
+    seq_length = reads.open_rows("train").seq_length
+    architecture, dtype = context.done["teacher"]["architecture"], DTYPES[context.done["teacher"]["dtype"]]
+    size = stored_bytes(num_rows, seq_length, architecture["hidden_size"], dtype.itemsize)
     teacher: list[nn.Module] = []
 
     def load_once() -> nn.Module:
         if not teacher:
+            context.console.say(f"  the teacher's hidden states of {num_rows:,} rows: {size / 1e6:,.0f} MB")
             context.console.status("loading the teacher")
             teacher.append(reads.load_teacher())
         return teacher[0]
@@ -47,12 +54,10 @@ def run(context: Context, folder: str) -> dict[str, Any]:
             key=reads.targets_key(split),
             progress=context.console.counter(f"{split} rows"),
         )
-    tokens = context.done["data"]["train_tokens"] + context.done["data"]["heldout_tokens"]
-    size = tokens * context.done["teacher"]["architecture"]["hidden_size"] * 2
     return {
         **outputs,
         "rows_computed": computed,
-        "summary": f"{tokens:,} tokens once through the teacher · {size / 1e6:.0f} MB",
+        "summary": f"teacher run on {computed:,} of {num_rows:,} rows · {size / 1e6:,.0f} MB",
     }
 
 

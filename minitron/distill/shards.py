@@ -1,0 +1,169 @@
+"""What a teacher says about rows, on disk: shards of a fixed number of rows, each committed whole with its checksums.
+
+A row's number gives its shard and its place there, so any process reads any row, in any order and at any batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from minitron import storage
+from minitron.data import Rows
+from minitron.errors import StorageError
+
+ROWS_PER_SHARD = 64
+FILE = "rows.safetensors"
+INDEX = "index.json"
+
+Compute = Callable[[Tensor], dict[str, Tensor]]
+
+
+def write_shards(
+    load: Callable[[], tuple[nn.Module, Compute]],
+    rows: Rows,
+    folder: str,
+    *,
+    key: str,
+    batch_rows: int,
+    rank: int,
+    world: int,
+    progress: Callable[[int, int], None] | None,
+    note: Callable[[dict[str, Tensor]], dict[str, Any]] = lambda tensors: {},
+) -> int:
+    """Write what `compute` makes of every row that is not stored yet; returns how many rows it was run on here.
+
+    `load` is called only if something is missing, and gives the model and `compute`: int64 [n, seq_length] to named
+    tensors [n, ...]. `note` of a shard's tensors goes into its manifest. Of `world` processes each writes every
+    `world`-th shard; whoever sees that all are there writes the index, which makes the folder complete.
+    Raises StorageError for a folder that holds something else, and before the first shard if the disk is too small.
+    """
+    if storage.exists(storage.join(folder, INDEX)):
+        _read_index(folder, key)
+        return 0
+    shards = range(-(-len(rows) // ROWS_PER_SHARD))
+    missing = [number for number in shards if not _is_there(folder, number, key)]
+    mine = [number for number in missing if number % world == rank]
+    if mine:
+        model, compute = load()
+        device = next(model.parameters()).device
+    total = sum(len(_rows_of(number, len(rows))) for number in shards[rank::world])
+    done = total - sum(len(_rows_of(number, len(rows))) for number in mine)
+    computed = 0
+    for number in mine:
+        numbers, parts = _rows_of(number, len(rows)), []
+        for start in range(0, len(numbers), batch_rows):
+            batch = rows.take(numbers[start : start + batch_rows])
+            with torch.inference_mode():
+                parts.append({name: tensor.cpu() for name, tensor in compute(batch.to(device)).items()})
+            if not computed:
+                _check_room(folder, parts[0], sum(len(_rows_of(number, len(rows))) for number in missing))
+            computed += len(batch)
+            if progress:
+                progress(done + computed, total)
+        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        with storage.committed_folder(_shard_folder(folder, number), note={"key": key, **note(tensors)}) as place:
+            save_file(tensors, str(place / FILE))
+    if all(storage.is_committed(_shard_folder(folder, number)) for number in shards):
+        index = {"key": key, "num_rows": len(rows), "rows_per_shard": ROWS_PER_SHARD}
+        storage.write_json(storage.join(folder, INDEX), index)
+    return computed
+
+
+def _rows_of(shard: int, num_rows: int) -> range:
+    return range(shard * ROWS_PER_SHARD, min((shard + 1) * ROWS_PER_SHARD, num_rows))
+
+
+def _shard_folder(folder: str, number: int) -> str:
+    return storage.join(folder, f"shard-{number:05d}")
+
+
+def _is_there(folder: str, number: int, key: str) -> bool:
+    place = _shard_folder(folder, number)
+    if not storage.is_committed(place):
+        return False
+    _check_key(place, storage.manifest(place)["note"].get("key"), key)
+    return True
+
+
+def _check_key(place: str, found: str | None, key: str) -> None:
+    if found != key:
+        raise StorageError(f"{place}: holds the store {found}, not {key}", f"delete {place} and run again")
+
+
+def _check_room(folder: str, batch: dict[str, Tensor], missing: int) -> None:
+    """Refuse before anything is written what the disk cannot hold."""
+    if not storage.is_local(folder):
+        return
+    row = sum(tensor[0].nbytes for tensor in batch.values())
+    free = storage.free_bytes(folder)
+    if row * missing > free:
+        raise StorageError(
+            f"{folder}: {missing:,} rows to be stored need {row * missing:,} bytes, and the disk has {free:,} free",
+            f"{free // row:,} rows fit: lower data.train_rows, free some space, or choose another place with --storage",
+        )
+
+
+def _read_index(folder: str, key: str) -> dict[str, Any]:
+    index: dict[str, Any] = storage.read_json(storage.join(folder, INDEX))
+    _check_key(folder, index["key"], key)
+    return index
+
+
+class Shards:
+    """A complete folder that `write_shards` wrote, memory-mapped; every shard is verified when it is first read.
+
+    Remote shards are copied to this machine once. Raises StorageError for a folder that is not complete, was made from
+    another teacher or other rows, or has a missing or altered shard.
+    """
+
+    def __init__(self, folder: str, key: str) -> None:
+        if not storage.exists(storage.join(folder, INDEX)):
+            raise StorageError(f"{folder}: not completely written", "run what writes it again; it goes on where it was")
+        index = _read_index(folder, key)
+        self.folder, self.key = folder, key
+        self.num_rows: int = index["num_rows"]
+        self._rows_per_shard: int = index["rows_per_shard"]
+        self._opened: dict[int, Future[dict[str, Tensor]]] = {}
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shards")
+
+    def take(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """The tensors of the rows with these numbers, [len(indices), ...]. Raises IndexError for a row that is not there."""
+        places = [divmod(i, self._rows_per_shard) for i in indices]
+        shards = self._open(indices)
+        found = [shards[number].result() for number, _ in places]
+        return {
+            name: torch.stack([shard[name][row] for shard, (_, row) in zip(found, places, strict=True)])
+            for name in found[0]
+        }
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Copy, verify and map the shards of rows that are wanted soon, behind the caller's back."""
+        self._open(indices)
+
+    def notes(self) -> Iterator[dict[str, Any]]:
+        """What was noted of each shard when it was written."""
+        for number in range(-(-self.num_rows // self._rows_per_shard)):
+            yield storage.manifest(_shard_folder(self.folder, number))["note"]
+
+    def _open(self, indices: Iterable[int]) -> dict[int, Future[dict[str, Tensor]]]:
+        for i in indices:
+            if not 0 <= i < self.num_rows:
+                raise IndexError(f"row {i} of {self.folder}, which has rows 0 to {self.num_rows - 1}")
+            number = i // self._rows_per_shard
+            if number not in self._opened:
+                self._opened[number] = self._reader.submit(self._read, number)
+        return self._opened
+
+    def _read(self, number: int) -> dict[str, Tensor]:
+        place = _shard_folder(self.folder, number)
+        local = storage.fetch(place)
+        storage.verify(str(local))
+        _check_key(place, storage.manifest(place)["note"].get("key"), self.key)
+        return load_file(str(Path(local) / FILE))
