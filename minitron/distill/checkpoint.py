@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -16,28 +17,29 @@ log = logging.getLogger(__name__)
 FILE_BYTES = 256 << 20  # safetensors copies what it writes, so one file's worth is the memory that saving takes
 
 
-def save_checkpoint(folder: str, step: int, tensors: dict[str, Tensor], *, key: str, keep: int = 2) -> None:
+def save_checkpoint(folder: str, step: int, tensors: dict[str, Tensor], *, note: dict[str, Any], keep: int = 2) -> None:
     """Commit `tensors` as the state after `step` steps, in place of what is there, then delete all but the newest `keep`.
 
-    `key` names what is trained; a checkpoint of something else is never resumed from.
+    `note["key"]` names what is trained; a checkpoint of something else is never resumed from.
     """
     storage.remove(_path(folder, step))  # a damaged one that was passed over
-    with storage.committed_folder(_path(folder, step), note={"step": step, "key": key}) as place:
+    with storage.committed_folder(_path(folder, step), note=note) as place:
         for number, names in enumerate(_files(tensors)):
             save_file({name: tensors[name] for name in names}, str(Path(place) / f"state-{number:05d}.safetensors"))
     for old in committed_steps(folder)[:-keep]:
         storage.remove(_path(folder, old))
 
 
-def load_checkpoint(folder: str, *, key: str) -> tuple[int, dict[str, Tensor]] | None:
-    """(step, tensors) of the newest checkpoint that verifies, or None. Damaged ones are named in a warning and skipped."""
+def load_checkpoint(folder: str, *, key: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """(note, tensors) of the newest checkpoint that verifies, or None. Damaged ones are named in a warning and skipped."""
     for step in reversed(committed_steps(folder)):
         path = _path(folder, step)
         try:
-            if storage.manifest(path)["note"].get("key") != key:
+            note = storage.manifest(path)["note"]
+            if note.get("key") != key:
                 raise StorageError(f"{path}: belongs to another training run", "delete it, or use another folder")
             storage.verify(path)
-            return step, _load(storage.fetch(path))
+            return note, _load(storage.fetch(path))
         except StorageError as error:
             log.warning("checkpoint skipped: %s", error.problem)
     return None
