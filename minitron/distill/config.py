@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from minitron.distill.blocks import ACTIVATION_CHECKPOINTING
 from minitron.distill.schedule import SCHEDULES
 from minitron.errors import InputError
 
@@ -26,6 +27,12 @@ class DistillConfig:
     decay_share: float = 0.2
     """Share of the steps that "wsd" decays in, the last ones."""
     micro_batch_rows: int = 4
+    shard: bool = False
+    """Split weights and optimizer over the processes, where there are several (FSDP2); else each holds all of them."""
+    activation_checkpointing: str = "none"
+    """What of a layer is not kept for the backward pass but computed again: "none", "selective" or "full"."""
+    compile: bool = False
+    """Compile the student's layers, each by itself."""
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float = 1.0
@@ -41,5 +48,10 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise InputError(f"schedule: {self.schedule!r}", f"use one of {', '.join(SCHEDULES)}")
+        if self.activation_checkpointing not in ACTIVATION_CHECKPOINTING:
+            raise InputError(
+                f"activation_checkpointing: {self.activation_checkpointing!r}",
+                f"use one of {', '.join(ACTIVATION_CHECKPOINTING)}",
+            )
         if not 0 <= self.decay_share <= 1:
             raise InputError(f"decay_share: {self.decay_share} is no share of the steps", "use 0 to 1")

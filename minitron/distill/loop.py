@@ -6,25 +6,30 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from minitron import storage
 from minitron.data import Rows, rows_for_step
-from minitron.distill.checkpoint import load_checkpoint, save_checkpoint
+from minitron.distill.blocks import running_blocks
+from minitron.distill.checkpoint import Checkpoints
 from minitron.distill.config import DistillConfig
 from minitron.distill.losses import Losses
 from minitron.distill.objective import Objective
 from minitron.distill.report import Reporter, StepReport
 from minitron.distill.schedule import learning_rate
+from minitron.distill.sharding import begin_micro_batch, gathered, shard_, working_copy
 from minitron.distill.state import TrainingState
 from minitron.distill.teacher import Targets
 from minitron.distill.timing import Stopwatch
 from minitron.errors import InputError, NonFiniteError
 from minitron.evaluation.mode import evaluating, undisturbed
+from minitron.models import head_of
 
 log = logging.getLogger(__name__)
 
@@ -60,14 +65,30 @@ def distill(
         raise InputError(f"until: {until} without checkpoints", "say where the state at that step is to be saved")
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     watch = Stopwatch(next(student.parameters()).device)
-    objective = Objective(student, targets, losses, channels, watch)
-    state = TrainingState(objective.trained(), config)
-    first, skipped = _resume(state, checkpoints, key) if checkpoints else (0, 0)
-    reporter = Reporter(objective, config, rows.seq_length, first) if report else None
-    with evaluating(student):  # a step depends on weights and rows alone: no dropout, no noise on routers
+    sharded = config.shard and world > 1
+    with ExitStack() as stack:
+        working = stack.enter_context(working_copy(student)) if sharded else student
+        # a step depends on weights and rows alone: no dropout, no noise on routers
+        stack.enter_context(evaluating(working))
+        objective = Objective(working, targets, losses, channels, watch)
+        stack.enter_context(
+            running_blocks(
+                working,
+                activation_checkpointing=config.activation_checkpointing,
+                compiled=config.compile,
+                recorded=objective.intermediate.student_modules if objective.intermediate else (),
+            )
+        )
+        if sharded:
+            shard_(objective)
+        state = TrainingState(objective.trained(), config)
+        saver = stack.enter_context(Checkpoints(checkpoints, key=key)) if checkpoints else None
+        first, skipped = _resume(state, saver) if saver else (0, 0)
+        reporter = Reporter(objective, config, rows.seq_length, head_of(student).dtype, first) if report else None
         for step in range(first, config.steps if until is None else min(until, config.steps)):
             indices = rows_for_step(len(rows), config.batch_rows, step, config.seed)
-            share = _forward_backward(objective, state, rows, indices[rank::world], config)
+            batches = _micro_batches(indices, config.micro_batch_rows, world, rank, alike=sharded)
+            share = _forward_backward(objective, state, rows, batches)
             rate = learning_rate(
                 step,
                 total_steps=config.steps,
@@ -89,35 +110,45 @@ def distill(
             watch.lap("optimizer")
             done = step + 1
             if evaluate and config.evaluate_every and done % config.evaluate_every == 0:
-                with undisturbed(student):
-                    evaluate(done, student)
+                with gathered(objective), undisturbed(working):
+                    evaluate(done, working)
                 watch.lap("evaluation")
             if report and reporter and finite and (done % config.report_every == 0 or done == config.steps):
                 report(reporter.report(done, parts.tolist(), rate, norm, skipped))
                 watch.lap("report")
             regular = config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps
-            if checkpoints and (regular or done == until):
-                if rank == 0:
-                    note = {"step": done, "key": key, "skipped": skipped}
-                    save_checkpoint(checkpoints, done, state.tensors(), note=note)
-                if world > 1:
-                    dist.barrier()
+            if saver and (regular or done == until):
+                saver.save(done, state.tensors(), {"skipped": skipped})
                 watch.lap("checkpoint")
     return student.eval()
 
 
+def _micro_batches(
+    indices: list[int], size: int, world: int, rank: int, *, alike: bool
+) -> list[tuple[Sequence[int], float]]:
+    """Rows of each of a process's micro-batches, and their share of the step's rows. With `alike` every process has the same
+    number of them; what is missing is filled with a row that does not count."""
+    own = indices[rank::world]
+    count = math.ceil((math.ceil(len(indices) / world) if alike else len(own)) / size)
+    parts = [own[number * size : (number + 1) * size] for number in range(count)]
+    return [(part or indices[:1], len(part) / len(indices)) for part in parts]
+
+
 def _forward_backward(
-    objective: Objective, state: TrainingState, rows: Rows, indices: Sequence[int], config: DistillConfig
+    objective: Objective,
+    state: TrainingState,
+    rows: Rows,
+    batches: list[tuple[Sequence[int], float]],
 ) -> Tensor:
     """Gradients of this process's share of the global mean loss, left in the state; returns that share of each part."""
     device = next(objective.student.parameters()).device
     total = torch.zeros(4, dtype=torch.float64, device=device)
-    for start in range(0, len(indices), config.micro_batch_rows):
-        part = indices[start : start + config.micro_batch_rows]
+    for number, (part, share) in enumerate(batches, start=1):
+        if isinstance(objective, FSDPModule):
+            begin_micro_batch(objective, last=number == len(batches))
         tokens = rows.take(part).to(device)
         objective.watch.lap("data")
         loss, values = objective(part, tokens)
-        share = len(part) / config.batch_rows
         (loss * share).backward()
         state.accumulate()
         total += values * share
@@ -125,17 +156,14 @@ def _forward_backward(
     return total
 
 
-def _resume(state: TrainingState, folder: str, key: str) -> tuple[int, int]:
+def _resume(state: TrainingState, saver: Checkpoints) -> tuple[int, int]:
     """Load the newest good checkpoint; the number of steps done, and how many of them were skipped."""
-    found = load_checkpoint(folder, key=key)
+    found = saver.load(state.tensors())
     if found is None:
         return 0, 0
-    note, tensors = found
-    for name, tensor in state.tensors().items():
-        tensor.copy_(tensors[name])
-    skipped = note.get("skipped", 0)
-    state.restored(note["step"] - skipped)
-    return note["step"], skipped
+    skipped = found.get("skipped", 0)
+    state.restored(found["step"] - skipped)
+    return found["step"], skipped
 
 
 def _not_finite(found: dict[str, Any], skipped: int, config: DistillConfig, folder: str | None) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 
 from minitron.device import matmul_flops
 from minitron.distill.config import DistillConfig
 from minitron.distill.objective import Objective
 from minitron.distill.utilisation import training_flops_per_token
-from minitron.models import head_of
 
 ASIDE = ("evaluation", "report")  # parts that are no training
 
@@ -47,14 +47,16 @@ class StepReport:
 
 
 class Reporter:
-    """Makes the reports of one process, from step `done` on; rates are those since the last report."""
+    """Makes the reports of one process, whose models compute in `dtype`, from step `done` on."""
 
-    def __init__(self, objective: Objective, config: DistillConfig, seq_length: int, done: int) -> None:
+    def __init__(
+        self, objective: Objective, config: DistillConfig, seq_length: int, dtype: torch.dtype, done: int
+    ) -> None:
         self.objective, self.config = objective, config
         self.step_tokens = config.batch_rows * seq_length
         self.flops = training_flops_per_token(objective.student, objective.targets, seq_length)
         world = dist.get_world_size() if dist.is_initialized() else 1
-        self.peak = world * (config.peak_flops or matmul_flops(head_of(objective.student).dtype))
+        self.peak = world * (config.peak_flops or matmul_flops(dtype))
         self.done = done
         objective.watch.restart()
 

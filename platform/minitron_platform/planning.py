@@ -136,6 +136,11 @@ def _check_training(recipe: Recipe) -> None:
                 f"{key}.warmup_steps: {training.warmup_steps} leaves nothing of {training.steps} steps",
                 "use fewer warm-up steps, or more steps",
             )
+    if recipe.search.training.evaluate_every:
+        raise InputError(
+            f"search.training.evaluate_every: {recipe.search.training.evaluate_every}, and candidates are measured once",
+            "leave it out; distill.evaluate_every is there for the winner",
+        )
     if (recipe.calibrate.layers == "task") != (recipe.calibrate.task is not None):
         raise InputError(
             f"calibrate.task: {recipe.calibrate.task} with calibrate.layers: {recipe.calibrate.layers}",
