@@ -5,12 +5,24 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from test_distill import CONFIG, _live, _run, _stored, _student, _teacher, material  # noqa: F401 (a fixture)
+from test_distill import (  # noqa: F401 (material is a fixture)
+    CHANNELS,
+    CONFIG,
+    INTERMEDIATE,
+    _live,
+    _run,
+    _stored,
+    _student,
+    _teacher,
+    material,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minitron.architecture import Architecture
 from minitron.data import Rows, rows_for_step
@@ -18,6 +30,18 @@ from minitron.distill import DistillConfig, distill
 from minitron.distill.schedule import learning_rate
 from minitron.errors import InputError, NonFiniteError
 from minitron.evaluation import heldout_metrics
+
+
+class Counting(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.counts[str(function)] += 1
+        return function(*arguments, **(named or {}))
 
 
 def _rates(steps, **options):
@@ -150,3 +174,31 @@ def test_reports_say_where_the_time_goes_and_how_much_of_the_device_is_used(mate
     distill(_student(material), _live(material), rows, replace(config, steps=1), report=live.append)
     flops = 3 * own.flops_per_token(32) + other.flops_per_token(32)
     assert live[0].utilisation == pytest.approx(live[0].tokens_per_second * flops / 1e9)
+
+
+def test_activation_checkpointing_computes_again_and_changes_nothing(material):  # noqa: F811
+    options = {"losses": INTERMEDIATE, "channels": CHANNELS}
+    runs = {}
+    for how in ("none", "selective", "full"):
+        config = replace(CONFIG, steps=3, activation_checkpointing=how)
+        with Counting() as counting:
+            losses, student = _run(material, config, _live(material), **options)
+        assert all("forward" not in vars(layer) for layer in student.model.layers)
+        runs[how] = losses, counting.counts["aten.addmm.default"], counting.counts["aten.silu.default"]
+    assert runs["none"][0] == runs["selective"][0] == runs["full"][0]
+    products, activations = ({how: run[number] for how, run in runs.items()} for number in (1, 2))
+    assert products["none"] == products["selective"] < products["full"]
+    assert activations["none"] < activations["selective"] == activations["full"]
+    with pytest.raises(InputError, match="activation_checkpointing: 'some'"):
+        replace(CONFIG, activation_checkpointing="some")
+
+
+def test_compiled_layers_learn_the_same(material):  # noqa: F811
+    torch._dynamo.utils.counters.clear()
+    options = {"targets": _live(material), "losses": INTERMEDIATE, "channels": CHANNELS}
+    config = replace(CONFIG, steps=3, activation_checkpointing="selective")
+    compiled, _ = _run(material, replace(config, compile=True), **options)
+    # the losses look into all layers but one
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    eager, _ = _run(material, config, **options)
+    assert [loss for _, loss in compiled] == pytest.approx([loss for _, loss in eager], rel=1e-4)
