@@ -174,32 +174,49 @@ def committed_folder(target: str, note: dict[str, Any] | None = None) -> Iterato
 
     `note` is stored in the manifest beside the files. If `target` is committed by somebody else meanwhile, theirs stays.
     """
-    local = is_local(target)
-    parent = local_path(target).parent if local else Path(tempfile.gettempdir())
     with disk_errors(target):
-        parent.mkdir(parents=True, exist_ok=True)
-        name = target.rstrip("/").rsplit("/", 1)[-1]
-        _sweep(parent, name)
-        temporary = parent / f".{name}.{_owner()}.{uuid.uuid4().hex[:8]}.tmp"
-        temporary.mkdir()
+        temporary = staging_folder(target)
         try:
             yield temporary
-            files = {
-                str(file.relative_to(temporary)): {"bytes": file.stat().st_size, "sha256": sha256(file)}
-                for file in sorted(temporary.rglob("*"))
-                if file.is_file()
-            }
-            manifest = json.dumps({"files": files, "note": note or {}}, indent=1, sort_keys=True) + "\n"
-            if local:
-                (temporary / MANIFEST).write_text(manifest)
-                _publish(temporary, local_path(target))
-            else:
-                fs, inner = filesystem(target)
-                for name in files:
-                    fs.put_file(str(temporary / name), f"{inner}/{name}")
-                fs.pipe_file(f"{inner}/{MANIFEST}", manifest.encode())
+            publish(temporary, target, upload(temporary, target), note)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def staging_folder(target: str) -> Path:
+    """A new temporary folder for what `publish` will commit to `target`: beside a local one, else on this machine."""
+    parent = local_path(target).parent if is_local(target) else Path(tempfile.gettempdir())
+    parent.mkdir(parents=True, exist_ok=True)
+    name = target.rstrip("/").rsplit("/", 1)[-1]
+    _sweep(parent, name)
+    temporary = parent / f".{name}.{_owner()}.{uuid.uuid4().hex[:8]}.tmp"
+    temporary.mkdir()
+    return temporary
+
+
+def upload(temporary: Path, target: str, pattern: str = "*") -> dict[str, Any]:
+    """Size and SHA-256 of the files in a staging folder that match; copies them to `target` where that is not local."""
+    files = {
+        str(file.relative_to(temporary)): {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        for file in sorted(temporary.rglob(pattern))
+        if file.is_file()
+    }
+    if not is_local(target):
+        fs, inner = filesystem(target)
+        for name in files:
+            fs.put_file(str(temporary / name), f"{inner}/{name}")
+    return files
+
+
+def publish(temporary: Path, target: str, files: dict[str, Any], note: dict[str, Any] | None = None) -> None:
+    """Commit a staging folder whose files are uploaded: the manifest comes last."""
+    manifest = json.dumps({"files": files, "note": note or {}}, indent=1, sort_keys=True) + "\n"
+    if is_local(target):
+        (temporary / MANIFEST).write_text(manifest)
+        _publish(temporary, local_path(target))
+    else:
+        fs, inner = filesystem(target)
+        fs.pipe_file(f"{inner}/{MANIFEST}", manifest.encode())
 
 
 def _owner() -> str:

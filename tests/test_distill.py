@@ -374,7 +374,7 @@ def test_a_soft_capped_model_distils(material):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(material, tmp_path, caplog):
     config = replace(CONFIG, checkpoint_every=3)
     _run(material, config, checkpoints=str(tmp_path), key="k")
-    newest = tmp_path / "step-00000009" / "state-00000.safetensors"
+    newest = tmp_path / "step-00000009" / "shard-00001-model-00001-of-00001.safetensors"
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
     newest.write_bytes(data)

@@ -1,8 +1,10 @@
 """Distillation: the losses, the teacher's stored targets, the loop and its checkpoints."""
 
-from minitron.distill.loop import DistillConfig, StepReport, distill
+from minitron.distill.config import DistillConfig
+from minitron.distill.loop import distill
 from minitron.distill.loss import linear_kl_div, linear_logit_loss
 from minitron.distill.losses import Losses, default_losses
+from minitron.distill.report import StepReport
 from minitron.distill.store import StoredTeacher, store_hidden
 from minitron.distill.teacher import LiveTeacher
 from minitron.distill.topk import TopKTeacher, store_top_k

@@ -13,21 +13,29 @@ from minitron.distill.intermediate import IntermediateLosses, dynamic_alpha, rec
 from minitron.distill.loss import linear_logit_loss
 from minitron.distill.losses import Losses
 from minitron.distill.teacher import LiveTeacher, Targets, TeacherBatch
+from minitron.distill.timing import Stopwatch
 from minitron.errors import InputError
 from minitron.logits import Head
-from minitron.models import final_hidden
+from minitron.models import final_hidden, head_of
 
 
-class Objective:
+class Objective(nn.Module):
     """The losses of `student` against `targets`, which may be None where none of them compares with a teacher.
 
     Raises InputError for a missing teacher, and for a stored one where the losses need more than its final hidden states.
     """
 
     def __init__(
-        self, student: nn.Module, targets: Targets | None, losses: Losses, channels: Tensor | None = None
+        self,
+        student: nn.Module,
+        targets: Targets | None,
+        losses: Losses,
+        channels: Tensor | None = None,
+        watch: Stopwatch | None = None,
     ) -> None:
+        super().__init__()
         self.student, self.targets, self.losses = student, targets if losses.needs_teacher else None, losses
+        self.watch = watch or Stopwatch(head_of(student).device)
         self.intermediate: IntermediateLosses | None = None
         if losses.needs_teacher and targets is None:
             raise InputError("targets: none, and the losses compare with a teacher", "give it, or use logits: none")
@@ -40,20 +48,22 @@ class Objective:
                 )
             self.intermediate = IntermediateLosses(student, targets.model, losses, channels)
 
-    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
         """What is trained: the student's parameters that require a gradient, and the projection."""
         named = [(name, p) for name, p in self.student.named_parameters() if p.requires_grad]
         if not named:
             raise InputError("the student has no parameter that requires a gradient", "unfreeze what is to be trained")
         return named + (list(self.intermediate.named_parameters("intermediate")) if self.intermediate else [])
 
-    def __call__(self, indices: Sequence[int], tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, indices: Sequence[int], tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of the rows with these numbers and tokens, int64 [n, seq_length], as a scalar with a gradient; and its
         parts without: float64 [4] of the loss, the divergence, the cross-entropy and L_is. All are means over the rows."""
         teacher, teacher_outputs = self._teacher(indices, tokens)
+        self.watch.lap("teacher")
         modules = self.intermediate.student_modules if self.intermediate else ()
         with recorded(self.student, modules) as outputs:
             hidden = final_hidden(self.student, tokens)
+        self.watch.lap("student")
         logits = linear_logit_loss(
             hidden.flatten(0, 1),
             Head.of(self.student),
@@ -69,6 +79,7 @@ class Objective:
             alpha = dynamic if self.losses.alpha is None else self.losses.alpha
             loss = loss + (alpha * intermediate).mean()
         parts = (loss, logits.divergence.double().mean(), logits.cross_entropy, intermediate.mean())
+        self.watch.lap("loss")
         return loss, torch.stack([part.detach().double() for part in parts])
 
     def _teacher(self, indices: Sequence[int], tokens: Tensor) -> tuple[TeacherBatch, dict[str, Tensor]]:

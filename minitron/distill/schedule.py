@@ -1,13 +1,34 @@
-"""Learning rate as a pure function of the step: linear warm-up, then cosine to the minimum (the papers' schedule)."""
+"""Learning rate as a pure function of the step: linear warm-up, then one of two ways down to the minimum.
+
+"cosine" is the papers' (arXiv 2408.11796). "wsd" stays at the peak and goes down in a straight line at the end
+(warm-up-stable-decay, arXiv 2404.06395 section 4; arXiv 2405.18392): until the decay begins its rates do not depend on the
+number of steps, so runs of different length can be compared.
+"""
 
 from __future__ import annotations
 
 import math
 
+SCHEDULES = ("cosine", "wsd")
 
-def learning_rate(step: int, *, total_steps: int, peak: float, minimum: float, warmup_steps: int) -> float:
-    """Rate of step `step`, counted from 0."""
+
+def learning_rate(
+    step: int,
+    *,
+    total_steps: int,
+    peak: float,
+    minimum: float,
+    warmup_steps: int,
+    schedule: str = "cosine",
+    decay_share: float = 0.2,
+) -> float:
+    """Rate of step `step`, counted from 0; "wsd" decays in the last `decay_share` of the steps."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
-    return minimum + 0.5 * (peak - minimum) * (1 + math.cos(math.pi * min(1.0, progress)))
+    if schedule == "cosine":
+        progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
+        return minimum + 0.5 * (peak - minimum) * (1 + math.cos(math.pi * min(1.0, progress)))
+    stable = total_steps - min(round(decay_share * total_steps), total_steps - warmup_steps)
+    if step < stable:
+        return peak
+    return peak - (peak - minimum) * min(1.0, (step - stable + 1) / (total_steps - stable))

@@ -1,10 +1,12 @@
-"""Evaluation mode for the length of a block."""
+"""Evaluation in the middle of something else."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 
@@ -18,3 +20,15 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def undisturbed(model: torch.nn.Module) -> Iterator[None]:
+    """`evaluating`, and the random states of Python, numpy and torch are put back on leaving."""
+    python, numbers = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(), evaluating(model):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)

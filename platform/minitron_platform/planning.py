@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +10,7 @@ import torch
 from minitron import storage
 from minitron.architecture import Architecture
 from minitron.data import source_identity as text_identity
-from minitron.device import compute_dtype, device
+from minitron.device import compute_dtype, matmul_flops
 from minitron.distill.store import stored_bytes
 from minitron.errors import InputError, StorageError
 from minitron.evaluation import Task, check_tasks
@@ -92,7 +91,7 @@ def plan(
         _check_gpus(recipe)
     _check_writable(where.storage)
     dtype = compute_dtype(recipe.teacher.dtype)
-    speed = _measured_speed(dtype)
+    speed = matmul_flops(dtype)
     finished, written = finished_stages(recipe, where)
     costs = [
         replace(cost, done=cost.stage in finished.family.get(cost.model, finished.shared))
@@ -144,6 +143,11 @@ def _check_training(recipe: Recipe) -> None:
         raise InputError(
             f"search.rungs: {recipe.search.rungs} has none between search.halving.grace = {rule.grace:g} and the end",
             "add a rung, or shorten the grace period",
+        )
+    if recipe.search.training.evaluate_every:
+        raise InputError(
+            f"search.training.evaluate_every: {recipe.search.training.evaluate_every}, and candidates are measured once",
+            "leave it out; distill.evaluate_every is there for the winner",
         )
     if (recipe.calibrate.layers == "task") != (recipe.calibrate.task is not None):
         raise InputError(
@@ -212,19 +216,6 @@ def _check_writable(path: str) -> None:
     probe = storage.join(path, ".writable")
     storage.write_bytes(probe, b"")
     storage.remove(probe)
-
-
-def _measured_speed(dtype: torch.dtype, size: int = 1024) -> float:
-    """Multiply-add speed of large matrices here, FLOP/s."""
-    a = torch.ones(size, size, dtype=dtype, device=device())
-    a @ a
-    started, rounds = time.perf_counter(), 0
-    while time.perf_counter() - started < 0.2:
-        a @ a
-        rounds += 1
-        if a.is_cuda:
-            torch.cuda.synchronize()
-    return rounds * 2 * size**3 / (time.perf_counter() - started)
 
 
 def _costs(

@@ -111,7 +111,8 @@ class Losses(_Section):
 
 
 class Training(_Section):
-    """A training: steps of `batch_rows` rows, warm-up then cosine."""
+    """A training: steps of `batch_rows` rows, warm-up, then cosine or `wsd`, which decays in the last `decay_share`.
+    Every `evaluate_every` steps the held-out rows are measured. `shard` splits weights and optimizer over the workers."""
 
     steps: Positive
     batch_rows: Positive
@@ -119,10 +120,17 @@ class Training(_Section):
     peak_lr: Annotated[float, Field(gt=0)]
     min_lr: Annotated[float, Field(ge=0)]
     warmup_steps: Annotated[int, Field(ge=0)]
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    decay_share: Annotated[float, Field(ge=0, le=1)] = 0.2
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     seed: int = 0
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 0
     checkpoint_every: Annotated[int, Field(ge=0)] = 0
+    evaluate_every: Annotated[int, Field(ge=0)] = 0
+    shard: bool = False
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    compile: bool = False
 
 
 class Correct(_Section):

@@ -21,6 +21,7 @@ from minitron.distill import DistillConfig, LiveTeacher, Losses, StepReport, dis
 from minitron.distill.materials import Materials
 from minitron.distill.teacher import Targets
 from minitron.errors import MinitronError, NonFiniteError
+from minitron.evaluation import heldout_metrics
 from minitron.models import load_tokenizer, save_model
 from minitron.origin import Origin
 from minitron.trainable import trainable
@@ -144,10 +145,13 @@ def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
         with suppress(ray.exceptions.RayError):  # the record never stops the work
             ray.get(unheard)
 
-    def report(step: StepReport) -> None:
+    def record(metrics: dict[str, float], step: int) -> None:
         if dist.get_rank() == 0:
             heard()  # so that at most one step's metrics are on their way when something dies
-            unheard[:] = [config["recorder"].record.remote(_metrics(step), step.step)]
+            unheard[:] = [config["recorder"].record.remote(metrics, step)]
+
+    def evaluate(done: int, student: nn.Module) -> None:
+        record(_heldout(task, student, targets), done)
 
     try:
         with trainable(model, task.method, lora_rank=task.lora_rank):
@@ -160,7 +164,8 @@ def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
                 channels=channels,
                 checkpoints=task.checkpoints,
                 key=task.key,
-                report=report,
+                report=lambda step: record(_metrics(step), step.step),
+                evaluate=evaluate,
                 until=task.until,
             )
     except NonFiniteError as error:
@@ -198,4 +203,18 @@ def _metrics(step: StepReport) -> dict[str, float]:
         "grad_norm": step.grad_norm,
         "tokens": step.tokens,
         "tokens_per_second": step.tokens_per_second,
+        "flop_utilisation": step.utilisation,
+        "skipped_steps": step.skipped,
+        **{f"seconds_{part}": value for part, value in step.seconds.items()},
     }
+
+
+def _heldout(task: TrainTask, model: nn.Module, targets: Targets | None) -> dict[str, float]:
+    """What the held-out rows say of a model in training."""
+    if targets is None:
+        rows = task.materials.open_rows("heldout")
+        metrics = heldout_metrics(model, rows.take(range(len(rows))))
+    else:
+        metrics = task.materials.heldout(model, targets.head)
+    values = {"loss": metrics.loss, "kl": metrics.kl, "top1_agreement": metrics.top1_agreement}
+    return {f"heldout_{name}": value for name, value in values.items() if value is not None}

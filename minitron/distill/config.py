@@ -1,0 +1,57 @@
+"""What a distillation is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minitron.distill.blocks import ACTIVATION_CHECKPOINTING
+from minitron.distill.schedule import SCHEDULES
+from minitron.errors import InputError
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """How long and how fast. `batch_rows` is the global batch, the same at any number of processes.
+
+    The defaults of the batch, the rates and the warm-up are those of Llama-3.1-Minitron-4B at rows of 8,192 tokens
+    (arXiv 2408.11796). Raises InputError for values that cannot be used.
+    """
+
+    steps: int
+    batch_rows: int = 1152
+    peak_lr: float = 1e-4
+    min_lr: float = 1e-5
+    warmup_steps: int = 40
+    schedule: str = "cosine"
+    """"cosine", or "wsd": warm-up, stable, decay."""
+    decay_share: float = 0.2
+    """Share of the steps that "wsd" decays in, the last ones."""
+    micro_batch_rows: int = 4
+    shard: bool = False
+    """Split weights and optimizer over the processes, where there are several (FSDP2); else each holds all of them."""
+    activation_checkpointing: str = "none"
+    """What of a layer is not kept for the backward pass but computed again: "none", "selective" or "full"."""
+    compile: bool = False
+    """Compile the student's layers, each by itself."""
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_norm: float = 1.0
+    seed: int = 0
+    max_skipped_steps: int = 0
+    """Steps without a finite loss and gradient that are passed over, without an update, before the run stops."""
+    checkpoint_every: int = 0  # steps; 0 for none
+    evaluate_every: int = 0  # steps; 0 for never
+    report_every: int = 1  # steps
+    peak_flops: float = 0.0
+    """FLOP/s of one process's device that the utilisation is a share of; 0 to measure a large matrix product."""
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise InputError(f"schedule: {self.schedule!r}", f"use one of {', '.join(SCHEDULES)}")
+        if self.activation_checkpointing not in ACTIVATION_CHECKPOINTING:
+            raise InputError(
+                f"activation_checkpointing: {self.activation_checkpointing!r}",
+                f"use one of {', '.join(ACTIVATION_CHECKPOINTING)}",
+            )
+        if not 0 <= self.decay_share <= 1:
+            raise InputError(f"decay_share: {self.decay_share} is no share of the steps", "use 0 to 1")

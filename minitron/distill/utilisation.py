@@ -1,0 +1,26 @@
+"""Model FLOP utilisation of a distillation.
+
+utilisation = tokens per second · (F_teacher + (2 + t) · F_student) / (processes · peak FLOP/s of one's device)
+
+F is the FLOPs of one forward pass per token, `Architecture.flops_per_token`, the head included. The backward pass of the
+student takes F_student for the gradients of the activations and t · F_student for those of the weights, where t is the
+share of its parameters that is trained. Of a teacher whose hidden states are stored, only the head is run. What is
+computed a second time, as activation checkpointing does, does not count.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from minitron.architecture import Architecture
+from minitron.distill.teacher import LiveTeacher, Targets
+
+
+def training_flops_per_token(student: nn.Module, targets: Targets | None, seq_length: int) -> float:
+    """FLOPs that a token of a row of `seq_length` takes in student and teacher."""
+    sizes = [(p.numel(), p.requires_grad) for p in student.parameters()]
+    trained = sum(size for size, trains in sizes if trains) / sum(size for size, _ in sizes)
+    flops = (2 + trained) * Architecture.from_config(student.config).flops_per_token(seq_length)
+    if isinstance(targets, LiveTeacher):
+        return flops + Architecture.from_config(targets.model.config).flops_per_token(seq_length)
+    return flops + (2 * targets.head.weight.numel() if targets else 0)
