@@ -4,8 +4,8 @@ utilisation = tokens per second · (F_teacher + (2 + t) · F_student) / (process
 
 F is the FLOPs of one forward pass per token, `Architecture.flops_per_token`, the head included. The backward pass of the
 student takes F_student for the gradients of the activations and t · F_student for those of the weights, where t is the
-share of its parameters that is trained. Of a teacher whose hidden states are stored, only the head is run. What is
-computed a second time, as activation checkpointing does, does not count.
+share of its parameters that is trained. Of a teacher whose hidden states are stored, only the head is run, and nothing of
+one whose likeliest tokens are. What is computed a second time, as activation checkpointing does, does not count.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from torch import nn
 
 from minitron.architecture import Architecture
+from minitron.distill.store import StoredTeacher
 from minitron.distill.teacher import LiveTeacher, Targets
 
 
@@ -23,4 +24,4 @@ def training_flops_per_token(student: nn.Module, targets: Targets | None, seq_le
     flops = (2 + trained) * Architecture.from_config(student.config).flops_per_token(seq_length)
     if isinstance(targets, LiveTeacher):
         return flops + Architecture.from_config(targets.model.config).flops_per_token(seq_length)
-    return flops + (2 * targets.head.weight.numel() if targets else 0)
+    return flops + (2 * targets.head.weight.numel() if isinstance(targets, StoredTeacher) else 0)

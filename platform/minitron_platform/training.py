@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from minitron import storage
 from minitron.architecture import Architecture
-from minitron.distill import DistillConfig, LiveTeacher, Losses, StepReport, distill
+from minitron.distill import DistillConfig, LiveTeacher, Losses, StepReport, StoredTeacher, distill
 from minitron.distill.materials import Materials
-from minitron.distill.teacher import Targets
 from minitron.errors import MinitronError, NonFiniteError
 from minitron.evaluation import heldout_metrics
 from minitron.models import load_tokenizer, save_model
@@ -178,7 +177,7 @@ def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
     return None
 
 
-def _start(task: TrainTask) -> tuple[nn.Module, Targets | None, Tensor | None]:
+def _start(task: TrainTask) -> tuple[nn.Module, StoredTeacher | LiveTeacher | None, Tensor | None]:
     """The model to train, what it is compared with, and the teacher's channels that it kept."""
     reads = task.materials
     if task.origin is None or task.architecture is None:
@@ -209,7 +208,7 @@ def _metrics(step: StepReport) -> dict[str, float]:
     }
 
 
-def _heldout(task: TrainTask, model: nn.Module, targets: Targets | None) -> dict[str, float]:
+def _heldout(task: TrainTask, model: nn.Module, targets: StoredTeacher | LiveTeacher | None) -> dict[str, float]:
     """What the held-out rows say of a model in training."""
     if targets is None:
         rows = task.materials.open_rows("heldout")
