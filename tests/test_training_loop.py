@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minitron.architecture import Architecture
 from minitron.data import Rows, rows_for_step
-from minitron.distill import DistillConfig, distill
+from minitron.distill import DistillConfig, StoredTeacher, distill
 from minitron.distill.schedule import learning_rate
 from minitron.errors import InputError, NonFiniteError
 from minitron.evaluation import heldout_metrics
@@ -72,16 +72,18 @@ def test_the_defaults_are_the_papers():
     assert (config.batch_rows, config.peak_lr, config.min_lr, config.warmup_steps) == (1152, 1e-4, 1e-5, 40)
 
 
-class Poisoned:
+class Poisoned(StoredTeacher):
     """Stored targets that are broken for some rows."""
 
     def __init__(self, folder, rows):
-        self.stored, self.rows = _stored(folder), set(rows)
-        self.head = self.stored.head
+        self.__dict__ |= vars(_stored(folder))
+        self.rows = set(rows)
 
-    def hidden(self, indices, tokens):
-        values = self.stored.hidden(indices, tokens)
-        return values * float("nan") if self.rows & set(indices) else values
+    def batch(self, indices, tokens):
+        found = super().batch(indices, tokens)
+        if self.rows & set(indices):
+            found["teacher_hidden"] = found["teacher_hidden"] * float("nan")
+        return found
 
 
 def _broken_rows(folder, steps):
@@ -155,9 +157,9 @@ def test_there_is_no_dropout(material):  # noqa: F811
 
 def test_reports_say_where_the_time_goes_and_how_much_of_the_device_is_used(material):  # noqa: F811
     class Slow(Poisoned):
-        def hidden(self, indices, tokens):
+        def batch(self, indices, tokens):
             time.sleep(0.5)
-            return super().hidden(indices, tokens)
+            return super().batch(indices, tokens)
 
     student, reports, started = _student(material), [], time.perf_counter()
     rows = Rows.open(str(material / "rows"), "train")
