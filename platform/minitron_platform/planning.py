@@ -297,6 +297,7 @@ def _member_costs(
     documents = sum(task.limit or 1000 for task in recipe.evaluate.tasks)
     at_once = max(1, min(len(shapes), int((os.cpu_count() or 1) / recipe.resources.cpus_per_trial)))
     live = distillation_losses(recipe, shapes[0], teacher)[0].needs_live_teacher
+    models = 3 if member is recipe.family[0] else 2  # the teacher is evaluated once
 
     def checkpoints(settings: Training, runs: int) -> int:
         return 3 * MASTER_BYTES * largest * runs if settings.checkpoint_every else 0
@@ -326,8 +327,8 @@ def _member_costs(
         ),
         (
             "evaluate",
-            f"3 models, {', '.join(task.name for task in recipe.evaluate.tasks) or 'held-out rows only'}",
-            forward * 3 * (documents * 90 + data.heldout_rows * seq),
+            f"{models} models, {', '.join(task.name for task in recipe.evaluate.tasks) or 'held-out rows only'}",
+            forward * models * (documents * 90 + data.heldout_rows * seq),
             0,
         ),
         ("register", f"{member.model} as {recipe.register_as.alias}", 0, 0),
