@@ -141,7 +141,7 @@ def _check_training(recipe: Recipe) -> None:
     rungs, rule = rung_steps(recipe.search.rungs, recipe.search.training.steps), halving(recipe)
     if rule and not rule.cuts(rungs, recipe.search.training.steps):
         raise InputError(
-            f"search.rungs: {recipe.search.rungs} has none between search.halving.grace = {rule.grace:g} and the end",
+            f"search.rungs: {recipe.search.rungs} has none between search.halving.grace = {rule.grace} and the end",
             "add a rung, or shorten the grace period",
         )
     if recipe.search.training.evaluate_every:
@@ -267,7 +267,9 @@ def _search_text(recipe: Recipe, at_most: str, candidates: int, distilled: int, 
     """How many candidates go how far."""
     scored = f"{at_most}{candidates} candidates" + (" scored" if recipe.search.forward else "")
     most = f", {distilled} distilled" if recipe.search.forward else ""
-    fewer = ", the worse stopped at rungs" if recipe.search.halving else ""
+    rule = recipe.search.halving
+    when = " where the order holds" if rule and rule.grace == "stable" else ""
+    fewer = f", the worse stopped at rungs{when}" if rule else ""
     return f"{scored}{most}, {tokens:,} tokens each{fewer}"
 
 
