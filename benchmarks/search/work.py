@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron import Architecture, LayerScoring, estimate_importance
+from minitron import Architecture, estimate_importance
 from minitron.data import Rows, Split, TextSource, pack
 from minitron.device import compute_dtype, device
 from minitron.distill import DistillConfig, LiveTeacher, Losses, store_hidden
 from minitron.distill.materials import Materials
+from minitron.importance import LayerScoring
 from minitron.logits import Head
 from minitron.models import load_source, save_model
 from minitron.origin import Origin
