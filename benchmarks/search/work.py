@@ -20,10 +20,10 @@ from minitron_search import candidates
 from minitron_search.halving import rung_steps
 from minitron_search.trial import SearchTask
 
-SPACE = {
-    "num_layers": [18, 20, 22, 24, 26, 28, 30],
+SPACE: dict[str, list[int]] = {
+    "num_layers": [18, 24, 30],
     "hidden_size": [504, 540, 576],
-    "intermediate_size": [640, 768, 896, 1024, 1152, 1280, 1408, 1536],
+    "intermediate_size": list(range(640, 1537, 64)),
 }
 PARAMETERS, TOLERANCE = 90_000_000, 0.05
 
