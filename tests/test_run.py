@@ -147,6 +147,13 @@ def test_mlflow_shows_the_run_its_stages_and_the_trials_below_the_search(bench, 
     trials = [run for run in runs if run.data.tags.get("minitron.kind") == "trial"]
     assert len(trials) == _results(bench)["search"]["candidates"]
     assert {by_id[run.data.tags["mlflow.parentRunId"]].info.run_name for run in trials} == {"search"}
+    for run in trials:
+        assert len(run.data.metrics) <= 30
+        tokens = {p.step: p.value for p in client.get_metric_history(run.info.run_id, "tokens")}
+        for curve in ("train_kl", "heldout_kl"):
+            steps = {point.step for point in client.get_metric_history(run.info.run_id, curve)}
+            assert all(tokens[step] == step * 4 * 32 for step in steps)
+        assert tokens[SEARCH_STEPS] == SEARCH_STEPS * 4 * 32
     best = min(trials, key=lambda run: run.data.metrics["heldout_kl"])
     assert best.data.metrics["heldout_kl"] == pytest.approx(_results(bench)["search"]["ranking"][0]["kl"])
     distill = next(run for run in stages if run.info.run_name == "distill")

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 from minitron import Architecture, estimate_importance, storage
 from minitron.data import Rows, TextSource, pack
 from minitron.distill import DistillConfig, Losses, store_hidden
 from minitron.distill.materials import Materials
-from minitron.errors import InputError
+from minitron.errors import InputError, MinitronError, NonFiniteError, StorageError
 from minitron.models import load_model, load_tokenizer
 from minitron.origin import Origin
 from minitron_platform.local_ray import ray_session
 from minitron_search import candidates, search
 from minitron_search.halving import Halving, kept, planned_steps, rung_steps, survivors
+from minitron_search.pool import Pool
 from minitron_search.ranking import pareto
+from minitron_search.room import at_once
 from minitron_search.stability import kendall_tau, settled, stability
 from minitron_search.trial import SearchTask, run_trial, trial_key, trial_result
 
@@ -168,6 +174,136 @@ def test_only_the_best_undistilled_go_on_and_the_worse_stop_at_a_rung(made, to_t
     run_trial(task, stopped, lambda numbers: None)
     ours, theirs = (trial_result(t.folder, stopped) for t in (task, to_the_end[0]))
     assert ours["per_row_kl"] == theirs["per_row_kl"]
+
+
+def test_candidates_that_cannot_be_cut_are_named_and_the_search_goes_on(made, to_the_end, tmp_path):
+    good, events = made[2][-1], []
+    wide, deep = (replace(good, **{name: 99}) for name in ("hidden_size", "num_layers"))
+    task = _task(made, tmp_path)
+    with pytest.raises(MinitronError, match="no candidate of the search finished") as raised:
+        search(task, [wide, deep], on_event=lambda key, numbers: events.append((key, numbers)))
+    first, *lines = raised.value.problem.splitlines()
+    assert [line.split("  ")[1] for line in lines] == [str(wide), str(deep)]
+    assert "99" in lines[0]
+    assert {key for key, numbers in events if "failed" in numbers} == {trial_key(wide), trial_key(deep)}
+    assert not [numbers for _, numbers in events if "retried" in numbers]
+    # with one that can be cut there is a winner, and it is as if the others had not been there
+    found = search(task, [wide, good, deep], forward_keep=3)
+    assert found.winner == good
+    assert set(found.failures) == {str(wide), str(deep)}
+    assert [found.failures[str(a)] for a in (wide, deep)] == [line.split("  ")[-1] for line in lines]
+    alone, before = (trial_result(t.folder, good) for t in (task, to_the_end[0]))
+    assert alone["per_row_kl"] == before["per_row_kl"]
+
+
+class Work:
+    """What a trial may do, by the candidate's number of layers; counts the attempts in files."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    def done(self, architecture):
+        return (self.folder / f"{architecture.num_layers}.done").exists()
+
+    def attempts(self, architecture):
+        return len(list(self.folder.glob(f"{architecture.num_layers}-*")))
+
+    def __call__(self, architecture, report):
+        report({"step": 0})
+        attempt = self.attempts(architecture) + 1
+        (self.folder / f"{architecture.num_layers}-{attempt}").touch()
+        match architecture.num_layers:
+            case 1:
+                raise ValueError("of two\nlines")
+            case 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has less.")
+            case 3:
+                raise NonFiniteError("loss nan at step 3", "lower the rate")
+            case 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+            case 5 if attempt == 1:
+                raise OSError("the network was away")
+            case 7:
+                raise StorageError("/x: no room left on the disk", "free some space")
+            case 8:
+                time.sleep(60)
+        (self.folder / f"{architecture.num_layers}.done").touch()
+
+
+def test_each_reason_is_a_line_and_only_what_may_pass_is_tried_again(made, to_the_end, tmp_path):
+    work, events = Work(tmp_path), []
+    kinds = [replace(made[2][0], num_layers=kind) for kind in range(1, 6)]
+    tried = Pool(
+        share={"CPU": 1},
+        max_failures=1,
+        scratch=str(tmp_path / "tune"),
+        on_event=lambda key, numbers: events.append((key, numbers)),
+    )
+    failures = tried.run(work, kinds, work.done)
+    raised, memory, diverged, killed, passing = kinds
+    assert list(failures) == [str(raised), str(memory), str(diverged), str(killed)]
+    assert failures[str(raised)] == "ValueError: of two lines"
+    assert failures[str(memory)].startswith("out of GPU memory: CUDA out of memory. Tried to allocate 2.00 GiB; use")
+    assert failures[str(diverged)] == "loss nan at step 3; lower the rate"
+    assert failures[str(killed)].startswith("its worker died too often")
+    assert [work.attempts(kind) for kind in kinds] == [2, 1, 1, 2, 2]
+    assert work.done(passing)
+    retried = {key: numbers["retried"] for key, numbers in events if "retried" in numbers}
+    assert set(retried) == {trial_key(kind) for kind in (raised, killed, passing)}
+    assert retried[trial_key(passing)] == "OSError: the network was away"
+    assert {key for key, numbers in events if "failed" in numbers} == {trial_key(kind) for kind in kinds[:4]}
+
+
+def test_storage_that_cannot_be_used_ends_the_search(made, to_the_end, tmp_path):
+    work, started = Work(tmp_path), time.monotonic()
+    full, other = (replace(made[2][0], num_layers=kind) for kind in (7, 8))
+    with pytest.raises(StorageError, match="no room left") as raised:
+        Pool(share={"CPU": 1}, max_failures=0, scratch=str(tmp_path / "tune")).run(work, [full, other], work.done)
+    assert "free some space" in raised.value.remedy
+    assert "what has finished is kept" in raised.value.remedy
+    assert time.monotonic() - started < 50  # it did not wait for the other
+
+
+def test_a_trial_that_no_node_has_room_for_is_refused(made, to_the_end, tmp_path):
+    with pytest.raises(InputError, match="nodes have"):
+        search(_task(made, tmp_path), made[2], cpus_per_trial=100)
+
+
+def test_trials_at_once_are_what_the_nodes_hold():
+    cpu, gpu = {"CPU": 16, "memory": 64e9}, {"CPU": 16, "GPU": 8, "memory": 64e9}
+    assert at_once([cpu, cpu], {"CPU": 3}) == 10  # five on each node, not 32 / 3
+    assert at_once([cpu, gpu], {"CPU": 1, "GPU": 1}) == 8
+    assert at_once([gpu], {"CPU": 1, "GPU": 0.6}) == 8  # none is spread over two
+    assert at_once([gpu], {"CPU": 1, "GPU": 0.1}) == 16
+    assert at_once([gpu, gpu], {"CPU": 1, "GPU": 1}, workers=3) == 5
+    assert at_once([gpu, gpu], {"CPU": 1, "GPU": 8}, workers=2) == 1
+    assert at_once([cpu], {"CPU": 1, "memory": 20e9}) == 3
+    # the memory of what starts the workers is kept aside, so that all that fit by number really do
+    assert at_once([cpu], {"CPU": 1, "memory": 64e9}) == 0
+    assert at_once([cpu], {"CPU": 1, "GPU": 1}) == 0
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_workers_train_what_one_does(made, to_the_end, tmp_path, shard):
+    whole, events = to_the_end[0], []
+    task = _task(made, tmp_path, config=replace(CONFIG, shard=shard, micro_batch_rows=2, checkpoint_every=5))
+    found = search(
+        task,
+        made[2][-1:],
+        halving=Halving(keep=0.5, grace=0.75) if shard else None,
+        workers_per_trial=2,
+        on_event=lambda key, numbers: events.append(numbers),
+    )
+    ours, theirs = (trial_result(t.folder, found.winner) for t in (task, whole))
+    assert ours["per_row_kl"] == pytest.approx(theirs["per_row_kl"], rel=1e-4)
+    assert ours["per_row_kl"] != theirs["per_row_kl"]  # sums over two processes
+    for rung, other in zip(ours["rungs"], theirs["rungs"], strict=True):
+        assert rung == {"step": other["step"], "kl": pytest.approx(other["kl"], rel=1e-4)}
+    # the first process alone reports, in order; with halving a pause at step 6 and another start from there
+    assert [numbers["step"] for numbers in events if "train_loss" in numbers] == list(range(1, 9))
+    assert [numbers["step"] for numbers in events if "paused" in numbers] == [6] * shard
+    assert not list(tmp_path.glob("*/checkpoints"))
+    assert not list(tmp_path.glob("tune*"))
 
 
 def test_halving_without_a_rung_after_its_grace_is_refused(made, tmp_path):
