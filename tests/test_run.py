@@ -319,6 +319,8 @@ def test_killed_runs_go_on_and_give_the_same_student_bit_for_bit(bench, finished
     client = MlflowClient(f"sqlite:///{bench}/killed/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id], max_results=100)
     assert len({run.data.tags["minitron.key"] for run in runs}) == len(runs)
+    trials = [run for run in runs if run.data.tags.get("minitron.kind") == "trial"]
+    assert len(trials) == _results(bench, "killed")["search"]["candidates"]
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 

@@ -182,7 +182,7 @@ def test_candidates_that_cannot_be_cut_are_named_and_the_search_goes_on(made, to
     task = _task(made, tmp_path)
     with pytest.raises(MinitronError, match="no candidate of the search finished") as raised:
         search(task, [wide, deep], on_event=lambda key, numbers: events.append((key, numbers)))
-    first, *lines = raised.value.problem.splitlines()
+    _, *lines = raised.value.problem.splitlines()
     assert [line.split("  ")[1] for line in lines] == [str(wide), str(deep)]
     assert "99" in lines[0]
     assert {key for key, numbers in events if "failed" in numbers} == {trial_key(wide), trial_key(deep)}
