@@ -222,6 +222,32 @@ def test_a_wider_space_distils_only_what_is_new(bench, finished):
     assert before.items() <= after.items()
 
 
+def test_a_candidate_that_fails_is_shown_with_its_reason_and_the_run_goes_on(bench, finished):
+    shutil.copytree(bench / "runs", bench / "failing")
+    shutil.rmtree(bench / "failing" / "stages" / "search")
+    name = next(r["architecture"] for r in reversed(_results(bench)["search"]["ranking"]) if not r["winner"])
+    for path in (bench / "failing").glob("trials/*/*/result.json"):
+        if str(Architecture.from_dict(json.loads(path.read_text())["architecture"])) == name:
+            path.unlink()
+            path.with_name("undistilled.json").write_text("{}")  # its trial raises when it looks for a number there
+    result = _minitron("run", "recipe.yaml", "--storage", "failing", "--set", "resources.max_failures=0", cwd=bench)
+    assert result.returncode == 0, result.stdout + result.stderr
+    reason = "KeyError: 'kl'"
+    assert f"failed  {name}: {reason}" in result.stdout
+    assert ", 1 failed" in result.stdout
+    newest = max((bench / "failing" / "runs").glob("*/results.json"), key=lambda path: path.stat().st_mtime_ns)
+    found = json.loads(newest.read_text())["family"]["tiny-student"]["search"]
+    assert found["failures"] == {name: reason}
+    assert found["winner"] == _results(bench)["search"]["winner"]
+    page = html.unescape(newest.with_name("report.html").read_text())
+    assert f'<td>{name}</td><td class="text">{reason}</td>' in page
+    client = MlflowClient(f"sqlite:///{bench}/failing/mlflow.db")
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    (trial,) = client.search_runs([experiment], f'tags.`minitron.failure` = "{reason}"')
+    assert trial.info.run_name == name
+    assert trial.info.status == "FAILED"
+
+
 def test_a_search_that_stops_early_says_how_early_the_order_was_known(bench, finished):
     before = {p: p.stat().st_mtime_ns for p in (bench / "runs" / "trials").glob("*/*/*.json")}
     early = ["--set", "search.forward.keep=4", "--set", "search.halving.keep=0.5", "--until", "search"]
@@ -363,6 +389,11 @@ BAD = {
         "at most 48",
     ),
     "halving after the last rung": (["--set", "search.halving.grace=0.9"], "search.rungs: [0.5, 0.75]", "grace"),
+    "more workers than rows": (
+        ["--set", "resources.workers_per_trial=5"],
+        "resources.workers_per_trial: 5",
+        "at most 4",
+    ),
     "limits nothing keeps to": (
         ["--set", "family.0.limits.kv_cache_bytes=10"],
         "family.0.limits: none of",
