@@ -246,6 +246,9 @@ def test_a_candidate_that_fails_is_shown_with_its_reason_and_the_run_goes_on(ben
     (trial,) = client.search_runs([experiment], f'tags.`minitron.failure` = "{reason}"')
     assert trial.info.run_name == name
     assert trial.info.status == "FAILED"
+    (trace,) = newest.parent.glob("trial-*.txt")  # for who mends it, beside the record and in MLflow
+    assert "trial.py" in trace.read_text()
+    assert trace.name in {file.path for file in client.list_artifacts(trial.info.run_id)}
 
 
 def test_a_search_that_stops_early_says_how_early_the_order_was_known(bench, finished):

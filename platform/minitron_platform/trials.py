@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.markup import escape
 
+from minitron import storage
 from minitron.architecture import Architecture
 from minitron_platform.console import seconds
 from minitron_platform.context import Context
@@ -99,7 +100,8 @@ class TrialsView:
         self.console.status(self._status)
 
     def event(self, key: str, numbers: dict[str, Any]) -> None:
-        """A report of one trial: see `minitron_search.trial.run_trial`; or {"failed": reason}, or {"retried": reason}."""
+        """A report of one trial: see `minitron_search.trial.run_trial`; or {"failed": reason} or {"retried": reason}, both with
+        the "trace" of what was raised."""
         if "scored" in numbers:
             self.scored += 1
             self._measured(key, 0, numbers["scored"])
@@ -115,10 +117,12 @@ class TrialsView:
             self.active.pop(key, None)
             self.console.say(f"  [yellow]failed[/]  {name}: {escape(str(numbers['failed']))}")
             log.tags({"minitron.failure": numbers["failed"]})
+            self._keep_trace(key, numbers)
             log.end("FAILED")
         elif "retried" in numbers:
             self.active.pop(key, None)
             self.console.say(f"  [yellow]again[/]   {name}: {escape(str(numbers['retried']))}")
+            self._keep_trace(key, numbers)
         elif "rung" in numbers:
             self._curve(log, int(numbers["rung"]), {"heldout_kl": numbers["kl"]})
             self._measured(key, int(numbers["rung"]), numbers["kl"])
@@ -133,6 +137,13 @@ class TrialsView:
             self._measured(key, self.steps, numbers["kl"])
             before = f"{self.first_kl[key]:.2f} → " if key in self.first_kl else ""
             self.console.say(f"  {self.finished}/{self.to_end}  {name}  held-out KL {before}{numbers['kl']:.3f}")
+
+    def _keep_trace(self, key: str, numbers: dict[str, Any]) -> None:
+        """The newest, beside the run's record and in MLflow."""
+        if "trace" in numbers:
+            path = storage.join(self.context.places.local_run(self.context.run_key), f"trial-{key}.txt")
+            storage.write_bytes(path, numbers["trace"].encode())
+            self.logs[key].artifact(path)
 
     def _curve(self, log: RunLog, step: int, values: dict[str, float]) -> None:
         """With the tokens so far, against which MLflow draws trials of other batch sizes."""

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
 
 import ray
-from ray import tune
+from ray import cloudpickle, tune
 from ray.tune import Callback, Stopper
 
 from minitron import storage
@@ -90,7 +91,7 @@ class Pool:
         # Tune's own experiment state is not what a run resumes from (restoring it would mean trusting pickles): results and
         # checkpoints of trials are, so its folder is thrown away.
         storage.remove(self.scratch)  # a killed run's
-        logging.getLogger("ray.tune").setLevel(logging.ERROR)
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # `on_event` is told of every error
         ending = _Ending()
         tuner = tune.Tuner(
             # Several workers are started from a process that takes next to nothing, or they would have no room beside it.
@@ -155,13 +156,15 @@ class _Events(Callback):
         self._tell(trial, {k: v for k, v in result.items() if k in _REPORTED})
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._tell(trial, {"retried": reason(_error(trial))})
+        error = _error(trial)
+        self._tell(trial, {"retried": reason(error), "trace": str(error)})
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if isinstance(cause(_error(trial)), StorageError):
+        error = _error(trial)
+        if isinstance(cause(error), StorageError):
             self.ending.now = True
         else:
-            self._tell(trial, {"failed": reason(_error(trial))})
+            self._tell(trial, {"failed": reason(error), "trace": str(error)})
 
     def _tell(self, trial: Any, numbers: dict[str, Any]) -> None:
         if self.on_event:
@@ -169,8 +172,10 @@ class _Events(Callback):
 
 
 def _error(trial: Any) -> BaseException:
-    """What ended a trial's latest attempt."""
-    error: BaseException = trial.get_pickled_error() or trial.get_error() or RuntimeError("no reason given")
+    """What ended a trial's latest attempt. Tune has just kept it in its folder on this machine, and nowhere else yet."""
+    if trial.pickled_error_file is None:
+        return MinitronError("Tune gave no reason")
+    error: BaseException = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
     return error
 
 
