@@ -18,6 +18,7 @@ from ray.cluster_utils import Cluster
 from test_search import _files, _task, made  # noqa: F401 (a fixture)
 
 from minitron_search import search
+from minitron_search.pool import Pool
 from minitron_search.trial import run_trial, trial_key
 
 ROOT = Path(__file__).parent.parent
@@ -115,6 +116,20 @@ def test_a_killed_driver(cluster, undisturbed, made, candidates, tmp_path):  # n
         steps = [n["step"] for name, n in events if name == trial_key(architecture) and "train_loss" in n]
         assert steps[0] > LONG["checkpoint_every"]
         assert steps == list(range(steps[0], LONG["steps"] + 1))
+
+
+def test_a_worker_that_the_memory_monitor_kills(cluster, candidates, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_memory_usage_threshold", "0.001")  # always passed
+        patch.setenv("RAY_memory_monitor_refresh_ms", "100")
+        node = cluster.add_node(num_cpus=1, resources={"short_of_memory": 1})
+    try:
+        pool = Pool(share={"CPU": 1, "short_of_memory": 1}, max_failures=0, scratch=str(tmp_path))
+        failures = pool.run(lambda architecture, report: time.sleep(60), candidates[:1], lambda architecture: None)
+    finally:
+        cluster.remove_node(node)
+    assert set(failures) == {str(candidates[0])}
+    assert failures[str(candidates[0])].startswith("its worker was killed because the node ran out of memory; use ")
 
 
 def _kill_a_worker(cluster):

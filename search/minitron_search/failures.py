@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from minitron.errors import InputError, MinitronError, NonFiniteError
 
@@ -31,15 +31,15 @@ def reason(error: BaseException) -> str:
         text, remedy = f"out of GPU memory: {'. '.join(text.split('. ')[:2])}", LESS_MEMORY
     elif isinstance(error, MemoryError):
         text, remedy = "out of memory", LESS_MEMORY
-    elif isinstance(error, OutOfMemoryError) or (isinstance(error, RayActorError) and "low on memory" in text):
+    elif isinstance(error, RayError) and "low on memory" in text:
         text, remedy = (
             "its worker was killed because the node ran out of memory",
             f"{LESS_MEMORY}; or run fewer at once",
         )
-    elif isinstance(error, NodeDiedError) or (isinstance(error, RayActorError) and "node has died" in text):
-        text = "its node died too often"
-    elif isinstance(error, RayActorError):
-        text, remedy = "its worker died too often", "the operating system kills processes that take too much memory"
+    elif isinstance(error, RayError) and "node has died" in text:
+        text = "its node died"
+    elif isinstance(error, ActorDiedError):
+        text, remedy = "its worker died", "the operating system kills processes that take too much memory"
     else:
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     text = " ".join(text.split())[:LONGEST]

@@ -20,6 +20,7 @@ os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
 
 import ray
 from ray import cloudpickle, tune
+from ray.exceptions import RayError
 from ray.tune import Callback, Stopper
 
 from minitron import storage
@@ -58,11 +59,12 @@ class Pool:
             return {}
         by_key = {trial_key(architecture): architecture for architecture in waiting}
         failures: dict[str, str] = {}
-        for result in self._fit(work, by_key):
-            architecture = by_key[(result.config or {})["candidate"]]
+        errors: dict[str, BaseException] = {}
+        for result in self._fit(work, by_key, errors):
+            key = (result.config or {})["candidate"]
+            architecture, error = by_key[key], errors.get(key)
             if done(architecture):
                 continue
-            error = cause(result.error) if result.error else None
             if isinstance(error, StorageError):
                 raise StorageError(
                     error.problem, f"{error.remedy}; run again then: what has finished is kept"
@@ -79,7 +81,9 @@ class Pool:
             )
         return failures
 
-    def _fit(self, work: Work, by_key: dict[str, Architecture]) -> tune.ResultGrid:
+    def _fit(self, work: Work, by_key: dict[str, Architecture], errors: dict[str, BaseException]) -> tune.ResultGrid:
+        """`errors` gets what ended those that were tried often enough."""
+
         def trainable(config: dict[str, Any]) -> None:
             try:
                 work(by_key[config["candidate"]], tune.report)
@@ -104,7 +108,7 @@ class Pool:
                 storage_path=self.scratch,
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=self.max_failures),
-                callbacks=[_Events(self.on_event, ending)],
+                callbacks=[_Events(self.on_event, errors, ending)],
                 stop=ending,
             ),
         )
@@ -142,10 +146,10 @@ class _Ending(Stopper):
 
 
 class _Events(Callback):
-    """Hands on what trials report, in the driver."""
+    """Hands on what trials report and raise, in the driver."""
 
-    def __init__(self, on_event: Event | None, ending: _Ending) -> None:
-        self.on_event, self.ending = on_event, ending
+    def __init__(self, on_event: Event | None, errors: dict[str, BaseException], ending: _Ending) -> None:
+        self.on_event, self.errors, self.ending = on_event, errors, ending
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles callbacks with its experiment state, which is never restored
@@ -161,7 +165,8 @@ class _Events(Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         error = _error(trial)
-        if isinstance(cause(error), StorageError):
+        raised = self.errors[trial.config["candidate"]] = cause(error)
+        if isinstance(raised, StorageError):
             self.ending.now = True
         else:
             self._tell(trial, {"failed": reason(error), "trace": str(error)})
@@ -172,11 +177,16 @@ class _Events(Callback):
 
 
 def _error(trial: Any) -> BaseException:
-    """What ended a trial's latest attempt. Tune has just kept it in its folder on this machine, and nowhere else yet."""
-    if trial.pickled_error_file is None:
-        return MinitronError("Tune gave no reason")
-    error: BaseException = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
-    return error
+    """What ended a trial's latest attempt.
+
+    Tune has just put it in the trial's folder on this machine: as text, and what a worker raised as an object as well.
+    """
+    *_, text = Path(trial.error_file).read_text().split("Failure # ")
+    if trial.pickled_error_file is not None:
+        error: BaseException = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+        if text.strip().endswith(str(error).strip()):  # not that of an earlier attempt
+            return error
+    return RayError(text.split("\n", 1)[-1].strip())
 
 
 _REPORTED = (
