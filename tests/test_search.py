@@ -178,7 +178,7 @@ def test_only_the_best_undistilled_go_on_and_the_worse_stop_at_a_rung(made, to_t
 
 def test_candidates_that_cannot_be_cut_are_named_and_the_search_goes_on(made, to_the_end, tmp_path):
     good, events = made[2][-1], []
-    wide, deep = (replace(good, **{name: 99}) for name in ("hidden_size", "num_layers"))
+    wide, deep = (replace(good, **{name: 99}) for name in ("intermediate_size", "num_layers"))
     task = _task(made, tmp_path)
     with pytest.raises(MinitronError, match="no candidate of the search finished") as raised:
         search(task, [wide, deep], on_event=lambda key, numbers: events.append((key, numbers)))
@@ -196,22 +196,13 @@ def test_candidates_that_cannot_be_cut_are_named_and_the_search_goes_on(made, to
     assert alone["per_row_kl"] == before["per_row_kl"]
 
 
-class Work:
-    """What a trial may do, by the candidate's number of layers; counts the attempts in files."""
+def _work(folder):
+    """What a trial may do, by the candidate's number of layers; a file for each attempt and for the end."""
 
-    def __init__(self, folder):
-        self.folder = Path(folder)
-
-    def done(self, architecture):
-        return (self.folder / f"{architecture.num_layers}.done").exists()
-
-    def attempts(self, architecture):
-        return len(list(self.folder.glob(f"{architecture.num_layers}-*")))
-
-    def __call__(self, architecture, report):
+    def work(architecture, report):
         report({"step": 0})
-        attempt = self.attempts(architecture) + 1
-        (self.folder / f"{architecture.num_layers}-{attempt}").touch()
+        attempt = len(list(folder.glob(f"{architecture.num_layers}-*"))) + 1
+        (folder / f"{architecture.num_layers}-{attempt}").touch()
         match architecture.num_layers:
             case 1:
                 raise ValueError("of two\nlines")
@@ -227,27 +218,29 @@ class Work:
                 raise StorageError("/x: no room left on the disk", "free some space")
             case 8:
                 time.sleep(60)
-        (self.folder / f"{architecture.num_layers}.done").touch()
+        (folder / f"{architecture.num_layers}.done").touch()
+
+    return work, lambda architecture: (folder / f"{architecture.num_layers}.done").exists()
 
 
 def test_each_reason_is_a_line_and_only_what_may_pass_is_tried_again(made, to_the_end, tmp_path):
-    work, events = Work(tmp_path), []
+    (work, done), events = _work(tmp_path), []
     kinds = [replace(made[2][0], num_layers=kind) for kind in range(1, 6)]
-    tried = Pool(
+    pool = Pool(
         share={"CPU": 1},
         max_failures=1,
         scratch=str(tmp_path / "tune"),
         on_event=lambda key, numbers: events.append((key, numbers)),
     )
-    failures = tried.run(work, kinds, work.done)
+    failures = pool.run(work, kinds, done)
     raised, memory, diverged, killed, passing = kinds
     assert list(failures) == [str(raised), str(memory), str(diverged), str(killed)]
     assert failures[str(raised)] == "ValueError: of two lines"
     assert failures[str(memory)].startswith("out of GPU memory: CUDA out of memory. Tried to allocate 2.00 GiB; use")
     assert failures[str(diverged)] == "loss nan at step 3; lower the rate"
     assert failures[str(killed)].startswith("its worker died; ")
-    assert [work.attempts(kind) for kind in kinds] == [2, 1, 1, 2, 2]
-    assert work.done(passing)
+    assert [len(list(tmp_path.glob(f"{kind.num_layers}-*"))) for kind in kinds] == [2, 1, 1, 2, 2]
+    assert done(passing)
     retried = {key: numbers["retried"] for key, numbers in events if "retried" in numbers}
     assert set(retried) == {trial_key(kind) for kind in (raised, killed, passing)}
     assert retried[trial_key(passing)] == "OSError: the network was away"
@@ -255,10 +248,10 @@ def test_each_reason_is_a_line_and_only_what_may_pass_is_tried_again(made, to_th
 
 
 def test_storage_that_cannot_be_used_ends_the_search(made, to_the_end, tmp_path):
-    work, started = Work(tmp_path), time.monotonic()
+    (work, done), started = _work(tmp_path), time.monotonic()
     full, other = (replace(made[2][0], num_layers=kind) for kind in (7, 8))
     with pytest.raises(StorageError, match="no room left") as raised:
-        Pool(share={"CPU": 1}, max_failures=0, scratch=str(tmp_path / "tune")).run(work, [full, other], work.done)
+        Pool(share={"CPU": 1}, max_failures=0, scratch=str(tmp_path / "tune")).run(work, [full, other], done)
     assert "free some space" in raised.value.remedy
     assert "what has finished is kept" in raised.value.remedy
     assert time.monotonic() - started < 50  # it did not wait for the other
@@ -303,7 +296,6 @@ def test_two_workers_train_what_one_does(made, to_the_end, tmp_path, shard):
     assert [numbers["step"] for numbers in events if "train_loss" in numbers] == list(range(1, 9))
     assert [numbers["step"] for numbers in events if "paused" in numbers] == [6] * shard
     assert not list(tmp_path.glob("*/checkpoints"))
-    assert not list(tmp_path.glob("tune*"))
 
 
 def test_halving_without_a_rung_after_its_grace_is_refused(made, tmp_path):

@@ -22,8 +22,8 @@ from minitron_search.pool import Pool
 from minitron_search.trial import run_trial, trial_key
 
 ROOT = Path(__file__).parent.parent
-LONG = {"steps": 60, "checkpoint_every": 5}
-KILLED_AT = 20  # of 60 steps
+LONG = {"steps": 40, "checkpoint_every": 5}
+KILLED_AT = 25
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def cluster():
 
 
 def _long(made, folder):  # noqa: F811
-    task = _task(made, folder, rungs=(30,))
+    task = _task(made, folder, rungs=(20,))
     return replace(task, config=replace(task.config, **LONG))
 
 
@@ -132,42 +132,36 @@ def test_a_worker_that_the_memory_monitor_kills(cluster, candidates, tmp_path):
     assert failures[str(candidates[0])].startswith("its worker was killed because the node ran out of memory; use ")
 
 
-def _kill_a_worker(cluster):
-    """One of the processes that carry out trials."""
-    raylets = {str(node.all_processes["raylet"][0].process.pid) for node in cluster.worker_nodes}
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
-    processes = [line.split(maxsplit=2) for line in listed.splitlines()]
-    pid = next(pid for pid, parent, name in processes if parent in raylets and name.startswith("ray::ImplicitFunc"))
-    os.kill(int(pid), signal.SIGKILL)
+def _kill_a_worker(cluster, pid):
+    os.kill(pid, signal.SIGKILL)
 
 
-def _remove_a_node(cluster):
-    cluster.remove_node(list(cluster.worker_nodes)[-1], allow_graceful=False)
+def _remove_a_node(cluster, pid):
+    """The one on which that process runs."""
+    listed = subprocess.run(["ps", "-o", "ppid=", "-p", str(pid)], capture_output=True, text=True, check=True)
+    raylets = {node.all_processes["raylet"][0].process.pid: node for node in cluster.worker_nodes}
+    cluster.remove_node(raylets[int(listed.stdout)], allow_graceful=False)
 
 
 @pytest.mark.parametrize("fault", [_kill_a_worker, _remove_a_node])
 def test_a_killed_worker_or_node(cluster, undisturbed, made, candidates, tmp_path, fault):  # noqa: F811
-    task, events = _long(made, tmp_path), []
+    task, events, struck = _long(made, tmp_path), [], []
 
     def on_event(key, numbers):
-        latest = {name: n["step"] for name, n in events if "train_loss" in n}
         events.append((key, numbers))
-        running = [name for name, step in latest.items() if KILLED_AT <= step < LONG["steps"]]
-        if len(running) == 2 and not struck:  # in the middle of a trial on either node
-            struck.append(_files(tmp_path))
-            fault(cluster)
+        if not struck and "train_loss" in numbers and numbers["step"] == KILLED_AT:
+            struck.append(key)
+            fault(cluster, numbers["pid"])
 
-    struck = []
     found = search(task, candidates, on_event=on_event)
-    assert struck
     assert _ranking(found).equals(undisturbed)
     assert not found.failures
-    ((hit, _),) = [event for event in events if "retried" in event[1]]
-    place = next(index for index, (key, numbers) in enumerate(events) if "retried" in numbers)
-    steps = [numbers["step"] for key, numbers in events[place:] if key == hit and "train_loss" in numbers]
+    (place,) = [index for index, (_, numbers) in enumerate(events) if "retried" in numbers]
+    assert [events[place][0]] == struck
+    steps = [numbers["step"] for key, numbers in events[place:] if key == struck[0] and "train_loss" in numbers]
     assert steps[0] > LONG["checkpoint_every"]
     assert steps == list(range(steps[0], LONG["steps"] + 1))
     for architecture in candidates:  # the others did not notice
-        if trial_key(architecture) != hit:
+        if trial_key(architecture) not in struck:
             steps = [n["step"] for key, n in events if key == trial_key(architecture) and "train_loss" in n]
             assert steps == list(range(1, LONG["steps"] + 1))

@@ -190,6 +190,7 @@ def _error(trial: Any) -> BaseException:
 
 
 _REPORTED = (
+    "pid",
     "step",
     "steps",
     "rung",

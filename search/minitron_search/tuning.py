@@ -58,6 +58,7 @@ def search(
     `*_per_trial`; no more trials run at once than the cluster has room for.
     `scratch` is a folder that all nodes share for Ray's own use (default: in the trials' folder); it is deleted.
     `on_event(key, metrics)` is called in this process with what each trial reports; key is `trial_key(architecture)`.
+    "pid" in it is the trial's process.
     Needs Ray to be running. Raises InputError when `halving` has no rung to stop at or the cluster no room for one trial,
     StorageError for storage that cannot be used, such as a full disk, and MinitronError with a line for each candidate when
     none finished.
