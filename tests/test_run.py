@@ -209,7 +209,10 @@ def test_a_run_that_diverges_stops_and_says_where(bench, finished):
     steep = ["--set", "search.training.peak_lr=1e30", "--set", "search.training.min_lr=1e30"]
     stopped = _minitron("run", "recipe.yaml", "--storage", "runs", *steep, cwd=bench)
     assert stopped.returncode == 2, stopped.stdout + stopped.stderr
-    assert "no candidate of the search finished" in stopped.stderr
+    said = stopped.stderr.splitlines()
+    (first,) = [number for number, line in enumerate(said) if "no candidate of the search finished" in line]
+    lines = said[first + 1 : first + 1 + _results(bench)["search"]["candidates"]]
+    assert all(" hidden · " in line and "at step" in line and "learning rate" in line for line in lines)
     assert "Traceback" not in stopped.stderr + stopped.stdout
 
 

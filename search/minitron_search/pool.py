@@ -79,7 +79,7 @@ class Pool:
                 f"{len(stopped)} of {len(architectures)} candidates were stopped ({', '.join(stopped)})",
                 "run again to go on; what has finished is kept",
             )
-        return failures
+        return {str(a): failures[str(a)] for a in waiting if str(a) in failures}
 
     def _fit(self, work: Work, by_key: dict[str, Architecture], errors: dict[str, BaseException]) -> tune.ResultGrid:
         """`errors` gets what ended those that were tried often enough."""
