@@ -17,7 +17,7 @@ from minitron import Architecture, estimate_importance, storage
 from minitron.data import Rows, TextSource, pack
 from minitron.distill import DistillConfig, Losses, store_hidden
 from minitron.distill.materials import Materials
-from minitron.errors import InputError, MinitronError, NonFiniteError, StorageError
+from minitron.errors import InputError, NonFiniteError, StorageError
 from minitron.models import load_model, load_tokenizer
 from minitron.origin import Origin
 from minitron_platform.local_ray import ray_session

@@ -58,32 +58,21 @@ class Pool:
         if not waiting:
             return {}
         by_key = {trial_key(architecture): architecture for architecture in waiting}
-        failures: dict[str, str] = {}
-        errors: dict[str, BaseException] = {}
-        for result in self._fit(work, by_key, errors):
-            key = (result.config or {})["candidate"]
-            architecture, error = by_key[key], errors.get(key)
-            if done(architecture):
-                continue
-            if isinstance(error, StorageError):
-                raise StorageError(
-                    error.problem, f"{error.remedy}; run again then: what has finished is kept"
-                ) from error
-            if error is not None:
-                failures[str(architecture)] = reason(error)
-            elif "failed" in (result.metrics or {}):
-                failures[str(architecture)] = result.metrics["failed"]
+        ending = _Ending()
+        events = _Events(self.on_event, ending)
+        self._fit(work, by_key, events, ending)
+        if error := ending.error:
+            raise StorageError(error.problem, f"{error.remedy}; run again then: what has finished is kept") from error
+        failures = {str(a): events.failed[key] for key, a in by_key.items() if key in events.failed and not done(a)}
         stopped = [str(a) for a in waiting if not done(a) and str(a) not in failures]
         if stopped:
             raise MinitronError(
                 f"{len(stopped)} of {len(architectures)} candidates were stopped ({', '.join(stopped)})",
                 "run again to go on; what has finished is kept",
             )
-        return {str(a): failures[str(a)] for a in waiting if str(a) in failures}
+        return failures
 
-    def _fit(self, work: Work, by_key: dict[str, Architecture], errors: dict[str, BaseException]) -> tune.ResultGrid:
-        """`errors` gets what ended those that were tried often enough."""
-
+    def _fit(self, work: Work, by_key: dict[str, Architecture], events: _Events, ending: _Ending) -> None:
         def trainable(config: dict[str, Any]) -> None:
             try:
                 work(by_key[config["candidate"]], tune.report)
@@ -96,7 +85,6 @@ class Pool:
         # checkpoints of trials are, so its folder is thrown away.
         storage.remove(self.scratch)  # a killed run's
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # `on_event` is told of every error
-        ending = _Ending()
         tuner = tune.Tuner(
             # Several workers are started from a process that takes next to nothing, or they would have no room beside it.
             tune.with_resources(trainable, self.share if self.workers == 1 else {"memory": 1}),
@@ -108,12 +96,12 @@ class Pool:
                 storage_path=self.scratch,
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=self.max_failures),
-                callbacks=[_Events(self.on_event, errors, ending)],
+                callbacks=[events],
                 stop=ending,
             ),
         )
         try:
-            return tuner.fit()
+            tuner.fit()  # its result knows no candidate of those that died before they reported
         finally:
             with suppress(OSError):  # Tune may still be writing there; the next run removes the rest
                 storage.remove(self.scratch)
@@ -136,20 +124,21 @@ class _Ending(Stopper):
     """Ends everything once storage cannot be used: what still runs would fail as well."""
 
     def __init__(self) -> None:
-        self.now = False
+        self.error: StorageError | None = None
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
-        return self.now
+        return self.error is not None
 
 
 class _Events(Callback):
-    """Hands on what trials report and raise, in the driver."""
+    """Hands on what trials report and raise, in the driver; `failed` are the reasons, by key, of those given up."""
 
-    def __init__(self, on_event: Event | None, errors: dict[str, BaseException], ending: _Ending) -> None:
-        self.on_event, self.errors, self.ending = on_event, errors, ending
+    def __init__(self, on_event: Event | None, ending: _Ending) -> None:
+        self.on_event, self.ending = on_event, ending
+        self.failed: dict[str, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles callbacks with its experiment state, which is never restored
@@ -165,13 +154,15 @@ class _Events(Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         error = _error(trial)
-        raised = self.errors[trial.config["candidate"]] = cause(error)
+        raised = cause(error)
         if isinstance(raised, StorageError):
-            self.ending.now = True
+            self.ending.error = raised
         else:
             self._tell(trial, {"failed": reason(error), "trace": str(error)})
 
     def _tell(self, trial: Any, numbers: dict[str, Any]) -> None:
+        if "failed" in numbers:
+            self.failed[trial.config["candidate"]] = numbers["failed"]
         if self.on_event:
             self.on_event(trial.config["candidate"], numbers)
 
