@@ -147,6 +147,13 @@ def test_mlflow_shows_the_run_its_stages_and_the_trials_below_the_search(bench, 
     trials = [run for run in runs if run.data.tags.get("minitron.kind") == "trial"]
     assert len(trials) == _results(bench)["search"]["candidates"]
     assert {by_id[run.data.tags["mlflow.parentRunId"]].info.run_name for run in trials} == {"search"}
+    for run in trials:
+        assert len(run.data.metrics) <= 30
+        tokens = {p.step: p.value for p in client.get_metric_history(run.info.run_id, "tokens")}
+        for curve in ("train_kl", "heldout_kl"):
+            steps = {point.step for point in client.get_metric_history(run.info.run_id, curve)}
+            assert all(tokens[step] == step * 4 * 32 for step in steps)
+        assert tokens[SEARCH_STEPS] == SEARCH_STEPS * 4 * 32
     best = min(trials, key=lambda run: run.data.metrics["heldout_kl"])
     assert best.data.metrics["heldout_kl"] == pytest.approx(_results(bench)["search"]["ranking"][0]["kl"])
     distill = next(run for run in stages if run.info.run_name == "distill")
@@ -202,7 +209,10 @@ def test_a_run_that_diverges_stops_and_says_where(bench, finished):
     steep = ["--set", "search.training.peak_lr=1e30", "--set", "search.training.min_lr=1e30"]
     stopped = _minitron("run", "recipe.yaml", "--storage", "runs", *steep, cwd=bench)
     assert stopped.returncode == 2, stopped.stdout + stopped.stderr
-    assert "no candidate of the search finished" in stopped.stderr
+    said = stopped.stderr.splitlines()
+    (first,) = [number for number, line in enumerate(said) if "no candidate of the search finished" in line]
+    lines = said[first + 1 : first + 1 + _results(bench)["search"]["candidates"]]
+    assert all(" hidden · " in line and "at step" in line and "learning rate" in line for line in lines)
     assert "Traceback" not in stopped.stderr + stopped.stdout
 
 
@@ -213,6 +223,35 @@ def test_a_wider_space_distils_only_what_is_new(bench, finished):
     after = {p: p.stat().st_mtime_ns for p in (bench / "runs" / "trials").glob("*/*/result.json")}
     assert len(after) > len(before)
     assert before.items() <= after.items()
+
+
+def test_a_candidate_that_fails_is_shown_with_its_reason_and_the_run_goes_on(bench, finished):
+    shutil.copytree(bench / "runs", bench / "failing")
+    shutil.rmtree(bench / "failing" / "stages" / "search")
+    name = next(r["architecture"] for r in reversed(_results(bench)["search"]["ranking"]) if not r["winner"])
+    for path in (bench / "failing").glob("trials/*/*/result.json"):
+        if str(Architecture.from_dict(json.loads(path.read_text())["architecture"])) == name:
+            path.unlink()
+            path.with_name("undistilled.json").write_text("{}")  # its trial raises when it looks for a number there
+    result = _minitron("run", "recipe.yaml", "--storage", "failing", "--set", "resources.max_failures=0", cwd=bench)
+    assert result.returncode == 0, result.stdout + result.stderr
+    reason = "KeyError: 'kl'"
+    assert f"failed  {name}: {reason}" in result.stdout
+    assert ", 1 failed" in result.stdout
+    newest = max((bench / "failing" / "runs").glob("*/results.json"), key=lambda path: path.stat().st_mtime_ns)
+    found = json.loads(newest.read_text())["family"]["tiny-student"]["search"]
+    assert found["failures"] == {name: reason}
+    assert found["winner"] == _results(bench)["search"]["winner"]
+    page = html.unescape(newest.with_name("report.html").read_text())
+    assert f'<td>{name}</td><td class="text">{reason}</td>' in page
+    client = MlflowClient(f"sqlite:///{bench}/failing/mlflow.db")
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    (trial,) = client.search_runs([experiment], f'tags.`minitron.failure` = "{reason}"')
+    assert trial.info.run_name == name
+    assert trial.info.status == "FAILED"
+    (trace,) = newest.parent.glob("trial-*.txt")  # for who mends it, beside the record and in MLflow
+    assert "trial.py" in trace.read_text()
+    assert trace.name in {file.path for file in client.list_artifacts(trial.info.run_id)}
 
 
 def test_a_search_that_stops_early_says_how_early_the_order_was_known(bench, finished):
@@ -312,6 +351,8 @@ def test_killed_runs_go_on_and_give_the_same_student_bit_for_bit(bench, finished
     client = MlflowClient(f"sqlite:///{bench}/killed/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id], max_results=100)
     assert len({run.data.tags["minitron.key"] for run in runs}) == len(runs)
+    trials = [run for run in runs if run.data.tags.get("minitron.kind") == "trial"]
+    assert len(trials) == _results(bench, "killed")["search"]["candidates"]
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 
@@ -354,6 +395,11 @@ BAD = {
         "at most 48",
     ),
     "halving after the last rung": (["--set", "search.halving.grace=0.9"], "search.rungs: [0.5, 0.75]", "grace"),
+    "more workers than rows": (
+        ["--set", "resources.workers_per_trial=5"],
+        "resources.workers_per_trial: 5",
+        "at most 4",
+    ),
     "limits nothing keeps to": (
         ["--set", "family.0.limits.kv_cache_bytes=10"],
         "family.0.limits: none of",

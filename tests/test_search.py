@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 from minitron import Architecture, estimate_importance, storage
 from minitron.data import Rows, TextSource, pack
 from minitron.distill import DistillConfig, Losses, store_hidden
 from minitron.distill.materials import Materials
-from minitron.errors import InputError
+from minitron.errors import InputError, NonFiniteError, StorageError
 from minitron.models import load_model, load_tokenizer
 from minitron.origin import Origin
 from minitron_platform.local_ray import ray_session
 from minitron_search import candidates, search
 from minitron_search.halving import Halving, kept, planned_steps, rung_steps, survivors
+from minitron_search.pool import Pool
 from minitron_search.ranking import pareto
+from minitron_search.room import at_once
 from minitron_search.stability import settled, stability
 from minitron_search.tau import kendall_tau
 from minitron_search.trial import SearchTask, run_trial, trial_key, trial_result
@@ -191,6 +197,116 @@ def test_stable_halving_stops_at_rungs_that_repeat_the_order_before(made, to_the
     found = search(task, made[2], halving=stable)
     assert dict(zip(found.stopped["architecture"], found.stopped["step"], strict=True)) == expected
     assert set(found.ranking["architecture"]) == set(going)
+
+
+def test_candidates_that_cannot_be_cut_are_named_and_the_search_goes_on(made, to_the_end, tmp_path):
+    good, events = made[2][-1], []
+    wide, deep = (replace(good, **{name: 99}) for name in ("intermediate_size", "num_layers"))
+    task = _task(made, tmp_path)
+    found = search(task, [wide, good, deep], on_event=lambda key, numbers: events.append((key, numbers)))
+    assert found.winner == good
+    assert list(found.failures) == [str(wide), str(deep)]
+    assert "intermediate_size: 99 is larger than the model's 96" in found.failures[str(wide)]
+    failed = {key: numbers["failed"] for key, numbers in events if "failed" in numbers}
+    assert failed == {trial_key(a): found.failures[str(a)] for a in (wide, deep)}
+    assert not [numbers for _, numbers in events if "retried" in numbers]
+    # it is as if the others had not been there
+    alone, before = (trial_result(t.folder, good) for t in (task, to_the_end[0]))
+    assert alone["per_row_kl"] == before["per_row_kl"]
+
+
+def _work(folder):
+    """What a trial may do, by the candidate's number of layers; a file for each attempt and for the end."""
+
+    def work(architecture, report):
+        report({"step": 0})
+        attempt = len(list(folder.glob(f"{architecture.num_layers}-*"))) + 1
+        (folder / f"{architecture.num_layers}-{attempt}").touch()
+        match architecture.num_layers:
+            case 1:
+                raise ValueError("of two\nlines")
+            case 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has less.")
+            case 3:
+                raise NonFiniteError("loss nan at step 3", "lower the rate")
+            case 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+            case 5 if attempt == 1:
+                raise OSError("the network was away")
+            case 7:
+                raise StorageError("/x: no room left on the disk", "free some space")
+            case 8:
+                time.sleep(60)
+        (folder / f"{architecture.num_layers}.done").touch()
+
+    return work, lambda architecture: (folder / f"{architecture.num_layers}.done").exists()
+
+
+def test_each_reason_is_a_line_and_only_what_may_pass_is_tried_again(made, to_the_end, tmp_path):
+    (work, done), events = _work(tmp_path), []
+    kinds = [replace(made[2][0], num_layers=kind) for kind in range(1, 6)]
+    pool = Pool(
+        share={"CPU": 1},
+        max_failures=1,
+        scratch=str(tmp_path / "tune"),
+        on_event=lambda key, numbers: events.append((key, numbers)),
+    )
+    failures = pool.run(work, kinds, done)
+    raised, memory, diverged, killed, passing = kinds
+    assert list(failures) == [str(raised), str(memory), str(diverged), str(killed)]
+    assert failures[str(raised)] == "ValueError: of two lines"
+    assert failures[str(memory)].startswith("out of GPU memory: CUDA out of memory. Tried to allocate 2.00 GiB; use")
+    assert failures[str(diverged)] == "loss nan at step 3; lower the rate"
+    assert failures[str(killed)].startswith("its worker died; ")
+    assert [len(list(tmp_path.glob(f"{kind.num_layers}-*"))) for kind in kinds] == [2, 1, 1, 2, 2]
+    assert done(passing)
+    retried = {key: numbers["retried"] for key, numbers in events if "retried" in numbers}
+    assert set(retried) == {trial_key(kind) for kind in (raised, killed, passing)}
+    assert retried[trial_key(passing)] == "OSError: the network was away"
+    assert {key for key, numbers in events if "failed" in numbers} == {trial_key(kind) for kind in kinds[:4]}
+
+
+def test_storage_that_cannot_be_used_ends_the_search(made, to_the_end, tmp_path):
+    (work, done), started = _work(tmp_path), time.monotonic()
+    full, other = (replace(made[2][0], num_layers=kind) for kind in (7, 8))
+    with pytest.raises(StorageError, match="no room left") as raised:
+        Pool(share={"CPU": 1}, max_failures=0, scratch=str(tmp_path / "tune")).run(work, [full, other], done)
+    assert "free some space" in raised.value.remedy
+    assert "what has finished is kept" in raised.value.remedy
+    assert time.monotonic() - started < 50  # it did not wait for the other
+
+
+def test_a_trial_that_no_node_has_room_for_is_refused(made, to_the_end, tmp_path):
+    with pytest.raises(InputError, match="nodes have"):
+        search(_task(made, tmp_path), made[2], cpus_per_trial=100)
+
+
+def test_trials_at_once_are_what_the_nodes_hold():
+    cpu, gpu = {"CPU": 16, "memory": 64e9}, {"CPU": 16, "GPU": 8, "memory": 64e9}
+    assert at_once([cpu, cpu], {"CPU": 3}) == 10  # five on each node, not 32 / 3
+    assert at_once([cpu, gpu], {"CPU": 1, "GPU": 1}) == 8
+    assert at_once([gpu], {"CPU": 1, "GPU": 0.6}) == 8  # none is spread over two
+    assert at_once([gpu], {"CPU": 1, "GPU": 0.1}) == 16
+    assert at_once([gpu, gpu], {"CPU": 1, "GPU": 1}, workers=3) == 5
+    assert at_once([gpu, gpu], {"CPU": 1, "GPU": 8}, workers=2) == 1
+    assert at_once([cpu], {"CPU": 1, "memory": 20e9}) == 3
+    # the memory of what starts the workers is kept aside, so that all that fit by number really do
+    assert at_once([cpu], {"CPU": 1, "memory": 64e9}) == 0
+    assert at_once([cpu], {"CPU": 1, "GPU": 1}) == 0
+
+
+def test_two_workers_with_a_split_student_train_what_one_does(made, to_the_end, tmp_path):
+    whole, events = to_the_end[0], []
+    task = _task(made, tmp_path, config=replace(CONFIG, shard=True, micro_batch_rows=2, checkpoint_every=5))
+    found = search(task, made[2][-1:], workers_per_trial=2, on_event=lambda key, numbers: events.append(numbers))
+    ours, theirs = (trial_result(t.folder, found.winner) for t in (task, whole))
+    assert ours["per_row_kl"] == pytest.approx(theirs["per_row_kl"], rel=1e-4)
+    assert ours["per_row_kl"] != theirs["per_row_kl"]  # sums over two processes
+    for rung, other in zip(ours["rungs"], theirs["rungs"], strict=True):
+        assert rung == {"step": other["step"], "kl": pytest.approx(other["kl"], rel=1e-4)}
+    # the first process alone reports, in order
+    assert [numbers["step"] for numbers in events if "train_loss" in numbers] == list(range(1, 9))
+    assert not list(tmp_path.glob("*/checkpoints"))
 
 
 def test_halving_without_a_rung_after_its_grace_is_refused(made, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -46,6 +46,7 @@ def distill(
     key: str = "",
     report: Callable[[StepReport], None] | None = None,
     evaluate: Callable[[int, nn.Module], None] | None = None,
+    evaluate_at: Collection[int] = (),
     until: int | None = None,
 ) -> nn.Module:
     """Train `student` in place to match the teacher on `rows`, by default its next-token distribution by forward KL alone.
@@ -55,8 +56,9 @@ def distill(
     channels that the student kept; the intermediate losses start from them. With torch.distributed initialised every
     process takes its share of each global batch and the gradients are summed. With `checkpoints`, the state is saved there
     every `checkpoint_every` steps and the newest good one under `key` is resumed. `evaluate` gets the steps done and the
-    student, in every process, every `evaluate_every` steps; the random state is put back after it. With `until`, stops
-    after that step of the same schedule and saves it, so that a later call goes on from there.
+    student, in every process, every `evaluate_every` steps and after those in `evaluate_at`, before that step's checkpoint;
+    the random state is put back after it. With `until`, stops after that step of the same schedule and saves it, so that a
+    later call goes on from there.
     Raises InputError for targets that do not suffice for `losses`, and NonFiniteError, naming the step and its rows, when
     the loss or the gradient is not finite in more than `max_skipped_steps` steps. These steps are logged, in `checkpoints`
     as `nonfinite-STEP.json` as well; they update nothing and are not reported.
@@ -112,7 +114,8 @@ def distill(
             state.clear()
             watch.lap("optimizer")
             done = step + 1
-            if evaluate and config.evaluate_every and done % config.evaluate_every == 0:
+            wanted = config.evaluate_every and done % config.evaluate_every == 0
+            if evaluate and (wanted or done in evaluate_at):
                 with gathered(objective), undisturbed(working):
                     evaluate(done, working)
                 watch.lap("evaluation")

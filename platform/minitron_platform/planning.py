@@ -149,6 +149,7 @@ def _check_training(recipe: Recipe) -> None:
             f"search.training.evaluate_every: {recipe.search.training.evaluate_every}, and candidates are measured once",
             "leave it out; distill.evaluate_every is there for the winner",
         )
+    _check_trials(recipe)
     if (recipe.calibrate.layers == "task") != (recipe.calibrate.task is not None):
         raise InputError(
             f"calibrate.task: {recipe.calibrate.task} with calibrate.layers: {recipe.calibrate.layers}",
@@ -158,6 +159,21 @@ def _check_training(recipe: Recipe) -> None:
         raise InputError(
             f"calibrate.steps: {recipe.calibrate.steps} with calibrate.depth: {recipe.calibrate.depth}",
             "steps remove contiguous blocks: leave one of the two out",
+        )
+
+
+def _check_trials(recipe: Recipe) -> None:
+    resources, rows = recipe.resources, recipe.search.training.batch_rows
+    if resources.workers_per_trial > rows:
+        raise InputError(
+            f"resources.workers_per_trial: {resources.workers_per_trial} is more than search.training.batch_rows = {rows}",
+            f"use at most {rows}",
+        )
+    if resources.workers_per_trial > 1 and resources.gpus_per_trial % 1:
+        raise InputError(
+            f"resources.gpus_per_trial: {resources.gpus_per_trial:g} with {resources.workers_per_trial} workers_per_trial, "
+            "which cannot share a GPU",
+            "use 1, or one worker per trial",
         )
 
 
@@ -204,7 +220,8 @@ def _check_context(recipe: Recipe, longest: int | None) -> None:
 
 def _check_gpus(recipe: Recipe) -> None:
     resources, there = recipe.resources, torch.cuda.device_count()
-    wanted = max(resources.gpus_per_trial, resources.workers * resources.gpus_per_worker)
+    trial = resources.workers_per_trial * resources.gpus_per_trial
+    wanted = max(trial, resources.workers * resources.gpus_per_worker)
     if wanted > there:
         raise InputError(
             f"resources: {wanted:g} GPUs are asked for and this machine has {there}",
@@ -297,7 +314,8 @@ def _member_costs(
     distill_tokens = distillation.steps * distillation.batch_rows * seq
     compared = min(recipe.search.heldout_rows or data.heldout_rows, data.heldout_rows)
     documents = sum(task.limit or 1000 for task in recipe.evaluate.tasks)
-    at_once = max(1, min(len(shapes), int((os.cpu_count() or 1) / recipe.resources.cpus_per_trial)))
+    cpus_per_trial = recipe.resources.workers_per_trial * recipe.resources.cpus_per_trial
+    at_once = max(1, min(len(shapes), int((os.cpu_count() or 1) / cpus_per_trial)))
     live = distillation_losses(recipe, shapes[0], teacher)[0].needs_live_teacher
     models = 3 if member is recipe.family[0] else 2  # the teacher is evaluated once
 

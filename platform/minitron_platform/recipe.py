@@ -231,8 +231,9 @@ class Register(_Section):
 
 
 class Resources(_Section):
-    """What each trial and each training worker takes; `workers` distil the winner together."""
+    """What each worker of a trial and each training worker takes; `workers` distil the winner together."""
 
+    workers_per_trial: Positive = 1
     cpus_per_trial: Annotated[float, Field(gt=0)] = 1
     gpus_per_trial: Annotated[float, Field(ge=0)] = 0
     workers: Positive = 2

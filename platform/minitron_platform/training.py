@@ -138,6 +138,7 @@ def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
     if not torch.cuda.is_available():
         torch.set_num_threads(task.threads)
     model, targets, channels = _start(task)
+    rows = task.materials.open_rows("train")
     unheard: list[Any] = []
 
     def heard() -> None:
@@ -150,14 +151,15 @@ def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
             unheard[:] = [config["recorder"].record.remote(metrics, step)]
 
     def evaluate(done: int, student: nn.Module) -> None:
-        record(_heldout(task, student, targets), done)
+        tokens = done * task.config.batch_rows * rows.seq_length
+        record({**_heldout(task, student, targets), "tokens": tokens}, done)
 
     try:
         with trainable(model, task.method, lora_rank=task.lora_rank):
             distill(
                 model,
                 targets,
-                task.materials.open_rows("train"),
+                rows,
                 task.config,
                 losses=task.losses,
                 channels=channels,

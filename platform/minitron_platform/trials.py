@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.markup import escape
 
+from minitron import storage
 from minitron.architecture import Architecture
 from minitron_platform.console import seconds
 from minitron_platform.context import Context
@@ -21,12 +22,17 @@ SHOWN = 4  # trials on the live line
 def record_trials(context: Context, outputs: dict[str, Any]) -> None:
     """Close the record of every trial of a search stage with its result, or with the rung that stopped it."""
     stopped = {row["architecture"]: row for row in outputs["stopped"]}
+    tokens = _step_tokens(context)
     for architecture in [Architecture.from_dict(values) for values in outputs["architectures"]]:
         log = _open(context, architecture)
+        if why := outputs["failures"].get(str(architecture)):
+            log.tags({"minitron.failure": why})
+            log.end("FAILED")
+            continue
         if row := stopped.get(str(architecture)):
             log.params({name: row[name] for name in (*SHAPE, "parameters")})
-            log.metrics({"heldout_kl": row["kl"]}, step=row["step"])
-            log.metrics({"heldout_kl_undistilled": row["kl_undistilled"]}, step=0)
+            log.metrics({"heldout_kl": row["kl"], "tokens": row["step"] * tokens}, step=row["step"])
+            log.metrics({"heldout_kl_undistilled": row["kl_undistilled"], "tokens": 0}, step=0)
             log.tags({"minitron.stopped_at_step": row["step"]})
             log.end("FINISHED")
             continue
@@ -36,7 +42,7 @@ def record_trials(context: Context, outputs: dict[str, Any]) -> None:
             continue
         log.params({name: result["architecture"][name] for name in SHAPE} | {"parameters": result["parameters"]})
         for rung in result["rungs"]:
-            log.metrics({"heldout_kl": rung["kl"]}, step=rung["step"])
+            log.metrics({"heldout_kl": rung["kl"], "tokens": rung["step"] * tokens}, step=rung["step"])
         log.metrics(
             {
                 "heldout_kl": result["kl"],
@@ -54,6 +60,11 @@ def _open(context: Context, architecture: Architecture) -> RunLog:
     log = context.log(f"trial-{trial_key(architecture)}")
     log.start(str(architecture), parent=context.log("search").key, tags={"minitron.kind": "trial"})
     return log
+
+
+def _step_tokens(context: Context) -> int:
+    """Tokens of one step of a trial."""
+    return context.recipe.search.training.batch_rows * context.recipe.data.seq_length
 
 
 class TrialsView:
@@ -74,7 +85,7 @@ class TrialsView:
         self.context, self.console = context, context.console
         self.by_key = {trial_key(a): a for a in found}
         self.rungs, self.scoring, self.to_end, self.planned = task.rungs, scoring, to_end, planned
-        self.steps = task.config.steps
+        self.steps, self.step_tokens = task.config.steps, _step_tokens(context)
         self.active: dict[str, dict[str, Any]] = {}
         self.logs: dict[str, RunLog] = {}
         self.first_kl: dict[str, float] = {}
@@ -89,7 +100,8 @@ class TrialsView:
         self.console.status(self._status)
 
     def event(self, key: str, numbers: dict[str, Any]) -> None:
-        """A report of one trial: see `minitron_search.trial.run_trial`; or {"failed": reason}."""
+        """A report of one trial: see `minitron_search.trial.run_trial`; or {"failed": reason} or {"retried": reason}, both with
+        the "trace" of what was raised."""
         if "scored" in numbers:
             self.scored += 1
             self._measured(key, 0, numbers["scored"])
@@ -100,13 +112,19 @@ class TrialsView:
         if "steps" in numbers:
             self._moved(key, numbers)
         if "train_loss" in numbers:
-            log.metrics({k: numbers[k] for k in CURVES if k in numbers}, step=int(numbers["step"]))
+            self._curve(log, int(numbers["step"]), {k: numbers[k] for k in CURVES if k in numbers})
         elif "failed" in numbers:
             self.active.pop(key, None)
             self.console.say(f"  [yellow]failed[/]  {name}: {escape(str(numbers['failed']))}")
             log.tags({"minitron.failure": numbers["failed"]})
+            self._keep_trace(key, numbers)
+            log.end("FAILED")
+        elif "retried" in numbers:
+            self.active.pop(key, None)
+            self.console.say(f"  [yellow]again[/]   {name}: {escape(str(numbers['retried']))}")
+            self._keep_trace(key, numbers)
         elif "rung" in numbers:
-            log.metrics({"heldout_kl": numbers["kl"]}, step=int(numbers["rung"]))
+            self._curve(log, int(numbers["rung"]), {"heldout_kl": numbers["kl"]})
             self._measured(key, int(numbers["rung"]), numbers["kl"])
         elif "paused" in numbers:
             self.active.pop(key, None)
@@ -119,6 +137,17 @@ class TrialsView:
             self._measured(key, self.steps, numbers["kl"])
             before = f"{self.first_kl[key]:.2f} → " if key in self.first_kl else ""
             self.console.say(f"  {self.finished}/{self.to_end}  {name}  held-out KL {before}{numbers['kl']:.3f}")
+
+    def _keep_trace(self, key: str, numbers: dict[str, Any]) -> None:
+        """The newest, beside the run's record and in MLflow."""
+        if "trace" in numbers:
+            path = storage.join(self.context.places.local_run(self.context.run_key), f"trial-{key}.txt")
+            storage.write_bytes(path, numbers["trace"].encode())
+            self.logs[key].artifact(path)
+
+    def _curve(self, log: RunLog, step: int, values: dict[str, float]) -> None:
+        """With the tokens so far, against which MLflow draws trials of other batch sizes."""
+        log.metrics({**values, "tokens": step * self.step_tokens}, step=step)
 
     def _moved(self, key: str, numbers: dict[str, Any]) -> None:
         self.active[key] = numbers

@@ -7,7 +7,10 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import torch
 
 # Before Tune is imported: none of its tables, and no CSV, JSON and TensorBoard copies of what trials report.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -15,12 +18,16 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 # Its own handling of Ctrl-C would end a search early as if it were finished.
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
 
-from ray import tune
-from ray.tune import Callback
+import ray
+from ray import cloudpickle, tune
+from ray.exceptions import RayError
+from ray.tune import Callback, Stopper
 
 from minitron import storage
 from minitron.architecture import Architecture
-from minitron.errors import InputError, MinitronError, NonFiniteError
+from minitron.errors import InputError, MinitronError, StorageError
+from minitron_search.failures import CERTAIN, cause, reason
+from minitron_search.room import at_once
 from minitron_search.trial import Report, trial_key
 
 Event = Callable[[str, dict[str, Any]], None]
@@ -29,85 +36,109 @@ Work = Callable[[Architecture, Report], Any]
 
 @dataclass(frozen=True)
 class Pool:
-    """How work is carried out: what each piece takes (`cpu`, `gpu`, `memory` in bytes), how often it is started again when
-    its worker dies, a folder that all nodes share for Tune's own use, and who is told what it reports."""
+    """How work is carried out: what each of the `workers` of a piece takes (Ray's names and amounts; "memory" in bytes),
+    how often it is started again when it raises or its worker dies, a folder that all nodes share for Tune's own use, and
+    who is told what it reports."""
 
-    resources: dict[str, float]
+    share: dict[str, float]
     max_failures: int
     scratch: str
+    workers: int = 1
     on_event: Event | None = None
 
     def run(
         self, work: Work, architectures: Sequence[Architecture], done: Callable[[Architecture], object]
     ) -> dict[str, str]:
-        """Do `work` for every architecture that is not `done` (false or None); reasons by name of those that failed for good.
+        """Do `work` for every architecture that is not `done` (false or None); reasons by name of those that failed.
 
-        Raises MinitronError with the reasons, after the others have ended, when some broke off for a reason that may pass.
+        Raises StorageError for storage that cannot be used, which is no candidate's fault, InputError where the cluster
+        has no room for a single piece, and MinitronError when Tune was stopped.
         """
         waiting = [architecture for architecture in architectures if not done(architecture)]
         if not waiting:
             return {}
         by_key = {trial_key(architecture): architecture for architecture in waiting}
-        failures, broken = {}, {}
-        for result in self._fit(work, by_key):
-            name = str(by_key[(result.config or {})["candidate"]])
-            if result.error is not None:
-                broken[name] = _reason(str(result.error))
-            elif "failed" in (result.metrics or {}):
-                failures[name] = result.metrics["failed"]
-        for architecture in waiting:
-            if not done(architecture) and str(architecture) not in failures:
-                broken.setdefault(str(architecture), "it was stopped")
-        if broken:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in broken.items())
+        ending = _Ending()
+        events = _Events(self.on_event, ending)
+        self._fit(work, by_key, events, ending)
+        if error := ending.error:
+            raise StorageError(error.problem, f"{error.remedy}; run again then: what has finished is kept") from error
+        failures = {str(a): events.failed[key] for key, a in by_key.items() if key in events.failed and not done(a)}
+        stopped = [str(a) for a in waiting if not done(a) and str(a) not in failures]
+        if stopped:
             raise MinitronError(
-                f"{len(broken)} of {len(architectures)} candidates did not finish ({reasons})",
-                "mend the cause and run again; what has finished is kept",
+                f"{len(stopped)} of {len(architectures)} candidates were stopped ({', '.join(stopped)})",
+                "run again to go on; what has finished is kept",
             )
         return failures
 
-    def _fit(self, work: Work, by_key: dict[str, Architecture]) -> tune.ResultGrid:
+    def _fit(self, work: Work, by_key: dict[str, Architecture], events: _Events, ending: _Ending) -> None:
         def trainable(config: dict[str, Any]) -> None:
             try:
                 work(by_key[config["candidate"]], tune.report)
-            except (NonFiniteError, InputError) as error:
-                # It would fail the same way again: recorded, not raised, so that Tune does not retry it.
-                tune.report({"failed": error.problem})
+            except CERTAIN as error:
+                tune.report({"failed": reason(error)})  # not raised, so that Tune does not try again
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # the process stays, for the next candidate or beside one on the same GPU
 
         # Tune's own experiment state is not what a run resumes from (restoring it would mean trusting pickles): results and
         # checkpoints of trials are, so its folder is thrown away.
         storage.remove(self.scratch)  # a killed run's
-        logging.getLogger("ray.tune").setLevel(logging.ERROR)
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # `on_event` is told of every error
         tuner = tune.Tuner(
-            tune.with_resources(trainable, self.resources),
+            # Several workers are started from a process that takes next to nothing, or they would have no room beside it.
+            tune.with_resources(trainable, self.share if self.workers == 1 else {"memory": 1}),
             param_space={"candidate": tune.grid_search(list(by_key))},
-            tune_config=tune.TuneConfig(reuse_actors=True),
+            # Tune does not see what workers started by a trial take: more trials than fit would wait for each other.
+            tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=self._at_once()),
             run_config=tune.RunConfig(
                 name="search",
                 storage_path=self.scratch,
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=self.max_failures),
-                callbacks=[_Events(self.on_event)] if self.on_event else [],
+                callbacks=[events],
+                stop=ending,
             ),
         )
         try:
-            return tuner.fit()
+            tuner.fit()  # its result knows no candidate of those that died before they reported
         finally:
             with suppress(OSError):  # Tune may still be writing there; the next run removes the rest
                 storage.remove(self.scratch)
 
+    def _at_once(self) -> int:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if found := at_once(nodes, self.share, self.workers):
+            return found
+        wanted, there = (
+            ", ".join(f"{name} {amount:g}" for name, amount in resources.items())
+            for resources in (self.share, {name: sum(node.get(name, 0) for node in nodes) for name in self.share})
+        )
+        raise InputError(
+            f"a trial takes {self.workers} x ({wanted}), each part on one node, and {len(nodes)} nodes have {there} in all",
+            "lower resources.workers_per_trial, cpus_per_trial or gpus_per_trial, or use a larger cluster",
+        )
 
-def _reason(text: str) -> str:
-    """The line of a traceback that says what went wrong."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "no reason given")
+
+class _Ending(Stopper):
+    """Ends everything once storage cannot be used: what still runs would fail as well."""
+
+    def __init__(self) -> None:
+        self.error: StorageError | None = None
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self.error is not None
 
 
 class _Events(Callback):
-    """Hands on what trials report, in the driver."""
+    """Hands on what trials report and raise, in the driver; `failed` are the reasons, by key, of those given up."""
 
-    def __init__(self, on_event: Event) -> None:
-        self.on_event = on_event
+    def __init__(self, on_event: Event | None, ending: _Ending) -> None:
+        self.on_event, self.ending = on_event, ending
+        self.failed: dict[str, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles callbacks with its experiment state, which is never restored
@@ -115,13 +146,42 @@ class _Events(Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        self.on_event(trial.config["candidate"], {k: v for k, v in result.items() if k in _REPORTED})
+        self._tell(trial, {k: v for k, v in result.items() if k in _REPORTED})
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        error = _error(trial)
+        self._tell(trial, {"retried": reason(error), "trace": str(error)})
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.on_event(trial.config["candidate"], {"failed": "its worker died too often"})
+        error = _error(trial)
+        raised = cause(error)
+        if isinstance(raised, StorageError):
+            self.ending.error = raised
+        else:
+            self._tell(trial, {"failed": reason(error), "trace": str(error)})
+
+    def _tell(self, trial: Any, numbers: dict[str, Any]) -> None:
+        if "failed" in numbers:
+            self.failed[trial.config["candidate"]] = numbers["failed"]
+        if self.on_event:
+            self.on_event(trial.config["candidate"], numbers)
+
+
+def _error(trial: Any) -> BaseException:
+    """What ended a trial's latest attempt.
+
+    Tune has just put it in the trial's folder on this machine: as text, and what a worker raised as an object as well.
+    """
+    *_, text = Path(trial.error_file).read_text().split("Failure # ")
+    if trial.pickled_error_file is not None:
+        error: BaseException = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+        if text.strip().endswith(str(error).strip()):  # not that of an earlier attempt
+            return error
+    return RayError(text.split("\n", 1)[-1].strip())
 
 
 _REPORTED = (
+    "pid",
     "step",
     "steps",
     "rung",

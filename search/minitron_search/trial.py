@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from minitron import storage
@@ -83,10 +84,25 @@ def run_trial(task: SearchTask, architecture: Architecture, report: Report, *, u
     its last checkpoint. `report` gets {"step", "steps", "train_loss", "train_kl", "tokens_per_second"} as it trains,
     {"rung", "kl", "loss"} at a rung, {"step", "kl", "loss"} at the start and the end, and {"paused": step}.
     """
+    if not ready(task, architecture):
+        return
+    train(task, architecture, report, until=until)
+    if until is None:
+        drop_checkpoints(task.folder, architecture)
+
+
+def ready(task: SearchTask, architecture: Architecture) -> bool:
+    """Clear away what a trial cannot go on from; False if it has finished."""
     if finished_result(task, architecture) is not None:
         drop_checkpoints(task.folder, architecture)  # killed just before it could
-        return
+        return False
     _start_over_if_rungs_were_passed(task, architecture)
+    return True
+
+
+def train(task: SearchTask, architecture: Architecture, report: Report, *, until: int | None = None) -> None:
+    """The trial itself, in one process or, with torch.distributed, in each of several together: all of them measure, because
+    a sharded student takes all of them to run, and the first one writes."""
     _use_threads(task)
     started = time.perf_counter()
     materials, steps = task.materials, task.config.steps
@@ -96,12 +112,10 @@ def run_trial(task: SearchTask, architecture: Architecture, report: Report, *, u
     before = _measured_before(task, architecture, lambda: student, teacher_head)
     report({"step": 0, "steps": steps, "kl": before["kl"], "loss": before["loss"]})
 
-    def after_step(step: StepReport) -> None:
-        report(_metrics(step))
-        if step.step in task.rungs:
-            # before the checkpoint of this step is written, so that going on from one never passes a rung by
-            found = _measured_at(task, architecture, step.step, student, teacher_head)
-            report({"step": step.step, "steps": steps, "rung": step.step, "kl": found["kl"], "loss": found["loss"]})
+    def measure(done: int, model: nn.Module) -> None:
+        # before the checkpoint of this step is written, so that going on from one never passes a rung by
+        found = _measured_at(task, architecture, done, model, teacher_head)
+        report({"step": done, "steps": steps, "rung": done, "kl": found["kl"], "loss": found["loss"]})
 
     distill(
         student,
@@ -111,7 +125,9 @@ def run_trial(task: SearchTask, architecture: Architecture, report: Report, *, u
         losses=task.losses,
         checkpoints=storage.join(folder, "checkpoints"),
         key=trial_key(architecture),
-        report=after_step,
+        report=lambda step: report(_metrics(step)),
+        evaluate=measure,
+        evaluate_at=task.rungs,
         until=until,
     )
     if until is not None:
@@ -134,8 +150,7 @@ def run_trial(task: SearchTask, architecture: Architecture, report: Report, *, u
         "config": asdict(task.config),
         "seconds": time.perf_counter() - started,
     }
-    storage.write_json(storage.join(folder, "result.json"), result)
-    drop_checkpoints(task.folder, architecture)
+    _write(task, architecture, "result.json", result)
     report({"step": steps, "steps": steps, "kl": after.kl, "loss": after.loss})
 
 
@@ -161,23 +176,37 @@ def _use_threads(task: SearchTask) -> None:
 def _measured_before(
     task: SearchTask, architecture: Architecture, student: Callable[[], nn.Module], teacher_head: Head
 ) -> dict[str, Any]:
-    found = undistilled(task.folder, architecture)
+    found = _agreed(undistilled(task.folder, architecture))
     if found is None:
         metrics = task.materials.heldout(student(), teacher_head, task.heldout_rows)
         found = {"kl": metrics.kl, "loss": metrics.loss}
-        storage.write_json(storage.join(task.folder, trial_key(architecture), "undistilled.json"), found)
+        _write(task, architecture, "undistilled.json", found)
     return found
 
 
 def _measured_at(
     task: SearchTask, architecture: Architecture, step: int, student: nn.Module, teacher_head: Head
 ) -> dict[str, Any]:
-    found = rung_result(task.folder, architecture, step)
+    found = _agreed(rung_result(task.folder, architecture, step))
     if found is None:
         metrics = task.materials.heldout(student, teacher_head, task.heldout_rows)
         found = {"step": step, "kl": metrics.kl, "loss": metrics.loss, "per_row_kl": metrics.per_row_kl}
-        storage.write_json(storage.join(task.folder, trial_key(architecture), _rung_file(step)), found)
+        _write(task, architecture, _rung_file(step), found)
     return found
+
+
+def _agreed(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What the first process has found, in every process, so that all of them measure or none does."""
+    if not dist.is_initialized():
+        return found
+    box = [found]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _write(task: SearchTask, architecture: Architecture, name: str, found: dict[str, Any]) -> None:
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        storage.write_json(storage.join(task.folder, trial_key(architecture), name), found)
 
 
 def _rung_file(step: int) -> str:

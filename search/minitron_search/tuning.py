@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import partial
 
 import pandas as pd
 
 from minitron.architecture import Architecture
 from minitron.errors import InputError, MinitronError
+from minitron_search.failures import table
 from minitron_search.halving import Halving, survivors
 from minitron_search.pool import Event, Pool
 from minitron_search.ranking import SHAPE, SearchResult, rank, reason
@@ -23,6 +25,7 @@ from minitron_search.trial import (
     trial_key,
     undistilled,
 )
+from minitron_search.workers import run_trial_on_workers
 
 Stopped = dict[Architecture, int]
 
@@ -37,6 +40,7 @@ def search(
     cpus_per_trial: float = 1,
     gpus_per_trial: float = 0,
     memory_per_trial: int = 0,
+    workers_per_trial: int = 1,
     max_failures: int = 3,
     scratch: str | None = None,
     on_event: Event | None = None,
@@ -47,14 +51,17 @@ def search(
     besides those in `pinned`. With `halving` the worse ones are stopped at rungs of `task`; all wait for the last there, so
     that who goes on does not depend on who was faster.
 
-    What finished before is read back; an unfinished trial goes on from its checkpoint. A trial whose worker dies is started
-    again up to `max_failures` times; one whose loss is not finite is recorded with its reason.
-    `scratch` is a folder that all nodes share for Tune's own use (default: in the trials' folder); it is deleted.
-    `memory_per_trial` (bytes) keeps more from running at once than fit. `on_event(key, metrics)` is called in this process
-    with what each trial reports; key is `trial_key(architecture)`.
-    Needs Ray to be running. Raises InputError when `halving` has no rung to stop at, MinitronError with the reasons when a
-    trial broke off for a reason that may pass (a full disk, workers that were killed), after the others have finished, and
-    when no candidate finished.
+    What finished before is read back; an unfinished trial goes on from its checkpoint. A trial that raises or whose worker
+    dies is started again up to `max_failures` times, except where the same would happen again (a loss that is not finite,
+    InputError, no room on the GPU); in the end it is recorded with its reason and the search goes on without it.
+    With `workers_per_trial` a trial is that many processes of Ray Train, each with the CPUs, GPUs and memory (bytes) of
+    `*_per_trial`; no more trials run at once than the cluster has room for.
+    `scratch` is a folder that all nodes share for Ray's own use (default: in the trials' folder); it is deleted.
+    `on_event(key, metrics)` is called in this process with what each trial reports; key is `trial_key(architecture)`.
+    "pid" in it is the trial's process.
+    Needs Ray to be running. Raises InputError when `halving` has no rung to stop at or the cluster no room for one trial,
+    StorageError for storage that cannot be used, such as a full disk, and MinitronError with a line for each candidate when
+    none finished.
     """
     steps = task.config.steps
     cuts = halving.cuts(task.rungs, steps) if halving else []
@@ -63,31 +70,34 @@ def search(
             f"halving: no rung of {list(task.rungs)} lies between {halving.grace:g} of {steps} steps and the end",
             "add a rung, or shorten the grace period",
         )
-    wanted = {"cpu": cpus_per_trial, "gpu": gpus_per_trial, "memory": memory_per_trial}
+    wanted = {"CPU": cpus_per_trial, "GPU": gpus_per_trial, "memory": memory_per_trial}
     pool = Pool(
-        resources={name: amount for name, amount in wanted.items() if amount},
+        share={name: amount for name, amount in wanted.items() if amount},
         max_failures=max_failures,
         scratch=scratch or f"{task.folder.rstrip('/')}/tune",
+        workers=workers_per_trial,
         on_event=on_event,
     )
+    trial = partial(run_trial, task)
+    if workers_per_trial > 1:
+        trial = partial(run_trial_on_workers, task, workers=workers_per_trial, share=pool.share, scratch=pool.scratch)
     failures: dict[str, str] = {}
     going, forward = list(architectures), None
     if forward_keep is not None:
-        failures |= pool.run(partial(score, task), going, partial(undistilled, task.folder))
+        failures |= replace(pool, workers=1).run(partial(score, task), going, partial(undistilled, task.folder))
         going, forward = _best_undistilled(task, going, forward_keep, pinned)
     stopped: Stopped = {}
     last = 0
     for cut in cuts:
         assert halving is not None
-        failures |= pool.run(partial(run_trial, task, until=cut), going, partial(rung_result, task.folder, step=cut))
+        failures |= pool.run(partial(trial, until=cut), going, partial(rung_result, task.folder, step=cut))
         if halving.due(_measured(task, going, last), _measured(task, going, cut)):
             going = _cut(task, going, cut, halving.keep, stopped)
         last = cut
-    failures |= pool.run(partial(run_trial, task), going, partial(finished_result, task))
+    failures |= pool.run(trial, going, partial(finished_result, task))
     results = [result for a in going if (result := finished_result(task, a)) is not None]
     if not results:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
-        raise MinitronError(f"no candidate of the search finished: {reasons}", "mend the cause and run again")
+        raise MinitronError(f"no candidate of the search finished{table(failures)}", "mend the cause and run again")
     ranking = rank(results, task.materials.open_rows("heldout").seq_length)
     name = ranking[ranking["winner"]].iloc[0]["architecture"]
     return SearchResult(

@@ -95,9 +95,10 @@ def record(context: Context, outputs: dict[str, Any]) -> None:
     """Write the training curve into a record that does not have it, because another run did the work."""
     log, curve = context.log("distill"), storage.read_json(outputs["curve"])
     if not read_curve(log, "train_loss")[0]:
+        step_tokens = outputs["tokens"] / curve["step"][-1]
         for name in ("train_loss", "train_kl"):
             for step, value in zip(curve["step"], curve[name], strict=False):
-                log.metrics({name: value}, step=step)
+                log.metrics({name: value, "tokens": step * step_tokens}, step=step)
 
 
 class Tail:
@@ -113,7 +114,7 @@ class Tail:
         if self.path.exists():
             for event, offset in read_events(self.path, self.offset):
                 self.offset = offset
-                if event and event["event"] == "metrics" and "tokens" in event["values"]:
+                if event and event["event"] == "metrics" and "tokens_per_second" in event["values"]:
                     numbers, step = event["values"], event["step"]
                     per_step = numbers["tokens"] / step / numbers["tokens_per_second"]
                     shown = (

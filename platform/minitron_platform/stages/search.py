@@ -18,6 +18,7 @@ from minitron_platform.training import distill_config
 from minitron_platform.trials import TrialsView, record_trials
 from minitron_search.halving import Halving, kept, planned_steps, rung_steps
 from minitron_search.limits import Limits
+from minitron_search.room import RESERVED_BYTES
 from minitron_search.space import candidates, points_in
 from minitron_search.trial import SearchTask
 
@@ -107,7 +108,7 @@ def trials_folder(context: Context) -> str:
 
 
 def memory_per_trial(recipe: Recipe, teacher: Architecture, found: list[Architecture]) -> int:
-    """Bytes of main memory to ask Ray for, for each trial on CPUs; 0 for trials on GPUs, which need the GPU's instead.
+    """Bytes of main memory to ask Ray for, for each worker of a trial; 0 on GPUs, where the GPU's is needed instead.
 
     Libraries, the teacher while the student is cut, and the student's weights, master weights, gradients and moments.
     No more than the largest node offers: one trial at a time always runs.
@@ -119,7 +120,8 @@ def memory_per_trial(recipe: Recipe, teacher: Architecture, found: list[Architec
     logits = 8 * teacher.vocab_size * (512 + teacher.hidden_size)
     wanted = 1_200_000_000 + max(4 * teacher.num_parameters, logits) + 24 * max(a.num_parameters for a in found)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    largest = max(n.get("memory", 0) for n in nodes if n.get("CPU", 0) >= recipe.resources.cpus_per_trial)
+    roomy = (n.get("memory", 0) for n in nodes if n.get("CPU", 0) >= recipe.resources.cpus_per_trial)
+    largest = max(roomy, default=wanted) - RESERVED_BYTES
     return int(min(wanted, largest))
 
 
@@ -184,6 +186,7 @@ def run(context: Context, folder: str) -> dict[str, Any]:
             cpus_per_trial=recipe.resources.cpus_per_trial,
             gpus_per_trial=recipe.resources.gpus_per_trial,
             memory_per_trial=memory_per_trial(recipe, teacher, found),
+            workers_per_trial=recipe.resources.workers_per_trial,
             max_failures=recipe.resources.max_failures,
             on_event=view.event,
         )
@@ -251,6 +254,8 @@ def _counts(result: SearchResult, candidates: int) -> str:
     parts = [] if result.forward is None else [f"{len(result.forward)} scored undistilled"]
     if len(result.stopped):
         parts.append(f"{len(result.stopped)} stopped early")
+    if result.failures:
+        parts.append(f"{len(result.failures)} failed")
     return ", ".join([*parts, f"{len(result.ranking)} of {candidates} candidates distilled"])
 
 

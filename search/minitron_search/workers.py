@@ -1,0 +1,93 @@
+"""A trial that is larger than one worker: the same training in several processes of Ray Train."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+from typing import Any
+
+import ray
+import torch.distributed as dist
+from ray.exceptions import RayActorError
+from ray.train import RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchTrainer
+from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from minitron import storage
+from minitron.architecture import Architecture
+from minitron.errors import MinitronError
+from minitron_search.failures import CERTAIN
+from minitron_search.trial import Report, SearchTask, drop_checkpoints, ready, train
+
+
+def run_trial_on_workers(
+    task: SearchTask,
+    architecture: Architecture,
+    report: Report,
+    *,
+    workers: int,
+    share: dict[str, float],
+    scratch: str,
+    until: int | None = None,
+) -> None:
+    """`minitron_search.trial.run_trial` with that many processes, each of which takes `share` of Ray's resources.
+
+    Raises what a worker raised, or RayActorError for one that died: whoever calls this starts again, from the checkpoint.
+    """
+    if not ready(task, architecture):
+        return
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    # Not `ray.train.report`: that is a barrier that waits for the controller's next poll, about two seconds every step.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    reports = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    teller = threading.Thread(target=_tell, args=(reports, report))
+    teller.start()
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"task": task, "architecture": architecture, "reports": reports, "until": until},
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=share.get("GPU", 0) > 0, resources_per_worker=dict(share)
+        ),
+        # The name is new each time: a trial goes on from its own verified checkpoints, not from Ray Train's snapshot.
+        run_config=RunConfig(name=f"trial-{uuid.uuid4().hex[:8]}", storage_path=storage.join(scratch, "workers")),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise _cause(error) from None
+    finally:
+        reports.put(None)
+        teller.join()
+        reports.shutdown(force=True)
+    if until is None:
+        drop_checkpoints(task.folder, architecture)
+
+
+def _tell(reports: Queue, report: Report) -> None:
+    for numbers in iter(reports.get, None):
+        report(numbers)
+
+
+def _worker(config: dict[str, Any]) -> None:
+    first = dist.get_rank() == 0
+    report = config["reports"].put if first else _say_nothing
+    train(config["task"], config["architecture"], report, until=config["until"])
+
+
+def _say_nothing(numbers: dict[str, float]) -> None:
+    pass
+
+
+def _cause(error: TrainingFailedError) -> BaseException:
+    """Of what the workers raised, what the others followed from."""
+    failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
+    causes = [getattr(failure, "_base_exc", failure) for _, failure in sorted(failures.items())]
+    for kinds in ((MinitronError, *CERTAIN), (RayActorError,)):
+        for cause in causes:
+            if isinstance(cause, kinds):
+                return cause
+    # when one process raises, the others' collectives fail with a RuntimeError
+    telling = [cause for cause in causes if type(cause) is not RuntimeError]
+    return next(iter([*telling, *causes]), error)
