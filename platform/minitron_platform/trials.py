@@ -47,6 +47,9 @@ def record_trials(context: Context, outputs: dict[str, Any]) -> None:
             },
             step=result["config"]["steps"],
         )
+        row = next((row for row in outputs["ranking"] if row["architecture"] == str(architecture)), {})
+        more = [*(f"{task}{end}" for task in outputs["benchmarks"] for end in ("", "_stderr")), "latency_ms"]
+        log.metrics({name: row[name] for name in more if row.get(name) is not None}, step=result["config"]["steps"])
         log.end("FINISHED")
 
 

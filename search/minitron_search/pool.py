@@ -127,6 +127,7 @@ _REPORTED = (
     "rung",
     "paused",
     "scored",
+    "evaluated",
     "kl",
     "loss",
     "train_loss",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from functools import partial
 
@@ -97,6 +98,13 @@ def search(
         stability=stability(results, task.rungs, halving.keep if halving else Halving.keep),
         saved=_saved(len(results), stopped, steps),
     )
+
+
+def score_all(task: SearchTask, architectures: Sequence[Architecture], pool: Pool) -> dict[Architecture, float]:
+    """Exact held-out KL of every architecture before any training, NaN where it failed; known ones are read back."""
+    pool.run(partial(score, task), architectures, partial(undistilled, task.folder))
+    found = {a: undistilled(task.folder, a) for a in architectures}
+    return {a: value["kl"] if value is not None else math.nan for a, value in found.items()}
 
 
 def _best_undistilled(
