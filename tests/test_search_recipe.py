@@ -22,7 +22,7 @@ def _recipe(bench, latency_ms):
     values = yaml.safe_load((bench / "recipe.yaml").read_text())
     member = values["family"][0]
     member["space"] |= {"intermediate_size": {"from": 40, "to": 96, "step": 2}}
-    member["points"] = [{"num_layers": 4, "hidden_size": 42, "intermediate_size": 77}]
+    member["points"] = [{"num_layers": 3, "hidden_size": 42, "intermediate_size": 77}]
     member["limits"] = {"batch": 2, "context": 64, "latency_ms": latency_ms}
     values["search"] |= {
         "sampler": {"candidates": SCORED, "seed": 1},
@@ -94,10 +94,11 @@ def test_what_was_measured_is_in_the_ranking_the_page_and_the_records(searched):
 
 def test_a_latency_that_nothing_reaches_says_what_the_fastest_takes(bench, searched):
     recipe = _recipe(bench, 1e-6)
-    with pytest.raises(InputError, match=r"family.0.points.0: 4L .* takes .* ms to its first token"):
+    with pytest.raises(InputError, match=r"family.0.points.0: 3L .* takes .* ms to its first token"):
         run(recipe, storage_path=str(searched[1]))
     values = recipe.model_dump(by_alias=True)
     values["family"][0]["points"] = []
+    values["family"][0]["space"]["intermediate_size"] = [72]
     values["search"]["sampler"] = None
     with pytest.raises(InputError, match=r"family.0.limits: no candidate .*timed, and the fastest takes .* ms"):
         run(type(recipe).model_validate(values), storage_path=str(searched[1]))

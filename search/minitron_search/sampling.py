@@ -22,7 +22,7 @@ Places = dict[str, int]  # for every axis the index of its value
 
 ROUNDS = 10
 SMALLEST_ROUND = 10
-ASKS = 50  # of the sampler, per candidate of a round; what it has not found by then is drawn at random
+ASKS = 20  # of the sampler, per candidate of a round; what it has not found by then is drawn at random
 DRAWS = 100_000  # per round
 
 
