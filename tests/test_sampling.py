@@ -106,6 +106,9 @@ def test_failures_count_and_what_is_left_out_does_not():
     assert len(found) == COUNT
     assert set(failed) <= set(found)
     assert not set(left_out) & set(found)
+    proposed = []
+    assert sample(lambda some: proposed.extend(some) or {}, SPACE, COUNT) == []
+    assert len(proposed) == len(set(proposed)) == 10 * COUNT
 
 
 def test_a_space_with_no_more_candidates_ends_with_all_of_them():

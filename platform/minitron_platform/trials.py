@@ -21,6 +21,7 @@ SHOWN = 4  # trials on the live line
 def record_trials(context: Context, outputs: dict[str, Any]) -> None:
     """Close the record of every trial of a search stage with its result, or with the rung that stopped it."""
     stopped = {row["architecture"]: row for row in outputs["stopped"]}
+    ranked = {row["architecture"]: row for row in outputs["ranking"]}
     for architecture in [Architecture.from_dict(values) for values in outputs["architectures"]]:
         log = _open(context, architecture)
         if row := stopped.get(str(architecture)):
@@ -47,7 +48,7 @@ def record_trials(context: Context, outputs: dict[str, Any]) -> None:
             },
             step=result["config"]["steps"],
         )
-        row = next((row for row in outputs["ranking"] if row["architecture"] == str(architecture)), {})
+        row = ranked.get(str(architecture), {})
         more = [*(f"{task}{end}" for task in outputs["benchmarks"] for end in ("", "_stderr")), "latency_ms"]
         log.metrics({name: row[name] for name in more if row.get(name) is not None}, step=result["config"]["steps"])
         log.end("FINISHED")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from minitron.architecture import Architecture
@@ -22,7 +22,8 @@ Places = dict[str, int]  # for every axis the index of its value
 
 ROUNDS = 10
 SMALLEST_ROUND = 10
-ASKS = 20  # of the sampler, per candidate of a round; what it has not found by then is drawn at random
+ASKS = 10  # of the sampler, per candidate of a round; what it has not found by then is drawn at random
+MOST_PROPOSED = 10  # times as many as are wanted
 DRAWS = 100_000  # per round
 
 
@@ -46,6 +47,16 @@ class Space:
         """The architecture at a place, or None where none is, or one out of the budget or the limits."""
         values = {axis: self.axes[axis][index] for axis, index in places.items()}
         return candidate(self.base, values, self.low, self.high, self.limits)
+
+    def near(self, places: Mapping[str, int], known: Container[Architecture]) -> Architecture | None:
+        """The architecture that is nearest to a place along the axis with the most values and not `known`; None if there is
+        none. Few places are in a narrow budget, and most of them have one beside them that is."""
+        finest = max(self.axes, key=lambda axis: len(self.axes[axis]))
+        for index in sorted(range(len(self.axes[finest])), key=lambda index: abs(index - places[finest])):
+            found = self.at({**places, finest: index})
+            if found is not None and found not in known:
+                return found
+        return None
 
     def places(self, architecture: Architecture) -> Places | None:
         """Where an architecture is; None if it is not on the grid."""
@@ -80,12 +91,12 @@ def sample(
     """`count` architectures of `space`, in the order in which they were scored: `points`, then what the sampler proposes.
 
     `score` gets some at a time and returns the value of each, lower is better and NaN says that it has none; one that it
-    leaves out is not counted. The first round is drawn at random. They are fewer than `count` where the space has no more, or
-    so few in the budget that neither the sampler nor 100,000 draws found more.
+    leaves out is not counted. The first round is drawn at random. They are fewer than `count` where the space has no more, so
+    few in the budget that neither the sampler nor 100,000 draws found more, or `score` left out nine in ten.
     """
     known, values = set(points), dict(score(list(points))) if points else {}
     number = 0
-    while len(values) < count:
+    while len(values) < count and len(known) < MOST_PROPOSED * count:
         wanted = min(round_size(count), count - len(values))
         finite = {a: value for a, value in values.items() if math.isfinite(value)}
         proposed = _propose(space, finite, wanted, f"{seed} {number}", known) if number else []
@@ -127,8 +138,8 @@ def _propose(
         if len(found) == wanted:
             break
         trial = study.ask(grid)
-        architecture = space.at(trial.params)
-        if architecture is None or architecture in known or architecture in found:
+        architecture = space.near(trial.params, known | found.keys())
+        if architecture is None:
             study.tell(trial, state=TrialState.FAIL)
         else:
             found[architecture] = None
