@@ -13,7 +13,7 @@ from mlflow.tracking import MlflowClient
 from minitron.architecture import Architecture
 from minitron.errors import InputError
 from minitron_platform import plan, run
-from minitron_platform.recipe import load_recipe
+from minitron_platform.recipe import load_recipe, with_absolute_paths
 
 SCORED, DISTILLED, BENCHMARKED = 12, 3, 2
 
@@ -90,6 +90,14 @@ def test_what_was_measured_is_in_the_ranking_the_page_and_the_records(searched):
     logged = {trial.data.metrics.get("arc_easy") for trial in trials}
     assert {row["arc_easy"] for row in scored} <= logged
     assert all("latency_ms" in trial.data.metrics for trial in trials)
+
+
+def test_local_benchmarks_of_a_search_are_sent_by_their_absolute_path(bench, monkeypatch):
+    monkeypatch.chdir(bench)
+    values = _recipe(bench, 60_000).model_dump(by_alias=True)
+    values["search"]["evaluate"]["tasks"][0]["data"] = "arc.jsonl"
+    sent = with_absolute_paths(type(load_recipe("all.yaml")).model_validate(values))
+    assert sent.search.evaluate.tasks[0].data == str(bench / "arc.jsonl")
 
 
 def test_a_latency_that_nothing_reaches_says_what_the_fastest_takes(bench, searched):
