@@ -26,13 +26,18 @@ def ray_here():
         yield
 
 
-def test_the_winner_and_the_next_best_get_benchmarks_once(made, bench, ray_here, tmp_path):  # noqa: F811
-    found = made[2][:3]
-    task = _task(made, tmp_path, rungs=(), keep_weights=True)
+@pytest.fixture(scope="module")
+def searched(made, ray_here, tmp_path_factory):  # noqa: F811
+    """Three candidates, their search with weights kept, and its result."""
+    folder = tmp_path_factory.mktemp("trials")
+    found, task = made[2][:3], _task(made, folder, rungs=(), keep_weights=True)
+    return found, task, search(task, found), Pool(resources={"cpu": 1}, max_failures=0, scratch=str(folder / "tune"))
+
+
+def test_the_winner_and_the_next_best_get_benchmarks_once(made, bench, searched):  # noqa: F811
+    found, task, plain, pool = searched
     tasks = (Task("arc_easy", data=str(bench / "arc.jsonl"), limit=10),)
     asked = Benchmarks(tasks=tasks, keep=2, tokenizer=made[0].teacher)
-    pool = Pool(resources={"cpu": 1}, max_failures=0, scratch=str(tmp_path / "tune"))
-    plain = search(task, found)
     assert all(storage.is_committed(weights(task.folder, a)) for a in found)
     by_name = {str(a): a for a in found}
 
@@ -47,10 +52,10 @@ def test_the_winner_and_the_next_best_get_benchmarks_once(made, bench, ray_here,
 
     # again, with one more: what is known is read, the third is distilled again to the same result
     (third,) = [by_name[name] for name in plain.ranking["architecture"] if name not in set(wanted)]
-    before, known = _files(tmp_path), trial_result(task.folder, third)
+    before, known = _files(task.folder), trial_result(task.folder, third)
     again = benchmark_best(task, plain, found, replace(asked, keep=3), pool)
     assert again.ranking["arc_easy"].notna().all()
-    changed = {path for path, time in _files(tmp_path).items() if before.get(path) != time}
+    changed = {path for path, time in _files(task.folder).items() if before.get(path) != time}
     assert {path.name for path in changed} == {"result.json", Path(asked.path(task.folder, third)).name}
     assert trial_result(task.folder, third)["per_row_kl"] == known["per_row_kl"]
 
@@ -64,17 +69,16 @@ def test_the_winner_and_the_next_best_get_benchmarks_once(made, bench, ray_here,
     assert row[columns].tolist() == [expected.value, expected.stderr]
 
 
-def test_benchmarks_that_fail_are_said_and_leave_the_ranking(made, ray_here, tmp_path):  # noqa: F811
-    task = _task(made, tmp_path, rungs=(), keep_weights=True)
-    found = made[2][-1:]
+def test_benchmarks_that_fail_are_said_and_leave_the_ranking(made, searched, tmp_path):  # noqa: F811
+    found, task, plain, pool = searched
     (tmp_path / "arc.jsonl").write_text(json.dumps({"no": "question"}) + "\n")
     asked = Benchmarks((Task("arc_easy", data=str(tmp_path / "arc.jsonl")),), keep=1, tokenizer=made[0].teacher)
-    pool = Pool(resources={"cpu": 1}, max_failures=0, scratch=str(tmp_path / "tune"))
-    result = benchmark_best(task, search(task, found), found, asked, pool)
-    assert len(result.ranking) == 1
+    result = benchmark_best(task, plain, found, asked, pool)
+    assert len(result.ranking) == 3
     assert result.ranking["arc_easy"].isna().all()
-    assert "its benchmarks: " in result.failures[str(found[0])]
-    assert "do not fit" in result.failures[str(found[0])]
+    assert list(result.failures) == [str(plain.winner)]
+    assert "its benchmarks: " in result.failures[str(plain.winner)]
+    assert "do not fit" in result.failures[str(plain.winner)]
 
 
 def test_a_shape_is_timed_once_where_trials_run(made, ray_here, tmp_path):  # noqa: F811

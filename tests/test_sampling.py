@@ -42,11 +42,12 @@ def _losses(proposed):
 
 
 def test_the_sampler_finds_better_candidates_than_as_many_random_draws():
-    runs = [(sample(_losses, SPACE, 50, seed=seed), draw(SPACE, 50, seed)) for seed in range(3)]
+    space = Space(BASE, AXES, LOW, HIGH)
+    runs = [(sample(_losses, space, 50, seed=seed), draw(space, 50, seed)) for seed in range(4)]
     sampled, drawn = ([min(map(_loss, found)) for found in side] for side in zip(*runs, strict=True))
     assert all(len(found) == 50 for pair in runs for found in pair)
     assert statistics.fmean(sampled) < statistics.fmean(drawn)
-    assert sum(a < b for a, b in zip(sampled, drawn, strict=True)) >= 2
+    assert sum(a < b for a, b in zip(sampled, drawn, strict=True)) >= 3
     # not one lucky find: what it proposes later is better than what it began with
     for found, _ in runs:
         first, last = found[: round_size(50)], found[-20:]
@@ -62,7 +63,7 @@ def test_only_new_candidates_of_the_space_are_scored_and_points_first():
         return _losses(proposed)
 
     found = sample(score, SPACE, COUNT, points=points)
-    assert calls[0] == points == found[:1]
+    assert calls[0][:1] == points == found[:1]
     assert found == [a for call in calls for a in call]
     assert len(set(found)) == len(found) == COUNT
     for architecture in found[1:]:
@@ -137,7 +138,7 @@ def _recipe(bench, search=None, **member):
 
 
 def test_a_plan_refuses_what_it_cannot_enumerate_and_takes_it_with_a_sampler(bench):
-    with pytest.raises(InputError, match=r"family.0.space: 81,054 combinations .*50,000.*search.sampler"):
+    with pytest.raises(InputError, match=r"family.0.space: 81,054 combinations .*50,000.*\n.*search.sampler"):
         plan(_recipe(bench, space=LARGE), storage_path=str(bench / "planned"))
     sampler = {"sampler": {"candidates": 25}, "forward": {"keep": 4}}
     made = plan(_recipe(bench, sampler, space=LARGE), storage_path=str(bench / "planned"))

@@ -15,7 +15,7 @@ from minitron.errors import InputError
 from minitron_platform import plan, run
 from minitron_platform.recipe import load_recipe, with_absolute_paths
 
-SCORED, DISTILLED, BENCHMARKED = 12, 3, 2
+SCORED, DISTILLED, BENCHMARKED = 8, 3, 2
 
 
 def _recipe(bench, latency_ms):
@@ -48,7 +48,7 @@ def searched(bench):
 def test_the_plan_says_what_is_sampled_timed_and_benchmarked(bench, searched):
     made = plan(_recipe(bench, 60_000), storage_path=str(searched[1]))
     (cost,) = [cost for cost in made.costs if cost.stage == "search"]
-    assert cost.what.startswith("at least 12 shapes timed, 12 candidates scored of 174 combinations, 3 distilled")
+    assert cost.what.startswith("at least 8 shapes timed, 8 candidates scored of 174 combinations, 3 distilled")
     assert cost.what.endswith("arc_easy for 2")
     assert made.candidates["tiny-student"][0].num_parameters <= 104_000
 
@@ -80,7 +80,8 @@ def test_what_was_measured_is_in_the_ranking_the_page_and_the_records(searched):
     assert "<th>arc_easy</th>" in page
     assert "2 sequences of 64 tokens" in page
     times = [json.loads(path.read_text()) for path in (storage / "latency").glob("*.json")]
-    assert {row["latency_ms"] for row in found["ranking"]} <= {time["milliseconds"] for time in times}
+    measured = {time["architecture"]: time["milliseconds"] for time in times}
+    assert all(row["latency_ms"] == pytest.approx(measured[row["architecture"]]) for row in found["ranking"])
     assert len(times) == SCORED  # only what was to be scored
     assert not list(Path(found["trials"]).glob("*/weights"))
 
@@ -102,8 +103,6 @@ def test_local_benchmarks_of_a_search_are_sent_by_their_absolute_path(bench, mon
 
 def test_a_latency_that_nothing_reaches_says_what_the_fastest_takes(bench, searched):
     recipe = _recipe(bench, 1e-6)
-    with pytest.raises(InputError, match=r"family.0.points.0: 3L .* takes .* ms to its first token"):
-        run(recipe, storage_path=str(searched[1]))
     values = recipe.model_dump(by_alias=True)
     values["family"][0]["points"] = []
     values["family"][0]["space"]["intermediate_size"] = [72]

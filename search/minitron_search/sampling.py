@@ -23,6 +23,7 @@ Places = dict[str, int]  # for every axis the index of its value
 ROUNDS = 10
 SMALLEST_ROUND = 10
 ASKS = 10  # of the sampler, per candidate of a round; what it has not found by then is drawn at random
+AT_RANDOM = 5  # one in so many of a round, so that a region that the sampler has given up is not lost
 MOST_PROPOSED = 10  # times as many as are wanted
 DRAWS = 100_000  # per round
 
@@ -94,17 +95,21 @@ def sample(
     leaves out is not counted. The first round is drawn at random. They are fewer than `count` where the space has no more, so
     few in the budget that neither the sampler nor 100,000 draws found more, or `score` left out nine in ten.
     """
-    known, values = set(points), dict(score(list(points))) if points else {}
+    known: set[Architecture] = set()
+    values: dict[Architecture, float] = {}
     number = 0
     while len(values) < count and len(known) < MOST_PROPOSED * count:
-        wanted = min(round_size(count), count - len(values))
+        first = [] if number else list(points)
+        known |= set(first)
+        wanted = max(0, min(round_size(count), count - len(values) - len(first)))
         finite = {a: value for a, value in values.items() if math.isfinite(value)}
-        proposed = _propose(space, finite, wanted, f"{seed} {number}", known) if number else []
+        informed = wanted - wanted // AT_RANDOM if number else 0
+        proposed = _propose(space, finite, informed, f"{seed} {number}", known) if informed else []
         proposed += draw(space, wanted - len(proposed), seed + number, known | set(proposed))
-        if not proposed:
-            break
         known |= set(proposed)
-        values |= score(proposed)
+        if not first + proposed:
+            break
+        values |= score(first + proposed)
         number += 1
     return list(values)
 
