@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +15,16 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 def device() -> torch.device:
     """The first GPU, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name() -> str:
+    """What `device` is called, a CPU with the number of threads that this process computes with."""
+    if device().type == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()} · threads {torch.get_num_threads()}"
 
 
 def compute_dtype(asked: str = "auto") -> torch.dtype:

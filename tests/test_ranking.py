@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from minitron import Architecture
-from minitron_search.ranking import rank, reason
+from minitron_search.ranking import rank, reason, t_quantile
 
 BASE = Architecture(8, 64, 128, 8, 2, 8, 300, True)
 ROWS = np.random.default_rng(0).normal(1.0, 0.3, 40)  # rows differ much more than candidates do
@@ -38,7 +38,7 @@ def test_what_is_clearly_worse_loses_however_cheap():
     assert table["tied"].tolist() == [True, False]
     assert table["winner"].tolist() == [True, False]
     assert table.iloc[0]["architecture"] == str(BASE)
-    assert reason(table) == "lowest held-out KL, by more than 2 standard errors"
+    assert reason(table) == "lowest held-out KL, at 95% confidence"
 
 
 def test_of_those_that_cannot_be_told_apart_the_cheapest_wins_and_it_is_said():
@@ -71,6 +71,25 @@ def test_differences_are_paired_by_row():
     assert table.iloc[1]["kl_difference"] == pytest.approx(differences.mean())
     assert table.iloc[1]["kl_difference_stderr"] == pytest.approx(differences.std(ddof=1) / 40**0.5)
     assert not table.iloc[1]["tied"]  # though the rows' own spread is six times the difference
+
+
+@pytest.mark.parametrize(
+    ("freedom", "published"),
+    [(1, 12.706), (2, 4.303), (3, 3.182), (5, 2.571), (11, 2.201), (30, 2.042), (10_000, 1.960)],
+)
+def test_few_rows_need_more_standard_errors(freedom, published):
+    assert t_quantile(freedom) == pytest.approx(published, rel=0.01)
+
+
+def test_the_same_difference_ties_on_few_rows_and_not_on_many():
+    spread = np.array([-1.0, 0.0, 1.0])  # 2.2 standard errors above zero with 3 rows and with 48
+    for copies, tied in ((1, True), (16, False)):
+        noise = np.tile(spread, copies)
+        above = 2.2 * noise.std(ddof=1) / len(noise) ** 0.5
+        rows = np.ones(len(noise))
+        table = rank([_result(rows), _result(rows + above + noise, num_layers=2)], 64)
+        assert table.iloc[1]["kl_difference"] / table.iloc[1]["kl_difference_stderr"] == pytest.approx(2.2)
+        assert table["tied"].tolist() == [True, tied]
 
 
 def test_one_candidate_or_one_row_is_said():

@@ -242,7 +242,8 @@ def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool)
     for member in recipe.family if candidates else ():
         found = planned.candidates[member.model]
         after = f", by what wins before {member.model}" if recipe.origin(member) else ""
-        shapes = Table(title=f"{member.model}: {len(found)} candidates{after}", title_justify="left")
+        drawn = " at random, for the sampler to improve on" if member.model in planned.sampled else ""
+        shapes = Table(title=f"{member.model}: {len(found)} candidates{drawn}{after}", title_justify="left")
         for title in ("layers", "hidden", "MLP", "heads", "KV", "parameters", "GFLOP/tok", "cache/tok"):
             shapes.add_column(title, justify="right", no_wrap=True)
         for a in found[:LISTED]:

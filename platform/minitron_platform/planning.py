@@ -23,8 +23,9 @@ from minitron_platform.pipeline import finished_stages
 from minitron_platform.recipe import Member, Recipe, Training
 from minitron_platform.stages.calibrate import layer_scoring
 from minitron_platform.stages.data import source as text_source
-from minitron_platform.stages.search import architectures, distilled_count, halving, place, search_steps
+from minitron_platform.stages.search import architectures, distilled_count, halving, place, sampled_space, search_steps
 from minitron_search.halving import rung_steps
+from minitron_search.space import combinations
 
 MASTER_BYTES = 12  # float32 weights and two moments: what a checkpoint holds per parameter
 
@@ -51,6 +52,7 @@ class Plan:
     places: Places
     teacher: Architecture
     candidates: dict[str, list[Architecture]]  # by model of the family, those that any outcome before it allows
+    sampled: frozenset[str]  # models whose candidates the scores decide; here as many are drawn at random
     notes: list[str]  # what is smaller but will not be faster
     costs: list[Cost]
     dtype: str
@@ -78,9 +80,11 @@ def plan(
     where = places(storage_path, tracking_uri)
     teacher, longest = source_architecture(recipe.teacher.model, recipe.teacher.revision)
     _check_context(recipe, longest)
+    _check_search(recipe)
     found = _candidates(recipe, teacher)
     text_identity(text_source(recipe.data))
-    check_tasks([Task(**task.model_dump()) for task in recipe.evaluate.tasks])
+    for asked in (recipe.evaluate, recipe.search.evaluate):
+        check_tasks([Task(**task.model_dump()) for task in asked.tasks] if asked else [])
     if recipe.calibrate.task:
         check_tasks([Task(**recipe.calibrate.task.model_dump())])
     _check_rows(recipe)
@@ -98,9 +102,11 @@ def plan(
         for cost in _costs(recipe, teacher, found, 2 if dtype == torch.bfloat16 else 4, speed)
     ]
     free = storage.free_bytes(where.storage) if storage.is_local(where.storage) else None
-    result = Plan(
-        recipe, where, teacher, found, _notes(teacher, found), costs, str(dtype).removeprefix("torch."), speed, free
+    sampled = frozenset(
+        m.model for m in recipe.family if sampled_space(recipe, m, _largest_base(recipe, m, teacher, found))
     )
+    notes, name = _notes(teacher, found), str(dtype).removeprefix("torch.")
+    result = Plan(recipe, where, teacher, found, sampled, notes, costs, name, speed, free)
     if free is not None and free + written < result.bytes:
         raise StorageError(
             f"{where.storage}: the run needs about {result.bytes / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free",
@@ -110,14 +116,24 @@ def plan(
 
 
 def _candidates(recipe: Recipe, teacher: Architecture) -> dict[str, list[Architecture]]:
-    """Each model's candidates; those of one that follows another, for every architecture that may win before it."""
+    """Each model's candidates; those of one that follows another, for the architectures that may win before it."""
     found: dict[str, list[Architecture]] = {}
     for member in recipe.family:
         before = recipe.origin(member)
         bases = found[before.model] if before else [teacher]
+        if sampled_space(recipe, member, bases[0]):
+            bases = bases[:1]  # of the others it would be another sample
         fitting = {a for base in bases for a in architectures(recipe, member, base)}
         found[member.model] = sorted(fitting, key=lambda a: -a.num_parameters)
     return found
+
+
+def _largest_base(
+    recipe: Recipe, member: Member, teacher: Architecture, found: dict[str, list[Architecture]]
+) -> Architecture:
+    """The largest model that one of the family may be cut from."""
+    before = recipe.origin(member)
+    return found[before.model][0] if before else teacher
 
 
 def _notes(teacher: Architecture, found: dict[str, list[Architecture]]) -> list[str]:
@@ -210,7 +226,36 @@ def _check_rows(recipe: Recipe) -> None:
             raise InputError(f"{key}: {asked} is more than {split} = {there}", f"use at most {there}")
 
 
+def _check_search(recipe: Recipe) -> None:
+    search = recipe.search
+    if search.sampler and not search.forward:
+        raise InputError(
+            "search.sampler: there is no search.forward, by whose scores it samples",
+            "add search.forward: {keep: ...}, how many of them to distil",
+        )
+    if search.sampler and search.forward and search.forward.keep > search.sampler.candidates:
+        raise InputError(
+            f"search.forward.keep: {search.forward.keep} of {search.sampler.candidates} search.sampler.candidates",
+            "keep fewer, or sample more",
+        )
+    for member in recipe.family:
+        if search.sampler and len(member.points) > search.sampler.candidates:
+            raise InputError(
+                f"{place(recipe, member)}.points: {len(member.points)}, and search.sampler.candidates is "
+                f"{search.sampler.candidates}",
+                "sample at least as many as there are points",
+            )
+
+
 def _check_context(recipe: Recipe, longest: int | None) -> None:
+    for member in recipe.family:
+        limits = member.limits
+        if limits and limits.latency_ms and longest is not None and (limits.context or 0) > longest:
+            raise InputError(
+                f"{place(recipe, member)}.limits.context: {limits.context} is more than the {longest} tokens that the "
+                "teacher takes, so that no latency can be measured",
+                f"use at most {longest}",
+            )
     if longest is not None and recipe.data.seq_length > longest:
         raise InputError(
             f"data.seq_length: {recipe.data.seq_length} is more than the {longest} tokens that the teacher takes",
@@ -280,14 +325,22 @@ def _correction(recipe: Recipe, teacher: Architecture, value_bytes: int) -> tupl
     )
 
 
-def _search_text(recipe: Recipe, at_most: str, candidates: int, distilled: int, tokens: int) -> str:
+def _search_text(
+    recipe: Recipe, member: Member, at_most: str, candidates: int, sampled: bool, distilled: int, tokens: int
+) -> str:
     """How many candidates go how far."""
-    scored = f"{at_most}{candidates} candidates" + (" scored" if recipe.search.forward else "")
+    timed = ""
+    if member.limits and member.limits.latency_ms:
+        timed = f"at least {candidates} shapes timed, " if sampled else f"{at_most}{candidates} shapes timed, "
+    scored = f"{timed}{at_most}{candidates} candidates" + (" scored" if recipe.search.forward else "")
+    if sampled:
+        scored += f" of {combinations(member.space):,} combinations"
     most = f", {distilled} distilled" if recipe.search.forward else ""
-    rule = recipe.search.halving
+    rule, asked = recipe.search.halving, recipe.search.evaluate
     when = " where the order holds" if rule and rule.grace == "stable" else ""
     fewer = f", the worse stopped at rungs{when}" if rule else ""
-    return f"{scored}{most}, {tokens:,} tokens each{fewer}"
+    last = f", {', '.join(task.name for task in asked.tasks)} for {min(asked.keep, distilled)}" if asked else ""
+    return f"{scored}{most}, {tokens:,} tokens each{fewer}{last}"
 
 
 def _member_costs(
@@ -295,8 +348,7 @@ def _member_costs(
 ) -> list[tuple[str, str, str, float, int]]:
     data, seq = recipe.data, recipe.data.seq_length
     forward, shapes = teacher.flops_per_token(seq), found[member.model]
-    before = recipe.origin(member)
-    base = found[before.model][0] if before else teacher
+    before, base = recipe.origin(member), _largest_base(recipe, member, teacher, found)
     scoring = layer_scoring(recipe.calibrate, base.num_layers, {a.num_layers for a in shapes})
     # on average half of the layers are behind a removed block; a task's documents are not known here
     passes = scoring.passes(base.num_layers, scoring.rows or 0) / 2 if scoring.metric in ("loss", "logit_error") else 0
@@ -324,6 +376,9 @@ def _member_costs(
 
     mean_flops = sum(a.flops_per_token(seq) for a in shapes) / len(shapes)  # which are distilled is not known
     at_most = "up to " if before else ""
+    sampled = sampled_space(recipe, member, base) is not None
+    asked = recipe.search.evaluate
+    benchmarked = min(asked.keep, distilled) * sum(task.limit or 1000 for task in asked.tasks) if asked else 0
     work: list[tuple[str, str, float, int]] = [
         (
             "calibrate",
@@ -333,10 +388,12 @@ def _member_costs(
         ),
         (
             "search",
-            _search_text(recipe, at_most, len(shapes), distilled, steps * batch * seq),
+            _search_text(recipe, member, at_most, len(shapes), sampled, distilled, steps * batch * seq),
             all_tokens * (3 * mean_flops + _head_flops(teacher))
-            + (len(shapes) + (1 + rungs) * distilled) * compared * seq * (mean_flops + _head_flops(teacher)),
+            + (len(shapes) + (1 + rungs) * distilled) * compared * seq * (mean_flops + _head_flops(teacher))
+            + benchmarked * 90 * mean_flops,
             (2 * MASTER_BYTES * largest * distilled if halving(recipe) else 0)  # all wait at the rung
+            + (value_bytes * largest * distilled if asked else 0)  # all keep their weights to the end
             + checkpoints(recipe.search.training, at_once),
         ),
         (

@@ -154,6 +154,21 @@ class Forward(_Section):
     keep: Positive
 
 
+class Sampler(_Section):
+    """For spaces too large to enumerate: so many of the architectures are scored before any training, the points and what
+    Optuna's sampler proposes from the scores so far. The same `seed` gives the same candidates."""
+
+    candidates: Positive
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Benchmarked(_Section):
+    """lm-eval tasks for the best `keep` candidates after their short distillation."""
+
+    keep: Positive = 3
+    tasks: Annotated[list[Task], Field(min_length=1)]
+
+
 class Halving(_Section):
     """At every rung from the share `grace` of the short run on, the best share `keep` of the candidates goes on; with
     `stable`, at every rung that finds them in the order of the measurement before it (Kendall's tau of at least 0.9)."""
@@ -165,12 +180,15 @@ class Halving(_Section):
 class Search(_Section):
     """The short distillation that every candidate gets; they are ranked on the first `heldout_rows` held-out rows (default:
     all), and measured on them at `rungs` too, shares of the short run. With `forward` only the best before training are
-    distilled; with `halving` the worse are stopped at rungs. By default all are distilled to the end."""
+    distilled, of a `sampler`'s proposals where the space is too large to enumerate; with `halving` the worse are stopped at
+    rungs. By default all are distilled to the end. `evaluate` adds benchmarks of the best, which do not decide."""
 
     heldout_rows: Positive | None = None
     rungs: list[Annotated[float, Field(gt=0, lt=1)]] = [0.5, 0.75]
+    sampler: Sampler | None = None
     forward: Forward | None = None
     halving: Halving | None = None
+    evaluate: Benchmarked | None = None
     training: Training
 
 
@@ -194,13 +212,15 @@ Values = Annotated[list[int | float], BeforeValidator(_values)]
 
 class Limits(_Section):
     """What a candidate may need at most to serve `batch` sequences of `context` tokens (default: data.seq_length): FLOPs of
-    a forward pass per token, bytes of KV cache, bytes of weights and KV cache, at 16 bits a value."""
+    a forward pass per token, bytes of KV cache, bytes of weights and KV cache, at 16 bits a value; and milliseconds to their
+    first tokens, measured where trials run."""
 
     context: Positive | None = None
     batch: Positive = 1
     flops_per_token: Limit | None = None
     kv_cache_bytes: Limit | None = None
     memory_bytes: Limit | None = None
+    latency_ms: Limit | None = None
 
 
 class Member(_Section):
@@ -332,6 +352,7 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     """The same recipe with its local paths independent of the working directory, to be sent elsewhere."""
     values = recipe.model_dump(by_alias=True)
     tasks = [*values["evaluate"]["tasks"], *filter(None, [values["calibrate"]["task"]])]
+    tasks += (values["search"]["evaluate"] or {"tasks": []})["tasks"]
     paths = [(task, "data") for task in tasks]
     if recipe.data.kind != "hub" or local_path(recipe.data.path).exists():
         paths.append((values["data"], "path"))

@@ -19,6 +19,12 @@ from minitron_search.ranking import pareto
 from minitron_search.tau import SETTLED
 
 MOST_BARS = 25
+COSTS = (
+    ("parameters", 1e6, "million parameters"),
+    ("flops_per_token", 1e9, "GFLOPs per token"),
+    ("memory_bytes", 1e6, "MB of weights and KV cache"),
+    ("latency_ms", 1, "ms to the first token"),
+)  # of the ranking; the last where it is limited
 LABELS = {"pruned": "pruned only", "distilled": "distilled"}
 
 
@@ -98,7 +104,7 @@ def write_report(context: Context, parent: Any) -> Path:
 
 def draw(context: Context) -> bytes:
     """For each model of the family its search and its distillation, as a PNG: a bar per candidate, the training curve, and
-    KL against parameters and FLOPs."""
+    KL against parameters, FLOPs, memory and, where it was measured, latency."""
     import io
 
     import matplotlib
@@ -108,15 +114,18 @@ def draw(context: Context) -> bytes:
 
     with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         count = len(context.family)
-        figure, axes = pyplot.subplots(2 * count, 2, figsize=(11, 7.2 * count), layout="constrained", squeeze=False)
+        figure, axes = pyplot.subplots(3 * count, 2, figsize=(11, 10.8 * count), layout="constrained", squeeze=False)
         for index, (model, own) in enumerate(context.family.items()):
             name = f"{model}: " if count > 1 else ""
             ranking = own["search"]["ranking"]
-            (bars, curve), (parameters, flops) = axes[2 * index], axes[2 * index + 1]
+            (bars, curve), *fronts = axes[3 * index : 3 * index + 3]
             _draw_search(bars, ranking, name)
             _draw_distillation(curve, context, own, name)
-            _draw_pareto(parameters, ranking, "parameters", 1e6, "million parameters", name)
-            _draw_pareto(flops, ranking, "flops_per_token", 1e9, "GFLOPs per token", name)
+            for panel, (cost, unit, label) in zip([p for row in fronts for p in row], COSTS, strict=True):
+                if cost in ranking[0]:
+                    _draw_pareto(panel, ranking, cost, unit, label, name)
+                else:
+                    panel.set_axis_off()
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=130)
         pyplot.close(figure)
@@ -167,6 +176,24 @@ def _draw_distillation(axes: Any, context: Context, own: dict[str, dict[str, Any
     axes.legend(frameon=False)
 
 
+def _benchmark(row: dict[str, Any], task: str) -> str:
+    """A candidate's score on a task, empty where it was not asked."""
+    return (
+        ""
+        if row[task] is None
+        else _score(task, {"tasks": {task: {"value": row[task], "stderr": row[f"{task}_stderr"]}}})
+    )
+
+
+def serving_text(search: dict[str, Any]) -> str:
+    """What memory and latency are of."""
+    serving = search["serving"]
+    sequences = "a sequence" if serving["batch"] == 1 else f"{serving['batch']} sequences"
+    text = f"Memory is weights and KV cache of {sequences} of {serving['context']:,} tokens at 16 bits a value"
+    timed = "latency the time to their first token, a median" if "latency_ms" in search["ranking"][0] else ""
+    return f"{text}; {timed}." if timed else f"{text}."
+
+
 def findings(search: dict[str, Any]) -> list[str]:
     """What a search says about itself: how early its order was known, and what stopping early saved or would have."""
     said = []
@@ -215,6 +242,8 @@ def page(context: Context) -> str:
         picture=base64.b64encode((folder / "report.png").read_bytes()).decode(),
         shared=context.shared,
         family=context.family,
+        benchmark=_benchmark,
+        serving={model: serving_text(own["search"]) for model, own in context.family.items()},
         findings={model: findings(own["search"]) for model, own in context.family.items()},
         origins={m.model: o.model for m in context.recipe.family if (o := context.recipe.origin(m))},
         tracking_uri=shown(context.places.tracking_uri),

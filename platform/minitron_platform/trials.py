@@ -23,6 +23,7 @@ def record_trials(context: Context, outputs: dict[str, Any]) -> None:
     """Close the record of every trial of a search stage with its result, or with the rung that stopped it."""
     stopped = {row["architecture"]: row for row in outputs["stopped"]}
     tokens = _step_tokens(context)
+    ranked = {row["architecture"]: row for row in outputs["ranking"]}
     for architecture in [Architecture.from_dict(values) for values in outputs["architectures"]]:
         log = _open(context, architecture)
         if why := outputs["failures"].get(str(architecture)):
@@ -53,6 +54,9 @@ def record_trials(context: Context, outputs: dict[str, Any]) -> None:
             },
             step=result["config"]["steps"],
         )
+        row = ranked.get(str(architecture), {})
+        more = [*(f"{task}{end}" for task in outputs["benchmarks"] for end in ("", "_stderr")), "latency_ms"]
+        log.metrics({name: row[name] for name in more if row.get(name) is not None}, step=result["config"]["steps"])
         log.end("FINISHED")
 
 

@@ -15,7 +15,8 @@ class Limits:
     """Upper limits for serving `batch` sequences of `context` tokens; None for no limit.
 
     `flops_per_token` is of a forward pass, `kv_cache_bytes` of all sequences' keys and values (every layer counted as
-    attending to the whole context), `memory_bytes` of weights and KV cache together.
+    attending to the whole context), `memory_bytes` of weights and KV cache together. `latency_ms` is the time to
+    their first tokens, which follows from no formula: `minitron_search.latency` measures it.
     """
 
     context: int
@@ -23,9 +24,10 @@ class Limits:
     flops_per_token: float | None = None
     kv_cache_bytes: float | None = None
     memory_bytes: float | None = None
+    latency_ms: float | None = None
 
     def needs(self, architecture: Architecture) -> dict[str, int]:
-        """What `architecture` needs of each, under the limits' names."""
+        """What `architecture` needs of each that can be calculated, under the limits' names."""
         cache = architecture.kv_cache_bytes(self.batch * self.context, VALUE_BYTES)
         return {
             "flops_per_token": architecture.flops_per_token(self.context),

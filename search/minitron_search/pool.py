@@ -187,6 +187,7 @@ _REPORTED = (
     "rung",
     "paused",
     "scored",
+    "evaluated",
     "kl",
     "loss",
     "train_loss",

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 
 from minitron.architecture import Architecture
 
-STANDARD_ERRORS = 2.0  # a smaller difference tells nobody apart
+CONFIDENCE = 0.95  # two-sided; a difference that is not so sure tells nobody apart
 SHAPE = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
 
 
@@ -43,8 +43,13 @@ def rank(results: Sequence[dict[str, Any]], seq_length: int) -> pd.DataFrame:
 
     `results` are those of `minitron_search.trial.run_trial`, all measured on the same held-out rows of `seq_length`
     tokens. `kl_difference` is the mean paired difference to the best over those rows and `kl_difference_stderr` its
-    standard error; `tied` are the best and those whose difference is within 2 standard errors; `winner` is the tied
-    candidate with the fewest `flops_per_token` (forward, in a sequence of `seq_length`), then the fewest `parameters`.
+    standard error; `tied` are the best and those whose difference is less than Student's t allows at 95 % confidence with
+    that many rows; `winner` is the tied candidate with the fewest `flops_per_token` (forward, in a sequence of
+    `seq_length`), then the fewest `parameters`.
+
+    The unit is the row. A row holds parts of one or several documents, and a document longer than a row goes on in the
+    next: rows of long documents are not quite independent, and the standard error is then a little too small. That the
+    best was itself chosen on these rows is not corrected for.
     """
     ordered = sorted(results, key=lambda result: result["kl"])
     rows = [_row(position, result, ordered[0], seq_length) for position, result in enumerate(ordered, start=1)]
@@ -62,8 +67,8 @@ def reason(ranking: pd.DataFrame) -> str:
     if math.isnan(best["kl_difference_stderr"]):
         return "lowest held-out KL; one held-out row says nothing about how certain that is"
     if tied == 1:
-        return f"lowest held-out KL, by more than {STANDARD_ERRORS:g} standard errors"
-    shared = f"{tied} candidates can't be told apart within {STANDARD_ERRORS:g} standard errors of their held-out KL"
+        return f"lowest held-out KL, at {CONFIDENCE:.0%} confidence"
+    shared = f"{tied} candidates can't be told apart by their held-out KL at {CONFIDENCE:.0%} confidence"
     cost = f"{winner['flops_per_token'] / 1e9:.3g} GFLOPs per token and {winner['parameters']:,} parameters"
     if winner["rank"] == 1:
         return f"{shared}; this one has the lowest and is the cheapest of them, {cost}"
@@ -85,7 +90,7 @@ def _row(position: int, result: dict[str, Any], best: dict[str, Any], seq_length
         "kl": result["kl"],
         "kl_difference": difference,
         "kl_difference_stderr": error,
-        "tied": result is best or difference <= STANDARD_ERRORS * error,
+        "tied": result is best or (len(differences) > 1 and difference <= t_quantile(len(differences) - 1) * error),
         "loss": result["loss"],
         "top1_agreement": result["top1_agreement"],
         "tokens": result["tokens"],
@@ -95,6 +100,34 @@ def _row(position: int, result: dict[str, Any], best: dict[str, Any], seq_length
 
 def _stderr(values: Sequence[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
+    """How many standard errors a mean of `freedom` + 1 values is off at most, with two-sided `confidence`: Student's t by its
+    expansion around the normal quantile (Abramowitz and Stegun 26.7.5), within 1 % from 2 degrees of freedom on at 95 %; the
+    one degree has a closed form."""
+    if freedom == 1:
+        return math.tan(math.pi * confidence / 2)
+    z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
+    return z + sum(
+        term / freedom**power
+        for power, term in enumerate(
+            (
+                (z**3 + z) / 4,
+                (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+                (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+                (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+            ),
+            start=1,
+        )
+    )
+
+
+def with_columns(result: SearchResult, columns: Mapping[str, Mapping[str, float | None]]) -> SearchResult:
+    """The same result with more columns in its ranking, each from architecture, as text, to value; NaN where it has none."""
+    names = result.ranking["architecture"]
+    added = {name: [values.get(text) for text in names] for name, values in columns.items()}
+    return replace(result, ranking=result.ranking.assign(**added).astype(dict.fromkeys(added, float)))
 
 
 def pareto(costs: Sequence[float], kl: Sequence[float]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -34,9 +35,7 @@ def candidates(
     found = {
         architecture
         for values in itertools.product(*space.values())
-        if (architecture := _build(base, dict(zip(space, values, strict=True)))) is not None
-        and low <= architecture.num_parameters <= high
-        and not (limits and limits.exceeded(architecture))
+        if (architecture := candidate(base, dict(zip(space, values, strict=True)), low, high, limits)) is not None
     }
     others = sorted(found, key=lambda a: (-a.num_parameters, -a.num_layers, -a.hidden_size, -a.num_heads))
     return list(dict.fromkeys([*points, *others]))
@@ -120,6 +119,21 @@ def check_space(base: Architecture, space: Mapping[str, Sequence[float]], where:
                 f"heads, which transformers requires of {base.family} models",
                 f"use multiples of {int(heads_values[0])}",
             )
+
+
+def combinations(space: Mapping[str, Sequence[float]]) -> int:
+    """How many combinations of values there are, whether or not they make a model."""
+    return math.prod(len(values) for values in space.values())
+
+
+def candidate(
+    base: Architecture, values: Mapping[str, float], low: float, high: float, limits: Limits | None
+) -> Architecture | None:
+    """The architecture that a combination of values makes; None if that is no model, or beyond the budget or `limits`."""
+    architecture = _build(base, dict(values))
+    if architecture is None or not low <= architecture.num_parameters <= high:
+        return None
+    return None if limits and limits.exceeded(architecture) else architecture
 
 
 def _build(base: Architecture, values: dict[str, float]) -> Architecture | None:

@@ -18,6 +18,7 @@ from minitron.distill import DistillConfig, Losses, StepReport, distill
 from minitron.distill.checkpoint import committed_steps
 from minitron.distill.materials import Materials
 from minitron.logits import Head
+from minitron.models import quiet_transformers
 from minitron.origin import Origin
 
 Report = Callable[[dict[str, float]], None]
@@ -26,7 +27,8 @@ Report = Callable[[dict[str, float]], None]
 @dataclass(frozen=True)
 class SearchTask:
     """What every trial of a search shares. `folder` keeps each trial's checkpoints and results, under its own key; they are
-    compared on the first `heldout_rows` held-out rows, by default all, also after the steps `rungs` (ascending)."""
+    compared on the first `heldout_rows` held-out rows, by default all, also after the steps `rungs` (ascending). With
+    `keep_weights` the distilled students are kept (see `weights`)."""
 
     materials: Materials
     origin: Origin
@@ -36,6 +38,7 @@ class SearchTask:
     heldout_rows: int | None = None
     threads: int = 1
     rungs: tuple[int, ...] = ()
+    keep_weights: bool = False
 
 
 def trial_key(architecture: Architecture) -> str:
@@ -64,6 +67,11 @@ def undistilled(folder: str, architecture: Architecture) -> dict[str, Any] | Non
     return _read(folder, architecture, "undistilled.json")
 
 
+def weights(folder: str, architecture: Architecture) -> str:
+    """Where a trial keeps its distilled student, a plain transformers checkpoint without its tokenizer."""
+    return storage.join(folder, trial_key(architecture), "weights")
+
+
 def drop_checkpoints(folder: str, architecture: Architecture) -> None:
     """Delete what a trial would go on from."""
     storage.remove(storage.join(folder, trial_key(architecture), "checkpoints"))
@@ -80,6 +88,7 @@ def score(task: SearchTask, architecture: Architecture, report: Report) -> None:
 def run_trial(task: SearchTask, architecture: Architecture, report: Report, *, until: int | None = None) -> None:
     """Prune, distil briefly, and measure on the held-out rows; the result is stored and never computed twice.
 
+    If the task keeps weights and a finished trial's are gone, it is done again, to the same result.
     With `until` the trial pauses after that step, and a later call goes on from there. A trial that was killed goes on from
     its last checkpoint. `report` gets {"step", "steps", "train_loss", "train_kl", "tokens_per_second"} as it trains,
     {"rung", "kl", "loss"} at a rung, {"step", "kl", "loss"} at the start and the end, and {"paused": step}.
@@ -93,7 +102,8 @@ def run_trial(task: SearchTask, architecture: Architecture, report: Report, *, u
 
 def ready(task: SearchTask, architecture: Architecture) -> bool:
     """Clear away what a trial cannot go on from; False if it has finished."""
-    if finished_result(task, architecture) is not None:
+    kept = not task.keep_weights or storage.is_committed(weights(task.folder, architecture))
+    if kept and finished_result(task, architecture) is not None:
         drop_checkpoints(task.folder, architecture)  # killed just before it could
         return False
     _start_over_if_rungs_were_passed(task, architecture)
@@ -150,6 +160,8 @@ def train(task: SearchTask, architecture: Architecture, report: Report, *, until
         "config": asdict(task.config),
         "seconds": time.perf_counter() - started,
     }
+    if task.keep_weights and _is_first():
+        _save_weights(student, weights(task.folder, architecture))
     _write(task, architecture, "result.json", result)
     report({"step": steps, "steps": steps, "kl": after.kl, "loss": after.loss})
 
@@ -160,6 +172,12 @@ def _start_over_if_rungs_were_passed(task: SearchTask, architecture: Architectur
     saved = committed_steps(storage.join(task.folder, trial_key(architecture), "checkpoints"))
     if missing and saved and saved[-1] >= missing[0]:
         drop_checkpoints(task.folder, architecture)
+
+
+def _save_weights(student: nn.Module, target: str) -> None:
+    if not storage.is_committed(target):
+        with storage.committed_folder(target) as place, quiet_transformers():
+            student.save_pretrained(str(place))  # type: ignore[operator]
 
 
 @lru_cache(maxsize=1)
@@ -205,8 +223,13 @@ def _agreed(found: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _write(task: SearchTask, architecture: Architecture, name: str, found: dict[str, Any]) -> None:
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if _is_first():
         storage.write_json(storage.join(task.folder, trial_key(architecture), name), found)
+
+
+def _is_first() -> bool:
+    """Whether this process writes for those that train together."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _rung_file(step: int) -> str:

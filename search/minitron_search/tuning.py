@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
@@ -67,7 +68,7 @@ def search(
     cuts = halving.cuts(task.rungs, steps) if halving else []
     if halving and not cuts:
         raise InputError(
-            f"halving: no rung of {list(task.rungs)} lies between {halving.grace:g} of {steps} steps and the end",
+            f"halving: no rung of {list(task.rungs)} lies between {halving.grace} of {steps} steps and the end",
             "add a rung, or shorten the grace period",
         )
     wanted = {"CPU": cpus_per_trial, "GPU": gpus_per_trial, "memory": memory_per_trial}
@@ -110,6 +111,13 @@ def search(
         stability=stability(results, task.rungs, halving.keep if halving else Halving.keep),
         saved=_saved(len(results), stopped, steps),
     )
+
+
+def score_all(task: SearchTask, architectures: Sequence[Architecture], pool: Pool) -> dict[Architecture, float]:
+    """Exact held-out KL of every architecture before any training, NaN where it failed; known ones are read back."""
+    pool.run(partial(score, task), architectures, partial(undistilled, task.folder))
+    found = {a: undistilled(task.folder, a) for a in architectures}
+    return {a: value["kl"] if value is not None else math.nan for a, value in found.items()}
 
 
 def _best_undistilled(

@@ -19,24 +19,39 @@ from minitron_platform.trials import TrialsView, record_trials
 from minitron_search.halving import Halving, kept, planned_steps, rung_steps
 from minitron_search.limits import Limits
 from minitron_search.room import RESERVED_BYTES
-from minitron_search.space import candidates, points_in
+from minitron_search.sampling import Space, draw
+from minitron_search.space import candidates, combinations, points_in
 from minitron_search.trial import SearchTask
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from minitron_search.benchmarks import Benchmarks
     from minitron_search.ranking import SearchResult
 
 VERSION = 3
 # Inputs that say which candidates there are and how far each goes, but change no trial.
-_WHICH = ("space", "points", "limits", "parameters", "tolerance", "rungs", "forward", "halving")
+_WHICH = (
+    "space",
+    "points",
+    "limits",
+    "parameters",
+    "tolerance",
+    "rungs",
+    "sampler",
+    "forward",
+    "halving",
+    "benchmarks",
+)
+ENUMERABLE = 50_000  # combinations, about a second's
 
 
 def architectures(recipe: Recipe, member: Member, base: Architecture) -> list[Architecture]:
     """The candidates for one of the family, cut from `base`, its points first.
 
     What follows another model of the family may name larger values in its space or points than that one has; they are left
-    out. Raises InputError when its size cannot be met from its space.
+    out. Where the space is to be sampled they are as many as are to be scored, drawn at random; the search itself goes by
+    the scores. Raises InputError when its size cannot be met from its space, or the space is too large to enumerate.
     """
     where = place(recipe, member)
     if member.parameters >= base.num_parameters:
@@ -45,13 +60,21 @@ def architectures(recipe: Recipe, member: Member, base: Architecture) -> list[Ar
             f"{where}.parameters: {member.parameters:,} is not smaller than {what} {base.num_parameters:,}",
             "choose a smaller target, or a larger teacher",
         )
-    space = member.space
-    if member.start == "previous":
-        fitting = {axis: [v for v in values if v <= getattr(base, axis, v)] for axis, values in space.items()}
-        space = {axis: values or space[axis] for axis, values in fitting.items()}  # if none fits, it is refused by name
-    low, high = _budget(member)
-    limits = _limits(recipe, member)
+    space = _axes(member, base)
+    low, high = budget(member)
+    limits = limits_of(recipe, member)
     points = pinned(recipe, member, base)
+    if sampled := sampled_space(recipe, member, base):
+        assert recipe.search.sampler is not None
+        wanted = max(0, recipe.search.sampler.candidates - len(points))
+        drawn = [*points, *draw(sampled, wanted, recipe.search.sampler.seed, set(points))]
+        if not drawn:
+            raise InputError(
+                f"{where}.space: 100,000 of {combinations(space):,} combinations drawn at random, and none has "
+                f"{low:,.0f} to {high:,.0f} parameters{' within its limits' if limits else ''}",
+                f"widen {where}.tolerance, raise {where}.limits, or change {where}.space",
+            )
+        return drawn
     found = candidates(base, space, low, high, limits=limits, points=points, key=f"{where}.space")
     if not found:
         sized = candidates(base, space, low, high, key=f"{where}.space")
@@ -73,24 +96,55 @@ def architectures(recipe: Recipe, member: Member, base: Architecture) -> list[Ar
     return found
 
 
+def sampled_space(recipe: Recipe, member: Member, base: Architecture) -> Space | None:
+    """The space to sample from; None where all of its architectures are candidates, as they are where they are no more than
+    the sampler would score. Raises InputError where they are too many to enumerate and there is no sampler."""
+    axes, sampler, where = _axes(member, base), recipe.search.sampler, f"{place(recipe, member)}.space"
+    count, (low, high), limits = combinations(axes), budget(member), limits_of(recipe, member)
+    if sampler is None and count > ENUMERABLE:
+        raise InputError(
+            f"{where}: {count:,} combinations are too many to look at each (up to {ENUMERABLE:,})",
+            "add search.sampler, such as {candidates: 500}, with search.forward, or shorten the axes",
+        )
+    if sampler is None:
+        return None
+    if count <= ENUMERABLE:
+        points = pinned(recipe, member, base)
+        all_of_them = candidates(base, axes, low, high, limits=limits, points=points, key=where)
+        if len(all_of_them) <= sampler.candidates:
+            return None
+    return Space(base, axes, low, high, limits, where)
+
+
+def _axes(member: Member, base: Architecture) -> dict[str, list[int | float]]:
+    """The space, for what follows another model without what is larger than that one."""
+    if member.start != "previous":
+        return member.space
+    fitting = {axis: [v for v in values if v <= getattr(base, axis, v)] for axis, values in member.space.items()}
+    return {
+        axis: values or member.space[axis] for axis, values in fitting.items()
+    }  # if none fits, it is refused by name
+
+
 def pinned(recipe: Recipe, member: Member, base: Architecture) -> list[Architecture]:
     """The shapes that the recipe names for one of the family; those that do not fit the model before it are left out."""
     return points_in(
         base,
         member.points,
-        *_budget(member),
-        limits=_limits(recipe, member),
+        *budget(member),
+        limits=limits_of(recipe, member),
         key=f"{place(recipe, member)}.points",
         skip=member.start == "previous",
     )
 
 
-def _budget(member: Member) -> tuple[float, float]:
+def budget(member: Member) -> tuple[float, float]:
     """Fewest and most parameters."""
     return member.parameters * (1 - member.tolerance), member.parameters * (1 + member.tolerance)
 
 
-def _limits(recipe: Recipe, member: Member) -> Limits | None:
+def limits_of(recipe: Recipe, member: Member) -> Limits | None:
+    """What a candidate may need at most, if anything is limited."""
     if member.limits is None:
         return None
     return Limits(**{**member.limits.model_dump(), "context": member.limits.context or recipe.data.seq_length})
@@ -107,10 +161,11 @@ def trials_folder(context: Context) -> str:
     return storage.join(context.places.storage, "trials", storage.fingerprint({**rest, "version": VERSION}))
 
 
-def memory_per_trial(recipe: Recipe, teacher: Architecture, found: list[Architecture]) -> int:
+def memory_per_trial(recipe: Recipe, teacher: Architecture, parameters: int) -> int:
     """Bytes of main memory to ask Ray for, for each worker of a trial; 0 on GPUs, where the GPU's is needed instead.
 
-    Libraries, the teacher while the student is cut, and the student's weights, master weights, gradients and moments.
+    Libraries, the teacher while the student is cut, and the weights, master weights, gradients and moments of a student of
+    so many `parameters`.
     No more than the largest node offers: one trial at a time always runs.
     """
     import ray
@@ -118,7 +173,7 @@ def memory_per_trial(recipe: Recipe, teacher: Architecture, found: list[Architec
     if recipe.resources.gpus_per_trial:
         return 0
     logits = 8 * teacher.vocab_size * (512 + teacher.hidden_size)
-    wanted = 1_200_000_000 + max(4 * teacher.num_parameters, logits) + 24 * max(a.num_parameters for a in found)
+    wanted = 1_200_000_000 + max(4 * teacher.num_parameters, logits) + 24 * parameters
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     roomy = (n.get("memory", 0) for n in nodes if n.get("CPU", 0) >= recipe.resources.cpus_per_trial)
     largest = max(roomy, default=wanted) - RESERVED_BYTES
@@ -134,12 +189,14 @@ def inputs(context: Context) -> dict[str, Any]:
         "heldout": [context.done["data"]["heldout"], search.heldout_rows],
         "space": context.member.space,
         "points": context.member.points,
-        "limits": asdict(limits) if (limits := _limits(context.recipe, context.member)) else None,
+        "limits": asdict(limits) if (limits := limits_of(context.recipe, context.member)) else None,
         "parameters": context.member.parameters,
         "tolerance": context.member.tolerance,
         "rungs": rung_steps(search.rungs, search.training.steps),
+        "sampler": search.sampler.model_dump() if search.sampler else None,
         "forward": search.forward.model_dump() if search.forward else None,
         "halving": search.halving.model_dump() if search.halving else None,
+        "benchmarks": {"keep": asked.keep, **asked.identity()} if (asked := benchmarks(context)) else None,
         "losses": asdict(logit_losses(context.recipe)),
         # how often to checkpoint changes nothing about the result
         "training": search.training.model_dump(exclude={"checkpoint_every"}),
@@ -147,13 +204,16 @@ def inputs(context: Context) -> dict[str, Any]:
 
 
 def run(context: Context, folder: str) -> dict[str, Any]:
+    from minitron_platform.shortlist import shortlist
+    from minitron_search.benchmarks import benchmark_best
+    from minitron_search.pool import Pool
+    from minitron_search.ranking import with_columns
     from minitron_search.stability import settled
     from minitron_search.tuning import search
 
-    recipe = context.recipe
+    recipe, asked = context.recipe, benchmarks(context)
     teacher = Architecture.from_dict(context.done["teacher"]["architecture"])
     base = Architecture.from_dict(context.base["architecture"])
-    found = architectures(recipe, context.member, base)
     task = SearchTask(
         materials=materials(context),
         origin=origin(context),
@@ -163,19 +223,28 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         heldout_rows=recipe.search.heldout_rows,
         threads=max(1, int(recipe.resources.cpus_per_trial)),
         rungs=rung_steps(recipe.search.rungs, recipe.search.training.steps),
+        keep_weights=asked is not None,
     )
     context.console.status("starting Ray")
     context.need_ray()
-    distilled = distilled_count(recipe, len(found), len(context.member.points))
-    view = TrialsView(
-        context,
-        task,
-        found,
-        scoring=recipe.search.forward is not None,
-        to_end=_to_end(recipe, distilled),
-        planned=search_steps(recipe, distilled),
+    memory = memory_per_trial(recipe, teacher, int(budget(context.member)[1]))
+    wanted = {"CPU": recipe.resources.cpus_per_trial, "GPU": recipe.resources.gpus_per_trial, "memory": memory}
+    pool = Pool(
+        share={name: amount for name, amount in wanted.items() if amount},
+        max_failures=recipe.resources.max_failures,
+        scratch=storage.join(folder, "tune"),
     )
     with lock(context.places, f"locks/trials-{task.folder.rsplit('/', 1)[-1]}", "a search over the same trials"):
+        found, milliseconds = shortlist(context, task, pool)
+        distilled = distilled_count(recipe, len(found), len(context.member.points))
+        view = TrialsView(
+            context,
+            task,
+            found,
+            scoring=recipe.search.forward is not None,
+            to_end=_to_end(recipe, distilled),
+            planned=search_steps(recipe, distilled),
+        )
         result = search(
             task,
             found,
@@ -185,11 +254,17 @@ def run(context: Context, folder: str) -> dict[str, Any]:
             scratch=storage.join(folder, "tune"),
             cpus_per_trial=recipe.resources.cpus_per_trial,
             gpus_per_trial=recipe.resources.gpus_per_trial,
-            memory_per_trial=memory_per_trial(recipe, teacher, found),
+            memory_per_trial=memory,
             workers_per_trial=recipe.resources.workers_per_trial,
             max_failures=recipe.resources.max_failures,
             on_event=view.event,
         )
+        if asked:
+            context.console.status(f"benchmarks of the best {min(asked.keep, len(result.ranking))}")
+            result = benchmark_best(task, result, found, asked, pool)
+    serving = limits_of(recipe, context.member) or Limits(context=recipe.data.seq_length)
+    memories = {str(a): serving.needs(a)["memory_bytes"] for a in found}
+    result = with_columns(result, {"memory_bytes": memories} | ({"latency_ms": milliseconds} if milliseconds else {}))
     winner = result.ranking[result.ranking["winner"]].iloc[0]
     passed_over = set() if result.forward is None else set(result.forward.query("not distilled")["architecture"])
     return {
@@ -202,11 +277,29 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         "settled": settled(result.stability),
         "saved": result.saved,
         "failures": result.failures,
+        "benchmarks": [task.name for task in asked.tasks] if asked else [],
+        "serving": asdict(serving),
         "candidates": len(found),
         "architectures": [a.to_dict() for a in found if str(a) not in passed_over],
         "trials": task.folder,
         "summary": f"{_counts(result, len(found))} · winner {result.winner} · KL {winner['kl']:.3f} · {result.reason}",
     }
+
+
+def benchmarks(context: Context) -> Benchmarks | None:
+    """What the best candidates are asked after their short distillation, if anything."""
+    asked = context.recipe.search.evaluate
+    if asked is None:
+        return None
+    from minitron.evaluation import Task
+    from minitron_search.benchmarks import Benchmarks
+
+    return Benchmarks(
+        tasks=tuple(Task(**task.model_dump()) for task in asked.tasks),
+        keep=asked.keep,
+        tokenizer=context.done["teacher"]["folder"],
+        batch_rows=context.recipe.evaluate.batch_rows,
+    )
 
 
 def halving(recipe: Recipe) -> Halving | None:
