@@ -105,7 +105,7 @@ def run_trial(task: SearchTask, architecture: Architecture, report: Report, *, u
 
     distill(
         student,
-        materials.targets("train", teacher_head),
+        materials.targets(teacher_head),
         materials.open_rows("train"),
         task.config,
         losses=task.losses,
