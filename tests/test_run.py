@@ -98,6 +98,9 @@ def test_a_run_ends_with_a_better_student_and_says_so(bench, finished):
 
 def test_every_candidate_was_distilled_on_the_same_tokens(bench, finished):
     done = _results(bench)
+    # for all of them the teacher was run once on each row
+    assert done["targets"]["rows_computed"] == done["targets"]["rows_stored"] == 96 + 16
+    assert "teacher run on 112 of 112 rows" in finished.stdout
     ranking = done["search"]["ranking"]
     assert len(ranking) == done["search"]["candidates"] >= 6
     assert [r["kl"] for r in ranking] == sorted(r["kl"] for r in ranking)
@@ -218,8 +221,12 @@ def test_a_run_that_diverges_stops_and_says_where(bench, finished):
 
 def test_a_wider_space_distils_only_what_is_new(bench, finished):
     before = {p: p.stat().st_mtime_ns for p in (bench / "runs" / "trials").glob("*/*/result.json")}
+    stored = {p: p.stat().st_mtime_ns for p in (bench / "runs" / "stages" / "targets").rglob("*") if p.is_file()}
     wider = ["--set", "family.0.tolerance=0.5", "--until", "search"]
-    assert _minitron("run", "recipe.yaml", "--storage", "runs", *wider, cwd=bench).returncode == 0
+    again = _minitron("run", "recipe.yaml", "--storage", "runs", *wider, cwd=bench)
+    assert again.returncode == 0
+    assert _reused(again) == STAGES.index("search")  # the teacher is run no more
+    assert stored == {p: p.stat().st_mtime_ns for p in (bench / "runs/stages/targets").rglob("*") if p.is_file()}
     after = {p: p.stat().st_mtime_ns for p in (bench / "runs" / "trials").glob("*/*/result.json")}
     assert len(after) > len(before)
     assert before.items() <= after.items()
@@ -252,6 +259,26 @@ def test_a_candidate_that_fails_is_shown_with_its_reason_and_the_run_goes_on(ben
     (trace,) = newest.parent.glob("trial-*.txt")  # for who mends it, beside the record and in MLflow
     assert "trial.py" in trace.read_text()
     assert trace.name in {file.path for file in client.list_artifacts(trial.info.run_id)}
+
+
+def test_a_teacher_online_is_stored_for_the_search_alone(bench):
+    settings = ["targets.mode=online", "targets.teacher=sharded", "targets.top_k=40", "distill.evaluate_tasks_every=12"]
+    one = "family.0.space={num_layers: [4], hidden_size: [36], intermediate_size: [48]}"
+    options = [part for setting in (*settings, one) for part in ("--set", setting)]
+    result = _minitron("run", "recipe.yaml", "--storage", "online", *options, "--until", "distill", cwd=bench)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "teacher run on 40 of 40 rows, of training those of the search" in result.stdout
+    client = MlflowClient(f"sqlite:///{bench}/online/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    metrics = {run.info.run_name: run.data.metrics for run in runs}
+    assert 0 < metrics["targets"]["mass_lost_mean"] < metrics["targets"]["mass_lost_worst"] < 1
+    assert "beyond the 40 likeliest tokens" in result.stdout
+    assert metrics["distill"]["teacher_shards"] == 2
+    (distilled,) = [run for run in runs if run.info.run_name == "distill"]
+    tasks = client.get_metric_history(distilled.info.run_id, "task_arc_easy")
+    assert [point.step for point in tasks] == [12, 24]
+    losses = client.get_metric_history(distilled.info.run_id, "train_kl")
+    assert losses[-1].value < 0.8 * losses[0].value
 
 
 def test_a_search_that_stops_early_says_how_early_the_order_was_known(bench, finished):

@@ -14,7 +14,7 @@ import tiny
 import torch
 
 from minitron import storage
-from minitron.data import Rows, TextSource, pack
+from minitron.data import Rows, TextSource, pack, rows_of_steps
 from minitron.distill import (
     DistillConfig,
     LiveTeacher,
@@ -136,6 +136,26 @@ def test_shards_of_another_teacher_are_never_mixed_in(material, tmp_path):
         store_hidden(_never, _rows(material), out, key="other")
     with pytest.raises(StorageError, match="holds the store k, not other"):
         store_hidden(_never, _rows(material), str(material / "hidden"), key="other")
+
+
+def test_some_rows_are_stored_under_their_numbers(material, tmp_path):
+    rows, out, head = _rows(material), str(tmp_path / "hidden"), Head.of(_teacher(material))
+    config = DistillConfig(steps=3, batch_rows=4, micro_batch_rows=4, peak_lr=1e-3, min_lr=1e-3, warmup_steps=1)
+    numbers = rows_of_steps(len(rows), config.batch_rows, config.steps, config.seed)
+    assert store_hidden(lambda: _teacher(material), rows, out, key="k", numbers=numbers) == 12
+    assert store_hidden(_never, rows, out, key="k", numbers=numbers) == 0
+    some, few = StoredTeacher(out, head, "k"), [numbers[7], numbers[0]]
+    assert torch.equal(some.hidden(few, rows.take(few)), _stored(material).hidden(few, rows.take(few)))
+    distill(_teacher(material).requires_grad_(True), some, rows, config)  # reads no row beyond the last step's
+    missing = next(row for row in range(80) if row not in numbers)
+    with pytest.raises(IndexError, match=f"row {missing} of .*, which has 12 rows, this one not among them"):
+        some.batch([missing], rows.take([missing]))
+    for other in (numbers[1:], None):
+        with pytest.raises(StorageError, match="holds the store k-"):
+            store_hidden(_never, rows, out, key="k", numbers=other)
+    storage.remove(storage.join(out, "index.json"))  # nor into what another kill left behind
+    with pytest.raises(StorageError, match="shard-00000: holds the store k-"):
+        store_hidden(_never, rows, out, key="k", numbers=numbers[1:])
 
 
 def test_rows_and_heads_of_other_shapes_are_refused(material):

@@ -2,7 +2,7 @@
 
 from minitron.data.documents import Document, TextSource, documents, source_identity
 from minitron.data.packing import pack, tokenizer_identity
-from minitron.data.rows import Rows, Split, rows_for_step
+from minitron.data.rows import Rows, Split, rows_for_step, rows_of_steps
 
 __all__ = [
     "Document",
@@ -12,6 +12,7 @@ __all__ = [
     "documents",
     "pack",
     "rows_for_step",
+    "rows_of_steps",
     "source_identity",
     "tokenizer_identity",
 ]

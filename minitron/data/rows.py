@@ -119,6 +119,12 @@ def rows_for_step(num_rows: int, batch_rows: int, step: int, seed: int) -> list[
     return numbers
 
 
+def rows_of_steps(num_rows: int, batch_rows: int, steps: int, seed: int) -> list[int]:
+    """The numbers of the rows that the first `steps` steps train, each once and ascending."""
+    found = {row for step in range(steps) for row in rows_for_step(num_rows, batch_rows, step, seed)}
+    return sorted(found)
+
+
 @lru_cache(maxsize=4)
 def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     bits = np.random.MT19937(np.random.SeedSequence([seed, epoch]))

@@ -25,7 +25,7 @@ from minitron.distill.report import Reporter, StepReport
 from minitron.distill.schedule import learning_rate
 from minitron.distill.sharding import begin_micro_batch, gathered, shard_, working_copy
 from minitron.distill.state import TrainingState
-from minitron.distill.teacher import Targets
+from minitron.distill.teacher import LiveTeacher, Targets
 from minitron.distill.timing import Stopwatch
 from minitron.errors import InputError, NonFiniteError
 from minitron.evaluation.mode import evaluating, undisturbed
@@ -83,6 +83,7 @@ def distill(
         )
         if sharded:
             shard_(objective)
+        alike = sharded or (isinstance(objective.targets, LiveTeacher) and objective.targets.sharded)
         state = TrainingState(objective.trained(), config)
         saver = stack.enter_context(Checkpoints(checkpoints, key=key)) if checkpoints else None
         first, skipped = _resume(state, saver) if saver else (0, 0)
@@ -90,9 +91,10 @@ def distill(
         for step in range(first, config.steps if until is None else min(until, config.steps)):
             indices = rows_for_step(len(rows), config.batch_rows, step, config.seed)
             if objective.targets:
-                following = rows_for_step(len(rows), config.batch_rows, step + 1, config.seed)
+                last = step + 1 == config.steps
+                following = [] if last else rows_for_step(len(rows), config.batch_rows, step + 1, config.seed)
                 objective.targets.prefetch([*indices[rank::world], *following[rank::world]])
-            batches = _micro_batches(indices, config.micro_batch_rows, world, rank, alike=sharded)
+            batches = _micro_batches(indices, config.micro_batch_rows, world, rank, alike=alike)
             share = _forward_backward(objective, state, rows, batches)
             rate = learning_rate(
                 step,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from minitron import storage
@@ -11,6 +12,8 @@ from minitron.architecture import Architecture
 from minitron.data import Rows, Split
 from minitron.device import DTYPES, device
 from minitron.distill.store import StoredTeacher, store_key
+from minitron.distill.teacher import Targets
+from minitron.distill.topk import TopKTeacher
 from minitron.evaluation import HeldoutMetrics, heldout_metrics
 from minitron.logits import Head
 from minitron.models import load_model
@@ -19,8 +22,9 @@ from minitron.origin import Origin
 
 @dataclass(frozen=True)
 class Materials:
-    """Addresses of a teacher checkpoint, the packed rows, and the stored hidden states of both splits; `teacher_id` names
-    the teacher's weights, `dtype` is what models compute in."""
+    """Addresses of a teacher checkpoint, the packed rows, and what is stored of the teacher on both splits: hidden states, of
+    the train rows with `top_k` the likeliest tokens. `teacher_id` names the teacher's weights, `dtype` is what models
+    compute in."""
 
     teacher: str
     teacher_id: str
@@ -28,20 +32,28 @@ class Materials:
     rows: str
     train_targets: str
     heldout_targets: str
+    top_k: int = 0
 
-    def load_teacher(self) -> nn.Module:
-        return load_model(storage.fetch(self.teacher), DTYPES[self.dtype]).to(device())
+    def load_teacher(self, place: torch.device | None = None) -> nn.Module:
+        """The teacher on a device, by default the first GPU where there is one."""
+        return load_model(storage.fetch(self.teacher), DTYPES[self.dtype]).to(place or device())
+
+    def teacher_head(self) -> Head:
+        """The teacher's head alone on the device that models compute on."""
+        return Head.of(self.load_teacher(torch.device("cpu"))).to(device())
 
     def open_rows(self, split: Split) -> Rows:
         return Rows.open(self.rows, split)
 
     def targets_key(self, split: Split) -> str:
-        return store_key(self.teacher_id, self.open_rows(split).fingerprint, self.dtype)
+        top_k = self.top_k if split == "train" else 0
+        return store_key(self.teacher_id, self.open_rows(split).fingerprint, self.dtype, top_k)
 
-    def targets(self, split: Split, teacher_head: Head) -> StoredTeacher:
-        """The stored hidden states of a split, "train" or "heldout"."""
-        folder = self.train_targets if split == "train" else self.heldout_targets
-        return StoredTeacher(folder, teacher_head, self.targets_key(split))
+    def targets(self, teacher_head: Head) -> Targets:
+        """What is stored of the train rows."""
+        if self.top_k:
+            return TopKTeacher(self.train_targets, self.targets_key("train"))
+        return StoredTeacher(self.train_targets, teacher_head, self.targets_key("train"))
 
     def source(self, origin: Origin) -> tuple[nn.Module, Head]:
         """What `origin` cuts students from, and the teacher's head."""
@@ -57,7 +69,7 @@ class Materials:
         """Loss and KL to the teacher on the first `limit` held-out rows, by default all."""
         rows = self.open_rows("heldout")
         tokens = rows.take(range(min(limit or len(rows), len(rows))))
-        targets = self.targets("heldout", teacher_head)
+        targets = StoredTeacher(self.heldout_targets, teacher_head, self.targets_key("heldout"))
         return heldout_metrics(
             model,
             tokens,

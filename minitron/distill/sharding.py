@@ -1,4 +1,5 @@
-"""A student split over the processes (FSDP2): each holds its part of the float32 master weights and of the moments.
+"""A model split over the processes (FSDP2). Of a student each holds its part of the float32 master weights and of the
+moments, of a teacher its part of the layers.
 
 A layer's weights are gathered in the student's dtype when the layer runs, and its gradients summed in float32 into the
 parts. What is outside the layers, the head among it, is gathered once for all micro-batches of a step and reduced once.
@@ -19,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from minitron.errors import InputError
-from minitron.models import layers_of
+from minitron.models import decoder_and_head, layers_of
 
 
 @contextmanager
@@ -64,6 +65,34 @@ def shard_(objective: Any) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # shares of a mean are summed
             module.set_force_sum_reduction_for_comms(True)
+
+
+def shard_teacher_(model: nn.Module, device: torch.device) -> None:
+    """Split the layers of a model that is only run forward over all processes, each moved to `device` as it is split."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    layers = layers_of(model)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    inside = set(layers.parameters())
+    # the root of the layers, so that one is gathered while the one before it runs
+    fully_shard(decoder_and_head(model)[0], mesh=mesh, ignored_params=set(model.parameters()) - inside)
+
+
+def fits_beside(model_bytes: int, student: nn.Module, *, shard: bool) -> bool:
+    """Whether a model of so many bytes fits whole on every process's GPU beside the training of `student`, which is there
+    already, with a third of what was free left for activations and logits. True where there is no GPU.
+
+    The training adds 16 bytes for each parameter: float32 weights, gradients and two moments; with `shard` in parts.
+    """
+    device = next(student.parameters()).device
+    if device.type != "cuda":
+        return True
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    training = 16 * sum(parameter.numel() for parameter in student.parameters()) / (world if shard else 1)
+    free = torch.tensor(torch.cuda.mem_get_info(device)[0], device=device)
+    if world > 1:
+        dist.all_reduce(free, dist.ReduceOp.MIN)  # all decide alike
+    return model_bytes + training < 2 / 3 * int(free)
 
 
 def begin_micro_batch(objective: Any, *, last: bool) -> None:

@@ -1,6 +1,7 @@
 """What a teacher says about rows, on disk: shards of a fixed number of rows, each committed whole with its checksums.
 
-A row's number gives its shard and its place there, so any process reads any row, in any order and at any batch size.
+A row's number gives its shard and its place there, so any process reads any row, in any order and at any batch size. Some
+rows may be all that is stored; they keep their numbers.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def write_shards(
     folder: str,
     *,
     key: str,
+    numbers: Sequence[int] | None,
     batch_rows: int,
     rank: int,
     world: int,
@@ -39,31 +41,34 @@ def write_shards(
 ) -> int:
     """Write what `compute` makes of every row that is not stored yet; returns how many rows it was run on here.
 
+    With `numbers`, ascending, only of the rows with these numbers.
     `load` is called only if something is missing, and gives the model and `compute`: int64 [n, seq_length] to named
     tensors [n, ...]. `note` of a shard's tensors goes into its manifest. Of `world` processes each writes every
     `world`-th shard; whoever sees that all are there writes the index, which makes the folder complete.
     Raises StorageError for a folder that holds something else, and before the first shard if the disk is too small.
     """
+    wanted = range(len(rows)) if numbers is None else list(numbers)
+    key = _whole_key(key, numbers)
     if storage.exists(storage.join(folder, INDEX)):
-        _read_index(folder, key)
+        _check_key(folder, _read_index(folder)["key"], key)
         return 0
-    shards = range(-(-len(rows) // ROWS_PER_SHARD))
+    shards = range(-(-len(wanted) // ROWS_PER_SHARD))
     missing = [number for number in shards if not _is_there(folder, number, key)]
     mine = [number for number in missing if number % world == rank]
     if mine:
         model, compute = load()
         device = next(model.parameters()).device
-    total = sum(len(_rows_of(number, len(rows))) for number in shards[rank::world])
-    done = total - sum(len(_rows_of(number, len(rows))) for number in mine)
+    total = sum(len(_part(wanted, number)) for number in shards[rank::world])
+    done = total - sum(len(_part(wanted, number)) for number in mine)
     computed = 0
     for number in mine:
-        numbers, parts = _rows_of(number, len(rows)), []
-        for start in range(0, len(numbers), batch_rows):
-            batch = rows.take(numbers[start : start + batch_rows])
+        part, parts = _part(wanted, number), []
+        for start in range(0, len(part), batch_rows):
+            batch = rows.take(part[start : start + batch_rows])
             with torch.inference_mode():
                 parts.append({name: tensor.cpu() for name, tensor in compute(batch.to(device)).items()})
             if not computed:
-                _check_room(folder, parts[0], sum(len(_rows_of(number, len(rows))) for number in missing))
+                _check_room(folder, parts[0], sum(len(_part(wanted, number)) for number in missing))
             computed += len(batch)
             if progress:
                 progress(done + computed, total)
@@ -71,13 +76,21 @@ def write_shards(
         with storage.committed_folder(_shard_folder(folder, number), note={"key": key, **note(tensors)}) as place:
             save_file(tensors, str(place / FILE))
     if all(storage.is_committed(_shard_folder(folder, number)) for number in shards):
-        index = {"key": key, "num_rows": len(rows), "rows_per_shard": ROWS_PER_SHARD}
+        index: dict[str, Any] = {"key": key, "num_rows": len(wanted), "rows_per_shard": ROWS_PER_SHARD}
+        if numbers is not None:
+            index["numbers"] = list(wanted)
         storage.write_json(storage.join(folder, INDEX), index)
     return computed
 
 
-def _rows_of(shard: int, num_rows: int) -> range:
-    return range(shard * ROWS_PER_SHARD, min((shard + 1) * ROWS_PER_SHARD, num_rows))
+def _part(wanted: Sequence[int], shard: int) -> Sequence[int]:
+    """The numbers of a shard's rows."""
+    return wanted[shard * ROWS_PER_SHARD : (shard + 1) * ROWS_PER_SHARD]
+
+
+def _whole_key(key: str, numbers: Sequence[int] | None) -> str:
+    """The key with which rows are stored, so that shards of other rows are never mixed in."""
+    return key if numbers is None else f"{key}-{storage.fingerprint(list(numbers))}"
 
 
 def _shard_folder(folder: str, number: int) -> str:
@@ -106,13 +119,13 @@ def _check_room(folder: str, batch: dict[str, Tensor], missing: int) -> None:
     if row * missing > free:
         raise StorageError(
             f"{folder}: {missing:,} rows to be stored need {row * missing:,} bytes, and the disk has {free:,} free",
-            f"{free // row:,} rows fit: lower data.train_rows, free some space, or choose another place with --storage",
+            f"{free // row:,} rows fit: free some space, choose another place with --storage, lower data.train_rows, or run "
+            "the teacher in the distillation itself, with targets.mode=online",
         )
 
 
-def _read_index(folder: str, key: str) -> dict[str, Any]:
+def _read_index(folder: str) -> dict[str, Any]:
     index: dict[str, Any] = storage.read_json(storage.join(folder, INDEX))
-    _check_key(folder, index["key"], key)
     return index
 
 
@@ -126,16 +139,19 @@ class Shards:
     def __init__(self, folder: str, key: str) -> None:
         if not storage.exists(storage.join(folder, INDEX)):
             raise StorageError(f"{folder}: not completely written", "run what writes it again; it goes on where it was")
-        index = _read_index(folder, key)
-        self.folder, self.key = folder, key
+        index = _read_index(folder)
+        numbers = index.get("numbers")
+        self.folder, self.key = folder, _whole_key(key, numbers)
+        _check_key(folder, index["key"], self.key)
         self.num_rows: int = index["num_rows"]
+        self._positions = None if numbers is None else {number: position for position, number in enumerate(numbers)}
         self._rows_per_shard: int = index["rows_per_shard"]
         self._opened: dict[int, Future[dict[str, Tensor]]] = {}
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shards")
 
     def take(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """The tensors of the rows with these numbers, [len(indices), ...]. Raises IndexError for a row that is not there."""
-        places = [divmod(i, self._rows_per_shard) for i in indices]
+        places = [divmod(self._position(i), self._rows_per_shard) for i in indices]
         shards = self._open(indices)
         found = [shards[number].result() for number, _ in places]
         return {
@@ -154,12 +170,20 @@ class Shards:
 
     def _open(self, indices: Iterable[int]) -> dict[int, Future[dict[str, Tensor]]]:
         for i in indices:
-            if not 0 <= i < self.num_rows:
-                raise IndexError(f"row {i} of {self.folder}, which has rows 0 to {self.num_rows - 1}")
-            number = i // self._rows_per_shard
+            number = self._position(i) // self._rows_per_shard
             if number not in self._opened:
                 self._opened[number] = self._reader.submit(self._read, number)
         return self._opened
+
+    def _position(self, row: int) -> int:
+        """Where a row is among those that are stored."""
+        if self._positions is None:
+            if not 0 <= row < self.num_rows:
+                raise IndexError(f"row {row} of {self.folder}, which has rows 0 to {self.num_rows - 1}")
+            return row
+        if row not in self._positions:
+            raise IndexError(f"row {row} of {self.folder}, which has {self.num_rows} rows, this one not among them")
+        return self._positions[row]
 
     def _read(self, number: int) -> dict[str, Tensor]:
         place = _shard_folder(self.folder, number)

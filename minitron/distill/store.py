@@ -66,9 +66,10 @@ def store_key(teacher_id: str, rows: str, dtype: str, top_k: int = 0) -> str:
     return storage.fingerprint({"teacher": teacher_id, "rows": rows, "dtype": dtype, "top_k": top_k, "format": 2})
 
 
-def stored_bytes(num_rows: int, seq_length: int, hidden_size: int, value_bytes: int) -> int:
-    """What `store_hidden` writes, without the files' headers; value_bytes: of one number of the hidden states."""
-    return num_rows * seq_length * (hidden_size * value_bytes + 4)
+def stored_bytes(num_rows: int, seq_length: int, hidden_size: int, value_bytes: int, top_k: int = 0) -> int:
+    """What `store_hidden` writes, or with `top_k` `store_top_k`, without the files' headers; value_bytes: of one number of
+    the hidden states."""
+    return num_rows * seq_length * (8 * top_k if top_k else hidden_size * value_bytes + 4)
 
 
 def store_hidden(
@@ -77,13 +78,14 @@ def store_hidden(
     folder: str,
     *,
     key: str,
+    numbers: Sequence[int] | None = None,
     batch_rows: int = 4,
     rank: int = 0,
     world: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Write the hidden states of every row and the log-sum-exp of their logits, float32 [rows, seq_length], in shards of
-    64 rows; returns how many rows the teacher was run on here, now.
+    """Write the hidden states of every row, or with `numbers` (ascending) of some, and the log-sum-exp of their logits,
+    float32 [rows, seq_length], in shards of 64 rows; returns how many rows the teacher was run on here, now.
 
     Shards that are already there are kept, so a killed run goes on where it was. `load_teacher` is called only if
     something is missing. `world` processes may write together, each with its `rank`; the last one completes the folder.
@@ -101,7 +103,17 @@ def store_hidden(
 
         return model, compute
 
-    return write_shards(load, rows, folder, key=key, batch_rows=batch_rows, rank=rank, world=world, progress=progress)
+    return write_shards(
+        load,
+        rows,
+        folder,
+        key=key,
+        numbers=numbers,
+        batch_rows=batch_rows,
+        rank=rank,
+        world=world,
+        progress=progress,
+    )
 
 
 def log_sum_exp(head: Head, hidden: Tensor) -> Tensor:

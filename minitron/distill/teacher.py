@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol, TypedDict
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from minitron.distill.sharding import shard_teacher_
 from minitron.logits import Head
 from minitron.models import final_hidden
 
@@ -43,10 +45,21 @@ class Targets(Protocol):
 
 
 class LiveTeacher:
-    """A teacher in memory, run on every batch."""
+    """A teacher in memory, run on every batch: no gradients, no buffers for them, no optimizer.
 
-    def __init__(self, model: nn.Module) -> None:
+    With `shard` and several processes its layers are split over them (FSDP2) and each is gathered while it runs; all
+    processes then ask for the same number of batches. What is outside the layers, the head among it, is in every process.
+    `device`: where it runs, by default where it is. A split teacher goes there layer by layer, so that the whole of it need
+    only fit into main memory.
+    """
+
+    def __init__(self, model: nn.Module, *, shard: bool = False, device: torch.device | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.sharded = shard and dist.is_initialized() and dist.get_world_size() > 1
+        if self.sharded:
+            shard_teacher_(self.model, device or next(model.parameters()).device)
+        if device is not None:
+            self.model.to(device)
         self.head = Head.of(self.model)
 
     def batch(self, indices: Sequence[int], input_ids: Tensor) -> TeacherBatch:

@@ -68,6 +68,7 @@ def store_top_k(
     k: int,
     *,
     key: str,
+    numbers: Sequence[int] | None = None,
     batch_rows: int = 4,
     rank: int = 0,
     world: int = 1,
@@ -97,7 +98,16 @@ def store_top_k(
         return model, compute
 
     return write_shards(
-        load, rows, folder, key=key, batch_rows=batch_rows, rank=rank, world=world, progress=progress, note=_lost
+        load,
+        rows,
+        folder,
+        key=key,
+        numbers=numbers,
+        batch_rows=batch_rows,
+        rank=rank,
+        world=world,
+        progress=progress,
+        note=_lost,
     )
 
 

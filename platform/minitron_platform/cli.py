@@ -234,7 +234,14 @@ def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool)
     free = f" ({planned.free_bytes / 1e9:,.0f} GB free)" if planned.free_bytes is not None else ""
     console.say(f"storage  {escape(planned.places.storage)}{free}")
     console.say(f"mlflow   {escape(shown(planned.places.tracking_uri))}")
-    console.say(f"compute  {planned.dtype}, {planned.flops_per_second / 1e9:,.0f} GFLOP/s measured here\n")
+    console.say(f"compute  {planned.dtype}, {planned.flops_per_second / 1e9:,.0f} GFLOP/s measured here")
+    for mode, cost in planned.teacher_costs.items():
+        chosen = ", as the recipe says" if mode == recipe.targets.mode else ""
+        console.say(
+            f"teacher  {mode}: {cost.rows:,} rows stored, {cost.bytes / 1e6:,.1f} MB, {cost.stored_flops / 1e12:,.2f} TFLOP; "
+            f"{cost.online_flops / 1e12:,.2f} TFLOP in the distillation{chosen}"
+        )
+    console.say()
     for note in planned.notes[:3]:
         console.say(f"[yellow]note[/]     {escape(note)}")
     if len(planned.notes) > 3:

@@ -29,8 +29,13 @@ def logit_losses(recipe: Recipe) -> Losses:
             logits=settings.logits,
             temperature=settings.temperature,
             cross_entropy=settings.cross_entropy,
-            top_k=settings.top_k,
+            top_k=_top_k(recipe),
         )
+
+
+def _top_k(recipe: Recipe) -> int:
+    """Of how many likeliest tokens the losses know; what is stored of the teacher may be no more."""
+    return recipe.losses.top_k or recipe.targets.top_k
 
 
 def distillation_losses(recipe: Recipe, student: Architecture, teacher: Architecture) -> tuple[Losses, str]:
@@ -45,7 +50,7 @@ def distillation_losses(recipe: Recipe, student: Architecture, teacher: Architec
             logits=settings.logits,
             temperature=settings.temperature,
             cross_entropy=settings.cross_entropy,
-            top_k=settings.top_k,
+            top_k=_top_k(recipe),
             hidden=tuple(hidden),
             hidden_loss=settings.hidden_loss,
             embedding=embedding,

@@ -11,8 +11,7 @@ from minitron import storage
 from minitron.architecture import Architecture
 from minitron.data import source_identity as text_identity
 from minitron.device import compute_dtype, matmul_flops
-from minitron.distill.store import stored_bytes
-from minitron.errors import InputError, StorageError
+from minitron.errors import InputError
 from minitron.evaluation import Task, check_tasks
 from minitron.hardware import hardware_notes
 from minitron.models import source_architecture
@@ -24,6 +23,7 @@ from minitron_platform.recipe import Member, Recipe, Training
 from minitron_platform.stages.calibrate import layer_scoring
 from minitron_platform.stages.data import source as text_source
 from minitron_platform.stages.search import architectures, distilled_count, halving, place, sampled_space, search_steps
+from minitron_platform.teacher_costs import MODES, TeacherCost, check_targets, teacher_cost, too_little_room
 from minitron_search.halving import rung_steps
 from minitron_search.space import combinations
 
@@ -55,6 +55,7 @@ class Plan:
     sampled: frozenset[str]  # models whose candidates the scores decide; here as many are drawn at random
     notes: list[str]  # what is smaller but will not be faster
     costs: list[Cost]
+    teacher_costs: dict[str, TeacherCost]  # by targets.mode, the recipe's and the other
     dtype: str
     flops_per_second: float
     free_bytes: int | None
@@ -90,6 +91,7 @@ def plan(
     _check_rows(recipe)
     _check_training(recipe)
     _check_correction(recipe, teacher)
+    check_targets(recipe, teacher, found)
     _check_losses(recipe, teacher, found)
     if address is None and not os.environ.get("RAY_ADDRESS"):
         _check_gpus(recipe)
@@ -97,21 +99,21 @@ def plan(
     dtype = compute_dtype(recipe.teacher.dtype)
     speed = matmul_flops(dtype)
     finished, written = finished_stages(recipe, where)
+    value_bytes = 2 if dtype == torch.bfloat16 else 4
+    modes = {mode: teacher_cost(recipe, teacher, found, value_bytes, mode) for mode in MODES}
     costs = [
         replace(cost, done=cost.stage in finished.family.get(cost.model, finished.shared))
-        for cost in _costs(recipe, teacher, found, 2 if dtype == torch.bfloat16 else 4, speed)
+        for cost in _costs(recipe, teacher, found, modes[recipe.targets.mode], value_bytes, speed)
     ]
     free = storage.free_bytes(where.storage) if storage.is_local(where.storage) else None
     sampled = frozenset(
         m.model for m in recipe.family if sampled_space(recipe, m, _largest_base(recipe, m, teacher, found))
     )
     notes, name = _notes(teacher, found), str(dtype).removeprefix("torch.")
-    result = Plan(recipe, where, teacher, found, sampled, notes, costs, name, speed, free)
+    result = Plan(recipe, where, teacher, found, sampled, notes, costs, modes, name, speed, free)
     if free is not None and free + written < result.bytes:
-        raise StorageError(
-            f"{where.storage}: the run needs about {result.bytes / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free",
-            "free some space, choose another place with --storage, or lower data.train_rows",
-        )
+        missing = {} if "targets" in finished.shared else modes
+        raise too_little_room(recipe, teacher, missing, value_bytes, where.storage, result.bytes, free + written)
     return result
 
 
@@ -166,6 +168,15 @@ def _check_training(recipe: Recipe) -> None:
             "leave it out; distill.evaluate_every is there for the winner",
         )
     _check_trials(recipe)
+    for key, training in trainings.items():
+        where = "the recipe has no evaluate.tasks" if not recipe.evaluate.tasks else ""
+        if key.startswith(("search", "correct")):
+            where = "tasks are for students in their full distillation"
+        if training.evaluate_tasks_every and where:
+            raise InputError(
+                f"{key}.evaluate_tasks_every: {training.evaluate_tasks_every}, and {where}",
+                "leave it out" if recipe.evaluate.tasks else "leave it out, or name evaluate.tasks",
+            )
     if (recipe.calibrate.layers == "task") != (recipe.calibrate.task is not None):
         raise InputError(
             f"calibrate.task: {recipe.calibrate.task} with calibrate.layers: {recipe.calibrate.layers}",
@@ -281,7 +292,12 @@ def _check_writable(path: str) -> None:
 
 
 def _costs(
-    recipe: Recipe, teacher: Architecture, found: dict[str, list[Architecture]], value_bytes: int, speed: float
+    recipe: Recipe,
+    teacher: Architecture,
+    found: dict[str, list[Architecture]],
+    stored: TeacherCost,
+    value_bytes: int,
+    speed: float,
 ) -> list[Cost]:
     data, seq = recipe.data, recipe.data.seq_length
     rows = data.train_rows + data.heldout_rows
@@ -292,9 +308,9 @@ def _costs(
         (
             "targets",
             "",
-            f"{rows * seq:,} tokens, once through the teacher",
-            teacher.flops_per_token(seq) * seq * rows,
-            stored_bytes(rows, seq, teacher.hidden_size, value_bytes),
+            f"{stored.rows * seq:,} tokens, once through the teacher",
+            stored.stored_flops,
+            stored.bytes,
         ),
     ]
     for member in recipe.family:
@@ -368,7 +384,8 @@ def _member_costs(
     documents = sum(task.limit or 1000 for task in recipe.evaluate.tasks)
     cpus_per_trial = recipe.resources.workers_per_trial * recipe.resources.cpus_per_trial
     at_once = max(1, min(len(shapes), int((os.cpu_count() or 1) / cpus_per_trial)))
-    live = distillation_losses(recipe, shapes[0], teacher)[0].needs_live_teacher
+    losses = distillation_losses(recipe, shapes[0], teacher)[0]
+    live = losses.needs_live_teacher or (recipe.targets.mode == "online" and losses.needs_teacher)
     models = 3 if member is recipe.family[0] else 2  # the teacher is evaluated once
 
     def checkpoints(settings: Training, runs: int) -> int:
@@ -398,7 +415,7 @@ def _member_costs(
         ),
         (
             "distill",
-            f"{distill_tokens:,} tokens on {recipe.resources.workers} workers",
+            f"{distill_tokens:,} tokens on {recipe.resources.workers} workers" + (", with the teacher" if live else ""),
             training(shapes[0], distill_tokens) + (forward * distill_tokens if live else 0),
             checkpoints(distillation, 1) + 2 * largest * value_bytes,
         ),

@@ -110,9 +110,21 @@ class Losses(_Section):
     alpha: Annotated[float, Field(gt=0)] | None = None
 
 
+class Targets(_Section):
+    """What distillations learn of the teacher. `stored`: its hidden states of every row, computed once; `online`: the full
+    distillation runs it on every batch, and only the rows of the search are stored. With `top_k` only so many likeliest
+    tokens of the training rows are. `teacher` says how it is run in the distillation: whole in every worker (`replicated`),
+    its layers split over them (`sharded`), or split where the whole does not fit on the GPU (`auto`)."""
+
+    mode: Literal["stored", "online"] = "stored"
+    top_k: Annotated[int, Field(ge=0)] = 0
+    teacher: Literal["auto", "replicated", "sharded"] = "auto"
+
+
 class Training(_Section):
     """A training: steps of `batch_rows` rows, warm-up, then cosine or `wsd`, which decays in the last `decay_share`.
-    Every `evaluate_every` steps the held-out rows are measured. `shard` splits weights and optimizer over the workers."""
+    Every `evaluate_every` steps the held-out rows are measured, every `evaluate_tasks_every` the tasks of `evaluate`.
+    `shard` splits weights and optimizer over the workers."""
 
     steps: Positive
     batch_rows: Positive
@@ -128,6 +140,7 @@ class Training(_Section):
     max_skipped_steps: Annotated[int, Field(ge=0)] = 0
     checkpoint_every: Annotated[int, Field(ge=0)] = 0
     evaluate_every: Annotated[int, Field(ge=0)] = 0
+    evaluate_tasks_every: Annotated[int, Field(ge=0)] = 0
     shard: bool = False
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False
@@ -274,6 +287,7 @@ class Recipe(_Section):
     calibrate: Calibrate
     family: Annotated[list[Member], Field(min_length=1)]
     losses: Losses = Losses()
+    targets: Targets = Targets()
     search: Search
     distill: Training
     evaluate: Evaluate
@@ -299,7 +313,7 @@ class Recipe(_Section):
             return self.correct.training if self.correct else None
         like = self.distill
         rates = {"peak_lr": like.peak_lr / 5, "min_lr": like.min_lr / 5, "warmup_steps": min(120, like.steps // 4)}
-        return like.model_copy(update=rates)
+        return like.model_copy(update={**rates, "evaluate_tasks_every": 0})
 
     def origin(self, member: Member) -> Member | None:
         """The family's model that a later one is cut from; None where it is cut from the teacher."""

@@ -4,6 +4,7 @@ batch, one result."""
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
 import uuid
@@ -16,13 +17,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from minitron import storage
-from minitron.architecture import Architecture
-from minitron.distill import DistillConfig, LiveTeacher, Losses, StepReport, StoredTeacher, distill
+from minitron.device import DTYPES, device
+from minitron.distill import DistillConfig, LiveTeacher, Losses, StepReport, distill
 from minitron.distill.materials import Materials
+from minitron.distill.sharding import fits_beside
+from minitron.distill.teacher import Targets
 from minitron.errors import MinitronError, NonFiniteError
-from minitron.evaluation import heldout_metrics
-from minitron.models import load_tokenizer, save_model
-from minitron.origin import Origin
+from minitron.evaluation import Task, heldout_metrics
+from minitron.logits import Head
+from minitron.models import load_model, load_tokenizer, save_model
 from minitron.trainable import trainable
 from minitron_platform.recipe import Resources, Training
 from minitron_platform.spool import RunLog
@@ -33,7 +36,10 @@ class TrainTask:
     """What every worker needs. `result` is the folder that the trained model is committed to, after `until` steps where that
     is given: training can go on from there with another `result`.
 
-    A student of `architecture` is cut from `origin`; without them the teacher itself is trained, on the next token alone.
+    `student` is the folder of the model to train, and `channels` are the teacher's that it kept; without it the teacher
+    itself is trained, on the next token alone. With `online` the teacher is run on every batch instead of read, as it is too
+    where the losses compare more than logits: whole in every worker or split over them, as `teacher` in a recipe's `targets`
+    says. Every `heldout_every` steps the held-out rows are measured, every `tasks_every` the `tasks`.
     """
 
     materials: Materials
@@ -43,15 +49,23 @@ class TrainTask:
     result: str
     key: str
     threads: int
-    origin: Origin | None = None
-    architecture: dict[str, Any] | None = None
+    student: str | None = None
+    channels: Tensor | None = None
+    online: bool = False
+    teacher: str = "auto"
+    heldout_every: int = 0
+    tasks_every: int = 0
+    tasks: tuple[Task, ...] = ()
+    tasks_batch_rows: int = 8
     method: str = "full"
     lora_rank: int = 16
     until: int | None = None
 
 
 def distill_config(training: Training) -> DistillConfig:
-    return DistillConfig(**training.model_dump())
+    """What the loop is told; its evaluations come whenever held-out rows or tasks may be due."""
+    every = math.gcd(training.evaluate_every, training.evaluate_tasks_every)
+    return DistillConfig(**{**training.model_dump(exclude={"evaluate_tasks_every"}), "evaluate_every": every})
 
 
 def train_on_ray(task: TrainTask, resources: Resources, log: RunLog, scratch: str) -> None:
@@ -137,7 +151,7 @@ def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
     task: TrainTask = config["task"]
     if not torch.cuda.is_available():
         torch.set_num_threads(task.threads)
-    model, targets, channels = _start(task)
+    model, targets, head = _start(task)
     rows = task.materials.open_rows("train")
     unheard: list[Any] = []
 
@@ -151,8 +165,15 @@ def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
             unheard[:] = [config["recorder"].record.remote(metrics, step)]
 
     def evaluate(done: int, student: nn.Module) -> None:
-        tokens = done * task.config.batch_rows * rows.seq_length
-        record({**_heldout(task, student, targets), "tokens": tokens}, done)
+        tokens = {"tokens": done * task.config.batch_rows * rows.seq_length}
+        # in every process alike: a sharded student is run by all, and none waits so long that it is given up
+        if task.heldout_every and done % task.heldout_every == 0:
+            record(_heldout(task, student, head) | tokens, done)
+        if task.tasks_every and done % task.tasks_every == 0:
+            record(task_metrics(task, student) | tokens, done)
+
+    if isinstance(targets, LiveTeacher):
+        record({"teacher_shards": dist.get_world_size() if targets.sharded else 1}, 0)
 
     try:
         with trainable(model, task.method, lora_rank=task.lora_rank):
@@ -162,7 +183,7 @@ def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
                 rows,
                 task.config,
                 losses=task.losses,
-                channels=channels,
+                channels=task.channels,
                 checkpoints=task.checkpoints,
                 key=task.key,
                 report=lambda step: record(_metrics(step), step.step),
@@ -179,20 +200,24 @@ def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
     return None
 
 
-def _start(task: TrainTask) -> tuple[nn.Module, StoredTeacher | LiveTeacher | None, Tensor | None]:
-    """The model to train, what it is compared with, and the teacher's channels that it kept."""
+def _start(task: TrainTask) -> tuple[nn.Module, Targets | None, Head | None]:
+    """The model to train, what it is compared with, and the teacher's head."""
     reads = task.materials
-    if task.origin is None or task.architecture is None:
+    if task.student is None:
         return reads.load_teacher(), None, None
-    architecture = Architecture.from_dict(task.architecture)
-    student, head = reads.student(task.origin, architecture)
-    if not task.losses.needs_live_teacher:
-        return student, reads.targets("train", head), None
-    teacher = reads.load_teacher()
-    base = Architecture.from_config(teacher.config)
-    # what a chained student kept of the teacher's channels is no longer known
-    channels = task.origin.channels(base, architecture) if task.origin.folder == reads.teacher else None
-    return student, LiveTeacher(teacher), channels
+    student = load_model(storage.fetch(task.student), DTYPES[reads.dtype]).to(device())
+    if not task.losses.needs_teacher:
+        return student, None, reads.teacher_head()
+    if not (task.online or task.losses.needs_live_teacher):
+        head = reads.teacher_head()
+        return student, reads.targets(head), head
+    model = reads.load_teacher(torch.device("cpu"))
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    whole = {"replicated": True, "sharded": False}.get(task.teacher)
+    if whole is None:
+        whole = fits_beside(size, student, shard=task.config.shard)
+    teacher = LiveTeacher(model, shard=not whole, device=device())
+    return student, teacher, teacher.head
 
 
 def _metrics(step: StepReport) -> dict[str, float]:
@@ -210,12 +235,21 @@ def _metrics(step: StepReport) -> dict[str, float]:
     }
 
 
-def _heldout(task: TrainTask, model: nn.Module, targets: StoredTeacher | LiveTeacher | None) -> dict[str, float]:
+def _heldout(task: TrainTask, model: nn.Module, head: Head | None) -> dict[str, float]:
     """What the held-out rows say of a model in training."""
-    if targets is None:
+    if head is None:
         rows = task.materials.open_rows("heldout")
         metrics = heldout_metrics(model, rows.take(range(len(rows))))
     else:
-        metrics = task.materials.heldout(model, targets.head)
+        metrics = task.materials.heldout(model, head)
     values = {"loss": metrics.loss, "kl": metrics.kl, "top1_agreement": metrics.top1_agreement}
     return {f"heldout_{name}": value for name, value in values.items() if value is not None}
+
+
+def task_metrics(task: TrainTask, model: nn.Module) -> dict[str, float]:
+    """The scores of a model in training on the benchmarks, by "task_NAME"."""
+    from minitron.evaluation import evaluate
+
+    tokenizer = load_tokenizer(storage.fetch(task.materials.teacher))
+    scores = evaluate(model, tokenizer, task.tasks, batch_size=task.tasks_batch_rows)
+    return {f"task_{name}": score.value for name, score in scores.items()}

@@ -129,7 +129,7 @@ def train(task: SearchTask, architecture: Architecture, report: Report, *, until
 
     distill(
         student,
-        materials.targets("train", teacher_head),
+        materials.targets(teacher_head),
         materials.open_rows("train"),
         task.config,
         losses=task.losses,

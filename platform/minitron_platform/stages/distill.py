@@ -8,6 +8,7 @@ from typing import Any
 from minitron import storage
 from minitron.architecture import Architecture
 from minitron.distill import Losses
+from minitron.evaluation import Task
 from minitron.models import load_tokenizer, save_model
 from minitron.origin import Origin
 from minitron_platform.console import seconds
@@ -28,6 +29,7 @@ def inputs(context: Context) -> dict[str, Any]:
         "architecture": context.done["search"]["winner"],
         "losses": asdict(_losses(context)[0]),
         "training": context.recipe.distillation(context.member).model_dump(exclude={"checkpoint_every"}),
+        **({"teacher": "online"} if context.recipe.targets.mode == "online" else {}),
     }
 
 
@@ -45,6 +47,10 @@ def run(context: Context, folder: str) -> dict[str, Any]:
     if not storage.is_committed(pruned):
         context.console.status("pruning")
         _save_pruned(cut, architecture, reads.teacher, pruned)
+    channels = None
+    if losses.needs_live_teacher and cut.folder == reads.teacher:
+        # what a chained student kept of the teacher's channels is no longer known
+        channels = cut.channels(Architecture.from_dict(context.done["teacher"]["architecture"]), architecture)
     if not storage.is_committed(student):
         context.console.status("starting Ray")
         context.need_ray()
@@ -58,8 +64,14 @@ def run(context: Context, folder: str) -> dict[str, Any]:
             result=student,
             key=folder.rsplit("/", 1)[-1],
             threads=max(1, int(recipe.resources.cpus_per_worker)),
-            origin=cut,
-            architecture=architecture.to_dict(),
+            student=pruned,
+            channels=channels,
+            online=recipe.targets.mode == "online",
+            teacher=recipe.targets.teacher,
+            heldout_every=training.evaluate_every,
+            tasks_every=training.evaluate_tasks_every,
+            tasks=tuple(Task(**task.model_dump()) for task in recipe.evaluate.tasks),
+            tasks_batch_rows=recipe.evaluate.batch_rows,
         )
         train_on_ray(task, recipe.resources, log, scratch=storage.join(folder, "ray"))
         context.console.status("")
