@@ -27,6 +27,7 @@ from benchmarks.materials import SHAPES, Materials, prepare
 from benchmarks.measure import kind_of_seconds, machine, markdown, on_gpu, spread
 from benchmarks.trainers import CONTENDERS, OURS, Setup, installed
 from benchmarks.workers import OUT_OF_MEMORY, Finished, Turns, Worker
+from minitron.distill.report import ASIDE
 
 LARGEST_MICRO_BATCH = 1024
 
@@ -125,18 +126,19 @@ def _measure(options: argparse.Namespace, folder: Path, names: list[str]) -> lis
                 workers[name] = worker
     for worker in workers.values():
         worker.close()
-    columns: list[dict[str, str]] = [
-        {"": "tokens/s"},
-        {"": f"{OURS} / this"},
-        {"": "peak memory, GB"},
-        {"": "loss of the first step"},
-    ]
+    for name, parts in ((name, last["parts"]) for name, last in lasts.items() if "parts" in last):
+        taken = {part: value for part, value in parts.items() if value and part not in ASIDE}
+        shares = {part: 100 * value / sum(taken.values()) for part, value in taken.items()}
+        print(f"{name}, last step: " + ", ".join(f"{part} {share:.1f} %" for part, share in shares.items()), flush=True)
+    ours = [name for name in names if CONTENDERS[name].package == "minitron"]
+    columns = [{"": "tokens/s"}, *({"": f"{name} / this"} for name in ours)]
+    columns += [{"": "peak memory, GB"}, {"": "loss of the first step"}]
     for name in names:
-        ratios = [value / own for value, own in zip(seconds[name], seconds[OURS], strict=True)]
-        columns[0][name] = f"{tokens / median(seconds[name]):,.0f}"
-        columns[1][name] = spread(ratios)
-        columns[2][name] = f"{peaks[name] / 1e9:.2f}"
-        columns[3][name] = "-" if (loss := lasts[name].get("first_loss")) is None else f"{loss:.3f}"
+        ratios = ([value / own for value, own in zip(seconds[name], seconds[one], strict=True)] for one in ours)
+        loss = lasts[name]["first_loss"]
+        values = [f"{tokens / median(seconds[name]):,.0f}", *map(spread, ratios), f"{peaks[name] / 1e9:.2f}"]
+        for column, value in zip(columns, [*values, "-" if loss is None else f"{loss:.3f}"], strict=True):
+            column[name] = value
     if on_gpu():
         columns.append({"": "FLOP utilisation"})
         for name in names:
