@@ -17,11 +17,11 @@ import ray
 from ray.cluster_utils import Cluster
 from test_search import _files, _task, made  # noqa: F401 (a fixture)
 
+from minitron_platform import local_ray
 from minitron_search import search
 from minitron_search.pool import Pool
 from minitron_search.trial import run_trial, trial_key
 
-ROOT = Path(__file__).parent.parent
 LONG = {"steps": 40, "checkpoint_every": 5}
 KILLED_AT = 25
 
@@ -44,8 +44,10 @@ def undisturbed(made, candidates, tmp_path_factory):  # noqa: F811
 def cluster():
     """A head that runs no trial, and two nodes with room for one each."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="mt-", dir="/tmp") as folder:
-        patch.setenv("PYTHONPATH", os.pathsep.join(str(ROOT / part) for part in (".", "platform", "search")))
-        patch.setenv("RAY_TMPDIR", folder)
+        # with the token of this process's private Rays, because Ray keeps the first that it reads
+        settings = {**local_ray._private_settings(), "RAY_AUTH_MODE": "token", "RAY_TMPDIR": folder}
+        for name, value in settings.items():
+            patch.setenv(name, value)
         head = {"num_cpus": 0, "include_dashboard": False}
         quick = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000}
         made = Cluster(initialize_head=True, head_node_args={**head, "_system_config": quick})

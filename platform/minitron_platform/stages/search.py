@@ -347,9 +347,8 @@ def _counts(result: SearchResult, candidates: int) -> str:
     parts = [] if result.forward is None else [f"{len(result.forward)} scored undistilled"]
     if len(result.stopped):
         parts.append(f"{len(result.stopped)} stopped early")
-    if result.failures:
-        parts.append(f"{len(result.failures)} failed")
-    return ", ".join([*parts, f"{len(result.ranking)} of {candidates} candidates distilled"])
+    parts.append(f"{len(result.ranking)} of {candidates} candidates distilled")
+    return ", ".join([*parts, f"{len(result.failures)} failed"] if result.failures else parts)
 
 
 def record(context: Context, outputs: dict[str, Any]) -> None:
