@@ -20,7 +20,8 @@ from minitron_platform.local_ray import ray_session
 from minitron_search import candidates, search
 from minitron_search.halving import Halving, kept, planned_steps, rung_steps, survivors
 from minitron_search.ranking import pareto
-from minitron_search.stability import kendall_tau, settled, stability
+from minitron_search.stability import settled, stability
+from minitron_search.tau import kendall_tau
 from minitron_search.trial import SearchTask, run_trial, trial_key, trial_result
 
 CONFIG = DistillConfig(steps=8, batch_rows=4, micro_batch_rows=4, peak_lr=1e-3, min_lr=1e-4, warmup_steps=2)
@@ -168,6 +169,28 @@ def test_only_the_best_undistilled_go_on_and_the_worse_stop_at_a_rung(made, to_t
     run_trial(task, stopped, lambda numbers: None)
     ours, theirs = (trial_result(t.folder, stopped) for t in (task, to_the_end[0]))
     assert ours["per_row_kl"] == theirs["per_row_kl"]
+
+
+def test_stable_halving_stops_at_rungs_that_repeat_the_order_before(made, to_the_end):
+    stable, before = Halving(grace="stable"), {"a": 1.0, "b": 2.0, "c": 3.0}
+    assert stable.cuts(RUNGS, 8) == list(RUNGS)
+    assert stable.due(before, {"a": 0.1, "b": 0.2, "c": 0.3})
+    assert not stable.due(before, {"a": 0.1, "b": 0.3, "c": 0.2})
+    assert stable.due(before, {"a": 0.1, "c": 0.2})  # of those that came so far
+    assert Halving(grace=0.0).due(before, {"a": 3.0, "b": 2.0, "c": 1.0})
+    # on trials that have finished: who goes on is decided again from what the rungs said
+    task = to_the_end[0]
+    results = {str(a): trial_result(task.folder, a) for a in made[2]}
+    going, last, expected = list(results), {name: r["kl_undistilled"] for name, r in results.items()}, {}
+    for step in RUNGS:
+        now = {name: next(rung["kl"] for rung in results[name]["rungs"] if rung["step"] == step) for name in going}
+        if kendall_tau([last[name] for name in going], list(now.values())) >= 0.9:
+            going = sorted(going, key=now.get)[: math.ceil(len(going) / 2)]
+            expected |= dict.fromkeys(now.keys() - set(going), step)
+        last = now
+    found = search(task, made[2], halving=stable)
+    assert dict(zip(found.stopped["architecture"], found.stopped["step"], strict=True)) == expected
+    assert set(found.ranking["architecture"]) == set(going)
 
 
 def test_halving_without_a_rung_after_its_grace_is_refused(made, tmp_path):

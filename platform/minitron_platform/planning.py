@@ -157,7 +157,7 @@ def _check_training(recipe: Recipe) -> None:
     rungs, rule = rung_steps(recipe.search.rungs, recipe.search.training.steps), halving(recipe)
     if rule and not rule.cuts(rungs, recipe.search.training.steps):
         raise InputError(
-            f"search.rungs: {recipe.search.rungs} has none between search.halving.grace = {rule.grace:g} and the end",
+            f"search.rungs: {recipe.search.rungs} has none between search.halving.grace = {rule.grace} and the end",
             "add a rung, or shorten the grace period",
         )
     if recipe.search.training.evaluate_every:
@@ -319,8 +319,9 @@ def _search_text(
     if sampled:
         scored += f" of {combinations(member.space):,} combinations"
     most = f", {distilled} distilled" if recipe.search.forward else ""
-    fewer = ", the worse stopped at rungs" if recipe.search.halving else ""
-    asked = recipe.search.evaluate
+    rule, asked = recipe.search.halving, recipe.search.evaluate
+    when = " where the order holds" if rule and rule.grace == "stable" else ""
+    fewer = f", the worse stopped at rungs{when}" if rule else ""
     last = f", {', '.join(task.name for task in asked.tasks)} for {min(asked.keep, distilled)}" if asked else ""
     return f"{scored}{most}, {tokens:,} tokens each{fewer}{last}"
 
@@ -350,6 +351,7 @@ def _member_costs(
     documents = sum(task.limit or 1000 for task in recipe.evaluate.tasks)
     at_once = max(1, min(len(shapes), int((os.cpu_count() or 1) / recipe.resources.cpus_per_trial)))
     live = distillation_losses(recipe, shapes[0], teacher)[0].needs_live_teacher
+    models = 3 if member is recipe.family[0] else 2  # the teacher is evaluated once
 
     def checkpoints(settings: Training, runs: int) -> int:
         return 3 * MASTER_BYTES * largest * runs if settings.checkpoint_every else 0
@@ -384,8 +386,8 @@ def _member_costs(
         ),
         (
             "evaluate",
-            f"3 models, {', '.join(task.name for task in recipe.evaluate.tasks) or 'held-out rows only'}",
-            forward * 3 * (documents * 90 + data.heldout_rows * seq),
+            f"{models} models, {', '.join(task.name for task in recipe.evaluate.tasks) or 'held-out rows only'}",
+            forward * models * (documents * 90 + data.heldout_rows * seq),
             0,
         ),
         ("register", f"{member.model} as {recipe.register_as.alias}", 0, 0),

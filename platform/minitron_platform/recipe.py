@@ -170,10 +170,11 @@ class Benchmarked(_Section):
 
 
 class Halving(_Section):
-    """At every rung from the share `grace` of the short run on, the best share `keep` of the candidates goes on."""
+    """At every rung from the share `grace` of the short run on, the best share `keep` of the candidates goes on; with
+    `stable`, at every rung that finds them in the order of the measurement before it (Kendall's tau of at least 0.9)."""
 
     keep: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    grace: Annotated[float, Field(ge=0, lt=1)] = 0.75
+    grace: Annotated[float, Field(ge=0, lt=1)] | Literal["stable"] = 0.75
 
 
 class Search(_Section):

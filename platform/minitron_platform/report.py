@@ -16,7 +16,7 @@ from minitron_platform.context import Context
 from minitron_platform.resources import data_folder
 from minitron_platform.tracking import shown
 from minitron_search.ranking import pareto
-from minitron_search.stability import SETTLED
+from minitron_search.tau import SETTLED
 
 MOST_BARS = 25
 COSTS = (

