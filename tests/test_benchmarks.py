@@ -1,13 +1,20 @@
-"""The benchmarks' trainings take turns, each in its own process."""
+"""The benchmarks' trainings take turns, each in its own process; stalls are measured in the loop itself."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from test_distill import CONFIG, _stored, _student, material  # noqa: F401 (material is a fixture)
 
-from benchmarks.workers import Worker
+from benchmarks.stalls import UNDISTURBED_STEPS, Stalls
+from benchmarks.workers import Finished, Worker
+from minitron.data import Rows
+from minitron.distill import distill
+from minitron.distill.checkpoint import Checkpoints, committed_steps
+from minitron.distill.state import TrainingState
 
 TRAINING = """
 from benchmarks.workers import Finished, Turns
@@ -40,3 +47,19 @@ def test_a_training_that_ends_early_shows_the_end_of_its_log(tmp_path: Path, mon
     worker = _worker(tmp_path, steps=4)
     with pytest.raises(RuntimeError, match="what a trainer prints"):
         worker.turn()
+
+
+def test_stalls_save_in_turns_waited_for_and_not(material, tmp_path: Path) -> None:  # noqa: F811
+    config = replace(CONFIG, steps=10_000)
+    student, folder = _student(material), str(tmp_path / "checkpoints")
+    tensors = TrainingState(list(student.named_parameters()), config).tensors()
+    rows = Rows.open(str(material / "rows"), "train")
+    with Checkpoints(folder, key="") as checkpoints:
+        stalls = Stalls(checkpoints, tensors, rounds=2)
+        with pytest.raises(Finished):
+            distill(student, _stored(material), rows, config, report=stalls)
+    assert len(stalls.waited) == len(stalls.returned) == len(stalls.lost) == 2
+    assert len(stalls.undisturbed) == 2 * UNDISTURBED_STEPS
+    last = stalls.reports[-1].step
+    assert committed_steps(folder)[-1] == last  # that which was waited for
+    assert len(stalls.reports) > len(stalls.undisturbed)  # steps went on beside the writing
