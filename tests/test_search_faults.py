@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.cluster_utils import Cluster
 from test_search import _files, _task, made  # noqa: F401 (a fixture)
 
@@ -22,7 +23,7 @@ from minitron_search import search
 from minitron_search.pool import Pool
 from minitron_search.trial import run_trial, trial_key
 
-LONG = {"steps": 40, "checkpoint_every": 5}
+LONG = {"steps": 120, "checkpoint_every": 5}
 KILLED_AT = 25
 
 
@@ -45,9 +46,10 @@ def cluster():
     """A head that runs no trial, and two nodes with room for one each."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="mt-", dir="/tmp") as folder:
         # with the token of this process's private Rays, because Ray keeps the first that it reads
-        settings = {**local_ray._private_settings(), "RAY_AUTH_MODE": "token", "RAY_TMPDIR": folder}
+        settings = {**local_ray._private_settings(), "RAY_TMPDIR": folder}
         for name, value in settings.items():
             patch.setenv(name, value)
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         head = {"num_cpus": 0, "include_dashboard": False}
         quick = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000}
         made = Cluster(initialize_head=True, head_node_args={**head, "_system_config": quick})
