@@ -8,7 +8,6 @@ and successive halving. How well each earlier measure predicts the order is read
 from __future__ import annotations
 
 import argparse
-import platform
 import tempfile
 import time
 from dataclasses import replace
@@ -19,6 +18,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from benchmarks.measure import machine
 from benchmarks.search.work import LONG, SHORT, Size, prepare
 from minitron.data import TextSource
 from minitron_platform.local_ray import ray_session
@@ -67,7 +67,7 @@ def _report(folder: Path, size: Size, options: argparse.Namespace) -> str:
         short, short_seconds = _timed(study.task(size, folder / "early"), study.candidates, resources | early)
     return "\n".join(
         [
-            f"\n{_hardware()}; {size.steps} steps of {size.batch_rows} rows of {size.seq_length} tokens per candidate,",
+            f"\n{machine()}; {size.steps} steps of {size.batch_rows} rows of {size.seq_length} tokens per candidate,",
             f"measured on {size.heldout_rows} held-out rows.\n",
             *_order(full),
             *_early(full, short, full_seconds, short_seconds),
@@ -143,15 +143,6 @@ def _text(path: str | None) -> TextSource:
     if path is None:
         return TextSource("python-docs")
     return TextSource("jsonl" if ".jsonl" in path else "parquet", path=path)
-
-
-def _hardware() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names) or 'some'} cores of {names[0] if names else platform.processor() or 'a CPU'}"
 
 
 _started = time.monotonic()

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+
+from torch import nn
 
 from minitron import Architecture, estimate_importance
 from minitron.data import Rows, Split, TextSource, pack
 from minitron.device import compute_dtype, device
 from minitron.distill import DistillConfig, LiveTeacher, Losses, store_hidden
 from minitron.distill.materials import Materials
+from minitron.distill.teacher import Targets
+from minitron.evaluation import HeldoutMetrics, heldout_metrics
 from minitron.importance import LayerScoring
 from minitron.logits import Head
 from minitron.models import load_source, save_model
@@ -55,8 +59,23 @@ LONG = Size(48, 8, 400, 16, 16, 1024, 64, 256, (0.125, 0.25, 0.5, 0.75))
 class OnlineMaterials(Materials):
     """The same without a store: every trial loads the teacher and runs it on the rows it trains and is measured on."""
 
-    def targets(self, split: Split, teacher_head: Head) -> Any:
-        return LiveTeacher(self.load_teacher())
+    def targets(self, teacher_head: Head) -> Targets:
+        return _live(self)
+
+    def heldout(self, model: nn.Module, teacher_head: Head, limit: int | None = None) -> HeldoutMetrics:
+        teacher, rows = _live(self), self.open_rows("heldout")
+        tokens = rows.take(range(min(limit or len(rows), len(rows))))
+        return heldout_metrics(
+            model,
+            tokens,
+            teacher_hidden=lambda part: teacher.hidden(range(part.start, part.stop), tokens[part]),
+            teacher_head=teacher_head,
+        )
+
+
+@lru_cache(maxsize=1)
+def _live(materials: Materials) -> LiveTeacher:
+    return LiveTeacher(materials.load_teacher())
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,8 @@ class TrialsView:
         if self.best:
             step, kl, key = self.best
             parts.append(f"best so far {_short(self.by_key[key])} KL {kl:.3f} at step {-step}")
+        if speed := sum(numbers.get("tokens_per_second", 0) for numbers in list(self.active.values())):
+            parts.append(f"{speed:,.0f} tokens/s")
         if left := self._seconds_left():
             parts.append(f"about {seconds(left)} left")
         shown = [
