@@ -332,6 +332,8 @@ def _start(bench, storage, *settings):
         env=_environment(),
         stdout=log,
         stderr=log,
+        # what runs in the background may ignore Ctrl-C, and hand that down
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
