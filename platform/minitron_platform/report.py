@@ -45,8 +45,8 @@ def rows(context: Context) -> tuple[list[str], list[list[str]]]:
         ("parameters", lambda m: f"{m['parameters']:,}"),
         ("held-out loss", lambda m: f"{m['loss']:.3f}"),
         ("KL to the teacher", lambda m: f"{m['kl']:.3f}"),
-        ("same first token", lambda m: f"{100 * m['top1_agreement']:.1f} %"),
-        *((task, partial(_score, task)) for task in columns[0][1]["tasks"]),
+        ("same first token, %", lambda m: f"{100 * m['top1_agreement']:.1f}"),
+        *((f"{task}, %", partial(_score, task)) for task in columns[0][1]["tasks"]),
         ("tokens per second", lambda m: f"{m['tokens_per_second']:,.0f}"),
     ]
     return ["", *(title for title, _ in columns)], [[name, *[text(m) for _, m in columns]] for name, text in figures]
@@ -55,7 +55,7 @@ def rows(context: Context) -> tuple[list[str], list[list[str]]]:
 def _score(task: str, model: dict[str, Any]) -> str:
     score = model["tasks"][task]
     error = f" ± {100 * score['stderr']:.1f}" if score["stderr"] is not None else ""
-    return f"{100 * score['value']:.1f}{error} %"
+    return f"{100 * score['value']:.1f}{error}"
 
 
 def caption(context: Context) -> str:
@@ -158,7 +158,7 @@ def _draw_pareto(axes: Any, ranking: list[dict[str, Any]], cost: str, unit: floa
     axes.scatter(costs, kl, color=[_colour(r) for r in ranking], zorder=2)
     axes.set_xlabel(label)
     axes.set_ylabel("held-out KL, nats per token")
-    axes.set_title(f"{name}the least KL for its {label.split(' ', 1)[-1]} is on the line", loc="left", fontsize=10)
+    axes.set_title(f"{name}KL against {label}; none beats those on the line", loc="left", fontsize=10)
 
 
 def _draw_distillation(axes: Any, context: Context, own: dict[str, dict[str, Any]], name: str) -> None:
