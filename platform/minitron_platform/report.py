@@ -46,16 +46,19 @@ def rows(context: Context) -> tuple[list[str], list[list[str]]]:
         ("held-out loss", lambda m: f"{m['loss']:.3f}"),
         ("KL to the teacher", lambda m: f"{m['kl']:.3f}"),
         ("same first token, %", lambda m: f"{100 * m['top1_agreement']:.1f}"),
-        *((f"{task}, %", partial(_score, task)) for task in columns[0][1]["tasks"]),
+        *((f"{task}, %", partial(_task, task)) for task in columns[0][1]["tasks"]),
         ("tokens per second", lambda m: f"{m['tokens_per_second']:,.0f}"),
     ]
     return ["", *(title for title, _ in columns)], [[name, *[text(m) for _, m in columns]] for name, text in figures]
 
 
-def _score(task: str, model: dict[str, Any]) -> str:
-    score = model["tasks"][task]
-    error = f" ± {100 * score['stderr']:.1f}" if score["stderr"] is not None else ""
-    return f"{100 * score['value']:.1f}{error}"
+def _task(task: str, model: dict[str, Any]) -> str:
+    return _score(model["tasks"][task]["value"], model["tasks"][task]["stderr"])
+
+
+def _score(value: float, stderr: float | None) -> str:
+    """In percent, without the unit."""
+    return f"{100 * value:.1f}" + (f" ± {100 * stderr:.1f}" if stderr is not None else "")
 
 
 def caption(context: Context) -> str:
@@ -178,11 +181,7 @@ def _draw_distillation(axes: Any, context: Context, own: dict[str, dict[str, Any
 
 def _benchmark(row: dict[str, Any], task: str) -> str:
     """A candidate's score on a task, empty where it was not asked."""
-    return (
-        ""
-        if row[task] is None
-        else _score(task, {"tasks": {task: {"value": row[task], "stderr": row[f"{task}_stderr"]}}})
-    )
+    return "" if row[task] is None else f"{_score(row[task], row[f'{task}_stderr'])} %"
 
 
 def serving_text(search: dict[str, Any]) -> str:
