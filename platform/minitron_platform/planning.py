@@ -22,9 +22,23 @@ from minitron_platform.pipeline import finished_stages
 from minitron_platform.recipe import Member, Recipe, Training
 from minitron_platform.stages.calibrate import layer_scoring
 from minitron_platform.stages.data import source as text_source
-from minitron_platform.stages.search import architectures, distilled_count, halving, place, sampled_space, search_steps
-from minitron_platform.teacher_costs import MODES, TeacherCost, check_targets, teacher_cost, too_little_room
-from minitron_search.halving import rung_steps
+from minitron_platform.stages.search import (
+    architectures,
+    distilled_count,
+    halving,
+    place,
+    rungs,
+    sampled_space,
+    search_steps,
+)
+from minitron_platform.teacher_costs import (
+    MODES,
+    TeacherCost,
+    check_targets,
+    runs_beside,
+    teacher_cost,
+    too_little_room,
+)
 from minitron_search.space import combinations
 
 MASTER_BYTES = 12  # float32 weights and two moments: what a checkpoint holds per parameter
@@ -101,14 +115,14 @@ def plan(
     finished, written = finished_stages(recipe, where)
     value_bytes = 2 if dtype == torch.bfloat16 else 4
     modes = {mode: teacher_cost(recipe, teacher, found, value_bytes, mode) for mode in MODES}
-    costs = [
-        replace(cost, done=cost.stage in finished.family.get(cost.model, finished.shared))
-        for cost in _costs(recipe, teacher, found, modes[recipe.targets.mode], value_bytes, speed)
-    ]
-    free = storage.free_bytes(where.storage) if storage.is_local(where.storage) else None
     sampled = frozenset(
         m.model for m in recipe.family if sampled_space(recipe, m, _largest_base(recipe, m, teacher, found))
     )
+    costs = [
+        replace(cost, done=cost.stage in finished.family.get(cost.model, finished.shared))
+        for cost in _costs(recipe, teacher, found, sampled, modes[recipe.targets.mode], value_bytes, speed)
+    ]
+    free = storage.free_bytes(where.storage) if storage.is_local(where.storage) else None
     notes, name = _notes(teacher, found), str(dtype).removeprefix("torch.")
     result = Plan(recipe, where, teacher, found, sampled, notes, costs, modes, name, speed, free)
     if free is not None and free + written < result.bytes:
@@ -156,8 +170,8 @@ def _check_training(recipe: Recipe) -> None:
                 f"{key}.warmup_steps: {training.warmup_steps} leaves nothing of {training.steps} steps",
                 "use fewer warm-up steps, or more steps",
             )
-    rungs, rule = rung_steps(recipe.search.rungs, recipe.search.training.steps), halving(recipe)
-    if rule and not rule.cuts(rungs, recipe.search.training.steps):
+    rule = halving(recipe)
+    if rule and not rule.cuts(rungs(recipe), recipe.search.training.steps):
         raise InputError(
             f"search.rungs: {recipe.search.rungs} has none between search.halving.grace = {rule.grace} and the end",
             "add a rung, or shorten the grace period",
@@ -295,6 +309,7 @@ def _costs(
     recipe: Recipe,
     teacher: Architecture,
     found: dict[str, list[Architecture]],
+    sampled: frozenset[str],
     stored: TeacherCost,
     value_bytes: int,
     speed: float,
@@ -314,7 +329,7 @@ def _costs(
         ),
     ]
     for member in recipe.family:
-        work += _member_costs(recipe, member, teacher, found, value_bytes)
+        work += _member_costs(recipe, member, teacher, found, member.model in sampled, value_bytes)
     efficiency = 0.5  # of large matrices' speed, as seen on CPUs for small models
     start_up = {"teacher": 20, "data": 15, "search": 20, "distill": 20, "evaluate": 10, "register": 2}
     return [
@@ -360,7 +375,12 @@ def _search_text(
 
 
 def _member_costs(
-    recipe: Recipe, member: Member, teacher: Architecture, found: dict[str, list[Architecture]], value_bytes: int
+    recipe: Recipe,
+    member: Member,
+    teacher: Architecture,
+    found: dict[str, list[Architecture]],
+    sampled: bool,
+    value_bytes: int,
 ) -> list[tuple[str, str, str, float, int]]:
     data, seq = recipe.data, recipe.data.seq_length
     forward, shapes = teacher.flops_per_token(seq), found[member.model]
@@ -378,14 +398,12 @@ def _member_costs(
     batch, steps = recipe.search.training.batch_rows, recipe.search.training.steps
     distilled = distilled_count(recipe, len(shapes), len(member.points))
     all_tokens = search_steps(recipe, distilled) * batch * seq
-    rungs = len(rung_steps(recipe.search.rungs, steps))
     distill_tokens = distillation.steps * distillation.batch_rows * seq
     compared = min(recipe.search.heldout_rows or data.heldout_rows, data.heldout_rows)
     documents = sum(task.limit or 1000 for task in recipe.evaluate.tasks)
     cpus_per_trial = recipe.resources.workers_per_trial * recipe.resources.cpus_per_trial
     at_once = max(1, min(len(shapes), int((os.cpu_count() or 1) / cpus_per_trial)))
-    losses = distillation_losses(recipe, shapes[0], teacher)[0]
-    live = losses.needs_live_teacher or (recipe.targets.mode == "online" and losses.needs_teacher)
+    live = runs_beside(distillation_losses(recipe, shapes[0], teacher)[0], recipe.targets.mode)
     models = 3 if member is recipe.family[0] else 2  # the teacher is evaluated once
 
     def checkpoints(settings: Training, runs: int) -> int:
@@ -393,7 +411,6 @@ def _member_costs(
 
     mean_flops = sum(a.flops_per_token(seq) for a in shapes) / len(shapes)  # which are distilled is not known
     at_most = "up to " if before else ""
-    sampled = sampled_space(recipe, member, base) is not None
     asked = recipe.search.evaluate
     benchmarked = min(asked.keep, distilled) * sum(task.limit or 1000 for task in asked.tasks) if asked else 0
     work: list[tuple[str, str, float, int]] = [
@@ -407,7 +424,10 @@ def _member_costs(
             "search",
             _search_text(recipe, member, at_most, len(shapes), sampled, distilled, steps * batch * seq),
             all_tokens * (3 * mean_flops + _head_flops(teacher))
-            + (len(shapes) + (1 + rungs) * distilled) * compared * seq * (mean_flops + _head_flops(teacher))
+            + (len(shapes) + (1 + len(rungs(recipe))) * distilled)
+            * compared
+            * seq
+            * (mean_flops + _head_flops(teacher))
             + benchmarked * 90 * mean_flops,
             (2 * MASTER_BYTES * largest * distilled if halving(recipe) else 0)  # all wait at the rung
             + (value_bytes * largest * distilled if asked else 0)  # all keep their weights to the end

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from minitron.architecture import Architecture
+from minitron.distill import Losses
 from minitron.distill.store import stored_bytes
 from minitron.errors import InputError, StorageError
 from minitron_platform.losses import distillation_losses
@@ -36,7 +37,7 @@ def teacher_cost(
     tokens = 0
     for member in recipe.family:
         training, losses = recipe.distillation(member), distillation_losses(recipe, found[member.model][0], teacher)[0]
-        if losses.needs_live_teacher or (mode == "online" and losses.needs_teacher):
+        if runs_beside(losses, mode):
             tokens += training.steps * training.batch_rows * seq
     forward = teacher.flops_per_token(seq)
     return TeacherCost(
@@ -46,6 +47,11 @@ def teacher_cost(
         bytes=stored_bytes(train, seq, teacher.hidden_size, value_bytes, recipe.targets.top_k)
         + stored_bytes(data.heldout_rows, seq, teacher.hidden_size, value_bytes),
     )
+
+
+def runs_beside(losses: Losses, mode: str) -> bool:
+    """Whether a distillation in one of `MODES` runs the teacher on every batch."""
+    return losses.needs_live_teacher or (mode == "online" and losses.needs_teacher)
 
 
 def check_targets(recipe: Recipe, teacher: Architecture, found: dict[str, list[Architecture]]) -> None:

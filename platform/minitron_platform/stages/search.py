@@ -192,7 +192,7 @@ def inputs(context: Context) -> dict[str, Any]:
         "limits": asdict(limits) if (limits := limits_of(context.recipe, context.member)) else None,
         "parameters": context.member.parameters,
         "tolerance": context.member.tolerance,
-        "rungs": rung_steps(search.rungs, search.training.steps),
+        "rungs": rungs(context.recipe),
         "sampler": search.sampler.model_dump() if search.sampler else None,
         "forward": search.forward.model_dump() if search.forward else None,
         "halving": search.halving.model_dump() if search.halving else None,
@@ -222,7 +222,7 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         folder=trials_folder(context),
         heldout_rows=recipe.search.heldout_rows,
         threads=max(1, int(recipe.resources.cpus_per_trial)),
-        rungs=rung_steps(recipe.search.rungs, recipe.search.training.steps),
+        rungs=rungs(recipe),
         keep_weights=asked is not None,
     )
     context.console.status("starting Ray")
@@ -307,6 +307,11 @@ def halving(recipe: Recipe) -> Halving | None:
     return Halving(**recipe.search.halving.model_dump()) if recipe.search.halving else None
 
 
+def rungs(recipe: Recipe) -> tuple[int, ...]:
+    """The steps after which every candidate is measured on its way."""
+    return rung_steps(recipe.search.rungs, recipe.search.training.steps)
+
+
 def distilled_count(recipe: Recipe, candidates: int, points: int) -> int:
     """How many of the candidates are distilled, at most."""
     forward = recipe.search.forward
@@ -334,7 +339,7 @@ def _cuts(recipe: Recipe) -> list[int]:
     steps, rule = recipe.search.training.steps, halving(recipe)
     if rule is None or rule.grace == "stable":
         return []
-    return rule.cuts(rung_steps(recipe.search.rungs, steps), steps)
+    return rule.cuts(rungs(recipe), steps)
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
