@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,21 +14,22 @@ from torch import Tensor
 
 from minitron.models import head_of
 
-CACHE_ROWS = 16  # on CPUs: rows of logits worked on at a time, so that they stay in the cache
+# What CPUs work on at a time, so that it stays in the cache: rows of logits, values of a head.
+CACHE_ROWS = 16
+CACHE_VALUES = 1 << 19
 
 
 class Head:
-    """An output head, made ready once for many products: weight [V, d], and what the model does to the products.
+    """An output head: weight [V, d], and what the model does to its products with hidden states.
 
-    logits = softcap · tanh(scale · hidden @ weight.T / softcap), or scale · hidden @ weight.T where `softcap` is 0. The
-    products use the weight as it is at the first call; no gradient flows through them.
+    logits = softcap · tanh(scale · hidden @ weight.T / softcap), or scale · hidden @ weight.T where `softcap` is 0. No
+    gradient flows through them.
     """
 
     def __init__(self, weight: Tensor, *, softcap: float = 0.0, scale: float = 1.0) -> None:
         self.weight = weight
         self.softcap = softcap
         self.scale = scale
-        self.low_precision = weight.dtype != torch.float32
 
     @classmethod
     def of(cls, model: Any) -> Head:
@@ -45,12 +45,6 @@ class Head:
         """The same head on a device, without its history of gradients."""
         return Head(self.weight.detach().to(device), softcap=self.softcap, scale=self.scale)
 
-    @cached_property
-    def columns(self) -> Tensor:
-        weight = self.weight.detach()
-        # CPUs have no product of bf16 matrices with a float32 result; there the operands are widened
-        return weight.T if weight.is_cuda else weight.float().T
-
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """float32 [n, V] of hidden states [n, d], in `out` if it is given."""
         logits = self._products(hidden, out)
@@ -65,20 +59,27 @@ class Head:
         return logits.div(self.softcap).square_().neg_().add_(1.0).mul_(self.scale)
 
     def _products(self, hidden: Tensor, out: Tensor | None) -> Tensor:
-        if self.weight.is_cuda and self.low_precision:
-            return torch.mm(hidden.detach().to(self.weight.dtype), self.columns, out_dtype=torch.float32, out=out)
-        hidden = hidden.detach().to(self.weight.dtype).float()
-        if not self.low_precision:
-            return torch.mm(hidden, self.columns, out=out)
-        with _bf16_operands():
-            return torch.mm(hidden, self.columns, out=out)
+        weight = self.weight.detach()
+        hidden = hidden.detach().to(weight.dtype)
+        if weight.dtype == torch.float32:
+            return torch.mm(hidden, weight.T, out=out)
+        if weight.is_cuda:
+            return torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out)
+        # CPUs have no product of bf16 matrices with a float32 result: the operands are widened, a part of the head at a time
+        hidden = hidden.float()
+        out = hidden.new_empty(len(hidden), len(weight)) if out is None else out
+        with _units_of(weight.dtype):
+            for block in cache_blocks(weight):
+                torch.mm(hidden, weight[block].float().T, out=out[:, block])
+        return out
 
 
 @contextmanager
-def _bf16_operands() -> Iterator[None]:
-    """Let CPUs multiply float32 matrices with their bf16 units: exact here, because the operands came from bf16."""
+def _units_of(dtype: torch.dtype) -> Iterator[None]:
+    """Let CPUs multiply float32 matrices with their bf16 units where that is exact, because the operands came from bf16."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    if dtype == torch.bfloat16:
+        torch.set_float32_matmul_precision("medium")
     try:
         yield
     finally:
@@ -92,6 +93,26 @@ def cache_slices(logits: Tensor) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def log_softmax_(logits: Tensor) -> Tensor:
-    """log_softmax over the last dimension, in place."""
-    return logits.sub_(torch.logsumexp(logits, dim=-1, keepdim=True))
+def cache_blocks(weight: Tensor) -> Iterator[slice]:
+    """Rows of a head [V, d] to multiply with together: some on CPUs, all of them on GPUs."""
+    size = len(weight) if weight.is_cuda else max(128, CACHE_VALUES // weight.shape[1])
+    for start in range(0, len(weight), size):
+        yield slice(start, start + size)
+
+
+def log_softmax_(logits: Tensor, log_sum_exp: Tensor | None = None) -> Tensor:
+    """log_softmax over the last dimension of [n, V], in place; `log_sum_exp` [n] is that of the logits, if it is known."""
+    if log_sum_exp is None:
+        log_sum_exp = torch.logsumexp(logits, dim=-1)
+    return logits.sub_(log_sum_exp[:, None])
+
+
+def softmax_(logits: Tensor, log_sum_exp: Tensor | None = None) -> Tensor:
+    """softmax over the last dimension of [n, V], in place; returns the logits' log-sum-exp [n], which may be known before."""
+    if log_sum_exp is not None:
+        logits.sub_(log_sum_exp[:, None]).exp_()
+        return log_sum_exp
+    top = logits.amax(dim=-1, keepdim=True)
+    total = logits.sub_(top).exp_().sum(dim=-1, keepdim=True)
+    logits.div_(total)
+    return top.add_(total.log_())[:, 0]

@@ -31,7 +31,7 @@ def searched(made, ray_here, tmp_path_factory):  # noqa: F811
     """Three candidates, their search with weights kept, and its result."""
     folder = tmp_path_factory.mktemp("trials")
     found, task = made[2][:3], _task(made, folder, rungs=(), keep_weights=True)
-    return found, task, search(task, found), Pool(share={"CPU": 1}, max_failures=0, scratch=str(folder / "tune"))
+    return found, task, search(task, found), Pool(str(folder / "tune"), max_failures=0)
 
 
 def test_the_winner_and_the_next_best_get_benchmarks_once(made, bench, searched):  # noqa: F811

@@ -113,7 +113,7 @@ def test_cross_entropy_counts_only_tokens_with_a_label():
 def test_bf16_gradient_stays_exact_when_the_student_is_close():
     # Rounding the logits to bf16 before the difference of probabilities is what makes this gradient wrong elsewhere.
     torch.manual_seed(0)
-    ht, wt = torch.randn(300, 64).bfloat16(), torch.randn(2000, 64).bfloat16() * 0.5
+    ht, wt = torch.randn(300, 64).bfloat16(), torch.randn(9000, 64).bfloat16() * 0.5
     hs = (ht.float() + 0.02 * torch.randn(300, 64)).bfloat16().requires_grad_(True)
     ws = wt.clone().requires_grad_(True)
     loss = linear_kl_div(hs, ws, ht, wt)
@@ -129,6 +129,15 @@ def test_bf16_gradient_stays_exact_when_the_student_is_close():
     assert error < 0.01
     assert ((grads[1].double() - wanted[1]).norm() / wanted[1].norm()).item() < 0.01
     assert usual_error > 8 * error
+
+
+def test_a_second_backward_is_refused():
+    hs, ht, wt = torch.randn(5, 8, requires_grad=True), torch.randn(5, 8), torch.randn(20, 8)
+    loss = linear_kl_div(hs, wt, ht, wt)
+    (twice,) = torch.autograd.grad(2 * loss, hs, retain_graph=True)
+    assert torch.equal(twice, 2 * torch.autograd.grad(linear_kl_div(hs, wt, ht, wt), hs)[0])
+    with pytest.raises(RuntimeError, match="backward was called twice"):
+        torch.autograd.grad(loss, hs)
 
 
 @pytest.mark.parametrize("logits", LOGITS)

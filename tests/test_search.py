@@ -72,13 +72,17 @@ def _task(made, folder, **changes):
     return replace(task, **changes)
 
 
+def _pool(folder, **options):
+    return Pool(str(Path(folder) / "tune"), **options)
+
+
 @pytest.fixture(scope="module")
 def to_the_end(made, tmp_path_factory):
     """Every candidate distilled to the end: the task, what was found, and what was reported."""
     events = []
     task = _task(made, tmp_path_factory.mktemp("trials"))
     with ray_session(None, num_cpus=2):
-        found = search(task, made[2], on_event=lambda key, numbers: events.append((key, numbers)))
+        found = search(task, made[2], pool=_pool(task.folder, on_event=lambda *event: events.append(event)))
         yield task, found, events
 
 
@@ -203,7 +207,7 @@ def test_candidates_that_cannot_be_cut_are_named_and_the_search_goes_on(made, to
     good, events = made[2][-1], []
     wide, deep = (replace(good, **{name: 99}) for name in ("intermediate_size", "num_layers"))
     task = _task(made, tmp_path)
-    found = search(task, [wide, good, deep], on_event=lambda key, numbers: events.append((key, numbers)))
+    found = search(task, [wide, good, deep], pool=_pool(tmp_path, on_event=lambda *event: events.append(event)))
     assert found.winner == good
     assert list(found.failures) == [str(wide), str(deep)]
     assert "intermediate_size: 99 is larger than the model's 96" in found.failures[str(wide)]
@@ -245,12 +249,7 @@ def _work(folder):
 def test_each_reason_is_a_line_and_only_what_may_pass_is_tried_again(made, to_the_end, tmp_path):
     (work, done), events = _work(tmp_path), []
     kinds = [replace(made[2][0], num_layers=kind) for kind in range(1, 6)]
-    pool = Pool(
-        share={"CPU": 1},
-        max_failures=1,
-        scratch=str(tmp_path / "tune"),
-        on_event=lambda key, numbers: events.append((key, numbers)),
-    )
+    pool = _pool(tmp_path, max_failures=1, on_event=lambda *event: events.append(event))
     failures = pool.run(work, kinds, done)
     raised, memory, diverged, killed, passing = kinds
     assert list(failures) == [str(raised), str(memory), str(diverged), str(killed)]
@@ -270,7 +269,7 @@ def test_storage_that_cannot_be_used_ends_the_search(made, to_the_end, tmp_path)
     (work, done), started = _work(tmp_path), time.monotonic()
     full, other = (replace(made[2][0], num_layers=kind) for kind in (7, 8))
     with pytest.raises(StorageError, match="no room left") as raised:
-        Pool(share={"CPU": 1}, max_failures=0, scratch=str(tmp_path / "tune")).run(work, [full, other], done)
+        _pool(tmp_path, max_failures=0).run(work, [full, other], done)
     assert "free some space" in raised.value.remedy
     assert "what has finished is kept" in raised.value.remedy
     assert time.monotonic() - started < 50  # it did not wait for the other
@@ -278,7 +277,7 @@ def test_storage_that_cannot_be_used_ends_the_search(made, to_the_end, tmp_path)
 
 def test_a_trial_that_no_node_has_room_for_is_refused(made, to_the_end, tmp_path):
     with pytest.raises(InputError, match="nodes have"):
-        search(_task(made, tmp_path), made[2], cpus_per_trial=100)
+        search(_task(made, tmp_path), made[2], pool=_pool(tmp_path, share={"CPU": 100}))
 
 
 def test_trials_at_once_are_what_the_nodes_hold():
@@ -298,7 +297,8 @@ def test_trials_at_once_are_what_the_nodes_hold():
 def test_two_workers_with_a_split_student_train_what_one_does(made, to_the_end, tmp_path):
     whole, events = to_the_end[0], []
     task = _task(made, tmp_path, config=replace(CONFIG, shard=True, micro_batch_rows=2, checkpoint_every=5))
-    found = search(task, made[2][-1:], workers_per_trial=2, on_event=lambda key, numbers: events.append(numbers))
+    pool = _pool(tmp_path, workers=2, on_event=lambda key, numbers: events.append(numbers))
+    found = search(task, made[2][-1:], pool=pool)
     ours, theirs = (trial_result(t.folder, found.winner) for t in (task, whole))
     assert ours["per_row_kl"] == pytest.approx(theirs["per_row_kl"], rel=1e-4)
     assert ours["per_row_kl"] != theirs["per_row_kl"]  # sums over two processes

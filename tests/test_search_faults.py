@@ -110,7 +110,7 @@ def test_a_killed_driver(cluster, undisturbed, made, candidates, tmp_path):  # n
     before, going_on, events = _files(tmp_path / "trials"), begun(), []
     done = finished()
     assert going_on, "the trials ended before the driver was killed"
-    found = search(task, candidates, on_event=lambda key, numbers: events.append((key, numbers)))
+    found = search(task, candidates, pool=Pool(str(tmp_path / "tune"), on_event=lambda *event: events.append(event)))
     assert _ranking(found).equals(undisturbed)
     for architecture in done:
         key = trial_key(architecture)
@@ -128,7 +128,7 @@ def test_a_worker_that_the_memory_monitor_kills(cluster, candidates, tmp_path):
         patch.setenv("RAY_memory_monitor_refresh_ms", "100")
         node = cluster.add_node(num_cpus=1, resources={"short_of_memory": 1})
     try:
-        pool = Pool(share={"CPU": 1, "short_of_memory": 1}, max_failures=0, scratch=str(tmp_path))
+        pool = Pool(str(tmp_path), share={"CPU": 1, "short_of_memory": 1}, max_failures=0)
         failures = pool.run(lambda architecture, report: time.sleep(60), candidates[:1], lambda architecture: None)
     finally:
         cluster.remove_node(node)
@@ -157,7 +157,7 @@ def test_a_killed_worker_or_node(cluster, undisturbed, made, candidates, tmp_pat
             struck.append(key)
             fault(cluster, numbers["pid"])
 
-    found = search(task, candidates, on_event=on_event)
+    found = search(task, candidates, pool=Pool(str(tmp_path / "tune"), on_event=on_event))
     assert _ranking(found).equals(undisturbed)
     assert not found.failures
     (place,) = [index for index, (_, numbers) in enumerate(events) if "retried" in numbers]

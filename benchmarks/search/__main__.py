@@ -22,7 +22,7 @@ from benchmarks.measure import machine
 from benchmarks.search.work import LONG, SHORT, Size, prepare
 from minitron.data import TextSource
 from minitron_platform.local_ray import ray_session
-from minitron_search import search
+from minitron_search import Pool, search
 from minitron_search.halving import Halving
 from minitron_search.ranking import SearchResult
 
@@ -58,13 +58,13 @@ def _report(folder: Path, size: Size, options: argparse.Namespace) -> str:
     say(f"{len(study.candidates)} candidates; the targets took {study.storing:.0f} s to store")
     few = study.candidates[:: max(1, len(study.candidates) // size.compared)][: size.compared]
     gpu = torch.cuda.is_available()
-    resources: dict[str, Any] = {"gpus_per_trial": 0.25} if gpu else {}
+    pool = Pool(str(folder / "tune"), share={"CPU": 1, "GPU": 0.25} if gpu else {"CPU": 1})
     with ray_session(None, num_cpus=None):
-        stored, stored_seconds = _timed(study.task(size, folder / "stored"), few, resources)
-        online, online_seconds = _timed(study.task(size, folder / "online", online=True), few, resources)
-        full, full_seconds = _timed(study.task(size, folder / "full"), study.candidates, resources)
-        early = {"forward_keep": len(study.candidates) // 2, "halving": Halving(keep=0.5, grace=0.5)}
-        short, short_seconds = _timed(study.task(size, folder / "early"), study.candidates, resources | early)
+        stored, stored_seconds = _timed(study.task(size, folder / "stored"), few, pool)
+        online, online_seconds = _timed(study.task(size, folder / "online", online=True), few, pool)
+        full, full_seconds = _timed(study.task(size, folder / "full"), study.candidates, pool)
+        early: dict[str, Any] = {"forward_keep": len(study.candidates) // 2, "halving": Halving(keep=0.5, grace=0.5)}
+        short, short_seconds = _timed(study.task(size, folder / "early"), study.candidates, pool, **early)
     return "\n".join(
         [
             f"\n{machine()}; {size.steps} steps of {size.batch_rows} rows of {size.seq_length} tokens per candidate,",
@@ -76,9 +76,9 @@ def _report(folder: Path, size: Size, options: argparse.Namespace) -> str:
     )
 
 
-def _timed(task: Any, architectures: list[Any], options: dict[str, Any]) -> tuple[SearchResult, float]:
+def _timed(task: Any, architectures: list[Any], pool: Pool, **options: Any) -> tuple[SearchResult, float]:
     started = time.perf_counter()
-    result = search(task, architectures, **options)
+    result = search(task, architectures, pool=pool, **options)
     taken = time.perf_counter() - started
     say(f"{Path(task.folder).name}: {len(architectures)} candidates in {taken:.0f} s; {result.reason}")
     return result, taken

@@ -1,9 +1,9 @@
 """How far a student's next-token distribution is from its teacher's, with the gradient in closed form.
 
-Every function takes float32 [n, V], the student's logits and the teacher's log-probabilities (or the tokens), and works in
-place: it returns the loss of each token, float32 [n], leaves the gradient with respect to the student's logits in the
-student's, and spends the teacher's. Source: arXiv 2407.14679 section 2.4 (L_logits, a loss between the softmax
-probabilities p_t and p_s).
+Every function takes logits, float32 [n, V], of the student and the teacher (or the tokens), and works in place: it returns
+the loss of each token, float32 [n], leaves the gradient with respect to the student's logits in the student's, and spends
+the teacher's. `known` is the log-sum-exp of the teacher's logits, [n], where it need not be found again.
+Source: arXiv 2407.14679 section 2.4 (L_logits, a loss between the softmax probabilities p_t and p_s).
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from minitron.logits import log_softmax_
+from minitron.logits import log_softmax_, softmax_
 
 IGNORED = -100  # the label of a token that has no next token
-Divergence = Callable[[Tensor, Tensor], Tensor]
+Divergence = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def forward_kl_(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(p_t || p_s), nats; gradient p_s - p_t."""
-    log_softmax_(student)
-    probability = teacher.exp()
-    loss = torch.linalg.vecdot(probability, teacher.sub_(student))
-    student.exp_().sub_(probability)
+def forward_kl_(student: Tensor, teacher: Tensor, known: Tensor | None) -> Tensor:
+    """KL(p_t || p_s), nats; gradient p_s - p_t. Every exponential is taken once."""
+    ratio = teacher - student
+    offset = softmax_(teacher, known) - softmax_(student)
+    loss = torch.linalg.vecdot(teacher, ratio.sub_(offset[:, None]))  # log p_t / p_s = z_t - z_s - offset
+    student.sub_(teacher)
     return loss
 
 
-def forward_kl_of_best_(student: Tensor, teacher: Tensor, k: int) -> Tensor:
+def forward_kl_of_best_(student: Tensor, teacher: Tensor, known: Tensor | None, k: int) -> Tensor:
     """`forward_kl_to_best_` of the teacher's `k` most likely tokens."""
     return forward_kl_to_best_(student, *teacher.topk(k, dim=-1))
 
@@ -47,16 +47,18 @@ def forward_kl_to_best_(student: Tensor, values: Tensor, tokens: Tensor) -> Tens
     return loss
 
 
-def reverse_kl_(student: Tensor, teacher: Tensor) -> Tensor:
+def reverse_kl_(student: Tensor, teacher: Tensor, known: Tensor | None) -> Tensor:
     """KL(p_s || p_t), nats; gradient p_s · (log p_s - log p_t - KL)."""
     log_softmax_(student)
+    log_softmax_(teacher, known)
     slope = teacher.neg_().add_(student)
     return _through_softmax_(student.exp_(), slope)
 
 
-def jensen_shannon_(student: Tensor, teacher: Tensor) -> Tensor:
+def jensen_shannon_(student: Tensor, teacher: Tensor, known: Tensor | None) -> Tensor:
     """½ KL(p_t || m) + ½ KL(p_s || m) with m = (p_t + p_s) / 2, nats; dL/dp_s = ½ log(p_s / m)."""
     log_softmax_(student)
+    log_softmax_(teacher, known)
     probability = teacher.exp()
     ratio = teacher.sub_(student)  # log p_t / p_s
     own = functional.softplus(ratio).neg_().add_(math.log(2))  # log p_s / m
@@ -64,21 +66,21 @@ def jensen_shannon_(student: Tensor, teacher: Tensor) -> Tensor:
     return _through_softmax_(student.exp_(), own.mul_(0.5)).add_(of_teacher, alpha=0.5)
 
 
-def squared_error_(student: Tensor, teacher: Tensor) -> Tensor:
+def squared_error_(student: Tensor, teacher: Tensor, known: Tensor | None) -> Tensor:
     """Σ (p_s - p_t)² over the vocabulary; dL/dp_s = 2 (p_s - p_t)."""
-    teacher.exp_()
-    log_softmax_(student).exp_()
+    softmax_(teacher, known)
+    softmax_(student)
     slope = teacher.neg_().add_(student)
     loss = torch.linalg.vecdot(slope, slope)
     _through_softmax_(student, slope.mul_(2))
     return loss
 
 
-def cosine_(student: Tensor, teacher: Tensor) -> Tensor:
+def cosine_(student: Tensor, teacher: Tensor, known: Tensor | None) -> Tensor:
     """1 - cos(p_s, p_t) = ½ |d|² with d = p_s / |p_s| - p_t / |p_t|, which does not cancel where both are close;
     dL/dp_s = (d - L · p_s / |p_s|) / |p_s|."""
-    teacher.exp_()
-    log_softmax_(student).exp_()
+    softmax_(teacher, known)
+    softmax_(student)
     length = student.norm(dim=-1, keepdim=True)
     direction = student / length
     slope = teacher.div_(teacher.norm(dim=-1, keepdim=True)).neg_().add_(direction)

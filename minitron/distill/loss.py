@@ -17,9 +17,9 @@ from minitron.distill.divergences import IGNORED, cross_entropy_, divergence, fo
 from minitron.distill.losses import Losses
 from minitron.distill.teacher import TopK
 from minitron.errors import InputError
-from minitron.logits import Head, cache_slices, log_softmax_
+from minitron.logits import Head, cache_blocks, cache_slices
 
-CHUNK_TOKENS = 512
+CHUNK_TOKENS = {"cpu": 256, "cuda": 512}
 
 
 class LogitLoss(NamedTuple):
@@ -49,8 +49,9 @@ def linear_logit_loss(
     [V, d_t] are not, and are not needed with `logits: none`. teacher_log_sum_exp float32 [N] is that of the teacher's
     logits, where it is known; with temperature 1 it saves passes over them. `teacher_top_k` is all that is known of some
     teachers, and serves `losses.top_k` up to its k. labels int64 [N], -100 for none, are needed where
-    `losses.cross_entropy` is not 0. Any floating dtypes; gradients have the dtype of their tensors. One chunk's logits,
-    float32 [512, V] for each side, are all that lives at a time. Raises InputError for vocabularies that differ.
+    `losses.cross_entropy` is not 0. Any floating dtypes; gradients have the dtype of their tensors. Of the logits a
+    chunk's alone live at a time, float32 [256, V] for each side on CPUs, [512, V] on GPUs. `backward` can be called once.
+    Raises InputError for vocabularies that differ.
     Source: arXiv 2407.14679 section 2.4 (L_CLM + L_logits).
     """
     vocabulary = student_head.weight.shape[0]
@@ -155,15 +156,15 @@ class _LinearLogitLoss(torch.autograd.Function):
         soft = torch.zeros(tokens, dtype=torch.float32, device=hidden.device)
         hard = torch.zeros_like(soft)
         # kept for all chunks: memory of this size goes back to the system when it is freed, and is slow to come again
-        shape = min(tokens, CHUNK_TOKENS), len(weight)
+        chunk = CHUNK_TOKENS[weight.device.type]
+        shape = min(tokens, chunk), len(weight)
         own_space = torch.empty(shape, device=weight.device)
         other_space = torch.empty(shape, device=weight.device) if teacher is not None and teacher.head else None
-        rounded = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        product = torch.empty_like(weight) if need_weight else None
+        rounded = _space_of_gradient(own_space, other_space, weight.dtype)
         labelled = 0 if labels is None else max(1, int((labels != IGNORED).sum()))
-        for start in range(0, tokens, CHUNK_TOKENS):
-            part = slice(start, start + CHUNK_TOKENS)
-            count = min(CHUNK_TOKENS, tokens - start)
+        for start in range(0, tokens, chunk):
+            part = slice(start, start + chunk)
+            count = min(chunk, tokens - start)
             target = None if teacher is None else teacher.target(part, losses.top_k, other_space)
             logits, gradient = student.logits(hidden[part], own_space[:count]), rounded[:count]
             for rows in cache_slices(logits):
@@ -179,13 +180,16 @@ class _LinearLogitLoss(torch.autograd.Function):
                         logits[rows] += own
                 if isinstance(slope, Tensor) or slope != 1.0:
                     logits[rows] *= slope
-                # p_s - p_t in float32, then rounded once: the products lose no more than the operands' own precision
-                gradient[rows] = logits[rows]
+                if rounded is not own_space:
+                    # p_s - p_t in float32, then rounded once: the products lose no more than the operands' own precision
+                    gradient[rows] = logits[rows]
             if hidden_grad is not None:
                 torch.mm(gradient, weight, out=hidden_grad[part])
             if weight_grad is not None:
-                weight_grad += torch.mm(gradient.T, hidden[part].to(weight.dtype), out=product)
-        ctx.save_for_backward(
+                inputs = hidden[part].to(weight.dtype)
+                for block in cache_blocks(weight):
+                    weight_grad[block] += torch.mm(gradient[:, block].T, inputs)
+        ctx.gradients = (
             hidden_grad.to(hidden.dtype) if hidden_grad is not None else None,
             weight_grad.to(weight.dtype) if weight_grad is not None else None,
         )
@@ -198,13 +202,21 @@ class _LinearLogitLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_grad, weight_grad = ctx.saved_tensors
-        scale = gradients[0]
-        return (
-            hidden_grad * scale.to(hidden_grad.dtype) if hidden_grad is not None else None,
-            weight_grad * scale.to(weight_grad.dtype) if weight_grad is not None else None,
-            *(None,) * 4,
-        )
+        if ctx.gradients is None:
+            raise RuntimeError("linear_logit_loss: backward was called twice; its gradients are kept for one call only")
+        ours, ctx.gradients = ctx.gradients, None
+        scaled = (None if gradient is None else gradient.mul_(gradients[0].to(gradient.dtype)) for gradient in ours)
+        return (*scaled, *(None,) * 4)
+
+
+def _space_of_gradient(own: Tensor, other: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Where the gradient of a chunk's logits is rounded to `dtype` [n, V]: in the front half of the teacher's logits, which
+    are spent row by row before it gets there; in memory of its own without them; not at all for float32."""
+    if dtype == own.dtype:
+        return own
+    if other is None or dtype.itemsize != 2:
+        return torch.empty(own.shape, dtype=dtype, device=own.device)
+    return other.view(dtype).flatten()[: own.numel()].view(own.shape)
 
 
 def _divergence_(student: Tensor, target: _Target, losses: Losses, tokens: int) -> Tensor:
@@ -216,10 +228,6 @@ def _divergence_(student: Tensor, target: _Target, losses: Losses, tokens: int) 
     if target.tokens is not None:
         loss = forward_kl_to_best_(student, teacher, target.tokens)
     else:
-        if target.log_sum_exp is None:
-            log_softmax_(teacher)
-        else:
-            teacher.sub_(target.log_sum_exp[:, None])
-        loss = divergence(losses.logits, losses.top_k)(student, teacher)
+        loss = divergence(losses.logits, losses.top_k)(student, teacher, target.log_sum_exp)
     student.mul_(temperature / tokens)
     return loss.mul_(temperature**2) if temperature != 1.0 else loss

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,27 +26,38 @@ INDEX = "index.json"
 Compute = Callable[[Tensor], dict[str, Tensor]]
 
 
+class Writing(TypedDict, total=False):
+    """How rows are stored."""
+
+    numbers: Sequence[int] | None
+    """Of these rows alone, ascending; all by default."""
+    batch_rows: int
+    """Rows that the model is run on together, 4 by default."""
+    rank: int
+    world: int
+    """So many processes write together, each with its `rank`; the last one completes the folder. 0 of 1 by default."""
+    progress: Callable[[int, int], None] | None
+    """Is told how many of how many rows are stored."""
+
+
 def write_shards(
     load: Callable[[], tuple[nn.Module, Compute]],
     rows: Rows,
     folder: str,
     *,
     key: str,
-    numbers: Sequence[int] | None,
-    batch_rows: int,
-    rank: int,
-    world: int,
-    progress: Callable[[int, int], None] | None,
     note: Callable[[dict[str, Tensor]], dict[str, Any]] = lambda tensors: {},
+    **how: Unpack[Writing],
 ) -> int:
     """Write what `compute` makes of every row that is not stored yet; returns how many rows it was run on here.
 
-    With `numbers`, ascending, only of the rows with these numbers.
     `load` is called only if something is missing, and gives the model and `compute`: int64 [n, seq_length] to named
-    tensors [n, ...]. `note` of a shard's tensors goes into its manifest. Of `world` processes each writes every
+    tensors [n, ...]. `note` of a shard's tensors goes into its manifest. Of several processes each writes every
     `world`-th shard; whoever sees that all are there writes the index, which makes the folder complete.
     Raises StorageError for a folder that holds something else, and before the first shard if the disk is too small.
     """
+    numbers, batch_rows = how.get("numbers"), how.get("batch_rows", 4)
+    rank, world, progress = how.get("rank", 0), how.get("world", 1), how.get("progress")
     wanted = range(len(rows)) if numbers is None else list(numbers)
     key = _whole_key(key, numbers)
     if storage.exists(storage.join(folder, INDEX)):

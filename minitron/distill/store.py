@@ -8,13 +8,14 @@ teacher's vocabulary once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from minitron import storage
 from minitron.data import Rows
-from minitron.distill.shards import Compute, Shards, write_shards
+from minitron.distill.shards import Compute, Shards, Writing, write_shards
 from minitron.distill.teacher import TeacherBatch
 from minitron.errors import StorageError
 from minitron.logits import Head
@@ -78,17 +79,13 @@ def store_hidden(
     folder: str,
     *,
     key: str,
-    numbers: Sequence[int] | None = None,
-    batch_rows: int = 4,
-    rank: int = 0,
-    world: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    **how: Unpack[Writing],
 ) -> int:
-    """Write the hidden states of every row, or with `numbers` (ascending) of some, and the log-sum-exp of their logits,
-    float32 [rows, seq_length], in shards of 64 rows; returns how many rows the teacher was run on here, now.
+    """Write the hidden states of every row, and the log-sum-exp of their logits, float32 [rows, seq_length], in shards of 64
+    rows; returns how many rows the teacher was run on here, now.
 
     Shards that are already there are kept, so a killed run goes on where it was. `load_teacher` is called only if
-    something is missing. `world` processes may write together, each with its `rank`; the last one completes the folder.
+    something is missing. `Writing` says how: which rows, by how many processes.
     Raises StorageError for a folder that holds something else, and before writing, with the bytes needed and the rows that
     fit, when the disk is too small.
     """
@@ -103,17 +100,7 @@ def store_hidden(
 
         return model, compute
 
-    return write_shards(
-        load,
-        rows,
-        folder,
-        key=key,
-        numbers=numbers,
-        batch_rows=batch_rows,
-        rank=rank,
-        world=world,
-        progress=progress,
-    )
+    return write_shards(load, rows, folder, key=key, **how)
 
 
 def log_sum_exp(head: Head, hidden: Tensor) -> Tensor:

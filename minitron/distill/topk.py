@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from minitron.data import Rows
-from minitron.distill.shards import Compute, Shards, write_shards
+from minitron.distill.shards import Compute, Shards, Writing, write_shards
 from minitron.distill.store import CHUNK_TOKENS
 from minitron.distill.teacher import TeacherBatch, TopK
 from minitron.errors import InputError, StorageError
@@ -68,11 +68,7 @@ def store_top_k(
     k: int,
     *,
     key: str,
-    numbers: Sequence[int] | None = None,
-    batch_rows: int = 4,
-    rank: int = 0,
-    world: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    **how: Unpack[Writing],
 ) -> int:
     """Write the `k` most likely next tokens, int32, and their log-probabilities, float32, both [rows, seq_length, k] and the
     likeliest first: 8·k bytes per token. Otherwise as `store_hidden`; `TopKTeacher.mass_lost` says what it lost.
@@ -97,18 +93,7 @@ def store_top_k(
 
         return model, compute
 
-    return write_shards(
-        load,
-        rows,
-        folder,
-        key=key,
-        numbers=numbers,
-        batch_rows=batch_rows,
-        rank=rank,
-        world=world,
-        progress=progress,
-        note=_lost,
-    )
+    return write_shards(load, rows, folder, key=key, note=_lost, **how)
 
 
 def _lost(tensors: dict[str, Tensor]) -> dict[str, Any]:

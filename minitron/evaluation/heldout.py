@@ -87,6 +87,10 @@ def heldout_metrics(
     row_kl: list[float] = []
     agreed = 0
     with torch.inference_mode(), evaluating(model):
+        # kept for all chunks: memory of this size goes back to the system when it is freed, and is slow to come again
+        shape = min(chunk_tokens, batch_rows * seq_length), len(student_head.weight)
+        own_space = torch.empty(shape, device=device)
+        other_space = None if other_head is None else torch.empty(shape, device=device)
         for start in range(0, num_rows, batch_rows):
             which = slice(start, min(start + batch_rows, num_rows))
             ids = rows[which].to(device)
@@ -96,8 +100,11 @@ def heldout_metrics(
             loss, kl = [], []
             for first in range(0, len(targets), chunk_tokens):
                 chunk = slice(first, first + chunk_tokens)
-                student_logits = student_head.logits(hidden[chunk])
-                teacher_logits = None if other is None or other_head is None else other_head.logits(other[chunk])
+                count = len(targets[chunk])
+                student_logits = student_head.logits(hidden[chunk], own_space[:count])
+                teacher_logits = None
+                if other is not None and other_head is not None and other_space is not None:
+                    teacher_logits = other_head.logits(other[chunk], other_space[:count])
                 for part in cache_slices(student_logits):
                     student = log_softmax_(student_logits[part])
                     loss.append(-student.gather(1, targets[chunk][part, None])[:, 0].double())

@@ -12,7 +12,7 @@ from minitron.architecture import Architecture
 from minitron.data import source_identity as text_identity
 from minitron.device import compute_dtype, matmul_flops
 from minitron.errors import InputError
-from minitron.evaluation import Task, check_tasks
+from minitron.evaluation import check_tasks
 from minitron.hardware import hardware_notes
 from minitron.models import source_architecture
 from minitron.trainable import check_lora
@@ -31,6 +31,7 @@ from minitron_platform.stages.search import (
     sampled_space,
     search_steps,
 )
+from minitron_platform.tasks import lm_eval_tasks
 from minitron_platform.teacher_costs import (
     MODES,
     TeacherCost,
@@ -98,10 +99,10 @@ def plan(
     _check_search(recipe)
     found = _candidates(recipe, teacher)
     text_identity(text_source(recipe.data))
-    for asked in (recipe.evaluate, recipe.search.evaluate):
-        check_tasks([Task(**task.model_dump()) for task in asked.tasks] if asked else [])
-    if recipe.calibrate.task:
-        check_tasks([Task(**recipe.calibrate.task.model_dump())])
+    of_search = recipe.search.evaluate.tasks if recipe.search.evaluate else []
+    of_layers = [recipe.calibrate.task] if recipe.calibrate.task else []
+    for asked in (recipe.evaluate.tasks, of_search, of_layers):
+        check_tasks(lm_eval_tasks(asked))
     _check_rows(recipe)
     _check_training(recipe)
     _check_correction(recipe, teacher)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from minitron import storage
 from minitron.architecture import Architecture
 from minitron.errors import InputError
@@ -34,7 +36,9 @@ def shortlist(context: Context, task: SearchTask, pool: Pool) -> tuple[list[Arch
         scored: dict[Architecture, float] = {}
 
         def score(proposed: list[Architecture]) -> dict[Architecture, float]:
-            new = score_all(task, timed.fast(proposed), pool)
+            fast = timed.fast(proposed)
+            known, _ = score_all(task, fast, pool)  # the search itself reports those that failed
+            new = {a: known.get(a, math.nan) for a in fast}
             scored.update(new)
             count(len(scored), sampler.candidates)
             return new

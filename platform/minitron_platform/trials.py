@@ -12,10 +12,9 @@ from minitron.architecture import Architecture
 from minitron_platform.console import seconds
 from minitron_platform.context import Context
 from minitron_platform.spool import RunLog
-from minitron_search.trial import SearchTask, finished_result, rung_result, trial_key, trial_result, undistilled
+from minitron_search.trial import SHAPE, SearchTask, finished_result, rung_result, trial_key, trial_result, undistilled
 
 CURVES = ("train_loss", "train_kl", "learning_rate", "grad_norm", "tokens_per_second")
-SHAPE = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
 SHOWN = 4  # trials on the live line
 
 

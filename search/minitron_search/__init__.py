@@ -6,10 +6,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from minitron_search.pool import Pool as Pool
     from minitron_search.space import candidates as candidates
     from minitron_search.tuning import search as search
 
-_PUBLIC = {"candidates": "minitron_search.space", "search": "minitron_search.tuning"}
+_PUBLIC = {"Pool": "minitron_search.pool", "candidates": "minitron_search.space", "search": "minitron_search.tuning"}
 
 __all__ = [*_PUBLIC]
 

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,19 @@ Work = Callable[[Architecture, Report], Any]
 
 @dataclass(frozen=True)
 class Pool:
-    """How work is carried out: what each of the `workers` of a piece takes (Ray's names and amounts; "memory" in bytes),
-    how often it is started again when it raises or its worker dies, a folder that all nodes share for Tune's own use, and
-    who is told what it reports."""
+    """How work is carried out, as many pieces at a time as the cluster has room for.
 
-    share: dict[str, float]
-    max_failures: int
+    `scratch` is a folder that all nodes share, for Ray's own use; it is deleted. A piece has as many processes as `workers`
+    says, more than one by Ray Train, and each takes `share`: Ray's names and amounts, "memory" in bytes. One that raises or
+    whose worker dies is started again up to `max_failures` times, except where the same would happen again (a loss that is
+    not finite, InputError, no room on the GPU). `on_event(key, numbers)` is called in this process with what each reports;
+    key is `trial_key(architecture)`, and "pid" in the numbers is the piece's process.
+    """
+
     scratch: str
+    share: dict[str, float] = field(default_factory=lambda: {"CPU": 1})
     workers: int = 1
+    max_failures: int = 3
     on_event: Event | None = None
 
     def run(

@@ -11,9 +11,9 @@ from typing import Any
 import pandas as pd
 
 from minitron.architecture import Architecture
+from minitron_search.trial import SHAPE
 
 CONFIDENCE = 0.95  # two-sided; a difference that is not so sure tells nobody apart
-SHAPE = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,13 @@ from minitron.logits import Head
 from minitron.models import quiet_transformers
 from minitron.origin import Origin
 
+SHAPE = (
+    "num_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_heads",
+    "num_kv_heads",
+)  # of an architecture, what is listed
 Report = Callable[[dict[str, float]], None]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,10 +12,11 @@ from minitron.architecture import Architecture
 from minitron.errors import InputError, MinitronError
 from minitron_search.failures import table
 from minitron_search.halving import Halving, survivors
-from minitron_search.pool import Event, Pool
-from minitron_search.ranking import SHAPE, SearchResult, rank, reason
+from minitron_search.pool import Pool
+from minitron_search.ranking import SearchResult, rank, reason
 from minitron_search.stability import stability
 from minitron_search.trial import (
+    SHAPE,
     SearchTask,
     drop_checkpoints,
     finished_result,
@@ -38,13 +38,7 @@ def search(
     forward_keep: int | None = None,
     pinned: Collection[Architecture] = (),
     halving: Halving | None = None,
-    cpus_per_trial: float = 1,
-    gpus_per_trial: float = 0,
-    memory_per_trial: int = 0,
-    workers_per_trial: int = 1,
-    max_failures: int = 3,
-    scratch: str | None = None,
-    on_event: Event | None = None,
+    pool: Pool | None = None,
 ) -> SearchResult:
     """Distil the candidates briefly, as many at a time as the cluster has room for, and rank them by held-out KL.
 
@@ -52,14 +46,9 @@ def search(
     besides those in `pinned`. With `halving` the worse ones are stopped at rungs of `task`; all wait for the last there, so
     that who goes on does not depend on who was faster.
 
-    What finished before is read back; an unfinished trial goes on from its checkpoint. A trial that raises or whose worker
-    dies is started again up to `max_failures` times, except where the same would happen again (a loss that is not finite,
-    InputError, no room on the GPU); in the end it is recorded with its reason and the search goes on without it.
-    With `workers_per_trial` a trial is that many processes of Ray Train, each with the CPUs, GPUs and memory (bytes) of
-    `*_per_trial`; no more trials run at once than the cluster has room for.
-    `scratch` is a folder that all nodes share for Ray's own use (default: in the trials' folder); it is deleted.
-    `on_event(key, metrics)` is called in this process with what each trial reports; key is `trial_key(architecture)`.
-    "pid" in it is the trial's process.
+    What finished before is read back; an unfinished trial goes on from its checkpoint. What a trial takes, and how often it
+    is started again, is up to `pool` (default: a CPU each, and a scratch folder among the trials); one that fails in the end
+    is recorded with its reason and the search goes on without it.
     Needs Ray to be running. Raises InputError when `halving` has no rung to stop at or the cluster no room for one trial,
     StorageError for storage that cannot be used, such as a full disk, and MinitronError with a line for each candidate when
     none finished.
@@ -71,22 +60,15 @@ def search(
             f"halving: no rung of {list(task.rungs)} lies between {halving.grace} of {steps} steps and the end",
             "add a rung, or shorten the grace period",
         )
-    wanted = {"CPU": cpus_per_trial, "GPU": gpus_per_trial, "memory": memory_per_trial}
-    pool = Pool(
-        share={name: amount for name, amount in wanted.items() if amount},
-        max_failures=max_failures,
-        scratch=scratch or f"{task.folder.rstrip('/')}/tune",
-        workers=workers_per_trial,
-        on_event=on_event,
-    )
+    pool = pool or Pool(f"{task.folder.rstrip('/')}/tune")
     trial = partial(run_trial, task)
-    if workers_per_trial > 1:
-        trial = partial(run_trial_on_workers, task, workers=workers_per_trial, share=pool.share, scratch=pool.scratch)
+    if pool.workers > 1:
+        trial = partial(run_trial_on_workers, task, workers=pool.workers, share=pool.share, scratch=pool.scratch)
     failures: dict[str, str] = {}
     going, forward = list(architectures), None
     if forward_keep is not None:
-        failures |= replace(pool, workers=1).run(partial(score, task), going, partial(undistilled, task.folder))
-        going, forward = _best_undistilled(task, going, forward_keep, pinned)
+        scores, failures = score_all(task, going, pool)
+        going, forward = _best_undistilled(scores, going, forward_keep, pinned)
     stopped: Stopped = {}
     last = 0
     for cut in cuts:
@@ -113,21 +95,26 @@ def search(
     )
 
 
-def score_all(task: SearchTask, architectures: Sequence[Architecture], pool: Pool) -> dict[Architecture, float]:
-    """Exact held-out KL of every architecture before any training, NaN where it failed; known ones are read back."""
-    pool.run(partial(score, task), architectures, partial(undistilled, task.folder))
-    found = {a: undistilled(task.folder, a) for a in architectures}
-    return {a: value["kl"] if value is not None else math.nan for a, value in found.items()}
+def score_all(
+    task: SearchTask, architectures: Sequence[Architecture], pool: Pool
+) -> tuple[dict[Architecture, float], dict[str, str]]:
+    """Exact held-out KL of every architecture before any training, and reasons by name of those that failed; known ones are
+    read back. One process scores one, whatever the pool's `workers`."""
+    failures = replace(pool, workers=1).run(partial(score, task), architectures, partial(undistilled, task.folder))
+    scores = {a: found["kl"] for a in architectures if (found := undistilled(task.folder, a)) is not None}
+    return scores, failures
 
 
 def _best_undistilled(
-    task: SearchTask, architectures: list[Architecture], keep: int, pinned: Collection[Architecture]
+    scores: dict[Architecture, float],
+    architectures: list[Architecture],
+    keep: int,
+    pinned: Collection[Architecture],
 ) -> tuple[list[Architecture], pd.DataFrame]:
     """Those that are distilled, in their order, and the scores of all, lowest first."""
-    scores = {a: found for a in architectures if (found := undistilled(task.folder, a)) is not None}
-    ordered = sorted(scores, key=lambda a: scores[a]["kl"])
+    ordered = sorted(scores, key=lambda a: scores[a])
     chosen = {*ordered[:keep], *(a for a in scores if a in pinned)}
-    rows = [{**_shape(a), "kl_undistilled": scores[a]["kl"], "distilled": a in chosen} for a in ordered]
+    rows = [{**_shape(a), "kl_undistilled": scores[a], "distilled": a in chosen} for a in ordered]
     return [a for a in architectures if a in chosen], pd.DataFrame(rows)
 
 

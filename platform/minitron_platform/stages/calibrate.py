@@ -18,13 +18,13 @@ from torch import Tensor
 from minitron import storage
 from minitron.data import Rows, rows_for_step
 from minitron.device import DTYPES, device
-from minitron.evaluation import Task
 from minitron.evaluation.documents import documents_identity
 from minitron.importance import ImportanceScores, LayerScoring, estimate_importance
 from minitron.models import load_model, load_tokenizer
 from minitron.selection import kept_layers
 from minitron_platform.context import Context
 from minitron_platform.recipe import Calibrate
+from minitron_platform.tasks import lm_eval_tasks
 
 VERSION = 3
 
@@ -67,7 +67,7 @@ def layer_scoring(settings: Calibrate, total: int, depths: Collection[int]) -> L
     asked = LayerScoring(
         metric=settings.layers,
         rows=settings.layer_rows,
-        task=Task(**settings.task.model_dump()) if settings.task else None,
+        task=lm_eval_tasks([settings.task])[0] if settings.task else None,
     )
     if settings.depth == "iterative":
         return replace(asked, iterative=1, keep=total - removed[-1])

@@ -8,7 +8,6 @@ from typing import Any
 from minitron import storage
 from minitron.architecture import Architecture
 from minitron.distill import Losses
-from minitron.evaluation import Task
 from minitron.models import load_tokenizer, save_model
 from minitron.origin import Origin
 from minitron_platform.console import seconds
@@ -16,6 +15,7 @@ from minitron_platform.context import Context
 from minitron_platform.losses import distillation_losses
 from minitron_platform.spool import RunLog, read_curve, read_events
 from minitron_platform.stages.targets import materials, origin
+from minitron_platform.tasks import lm_eval_tasks
 from minitron_platform.training import TrainTask, distill_config, train_on_ray
 
 VERSION = 2
@@ -70,7 +70,7 @@ def run(context: Context, folder: str) -> dict[str, Any]:
             teacher=recipe.targets.teacher,
             heldout_every=training.evaluate_every,
             tasks_every=training.evaluate_tasks_every,
-            tasks=tuple(Task(**task.model_dump()) for task in recipe.evaluate.tasks),
+            tasks=lm_eval_tasks(recipe.evaluate.tasks),
             tasks_batch_rows=recipe.evaluate.batch_rows,
         )
         train_on_ray(task, recipe.resources, log, scratch=storage.join(folder, "ray"))

@@ -10,19 +10,16 @@ from torch import nn
 
 from minitron import storage
 from minitron.device import DTYPES, device
-from minitron.evaluation import Task, evaluate, interleaved_throughput
+from minitron.evaluation import evaluate, interleaved_throughput
 from minitron.evaluation.documents import documents_identity
 from minitron.logits import Head
 from minitron.models import load_model, load_tokenizer
 from minitron_platform.context import Context
 from minitron_platform.stages.targets import materials
+from minitron_platform.tasks import lm_eval_tasks
 
 VERSION = 2
 MODELS = ("teacher", "pruned", "distilled")
-
-
-def tasks(context: Context) -> list[Task]:
-    return [Task(**task.model_dump()) for task in context.recipe.evaluate.tasks]
 
 
 def inputs(context: Context) -> dict[str, Any]:
@@ -83,7 +80,7 @@ def _quality(context: Context, name: str, models: dict[str, nn.Module], folder: 
         scores = evaluate(
             models[name],
             load_tokenizer(storage.fetch(context.done["teacher"]["folder"])),
-            tasks(context),
+            lm_eval_tasks(context.recipe.evaluate.tasks),
             batch_size=context.recipe.evaluate.batch_rows,
             progress=count,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from minitron import storage
@@ -230,9 +230,10 @@ def run(context: Context, folder: str) -> dict[str, Any]:
     memory = memory_per_trial(recipe, teacher, int(budget(context.member)[1]))
     wanted = {"CPU": recipe.resources.cpus_per_trial, "GPU": recipe.resources.gpus_per_trial, "memory": memory}
     pool = Pool(
+        storage.join(folder, "tune"),
         share={name: amount for name, amount in wanted.items() if amount},
+        workers=recipe.resources.workers_per_trial,
         max_failures=recipe.resources.max_failures,
-        scratch=storage.join(folder, "tune"),
     )
     with lock(context.places, f"locks/trials-{task.folder.rsplit('/', 1)[-1]}", "a search over the same trials"):
         found, milliseconds = shortlist(context, task, pool)
@@ -251,13 +252,7 @@ def run(context: Context, folder: str) -> dict[str, Any]:
             forward_keep=recipe.search.forward.keep if recipe.search.forward else None,
             pinned=pinned(recipe, context.member, base),
             halving=halving(recipe),
-            scratch=storage.join(folder, "tune"),
-            cpus_per_trial=recipe.resources.cpus_per_trial,
-            gpus_per_trial=recipe.resources.gpus_per_trial,
-            memory_per_trial=memory,
-            workers_per_trial=recipe.resources.workers_per_trial,
-            max_failures=recipe.resources.max_failures,
-            on_event=view.event,
+            pool=replace(pool, on_event=view.event),
         )
         if asked:
             context.console.status(f"benchmarks of the best {min(asked.keep, len(result.ranking))}")
@@ -291,11 +286,11 @@ def benchmarks(context: Context) -> Benchmarks | None:
     asked = context.recipe.search.evaluate
     if asked is None:
         return None
-    from minitron.evaluation import Task
+    from minitron_platform.tasks import lm_eval_tasks
     from minitron_search.benchmarks import Benchmarks
 
     return Benchmarks(
-        tasks=tuple(Task(**task.model_dump()) for task in asked.tasks),
+        tasks=lm_eval_tasks(asked.tasks),
         keep=asked.keep,
         tokenizer=context.done["teacher"]["folder"],
         batch_rows=context.recipe.evaluate.batch_rows,
