@@ -15,7 +15,8 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -23,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.loss_heads import OURS, REFERENCE, Loss, contender, contenders
+from benchmarks.loss_heads import OURS, REFERENCE, Loss, contender, contenders, products
 from benchmarks.materials import MODEL
 from benchmarks.measure import (
     kind_of_seconds,
@@ -40,7 +41,9 @@ from minitron.device import device
 from minitron.logits import Head
 from minitron.models import final_hidden, layers_of, load_source
 
-STUDENTS = {"2 % noise": (0.02, 0), "1 layer dropped": (0.0, 1), "4 layers dropped": (0.0, 4)}
+STUDENTS = {"0.4 % noise": (0.004, 0), "2 layers dropped": (0.0, 2), "8 layers dropped": (0.0, 8)}
+TIMED = "2 layers dropped"
+FLOORS = {"products alone, float32 logits": True, "products alone, bfloat16 logits": False}
 NOISE_SEED, WARM_UP_TOKENS = 0, 256
 GPU_SHAPE = (8192, 3072, 4096, 128_256)  # tokens, widths of student and teacher, vocabulary: Llama-3.1-8B to 4.5B
 
@@ -75,7 +78,7 @@ def _tables(options: argparse.Namespace) -> Iterator[list[str]]:
     losses = contenders()
     students = _students(max(options.exact_tokens, options.tokens, options.memory_tokens))
     yield _errors(losses, students, options.exact_tokens)
-    material = students["1 layer dropped"]
+    material = students[TIMED]
     if on_gpu():
         tokens, *shape = GPU_SHAPE
         material, options.tokens, options.memory_tokens = _random(tokens, *shape), tokens, tokens
@@ -204,10 +207,14 @@ def _peak(loss: Loss, material: dict[str, Tensor]) -> int:
 
 
 def _times(losses: dict[str, Loss], material: dict[str, Tensor], rounds: int) -> list[str]:
-    seconds: dict[str, list[float]] = {name: [] for name in losses}
+    works: dict[str, Callable[[], object]] = {
+        name: partial(_gradients, loss, material) for name, loss in losses.items()
+    }
+    works |= {name: partial(products, **material, exact=exact) for name, exact in FLOORS.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(rounds + 1):
-        for name, loss in losses.items():
-            taken = _seconds(loss, material)
+        for name, work in works.items():
+            taken = _seconds(work)
             if turn:  # the first compiles and warms up
                 seconds[name].append(taken)
     columns: list[dict[str, str]] = [{"": "median, s"}, {"": f"this / {OURS}"}, {"": "lowest to highest"}]
@@ -219,14 +226,14 @@ def _times(losses: dict[str, Loss], material: dict[str, Tensor], rounds: int) ->
     tokens, vocabulary = len(material["hs"]), len(material["ws"])
     return markdown(
         f"Forward and backward, {kind_of_seconds()}; {tokens:,} tokens, vocabulary {vocabulary:,}, {rounds} rounds in turns",
-        ["", *losses],
+        ["", *works],
         columns,
     )
 
 
-def _seconds(loss: Loss, material: dict[str, Tensor]) -> float:
+def _seconds(work: Callable[[], object]) -> float:
     started = seconds_now()
-    _gradients(loss, material)
+    work()
     return seconds_now() - started
 
 

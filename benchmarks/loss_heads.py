@@ -41,6 +41,26 @@ def dense(hs: Tensor, ws: Tensor, ht: Tensor, wt: Tensor) -> Tensor:
     return functional.kl_div(student, teacher, log_target=True, reduction="batchmean")
 
 
+def products(hs: Tensor, ws: Tensor, ht: Tensor, wt: Tensor, *, exact: bool) -> None:
+    """The matrix products of such a loss and nothing else, 256 tokens at a time: what none that has them can be faster than.
+
+    Both models' logits, accumulated in float32 if they are to be `exact` and else in the operands' dtype, and the gradients
+    of the student's hidden states and head.
+    """
+    rounded = torch.zeros(256, len(ws), dtype=ws.dtype, device=ws.device)
+    full = torch.empty(rounded.shape, device=ws.device) if exact else rounded
+    hidden_grad, head_grad = torch.empty_like(hs), torch.empty_like(ws)
+    for start in range(0, len(hs), len(full)):
+        part = slice(start, start + len(full))
+        for hidden, weight in ((hs[part], ws), (ht[part], wt)):
+            if exact:
+                Head(weight).logits(hidden, full[: len(hidden)])
+            else:
+                torch.mm(hidden, weight.T, out=full[: len(hidden)])
+        torch.mm(rounded[: len(hs[part])], ws, out=hidden_grad[part])
+        torch.mm(rounded[: len(hs[part])].T, hs[part], out=head_grad)
+
+
 def _trl_dense() -> Loss:
     from trl.experimental.gkd.gkd_trainer import GKDTrainer
 

@@ -11,7 +11,7 @@ import yaml
 from minitron import Architecture
 from minitron.errors import InputError
 from minitron_platform import plan
-from minitron_platform.recipe import load_recipe
+from minitron_platform.recipe_file import load_recipe
 from minitron_platform.stages.search import architectures, sampled_space
 from minitron_search import candidates
 from minitron_search.limits import Limits

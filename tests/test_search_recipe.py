@@ -13,7 +13,7 @@ from mlflow.tracking import MlflowClient
 from minitron.architecture import Architecture
 from minitron.errors import InputError
 from minitron_platform import plan, run
-from minitron_platform.recipe import load_recipe, with_absolute_paths
+from minitron_platform.recipe_file import load_recipe, with_absolute_paths
 
 SCORED, DISTILLED, BENCHMARKED = 8, 3, 2
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from minitron_platform.pipeline import run as run
     from minitron_platform.planning import plan as plan
-    from minitron_platform.recipe import load_recipe as load_recipe
+    from minitron_platform.recipe_file import load_recipe as load_recipe
     from minitron_platform.registry import promote as promote
     from minitron_platform.submission import submit as submit
 
 _PUBLIC = {
-    "load_recipe": "minitron_platform.recipe",
+    "load_recipe": "minitron_platform.recipe_file",
     "plan": "minitron_platform.planning",
     "run": "minitron_platform.pipeline",
     "submit": "minitron_platform.submission",

@@ -105,7 +105,7 @@ def _tracking_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @main.command()
 def recipes() -> None:
     """List the recipes that ship."""
-    from minitron_platform.recipe import load_recipe, shipped_recipes
+    from minitron_platform.recipe_file import load_recipe, shipped_recipes
 
     for name in shipped_recipes():
         click.echo(f"{name:<28}{load_recipe(name).description}")
@@ -182,7 +182,7 @@ def _planned(
     tracking_uri: str | None,
     address: str | None = None,
 ) -> tuple[Any, Any]:
-    from minitron_platform.recipe import load_recipe
+    from minitron_platform.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     with console.working("planning"):
@@ -278,7 +278,7 @@ def submit(
     insecure: bool,
 ) -> None:
     """Run RECIPE as a job on a Ray cluster; it goes on when this terminal is gone."""
-    from minitron_platform.recipe import load_recipe
+    from minitron_platform.recipe_file import load_recipe
     from minitron_platform.submission import submit as submit_recipe
 
     submission = submit_recipe(

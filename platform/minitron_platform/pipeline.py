@@ -19,7 +19,8 @@ from minitron_platform.console import Console, seconds
 from minitron_platform.context import Context, Places, places
 from minitron_platform.local_ray import cluster_cpus_gpus, ray_session
 from minitron_platform.locks import lock
-from minitron_platform.recipe import Member, Recipe, recipe_yaml
+from minitron_platform.recipe import Member, Recipe
+from minitron_platform.recipe_file import recipe_yaml
 from minitron_platform.spool import RunLog, read_events
 from minitron_platform.tracking import Flusher
 

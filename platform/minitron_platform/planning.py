@@ -9,33 +9,26 @@ import torch
 
 from minitron import storage
 from minitron.architecture import Architecture
-from minitron.data import source_identity as text_identity
 from minitron.device import compute_dtype, matmul_flops
-from minitron.errors import InputError
-from minitron.evaluation import check_tasks
 from minitron.hardware import hardware_notes
 from minitron.models import source_architecture
-from minitron.trainable import check_lora
+from minitron_platform.checks import check_machine, check_outcomes, check_recipe
 from minitron_platform.context import Places, places
 from minitron_platform.losses import distillation_losses
 from minitron_platform.pipeline import finished_stages
 from minitron_platform.recipe import Member, Recipe, Training
 from minitron_platform.stages.calibrate import layer_scoring
-from minitron_platform.stages.data import source as text_source
 from minitron_platform.stages.search import (
     architectures,
     distilled_count,
     halving,
-    place,
     rungs,
     sampled_space,
     search_steps,
 )
-from minitron_platform.tasks import lm_eval_tasks
 from minitron_platform.teacher_costs import (
     MODES,
     TeacherCost,
-    check_targets,
     runs_beside,
     teacher_cost,
     too_little_room,
@@ -95,22 +88,10 @@ def plan(
     """
     where = places(storage_path, tracking_uri)
     teacher, longest = source_architecture(recipe.teacher.model, recipe.teacher.revision)
-    _check_context(recipe, longest)
-    _check_search(recipe)
+    check_recipe(recipe, teacher, longest)
     found = _candidates(recipe, teacher)
-    text_identity(text_source(recipe.data))
-    of_search = recipe.search.evaluate.tasks if recipe.search.evaluate else []
-    of_layers = [recipe.calibrate.task] if recipe.calibrate.task else []
-    for asked in (recipe.evaluate.tasks, of_search, of_layers):
-        check_tasks(lm_eval_tasks(asked))
-    _check_rows(recipe)
-    _check_training(recipe)
-    _check_correction(recipe, teacher)
-    check_targets(recipe, teacher, found)
-    _check_losses(recipe, teacher, found)
-    if address is None and not os.environ.get("RAY_ADDRESS"):
-        _check_gpus(recipe)
-    _check_writable(where.storage)
+    check_outcomes(recipe, teacher, found)
+    check_machine(recipe, where.storage, address)
     dtype = compute_dtype(recipe.teacher.dtype)
     speed = matmul_flops(dtype)
     finished, written = finished_stages(recipe, where)
@@ -156,154 +137,6 @@ def _largest_base(
 def _notes(teacher: Architecture, found: dict[str, list[Architecture]]) -> list[str]:
     notes = [note for shapes in found.values() for shape in shapes for note in hardware_notes(teacher, shape)]
     return list(dict.fromkeys(notes))
-
-
-def _check_training(recipe: Recipe) -> None:
-    trainings = {"search.training": recipe.search.training, "distill": recipe.distill}
-    trainings |= {f"{place(recipe, m)}.distill": m.distill for m in recipe.family if m.distill}
-    if correction := recipe.correction():
-        trainings["correct.training"] = correction
-    for key, training in trainings.items():
-        if training.min_lr > training.peak_lr:
-            raise InputError(f"{key}.min_lr: {training.min_lr} is above peak_lr {training.peak_lr}", "lower min_lr")
-        if training.warmup_steps >= training.steps:
-            raise InputError(
-                f"{key}.warmup_steps: {training.warmup_steps} leaves nothing of {training.steps} steps",
-                "use fewer warm-up steps, or more steps",
-            )
-    rule = halving(recipe)
-    if rule and not rule.cuts(rungs(recipe), recipe.search.training.steps):
-        raise InputError(
-            f"search.rungs: {recipe.search.rungs} has none between search.halving.grace = {rule.grace} and the end",
-            "add a rung, or shorten the grace period",
-        )
-    if recipe.search.training.evaluate_every:
-        raise InputError(
-            f"search.training.evaluate_every: {recipe.search.training.evaluate_every}, and candidates are measured once",
-            "leave it out; distill.evaluate_every is there for the winner",
-        )
-    _check_trials(recipe)
-    for key, training in trainings.items():
-        where = "the recipe has no evaluate.tasks" if not recipe.evaluate.tasks else ""
-        if key.startswith(("search", "correct")):
-            where = "tasks are for students in their full distillation"
-        if training.evaluate_tasks_every and where:
-            raise InputError(
-                f"{key}.evaluate_tasks_every: {training.evaluate_tasks_every}, and {where}",
-                "leave it out" if recipe.evaluate.tasks else "leave it out, or name evaluate.tasks",
-            )
-    if (recipe.calibrate.layers == "task") != (recipe.calibrate.task is not None):
-        raise InputError(
-            f"calibrate.task: {recipe.calibrate.task} with calibrate.layers: {recipe.calibrate.layers}",
-            "give a task with `layers: task`, and only then",
-        )
-    if recipe.calibrate.steps > 1 and recipe.calibrate.depth != "contiguous":
-        raise InputError(
-            f"calibrate.steps: {recipe.calibrate.steps} with calibrate.depth: {recipe.calibrate.depth}",
-            "steps remove contiguous blocks: leave one of the two out",
-        )
-
-
-def _check_trials(recipe: Recipe) -> None:
-    resources, rows = recipe.resources, recipe.search.training.batch_rows
-    if resources.workers_per_trial > rows:
-        raise InputError(
-            f"resources.workers_per_trial: {resources.workers_per_trial} is more than search.training.batch_rows = {rows}",
-            f"use at most {rows}",
-        )
-    if resources.workers_per_trial > 1 and resources.gpus_per_trial % 1:
-        raise InputError(
-            f"resources.gpus_per_trial: {resources.gpus_per_trial:g} with {resources.workers_per_trial} workers_per_trial, "
-            "which cannot share a GPU",
-            "use 1, or one worker per trial",
-        )
-
-
-def _check_correction(recipe: Recipe, teacher: Architecture) -> None:
-    asked, training = recipe.correct, recipe.correction()
-    if asked is None or training is None:
-        return
-    if asked.probe_steps and asked.probe_steps <= training.warmup_steps:
-        raise InputError(
-            f"correct.probe_steps: {asked.probe_steps} is inside the {training.warmup_steps} warm-up steps",
-            "look later, or leave it out",
-        )
-    if asked.method == "lora":
-        check_lora(teacher)
-
-
-def _check_losses(recipe: Recipe, teacher: Architecture, found: dict[str, list[Architecture]]) -> None:
-    """Refuse what would fail for a winner after the whole search."""
-    if recipe.losses.top_k > teacher.vocab_size:
-        raise InputError(
-            f"losses.top_k: {recipe.losses.top_k} of {teacher.vocab_size} tokens", f"use at most {teacher.vocab_size}"
-        )
-    for depth in sorted({shape.num_layers for shapes in found.values() for shape in shapes}):
-        distillation_losses(recipe, replace(teacher, num_layers=depth), teacher)
-
-
-def _check_rows(recipe: Recipe) -> None:
-    data = recipe.data
-    for key, asked, split, there in (
-        ("calibrate.rows", recipe.calibrate.rows, "data.train_rows", data.train_rows),
-        ("search.heldout_rows", recipe.search.heldout_rows or 0, "data.heldout_rows", data.heldout_rows),
-    ):
-        if asked > there:
-            raise InputError(f"{key}: {asked} is more than {split} = {there}", f"use at most {there}")
-
-
-def _check_search(recipe: Recipe) -> None:
-    search = recipe.search
-    if search.sampler and not search.forward:
-        raise InputError(
-            "search.sampler: there is no search.forward, by whose scores it samples",
-            "add search.forward: {keep: ...}, how many of them to distil",
-        )
-    if search.sampler and search.forward and search.forward.keep > search.sampler.candidates:
-        raise InputError(
-            f"search.forward.keep: {search.forward.keep} of {search.sampler.candidates} search.sampler.candidates",
-            "keep fewer, or sample more",
-        )
-    for member in recipe.family:
-        if search.sampler and len(member.points) > search.sampler.candidates:
-            raise InputError(
-                f"{place(recipe, member)}.points: {len(member.points)}, and search.sampler.candidates is "
-                f"{search.sampler.candidates}",
-                "sample at least as many as there are points",
-            )
-
-
-def _check_context(recipe: Recipe, longest: int | None) -> None:
-    for member in recipe.family:
-        limits = member.limits
-        if limits and limits.latency_ms and longest is not None and (limits.context or 0) > longest:
-            raise InputError(
-                f"{place(recipe, member)}.limits.context: {limits.context} is more than the {longest} tokens that the "
-                "teacher takes, so that no latency can be measured",
-                f"use at most {longest}",
-            )
-    if longest is not None and recipe.data.seq_length > longest:
-        raise InputError(
-            f"data.seq_length: {recipe.data.seq_length} is more than the {longest} tokens that the teacher takes",
-            f"use at most {longest}",
-        )
-
-
-def _check_gpus(recipe: Recipe) -> None:
-    resources, there = recipe.resources, torch.cuda.device_count()
-    trial = resources.workers_per_trial * resources.gpus_per_trial
-    wanted = max(trial, resources.workers * resources.gpus_per_worker)
-    if wanted > there:
-        raise InputError(
-            f"resources: {wanted:g} GPUs are asked for and this machine has {there}",
-            "set gpus_per_trial and gpus_per_worker to 0, give --address, or submit to a cluster",
-        )
-
-
-def _check_writable(path: str) -> None:
-    probe = storage.join(path, ".writable")
-    storage.write_bytes(probe, b"")
-    storage.remove(probe)
 
 
 def _costs(

@@ -157,11 +157,13 @@ def _draw_pareto(axes: Any, ranking: list[dict[str, Any]], cost: str, unit: floa
     """A point per candidate, and a line through those that none other beats in both."""
     costs, kl = [r[cost] / unit for r in ranking], [r["kl"] for r in ranking]
     front = pareto(costs, kl)
-    axes.plot([costs[i] for i in front], [kl[i] for i in front], color="#52606d", linewidth=1, zorder=1)
+    line = [costs[i] for i in front], [kl[i] for i in front]
+    axes.plot(*line, color="#52606d", linewidth=1, zorder=1, label="no other is better in both")
     axes.scatter(costs, kl, color=[_colour(r) for r in ranking], zorder=2)
     axes.set_xlabel(label)
     axes.set_ylabel("held-out KL, nats per token")
-    axes.set_title(f"{name}KL against {label}; none beats those on the line", loc="left", fontsize=10)
+    axes.set_title(f"{name}KL against {label}", loc="left", fontsize=10)
+    axes.legend(frameon=False)
 
 
 def _draw_distillation(axes: Any, context: Context, own: dict[str, dict[str, Any]], name: str) -> None:

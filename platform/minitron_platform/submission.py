@@ -10,7 +10,8 @@ from minitron.errors import InputError
 from minitron_platform.addresses import is_loopback
 from minitron_platform.context import places
 from minitron_platform.jobs import submit_text
-from minitron_platform.recipe import Recipe, recipe_yaml, with_absolute_paths
+from minitron_platform.recipe import Recipe
+from minitron_platform.recipe_file import recipe_yaml, with_absolute_paths
 
 
 def submit(
