@@ -275,6 +275,24 @@ def test_storage_that_cannot_be_used_ends_the_search(made, to_the_end, tmp_path)
     assert time.monotonic() - started < 50  # it did not wait for the other
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads what Linux says of a process")
+def test_a_worker_gives_back_the_memory_of_a_trial(made, to_the_end, tmp_path):
+    """In megabytes: each piece leaves behind, in a thread of its own, what the C library's allocator would keep."""
+    used = []
+
+    def work(architecture, report):
+        for _ in range(2):  # what is freed first makes the allocator keep what comes next
+            parts = [torch.ones(1 << 20) for _ in range(64)]
+            del parts
+        report({"step": 1, "kl": int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6})
+        (tmp_path / f"{architecture.num_layers}.done").touch()
+
+    pool = _pool(tmp_path, share={"CPU": 2}, on_event=lambda key, numbers: used.append(numbers["kl"]))
+    pieces = [replace(made[2][0], num_layers=number) for number in range(1, 6)]
+    pool.run(work, pieces, lambda architecture: (tmp_path / f"{architecture.num_layers}.done").exists())
+    assert max(used) - min(used) < 300, used  # five times 256 are kept otherwise
+
+
 def test_a_trial_that_no_node_has_room_for_is_refused(made, to_the_end, tmp_path):
     with pytest.raises(InputError, match="nodes have"):
         search(_task(made, tmp_path), made[2], pool=_pool(tmp_path, share={"CPU": 100}))

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 # Before Tune is imported: none of its tables, and no CSV, JSON and TensorBoard copies of what trials report.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
@@ -27,6 +25,7 @@ from minitron import storage
 from minitron.architecture import Architecture
 from minitron.errors import InputError, MinitronError, StorageError
 from minitron_search.failures import CERTAIN, cause, reason
+from minitron_search.memory import killed_workers_fail_alone, release_memory
 from minitron_search.room import at_once
 from minitron_search.trial import Report, trial_key
 
@@ -83,12 +82,12 @@ class Pool:
                 work(by_key[config["candidate"]], tune.report)
             except CERTAIN as error:
                 tune.report({"failed": reason(error)})  # not raised, so that Tune does not try again
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()  # the process stays, for the next candidate or beside one on the same GPU
+            release_memory()  # the process stays, for the next candidate or beside one on the same GPU
 
         # Tune's own experiment state is not what a run resumes from (restoring it would mean trusting pickles): results and
         # checkpoints of trials are, so its folder is thrown away.
         storage.remove(self.scratch)  # a killed run's
+        killed_workers_fail_alone()
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # `on_event` is told of every error
         tuner = tune.Tuner(
             # Several workers are started from a process that takes next to nothing, or they would have no room beside it.
