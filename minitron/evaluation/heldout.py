@@ -100,11 +100,10 @@ def heldout_metrics(
             loss, kl = [], []
             for first in range(0, len(targets), chunk_tokens):
                 chunk = slice(first, first + chunk_tokens)
-                count = len(targets[chunk])
-                student_logits = student_head.logits(hidden[chunk], own_space[:count])
+                student_logits = student_head.logits(hidden[chunk], own_space)
                 teacher_logits = None
-                if other is not None and other_head is not None and other_space is not None:
-                    teacher_logits = other_head.logits(other[chunk], other_space[:count])
+                if other is not None and other_head is not None:
+                    teacher_logits = other_head.logits(other[chunk], other_space)
                 for part in cache_slices(student_logits):
                     student = log_softmax_(student_logits[part])
                     loss.append(-student.gather(1, targets[chunk][part, None])[:, 0].double())

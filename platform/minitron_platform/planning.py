@@ -18,21 +18,8 @@ from minitron_platform.losses import distillation_losses
 from minitron_platform.pipeline import finished_stages
 from minitron_platform.recipe import Member, Recipe, Training
 from minitron_platform.stages.calibrate import layer_scoring
-from minitron_platform.stages.search import (
-    architectures,
-    distilled_count,
-    halving,
-    rungs,
-    sampled_space,
-    search_steps,
-)
-from minitron_platform.teacher_costs import (
-    MODES,
-    TeacherCost,
-    runs_beside,
-    teacher_cost,
-    too_little_room,
-)
+from minitron_platform.stages.search import architectures, distilled_count, halving, rungs, sampled_space, search_steps
+from minitron_platform.teacher_costs import MODES, TeacherCost, runs_beside, teacher_cost, too_little_room
 from minitron_search.space import combinations
 
 MASTER_BYTES = 12  # float32 weights and two moments: what a checkpoint holds per parameter

@@ -21,13 +21,8 @@ from minitron.logits import Head
 from minitron.models import quiet_transformers
 from minitron.origin import Origin
 
-SHAPE = (
-    "num_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_heads",
-    "num_kv_heads",
-)  # of an architecture, what is listed
+# Of an architecture, what is listed.
+SHAPE = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
 Report = Callable[[dict[str, float]], None]
 
 
