@@ -14,6 +14,7 @@ from torch import Tensor
 
 from minitron.models import head_of
 
+CHUNK_TOKENS = 512  # whose logits exist at a time, where nothing else is said
 # What CPUs work on at a time, so that it stays in the cache: rows of logits, values of a head.
 CACHE_ROWS = 16
 CACHE_VALUES = 1 << 19
@@ -51,6 +52,10 @@ class Head:
         if self.softcap:
             return logits.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
         return logits if self.scale == 1.0 else logits.mul_(self.scale)
+
+    def chunks(self, hidden: Tensor) -> Iterator[Tensor]:
+        """The logits of hidden states [n, d], CHUNK_TOKENS tokens at a time."""
+        return (self.logits(part) for part in hidden.split(CHUNK_TOKENS))
 
     def slope(self, logits: Tensor) -> Tensor | float:
         """Derivative of the logits with respect to the products hidden @ weight.T, from the logits."""

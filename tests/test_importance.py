@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minitron import ImportanceScores, estimate_importance
+from minitron import ImportanceScores, estimate_importance, logits
 from minitron.errors import InputError, StorageError
 from minitron.evaluation import Task, evaluate
 from minitron.importance import LayerScoring, removal, similarity
@@ -181,7 +181,8 @@ def test_layer_scores_without_losses_are_block_importance(chunk, monkeypatch):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_losses_and_logit_errors_are_those_without_the_layers(family, monkeypatch):
-    monkeypatch.setattr(removal, "CHUNK", 20)
+    for module in (logits, removal):
+        monkeypatch.setattr(module, "CHUNK_TOKENS", 20)
     model, rows = tiny.model(family), tiny.rows(6)
     scorings = [LayerScoring(sizes=(1, 2)), LayerScoring("logit_error", sizes=(2,), rows=5)]
     scores = estimate_importance(model, rows, layers=scorings, batch_rows=4)

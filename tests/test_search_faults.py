@@ -16,6 +16,7 @@ import pytest
 import ray
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.cluster_utils import Cluster
+from ray.exceptions import OutOfMemoryError, RayActorError
 from test_search import _files, _task, made  # noqa: F401 (a fixture)
 
 from minitron_platform import local_ray
@@ -134,6 +135,37 @@ def test_a_worker_that_the_memory_monitor_kills(cluster, candidates, tmp_path):
         cluster.remove_node(node)
     assert set(failures) == {str(candidates[0])}
     assert failures[str(candidates[0])].startswith("its worker was killed because the node ran out of memory; use ")
+
+
+def test_a_kill_for_memory_that_is_heard_of_as_the_tasks_error(cluster, candidates, tmp_path, monkeypatch):
+    """Ray's core raises one of two errors for such a kill, whichever it has first; here always the rarer one."""
+    get = ray.get
+
+    def get_as_task(*args, **options):
+        try:
+            return get(*args, **options)
+        except RayActorError as error:
+            raise OutOfMemoryError(str(error)) from error
+
+    monkeypatch.setattr(ray, "get", get_as_task)
+    killed, *others = candidates
+    folder = tmp_path / "done"
+    folder.mkdir()
+
+    def work(architecture, report):
+        report({"step": 1})
+        if architecture == killed:
+            time.sleep(60)
+        (folder / trial_key(architecture)).touch()
+
+    def on_event(key, numbers):
+        if key == trial_key(killed) and "pid" in numbers:
+            os.kill(numbers["pid"], signal.SIGKILL)
+
+    pool = Pool(str(tmp_path / "tune"), max_failures=0, on_event=on_event)
+    failures = pool.run(work, candidates, lambda architecture: (folder / trial_key(architecture)).exists())
+    assert set(failures) == {str(killed)}
+    assert {path.name for path in folder.iterdir()} == {trial_key(architecture) for architecture in others}
 
 
 def _kill_a_worker(cluster, pid):

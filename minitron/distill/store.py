@@ -21,8 +21,6 @@ from minitron.errors import StorageError
 from minitron.logits import Head
 from minitron.models import final_hidden
 
-CHUNK_TOKENS = 512
-
 
 class StoredTeacher:
     """Hidden states read back from a store that `store_hidden` completed; bit-equal to what was written.
@@ -105,5 +103,5 @@ def store_hidden(
 
 def log_sum_exp(head: Head, hidden: Tensor) -> Tensor:
     """log Σ exp over the vocabulary of the logits of hidden states [..., d]: float32 [...]."""
-    parts = [head.logits(part).logsumexp(-1) for part in hidden.flatten(0, -2).split(CHUNK_TOKENS)]
+    parts = [logits.logsumexp(-1) for logits in head.chunks(hidden.flatten(0, -2))]
     return torch.cat(parts).view(hidden.shape[:-1])

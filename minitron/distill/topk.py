@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from minitron.data import Rows
 from minitron.distill.shards import Compute, Shards, Writing, write_shards
-from minitron.distill.store import CHUNK_TOKENS
 from minitron.distill.teacher import TeacherBatch, TopK
 from minitron.errors import InputError, StorageError
 from minitron.logits import Head, log_softmax_
@@ -84,7 +83,7 @@ def store_top_k(
 
         def compute(input_ids: Tensor) -> dict[str, Tensor]:
             hidden = final_hidden(model, input_ids)
-            parts = [log_softmax_(head.logits(part)).topk(k) for part in hidden.flatten(0, 1).split(CHUNK_TOKENS)]
+            parts = [log_softmax_(logits).topk(k) for logits in head.chunks(hidden.flatten(0, 1))]
             shape = (*input_ids.shape, k)
             return {
                 "log_probs": torch.cat([part.values for part in parts]).view(shape),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minitron.errors import InputError, NonFiniteError
 from minitron.evaluation.mode import evaluating
-from minitron.logits import Head, cache_slices, log_softmax_
+from minitron.logits import CHUNK_TOKENS, Head, cache_slices, log_softmax_
 from minitron.models import final_hidden
 
 
@@ -64,7 +64,7 @@ def heldout_metrics(
     teacher_hidden: Callable[[slice], Tensor] | None = None,
     teacher_head: Head | None = None,
     batch_rows: int = 4,
-    chunk_tokens: int = 512,
+    chunk_tokens: int = CHUNK_TOKENS,
     progress: Callable[[int, int], None] | None = None,
 ) -> HeldoutMetrics:
     """Score `model` on `rows`, int64 [num_rows, seq_length], every position predicting the next one.

@@ -16,11 +16,10 @@ from torch.nn.functional import cross_entropy
 from minitron.families import family_of
 from minitron.importance.distributed import add_up, own_batches
 from minitron.importance.similarity import cosine_sums
-from minitron.logits import Head
+from minitron.logits import CHUNK_TOKENS, Head
 from minitron.models import final_hidden, layers_of
 
 ROW_METRICS = ("loss", "logit_error", "cosine")
-CHUNK = 512  # tokens whose logits exist at a time
 
 
 def removal_scores(
@@ -37,7 +36,7 @@ def removal_scores(
     `size` of the kept ones from each start on.
 
     rows int64 [num_rows, seq_length], those of all processes; `metric` as in `LayerScoring`. Memory: the residual stream of
-    one batch at every depth, and the logits of CHUNK tokens, twice. `advance` is told rows, once for every position.
+    one batch at every depth, and the logits of CHUNK_TOKENS tokens, twice. `advance` is told rows, once for every position.
     """
     layers = layers_of(model)
     norm = model.get_submodule(family_of(model.config.model_type).final_norm)  # type: ignore[union-attr,arg-type]
@@ -58,7 +57,7 @@ def removal_scores(
         elif metric == "loss":
             scale += batch[:, 1:].numel()
         else:
-            scale += sum(part.square().sum(dtype=torch.float64) for part in _logits(head, whole.flatten(0, 1)))
+            scale += sum(part.square().sum(dtype=torch.float64) for part in head.chunks(whole.flatten(0, 1)))
         for size, values in totals.items():
             if metric == "cosine":
                 values += batch.numel() - torch.diagonal(cosines, offset=size)
@@ -95,22 +94,17 @@ def _record(
     return stream, arguments, final
 
 
-def _logits(head: Head, hidden: Tensor) -> Any:
-    """Logits of [tokens, hidden], CHUNK tokens at a time."""
-    return (head.logits(part) for part in hidden.split(CHUNK))
-
-
 def _loss_sum(head: Head, hidden: Tensor, batch: Tensor) -> Tensor:
     """Next-token cross-entropy summed over [rows, seq_length] tokens, float64."""
-    targets = batch[:, 1:].flatten().split(CHUNK)
+    targets = batch[:, 1:].flatten().split(CHUNK_TOKENS)
     losses = [
         cross_entropy(part, target, reduction="none").sum(dtype=torch.float64)
-        for part, target in zip(_logits(head, hidden[:, :-1].flatten(0, 1)), targets, strict=True)
+        for part, target in zip(head.chunks(hidden[:, :-1].flatten(0, 1)), targets, strict=True)
     ]
     return torch.stack(losses).sum()
 
 
 def _error_sum(head: Head, hidden: Tensor, whole: Tensor) -> Tensor:
     """Squared differences of the logits of [rows, seq_length, hidden] from the whole model's, summed, float64."""
-    pairs = zip(_logits(head, hidden.flatten(0, 1)), _logits(head, whole.flatten(0, 1)), strict=True)
+    pairs = zip(head.chunks(hidden.flatten(0, 1)), head.chunks(whole.flatten(0, 1)), strict=True)
     return torch.stack([(part - reference).square_().sum(dtype=torch.float64) for part, reference in pairs]).sum()

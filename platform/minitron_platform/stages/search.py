@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from minitron import storage
 from minitron.architecture import Architecture
 from minitron.errors import InputError
+from minitron.logits import CHUNK_TOKENS
 from minitron_platform.context import Context
 from minitron_platform.locks import lock
 from minitron_platform.losses import logit_losses
@@ -172,7 +173,7 @@ def memory_per_trial(recipe: Recipe, teacher: Architecture, parameters: int) -> 
 
     if recipe.resources.gpus_per_trial:
         return 0
-    logits = 4 * teacher.vocab_size * (2 * 512 + teacher.hidden_size)  # of both, and the gradient of the head
+    logits = 4 * teacher.vocab_size * (2 * CHUNK_TOKENS + teacher.hidden_size)  # of both, and the gradient of the head
     wanted = 1_200_000_000 + max(4 * teacher.num_parameters, logits) + 24 * parameters
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     roomy = (n.get("memory", 0) for n in nodes if n.get("CPU", 0) >= recipe.resources.cpus_per_trial)
