@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+FILE_COLUMNS = 120  # of tables where the output is not a terminal
 HEARTBEAT_SECONDS = 8.0  # longest silence where the output is not a terminal
 
 
@@ -22,6 +24,8 @@ class Console:
 
     def __init__(self, rich: RichConsole | None = None) -> None:
         self.rich = rich or RichConsole(highlight=False)
+        if not self.rich.is_terminal and "COLUMNS" not in os.environ:
+            self.rich.width = FILE_COLUMNS
         self._status: Callable[[], str] = str
         self._name = ""
         self._since = time.monotonic()

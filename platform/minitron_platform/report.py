@@ -19,6 +19,7 @@ from minitron_search.ranking import pareto
 from minitron_search.tau import SETTLED
 
 MOST_BARS = 25
+STANDINGS = {"distilled: the winner": "#76b900", "tied with the best": "#b5d99c", "behind": "#9aa5b1"}
 COSTS = (
     ("parameters", 1e6, "million parameters"),
     ("flops_per_token", 1e9, "GFLOPs per token"),
@@ -75,7 +76,7 @@ def caption(context: Context) -> str:
 def final_table(context: Context) -> Table:
     """The table for a terminal."""
     header, body = rows(context)
-    table = Table(caption=caption(context), caption_justify="left")
+    table = Table(caption=caption(context), caption_justify="left", collapse_padding=True)  # two models fit 80 columns
     for index, title in enumerate(header):
         table.add_column(title, justify="left" if index == 0 else "right")
     for row in body:
@@ -136,21 +137,26 @@ def draw(context: Context) -> bytes:
 
 
 def _colour(row: dict[str, Any]) -> str:
-    return "#76b900" if row["winner"] else "#b5d99c" if row["tied"] else "#9aa5b1"
+    winner, tied, behind = STANDINGS.values()
+    return winner if row["winner"] else tied if row["tied"] else behind
 
 
 def _draw_search(axes: Any, ranking: list[dict[str, Any]], name: str) -> None:
+    from matplotlib.patches import Patch
+
     ordered = ranking[:MOST_BARS][::-1]
     names = [f"{r['num_layers']}L·{r['hidden_size']}·{r['intermediate_size']}·{r['num_heads']}h" for r in ordered]
     places = range(len(ordered))
-    axes.barh(places, [r["kl_undistilled"] for r in ordered], color="#e4e7eb", label="pruned only")
-    colours = [_colour(r) for r in ordered]
-    axes.barh(places, [r["kl"] for r in ordered], color=colours, label="after its short distillation")
+    pruned, colours = "#e4e7eb", [_colour(r) for r in ordered]
+    axes.barh(places, [r["kl_undistilled"] for r in ordered], color=pruned)
+    axes.barh(places, [r["kl"] for r in ordered], color=colours)
     axes.set_yticks(places, names)
     axes.set_xlabel("held-out KL to the teacher, nats per token")
     shown = f"best {len(ordered)} of " if len(ordered) < len(ranking) else ""
-    axes.set_title(f"{name}search, {shown}{len(ranking)} candidates; the winner is green", loc="left", fontsize=10)
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
+    axes.set_title(f"{name}search, {shown}{len(ranking)} candidates", loc="left", fontsize=10)
+    legend = {"pruned only": pruned, **{text: colour for text, colour in STANDINGS.items() if colour in colours}}
+    patches = [Patch(color=colour, label=text) for text, colour in legend.items()]
+    axes.legend(handles=patches, frameon=False, loc="upper left", bbox_to_anchor=(-0.1, -0.14), ncols=4, handlelength=1)
 
 
 def _draw_pareto(axes: Any, ranking: list[dict[str, Any]], cost: str, unit: float, label: str, name: str) -> None:
