@@ -70,7 +70,8 @@ def caption(context: Context) -> str:
         for name, s in model["tasks"].items()
     ]
     tokens = f"{model['heldout_tokens']:,} held-out tokens"
-    return " · ".join([f"loss and KL in nats per token on {tokens}", *tasks, "± is the standard error"])
+    errors = ["± is the standard error"] if tasks else []
+    return " · ".join([f"loss and KL in nats per token on {tokens}", *tasks, *errors])
 
 
 def final_table(context: Context) -> Table:
