@@ -22,8 +22,8 @@ HEARTBEAT_SECONDS = 8.0  # longest silence where the output is not a terminal
 class Console:
     """Lines, tables and the state of the work at hand. `status` may be set from any thread."""
 
-    def __init__(self, rich: RichConsole | None = None) -> None:
-        self.rich = rich or RichConsole(highlight=False)
+    def __init__(self) -> None:
+        self.rich = RichConsole(highlight=False)
         if not self.rich.is_terminal and "COLUMNS" not in os.environ:
             self.rich.width = FILE_COLUMNS
         self._status: Callable[[], str] = str

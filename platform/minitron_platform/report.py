@@ -155,7 +155,7 @@ def _draw_search(axes: Any, ranking: list[dict[str, Any]], name: str) -> None:
     axes.set_xlabel("held-out KL to the teacher, nats per token")
     shown = f"best {len(ordered)} of " if len(ordered) < len(ranking) else ""
     axes.set_title(f"{name}search, {shown}{len(ranking)} candidates", loc="left", fontsize=10)
-    legend = {"pruned only": pruned, **{text: colour for text, colour in STANDINGS.items() if colour in colours}}
+    legend = {LABELS["pruned"]: pruned, **{text: colour for text, colour in STANDINGS.items() if colour in colours}}
     patches = [Patch(color=colour, label=text) for text, colour in legend.items()]
     axes.legend(handles=patches, frameon=False, loc="upper left", bbox_to_anchor=(-0.1, -0.14), ncols=4, handlelength=1)
 
