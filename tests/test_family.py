@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from command import run_minitron
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from minitron import Architecture, ImportanceScores, prune, storage
 from minitron.models import load_model
 
-ROOT = Path(__file__).parent.parent
 LARGE = {"num_layers": [3, 4], "hidden_size": [36, 48], "intermediate_size": [48, 72]}
 SMALL = {"num_layers": [2, 3], "hidden_size": [36, 48], "intermediate_size": [48, 72]}
-
-
-def _minitron(*arguments, cwd):
-    paths = [str(ROOT / part) for part in (".", "platform", "search")]
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MINITRON_", "MLFLOW_TRACKING", "RAY_ADDRESS"))}
-    return subprocess.run(
-        [sys.executable, "-m", "minitron_platform", *map(str, arguments)],
-        cwd=cwd,
-        env={**kept, "PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def _recipe(bench, name, **changes):
@@ -62,7 +46,7 @@ def family(bench):
         correct=_correction(),
         calibrate={"rows": 16, "layers": "logit_error", "depth": "scattered", "layer_rows": 4},
     )
-    result = _minitron("run", recipe, "--storage", "family", cwd=bench)
+    result = run_minitron("run", recipe, "--storage", "family", cwd=bench)
     assert result.returncode == 0, result.stdout + result.stderr
     (path,) = (bench / "family" / "runs").glob("*/results.json")
     return result, json.loads(path.read_text())
@@ -128,7 +112,7 @@ def test_a_teacher_that_gains_too_little_stays_as_it_is_and_scores_are_kept(benc
     recipe = yaml.safe_load((bench / "family.yaml").read_text())
     recipe["correct"]["min_gain"] = 5.0
     (bench / "kept.yaml").write_text(yaml.safe_dump(recipe))
-    result = _minitron("run", "kept.yaml", "--storage", "family", "--until", "calibrate", cwd=bench)
+    result = run_minitron("run", "kept.yaml", "--storage", "family", "--until", "calibrate", cwd=bench)
     assert result.returncode == 0, result.stdout + result.stderr
     line = next(x for x in result.stdout.splitlines() if x.startswith("✓ correct"))
     assert "after 6 steps, less than 5" in line
@@ -160,7 +144,7 @@ def test_a_teacher_that_gains_too_little_stays_as_it_is_and_scores_are_kept(benc
 )
 def test_a_family_that_cannot_be_made_is_refused_before_work_starts(bench, family, change, named, tmp_path):
     settings = [word for key, value in change.items() for word in ("--set", f"{key}={value}")]
-    refused = _minitron("plan", "family.yaml", "--storage", tmp_path / "runs", *settings, cwd=bench)
+    refused = run_minitron("plan", "family.yaml", "--storage", tmp_path / "runs", *settings, cwd=bench)
     assert refused.returncode == 2, refused.stdout
     assert named in refused.stderr
     assert "Traceback" not in refused.stderr

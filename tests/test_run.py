@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import command, environment, run_minitron
 from mlflow import MlflowClient
 from tiny import DISTILL_STEPS, SEARCH_STEPS
 from transformers import AutoModelForCausalLM
@@ -23,31 +24,14 @@ from transformers import AutoModelForCausalLM
 from minitron import Architecture
 from minitron_platform.report import findings
 
-ROOT = Path(__file__).parent.parent
 STAGES = ["teacher", "data", "correct", "calibrate", "targets", "search", "distill", "evaluate", "register"]
 
 
-def _environment():
-    paths = [str(ROOT / part) for part in (".", "platform", "search")]
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MINITRON_", "MLFLOW_TRACKING", "RAY_ADDRESS"))}
-    return {**kept, "PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200"}
-
-
-def _command(*arguments):
-    return [sys.executable, "-m", "minitron_platform", *map(str, arguments)]
-
-
-def _minitron(*arguments, cwd, timeout=300):
-    return subprocess.run(
-        _command(*arguments), cwd=cwd, env=_environment(), capture_output=True, text=True, timeout=timeout
-    )
-
-
 def _minitron_in_terminal(*arguments, cwd):
-    """The same with a terminal for output, as people run it; (exit code, what it showed)."""
+    """`run_minitron` with a terminal for output, as people run it; (exit code, what it showed)."""
     master, slave = pty.openpty()
     process = subprocess.Popen(
-        _command(*arguments), cwd=cwd, env={**_environment(), "TERM": "xterm"}, stdin=slave, stdout=slave, stderr=slave
+        command(*arguments), cwd=cwd, env={**environment(), "TERM": "xterm"}, stdin=slave, stdout=slave, stderr=slave
     )
     os.close(slave)
     shown = b""
@@ -61,7 +45,7 @@ def _minitron_in_terminal(*arguments, cwd):
 @pytest.fixture(scope="module")
 def finished(bench):
     """The run, carried out once."""
-    result = _minitron("run", "recipe.yaml", "--storage", "runs", cwd=bench)
+    result = run_minitron("run", "recipe.yaml", "--storage", "runs", cwd=bench)
     assert result.returncode == 0, result.stdout + result.stderr
     return result
 
@@ -176,17 +160,17 @@ def test_the_student_is_registered_with_its_lineage_and_can_be_promoted(bench, f
     assert float(version.tags["minitron.heldout_kl"]) == pytest.approx(
         done["evaluate"]["table"]["distilled"]["kl"], abs=1e-6
     )
-    listed = _minitron("models", "--storage", "runs", cwd=bench)
+    listed = run_minitron("models", "--storage", "runs", cwd=bench)
     assert "tiny-student" in listed.stdout
     assert "candidate" in listed.stdout
-    promoted = _minitron("promote", "tiny-student", "--storage", "runs", cwd=bench)
+    promoted = run_minitron("promote", "tiny-student", "--storage", "runs", cwd=bench)
     assert promoted.returncode == 0, promoted.stderr
     assert client.get_model_version_by_alias("tiny-student", "champion").version == version.version
 
 
 def test_running_again_does_nothing_over(bench, finished):
     before = {p: p.stat().st_mtime_ns for p in (bench / "runs" / "stages").rglob("*") if p.is_file()}
-    again = _minitron("run", "recipe.yaml", "--storage", "runs", cwd=bench)
+    again = run_minitron("run", "recipe.yaml", "--storage", "runs", cwd=bench)
     assert again.returncode == 0, again.stderr
     assert _reused(again) == len(STAGES)
     assert before == {p: p.stat().st_mtime_ns for p in (bench / "runs" / "stages").rglob("*") if p.is_file()}
@@ -195,7 +179,7 @@ def test_running_again_does_nothing_over(bench, finished):
 
 
 def test_only_what_a_change_touches_is_done_again(bench, finished):
-    changed = _minitron(
+    changed = run_minitron(
         "run", "recipe.yaml", "--storage", "runs", "--set", "evaluate.tasks.0.limit=5", "--until", "evaluate", cwd=bench
     )
     assert changed.returncode == 0, changed.stderr
@@ -204,13 +188,13 @@ def test_only_what_a_change_touches_is_done_again(bench, finished):
 
 def test_a_run_that_diverges_stops_and_says_where(bench, finished):
     steep = ["--set", "distill.peak_lr=1e30", "--set", "distill.min_lr=1e30"]
-    stopped = _minitron("run", "recipe.yaml", "--storage", "runs", *steep, cwd=bench)
+    stopped = run_minitron("run", "recipe.yaml", "--storage", "runs", *steep, cwd=bench)
     assert stopped.returncode == 2, stopped.stdout + stopped.stderr
     assert "at step" in stopped.stderr
     assert "learning rate" in stopped.stderr
     assert _reused(stopped) == STAGES.index("distill")
     steep = ["--set", "search.training.peak_lr=1e30", "--set", "search.training.min_lr=1e30"]
-    stopped = _minitron("run", "recipe.yaml", "--storage", "runs", *steep, cwd=bench)
+    stopped = run_minitron("run", "recipe.yaml", "--storage", "runs", *steep, cwd=bench)
     assert stopped.returncode == 2, stopped.stdout + stopped.stderr
     said = stopped.stderr.splitlines()
     (first,) = [number for number, line in enumerate(said) if "no candidate of the search finished" in line]
@@ -223,7 +207,7 @@ def test_a_wider_space_distils_only_what_is_new(bench, finished):
     before = {p: p.stat().st_mtime_ns for p in (bench / "runs" / "trials").glob("*/*/result.json")}
     stored = {p: p.stat().st_mtime_ns for p in (bench / "runs" / "stages" / "targets").rglob("*") if p.is_file()}
     wider = ["--set", "family.0.tolerance=0.5", "--until", "search"]
-    again = _minitron("run", "recipe.yaml", "--storage", "runs", *wider, cwd=bench)
+    again = run_minitron("run", "recipe.yaml", "--storage", "runs", *wider, cwd=bench)
     assert again.returncode == 0
     assert _reused(again) == STAGES.index("search")  # the teacher is run no more
     assert stored == {p: p.stat().st_mtime_ns for p in (bench / "runs/stages/targets").rglob("*") if p.is_file()}
@@ -240,7 +224,7 @@ def test_a_candidate_that_fails_is_shown_with_its_reason_and_the_run_goes_on(ben
         if str(Architecture.from_dict(json.loads(path.read_text())["architecture"])) == name:
             path.unlink()
             path.with_name("undistilled.json").write_text("{}")  # its trial raises when it looks for a number there
-    result = _minitron("run", "recipe.yaml", "--storage", "failing", "--set", "resources.max_failures=0", cwd=bench)
+    result = run_minitron("run", "recipe.yaml", "--storage", "failing", "--set", "resources.max_failures=0", cwd=bench)
     assert result.returncode == 0, result.stdout + result.stderr
     reason = "KeyError: 'kl'"
     assert f"failed  {name}: {reason}" in result.stdout
@@ -266,7 +250,7 @@ def test_a_teacher_online_is_stored_for_the_search_alone(bench):
     settings = ["targets.mode=online", "targets.teacher=sharded", "targets.top_k=40", "distill.evaluate_tasks_every=12"]
     one = "family.0.space={num_layers: [4], hidden_size: [36], intermediate_size: [48]}"
     options = [part for setting in (*settings, one) for part in ("--set", setting)]
-    result = _minitron("run", "recipe.yaml", "--storage", "online", *options, "--until", "distill", cwd=bench)
+    result = run_minitron("run", "recipe.yaml", "--storage", "online", *options, "--until", "distill", cwd=bench)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "teacher run on 40 of 40 rows, of training those of the search" in result.stdout
     client = MlflowClient(f"sqlite:///{bench}/online/mlflow.db")
@@ -285,7 +269,7 @@ def test_a_teacher_online_is_stored_for_the_search_alone(bench):
 def test_a_search_that_stops_early_says_how_early_the_order_was_known(bench, finished):
     before = {p: p.stat().st_mtime_ns for p in (bench / "runs" / "trials").glob("*/*/*.json")}
     early = ["--set", "search.forward.keep=4", "--set", "search.halving.keep=0.5", "--until", "search"]
-    result = _minitron("run", "recipe.yaml", "--storage", "runs", *early, cwd=bench)
+    result = run_minitron("run", "recipe.yaml", "--storage", "runs", *early, cwd=bench)
     assert result.returncode == 0, result.stdout + result.stderr
     records = [json.loads(p.read_text())["outputs"] for p in (bench / "runs/stages/search").glob("*/stage.json")]
     (stopping,) = [record for record in records if record["stopped"]]
@@ -306,7 +290,7 @@ def test_a_search_that_stops_early_says_how_early_the_order_was_known(bench, fin
 def test_a_deleted_registry_is_filled_again(bench, finished):
     for file in (bench / "runs").glob("mlflow.db*"):
         file.unlink()
-    again = _minitron("run", "recipe.yaml", "--storage", "runs", cwd=bench)
+    again = run_minitron("run", "recipe.yaml", "--storage", "runs", cwd=bench)
     assert again.returncode == 0, again.stderr
     assert _reused(again) == len(STAGES) - 1
     version = MlflowClient(f"sqlite:///{bench}/runs/mlflow.db").get_model_version_by_alias("tiny-student", "candidate")
@@ -327,9 +311,9 @@ def test_ctrl_c_stops_a_search_where_it_is_and_says_how_to_go_on(bench, finished
 def _start(bench, storage, *settings):
     log = open(bench / f"{storage}.log", "w")  # noqa: SIM115 (lives as long as the process)
     return subprocess.Popen(
-        _command("run", "recipe.yaml", "--storage", storage, *settings),
+        command("run", "recipe.yaml", "--storage", storage, *settings),
         cwd=bench,
-        env=_environment(),
+        env=environment(),
         stdout=log,
         stderr=log,
         # what runs in the background may ignore Ctrl-C, and hand that down
@@ -398,99 +382,8 @@ def test_two_processes_do_not_carry_out_one_run_at_once(bench, finished):
     holder = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
-        refused = _minitron("run", "recipe.yaml", "--storage", "runs", cwd=bench)
+        refused = run_minitron("run", "recipe.yaml", "--storage", "runs", cwd=bench)
     finally:
         holder.kill()
     assert refused.returncode == 2
     assert "already going on" in refused.stderr
-
-
-BAD = {
-    "unknown key": (["--set", "distill.stepz=3"], "distill.stepz: unknown key", "steps"),
-    "wrong type": (["--set", "distill.steps=many"], "distill.steps: 'many'", "--set distill.steps"),
-    "target above the teacher": (
-        ["--set", "family.0.parameters=900000"],
-        "family.0.parameters: 900,000",
-        "smaller target",
-    ),
-    "target nothing meets": (["--set", "family.0.parameters=1000"], "family.0.space: no combination", "widen"),
-    "heads that do not divide": (
-        ["--set", "family.0.space.num_heads=[5]"],
-        "family.0.space.num_heads: 5",
-        "multiples of 2",
-    ),
-    "hidden above the teacher": (
-        ["--set", "family.0.space.hidden_size=[96]"],
-        "hidden_size: 96 is larger",
-        "at most 48",
-    ),
-    "halving after the last rung": (["--set", "search.halving.grace=0.9"], "search.rungs: [0.5, 0.75]", "grace"),
-    "more workers than rows": (
-        ["--set", "resources.workers_per_trial=5"],
-        "resources.workers_per_trial: 5",
-        "at most 4",
-    ),
-    "limits nothing keeps to": (
-        ["--set", "family.0.limits.kv_cache_bytes=10"],
-        "family.0.limits: none of",
-        "raise family.0.limits",
-    ),
-    "a point of another size": (
-        ["--set", "family.0.points=[{num_layers: 1}]"],
-        "family.0.points.0: 1L",
-        "change the point",
-    ),
-    "missing text": (["--set", "data.path=/nowhere/text.jsonl"], "/nowhere/text.jsonl", ""),
-    "missing teacher": (["--set", "teacher.model=./nowhere"], "./nowhere", "model folder"),
-    "unreadable teacher": (["--set", "teacher.model=broken"], "'broken' cannot be read", "checkpoint"),
-    "missing package": (["--set", "teacher.model=package:nowhere_at_all/x.gguf"], "nowhere_at_all", "install"),
-    "unknown task": (["--set", "evaluate.tasks.0.name=arc_eazy"], "arc_eazy", "arc_easy"),
-    "warm-up too long": (["--set", "distill.warmup_steps=24"], "distill.warmup_steps: 24", "fewer"),
-    "no such stage": (["--until", "prune"], "'prune' is not one of", "calibrate"),
-    "too little room": (["--set", "data.train_rows=99000000000000"], "GB free", "--storage"),
-    "storage that is a file": (["--storage", "text.jsonl"], "text.jsonl", "--storage"),
-    "rows longer than the teacher takes": (["--set", "data.seq_length=5000"], "data.seq_length: 5000", "at most 2048"),
-    "more calibration rows than rows": (["--set", "calibrate.rows=97"], "calibrate.rows: 97", "at most 96"),
-    "no permission": (["--storage", "text.jsonl/runs"], "text.jsonl/runs", "--storage"),
-    "GPUs that are not there": (["--set", "resources.gpus_per_trial=64"], "64 GPUs", "gpus_per_trial"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_refused_before_work_starts(bench, case, tmp_path):
-    (bench / "broken").mkdir(exist_ok=True)
-    (bench / "broken" / "config.json").write_text("{not json")
-    arguments, named, remedy = BAD[case]
-    storage = [] if "--storage" in arguments else ["--storage", tmp_path / "runs"]
-    refused = _minitron("run", "recipe.yaml", *storage, *arguments, cwd=bench, timeout=60)
-    assert refused.returncode == 2, refused.stdout + refused.stderr
-    assert named in refused.stderr
-    assert remedy in refused.stderr
-    assert "Traceback" not in refused.stderr + refused.stdout
-    assert not (tmp_path / "runs" / "stages").exists()
-
-
-def test_a_teacher_with_damaged_weights_is_refused_by_name(bench, tmp_path):
-    shutil.copytree(bench / "teacher", tmp_path / "teacher")
-    weights = tmp_path / "teacher" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    refused = _minitron(
-        "run", "recipe.yaml", "--storage", tmp_path / "runs", "--set", f"teacher.model={tmp_path}/teacher", cwd=bench
-    )
-    assert refused.returncode == 2, refused.stderr
-    assert f"{tmp_path}/teacher" in refused.stderr
-    assert "Traceback" not in refused.stderr
-    assert not list((tmp_path / "runs" / "stages").rglob("*.json"))
-
-
-def test_a_recipe_that_does_not_exist_names_those_that_do(tmp_path):
-    refused = _minitron("run", "smolm2-135m-cpu", cwd=tmp_path)
-    assert refused.returncode == 2
-    assert "did you mean 'smollm2-135m-cpu'" in refused.stderr
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_shipped_recipes_are_listed_and_valid(tmp_path):
-    listed = _minitron("recipes", cwd=tmp_path)
-    assert listed.returncode == 0
-    assert "smollm2-135m-cpu" in listed.stdout
