@@ -10,7 +10,8 @@ INPUTS := pyproject.toml constraints.txt requirements-data.txt
 run: $(VENV)/.installed  ## SmolLM2-135M to about 90M parameters, on this machine
 	$(BIN)/minitron run smollm2-135m-cpu
 
-test: $(VENV)/.installed  ## the tests, two files at a time; the short ones are the last in the alphabet
+# In the order of their names: that of xdist leaves the files with few tests, which are the long ones, for the end.
+test: $(VENV)/.installed  ## the tests, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed  ## style, types, and the one-way imports

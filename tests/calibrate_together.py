@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import tiny
-import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -15,7 +14,6 @@ from minitron.evaluation import Task
 from minitron.importance import LayerScoring
 
 bench, folder, rank, world = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-torch.set_num_threads(1)
 if world > 1:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
 

@@ -12,7 +12,7 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
-    OMP_NUM_THREADS="1",  # test processes share the cores; more threads than cores wait for each other
+    OMP_NUM_THREADS="1",  # tiny models gain nothing from more, and lose a lot where processes share the cores
 )
 
 

@@ -175,7 +175,6 @@ from pathlib import Path
 from dataclasses import replace
 import test_distill as t
 folder, out, world, kill, how = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]), sys.argv[6]
-torch.set_num_threads(1)
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo", rank=rank, world_size=world)
 def report(step):

@@ -36,15 +36,6 @@ VOCAB = 257
 WORDS = ["river", "stone", "light", "engine", "garden", "winter", "paper", "signal", "copper", "bridge", "window"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny models gain nothing from more, and lose a lot where other work shares the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def tiny_model(seed: int, **changes: Any) -> LlamaForCausalLM:
     settings = {
         "vocab_size": VOCAB,

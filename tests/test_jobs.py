@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from command import run_minitron
 
 from minitron.errors import InputError, MinitronError
 from minitron_platform.jobs import entrypoint_for, logs, status, stop
@@ -364,14 +365,7 @@ def test_a_local_run_has_a_private_ray_that_leaves_nothing_behind(end: str, tmp_
 
 def test_a_recipe_runs_as_a_job_and_its_results_are_in_storage(as_user: Head, bench: Path, tmp_path: Path) -> None:
     def minitron(*arguments: str) -> str:
-        paths = [ROOT, ROOT / "search", ROOT / "platform"]
-        done = subprocess.run(
-            [sys.executable, "-m", "minitron_platform", *arguments],
-            env={**os.environ, "PYTHONPATH": python_path(*paths)},
-            cwd=bench,
-            capture_output=True,
-            text=True,
-        )
+        done = run_minitron(*arguments, cwd=bench)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

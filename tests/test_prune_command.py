@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import fsspec
@@ -13,6 +11,7 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
+from command import run_minitron
 
 from minitron import prune
 from minitron.models import load_model
@@ -260,11 +259,11 @@ def test_a_model_that_is_nowhere_is_refused(place):
 
 
 def test_as_a_program(place):
-    command = [sys.executable, "-m", "minitron_platform", "prune", "model", "program", "--scores", "scores.safetensors"]
-    done = subprocess.run([*command, "--num-layers", "4"], cwd=place, capture_output=True, text=True)
+    typed = ["prune", "model", "program", "--scores", "scores.safetensors", "--num-layers", "4"]
+    done = run_minitron(*typed, cwd=place)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     check(place, "program", num_layers=4)
-    again = subprocess.run([*command, "--num-layers", "4"], cwd=place, capture_output=True, text=True)
+    again = run_minitron(*typed, cwd=place)
     assert again.returncode == 2
     assert "error: program exists" in again.stderr

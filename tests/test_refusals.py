@@ -90,9 +90,3 @@ def test_a_recipe_that_does_not_exist_names_those_that_do(tmp_path):
     assert refused.returncode == 2
     assert "did you mean 'smollm2-135m-cpu'" in refused.stderr
     assert not list(tmp_path.iterdir())
-
-
-def test_the_shipped_recipes_are_listed_and_valid(tmp_path):
-    listed = run_minitron("recipes", cwd=tmp_path)
-    assert listed.returncode == 0
-    assert "smollm2-135m-cpu" in listed.stdout

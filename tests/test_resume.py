@@ -104,7 +104,6 @@ def train(folder, config, *, split=False, losses=INTERMEDIATE, kill_at=0, tasks=
 
 
 def _process(rank, world, port, name, kill_after, job):
-    torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
     if kill_after:

@@ -387,3 +387,9 @@ def test_two_processes_do_not_carry_out_one_run_at_once(bench, finished):
         holder.kill()
     assert refused.returncode == 2
     assert "already going on" in refused.stderr
+
+
+def test_the_shipped_recipes_are_listed_and_valid(tmp_path):
+    listed = run_minitron("recipes", cwd=tmp_path)
+    assert listed.returncode == 0
+    assert "smollm2-135m-cpu" in listed.stdout

@@ -59,7 +59,6 @@ class Counting(TorchDispatchMode):
         sent[str(function)] += 1
         return function(*arguments, **(named or {}))
 folder, out, until = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-torch.set_num_threads(1)
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo", rank=rank, world_size=2)
 whole, heldout, student = t.train(folder)
