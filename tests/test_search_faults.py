@@ -81,8 +81,10 @@ def _wait_until(condition, process=None):
         time.sleep(0.02)
 
 
-def _checkpoints(task, architecture):
-    return list(Path(task.folder, trial_key(architecture)).glob("checkpoints/step-*/manifest.json"))
+def _saved_step(task, architecture):
+    """That of a trial's last checkpoint; 0 without any."""
+    saved = Path(task.folder, trial_key(architecture)).glob("checkpoints/step-*/manifest.json")
+    return max((int(manifest.parent.name.removeprefix("step-")) for manifest in saved), default=0)
 
 
 DRIVER = """
@@ -102,9 +104,10 @@ def test_a_killed_driver(cluster, undisturbed, made, candidates, tmp_path):  # n
         return [a for a in candidates if Path(task.folder, trial_key(a), "result.json").exists()]
 
     def begun():
-        return [a for a in candidates if a not in finished() and _checkpoints(task, a)]
+        return [a for a in candidates if a not in finished() and _saved_step(task, a)]
 
-    _wait_until(lambda: finished() and begun(), driver)
+    # one that is so far from its end that it does not get there before Ray has ended it
+    _wait_until(lambda: finished() and any(0 < _saved_step(task, a) <= LONG["steps"] / 4 for a in begun()), driver)
     driver.kill()
     driver.wait()
     _wait_until(lambda: ray.available_resources().get("CPU") == 2)  # Ray has ended its trials
