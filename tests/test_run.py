@@ -248,6 +248,12 @@ def test_a_candidate_that_fails_is_shown_with_its_reason_and_the_run_goes_on(ben
 
 def test_a_teacher_online_is_stored_for_the_search_alone(bench):
     settings = ["targets.mode=online", "targets.teacher=sharded", "targets.top_k=40", "distill.evaluate_tasks_every=12"]
+    # of these, the private Ray has two for one trial, however many cores there are
+    settings += [
+        "distill.evaluate_every=8",
+        "resources.workers_per_trial=2",
+        f"resources.cpus_per_trial={os.cpu_count()}",
+    ]
     one = "family.0.space={num_layers: [4], hidden_size: [36], intermediate_size: [48]}"
     options = [part for setting in (*settings, one) for part in ("--set", setting)]
     result = run_minitron("run", "recipe.yaml", "--storage", "online", *options, "--until", "distill", cwd=bench)
@@ -262,6 +268,10 @@ def test_a_teacher_online_is_stored_for_the_search_alone(bench):
     (distilled,) = [run for run in runs if run.info.run_name == "distill"]
     tasks = client.get_metric_history(distilled.info.run_id, "task_arc_easy")
     assert [point.step for point in tasks] == [12, 24]
+    assert [p.step for p in client.get_metric_history(distilled.info.run_id, "heldout_kl")] == [8, 16, 24]
+    # a sharded student is gathered for nothing else
+    evaluated = client.get_metric_history(distilled.info.run_id, "seconds_evaluation")
+    assert [point.step for point in evaluated if point.value] == [8, 12, 16, 24]
     losses = client.get_metric_history(distilled.info.run_id, "train_kl")
     assert losses[-1].value < 0.8 * losses[0].value
 

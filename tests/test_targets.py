@@ -16,7 +16,7 @@ from minitron.distill.store import stored_bytes
 from minitron.errors import InputError, StorageError
 from minitron.models import load_model
 from minitron_platform import load_recipe, plan
-from minitron_platform.training import TrainTask, _start, distill_config
+from minitron_platform.training import TrainTask, _start
 
 
 def _plan(bench, tmp_path, *overrides):
@@ -106,14 +106,6 @@ def test_what_can_work_together_is_planned(planned):
     planned("targets.top_k=5", "losses.top_k=3", "losses.hidden=[]")
     planned("targets.top_k=5", "targets.mode=online")
     planned("distill.evaluate_tasks_every=2")
-
-
-def test_evaluations_come_when_rows_or_tasks_are_due(bench):
-    def every(rows, tasks):
-        overrides = [f"distill.evaluate_every={rows}", f"distill.evaluate_tasks_every={tasks}"]
-        return distill_config(load_recipe(str(bench / "recipe.yaml"), overrides).distill).evaluate_every
-
-    assert [every(*of) for of in ((0, 0), (4, 0), (0, 4), (4, 6), (5, 10))] == [0, 4, 4, 2, 5]
 
 
 def test_a_worker_begins_with_the_teacher_it_was_told(material, tmp_path):  # noqa: F811

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import torch
@@ -13,6 +12,7 @@ from minitron.data import source_identity as text_identity
 from minitron.errors import InputError
 from minitron.evaluation import check_tasks
 from minitron.trainable import check_lora
+from minitron_platform.cluster_room import joins_cluster
 from minitron_platform.losses import distillation_losses
 from minitron_platform.recipe import Recipe
 from minitron_platform.stages.data import source as text_source
@@ -42,7 +42,7 @@ def check_outcomes(recipe: Recipe, teacher: Architecture, found: dict[str, list[
 def check_machine(recipe: Recipe, storage_path: str, address: str | None) -> None:
     """Raise InputError for GPUs that are not here, unless the run goes elsewhere, and StorageError for a place that cannot be
     written."""
-    if address is None and not os.environ.get("RAY_ADDRESS"):
+    if not joins_cluster(address):
         _check_gpus(recipe)
     probe = storage.join(storage_path, ".writable")
     storage.write_bytes(probe, b"")

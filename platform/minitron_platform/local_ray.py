@@ -86,10 +86,9 @@ def ray_session(
     with _environment(QUIET):
         if address is None or address == "local":
             with _private_folder(temp_dir) as folder, _environment(_private_settings()):
-                cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
                 ray.init(
                     address="local",
-                    num_cpus=max(cores, num_cpus or 0),
+                    num_cpus=max(cores(), num_cpus or 0),
                     include_dashboard=False,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
@@ -118,6 +117,11 @@ def _keep_worker_logs(ray_folder: Path, target: Path) -> None:
         if log.stat().st_size:
             target.mkdir(parents=True, exist_ok=True)
             shutil.copy(log, target / log.name)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cluster_cpus_gpus() -> tuple[float, float]:

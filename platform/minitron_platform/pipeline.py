@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import ray
 import torch
 from rich.markup import escape
 
 from minitron import storage
 from minitron.errors import InputError
 from minitron_platform import stages
+from minitron_platform.cluster_room import check_cluster, joins_cluster, private_cpus
 from minitron_platform.console import Console, seconds
 from minitron_platform.context import Context, Places, places
-from minitron_platform.local_ray import cluster_cpus_gpus, ray_session
+from minitron_platform.local_ray import ray_session
 from minitron_platform.locks import lock
 from minitron_platform.recipe import Member, Recipe
 from minitron_platform.recipe_file import recipe_yaml
@@ -62,10 +61,12 @@ def run(
             mlflow_run=lambda record: flusher.wait_for(record, timeout=30),
         )
         parent = _Parent(context)
+        # a cluster without room is refused before the first stage that has work, not at the first that needs Ray
+        before_work = context.need_ray if joins_cluster(address) else _nothing
         try:
             for name, member in steps(recipe):
                 context.current = member
-                _stage(context, name, parent)
+                _stage(context, name, parent, before_work)
                 if name == until:
                     break
             else:
@@ -146,7 +147,7 @@ def finished_stages(recipe: Recipe, where: Places) -> tuple[Context, int]:
         places=where,
         console=Console(),
         run_key=run_key(recipe),
-        need_ray=lambda: None,
+        need_ray=_nothing,
         mlflow_run=lambda key: None,
     )
     for name, member in steps(recipe):
@@ -159,7 +160,11 @@ def finished_stages(recipe: Recipe, where: Places) -> tuple[Context, int]:
     return context, 0
 
 
-def _stage(context: Context, name: str, parent: _Parent) -> None:
+def _nothing() -> None:
+    pass
+
+
+def _stage(context: Context, name: str, parent: _Parent, before_work: Callable[[], None]) -> None:
     console = context.console
     if name == stages.MEMBER[0] and len(context.recipe.family) > 1:
         origin = context.recipe.origin(context.member)
@@ -172,6 +177,7 @@ def _stage(context: Context, name: str, parent: _Parent) -> None:
         reused = record is not None
         log = parent.child(name)
         if record is None:
+            before_work()
             log.start(context.title(name), parent=context.run_key, tags={"minitron.kind": "stage"})
             started = time.time()
             try:
@@ -265,36 +271,12 @@ def _ray_starter(stack: ExitStack, recipe: Recipe, address: str | None, logs: st
 
     def start() -> None:
         nonlocal started
-        if started:
-            return
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what earlier stages held; workers share the GPU
-        wanted = max(recipe.resources.cpus_per_trial, recipe.resources.workers * recipe.resources.cpus_per_worker)
-        stack.enter_context(ray_session(address, num_cpus=math.ceil(wanted), keep_logs=logs))
+        if started:
+            return
+        stack.enter_context(ray_session(address, num_cpus=private_cpus(recipe.resources), keep_logs=logs))
         started = True
-        _check_cluster(recipe)
+        check_cluster(recipe.resources)
 
     return start
-
-
-def _check_cluster(recipe: Recipe) -> None:
-    """Refuse what the cluster does not have; Ray would wait for it for ever."""
-    resources = recipe.resources
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for key, cpus, gpus in (
-        ("trial", resources.cpus_per_trial, resources.gpus_per_trial),
-        ("worker", resources.cpus_per_worker, resources.gpus_per_worker),
-    ):
-        if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
-            raise InputError(
-                f"resources: a {key} takes {cpus:g} CPUs and {gpus:g} GPUs, and no node of the cluster has as many",
-                f"lower resources.cpus_per_{key} or resources.gpus_per_{key}",
-            )
-    cpus, gpus = cluster_cpus_gpus()
-    wanted, wanted_gpus = resources.workers * resources.cpus_per_worker, resources.workers * resources.gpus_per_worker
-    if wanted > cpus or wanted_gpus > gpus:
-        raise InputError(
-            f"resources.workers: {resources.workers} take {wanted:g} CPUs and {wanted_gpus:g} GPUs at once, "
-            f"the cluster has {cpus:g} and {gpus:g}",
-            "lower resources.workers or what each takes, or use a larger cluster",
-        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +12,7 @@ from minitron.device import compute_dtype, matmul_flops
 from minitron.hardware import hardware_notes
 from minitron.models import source_architecture
 from minitron_platform.checks import check_machine, check_outcomes, check_recipe
+from minitron_platform.cluster_room import private_cpus
 from minitron_platform.context import Places, places
 from minitron_platform.losses import distillation_losses
 from minitron_platform.pipeline import finished_stages
@@ -223,7 +223,7 @@ def _member_costs(
     compared = min(recipe.search.heldout_rows or data.heldout_rows, data.heldout_rows)
     documents = sum(task.limit or 1000 for task in recipe.evaluate.tasks)
     cpus_per_trial = recipe.resources.workers_per_trial * recipe.resources.cpus_per_trial
-    at_once = max(1, min(len(shapes), int((os.cpu_count() or 1) / cpus_per_trial)))
+    at_once = max(1, min(len(shapes), int(private_cpus(recipe.resources) / cpus_per_trial)))
     live = runs_beside(distillation_losses(recipe, shapes[0], teacher)[0], recipe.targets.mode)
     models = 3 if member is recipe.family[0] else 2  # the teacher is evaluated once
 

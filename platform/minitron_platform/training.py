@@ -4,7 +4,6 @@ batch, one result."""
 from __future__ import annotations
 
 import logging
-import math
 import signal
 import threading
 import uuid
@@ -39,7 +38,7 @@ class TrainTask:
     `student` is the folder of the model to train, and `channels` are the teacher's that it kept; without it the teacher
     itself is trained, on the next token alone. With `online` the teacher is run on every batch instead of read, as it is too
     where the losses compare more than logits: whole in every worker or split over them, as `teacher` in a recipe's `targets`
-    says. Every `heldout_every` steps the held-out rows are measured, every `tasks_every` the `tasks`.
+    says. Every `config.evaluate_every` steps the held-out rows are measured, every `tasks_every` the `tasks`.
     """
 
     materials: Materials
@@ -53,7 +52,6 @@ class TrainTask:
     channels: Tensor | None = None
     online: bool = False
     teacher: str = "auto"
-    heldout_every: int = 0
     tasks_every: int = 0
     tasks: tuple[Task, ...] = ()
     tasks_batch_rows: int = 8
@@ -63,9 +61,8 @@ class TrainTask:
 
 
 def distill_config(training: Training) -> DistillConfig:
-    """What the loop is told; its evaluations come whenever held-out rows or tasks may be due."""
-    every = math.gcd(training.evaluate_every, training.evaluate_tasks_every)
-    return DistillConfig(**{**training.model_dump(exclude={"evaluate_tasks_every"}), "evaluate_every": every})
+    """What the loop is told."""
+    return DistillConfig(**training.model_dump(exclude={"evaluate_tasks_every"}))
 
 
 def train_on_ray(task: TrainTask, resources: Resources, log: RunLog, scratch: str) -> None:
@@ -153,6 +150,8 @@ def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
         torch.set_num_threads(task.threads)
     model, targets, head = _start(task)
     rows = task.materials.open_rows("train")
+    every = task.tasks_every
+    tasks_due = range(every, task.config.steps + 1, every) if every else ()
     unheard: list[Any] = []
 
     def heard() -> None:
@@ -167,9 +166,9 @@ def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
     def evaluate(done: int, student: nn.Module) -> None:
         tokens = {"tokens": done * task.config.batch_rows * rows.seq_length}
         # in every process alike: a sharded student is run by all, and none waits so long that it is given up
-        if task.heldout_every and done % task.heldout_every == 0:
+        if task.config.evaluate_every and done % task.config.evaluate_every == 0:
             record(_heldout(task, student, head) | tokens, done)
-        if task.tasks_every and done % task.tasks_every == 0:
+        if done in tasks_due:
             record(task_metrics(task, student) | tokens, done)
 
     if isinstance(targets, LiveTeacher):
@@ -188,6 +187,7 @@ def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
                 key=task.key,
                 report=lambda step: record(_metrics(step), step.step),
                 evaluate=evaluate,
+                evaluate_at=tasks_due,
                 until=task.until,
             )
     except NonFiniteError as error:

@@ -130,7 +130,6 @@ def _train(context: Context, folder: str, asked: Correct, training: Training, na
         method=asked.method,
         lora_rank=asked.lora_rank,
         until=until,
-        heldout_every=training.evaluate_every,
     )
     train_on_ray(task, context.recipe.resources, log, scratch=storage.join(folder, "ray"))
 

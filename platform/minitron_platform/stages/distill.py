@@ -68,7 +68,6 @@ def run(context: Context, folder: str) -> dict[str, Any]:
             channels=channels,
             online=recipe.targets.mode == "online",
             teacher=recipe.targets.teacher,
-            heldout_every=training.evaluate_every,
             tasks_every=training.evaluate_tasks_every,
             tasks=lm_eval_tasks(recipe.evaluate.tasks),
             tasks_batch_rows=recipe.evaluate.batch_rows,
