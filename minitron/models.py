@@ -17,6 +17,7 @@ from minitron import storage
 from minitron.architecture import Architecture
 from minitron.errors import InputError
 from minitron.families import family_of
+from minitron.files import file_stat
 from minitron.packages import PACKAGE, package_path
 
 
@@ -69,7 +70,7 @@ def source_identity(source: str, revision: str | None = None) -> dict[str, Any]:
         return {"hub": source, "revision": _hub_commit(source, revision)}
     if path.is_file():
         return {"file": path.name, "sha256": storage.sha256(path)}
-    stats = [(p.name, p.stat()) for p in sorted(path.iterdir()) if p.is_file()]
+    stats = [(p.name, stat) for p in sorted(path.iterdir()) if (stat := file_stat(p))]
     return {"folder": str(path), "files": [[name, s.st_size, s.st_mtime_ns] for name, s in stats]}
 
 

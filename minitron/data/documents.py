@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
+import os
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,12 +18,13 @@ from dataclasses import dataclass
 from typing import IO, Any, Literal, get_args
 
 import fsspec
-from fsspec.utils import infer_compression
+from fsspec.utils import glob_translate, infer_compression
 
 from minitron.data import hub
 from minitron.data.python_docs import python_documents, python_identity
 from minitron.errors import InputError, StorageError
-from minitron.storage import filesystem
+from minitron.files import file_stat, files_below
+from minitron.storage import filesystem, is_local
 
 Kind = Literal["python-docs", "text", "jsonl", "parquet", "hub"]
 
@@ -59,7 +62,7 @@ def documents(source: TextSource) -> Iterator[Document]:
     text: one document per file. jsonl: one per line; blank lines are passed over. Both may be compressed (.gz, .bz2,
     .xz, and .zst where zstandard is installed). parquet: one per row. A folder means the files below it with the
     kind's suffix, for text all of them; hidden files are left out. Files come in the order of their names' hashes,
-    lines and rows in their own.
+    lines and rows in their own. Symbolic links are followed.
 
     Raises InputError naming the file, line, key and value that cannot be used, or that the source holds no text.
     """
@@ -75,10 +78,11 @@ def documents(source: TextSource) -> Iterator[Document]:
 def source_identity(source: TextSource) -> dict[str, Any]:
     """A JSON value that changes when the source's text changes, found without reading the text.
 
-    python-docs: the interpreter and the installed versions. Files: name, size and modification time or etag. hub: the
-    commit that the revision stands for (one request).
+    python-docs: the interpreter and the installed versions. Files: name, size and modification time or etag; behind a
+    symbolic link those of the file that it leads to, and which one that is. hub: the commit that the revision stands for
+    (one request).
 
-    Raises InputError or StorageError when the source does not exist or cannot be reached.
+    Raises InputError or StorageError when the source does not exist or cannot be reached, or a link leads nowhere.
     """
     if source.kind == "python-docs":
         return {"kind": source.kind, **python_identity()}
@@ -208,27 +212,65 @@ def _files(source: TextSource) -> tuple[fsspec.AbstractFileSystem, dict[str, dic
     _need_path(source)
     fs, inner = filesystem(source.path)
     try:
-        fs.invalidate_cache()  # object stores remember listings
-        if fs.isfile(inner):
-            found = {inner: fs.info(inner)}
-        elif fs.isdir(inner):
-            found = fs.find(inner, detail=True)
-            root = inner.rstrip("/")
-            found = {path: info for path, info in found.items() if _belongs(path[len(root) :], source.kind)}
-        elif any(sign in inner for sign in "*?["):
-            found = {path: info for path, info in fs.glob(inner, detail=True).items() if info["type"] == "file"}
-        else:
-            raise InputError(
-                f"data.path: {source.path!r} does not exist", "check the path; it may be a file, folder or glob"
-            )
+        list_files = _local_files if is_local(source.path) else _remote_files
+        found = list_files(fs, inner, source.kind)
     except OSError as error:
         raise StorageError(
             f"{source.path}: cannot be listed ({error})", "check the address and its permissions"
         ) from error
+    if found is None:
+        raise InputError(
+            f"data.path: {source.path!r} does not exist", "check the path; it may be a file, folder or glob"
+        )
     if not found:
         wanted = " or ".join(_SUFFIXES.get(source.kind, ("any",)))
         raise InputError(f"data.path: no files in {source.path!r}", f"{source.kind} looks for names with {wanted}")
     return fs, dict(sorted(found.items()))
+
+
+def _remote_files(fs: fsspec.AbstractFileSystem, inner: str, kind: Kind) -> dict[str, dict[str, Any]] | None:
+    fs.invalidate_cache()  # object stores remember listings
+    if fs.isfile(inner):
+        return {inner: fs.info(inner)}
+    if fs.isdir(inner):
+        root = inner.rstrip("/")
+        listed = fs.find(inner, detail=True).items()
+        return {path: info for path, info in listed if _belongs(path[len(root) :], kind)}
+    if _is_glob(inner):
+        return {path: info for path, info in fs.glob(inner, detail=True).items() if info["type"] == "file"}
+    return None
+
+
+def _local_files(_: fsspec.AbstractFileSystem, inner: str, kind: Kind) -> dict[str, dict[str, Any]] | None:
+    # fsspec neither follows links to folders nor takes a link for a file
+    if os.path.isdir(inner):
+        root = inner.rstrip("/")
+        paths = [path for path in files_below(inner) if _belongs(path[len(root) :], kind)]
+    elif os.path.lexists(inner):
+        root = os.path.dirname(inner)
+        paths = [inner]
+    elif _is_glob(inner):
+        root = re.split(r"[*?[]", inner, maxsplit=1)[0].rpartition("/")[0]
+        depth = None if "**" in inner else inner[len(root) + 1 :].count("/") + 1
+        matches = re.compile(glob_translate(inner)).match
+        paths = (
+            [path for path in files_below(root or "/", depth) if matches(path)] if os.path.isdir(root or "/") else []
+        )
+    else:
+        return None
+    real_root = os.path.realpath(root or "/")
+    found: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        if stat := file_stat(path):
+            found[path] = {"size": stat.st_size, "mtime": stat.st_mtime}
+            real = os.path.realpath(path)
+            if real != os.path.join(real_root, path[len(root) :].lstrip("/")):
+                found[path]["target"] = real
+    return found
+
+
+def _is_glob(path: str) -> bool:
+    return any(sign in path for sign in "*?[")
 
 
 def _belongs(relative: str, kind: Kind) -> bool:
@@ -251,7 +293,7 @@ def _common_folder(paths: list[str]) -> str:
 def _version(fs: fsspec.AbstractFileSystem, path: str, info: dict[str, Any]) -> str:
     for field in ("ETag", "etag", "blob_id", "md5Hash", "mtime", "LastModified", "last_modified"):
         if info.get(field) is not None:
-            return str(info[field])
+            return f"{info[field]} {info['target']}" if "target" in info else str(info[field])
     return str(fs.ukey(path))
 
 

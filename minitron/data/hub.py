@@ -7,18 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from minitron.errors import InputError, StorageError
+from minitron.files import file_stat, files_below
 from minitron.storage import fingerprint
 
 
 def commit(path: str, revision: str | None) -> str:
     """The commit that `revision` (by default the newest) of a dataset stands for; one request, nothing downloaded.
 
-    For a local folder: the hash of its files' names, sizes and modification times.
+    For a local folder: the hash of its files' names, sizes and modification times, symbolic links followed.
 
-    Raises InputError when there is no such dataset or revision, StorageError when the hub cannot be reached.
+    Raises InputError when there is no such dataset or revision, StorageError when the hub cannot be reached or a link leads
+    nowhere.
     """
     if Path(path).is_dir():
-        stats = {str(file.relative_to(path)): file.stat() for file in sorted(Path(path).rglob("*")) if file.is_file()}
+        files = sorted(Path(file) for file in files_below(path))
+        stats = {str(file.relative_to(path)): stat for file in files if (stat := file_stat(file))}
         return fingerprint([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()])
 
     from huggingface_hub import HfApi

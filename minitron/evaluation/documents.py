@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minitron.errors import InputError
+from minitron.files import file_stat, files_below
 from minitron.packages import PACKAGE, package_path
 from minitron.storage import is_local, local_path
 
@@ -39,10 +40,12 @@ def locate(data: str) -> Path:
 
 
 def documents_identity(data: str) -> list[list[str | int]]:
-    """Names, sizes and modification times of the files at `data`: what changes when its documents do."""
+    """Names, sizes and modification times of the files at `data`, symbolic links followed: what changes when its documents do.
+
+    Raises StorageError for a link that leads nowhere."""
     place = locate(data)
-    files = [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    files = [place] if place.is_file() else sorted(Path(file) for file in files_below(str(place)))
+    return [[file.name, stat.st_size, stat.st_mtime_ns] for file in files if (stat := file_stat(file))]
 
 
 def find_splits(path: Path) -> dict[str, list[Path]]:
