@@ -10,6 +10,7 @@ import errno
 import glob
 import hashlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -24,7 +25,11 @@ import fsspec
 from fsspec.core import url_to_fs
 from safetensors import SafetensorError
 
+from minitron.cache import cache_folder
 from minitron.errors import StorageError
+from minitron.names import check_name, inside
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 SCHEMES = ("file", "local", "memory", "s3", "gs", "gcs", "abfs", "az", "hf")
@@ -257,8 +262,17 @@ def is_committed(target: str) -> bool:
 
 
 def manifest(target: str) -> dict[str, Any]:
-    """The manifest of a committed folder: {"files": {name: {"bytes", "sha256"}}, "note": {...}}."""
-    value: dict[str, Any] = read_json(join(target, MANIFEST))
+    """The manifest of a committed folder: {"files": {name: {"bytes", "sha256"}}, "note": {...}}.
+
+    Raises StorageError for one that names files outside the folder, or has another form."""
+    path = join(target, MANIFEST)
+    value: dict[str, Any] = read_json(path)
+    try:
+        for name, entry in value["files"].items():
+            if check_name(name, path) == MANIFEST or int(entry["bytes"]) < 0 or len(entry["sha256"]) != 64:
+                raise ValueError(name)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StorageError(f"{path}: not a manifest ({error!r})", f"delete {target} and run again") from error
     return value
 
 
@@ -286,23 +300,37 @@ def verify(target: str, *, hashes: bool = True) -> None:
 
 
 def fetch(target: str, cache: str | None = None) -> Path:
-    """A committed folder as a local path: itself, or a verified copy of a remote one under `cache`."""
+    """A committed folder as a local path: itself, or a verified copy of a remote one under `cache`.
+
+    By default the cache is the user's (`minitron.cache`). The size of every file of a copy is checked each time, the
+    SHA-256 when it arrives. Raises StorageError for a manifest that names files outside the folder, before anything is
+    written.
+    """
     if is_local(target):
         return local_path(target)
-    name = fingerprint([target, manifest(target)])
-    copy = Path(cache or os.path.join(tempfile.gettempdir(), "minitron-cache")) / name
+    expected = manifest(target)
+    copy = Path(cache or cache_folder()) / fingerprint([target, expected])
+    if is_committed(str(copy)) and not _is_whole(copy, expected["files"]):
+        log.warning("%s: damaged copy of %s, copying it again", copy, target)
+        remove(str(copy))
     if not is_committed(str(copy)):
         fs, inner = filesystem(target)
         with committed_folder(str(copy)) as folder:
-            for file in manifest(target)["files"]:
-                (folder / file).parent.mkdir(parents=True, exist_ok=True)
-                fs.get_file(f"{inner}/{file}", str(folder / file))
-        expected = {k: v["sha256"] for k, v in manifest(target)["files"].items()}
-        actual = {k: v["sha256"] for k, v in manifest(str(copy))["files"].items()}
-        if expected != actual:
+            for name in expected["files"]:
+                file = inside(folder, name, join(target, MANIFEST))
+                file.parent.mkdir(parents=True, exist_ok=True)
+                fs.get_file(f"{inner}/{name}", str(file))
+        if manifest(str(copy))["files"] != expected["files"]:
             remove(str(copy))
             raise StorageError(f"{target}: the copy that arrived does not match its manifest", "run again")
     return copy
+
+
+def _is_whole(copy: Path, files: dict[str, Any]) -> bool:
+    """Whether a copy has the files of a manifest, in their sizes."""
+    if manifest(str(copy))["files"] != files:
+        return False
+    return all((copy / name).is_file() and (copy / name).stat().st_size == files[name]["bytes"] for name in files)
 
 
 def fetch_file(path: str, cache: str | None = None) -> Path:
@@ -310,8 +338,8 @@ def fetch_file(path: str, cache: str | None = None) -> Path:
     if is_local(path):
         return local_path(path)
     data = read_bytes(path)
-    name = hashlib.sha256(data).hexdigest()[:16]
-    copy = Path(cache or os.path.join(tempfile.gettempdir(), "minitron-cache")) / name / Path(path).name
-    if not copy.exists():
+    name = check_name(path.rsplit("/", 1)[-1], path)
+    copy = Path(cache or cache_folder()) / hashlib.sha256(data).hexdigest()[:16] / name
+    if not copy.exists() or copy.read_bytes() != data:
         write_bytes(str(copy), data)
     return copy

@@ -182,7 +182,7 @@ def test_a_store_says_its_size_and_what_the_disk_would_hold(material, tmp_path, 
 
 
 def test_a_remote_store_is_copied_once_ahead_of_its_reading(material, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     remote = f"memory://{uuid.uuid4().hex}"
     rows, head = _rows(material), Head.of(_teacher(material))
     store_hidden(lambda: _teacher(material), rows, remote, key="k")
@@ -190,7 +190,7 @@ def test_a_remote_store_is_copied_once_ahead_of_its_reading(material, tmp_path, 
     stored.prefetch([70])
     tokens = rows.take([70, 3])
     assert torch.equal(stored.hidden([70, 3], tokens), _stored(material).hidden([70, 3], tokens))
-    copies = list((tmp_path / "minitron-cache").iterdir())
+    copies = list((tmp_path / "minitron").iterdir())
     assert len(copies) == 2
     storage.remove(storage.join(remote, "shard-00000", "rows.safetensors"))
     again = StoredTeacher(remote, head, "k")  # from the copies
@@ -198,13 +198,13 @@ def test_a_remote_store_is_copied_once_ahead_of_its_reading(material, tmp_path, 
 
 
 def test_reading_ahead_brings_the_shards_of_those_rows(material, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     remote = f"memory://{uuid.uuid4().hex}"
     store_hidden(lambda: _teacher(material), _rows(material), remote, key="k")
     stored = StoredTeacher(remote, Head.of(_teacher(material)), "k")
     stored.prefetch([70])
     stored._shards._reader.shutdown(wait=True)
-    copies = list((tmp_path / "minitron-cache").iterdir())
+    copies = list((tmp_path / "minitron").iterdir())
     assert [storage.manifest(str(copy))["files"] for copy in copies] == [
         storage.manifest(storage.join(remote, "shard-00001"))["files"]
     ]

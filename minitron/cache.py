@@ -1,0 +1,28 @@
+"""Copies of remote files on this machine, in a folder that belongs to the user alone."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from minitron.errors import StorageError
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/minitron, by default ~/.cache/minitron; made for this user alone (mode 0700).
+
+    Raises StorageError for a folder that another user owns or may write to: what is in it could be planted.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "minitron"
+    remedy = "set XDG_CACHE_HOME to a folder of your own"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be used as a cache ({error.strerror})", remedy) from error
+    if status.st_uid != os.getuid():
+        raise StorageError(f"{folder}: belongs to user {status.st_uid}, not to you", remedy)
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise StorageError(f"{folder}: other users may write to it", f"chmod go-w {folder}, or {remedy}")
+    return folder
