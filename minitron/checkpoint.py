@@ -7,7 +7,7 @@ the model has all of them in one; they are stacked on reading and taken apart ag
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minitron.errors import InputError
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-IN_MEMORY = "prune it in memory: load it with transformers, then minitron.prune and save_pretrained"
+from minitron.headers import INDEX, SINGLE, Header, damaged
 
 Layout = Mapping[str, tuple[str, ...]]
 # End of a parameter's name: ends of the names on disk. `{}` is the expert; several tensors of one expert lie one below
@@ -42,98 +38,75 @@ LAYOUTS: tuple[Layout, ...] = (
 )
 
 
-class Checkpoint:
-    """The safetensors files of a folder. Raises InputError when it has none, or when one of them is missing or damaged."""
+def layout_of(names: Collection[str]) -> Layout:
+    """The layout that stored tensors of these names are in."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.files = _files(folder)  # the file of every tensor on disk
-        self._layout = next((layout for layout in LAYOUTS if self._uses(layout)), {})
-
-    def _uses(self, layout: Layout) -> bool:
+    def uses(layout: Layout) -> bool:
         ends = tuple(end.format(0) for ends in layout.values() for end in ends)
-        return any(name.endswith(ends) for name in self.files)
+        return any(name.endswith(ends) for name in names)
+
+    return next((layout for layout in LAYOUTS if uses(layout)), {})
+
+
+def stored_parts(name: str, tensor: Tensor, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors (views of `tensor`) under which a parameter of the model is kept on disk."""
+    ends = _ends(name, layout)
+    if "{}" not in ends[0]:
+        yield ends[0], tensor
+        return
+    for expert, slot in enumerate(tensor):
+        for end, part in zip(ends, slot.chunk(len(ends)), strict=True):
+            yield end.format(expert), part
+
+
+def _ends(name: str, layout: Layout) -> list[str]:
+    """The names on disk of a parameter, with `{}` for the expert."""
+    for end, stored in layout.items():
+        if name.endswith(f".{end}"):
+            return [name.removesuffix(end) + part for part in stored]
+    return [name]
+
+
+class Checkpoint:
+    """The safetensors files of a folder, by `headers` that fill the model (see `minitron.checkpoint_contents`)."""
+
+    def __init__(self, folder: Path, headers: Mapping[str, Header]) -> None:
+        self.folder = folder
+        self.headers = headers
+        self._layout = layout_of(headers.keys())
 
     def tensor(self, name: str) -> Tensor:
         """A parameter of the model, mapped from the file where it is one tensor there.
 
         The file is open for this call only, so that the pages of a tensor go when the tensor does. Raises InputError
-        naming a tensor that the checkpoint lacks.
+        naming a file that is damaged.
         """
-        ends = self._ends(name)
+        ends = _ends(name, self._layout)
         with ExitStack() as stack:
             opened: dict[str, Any] = {}
 
             def read(stored: str) -> Tensor:
-                file = self.files[stored]
+                header = self.headers[stored]
                 try:
-                    if file not in opened:
-                        opened[file] = stack.enter_context(safe_open(str(self.folder / file), "pt"))
-                    tensor: Tensor = opened[file].get_tensor(stored)
+                    if header.file not in opened:
+                        opened[header.file] = stack.enter_context(safe_open(str(self.folder / header.file), "pt"))
+                    tensor: Tensor = opened[header.file].get_tensor(header.name)
                 except (OSError, SafetensorError) as error:
-                    raise _damaged(self.folder / file, error) from error
+                    raise damaged(self.folder / header.file, error) from error
                 return tensor
 
             if "{}" not in ends[0]:
-                return read(self._known(ends[0]))
-            first = [read(self._known(end.format(0))) for end in ends]
-            count = next(n for n in range(1, len(self.files) + 1) if ends[0].format(n) not in self.files)
+                return read(ends[0])
+            first = [read(end.format(0)) for end in ends]
+            count = next(n for n in range(1, len(self.headers) + 1) if ends[0].format(n) not in self.headers)
             stacked = first[0].new_empty(count, sum(len(part) for part in first), *first[0].shape[1:])
             for expert, slot in enumerate(stacked):
-                parts = [read(self._known(end.format(expert))) for end in ends]
-                torch.cat(parts, out=slot)
+                torch.cat([read(end.format(expert)) for end in ends], out=slot)
             return stacked
 
     def stored(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors (views of `tensor`) under which a parameter is kept on disk in this checkpoint's layout."""
-        ends = self._ends(name)
-        if "{}" not in ends[0]:
-            yield ends[0], tensor
-            return
-        for expert, slot in enumerate(tensor):
-            for end, part in zip(ends, slot.chunk(len(ends)), strict=True):
-                yield end.format(expert), part
-
-    def _ends(self, name: str) -> list[str]:
-        """The names on disk of a parameter, with `{}` for the expert."""
-        for end, stored in self._layout.items():
-            if name.endswith(f".{end}"):
-                return [name.removesuffix(end) + part for part in stored]
-        return [name]
-
-    def _known(self, stored: str) -> str:
-        if stored not in self.files:
-            raise InputError(f"{self.folder}: the checkpoint has no tensor {stored!r}", IN_MEMORY)
-        return stored
-
-
-def _files(folder: Path) -> dict[str, str]:
-    index, single = folder / INDEX, folder / SINGLE
-    if index.exists() and not single.exists():  # transformers' order
-        try:
-            files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise _damaged(index, error) from error
-        for file in sorted(set(files.values())):
-            if Path(file).name != file or not (folder / file).exists():
-                raise InputError(f"{folder}: {INDEX} names {file!r}, which is not there", "download or copy it again")
-        return files
-    if not single.exists():
-        pickled = sorted(file.name for file in folder.glob("*.bin"))
-        found = f"; it has {pickled[0]}, which is not read because a pickle can run code" if pickled else ""
-        raise InputError(
-            f"{folder}: no {SINGLE} and no {INDEX}{found}",
-            "convert it: load it with transformers and save_pretrained, which writes safetensors",
-        )
-    try:
-        with safe_open(str(single), "pt") as file:
-            return dict.fromkeys(file.keys(), SINGLE)
-    except (OSError, SafetensorError) as error:
-        raise _damaged(single, error) from error
-
-
-def _damaged(file: Path, error: Exception) -> InputError:
-    return InputError(f"{file}: cannot be read ({error})", "download or copy it again")
+        return stored_parts(name, tensor, self._layout)
 
 
 class ShardWriter:

@@ -15,10 +15,13 @@ from torch import Tensor, nn
 
 from minitron import storage
 from minitron.architecture import Architecture
+from minitron.checkpoint_contents import Difference, filled, is_harmless, refusal, untied_head
 from minitron.errors import InputError
 from minitron.families import family_of
 from minitron.files import file_stat
+from minitron.headers import has_safetensors, hub_headers, read_headers
 from minitron.packages import PACKAGE, package_path
+from minitron.quantised import as_ordinary, check_blocks, load_arguments, method_of, plain_model
 
 
 @contextmanager
@@ -109,6 +112,29 @@ def source_architecture(source: str, revision: str | None = None) -> tuple[Archi
     return Architecture.from_config(config), getattr(config, "max_position_embeddings", None)
 
 
+def check_contents(source: str, revision: str | None = None) -> None:
+    """Raise InputError unless the tensors of a model source are those of the model that its config describes, as far as names,
+    shapes and dtypes say. `load_source` finds the rest, and all that can be wrong with a source that has no safetensors."""
+    from transformers import AutoConfig
+
+    folder, arguments = _arguments(source, revision)
+    if "gguf_file" in arguments:
+        return
+    with _readable(source), quiet_transformers():
+        config = AutoConfig.from_pretrained(folder, **arguments)
+    method = method_of(config, source)
+    if not _looks_like_path(folder):
+        headers = hub_headers(folder, revision)
+    else:
+        headers = read_headers(Path(folder)) if has_safetensors(Path(folder)) else None
+    if headers is None:
+        return
+    if method == "fp8":
+        check_blocks(headers, config, source)
+    ordinary, quantised = as_ordinary(headers, method)
+    filled(ordinary, Architecture.from_config(config), source, quantised)
+
+
 def _arguments(source: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     """What transformers' from_pretrained takes for a source."""
     path = str(package_path(source)) if source.startswith(PACKAGE) else source
@@ -137,22 +163,43 @@ def _readable(source: str) -> Iterator[None]:
 def load_source(source: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
     """The model and tokenizer of a GGUF file, a local folder, `package:NAME/FILE`, or a hub name.
 
-    A GGUF model is dequantised and becomes an ordinary one that can be saved. Raises InputError when it cannot be read or
-    its family has no table.
+    A quantised model is dequantised and becomes an ordinary one that can be saved. Raises InputError when it cannot be read,
+    when its tensors are not those of the model that its config describes, or when its family has no table.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     check_source(source)
+    check_contents(source, revision)
     folder, arguments = _arguments(source, revision)
     with _readable(source), quiet_transformers():
+        method = method_of(AutoConfig.from_pretrained(folder, **arguments), source)
         tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **arguments)
-    Architecture.from_config(model.config)
-    if "gguf_file" in arguments:
-        model.hf_quantizer = None
-        model.is_quantized = False
-        del model.config.quantization_config
-    return model, tokenizer
+        model = _filled_model(folder, source, dtype=dtype, **arguments, **load_arguments(method))
+    broken = [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
+    if broken:
+        raise InputError(
+            f"{source}: {len(broken):,} tensors hold values that are not finite ({', '.join(broken[:3])})",
+            "download or copy it again, or use an earlier checkpoint of its training",
+        )
+    return plain_model(model, method, dtype), tokenizer
+
+
+def _filled_model(folder: str, where: str, **arguments: Any) -> Any:
+    """A causal language model of which transformers has loaded every parameter. Raises InputError for any other."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
+    architecture = Architecture.from_config(model.config)
+    difference = Difference(
+        missing=tuple(info["missing_keys"]),
+        unexpected=tuple(name for name in info["unexpected_keys"] if not is_harmless(name)),
+    )
+    if difference:
+        raise refusal(difference, architecture, where)
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    if architecture.tied and head is not embedding:
+        raise untied_head(architecture, where)
+    return model
 
 
 def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
@@ -164,11 +211,9 @@ def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A model from a local checkpoint folder, in eval mode."""
-    from transformers import AutoModelForCausalLM
-
     with quiet_transformers():
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, trust_remote_code=False, local_files_only=True
+        model: nn.Module = _filled_model(
+            str(folder), str(folder), dtype=dtype, trust_remote_code=False, local_files_only=True
         )
     return model.eval()
 

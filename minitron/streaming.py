@@ -12,8 +12,10 @@ from torch import Tensor
 from minitron import storage
 from minitron.architecture import Architecture
 from minitron.checkpoint import Checkpoint, ShardWriter
+from minitron.checkpoint_contents import filled, untied_head
 from minitron.errors import InputError
 from minitron.head_merging import merged_source
+from minitron.headers import read_headers
 from minitron.importance.scores import ImportanceScores
 from minitron.models import quiet_transformers
 from minitron.pruning import sliced_tensors
@@ -54,8 +56,8 @@ def prune_checkpoint(
     takes; it appears whole or not at all. `layers` are the kept ones (default: by score); `merge_heads` as in `prune`.
     In memory are at most one shard of `shard_bytes`, one tensor of the original and its cut. Weights keep their dtype,
     tokenizer, generation settings and licence are copied. `progress` is told (tensors done, tensors in all). Raises
-    InputError when `target` exists, when `architecture` does not fit inside the model, or when the checkpoint cannot be
-    read by name.
+    InputError when `target` exists, when `architecture` does not fit inside the model, or when the checkpoint's
+    tensors are not those of the model in config.json.
     """
     from transformers import AutoConfig
 
@@ -72,7 +74,7 @@ def prune_checkpoint(
             "use the checkpoint they were quantised from",
         )
     base = Architecture.from_config(config)
-    checkpoint = Checkpoint(folder)
+    checkpoint = Checkpoint(folder, filled(read_headers(folder), base, str(folder)))
     _check_tied(checkpoint, base)
     selection = select(scores, base, architecture, layers=layers)
     read: Callable[[str], Tensor] = checkpoint.tensor
@@ -93,16 +95,11 @@ def prune_checkpoint(
 
 
 def _check_tied(checkpoint: Checkpoint, base: Architecture) -> None:
-    """Refuse two different matrices where the config says that they are one: transformers would not tie them either."""
     table = base.table
-    if not base.tied or table.head not in checkpoint.files:
+    if not base.tied or table.head not in checkpoint.headers:
         return
     if not torch.equal(checkpoint.tensor(table.head), checkpoint.tensor(table.embedding)):
-        raise InputError(
-            f"{checkpoint.folder}: config.json ties {table.head} to {table.embedding}, but the checkpoint has both and "
-            "they differ",
-            "set tie_word_embeddings to false in config.json",
-        )
+        raise untied_head(base, str(checkpoint.folder))
 
 
 def _copy(source: Path, target: Path) -> None:

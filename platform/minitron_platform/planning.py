@@ -10,7 +10,7 @@ from minitron import storage
 from minitron.architecture import Architecture
 from minitron.device import compute_dtype, matmul_flops
 from minitron.hardware import hardware_notes
-from minitron.models import source_architecture
+from minitron.models import check_contents, source_architecture
 from minitron_platform.checks import check_machine, check_outcomes, check_recipe
 from minitron_platform.cluster_room import private_cpus
 from minitron_platform.context import Places, places
@@ -75,6 +75,7 @@ def plan(
     """
     where = places(storage_path, tracking_uri)
     teacher, longest = source_architecture(recipe.teacher.model, recipe.teacher.revision)
+    check_contents(recipe.teacher.model, recipe.teacher.revision)
     check_recipe(recipe, teacher, longest)
     found = _candidates(recipe, teacher)
     check_outcomes(recipe, teacher, found)

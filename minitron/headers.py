@@ -1,0 +1,109 @@
+"""What a checkpoint's files say they hold: names, shapes and dtypes, without reading a weight."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from minitron.errors import InputError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+INDEX_BYTES = 2**28  # an index of a million tensors is half as large
+
+
+@dataclass(frozen=True)
+class Header:
+    """One stored tensor: its name and file, its shape, and its dtype as safetensors spells it ("BF16")."""
+
+    name: str
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def has_safetensors(folder: Path) -> bool:
+    return (folder / SINGLE).exists() or (folder / INDEX).exists()
+
+
+def read_headers(folder: Path) -> dict[str, Header]:
+    """Every tensor in the safetensors files that transformers reads in a folder, by name.
+
+    Raises InputError when there are none, or when a file is missing or damaged.
+    """
+    headers: dict[str, Header] = {}
+    for file in _files(folder):
+        try:
+            with safe_open(str(folder / file), "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    tensor = opened.get_slice(name)
+                    headers[name] = Header(name, file, tuple(tensor.get_shape()), str(tensor.get_dtype()))
+        except (OSError, SafetensorError) as error:
+            raise damaged(folder / file, error) from error
+    return headers
+
+
+def _files(folder: Path) -> list[str]:
+    index, single = folder / INDEX, folder / SINGLE
+    if single.exists():  # transformers' order
+        return [SINGLE]
+    if not index.exists():
+        pickled = sorted(file.name for file in folder.glob("*.bin"))
+        found = f"; it has {pickled[0]}, which is not read because a pickle can run code" if pickled else ""
+        raise InputError(
+            f"{folder}: no {SINGLE} and no {INDEX}{found}",
+            "convert it: load it with transformers and save_pretrained, which writes safetensors",
+        )
+    if index.stat().st_size > INDEX_BYTES:
+        raise InputError(f"{index}: {index.stat().st_size:,} bytes are too many for an index", "download it again")
+    try:
+        files = sorted({str(file) for file in json.loads(index.read_text())["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(index, error) from error
+    for file in files:
+        if Path(file).name != file or not (folder / file).exists():
+            raise InputError(f"{folder}: {INDEX} names {file!r}, which is not there", "download or copy it again")
+    return files
+
+
+def damaged(file: Path, error: Exception) -> InputError:
+    return InputError(f"{file}: cannot be read ({error})", "download or copy it again")
+
+
+def hub_headers(name: str, revision: str | None) -> dict[str, Header] | None:
+    """As `read_headers`, of a model on the hub: from the local cache where the weights are there, otherwise from the
+    beginnings of the files on the hub. None for a model that has no safetensors.
+
+    Raises InputError when the weights are not in the cache and the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HTTPError, NotASafetensorsRepoError, SafetensorsParsingError
+
+    for file in (SINGLE, INDEX):
+        cached = try_to_load_from_cache(name, file, revision=revision)
+        if isinstance(cached, str):
+            try:
+                return read_headers(Path(cached).parent)
+            except InputError:
+                if file == SINGLE:
+                    raise
+                break  # the index has come before its files
+    try:
+        metadata = HfApi().get_safetensors_metadata(name, revision=revision)
+    except NotASafetensorsRepoError:
+        return None
+    except SafetensorsParsingError as error:
+        raise InputError(f"{name}: the safetensors files cannot be read ({error})", "use another revision") from error
+    except (HTTPError, OSError) as error:
+        raise InputError(
+            f"{name}: the weights are not all in the local cache, and the hub cannot be reached",
+            f"connect to the network, or run `hf download {name}` first",
+        ) from error
+    return {
+        name: Header(name, file, tuple(tensor.shape), str(tensor.dtype))
+        for file, stored in metadata.files_metadata.items()
+        for name, tensor in stored.tensors.items()
+    }
