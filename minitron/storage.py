@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 SCHEMES = ("file", "local", "memory", "s3", "gs", "gcs", "abfs", "az", "hf")
+CONDITIONAL = ("s3", "gs", "gcs", "abfs", "az", "memory")  # of these fsspec can create a file exclusively
 
 
 def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -109,6 +110,37 @@ def write_bytes(path: str, data: bytes) -> None:
         fs.pipe_file(inner, data)  # object stores publish a put whole
 
 
+def create_bytes(path: str, data: bytes) -> bool:
+    """Write a file only if there is none of that name; False where there is. Of several that try, one succeeds.
+
+    Object stores do it with a conditional put (S3: If-None-Match). Raises StorageError for a scheme that cannot.
+    """
+    fs, inner = filesystem(path)
+    if is_local(path):
+        target = local_path(path)
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+        with disk_errors(path):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                temporary.write_bytes(data)
+                os.link(temporary, target)
+            except FileExistsError:
+                return False
+            finally:
+                temporary.unlink(missing_ok=True)
+        return True
+    if path.split("://", 1)[0] not in CONDITIONAL:
+        raise StorageError(
+            f"{path}: this kind of storage can't create a file only if it is not there yet",
+            f"keep runs on a local folder or at one of {', '.join(f'{scheme}://' for scheme in CONDITIONAL)}",
+        )
+    try:
+        fs.pipe_file(inner, data, mode="create")
+    except FileExistsError:
+        return False
+    return True
+
+
 def write_json(path: str, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
@@ -117,6 +149,17 @@ def size(path: str) -> int:
     """Bytes below a folder, 0 if it is not there."""
     fs, inner = filesystem(path)
     return int(fs.du(inner)) if fs.exists(inner) else 0
+
+
+def names(path: str) -> list[str]:
+    """Names of the files and folders right below a folder, as they are now; empty where it is not there."""
+    fs, inner = filesystem(path)
+    fs.invalidate_cache()  # object stores remember listings
+    try:
+        entries = fs.ls(inner, detail=False)
+    except FileNotFoundError:
+        return []
+    return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries)
 
 
 def remove(path: str) -> None:

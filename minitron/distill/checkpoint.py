@@ -197,11 +197,7 @@ def _first(error: CheckpointException) -> BaseException:
 
 def committed_steps(folder: str) -> list[int]:
     """Steps with a committed checkpoint, ascending."""
-    fs, inner = storage.filesystem(folder)
-    if not fs.exists(inner):
-        return []
-    names = [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(inner, detail=True, refresh=True)]
-    steps = sorted(int(name.removeprefix("step-")) for name in names if name.startswith("step-"))
+    steps = sorted(int(name.removeprefix("step-")) for name in storage.names(folder) if name.startswith("step-"))
     return [step for step in steps if storage.is_committed(_path(folder, step))]
 
 

@@ -23,6 +23,7 @@ STORAGE_HELP = "Where everything is kept: a folder or any fsspec address. [defau
 TRACKING_HELP = "MLflow server or database. [default: SQLite in the storage]"
 ADDRESS_HELP = "The cluster's Jobs address, http://HOST:8265."
 INSECURE_HELP = "Allow a plain address elsewhere without a token."
+TAKE_OVER_HELP = "Take the run from another driver that carries it out, instead of waiting for that one to end."
 LISTED = 40  # candidates that a plan shows
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -123,6 +124,7 @@ def plan(recipe: str, overrides: tuple[str, ...], storage_path: str | None, trac
 @_recipe_options
 @click.option("--address", metavar="ADDRESS", help="A running Ray cluster to use. [default: Ray starts here]")
 @click.option("--until", type=click.Choice(STAGES), help="Stop after this stage.")
+@click.option("--take-over", is_flag=True, help=TAKE_OVER_HELP)
 def run(
     recipe: str,
     overrides: tuple[str, ...],
@@ -130,6 +132,7 @@ def run(
     tracking_uri: str | None,
     address: str | None,
     until: str | None,
+    take_over: bool,
 ) -> None:
     """Carry out RECIPE here, going on from what is already done."""
     import time
@@ -150,6 +153,7 @@ def run(
         tracking_uri=tracking_uri,
         address=address,
         until=until,
+        take_over=take_over,
         console=console,
     )
     if len(done.family) < len(loaded.family) or not all("register" in own for own in done.family.values()):
@@ -269,6 +273,7 @@ def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool)
 @_recipe_options
 @click.option("--address", required=True, metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help=ADDRESS_HELP)
 @click.option("--insecure", is_flag=True, help=INSECURE_HELP)
+@click.option("--take-over", is_flag=True, help=TAKE_OVER_HELP)
 def submit(
     recipe: str,
     overrides: tuple[str, ...],
@@ -276,6 +281,7 @@ def submit(
     tracking_uri: str | None,
     address: str,
     insecure: bool,
+    take_over: bool,
 ) -> None:
     """Run RECIPE as a job on a Ray cluster; it goes on when this terminal is gone."""
     from minitron_platform.recipe_file import load_recipe
@@ -287,6 +293,7 @@ def submit(
         storage_path=storage_path,
         tracking_uri=tracking_uri,
         insecure=insecure,
+        take_over=take_over,
         say=lambda line: click.echo(line, err=True),
     )
     click.echo(submission)

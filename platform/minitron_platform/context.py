@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from minitron import storage
 from minitron_platform.console import Console
+from minitron_platform.fence import Fence
 from minitron_platform.recipe import Member, Recipe
 from minitron_platform.spool import RunLog
 
@@ -55,6 +57,7 @@ class Context:
     places: Places
     console: Console
     run_key: str
+    fence: Fence | None  # of the run's lease; None where nothing is carried out
     need_ray: Callable[[], None]  # starts or joins Ray once, when the first stage needs it
     mlflow_run: Callable[[str], str | None]  # the MLflow run of a record's key, once it is known
     shared: dict[str, dict[str, Any]] = field(
@@ -91,6 +94,20 @@ class Context:
             student = self.family[before.model]["distill"]
             return {"folder": student["student"], "id": student["id"], "architecture": student["architecture"]}
         return {**self.shared["correct"], "architecture": self.shared["teacher"]["architecture"]}
+
+    def lease(self, name: str, what: str) -> AbstractContextManager[Fence]:
+        """Hold a part of the work that other runs may share; see `minitron_platform.leases`."""
+        from minitron_platform.leases import lease
+
+        # an earlier driver of this run may hold it still, but has lost the run
+        earlier = "its run was taken over"
+        return lease(self.places, name, what, run=self.run_key, console=self.console, take_over=earlier)
+
+    def check_fences(self, *fences: Fence) -> None:
+        """Raise LeaseLostError if this run, or what else is held, was taken over by another driver."""
+        for fence in (self.fence, *fences):
+            if fence is not None:
+                fence.check()
 
     def title(self, name: str) -> str:
         """What a stage or trial is called where several models have one of that name."""

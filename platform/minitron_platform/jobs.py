@@ -73,10 +73,11 @@ class JobRow:
 
 
 def entrypoint_for(recipe_file: str, options: Mapping[str, str], overrides: Sequence[str] = ()) -> str:
-    """The shell command of a run: option names without their dashes, overrides as `a.b=c`, everything quoted."""
+    """The shell command of a run: option names without their dashes, an empty value for a flag, overrides as `a.b=c`,
+    everything quoted."""
     words = ["python", "-m", "minitron_platform", "run", recipe_file]
     for name, value in options.items():
-        words += [f"--{name}", value]
+        words += [f"--{name}", *filter(None, [value])]
     for override in overrides:
         words += ["--set", override]
     return shlex.join(words)

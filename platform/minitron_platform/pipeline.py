@@ -11,13 +11,14 @@ import torch
 from rich.markup import escape
 
 from minitron import storage
-from minitron.errors import InputError
+from minitron.errors import InputError, StorageError
 from minitron_platform import stages
 from minitron_platform.cluster_room import check_cluster, joins_cluster, private_cpus
 from minitron_platform.console import Console, seconds
 from minitron_platform.context import Context, Places, places
+from minitron_platform.fence import Fence, LeaseLostError
+from minitron_platform.leases import lease
 from minitron_platform.local_ray import ray_session
-from minitron_platform.locks import lock
 from minitron_platform.recipe import Member, Recipe
 from minitron_platform.recipe_file import recipe_yaml
 from minitron_platform.spool import RunLog, read_events
@@ -33,6 +34,7 @@ def run(
     tracking_uri: str | None = None,
     address: str | None = None,
     until: str | None = None,
+    take_over: bool = False,
     console: Console | None = None,
 ) -> Context:
     """Carry out `recipe`, doing only what is not done yet; returns the finished run: `shared` has the outputs of the stages
@@ -40,16 +42,17 @@ def run(
 
     storage_path: any fsspec path (default ./runs or MINITRON_STORAGE). tracking_uri: MLflow's (default SQLite inside the
     storage). address: a running Ray cluster (default: Ray starts in this process). until: the last stage to do, of the
-    family's first model where each has its own.
+    family's first model where each has its own. take_over: if another driver carries out this run, take it from there instead
+    of waiting for it to end.
     Killed at any point and called again, it goes on from the last finished stage, trial or checkpoint.
-    Raises MinitronError for what the user can mend.
+    Raises LeaseLostError when another driver took the run over, MinitronError for what the user can change.
     """
     if until is not None and until not in stages.NAMES:
         raise InputError(f"until: {until!r} is not a stage", f"use one of {', '.join(stages.NAMES)}")
     console = console or Console()
     where = places(storage_path, tracking_uri)
     key = run_key(recipe)
-    with lock(where, f"runs/{key}/lock", f"run {key}"), _closing(console) as stack:
+    with _alone(where, key, console, take_over) as fence, _closing(console) as stack:
         storage.write_bytes(storage.join(where.local_run(key), "recipe.yaml"), recipe_yaml(recipe).encode())
         flusher = stack.enter_context(Flusher(where.spool(key), where.tracking_uri, recipe.experiment))
         context = Context(
@@ -57,6 +60,7 @@ def run(
             places=where,
             console=console,
             run_key=key,
+            fence=fence,
             need_ray=_ray_starter(stack, recipe, address, storage.join(where.local_run(key), "logs")),
             mlflow_run=lambda record: flusher.wait_for(record, timeout=30),
         )
@@ -72,10 +76,31 @@ def run(
             else:
                 _report(context, parent)
         except BaseException as error:
-            parent.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            if not _is_lost(fence):  # else the record belongs to the driver that goes on with it
+                parent.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
         parent.end("FINISHED")
     return context
+
+
+@contextmanager
+def _alone(where: Places, key: str, console: Console, take_over: bool) -> Iterator[Fence]:
+    with ExitStack() as stack:
+        with console.working("waiting"):
+            reason = "as --take-over says" if take_over else ""
+            held = lease(where, f"run-{key}", f"run {key}", run=key, console=console, take_over=reason)
+            fence = stack.enter_context(held)
+        yield fence
+
+
+def _is_lost(fence: Fence) -> bool:
+    try:
+        fence.check()
+    except LeaseLostError:
+        return True
+    except (OSError, StorageError):  # the storage is away: nobody can have taken it over through it
+        return False
+    return False
 
 
 def steps(recipe: Recipe) -> Iterator[tuple[str, Member | None]]:
@@ -147,6 +172,7 @@ def finished_stages(recipe: Recipe, where: Places) -> tuple[Context, int]:
         places=where,
         console=Console(),
         run_key=run_key(recipe),
+        fence=None,
         need_ray=_nothing,
         mlflow_run=lambda key: None,
     )
@@ -172,31 +198,40 @@ def _stage(context: Context, name: str, parent: _Parent, before_work: Callable[[
     with console.working(f"[bold]{name}[/]"):
         fingerprint = stage_fingerprint(context, name)
         folder = context.places.stage(name, fingerprint)
-        stage = stages.load(name)
         record = finished_record(context, name, folder)
         reused = record is not None
         log = parent.child(name)
         if record is None:
             before_work()
             log.start(context.title(name), parent=context.run_key, tags={"minitron.kind": "stage"})
-            started = time.time()
             try:
-                with lock(context.places, f"locks/{name}-{fingerprint}", f"stage {name}"):
-                    outputs = stage.run(context, folder)
+                with context.lease(f"{name}-{fingerprint}", f"stage {name}") as fence:
+                    record = finished_record(context, name, folder)  # by another run that was waited for
+                    reused = record is not None
+                    if record is None:
+                        record = _carry_out(context, name, folder, fingerprint, fence)
             except BaseException as error:
                 log.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
                 raise
-            record = {
-                "outputs": {**outputs, "fingerprint": fingerprint},
-                "seconds": time.time() - started,
-                "artifacts": sorted(_artifacts(outputs)),
-            }
-            storage.write_json(storage.join(folder, RECORD), record)
         context.finish(name, record["outputs"])
         _log_stage(context, name, log, record, reused)
     summary = escape(record["outputs"]["summary"])
     took = "already done" if reused else seconds(record["seconds"])
     console.say(f"[green]✓[/] [bold]{name:<10}[/] {summary} [dim]· {took}[/]")
+
+
+def _carry_out(context: Context, name: str, folder: str, fingerprint: str, fence: Fence) -> dict[str, Any]:
+    """Do a stage and record it, unless somebody else has taken the run or the stage over meanwhile."""
+    started = time.time()
+    outputs = stages.load(name).run(context, folder)
+    record = {
+        "outputs": {**outputs, "fingerprint": fingerprint},
+        "seconds": time.time() - started,
+        "artifacts": sorted(_artifacts(outputs)),
+    }
+    context.check_fences(fence)
+    storage.write_json(storage.join(folder, RECORD), record)
+    return record
 
 
 def _artifacts(outputs: dict[str, Any]) -> Iterator[str]:

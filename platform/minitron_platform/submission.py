@@ -21,13 +21,15 @@ def submit(
     storage_path: str | None = None,
     tracking_uri: str | None = None,
     insecure: bool = False,
+    take_over: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> str:
     """Start `recipe` on the cluster at `address` (its Jobs address, http://HOST:8265) and return the submission id.
 
     storage_path: a folder that the cluster's nodes share, or an address such as s3://…; tracking_uri: MLflow's. On a head
     of this machine both have the defaults of `run`; elsewhere they must be given, because this machine's are not there.
-    insecure: allow an unencrypted address elsewhere without a token. say: receives what there is to tell.
+    insecure: allow an unencrypted address elsewhere without a token. take_over: as in `run`.
+    say: receives what there is to tell.
     Raises InputError for what cannot work, MinitronError if the head refuses or does not answer.
     """
     where = places(storage_path, tracking_uri)
@@ -47,5 +49,7 @@ def submit(
             )
         if tracking_uri is not None:
             options["tracking-uri"] = tracking_uri
+    if take_over:
+        options["take-over"] = ""
     text = recipe_yaml(with_absolute_paths(recipe))
     return submit_text(text, name=recipe.name, address=address, options=options, insecure=insecure, say=say)

@@ -11,7 +11,6 @@ from minitron.architecture import Architecture
 from minitron.errors import InputError
 from minitron.logits import CHUNK_TOKENS
 from minitron_platform.context import Context
-from minitron_platform.locks import lock
 from minitron_platform.losses import logit_losses
 from minitron_platform.recipe import Member, Recipe
 from minitron_platform.stages.targets import materials, origin
@@ -236,7 +235,7 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         workers=recipe.resources.workers_per_trial,
         max_failures=recipe.resources.max_failures,
     )
-    with lock(context.places, f"locks/trials-{task.folder.rsplit('/', 1)[-1]}", "a search over the same trials"):
+    with context.lease(f"trials-{task.folder.rsplit('/', 1)[-1]}", "a search over the same trials"):
         found, milliseconds = shortlist(context, task, pool)
         distilled = distilled_count(recipe, len(found), len(context.member.points))
         view = TrialsView(
