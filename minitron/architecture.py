@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from minitron.errors import InputError
 from minitron.families import Family, Parameter, family_of
-from minitron.families.config import LONGROPE, read_config, write_config
+from minitron.families.config import LONGROPE, make_plain, read_config, write_config
 from minitron.families.table import EXPERTS, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MLP, VOCAB, Axis
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ class Architecture:
         return cls(**read_config(config))
 
     def to_config(self, config: PretrainedConfig, kept_layers: Sequence[int] | None = None) -> PretrainedConfig:
-        """A copy of `config` with these numbers; `head_dim` is always explicit.
+        """A copy of `config` with these numbers, for a checkpoint that transformers loads by itself; `head_dim` is always
+        explicit.
 
         `kept_layers` are the source's layers that stay, so that per-layer settings follow them (default: the first ones).
         """
@@ -93,6 +94,7 @@ class Architecture:
             if values is not None:
                 setattr(result, name, [values[index] for index in kept])
         write_config(result, self.table, asdict(self))
+        make_plain(result)
         return result
 
     @property

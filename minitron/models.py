@@ -18,10 +18,14 @@ from minitron.architecture import Architecture
 from minitron.checkpoint_contents import Difference, filled, is_harmless, refusal, untied_head
 from minitron.errors import InputError
 from minitron.families import family_of
+from minitron.families.config import make_plain
 from minitron.files import file_stat
 from minitron.headers import has_safetensors, hub_headers, read_headers
 from minitron.packages import PACKAGE, package_path
 from minitron.quantised import as_ordinary, check_blocks, load_arguments, method_of, plain_model
+
+# What transformers writes into tokenizer_config.json of the machine it ran on and of code that is not in the folder.
+NOT_THE_TOKENIZERS = ("auto_map", "is_local", "local_files_only")
 
 
 @contextmanager
@@ -204,6 +208,9 @@ def _filled_model(folder: str, where: str, **arguments: Any) -> Any:
 
 def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """Write a plain transformers checkpoint: config, safetensors, tokenizer."""
+    make_plain(model.config)
+    for key in NOT_THE_TOKENIZERS:
+        tokenizer.init_kwargs.pop(key, None)
     with quiet_transformers():
         model.save_pretrained(str(folder))  # type: ignore[operator]
         tokenizer.save_pretrained(str(folder))

@@ -243,7 +243,14 @@ def staging_folder(target: str) -> Path:
 
 
 def upload(temporary: Path, target: str, pattern: str = "*") -> dict[str, Any]:
-    """Size and SHA-256 of the files in a staging folder that match; copies them to `target` where that is not local."""
+    """Size and SHA-256 of the files in a staging folder that match; copies them to `target` where that is not local.
+
+    Whoever may read the folder may read them: safetensors writes files that only their owner can read.
+    """
+    mode = temporary.stat().st_mode & 0o666  # what the umask has left of a new file's
+    for file in temporary.rglob(pattern):
+        if file.is_file():
+            file.chmod(mode)
     files = {
         str(file.relative_to(temporary)): {"bytes": file.stat().st_size, "sha256": sha256(file)}
         for file in sorted(temporary.rglob(pattern))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from minitron.errors import InputError
 from minitron.head_merging import merged_source
 from minitron.headers import read_headers
 from minitron.importance.scores import ImportanceScores
-from minitron.models import quiet_transformers
+from minitron.models import NOT_THE_TOKENIZERS, quiet_transformers
 from minitron.pruning import sliced_tensors
 from minitron.selection import select
 
@@ -37,6 +38,8 @@ COPIED = (
     "LICENSE*",
     "NOTICE*",
 )
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def prune_checkpoint(
@@ -109,3 +112,9 @@ def _copy(source: Path, target: Path) -> None:
                 copy = target / file.relative_to(source)
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, copy)
+    settings = target / TOKENIZER_CONFIG
+    if settings.exists():
+        values = storage.read_json(str(settings))
+        kept = {name: value for name, value in values.items() if name not in NOT_THE_TOKENIZERS}
+        if kept != values:
+            settings.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n")

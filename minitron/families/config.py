@@ -64,5 +64,16 @@ def write_config(config: PretrainedConfig, family: Family, fields: Mapping[str, 
     config.head_dim = fields["head_dim"]
 
 
+def make_plain(config: PretrainedConfig) -> None:
+    """Take from a config what was true of the checkpoint it came with and is not of one that this package writes: code and
+    classes of somebody's own, quantised weights. What is left loads with transformers alone."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    for name in ("auto_map", "quantization_config"):
+        if hasattr(config, name):
+            delattr(config, name)
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+
+
 def _names(family: Family) -> dict[str, str]:
     return {**CONFIG_NAMES, **(EXPERT_NAMES if family.experts else {}), **family.config_names}

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from minitron.errors import InputError, StorageError
+from minitron.storage import write_bytes
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,11 @@ class ImportanceScores:
         }
         if self.experts is not None:
             tensors["experts"] = self.experts
-        save_file(
+        data = save(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
-            str(path),
             metadata={"provenance": json.dumps(self.provenance, sort_keys=True)},
         )
+        write_bytes(str(path), data)  # save_file would keep everybody else from reading it
 
     @classmethod
     def load(cls, path: str | Path) -> ImportanceScores:
