@@ -11,6 +11,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -21,7 +22,6 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from minitron import storage
@@ -30,7 +30,6 @@ from minitron.errors import MinitronError, StorageError
 log = logging.getLogger(__name__)
 FILE_BYTES = 256 << 20  # safetensors copies what it writes, so one file's worth is the memory that saving takes
 T = TypeVar("T")
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs no more
 
 
 class Checkpoints:
@@ -47,19 +46,23 @@ class Checkpoints:
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
         # of its own, because training goes on meanwhile
         self.group = dist.new_group(backend="gloo") if several else None
-        cuda = torch.cuda.is_available()
-        self.stager = DefaultStager(StagingOptions(cuda, False, False, False))
+        self.copies: dict[str, Tensor] = {}
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[None] | None = None
+        self.filters = ExitStack()
 
     def __enter__(self) -> Checkpoints:
+        # Here, not around each save: filters are the process's, and saves are in a thread beside others.
+        self.filters.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs no more
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.writer.shutdown(wait=True)
-        self.stager.close()
+        self.filters.close()
+        self.copies.clear()
         if kind is None:
             self.wait()
             if self.group is not None:
@@ -86,7 +89,7 @@ class Checkpoints:
             for number, (name, tensor) in enumerate(tensors.items())
             if isinstance(tensor, DTensor) or number % self.world == self.rank
         }
-        copy: Any = self.stager.stage(mine)
+        copy = _copy(mine, self.copies)
         self.pending = self.writer.submit(self._write, step, copy, files, {**note, "step": step, "key": self.key})
 
     def load(self, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
@@ -177,6 +180,26 @@ class Checkpoints:
             if failure is not None:
                 raise failure
         return [value for value, _ in results]
+
+
+@torch.no_grad()
+def _copy(tensors: dict[str, Tensor], earlier: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` in main memory: in the tensors of `earlier` where they fit, else in new ones that are added to it.
+
+    They are used again since reserving memory, and locking its pages for a GPU, takes longer than the copying. (The stagers
+    of torch.distributed.checkpoint let go of them after each copy in torch 2.11 and keep them in 2.13.)
+    """
+    for name, tensor in tensors.items():
+        if name not in earlier or earlier[name].shape != tensor.shape:
+            earlier[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        _local(earlier[name]).copy_(_local(tensor), non_blocking=True)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return {name: earlier[name] for name in tensors}
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _files(tensors: dict[str, Tensor]) -> dict[str, int]:

@@ -10,13 +10,14 @@ import site
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import ray
 from ray._private.authentication import authentication_token_setup
 
+from minitron.environment import environment_variables
 from minitron.errors import InputError, MinitronError
 from minitron_platform.shipping import PACKAGES, package_folder, stage_code
 
@@ -83,9 +84,9 @@ def ray_session(
             f"Ray address {address!r}: this is the address of the Jobs API, which takes whole runs",
             "use `minitron submit --address` with it, or unset RAY_ADDRESS to run here",
         )
-    with _environment(QUIET):
+    with environment_variables(QUIET):
         if address is None or address == "local":
-            with _private_folder(temp_dir) as folder, _environment(_private_settings()):
+            with _private_folder(temp_dir) as folder, environment_variables(_private_settings()):
                 ray.init(
                     address="local",
                     num_cpus=max(cores(), num_cpus or 0),
@@ -194,17 +195,3 @@ def _private_folder(temp_dir: str | None) -> Iterator[str]:
     delete = ["sh", "-c", 'cat >/dev/null; rm -rf "$1"', "sh", folder]
     with subprocess.Popen(delete, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True):
         yield f"{folder}/r"  # Ray opens its own folder to everybody, so it gets one inside ours
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

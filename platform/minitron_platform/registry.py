@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minitron.environment import environment_variables
 from minitron.errors import InputError, MinitronError, StorageError
 from minitron.storage import MANIFEST, absolute, is_committed, is_local, join, local_path, manifest, read_bytes, verify
 from minitron_platform.spool import check_key
@@ -35,7 +36,8 @@ MANIFEST_TAG = "minitron.manifest_sha256"
 HISTORY_TAG = "minitron.history."
 HISTORY_KEPT = 500  # promotions; MLflow's tags hold 100,000 characters
 CANDIDATE, CHAMPION = "candidate", "champion"
-UPLOAD_TIMEOUT, UPLOAD_RETRIES = "1800", "5"  # seconds a server may take to store one file, and attempts
+# Files of gigabytes take long to store; prepare_mlflow lets other requests wait for seconds only.
+UPLOADING = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "1800", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5"}
 
 
 @dataclass(frozen=True)
@@ -272,7 +274,7 @@ def _upload(
         files = {file: int(entry["bytes"]) for file, entry in manifest(source)["files"].items()}
         total, done = sum(files.values()), 0
         there = _sizes(client, model.model_id)
-        with _patient():
+        with environment_variables(UPLOADING):
             for file, size in [*files.items(), (MANIFEST, -1)]:
                 if there.get(file) != size:
                     client.log_model_artifact(
@@ -304,18 +306,6 @@ def _uploaded(client: MlflowClient, model_id: str) -> tuple[dict[str, int], byte
         address = f"{client.get_logged_model(model_id).artifact_location}/{MANIFEST}"
         path = download_artifacts(address, dst_path=folder, tracking_uri=client.tracking_uri)
         return _sizes(client, model_id), Path(path).read_bytes()
-
-
-@contextmanager
-def _patient() -> Iterator[None]:
-    """Let requests take as long as files of gigabytes need; prepare_mlflow keeps them short otherwise."""
-    wanted = {"MLFLOW_HTTP_REQUEST_TIMEOUT": UPLOAD_TIMEOUT, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": UPLOAD_RETRIES}
-    before = {name: os.environ[name] for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        os.environ.update(before)
 
 
 @contextmanager

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-# Before Tune is imported: none of its tables, and no CSV, JSON and TensorBoard copies of what trials report.
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-# Its own handling of Ctrl-C would end a search early as if it were finished.
-os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
 
 import ray
 from ray import cloudpickle, tune
@@ -23,6 +16,7 @@ from ray.tune import Callback, Stopper
 
 from minitron import storage
 from minitron.architecture import Architecture
+from minitron.environment import environment_variables
 from minitron.errors import InputError, MinitronError, StorageError
 from minitron_search.failures import CERTAIN, cause, reason
 from minitron_search.memory import killed_workers_fail_alone, release_memory
@@ -31,6 +25,13 @@ from minitron_search.trial import Report, trial_key
 
 Event = Callable[[str, dict[str, Any]], None]
 Work = Callable[[Architecture, Report], Any]
+TUNE = {
+    # none of its tables, and no CSV, JSON and TensorBoard copies of what trials report
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Its own handling of Ctrl-C would end a search early as if it were finished.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Pool:
         by_key = {trial_key(architecture): architecture for architecture in waiting}
         ending = _Ending()
         events = _Events(self.on_event, ending)
-        self._fit(work, by_key, events, ending)
+        with environment_variables(TUNE):
+            self._fit(work, by_key, events, ending)
         if error := ending.error:
             raise StorageError(error.problem, f"{error.remedy}; run again then: what has finished is kept") from error
         failures = {str(a): events.failed[key] for key, a in by_key.items() if key in events.failed and not done(a)}
