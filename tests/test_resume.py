@@ -240,7 +240,7 @@ def test_benchmarks_in_the_loop_change_nothing_and_say_the_same_in_every_process
     """With a sharded student here, whose curve is that without them, see above; and alone."""
     found = [_saw(done, "both", rank)["scores"] for rank in range(2)]
     assert found[0] == found[1]
-    assert [list(scores) for scores in found[0]] == [["task_arc_easy"]] * 3
+    assert [list(scores) for scores in found[0]] == [["task_arc_easy.acc"]] * 3
     config = replace(STEPS, checkpoint_every=0)
     plain, student = train(material, config)
     asked, other = train(material, config, tasks=True)

@@ -266,7 +266,7 @@ def test_a_teacher_online_is_stored_for_the_search_alone(bench):
     assert "beyond the 40 likeliest tokens" in result.stdout
     assert metrics["distill"]["teacher_shards"] == 2
     (distilled,) = [run for run in runs if run.info.run_name == "distill"]
-    tasks = client.get_metric_history(distilled.info.run_id, "task_arc_easy")
+    tasks = client.get_metric_history(distilled.info.run_id, "task_arc_easy.acc")
     assert [point.step for point in tasks] == [12, 24]
     assert [p.step for p in client.get_metric_history(distilled.info.run_id, "heldout_kl")] == [8, 16, 24]
     # a sharded student is gathered for nothing else

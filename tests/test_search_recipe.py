@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command import run_minitron
 from mlflow.tracking import MlflowClient
+from tiny import texts
 
 from minitron.architecture import Architecture
 from minitron.errors import InputError
+from minitron.evaluation import task_metric
 from minitron_platform import plan, run
 from minitron_platform.recipe_file import load_recipe, with_absolute_paths
 
@@ -28,10 +31,14 @@ def _recipe(bench, latency_ms):
         "sampler": {"candidates": SCORED, "seed": 1},
         "forward": {"keep": DISTILLED - 1},
         "rungs": [],
-        "evaluate": {"keep": BENCHMARKED, "tasks": values["evaluate"]["tasks"]},
+        "evaluate": {"keep": BENCHMARKED},
     }
     values["distill"] |= {"steps": 4, "warmup_steps": 1}
-    values["evaluate"] = {"tasks": []}
+    pages = "".join(json.dumps({"page": text}) + "\n" for text in texts(3, seed=5))
+    (bench / "pages.jsonl").write_text(pages)
+    perplexity = {"name": "wikitext", "data": str(bench / "pages.jsonl")}
+    values["search"]["evaluate"]["tasks"] = [*values["evaluate"]["tasks"], perplexity]
+    values["evaluate"] = {"tasks": [perplexity]}
     values["resources"] = {"workers": 1}
     (bench / "all.yaml").write_text(yaml.safe_dump(values))
     return load_recipe(str(bench / "all.yaml"))
@@ -49,7 +56,7 @@ def test_the_plan_says_what_is_sampled_timed_and_benchmarked(bench, searched):
     made = plan(_recipe(bench, 60_000), storage_path=str(searched[1]))
     (cost,) = [cost for cost in made.costs if cost.stage == "search"]
     assert cost.what.startswith("at least 8 shapes timed, 8 candidates scored of 174 combinations, 3 distilled")
-    assert cost.what.endswith("arc_easy for 2")
+    assert cost.what.endswith("arc_easy, wikitext for 2")
     assert made.candidates["tiny-student"][0].num_parameters <= 104_000
 
 
@@ -76,8 +83,8 @@ def test_what_was_measured_is_in_the_ranking_the_page_and_the_records(searched):
         assert row["latency_ms"] > 0
         assert f"<td>{row['latency_ms']:.3g}</td>" in page
         if row["arc_easy"] is not None:
-            assert f"{100 * row['arc_easy']:.1f} ± {100 * row['arc_easy_stderr']:.1f} %" in page
-    assert "<th>arc_easy</th>" in page
+            assert f"<td>{100 * row['arc_easy']:.1f} ± {100 * row['arc_easy_stderr']:.1f}</td>" in page
+    assert "<th>arc_easy acc, %</th>" in page
     assert "2 sequences of 64 tokens" in page
     times = [json.loads(path.read_text()) for path in (storage / "latency").glob("*.json")]
     measured = {time["architecture"]: time["milliseconds"] for time in times}
@@ -88,9 +95,31 @@ def test_what_was_measured_is_in_the_ranking_the_page_and_the_records(searched):
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
     (experiment,) = [e for e in client.search_experiments() if e.name == "tiny"]
     trials = client.search_runs([experiment.experiment_id], "tags.`minitron.kind` = 'trial'")
-    logged = {trial.data.metrics.get("arc_easy") for trial in trials}
+    logged = {trial.data.metrics.get("arc_easy.acc") for trial in trials}
     assert {row["arc_easy"] for row in scored} <= logged
     assert all("latency_ms" in trial.data.metrics for trial in trials)
+
+
+def test_a_perplexity_is_no_percentage_wherever_it_is_shown(searched):
+    stages, storage = searched
+    page = html.unescape(next((storage / "runs").glob("*/report.html")).read_text())
+    distilled = stages["evaluate"]["table"]["distilled"]["tasks"]["wikitext"]
+    shown = task_metric("wikitext", "word_perplexity").text(distilled["value"])
+    assert shown == f"{distilled['value']:,.0f}"  # of a tiny model, in the thousands
+    assert "<td>wikitext word_perplexity</td>" in page
+    assert "<th>wikitext word_perplexity</th>" in page
+    assert f"<td>{shown}</td>" in page
+    assert "wikitext: word_perplexity (lower is better), 0-shot" in page
+    assert f"{100 * distilled['value']:,.0f}" not in page
+
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    (evaluated,) = [run for run in runs if run.info.run_name == "evaluate"]
+    assert evaluated.data.metrics["distilled.wikitext.word_perplexity"] == pytest.approx(distilled["value"])
+    version = client.get_model_version("tiny-student", "1")
+    assert version.tags["minitron.task.wikitext"] == f"word_perplexity {shown}"
+    listed = run_minitron("models", "--storage", str(storage), cwd=storage)
+    assert f"wikitext word_perplexity {shown}" in listed.stdout
 
 
 def test_local_benchmarks_of_a_search_are_sent_by_their_absolute_path(bench, monkeypatch):

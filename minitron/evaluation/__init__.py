@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from minitron.evaluation.heldout import HeldoutMetrics as HeldoutMetrics
     from minitron.evaluation.heldout import heldout_metrics as heldout_metrics
     from minitron.evaluation.heldout import teacher_targets as teacher_targets
+    from minitron.evaluation.metrics import Metric as Metric
+    from minitron.evaluation.metrics import task_metric as task_metric
     from minitron.evaluation.speed import Throughput as Throughput
     from minitron.evaluation.speed import interleaved_throughput as interleaved_throughput
     from minitron.evaluation.speed import throughput as throughput
@@ -26,6 +28,8 @@ _PUBLIC = {
     "HeldoutMetrics": "heldout",
     "heldout_metrics": "heldout",
     "teacher_targets": "heldout",
+    "Metric": "metrics",
+    "task_metric": "metrics",
     "Task": "tasks",
     "check_tasks": "tasks",
     "Throughput": "speed",

@@ -30,6 +30,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from minitron.errors import InputError
 from minitron.evaluation.benchmarks import FILTER, METRIC
+from minitron.evaluation.metrics import Metric, task_metric
 from minitron.evaluation.mode import evaluating
 from minitron.evaluation.tasks import Task, build, check_tasks, parts
 
@@ -38,7 +39,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Score:
-    """One benchmark's result. `value` and `stderr` are shares of 1 for accuracies."""
+    """One benchmark's result. `value` and `stderr` are as lm-eval gives them, shares of 1 for accuracies; `shown_as` knows
+    the unit they are shown in."""
 
     task: str
     metric: str
@@ -52,8 +54,13 @@ class Score:
     """lm-eval's version of the task definition; scores of different versions do not compare."""
     split: str
     """The split whose documents were scored."""
-    higher_is_better: bool
-    """As lm-eval says of the metric; false for a perplexity."""
+    higher_is_better: bool | None
+    """As lm-eval says of the metric; false for a perplexity, None where neither it nor we know."""
+
+    @property
+    def shown_as(self) -> Metric:
+        """Unit and format of `value` and `stderr`."""
+        return task_metric(self.task, self.metric)
 
 
 def evaluate(
@@ -105,6 +112,9 @@ def _score(scorer: _Scorer, task: Task, name: str, split: str, built: Any) -> Sc
     chosen = FILTER[task.name] if FILTER.get(task.name) in filters else filters[0]
     values = [sample[metric] for sample in results["samples"][name] if sample["filter"] == chosen]
     is_mean = built.aggregation()[metric] is mean
+    higher_is_better = built.higher_is_better()[metric]
+    if higher_is_better is None:
+        higher_is_better = task_metric(name, metric).higher_is_better
     return Score(
         task=name,
         metric=metric,
@@ -114,7 +124,7 @@ def _score(scorer: _Scorer, task: Task, name: str, split: str, built: Any) -> Sc
         num_fewshot=task.num_fewshot,
         version=str(results["versions"][name]),
         split=split,
-        higher_is_better=built.higher_is_better()[metric],
+        higher_is_better=higher_is_better,
     )
 
 
@@ -168,9 +178,26 @@ class _Scorer(HFLM):
         self._expect(requests)
         return super().loglikelihood(requests, disable_tqdm=True)
 
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        self._expect(requests)
+        answers: list[float] = []
+        for start in range(0, len(requests), self.batch_size):  # the parent answers all that it is given at its end
+            answers += super().loglikelihood_rolling(requests[start : start + self.batch_size], disable_tqdm=True)
+        return answers
+
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         self._expect(requests)
         return super().generate_until(requests, disable_tqdm=True)
+
+    def tok_batch_encode(
+        self, strings: list[str], *args: Any, left_truncate_len: int | None = None, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the parent's, which cuts a prompt so that there is room for the answer; those that are cut are counted."""
+        ids, mask = super().tok_batch_encode(strings, *args, **options)
+        if left_truncate_len:
+            self.cut += int((mask.sum(1) > left_truncate_len).sum())
+            ids, mask = ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
+        return ids, mask
 
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
         """As the parent's, but logits only where a continuation is: the rest is a quarter of the time of a small model,
@@ -199,7 +226,8 @@ class _Scorer(HFLM):
                             bool((log_p.argmax(-1) == target).all()),
                         )
                         answers[index] = answer
-                        self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
+                        if requests[index][0] is not None:  # else a window of a document, whose answer is the parent's
+                            self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
         return [answers[index] for index in range(len(requests))]
 
 

@@ -133,6 +133,11 @@ def _task_measure(model: nn.Module, tokenizer: Any, task: Task, advance: Advance
         for place in own_share(range(len(remainders))):
             with without_layers(model, set(everything) - set(remainders[place])):
                 score = evaluate(model, tokenizer, [task])[task.name]
+            if score.higher_is_better is None:
+                raise InputError(
+                    f"task {task.name!r}: whether a higher {score.metric} is better is not known",
+                    "rank layers by another task, or by the loss",
+                )
             values[place] = score.value if score.higher_is_better else -score.value
             advance(1)
         return add_up(values)

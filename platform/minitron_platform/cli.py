@@ -348,13 +348,14 @@ def models(places: Any) -> None:
     """List the registered models."""
     from rich.table import Table
 
+    from minitron.evaluation.metrics import KL, LOSS
     from minitron_platform.registry import models as registered
 
     found = registered(places.tracking_uri)
     if not found:
         click.echo(f"no models in {places.tracking_uri}; `minitron run` registers one")
         return
-    table = Table()
+    table = Table(caption=f"KL to the teacher and held-out loss in {KL.unit}", caption_justify="left")
     for title in ("model", "version", "parameters", "KL", "loss", "registered"):
         table.add_column(title, no_wrap=True)
     for row in found:
@@ -362,8 +363,8 @@ def models(places: Any) -> None:
             row.name,
             row.version,
             f"{row.parameters / 1e6:,.1f}M" if row.parameters else "",
-            f"{row.heldout_kl:.3f}" if row.heldout_kl is not None else "",
-            f"{row.heldout_loss:.3f}" if row.heldout_loss is not None else "",
+            KL.text(row.heldout_kl) if row.heldout_kl is not None else "",
+            LOSS.text(row.heldout_loss) if row.heldout_loss is not None else "",
             f"{row.created:%Y-%m-%d %H:%M}",
         )
     console = Console()
@@ -371,6 +372,8 @@ def models(places: Any) -> None:
     for row in found:
         aliases = f" ({', '.join(row.aliases)})" if row.aliases else ""
         console.say(escape(f"{row.name} {row.version}{aliases}: {row.source}"))
+        if row.tasks:
+            console.say(escape(f"  {' · '.join(f'{task} {score}' for task, score in row.tasks.items())}"))
 
 
 @main.command()

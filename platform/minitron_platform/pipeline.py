@@ -259,7 +259,9 @@ def _table_metrics(outputs: dict[str, Any]) -> dict[str, float]:
     values: dict[str, float] = {}
     for model, row in outputs.get("table", {}).items():
         values |= {f"{model}.{k}": row[k] for k in ("loss", "kl", "top1_agreement", "parameters", "tokens_per_second")}
-        values |= {f"{model}.{task}": score["value"] for task, score in row["tasks"].items()}
+        for task, score in row["tasks"].items():
+            name = f"{model}.{task}.{score['metric']}"
+            values |= {name: score["value"]} | ({f"{name}_stderr": score["stderr"]} if score["stderr"] else {})
     return values
 
 

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 KEY_TAG = "minitron.key"
 MANIFEST_TAG = "minitron.manifest_sha256"
 HISTORY_TAG = "minitron.history."
+TASK_TAG = "minitron.task."  # and the benchmark's name: its score in words, such as "acc 47.5 ± 4.6 %"
 HISTORY_KEPT = 500  # promotions; MLflow's tags hold 100,000 characters
 CANDIDATE, CHAMPION = "candidate", "champion"
 # Files of gigabytes take long to store; prepare_mlflow lets other requests wait for seconds only.
@@ -61,6 +62,7 @@ class ModelRow:
     parameters: int | None
     heldout_loss: float | None
     heldout_kl: float | None
+    tasks: dict[str, str]  # scores in words by benchmark
     source: str
     run_id: str | None
 
@@ -183,6 +185,11 @@ def models(tracking_uri: str) -> list[ModelRow]:
                         parameters=int(number("minitron.parameters")) if number("minitron.parameters") else None,
                         heldout_loss=_float(number("minitron.heldout_loss")),
                         heldout_kl=_float(number("minitron.heldout_kl")),
+                        tasks={
+                            tag.removeprefix(TASK_TAG): text
+                            for tag, text in sorted(version.tags.items())
+                            if tag.startswith(TASK_TAG)
+                        },
                         source=version.source,
                         run_id=version.run_id or None,
                     )

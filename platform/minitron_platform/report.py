@@ -12,6 +12,8 @@ from typing import Any
 from rich.table import Table
 
 from minitron import storage
+from minitron.evaluation import task_metric
+from minitron.evaluation.metrics import AGREEMENT, KL, LOSS, PLUS_MINUS, SPEED
 from minitron_platform.context import Context
 from minitron_platform.resources import data_folder
 from minitron_platform.tracking import shown
@@ -44,34 +46,36 @@ def rows(context: Context) -> tuple[list[str], list[list[str]]]:
     columns = _columns(context)
     figures: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("parameters", lambda m: f"{m['parameters']:,}"),
-        ("held-out loss", lambda m: f"{m['loss']:.3f}"),
-        ("KL to the teacher", lambda m: f"{m['kl']:.3f}"),
-        ("same first token, %", lambda m: f"{100 * m['top1_agreement']:.1f}"),
-        *((f"{task}, %", partial(_task, task)) for task in columns[0][1]["tasks"]),
-        ("tokens per second", lambda m: f"{m['tokens_per_second']:,.0f}"),
+        (LOSS.name, lambda m: LOSS.text(m["loss"])),
+        (KL.name, lambda m: KL.text(m["kl"])),
+        (AGREEMENT.title, lambda m: AGREEMENT.text(m["top1_agreement"])),
+        *((_title(task, score["metric"]), partial(_task, task)) for task, score in columns[0][1]["tasks"].items()),
+        (SPEED.unit, lambda m: SPEED.text(m["tokens_per_second"])),
     ]
     return ["", *(title for title, _ in columns)], [[name, *[text(m) for _, m in columns]] for name, text in figures]
 
 
 def _task(task: str, model: dict[str, Any]) -> str:
-    return _score(model["tasks"][task]["value"], model["tasks"][task]["stderr"])
+    score = model["tasks"][task]
+    return task_metric(task, score["metric"]).text(score["value"], score["stderr"])
 
 
-def _score(value: float, stderr: float | None) -> str:
-    """In percent, without the unit."""
-    return f"{100 * value:.1f}" + (f" ± {100 * stderr:.1f}" if stderr is not None else "")
+def _title(task: str, metric: str | None) -> str:
+    """A benchmark with its metric and unit; its name alone where an earlier version did not note the metric."""
+    return f"{task} {task_metric(task, metric).title}" if metric else task
 
 
 def caption(context: Context) -> str:
     """What the table's figures are measured on."""
     model = _columns(context)[-1][1]
     tasks = [
-        f"{name}: {s['metric']}, {s['num_fewshot']}-shot, first {s['num_documents']} documents of {s['split']}"
+        f"{name}: {s['metric']}{'' if s['higher_is_better'] in (True, None) else ' (lower is better)'}, "
+        f"{s['num_fewshot']}-shot, first {s['num_documents']} documents of {s['split']}"
         for name, s in model["tasks"].items()
     ]
     tokens = f"{model['heldout_tokens']:,} held-out tokens"
-    errors = ["± is the standard error"] if tasks else []
-    return " · ".join([f"loss and KL in nats per token on {tokens}", *tasks, *errors])
+    errors = [f"{PLUS_MINUS} is the standard error"] if any(s["stderr"] for s in model["tasks"].values()) else []
+    return " · ".join([f"loss and KL in {KL.unit} on {tokens}", *tasks, *errors])
 
 
 def final_table(context: Context) -> Table:
@@ -152,7 +156,7 @@ def _draw_search(axes: Any, ranking: list[dict[str, Any]], name: str) -> None:
     axes.barh(places, [r["kl_undistilled"] for r in ordered], color=pruned)
     axes.barh(places, [r["kl"] for r in ordered], color=colours)
     axes.set_yticks(places, names)
-    axes.set_xlabel("held-out KL to the teacher, nats per token")
+    axes.set_xlabel(f"held-out {KL.title}")
     shown = f"best {len(ordered)} of " if len(ordered) < len(ranking) else ""
     axes.set_title(f"{name}search, {shown}{len(ranking)} candidates", loc="left", fontsize=10)
     legend = {LABELS["pruned"]: pruned, **{text: colour for text, colour in STANDINGS.items() if colour in colours}}
@@ -168,29 +172,35 @@ def _draw_pareto(axes: Any, ranking: list[dict[str, Any]], cost: str, unit: floa
     axes.plot(*line, color="#52606d", linewidth=1, zorder=1, label="no other is better in both")
     axes.scatter(costs, kl, color=[_colour(r) for r in ranking], zorder=2)
     axes.set_xlabel(label)
-    axes.set_ylabel("held-out KL, nats per token")
+    axes.set_ylabel(f"held-out KL, {KL.unit}")
     axes.set_title(f"{name}KL against {label}", loc="left", fontsize=10)
     axes.legend(frameon=False)
 
 
 def _draw_distillation(axes: Any, context: Context, own: dict[str, dict[str, Any]], name: str) -> None:
     curve = storage.read_json(own["distill"]["curve"])
-    measure, unit = ("train_kl", "KL to the teacher") if curve["train_kl"] else ("train_loss", "loss")
+    measure, what = ("train_kl", KL.title) if curve["train_kl"] else ("train_loss", f"loss, {LOSS.unit}")
     per_step = own["distill"]["tokens"] / curve["step"][-1]
     axes.plot([step * per_step for step in curve["step"]], curve[measure], color="#76b900", label="training rows")
     for key, style in (("pruned", ":"), ("distilled", "--")) if measure == "train_kl" else ():
         value = own["evaluate"]["table"][key]["kl"]
         axes.axhline(value, color="#52606d", linestyle=style, label=f"{LABELS[key]}, held-out rows")
     axes.set_xlabel("tokens")
-    axes.set_ylabel(f"{unit}, nats per token")
+    axes.set_ylabel(what)
     axes.set_title(f"{name}distillation", loc="left", fontsize=10)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
 
 
-def _benchmark(row: dict[str, Any], task: str) -> str:
-    """A candidate's score on a task, empty where it was not asked."""
-    return "" if row[task] is None else f"{_score(row[task], row[f'{task}_stderr'])} %"
+def _benchmark(search: dict[str, Any], row: dict[str, Any], task: str) -> str:
+    """A candidate's score on a task, empty where it has none."""
+    metric = task_metric(task, search.get("metrics", {}).get(task, ""))
+    return "" if row[task] is None else metric.text(row[task], row[f"{task}_stderr"])
+
+
+def _benchmark_titles(search: dict[str, Any]) -> dict[str, str]:
+    """The head of each benchmark's column."""
+    return {task: _title(task, search.get("metrics", {}).get(task)) for task in search["benchmarks"]}
 
 
 def serving_text(search: dict[str, Any]) -> str:
@@ -251,6 +261,7 @@ def page(context: Context) -> str:
         shared=context.shared,
         family=context.family,
         benchmark=_benchmark,
+        benchmarks={model: _benchmark_titles(own["search"]) for model, own in context.family.items()},
         serving={model: serving_text(own["search"]) for model, own in context.family.items()},
         findings={model: findings(own["search"]) for model, own in context.family.items()},
         origins={m.model: o.model for m in context.recipe.family if (o := context.recipe.origin(m))},

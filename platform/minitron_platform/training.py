@@ -247,9 +247,9 @@ def _heldout(task: TrainTask, model: nn.Module, head: Head | None) -> dict[str, 
 
 
 def task_metrics(task: TrainTask, model: nn.Module) -> dict[str, float]:
-    """The scores of a model in training on the benchmarks, by "task_NAME"."""
+    """The scores of a model in training on the benchmarks, by "task_NAME.METRIC"."""
     from minitron.evaluation import evaluate
 
     tokenizer = load_tokenizer(storage.fetch(task.materials.teacher))
     scores = evaluate(model, tokenizer, task.tasks, batch_size=task.tasks_batch_rows)
-    return {f"task_{name}": score.value for name, score in scores.items()}
+    return {f"task_{name}.{score.metric}": score.value for name, score in scores.items()}

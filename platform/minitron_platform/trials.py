@@ -54,8 +54,12 @@ def record_trials(context: Context, outputs: dict[str, Any]) -> None:
             step=result["config"]["steps"],
         )
         row = ranked.get(str(architecture), {})
-        more = [*(f"{task}{end}" for task in outputs["benchmarks"] for end in ("", "_stderr")), "latency_ms"]
-        log.metrics({name: row[name] for name in more if row.get(name) is not None}, step=result["config"]["steps"])
+        more = {"latency_ms": "latency_ms"}  # of the ranking's columns, by their names in MLflow
+        for task in outputs["benchmarks"]:
+            name = f"{task}.{outputs['metrics'][task]}" if task in outputs.get("metrics", {}) else task
+            more |= {task: name, f"{task}_stderr": f"{name}_stderr"}
+        figures = {name: row[column] for column, name in more.items() if row.get(column) is not None}
+        log.metrics(figures, step=result["config"]["steps"])
         log.end("FINISHED")
 
 

@@ -62,11 +62,12 @@ def benchmark_best(
         storage.remove(weights(task.folder, architecture))
     scores = {str(a): storage.read_json(path) for a, path in paths.items() if storage.exists(path)}
     columns: dict[str, dict[str, float | None]] = {}
+    metrics = {name: score["metric"] for found in scores.values() for name, score in found.items()}
     for wanted in benchmarks.tasks:
         columns[wanted.name] = {name: found[wanted.name]["value"] for name, found in scores.items()}
         columns[f"{wanted.name}_stderr"] = {name: found[wanted.name]["stderr"] for name, found in scores.items()}
     reasons = {name: f"its benchmarks: {reason}" for name, reason in failed.items()}
-    return with_columns(replace(result, failures={**result.failures, **reasons}), columns)
+    return with_columns(replace(result, failures={**result.failures, **reasons}, metrics=metrics), columns)
 
 
 def _benchmark(task: SearchTask, benchmarks: Benchmarks, architecture: Architecture, report: Report) -> None:

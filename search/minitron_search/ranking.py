@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -25,7 +25,8 @@ class SearchResult:
     finish. `stopped` are the candidates that a rung stopped, with the `step` and their held-out `kl` there. `forward` has
     every candidate's KL before training, lowest first, and whether it was `distilled`; None where not all were scored.
     `stability` says how well earlier measures predict the ranking (see `minitron_search.stability.stability`), and `saved`
-    is the share of the training steps that stopping saved.
+    is the share of the training steps that stopping saved. `metrics` names the metric of each benchmark that is a column of
+    the ranking.
     """
 
     ranking: pd.DataFrame
@@ -36,6 +37,7 @@ class SearchResult:
     forward: pd.DataFrame | None
     stability: pd.DataFrame
     saved: float
+    metrics: dict[str, str] = field(default_factory=dict)
 
 
 def rank(results: Sequence[dict[str, Any]], seq_length: int) -> pd.DataFrame:

@@ -12,6 +12,7 @@ from minitron import storage
 from minitron.device import DTYPES, device
 from minitron.evaluation import evaluate, interleaved_throughput
 from minitron.evaluation.documents import documents_identity
+from minitron.evaluation.metrics import KL, LOSS
 from minitron.logits import Head
 from minitron.models import load_model, load_tokenizer
 from minitron_platform.context import Context
@@ -92,7 +93,8 @@ def _quality(context: Context, name: str, models: dict[str, nn.Module], folder: 
             "tasks": {task: asdict(score) for task, score in scores.items()},
         }
         storage.write_json(path, values)
-        line = " · ".join(f"{task} {score.value:.3f}" for task, score in scores.items())
-        context.console.say(f"  {name}: loss {heldout.loss:.3f} · KL {heldout.kl:.3f}" + (f" · {line}" if line else ""))
+        line = [f"{task} {score.shown_as.sentence(score.value, score.stderr)}" for task, score in scores.items()]
+        figures = [f"loss {LOSS.text(heldout.loss)}", f"KL {KL.text(heldout.kl or 0.0)}", *line]
+        context.console.say(f"  {name}: {' · '.join(figures)}")
     found: dict[str, Any] = storage.read_json(path)
     return found

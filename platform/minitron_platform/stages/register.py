@@ -7,9 +7,11 @@ from typing import Any
 
 import minitron
 from minitron.errors import StorageError
+from minitron.evaluation import task_metric
 from minitron_platform import registry
 from minitron_platform.context import Context
 from minitron_platform.recipe import Member
+from minitron_platform.registry import TASK_TAG
 from minitron_platform.tracking import shown
 
 VERSION = 2
@@ -50,7 +52,10 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         "minitron.tokens": str(done["distill"]["tokens"]),
         "minitron.heldout_loss": f"{quality['loss']:.6f}",
         "minitron.heldout_kl": f"{quality['kl']:.6f}",
-        **{f"minitron.task.{task}": f"{s['value']:.4f}" for task, s in quality["tasks"].items()},
+        **{
+            f"{TASK_TAG}{task}": task_metric(task, s["metric"]).sentence(s["value"], s["stderr"])
+            for task, s in quality["tasks"].items()
+        },
     }
     run_id = context.mlflow_run(context.run_key)
     if run_id is None:

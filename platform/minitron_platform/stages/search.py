@@ -273,6 +273,7 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         "saved": result.saved,
         "failures": result.failures,
         "benchmarks": [task.name for task in asked.tasks] if asked else [],
+        "metrics": result.metrics,
         "serving": asdict(serving),
         "candidates": len(found),
         "architectures": [a.to_dict() for a in found if str(a) not in passed_over],
