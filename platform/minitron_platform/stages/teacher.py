@@ -1,4 +1,4 @@
-"""Teacher: bring the model into one plain safetensors checkpoint, named by its content."""
+"""Teacher: bring the model into one plain safetensors checkpoint, named by what it does."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 from minitron import storage
 from minitron.architecture import Architecture
 from minitron.device import compute_dtype
-from minitron.models import load_source, save_model, source_identity
+from minitron.identity import checkpoint_identity
+from minitron.models import load_source, load_tokenizer, save_model, source_identity
 from minitron_platform.context import Context
 
-VERSION = 1
+VERSION = 2  # 2: the id is that of what the teacher does, and its tensors are known to fill it
 
 
 def inputs(context: Context) -> dict[str, Any]:
@@ -22,6 +23,8 @@ def inputs(context: Context) -> dict[str, Any]:
 
 
 def run(context: Context, folder: str) -> dict[str, Any]:
+    from transformers import AutoConfig
+
     teacher = context.recipe.teacher
     target = storage.join(folder, "model")
     dtype = compute_dtype(teacher.dtype)
@@ -33,29 +36,15 @@ def run(context: Context, folder: str) -> dict[str, Any]:
             save_model(model, tokenizer, place)
     files = storage.manifest(target)["files"]
     weights = {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
-    architecture = _architecture(target)
+    context.console.status("hashing its weights")
+    local = storage.fetch(target)
+    architecture = Architecture.from_config(AutoConfig.from_pretrained(str(local), trust_remote_code=False))
     return {
         "folder": target,
-        # also what else decides its outputs: norms' epsilon, RoPE, the tokenizer
-        "id": storage.fingerprint({name: entry["sha256"] for name, entry in files.items() if _decides(name)}),
+        "id": checkpoint_identity(local, load_tokenizer(local)),
         "sha256": weights,
         "dtype": str(dtype).removeprefix("torch."),
         "architecture": architecture.to_dict(),
         "parameters": architecture.num_parameters,
         "summary": f"{architecture.num_parameters / 1e6:.1f}M parameters · {architecture}",
     }
-
-
-def _decides(name: str) -> bool:
-    return name.endswith((".safetensors", ".model")) or name in (
-        "config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-    )
-
-
-def _architecture(folder: str) -> Architecture:
-    from transformers import AutoConfig
-
-    return Architecture.from_config(AutoConfig.from_pretrained(str(storage.fetch(folder)), trust_remote_code=False))
