@@ -403,3 +403,34 @@ def test_the_shipped_recipes_are_listed_and_valid(tmp_path):
     listed = run_minitron("recipes", cwd=tmp_path)
     assert listed.returncode == 0
     assert "smollm2-135m-cpu" in listed.stdout
+
+
+def test_a_storage_that_was_copied_or_moved_has_all_it_had(bench, finished):
+    copy, before = bench / "moved", bench / "runs"
+    shutil.copytree(before, copy)
+    for name in ("teacher", "data", "targets", "distill"):  # as earlier versions wrote them, with absolute paths
+        for record in (copy / "stages" / name).glob("*/stage.json"):
+            assert '"storage:stages/' in record.read_text()
+            record.write_text(record.read_text().replace('"storage:', f'"{before}/'))
+    away = before.rename(bench / "away")
+    try:
+        again = run_minitron("run", "recipe.yaml", "--storage", "moved", cwd=bench)
+        promoted = run_minitron("promote", "tiny-student", "--storage", "moved", cwd=bench)
+        listed = run_minitron("models", "--storage", "moved", cwd=bench)
+        assert not before.exists()
+    finally:
+        away.rename(before)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert _reused(again) == len(STAGES)
+    assert "is version 1" in promoted.stdout, promoted.stderr
+    done = _results(bench, "moved")
+    assert done["distill"]["student"].startswith(f"{copy}/stages/distill/")
+    assert f"{copy}/stages/distill/" in listed.stdout
+    assert " 2 " not in listed.stdout.splitlines()[4]
+    client = MlflowClient(f"sqlite:///{copy}/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "tiny"]
+    (parent,) = [
+        run for run in client.search_runs([experiment.experiment_id]) if run.data.tags["minitron.kind"] == "run"
+    ]
+    assert parent.info.artifact_uri.startswith(f"{copy}/artifacts/")
+    assert "tiny-student" in Path(client.download_artifacts(parent.info.run_id, "report.html")).read_text()

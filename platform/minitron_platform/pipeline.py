@@ -22,9 +22,8 @@ from minitron_platform.local_ray import ray_session
 from minitron_platform.recipe import Member, Recipe
 from minitron_platform.recipe_file import recipe_yaml
 from minitron_platform.spool import RunLog, read_events
+from minitron_platform.stage_records import read_record, relative, write_record
 from minitron_platform.tracking import Flusher
-
-RECORD = "stage.json"
 
 
 def run(
@@ -152,10 +151,9 @@ def stage_fingerprint(context: Context, name: str) -> str:
 
 def finished_record(context: Context, name: str, folder: str) -> dict[str, Any] | None:
     """What a finished stage recorded, if all that it made is still there."""
-    path = storage.join(folder, RECORD)
-    if not storage.exists(path):
+    record = read_record(context.places.storage, folder)
+    if record is None:
         return None
-    record: dict[str, Any] = storage.read_json(path)
     gone = [p for p in record["artifacts"] if not storage.exists(p)]
     if gone:
         context.console.say(f"  [yellow]{escape(gone[0])} is gone: making it again[/]")
@@ -230,7 +228,7 @@ def _carry_out(context: Context, name: str, folder: str, fingerprint: str, fence
         "artifacts": sorted(_artifacts(outputs)),
     }
     context.check_fences(fence)
-    storage.write_json(storage.join(folder, RECORD), record)
+    write_record(context.places.storage, folder, record)
     return record
 
 
@@ -250,7 +248,8 @@ def _log_stage(context: Context, name: str, log: RunLog, record: dict[str, Any],
         record_more(context, record["outputs"])
     outputs = record["outputs"]
     log.tags({"minitron.reused": reused, "minitron.fingerprint": outputs["fingerprint"], "summary": outputs["summary"]})
-    log.params({k: v for k, v in outputs.items() if isinstance(v, str | int) and k not in ("summary", "fingerprint")})
+    shown = {k: v for k, v in outputs.items() if isinstance(v, str | int) and k not in ("summary", "fingerprint")}
+    log.params({k: relative(context.places.storage, v) if isinstance(v, str) else v for k, v in shown.items()})
     log.metrics({"seconds": record["seconds"], **_table_metrics(outputs)}, step=0)
     log.end("FINISHED")
 

@@ -21,6 +21,7 @@ from types import TracebackType
 
 from minitron.errors import InputError, StorageError
 from minitron.storage import disk_errors
+from minitron_platform.moved_database import ARTIFACTS, follow
 from minitron_platform.sender import STATE, Sender, Sent, unreachable
 from minitron_platform.spool import keys, read_events, spool_folder
 
@@ -64,12 +65,16 @@ def prepare_mlflow(tracking_uri: str) -> None:
 
 
 def create_database(tracking_uri: str) -> None:
-    """Make the tables of a SQLite store that does not exist yet, whole or not at all.
+    """Make the tables of a SQLite store that does not exist yet, whole or not at all; one that was moved is brought up to
+    date.
 
     MLflow makes them one after the other in the file itself, and a file with half of them is of no use any more.
     """
     path = sqlite_path(tracking_uri)
-    if path is None or path.exists():
+    if path is None:
+        return
+    if path.exists():
+        follow(path)
         return
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -191,7 +196,7 @@ class Flusher:
         if self._sender is None:
             create_database(self.tracking_uri)
             database = sqlite_path(self.tracking_uri)
-            artifacts = None if database is None else str(database.parent / "artifacts")
+            artifacts = None if database is None else str(database.parent / ARTIFACTS)
             stop, opened = self._abandon.is_set, self._announce
             self._sender = Sender(
                 self.spool, self.tracking_uri, self.experiment, artifacts=artifacts, stop=stop, opened=opened

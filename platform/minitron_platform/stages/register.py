@@ -12,7 +12,8 @@ from minitron_platform import registry
 from minitron_platform.context import Context
 from minitron_platform.recipe import Member
 from minitron_platform.registry import TASK_TAG
-from minitron_platform.tracking import shown
+from minitron_platform.stage_records import relative
+from minitron_platform.tracking import shown, sqlite_path
 
 VERSION = 2
 
@@ -23,8 +24,14 @@ def inputs(context: Context) -> dict[str, Any]:
         "evaluate": context.done["evaluate"]["fingerprint"],
         "model": context.member.model,
         "register": context.recipe.register_as.model_dump(),
-        "tracking": context.places.tracking_uri,
+        "tracking": _tracking(context),
     }
+
+
+def _tracking(context: Context) -> str:
+    """The registry, told from others wherever the storage lies that it may be part of."""
+    database = sqlite_path(context.places.tracking_uri)
+    return context.places.tracking_uri if database is None else relative(context.places.local, str(database))
 
 
 def holds(context: Context, outputs: dict[str, Any]) -> bool:

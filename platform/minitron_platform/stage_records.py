@@ -1,0 +1,63 @@
+"""What finished stages recorded: stage.json, in which paths are relative to the storage, so that it can be moved or copied.
+
+In the file a path inside the storage is "storage:" and the path below its root. Records of versions that wrote absolute
+paths are read too: their own paths say what the root was then.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from minitron import storage
+from minitron.names import check_name
+
+RECORD = "stage.json"
+INSIDE = "storage:"
+_ABSOLUTE = re.compile(r"^(?P<root>.+)/stages/[a-z]+/[0-9a-f]{16}(/|$)")
+
+
+def write_record(root: str, folder: str, record: dict[str, Any]) -> None:
+    """Write a stage's record into its folder, in the storage at `root`; with it the stage is finished."""
+    storage.write_json(storage.join(folder, RECORD), _mapped(record, lambda text: relative(root, text)))
+
+
+def read_record(root: str, folder: str) -> dict[str, Any] | None:
+    """A finished stage's record with the paths as they are now; None where it is not finished.
+
+    Raises StorageError for a record whose paths lead out of the storage, or that can't be read."""
+    path = storage.join(folder, RECORD)
+    if not storage.exists(path):
+        return None
+    written: dict[str, Any] = storage.read_json(path)
+    before = next((found["root"] for text in _texts(written) if (found := _ABSOLUTE.match(text))), root)
+
+    def present(text: str) -> str:
+        if text.startswith(INSIDE):
+            return storage.join(root, check_name(text.removeprefix(INSIDE), path))
+        return root + text.removeprefix(before) if text.startswith(f"{before}/") else text
+
+    record: dict[str, Any] = _mapped(written, present)
+    return record
+
+
+def relative(root: str, text: str) -> str:
+    """A path inside the storage at `root` in the form that does not depend on where that is; other text as it is."""
+    return INSIDE + text.removeprefix(f"{root}/") if text.startswith(f"{root}/") else text
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _mapped(inner, change) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_mapped(inner, change) for inner in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
+    elif isinstance(value, str):
+        yield value
