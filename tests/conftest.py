@@ -34,3 +34,13 @@ def bench(tmp_path_factory):
     import tiny
 
     return tiny.bench(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory):
+    """MLflow takes seconds to make its tables; once is enough. Copy it."""
+    from minitron_platform.tracking import create_database
+
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    create_database(f"sqlite:///{file}")
+    return file

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,21 +14,9 @@ from mlflow_server import free_port, mlflow_server
 from minitron.errors import InputError, MinitronError, StorageError
 from minitron.storage import committed_folder
 from minitron_platform.registry import models, promote, register, rollback
-from minitron_platform.tracking import prepare_mlflow
 from minitron_platform.ui import serve
 
 NAME = "tiny-family"
-
-
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow takes a second to make its tables; once is enough."""
-    from mlflow import MlflowClient
-
-    file = tmp_path_factory.mktemp("store") / "mlflow.db"
-    prepare_mlflow(f"sqlite:///{file}")
-    MlflowClient(f"sqlite:///{file}").search_registered_models()
-    return file
 
 
 @pytest.fixture
@@ -45,7 +34,7 @@ def weights(folder: Path, content: bytes = b"weights") -> str:
 
 
 def add(uri: str, folder: Path, key: str, **tags: str) -> str:
-    return register(uri, name=NAME, source=weights(folder, key.encode()), run_id=None, tags=tags, key=key)
+    return register(uri, name=NAME, source=weights(folder, key.encode()), run_id=None, tags=tags)
 
 
 def champion(uri: str) -> list[str]:
@@ -63,6 +52,28 @@ def test_registering_twice_makes_one_version(uri: str, tmp_path: Path) -> None:
     assert (newest.version, newest.aliases, newest.parameters) == ("2", ("candidate",), None)
     assert (oldest.version, oldest.aliases, oldest.source) == ("1", (), str(tmp_path / "a"))
     assert (oldest.parameters, oldest.heldout_kl, oldest.heldout_loss) == (1200, 0.25, None)
+
+
+def test_the_same_weights_in_another_folder_are_the_same_version(uri: str, tmp_path: Path) -> None:
+    assert add(uri, tmp_path / "a", "same") == "1"
+    assert add(uri, tmp_path / "copy", "same") == "1"
+
+
+def test_two_who_register_the_same_weights_at_once_make_one_version(uri: str, tmp_path: Path) -> None:
+    with ThreadPoolExecutor() as pool:
+        made = list(pool.map(lambda number: add(uri, tmp_path / str(number), "same"), range(4)))
+    assert len(set(made)) == 1
+    assert [row.version for row in models(uri)] == made[:1]
+
+
+def test_weights_are_found_where_the_storage_is_now(uri: str, tmp_path: Path) -> None:
+    add(uri, tmp_path / "before" / "student", "a", **{"minitron.storage_path": "student"})
+    (tmp_path / "before").rename(tmp_path / "now")
+    with pytest.raises(StorageError, match="has no manifest"):
+        promote(uri, NAME)
+    root = str(tmp_path / "now")
+    assert promote(uri, NAME, storage_root=root).version == "1"
+    assert models(uri, root)[0].source == f"{root}/student"
 
 
 def test_promote_and_roll_back(uri: str, tmp_path: Path) -> None:
@@ -110,7 +121,7 @@ def test_altered_weights_are_not_promoted(uri: str, tmp_path: Path) -> None:
     (tmp_path / "b" / "manifest.json").unlink()
     weights(tmp_path / "b", b"replaced, with a manifest that fits")
     assert (tmp_path / "b" / "manifest.json").read_bytes() != manifest
-    with pytest.raises(StorageError, match="not the one that was registered"):
+    with pytest.raises(StorageError, match="not those that were registered"):
         promote(uri, NAME)
     assert champion(uri) == ["1"]
     add(uri, tmp_path / "c", "c")
@@ -131,12 +142,16 @@ def test_errors_name_what_exists(uri: str, tmp_path: Path) -> None:
         promote(uri, NAME, version="7")
     with pytest.raises(InputError, match=r"its aliases are: candidate \(version 1\)"):
         rollback(uri, NAME)
-    with pytest.raises(InputError, match="alias"):
-        promote(uri, NAME, alias="latest")
+    for alias in ("latest", "v1", "V12", "a.b", ""):
+        with pytest.raises(InputError, match=f"alias '{alias}' is not allowed"):
+            promote(uri, NAME, alias=alias)
+        with pytest.raises(InputError, match=f"alias '{alias}' is not allowed"):
+            register(uri, name=NAME, source=weights(tmp_path / "new", b"new"), run_id=None, tags={}, alias=alias)
+    assert len(models(uri)) == 1  # nothing was left behind
     with pytest.raises(InputError, match="'a/b'"):
-        register(uri, name="a/b", source=str(tmp_path / "a"), run_id=None, tags={}, key="k")
+        register(uri, name="a/b", source=str(tmp_path / "a"), run_id=None, tags={})
     with pytest.raises(StorageError, match=r"no manifest\.json"):
-        register(uri, name=NAME, source=str(tmp_path), run_id=None, tags={}, key="k")
+        register(uri, name=NAME, source=str(tmp_path), run_id=None, tags={})
     with pytest.raises(MinitronError, match=r"127\.0\.0\.1"):
         models(f"http://127.0.0.1:{free_port()}")
 
@@ -159,7 +174,6 @@ def test_a_server_gets_the_weights_uploaded(tmp_path: Path, monkeypatch: pytest.
                 source=source,
                 run_id=run_id,
                 tags={},
-                key="k",
                 progress=lambda done, total: steps.append((done, total)),
             )
 

@@ -245,6 +245,8 @@ def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool)
             f"teacher  {mode}: {cost.rows:,} rows stored, {cost.bytes / 1e6:,.1f} MB, {cost.stored_flops / 1e12:,.2f} TFLOP; "
             f"{cost.online_flops / 1e12:,.2f} TFLOP in the distillation{chosen}"
         )
+    for warning in planned.warnings:
+        console.say(f"[yellow]warning  {escape(warning)}[/]")
     console.say()
     for note in planned.notes[:3]:
         console.say(f"[yellow]note[/]     {escape(note)}")
@@ -351,7 +353,7 @@ def models(places: Any) -> None:
     from minitron.evaluation.metrics import KL, LOSS
     from minitron_platform.registry import models as registered
 
-    found = registered(places.tracking_uri)
+    found = registered(places.tracking_uri, places.storage)
     if not found:
         click.echo(f"no models in {places.tracking_uri}; `minitron run` registers one")
         return
@@ -385,7 +387,7 @@ def promote(places: Any, model: str, version: str | None, alias: str) -> None:
     """Point an alias of MODEL at a version, after checking its weights."""
     from minitron_platform.registry import promote as promote_model
 
-    _say_promotion(promote_model(places.tracking_uri, model, version=version, alias=alias))
+    _say_promotion(promote_model(places.tracking_uri, model, version=version, alias=alias, storage_root=places.storage))
 
 
 @main.command()
@@ -396,7 +398,7 @@ def rollback(places: Any, model: str, alias: str) -> None:
     """Point an alias of MODEL back at the version before."""
     from minitron_platform.registry import rollback as roll_back
 
-    _say_promotion(roll_back(places.tracking_uri, model, alias=alias))
+    _say_promotion(roll_back(places.tracking_uri, model, alias=alias, storage_root=places.storage))
 
 
 def _say_promotion(promotion: Any) -> None:

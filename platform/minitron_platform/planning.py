@@ -20,6 +20,7 @@ from minitron_platform.recipe import Member, Recipe, Training
 from minitron_platform.stages.calibrate import layer_scoring
 from minitron_platform.stages.search import architectures, distilled_count, halving, rungs, sampled_space, search_steps
 from minitron_platform.teacher_costs import MODES, TeacherCost, runs_beside, teacher_cost, too_little_room
+from minitron_platform.tracking_check import check_tracking
 from minitron_search.space import combinations
 
 MASTER_BYTES = 12  # float32 weights and two moments: what a checkpoint holds per parameter
@@ -54,6 +55,7 @@ class Plan:
     dtype: str
     flops_per_second: float
     free_bytes: int | None
+    warnings: list[str]  # what may come right by itself before it matters
 
     @property
     def bytes(self) -> int:
@@ -80,6 +82,7 @@ def plan(
     found = _candidates(recipe, teacher)
     check_outcomes(recipe, teacher, found)
     check_machine(recipe, where.storage, address)
+    away = check_tracking(where.tracking_uri, recipe.experiment)
     dtype = compute_dtype(recipe.teacher.dtype)
     speed = matmul_flops(dtype)
     finished, written = finished_stages(recipe, where)
@@ -94,7 +97,9 @@ def plan(
     ]
     free = storage.free_bytes(where.storage) if storage.is_local(where.storage) else None
     notes, name = _notes(teacher, found), str(dtype).removeprefix("torch.")
-    result = Plan(recipe, where, teacher, found, sampled, notes, costs, modes, name, speed, free)
+    result = Plan(
+        recipe, where, teacher, found, sampled, notes, costs, modes, name, speed, free, [away] if away else []
+    )
     if free is not None and free + written < result.bytes:
         missing = {} if "targets" in finished.shared else modes
         raise too_little_room(recipe, teacher, missing, value_bytes, where.storage, result.bytes, free + written)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from minitron_platform.aliases import check_alias
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 Positive = Annotated[int, Field(ge=1)]
@@ -233,7 +235,7 @@ class Evaluate(_Section):
 class Register(_Section):
     """The alias that new versions get in the MLflow registry."""
 
-    alias: Annotated[str, Field(pattern=NAME)] = "candidate"
+    alias: Annotated[str, AfterValidator(check_alias)] = "candidate"
 
 
 class Resources(_Section):

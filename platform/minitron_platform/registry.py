@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from minitron.environment import environment_variables
 from minitron.errors import InputError, MinitronError, StorageError
+from minitron.names import check_name
 from minitron.storage import MANIFEST, absolute, is_committed, is_local, join, local_path, manifest, read_bytes, verify
-from minitron_platform.spool import check_key
+from minitron_platform.aliases import check_alias
 from minitron_platform.tracking import create_database, prepare_mlflow, shown, sqlite_path
 
 if TYPE_CHECKING:
@@ -31,9 +32,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-KEY_TAG = "minitron.key"
 MANIFEST_TAG = "minitron.manifest_sha256"
 HISTORY_TAG = "minitron.history."
+PATH_TAG = "minitron.storage_path"  # of the weights, below the root of the storage
 TASK_TAG = "minitron.task."  # and the benchmark's name: its score in words, such as "acc 47.5 ± 4.6 %"
 HISTORY_KEPT = 500  # promotions; MLflow's tags hold 100,000 characters
 CANDIDATE, CHAMPION = "candidate", "champion"
@@ -76,28 +77,29 @@ def register(
     tags: dict[str, str],
     description: str = "",
     alias: str = CANDIDATE,
-    key: str,
     progress: Callable[[int, int], None] | None = None,
 ) -> str:
     """Register the weights at `source` as a version of `name` under `alias`; returns the version.
 
-    A second call with the same key returns the same version, with its tags brought up to date, and leaves the alias
-    alone if a newer version has been registered meanwhile. progress: (bytes uploaded, bytes), only for an upload.
-    Raises InputError for a name, key or alias that the registry does not take, StorageError where `source` is not a
-    committed folder or is incomplete, and MinitronError, as every function here, where the registry is away.
+    The same weights are one version of a name, whoever registers them and however often: a second call returns it, with its
+    tags brought up to date, and leaves the alias alone if a newer version has been registered meanwhile.
+    progress: (bytes uploaded, bytes), only for an upload.
+    Raises InputError for a name or alias that the registry does not take, before anything is made there, StorageError where
+    `source` is not a committed folder or is incomplete, and MinitronError, as every function here, where the registry is
+    away.
     """
-    check_key(key)
     _check_name(name)
+    _check_alias(alias)
     source = absolute(source)
     if not is_committed(source):
         raise StorageError(f"{source}: no {MANIFEST}", "give a folder of weights that minitron wrote")
     verify(source, hashes=False)
-    tags = {**tags, KEY_TAG: key, MANIFEST_TAG: _sha256(read_bytes(join(source, MANIFEST)))}
+    tags = {**tags, MANIFEST_TAG: _sha256(read_bytes(join(source, MANIFEST)))}
     with _registry(tracking_uri) as client:
         if not any(model.name == name for model in _registered(client)):
             _create_registered(client, name)
         versions = _versions(client, name)
-        found = [version for version in versions if version.tags.get(KEY_TAG) == key]
+        found = _same_weights(versions, tags[MANIFEST_TAG])
         if found:
             version = str(found[0].version)
             for tag in (tag for tag in tags if found[0].tags.get(tag) != str(tags[tag])):
@@ -111,25 +113,39 @@ def register(
                 name, place, run_id=run_id, tags=tags, description=description, model_id=model_id
             )
             version = str(made.version)
+            first = str(_same_weights(_versions(client, name), tags[MANIFEST_TAG])[0].version)
+            if first != version:  # somebody else registered them at the same moment
+                client.delete_model_version(name, version)
+                version = first
         if all(int(other.version) <= int(version) for other in versions):
             client.set_registered_model_alias(name, alias, version)
     return version
 
 
-def promote(tracking_uri: str, name: str, *, version: str | None = None, alias: str = CHAMPION) -> Promotion:
+def _same_weights(versions: list[Any], manifest_sha256: str) -> list[Any]:
+    """Versions of these weights, oldest first."""
+    same = [version for version in versions if version.tags.get(MANIFEST_TAG) == manifest_sha256]
+    return sorted(same, key=lambda version: int(version.version))
+
+
+def promote(
+    tracking_uri: str, name: str, *, version: str | None = None, alias: str = CHAMPION, storage_root: str | None = None
+) -> Promotion:
     """Point `alias` at `version`, by default the one under the alias `candidate`, after its weights were verified.
 
-    Raises InputError for an unknown model, version or candidate and names what exists, StorageError naming the file
-    of the weights that is missing or altered.
+    storage_root: where the storage is now, if that was moved since the weights were registered.
+    Raises InputError for an alias that MLflow does not take, an unknown model, version or candidate and names what exists,
+    StorageError naming the file of the weights that is missing or altered.
     """
+    _check_alias(alias)
     with _registry(tracking_uri) as client:
         model = _model(client, name)
         if version is None:
             version = _under(model, CANDIDATE)
-        return _move(client, model, str(version), alias)
+        return _move(client, model, str(version), alias, storage_root)
 
 
-def rollback(tracking_uri: str, name: str, *, alias: str = CHAMPION) -> Promotion:
+def rollback(tracking_uri: str, name: str, *, alias: str = CHAMPION, storage_root: str | None = None) -> Promotion:
     """Point `alias` at the version it pointed at before, after its weights were verified. May be repeated.
 
     Raises InputError where there is no previous version, and what promote() raises.
@@ -143,7 +159,7 @@ def rollback(tracking_uri: str, name: str, *, alias: str = CHAMPION) -> Promotio
                 f"model {name!r}: {alias!r} points at version {current} and never pointed at another",
                 f"promote the version that you want with: minitron promote {name} --version N",
             )
-        return _move(client, model, earlier[-1], alias, rolled_back=True)
+        return _move(client, model, earlier[-1], alias, storage_root, rolled_back=True)
 
 
 def has_version(tracking_uri: str, name: str, version: str) -> bool:
@@ -166,8 +182,10 @@ def has_version(tracking_uri: str, name: str, version: str) -> bool:
     return True
 
 
-def models(tracking_uri: str) -> list[ModelRow]:
-    """All registered versions, by name and newest first. Raises MinitronError where the registry is away."""
+def models(tracking_uri: str, storage_root: str | None = None) -> list[ModelRow]:
+    """All registered versions, by name and newest first; `storage_root` as in `promote`.
+
+    Raises MinitronError where the registry is away."""
     database = sqlite_path(tracking_uri)
     if database is not None and not database.exists():
         return []  # opening it would create it
@@ -190,19 +208,21 @@ def models(tracking_uri: str) -> list[ModelRow]:
                             for tag, text in sorted(version.tags.items())
                             if tag.startswith(TASK_TAG)
                         },
-                        source=version.source,
+                        source=_weights(version, storage_root),
                         run_id=version.run_id or None,
                     )
                 )
     return rows
 
 
-def _move(client: MlflowClient, model: Any, version: str, alias: str, rolled_back: bool = False) -> Promotion:
+def _move(
+    client: MlflowClient, model: Any, version: str, alias: str, storage_root: str | None, rolled_back: bool = False
+) -> Promotion:
     existing = {str(each.version): each for each in _versions(client, model.name)}
     if version not in existing:
         known = ", ".join(sorted(existing, key=int)) or "none"
         raise InputError(f"model {model.name!r} has no version {version!r}", f"choose one of its versions: {known}")
-    _verify_weights(client, existing[version])
+    _verify_weights(client, existing[version], storage_root)
     current = model.aliases.get(alias)
     previous = None if current is None else str(current)
     if previous != version:
@@ -238,7 +258,16 @@ def _line(history: list[dict[str, Any]], current: str) -> list[str]:
     return line
 
 
-def _verify_weights(client: MlflowClient, version: Any) -> None:
+def _weights(version: Any, storage_root: str | None) -> str:
+    """Where a version's weights are: in the storage as it lies now, else where they were registered."""
+    below = version.tags.get(PATH_TAG)
+    if storage_root is None or below is None:
+        return str(version.source)
+    here = join(storage_root, check_name(below, f"model version {version.name} {version.version}"))
+    return here if here != version.source and is_committed(here) else str(version.source)
+
+
+def _verify_weights(client: MlflowClient, version: Any, storage_root: str | None) -> None:
     """Raise StorageError naming the file of a version's weights that is missing or altered."""
     where = f"version {version.version} of model {version.name!r}"
     if version.source.startswith("models:/"):
@@ -248,19 +277,20 @@ def _verify_weights(client: MlflowClient, version: Any) -> None:
                 problem = (
                     f"{where}: {file} has {sizes.get(file, 'no')} bytes in MLflow, {expected['bytes']} were uploaded"
                 )
-                raise StorageError(problem, "register the weights again under another key")
+                raise StorageError(
+                    problem, "delete the version and its logged model in MLflow, and register the weights again"
+                )
     else:
-        if not is_committed(version.source):
-            raise StorageError(
-                f"{where}: {version.source} has no {MANIFEST}", "promote a version whose weights are there"
-            )
-        verify(version.source)
-        text = read_bytes(join(version.source, MANIFEST))
+        weights = _weights(version, storage_root)
+        if not is_committed(weights):
+            raise StorageError(f"{where}: {weights} has no {MANIFEST}", "promote a version whose weights are there")
+        verify(weights)
+        text = read_bytes(join(weights, MANIFEST))
     expected = version.tags.get(MANIFEST_TAG)
     if expected is not None and _sha256(text) != expected:
         raise StorageError(
-            f"{where}: {join(version.source, MANIFEST)} is not the one that was registered",
-            "the weights were replaced; register them again under another key",
+            f"{where}: the weights are not those that were registered",
+            "they were replaced; register what is there now, which makes a version of its own",
         )
 
 
@@ -274,9 +304,8 @@ def _upload(
 ) -> str:
     """Upload a committed folder as a logged model, its manifest last; goes on where an earlier call was cut off."""
     experiment = client.get_run(run_id).info.experiment_id if run_id else "0"
-    found = client.search_logged_models([experiment], f"tags.`{KEY_TAG}` = '{tags[KEY_TAG]}'")
-    same = [model for model in found if model.tags.get(MANIFEST_TAG) == tags[MANIFEST_TAG]]
-    model = same[0] if same else client.create_logged_model(experiment, name, source_run_id=run_id, tags=tags)
+    found = client.search_logged_models([experiment], f"tags.`{MANIFEST_TAG}` = '{tags[MANIFEST_TAG]}'")
+    model = found[0] if found else client.create_logged_model(experiment, name, source_run_id=run_id, tags=tags)
     if str(model.status) != "READY":
         files = {file: int(entry["bytes"]) for file, entry in manifest(source)["files"].items()}
         total, done = sum(files.values()), 0
@@ -336,6 +365,13 @@ def _registry(tracking_uri: str) -> Iterator[MlflowClient]:
 def _check_name(name: str) -> None:
     if not name or any(character in name for character in "/:'\"`"):
         raise InputError(f"model name {name!r} is not allowed", "use a name without slashes, colons and quotes")
+
+
+def _check_alias(alias: str) -> None:
+    try:
+        check_alias(alias)
+    except ValueError as error:
+        raise InputError(f"alias {alias!r} is not allowed: {error}", "choose another, such as champion") from error
 
 
 def _create_registered(client: MlflowClient, name: str) -> None:

@@ -319,10 +319,15 @@ def experiment_of(client: Any, name: str, artifacts: str | None) -> Any:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver was faster
                 raise
         found = client.get_experiment_by_name(name)
-    if found.lifecycle_stage == "deleted":
-        restore = f"mlflow experiments restore --experiment-id {found.experiment_id}"
-        raise StorageError(f"experiment {name!r} was deleted in MLflow; restore it with: {restore}")
+    check_not_deleted(found)
     return found
+
+
+def check_not_deleted(experiment: Any) -> None:
+    """Raise StorageError, with the command that restores it, for an experiment that was deleted in MLflow."""
+    if experiment.lifecycle_stage == "deleted":
+        restore = f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
+        raise StorageError(f"experiment {experiment.name!r} was deleted in MLflow", f"restore it with: {restore}")
 
 
 def _singly(call: Call) -> Iterator[tuple[str, Call, Call | None]]:

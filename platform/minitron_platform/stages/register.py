@@ -12,7 +12,7 @@ from minitron_platform import registry
 from minitron_platform.context import Context
 from minitron_platform.recipe import Member
 from minitron_platform.registry import TASK_TAG
-from minitron_platform.stage_records import relative
+from minitron_platform.stage_records import INSIDE, relative
 from minitron_platform.tracking import shown, sqlite_path
 
 VERSION = 2
@@ -47,6 +47,7 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         "minitron.version": minitron.__version__,
         "minitron.recipe": context.recipe.name,
         "minitron.run": context.run_key,
+        registry.PATH_TAG: relative(context.places.storage, done["distill"]["student"]).removeprefix(INSIDE),
         "minitron.teacher": context.recipe.teacher.model,
         "minitron.teacher_sha256": json.dumps(done["teacher"]["sha256"], sort_keys=True),
         "minitron.teacher_corrected": str(done["correct"]["corrected"]),
@@ -78,7 +79,6 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         tags=tags,
         description=f"{context.recipe.teacher.model} pruned to {done['distill']['parameters']:,} parameters and distilled",
         alias=settings.alias,
-        key=f"{context.run_key}.{done['distill']['id']}",
     )
     return {
         "model": name,
