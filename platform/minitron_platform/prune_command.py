@@ -108,7 +108,7 @@ def prune(
     with console.working("reading"):
         from minitron.hardware import hardware_notes
         from minitron.importance import ImportanceScores
-        from minitron.models import source_architecture
+        from minitron.models import check_contents, source_architecture
 
         found = ImportanceScores.load(file)
         base, _ = source_architecture(local_model(model, revision, CONFIG))
@@ -122,6 +122,7 @@ def prune(
         console.say(f"layers kept: {ranges(kept)} ({escape(chosen)})")
     for note in hardware_notes(base, target):
         console.say(f"[yellow]note[/]  {escape(note)}")
+    check_contents(model, revision)
     with console.working("downloading"):
         place = local_model(model, revision, HUB_FILES)
     sign = int(merge_heads or 0)
