@@ -206,6 +206,16 @@ def _filled_model(folder: str, where: str, **arguments: Any) -> Any:
     return model
 
 
+def source_tokenizer(source: str, revision: str | None = None) -> Any:
+    """The tokenizer of a model source alone. Raises InputError as `load_source` does."""
+    from transformers import AutoTokenizer
+
+    check_source(source)
+    folder, arguments = _arguments(source, revision)
+    with _readable(source), quiet_transformers():
+        return AutoTokenizer.from_pretrained(folder, **arguments)
+
+
 def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """Write a plain transformers checkpoint: config, safetensors, tokenizer."""
     make_plain(model.config)

@@ -3,12 +3,15 @@
 from minitron.data.documents import Document, TextSource, documents, source_identity
 from minitron.data.packing import pack, tokenizer_identity
 from minitron.data.rows import Rows, Split, rows_for_step, rows_of_steps
+from minitron.data.special_tokens import DocumentTokens, document_tokens
 
 __all__ = [
     "Document",
+    "DocumentTokens",
     "Rows",
     "Split",
     "TextSource",
+    "document_tokens",
     "documents",
     "pack",
     "rows_for_step",

@@ -14,6 +14,7 @@ import numpy as np
 
 from minitron.data.documents import TextSource, documents, source_identity
 from minitron.data.rows import FORMAT, INDEX, Rows, Split, shard_name
+from minitron.data.special_tokens import DocumentTokens, document_tokens
 from minitron.errors import InputError, StorageError
 from minitron.storage import committed_folder, fingerprint, is_committed, join, read_json, write_json
 
@@ -48,6 +49,7 @@ def pack(
     train_rows: int,
     heldout_rows: int,
     heldout_fraction: float | None = 0.05,
+    add_bos: bool | None = None,
     shard_rows: int = SHARD_ROWS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Rows:
@@ -56,6 +58,12 @@ def pack(
     seq_length: tokens per row. train_rows, heldout_rows: how many rows each split gets; reading stops when both have
     theirs. The end-of-text token follows every document, and rows run on over documents. Special tokens written out in
     the text become those tokens.
+
+    add_bos: whether a beginning-of-sequence token (BOS) stands before every document; None: as the tokenizer does it by
+    itself (`minitron.data.special_tokens`). Where it does, a row that starts inside a document begins with BOS too, and the
+    document goes on after it: the model has never seen a context that starts otherwise. BOS inside a row is predicted like
+    any token; after the end-of-text token it is certain, and adds next to nothing to the loss. That at a row's start is
+    never a target.
 
     A document is held out when the hash of its text falls in heldout_fraction, so a text is never on both sides,
     whatever its name and order. None stands for heldout_rows / (train_rows + heldout_rows): both splits fill at about
@@ -67,10 +75,11 @@ def pack(
     A target that already holds the same request's rows is opened as it is. Raises InputError when the source ends first
     (with how many rows there were), and StorageError when `target` holds other rows.
     """
-    request = _request(source, tokenizer, seq_length, train_rows, heldout_rows, heldout_fraction, shard_rows)
+    around = document_tokens(tokenizer, add_bos)
+    request = _request(source, tokenizer, around, seq_length, train_rows, heldout_rows, heldout_fraction, shard_rows)
     if not is_committed(target):
         with committed_folder(target, note={"kind": "rows"}) as folder:
-            index = _write(folder, documents(source), tokenizer, request, progress)
+            index = _write(folder, documents(source), tokenizer, around, request, progress)
             write_json(str(folder / INDEX), index)
     # Also after writing: another process may have published its rows first.
     if read_json(join(target, INDEX)).get("request") != request:
@@ -81,6 +90,7 @@ def pack(
 def _request(
     source: TextSource,
     tokenizer: PreTrainedTokenizerBase,
+    around: DocumentTokens,
     seq_length: int,
     train_rows: int,
     heldout_rows: int,
@@ -89,7 +99,7 @@ def _request(
 ) -> dict[str, Any]:
     """What decides the rows, checked; as JSON gives it back."""
     for name, value, least in (
-        ("seq_length", seq_length, 2),
+        ("seq_length", seq_length, 2 + len(around.begin)),
         ("train_rows", train_rows, 1),
         ("heldout_rows", heldout_rows, 0),
         ("shard_rows", shard_rows, 1),
@@ -101,7 +111,12 @@ def _request(
         raise InputError(f"heldout_fraction is {fraction}", "use a number above 0 and below 1, such as 0.05")
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer {tokenizer.name_or_path!r} has no end-of-text token", "set its eos_token")
+    # What is as it was before there was a choice is not named: rows packed then are the same request's.
+    begin = {"begin": list(around.begin)} if around.begin else {}
+    end = {"end": list(around.end)} if len(around.end) > 1 else {}
     return {
+        **begin,
+        **end,
         "source": source_identity(source),
         "tokenizer": tokenizer_identity(tokenizer),
         "eos": tokenizer.eos_token_id,
@@ -116,6 +131,7 @@ def _write(
     folder: Path,
     texts: Iterator[Any],
     tokenizer: PreTrainedTokenizerBase,
+    around: DocumentTokens,
     request: dict[str, Any],
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, Any]:
@@ -123,7 +139,8 @@ def _write(
     dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
     length, shard_rows = request["seq_length"], request["shard_rows"]
     writers = {
-        split: _Writer(folder, split, rows, length, shard_rows, dtype) for split, rows in request["rows"].items()
+        split: _Writer(folder, split, rows, around, length, shard_rows, dtype)
+        for split, rows in request["rows"].items()
     }
     total = sum(writer.wanted for writer in writers.values())
     batch: list[_Piece] = []
@@ -131,8 +148,8 @@ def _write(
     for document in texts:
         writer = writers[_side(document.text, request["heldout_fraction"])]
         if not writer.full:
-            for piece, last in _pieces(document.text):
-                batch.append(_Piece(writer, piece, last))
+            for piece, first, last in _pieces(document.text):
+                batch.append(_Piece(writer, piece, first, last))
                 characters += len(piece)
                 if characters >= BATCH_CHARACTERS:
                     _tokenise(batch, tokenizer)
@@ -165,15 +182,15 @@ def _side(text: str, heldout_fraction: float) -> Split:
     return "heldout" if number < heldout_fraction * 2**64 else "train"
 
 
-def _pieces(text: str) -> Iterator[tuple[str, bool]]:
-    """(piece, whether it is the last): a text of more than a million characters is cut after the ends of lines, so that
-    memory stays bounded and reading can stop inside it."""
+def _pieces(text: str) -> Iterator[tuple[str, bool, bool]]:
+    """(piece, whether it is the first, whether it is the last): a text of more than a million characters is cut after the ends
+    of lines, so that memory stays bounded and reading can stop inside it."""
     start = 0
     while len(text) - start > LONGEST_PIECE:
         end = text.rfind("\n", start, start + LONGEST_PIECE) + 1 or start + LONGEST_PIECE
-        yield text[start:end], False
+        yield text[start:end], start == 0, False
         start = end
-    yield text[start:], True
+    yield text[start:], start == 0, True
 
 
 def _enough(writers: dict[Split, _Writer]) -> None:
@@ -199,6 +216,7 @@ def _enough(writers: dict[Split, _Writer]) -> None:
 class _Piece:
     writer: _Writer
     text: str
+    first: bool
     last: bool
 
 
@@ -217,20 +235,30 @@ def _tokenise(batch: list[_Piece], tokenizer: PreTrainedTokenizerBase) -> None:
         verbose=False,  # a document longer than the model's context is no mistake here
     )
     for piece, ids in zip(batch, encoded["input_ids"], strict=True):
-        piece.writer.add([*ids, tokenizer.eos_token_id] if piece.last else ids, len(piece.text), piece.last)
+        piece.writer.add(ids, len(piece.text), first=piece.first, last=piece.last)
 
 
 class _Writer:
     """One split on its way to disk: whole rows go out as they fill, what is left waits."""
 
-    def __init__(self, folder: Path, split: str, rows: int, seq_length: int, shard_rows: int, dtype: np.dtype) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        rows: int,
+        around: DocumentTokens,
+        seq_length: int,
+        shard_rows: int,
+        dtype: np.dtype,
+    ) -> None:
         self.folder, self.split, self.rows = folder, split, rows
         self.wanted = rows * seq_length  # tokens
         self.done = 0  # tokens written
         self.documents = 0
         self.characters = 0
         self._seq_length, self._shard_tokens, self._dtype = seq_length, shard_rows * seq_length, dtype
-        self._left = np.empty(0, dtype)
+        self._around, self._begin = around, np.asarray(around.begin, dtype)
+        self._left = np.empty(0, dtype)  # the row that is being filled
         self._sha = hashlib.sha256()
         self._file: Any = None
 
@@ -242,15 +270,28 @@ class _Writer:
     def rows_done(self) -> int:
         return self.done // self._seq_length
 
-    def add(self, ids: list[int], characters: int, last: bool) -> None:
+    def add(self, ids: list[int], characters: int, *, first: bool, last: bool) -> None:
+        """The next tokens of a document's text: its first, its last, or both."""
         if self.full:
             return
         self.characters += characters
         self.documents += last
+        if first or not len(self._left):
+            ids = self._around.opened(ids) if first else [*self._begin, *ids]
+        if last:
+            ids = [*ids, *self._around.end]
         tokens = np.concatenate([self._left, np.asarray(ids, dtype=self._dtype)])
-        whole = min(len(tokens) // self._seq_length * self._seq_length, self.wanted - self.done)
-        self._put(tokens[:whole])
-        self._left = tokens[whole:]
+        row, rest = tokens[: self._seq_length], tokens[self._seq_length :]
+        if len(row) < self._seq_length:
+            self._left = row
+            return
+        # the rows after the first start inside the document
+        own = self._seq_length - len(self._begin)
+        whole = len(rest) // own
+        more = np.hstack([np.tile(self._begin, (whole, 1)), rest[: whole * own].reshape(whole, own)])
+        self._put(np.concatenate([row, more.ravel()])[: self.wanted - self.done])
+        left = rest[whole * own :]
+        self._left = np.concatenate([self._begin, left]) if len(left) else left
 
     def _put(self, tokens: np.ndarray) -> None:
         while len(tokens):

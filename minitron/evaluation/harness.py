@@ -25,13 +25,14 @@ import torch
 from lm_eval.api.metrics import mean
 from lm_eval.api.model import CacheHook
 from lm_eval.evaluator import evaluate as run_harness
-from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from minitron.data import document_tokens
 from minitron.errors import InputError
 from minitron.evaluation.benchmarks import FILTER, METRIC
 from minitron.evaluation.metrics import Metric, task_metric
 from minitron.evaluation.mode import evaluating
+from minitron.evaluation.requests import DocumentRequests
 from minitron.evaluation.tasks import Task, build, check_tasks, parts
 
 log = logging.getLogger(__name__)
@@ -69,14 +70,17 @@ def evaluate(
     tasks: Sequence[Task],
     *,
     batch_size: int = 8,
+    add_bos: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Score]:
     """Score a transformers causal LM, where it is and in its dtype, on each task; {task name: Score}.
 
     Log-softmax in float32. The documents are the first `limit` of a task, the same for every model. The model's
     training mode, the tokenizer and the global random states are left as they were. `progress(done, total)` counts
-    documents. Requests longer than the model's context are cut from the left by lm-eval; a warning says how many.
-    Raises InputError as `check_tasks` does, and for documents that lack the fields a task reads.
+    documents. Every request starts as the rows do that `minitron.data.pack` packs with the same `add_bos`. Requests longer
+    than the model's context are cut from the left; a warning says how many.
+    Raises InputError as `check_tasks` does, for documents that lack the fields a task reads, and where `add_bos` is true and
+    the tokenizer has no BOS token.
     """
     check_tasks(tasks)
     if batch_size < 1:
@@ -84,7 +88,7 @@ def evaluate(
     with _quiet(), _same_random_state(), evaluating(model):
         work = [(task, [(part, build(task, part)) for part in parts(task)]) for task in tasks]
         sizes = [min(len(built.task_docs), task.limit or math.inf) for task, members in work for _, built in members]
-        scorer = _Scorer(model, tokenizer, batch_size, int(sum(sizes)), progress)
+        scorer = _Scorer(model, tokenizer, batch_size, add_bos, int(sum(sizes)), progress)
         scores = {}
         for task, members in work:
             member_scores = []
@@ -93,7 +97,7 @@ def evaluate(
             scores[task.name] = member_scores[0] if len(member_scores) == 1 else _pooled(task.name, member_scores)
             if scorer.cut:
                 log.warning(
-                    "%s: %d requests exceed the model's %d tokens; lm-eval cut them from the left",
+                    "%s: %d requests exceed the model's %d tokens; they were cut from the left",
                     task.name,
                     scorer.cut,
                     scorer.max_length,
@@ -146,17 +150,27 @@ def _pooled(name: str, members: list[Score]) -> Score:
     )
 
 
-class _Scorer(HFLM):
+class _Scorer(DocumentRequests):
     """lm-eval's transformers backend, reporting documents as their requests are answered."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, batch_size: int, total: int, progress: Callable[[int, int], None] | None
+        self,
+        model: Any,
+        tokenizer: Any,
+        batch_size: int,
+        add_bos: bool | None,
+        total: int,
+        progress: Callable[[int, int], None] | None,
     ) -> None:
-        # lm-eval sets a padding token on the tokenizer it is given: give it a copy.
+        self.around = document_tokens(tokenizer, add_bos)
+        before = [*self.around.end, *self.around.begin]  # a text that no context precedes
         super().__init__(
-            pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, softmax_dtype="float32"
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),  # lm-eval sets a padding token on the one it is given
+            batch_size=batch_size,
+            softmax_dtype="float32",
+            prefix_token_id=before[-1] if before else None,
         )
-        self.cut = 0
         self._progress, self._total, self._before, self._documents = progress, total, 0, 0
         self.set_cache_hook(_Answered(self._answered))
 
@@ -189,24 +203,13 @@ class _Scorer(HFLM):
         self._expect(requests)
         return super().generate_until(requests, disable_tqdm=True)
 
-    def tok_batch_encode(
-        self, strings: list[str], *args: Any, left_truncate_len: int | None = None, **options: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As the parent's, which cuts a prompt so that there is room for the answer; those that are cut are counted."""
-        ids, mask = super().tok_batch_encode(strings, *args, **options)
-        if left_truncate_len:
-            self.cut += int((mask.sum(1) > left_truncate_len).sum())
-            ids, mask = ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
-        return ids, mask
-
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
         """As the parent's, but logits only where a continuation is: the rest is a quarter of the time of a small model,
         and [batch, length, vocabulary] in fp32 does not fit beside a large one."""
         inputs: dict[tuple[int, ...], list[int]] = {}  # requests that differ in their last token share one input
         for index, (_text, context, continuation) in enumerate(requests):
-            tokens = context + continuation
-            self.cut += len(tokens) > self.max_length + 1
-            inputs.setdefault(tuple(tokens[-(self.max_length + 1) : -1]), []).append(index)
+            kept = self.cut_left(context + continuation, self.max_length + 1, needed=len(continuation))
+            inputs.setdefault(tuple(kept[:-1]), []).append(index)
         answers: dict[int, tuple[float, bool]] = {}
         longest_first = sorted(inputs, key=len, reverse=True)  # alike lengths together; out of memory at once or never
         for start in range(0, len(longest_first), self.batch_size):

@@ -30,6 +30,7 @@ def estimate_importance(
     neurons: str = "post",
     layers: LayerScoring | Sequence[LayerScoring] = (),
     tokenizer: Any = None,
+    add_bos: bool | None = None,
     batch_rows: int | None = None,
     progress: Progress | None = None,
 ) -> ImportanceScores:
@@ -40,7 +41,7 @@ def estimate_importance(
     "post") or before it ("pre", the paper's F_neuron), channels after every norm (summed over the norms), experts by the L2
     norm of their output times its router weight, layers by the cosine of the residual stream before and after. Tokens that
     don't reach an expert count as zero for it and its neurons. `layers` measures more about layers; its metric "task" needs
-    `tokenizer`.
+    `tokenizer`, and its requests begin as `add_bos` says (see `minitron.evaluation.evaluate`).
 
     Memory beside the model, with L layers of hidden size d: the residual stream of one batch at every depth, (L + 1) x tokens
     x d values of the model's dtype, a few times the widest activation of a batch in float32, and 512 tokens' logits in
@@ -88,7 +89,7 @@ def estimate_importance(
             collector.remove()
             for scoring in scorings:
                 blocks, order = score_layers(
-                    model, rows, scoring, tokenizer=tokenizer, batch_rows=batch_rows, advance=advance
+                    model, rows, scoring, tokenizer=tokenizer, add_bos=add_bos, batch_rows=batch_rows, advance=advance
                 )
                 removal.setdefault(scoring.key, {}).update(blocks)
                 if order:

@@ -97,6 +97,7 @@ def score_layers(
     scoring: LayerScoring,
     *,
     tokenizer: Any = None,
+    add_bos: bool | None = None,
     batch_rows: int,
     advance: Advance,
 ) -> tuple[dict[int, Tensor], list[int]]:
@@ -106,7 +107,7 @@ def score_layers(
     """
     everything = list(range(len(layers_of(model))))
     measure = (
-        _task_measure(model, tokenizer, scoring.task, advance)
+        _task_measure(model, tokenizer, add_bos, scoring.task, advance)
         if scoring.task
         else partial(
             removal_scores, model, rows[: scoring.rows], scoring.metric, batch_rows=batch_rows, advance=advance
@@ -122,7 +123,7 @@ def score_layers(
     return {size: values.float().cpu() for size, values in at_once.items()}, order
 
 
-def _task_measure(model: nn.Module, tokenizer: Any, task: Task, advance: Advance) -> Measure:
+def _task_measure(model: nn.Module, tokenizer: Any, add_bos: bool | None, task: Task, advance: Advance) -> Measure:
     """Measures what the task's metric loses, as float64: how far it falls, or rises where lower is better."""
     from minitron.evaluation import evaluate
 
@@ -132,7 +133,7 @@ def _task_measure(model: nn.Module, tokenizer: Any, task: Task, advance: Advance
         values = torch.zeros(len(remainders), dtype=torch.float64, device=next(model.parameters()).device)
         for place in own_share(range(len(remainders))):
             with without_layers(model, set(everything) - set(remainders[place])):
-                score = evaluate(model, tokenizer, [task])[task.name]
+                score = evaluate(model, tokenizer, [task], add_bos=add_bos)[task.name]
             if score.higher_is_better is None:
                 raise InputError(
                     f"task {task.name!r}: whether a higher {score.metric} is better is not known",

@@ -8,13 +8,16 @@ import torch
 
 from minitron import storage
 from minitron.architecture import Architecture
+from minitron.data import document_tokens
 from minitron.data import source_identity as text_identity
 from minitron.errors import InputError
 from minitron.evaluation import check_tasks
+from minitron.models import source_tokenizer
 from minitron.trainable import check_lora
 from minitron_platform.cluster_room import joins_cluster
 from minitron_platform.losses import distillation_losses
 from minitron_platform.recipe import Recipe
+from minitron_platform.stages.data import chosen
 from minitron_platform.stages.data import source as text_source
 from minitron_platform.stages.search import halving, place, rungs
 from minitron_platform.tasks import lm_eval_tasks
@@ -27,6 +30,8 @@ def check_recipe(recipe: Recipe, teacher: Architecture, longest: int | None) -> 
     _check_context(recipe, longest)
     _check_search(recipe)
     text_identity(text_source(recipe.data))
+    if recipe.data.bos:
+        chosen(recipe.data, document_tokens(source_tokenizer(recipe.teacher.model, recipe.teacher.revision)))
     _check_tasks(recipe)
     _check_rows(recipe)
     _check_training(recipe)

@@ -140,6 +140,8 @@ def _closing(console: Console) -> Iterator[ExitStack]:
 def run_key(recipe: Recipe) -> str:
     """The name of a run: the recipe's, and the fingerprint of all it says except how it is spread over machines."""
     content = recipe.model_dump(by_alias=True, exclude={"resources", "description"})
+    if recipe.data.bos is None:
+        del content["data"]["add_bos"]  # a key that came later: runs made before keep their names
     return f"{recipe.name}-{storage.fingerprint(content)[:8]}"
 
 

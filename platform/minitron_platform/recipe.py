@@ -27,7 +27,8 @@ class Teacher(_Section):
 
 
 class Data(_Section):
-    """Text, packed once into rows. `path` may be any fsspec path."""
+    """Text, packed once into rows. `path` may be any fsspec path. `add_bos` says whether a beginning-of-sequence token stands
+    before every document, and at the start of every row and benchmark request; `auto` does as the teacher's tokenizer."""
 
     kind: Literal["python-docs", "text", "jsonl", "parquet", "hub"]
     path: str = ""
@@ -39,6 +40,12 @@ class Data(_Section):
     train_rows: Positive
     heldout_rows: Positive
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    add_bos: bool | Literal["auto"] = "auto"
+
+    @property
+    def bos(self) -> bool | None:
+        """`add_bos` as the library takes it."""
+        return None if self.add_bos == "auto" else self.add_bos
 
 
 class Task(_Section):

@@ -38,7 +38,8 @@ class TrainTask:
     `student` is the folder of the model to train, and `channels` are the teacher's that it kept; without it the teacher
     itself is trained, on the next token alone. With `online` the teacher is run on every batch instead of read, as it is too
     where the losses compare more than logits: whole in every worker or split over them, as `teacher` in a recipe's `targets`
-    says. Every `config.evaluate_every` steps the held-out rows are measured, every `tasks_every` the `tasks`.
+    says. Every `config.evaluate_every` steps the held-out rows are measured, every `tasks_every` the `tasks`, whose
+    requests begin as `add_bos` says.
     """
 
     materials: Materials
@@ -55,6 +56,7 @@ class TrainTask:
     tasks_every: int = 0
     tasks: tuple[Task, ...] = ()
     tasks_batch_rows: int = 8
+    add_bos: bool | None = None
     method: str = "full"
     lora_rank: int = 16
     until: int | None = None
@@ -251,5 +253,5 @@ def task_metrics(task: TrainTask, model: nn.Module) -> dict[str, float]:
     from minitron.evaluation import evaluate
 
     tokenizer = load_tokenizer(storage.fetch(task.materials.teacher))
-    scores = evaluate(model, tokenizer, task.tasks, batch_size=task.tasks_batch_rows)
+    scores = evaluate(model, tokenizer, task.tasks, batch_size=task.tasks_batch_rows, add_bos=task.add_bos)
     return {f"task_{name}.{score.metric}": score.value for name, score in scores.items()}

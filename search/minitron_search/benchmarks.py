@@ -21,12 +21,14 @@ from minitron_search.trial import Report, SearchTask, run_trial, trial_key, weig
 
 @dataclass(frozen=True)
 class Benchmarks:
-    """The tasks that the best `keep` candidates get, with the tokenizer of the checkpoint folder `tokenizer`."""
+    """The tasks that the best `keep` candidates get, with the tokenizer of the checkpoint folder `tokenizer`; requests begin
+    as `add_bos` says (see `minitron.evaluation.evaluate`)."""
 
     tasks: tuple[Task, ...]
     keep: int
     tokenizer: str
     batch_rows: int = 8
+    add_bos: bool | None = None
 
     def identity(self) -> dict[str, Any]:
         """What decides a model's scores besides the model."""
@@ -34,6 +36,7 @@ class Benchmarks:
             "tasks": [asdict(task) for task in self.tasks],
             "documents": [documents_identity(task.data) for task in self.tasks if task.data],
             "lm_eval": version("lm_eval"),
+            **({} if self.add_bos is None else {"add_bos": self.add_bos}),
         }
 
     def path(self, folder: str, architecture: Architecture) -> str:
@@ -77,7 +80,7 @@ def _benchmark(task: SearchTask, benchmarks: Benchmarks, architecture: Architect
     folder = storage.fetch(weights(task.folder, architecture))
     model = load_model(folder, DTYPES[task.materials.dtype]).to(device())
     tokenizer = load_tokenizer(storage.fetch(benchmarks.tokenizer))
-    scores = evaluate(model, tokenizer, benchmarks.tasks, batch_size=benchmarks.batch_rows)
+    scores = evaluate(model, tokenizer, benchmarks.tasks, batch_size=benchmarks.batch_rows, add_bos=benchmarks.add_bos)
     storage.write_json(
         benchmarks.path(task.folder, architecture), {name: asdict(score) for name, score in scores.items()}
     )

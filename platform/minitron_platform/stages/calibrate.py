@@ -94,6 +94,7 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         neurons=settings.neurons,
         layers=layer_scoring(settings, total, _depths(context)),
         tokenizer=load_tokenizer(storage.fetch(context.done["teacher"]["folder"])) if settings.task else None,
+        add_bos=context.recipe.data.bos,
         progress=context.console.counter("row passes"),
     )
     scores.provenance.update(model=scored["id"], rows_id=rows.fingerprint)

@@ -1,16 +1,21 @@
-"""Data: text, tokenised and packed once into rows."""
+"""Data: text, tokenised and packed once into rows, and what the teacher says of how they begin."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from minitron import storage
-from minitron.data import Rows, TextSource, pack, source_identity
-from minitron.models import load_tokenizer
+from minitron.data import DocumentTokens, Rows, TextSource, pack, source_identity
+from minitron.device import DTYPES, device
+from minitron.errors import InputError
+from minitron.evaluation.beginning import BosLosses, bos_losses
+from minitron.models import load_model, load_tokenizer
 from minitron_platform.context import Context
 from minitron_platform.recipe import Data
 
 VERSION = 1
+PROBE_ROWS, PROBE_TOKENS = 4, 128  # held-out rows, and tokens of each, that the teacher is measured on
+WORSE = 0.1  # nats per token: a loss that is higher by as much is worth a warning
 
 
 def source(data: Data) -> TextSource:
@@ -20,13 +25,28 @@ def source(data: Data) -> TextSource:
     )
 
 
+def chosen(data: Data, tokens: DocumentTokens) -> DocumentTokens:
+    """What a recipe makes of the tokens that the teacher's tokenizer puts around a document. Raises InputError."""
+    try:
+        return tokens.chosen(data.bos)
+    except InputError as error:
+        raise InputError(f"data.{error.problem}", error.remedy) from error
+
+
 def inputs(context: Context) -> dict[str, Any]:
-    data = context.recipe.data
+    data, around = context.recipe.data, _around(context)
     return {
         "teacher": context.done["teacher"]["id"],
         "source": source_identity(source(data)),
-        "data": data.model_dump(),
+        "data": data.model_dump(exclude={"add_bos"}),  # what came of it counts, however it was said
+        "begin": list(around.begin),
+        "end": list(around.end),
     }
+
+
+def _around(context: Context) -> DocumentTokens:
+    known = context.done["teacher"]["document"]
+    return chosen(context.recipe.data, DocumentTokens(tuple(known["begin"]), tuple(known["end"]), known["bos"]))
 
 
 def run(context: Context, folder: str) -> dict[str, Any]:
@@ -42,9 +62,12 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         train_rows=data.train_rows,
         heldout_rows=data.heldout_rows,
         heldout_fraction=data.heldout_fraction,
+        add_bos=data.bos,
         progress=context.console.counter("tokens"),
     )
     heldout = Rows.open(target, "heldout")
+    around = _around(context)
+    measured = _measured(context, heldout, around)
     return {
         "folder": target,
         "train": rows.fingerprint,
@@ -52,5 +75,53 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         "seq_length": rows.seq_length,
         "train_tokens": len(rows) * rows.seq_length,
         "heldout_tokens": len(heldout) * rows.seq_length,
-        "summary": f"{len(rows):,} training and {len(heldout):,} held-out rows of {rows.seq_length} tokens",
+        **({"loss_with_bos": measured.with_bos, "loss_without_bos": measured.without_bos} if measured else {}),
+        "summary": f"{len(rows):,} training and {len(heldout):,} held-out rows of {rows.seq_length} tokens"
+        + _beginning(around, measured),
     }
+
+
+def record(context: Context, outputs: dict[str, Any]) -> None:
+    """The teacher's loss with BOS and without, in the run's record."""
+    losses: dict[str, float] = {
+        name: outputs[name] for name in ("loss_with_bos", "loss_without_bos") if name in outputs
+    }
+    if losses:
+        context.log("data").metrics(losses, step=0)
+
+
+def _measured(context: Context, heldout: Rows, around: DocumentTokens) -> BosLosses | None:
+    """The teacher's loss on the beginnings of some held-out rows; the worse choice is warned of."""
+    if not around.begin and around.bos is None:
+        return None
+    context.console.status("measuring the teacher with BOS and without")
+    teacher = context.done["teacher"]
+    model = load_model(storage.fetch(teacher["folder"]), DTYPES[teacher["dtype"]]).to(device())
+    rows = heldout.take(range(min(PROBE_ROWS, len(heldout))))[:, :PROBE_TOKENS]
+    measured = bos_losses(model, rows, around)
+    if measured:
+        worse_by = measured.with_bos - measured.without_bos
+        if not around.begin:
+            worse_by = -worse_by
+        if worse_by > WORSE:
+            other = "false" if around.begin else "true"
+            context.console.say(
+                f"  [yellow]the teacher predicts this text {_with(around)} BOS worse by {worse_by:.2f} nats per token than "
+                f"{_with(around, other=True)}: set data.add_bos: {other}[/]"
+            )
+    return measured
+
+
+def _with(around: DocumentTokens, *, other: bool = False) -> str:
+    return "with" if bool(around.begin) != other else "without"
+
+
+def _beginning(around: DocumentTokens, measured: BosLosses | None) -> str:
+    """How rows begin, for the summary."""
+    if measured is None:
+        return ""
+    here, there = measured.without_bos, measured.with_bos
+    if around.begin:
+        loss = f"the teacher's loss {there:.3f}, without it {here:.3f}"
+        return f" · documents and rows that start inside one begin with BOS ({loss})"
+    return f" · no BOS (the teacher's loss {here:.3f}, with it {there:.3f})"

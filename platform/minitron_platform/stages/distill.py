@@ -71,6 +71,7 @@ def run(context: Context, folder: str) -> dict[str, Any]:
             tasks_every=training.evaluate_tasks_every,
             tasks=lm_eval_tasks(recipe.evaluate.tasks),
             tasks_batch_rows=recipe.evaluate.batch_rows,
+            add_bos=recipe.data.bos,
         )
         train_on_ray(task, recipe.resources, log, scratch=storage.join(folder, "ray"))
         context.console.status("")

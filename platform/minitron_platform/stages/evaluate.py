@@ -83,6 +83,7 @@ def _quality(context: Context, name: str, models: dict[str, nn.Module], folder: 
             load_tokenizer(storage.fetch(context.done["teacher"]["folder"])),
             lm_eval_tasks(context.recipe.evaluate.tasks),
             batch_size=context.recipe.evaluate.batch_rows,
+            add_bos=context.recipe.data.bos,
             progress=count,
         )
         values = {

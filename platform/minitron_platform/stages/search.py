@@ -295,6 +295,7 @@ def benchmarks(context: Context) -> Benchmarks | None:
         keep=asked.keep,
         tokenizer=context.done["teacher"]["folder"],
         batch_rows=context.recipe.evaluate.batch_rows,
+        add_bos=context.recipe.data.bos,
     )
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from minitron import storage
 from minitron.architecture import Architecture
+from minitron.data import document_tokens
 from minitron.device import compute_dtype
 from minitron.identity import checkpoint_identity
 from minitron.models import load_source, load_tokenizer, save_model, source_identity
 from minitron_platform.context import Context
 
-VERSION = 2  # 2: the id is that of what the teacher does, and its tensors are known to fill it
+VERSION = 2  # 2: the id is that of what the teacher does, its tensors are known to fill it, and what begins a document is said
 
 
 def inputs(context: Context) -> dict[str, Any]:
@@ -30,21 +32,23 @@ def run(context: Context, folder: str) -> dict[str, Any]:
     dtype = compute_dtype(teacher.dtype)
     if not storage.is_committed(target):
         context.console.status(f"reading {teacher.model}")
-        model, tokenizer = load_source(teacher.model, teacher.revision, dtype)
+        model, words = load_source(teacher.model, teacher.revision, dtype)
         context.console.status("writing it as safetensors")
         with storage.committed_folder(target) as place:
-            save_model(model, tokenizer, place)
+            save_model(model, words, place)
     files = storage.manifest(target)["files"]
     weights = {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
     context.console.status("hashing its weights")
     local = storage.fetch(target)
     architecture = Architecture.from_config(AutoConfig.from_pretrained(str(local), trust_remote_code=False))
+    tokenizer = load_tokenizer(local)
     return {
         "folder": target,
-        "id": checkpoint_identity(local, load_tokenizer(local)),
+        "id": checkpoint_identity(local, tokenizer),
         "sha256": weights,
         "dtype": str(dtype).removeprefix("torch."),
         "architecture": architecture.to_dict(),
         "parameters": architecture.num_parameters,
+        "document": asdict(document_tokens(tokenizer)),
         "summary": f"{architecture.num_parameters / 1e6:.1f}M parameters · {architecture}",
     }
