@@ -23,6 +23,15 @@ class MinitronError(Exception):
         return type(self), (self.problem, self.remedy)
 
 
+def one_line(error: BaseException, longest: int = 400) -> str:
+    """What went wrong, in a line for a table: a problem with its remedy, or the kind of error and its message."""
+    if isinstance(error, MinitronError):
+        parts = [error.problem, error.remedy]
+    else:
+        parts = [f"{type(error).__name__}: {error}" if str(error) else type(error).__name__]
+    return "; ".join(" ".join(part.split())[:longest] for part in parts if part)
+
+
 class InputError(MinitronError):
     """A recipe key, file, model or dataset that cannot be used as given."""
 

@@ -72,12 +72,16 @@ def test_the_winner_and_the_next_best_get_benchmarks_once(made, bench, searched)
 def test_benchmarks_that_fail_are_said_and_leave_the_ranking(made, searched, tmp_path):  # noqa: F811
     found, task, plain, pool = searched
     (tmp_path / "arc.jsonl").write_text(json.dumps({"no": "question"}) + "\n")
-    asked = Benchmarks((Task("arc_easy", data=str(tmp_path / "arc.jsonl")),), keep=1, tokenizer=made[0].teacher)
+    (tmp_path / "pages.jsonl").write_text(json.dumps({"page": "river stone light"}) + "\n")
+    tasks = Task("arc_easy", data=str(tmp_path / "arc.jsonl")), Task("wikitext", data=str(tmp_path / "pages.jsonl"))
+    asked = Benchmarks(tasks, keep=1, tokenizer=made[0].teacher)
     result = benchmark_best(task, plain, found, asked, pool)
     assert len(result.ranking) == 3
     assert result.ranking["arc_easy"].isna().all()
+    assert list(result.ranking["wikitext"].notna()) == list(result.ranking["winner"])  # the other is kept
+    assert result.metrics == {"wikitext": "word_perplexity"}
     assert list(result.failures) == [str(plain.winner)]
-    assert "its benchmarks: " in result.failures[str(plain.winner)]
+    assert "its benchmarks: arc_easy: " in result.failures[str(plain.winner)]
     assert "do not fit" in result.failures[str(plain.winner)]
 
 

@@ -67,7 +67,7 @@ def scores(folder, model):
     task = TrainTask(
         materials, STEPS, Losses(), "", "", "k", 1, tasks=(Task("arc_easy", data=str(folder / "arc.jsonl")),)
     )
-    return task_metrics(task, model)
+    return task_metrics(task, model, lambda name, error: pytest.fail(f"{name}: {error}"))
 
 
 def train(folder, config, *, split=False, losses=INTERMEDIATE, kill_at=0, tasks=False, out=None, **options):

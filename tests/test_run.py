@@ -253,6 +253,7 @@ def test_a_teacher_online_is_stored_for_the_search_alone(bench):
         "distill.evaluate_every=8",
         "resources.workers_per_trial=2",
         f"resources.cpus_per_trial={os.cpu_count()}",
+        "evaluate.tasks=[{name: arc_easy, data: arc.jsonl, limit: 10}, {name: hellaswag, data: arc.jsonl}]",
     ]
     one = "family.0.space={num_layers: [4], hidden_size: [36], intermediate_size: [48]}"
     options = [part for setting in (*settings, one) for part in ("--set", setting)]
@@ -268,6 +269,7 @@ def test_a_teacher_online_is_stored_for_the_search_alone(bench):
     (distilled,) = [run for run in runs if run.info.run_name == "distill"]
     tasks = client.get_metric_history(distilled.info.run_id, "task_arc_easy.acc")
     assert [point.step for point in tasks] == [12, 24]
+    assert "their fields are" in distilled.data.tags["minitron.failed.hellaswag"]  # and the training went on
     assert [p.step for p in client.get_metric_history(distilled.info.run_id, "heldout_kl")] == [8, 16, 24]
     # a sharded student is gathered for nothing else
     evaluated = client.get_metric_history(distilled.info.run_id, "seconds_evaluation")

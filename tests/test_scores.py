@@ -7,11 +7,13 @@ import logging
 import random
 
 import pytest
+import torch
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from test_evaluation import WORDS, arc_documents, student, tiny_model, tokenizer, write_jsonl  # noqa: F401 (fixtures)
 
+from minitron.errors import one_line
 from minitron.evaluation import Task, evaluate, task_metric
 from minitron.evaluation.tasks import parts, read_definition
 
@@ -131,3 +133,32 @@ def test_a_score_is_shown_in_the_unit_of_its_metric(task, metric, value, stderr,
 def test_better_is_lower_for_perplexities_and_unknown_for_what_nobody_defines():
     better = [task_metric("t", m).higher_is_better for m in ("byte_perplexity", "ter", "acc", "bleu", "score")]
     assert better == [False, False, True, True, None]
+
+
+def test_a_task_that_raises_is_told_of_and_the_others_are_scored(student, tokenizer, tmp_path):  # noqa: F811
+    good = Task("wikitext", str(write_jsonl(tmp_path / "pages.jsonl", pages(2, 10))))
+    unfit = Task("hellaswag", str(write_jsonl(tmp_path / "unfit.jsonl", [{"no": "question"}])))
+    # the first document is scored, and what comes after all answers raises
+    broken = Task(
+        "gsm8k", str(write_jsonl(tmp_path / "sums.jsonl", [*sums(1), {"question": "how many?", "answer": 3}]))
+    )
+    failed = {}
+
+    scores = evaluate(student, tokenizer, [unfit, broken, good], on_failure=failed.__setitem__)
+
+    assert scores == evaluate(student, tokenizer, [good])
+    assert list(failed) == ["hellaswag", "gsm8k"]
+    assert "fields are no" in one_line(failed["hellaswag"])
+    with pytest.raises(type(failed["gsm8k"])):
+        evaluate(student, tokenizer, [broken])
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, KeyboardInterrupt])
+def test_no_memory_and_an_interrupt_are_no_failures_of_a_task(student, tokenizer, tmp_path, monkeypatch, error):  # noqa: F811
+    def stop(*_, **__):
+        raise error
+
+    monkeypatch.setattr(student, "forward", stop)
+    task = Task("arc_easy", str(write_jsonl(tmp_path / "test.jsonl", arc_documents(1))))
+    with pytest.raises(error):
+        evaluate(student, tokenizer, [task], on_failure=lambda name, failure: None)

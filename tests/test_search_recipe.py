@@ -6,6 +6,7 @@ import html
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 import yaml
 from command import run_minitron
@@ -14,7 +15,7 @@ from tiny import texts
 
 from minitron.architecture import Architecture
 from minitron.errors import InputError
-from minitron.evaluation import task_metric
+from minitron.evaluation import evaluate, task_metric
 from minitron_platform import plan, run
 from minitron_platform.recipe_file import load_recipe, with_absolute_paths
 
@@ -138,3 +139,55 @@ def test_a_latency_that_nothing_reaches_says_what_the_fastest_takes(bench, searc
     values["search"]["sampler"] = None
     with pytest.raises(InputError, match=r"family.0.limits: no candidate .*timed, and the fastest takes .* ms"):
         run(type(recipe).model_validate(values), storage_path=str(searched[1]))
+
+
+def test_a_benchmark_that_fails_costs_nothing_else_and_is_tried_again_alone(bench, searched, monkeypatch):
+    stages, storage = searched
+    values = _recipe(bench, 60_000).model_dump(by_alias=True)
+    values["evaluate"]["tasks"].append({"name": "arc_easy"})  # from the hub
+    recipe = type(_recipe(bench, 60_000)).model_validate(values)
+    asked = []
+
+    def noted(model, tokenizer, tasks, **options):
+        asked.append([task.name for task in tasks])
+        return evaluate(model, tokenizer, tasks, **options)
+
+    def hub_is_away(*_, **__):
+        raise ConnectionError("the hub is away")
+
+    monkeypatch.setattr("minitron_platform.stages.evaluate.evaluate", noted)
+    monkeypatch.setattr(datasets, "load_dataset", hub_is_away)
+    first = run(recipe, storage_path=str(storage)).family["tiny-student"]
+    table = first["evaluate"]["table"]
+    reason = "ConnectionError: the hub is away"
+    assert all(table[model]["failures"] == {"arc_easy": reason} for model in ("teacher", "pruned", "distilled"))
+    scores = table["distilled"]["tasks"]
+    assert scores == stages["evaluate"]["table"]["distilled"]["tasks"]
+    results = max((storage / "runs").glob("*/report.html"), key=lambda path: path.stat().st_mtime)
+    page = html.unescape(results.read_text())
+    assert "<td>arc_easy</td><td>failed</td><td>failed</td><td>failed</td>" in page
+    assert "arc_easy failed: ConnectionError: the hub is away" in page
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    version = client.get_model_version("tiny-student", first["register"]["version"])
+    assert version.tags["minitron.task.arc_easy"] == "failed: ConnectionError: the hub is away"
+
+    questions = [json.loads(line) for line in (bench / "arc.jsonl").read_text().splitlines()]
+    hub = {"test": datasets.Dataset.from_list(questions), "train": datasets.Dataset.from_list(questions)}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: hub)
+    asked.clear()
+    second = run(recipe, storage_path=str(storage)).family["tiny-student"]
+    assert asked == [["arc_easy"]] * 3
+    again = second["evaluate"]["table"]
+    assert all(not row["failures"] for row in again.values())
+    assert again["distilled"]["tasks"].keys() == {"wikitext", "arc_easy"}
+    assert again["distilled"]["tokens_per_second"] == table["distilled"]["tokens_per_second"]
+    assert second["register"]["version"] == first["register"]["version"]
+    version = client.get_model_version("tiny-student", first["register"]["version"])
+    assert version.tags["minitron.task.arc_easy"].startswith("acc ")
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    said = {run.data.tags["minitron.failed_benchmarks"] for run in runs if run.info.run_name == "evaluate"}
+    assert said == {"none"}
+
+    asked.clear()
+    assert run(recipe, storage_path=str(storage)).family["tiny-student"] == second
+    assert asked == []

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from minitron.evaluation.speed import interleaved_throughput as interleaved_throughput
     from minitron.evaluation.speed import throughput as throughput
     from minitron.evaluation.tasks import Task as Task
+    from minitron.evaluation.tasks import check_requirements as check_requirements
     from minitron.evaluation.tasks import check_tasks as check_tasks
 
 _PUBLIC = {
@@ -32,6 +33,7 @@ _PUBLIC = {
     "task_metric": "metrics",
     "Task": "tasks",
     "check_tasks": "tasks",
+    "check_requirements": "tasks",
     "Throughput": "speed",
     "interleaved_throughput": "speed",
     "throughput": "speed",

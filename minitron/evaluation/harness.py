@@ -22,20 +22,23 @@ import lm_eval.api.task
 import lm_eval.models.huggingface
 import numpy as np
 import torch
+import torch.distributed as dist
 from lm_eval.api.metrics import mean
 from lm_eval.api.model import CacheHook
 from lm_eval.evaluator import evaluate as run_harness
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from minitron.data import document_tokens
-from minitron.errors import InputError
+from minitron.errors import InputError, MinitronError
 from minitron.evaluation.benchmarks import FILTER, METRIC
 from minitron.evaluation.metrics import Metric, task_metric
 from minitron.evaluation.mode import evaluating
 from minitron.evaluation.requests import DocumentRequests
-from minitron.evaluation.tasks import Task, build, check_tasks, parts
+from minitron.evaluation.tasks import Part, Task, build, check_settings, check_tasks, parts
 
 log = logging.getLogger(__name__)
+
+OnFailure = Callable[[str, Exception], None]  # a task's name and what it raised
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ def evaluate(
     batch_size: int = 8,
     add_bos: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
+    on_failure: OnFailure | None = None,
+    together: bool = False,
 ) -> dict[str, Score]:
     """Score a transformers causal LM, where it is and in its dtype, on each task; {task name: Score}.
 
@@ -80,21 +85,24 @@ def evaluate(
     documents. Every request starts as the rows do that `minitron.data.pack` packs with the same `add_bos`. Requests longer
     than the model's context are cut from the left; a warning says how many.
     Raises InputError as `check_tasks` does, for documents that lack the fields a task reads, and where `add_bos` is true and
-    the tokenizer has no BOS token.
+    the tokenizer has no BOS token. With `on_failure` a task that raises is left out and told of by its name and
+    error, and the others go on; not so where memory ran out. `together`: all processes of torch.distributed call this alike,
+    and what one of them cannot prepare all leave out.
     """
-    check_tasks(tasks)
+    if on_failure is None:
+        check_tasks(tasks)
+    check_settings(tasks)
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}", "give 1 or more")
     with _quiet(), _same_random_state(), evaluating(model):
-        work = [(task, [(part, build(task, part)) for part in parts(task)]) for task in tasks]
+        work = _prepared(tasks, on_failure, together)
         sizes = [min(len(built.task_docs), task.limit or math.inf) for task, members in work for _, built in members]
         scorer = _Scorer(model, tokenizer, batch_size, add_bos, int(sum(sizes)), progress)
         scores = {}
         for task, members in work:
-            member_scores = []
-            for part, built in members:
-                member_scores.append(_score(scorer, task, part.name, part.scored, built))
-            scores[task.name] = member_scores[0] if len(member_scores) == 1 else _pooled(task.name, member_scores)
+            with _reported(task, on_failure):
+                own = [_score(scorer, task, part.name, part.scored, built) for part, built in members]
+                scores[task.name] = own[0] if len(own) == 1 else _pooled(task.name, own)
             if scorer.cut:
                 log.warning(
                     "%s: %d requests exceed the model's %d tokens; they were cut from the left",
@@ -104,6 +112,42 @@ def evaluate(
                 )
                 scorer.cut = 0
     return scores
+
+
+def _prepared(
+    tasks: Sequence[Task], on_failure: OnFailure | None, together: bool
+) -> list[tuple[Task, list[tuple[Part, Any]]]]:
+    """Every task that can run, with its parts and their documents."""
+    errors: dict[str, Exception] = {}
+    built: dict[str, list[tuple[Part, Any]]] = {}
+    for task in tasks:
+        with _reported(task, None if on_failure is None else errors.__setitem__):
+            built[task.name] = [(part, build(task, part)) for part in parts(task)]
+    if together and dist.is_initialized():
+        # the processes of a sharded model run every forward pass together
+        kind = "cpu" if dist.get_backend() == "gloo" else "cuda"
+        lost = torch.tensor([task.name in errors for task in tasks], dtype=torch.int64, device=kind)
+        dist.all_reduce(lost)
+        for task, count in zip(tasks, lost.tolist(), strict=True):
+            if count and task.name not in errors:
+                errors[task.name] = MinitronError(f"task {task.name!r}: {count} other processes could not prepare it")
+    if on_failure is not None:
+        for name, error in errors.items():
+            on_failure(name, error)
+    return [(task, built[task.name]) for task in tasks if task.name not in errors]
+
+
+@contextmanager
+def _reported(task: Task, on_failure: OnFailure | None) -> Iterator[None]:
+    """Tells of what a task raises instead of raising it, where somebody listens."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # the model's own trouble
+    except Exception as error:
+        if on_failure is None:
+            raise
+        on_failure(task.name, error)
 
 
 def _score(scorer: _Scorer, task: Task, name: str, split: str, built: Any) -> Score:

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from minitron.errors import InputError
 from minitron.evaluation.benchmarks import GROUP, RENAMED_FIELDS
-from minitron.evaluation.documents import find_splits, locate, read_split
+from minitron.evaluation.documents import count_documents, find_splits, locate, read_split
+from minitron.evaluation.requirements import (
+    check_documents,
+    check_metrics,
+    check_packages,
+    check_room,
+    runs_generated_code,
+)
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task as HarnessTask
@@ -52,8 +59,29 @@ def check_tasks(tasks: Sequence[Task]) -> None:
     """Raise InputError for what cannot run, before any work: in a second, without lm-eval's index or torch.
 
     Unknown task, missing folder or package, no split that the task is scored on, few-shot examples that could only come
-    from the scored documents themselves, a name given twice. Hub documents (`data` None) are not reached for.
+    from the scored documents themselves or that are fewer than asked for, a name given twice, a task that runs what the
+    model writes. Hub documents (`data` None) are not reached for; see `check_requirements`.
     """
+    check_settings(tasks)
+    for task in tasks:
+        for _ in parts(task):
+            pass
+
+
+def check_requirements(task: Task, longest: int | None = None) -> None:
+    """Raise InputError for what a known task needs and this machine lacks: packages, metrics, documents in the hub's cache or
+    at the hub, which is asked with a short timeout, and room for its answers in a model of `longest` tokens."""
+    for part in parts(task):
+        config = read_definition(part.definition, functions=False)
+        check_packages(task.name, config, tasks_folder())
+        check_metrics(task.name, config, tasks_folder())
+        check_room(task.name, config, longest)
+        if part.splits is None:
+            check_documents(task.name, config)
+
+
+def check_settings(tasks: Sequence[Task]) -> None:
+    """Raise InputError for values that are none, and for a name given twice."""
     seen: set[str] = set()
     for task in tasks:
         if task.name in seen:
@@ -63,15 +91,12 @@ def check_tasks(tasks: Sequence[Task]) -> None:
             raise InputError(f"task {task.name!r}: num_fewshot is {task.num_fewshot}", "give 0 or more")
         if task.limit is not None and task.limit < 1:
             raise InputError(f"task {task.name!r}: limit is {task.limit}", "give 1 or more, or leave it out for all")
-        for _ in parts(task):
-            pass
 
 
 def parts(task: Task) -> Iterator[Part]:
     """The stock definitions that `task` runs: one, or a group's. Raises InputError as `check_tasks` does."""
-    names = _definitions()
+    names, root = _definitions(), tasks_folder()
     if task.name in GROUP:
-        root = _tasks_folder()
         members = {name: path for name, path in names.items() if path.match(str(root / GROUP[task.name]))}
     elif task.name in names:
         members = {task.name: names[task.name]}
@@ -83,7 +108,18 @@ def parts(task: Task) -> Iterator[Part]:
     place = None if task.data is None else locate(task.data)
     for name, definition in members.items():
         config = read_definition(definition, functions=False)
+        if runs_generated_code(config, root):
+            raise InputError(
+                f"task {task.name!r}: it runs code that the model writes, which is not supported yet",
+                "leave it out, or run it with lm-eval in a sandbox of your own",
+            )
         if place is None:
+            if task.num_fewshot and not (_own_examples(config) or _hub_fewshot_split(config)):
+                raise InputError(
+                    f"task {task.name!r}: num_fewshot is {task.num_fewshot}, and its definition has no split to take "
+                    "examples from besides the one scored",
+                    "set num_fewshot to 0",
+                )
             yield Part(name, definition, None, config.get("test_split") or config.get("validation_split") or "")
             continue
         if task.name in GROUP:
@@ -94,7 +130,16 @@ def parts(task: Task) -> Iterator[Part]:
             folder = place
         splits = find_splits(folder)
         scored = _scored_split(task, config, splits)
-        if task.num_fewshot and _fewshot_split(config, splits, scored) is None:
+        fewshot = _fewshot_split(config, splits, scored)
+        if task.num_fewshot and fewshot is not None and not _own_examples(config):
+            there = count_documents(splits[fewshot])
+            if there < task.num_fewshot:
+                raise InputError(
+                    f"task {task.name!r}: num_fewshot is {task.num_fewshot}, and the split {fewshot!r} of {task.data} has "
+                    f"{there} examples",
+                    f"set num_fewshot to {there} at most",
+                )
+        if task.num_fewshot and fewshot is None and not _own_examples(config):
             raise InputError(
                 f"task {task.name!r}: num_fewshot is {task.num_fewshot}, but {task.data} has no split to take examples "
                 f"from besides {scored!r}, which is the one scored",
@@ -185,6 +230,18 @@ def _fewshot_split(config: dict[str, Any], splits: dict[str, list[Path]], scored
     return None
 
 
+def _own_examples(config: dict[str, Any]) -> bool:
+    """Whether the definition brings its few-shot examples along."""
+    return bool((config.get("fewshot_config") or {}).get("samples"))
+
+
+def _hub_fewshot_split(config: dict[str, Any]) -> str | None:
+    scored = config.get("test_split") or config.get("validation_split") or ""
+    nested = (config.get("fewshot_config") or {}).get("split")
+    named = (config.get("fewshot_split"), nested, config.get("training_split"), config.get("validation_split"))
+    return next((split for split in named if split and split != scored), None)
+
+
 def read_definition(path: Path, *, functions: bool) -> dict[str, Any]:
     """A stock definition with its includes merged; with `functions`, the Python functions it names are imported."""
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -192,11 +249,12 @@ def read_definition(path: Path, *, functions: bool) -> dict[str, Any]:
     return load_yaml(path, resolve_func=functions)
 
 
-def _tasks_folder() -> Path:
+def tasks_folder() -> Path:
     spec = find_spec("lm_eval")
     if spec is None or not spec.submodule_search_locations:
         raise InputError("lm-eval is not installed", "pip install 'lm-eval>=0.4.13'")
-    return Path(spec.submodule_search_locations[0]) / "tasks"
+    # resolved, as are the files that a definition names
+    return Path(spec.submodule_search_locations[0], "tasks").resolve()
 
 
 @lru_cache(maxsize=1)
@@ -204,7 +262,7 @@ def _definitions() -> dict[str, Path]:
     # lm-eval's own index parses 14,000 YAML files in 8 s; one line of each is enough for its name, in 0.3 s.
     name = re.compile(r"^\"?task\"?:[ \t]*[\"']?([^\s\"'#\[]+)", re.MULTILINE)
     found: dict[str, Path] = {}
-    for path in sorted(_tasks_folder().rglob("*.yaml")):
+    for path in sorted(tasks_folder().rglob("*.yaml")):
         match = name.search(path.read_text(encoding="utf-8", errors="replace"))
         if match:
             found.setdefault(match.group(1), path)

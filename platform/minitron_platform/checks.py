@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -11,7 +13,7 @@ from minitron.architecture import Architecture
 from minitron.data import document_tokens
 from minitron.data import source_identity as text_identity
 from minitron.errors import InputError
-from minitron.evaluation import check_tasks
+from minitron.evaluation import Task, check_requirements, check_tasks
 from minitron.models import source_tokenizer
 from minitron.trainable import check_lora
 from minitron_platform.cluster_room import joins_cluster
@@ -54,11 +56,45 @@ def check_machine(recipe: Recipe, storage_path: str, address: str | None) -> Non
     storage.remove(probe)
 
 
-def _check_tasks(recipe: Recipe) -> None:
+def check_benchmarks(recipe: Recipe, longest: int | None, done: Mapping[str, set[str]]) -> None:
+    """Raise InputError for packages, metrics and documents that a benchmark lacks, while there is work that they could make
+    worthless; `done` are each model's finished stages. Where only the evaluation is left, one that fails costs nothing."""
+    needed = {"calibrate": "calibrate.task", "search": "search.evaluate.tasks", "distill": "evaluate.tasks"}
+    waiting = {key for stage, key in needed.items() if any(stage not in done.get(m.model, ()) for m in recipe.family)}
+    for key, task in _tasks(recipe):
+        if any(key.startswith(prefix) for prefix in waiting):
+            with _under(key):
+                check_requirements(task, longest)
+
+
+def _tasks(recipe: Recipe) -> Iterator[tuple[str, Task]]:
+    """Every task with its key in the recipe."""
     of_search = recipe.search.evaluate.tasks if recipe.search.evaluate else []
-    of_layers = [recipe.calibrate.task] if recipe.calibrate.task else []
-    for asked in (recipe.evaluate.tasks, of_search, of_layers):
-        check_tasks(lm_eval_tasks(asked))
+    for where, asked in (("evaluate.tasks", recipe.evaluate.tasks), ("search.evaluate.tasks", of_search)):
+        yield from ((f"{where}[{index}]", task) for index, task in enumerate(lm_eval_tasks(asked)))
+    if recipe.calibrate.task:
+        yield "calibrate.task", lm_eval_tasks([recipe.calibrate.task])[0]
+
+
+@contextmanager
+def _under(key: str) -> Iterator[None]:
+    """What is wrong with a task is named by its key too."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{key}: {error.problem}", error.remedy) from error
+
+
+def _check_tasks(recipe: Recipe) -> None:
+    seen: dict[str, str] = {}
+    for key, task in _tasks(recipe):
+        with _under(key):
+            check_tasks([task])
+        if (name := f"{key.split('[')[0]} {task.name}") in seen:
+            raise InputError(
+                f"{key}: task {task.name!r} is {seen[name]} too", "give each task once; scores are kept by name"
+            )
+        seen[name] = key
 
 
 def _check_training(recipe: Recipe) -> None:

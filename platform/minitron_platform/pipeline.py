@@ -262,7 +262,9 @@ def _table_metrics(outputs: dict[str, Any]) -> dict[str, float]:
         values |= {f"{model}.{k}": row[k] for k in ("loss", "kl", "top1_agreement", "parameters", "tokens_per_second")}
         for task, score in row["tasks"].items():
             name = f"{model}.{task}.{score['metric']}"
-            values |= {name: score["value"]} | ({f"{name}_stderr": score["stderr"]} if score["stderr"] else {})
+            values |= {name: score["value"]} | (
+                {f"{name}_stderr": score["stderr"]} if score["stderr"] is not None else {}
+            )
     return values
 
 

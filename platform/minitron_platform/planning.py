@@ -11,7 +11,7 @@ from minitron.architecture import Architecture
 from minitron.device import compute_dtype, matmul_flops
 from minitron.hardware import hardware_notes
 from minitron.models import check_contents, source_architecture
-from minitron_platform.checks import check_machine, check_outcomes, check_recipe
+from minitron_platform.checks import check_benchmarks, check_machine, check_outcomes, check_recipe
 from minitron_platform.cluster_room import private_cpus
 from minitron_platform.context import Places, places
 from minitron_platform.losses import distillation_losses
@@ -86,6 +86,7 @@ def plan(
     dtype = compute_dtype(recipe.teacher.dtype)
     speed = matmul_flops(dtype)
     finished, written = finished_stages(recipe, where)
+    check_benchmarks(recipe, longest, {model: set(stages) for model, stages in finished.family.items()})
     value_bytes = 2 if dtype == torch.bfloat16 else 4
     modes = {mode: teacher_cost(recipe, teacher, found, value_bytes, mode) for mode in MODES}
     sampled = frozenset(

@@ -49,13 +49,21 @@ def rows(context: Context) -> tuple[list[str], list[list[str]]]:
         (LOSS.name, lambda m: LOSS.text(m["loss"])),
         (KL.name, lambda m: KL.text(m["kl"])),
         (AGREEMENT.title, lambda m: AGREEMENT.text(m["top1_agreement"])),
-        *((_title(task, score["metric"]), partial(_task, task)) for task, score in columns[0][1]["tasks"].items()),
+        *((_title(task, metric), partial(_task, task)) for task, metric in _benchmarks(context).items()),
         (SPEED.unit, lambda m: SPEED.text(m["tokens_per_second"])),
     ]
     return ["", *(title for title, _ in columns)], [[name, *[text(m) for _, m in columns]] for name, text in figures]
 
 
+def _benchmarks(context: Context) -> dict[str, str | None]:
+    """The recipe's benchmarks with their metrics, which are not known where every model failed."""
+    known = {task: score["metric"] for _, model in _columns(context) for task, score in model["tasks"].items()}
+    return {task.name: known.get(task.name) for task in context.recipe.evaluate.tasks}
+
+
 def _task(task: str, model: dict[str, Any]) -> str:
+    if task not in model["tasks"]:
+        return "failed"
     score = model["tasks"][task]
     return task_metric(task, score["metric"]).text(score["value"], score["stderr"])
 
@@ -66,16 +74,20 @@ def _title(task: str, metric: str | None) -> str:
 
 
 def caption(context: Context) -> str:
-    """What the table's figures are measured on."""
-    model = _columns(context)[-1][1]
+    """What the table's figures are measured on, and why some are missing."""
+    columns = _columns(context)
+    model = columns[-1][1]
+    scores = {task: score for _, own in columns for task, score in own["tasks"].items()}
     tasks = [
         f"{name}: {s['metric']}{'' if s['higher_is_better'] in (True, None) else ' (lower is better)'}, "
         f"{s['num_fewshot']}-shot, first {s['num_documents']} documents of {s['split']}"
-        for name, s in model["tasks"].items()
+        for name, s in scores.items()
     ]
+    failed = {task: reason for _, own in columns for task, reason in own.get("failures", {}).items()}
+    failures = [f"{task} failed: {reason}" for task, reason in failed.items()]
     tokens = f"{model['heldout_tokens']:,} held-out tokens"
-    errors = [f"{PLUS_MINUS} is the standard error"] if any(s["stderr"] for s in model["tasks"].values()) else []
-    return " · ".join([f"loss and KL in {KL.unit} on {tokens}", *tasks, *errors])
+    errors = [f"{PLUS_MINUS} is the standard error"] if any(s["stderr"] is not None for s in scores.values()) else []
+    return " · ".join([f"loss and KL in {KL.unit} on {tokens}", *tasks, *errors, *failures])
 
 
 def final_table(context: Context) -> Table:

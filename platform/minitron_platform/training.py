@@ -7,6 +7,7 @@ import logging
 import signal
 import threading
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from minitron.distill import DistillConfig, LiveTeacher, Losses, StepReport, dis
 from minitron.distill.materials import Materials
 from minitron.distill.sharding import fits_beside
 from minitron.distill.teacher import Targets
-from minitron.errors import MinitronError, NonFiniteError
+from minitron.errors import MinitronError, NonFiniteError, one_line
 from minitron.evaluation import Task, heldout_metrics
 from minitron.logits import Head
 from minitron.models import load_model, load_tokenizer, save_model
@@ -138,6 +139,9 @@ def _recorder(log: RunLog) -> Any:
         def record(self, metrics: dict[str, float], step: int) -> None:
             log.metrics(metrics, step=step)
 
+        def tag(self, tags: dict[str, str]) -> None:
+            log.tags(tags)
+
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(Recorder).options(num_cpus=0, scheduling_strategy=here).remote()
 
@@ -155,6 +159,7 @@ def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
     every = task.tasks_every
     tasks_due = range(every, task.config.steps + 1, every) if every else ()
     unheard: list[Any] = []
+    failed_benchmarks: set[str] = set()  # told of once each
 
     def heard() -> None:
         with suppress(ray.exceptions.RayError):  # the record never stops the work
@@ -165,13 +170,18 @@ def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
             heard()  # so that at most one step's metrics are on their way when something dies
             unheard[:] = [config["recorder"].record.remote(metrics, step)]
 
+    def benchmark_failed(name: str, error: Exception) -> None:
+        if name not in failed_benchmarks and dist.get_rank() == 0:
+            unheard.append(config["recorder"].tag.remote({f"minitron.failed.{name}": one_line(error)}))
+        failed_benchmarks.add(name)
+
     def evaluate(done: int, student: nn.Module) -> None:
         tokens = {"tokens": done * task.config.batch_rows * rows.seq_length}
         # in every process alike: a sharded student is run by all, and none waits so long that it is given up
         if task.config.evaluate_every and done % task.config.evaluate_every == 0:
             record(_heldout(task, student, head) | tokens, done)
         if done in tasks_due:
-            record(task_metrics(task, student) | tokens, done)
+            record(task_metrics(task, student, benchmark_failed) | tokens, done)
 
     if isinstance(targets, LiveTeacher):
         record({"teacher_shards": dist.get_world_size() if targets.sharded else 1}, 0)
@@ -248,10 +258,19 @@ def _heldout(task: TrainTask, model: nn.Module, head: Head | None) -> dict[str, 
     return {f"heldout_{name}": value for name, value in values.items() if value is not None}
 
 
-def task_metrics(task: TrainTask, model: nn.Module) -> dict[str, float]:
-    """The scores of a model in training on the benchmarks, by "task_NAME.METRIC"."""
+def task_metrics(task: TrainTask, model: nn.Module, failed: Callable[[str, Exception], None]) -> dict[str, float]:
+    """The scores of a model in training on the benchmarks, by "task_NAME.METRIC"; `failed` is told of those that raise.
+    Every process of the training calls this alike."""
     from minitron.evaluation import evaluate
 
     tokenizer = load_tokenizer(storage.fetch(task.materials.teacher))
-    scores = evaluate(model, tokenizer, task.tasks, batch_size=task.tasks_batch_rows, add_bos=task.add_bos)
+    scores = evaluate(
+        model,
+        tokenizer,
+        task.tasks,
+        batch_size=task.tasks_batch_rows,
+        add_bos=task.add_bos,
+        on_failure=failed,
+        together=True,
+    )
     return {f"task_{name}.{score.metric}": score.value for name, score in scores.items()}

@@ -11,6 +11,7 @@ from typing import Any
 from minitron import storage
 from minitron.architecture import Architecture
 from minitron.device import DTYPES, device
+from minitron.errors import InputError, one_line
 from minitron.evaluation import Task
 from minitron.evaluation.documents import documents_identity
 from minitron.models import load_model, load_tokenizer
@@ -51,7 +52,7 @@ def benchmark_best(
     """The result of a search over `architectures`, with scores of its winner and the next best by KL, `benchmarks.keep` in all.
 
     Every task is two columns of the ranking, its name for the score and that with `_stderr`, NaN for the other candidates. A
-    candidate whose benchmarks failed is added to the failures, with the reason, and stays in the ranking. Scores that are
+    candidate with a benchmark that failed is added to the failures, with the reason, and stays in the ranking. Scores that are
     stored are read back; a candidate whose weights are gone is distilled again for them. Afterwards all weights are deleted.
     """
     by_name = {str(a): a for a in architectures}
@@ -59,16 +60,18 @@ def benchmark_best(
     best = [by_name[name] for name in ordered[: benchmarks.keep]]
     paths = {a: benchmarks.path(task.folder, a) for a in best}
     failed = replace(pool, workers=1).run(
-        partial(_benchmark, replace(task, keep_weights=True), benchmarks), best, lambda a: storage.exists(paths[a])
+        partial(_benchmark, replace(task, keep_weights=True), benchmarks),
+        best,
+        lambda a: len(_scores(paths[a])) == len(benchmarks.tasks),
     )
     for architecture in architectures:
         storage.remove(weights(task.folder, architecture))
-    scores = {str(a): storage.read_json(path) for a, path in paths.items() if storage.exists(path)}
+    scores = {str(a): found for a, path in paths.items() if (found := _scores(path))}
     columns: dict[str, dict[str, float | None]] = {}
     metrics = {name: score["metric"] for found in scores.values() for name, score in found.items()}
     for wanted in benchmarks.tasks:
-        columns[wanted.name] = {name: found[wanted.name]["value"] for name, found in scores.items()}
-        columns[f"{wanted.name}_stderr"] = {name: found[wanted.name]["stderr"] for name, found in scores.items()}
+        columns[wanted.name] = _column(scores, wanted.name, "value")
+        columns[f"{wanted.name}_stderr"] = _column(scores, wanted.name, "stderr")
     reasons = {name: f"its benchmarks: {reason}" for name, reason in failed.items()}
     return with_columns(replace(result, failures={**result.failures, **reasons}, metrics=metrics), columns)
 
@@ -80,8 +83,29 @@ def _benchmark(task: SearchTask, benchmarks: Benchmarks, architecture: Architect
     folder = storage.fetch(weights(task.folder, architecture))
     model = load_model(folder, DTYPES[task.materials.dtype]).to(device())
     tokenizer = load_tokenizer(storage.fetch(benchmarks.tokenizer))
-    scores = evaluate(model, tokenizer, benchmarks.tasks, batch_size=benchmarks.batch_rows, add_bos=benchmarks.add_bos)
-    storage.write_json(
-        benchmarks.path(task.folder, architecture), {name: asdict(score) for name, score in scores.items()}
+    path, failed = benchmarks.path(task.folder, architecture), dict[str, Exception]()
+    known = _scores(path)
+    missing = [each for each in benchmarks.tasks if each.name not in known]
+    scores = evaluate(
+        model,
+        tokenizer,
+        missing,
+        batch_size=benchmarks.batch_rows,
+        add_bos=benchmarks.add_bos,
+        on_failure=failed.__setitem__,
     )
+    storage.write_json(path, known | {name: asdict(score) for name, score in scores.items()})
     report({"evaluated": len(scores)})
+    if failed:
+        reasons = [f"{name}: {one_line(error)}" for name, error in failed.items()]
+        raise InputError("; ".join(reasons))  # of a kind that no second attempt at once would change
+
+
+def _scores(path: str) -> dict[str, Any]:
+    """A candidate's scores by task, as far as there are any."""
+    found: dict[str, Any] = storage.read_json(path) if storage.exists(path) else {}
+    return found
+
+
+def _column(scores: dict[str, dict[str, Any]], task: str, figure: str) -> dict[str, float | None]:
+    return {name: found[task][figure] for name, found in scores.items() if task in found}

@@ -25,6 +25,8 @@ def inputs(context: Context) -> dict[str, Any]:
         "model": context.member.model,
         "register": context.recipe.register_as.model_dump(),
         "tracking": _tracking(context),
+        # with a benchmark that failed it is registered once more, as the same version, when that has its score
+        **({"failed": sorted(failed)} if (failed := _failed(context)) else {}),
     }
 
 
@@ -32,6 +34,12 @@ def _tracking(context: Context) -> str:
     """The registry, told from others wherever the storage lies that it may be part of."""
     database = sqlite_path(context.places.tracking_uri)
     return context.places.tracking_uri if database is None else relative(context.places.local, str(database))
+
+
+def _failed(context: Context) -> dict[str, str]:
+    """The student's benchmarks that failed, with the reasons."""
+    failures: dict[str, str] = context.done["evaluate"]["table"]["distilled"].get("failures", {})
+    return failures
 
 
 def holds(context: Context, outputs: dict[str, Any]) -> bool:
@@ -64,6 +72,7 @@ def run(context: Context, folder: str) -> dict[str, Any]:
             f"{TASK_TAG}{task}": task_metric(task, s["metric"]).sentence(s["value"], s["stderr"])
             for task, s in quality["tasks"].items()
         },
+        **{f"{TASK_TAG}{task}": f"failed: {reason}" for task, reason in _failed(context).items()},
     }
     run_id = context.mlflow_run(context.run_key)
     if run_id is None:
