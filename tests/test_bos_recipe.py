@@ -108,3 +108,51 @@ def test_a_bos_token_that_is_not_there_is_refused_before_anything_starts(bench, 
         plan(recipe, storage_path=str(tmp_path / "runs"))
     with pytest.raises(InputError, match=r"data\.add_bos: true"):
         run(recipe, storage_path=str(tmp_path / "runs"), until="data")
+
+
+def test_the_choice_reaches_the_benchmarks_of_calibration_search_and_training(begun, data, bench, monkeypatch):
+    import minitron.evaluation
+    from minitron.distill.materials import Materials
+    from minitron.models import load_model
+    from minitron_platform.stages.search import benchmarks
+    from minitron_platform.tasks import lm_eval_tasks
+    from minitron_platform.training import TrainTask, distill_config, task_metrics
+
+    told = []
+    evaluate = minitron.evaluation.evaluate
+
+    def listen(*arguments, add_bos=None, **options):
+        told.append(add_bos)
+        return evaluate(*arguments, add_bos=add_bos, **options)
+
+    monkeypatch.setattr("minitron.evaluation.evaluate", listen)
+    task = {"name": "arc_easy", "data": str(bench / "arc.jsonl"), "limit": 1}
+    overrides = [
+        "data.add_bos=false",
+        "calibrate.layers=task",
+        f"calibrate.task={task}",
+        "family.0.space.num_layers=[4]",
+    ]
+    overrides += ["calibrate.rows=4", f"search.evaluate={{keep: 1, tasks: [{task}]}}"]
+    recipe = load_recipe(str(begun / "recipe.yaml"), overrides)
+    context = run(recipe, storage_path=str(begun / "runs"), until="calibrate")
+    assert context.shared["data"]["train"] == data["false"][0]["train"]
+    assert told
+    assert set(told) == {False}
+    assert benchmarks(context).add_bos is False
+
+    told.clear()
+    folder = context.shared["teacher"]["folder"]
+    training = TrainTask(
+        materials=Materials(folder, "", "float32", "", "", ""),
+        config=distill_config(recipe.distill),
+        losses=None,
+        checkpoints="",
+        result="",
+        key="",
+        threads=1,
+        tasks=lm_eval_tasks([recipe.calibrate.task]),
+        add_bos=recipe.data.bos,
+    )
+    task_metrics(training, load_model(folder))
+    assert told == [False]
