@@ -11,6 +11,7 @@ import torch
 
 from minitron import storage
 from minitron.distill.checkpoint import Checkpoints, committed_steps
+from minitron.distill.curve import Curve, Point, read_curve
 from minitron.errors import StorageError
 
 
@@ -49,6 +50,23 @@ def test_a_step_is_written_over(folder):
     with Checkpoints(folder, key="k") as saver:
         saver.load(found)
     assert all(torch.equal(found[name], value) for name, value in _state(2.0).items())
+
+
+def test_a_curve_is_whole_wherever_training_went_on(folder):
+    def train(after, saved, killed):
+        curve = Curve(folder)
+        curve.resume(after)
+        for step in range(after + 1, killed + 1):
+            curve.add(Point(step, loss=killed + step / 7, kl=None))
+            if step in saved:
+                curve.save(step)
+
+    train(0, saved={4, 8}, killed=10)
+    train(4, saved={6}, killed=7)  # the checkpoint of step 8 was damaged; they come more often now
+    train(6, saved={8, 11}, killed=11)
+    killed_at = [10] * 4 + [7] * 2 + [11] * 5
+    assert read_curve(folder) == [Point(step, at + step / 7, None) for step, at in enumerate(killed_at, start=1)]
+    assert committed_steps(folder) == []
 
 
 def test_a_checkpoint_without_a_tensor_is_named(tmp_path):

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from minitron.data import Rows, rows_for_step
 from minitron.data.rows import _permutation
-from minitron.distill import LiveTeacher, Losses, distill
+from minitron.distill import LiveTeacher, Losses, distill, read_curve
 from minitron.distill.checkpoint import Checkpoints, committed_steps
 from minitron.distill.materials import Materials
 from minitron.distill.state import TrainingState
@@ -65,7 +65,7 @@ def scores(folder, model):
     """A student's scores on them, as a recipe asks for it."""
     materials = Materials(str(folder / "teacher"), "t", "float32", str(folder / "rows"), "", "")
     task = TrainTask(
-        materials, STEPS, Losses(), "", "", "k", 1, tasks=(Task("arc_easy", data=str(folder / "arc.jsonl")),)
+        materials, STEPS, Losses(), "", "", "", "k", 1, tasks=(Task("arc_easy", data=str(folder / "arc.jsonl")),)
     )
     return task_metrics(task, model, lambda name, error: pytest.fail(f"{name}: {error}"))
 
@@ -205,6 +205,8 @@ def test_killed_at_any_moment_any_number_of_times_the_curve_and_the_weights_are_
         assert max(begun) > 1  # and not only to the start
         one, other = (load_file(done / f"{name}-{rank}.safetensors") for name in ("whole", "killed"))
         assert all(torch.equal(one[name], other[name]) for name in one)
+    # what is kept with the checkpoints is the whole curve, each step once
+    assert [(point.step, point.loss) for point in read_curve(str(done / "killed"))] == list(whole.items())
 
 
 def test_from_two_processes_to_one_and_back_the_rows_and_their_order_are_the_same(done, material):  # noqa: F811

@@ -310,7 +310,7 @@ def test_a_deleted_registry_is_filled_again(bench, finished):
 
 
 def test_ctrl_c_stops_a_search_where_it_is_and_says_how_to_go_on(bench, finished):
-    process = _start(bench, "interrupted", "--set", "search.training.steps=200")
+    process = _start(bench, "interrupted", "search.training.steps=200")
     _wait_until(process, lambda: list((bench / "interrupted").glob("trials/*/*/result.json")), "finished trial")
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=90) == 130
@@ -323,7 +323,7 @@ def test_ctrl_c_stops_a_search_where_it_is_and_says_how_to_go_on(bench, finished
 def _start(bench, storage, *settings):
     log = open(bench / f"{storage}.log", "w")  # noqa: SIM115 (lives as long as the process)
     return subprocess.Popen(
-        command("run", "recipe.yaml", "--storage", storage, *settings),
+        command("run", "recipe.yaml", "--storage", storage, *(part for value in settings for part in ("--set", value))),
         cwd=bench,
         env=environment(),
         stdout=log,
@@ -354,22 +354,27 @@ def test_killed_runs_go_on_and_give_the_same_student_bit_for_bit(bench, finished
     _kill_when(_start(bench, "killed"), lambda: found("stages/targets/*/heldout/index.json"), "stored targets")
     _kill_when(_start(bench, "killed"), lambda: len(found("trials/*/*/result.json")) >= 2, "two finished trials")
     results = {p: p.stat().st_mtime_ns for p in found("trials/*/*/result.json")}
-    _kill_when(
-        _start(bench, "killed"), lambda: found("stages/distill/*/checkpoints/step-*/manifest.json"), "a checkpoint"
-    )
+    checkpoints = "stages/distill/*/checkpoints/step-*/manifest.json"  # in another run, with this stage in common
+    _kill_when(_start(bench, "killed", "evaluate.tasks.0.limit=5"), lambda: found(checkpoints), "a checkpoint")
     code, shown = _minitron_in_terminal("run", "recipe.yaml", "--storage", "killed", cwd=bench)
     assert code == 0, shown
     assert "Traceback" not in shown
     # finished trials were never run again
     assert all(path.stat().st_mtime_ns == written for path, written in results.items())
     # the distillation went on from its checkpoint, not from the start
-    (log,) = (bench / "killed" / "runs").glob("*/spool/*.distill.jsonl")
+    (key,) = [path.parent.name for path in found("runs/*/results.json")]
+    log = bench / "killed" / "runs" / key / "spool" / f"{key}.distill.jsonl"
     events = [json.loads(line) for line in log.read_text().splitlines()]
-    begun = max(index for index, event in enumerate(events) if event["event"] == "start")
-    steps = [e["step"] for e in events[begun:] if e["event"] == "metrics" and "train_kl" in e["values"]]
+    steps = [e["step"] for e in events if e["event"] == "metrics" and "learning_rate" in e["values"]]
     assert steps[0] in range(5, DISTILL_STEPS, 4)
     assert steps[-1] == DISTILL_STEPS
-    # and it is as if nothing had happened
+    # and it is as if nothing had happened: the curve of both runs, in the record too,
+    one, other = (Path(_results(bench, s)["distill"]["curve"]) for s in ("runs", "killed"))
+    assert one.read_bytes() == other.read_bytes()
+    assert json.loads(one.read_text())["step"] == list(range(1, DISTILL_STEPS + 1))
+    assert {e["step"] for e in events if e["event"] == "metrics" and "train_kl" in e["values"]} >= set(
+        range(1, DISTILL_STEPS + 1)
+    )
     for name in ("pruned", "student"):
         one, other = (Path(_results(bench, s)["distill"][name]) / "model.safetensors" for s in ("runs", "killed"))
         assert one.read_bytes() == other.read_bytes()
@@ -377,6 +382,7 @@ def test_killed_runs_go_on_and_give_the_same_student_bit_for_bit(bench, finished
     client = MlflowClient(f"sqlite:///{bench}/killed/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id], max_results=100)
     assert len({run.data.tags["minitron.key"] for run in runs}) == len(runs)
+    runs = [run for run in runs if run.data.tags["minitron.key"].startswith(key)]
     trials = [run for run in runs if run.data.tags.get("minitron.kind") == "trial"]
     assert len(trials) == _results(bench, "killed")["search"]["candidates"]
     assert {run.info.status for run in runs} == {"FINISHED"}

@@ -111,7 +111,7 @@ def test_what_can_work_together_is_planned(planned):
 def test_a_worker_begins_with_the_teacher_it_was_told(material, tmp_path):  # noqa: F811
     def start(top_k=0, **options):
         reads = Materials(str(material / "teacher"), "t", "float32", str(material / "rows"), str(tmp_path), "", top_k)
-        task = TrainTask(reads, CONFIG, Losses(top_k=top_k), "", "", "k", 1, student=reads.teacher, **options)
+        task = TrainTask(reads, CONFIG, Losses(top_k=top_k), "", "", "", "k", 1, student=reads.teacher, **options)
         return _start(task)
 
     rows = Rows.open(str(material / "rows"), "train")

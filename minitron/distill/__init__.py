@@ -1,6 +1,7 @@
 """Distillation: the losses, the teacher's stored targets, the loop and its checkpoints."""
 
 from minitron.distill.config import DistillConfig
+from minitron.distill.curve import Point, read_curve
 from minitron.distill.loop import distill
 from minitron.distill.loss import linear_kl_div, linear_logit_loss
 from minitron.distill.losses import Losses, default_losses
@@ -13,6 +14,7 @@ __all__ = [
     "DistillConfig",
     "LiveTeacher",
     "Losses",
+    "Point",
     "StepReport",
     "StoredTeacher",
     "TopKTeacher",
@@ -20,6 +22,7 @@ __all__ = [
     "distill",
     "linear_kl_div",
     "linear_logit_loss",
+    "read_curve",
     "store_hidden",
     "store_top_k",
 ]

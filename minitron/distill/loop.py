@@ -19,6 +19,7 @@ from minitron.data import Rows, rows_for_step
 from minitron.distill.blocks import running_blocks
 from minitron.distill.checkpoint import Checkpoints
 from minitron.distill.config import DistillConfig
+from minitron.distill.curve import Curve, Point
 from minitron.distill.losses import Losses
 from minitron.distill.objective import Objective
 from minitron.distill.report import Reporter, StepReport
@@ -55,10 +56,10 @@ def distill(
     moments and the sums of gradients are float32. There is no dropout. `channels`, int64 [hidden_size], are the teacher's
     channels that the student kept; the intermediate losses start from them. With torch.distributed initialised every
     process takes its share of each global batch and the gradients are summed. With `checkpoints`, the state is saved there
-    every `checkpoint_every` steps and the newest good one under `key` is resumed. `evaluate` gets the steps done and the
-    student, in every process, every `evaluate_every` steps and after those in `evaluate_at`, before that step's checkpoint;
-    the random state is put back after it. With `until`, stops after that step of the same schedule and saves it, so that a
-    later call goes on from there.
+    every `checkpoint_every` steps and the newest good one under `key` is resumed; the training curve is kept with them (see
+    `read_curve`). `evaluate` gets the steps done and the student, in every process, every `evaluate_every` steps and after
+    those in `evaluate_at`, before that step's checkpoint; the random state is put back after it. With `until`, stops after
+    that step of the same schedule and saves it, so that a later call goes on from there.
     Raises InputError for targets that do not suffice for `losses`, and NonFiniteError, naming the step and its rows, when
     the loss or the gradient is not finite in more than `max_skipped_steps` steps. These steps are logged, in `checkpoints`
     as `nonfinite-STEP.json` as well; they update nothing and are not reported.
@@ -87,12 +88,16 @@ def distill(
         state = TrainingState(objective.trained(), config)
         saver = stack.enter_context(Checkpoints(checkpoints, key=key)) if checkpoints else None
         first, skipped = _resume(state, saver) if saver else (0, 0)
+        curve = Curve(checkpoints) if checkpoints and rank == 0 else None
+        if curve:
+            curve.resume(first)
+        last = config.steps if until is None else min(until, config.steps)
         reporter = Reporter(objective, config, rows.seq_length, head_of(student).dtype, first) if report else None
-        for step in range(first, config.steps if until is None else min(until, config.steps)):
+        for step in range(first, last):
             indices = rows_for_step(len(rows), config.batch_rows, step, config.seed)
             if objective.targets:
-                last = step + 1 == config.steps
-                following = [] if last else rows_for_step(len(rows), config.batch_rows, step + 1, config.seed)
+                end = step + 1 == config.steps
+                following = [] if end else rows_for_step(len(rows), config.batch_rows, step + 1, config.seed)
                 objective.targets.prefetch([*indices[rank::world], *following[rank::world]])
             batches = _micro_batches(indices, config.micro_batch_rows, world, rank, alike=alike)
             share = _forward_backward(objective, state, rows, batches)
@@ -121,10 +126,15 @@ def distill(
                 with gathered(objective), undisturbed(working):
                     evaluate(done, working)
                 watch.lap("evaluation")
-            if report and reporter and finite and (done % config.report_every == 0 or done == config.steps):
+            due = finite and (done % config.report_every == 0 or done == config.steps)
+            if due and curve:
+                curve.add(Point(done, float(parts[0]), None if losses.logits == "none" else float(parts[1])))
+            if due and report and reporter:
                 report(reporter.report(done, parts.tolist(), rate, norm, skipped))
                 watch.lap("report")
             regular = config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps
+            if curve and (regular or done == last):
+                curve.save(done)
             if saver and (regular or done == until):
                 saver.save(done, state.tensors(), {"skipped": skipped})
                 watch.lap("checkpoint")

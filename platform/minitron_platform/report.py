@@ -141,7 +141,9 @@ def draw(context: Context) -> bytes:
             ranking = own["search"]["ranking"]
             (bars, curve), *fronts = axes[3 * index : 3 * index + 3]
             _draw_search(bars, ranking, name)
-            _draw_distillation(curve, context, own, name)
+            training = context.recipe.distillation(next(m for m in context.recipe.family if m.model == model))
+            tokens_per_step = training.batch_rows * context.shared["data"]["seq_length"]
+            _draw_distillation(curve, tokens_per_step, own, name)
             for panel, (cost, unit, label) in zip([p for row in fronts for p in row], COSTS, strict=True):
                 if cost in ranking[0]:
                     _draw_pareto(panel, ranking, cost, unit, label, name)
@@ -189,11 +191,12 @@ def _draw_pareto(axes: Any, ranking: list[dict[str, Any]], cost: str, unit: floa
     axes.legend(frameon=False)
 
 
-def _draw_distillation(axes: Any, context: Context, own: dict[str, dict[str, Any]], name: str) -> None:
+def _draw_distillation(axes: Any, tokens_per_step: int, own: dict[str, dict[str, Any]], name: str) -> None:
     curve = storage.read_json(own["distill"]["curve"])
     measure, what = ("train_kl", KL.title) if curve["train_kl"] else ("train_loss", f"loss, {LOSS.unit}")
-    per_step = own["distill"]["tokens"] / curve["step"][-1]
-    axes.plot([step * per_step for step in curve["step"]], curve[measure], color="#76b900", label="training rows")
+    axes.plot(
+        [step * tokens_per_step for step in curve["step"]], curve[measure], color="#76b900", label="training rows"
+    )
     for key, style in (("pruned", ":"), ("distilled", "--")) if measure == "train_kl" else ():
         value = own["evaluate"]["table"][key]["kl"]
         axes.axhline(value, color="#52606d", linestyle=style, label=f"{LABELS[key]}, held-out rows")

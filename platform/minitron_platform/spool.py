@@ -136,13 +136,10 @@ def read_events(path: Path, offset: int) -> Iterator[tuple[dict[str, Any] | None
                     yield _parse(line), offset
 
 
-def read_curve(log: RunLog, metric: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a metric in a record; where a step was done again, its last value."""
-    points: dict[int, float] = {}
-    for event, _ in read_events(log.path, 0) if log.path.exists() else ():
-        if event and event["event"] == "metrics" and metric in event["values"]:
-            points[event["step"]] = float(event["values"][metric])
-    return sorted(points), [points[step] for step in sorted(points)]
+def recorded_steps(log: RunLog, metric: str) -> set[int]:
+    """Steps at which a record has a metric."""
+    events = read_events(log.path, 0) if log.path.exists() else ()
+    return {e["step"] for e, _ in events if e and e["event"] == "metrics" and metric in e["values"]}
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

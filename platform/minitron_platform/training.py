@@ -27,6 +27,7 @@ from minitron.evaluation import Task, heldout_metrics
 from minitron.logits import Head
 from minitron.models import load_model, load_tokenizer, save_model
 from minitron.trainable import trainable
+from minitron_platform.curves import write_curve
 from minitron_platform.recipe import Resources, Training
 from minitron_platform.spool import RunLog
 
@@ -34,7 +35,7 @@ from minitron_platform.spool import RunLog
 @dataclass(frozen=True)
 class TrainTask:
     """What every worker needs. `result` is the folder that the trained model is committed to, after `until` steps where that
-    is given: training can go on from there with another `result`.
+    is given: training can go on from there with another `result`. The training curve so far is written to `curve` before.
 
     `student` is the folder of the model to train, and `channels` are the teacher's that it kept; without it the teacher
     itself is trained, on the next token alone. With `online` the teacher is run on every batch instead of read, as it is too
@@ -47,6 +48,7 @@ class TrainTask:
     config: DistillConfig
     losses: Losses
     checkpoints: str
+    curve: str
     result: str
     key: str
     threads: int
@@ -206,6 +208,7 @@ def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
         return error.problem, error.remedy
     heard()
     if dist.get_rank() == 0:
+        write_curve(task.checkpoints, task.curve)
         with storage.committed_folder(task.result) as folder:
             save_model(model, load_tokenizer(storage.fetch(task.materials.teacher)), folder)
     dist.barrier()

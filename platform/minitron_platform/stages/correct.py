@@ -16,11 +16,13 @@ from minitron.distill.materials import Materials
 from minitron.evaluation import HeldoutMetrics, heldout_metrics
 from minitron.models import load_model
 from minitron_platform.context import Context
+from minitron_platform.curves import complete_record
 from minitron_platform.recipe import Correct, Training
 from minitron_platform.stages.distill import Tail
 from minitron_platform.training import TrainTask, distill_config, train_on_ray
 
 VERSION = 1
+CURVE = "curve.json"
 
 
 def inputs(context: Context) -> dict[str, Any]:
@@ -58,9 +60,11 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         return _kept(teacher, before, before - after, training.steps, asked)
     corrected = storage.join(folder, "corrected")
     files = storage.manifest(corrected)["files"]
+    curve = storage.join(folder, CURVE)
     weights = {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
     return {
         "folder": corrected,
+        **({"curve": curve} if storage.exists(curve) else {}),  # corrections of earlier versions have none
         "id": storage.fingerprint(weights),
         "corrected": True,
         "loss_before": before,
@@ -71,7 +75,12 @@ def run(context: Context, folder: str) -> dict[str, Any]:
 
 
 def record(context: Context, outputs: dict[str, Any]) -> None:
-    """The held-out loss before and after, in the run's record."""
+    """The held-out loss before and after and the training curve, in the run's record."""
+    if "curve" in outputs:
+        training = context.recipe.correction()
+        assert training is not None
+        tokens = training.batch_rows * context.done["data"]["seq_length"]
+        complete_record(context.log("correct"), outputs["curve"], tokens)
     if "loss_before" in outputs:
         context.log("correct").metrics({"heldout_loss": outputs["loss_before"]}, step=0)
         context.log("correct").metrics({"heldout_loss": outputs["loss_after"]}, step=outputs["steps"])
@@ -124,6 +133,7 @@ def _train(context: Context, folder: str, asked: Correct, training: Training, na
         config=distill_config(training),
         losses=Losses(logits="none", cross_entropy=1.0),
         checkpoints=storage.join(folder, "checkpoints"),
+        curve=storage.join(folder, CURVE),
         result=target,
         key=folder.rsplit("/", 1)[-1],
         threads=max(1, int(context.recipe.resources.cpus_per_worker)),

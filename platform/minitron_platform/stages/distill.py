@@ -12,8 +12,9 @@ from minitron.models import load_tokenizer, save_model
 from minitron.origin import Origin
 from minitron_platform.console import seconds
 from minitron_platform.context import Context
+from minitron_platform.curves import complete_record, write_curve
 from minitron_platform.losses import distillation_losses
-from minitron_platform.spool import RunLog, read_curve, read_events
+from minitron_platform.spool import RunLog, read_events
 from minitron_platform.stages.targets import materials, origin
 from minitron_platform.tasks import lm_eval_tasks
 from minitron_platform.training import TrainTask, distill_config, train_on_ray
@@ -44,6 +45,7 @@ def run(context: Context, folder: str) -> dict[str, Any]:
     context.console.say(f"  losses: {chosen}")
     architecture = Architecture.from_dict(context.done["search"]["winner"])
     pruned, student = storage.join(folder, "pruned"), storage.join(folder, "student")
+    curve = storage.join(folder, "curve.json")
     if not storage.is_committed(pruned):
         context.console.status("pruning")
         _save_pruned(cut, architecture, reads.teacher, pruned)
@@ -61,6 +63,7 @@ def run(context: Context, folder: str) -> dict[str, Any]:
             config=distill_config(training),
             losses=losses,
             checkpoints=storage.join(folder, "checkpoints"),
+            curve=curve,
             result=student,
             key=folder.rsplit("/", 1)[-1],
             threads=max(1, int(recipe.resources.cpus_per_worker)),
@@ -75,12 +78,9 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         )
         train_on_ray(task, recipe.resources, log, scratch=storage.join(folder, "ray"))
         context.console.status("")
+    if not storage.exists(curve):  # by an earlier version, which wrote it after the student, killed in between
+        write_curve(storage.join(folder, "checkpoints"), curve)
     storage.remove(storage.join(folder, "checkpoints"))
-    curve = storage.join(folder, "curve.json")
-    if not storage.exists(curve):
-        steps, values = read_curve(context.log("distill"), "train_loss")
-        _, kl = read_curve(context.log("distill"), "train_kl")
-        storage.write_json(curve, {"step": steps, "train_loss": values, "train_kl": kl})
     weights = {k: v["sha256"] for k, v in storage.manifest(student)["files"].items() if k.endswith(".safetensors")}
     tokens = training.steps * training.batch_rows * context.done["data"]["seq_length"]
     return {
@@ -104,13 +104,9 @@ def _save_pruned(cut: Origin, architecture: Architecture, teacher: str, target: 
 
 
 def record(context: Context, outputs: dict[str, Any]) -> None:
-    """Write the training curve into a record that does not have it, because another run did the work."""
-    log, curve = context.log("distill"), storage.read_json(outputs["curve"])
-    if not read_curve(log, "train_loss")[0]:
-        step_tokens = outputs["tokens"] / curve["step"][-1]
-        for name in ("train_loss", "train_kl"):
-            for step, value in zip(curve["step"], curve[name], strict=False):
-                log.metrics({name: value, "tokens": step * step_tokens}, step=step)
+    """Complete the training curve in the run's record."""
+    training, seq_length = context.recipe.distillation(context.member), context.done["data"]["seq_length"]
+    complete_record(context.log("distill"), outputs["curve"], training.batch_rows * seq_length)
 
 
 class Tail:
