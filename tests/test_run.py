@@ -6,8 +6,10 @@ import html
 import json
 import os
 import pty
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -224,9 +226,11 @@ def test_a_candidate_that_fails_is_shown_with_its_reason_and_the_run_goes_on(ben
         if str(Architecture.from_dict(json.loads(path.read_text())["architecture"])) == name:
             path.unlink()
             path.with_name("undistilled.json").write_text("{}")  # its trial raises when it looks for a number there
-    result = run_minitron("run", "recipe.yaml", "--storage", "failing", "--set", "resources.max_failures=0", cwd=bench)
+    result = run_minitron("run", "recipe.yaml", "--storage", "failing", "--set", "resources.max_failures=1", cwd=bench)
     assert result.returncode == 0, result.stdout + result.stderr
     reason = "KeyError: 'kl'"
+    retried = f"{reason}; resumed from step 0, 0 restarts left"
+    assert re.search(rf"again   {re.escape(name)} on .*: {re.escape(retried)}", result.stdout)
     assert f"failed  {name}: {reason}" in result.stdout
     assert ", 1 failed" in result.stdout
     newest = max((bench / "failing" / "runs").glob("*/results.json"), key=lambda path: path.stat().st_mtime_ns)
@@ -235,18 +239,33 @@ def test_a_candidate_that_fails_is_shown_with_its_reason_and_the_run_goes_on(ben
     assert found["winner"] == _results(bench)["search"]["winner"]
     page = html.unescape(newest.with_name("report.html").read_text())
     assert f'<td>{name}</td><td class="text">{reason}</td>' in page
+    assert f'<td class="text">{reason}</td><td>0</td><td>0</td>' in page.partition("<h2>Restarts</h2>")[2]
     client = MlflowClient(f"sqlite:///{bench}/failing/mlflow.db")
     experiment = client.get_experiment_by_name("tiny").experiment_id
     runs = client.search_runs([experiment], max_results=100)
     (trial,) = [run for run in runs if run.data.tags.get("minitron.failure") == reason]
     assert trial.info.run_name == name
     assert trial.info.status == "FAILED"
+    assert trial.data.metrics["restarts"] == 1
+    assert retried in trial.data.tags["minitron.restart.1"]
     (trace,) = newest.parent.glob("trial-*.txt")  # for who mends it, beside the record and in MLflow
     assert "trial.py" in trace.read_text()
     assert trace.name in {file.path for file in client.list_artifacts(trial.info.run_id)}
 
 
-def test_a_teacher_online_is_stored_for_the_search_alone(bench):
+def _descendants(pid, command):
+    """Processes below one whose command line begins like this."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    table = [line.split(None, 2) for line in listed.splitlines()]
+    parents = {int(child): int(parent) for child, parent, *_ in table}
+
+    def below(child):
+        return child == pid or (child in parents and child != parents[child] and below(parents[child]))
+
+    return [int(child) for child, _, *args in table if args and args[0].startswith(command) and below(int(child))]
+
+
+def test_a_teacher_online_is_stored_for_the_search_alone_and_a_killed_worker_is_told_of(bench):
     settings = ["targets.mode=online", "targets.teacher=sharded", "targets.top_k=40", "distill.evaluate_tasks_every=12"]
     # of these, the private Ray has two for one trial, however many cores there are
     settings += [
@@ -256,26 +275,41 @@ def test_a_teacher_online_is_stored_for_the_search_alone(bench):
         "evaluate.tasks=[{name: arc_easy, data: arc.jsonl, limit: 10}, {name: hellaswag, data: arc.jsonl}]",
     ]
     one = "family.0.space={num_layers: [4], hidden_size: [36], intermediate_size: [48]}"
-    options = [part for setting in (*settings, one) for part in ("--set", setting)]
-    result = run_minitron("run", "recipe.yaml", "--storage", "online", *options, "--until", "distill", cwd=bench)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "teacher run on 40 of 40 rows, of training those of the search" in result.stdout
+    process = _start(bench, "online", *settings, one, until="distill")
+    saved = "stages/distill/*/checkpoints/step-*/manifest.json"
+    _wait_until(process, lambda: sorted((bench / "online").glob(saved)), "a checkpoint")
+    os.kill(_descendants(process.pid, "ray::RayTrainWorker")[0], signal.SIGKILL)
+    assert process.wait(timeout=240) == 0, (bench / "online.log").read_text()
+    shown = (bench / "online.log").read_text()
+    assert "teacher run on 40 of 40 rows, of training those of the search" in shown
     client = MlflowClient(f"sqlite:///{bench}/online/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
     metrics = {run.info.run_name: run.data.metrics for run in runs}
     assert 0 < metrics["targets"]["mass_lost_mean"] < metrics["targets"]["mass_lost_worst"] < 1
-    assert "beyond the 40 likeliest tokens" in result.stdout
+    assert "beyond the 40 likeliest tokens" in shown
     assert metrics["distill"]["teacher_shards"] == 2
     (distilled,) = [run for run in runs if run.info.run_name == "distill"]
     tasks = client.get_metric_history(distilled.info.run_id, "task_arc_easy.acc")
-    assert [point.step for point in tasks] == [12, 24]
+    assert {point.step for point in tasks} == {12, 24}
     assert "their fields are" in distilled.data.tags["minitron.failed.hellaswag"]  # and the training went on
-    assert [p.step for p in client.get_metric_history(distilled.info.run_id, "heldout_kl")] == [8, 16, 24]
+    assert {p.step for p in client.get_metric_history(distilled.info.run_id, "heldout_kl")} == {8, 16, 24}
     # a sharded student is gathered for nothing else
     evaluated = client.get_metric_history(distilled.info.run_id, "seconds_evaluation")
-    assert [point.step for point in evaluated if point.value] == [8, 12, 16, 24]
+    assert {point.step for point in evaluated if point.value} == {8, 12, 16, 24}
     losses = client.get_metric_history(distilled.info.run_id, "train_kl")
     assert losses[-1].value < 0.8 * losses[0].value
+    # the worker that was killed: in the terminal, in MLflow and in the results
+    (record,) = (bench / "online").glob("stages/distill/*/stage.json")
+    (restart,) = json.loads(record.read_text())["outputs"]["restarts"]
+    assert restart["step"] in range(4, DISTILL_STEPS, 4)
+    assert restart["left"] == 2
+    assert socket.gethostname() in restart["node"]
+    assert restart["reason"].startswith("its process was killed or crashed")
+    said = f"{restart['what']} on {restart['node']}: {restart['reason']}"
+    assert f"failed  {said}; restarting, 2 restarts left\n" in shown
+    assert f"resumed from step {restart['step']}\n" in shown
+    assert distilled.data.metrics["restarts"] == 1
+    assert f"{said}; resumed from step {restart['step']}, 2 restarts left" in distilled.data.tags["minitron.restart.1"]
 
 
 def test_a_search_that_stops_early_says_how_early_the_order_was_known(bench, finished):
@@ -320,10 +354,18 @@ def test_ctrl_c_stops_a_search_where_it_is_and_says_how_to_go_on(bench, finished
     assert not list((bench / "interrupted").glob("stages/search/*/stage.json"))
 
 
-def _start(bench, storage, *settings):
+def _start(bench, storage, *settings, until="register"):
     log = open(bench / f"{storage}.log", "w")  # noqa: SIM115 (lives as long as the process)
     return subprocess.Popen(
-        command("run", "recipe.yaml", "--storage", storage, *(part for value in settings for part in ("--set", value))),
+        command(
+            "run",
+            "recipe.yaml",
+            "--storage",
+            storage,
+            "--until",
+            until,
+            *(part for value in settings for part in ("--set", value)),
+        ),
         cwd=bench,
         env=environment(),
         stdout=log,

@@ -45,6 +45,7 @@ def distill(
     channels: Tensor | None = None,
     checkpoints: str | None = None,
     key: str = "",
+    resumed: Callable[[int], None] | None = None,
     report: Callable[[StepReport], None] | None = None,
     evaluate: Callable[[int, nn.Module], None] | None = None,
     evaluate_at: Collection[int] = (),
@@ -57,9 +58,10 @@ def distill(
     channels that the student kept; the intermediate losses start from them. With torch.distributed initialised every
     process takes its share of each global batch and the gradients are summed. With `checkpoints`, the state is saved there
     every `checkpoint_every` steps and the newest good one under `key` is resumed; the training curve is kept with them (see
-    `read_curve`). `evaluate` gets the steps done and the student, in every process, every `evaluate_every` steps and after
-    those in `evaluate_at`, before that step's checkpoint; the random state is put back after it. With `until`, stops after
-    that step of the same schedule and saves it, so that a later call goes on from there.
+    `read_curve`). `resumed` gets the number of steps done before, 0 for a new training. `evaluate` gets the steps done and
+    the student, in every process, every `evaluate_every` steps and after those in `evaluate_at`, before that step's
+    checkpoint; the random state is put back after it. With `until`, stops after that step of the same schedule and saves it,
+    so that a later call goes on from there.
     Raises InputError for targets that do not suffice for `losses`, and NonFiniteError, naming the step and its rows, when
     the loss or the gradient is not finite in more than `max_skipped_steps` steps. These steps are logged, in `checkpoints`
     as `nonfinite-STEP.json` as well; they update nothing and are not reported.
@@ -91,6 +93,8 @@ def distill(
         curve = Curve(checkpoints) if checkpoints and rank == 0 else None
         if curve:
             curve.resume(first)
+        if resumed:
+            resumed(first)
         last = config.steps if until is None else min(until, config.steps)
         reporter = Reporter(objective, config, rows.seq_length, head_of(student).dtype, first) if report else None
         for step in range(first, last):

@@ -16,6 +16,7 @@ from minitron.evaluation import task_metric
 from minitron.evaluation.metrics import AGREEMENT, KL, LOSS, PLUS_MINUS, SPEED
 from minitron_platform.context import Context
 from minitron_platform.resources import data_folder
+from minitron_platform.restarts import Restart
 from minitron_platform.tracking import shown
 from minitron_search.ranking import pareto
 from minitron_search.tau import SETTLED
@@ -255,6 +256,15 @@ def findings(search: dict[str, Any]) -> list[str]:
     return said
 
 
+def restarts(context: Context) -> list[tuple[str, Restart]]:
+    """Stage and restart of all work that failed and was started again."""
+    stages = [("correct", context.shared.get("correct", {}))]
+    for model, own in context.family.items():
+        name = f" {model}" if len(context.family) > 1 else ""
+        stages += [(f"{stage}{name}", own[stage]) for stage in ("search", "distill")]
+    return [(stage, Restart(**values)) for stage, outputs in stages for values in outputs.get("restarts", ())]
+
+
 def page(context: Context) -> str:
     """The run as one self-contained page."""
     import base64
@@ -278,6 +288,7 @@ def page(context: Context) -> str:
         benchmark=_benchmark,
         benchmarks={model: _benchmark_titles(own["search"]) for model, own in context.family.items()},
         serving={model: serving_text(own["search"]) for model, own in context.family.items()},
+        restarts=restarts(context),
         findings={model: findings(own["search"]) for model, own in context.family.items()},
         origins={m.model: o.model for m in context.recipe.family if (o := context.recipe.origin(m))},
         tracking_uri=shown(context.places.tracking_uri),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 import threading
 import uuid
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ray.exceptions import RayError
 from torch import Tensor, nn
 
 from minitron import storage
@@ -29,7 +31,8 @@ from minitron.models import load_model, load_tokenizer, save_model
 from minitron.trainable import trainable
 from minitron_platform.curves import write_curve
 from minitron_platform.recipe import Resources, Training
-from minitron_platform.spool import RunLog
+from minitron_platform.training_events import Event, Measured, OnEvent, Resumed, Tagged, WorkersFailed, WorkerStarted
+from minitron_search.failures import first_cause, reason
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,11 @@ def distill_config(training: Training) -> DistillConfig:
     return DistillConfig(**training.model_dump(exclude={"evaluate_tasks_every"}))
 
 
-def train_on_ray(task: TrainTask, resources: Resources, log: RunLog, scratch: str) -> None:
+def train_on_ray(task: TrainTask, resources: Resources, on_event: OnEvent, scratch: str) -> None:
     """Train with `resources.workers` processes; the model is committed when this returns.
 
-    A worker that dies is restarted from the last checkpoint, up to `max_failures` times. `log` gets the metrics.
+    When a worker dies all are restarted from the last checkpoint, up to `max_failures` times. `on_event` is called in a
+    thread of this process with all that workers report and with what ended them.
     Raises NonFiniteError where the loss is not finite, StorageError where a checkpoint cannot be written, and
     MinitronError when workers died too often.
     """
@@ -81,10 +85,13 @@ def train_on_ray(task: TrainTask, resources: Resources, log: RunLog, scratch: st
     from ray.train.torch import TorchTrainer
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
+    events = _queue()
+    listener = threading.Thread(target=_listen, args=(events, on_event), daemon=True)
+    listener.start()
     # The name is new each time: what a run resumes from is its own verified checkpoints, not Ray Train's snapshot.
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"task": task, "recorder": _recorder(log)},
+        train_loop_config={"task": task, "events": events},
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.gpus_per_worker > 0,
@@ -97,6 +104,7 @@ def train_on_ray(task: TrainTask, resources: Resources, log: RunLog, scratch: st
             name=f"train-{uuid.uuid4().hex[:8]}",
             storage_path=scratch,
             failure_config=FailureConfig(max_failures=resources.max_failures),
+            callbacks=[_failures(events)],
         ),
     )
     storage.remove(scratch)  # a killed run's
@@ -110,6 +118,10 @@ def train_on_ray(task: TrainTask, resources: Resources, log: RunLog, scratch: st
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, on_interrupt)  # Ray Train leaves its own handler behind
+        with suppress(RayError):  # with Ray gone there is nothing more to hear
+            events.put(None)
+        listener.join()
+        events.shutdown(force=True)
         with suppress(OSError):  # Ray Train may still be writing there; the next run removes the rest
             storage.remove(scratch)
     if result.return_value:
@@ -118,34 +130,45 @@ def train_on_ray(task: TrainTask, resources: Resources, log: RunLog, scratch: st
 
 def _cause(failures: dict[int, Exception]) -> MinitronError:
     """What went wrong in the workers, as an error for the user."""
-    causes = {rank: getattr(failure, "_base_exc", failure) for rank, failure in failures.items()}
-    for cause in causes.values():
-        if isinstance(cause, MinitronError):
-            return cause
-    reasons = "; ".join(f"worker {rank}: {type(cause).__name__}: {cause}" for rank, cause in sorted(causes.items()))
+    ranks, cause = first_cause(failures)
+    if isinstance(cause, MinitronError):
+        return cause
     return MinitronError(
-        f"the training failed too often ({' '.join(reasons.split())[:2000]})",
+        f"the training failed too often, the last time in worker {', '.join(map(str, ranks))}: {reason(cause)}",
         "run again to go on from the last checkpoint; resources.max_failures says how often workers may fail",
     )
 
 
-def _recorder(log: RunLog) -> Any:
-    """An actor on this node that appends what rank 0 sends it to the run's record.
+def _queue() -> Any:
+    """A queue on this node, from the workers and Ray Train's controller to this process.
 
     Not `ray.train.report`: that is a barrier that waits for the controller's next poll, about two seconds every step.
     """
     import ray
+    from ray.util.queue import Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    class Recorder:
-        def record(self, metrics: dict[str, float], step: int) -> None:
-            log.metrics(metrics, step=step)
-
-        def tag(self, tags: dict[str, str]) -> None:
-            log.tags(tags)
-
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(Recorder).options(num_cpus=0, scheduling_strategy=here).remote()
+    return Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+
+
+def _listen(events: Any, on_event: OnEvent) -> None:
+    with suppress(RayError):  # Ray was shut down
+        for event in iter(events.get, None):
+            on_event(event)
+
+
+def _failures(events: Any) -> Any:
+    """Tells of failed workers; Ray Train calls it in its controller's process."""
+    from ray.train import UserCallback
+
+    class Failures(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            ranks, cause = first_cause(worker_exceptions)
+            with suppress(RayError):
+                events.put(WorkersFailed(tuple(ranks), reason(cause)))
+
+    return Failures()
 
 
 def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
@@ -154,27 +177,38 @@ def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
     import ray
 
     task: TrainTask = config["task"]
+    with suppress(RayError):
+        node = f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
+        config["events"].put(WorkerStarted(dist.get_rank(), node))
     if not torch.cuda.is_available():
         torch.set_num_threads(task.threads)
     model, targets, head = _start(task)
     rows = task.materials.open_rows("train")
     every = task.tasks_every
     tasks_due = range(every, task.config.steps + 1, every) if every else ()
-    unheard: list[Any] = []
+    first, underway = dist.get_rank() == 0, list[Any]()
     failed_benchmarks: set[str] = set()  # told of once each
 
     def heard() -> None:
-        with suppress(ray.exceptions.RayError):  # the record never stops the work
-            ray.get(unheard)
+        with suppress(RayError):  # what is told never stops the work
+            ray.get(underway)
+        underway.clear()
+
+    def tell(event: Event) -> None:
+        heard()  # so that at most one event is on its way when something dies
+        underway.append(config["events"].actor.put.remote(event))
 
     def record(metrics: dict[str, float], step: int) -> None:
-        if dist.get_rank() == 0:
-            heard()  # so that at most one step's metrics are on their way when something dies
-            unheard[:] = [config["recorder"].record.remote(metrics, step)]
+        if first:
+            tell(Measured(metrics, step))
+
+    def resumed(step: int) -> None:
+        if first:
+            tell(Resumed(step))
 
     def benchmark_failed(name: str, error: Exception) -> None:
-        if name not in failed_benchmarks and dist.get_rank() == 0:
-            unheard.append(config["recorder"].tag.remote({f"minitron.failed.{name}": one_line(error)}))
+        if name not in failed_benchmarks and first:
+            tell(Tagged({f"minitron.failed.{name}": one_line(error)}))
         failed_benchmarks.add(name)
 
     def evaluate(done: int, student: nn.Module) -> None:
@@ -199,6 +233,7 @@ def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
                 channels=task.channels,
                 checkpoints=task.checkpoints,
                 key=task.key,
+                resumed=resumed,
                 report=lambda step: record(_metrics(step), step.step),
                 evaluate=evaluate,
                 evaluate_at=tasks_due,
@@ -207,7 +242,7 @@ def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
     except NonFiniteError as error:
         return error.problem, error.remedy
     heard()
-    if dist.get_rank() == 0:
+    if first:
         write_curve(task.checkpoints, task.curve)
         with storage.committed_folder(task.result) as folder:
             save_model(model, load_tokenizer(storage.fetch(task.materials.teacher)), folder)

@@ -9,8 +9,10 @@ from rich.markup import escape
 
 from minitron import storage
 from minitron.architecture import Architecture
+from minitron.distill.checkpoint import committed_steps
 from minitron_platform.console import seconds
 from minitron_platform.context import Context
+from minitron_platform.restarts import Restart, now, record_restart
 from minitron_platform.spool import RunLog
 from minitron_search.trial import SHAPE, SearchTask, finished_result, rung_result, trial_key, trial_result, undistilled
 
@@ -93,6 +95,7 @@ class TrialsView:
         self.by_key = {trial_key(a): a for a in found}
         self.rungs, self.scoring, self.to_end, self.planned = task.rungs, scoring, to_end, planned
         self.steps, self.step_tokens = task.config.steps, _step_tokens(context)
+        self.folder, self.restarts = task.folder, list[Restart]()
         self.active: dict[str, dict[str, Any]] = {}
         self.logs: dict[str, RunLog] = {}
         self.first_kl: dict[str, float] = {}
@@ -108,7 +111,7 @@ class TrialsView:
 
     def event(self, key: str, numbers: dict[str, Any]) -> None:
         """A report of one trial: see `minitron_search.trial.run_trial`; or {"failed": reason} or {"retried": reason}, both with
-        the "trace" of what was raised."""
+        the "trace" of what was raised, and retried with the "node" and "restarts_left"."""
         if "scored" in numbers:
             self.scored += 1
             self._measured(key, 0, numbers["scored"])
@@ -128,7 +131,7 @@ class TrialsView:
             log.end("FAILED")
         elif "retried" in numbers:
             self.active.pop(key, None)
-            self.console.say(f"  [yellow]again[/]   {name}: {escape(str(numbers['retried']))}")
+            self._retried(key, name, numbers)
             self._keep_trace(key, numbers)
         elif "rung" in numbers:
             self._curve(log, int(numbers["rung"]), {"heldout_kl": numbers["kl"]})
@@ -144,6 +147,15 @@ class TrialsView:
             self._measured(key, self.steps, numbers["kl"])
             before = f"{self.first_kl[key]:.2f} → " if key in self.first_kl else ""
             self.console.say(f"  {self.finished}/{self.to_end}  {name}  held-out KL {before}{numbers['kl']:.3f}")
+
+    def _retried(self, key: str, name: str, numbers: dict[str, Any]) -> None:
+        saved = committed_steps(storage.join(self.folder, key, "checkpoints"))
+        step = saved[-1] if saved else 0
+        restart = Restart(now(), name, numbers["node"], numbers["retried"], step, numbers["restarts_left"])
+        self.restarts.append(restart)
+        number = sum(other.what == name for other in self.restarts)
+        record_restart(self.logs[key], number, restart)
+        self.console.say(f"  [yellow]again[/]   {escape(str(restart))}")
 
     def _keep_trace(self, key: str, numbers: dict[str, Any]) -> None:
         """The newest, beside the run's record and in MLflow."""

@@ -5,19 +5,41 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from ray.exceptions import ActorDiedError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from minitron.errors import InputError, MinitronError, NonFiniteError
 
 LONGEST = 400
 # What would happen again the same way.
 CERTAIN = (NonFiniteError, InputError, torch.OutOfMemoryError)
-LESS_MEMORY = "use smaller micro-batches or activation checkpointing, or more workers per trial and shard"
+LESS_MEMORY = (
+    "lower micro_batch_rows, use activation checkpointing, run fewer workers or trials at once, shard, or use a machine with "
+    "more memory"
+)
 
 
 def cause(error: BaseException) -> BaseException:
     """What was raised in a worker, without what Ray wraps around it."""
-    return error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(error, RayTaskError):
+        return error.cause
+    # Ray Train's: of what a worker's function raised, and of a worker that does not answer because it is dead
+    for name in ("_base_exc", "health_check_failure"):
+        error = getattr(error, name, error)
+    return error
+
+
+def first_cause(failures: Mapping[int, BaseException]) -> tuple[list[int], BaseException]:
+    """Of what the workers of one training raised, by rank, what the others followed from; and whose that is.
+
+    When one process fails, the collectives of the others raise RuntimeError.
+    """
+    causes = {rank: cause(failure) for rank, failure in sorted(failures.items())}
+    for kinds in ((MinitronError, *CERTAIN), (RayActorError,)):
+        if ranks := [rank for rank, error in causes.items() if isinstance(error, kinds)]:
+            return ranks, causes[ranks[0]]
+    telling = [rank for rank, error in causes.items() if type(error) is not RuntimeError]
+    ranks = [*telling, *causes][:1]
+    return ranks, causes[ranks[0]]
 
 
 def reason(error: BaseException) -> str:
@@ -31,15 +53,16 @@ def reason(error: BaseException) -> str:
         text, remedy = f"out of GPU memory: {'. '.join(text.split('. ')[:2])}", LESS_MEMORY
     elif isinstance(error, MemoryError):
         text, remedy = "out of memory", LESS_MEMORY
-    elif isinstance(error, RayError) and "low on memory" in text:
+    elif isinstance(error, OutOfMemoryError) or (isinstance(error, RayError) and "low on memory" in text):
         text, remedy = (
             "its worker was killed because the node ran out of memory",
-            f"{LESS_MEMORY}; or run fewer at once",
+            LESS_MEMORY,
         )
     elif isinstance(error, RayError) and "node has died" in text:
         text = "its node died"
     elif isinstance(error, ActorDiedError):
-        text, remedy = "its worker died", "the operating system kills processes that take too much memory"
+        text = "its process was killed or crashed"
+        remedy = f"if the system killed it because it took too much memory: {LESS_MEMORY}"
     else:
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     text = " ".join(text.split())[:LONGEST]

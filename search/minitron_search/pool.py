@@ -155,8 +155,8 @@ class _Events(Callback):
         self._tell(trial, {k: v for k, v in result.items() if k in _REPORTED})
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        error = _error(trial)
-        self._tell(trial, {"retried": reason(error), "trace": str(error)})
+        error, left = _error(trial), trial.max_failures - trial.num_failures
+        self._tell(trial, {"retried": reason(error), "trace": str(error), "node": _node(trial), "restarts_left": left})
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         error = _error(trial)
@@ -171,6 +171,12 @@ class _Events(Callback):
             self.failed[trial.config["candidate"]] = numbers["failed"]
         if self.on_event:
             self.on_event(trial.config["candidate"], numbers)
+
+
+def _node(trial: Any) -> str:
+    """Host name and address of the node that a trial last reported from; empty if it has not yet."""
+    last = trial.last_result or {}
+    return f"{last['hostname']} ({last['node_ip']})" if "hostname" in last else ""
 
 
 def _error(trial: Any) -> BaseException:

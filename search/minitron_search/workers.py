@@ -9,7 +9,6 @@ from typing import Any
 
 import ray
 import torch.distributed as dist
-from ray.exceptions import RayActorError
 from ray.train import RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
@@ -17,8 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from minitron import storage
 from minitron.architecture import Architecture
-from minitron.errors import MinitronError
-from minitron_search.failures import CERTAIN
+from minitron_search.failures import first_cause
 from minitron_search.trial import Report, SearchTask, drop_checkpoints, ready, train
 
 
@@ -56,7 +54,7 @@ def run_trial_on_workers(
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        raise _cause(error) from None
+        raise first_cause(getattr(error, "worker_failures", {0: error}))[1] from None
     finally:
         reports.put(None)
         teller.join()
@@ -78,16 +76,3 @@ def _worker(config: dict[str, Any]) -> None:
 
 def _say_nothing(numbers: dict[str, float]) -> None:
     pass
-
-
-def _cause(error: TrainingFailedError) -> BaseException:
-    """Of what the workers raised, what the others followed from."""
-    failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
-    causes = [getattr(failure, "_base_exc", failure) for _, failure in sorted(failures.items())]
-    for kinds in ((MinitronError, *CERTAIN), (RayActorError,)):
-        for cause in causes:
-            if isinstance(cause, kinds):
-                return cause
-    # when one process raises, the others' collectives fail with a RuntimeError
-    telling = [cause for cause in causes if type(cause) is not RuntimeError]
-    return next(iter([*telling, *causes]), error)

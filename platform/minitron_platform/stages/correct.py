@@ -18,8 +18,8 @@ from minitron.models import load_model
 from minitron_platform.context import Context
 from minitron_platform.curves import complete_record
 from minitron_platform.recipe import Correct, Training
-from minitron_platform.stages.distill import Tail
 from minitron_platform.training import TrainTask, distill_config, train_on_ray
+from minitron_platform.training_view import restarts_of, training_view
 
 VERSION = 1
 CURVE = "curve.json"
@@ -70,6 +70,7 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         "loss_before": before,
         "loss_after": after,
         "steps": training.steps,
+        "restarts": restarts_of(folder),
         "summary": f"{asked.method}, held-out loss {before:.3f} to {after:.3f}",
     }
 
@@ -119,8 +120,9 @@ def _train(context: Context, folder: str, asked: Correct, training: Training, na
         return
     context.console.status("starting Ray")
     context.need_ray()
-    log, teacher = context.log("correct"), context.done["teacher"]
-    context.console.status(Tail(log, training.steps).text)
+    teacher = context.done["teacher"]
+    view = training_view(context, "correct", folder, until or training.steps)
+    context.console.status(view.text)
     task = TrainTask(
         materials=Materials(
             teacher=teacher["folder"],
@@ -141,7 +143,7 @@ def _train(context: Context, folder: str, asked: Correct, training: Training, na
         lora_rank=asked.lora_rank,
         until=until,
     )
-    train_on_ray(task, context.recipe.resources, log, scratch=storage.join(folder, "ray"))
+    train_on_ray(task, context.recipe.resources, view.event, scratch=storage.join(folder, "ray"))
 
 
 def _heldout(context: Context, folder: str, name: str, model: str) -> float:

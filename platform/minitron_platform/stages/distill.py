@@ -10,14 +10,13 @@ from minitron.architecture import Architecture
 from minitron.distill import Losses
 from minitron.models import load_tokenizer, save_model
 from minitron.origin import Origin
-from minitron_platform.console import seconds
 from minitron_platform.context import Context
 from minitron_platform.curves import complete_record, write_curve
 from minitron_platform.losses import distillation_losses
-from minitron_platform.spool import RunLog, read_events
 from minitron_platform.stages.targets import materials, origin
 from minitron_platform.tasks import lm_eval_tasks
 from minitron_platform.training import TrainTask, distill_config, train_on_ray
+from minitron_platform.training_view import restarts_of, training_view
 
 VERSION = 2
 
@@ -56,8 +55,8 @@ def run(context: Context, folder: str) -> dict[str, Any]:
     if not storage.is_committed(student):
         context.console.status("starting Ray")
         context.need_ray()
-        log = context.log("distill")
-        context.console.status(Tail(log, training.steps).text)
+        view = training_view(context, "distill", folder, training.steps)
+        context.console.status(view.text)
         task = TrainTask(
             materials=reads,
             config=distill_config(training),
@@ -76,7 +75,7 @@ def run(context: Context, folder: str) -> dict[str, Any]:
             tasks_batch_rows=recipe.evaluate.batch_rows,
             add_bos=recipe.data.bos,
         )
-        train_on_ray(task, recipe.resources, log, scratch=storage.join(folder, "ray"))
+        train_on_ray(task, recipe.resources, view.event, scratch=storage.join(folder, "ray"))
         context.console.status("")
     if not storage.exists(curve):  # by an earlier version, which wrote it after the student, killed in between
         write_curve(storage.join(folder, "checkpoints"), curve)
@@ -93,6 +92,7 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         "architecture": architecture.to_dict(),
         "losses": asdict(losses),
         "losses_chosen": chosen,
+        "restarts": restarts_of(folder),
         "summary": f"{tokens:,} tokens · {architecture.num_parameters / 1e6:.1f}M parameters",
     }
 
@@ -107,31 +107,3 @@ def record(context: Context, outputs: dict[str, Any]) -> None:
     """Complete the training curve in the run's record."""
     training, seq_length = context.recipe.distillation(context.member), context.done["data"]["seq_length"]
     complete_record(context.log("distill"), outputs["curve"], training.batch_rows * seq_length)
-
-
-class Tail:
-    """The newest metrics that workers appended to a run's record, as one line."""
-
-    def __init__(self, log: RunLog, steps: int) -> None:
-        self.path, self.steps, self.offset = log.path, steps, 0
-        if self.path.exists():
-            self.offset = self.path.stat().st_size
-        self.latest = ""
-
-    def text(self) -> str:
-        if self.path.exists():
-            for event, offset in read_events(self.path, self.offset):
-                self.offset = offset
-                if event and event["event"] == "metrics" and "tokens_per_second" in event["values"]:
-                    numbers, step = event["values"], event["step"]
-                    per_step = numbers["tokens"] / step / numbers["tokens_per_second"]
-                    shown = (
-                        f"KL {numbers['train_kl']:.3f}"
-                        if "train_kl" in numbers
-                        else f"loss {numbers['train_loss']:.3f}"
-                    )
-                    self.latest = (
-                        f"step {step}/{self.steps} · {shown} · "
-                        f"{numbers['tokens_per_second']:.0f} tokens/s · {seconds(per_step * (self.steps - step))} left"
-                    )
-        return self.latest or "starting workers"

@@ -272,6 +272,7 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         "settled": settled(result.stability),
         "saved": result.saved,
         "failures": result.failures,
+        "restarts": [asdict(restart) for restart in view.restarts],
         "benchmarks": [task.name for task in asked.tasks] if asked else [],
         "metrics": result.metrics,
         "serving": asdict(serving),
