@@ -14,7 +14,9 @@ from torch import Tensor
 
 from minitron.models import head_of
 
-CHUNK_TOKENS = 512  # whose logits exist at a time, where nothing else is said
+CHUNK_TOKENS = 512  # whose logits exist at a time, at most, where nothing else is said
+# Of one model's chunk of float32 logits. CPUs share their memory with everything else that runs beside.
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
 # What CPUs work on at a time, so that it stays in the cache: rows of logits, values of a head.
 CACHE_ROWS = 16
 CACHE_VALUES = 1 << 19
@@ -54,8 +56,8 @@ class Head:
         return logits if self.scale == 1.0 else logits.mul_(self.scale)
 
     def chunks(self, hidden: Tensor) -> Iterator[Tensor]:
-        """The logits of hidden states [n, d], CHUNK_TOKENS tokens at a time."""
-        return (self.logits(part) for part in hidden.split(CHUNK_TOKENS))
+        """The logits of hidden states [n, d], a chunk of tokens at a time."""
+        return (self.logits(part) for part in hidden.split(tokens_per_chunk(self.weight, CHUNK_TOKENS)))
 
     def slope(self, logits: Tensor) -> Tensor | float:
         """Derivative of the logits with respect to the products hidden @ weight.T, from the logits."""
@@ -78,6 +80,21 @@ class Head:
             for block in cache_blocks(weight):
                 torch.mm(hidden, weight[block].float().T, out=out[:, block])
         return out
+
+
+def tokens_per_chunk(head: Tensor, most: int) -> int:
+    """Tokens whose logits exist at a time: at most `most`, and no more than CHUNK_BYTES hold of a head [V, d].
+
+    That depends on the vocabulary and the kind of device alone, not on the memory that happens to be free: chunks of another
+    size may round differently.
+    """
+    return most_tokens(len(head), head.device.type, most)
+
+
+def most_tokens(vocabulary: int, device: str, most: int) -> int:
+    """`tokens_per_chunk` of a vocabulary on a kind of device, a multiple of CACHE_ROWS where it is less than `most`."""
+    fit = CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // (4 * vocabulary)
+    return min(most, max(CACHE_ROWS, fit // CACHE_ROWS * CACHE_ROWS))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from minitron.distill.intermediate import IntermediateLosses, dynamic_alpha, rec
 from minitron.distill.losses import mapped_layers
 from minitron.distill.objective import Objective
 from minitron.errors import InputError
-from minitron.logits import Head
+from minitron.logits import CHUNK_BYTES, Head, most_tokens
 from minitron.models import final_hidden
 
 
@@ -129,6 +129,24 @@ def test_bf16_gradient_stays_exact_when_the_student_is_close():
     assert error < 0.01
     assert ((grads[1].double() - wanted[1]).norm() / wanted[1].norm()).item() < 0.01
     assert usual_error > 8 * error
+
+
+def test_large_vocabularies_are_worked_on_in_smaller_chunks_with_the_same_result(monkeypatch):
+    assert most_tokens(49_152, "cpu", 512) == 512
+    assert 4 * 262_144 * most_tokens(262_144, "cpu", 512) == 128 << 20
+    draw = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(100, 8, generator=draw), torch.randn(300, 8, generator=draw)
+    found = []
+    for size in (128 << 20, 4 * 300 * 16):
+        monkeypatch.setitem(CHUNK_BYTES, "cpu", size)
+        student = hidden.clone().requires_grad_()
+        loss = linear_kl_div(student, head, hidden.flip(0), head)
+        loss.backward()
+        found.append((float(loss), student.grad, [len(part) for part in Head(head).chunks(hidden)]))
+    (whole, gradient, _), (loss, other, chunks) = found
+    assert chunks == [16] * 6 + [4]
+    assert loss == pytest.approx(whole, rel=1e-6)
+    assert torch.allclose(other, gradient, atol=1e-7)
 
 
 def test_a_second_backward_is_refused():

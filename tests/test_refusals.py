@@ -50,6 +50,11 @@ BAD = {
     "warm-up too long": (["--set", "distill.warmup_steps=24"], "distill.warmup_steps: 24", "fewer"),
     "no such stage": (["--until", "prune"], "'prune' is not one of", "calibrate"),
     "too little room": (["--set", "data.train_rows=99000000000000"], "GB free", "--storage"),
+    "too little memory": (
+        ["--set", "distill.batch_rows=1000000", "--set", "distill.micro_batch_rows=1000000"],
+        "distill: needs about",
+        "lower distill.micro_batch_rows or resources.workers",
+    ),
     "storage that is a file": (["--storage", "text.jsonl"], "text.jsonl", "--storage"),
     "rows longer than the teacher takes": (["--set", "data.seq_length=5000"], "data.seq_length: 5000", "at most 2048"),
     "more calibration rows than rows": (["--set", "calibrate.rows=97"], "calibrate.rows: 97", "at most 96"),

@@ -17,9 +17,9 @@ from minitron.distill.divergences import IGNORED, cross_entropy_, divergence, fo
 from minitron.distill.losses import Losses
 from minitron.distill.teacher import TopK
 from minitron.errors import InputError
-from minitron.logits import Head, cache_blocks, cache_slices
+from minitron.logits import Head, cache_blocks, cache_slices, tokens_per_chunk
 
-CHUNK_TOKENS = {"cpu": 256, "cuda": 512}
+CHUNK_TOKENS = {"cpu": 256, "cuda": 512}  # at most
 
 
 class LogitLoss(NamedTuple):
@@ -50,7 +50,8 @@ def linear_logit_loss(
     logits, where it is known; with temperature 1 it saves passes over them. `teacher_top_k` is all that is known of some
     teachers, and serves `losses.top_k` up to its k. labels int64 [N], -100 for none, are needed where
     `losses.cross_entropy` is not 0. Any floating dtypes; gradients have the dtype of their tensors. Of the logits a
-    chunk's alone live at a time, float32 [256, V] for each side on CPUs, [512, V] on GPUs. `backward` can be called once.
+    chunk's alone live at a time, float32 [256, V] for each side on CPUs, [512, V] on GPUs, and fewer tokens of vocabularies
+    so large that these would take more than 128 MiB or 512 MiB. `backward` can be called once.
     Raises InputError for vocabularies that differ.
     Source: arXiv 2407.14679 section 2.4 (L_CLM + L_logits).
     """
@@ -155,7 +156,7 @@ class _LinearLogitLoss(torch.autograd.Function):
         soft = torch.zeros(tokens, dtype=torch.float32, device=hidden.device)
         hard = torch.zeros_like(soft)
         # kept for all chunks: memory of this size goes back to the system when it is freed, and is slow to come again
-        chunk = CHUNK_TOKENS[weight.device.type]
+        chunk = tokens_per_chunk(weight, CHUNK_TOKENS[weight.device.type])
         shape = min(tokens, chunk), len(weight)
         own_space = torch.empty(shape, device=weight.device)
         other_space = torch.empty(shape, device=weight.device) if teacher is not None and teacher.head else None

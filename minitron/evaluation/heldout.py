@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minitron.errors import InputError, NonFiniteError
 from minitron.evaluation.mode import evaluating
-from minitron.logits import CHUNK_TOKENS, Head, cache_slices, log_softmax_
+from minitron.logits import CHUNK_TOKENS, Head, cache_slices, log_softmax_, tokens_per_chunk
 from minitron.models import final_hidden
 
 
@@ -64,14 +64,15 @@ def heldout_metrics(
     teacher_hidden: Callable[[slice], Tensor] | None = None,
     teacher_head: Head | None = None,
     batch_rows: int = 4,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> HeldoutMetrics:
     """Score `model` on `rows`, int64 [num_rows, seq_length], every position predicting the next one.
 
     `teacher_hidden(slice of rows)` gives the teacher's final hidden states [n, seq_length, teacher_hidden_size] (after
     the last norm) and `teacher_head` turns them into logits over the same vocabulary; both or neither. At most
-    `chunk_tokens` x vocabulary logits exist at a time, once for each model. `progress(done, total)` counts rows.
+    `chunk_tokens` x vocabulary logits exist at a time, once for each model; by default 512 tokens', fewer where the
+    vocabulary is so large that they would take more than 128 MiB (on a GPU 512). `progress(done, total)` counts rows.
 
     The model's training mode and the global random state are left as they were.
     Raises InputError for rows or a head that do not fit the model, NonFiniteError naming the first row whose loss or KL
@@ -88,6 +89,7 @@ def heldout_metrics(
     agreed = 0
     with torch.inference_mode(), evaluating(model):
         # kept for all chunks: memory of this size goes back to the system when it is freed, and is slow to come again
+        chunk_tokens = chunk_tokens or tokens_per_chunk(student_head.weight, CHUNK_TOKENS)
         shape = min(chunk_tokens, batch_rows * seq_length), len(student_head.weight)
         own_space = torch.empty(shape, device=device)
         other_space = None if other_head is None else torch.empty(shape, device=device)

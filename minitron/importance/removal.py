@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from minitron.families import family_of
 from minitron.importance.distributed import add_up, own_batches
 from minitron.importance.similarity import cosine_sums
-from minitron.logits import CHUNK_TOKENS, Head
+from minitron.logits import CHUNK_TOKENS, Head, tokens_per_chunk
 from minitron.models import final_hidden, layers_of
 
 ROW_METRICS = ("loss", "logit_error", "cosine")
@@ -36,7 +36,7 @@ def removal_scores(
     `size` of the kept ones from each start on.
 
     rows int64 [num_rows, seq_length], those of all processes; `metric` as in `LayerScoring`. Memory: the residual stream of
-    one batch at every depth, and the logits of CHUNK_TOKENS tokens, twice. `advance` is told rows, once for every position.
+    one batch at every depth, and a chunk of logits, twice. `advance` is told rows, once for every position.
     """
     layers = layers_of(model)
     norm = model.get_submodule(family_of(model.config.model_type).final_norm)  # type: ignore[union-attr,arg-type]
@@ -96,7 +96,7 @@ def _record(
 
 def _loss_sum(head: Head, hidden: Tensor, batch: Tensor) -> Tensor:
     """Next-token cross-entropy summed over [rows, seq_length] tokens, float64."""
-    targets = batch[:, 1:].flatten().split(CHUNK_TOKENS)
+    targets = batch[:, 1:].flatten().split(tokens_per_chunk(head.weight, CHUNK_TOKENS))
     losses = [
         cross_entropy(part, target, reduction="none").sum(dtype=torch.float64)
         for part, target in zip(head.chunks(hidden[:, :-1].flatten(0, 1)), targets, strict=True)

@@ -198,6 +198,7 @@ def _planned(
 def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool) -> None:
     from rich.table import Table
 
+    from minitron_platform.memory_plan import memory_text
     from minitron_platform.tracking import shown
 
     sizes = " and ".join(f"{member.parameters / 1e6:,.1f}M" for member in recipe.family)
@@ -239,6 +240,9 @@ def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool)
     console.say(f"storage  {escape(planned.places.storage)}{free}")
     console.say(f"mlflow   {escape(shown(planned.places.tracking_uri))}")
     console.say(f"compute  {planned.dtype}, {planned.flops_per_second / 1e9:,.0f} GFLOP/s measured here")
+    for stage in planned.memory:
+        name = f"{stage.model} {stage.stage}" if len(recipe.family) > 1 and stage.model else stage.stage
+        console.say(f"memory   {escape(name)}: {memory_text(stage)}")
     for mode, cost in planned.teacher_costs.items():
         chosen = ", as the recipe says" if mode == recipe.targets.mode else ""
         console.say(

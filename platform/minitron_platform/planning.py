@@ -12,9 +12,10 @@ from minitron.device import compute_dtype, matmul_flops
 from minitron.hardware import hardware_notes
 from minitron.models import check_contents, source_architecture
 from minitron_platform.checks import check_benchmarks, check_machine, check_outcomes, check_recipe
-from minitron_platform.cluster_room import private_cpus
+from minitron_platform.cluster_room import joins_cluster, private_cpus
 from minitron_platform.context import Places, places
 from minitron_platform.losses import distillation_losses
+from minitron_platform.memory_plan import StageMemory, check_memory, machine_memory, stage_memories
 from minitron_platform.pipeline import finished_stages
 from minitron_platform.recipe import Member, Recipe, Training
 from minitron_platform.stages.calibrate import layer_scoring
@@ -56,6 +57,7 @@ class Plan:
     flops_per_second: float
     free_bytes: int | None
     warnings: list[str]  # what may come right by itself before it matters
+    memory: list[StageMemory]  # of the stages that are not done yet
 
     @property
     def bytes(self) -> int:
@@ -98,9 +100,15 @@ def plan(
     ]
     free = storage.free_bytes(where.storage) if storage.is_local(where.storage) else None
     notes, name = _notes(teacher, found), str(dtype).removeprefix("torch.")
-    result = Plan(
-        recipe, where, teacher, found, sampled, notes, costs, modes, name, speed, free, [away] if away else []
-    )
+    memory = [
+        stage
+        for stage in stage_memories(recipe, teacher, found, value_bytes)
+        if stage.stage not in finished.family.get(stage.model, finished.shared)
+    ]
+    if not joins_cluster(address):
+        check_memory(memory, machine_memory())
+    warnings = [away] if away else []
+    result = Plan(recipe, where, teacher, found, sampled, notes, costs, modes, name, speed, free, warnings, memory)
     if free is not None and free + written < result.bytes:
         missing = {} if "targets" in finished.shared else modes
         raise too_little_room(recipe, teacher, missing, value_bytes, where.storage, result.bytes, free + written)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from minitron import storage
 from minitron.architecture import Architecture
+from minitron.device import DTYPES
 from minitron.errors import InputError
-from minitron.logits import CHUNK_TOKENS
 from minitron_platform.context import Context
 from minitron_platform.losses import logit_losses
 from minitron_platform.recipe import Member, Recipe
@@ -161,19 +161,13 @@ def trials_folder(context: Context) -> str:
     return storage.join(context.places.storage, "trials", storage.fingerprint({**rest, "version": VERSION}))
 
 
-def memory_per_trial(recipe: Recipe, teacher: Architecture, parameters: int) -> int:
-    """Bytes of main memory to ask Ray for, for each worker of a trial; 0 on GPUs, where the GPU's is needed instead.
-
-    Libraries, the teacher while the student is cut, and the weights, master weights, gradients and moments of a student of
-    so many `parameters`.
-    No more than the largest node offers: one trial at a time always runs.
-    """
+def memory_per_trial(recipe: Recipe, wanted: int) -> int:
+    """Bytes of main memory to ask Ray for, for each worker of a trial that needs `wanted`; 0 on GPUs, where the GPU's is
+    needed instead. No more than the largest node offers: one trial at a time always runs."""
     import ray
 
     if recipe.resources.gpus_per_trial:
         return 0
-    logits = 4 * teacher.vocab_size * (2 * CHUNK_TOKENS + teacher.hidden_size)  # of both, and the gradient of the head
-    wanted = 1_200_000_000 + max(4 * teacher.num_parameters, logits) + 24 * parameters
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     roomy = (n.get("memory", 0) for n in nodes if n.get("CPU", 0) >= recipe.resources.cpus_per_trial)
     largest = max(roomy, default=wanted) - RESERVED_BYTES
@@ -204,6 +198,7 @@ def inputs(context: Context) -> dict[str, Any]:
 
 
 def run(context: Context, folder: str) -> dict[str, Any]:
+    from minitron_platform.memory_plan import trial_memory
     from minitron_platform.shortlist import shortlist
     from minitron_search.benchmarks import benchmark_best
     from minitron_search.pool import Pool
@@ -227,7 +222,9 @@ def run(context: Context, folder: str) -> dict[str, Any]:
     )
     context.console.status("starting Ray")
     context.need_ray()
-    memory = memory_per_trial(recipe, teacher, int(budget(context.member)[1]))
+    value_bytes = DTYPES[context.done["teacher"]["dtype"]].itemsize
+    most = max(architectures(recipe, context.member, base), key=lambda a: a.num_parameters)
+    memory = memory_per_trial(recipe, trial_memory(recipe, teacher, most, value_bytes).total)
     wanted = {"CPU": recipe.resources.cpus_per_trial, "GPU": recipe.resources.gpus_per_trial, "memory": memory}
     pool = Pool(
         storage.join(folder, "tune"),

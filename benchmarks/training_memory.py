@@ -1,0 +1,136 @@
+"""Peak main memory of a training process beside what `minitron.memory` says of it, over shapes and settings.
+
+    python benchmarks/training_memory.py [NAME ...]
+
+Every case is a process of its own with random weights, rows and teacher outputs; its peak is what the system counts as
+resident. CPU only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from minitron.architecture import Architecture
+from minitron.data import Rows
+from minitron.distill import DistillConfig, distill
+from minitron.distill.teacher import TeacherBatch
+from minitron.logits import Head
+from minitron.memory import training_memory
+
+GEMMA = {
+    "hidden_size": 640,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "vocab_size": 262_144,
+}
+SMALL = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 32_000,
+}
+TINY = {**SMALL, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
+# family, shape, dtype, rows of a micro-batch, tokens of a row, further settings
+CASES = {
+    "tiny": ("llama", TINY, "bfloat16", 2, 256, {}),
+    "tiny, vocabulary 128,256": ("llama", {**TINY, "vocab_size": 128_256}, "bfloat16", 2, 256, {}),
+    "small": ("llama", SMALL, "bfloat16", 2, 256, {}),
+    "small, float32": ("llama", SMALL, "float32", 2, 256, {}),
+    "small, 4 x 1,024 tokens": ("llama", SMALL, "bfloat16", 4, 1024, {}),
+    "small, 4 x 1,024 tokens, selective": (
+        "llama",
+        SMALL,
+        "bfloat16",
+        4,
+        1024,
+        {"activation_checkpointing": "selective"},
+    ),
+    "small, 4 x 1,024 tokens, full": ("llama", SMALL, "bfloat16", 4, 1024, {"activation_checkpointing": "full"}),
+    "small, checkpoints": ("llama", SMALL, "bfloat16", 2, 256, {"checkpoint_every": 1}),
+    "gemma3-270m": ("gemma3_text", GEMMA, "bfloat16", 1, 512, {}),
+    "gemma3-270m, checkpoints": ("gemma3_text", GEMMA, "bfloat16", 1, 512, {"checkpoint_every": 1}),
+}
+
+
+class RandomTeacher:
+    """Final hidden states drawn anew for every batch, with a head of their size."""
+
+    def __init__(self, head: Tensor) -> None:
+        self.head = Head(head)
+
+    def batch(self, indices: list[int], input_ids: Tensor) -> TeacherBatch:
+        hidden = torch.randn(input_ids.numel(), self.head.weight.shape[1]).to(self.head.weight.dtype)
+        return {"teacher_hidden": hidden, "teacher_head": self.head}
+
+    def prefetch(self, indices: list[int]) -> None:
+        pass
+
+
+class RandomRows(Rows):
+    """Rows of random tokens."""
+
+    def __init__(self, vocabulary: int, seq_length: int) -> None:
+        self.vocabulary, self.seq_length = vocabulary, seq_length
+
+    def __len__(self) -> int:
+        return 64
+
+    def take(self, indices: object) -> Tensor:
+        return torch.randint(self.vocabulary, (len(list(indices)), self.seq_length))  # type: ignore[call-overload]
+
+
+def one(name: str) -> None:
+    """Train a few steps and print the peak and the estimate, in bytes."""
+    family, shape, dtype, rows, seq_length, more = CASES[name]
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **shape, tie_word_embeddings=True)
+    student = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    settings = DistillConfig(
+        steps=3, batch_rows=2 * rows, micro_batch_rows=rows, warmup_steps=1, peak_flops=1e9, **more
+    )
+    teacher = RandomTeacher(torch.randn_like(student.get_output_embeddings().weight))
+    with tempfile.TemporaryDirectory() as folder:
+        distill(student, teacher, RandomRows(shape["vocab_size"], seq_length), settings, checkpoints=folder, key="k")
+    architecture = Architecture.from_config(config)
+    # a teacher of which nothing but its head was ever loaded
+    only_head = replace(architecture, num_layers=1)
+    said = training_memory(architecture, settings, seq_length, getattr(torch, dtype).itemsize, teacher=only_head)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, said.total, flush=True)
+    print({part: f"{size / 1e9:.2f}" for part, size in vars(said).items()}, file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", default=list(CASES), metavar="NAME", help="default: all")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        one(arguments.one)
+        return
+    print(f"{'case':<40}{'peak, GB':>10}{'said, GB':>10}{'said / peak':>13}")
+    for name in arguments.cases:
+        command = [sys.executable, str(Path(__file__)), "--one", name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peak, said = map(int, done.stdout.split()[-2:])
+        print(f"{name:<40}{peak / 1e9:>10.2f}{said / 1e9:>10.2f}{said / peak:>13.2f}  {done.stderr.splitlines()[-1]}")
+
+
+if __name__ == "__main__":
+    main()
