@@ -52,6 +52,24 @@ def test_a_step_is_written_over(folder):
     assert all(torch.equal(found[name], value) for name, value in _state(2.0).items())
 
 
+def test_nothing_is_committed_or_removed_once_that_is_forbidden(folder):
+    with Checkpoints(folder, key="k") as saver:
+        saver.save(3, _state(1.0), {})
+        saver.save(6, _state(2.0), {})
+
+    def forbid():
+        raise StorageError("taken over")
+
+    saver = Checkpoints(folder, key="k", keep=1, before_commit=forbid)
+    with pytest.raises(StorageError, match="taken over"), saver:
+        saver.save(6, _state(3.0), {})
+    assert committed_steps(folder) == [3, 6]
+    found = _state(0.0)
+    with Checkpoints(folder, key="k") as saver:
+        saver.load(found)
+    assert torch.equal(found["master.a"], _state(2.0)["master.a"])
+
+
 def test_a_curve_is_whole_wherever_training_went_on(folder):
     def train(after, saved, killed):
         curve = Curve(folder)

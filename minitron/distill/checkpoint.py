@@ -37,11 +37,15 @@ class Checkpoints:
 
     `key` names what is trained; a checkpoint of something else is never resumed from. The newest `keep` are kept. Used as a
     context, leaving it waits until the last one is committed. Where several processes write to a local path, all must see
+    it. `before_commit` is called in process 0 before anything there is changed, and may raise a MinitronError that forbids
     it. Failures to write are raised as StorageError by the next call, in every process.
     """
 
-    def __init__(self, folder: str, *, key: str, keep: int = 2) -> None:
+    def __init__(
+        self, folder: str, *, key: str, keep: int = 2, before_commit: Callable[[], None] | None = None
+    ) -> None:
         self.folder, self.key, self.keep = folder, key, keep
+        self.before_commit = before_commit or (lambda: None)
         several = dist.is_initialized() and dist.get_world_size() > 1
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
         # of its own, because training goes on meanwhile
@@ -144,6 +148,7 @@ class Checkpoints:
 
         def make() -> Path | None:
             if self.rank == 0:
+                self.before_commit()
                 storage.remove(path)  # a damaged one that was passed over
             return storage.staging_folder(path) if self.rank == 0 or not local else None
 
@@ -161,6 +166,7 @@ class Checkpoints:
 
     def _commit(self, place: Path, path: str, files: dict[str, Any], note: dict[str, Any]) -> None:
         if self.rank == 0:
+            self.before_commit()
             storage.publish(place, path, files, note)
             for old in committed_steps(self.folder)[: -self.keep]:
                 storage.remove(_path(self.folder, old))

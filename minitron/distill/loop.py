@@ -45,6 +45,7 @@ def distill(
     channels: Tensor | None = None,
     checkpoints: str | None = None,
     key: str = "",
+    before_commit: Callable[[], None] | None = None,
     resumed: Callable[[int], None] | None = None,
     report: Callable[[StepReport], None] | None = None,
     evaluate: Callable[[int, nn.Module], None] | None = None,
@@ -58,7 +59,8 @@ def distill(
     channels that the student kept; the intermediate losses start from them. With torch.distributed initialised every
     process takes its share of each global batch and the gradients are summed. With `checkpoints`, the state is saved there
     every `checkpoint_every` steps and the newest good one under `key` is resumed; the training curve is kept with them (see
-    `read_curve`). `resumed` gets the number of steps done before, 0 for a new training. `evaluate` gets the steps done and
+    `read_curve`). `before_commit` is called in process 0 before each checkpoint and may raise a MinitronError that forbids
+    it. `resumed` gets the number of steps done before, 0 for a new training. `evaluate` gets the steps done and
     the student, in every process, every `evaluate_every` steps and after those in `evaluate_at`, before that step's
     checkpoint; the random state is put back after it. With `until`, stops after that step of the same schedule and saves it,
     so that a later call goes on from there.
@@ -88,7 +90,9 @@ def distill(
             shard_(objective)
         alike = sharded or (isinstance(objective.targets, LiveTeacher) and objective.targets.sharded)
         state = TrainingState(objective.trained(), config)
-        saver = stack.enter_context(Checkpoints(checkpoints, key=key)) if checkpoints else None
+        saver = (
+            stack.enter_context(Checkpoints(checkpoints, key=key, before_commit=before_commit)) if checkpoints else None
+        )
         first, skipped = _resume(state, saver) if saver else (0, 0)
         curve = Curve(checkpoints) if checkpoints and rank == 0 else None
         if curve:

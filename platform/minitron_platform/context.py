@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,6 @@ class Context:
     places: Places
     console: Console
     run_key: str
-    fence: Fence | None  # of the run's lease; None where nothing is carried out
     need_ray: Callable[[], None]  # starts or joins Ray once, when the first stage needs it
     mlflow_run: Callable[[str], str | None]  # the MLflow run of a record's key, once it is known
     shared: dict[str, dict[str, Any]] = field(
@@ -66,6 +65,7 @@ class Context:
     family: dict[str, dict[str, dict[str, Any]]] = field(
         default_factory=dict
     )  # of each model's own stages, by its name
+    held: list[Fence] = field(default_factory=list)  # leases of the run, the stage and what else is held now
     current: Member | None = None  # the model of the family whose stages are being done
 
     @property
@@ -95,19 +95,24 @@ class Context:
             return {"folder": student["student"], "id": student["id"], "architecture": student["architecture"]}
         return {**self.shared["correct"], "architecture": self.shared["teacher"]["architecture"]}
 
-    def lease(self, name: str, what: str) -> AbstractContextManager[Fence]:
+    @contextmanager
+    def lease(self, name: str, what: str) -> Iterator[None]:
         """Hold a part of the work that other runs may share; see `minitron_platform.leases`."""
         from minitron_platform.leases import lease
 
         # an earlier driver of this run may hold it still, but has lost the run
         earlier = "its run was taken over"
-        return lease(self.places, name, what, run=self.run_key, console=self.console, take_over=earlier)
+        with lease(self.places, name, what, run=self.run_key, console=self.console, take_over=earlier) as fence:
+            self.held.append(fence)
+            try:
+                yield
+            finally:
+                self.held.remove(fence)
 
-    def check_fences(self, *fences: Fence) -> None:
-        """Raise LeaseLostError if this run, or what else is held, was taken over by another driver."""
-        for fence in (self.fence, *fences):
-            if fence is not None:
-                fence.check()
+    def check_fences(self) -> None:
+        """Raise LeaseLostError if anything that is held was taken over by another driver."""
+        for fence in self.held:
+            fence.check()
 
     def title(self, name: str) -> str:
         """What a stage or trial is called where several models have one of that name."""

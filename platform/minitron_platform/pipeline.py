@@ -59,7 +59,7 @@ def run(
             places=where,
             console=console,
             run_key=key,
-            fence=fence,
+            held=[fence],
             need_ray=_ray_starter(stack, recipe, address, storage.join(where.local_run(key), "logs")),
             mlflow_run=lambda record: flusher.wait_for(record, timeout=30),
         )
@@ -172,7 +172,6 @@ def finished_stages(recipe: Recipe, where: Places) -> tuple[Context, int]:
         places=where,
         console=Console(),
         run_key=run_key(recipe),
-        fence=None,
         need_ray=_nothing,
         mlflow_run=lambda key: None,
     )
@@ -205,11 +204,11 @@ def _stage(context: Context, name: str, parent: _Parent, before_work: Callable[[
             before_work()
             log.start(context.title(name), parent=context.run_key, tags={"minitron.kind": "stage"})
             try:
-                with context.lease(f"{name}-{fingerprint}", f"stage {name}") as fence:
+                with context.lease(f"{name}-{fingerprint}", f"stage {name}"):
                     record = finished_record(context, name, folder)  # by another run that was waited for
                     reused = record is not None
                     if record is None:
-                        record = _carry_out(context, name, folder, fingerprint, fence)
+                        record = _carry_out(context, name, folder, fingerprint)
             except BaseException as error:
                 log.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
                 raise
@@ -220,7 +219,7 @@ def _stage(context: Context, name: str, parent: _Parent, before_work: Callable[[
     console.say(f"[green]✓[/] [bold]{name:<10}[/] {summary} [dim]· {took}[/]")
 
 
-def _carry_out(context: Context, name: str, folder: str, fingerprint: str, fence: Fence) -> dict[str, Any]:
+def _carry_out(context: Context, name: str, folder: str, fingerprint: str) -> dict[str, Any]:
     """Do a stage and record it, unless somebody else has taken the run or the stage over meanwhile."""
     started = time.time()
     outputs = stages.load(name).run(context, folder)
@@ -229,7 +228,7 @@ def _carry_out(context: Context, name: str, folder: str, fingerprint: str, fence
         "seconds": time.time() - started,
         "artifacts": sorted(_artifacts(outputs)),
     }
-    context.check_fences(fence)
+    context.check_fences()
     write_record(context.places.storage, folder, record)
     return record
 

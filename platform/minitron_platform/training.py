@@ -30,6 +30,7 @@ from minitron.logits import Head
 from minitron.models import load_model, load_tokenizer, save_model
 from minitron.trainable import trainable
 from minitron_platform.curves import write_curve
+from minitron_platform.fence import Fence, LeaseLostError
 from minitron_platform.recipe import Resources, Training
 from minitron_platform.training_events import Event, Measured, OnEvent, Resumed, Tagged, WorkersFailed, WorkerStarted
 from minitron_search.failures import first_cause, reason
@@ -44,7 +45,7 @@ class TrainTask:
     itself is trained, on the next token alone. With `online` the teacher is run on every batch instead of read, as it is too
     where the losses compare more than logits: whole in every worker or split over them, as `teacher` in a recipe's `targets`
     says. Every `config.evaluate_every` steps the held-out rows are measured, every `tasks_every` the `tasks`, whose
-    requests begin as `add_bos` says.
+    requests begin as `add_bos` says. Nothing is committed once one of `fences` was passed by another driver.
     """
 
     materials: Materials
@@ -66,6 +67,11 @@ class TrainTask:
     method: str = "full"
     lora_rank: int = 16
     until: int | None = None
+    fences: tuple[Fence, ...] = ()
+
+    def check_fences(self) -> None:
+        for fence in self.fences:
+            fence.check()
 
 
 def distill_config(training: Training) -> DistillConfig:
@@ -78,8 +84,8 @@ def train_on_ray(task: TrainTask, resources: Resources, on_event: OnEvent, scrat
 
     When a worker dies all are restarted from the last checkpoint, up to `max_failures` times. `on_event` is called in a
     thread of this process with all that workers report and with what ended them.
-    Raises NonFiniteError where the loss is not finite, StorageError where a checkpoint cannot be written, and
-    MinitronError when workers died too often.
+    Raises NonFiniteError where the loss is not finite, LeaseLostError where another driver took over, StorageError where a
+    checkpoint cannot be written, and MinitronError when workers died too often.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
@@ -125,7 +131,7 @@ def train_on_ray(task: TrainTask, resources: Resources, on_event: OnEvent, scrat
         with suppress(OSError):  # Ray Train may still be writing there; the next run removes the rest
             storage.remove(scratch)
     if result.return_value:
-        raise NonFiniteError(*result.return_value)
+        raise result.return_value
 
 
 def _cause(failures: dict[int, Exception]) -> MinitronError:
@@ -171,9 +177,9 @@ def _failures(events: Any) -> Any:
     return Failures()
 
 
-def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
-    """One process of the distillation; returns what is wrong if the loss is not finite, which every process sees alike and
-    no restart would mend."""
+def _worker(config: dict[str, Any]) -> MinitronError | None:
+    """One process of the distillation; returns the error where every process sees it alike and no restart would help: the
+    loss is not finite, or another driver took over."""
     import ray
 
     task: TrainTask = config["task"]
@@ -233,21 +239,27 @@ def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
                 channels=task.channels,
                 checkpoints=task.checkpoints,
                 key=task.key,
+                before_commit=task.check_fences,
                 resumed=resumed,
                 report=lambda step: record(_metrics(step), step.step),
                 evaluate=evaluate,
                 evaluate_at=tasks_due,
                 until=task.until,
             )
-    except NonFiniteError as error:
-        return error.problem, error.remedy
+    except (NonFiniteError, LeaseLostError) as error:
+        return error
     heard()
+    lost = None
     if first:
-        write_curve(task.checkpoints, task.curve)
-        with storage.committed_folder(task.result) as folder:
-            save_model(model, load_tokenizer(storage.fetch(task.materials.teacher)), folder)
+        try:
+            task.check_fences()
+            write_curve(task.checkpoints, task.curve)
+            with storage.committed_folder(task.result) as folder:
+                save_model(model, load_tokenizer(storage.fetch(task.materials.teacher)), folder)
+        except LeaseLostError as error:
+            lost = error
     dist.barrier()
-    return None
+    return lost
 
 
 def _start(task: TrainTask) -> tuple[nn.Module, Targets | None, Head | None]:

@@ -134,6 +134,7 @@ def _train(context: Context, folder: str, asked: Correct, training: Training, na
         ),
         config=distill_config(training),
         losses=Losses(logits="none", cross_entropy=1.0),
+        fences=tuple(context.held),
         checkpoints=storage.join(folder, "checkpoints"),
         curve=storage.join(folder, CURVE),
         result=target,

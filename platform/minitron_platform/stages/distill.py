@@ -61,6 +61,7 @@ def run(context: Context, folder: str) -> dict[str, Any]:
             materials=reads,
             config=distill_config(training),
             losses=losses,
+            fences=tuple(context.held),
             checkpoints=storage.join(folder, "checkpoints"),
             curve=curve,
             result=student,
