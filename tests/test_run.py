@@ -272,7 +272,9 @@ def test_a_teacher_online_is_stored_for_the_search_alone_and_a_killed_worker_is_
         "distill.evaluate_every=8",
         "resources.workers_per_trial=2",
         f"resources.cpus_per_trial={os.cpu_count()}",
-        f"evaluate.tasks=[{{name: arc_easy, data: {bench}/arc.jsonl, limit: 10}}, {{name: hellaswag, data: {bench}/arc.jsonl}}]",
+        "evaluate.tasks=[{{name: arc_easy, data: {0}, limit: 10}}, {{name: hellaswag, data: {0}}}]".format(
+            bench / "arc.jsonl"
+        ),
     ]
     one = "family.0.space={num_layers: [4], hidden_size: [36], intermediate_size: [48]}"
     process = _start(bench, "online", *settings, one, until="distill")
