@@ -20,6 +20,7 @@ from minitron.errors import InputError
 from minitron.families import family_of
 from minitron.families.config import make_plain
 from minitron.files import file_stat
+from minitron.gguf_reading import read_once
 from minitron.headers import has_safetensors, hub_headers, read_headers
 from minitron.packages import PACKAGE, package_path
 from minitron.quantised import as_ordinary, check_blocks, load_arguments, method_of, plain_model
@@ -175,8 +176,9 @@ def load_source(source: str, revision: str | None = None, dtype: torch.dtype = t
     check_source(source)
     check_contents(source, revision)
     folder, arguments = _arguments(source, revision)
-    with _readable(source), quiet_transformers():
-        method = method_of(AutoConfig.from_pretrained(folder, **arguments), source)
+    with _readable(source), quiet_transformers(), read_once():
+        config = AutoConfig.from_pretrained(folder, **arguments)
+        method = method_of(config, source)
         tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
         model = _filled_model(folder, source, dtype=dtype, **arguments, **load_arguments(method))
     broken = [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
