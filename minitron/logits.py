@@ -56,8 +56,11 @@ class Head:
         return logits if self.scale == 1.0 else logits.mul_(self.scale)
 
     def chunks(self, hidden: Tensor) -> Iterator[Tensor]:
-        """The logits of hidden states [n, d], a chunk of tokens at a time."""
-        return (self.logits(part) for part in hidden.split(tokens_per_chunk(self.weight, CHUNK_TOKENS)))
+        """The logits of hidden states [n, d], a chunk of tokens at a time; each is overwritten by the next."""
+        size = tokens_per_chunk(self.weight, CHUNK_TOKENS)
+        # one space for all: memory of this size goes back to the system when it is freed, and is slow to come again
+        space = hidden.new_empty((min(size, len(hidden)), len(self.weight)), dtype=torch.float32)
+        return (self.logits(part, space) for part in hidden.split(size))
 
     def slope(self, logits: Tensor) -> Tensor | float:
         """Derivative of the logits with respect to the products hidden @ weight.T, from the logits."""

@@ -18,7 +18,7 @@ from minitron.data import Rows
 from minitron.distill.shards import Compute, Shards, Writing, write_shards
 from minitron.distill.teacher import TeacherBatch
 from minitron.errors import StorageError
-from minitron.logits import Head
+from minitron.logits import Head, cache_slices
 from minitron.models import final_hidden
 
 
@@ -103,5 +103,7 @@ def store_hidden(
 
 def log_sum_exp(head: Head, hidden: Tensor) -> Tensor:
     """log Σ exp over the vocabulary of the logits of hidden states [..., d]: float32 [...]."""
-    parts = [logits.logsumexp(-1) for logits in head.chunks(hidden.flatten(0, -2))]
+    parts = [
+        logits[rows].logsumexp(-1) for logits in head.chunks(hidden.flatten(0, -2)) for rows in cache_slices(logits)
+    ]
     return torch.cat(parts).view(hidden.shape[:-1])

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from minitron.families import family_of
 from minitron.importance.distributed import add_up, own_batches
 from minitron.importance.similarity import cosine_sums
-from minitron.logits import CHUNK_TOKENS, Head, tokens_per_chunk
+from minitron.logits import CHUNK_TOKENS, Head, cache_slices, tokens_per_chunk
 from minitron.models import final_hidden, layers_of
 
 ROW_METRICS = ("loss", "logit_error", "cosine")
@@ -97,10 +97,10 @@ def _record(
 def _loss_sum(head: Head, hidden: Tensor, batch: Tensor) -> Tensor:
     """Next-token cross-entropy summed over [rows, seq_length] tokens, float64."""
     targets = batch[:, 1:].flatten().split(tokens_per_chunk(head.weight, CHUNK_TOKENS))
-    losses = [
-        cross_entropy(part, target, reduction="none").sum(dtype=torch.float64)
-        for part, target in zip(head.chunks(hidden[:, :-1].flatten(0, 1)), targets, strict=True)
-    ]
+    losses = []
+    for logits, target in zip(head.chunks(hidden[:, :-1].flatten(0, 1)), targets, strict=True):
+        slices = [cross_entropy(logits[rows], target[rows], reduction="none") for rows in cache_slices(logits)]
+        losses.append(torch.cat(slices).sum(dtype=torch.float64))
     return torch.stack(losses).sum()
 
 
