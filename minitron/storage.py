@@ -94,18 +94,8 @@ def write_bytes(path: str, data: bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never a part."""
     fs, inner = filesystem(path)
     if is_local(path):
-        target = local_path(path)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-        with disk_errors(path):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with open(temporary, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, target)
-            finally:
-                temporary.unlink(missing_ok=True)
+        with _written(path, data) as temporary:
+            os.replace(temporary, local_path(path))
     else:
         fs.pipe_file(inner, data)  # object stores publish a put whole
 
@@ -115,20 +105,14 @@ def create_bytes(path: str, data: bytes) -> bool:
 
     Object stores do it with a conditional put (S3: If-None-Match). Raises StorageError for a scheme that cannot.
     """
-    fs, inner = filesystem(path)
     if is_local(path):
-        target = local_path(path)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-        with disk_errors(path):
-            target.parent.mkdir(parents=True, exist_ok=True)
+        with _written(path, data) as temporary:
             try:
-                temporary.write_bytes(data)
-                os.link(temporary, target)
+                os.link(temporary, local_path(path))
             except FileExistsError:
                 return False
-            finally:
-                temporary.unlink(missing_ok=True)
         return True
+    fs, inner = filesystem(path)
     if path.split("://", 1)[0] not in CONDITIONAL:
         raise StorageError(
             f"{path}: this kind of storage can't create a file only if it is not there yet",
@@ -139,6 +123,23 @@ def create_bytes(path: str, data: bytes) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+@contextmanager
+def _written(path: str, data: bytes) -> Iterator[Path]:
+    """A temporary file with `data` on disk, beside the local path that it is to become; deleted on leaving."""
+    target = local_path(path)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with disk_errors(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str, value: Any) -> None:

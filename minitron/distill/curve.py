@@ -62,11 +62,7 @@ class Curve:
             ) from error
 
     def _parts(self) -> list[tuple[int, int]]:
-        fs, inner = storage.filesystem(self._folder)
-        if not fs.exists(inner):
-            return []
-        names = (entry["name"].rsplit("/", 1)[-1] for entry in fs.ls(inner, detail=True, refresh=True))
-        parts = (_PART.fullmatch(name) for name in names)
+        parts = (_PART.fullmatch(name) for name in storage.names(self._folder))
         return sorted((int(part[1]), int(part[2])) for part in parts if part)
 
     def _path(self, first: int, last: int) -> str:
