@@ -158,7 +158,7 @@ def test_no_memory_and_an_interrupt_are_no_failures_of_a_task(student, tokenizer
     def stop(*_, **__):
         raise error
 
-    monkeypatch.setattr(student, "forward", stop)
+    monkeypatch.setattr(student.model, "forward", stop)
     task = Task("arc_easy", str(write_jsonl(tmp_path / "test.jsonl", arc_documents(1))))
     with pytest.raises(error):
         evaluate(student, tokenizer, [task], on_failure=lambda name, failure: None)

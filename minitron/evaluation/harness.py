@@ -31,6 +31,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from minitron.data import document_tokens
 from minitron.errors import InputError, MinitronError
 from minitron.evaluation.benchmarks import FILTER, METRIC
+from minitron.evaluation.continuations import Continuation, log_likelihoods
 from minitron.evaluation.metrics import Metric, task_metric
 from minitron.evaluation.mode import evaluating
 from minitron.evaluation.requests import DocumentRequests
@@ -248,34 +249,18 @@ class _Scorer(DocumentRequests):
         return super().generate_until(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
-        """As the parent's, but logits only where a continuation is: the rest is a quarter of the time of a small model,
-        and [batch, length, vocabulary] in fp32 does not fit beside a large one."""
-        inputs: dict[tuple[int, ...], list[int]] = {}  # requests that differ in their last token share one input
-        for index, (_text, context, continuation) in enumerate(requests):
-            kept = self.cut_left(context + continuation, self.max_length + 1, needed=len(continuation))
-            inputs.setdefault(tuple(kept[:-1]), []).append(index)
-        answers: dict[int, tuple[float, bool]] = {}
-        longest_first = sorted(inputs, key=len, reverse=True)  # alike lengths together; out of memory at once or never
-        for start in range(0, len(longest_first), self.batch_size):
-            batch = longest_first[start : start + self.batch_size]
-            length = len(batch[0])
-            ids = torch.tensor([[*tokens, *[0] * (length - len(tokens))] for tokens in batch], device=self.device)
-            first = min(len(tokens) - len(requests[i][2]) for tokens in batch for i in inputs[tokens])
-            with torch.inference_mode():
-                logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=length - first).logits
-                for row, tokens in enumerate(batch):
-                    for index in inputs[tokens]:
-                        target = torch.tensor(requests[index][2], device=self.device)
-                        end = len(tokens) - first
-                        log_p = torch.log_softmax(logits[row, end - len(target) : end].float(), dim=-1)
-                        answer = (
-                            float(log_p.gather(1, target[:, None]).sum()),
-                            bool((log_p.argmax(-1) == target).all()),
-                        )
-                        answers[index] = answer
-                        if requests[index][0] is not None:  # else a window of a document, whose answer is the parent's
-                            self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
-        return [answers[index] for index in range(len(requests))]
+        """As the parent's, but each context is computed once for all that is asked behind it, and logits only where a
+        continuation is: [batch, length, vocabulary] in float32 does not fit beside a large model."""
+        asked = []
+        for _text, context, tokens in requests:
+            kept = self.cut_left(context + tokens, self.max_length + 1, needed=len(tokens))
+            asked.append(Continuation(kept[: -len(tokens)], tokens))
+        found: dict[int, tuple[float, bool]] = {}
+        for number, answer in log_likelihoods(self.model, asked, self.batch_size):
+            found[number] = answer.log_likelihood, answer.greedy
+            if requests[number][0] is not None:  # else a window of a document, whose answer is the parent's
+                self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
+        return [found[number] for number in range(len(requests))]
 
 
 class _Answered(CacheHook):
