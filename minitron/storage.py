@@ -26,13 +26,14 @@ from fsspec.core import url_to_fs
 from safetensors import SafetensorError
 
 from minitron.cache import cache_folder
-from minitron.errors import StorageError
+from minitron.errors import MinitronError, StorageError, one_line
 from minitron.names import check_name, inside
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 SCHEMES = ("file", "local", "memory", "s3", "gs", "gcs", "abfs", "az", "hf")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CONDITIONAL = ("s3", "gs", "gcs", "abfs", "az", "memory")  # of these fsspec can create a file exclusively
 
 
@@ -70,23 +71,43 @@ def join(path: str, *parts: str) -> str:
     return "/".join([path.rstrip("/"), *parts])
 
 
+@contextmanager
+def access_errors(path: str) -> Iterator[None]:
+    """Turn what keeps storage from being used into StorageError: no permission, and whatever the driver of remote storage
+    raises, which is of the driver's own kinds where a server does not answer."""
+    try:
+        yield
+    except MinitronError:
+        raise
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in FULL  # of this machine's disk, which a copy is written to
+        if full or (is_local(path) and not isinstance(error, PermissionError)):
+            raise
+        raise StorageError(
+            f"{path}: cannot be accessed ({one_line(error)})", "check the address, its permissions and the network"
+        ) from error
+
+
 def exists(path: str) -> bool:
     fs, inner = filesystem(path)
-    return bool(fs.exists(inner))
+    with access_errors(path):
+        return bool(fs.exists(inner))
 
 
 def read_bytes(path: str) -> bytes:
     fs, inner = filesystem(path)
-    try:
-        return bytes(fs.cat_file(inner))
-    except FileNotFoundError as error:
-        raise StorageError(f"{path}: no such file", "check the path") from error
+    with access_errors(path):
+        try:
+            return bytes(fs.cat_file(inner))
+        except FileNotFoundError as error:
+            raise StorageError(f"{path}: no such file", "check the path") from error
 
 
 def read_json(path: str) -> Any:
+    data = read_bytes(path)
     try:
-        return json.loads(read_bytes(path))
-    except json.JSONDecodeError as error:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise StorageError(f"{path}: not valid JSON ({error})", "delete the file and run again") from error
 
 
@@ -97,11 +118,13 @@ def write_bytes(path: str, data: bytes) -> None:
         with _written(path, data) as temporary:
             os.replace(temporary, local_path(path))
     else:
-        fs.pipe_file(inner, data)  # object stores publish a put whole
+        with access_errors(path):
+            fs.pipe_file(inner, data)  # object stores publish a put whole
 
 
 def create_bytes(path: str, data: bytes) -> bool:
-    """Write a file only if there is none of that name; False where there is. Of several that try, one succeeds.
+    """Write a file only if there is none of that name; False where there is. Of several that try with different `data`, one
+    succeeds.
 
     Object stores do it with a conditional put (S3: If-None-Match). Raises StorageError for a scheme that cannot.
     """
@@ -118,10 +141,12 @@ def create_bytes(path: str, data: bytes) -> bool:
             f"{path}: this kind of storage can't create a file only if it is not there yet",
             f"keep runs on a local folder or at one of {', '.join(f'{scheme}://' for scheme in CONDITIONAL)}",
         )
-    try:
-        fs.pipe_file(inner, data, mode="create")
-    except FileExistsError:
-        return False
+    with access_errors(path):
+        try:
+            fs.pipe_file(inner, data, mode="create")
+        except FileExistsError:
+            # drivers repeat a put whose answer was lost, and the second one finds what the first has written
+            return read_bytes(path) == data
     return True
 
 
@@ -149,29 +174,32 @@ def write_json(path: str, value: Any) -> None:
 def size(path: str) -> int:
     """Bytes below a folder, 0 if it is not there."""
     fs, inner = filesystem(path)
-    return int(fs.du(inner)) if fs.exists(inner) else 0
+    with access_errors(path):
+        return int(fs.du(inner)) if fs.exists(inner) else 0
 
 
 def names(path: str) -> list[str]:
     """Names of the files and folders right below a folder, as they are now; empty where it is not there."""
     fs, inner = filesystem(path)
     fs.invalidate_cache()  # object stores remember listings
-    try:
-        entries = fs.ls(inner, detail=False)
-    except FileNotFoundError:
-        return []
+    with access_errors(path):
+        try:
+            entries = fs.ls(inner, detail=False)
+        except FileNotFoundError:
+            return []
     return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries)
 
 
 def remove(path: str) -> None:
     """Delete a file or folder if it is there; a folder's manifest goes first, so that a part of it is never trusted."""
     fs, inner = filesystem(path)
-    if not fs.exists(inner):
-        return
-    manifest = f"{inner.rstrip('/')}/{MANIFEST}"
-    if fs.isdir(inner) and fs.exists(manifest):
-        fs.rm_file(manifest)
-    fs.rm(inner, recursive=True)
+    with access_errors(path):
+        if not fs.exists(inner):
+            return
+        manifest = f"{inner.rstrip('/')}/{MANIFEST}"
+        if fs.isdir(inner) and fs.exists(manifest):
+            fs.rm_file(manifest)
+        fs.rm(inner, recursive=True)
 
 
 def sha256(path: str | Path) -> str:
@@ -195,7 +223,7 @@ def disk_errors(path: str) -> Iterator[None]:
             raise
         raise StorageError(f"{path}: {error}", "free some space, or choose another place with --storage") from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in FULL:
             free = free_bytes(path)
             raise StorageError(
                 f"{path}: no room left on the disk ({free / 1e9:.2f} GB free)",
@@ -259,8 +287,9 @@ def upload(temporary: Path, target: str, pattern: str = "*") -> dict[str, Any]:
     }
     if not is_local(target):
         fs, inner = filesystem(target)
-        for name in files:
-            fs.put_file(str(temporary / name), f"{inner}/{name}")
+        with access_errors(target):
+            for name in files:
+                fs.put_file(str(temporary / name), f"{inner}/{name}")
     return files
 
 
@@ -271,8 +300,7 @@ def publish(temporary: Path, target: str, files: dict[str, Any], note: dict[str,
         (temporary / MANIFEST).write_text(manifest)
         _publish(temporary, local_path(target))
     else:
-        fs, inner = filesystem(target)
-        fs.pipe_file(f"{inner}/{MANIFEST}", manifest.encode())
+        write_bytes(join(target, MANIFEST), manifest.encode())
 
 
 def _owner() -> str:
@@ -332,16 +360,17 @@ def verify(target: str, *, hashes: bool = True) -> None:
     fs, inner = filesystem(target)
     for name, expected in manifest(target)["files"].items():
         path = f"{inner}/{name}"
-        if not fs.exists(path):
+        if not exists(join(target, name)):
             raise StorageError(f"{join(target, name)}: missing", f"delete {target} and run again")
-        size = fs.size(path)
+        with access_errors(target):
+            size = fs.size(path)
         if size != expected["bytes"]:
             raise StorageError(
                 f"{join(target, name)}: {size} bytes where {expected['bytes']} were written",
                 f"delete {target} and run again",
             )
         if hashes:
-            with fs.open(path, "rb") as file:
+            with access_errors(target), fs.open(path, "rb") as file:
                 actual = hashlib.file_digest(file, "sha256").hexdigest()
             if actual != expected["sha256"]:
                 raise StorageError(
@@ -370,7 +399,8 @@ def fetch(target: str, cache: str | None = None) -> Path:
             for name in expected["files"]:
                 file = inside(folder, name, join(target, MANIFEST))
                 file.parent.mkdir(parents=True, exist_ok=True)
-                fs.get_file(f"{inner}/{name}", str(file))
+                with access_errors(join(target, name)):
+                    fs.get_file(f"{inner}/{name}", str(file))
         if manifest(str(copy))["files"] != expected["files"]:
             remove(str(copy))
             raise StorageError(f"{target}: the copy that arrived does not match its manifest", "run again")

@@ -219,6 +219,63 @@ def test_storage_that_ignores_conditions_is_refused(tmp_path, monkeypatch):
         pass
 
 
+OUTAGE = """
+import logging, threading
+import fsspec
+from minitron.errors import StorageError
+from minitron_platform.console import Console
+from minitron_platform.context import Places
+from minitron_platform.leases import lease
+from s3_server import s3_server
+said, missed = [], threading.Event()
+class Handler(logging.Handler):
+    def emit(self, record):
+        said.append(record.getMessage())
+        if "no heartbeat could be written" in said[-1]:
+            missed.set()
+logging.getLogger("minitron_platform.leases").addHandler(Handler())
+with s3_server() as environment:
+    import os
+    os.environ.update(environment, AWS_MAX_ATTEMPTS="1", MINITRON_LEASE_SECONDS="1")
+    fsspec.filesystem("s3").mkdir("bucket")
+    block = lease(Places("s3://bucket/x", "", "sqlite:///unused.db"), "work", "the work", run="run-1", console=Console())
+    fence = block.__enter__()
+assert missed.wait(60)
+assert "minitron-lease" in [thread.name for thread in threading.enumerate()], "it goes on trying"
+try:
+    fence.check()
+except StorageError as error:
+    print(error)
+block.__exit__(None, None, None)
+print(*said, sep="\\n")
+"""
+
+
+def test_a_server_that_is_away_ends_no_heartbeats_and_is_named():
+    paths = os.pathsep.join([os.path.dirname(__file__), environment()["PYTHONPATH"]])
+    driver = subprocess.run(
+        [sys.executable, "-c", OUTAGE], env={**environment(), "PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert driver.returncode == 0, driver.stderr
+    assert "s3://bucket/x/leases/work: cannot be accessed (EndpointConnectionError" in driver.stdout
+    assert "the work: not given back (s3://bucket/x/leases/work/00000001.end: cannot be accessed" in driver.stdout
+
+
+def test_a_put_that_the_driver_repeated_has_succeeded(monkeypatch):
+    """As S3 clients do where the answer to the first one was lost; the second one is then refused."""
+    address = f"memory://{uuid.uuid4().hex}"
+    fs = storage.filesystem(address)[0]
+
+    def put_twice(path, data, mode):
+        for _ in range(2):
+            type(fs).pipe_file(fs, path, data, mode=mode)
+
+    monkeypatch.setattr(fs, "pipe_file", put_twice)
+    assert storage.create_bytes(f"{address}/a", b"mine")
+    assert not storage.create_bytes(f"{address}/a", b"theirs")
+    assert storage.read_bytes(f"{address}/a") == b"mine"
+
+
 @pytest.mark.parametrize("text", ["soon", "0", "1e9"])
 def test_the_time_of_a_lease_is_a_number_of_seconds(monkeypatch, text):
     monkeypatch.setenv("MINITRON_LEASE_SECONDS", text)

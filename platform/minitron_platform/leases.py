@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 
 from rich.markup import escape
@@ -65,9 +65,16 @@ def lease(where: Places, name: str, what: str, *, run: str, console: Console, ta
     finally:
         heart.stop()
         if heart.lost is None:
-            storage.write_bytes(fence.end_path, b"")
+            _give_back(fence)
     if heart.lost is not None:
         raise heart.lost
+
+
+def _give_back(fence: Fence) -> None:
+    try:
+        storage.write_bytes(fence.end_path, b"")
+    except StorageError as error:  # what ended the work matters more, and others see that this process is gone
+        log.warning("%s: not given back (%s)", fence.what, error.problem)
 
 
 def _acquire(folder: str, what: str, holder: Holder, console: Console, take_over: str) -> int:
@@ -151,9 +158,10 @@ class _Heart(threading.Thread):
                 failing = False
             except LeaseLostError as error:
                 self.lost = error
-                storage.remove(self.fence.beat_path)
                 if self._in_main:
                     os.kill(os.getpid(), signal.SIGINT)
+                with suppress(StorageError):  # whoever holds it now clears it away in the end
+                    storage.remove(self.fence.beat_path)
                 return
             except (OSError, StorageError) as error:
                 if not failing:

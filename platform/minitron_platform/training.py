@@ -24,7 +24,7 @@ from minitron.distill import DistillConfig, LiveTeacher, Losses, StepReport, dis
 from minitron.distill.materials import Materials
 from minitron.distill.sharding import fits_beside
 from minitron.distill.teacher import Targets
-from minitron.errors import MinitronError, NonFiniteError, one_line
+from minitron.errors import MinitronError, NonFiniteError, StorageError, one_line
 from minitron.evaluation import Task, heldout_metrics
 from minitron.logits import Head
 from minitron.models import load_model, load_tokenizer, save_model
@@ -128,7 +128,7 @@ def train_on_ray(task: TrainTask, resources: Resources, on_event: OnEvent, scrat
             events.put(None)
         listener.join()
         events.shutdown(force=True)
-        with suppress(OSError):  # Ray Train may still be writing there; the next run removes the rest
+        with suppress(OSError, StorageError):  # Ray Train may still be writing there; the next run removes the rest
             storage.remove(scratch)
     if result.return_value:
         raise result.return_value

@@ -109,7 +109,7 @@ class Pool:
         try:
             tuner.fit()  # its result knows no candidate of those that died before they reported
         finally:
-            with suppress(OSError):  # Tune may still be writing there; the next run removes the rest
+            with suppress(OSError, StorageError):  # Tune may still be writing there; the next run removes the rest
                 storage.remove(self.scratch)
 
     def _at_once(self) -> int:
