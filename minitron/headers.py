@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,11 @@ from minitron.errors import InputError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PICKLES = (
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)  # what transformers reads where there are no safetensors
+ADAPTER = "adapter_config.json"  # of peft's; transformers adds the adapters beside it to the model
 INDEX_BYTES = 2**28  # an index of a million tensors is half as large
 
 
@@ -29,20 +35,52 @@ def has_safetensors(folder: Path) -> bool:
     return (folder / SINGLE).exists() or (folder / INDEX).exists()
 
 
+def has_pickles(folder: Path) -> bool:
+    return any((folder / name).exists() for name in PICKLES)
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Raise InputError for a folder with adapters of peft's: the model is then not what its own weights make."""
+    if (folder / ADAPTER).exists():
+        raise has_adapters(str(folder))
+
+
+def has_adapters(where: str) -> InputError:
+    return InputError(
+        f"{where}: {ADAPTER} adds adapters to the model",
+        "merge them: load it with peft, model.merge_and_unload(), then save_pretrained; or take the adapter's files away",
+    )
+
+
 def read_headers(folder: Path) -> dict[str, Header]:
     """Every tensor in the safetensors files that transformers reads in a folder, by name.
 
-    Raises InputError when there are none, or when a file is missing or damaged.
+    Raises InputError when there are none, when a file is missing or damaged, or when two have a tensor of the same name.
     """
-    headers: dict[str, Header] = {}
+    return _by_name(str(folder), _stored(folder))
+
+
+def _stored(folder: Path) -> Iterator[Header]:
     for file in _files(folder):
         try:
             with safe_open(str(folder / file), "pt") as opened:
                 for name in opened.keys():  # noqa: SIM118
                     tensor = opened.get_slice(name)
-                    headers[name] = Header(name, file, tuple(tensor.get_shape()), str(tensor.get_dtype()))
+                    yield Header(name, file, tuple(tensor.get_shape()), str(tensor.get_dtype()))
         except (OSError, SafetensorError) as error:
             raise damaged(folder / file, error) from error
+
+
+def _by_name(where: str, stored: Iterable[Header]) -> dict[str, Header]:
+    # of two transformers takes the one in the last file, whatever the index says
+    headers: dict[str, Header] = {}
+    for header in stored:
+        if header.name in headers:
+            raise InputError(
+                f"{where}: {header.name} is both in {headers[header.name].file} and in {header.file}",
+                "download or copy the checkpoint again, into an empty folder",
+            )
+        headers[header.name] = header
     return headers
 
 
@@ -102,8 +140,11 @@ def hub_headers(name: str, revision: str | None) -> dict[str, Header] | None:
             f"{name}: the weights are not all in the local cache, and the hub cannot be reached",
             f"connect to the network, or run `hf download {name}` first",
         ) from error
-    return {
-        name: Header(name, file, tuple(tensor.shape), str(tensor.dtype))
-        for file, stored in metadata.files_metadata.items()
-        for name, tensor in stored.tensors.items()
-    }
+    return _by_name(
+        name,
+        (
+            Header(tensor_name, file, tuple(tensor.shape), str(tensor.dtype))
+            for file, stored in metadata.files_metadata.items()
+            for tensor_name, tensor in stored.tensors.items()
+        ),
+    )

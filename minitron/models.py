@@ -21,7 +21,14 @@ from minitron.families import family_of
 from minitron.families.config import make_plain
 from minitron.files import file_stat
 from minitron.gguf_reading import read_once
-from minitron.headers import has_safetensors, hub_headers, read_headers
+from minitron.headers import (
+    check_no_adapter,
+    has_adapters,
+    has_pickles,
+    has_safetensors,
+    hub_headers,
+    read_headers,
+)
 from minitron.packages import PACKAGE, package_path
 from minitron.quantised import as_ordinary, check_blocks, load_arguments, method_of, plain_model
 
@@ -131,7 +138,9 @@ def check_contents(source: str, revision: str | None = None) -> None:
     if not _looks_like_path(folder):
         headers = hub_headers(folder, revision)
     else:
-        headers = read_headers(Path(folder)) if has_safetensors(Path(folder)) else None
+        check_no_adapter(Path(folder))
+        pickled = has_pickles(Path(folder)) and not has_safetensors(Path(folder))
+        headers = None if pickled else read_headers(Path(folder))
     if headers is None:
         return
     if method == "fp8":
@@ -195,6 +204,8 @@ def _filled_model(folder: str, where: str, **arguments: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
+    if getattr(model, "_hf_peft_config_loaded", False):  # on the hub no header says so
+        raise has_adapters(where)
     architecture = Architecture.from_config(model.config)
     difference = Difference(
         missing=tuple(info["missing_keys"]),

@@ -56,7 +56,7 @@ GGUF = "gguf"  # transformers dequantises it whatever the config says
 def settings_of(config: Any) -> dict[str, Any] | None:
     """The `quantization_config` of a transformers config as a dict, None where the weights are ordinary ones."""
     settings = getattr(config, "quantization_config", None)
-    if not settings:
+    if settings is None:
         return None
     return dict(settings) if isinstance(settings, Mapping) else dict(settings.to_dict())
 

@@ -16,7 +16,7 @@ from minitron.checkpoint import Checkpoint, ShardWriter
 from minitron.checkpoint_contents import filled, untied_head
 from minitron.errors import InputError
 from minitron.head_merging import merged_source
-from minitron.headers import read_headers
+from minitron.headers import check_no_adapter, read_headers
 from minitron.importance.scores import ImportanceScores
 from minitron.models import NOT_THE_TOKENIZERS, quiet_transformers
 from minitron.pruning import sliced_tensors
@@ -76,6 +76,7 @@ def prune_checkpoint(
             f"{folder} holds quantised weights (quantization_config in config.json), which cannot be sliced",
             "use the checkpoint they were quantised from",
         )
+    check_no_adapter(folder)
     base = Architecture.from_config(config)
     checkpoint = Checkpoint(folder, filled(read_headers(folder), base, str(folder)))
     _check_tied(checkpoint, base)

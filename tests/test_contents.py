@@ -120,7 +120,7 @@ TAMPERED = {
             f"'{method}'",
             "quantised from",
         )
-        for method in ("gptq", "awq", "modelopt")
+        for method in ("gptq", "awq", "modelopt", "")
     },
 }
 
@@ -143,6 +143,64 @@ def test_a_checkpoint_that_does_not_fill_its_model_is_refused(case, tmp_path):
     if "quantization_config" not in config:
         assert str(streamed.value) == str(loaded.value)
     assert not (tmp_path / "out").exists()
+
+
+def in_two_files(folder, twice=()):
+    """The weights split in two, with the tensors named in `twice` in both, other values in the second."""
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(state)
+    first, second = names[:10], names[10:]
+    save_file({name: state[name] for name in first}, folder / "a.safetensors", metadata={"format": "pt"})
+    others = {name: state[name] for name in second} | {name: state[name] + 1 for name in twice}
+    save_file(others, folder / "b.safetensors", metadata={"format": "pt"})
+    index = {**dict.fromkeys(first, "a.safetensors"), **dict.fromkeys(second, "b.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return names
+
+
+def beside(folder, name):
+    (folder / name).write_text("{}")
+
+
+# what is done to a whole checkpoint, what the error names, and the remedy
+SPOILT = {
+    "a tensor in two files": (
+        lambda folder: in_two_files(folder, [EMBEDDING]),
+        f"{EMBEDDING} is both in a.safetensors and in b.safetensors",
+        "into an empty folder",
+    ),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors", "safetensors"),
+    "adapters beside it": (
+        lambda folder: beside(folder, "adapter_config.json"),
+        "adapter_config.json adds adapters",
+        "merge_and_unload",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_files_that_make_another_model_than_the_headers_say_are_refused_both_ways(case, tmp_path):
+    spoil, named, remedy = SPOILT[case]
+    base = tiny.architecture(written(tmp_path / "model"))
+    spoil(tmp_path / "model")
+    for way in (check_contents, load_source):
+        with pytest.raises(InputError) as refused:
+            way(str(tmp_path / "model"))
+        assert named in refused.value.problem
+        assert remedy in refused.value.remedy
+    with pytest.raises(InputError) as refused:
+        prune_checkpoint(tmp_path / "model", tmp_path / "out", base, tiny.scores(base))
+    assert named in refused.value.problem
+
+
+def test_adapters_of_a_model_that_is_loaded_are_refused_and_never_saved_alone(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = written(tmp_path)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="adds adapters"):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize("package", ["compressed-tensors", "bitsandbytes"])

@@ -7,6 +7,9 @@ import shutil
 import pytest
 from command import run_minitron
 
+from minitron.errors import InputError
+from minitron_platform.recipe_file import load_recipe
+
 BAD = {
     "unknown key": (["--set", "distill.stepz=3"], "distill.stepz: unknown key", "steps"),
     "wrong type": (["--set", "distill.steps=many"], "distill.steps: 'many'", "--set distill.steps"),
@@ -95,3 +98,20 @@ def test_a_recipe_that_does_not_exist_names_those_that_do(tmp_path):
     assert refused.returncode == 2
     assert "did you mean 'smollm2-135m-cpu'" in refused.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("data.add_bos=1", "data.add_bos"),
+        ("family.0.space.hidden_size={from: 1}", "family.0.space.hidden_size"),
+        ("family.0.space.hidden_size=[a]", "family.0.space.hidden_size.0"),
+        ("losses.hidden=7", "losses.hidden"),
+        ("register.alias=3", "register.alias"),
+    ],
+)
+def test_a_value_that_is_refused_is_named_by_the_key_that_the_recipe_has(bench, override, key):
+    with pytest.raises(InputError) as refused:
+        load_recipe(str(bench / "recipe.yaml"), [override])
+    assert f"recipe.yaml: {key}: " in refused.value.problem
+    assert f"--set {key}=" in refused.value.remedy

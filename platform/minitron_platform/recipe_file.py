@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.resources
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise _explain(path, error) from error
+        raise _explain(path, values, error) from error
 
 
 def recipe_yaml(recipe: Recipe) -> str:
@@ -139,11 +139,10 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _explain(path: Path, error: ValidationError) -> InputError:
-    """The first thing that is wrong, as one sentence about a key."""
+def _explain(path: Path, values: dict[str, Any], error: ValidationError) -> InputError:
+    """The first thing that is wrong with `values`, as one sentence about a key."""
     first = error.errors()[0]
-    # a union's branches are no keys
-    key = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or re.fullmatch(r"\w+", part))
+    key = ".".join(str(part) for part in _keys(values, first["loc"], missing=first["type"] == "missing"))
     value = first["input"]
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
@@ -158,6 +157,17 @@ def _explain(path: Path, error: ValidationError) -> InputError:
     if not first["loc"]:
         return InputError(f"{path}: family: {message}", "change the list of models")
     return InputError(f"{path}: {key}: {value!r} is not valid: {message}{more}", f"change {key}, or --set {key}=…")
+
+
+def _keys(values: Any, location: tuple[int | str, ...], *, missing: bool) -> Iterator[int | str]:
+    """What of pydantic's location of an error are keys and positions in `values`; the branches of a union are not."""
+    for number, part in enumerate(location, start=1):
+        if isinstance(values, dict) and (part in values or (missing and number == len(location))):
+            yield part
+            values = values.get(part)
+        elif isinstance(values, list) and isinstance(part, int):
+            yield part
+            values = values[part]
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
