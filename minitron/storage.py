@@ -350,6 +350,8 @@ def manifest(target: str) -> dict[str, Any]:
         for name, entry in value["files"].items():
             if check_name(name, path) == MANIFEST or int(entry["bytes"]) < 0 or len(entry["sha256"]) != 64:
                 raise ValueError(name)
+        if not isinstance(value.setdefault("note", {}), dict):
+            raise ValueError("note")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StorageError(f"{path}: not a manifest ({error!r})", f"delete {target} and run again") from error
     return value

@@ -70,6 +70,18 @@ def test_nothing_is_committed_or_removed_once_that_is_forbidden(folder):
     assert torch.equal(found["master.a"], _state(2.0)["master.a"])
 
 
+@pytest.mark.parametrize("note", ["later", {"key": "k"}, {"key": "k", "step": "3"}, None])
+def test_what_only_looks_like_a_checkpoint_is_passed_over(folder, note):
+    with Checkpoints(folder, key="k") as saver:
+        saver.save(3, _state(1.0), {})
+    storage.write_bytes(f"{folder}/step-last/manifest.json", b"{}")
+    storage.write_json(f"{folder}/step-00000006/manifest.json", {"files": {}, "note": note})
+    found = _state(0.0)
+    with Checkpoints(folder, key="k") as saver:
+        assert saver.load(found)["step"] == 3
+    assert torch.equal(found["master.a"], _state(1.0)["master.a"])
+
+
 def test_a_curve_is_whole_wherever_training_went_on(folder):
     def train(after, saved, killed):
         curve = Curve(folder)

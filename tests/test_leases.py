@@ -209,6 +209,15 @@ def test_what_earlier_drivers_left_is_cleared(where):
     assert [name for name in storage.names(storage.join(where.storage, "leases")) if name != "work"] == []
 
 
+@pytest.mark.parametrize("ttl", ['"long"', "null", "[]"])
+def test_a_damaged_lease_is_named(tmp_path, ttl):
+    where = Places(str(tmp_path), str(tmp_path), "sqlite:///unused.db")
+    path = _elsewhere(where, ttl=7.5).folder + "/00000001.json"
+    storage.write_bytes(path, storage.read_bytes(path).replace(b"7.5", ttl.encode()))
+    with pytest.raises(StorageError, match=f"{path}: not a lease"), _hold(where):
+        pass
+
+
 def test_storage_that_ignores_conditions_is_refused(tmp_path, monkeypatch):
     fs = SimpleNamespace(pipe_file=lambda path, data, mode: None, exists=lambda path: False)
     monkeypatch.setattr(storage, "filesystem", lambda path: (fs, path.split("://")[1]))

@@ -7,6 +7,7 @@ belong, so that any other number of processes can read them. Writing happens in 
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from minitron.errors import MinitronError, StorageError
 
 log = logging.getLogger(__name__)
 FILE_BYTES = 256 << 20  # safetensors copies what it writes, so one file's worth is the memory that saving takes
+_STEP = re.compile(r"step-(\d{8})")
 T = TypeVar("T")
 
 
@@ -117,7 +119,7 @@ class Checkpoints:
             path = _path(self.folder, step)
             try:
                 note: dict[str, Any] = storage.manifest(path)["note"]
-                if note.get("key") != self.key:
+                if (note.get("key"), note.get("step")) != (self.key, step):
                     raise StorageError(f"{path}: belongs to another training run", "delete it, or use another folder")
                 storage.verify(path)
                 return note
@@ -226,7 +228,7 @@ def _first(error: CheckpointException) -> BaseException:
 
 def committed_steps(folder: str) -> list[int]:
     """Steps with a committed checkpoint, ascending."""
-    steps = sorted(int(name.removeprefix("step-")) for name in storage.names(folder) if name.startswith("step-"))
+    steps = sorted(int(match[1]) for name in storage.names(folder) if (match := _STEP.fullmatch(name)))
     return [step for step in steps if storage.is_committed(_path(folder, step))]
 
 

@@ -12,7 +12,7 @@ import os
 import re
 import socket
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -97,13 +97,16 @@ def read_holder(folder: str, epoch: int) -> Holder | None:
     """Who acquired an epoch; None where the next one has cleared it away meanwhile."""
     path = epoch_path(folder, epoch)
     try:
-        return Holder(**storage.read_json(path))
-    except TypeError as error:
-        raise StorageError(f"{path}: not a lease ({error})", f"delete {folder} if no run is going on") from error
+        value = storage.read_json(path)
     except StorageError:
         if storage.exists(path):
             raise
         return None
+    match value:
+        case {"user": str(), "host": str(), "pid": int(), "process": str(), "run": str()}:
+            if all(isinstance(value.get(name), int | float) for name in ("since", "ttl")):
+                return Holder(**{field.name: value[field.name] for field in fields(Holder)})
+    raise StorageError(f"{path}: not a lease", f"delete {folder} if no run is going on")
 
 
 def create_epoch(folder: str, epoch: int, holder: Holder) -> bool:

@@ -106,7 +106,7 @@ def _acquire(folder: str, what: str, holder: Holder, console: Console, take_over
             same = "; --take-over takes it from there" if current.run == holder.run else ""
             console.say(f"  [yellow]{escape(what)} is going on: {escape(str(current))}. Waiting for it to end{same}[/]")
             said = epoch
-        console.status(f"waiting for {current.user}@{current.host}, process {current.pid}")
+        console.status(f"waiting for {escape(current.user)}@{escape(current.host)}, process {current.pid}")
         time.sleep(min(0.5 if storage.is_local(folder) else 2.0, current.ttl / 4))
 
 

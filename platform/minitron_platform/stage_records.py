@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from minitron import storage
-from minitron.names import check_name
+from minitron.errors import StorageError
 
 RECORD = "stage.json"
 INSIDE = "storage:"
@@ -26,20 +26,35 @@ def write_record(root: str, folder: str, record: dict[str, Any]) -> None:
 def read_record(root: str, folder: str) -> dict[str, Any] | None:
     """A finished stage's record with the paths as they are now; None where it is not finished.
 
-    Raises StorageError for a record whose paths lead out of the storage, or that can't be read."""
+    Raises StorageError for a record whose paths lead out of the storage, that has another form, or that can't be read."""
     path = storage.join(folder, RECORD)
     if not storage.exists(path):
         return None
-    written: dict[str, Any] = storage.read_json(path)
+    written = _checked(storage.read_json(path), path)
     before = next((found["root"] for text in _texts(written) if (found := _ABSOLUTE.match(text))), root)
 
     def present(text: str) -> str:
-        if text.startswith(INSIDE):
-            return storage.join(root, check_name(text.removeprefix(INSIDE), path))
-        return root + text.removeprefix(before) if text.startswith(f"{before}/") else text
+        for start in (INSIDE, f"{before}/"):
+            if text.startswith(start):
+                below = text.removeprefix(start)
+                # not more than this is checked: messages that begin with a path are kept in the same form
+                if ".." in below.split("/"):
+                    raise StorageError(
+                        f"{path}: {below[:200]!r} leads out of the storage", f"delete {folder}, run again"
+                    )
+                return storage.join(root, below)
+        return text
 
     record: dict[str, Any] = _mapped(written, present)
     return record
+
+
+def _checked(record: Any, path: str) -> dict[str, Any]:
+    match record:
+        case {"outputs": {"summary": str()}, "artifacts": [*artifacts], "seconds": int() | float()}:
+            if all(isinstance(name, str) for name in artifacts):
+                return dict(record)
+    raise StorageError(f"{path}: not the record of a stage", "delete the file and run again")
 
 
 def relative(root: str, text: str) -> str:
