@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from typing import Any
 
 from minitron.errors import StorageError
 from minitron.storage import read_json, write_json
+from minitron_platform.moved_database import artifact_folder
 from minitron_platform.spool import KEY, keys, read_events
 
 log = logging.getLogger(__name__)
@@ -310,7 +310,7 @@ def experiment_of(client: Any, name: str, artifacts: str | None) -> Any:
 
     found = client.get_experiment_by_name(name)
     if found is None:
-        place = None if artifacts is None else f"{artifacts}/{re.sub(r'[^A-Za-z0-9._-]', '_', name)}"
+        place = None if artifacts is None else f"{artifacts}/{artifact_folder(name)}"
         try:
             # the kind decides which of MLflow's two menus the page opens with
             kind = {"mlflow.experimentKind": "custom_model_development"}
