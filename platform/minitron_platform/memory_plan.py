@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -131,11 +131,26 @@ def memory_text(stage: StageMemory) -> str:
     return f"{count} of {stage.each.total / 1e9:.1f} GB: {named}"
 
 
-def machine_memory() -> int:
-    """Bytes of main memory that this machine, or the container that this process is in, has."""
+def machine_memory(root: Path = Path("/")) -> int:
+    """Bytes of main memory that this machine has, or the container, job or service whose limit this process is under.
+
+    root: where /proc and /sys are."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup 2, cgroup 1
-        file = Path("/sys/fs/cgroup", name)
-        if file.exists() and (text := file.read_text().strip()).isdigit():
-            limits.append(int(text))
+    for group in _memory_groups(root):
+        for name in ("memory.max", "memory.limit_in_bytes"):  # cgroup 2, cgroup 1
+            file = group / name
+            if file.exists() and (text := file.read_text().strip()).isdigit():
+                limits.append(int(text))
     return min(limits)
+
+
+def _memory_groups(root: Path) -> Iterator[Path]:
+    """The folders of this process's control groups, and of those around them, whose limits hold for it as well."""
+    groups = root / "proc/self/cgroup"  # lines of number:controllers:path; without controllers in cgroup 2
+    for line in groups.read_text().splitlines() if groups.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        inner = top / path.lstrip("/")
+        yield from (folder for folder in (inner, *inner.parents) if folder.is_relative_to(top))
