@@ -138,3 +138,12 @@ def test_files_in_a_linked_folder_count(snapshot: Path, identity: Callable[[str]
     before = identity(str(snapshot))
     _write(snapshot.parent / "more" / "c.jsonl", "seven", STAMP + 1)
     assert identity(str(snapshot)) != before
+
+
+@pytest.mark.parametrize("identity", [lambda f: hub.commit(f, None), documents_identity], ids=["hub", "benchmark"])
+def test_the_same_files_as_another_split_are_other_documents(snapshot: Path, identity: Callable[[str], object]) -> None:
+    (snapshot / "test").mkdir()
+    _write(snapshot / "test" / "data.arrow", "eight", STAMP)
+    before = identity(str(snapshot))
+    (snapshot / "test").rename(snapshot / "validation")
+    assert identity(str(snapshot)) != before

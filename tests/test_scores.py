@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from test_evaluation import WORDS, arc_documents, student, tiny_model, tokenizer, write_jsonl  # noqa: F401 (fixtures)
 
-from minitron.errors import one_line
+from minitron.errors import InputError, one_line
 from minitron.evaluation import Task, evaluate, task_metric
 from minitron.evaluation.tasks import parts, read_definition
 
@@ -151,6 +151,14 @@ def test_a_task_that_raises_is_told_of_and_the_others_are_scored(student, tokeni
     assert "fields are no" in one_line(failed["hellaswag"])
     with pytest.raises(type(failed["gsm8k"])):
         evaluate(student, tokenizer, [broken])
+
+
+def test_an_answer_that_the_model_cannot_take_fails_its_task(student, tokenizer, tmp_path):  # noqa: F811
+    documents = arc_documents(3)
+    documents[1]["choices"]["text"][0] = 513 * "a"
+    file = write_jsonl(tmp_path / "test.jsonl", documents)
+    with pytest.raises(InputError, match="an answer of 514 tokens, and the model takes 1 to 512"):
+        evaluate(student, tokenizer, [Task("arc_easy", str(file))])
 
 
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, KeyboardInterrupt])

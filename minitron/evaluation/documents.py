@@ -40,12 +40,16 @@ def locate(data: str) -> Path:
 
 
 def documents_identity(data: str) -> list[list[str | int]]:
-    """Names, sizes and modification times of the files at `data`, symbolic links followed: what changes when its documents do.
+    """Names (below a folder), sizes and modification times of the files at `data`, symbolic links followed: what changes when
+    its documents do, or the splits or subjects that they are of.
 
     Raises StorageError for a link that leads nowhere."""
     place = locate(data)
-    files = [place] if place.is_file() else sorted(Path(file) for file in files_below(str(place)))
-    return [[file.name, stat.st_size, stat.st_mtime_ns] for file in files if (stat := file_stat(file))]
+    if place.is_file():
+        files = {place.name: place}
+    else:
+        files = {str(path.relative_to(place)): path for path in map(Path, files_below(str(place)))}
+    return [[name, stat.st_size, stat.st_mtime_ns] for name in sorted(files) if (stat := file_stat(files[name]))]
 
 
 def find_splits(path: Path) -> dict[str, list[Path]]:

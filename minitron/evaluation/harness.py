@@ -250,9 +250,15 @@ class _Scorer(DocumentRequests):
 
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
         """As the parent's, but each context is computed once for all that is asked behind it, and logits only where a
-        continuation is: [batch, length, vocabulary] in float32 does not fit beside a large model."""
+        continuation is: [batch, length, vocabulary] in float32 does not fit beside a large model. Raises InputError for a
+        continuation that has no tokens, or more than the model takes."""
         asked = []
         for _text, context, tokens in requests:
+            if not 0 < len(tokens) <= self.max_length:
+                raise InputError(
+                    f"an answer of {len(tokens):,} tokens, and the model takes 1 to {self.max_length:,}",
+                    "take its document out, or leave the task out",
+                )
             kept = self.cut_left(context + tokens, self.max_length + 1, needed=len(tokens))
             asked.append(Continuation(kept[: -len(tokens)], tokens))
         found: dict[int, tuple[float, bool]] = {}
