@@ -148,6 +148,7 @@ def test_the_choice_reaches_the_benchmarks_of_calibration_search_and_training(be
         config=distill_config(recipe.distill),
         losses=None,
         checkpoints="",
+        curve="",
         result="",
         key="",
         threads=1,

@@ -12,8 +12,9 @@ from command import run_minitron
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
-from minitron import Architecture, ImportanceScores, prune, storage
+from minitron import Architecture, ImportanceScores, prune
 from minitron.models import load_model
+from minitron_platform.stage_records import read_record
 
 LARGE = {"num_layers": [3, 4], "hidden_size": [36, 48], "intermediate_size": [48, 72]}
 SMALL = {"num_layers": [2, 3], "hidden_size": [36, 48], "intermediate_size": [48, 72]}
@@ -121,7 +122,8 @@ def test_a_teacher_that_gains_too_little_stays_as_it_is_and_scores_are_kept(benc
     # the scores of the teacher as it came serve the corrected one too
     line = next(x for x in result.stdout.splitlines() if x.startswith("✓ calibrate"))
     assert "already done" in line
-    records = [storage.read_json(str(p)) for p in (bench / "family" / "stages" / "correct").glob("*/stage.json")]
+    folders = [path.parent for path in (bench / "family" / "stages" / "correct").glob("*/stage.json")]
+    records = [read_record(str(bench / "family"), str(folder)) for folder in folders]
     (kept,) = [record["outputs"] for record in records if not record["outputs"]["corrected"]]
     assert kept["folder"] == family[1]["stages"]["teacher"]["folder"]
 

@@ -55,7 +55,7 @@ BAD = {
     "too little room": (["--set", "data.train_rows=99000000000000"], "GB free", "--storage"),
     "too little memory": (
         ["--set", "distill.batch_rows=1000000", "--set", "distill.micro_batch_rows=1000000"],
-        "distill: needs about",
+        "distill of tiny-student: needs about",
         "lower distill.micro_batch_rows or resources.workers",
     ),
     "storage that is a file": (["--storage", "text.jsonl"], "text.jsonl", "--storage"),
