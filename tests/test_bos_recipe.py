@@ -155,5 +155,5 @@ def test_the_choice_reaches_the_benchmarks_of_calibration_search_and_training(be
         tasks=lm_eval_tasks([recipe.calibrate.task]),
         add_bos=recipe.data.bos,
     )
-    task_metrics(training, load_model(folder))
+    task_metrics(training, load_model(folder), lambda name, error: pytest.fail(f"{name}: {error}"))
     assert told == [False]
