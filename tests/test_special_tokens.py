@@ -178,7 +178,7 @@ def _requests(model: Any, tokenizer: Any, task: Task, **options: Any) -> list[li
         if given.get("past_key_values") is None or ids.shape[1] > 1:  # not each generated token
             seen.extend([token for token in row if token != tokenizer.pad_token_id] for row in ids.tolist())
 
-    hook = model.register_forward_pre_hook(look, with_kwargs=True)
+    hook = model.get_decoder().register_forward_pre_hook(look, with_kwargs=True)
     try:
         evaluate(model, tokenizer, [task], batch_size=1, **options)
     finally:
