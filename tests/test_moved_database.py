@@ -9,22 +9,14 @@ import pytest
 from mlflow import MlflowClient
 
 from minitron_platform.moved_database import follow
-from minitron_platform.tracking import create_database
-
-
-@pytest.fixture(scope="module")
-def tables(tmp_path_factory):
-    database = tmp_path_factory.mktemp("tables") / "mlflow.db"
-    create_database(f"sqlite:///{database}")
-    return database
 
 
 @pytest.fixture
-def store(tables, tmp_path):
+def store(empty_database, tmp_path):
     """A folder with a database that Minitron shares with others, and its artifacts; what others keep is beside it."""
     folder = tmp_path / "store"
     (folder / "artifacts" / "tiny").mkdir(parents=True)
-    shutil.copy(tables, folder / "mlflow.db")
+    shutil.copy(empty_database, folder / "mlflow.db")
     client = _client(folder)
     for name, address in {
         "tiny": f"{folder}/artifacts/tiny",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -132,7 +133,7 @@ def test_altered_weights_are_not_promoted(uri: str, tmp_path: Path) -> None:
     assert champion(uri) == ["3"]
 
 
-def test_errors_name_what_exists(uri: str, tmp_path: Path) -> None:
+def test_errors_name_what_exists(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="none yet"):
         promote(uri, NAME)
     add(uri, tmp_path / "a", "a")
@@ -142,7 +143,7 @@ def test_errors_name_what_exists(uri: str, tmp_path: Path) -> None:
         promote(uri, NAME, version="7")
     with pytest.raises(InputError, match=r"its aliases are: candidate \(version 1\)"):
         rollback(uri, NAME)
-    for alias in ("latest", "v1", "V12", "a.b", ""):
+    for alias in ("latest", "Latest", "v1", "V12", "a.b", ""):
         with pytest.raises(InputError, match=f"alias '{alias}' is not allowed"):
             promote(uri, NAME, alias=alias)
         with pytest.raises(InputError, match=f"alias '{alias}' is not allowed"):
@@ -154,6 +155,12 @@ def test_errors_name_what_exists(uri: str, tmp_path: Path) -> None:
         register(uri, name=NAME, source=str(tmp_path), run_id=None, tags={})
     with pytest.raises(MinitronError, match=r"127\.0\.0\.1"):
         models(f"http://127.0.0.1:{free_port()}")
+    (tmp_path / "text.db").write_text("not a database, but long enough to have a header " * 10)
+    with pytest.raises(InputError, match=r"text\.db can't be opened \(file is not a database\)"):
+        models(f"sqlite:///{tmp_path}/text.db")
+    monkeypatch.setitem(sys.modules, "psycopg2", None)
+    with pytest.raises(InputError, match="psycopg2 is not installed"):
+        promote("postgresql+psycopg2://user:secret@host/mlflow", NAME)
 
 
 def test_a_server_gets_the_weights_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

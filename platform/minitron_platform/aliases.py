@@ -12,6 +12,6 @@ def check_alias(alias: str) -> str:
     """`alias`, if MLflow takes it. Raises ValueError, which says why not."""
     if not ALLOWED.fullmatch(alias):
         raise ValueError("an alias has letters, digits, '_' and '-' only")
-    if alias == "latest" or VERSION.fullmatch(alias):
+    if alias.lower() == "latest" or VERSION.fullmatch(alias):
         raise ValueError("MLflow keeps `latest` and `v` with a number for itself")
     return alias

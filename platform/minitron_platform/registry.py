@@ -26,6 +26,7 @@ from minitron.names import check_name
 from minitron.storage import MANIFEST, absolute, is_committed, is_local, join, local_path, manifest, read_bytes, verify
 from minitron_platform.aliases import check_alias
 from minitron_platform.tracking import create_database, prepare_mlflow, shown, sqlite_path
+from minitron_platform.tracking_check import check_database
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -348,6 +349,11 @@ def _uploaded(client: MlflowClient, model_id: str) -> tuple[dict[str, int], byte
 def _registry(tracking_uri: str) -> Iterator[MlflowClient]:
     """A client; what MLflow refuses becomes an InputError, a registry that is away a MinitronError."""
     prepare_mlflow(tracking_uri)
+    remedy = "check that the server runs and that the address is right"
+    try:
+        check_database(tracking_uri)
+    except ConnectionError as error:
+        raise MinitronError(f"MLflow at {shown(tracking_uri)}: {shown(str(error))}", remedy) from error
     create_database(tracking_uri)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -357,7 +363,6 @@ def _registry(tracking_uri: str) -> Iterator[MlflowClient]:
     except MlflowException as error:
         if error.error_code == "INVALID_PARAMETER_VALUE":
             raise InputError(f"MLflow at {shown(tracking_uri)}: {error}", "change the value it names") from error
-        remedy = "check that the server runs and that the address is right"
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise MinitronError(f"MLflow at {shown(tracking_uri)}: {shown(reason)}", remedy) from error
 

@@ -6,6 +6,7 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 from minitron.errors import InputError
 from minitron_platform.sender import check_not_deleted
@@ -30,26 +31,36 @@ def check_tracking(tracking_uri: str, experiment: str) -> str | None:
     """
     prepare_mlflow(tracking_uri)
     database = sqlite_path(tracking_uri)
-    if database is not None:
-        if not database.exists():
-            return None
-        _check_file(tracking_uri)
-    elif not tracking_uri.startswith("http"):
-        try:
-            _connect(tracking_uri)
-        except ConnectionError as error:
-            return _away(tracking_uri, error)
+    if database is not None and not database.exists():
+        return None
+    try:
+        check_database(tracking_uri)
+    except ConnectionError as error:
+        return _away(tracking_uri, error)
     create_database(tracking_uri)
     return _ask(tracking_uri, experiment)
 
 
-def _check_file(tracking_uri: str) -> None:
+def check_database(tracking_uri: str) -> None:
+    """Open the database that an address names, if it is one and there; of a server nothing is asked.
+
+    Raises InputError for one that can't be opened, and ConnectionError where nothing answers.
+    """
+    database = sqlite_path(tracking_uri)
+    if database is None:
+        if not tracking_uri.startswith("http"):
+            _connect(tracking_uri)
+    elif database.exists():
+        _check_file(database)
+
+
+def _check_file(database: Path) -> None:
     try:
-        with closing(sqlite3.connect(f"file:{sqlite_path(tracking_uri)}?mode=rw", uri=True)) as store:
+        with closing(sqlite3.connect(f"file:{database}?mode=rw", uri=True)) as store:
             store.execute("SELECT count(*) FROM sqlite_master")
     except sqlite3.DatabaseError as error:
         raise InputError(
-            f"MLflow's database {sqlite_path(tracking_uri)} can't be opened ({error})",
+            f"MLflow's database {database} can't be opened ({error})",
             "check its permissions, give another with --tracking-uri, or move it away to begin a new one",
         ) from error
 
