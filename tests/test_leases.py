@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import fsspec
@@ -23,7 +24,8 @@ from minitron_platform import leases, load_recipe
 from minitron_platform.context import Places
 from minitron_platform.fence import Fence, Holder, LeaseLostError, create_epoch, newest_epoch
 from minitron_platform.leases import lease
-from minitron_platform.pipeline import run_key
+from minitron_platform.pipeline import run, run_key
+from minitron_platform.spool import read_events
 
 
 class Said:
@@ -290,6 +292,25 @@ def test_the_time_of_a_lease_is_a_number_of_seconds(monkeypatch, text):
     monkeypatch.setenv("MINITRON_LEASE_SECONDS", text)
     with pytest.raises(InputError, match="MINITRON_LEASE_SECONDS"):
         leases.lease_seconds()
+
+
+def test_a_driver_that_was_taken_over_ends_no_record_of_the_other(bench, tmp_path, monkeypatch):
+    recipe = load_recipe(str(bench / "recipe.yaml"))
+    key, root = run_key(recipe), str(tmp_path / "runs")
+    spool = Places(root, root, "").spool(key)
+
+    def taken_over(context, folder):
+        fence = context.held[0]
+        assert create_epoch(fence.folder, fence.epoch + 1, Holder.this_process(key, 60.0))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minitron_platform.stages.teacher.run", taken_over)
+    with pytest.raises((KeyboardInterrupt, LeaseLostError)):
+        run(recipe, storage_path=root, until="teacher")
+    for name in (key, f"{key}.teacher"):
+        events = [event["event"] for event, _ in read_events(Path(spool) / f"{name}.jsonl", 0) if event]
+        assert events[0] == "start"
+        assert "end" not in events
 
 
 def test_two_drivers_of_one_run_on_an_object_store_do_its_work_once(bench, s3, tmp_path):

@@ -210,7 +210,8 @@ def _stage(context: Context, name: str, parent: _Parent, before_work: Callable[[
                     if record is None:
                         record = _carry_out(context, name, folder, fingerprint)
             except BaseException as error:
-                log.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+                if not _is_lost(context.held[0]):  # else, as with the run's own record
+                    log.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
                 raise
         context.finish(name, record["outputs"])
         _log_stage(context, name, log, record, reused)
