@@ -78,7 +78,8 @@ def run(context: Context, folder: str) -> dict[str, Any]:
     if run_id is None:
         raise StorageError(
             f"MLflow at {shown(context.places.tracking_uri)} has not taken the run's record within 30 s",
-            "check that the server answers, end other processes of this run that hang on this machine, and run again: all else is done",
+            "check that the server answers, end drivers of this run that hang on this machine, and run again: all else is "
+            "done",
         )
     version = registry.register(
         context.places.tracking_uri,
