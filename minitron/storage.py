@@ -134,6 +134,13 @@ def create_bytes(path: str, data: bytes) -> bool:
                 os.link(temporary, local_path(path))
             except FileExistsError:
                 return False
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+                    raise
+                raise StorageError(
+                    f"{path}: this file system has no hard links, by which a file is created only if it is not there",
+                    "keep runs on another file system, or in an object store",
+                ) from error
         return True
     fs, inner = filesystem(path)
     if path.split("://", 1)[0] not in CONDITIONAL:

@@ -97,6 +97,12 @@ def test_a_curve_is_whole_wherever_training_went_on(folder):
     killed_at = [10] * 4 + [7] * 2 + [11] * 5
     assert read_curve(folder) == [Point(step, at + step / 7, None) for step, at in enumerate(killed_at, start=1)]
     assert committed_steps(folder) == []
+    stray = Curve(folder)
+    stray.resume(11)
+    stray._saved = 9  # a process that was given up before, with checkpoints at other steps
+    stray.add(Point(10, loss=killed_at[9] + 10 / 7, kl=None))
+    stray.save(10)
+    assert [point.step for point in read_curve(folder)] == list(range(1, 12))
 
 
 def test_a_checkpoint_without_a_tensor_is_named(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 import uuid
@@ -142,3 +144,13 @@ def test_a_full_disk_is_named_and_nothing_half_written_stays(tmp_path, how):
     assert "--storage" in result.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "as it was"
+
+
+def test_a_file_system_without_hard_links_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(StorageError, match="no hard links"):
+        storage.create_bytes(str(tmp_path / "file"), b"1")
+    assert list(tmp_path.iterdir()) == []

@@ -50,8 +50,9 @@ class Curve:
             self._saved, self._points = step, []
 
     def points(self) -> list[Point]:
-        """All saved points, by step."""
-        return [point for part in self._parts() for point in self._read(self._path(*part))]
+        """All saved points, by step; each step once, also where a process that was given up wrote some of them again."""
+        points = {point.step: point for part in self._parts() for point in self._read(self._path(*part))}
+        return [points[step] for step in sorted(points)]
 
     def _read(self, path: str) -> list[Point]:
         try:
