@@ -254,7 +254,9 @@ def test_each_reason_is_a_line_and_only_what_may_pass_is_tried_again(made, to_th
     raised, memory, diverged, killed, passing = kinds
     assert list(failures) == [str(raised), str(memory), str(diverged), str(killed)]
     assert failures[str(raised)] == "ValueError: of two lines"
-    assert failures[str(memory)].startswith("out of GPU memory: CUDA out of memory. Tried to allocate 2.00 GiB; use")
+    assert failures[str(memory)].startswith(
+        "out of GPU memory: CUDA out of memory. Tried to allocate 2.00 GiB; lower micro_batch_rows"
+    )
     assert failures[str(diverged)] == "loss nan at step 3; lower the rate"
     assert failures[str(killed)].startswith("its process was killed or crashed; ")
     assert [len(list(tmp_path.glob(f"{kind.num_layers}-*"))) for kind in kinds] == [2, 1, 1, 2, 2]

@@ -137,7 +137,9 @@ def test_a_worker_that_the_memory_monitor_kills(cluster, candidates, tmp_path):
     finally:
         cluster.remove_node(node)
     assert set(failures) == {str(candidates[0])}
-    assert failures[str(candidates[0])].startswith("its worker was killed because the node ran out of memory; use ")
+    assert failures[str(candidates[0])].startswith(
+        "its worker was killed because the node ran out of memory; lower micro_batch_rows"
+    )
 
 
 def test_a_kill_for_memory_that_is_heard_of_as_the_tasks_error(cluster, candidates, tmp_path, monkeypatch):
