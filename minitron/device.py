@@ -17,6 +17,12 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def gpu_memory() -> int:
+    """Bytes of the GPU with the least memory; 0 without any."""
+    count = torch.cuda.device_count()
+    return min((int(torch.cuda.get_device_properties(number).total_memory) for number in range(count)), default=0)
+
+
 def device_name() -> str:
     """What `device` is called, a CPU with the number of threads that this process computes with."""
     cuda = device().type == "cuda"

@@ -13,6 +13,11 @@ from minitron_platform.recipe_file import load_recipe
 BAD = {
     "unknown key": (["--set", "distill.stepz=3"], "distill.stepz: unknown key", "steps"),
     "wrong type": (["--set", "distill.steps=many"], "distill.steps: 'many'", "--set distill.steps"),
+    "neither a number nor auto": (
+        ["--set", "resources.workers=many"],
+        "resources.workers: 'many' is not valid: input should be a valid integer, or 'auto'",
+        "--set resources.workers",
+    ),
     "target above the teacher": (
         ["--set", "family.0.parameters=900000"],
         "family.0.parameters: 900,000",

@@ -78,6 +78,7 @@ def test_a_run_ends_with_a_better_student_and_says_so(bench, finished):
         assert f"{table[model]['kl']:.3f}" in finished.stdout
         assert f"{table[model]['parameters']:,}" in finished.stdout
     assert "first 10 documents" in finished.stdout
+    assert re.search(r"^resources  .*: \d+ workers? with ", finished.stdout, re.MULTILINE)
     assert " ui --storage runs" in finished.stdout
     assert " promote tiny-student --version 1 --storage runs" in finished.stdout
 
@@ -270,6 +271,7 @@ def test_a_teacher_online_is_stored_for_the_search_alone_and_a_killed_worker_is_
     # of these, the private Ray has two for one trial, however many cores there are
     settings += [
         "distill.evaluate_every=8",
+        "resources.workers=2",
         "resources.workers_per_trial=2",
         f"resources.cpus_per_trial={os.cpu_count()}",
         "evaluate.tasks=[{{name: arc_easy, data: {0}, limit: 10}}, {{name: hellaswag, data: {0}}}]".format(

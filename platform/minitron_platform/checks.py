@@ -19,6 +19,7 @@ from minitron.trainable import check_lora
 from minitron_platform.cluster_room import joins_cluster
 from minitron_platform.losses import distillation_losses
 from minitron_platform.recipe import Recipe
+from minitron_platform.resolved_resources import ResolvedResources
 from minitron_platform.stages.data import chosen
 from minitron_platform.stages.data import source as text_source
 from minitron_platform.stages.search import halving, place, rungs
@@ -26,7 +27,7 @@ from minitron_platform.tasks import lm_eval_tasks
 from minitron_platform.teacher_costs import check_targets
 
 
-def check_recipe(recipe: Recipe, teacher: Architecture, longest: int | None) -> None:
+def check_recipe(recipe: Recipe, resources: ResolvedResources, teacher: Architecture, longest: int | None) -> None:
     """Raise InputError for keys that contradict each other or a `teacher` that takes `longest` tokens (None: any number), and
     for text and tasks that are not there."""
     _check_context(recipe, longest)
@@ -37,6 +38,7 @@ def check_recipe(recipe: Recipe, teacher: Architecture, longest: int | None) -> 
     _check_tasks(recipe)
     _check_rows(recipe)
     _check_training(recipe)
+    _check_trials(recipe, resources)
     _check_correction(recipe, teacher)
 
 
@@ -46,11 +48,11 @@ def check_outcomes(recipe: Recipe, teacher: Architecture, found: dict[str, list[
     _check_losses(recipe, teacher, found)
 
 
-def check_machine(recipe: Recipe, storage_path: str, address: str | None) -> None:
+def check_machine(resources: ResolvedResources, storage_path: str, address: str | None) -> None:
     """Raise InputError for GPUs that are not here, unless the run goes elsewhere, and StorageError for a place that cannot be
     written."""
     if not joins_cluster(address):
-        _check_gpus(recipe)
+        _check_gpus(resources)
     probe = storage.join(storage_path, ".writable")
     storage.write_bytes(probe, b"")
     storage.remove(probe)
@@ -121,7 +123,6 @@ def _check_training(recipe: Recipe) -> None:
             f"search.training.evaluate_every: {recipe.search.training.evaluate_every}, and candidates are measured once",
             "leave it out; distill.evaluate_every is there for the winner",
         )
-    _check_trials(recipe)
     for key, training in trainings.items():
         where = "the recipe has no evaluate.tasks" if not recipe.evaluate.tasks else ""
         if key.startswith(("search", "correct")):
@@ -143,8 +144,8 @@ def _check_training(recipe: Recipe) -> None:
         )
 
 
-def _check_trials(recipe: Recipe) -> None:
-    resources, rows = recipe.resources, recipe.search.training.batch_rows
+def _check_trials(recipe: Recipe, resources: ResolvedResources) -> None:
+    rows = recipe.search.training.batch_rows
     if resources.workers_per_trial > rows:
         raise InputError(
             f"resources.workers_per_trial: {resources.workers_per_trial} is more than search.training.batch_rows = {rows}",
@@ -227,12 +228,12 @@ def _check_context(recipe: Recipe, longest: int | None) -> None:
         )
 
 
-def _check_gpus(recipe: Recipe) -> None:
-    resources, there = recipe.resources, torch.cuda.device_count()
+def _check_gpus(resources: ResolvedResources) -> None:
+    there = torch.cuda.device_count()
     trial = resources.workers_per_trial * resources.gpus_per_trial
     wanted = max(trial, resources.workers * resources.gpus_per_worker)
     if wanted > there:
         raise InputError(
             f"resources: {wanted:g} GPUs are asked for and this machine has {there}",
-            "set gpus_per_trial and gpus_per_worker to 0, give --address, or submit to a cluster",
+            "leave gpus_per_trial, gpus_per_worker and workers out, give --address, or submit to a cluster",
         )

@@ -240,6 +240,7 @@ def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool)
     console.say(f"storage  {escape(planned.places.storage)}{free}")
     console.say(f"mlflow   {escape(shown(planned.places.tracking_uri))}")
     console.say(f"compute  {planned.dtype}, {planned.flops_per_second / 1e9:,.0f} GFLOP/s measured here")
+    console.say(f"resources  {planned.resources_text}")
     for stage in planned.memory:
         name = f"{stage.model} {stage.stage}" if len(recipe.family) > 1 and stage.model else stage.stage
         console.say(f"memory   {escape(name)}: {memory_text(stage)}")

@@ -13,6 +13,7 @@ from minitron import storage
 from minitron_platform.console import Console
 from minitron_platform.fence import Fence
 from minitron_platform.recipe import Member, Recipe
+from minitron_platform.resolved_resources import ResolvedResources
 from minitron_platform.spool import RunLog
 
 
@@ -57,7 +58,7 @@ class Context:
     places: Places
     console: Console
     run_key: str
-    need_ray: Callable[[], None]  # starts or joins Ray once, when the first stage needs it
+    start_ray: Callable[[Context], ResolvedResources]  # or joins it, once
     mlflow_run: Callable[[str], str | None]  # the MLflow run of a record's key, once it is known
     shared: dict[str, dict[str, Any]] = field(
         default_factory=dict
@@ -78,6 +79,10 @@ class Context:
     def done(self) -> dict[str, dict[str, Any]]:
         """Outputs of the finished stages that the current one can see, by name."""
         return {**self.shared, **self.family.get(self.current.model, {})} if self.current else dict(self.shared)
+
+    def need_ray(self) -> ResolvedResources:
+        """Have Ray, from the first stage on that needs it; what trials and workers take there."""
+        return self.start_ray(self)
 
     def finish(self, name: str, outputs: dict[str, Any]) -> None:
         """Take in a finished stage's outputs."""

@@ -58,7 +58,12 @@ def auth_token() -> str | None:
 
 @contextmanager
 def ray_session(
-    address: str | None, *, num_cpus: int | None, temp_dir: str | None = None, keep_logs: str | None = None
+    address: str | None,
+    *,
+    num_cpus: int | None = None,
+    num_gpus: int | None = None,
+    temp_dir: str | None = None,
+    keep_logs: str | None = None,
 ) -> Iterator[None]:
     """Have Ray inside the block and shut it down afterwards.
 
@@ -66,6 +71,7 @@ def ray_session(
         as it does inside a Ray job; without one, a private Ray is started here: no dashboard, no log lines on the
         terminal, no telemetry, a token of its own.
     num_cpus: the private Ray offers at least this many CPU slots, however few cores there are.
+    num_gpus: and this many GPUs; by default those that Ray detects.
     keep_logs: folder for what workers of the private Ray printed, if the block ends with an error.
     temp_dir: where the private Ray keeps sockets and logs, at most 44 bytes long. Default: a folder that is deleted at
         the end.
@@ -90,6 +96,7 @@ def ray_session(
                 ray.init(
                     address="local",
                     num_cpus=max(cores(), num_cpus or 0),
+                    num_gpus=num_gpus,
                     include_dashboard=False,
                     log_to_driver=False,
                     logging_level=logging.ERROR,

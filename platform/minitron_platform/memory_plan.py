@@ -1,4 +1,4 @@
-"""Main memory that each stage of a recipe needs on CPUs, and whether this machine has it."""
+"""Main memory that each stage of a recipe needs on CPUs, and whether this machine has it; and how trials fit on a GPU."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ import torch
 from minitron.architecture import Architecture
 from minitron.errors import InputError
 from minitron.importance.estimate import BATCH_TOKENS
+from minitron.logits import CHUNK_BYTES
 from minitron.memory import MainMemory, forward_memory, training_memory
 from minitron_platform.losses import distillation_losses
 from minitron_platform.recipe import Member, Recipe
+from minitron_platform.resolved_resources import TRIALS_PER_GPU, ResolvedResources
 from minitron_platform.teacher_costs import runs_beside
 from minitron_platform.training import distill_config
 
 BESIDE = 1_200_000_000  # bytes of the run's own process and of Ray's while workers train
 FORWARD_ROWS = 4  # of a batch that is only run forward
+GPU_SHARE = 0.8  # of a GPU's memory: the rest goes to pieces too small to use, and to what else runs on it
 
 
 @dataclass(frozen=True)
@@ -40,29 +43,38 @@ class StageMemory:
 
 
 def stage_memories(
-    recipe: Recipe, teacher: Architecture, found: dict[str, list[Architecture]], value_bytes: int
+    recipe: Recipe,
+    resources: ResolvedResources,
+    teacher: Architecture,
+    found: dict[str, list[Architecture]],
+    value_bytes: int,
 ) -> list[StageMemory]:
     """Of every stage that runs models, with the largest of each model's candidates `found`; none where models run on GPUs."""
-    if torch.cuda.is_available() or recipe.resources.gpus_per_trial or recipe.resources.gpus_per_worker:
+    if torch.cuda.is_available() or resources.gpus_per_trial or resources.gpus_per_worker:
         return []
     seq = recipe.data.seq_length
     forward = forward_memory([teacher], value_bytes, FORWARD_ROWS * seq)
     stages = [StageMemory("targets", "", 1, forward)]
     if recipe.correct and (correction := recipe.correction()):
-        workers = recipe.resources.workers
+        workers = resources.workers
         each = training_memory(teacher, distill_config(correction), seq, value_bytes, workers=workers)
         if recipe.correct.method != "full":
             each = replace(each, optimizer=0, gradients=0, checkpoint=0)
         stages.insert(0, StageMemory("correct", "", workers, each, "correct.training"))
     for member in recipe.family:
-        stages += _member_memories(recipe, member, teacher, found[member.model], value_bytes)
+        stages += _member_memories(recipe, resources, member, teacher, found[member.model], value_bytes)
     return stages
 
 
 def _member_memories(
-    recipe: Recipe, member: Member, teacher: Architecture, shapes: list[Architecture], value_bytes: int
+    recipe: Recipe,
+    resources: ResolvedResources,
+    member: Member,
+    teacher: Architecture,
+    shapes: list[Architecture],
+    value_bytes: int,
 ) -> list[StageMemory]:
-    seq, resources, largest = recipe.data.seq_length, recipe.resources, max(shapes, key=lambda a: a.num_parameters)
+    seq, largest = recipe.data.seq_length, max(shapes, key=lambda a: a.num_parameters)
     streams = teacher.num_layers + 1  # the model that is scored is the teacher, or smaller
     scoring = forward_memory([teacher], value_bytes, max(BATCH_TOKENS, seq), logits=2, streams=streams)
     rows = max(FORWARD_ROWS, recipe.evaluate.batch_rows)
@@ -101,6 +113,12 @@ def trial_memory(recipe: Recipe, teacher: Architecture, largest: Architecture, v
         measured=True,
         workers=recipe.resources.workers_per_trial,
     )
+
+
+def are_trials_small(recipe: Recipe, teacher: Architecture, value_bytes: int, gpu_bytes: int) -> bool:
+    """Whether TRIALS_PER_GPU trials fit on a GPU together, whatever the candidates: none is larger than the teacher."""
+    each = replace(trial_memory(recipe, teacher, teacher, value_bytes), checkpoint=0)  # whose copy is in main memory
+    return TRIALS_PER_GPU * (each.total + 2 * CHUNK_BYTES["cuda"]) <= GPU_SHARE * gpu_bytes
 
 
 def check_memory(stages: Iterable[StageMemory], there: int) -> None:

@@ -11,9 +11,19 @@ import torch
 from rich.markup import escape
 
 from minitron import storage
+from minitron.architecture import Architecture
+from minitron.device import DTYPES
 from minitron.errors import InputError, StorageError
 from minitron_platform import stages
-from minitron_platform.cluster_room import check_cluster, joins_cluster, private_cpus
+from minitron_platform.cluster_room import (
+    check_cluster,
+    cluster_nodes,
+    joins_cluster,
+    private_node,
+    resources_here,
+    resources_of_cluster,
+    room_text,
+)
 from minitron_platform.console import Console, seconds
 from minitron_platform.context import Context, Places, places
 from minitron_platform.fence import Fence, LeaseLostError
@@ -21,6 +31,7 @@ from minitron_platform.leases import lease
 from minitron_platform.local_ray import ray_session
 from minitron_platform.recipe import Member, Recipe
 from minitron_platform.recipe_file import recipe_yaml
+from minitron_platform.resolved_resources import ResolvedResources
 from minitron_platform.spool import RunLog, read_events
 from minitron_platform.stage_records import read_record, relative, write_record
 from minitron_platform.tracking import Flusher
@@ -60,12 +71,12 @@ def run(
             console=console,
             run_key=key,
             held=[fence],
-            need_ray=_ray_starter(stack, recipe, address, storage.join(where.local_run(key), "logs")),
+            start_ray=_ray_starter(stack, address, storage.join(where.local_run(key), "logs")),
             mlflow_run=lambda record: flusher.wait_for(record, timeout=30),
         )
         parent = _Parent(context)
         # a cluster without room is refused before the first stage that has work, not at the first that needs Ray
-        before_work = context.need_ray if joins_cluster(address) else _nothing
+        before_work: Callable[[], object] = context.need_ray if joins_cluster(address) else _nothing
         try:
             for name, member in steps(recipe):
                 context.current = member
@@ -172,7 +183,7 @@ def finished_stages(recipe: Recipe, where: Places) -> tuple[Context, int]:
         places=where,
         console=Console(),
         run_key=run_key(recipe),
-        need_ray=_nothing,
+        start_ray=_no_ray,
         mlflow_run=lambda key: None,
     )
     for name, member in steps(recipe):
@@ -189,7 +200,11 @@ def _nothing() -> None:
     pass
 
 
-def _stage(context: Context, name: str, parent: _Parent, before_work: Callable[[], None]) -> None:
+def _no_ray(context: Context) -> ResolvedResources:
+    raise AssertionError("what is only looked at needs no Ray")
+
+
+def _stage(context: Context, name: str, parent: _Parent, before_work: Callable[[], object]) -> None:
     console = context.console
     if name == stages.MEMBER[0] and len(context.recipe.family) > 1:
         origin = context.recipe.origin(context.member)
@@ -306,17 +321,28 @@ class _Parent:
             self.open = False
 
 
-def _ray_starter(stack: ExitStack, recipe: Recipe, address: str | None, logs: str) -> Callable[[], None]:
-    started = False
+def _ray_starter(stack: ExitStack, address: str | None, logs: str) -> Callable[[Context], ResolvedResources]:
+    resources: ResolvedResources | None = None
 
-    def start() -> None:
-        nonlocal started
+    def start(context: Context) -> ResolvedResources:
+        nonlocal resources
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what earlier stages held; workers share the GPU
-        if started:
-            return
-        stack.enter_context(ray_session(address, num_cpus=private_cpus(recipe.resources), keep_logs=logs))
-        started = True
-        check_cluster(recipe.resources)
+        if resources is not None:
+            return resources
+        if joins_cluster(address):
+            stack.enter_context(ray_session(address, keep_logs=logs))
+            resources = resources_of_cluster(context.recipe)
+            check_cluster(resources)
+            context.console.say(f"  resources: {room_text(resources, cluster_nodes())}")
+            return resources
+        teacher = context.shared["teacher"]
+        shape = Architecture.from_dict(teacher["architecture"])
+        resources = resources_here(context.recipe, shape, DTYPES[teacher["dtype"]].itemsize)
+        node = private_node(resources)
+        session = ray_session(address, num_cpus=int(node["CPU"]), num_gpus=int(node["GPU"]), keep_logs=logs)
+        stack.enter_context(session)
+        check_cluster(resources)
+        return resources
 
     return start

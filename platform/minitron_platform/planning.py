@@ -12,12 +12,20 @@ from minitron.device import compute_dtype, matmul_flops
 from minitron.hardware import hardware_notes
 from minitron.models import check_contents, source_architecture
 from minitron_platform.checks import check_benchmarks, check_machine, check_outcomes, check_recipe
-from minitron_platform.cluster_room import joins_cluster, private_cpus
+from minitron_platform.cluster_room import (
+    counted,
+    joins_cluster,
+    private_node,
+    resources_here,
+    room_text,
+    trials_at_once,
+)
 from minitron_platform.context import Places, places
 from minitron_platform.losses import distillation_losses
 from minitron_platform.memory_plan import StageMemory, check_memory, machine_memory, stage_memories
 from minitron_platform.pipeline import finished_stages
 from minitron_platform.recipe import Member, Recipe, Training
+from minitron_platform.resolved_resources import ResolvedResources, left_idle, resolve
 from minitron_platform.stages.calibrate import layer_scoring
 from minitron_platform.stages.search import architectures, distilled_count, halving, rungs, sampled_space, search_steps
 from minitron_platform.teacher_costs import MODES, TeacherCost, runs_beside, teacher_cost, too_little_room
@@ -58,6 +66,8 @@ class Plan:
     free_bytes: int | None
     warnings: list[str]  # what may come right by itself before it matters
     memory: list[StageMemory]  # of the stages that are not done yet
+    resources: ResolvedResources  # without GPUs where a cluster is to be joined, whose are not known yet
+    resources_text: str
 
     @property
     def bytes(self) -> int:
@@ -80,35 +90,57 @@ def plan(
     where = places(storage_path, tracking_uri)
     teacher, longest = source_architecture(recipe.teacher.model, recipe.teacher.revision)
     check_contents(recipe.teacher.model, recipe.teacher.revision)
-    check_recipe(recipe, teacher, longest)
+    dtype = compute_dtype(recipe.teacher.dtype)
+    value_bytes = 2 if dtype == torch.bfloat16 else 4
+    joins = joins_cluster(address)
+    resources = resolve(recipe, 0) if joins else resources_here(recipe, teacher, value_bytes)
+    check_recipe(recipe, resources, teacher, longest)
     found = _candidates(recipe, teacher)
     check_outcomes(recipe, teacher, found)
-    check_machine(recipe, where.storage, address)
+    check_machine(resources, where.storage, address)
     away = check_tracking(where.tracking_uri, recipe.experiment)
-    dtype = compute_dtype(recipe.teacher.dtype)
     speed = matmul_flops(dtype)
     finished, written = finished_stages(recipe, where)
     check_benchmarks(recipe, longest, {model: set(stages) for model, stages in finished.family.items()})
-    value_bytes = 2 if dtype == torch.bfloat16 else 4
     modes = {mode: teacher_cost(recipe, teacher, found, value_bytes, mode) for mode in MODES}
     sampled = frozenset(
         m.model for m in recipe.family if sampled_space(recipe, m, _largest_base(recipe, m, teacher, found))
     )
     costs = [
         replace(cost, done=cost.stage in finished.family.get(cost.model, finished.shared))
-        for cost in _costs(recipe, teacher, found, sampled, modes[recipe.targets.mode], value_bytes, speed)
+        for cost in _costs(recipe, resources, teacher, found, sampled, modes[recipe.targets.mode], value_bytes, speed)
     ]
     free = storage.free_bytes(where.storage) if storage.is_local(where.storage) else None
     notes, name = _notes(teacher, found), str(dtype).removeprefix("torch.")
     memory = [
         stage
-        for stage in stage_memories(recipe, teacher, found, value_bytes)
+        for stage in stage_memories(recipe, resources, teacher, found, value_bytes)
         if stage.stage not in finished.family.get(stage.model, finished.shared)
     ]
-    if not joins_cluster(address):
-        check_memory(memory, machine_memory())
     warnings = [away] if away else []
-    result = Plan(recipe, where, teacher, found, sampled, notes, costs, modes, name, speed, free, warnings, memory)
+    if joins:
+        room = "what the cluster has, said once it is joined; times and memory here count on none of its GPUs"
+    else:
+        check_memory(memory, machine_memory())
+        warnings += left_idle(recipe, resources, torch.cuda.device_count())
+        room = room_text(resources, [private_node(resources)])
+    result = Plan(
+        recipe=recipe,
+        places=where,
+        teacher=teacher,
+        candidates=found,
+        sampled=sampled,
+        notes=notes,
+        costs=costs,
+        teacher_costs=modes,
+        dtype=name,
+        flops_per_second=speed,
+        free_bytes=free,
+        warnings=warnings,
+        memory=memory,
+        resources=resources,
+        resources_text=room,
+    )
     if free is not None and free + written < result.bytes:
         missing = {} if "targets" in finished.shared else modes
         raise too_little_room(recipe, teacher, missing, value_bytes, where.storage, result.bytes, free + written)
@@ -143,6 +175,7 @@ def _notes(teacher: Architecture, found: dict[str, list[Architecture]]) -> list[
 
 def _costs(
     recipe: Recipe,
+    resources: ResolvedResources,
     teacher: Architecture,
     found: dict[str, list[Architecture]],
     sampled: frozenset[str],
@@ -165,7 +198,7 @@ def _costs(
         ),
     ]
     for member in recipe.family:
-        work += _member_costs(recipe, member, teacher, found, member.model in sampled, value_bytes)
+        work += _member_costs(recipe, resources, member, teacher, found, member.model in sampled, value_bytes)
     efficiency = 0.5  # of large matrices' speed, as seen on CPUs for small models
     start_up = {"teacher": 20, "data": 15, "search": 20, "distill": 20, "evaluate": 10, "register": 2}
     return [
@@ -212,6 +245,7 @@ def _search_text(
 
 def _member_costs(
     recipe: Recipe,
+    resources: ResolvedResources,
     member: Member,
     teacher: Architecture,
     found: dict[str, list[Architecture]],
@@ -237,8 +271,10 @@ def _member_costs(
     distill_tokens = distillation.steps * distillation.batch_rows * seq
     compared = min(recipe.search.heldout_rows or data.heldout_rows, data.heldout_rows)
     documents = sum(task.limit or 1000 for task in recipe.evaluate.tasks)
-    cpus_per_trial = recipe.resources.workers_per_trial * recipe.resources.cpus_per_trial
-    at_once = max(1, min(len(shapes), int(private_cpus(recipe.resources) / cpus_per_trial)))
+    here = [private_node(resources)]
+    # as many as CPUs here would do where the GPUs are those of a cluster
+    slots = trials_at_once(resources, here) or trials_at_once(replace(resources, gpus_per_trial=0), here)
+    at_once = max(1, min(len(shapes), slots))
     live = runs_beside(distillation_losses(recipe, shapes[0], teacher)[0], recipe.targets.mode)
     models = 3 if member is recipe.family[0] else 2  # the teacher is evaluated once
 
@@ -271,7 +307,8 @@ def _member_costs(
         ),
         (
             "distill",
-            f"{distill_tokens:,} tokens on {recipe.resources.workers} workers" + (", with the teacher" if live else ""),
+            f"{distill_tokens:,} tokens on {counted(resources.workers, 'worker')}"
+            + (", with the teacher" if live else ""),
             training(shapes[0], distill_tokens) + (forward * distill_tokens if live else 0),
             checkpoints(distillation, 1) + 2 * largest * value_bytes,
         ),

@@ -246,14 +246,15 @@ class Register(_Section):
 
 
 class Resources(_Section):
-    """What each worker of a trial and each training worker takes; `workers` distil the winner together."""
+    """What each worker of a trial and each training worker takes; `workers` distil the winner together. `auto` goes by the
+    GPUs that are there: `minitron_platform.resolved_resources` says how."""
 
     workers_per_trial: Positive = 1
     cpus_per_trial: Annotated[float, Field(gt=0)] = 1
-    gpus_per_trial: Annotated[float, Field(ge=0)] = 0
-    workers: Positive = 2
+    gpus_per_trial: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    workers: Positive | Literal["auto"] = "auto"
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
-    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     max_failures: Annotated[int, Field(ge=0)] = 3
 
 

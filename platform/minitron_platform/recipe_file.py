@@ -141,10 +141,15 @@ def _one_line(error: Exception) -> str:
 
 def _explain(path: Path, values: dict[str, Any], error: ValidationError) -> InputError:
     """The first thing that is wrong with `values`, as one sentence about a key."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in _keys(values, first["loc"], missing=first["type"] == "missing"))
-    value = first["input"]
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+
+    def key_of(wrong: Any) -> str:
+        return ".".join(str(part) for part in _keys(values, wrong["loc"], missing=wrong["type"] == "missing"))
+
+    first, *others = error.errors()
+    key, value = key_of(first), first["input"]
+    instead = [e for e in others if key_of(e) == key]  # of a union, what else could stand there
+    count = len(others) - len(instead)
+    more = f" (and {count} more)" if count else ""
     if first["type"] == "extra_forbidden":
         known = _known_keys(first["loc"][:-1])
         close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
@@ -154,6 +159,7 @@ def _explain(path: Path, values: dict[str, Any], error: ValidationError) -> Inpu
         return InputError(f"{path}: {key}: missing{more}", "add the key; the recipes that ship show every one")
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
+    message += "".join(f", or {e['ctx']['expected']}" for e in instead if e["type"] == "literal_error")
     if not first["loc"]:
         return InputError(f"{path}: family: {message}", "change the list of models")
     return InputError(f"{path}: {key}: {value!r} is not valid: {message}{more}", f"change {key}, or --set {key}=…")

@@ -31,7 +31,8 @@ from minitron.models import load_model, load_tokenizer, save_model
 from minitron.trainable import trainable
 from minitron_platform.curves import write_curve
 from minitron_platform.fence import Fence, LeaseLostError
-from minitron_platform.recipe import Resources, Training
+from minitron_platform.recipe import Training
+from minitron_platform.resolved_resources import ResolvedResources
 from minitron_platform.training_events import Event, Measured, OnEvent, Resumed, Tagged, WorkersFailed, WorkerStarted
 from minitron_search.failures import first_cause, reason
 
@@ -79,7 +80,7 @@ def distill_config(training: Training) -> DistillConfig:
     return DistillConfig(**training.model_dump(exclude={"evaluate_tasks_every"}))
 
 
-def train_on_ray(task: TrainTask, resources: Resources, on_event: OnEvent, scratch: str) -> None:
+def train_on_ray(task: TrainTask, resources: ResolvedResources, on_event: OnEvent, scratch: str) -> None:
     """Train with `resources.workers` processes; the model is committed when this returns.
 
     When a worker dies all are restarted from the last checkpoint, up to `max_failures` times. `on_event` is called in a
@@ -101,10 +102,7 @@ def train_on_ray(task: TrainTask, resources: Resources, on_event: OnEvent, scrat
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker={
-                "CPU": resources.cpus_per_worker,
-                **({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
-            },
+            resources_per_worker=resources.worker_share,
         ),
         run_config=RunConfig(
             name=f"train-{uuid.uuid4().hex[:8]}",

@@ -119,7 +119,7 @@ def _train(context: Context, folder: str, asked: Correct, training: Training, na
     if storage.is_committed(target):
         return
     context.console.status("starting Ray")
-    context.need_ray()
+    resources = context.need_ray()
     teacher = context.done["teacher"]
     view = training_view(context, "correct", folder, until or training.steps)
     context.console.status(view.text)
@@ -144,7 +144,7 @@ def _train(context: Context, folder: str, asked: Correct, training: Training, na
         lora_rank=asked.lora_rank,
         until=until,
     )
-    train_on_ray(task, context.recipe.resources, view.event, scratch=storage.join(folder, "ray"))
+    train_on_ray(task, resources, view.event, scratch=storage.join(folder, "ray"))
 
 
 def _heldout(context: Context, folder: str, name: str, model: str) -> float:

@@ -54,7 +54,7 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         channels = cut.channels(Architecture.from_dict(context.done["teacher"]["architecture"]), architecture)
     if not storage.is_committed(student):
         context.console.status("starting Ray")
-        context.need_ray()
+        resources = context.need_ray()
         view = training_view(context, "distill", folder, training.steps)
         context.console.status(view.text)
         task = TrainTask(
@@ -76,7 +76,7 @@ def run(context: Context, folder: str) -> dict[str, Any]:
             tasks_batch_rows=recipe.evaluate.batch_rows,
             add_bos=recipe.data.bos,
         )
-        train_on_ray(task, recipe.resources, view.event, scratch=storage.join(folder, "ray"))
+        train_on_ray(task, resources, view.event, scratch=storage.join(folder, "ray"))
         context.console.status("")
     if not storage.exists(curve):  # by an earlier version, which wrote it after the student, killed in between
         write_curve(storage.join(folder, "checkpoints"), curve)

@@ -13,6 +13,7 @@ from minitron.errors import InputError
 from minitron_platform.context import Context
 from minitron_platform.losses import logit_losses
 from minitron_platform.recipe import Member, Recipe
+from minitron_platform.resolved_resources import ResolvedResources
 from minitron_platform.stages.targets import materials, origin
 from minitron_platform.training import distill_config
 from minitron_platform.trials import TrialsView, record_trials
@@ -161,15 +162,15 @@ def trials_folder(context: Context) -> str:
     return storage.join(context.places.storage, "trials", storage.fingerprint({**rest, "version": VERSION}))
 
 
-def memory_per_trial(recipe: Recipe, wanted: int) -> int:
+def memory_per_trial(resources: ResolvedResources, wanted: int) -> int:
     """Bytes of main memory to ask Ray for, for each worker of a trial that needs `wanted`; 0 on GPUs, where the GPU's is
     needed instead. No more than the largest node offers: one trial at a time always runs."""
     import ray
 
-    if recipe.resources.gpus_per_trial:
+    if resources.gpus_per_trial:
         return 0
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    roomy = (n.get("memory", 0) for n in nodes if n.get("CPU", 0) >= recipe.resources.cpus_per_trial)
+    roomy = (n.get("memory", 0) for n in nodes if n.get("CPU", 0) >= resources.cpus_per_trial)
     largest = max(roomy, default=wanted) - RESERVED_BYTES
     return int(min(wanted, largest))
 
@@ -221,16 +222,15 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         keep_weights=asked is not None,
     )
     context.console.status("starting Ray")
-    context.need_ray()
+    resources = context.need_ray()
     value_bytes = DTYPES[context.done["teacher"]["dtype"]].itemsize
     most = max(architectures(recipe, context.member, base), key=lambda a: a.num_parameters)
-    memory = memory_per_trial(recipe, trial_memory(recipe, teacher, most, value_bytes).total)
-    wanted = {"CPU": recipe.resources.cpus_per_trial, "GPU": recipe.resources.gpus_per_trial, "memory": memory}
+    memory = memory_per_trial(resources, trial_memory(recipe, teacher, most, value_bytes).total)
     pool = Pool(
         storage.join(folder, "tune"),
-        share={name: amount for name, amount in wanted.items() if amount},
-        workers=recipe.resources.workers_per_trial,
-        max_failures=recipe.resources.max_failures,
+        share=resources.trial_share | ({"memory": memory} if memory else {}),
+        workers=resources.workers_per_trial,
+        max_failures=resources.max_failures,
     )
     with context.lease(f"trials-{task.folder.rsplit('/', 1)[-1]}", "a search over the same trials"):
         found, milliseconds = shortlist(context, task, pool)
