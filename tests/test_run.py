@@ -24,6 +24,11 @@ from tiny import DISTILL_STEPS, SEARCH_STEPS
 from transformers import AutoModelForCausalLM
 
 from minitron import Architecture
+from minitron_platform import load_recipe
+from minitron_platform.console import Console
+from minitron_platform.context import places
+from minitron_platform.leases import lease
+from minitron_platform.pipeline import run_key
 from minitron_platform.report import findings
 
 STAGES = ["teacher", "data", "correct", "calibrate", "targets", "search", "distill", "evaluate", "register"]
@@ -434,23 +439,17 @@ def test_killed_runs_go_on_and_give_the_same_student_bit_for_bit(bench, finished
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 
-def test_two_processes_do_not_carry_out_one_run_at_once(bench, finished):
-    key = next((bench / "runs" / "runs").glob("*/results.json")).parent
-    program = (
-        "import fcntl, time\n"
-        f"file = open({str(key / 'lock')!r}, 'a')\n"
-        "fcntl.flock(file, fcntl.LOCK_EX)\n"
-        "print('held', flush=True)\n"
-        "time.sleep(60)\n"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout.readline() == "held\n"
-        refused = run_minitron("run", "recipe.yaml", "--storage", "runs", cwd=bench)
-    finally:
-        holder.kill()
-    assert refused.returncode == 2
-    assert "already going on" in refused.stderr
+def test_a_second_process_waits_for_the_one_that_carries_out_the_run(bench, finished):
+    key = run_key(load_recipe(str(bench / "recipe.yaml")))
+    where = places(str(bench / "runs"))
+    arguments = command("run", "recipe.yaml", "--storage", "runs")
+    with lease(where, f"run-{key}", "the run", run=key, console=Console()):
+        second = subprocess.Popen(arguments, cwd=bench, env=environment(), stdout=subprocess.PIPE, text=True)
+        waiting = next(line for line in second.stdout if "is going on" in line)
+        assert f"process {os.getpid()}" in waiting
+        assert second.poll() is None
+    assert sum("already done" in line for line in second.stdout) == len(STAGES)
+    assert second.wait(timeout=60) == 0
 
 
 def test_the_shipped_recipes_are_listed_and_valid(tmp_path):

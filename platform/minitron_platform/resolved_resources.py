@@ -34,7 +34,7 @@ class ResolvedResources:
 
 
 def resolve(recipe: Recipe, gpus: int, *, small_trials: bool = False) -> ResolvedResources:
-    """The numbers for a machine or cluster with so many GPUs; those that the recipe gives stay.
+    """The numbers for a machine or cluster with this many GPUs; those that the recipe gives stay.
 
     With GPUs there is one training worker on each, and a trial has one too, or a quarter of it where `small_trials` says
     that a GPU has memory for four. Without, trials and workers take CPUs. Where more processes work together than there are
