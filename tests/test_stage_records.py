@@ -1,4 +1,4 @@
-"""What finished stages recorded: read where the storage lies now, and refused where it is no such record."""
+"""What finished stages recorded: read where the storage lies now, and refused where the file is something else."""
 
 from __future__ import annotations
 

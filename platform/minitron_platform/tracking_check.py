@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
+from minitron.environment import environment_variables
 from minitron.errors import InputError
 from minitron_platform.sender import check_not_deleted
 from minitron_platform.tracking import create_database, prepare_mlflow, shown, sqlite_path
@@ -98,7 +97,7 @@ def _ask(tracking_uri: str, experiment: str) -> str | None:
     from mlflow.exceptions import MlflowException
 
     try:
-        with _short():
+        with environment_variables({"MLFLOW_HTTP_REQUEST_TIMEOUT": TIMEOUT}):
             client = MlflowClient(tracking_uri, registry_uri=tracking_uri)
             found = client.get_experiment_by_name(experiment)
     except MlflowException as error:
@@ -128,14 +127,3 @@ def _away(tracking_uri: str, error: Exception) -> str:
 
 def _line(text: str) -> str:
     return (text.strip().splitlines() or ["no reason given"])[0][:300]
-
-
-@contextmanager
-def _short() -> Iterator[None]:
-    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-    before = os.environ[name]  # prepare_mlflow set it
-    os.environ[name] = TIMEOUT
-    try:
-        yield
-    finally:
-        os.environ[name] = before

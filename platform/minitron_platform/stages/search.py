@@ -165,12 +165,11 @@ def trials_folder(context: Context) -> str:
 def memory_per_trial(resources: ResolvedResources, wanted: int) -> int:
     """Bytes of main memory to ask Ray for, for each worker of a trial that needs `wanted`; 0 on GPUs, where the GPU's is
     needed instead. No more than the largest node offers: one trial at a time always runs."""
-    import ray
+    from minitron_platform.cluster_room import cluster_nodes
 
     if resources.gpus_per_trial:
         return 0
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    roomy = (n.get("memory", 0) for n in nodes if n.get("CPU", 0) >= resources.cpus_per_trial)
+    roomy = (n.get("memory", 0) for n in cluster_nodes() if n.get("CPU", 0) >= resources.cpus_per_trial)
     largest = max(roomy, default=wanted) - RESERVED_BYTES
     return int(min(wanted, largest))
 
