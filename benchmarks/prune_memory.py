@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from minitron import Architecture, ImportanceScores, storage
-from minitron.checkpoint import ShardWriter
-from minitron.streaming import prune_checkpoint
+from minitron.checkpoints.files import ShardWriter
+from minitron.pruning.streaming import prune_checkpoint
 
 LLAMA = Architecture(32, 4096, 14336, 32, 8, 128, 128_256, False)
 SOURCE_SHARD, GIB = 4 * 2**30, 2**30

@@ -24,7 +24,7 @@ from benchmarks.materials import prepare
 from benchmarks.measure import machine, markdown, spread
 from benchmarks.workers import Finished
 from minitron.distill import DistillConfig, StepReport, distill
-from minitron.distill.checkpoint import Checkpoints
+from minitron.distill.checkpoints import Checkpoints
 from minitron.distill.report import ASIDE
 from minitron.distill.state import TrainingState
 

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from minitron.architecture import Architecture
 from minitron.data import Rows
 from minitron.distill import DistillConfig, distill
-from minitron.distill.teacher import TeacherBatch
+from minitron.distill.teacher.live import TeacherBatch
 from minitron.logits import Head
 from minitron.memory import training_memory
 

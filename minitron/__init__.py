@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from minitron.architecture import Architecture as Architecture
-    from minitron.distill.loss import linear_kl_div as linear_kl_div
+    from minitron.distill.losses.logits import linear_kl_div as linear_kl_div
     from minitron.evaluation import evaluate as evaluate
     from minitron.importance import ImportanceScores as ImportanceScores
     from minitron.importance import estimate_importance as estimate_importance
@@ -24,7 +24,7 @@ _PUBLIC = {
     "ImportanceScores": "minitron.importance",
     "estimate_importance": "minitron.importance",
     "prune": "minitron.pruning",
-    "linear_kl_div": "minitron.distill.loss",
+    "linear_kl_div": "minitron.distill.losses.logits",
     "evaluate": "minitron.evaluation",
 }
 

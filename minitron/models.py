@@ -15,13 +15,9 @@ from torch import Tensor, nn
 
 from minitron import storage
 from minitron.architecture import Architecture
-from minitron.checkpoint_contents import Difference, filled, is_harmless, refusal, untied_head
-from minitron.errors import InputError
-from minitron.families import family_of
-from minitron.families.config import make_plain
-from minitron.files import file_stat
-from minitron.gguf_reading import read_once
-from minitron.headers import (
+from minitron.checkpoints.contents import Difference, filled, is_harmless, refusal, untied_head
+from minitron.checkpoints.gguf import read_once
+from minitron.checkpoints.headers import (
     check_no_adapter,
     has_adapters,
     has_pickles,
@@ -29,8 +25,12 @@ from minitron.headers import (
     hub_headers,
     read_headers,
 )
+from minitron.checkpoints.quantised import as_ordinary, check_blocks, load_arguments, method_of, plain_model
+from minitron.errors import InputError
+from minitron.families import family_of
+from minitron.families.config import make_plain
+from minitron.files import file_stat
 from minitron.packages import PACKAGE, package_path
-from minitron.quantised import as_ordinary, check_blocks, load_arguments, method_of, plain_model
 
 # What transformers writes into tokenizer_config.json of the machine it ran on and of code that is not in the folder.
 NOT_THE_TOKENIZERS = ("auto_map", "is_local", "local_files_only")

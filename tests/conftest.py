@@ -31,15 +31,23 @@ def free_port():
 @pytest.fixture(scope="session")
 def bench(tmp_path_factory):
     """A folder with a small trained teacher, a text, a benchmark, and the recipe that uses them."""
-    import tiny
+    from helpers import tiny
 
     return tiny.bench(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A folder with a trained teacher, its rows, its stored hidden states and its scores."""
+    from helpers import distilling
+
+    return distilling.make_material(tmp_path_factory.mktemp("distill"))
 
 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory):
     """MLflow takes seconds to make its tables; once is enough. Copy it."""
-    from minitron_platform.tracking import create_database
+    from minitron_platform.tracking.flusher import create_database
 
     file = tmp_path_factory.mktemp("store") / "mlflow.db"
     create_database(f"sqlite:///{file}")

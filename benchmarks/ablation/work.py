@@ -21,10 +21,10 @@ from minitron.errors import InputError
 from minitron.evaluation import heldout_metrics
 from minitron.importance import LayerScoring
 from minitron.importance.compare import axes, kept_overlap, rank_correlation
-from minitron.iterative import prune_in_steps
 from minitron.logits import Head
 from minitron.models import load_model, load_source, load_tokenizer, quiet_transformers, save_model, source_identity
-from minitron.selection import kept_layers
+from minitron.pruning.iterative import prune_in_steps
+from minitron.pruning.selection import kept_layers
 
 Say = Callable[[str], None]
 CROSS_ENTROPY = Losses(logits="none", cross_entropy=1.0)

@@ -22,7 +22,7 @@ from benchmarks.materials import MODEL
 from benchmarks.measure import machine
 from benchmarks.search.work import LONG, SHORT, Size, prepare
 from minitron.data import TextSource
-from minitron_platform.local_ray import ray_session
+from minitron_platform.cluster.ray_session import ray_session
 from minitron_search import Pool, search
 from minitron_search.halving import Halving
 from minitron_search.ranking import SearchResult

@@ -11,12 +11,12 @@ from minitron import Architecture, estimate_importance
 from minitron.data import Rows, Split, TextSource, pack
 from minitron.device import compute_dtype, device
 from minitron.distill import DistillConfig, LiveTeacher, Losses, store_hidden
-from minitron.distill.materials import Materials
-from minitron.distill.teacher import Targets
+from minitron.distill.inputs import Materials
+from minitron.distill.teacher.live import Targets
 from minitron.importance import LayerScoring
 from minitron.logits import Head
 from minitron.models import load_source, save_model
-from minitron.origin import Origin
+from minitron.pruning.source import Origin
 from minitron_search import candidates
 from minitron_search.halving import rung_steps
 from minitron_search.trial import SearchTask

@@ -3,12 +3,12 @@
 from minitron.distill.config import DistillConfig
 from minitron.distill.curve import Point, read_curve
 from minitron.distill.loop import distill
-from minitron.distill.loss import linear_kl_div, linear_logit_loss
 from minitron.distill.losses import Losses, default_losses
+from minitron.distill.losses.logits import linear_kl_div, linear_logit_loss
 from minitron.distill.report import StepReport
-from minitron.distill.store import StoredTeacher, store_hidden
-from minitron.distill.teacher import LiveTeacher
-from minitron.distill.topk import TopKTeacher, store_top_k
+from minitron.distill.teacher.live import LiveTeacher
+from minitron.distill.teacher.stored import StoredTeacher, store_hidden
+from minitron.distill.teacher.top_k import TopKTeacher, store_top_k
 
 __all__ = [
     "DistillConfig",

@@ -17,16 +17,16 @@ from torch.distributed.fsdp import FSDPModule
 from minitron import storage
 from minitron.data import Rows, rows_for_step
 from minitron.distill.blocks import running_blocks
-from minitron.distill.checkpoint import Checkpoints
+from minitron.distill.checkpoints import Checkpoints
 from minitron.distill.config import DistillConfig
 from minitron.distill.curve import Curve, Point
 from minitron.distill.losses import Losses
-from minitron.distill.objective import Objective
+from minitron.distill.losses.objective import Objective
 from minitron.distill.report import Reporter, StepReport
 from minitron.distill.schedule import learning_rate
 from minitron.distill.sharding import begin_micro_batch, gathered, shard_, working_copy
 from minitron.distill.state import TrainingState
-from minitron.distill.teacher import LiveTeacher, Targets
+from minitron.distill.teacher.live import LiveTeacher, Targets
 from minitron.distill.timing import Stopwatch
 from minitron.errors import InputError, NonFiniteError
 from minitron.evaluation.mode import evaluating, undisturbed

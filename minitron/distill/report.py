@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from minitron.device import matmul_flops
 from minitron.distill.config import DistillConfig
-from minitron.distill.objective import Objective
+from minitron.distill.losses.objective import Objective
 from minitron.distill.utilisation import training_flops_per_token
 
 ASIDE = ("evaluation", "report")  # parts that are no training

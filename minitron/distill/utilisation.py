@@ -13,8 +13,8 @@ from __future__ import annotations
 from torch import nn
 
 from minitron.architecture import Architecture
-from minitron.distill.store import StoredTeacher
-from minitron.distill.teacher import LiveTeacher, Targets
+from minitron.distill.teacher.live import LiveTeacher, Targets
+from minitron.distill.teacher.stored import StoredTeacher
 
 
 def training_flops_per_token(student: nn.Module, targets: Targets | None, seq_length: int) -> float:

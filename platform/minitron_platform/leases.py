@@ -21,8 +21,8 @@ from rich.markup import escape
 from minitron import storage
 from minitron.errors import InputError, StorageError
 from minitron_platform.console import Console
-from minitron_platform.context import Places
 from minitron_platform.fence import Fence, Holder, LeaseLostError, create_epoch, newest_epoch, read_holder
+from minitron_platform.stages.context import Places
 
 log = logging.getLogger(__name__)
 

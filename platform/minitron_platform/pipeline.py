@@ -15,7 +15,8 @@ from minitron.architecture import Architecture
 from minitron.device import DTYPES
 from minitron.errors import InputError, StorageError
 from minitron_platform import stages
-from minitron_platform.cluster_room import (
+from minitron_platform.cluster.ray_session import ray_session
+from minitron_platform.cluster.room import (
     check_cluster,
     cluster_nodes,
     joins_cluster,
@@ -25,16 +26,15 @@ from minitron_platform.cluster_room import (
     room_text,
 )
 from minitron_platform.console import Console, seconds
-from minitron_platform.context import Context, Places, places
 from minitron_platform.fence import Fence, LeaseLostError
 from minitron_platform.leases import lease
-from minitron_platform.local_ray import ray_session
-from minitron_platform.recipe import Member, Recipe
-from minitron_platform.recipe_file import recipe_yaml
-from minitron_platform.resolved_resources import ResolvedResources
-from minitron_platform.spool import RunLog, read_events
-from minitron_platform.stage_records import read_record, relative, write_record
-from minitron_platform.tracking import Flusher
+from minitron_platform.recipes.load import recipe_yaml
+from minitron_platform.recipes.resources import ResolvedResources
+from minitron_platform.recipes.schema import Member, Recipe
+from minitron_platform.stages.context import Context, Places, places
+from minitron_platform.stages.stage_records import read_record, relative, write_record
+from minitron_platform.tracking.flusher import Flusher
+from minitron_platform.tracking.spool import RunLog, read_events
 
 
 def run(
@@ -124,7 +124,7 @@ def steps(recipe: Recipe) -> Iterator[tuple[str, Member | None]]:
 
 
 def _report(context: Context, parent: _Parent) -> None:
-    from minitron_platform.report import write_report
+    from minitron_platform.report.page import write_report
 
     write_report(context, parent)
     if parent.open:

@@ -15,11 +15,11 @@ from torch import nn
 from minitron import storage
 from minitron.architecture import Architecture
 from minitron.distill import DistillConfig, Losses, StepReport, distill
-from minitron.distill.checkpoint import committed_steps
-from minitron.distill.materials import Materials
+from minitron.distill.checkpoints import committed_steps
+from minitron.distill.inputs import Materials
 from minitron.logits import Head
 from minitron.models import quiet_transformers
-from minitron.origin import Origin
+from minitron.pruning.source import Origin
 
 # Of an architecture, what is listed.
 SHAPE = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any, Protocol
 
-from minitron_platform.context import Context
+from minitron_platform.stages.context import Context
 
 BEFORE = ("teacher", "data", "correct")  # done once for the whole family
 MEMBER = ("calibrate", "search", "distill", "evaluate", "register")  # done for each model of it

@@ -21,10 +21,10 @@ from minitron.device import DTYPES, device
 from minitron.evaluation.documents import documents_identity
 from minitron.importance import ImportanceScores, LayerScoring, estimate_importance
 from minitron.models import load_model, load_tokenizer
-from minitron.selection import kept_layers
-from minitron_platform.context import Context
-from minitron_platform.recipe import Calibrate
-from minitron_platform.tasks import lm_eval_tasks
+from minitron.pruning.selection import kept_layers
+from minitron_platform.recipes.schema import Calibrate
+from minitron_platform.recipes.tasks import lm_eval_tasks
+from minitron_platform.stages.context import Context
 
 VERSION = 3
 

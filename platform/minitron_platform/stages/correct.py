@@ -12,14 +12,14 @@ from minitron import storage
 from minitron.data import Rows
 from minitron.device import DTYPES, device
 from minitron.distill import Losses
-from minitron.distill.materials import Materials
+from minitron.distill.inputs import Materials
 from minitron.evaluation import HeldoutMetrics, heldout_metrics
 from minitron.models import load_model
-from minitron_platform.context import Context
-from minitron_platform.curves import complete_record
-from minitron_platform.recipe import Correct, Training
-from minitron_platform.training import TrainTask, distill_config, train_on_ray
-from minitron_platform.training_view import restarts_of, training_view
+from minitron_platform.recipes.schema import Correct, Training
+from minitron_platform.stages.context import Context
+from minitron_platform.training.curves import complete_record
+from minitron_platform.training.ray_train import TrainTask, distill_config, train_on_ray
+from minitron_platform.training.view import restarts_of, training_view
 
 VERSION = 1
 CURVE = "curve.json"

@@ -10,8 +10,8 @@ from minitron.device import DTYPES, device
 from minitron.errors import InputError
 from minitron.evaluation.beginning import BosLosses, bos_losses
 from minitron.models import load_model, load_tokenizer
-from minitron_platform.context import Context
-from minitron_platform.recipe import Data
+from minitron_platform.recipes.schema import Data
+from minitron_platform.stages.context import Context
 
 VERSION = 1
 PROBE_ROWS, PROBE_TOKENS = 4, 128  # held-out rows, and tokens of each, that the teacher is measured on

@@ -9,14 +9,14 @@ from minitron import storage
 from minitron.architecture import Architecture
 from minitron.distill import Losses
 from minitron.models import load_tokenizer, save_model
-from minitron.origin import Origin
-from minitron_platform.context import Context
-from minitron_platform.curves import complete_record, write_curve
-from minitron_platform.losses import distillation_losses
+from minitron.pruning.source import Origin
+from minitron_platform.recipes.losses import distillation_losses
+from minitron_platform.recipes.tasks import lm_eval_tasks
+from minitron_platform.stages.context import Context
 from minitron_platform.stages.targets import materials, origin
-from minitron_platform.tasks import lm_eval_tasks
-from minitron_platform.training import TrainTask, distill_config, train_on_ray
-from minitron_platform.training_view import restarts_of, training_view
+from minitron_platform.training.curves import complete_record, write_curve
+from minitron_platform.training.ray_train import TrainTask, distill_config, train_on_ray
+from minitron_platform.training.view import restarts_of, training_view
 
 VERSION = 2
 

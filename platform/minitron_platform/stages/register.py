@@ -8,12 +8,12 @@ from typing import Any
 import minitron
 from minitron.errors import StorageError
 from minitron.evaluation import task_metric
-from minitron_platform import registry
-from minitron_platform.context import Context
-from minitron_platform.recipe import Member
-from minitron_platform.registry import TASK_TAG
-from minitron_platform.stage_records import INSIDE, relative
-from minitron_platform.tracking import shown, sqlite_path
+from minitron_platform.recipes.schema import Member
+from minitron_platform.stages.context import Context
+from minitron_platform.stages.stage_records import INSIDE, relative
+from minitron_platform.tracking import registry
+from minitron_platform.tracking.flusher import shown, sqlite_path
+from minitron_platform.tracking.registry import TASK_TAG
 
 VERSION = 2
 

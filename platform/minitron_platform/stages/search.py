@@ -10,13 +10,13 @@ from minitron import storage
 from minitron.architecture import Architecture
 from minitron.device import DTYPES
 from minitron.errors import InputError
-from minitron_platform.context import Context
-from minitron_platform.losses import logit_losses
-from minitron_platform.recipe import Member, Recipe
-from minitron_platform.resolved_resources import ResolvedResources
+from minitron_platform.recipes.losses import logit_losses
+from minitron_platform.recipes.resources import ResolvedResources
+from minitron_platform.recipes.schema import Member, Recipe
+from minitron_platform.stages.context import Context
 from minitron_platform.stages.targets import materials, origin
-from minitron_platform.training import distill_config
-from minitron_platform.trials import TrialsView, record_trials
+from minitron_platform.stages.trial_records import TrialsView, record_trials
+from minitron_platform.training.ray_train import distill_config
 from minitron_search.halving import Halving, kept, planned_steps, rung_steps
 from minitron_search.limits import Limits
 from minitron_search.room import RESERVED_BYTES
@@ -165,7 +165,7 @@ def trials_folder(context: Context) -> str:
 def memory_per_trial(resources: ResolvedResources, wanted: int) -> int:
     """Bytes of main memory to ask Ray for, for each worker of a trial that needs `wanted`; 0 on GPUs, where the GPU's is
     needed instead. No more than the largest node offers: one trial at a time always runs."""
-    from minitron_platform.cluster_room import cluster_nodes
+    from minitron_platform.cluster.room import cluster_nodes
 
     if resources.gpus_per_trial:
         return 0
@@ -198,8 +198,8 @@ def inputs(context: Context) -> dict[str, Any]:
 
 
 def run(context: Context, folder: str) -> dict[str, Any]:
-    from minitron_platform.memory_plan import trial_memory
-    from minitron_platform.shortlist import shortlist
+    from minitron_platform.estimates.memory import trial_memory
+    from minitron_platform.stages.shortlist import shortlist
     from minitron_search.benchmarks import benchmark_best
     from minitron_search.pool import Pool
     from minitron_search.ranking import with_columns
@@ -284,7 +284,7 @@ def benchmarks(context: Context) -> Benchmarks | None:
     asked = context.recipe.search.evaluate
     if asked is None:
         return None
-    from minitron_platform.tasks import lm_eval_tasks
+    from minitron_platform.recipes.tasks import lm_eval_tasks
     from minitron_search.benchmarks import Benchmarks
 
     return Benchmarks(

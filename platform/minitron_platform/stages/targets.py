@@ -14,11 +14,11 @@ from minitron import storage
 from minitron.data import rows_of_steps
 from minitron.device import DTYPES
 from minitron.distill import TopKTeacher, store_hidden, store_top_k
-from minitron.distill.materials import Materials
-from minitron.distill.store import stored_bytes
-from minitron.origin import Origin, Recalibration
-from minitron_platform.context import Context
+from minitron.distill.inputs import Materials
+from minitron.distill.teacher.stored import stored_bytes
+from minitron.pruning.source import Origin, Recalibration
 from minitron_platform.stages.calibrate import metric
+from minitron_platform.stages.context import Context
 
 VERSION = 2
 

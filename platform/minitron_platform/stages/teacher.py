@@ -7,11 +7,11 @@ from typing import Any
 
 from minitron import storage
 from minitron.architecture import Architecture
+from minitron.checkpoints.identity import checkpoint_identity
 from minitron.data import document_tokens
 from minitron.device import compute_dtype
-from minitron.identity import checkpoint_identity
 from minitron.models import load_source, load_tokenizer, save_model, source_identity
-from minitron_platform.context import Context
+from minitron_platform.stages.context import Context
 
 VERSION = 2  # 2: the id is that of what the teacher does, its tensors are known to fill it, and what begins a document is said
 

@@ -1,0 +1,1 @@
+"""Checkpoints of other programs: which tensors they hold, whether these fill the model, and what names them."""

@@ -1,0 +1,146 @@
+"""A transformers checkpoint on disk, read one tensor at a time and written shard by shard.
+
+Tensors go by the names of the model's parameters. Mixture-of-experts checkpoints store one tensor for each expert where
+the model has all of them in one; they are stacked on reading and taken apart again on writing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minitron.checkpoints.headers import INDEX, SINGLE, Header, damaged
+
+Layout = Mapping[str, tuple[str, ...]]
+# End of a parameter's name: ends of the names on disk. `{}` is the expert; several tensors of one expert lie one below
+# the other. The first layout of which the checkpoint has a tensor is the one it is in.
+LAYOUTS: tuple[Layout, ...] = (
+    {  # Mixtral
+        "mlp.gate.weight": ("block_sparse_moe.gate.weight",),
+        "mlp.experts.gate_up_proj": (
+            "block_sparse_moe.experts.{}.w1.weight",
+            "block_sparse_moe.experts.{}.w3.weight",
+        ),
+        "mlp.experts.down_proj": ("block_sparse_moe.experts.{}.w2.weight",),
+    },
+    {  # Qwen-MoE
+        "mlp.experts.gate_up_proj": ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
+        "mlp.experts.down_proj": ("mlp.experts.{}.down_proj.weight",),
+    },
+)
+
+
+def layout_of(names: Collection[str]) -> Layout:
+    """The layout that stored tensors of these names are in."""
+
+    def uses(layout: Layout) -> bool:
+        ends = tuple(end.format(0) for ends in layout.values() for end in ends)
+        return any(name.endswith(ends) for name in names)
+
+    return next((layout for layout in LAYOUTS if uses(layout)), {})
+
+
+def stored_parts(name: str, tensor: Tensor, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors (views of `tensor`) under which a parameter of the model is kept on disk."""
+    ends = _ends(name, layout)
+    if "{}" not in ends[0]:
+        yield ends[0], tensor
+        return
+    for expert, slot in enumerate(tensor):
+        for end, part in zip(ends, slot.chunk(len(ends)), strict=True):
+            yield end.format(expert), part
+
+
+def _ends(name: str, layout: Layout) -> list[str]:
+    """The names on disk of a parameter, with `{}` for the expert."""
+    for end, stored in layout.items():
+        if name.endswith(f".{end}"):
+            return [name.removesuffix(end) + part for part in stored]
+    return [name]
+
+
+class Checkpoint:
+    """The safetensors files of a folder, by `headers` that fill the model (see `minitron.checkpoints.contents`)."""
+
+    def __init__(self, folder: Path, headers: Mapping[str, Header]) -> None:
+        self.folder = folder
+        self.headers = headers
+        self._layout = layout_of(headers.keys())
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter of the model, mapped from the file where it is one tensor there.
+
+        The file is open for this call only, so that the pages of a tensor go when the tensor does. Raises InputError
+        naming a file that is damaged.
+        """
+        ends = _ends(name, self._layout)
+        with ExitStack() as stack:
+            opened: dict[str, Any] = {}
+
+            def read(stored: str) -> Tensor:
+                header = self.headers[stored]
+                try:
+                    if header.file not in opened:
+                        opened[header.file] = stack.enter_context(safe_open(str(self.folder / header.file), "pt"))
+                    tensor: Tensor = opened[header.file].get_tensor(header.name)
+                except (OSError, SafetensorError) as error:
+                    raise damaged(self.folder / header.file, error) from error
+                return tensor
+
+            if "{}" not in ends[0]:
+                return read(ends[0])
+            first = [read(end.format(0)) for end in ends]
+            count = next(n for n in range(1, len(self.headers) + 1) if ends[0].format(n) not in self.headers)
+            stacked = first[0].new_empty(count, sum(len(part) for part in first), *first[0].shape[1:])
+            for expert, slot in enumerate(stacked):
+                torch.cat([read(end.format(expert)) for end in ends], out=slot)
+            return stacked
+
+    def stored(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors (views of `tensor`) under which a parameter is kept on disk in this checkpoint's layout."""
+        return stored_parts(name, tensor, self._layout)
+
+
+class ShardWriter:
+    """Writes tensors as safetensors shards of at most `shard_bytes` (a larger tensor has one of its own) and their index,
+    under the names transformers uses. What it was given stays in memory until its shard is full."""
+
+    def __init__(self, folder: Path, shard_bytes: int) -> None:
+        self.folder = folder
+        self.shard_bytes = shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._shards: list[list[str]] = []
+        self._pending_bytes = self._total_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self._pending and self._pending_bytes + tensor.nbytes > self.shard_bytes:
+            self._flush()
+        self._pending[name] = tensor
+        self._pending_bytes += tensor.nbytes
+        self._total_bytes += tensor.nbytes
+
+    def _flush(self) -> None:
+        save_file(self._pending, str(self.folder / f"{len(self._shards)}.part"), metadata={"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._pending.clear()
+        self._pending_bytes = 0
+
+    def close(self) -> None:
+        """Write what is left, and the index if there are several shards."""
+        self._flush()
+        count = len(self._shards)
+        files = [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)] if count > 1 else [SINGLE]
+        for number, file in enumerate(files):
+            (self.folder / f"{number}.part").rename(self.folder / file)
+        if count > 1:
+            names = {name: file for file, shard in zip(files, self._shards, strict=True) for name in shard}
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(names.items()))}
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,69 @@
+"""What a checkpoint is, whoever wrote it and where: its weights, what its config and its tokenizer do."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+
+from minitron.architecture import Architecture
+from minitron.checkpoints.headers import read_headers
+from minitron.storage import fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+# Fields of the families' configs that no output depends on.
+NOT_THE_OUTPUTS = (
+    *("use_cache", "initializer_range", "pretraining_tp", "output_router_logits", "router_aux_loss_coef"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),  # the tokenizer's count
+)
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
+
+
+def checkpoint_identity(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of what decides a checkpoint's outputs on text, 16 hexadecimal digits: the values of its weights, the fields of
+    its config that the model computes with, and how its tokenizer turns text into ids.
+
+    Not of it: how the weights are split into files, versions, paths, chat templates, what the machine was that wrote it.
+    """
+    from transformers import AutoConfig
+
+    from minitron.data import tokenizer_identity
+
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    return fingerprint(
+        {
+            "weights": weights_identity(folder),
+            "config": config_meaning(config),
+            "tokenizer": tokenizer_identity(tokenizer),
+            "special": {name: getattr(tokenizer, name, None) for name in SPECIAL},
+        }
+    )
+
+
+def weights_identity(folder: Path) -> str:
+    """SHA-256 over the name, dtype, shape and bytes of every tensor of a checkpoint, in the order of names, hexadecimal."""
+    whole = hashlib.sha256()
+    for name, header in sorted(read_headers(folder).items()):
+        whole.update(repr((name, header.dtype, header.shape)).encode())
+        with safe_open(str(folder / header.file), "pt") as file:  # for one tensor only: its pages go when it does
+            tensor = file.get_tensor(name)
+            whole.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return whole.hexdigest()
+
+
+def config_meaning(config: PretrainedConfig) -> dict[str, Any]:
+    """The architecture's numbers and the fields that a family's config class has of its own, such as the norms' epsilon, RoPE
+    and windows, given or by default; not what every config has, and not what somebody added."""
+    from transformers import PretrainedConfig
+
+    own = type(config)().to_dict().keys() - PretrainedConfig().to_dict().keys() - set(NOT_THE_OUTPUTS)
+    values = config.to_dict()
+    return {
+        "architecture": Architecture.from_config(config).to_dict(),
+        "settings": {name: values[name] for name in sorted(own & values.keys()) if name[0] != "_"},
+    }

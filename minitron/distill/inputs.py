@@ -1,0 +1,82 @@
+"""Everything a distillation reads, by address: the same for every candidate, trial and worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from minitron import storage
+from minitron.architecture import Architecture
+from minitron.data import Rows, Split
+from minitron.device import DTYPES, device
+from minitron.distill.teacher.live import LiveTeacher, Targets
+from minitron.distill.teacher.stored import StoredTeacher, store_key
+from minitron.distill.teacher.top_k import TopKTeacher
+from minitron.evaluation import HeldoutMetrics, heldout_metrics
+from minitron.logits import Head
+from minitron.models import load_model
+from minitron.pruning.source import Origin
+
+
+@dataclass(frozen=True)
+class Materials:
+    """Addresses of a teacher checkpoint, the packed rows, and what is stored of the teacher on both splits: hidden states, of
+    the train rows with `top_k` the likeliest tokens. `teacher_id` names the teacher's weights, `dtype` is what models
+    compute in."""
+
+    teacher: str
+    teacher_id: str
+    dtype: str
+    rows: str
+    train_targets: str
+    heldout_targets: str
+    top_k: int = 0
+
+    def load_teacher(self, place: torch.device | None = None) -> nn.Module:
+        """The teacher on a device, by default the first GPU where there is one."""
+        return load_model(storage.fetch(self.teacher), DTYPES[self.dtype]).to(place or device())
+
+    def teacher_head(self) -> Head:
+        """The teacher's head alone on the device that models compute on."""
+        return Head.of(self.load_teacher(torch.device("cpu"))).to(device())
+
+    def open_rows(self, split: Split) -> Rows:
+        return Rows.open(self.rows, split)
+
+    def targets_key(self, split: Split) -> str:
+        top_k = self.top_k if split == "train" else 0
+        return store_key(self.teacher_id, self.open_rows(split).fingerprint, self.dtype, top_k)
+
+    def targets(self, teacher_head: Head) -> Targets:
+        """What is stored of the train rows."""
+        if self.top_k:
+            return TopKTeacher(self.train_targets, self.targets_key("train"))
+        return StoredTeacher(self.train_targets, teacher_head, self.targets_key("train"))
+
+    def heldout_teacher(self, teacher_head: Head) -> StoredTeacher | LiveTeacher:
+        """What held-out rows are compared with: their stored hidden states."""
+        return StoredTeacher(self.heldout_targets, teacher_head, self.targets_key("heldout"))
+
+    def source(self, origin: Origin) -> tuple[nn.Module, Head]:
+        """What `origin` cuts students from, and the teacher's head."""
+        source = origin.load()
+        return source, Head.of(source if origin.folder == self.teacher else self.load_teacher())
+
+    def student(self, origin: Origin, architecture: Architecture) -> tuple[nn.Module, Head]:
+        """A student of `architecture`, cut from `origin`, and the teacher's head."""
+        source, head = self.source(origin)
+        return origin.prune(source, architecture), head
+
+    def heldout(self, model: nn.Module, teacher_head: Head, limit: int | None = None) -> HeldoutMetrics:
+        """Loss and KL to the teacher on the first `limit` held-out rows, by default all."""
+        rows = self.open_rows("heldout")
+        tokens = rows.take(range(min(limit or len(rows), len(rows))))
+        targets = self.heldout_teacher(teacher_head)
+        return heldout_metrics(
+            model,
+            tokens,
+            teacher_hidden=lambda part: targets.hidden(range(part.start, part.stop), tokens[part]),
+            teacher_head=teacher_head,
+        )

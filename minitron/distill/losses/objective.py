@@ -1,0 +1,92 @@
+"""What a distillation minimises on a few rows: student, teacher and the losses between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from minitron.distill.losses import Losses
+from minitron.distill.losses.divergences import IGNORED
+from minitron.distill.losses.intermediate import IntermediateLosses, dynamic_alpha, recorded
+from minitron.distill.losses.logits import linear_logit_loss
+from minitron.distill.teacher.live import LiveTeacher, Targets, TeacherBatch
+from minitron.distill.timing import Stopwatch
+from minitron.errors import InputError
+from minitron.logits import Head
+from minitron.models import final_hidden, head_of
+
+
+class Objective(nn.Module):
+    """The losses of `student` against `targets`, which may be None where none of them compares with a teacher.
+
+    Raises InputError for a missing teacher, and for a stored one where the losses need more than its final hidden states.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        targets: Targets | None,
+        losses: Losses,
+        channels: Tensor | None = None,
+        watch: Stopwatch | None = None,
+    ) -> None:
+        super().__init__()
+        self.student, self.targets, self.losses = student, targets if losses.needs_teacher else None, losses
+        self.watch = watch or Stopwatch(head_of(student).device)
+        self.intermediate: IntermediateLosses | None = None
+        if losses.needs_teacher and targets is None:
+            raise InputError("targets: none, and the losses compare with a teacher", "give it, or use logits: none")
+        if losses.needs_live_teacher:
+            if not isinstance(targets, LiveTeacher):
+                raise InputError(
+                    f"targets: a {type(targets).__name__} has the teacher's final hidden states alone, and the losses "
+                    "hidden, embedding, attention and mlp_input need the teacher itself",
+                    "give a LiveTeacher, or leave these losses out",
+                )
+            self.intermediate = IntermediateLosses(student, targets.model, losses, channels)
+
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """What is trained: the student's parameters that require a gradient, and the projection."""
+        named = [(name, p) for name, p in self.student.named_parameters() if p.requires_grad]
+        if not named:
+            raise InputError("the student has no parameter that requires a gradient", "unfreeze what is to be trained")
+        return named + (list(self.intermediate.named_parameters("intermediate")) if self.intermediate else [])
+
+    def forward(self, indices: Sequence[int], tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of the rows with these numbers and tokens, int64 [n, seq_length], as a scalar with a gradient; and its
+        parts without: float64 [4] of the loss, the divergence, the cross-entropy and L_is. All are means over the rows."""
+        teacher, teacher_outputs = self._teacher(indices, tokens)
+        self.watch.lap("teacher")
+        modules = self.intermediate.student_modules if self.intermediate else ()
+        with recorded(self.student, modules) as outputs:
+            hidden = final_hidden(self.student, tokens)
+        self.watch.lap("student")
+        logits = linear_logit_loss(
+            hidden.flatten(0, 1),
+            Head.of(self.student),
+            self.losses,
+            labels=functional.pad(tokens[:, 1:], (0, 1), value=IGNORED).flatten(),
+            **teacher,
+        )
+        loss, intermediate = logits.loss, torch.zeros(len(tokens), device=tokens.device)
+        if self.intermediate:
+            intermediate = self.intermediate(outputs, teacher_outputs)
+            # of each row, so that neither the micro-batch nor the number of processes matters
+            dynamic = dynamic_alpha(logits.divergence.view(tokens.shape).mean(dim=1), intermediate)
+            alpha = dynamic if self.losses.alpha is None else self.losses.alpha
+            loss = loss + (alpha * intermediate).mean()
+        parts = (loss, logits.divergence.double().mean(), logits.cross_entropy, intermediate.mean())
+        self.watch.lap("loss")
+        return loss, torch.stack([part.detach().double() for part in parts])
+
+    def _teacher(self, indices: Sequence[int], tokens: Tensor) -> tuple[TeacherBatch, dict[str, Tensor]]:
+        if self.targets is None:
+            return {}, {}
+        if self.intermediate is None:
+            return self.targets.batch(indices, tokens), {}
+        assert isinstance(self.targets, LiveTeacher)
+        with recorded(self.targets.model, self.intermediate.teacher_modules) as outputs:
+            return self.targets.batch(indices, tokens), outputs

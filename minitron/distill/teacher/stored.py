@@ -1,0 +1,109 @@
+"""The teacher's final hidden states of rows, stored once and shared by everything that distils on them.
+
+The exact logits are rebuilt from a hidden state with the teacher's own head, so nothing is lost, at 2·hidden bytes per
+token in bfloat16 instead of 2·vocabulary. With each goes the log-sum-exp of its logits, so that the loss reads the
+teacher's vocabulary once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Unpack
+
+import torch
+from torch import Tensor, nn
+
+from minitron import storage
+from minitron.data import Rows
+from minitron.distill.teacher.live import TeacherBatch
+from minitron.distill.teacher.shards import Compute, Shards, Writing, write_shards
+from minitron.errors import StorageError
+from minitron.logits import Head, cache_slices
+from minitron.models import final_hidden
+
+
+class StoredTeacher:
+    """Hidden states read back from a store that `store_hidden` completed; bit-equal to what was written.
+
+    Raises StorageError if the store is not complete, was made from another teacher or other rows, or is damaged.
+    """
+
+    def __init__(self, folder: str, head: Head, key: str) -> None:
+        self.head = head
+        self._shards = Shards(folder, key)
+
+    def batch(self, indices: Sequence[int], input_ids: Tensor) -> TeacherBatch:
+        stored = self._take(indices, input_ids)
+        return {
+            "teacher_hidden": stored["hidden"].flatten(0, 1).to(input_ids.device),
+            "teacher_head": self.head,
+            "teacher_log_sum_exp": stored["log_sum_exp"].flatten().to(input_ids.device),
+        }
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        self._shards.prefetch(indices)
+
+    def hidden(self, indices: Sequence[int], input_ids: Tensor) -> Tensor:
+        """Final hidden states [n, seq_length, hidden] of the rows with these numbers and tokens, on the tokens' device."""
+        return self._take(indices, input_ids)["hidden"].to(input_ids.device)
+
+    def _take(self, indices: Sequence[int], input_ids: Tensor) -> dict[str, Tensor]:
+        stored = self._shards.take(indices)
+        expected = (*input_ids.shape, self.head.weight.shape[1])
+        if stored["hidden"].shape != expected:
+            raise StorageError(
+                f"{self._shards.folder}: hidden states {list(stored['hidden'].shape)} where rows and head have "
+                f"{list(expected)}",
+                "store this teacher's hidden states of these rows",
+            )
+        return stored
+
+
+def store_key(teacher_id: str, rows: str, dtype: str, top_k: int = 0) -> str:
+    """The name of what is stored of one teacher's weights on one set of rows in one dtype: hidden states, or with `top_k`
+    the most likely tokens."""
+    return storage.fingerprint({"teacher": teacher_id, "rows": rows, "dtype": dtype, "top_k": top_k, "format": 2})
+
+
+def stored_bytes(num_rows: int, seq_length: int, hidden_size: int, value_bytes: int, top_k: int = 0) -> int:
+    """What `store_hidden` writes, or with `top_k` `store_top_k`, without the files' headers; value_bytes: of one number of
+    the hidden states."""
+    return num_rows * seq_length * (8 * top_k if top_k else hidden_size * value_bytes + 4)
+
+
+def store_hidden(
+    load_teacher: Callable[[], nn.Module],
+    rows: Rows,
+    folder: str,
+    *,
+    key: str,
+    **how: Unpack[Writing],
+) -> int:
+    """Write the hidden states of every row, and the log-sum-exp of their logits, float32 [rows, seq_length], in shards of 64
+    rows; returns how many rows the teacher was run on here, now.
+
+    Shards that are already there are kept, so a killed run goes on where it was. `load_teacher` is called only if
+    something is missing. `Writing` says how: which rows, by how many processes.
+    Raises StorageError for a folder that holds something else, and before writing, with the bytes needed and the rows that
+    fit, when the disk is too small.
+    """
+
+    def load() -> tuple[nn.Module, Compute]:
+        model = load_teacher()
+        head = Head.of(model)
+
+        def compute(input_ids: Tensor) -> dict[str, Tensor]:
+            hidden = final_hidden(model, input_ids)
+            return {"hidden": hidden, "log_sum_exp": log_sum_exp(head, hidden)}
+
+        return model, compute
+
+    return write_shards(load, rows, folder, key=key, **how)
+
+
+def log_sum_exp(head: Head, hidden: Tensor) -> Tensor:
+    """log Σ exp over the vocabulary of the logits of hidden states [..., d]: float32 [...]."""
+    parts = [
+        logits[rows].logsumexp(-1) for logits in head.chunks(hidden.flatten(0, -2)) for rows in cache_slices(logits)
+    ]
+    return torch.cat(parts).view(hidden.shape[:-1])

@@ -1,0 +1,121 @@
+"""Pruning a checkpoint that is larger than memory: folder to folder, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minitron import storage
+from minitron.architecture import Architecture
+from minitron.checkpoints.contents import filled, untied_head
+from minitron.checkpoints.files import Checkpoint, ShardWriter
+from minitron.checkpoints.headers import check_no_adapter, read_headers
+from minitron.errors import InputError
+from minitron.importance.scores import ImportanceScores
+from minitron.models import NOT_THE_TOKENIZERS, quiet_transformers
+from minitron.pruning.head_merging import merged_source
+from minitron.pruning.selection import select
+from minitron.pruning.slicing import sliced_tensors
+
+# What of a checkpoint a pruned one needs besides weights and config: tokenizer, generation settings, licence.
+COPIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+def prune_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    architecture: Architecture,
+    scores: ImportanceScores,
+    *,
+    layers: Sequence[int] | None = None,
+    merge_heads: int = 0,
+    shard_bytes: int = 2**30,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write to `target` what `prune` would cut out of the checkpoint in `source`, with little in memory.
+
+    source: the folder of a transformers checkpoint in safetensors. target: a new folder, any address `minitron.storage`
+    takes; it appears whole or not at all. `layers` are the kept ones (default: by score); `merge_heads` as in `prune`.
+    In memory are at most one shard of `shard_bytes`, one tensor of the original and its cut. Weights keep their dtype,
+    tokenizer, generation settings and licence are copied. `progress` is told (tensors done, tensors in all). Raises
+    InputError when `target` exists, when `architecture` does not fit inside the model, or when the checkpoint's
+    tensors are not those of the model in config.json.
+    """
+    from transformers import AutoConfig
+
+    folder, address = Path(source).expanduser(), str(target)
+    if storage.exists(address):
+        raise InputError(f"{address} exists", "give a new folder, or delete it")
+    if not (folder / "config.json").exists():
+        raise InputError(f"{folder} has no config.json", "give the folder of a transformers checkpoint")
+    with quiet_transformers():
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    if getattr(config, "quantization_config", None):
+        raise InputError(
+            f"{folder} holds quantised weights (quantization_config in config.json), which cannot be sliced",
+            "use the checkpoint they were quantised from",
+        )
+    check_no_adapter(folder)
+    base = Architecture.from_config(config)
+    checkpoint = Checkpoint(folder, filled(read_headers(folder), base, str(folder)))
+    _check_tied(checkpoint, base)
+    selection = select(scores, base, architecture, layers=layers)
+    read: Callable[[str], Tensor] = checkpoint.tensor
+    if merge_heads:
+        read = merged_source(read, base, architecture, selection, scores, merge_heads)
+    total = len(base.outer_parameters) + architecture.num_layers * len(base.layer_parameters)
+    note = {"architecture": architecture.to_dict(), "layers": selection.layers, "scores": scores.provenance}
+    with storage.committed_folder(address, note) as place:
+        writer = ShardWriter(place, shard_bytes)
+        for done, (name, tensor) in enumerate(sliced_tensors(read, base, architecture, selection), start=1):
+            for stored, part in checkpoint.stored(name, tensor):
+                writer.add(stored, part)
+            if progress:
+                progress(done, total)
+        writer.close()
+        architecture.to_config(config, selection.layers).save_pretrained(str(place))
+        _copy(folder, place)
+
+
+def _check_tied(checkpoint: Checkpoint, base: Architecture) -> None:
+    table = base.table
+    if not base.tied or table.head not in checkpoint.headers:
+        return
+    if not torch.equal(checkpoint.tensor(table.head), checkpoint.tensor(table.embedding)):
+        raise untied_head(base, str(checkpoint.folder))
+
+
+def _copy(source: Path, target: Path) -> None:
+    for pattern in COPIED:
+        for file in source.glob(pattern):
+            if file.is_file():
+                copy = target / file.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
+    settings = target / TOKENIZER_CONFIG
+    if settings.exists():
+        values = storage.read_json(str(settings))
+        kept = {name: value for name, value in values.items() if name not in NOT_THE_TOKENIZERS}
+        if kept != values:
+            settings.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,5 @@
+"""The command line."""
+
+from minitron_platform.cli.commands import main
+
+__all__ = ["main"]

@@ -1,0 +1,431 @@
+"""The command line: `minitron VERB RECIPE`."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import click
+from rich.markup import escape
+
+from minitron import __version__, storage
+from minitron.errors import MinitronError
+from minitron_platform.cli.importance import importance
+from minitron_platform.cli.prune import prune
+from minitron_platform.console import Console, seconds
+from minitron_platform.stages import NAMES as STAGES
+
+STORAGE_HELP = "Where everything is kept: a folder or any fsspec address. [default: ./runs]"
+TRACKING_HELP = "MLflow server or database. [default: SQLite in the storage]"
+ADDRESS_HELP = "The cluster's Jobs address, http://HOST:8265."
+INSECURE_HELP = "Allow a plain address elsewhere without a token."
+TAKE_OVER_HELP = "Take the run from another driver that carries it out, instead of waiting for that one to end."
+LISTED = 40  # candidates that a plan shows
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class _Group(click.Group):
+    """Prints what the user can mend as two lines and exits with 2; a bug keeps its stack trace."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except MinitronError as error:
+            _fail(error)
+        except KeyboardInterrupt:
+            click.echo(f"\nstopped; to go on from here: {_again()}", err=True)
+            context.exit(130)
+
+
+def _fail(error: MinitronError) -> None:
+    click.secho("error: ", fg="red", bold=True, nl=False, err=True)
+    click.echo(error.problem, err=True)
+    if error.remedy:
+        click.secho("  fix: ", fg="green", bold=True, nl=False, err=True)
+        click.echo(error.remedy, err=True)
+    raise SystemExit(2)
+
+
+def _again() -> str:
+    return shlex.join([*shlex.split(_program()), *sys.argv[1:]])
+
+
+def _program() -> str:
+    """How to call this program from where the user is."""
+    if shutil.which("minitron"):
+        return "minitron"
+    if sys.argv[0].endswith("__main__.py"):
+        return shlex.join([sys.executable, "-m", "minitron_platform"])
+    return shlex.quote(sys.argv[0])
+
+
+@click.group(cls=_Group, context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="minitron")
+def main() -> None:
+    """Turn one large language model into a family of smaller ones.
+
+    A recipe says which teacher, text, size, search and evaluation; `minitron recipes` lists those that ship, and any YAML
+    file of yours works too.
+    """
+
+
+def _recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    options = [
+        click.argument("recipe"),
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Change a recipe key: --set distill.steps=50.",
+        ),
+        click.option("--storage", "storage_path", metavar="PATH", envvar="MINITRON_STORAGE", help=STORAGE_HELP),
+        click.option("--tracking-uri", metavar="URI", envvar="MLFLOW_TRACKING_URI", help=TRACKING_HELP),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def _tracking_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    @click.option("--storage", "storage_path", metavar="PATH", envvar="MINITRON_STORAGE", help=STORAGE_HELP)
+    @click.option("--tracking-uri", metavar="URI", envvar="MLFLOW_TRACKING_URI", help=TRACKING_HELP)
+    @wraps(function)
+    def wrapped(storage_path: str | None, tracking_uri: str | None, **rest: Any) -> Any:
+        from minitron_platform.stages.context import places
+
+        return function(places=places(storage_path, tracking_uri), **rest)
+
+    return wrapped
+
+
+@main.command()
+def recipes() -> None:
+    """List the recipes that ship."""
+    from minitron_platform.recipes.load import load_recipe, shipped_recipes
+
+    for name in shipped_recipes():
+        click.echo(f"{name:<28}{load_recipe(name).description}")
+
+
+@main.command()
+@_recipe_options
+def plan(recipe: str, overrides: tuple[str, ...], storage_path: str | None, tracking_uri: str | None) -> None:
+    """Show what RECIPE will do and cost, and refuse what cannot work."""
+    console = Console()
+    _show_plan(console, *_planned(console, recipe, overrides, storage_path, tracking_uri), candidates=True)
+
+
+@main.command()
+@_recipe_options
+@click.option("--address", metavar="ADDRESS", help="A running Ray cluster to use. [default: Ray starts here]")
+@click.option("--until", type=click.Choice(STAGES), help="Stop after this stage.")
+@click.option("--take-over", is_flag=True, help=TAKE_OVER_HELP)
+def run(
+    recipe: str,
+    overrides: tuple[str, ...],
+    storage_path: str | None,
+    tracking_uri: str | None,
+    address: str | None,
+    until: str | None,
+    take_over: bool,
+) -> None:
+    """Carry out RECIPE here, going on from what is already done."""
+    import time
+
+    started = time.monotonic()
+    console = Console()
+    console.say(f"[bold]Minitron {__version__}[/]  {escape(recipe)}")
+    loaded, planned = _planned(console, recipe, overrides, storage_path, tracking_uri, address)
+    _show_plan(console, loaded, planned, candidates=False)
+    with console.working("starting"):
+        from minitron_platform.pipeline import run as run_pipeline
+        from minitron_platform.pipeline import run_key
+        from minitron_platform.report.page import final_table
+        from minitron_platform.tracking.flusher import shown
+    done = run_pipeline(
+        loaded,
+        storage_path=storage_path,
+        tracking_uri=tracking_uri,
+        address=address,
+        until=until,
+        take_over=take_over,
+        console=console,
+    )
+    if len(done.family) < len(loaded.family) or not all("register" in own for own in done.family.values()):
+        return
+    console.say()
+    console.table(final_table(done))
+    program = _program()
+    options = (f" --storage {shlex.quote(storage_path)}" if storage_path else "") + (
+        f" --tracking-uri {shlex.quote(shown(tracking_uri))}" if tracking_uri else ""
+    )
+    report = storage.join(planned.places.local_run(run_key(loaded)), "report.html")
+    students = [own["register"] for own in done.family.values()]
+    console.say(f"\nThe student{'s' if len(students) > 1 else ''}, as plain transformers checkpoints:")
+    for registered in students:
+        console.say(f"  [bold]{escape(registered['source'])}[/]")
+    console.say(f"The report:\n  [bold]{escape(report)}[/]")
+    console.say(f"Browse the experiment:\n  [bold]{escape(program + ' ui' + options)}[/]")
+    console.say("Promote a student:" if len(students) > 1 else "Promote the student:")
+    for registered in students:
+        chosen = f"{registered['model']} --version {registered['version']}"
+        console.say(f"  [bold]{escape(f'{program} promote {chosen}{options}')}[/]")
+    console.say(f"[dim]{seconds(time.monotonic() - started)} in all[/]")
+
+
+def _planned(
+    console: Console,
+    recipe: str,
+    overrides: tuple[str, ...],
+    storage_path: str | None,
+    tracking_uri: str | None,
+    address: str | None = None,
+) -> tuple[Any, Any]:
+    from minitron_platform.recipes.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    with console.working("planning"):
+        from minitron_platform.planning.plan import plan as make_plan
+
+        return loaded, make_plan(loaded, storage_path=storage_path, tracking_uri=tracking_uri, address=address)
+
+
+def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool) -> None:
+    from rich.table import Table
+
+    from minitron_platform.estimates.memory import memory_text
+    from minitron_platform.tracking.flusher import shown
+
+    sizes = " and ".join(f"{member.parameters / 1e6:,.1f}M" for member in recipe.family)
+    table = Table(
+        title=f"{recipe.name}: {planned.teacher.num_parameters / 1e6:,.1f}M to {sizes}",
+        title_justify="left",
+    )
+    for title, side in (
+        ("stage", "left"),
+        ("what", "left"),
+        ("TFLOP", "right"),
+        ("disk", "right"),
+        ("rough time", "right"),
+    ):
+        table.add_column(title, justify=side)  # type: ignore[arg-type]
+    model = ""
+    for cost in planned.costs:
+        if cost.model != model and len(recipe.family) > 1:
+            table.add_section()
+            table.add_row("", f"[bold]{escape(cost.model)}[/]")
+        model = cost.model
+        table.add_row(
+            cost.stage,
+            cost.what,
+            f"{cost.flops / 1e12:,.1f}" if cost.flops else "",
+            f"{cost.bytes / 1e6:,.0f} MB" if cost.bytes > 1e5 else "",
+            "already done" if cost.done else seconds(cost.seconds),
+        )
+    table.add_section()
+    table.add_row(
+        "",
+        "in all",
+        f"{sum(c.flops for c in planned.costs) / 1e12:,.1f}",
+        f"{planned.bytes / 1e6:,.0f} MB",
+        seconds(planned.seconds),
+    )
+    console.table(table)
+    free = f" ({planned.free_bytes / 1e9:,.0f} GB free)" if planned.free_bytes is not None else ""
+    console.say(f"storage  {escape(planned.places.storage)}{free}")
+    console.say(f"mlflow   {escape(shown(planned.places.tracking_uri))}")
+    console.say(f"compute  {planned.dtype}, {planned.flops_per_second / 1e9:,.0f} GFLOP/s measured here")
+    console.say(f"resources  {planned.resources_text}")
+    for stage in planned.memory:
+        name = f"{stage.model} {stage.stage}" if len(recipe.family) > 1 and stage.model else stage.stage
+        console.say(f"memory   {escape(name)}: {memory_text(stage)}")
+    for mode, cost in planned.teacher_costs.items():
+        chosen = ", as the recipe says" if mode == recipe.targets.mode else ""
+        console.say(
+            f"teacher  {mode}: {cost.rows:,} rows stored, {cost.bytes / 1e6:,.1f} MB, {cost.stored_flops / 1e12:,.2f} TFLOP; "
+            f"{cost.online_flops / 1e12:,.2f} TFLOP in the distillation{chosen}"
+        )
+    for warning in planned.warnings:
+        console.say(f"[yellow]warning  {escape(warning)}[/]")
+    console.say()
+    for note in planned.notes[:3]:
+        console.say(f"[yellow]note[/]     {escape(note)}")
+    if len(planned.notes) > 3:
+        console.say(f"[yellow]note[/]     {len(planned.notes) - 3} more of the kind")
+    for member in recipe.family if candidates else ():
+        found = planned.candidates[member.model]
+        after = f", by what wins before {member.model}" if recipe.origin(member) else ""
+        drawn = " at random, for the sampler to improve on" if member.model in planned.sampled else ""
+        shapes = Table(title=f"{member.model}: {len(found)} candidates{drawn}{after}", title_justify="left")
+        for title in ("layers", "hidden", "MLP", "heads", "KV", "parameters", "GFLOP/tok", "cache/tok"):
+            shapes.add_column(title, justify="right", no_wrap=True)
+        for a in found[:LISTED]:
+            shapes.add_row(
+                *[str(v) for v in (a.num_layers, a.hidden_size, a.intermediate_size, a.num_heads, a.num_kv_heads)],
+                f"{a.num_parameters:,}",
+                f"{a.flops_per_token(recipe.data.seq_length) / 1e9:.3f}",
+                f"{a.kv_cache_bytes(1):,} B",
+            )
+        console.table(shapes)
+        if len(found) > LISTED:
+            console.say(f"and {len(found) - LISTED:,} more, down to {found[-1].num_parameters:,} parameters\n")
+
+
+@main.command()
+@_recipe_options
+@click.option("--address", required=True, metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help=ADDRESS_HELP)
+@click.option("--insecure", is_flag=True, help=INSECURE_HELP)
+@click.option("--take-over", is_flag=True, help=TAKE_OVER_HELP)
+def submit(
+    recipe: str,
+    overrides: tuple[str, ...],
+    storage_path: str | None,
+    tracking_uri: str | None,
+    address: str,
+    insecure: bool,
+    take_over: bool,
+) -> None:
+    """Run RECIPE as a job on a Ray cluster; it goes on when this terminal is gone."""
+    from minitron_platform.cluster.submission import submit as submit_recipe
+    from minitron_platform.recipes.load import load_recipe
+
+    submission = submit_recipe(
+        load_recipe(recipe, overrides),
+        address=address,
+        storage_path=storage_path,
+        tracking_uri=tracking_uri,
+        insecure=insecure,
+        take_over=take_over,
+        say=lambda line: click.echo(line, err=True),
+    )
+    click.echo(submission)
+    click.echo(f"follow it: {_program()} logs {submission} --address {address} --follow", err=True)
+
+
+def _job_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--insecure", is_flag=True, help=INSECURE_HELP),
+        click.option("--address", required=True, metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help=ADDRESS_HELP),
+    ):
+        function = option(function)
+    return function
+
+
+@main.command()
+@click.argument("job", required=False)
+@_job_options
+def status(job: str | None, address: str, insecure: bool) -> None:
+    """The state of JOB, or of every submitted run."""
+    from minitron_platform.cluster.jobs import status as job_status
+
+    for row in job_status(address, job, insecure=insecure):
+        click.echo(f"{row.submission_id:<48}{row.status:<12}{row.message or ''}")
+
+
+@main.command()
+@click.argument("job")
+@click.option("--follow", "-f", is_flag=True, help="Keep printing until the job ends.")
+@_job_options
+def logs(job: str, follow: bool, address: str, insecure: bool) -> None:
+    """What JOB printed."""
+    from minitron_platform.cluster.jobs import logs as job_logs
+
+    for text in job_logs(address, job, follow, insecure=insecure):
+        click.echo(text, nl=False)
+
+
+@main.command()
+@click.argument("job")
+@_job_options
+def stop(job: str, address: str, insecure: bool) -> None:
+    """Stop JOB; submitting it again goes on from where it was."""
+    from minitron_platform.cluster.jobs import stop as stop_job
+
+    click.echo(stop_job(address, job, insecure=insecure))
+
+
+@main.command()
+@_tracking_options
+def models(places: Any) -> None:
+    """List the registered models."""
+    from rich.table import Table
+
+    from minitron.evaluation.metrics import KL, LOSS
+    from minitron_platform.tracking.registry import models as registered
+
+    found = registered(places.tracking_uri, places.storage)
+    if not found:
+        click.echo(f"no models in {places.tracking_uri}; `minitron run` registers one")
+        return
+    table = Table(caption=f"KL to the teacher and held-out loss in {KL.unit}", caption_justify="left")
+    for title in ("model", "version", "parameters", "KL", "loss", "registered"):
+        table.add_column(title, no_wrap=True)
+    for row in found:
+        table.add_row(
+            row.name,
+            row.version,
+            f"{row.parameters / 1e6:,.1f}M" if row.parameters else "",
+            KL.text(row.heldout_kl) if row.heldout_kl is not None else "",
+            LOSS.text(row.heldout_loss) if row.heldout_loss is not None else "",
+            f"{row.created:%Y-%m-%d %H:%M}",
+        )
+    console = Console()
+    console.table(table)
+    for row in found:
+        aliases = f" ({', '.join(row.aliases)})" if row.aliases else ""
+        console.say(escape(f"{row.name} {row.version}{aliases}: {row.source}"))
+        if row.tasks:
+            console.say(escape(f"  {' · '.join(f'{task} {score}' for task, score in row.tasks.items())}"))
+
+
+@main.command()
+@click.argument("model")
+@click.option("--version", metavar="N", help="[default: the one under the alias 'candidate']")
+@click.option("--alias", default="champion", show_default=True)
+@_tracking_options
+def promote(places: Any, model: str, version: str | None, alias: str) -> None:
+    """Point an alias of MODEL at a version, after checking its weights."""
+    from minitron_platform.tracking.registry import promote as promote_model
+
+    _say_promotion(promote_model(places.tracking_uri, model, version=version, alias=alias, storage_root=places.storage))
+
+
+@main.command()
+@click.argument("model")
+@click.option("--alias", default="champion", show_default=True)
+@_tracking_options
+def rollback(places: Any, model: str, alias: str) -> None:
+    """Point an alias of MODEL back at the version before."""
+    from minitron_platform.tracking.registry import rollback as roll_back
+
+    _say_promotion(roll_back(places.tracking_uri, model, alias=alias, storage_root=places.storage))
+
+
+def _say_promotion(promotion: Any) -> None:
+    before = f" (was version {promotion.previous})" if promotion.previous else ""
+    click.echo(f"{promotion.name}@{promotion.alias} is version {promotion.version}{before}")
+
+
+@main.command()
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=5000, show_default=True)
+@click.option("--insecure", is_flag=True, help="Allow a host other than this machine.")
+@_tracking_options
+def ui(places: Any, host: str, port: int, insecure: bool) -> None:
+    """Browse experiments and models in MLflow's pages."""
+    from minitron_platform.tracking.server import serve
+
+    raise SystemExit(serve(places.tracking_uri, places.local, host=host, port=port, insecure=insecure, say=click.echo))
+
+
+main.add_command(importance)
+main.add_command(prune)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What a teacher and a process take, from shapes and settings alone."""

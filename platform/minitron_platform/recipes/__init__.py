@@ -1,0 +1,1 @@
+"""Recipes: their keys, reading them, and what follows from a recipe alone."""

@@ -1,0 +1,1 @@
+"""The table, the plots and the page that a run ends with."""

@@ -1,0 +1,295 @@
+"""The table, the picture and the page at the end of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from minitron import storage
+from minitron.evaluation import task_metric
+from minitron.evaluation.metrics import AGREEMENT, KL, LOSS, PLUS_MINUS, SPEED
+from minitron_platform.report.shipped_files import data_folder
+from minitron_platform.stages.context import Context
+from minitron_platform.tracking.flusher import shown
+from minitron_platform.tracking.restarts import Restart
+from minitron_search.ranking import pareto
+from minitron_search.tau import SETTLED
+
+MOST_BARS = 25
+STANDINGS = {"distilled: the winner": "#76b900", "tied with the best": "#b5d99c", "behind": "#9aa5b1"}
+COSTS = (
+    ("parameters", 1e6, "million parameters"),
+    ("flops_per_token", 1e9, "GFLOPs per token"),
+    ("memory_bytes", 1e6, "MB of weights and KV cache"),
+    ("latency_ms", 1, "ms to the first token"),
+)  # of the ranking; the last where it is limited
+LABELS = {"pruned": "pruned only", "distilled": "distilled"}
+
+
+def _columns(context: Context) -> list[tuple[str, dict[str, Any]]]:
+    """Title and figures of every model: the teacher, then each of the family before and after its distillation."""
+    tables = {model: own["evaluate"]["table"] for model, own in context.family.items()}
+    columns = [("teacher", next(iter(tables.values()))["teacher"])]
+    for model, table in tables.items():
+        name = f"{model}\n" if len(tables) > 1 else ""
+        columns += [(name + label, table[key]) for key, label in LABELS.items()]
+    return columns
+
+
+def rows(context: Context) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the final table, as text: a column per model, a row per figure."""
+    columns = _columns(context)
+    figures: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("parameters", lambda m: f"{m['parameters']:,}"),
+        (LOSS.name, lambda m: LOSS.text(m["loss"])),
+        (KL.name, lambda m: KL.text(m["kl"])),
+        (AGREEMENT.title, lambda m: AGREEMENT.text(m["top1_agreement"])),
+        *((_title(task, metric), partial(_task, task)) for task, metric in _benchmarks(context).items()),
+        (SPEED.unit, lambda m: SPEED.text(m["tokens_per_second"])),
+    ]
+    return ["", *(title for title, _ in columns)], [[name, *[text(m) for _, m in columns]] for name, text in figures]
+
+
+def _benchmarks(context: Context) -> dict[str, str | None]:
+    """The recipe's benchmarks with their metrics, which are not known where every model failed."""
+    known = {task: score["metric"] for _, model in _columns(context) for task, score in model["tasks"].items()}
+    return {task.name: known.get(task.name) for task in context.recipe.evaluate.tasks}
+
+
+def _task(task: str, model: dict[str, Any]) -> str:
+    if task not in model["tasks"]:
+        return "failed"
+    score = model["tasks"][task]
+    return task_metric(task, score["metric"]).text(score["value"], score["stderr"])
+
+
+def _title(task: str, metric: str | None) -> str:
+    """A benchmark with its metric and unit; its name alone where an earlier version did not note the metric."""
+    return f"{task} {task_metric(task, metric).title}" if metric else task
+
+
+def caption(context: Context) -> str:
+    """What the table's figures are measured on, and why some are missing."""
+    columns = _columns(context)
+    model = columns[-1][1]
+    scores = {task: score for _, own in columns for task, score in own["tasks"].items()}
+    tasks = [
+        f"{name}: {s['metric']}{'' if s['higher_is_better'] in (True, None) else ' (lower is better)'}, "
+        f"{s['num_fewshot']}-shot, first {s['num_documents']} documents of {s['split']}"
+        for name, s in scores.items()
+    ]
+    failed = {task: reason for _, own in columns for task, reason in own.get("failures", {}).items()}
+    failures = [f"{task} failed: {reason}" for task, reason in failed.items()]
+    tokens = f"{model['heldout_tokens']:,} held-out tokens"
+    errors = [f"{PLUS_MINUS} is the standard error"] if any(s["stderr"] is not None for s in scores.values()) else []
+    return " · ".join([f"loss and KL in {KL.unit} on {tokens}", *tasks, *errors, *failures])
+
+
+def final_table(context: Context) -> Table:
+    """The table for a terminal."""
+    header, body = rows(context)
+    table = Table(caption=caption(context), caption_justify="left", collapse_padding=True)  # two models fit 80 columns
+    for index, title in enumerate(header):
+        table.add_column(title, justify="left" if index == 0 else "right")
+    for row in body:
+        table.add_row(*row)
+    return table
+
+
+def write_report(context: Context, parent: Any) -> Path:
+    """Write report.html, report.png and results.json beside the run's record, once per result."""
+    folder = Path(context.places.local_run(context.run_key))
+    results = {"run": context.run_key, "stages": context.shared, "family": context.family}
+    text = json.dumps(results, indent=1, sort_keys=True)
+    target = folder / "results.json"
+    if not parent.open and target.exists() and target.read_text() == text and (folder / "report.html").exists():
+        return folder
+    with context.console.working("report"):
+        picture = draw(context)
+        storage.write_bytes(str(folder / "report.png"), picture)
+        storage.write_bytes(str(folder / "report.html"), page(context).encode())
+        storage.write_bytes(str(target), text.encode())
+    if not parent.open:
+        parent.reopen()
+    for name in ("report.html", "report.png", "results.json", "recipe.yaml"):
+        parent.log.artifact(str(folder / name))
+        if not storage.is_local(context.places.storage):
+            storage.write_bytes(storage.join(context.places.run(context.run_key), name), (folder / name).read_bytes())
+    return folder
+
+
+def draw(context: Context) -> bytes:
+    """For each model of the family its search and its distillation, as a PNG: a bar per candidate, the training curve, and
+    KL against parameters, FLOPs, memory and, where it was measured, latency."""
+    import io
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        count = len(context.family)
+        figure, axes = pyplot.subplots(3 * count, 2, figsize=(11, 10.8 * count), layout="constrained", squeeze=False)
+        for index, (model, own) in enumerate(context.family.items()):
+            name = f"{model}: " if count > 1 else ""
+            ranking = own["search"]["ranking"]
+            (bars, curve), *fronts = axes[3 * index : 3 * index + 3]
+            _draw_search(bars, ranking, name)
+            training = context.recipe.distillation(next(m for m in context.recipe.family if m.model == model))
+            tokens_per_step = training.batch_rows * context.shared["data"]["seq_length"]
+            _draw_distillation(curve, tokens_per_step, own, name)
+            for panel, (cost, unit, label) in zip([p for row in fronts for p in row], COSTS, strict=True):
+                if cost in ranking[0]:
+                    _draw_pareto(panel, ranking, cost, unit, label, name)
+                else:
+                    panel.set_axis_off()
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=130)
+        pyplot.close(figure)
+    return buffer.getvalue()
+
+
+def _colour(row: dict[str, Any]) -> str:
+    winner, tied, behind = STANDINGS.values()
+    return winner if row["winner"] else tied if row["tied"] else behind
+
+
+def _draw_search(axes: Any, ranking: list[dict[str, Any]], name: str) -> None:
+    from matplotlib.patches import Patch
+
+    ordered = ranking[:MOST_BARS][::-1]
+    names = [f"{r['num_layers']}L·{r['hidden_size']}·{r['intermediate_size']}·{r['num_heads']}h" for r in ordered]
+    places = range(len(ordered))
+    pruned, colours = "#e4e7eb", [_colour(r) for r in ordered]
+    axes.barh(places, [r["kl_undistilled"] for r in ordered], color=pruned)
+    axes.barh(places, [r["kl"] for r in ordered], color=colours)
+    axes.set_yticks(places, names)
+    axes.set_xlabel(f"held-out {KL.title}")
+    shown = f"best {len(ordered)} of " if len(ordered) < len(ranking) else ""
+    axes.set_title(f"{name}search, {shown}{len(ranking)} candidates", loc="left", fontsize=10)
+    legend = {LABELS["pruned"]: pruned, **{text: colour for text, colour in STANDINGS.items() if colour in colours}}
+    patches = [Patch(color=colour, label=text) for text, colour in legend.items()]
+    axes.legend(handles=patches, frameon=False, loc="upper left", bbox_to_anchor=(-0.1, -0.14), ncols=4, handlelength=1)
+
+
+def _draw_pareto(axes: Any, ranking: list[dict[str, Any]], cost: str, unit: float, label: str, name: str) -> None:
+    """A point per candidate, and a line through those that none other beats in both."""
+    costs, kl = [r[cost] / unit for r in ranking], [r["kl"] for r in ranking]
+    front = pareto(costs, kl)
+    line = [costs[i] for i in front], [kl[i] for i in front]
+    axes.plot(*line, color="#52606d", linewidth=1, zorder=1, label="no other is better in both")
+    axes.scatter(costs, kl, color=[_colour(r) for r in ranking], zorder=2)
+    axes.set_xlabel(label)
+    axes.set_ylabel(f"held-out KL, {KL.unit}")
+    axes.set_title(f"{name}KL against {label}", loc="left", fontsize=10)
+    axes.legend(frameon=False)
+
+
+def _draw_distillation(axes: Any, tokens_per_step: int, own: dict[str, dict[str, Any]], name: str) -> None:
+    curve = storage.read_json(own["distill"]["curve"])
+    measure, what = ("train_kl", KL.title) if curve["train_kl"] else ("train_loss", f"loss, {LOSS.unit}")
+    axes.plot(
+        [step * tokens_per_step for step in curve["step"]], curve[measure], color="#76b900", label="training rows"
+    )
+    for key, style in (("pruned", ":"), ("distilled", "--")) if measure == "train_kl" else ():
+        value = own["evaluate"]["table"][key]["kl"]
+        axes.axhline(value, color="#52606d", linestyle=style, label=f"{LABELS[key]}, held-out rows")
+    axes.set_xlabel("tokens")
+    axes.set_ylabel(what)
+    axes.set_title(f"{name}distillation", loc="left", fontsize=10)
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+
+
+def _benchmark(search: dict[str, Any], row: dict[str, Any], task: str) -> str:
+    """A candidate's score on a task, empty where it has none."""
+    metric = task_metric(task, search.get("metrics", {}).get(task, ""))
+    return "" if row[task] is None else metric.text(row[task], row[f"{task}_stderr"])
+
+
+def _benchmark_titles(search: dict[str, Any]) -> dict[str, str]:
+    """The head of each benchmark's column."""
+    return {task: _title(task, search.get("metrics", {}).get(task)) for task in search["benchmarks"]}
+
+
+def serving_text(search: dict[str, Any]) -> str:
+    """What memory and latency are of."""
+    serving = search["serving"]
+    sequences = "a sequence" if serving["batch"] == 1 else f"{serving['batch']} sequences"
+    text = f"Memory is weights and KV cache of {sequences} of {serving['context']:,} tokens at 16 bits a value"
+    timed = "latency the time to their first token, a median" if "latency_ms" in search["ranking"][0] else ""
+    return f"{text}; {timed}." if timed else f"{text}."
+
+
+def findings(search: dict[str, Any]) -> list[str]:
+    """What a search says about itself: how early its order was known, and what stopping early saved or would have."""
+    said = []
+    if search["forward"] is not None:
+        distilled = sum(row["distilled"] for row in search["forward"])
+        said.append(
+            f"{len(search['forward'])} candidates were scored without training and {distilled} of them distilled."
+        )
+    if search["stopped"]:
+        stopped = len(search["stopped"])
+        said.append(f"{stopped} were stopped at a rung, which saved {search['saved']:.0%} of the training steps.")
+    if len(search["ranking"]) < 2:
+        return said
+    rows = {row["step"]: row for row in search["stability"] if row["measure"].startswith("KL")}
+    threshold = f"Kendall's tau of at least {SETTLED:g} to the final order"
+    if search["settled"] is None:
+        return [*said, f"No earlier measurement has a {threshold}: the order did not settle before the end."]
+    row = rows[search["settled"]]
+    when = f"from step {search['settled']} on" if search["settled"] else "before any training"
+    said.append(f"The order had settled {when} ({threshold}).")
+    if not search["stopped"]:
+        said.append(
+            f"Stopping the worse half there would have saved {row['saved']:.0%} of the training steps and cost "
+            f"{row['regret_kept']:.3f} nats per token."
+        )
+    return said
+
+
+def restarts(context: Context) -> list[tuple[str, Restart]]:
+    """Stage and restart of all work that failed and was started again."""
+    stages = [("correct", context.shared.get("correct", {}))]
+    for model, own in context.family.items():
+        name = f" {model}" if len(context.family) > 1 else ""
+        stages += [(f"{stage}{name}", own[stage]) for stage in ("search", "distill")]
+    return [(stage, Restart(**values)) for stage, outputs in stages for values in outputs.get("restarts", ())]
+
+
+def page(context: Context) -> str:
+    """The run as one self-contained page."""
+    import base64
+
+    import jinja2
+
+    header, body = rows(context)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string((data_folder("dashboards") / "report.html.j2").read_text())
+    folder = Path(context.places.local_run(context.run_key))
+    return template.render(
+        recipe=context.recipe,
+        run_key=context.run_key,
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        header=header,
+        body=body,
+        caption=caption(context),
+        picture=base64.b64encode((folder / "report.png").read_bytes()).decode(),
+        shared=context.shared,
+        family=context.family,
+        benchmark=_benchmark,
+        benchmarks={model: _benchmark_titles(own["search"]) for model, own in context.family.items()},
+        serving={model: serving_text(own["search"]) for model, own in context.family.items()},
+        restarts=restarts(context),
+        findings={model: findings(own["search"]) for model, own in context.family.items()},
+        origins={m.model: o.model for m in context.recipe.family if (o := context.recipe.origin(m))},
+        tracking_uri=shown(context.places.tracking_uri),
+    )

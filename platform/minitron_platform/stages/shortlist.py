@@ -1,0 +1,88 @@
+"""Which architectures a search looks at: those of its space, or a sample of it, that are fast enough where it matters."""
+
+from __future__ import annotations
+
+import math
+
+from minitron import storage
+from minitron.architecture import Architecture
+from minitron.errors import InputError
+from minitron_platform.stages.context import Context
+from minitron_platform.stages.search import architectures, limits_of, pinned, place, sampled_space
+from minitron_search.latency import Latency
+from minitron_search.pool import Pool
+from minitron_search.sampling import sample
+from minitron_search.trial import SearchTask
+from minitron_search.tuning import score_all
+
+
+def shortlist(context: Context, task: SearchTask, pool: Pool) -> tuple[list[Architecture], dict[str, float]]:
+    """The candidates, and by name the milliseconds to the first token of those that were timed.
+
+    Raises InputError where none keeps to the limits, or a point does not keep to the measured one.
+    """
+    recipe, member = context.recipe, context.member
+    base = Architecture.from_dict(context.base["architecture"])
+    timed = _Timed(context, task, pool)
+    points = pinned(recipe, member, base)
+    timed.check(points)
+    space = sampled_space(recipe, member, base)
+    if space is None:
+        found = timed.fast(architectures(recipe, member, base))
+    else:
+        assert recipe.search.sampler is not None
+        sampler = recipe.search.sampler
+        count = context.console.counter(f"of {sampler.candidates:,} candidates scored undistilled")
+        scored: dict[Architecture, float] = {}
+
+        def score(proposed: list[Architecture]) -> dict[Architecture, float]:
+            fast = timed.fast(proposed)
+            known, _ = score_all(task, fast, pool)  # the search itself reports those that failed
+            new = {a: known.get(a, math.nan) for a in fast}
+            scored.update(new)
+            count(len(scored), sampler.candidates)
+            return new
+
+        found = sample(score, space, sampler.candidates, seed=sampler.seed, points=points)
+    if not found:
+        where = f"{place(recipe, member)}.limits"
+        least = f", and the fastest takes {min(timed.milliseconds.values()):.3g} ms" if timed.milliseconds else ""
+        raise InputError(
+            f"{where}: no candidate keeps to them: {len(timed.milliseconds)} were timed{least}",
+            f"raise {where}.latency_ms, or widen {place(recipe, member)}.space",
+        )
+    return found, {str(a): ms for a, ms in timed.milliseconds.items()}
+
+
+class _Timed:
+    """Leaves out what takes longer to its first tokens than is allowed; measures nothing where that is not limited."""
+
+    def __init__(self, context: Context, task: SearchTask, pool: Pool) -> None:
+        self.limits, self.console = limits_of(context.recipe, context.member), context.console
+        self.place, self.share = place(context.recipe, context.member), pool.share
+        self.milliseconds: dict[Architecture, float] = {}
+        if self.limits and self.limits.latency_ms:
+            self.latency = Latency(
+                origin=task.origin.folder,
+                dtype=task.origin.dtype,
+                batch=self.limits.batch,
+                context=self.limits.context,
+                folder=storage.join(context.places.storage, "latency"),
+                threads=task.threads,
+            )
+
+    def fast(self, architectures: list[Architecture]) -> list[Architecture]:
+        if self.limits is None or self.limits.latency_ms is None:
+            return architectures
+        progress = self.console.counter("shapes timed")
+        self.milliseconds |= self.latency.measure(architectures, share=self.share, progress=progress)
+        return [a for a in architectures if self.milliseconds[a] <= self.limits.latency_ms]
+
+    def check(self, points: list[Architecture]) -> None:
+        slow = set(points) - set(self.fast(points))
+        for index, point in enumerate(points):
+            if point in slow:
+                raise InputError(
+                    f"{self.place}.points.{index}: {point} takes {self.milliseconds[point]:.3g} ms to its first token",
+                    f"change the point, or raise {self.place}.limits.latency_ms",
+                )

@@ -1,0 +1,151 @@
+"""MLflow's own pages over the store of a run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from urllib.error import URLError
+
+from minitron.errors import InputError, MinitronError
+from minitron.storage import disk_errors, is_local, local_path
+from minitron_platform.addresses import is_loopback
+from minitron_platform.tracking.flusher import create_database, prepare_mlflow, shown, sqlite_path
+
+START_SECONDS = 90.0  # MLflow imports, and on first use creates its tables
+STOP_SECONDS = 10.0
+
+
+def serve(
+    tracking_uri: str,
+    artifact_root: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 5000,
+    insecure: bool = False,
+    say: Callable[[str], None] = print,
+) -> int:
+    """Run MLflow's server over `tracking_uri` until Ctrl-C or SIGTERM; returns the exit code. Both end together.
+
+    artifact_root: folder or address where experiments made through this server keep their artifacts.
+    An http(s) tracking address has its own pages: its address is said, and nothing is started.
+    Raises InputError for a host other machines can reach without `insecure`, and for a port that is taken;
+    MinitronError with the end of the server's log where it does not start.
+    """
+    prepare_mlflow(tracking_uri)
+    if tracking_uri.startswith("http"):
+        say(f"MLflow is at {shown(tracking_uri)}")
+        return 0
+    if not insecure and not is_loopback(host):
+        raise InputError(
+            f"host {host!r} can be reached from other machines, and MLflow asks nobody for a password",
+            "keep 127.0.0.1 and tunnel to it with ssh -L, or pass --insecure",
+        )
+    _check_free(host, port)
+    create_database(tracking_uri)
+    if is_local(artifact_root):
+        artifact_root = str(local_path(artifact_root))
+        with disk_errors(artifact_root):
+            os.makedirs(artifact_root, exist_ok=True)
+    database = sqlite_path(tracking_uri)
+    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
+    command += ["--artifacts-destination", artifact_root]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    with tempfile.TemporaryDirectory(prefix="minitron-ui-") as folder, open(f"{folder}/log", "w+b") as output:
+        store = tracking_uri if database is None else f"sqlite:///{database}"
+        environment = {
+            **os.environ,
+            "MLFLOW_BACKEND_STORE_URI": store,  # not an argument: it may hold a password, and ps shows arguments
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        }
+        # Its own session, so that one signal ends it and its workers however this process is ended.
+        server = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        with _sigterm_as_ctrl_c():
+            try:
+                say("MLflow is starting")
+                if not _wait_until_healthy(server, address):
+                    output.seek(0)
+                    tail = output.read().decode(errors="replace")[-2000:]
+                    raise MinitronError(
+                        f"MLflow's server did not start:\n{tail}", "mend what its log names and try again"
+                    )
+                say(f"MLflow is at {address}  (Ctrl-C ends it)")
+                return server.wait()
+            except KeyboardInterrupt:
+                say("MLflow ended")
+                return 0
+            finally:
+                _end(server)
+
+
+def _check_free(host: str, port: int) -> None:
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+    except OSError as error:
+        raise InputError(
+            f"port {port} of {host} cannot be used: {error.strerror or error}", "choose another one with --port"
+        ) from error
+
+
+def _wait_until_healthy(server: subprocess.Popen[bytes], address: str) -> bool:
+    deadline = time.monotonic() + START_SECONDS
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({})
+    )  # a proxy knows nothing of this machine's ports
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with opener.open(f"{address}/health", timeout=5) as answer:
+                if answer.status == 200:
+                    return True
+        except (URLError, OSError):
+            time.sleep(0.2)
+    return False
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Make SIGTERM end both processes as Ctrl-C does. Python lets only the main thread do that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(server.pid, number)
+            server.wait(STOP_SECONDS)
+            return
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue

@@ -1,0 +1,1 @@
+"""A distillation on Ray Train, what its workers say, and its curve."""

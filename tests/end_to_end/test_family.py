@@ -1,0 +1,152 @@
+"""Families and corrected teachers, as a user runs them: chains, the losses that follow from depth, and measured correction."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers.command import run_minitron
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+
+from minitron import Architecture, ImportanceScores, prune
+from minitron.models import load_model
+from minitron_platform.stages.stage_records import read_record
+
+LARGE = {"num_layers": [3, 4], "hidden_size": [36, 48], "intermediate_size": [48, 72]}
+SMALL = {"num_layers": [2, 3], "hidden_size": [36, 48], "intermediate_size": [48, 72]}
+
+
+def _recipe(bench, name, **changes):
+    values = yaml.safe_load((bench / "recipe.yaml").read_text())
+    values |= {"name": name, "evaluate": {"tasks": []}, **changes}
+    values["search"]["training"]["steps"] = 3
+    (bench / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    return f"{name}.yaml"
+
+
+def _correction(**changes):
+    training = {"steps": 12, "batch_rows": 8, "peak_lr": 5e-3, "min_lr": 5e-4, "warmup_steps": 3, "checkpoint_every": 4}
+    return {"method": "norms", "min_gain": 0.001, "probe_steps": 6, "training": training, **changes}
+
+
+@pytest.fixture(scope="module")
+def family(bench):
+    """A corrected teacher, a model cut from it, and one cut from that model."""
+    members = [
+        {"model": "tiny-large", "parameters": 75_000, "tolerance": 0.15, "space": LARGE},
+        {"model": "tiny-small", "start": "previous", "parameters": 50_000, "tolerance": 0.15, "space": SMALL},
+    ]
+    recipe = _recipe(
+        bench,
+        "family",
+        family=members,
+        correct=_correction(),
+        calibrate={"rows": 16, "layers": "logit_error", "depth": "scattered", "layer_rows": 4},
+    )
+    result = run_minitron("run", recipe, "--storage", "family", cwd=bench)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (path,) = (bench / "family" / "runs").glob("*/results.json")
+    return result, json.loads(path.read_text())
+
+
+def test_a_teacher_that_gains_from_the_text_is_corrected(family):
+    shared = family[1]["stages"]
+    assert shared["correct"]["corrected"]
+    assert shared["correct"]["loss_after"] < shared["correct"]["loss_before"] - 0.001
+    before = load_file(Path(shared["teacher"]["folder"]) / "model.safetensors")
+    after = load_file(Path(shared["correct"]["folder"]) / "model.safetensors")
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if "norm" in name}
+
+
+def test_the_next_model_is_cut_from_the_one_before_and_distilled_from_the_same_teacher(family):
+    output, results = family
+    large, small = results["family"]["tiny-large"], results["family"]["tiny-small"]
+    assert small["distill"]["parameters"] < large["distill"]["parameters"]
+    base = load_model(large["distill"]["student"])
+    scores = ImportanceScores.load(small["calibrate"]["scores"])
+    winner = Architecture.from_dict(small["search"]["winner"])
+    removed = small["calibrate"]["removed"].get(str(winner.num_layers), [])
+    kept = [i for i in range(large["search"]["winner"]["num_layers"]) if i not in removed]
+    expected = prune(base, winner, scores, layers=kept).state_dict()
+    actual = load_model(small["distill"]["pruned"]).state_dict()
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
+    for own in (large, small):
+        assert own["evaluate"]["table"]["teacher"]["kl"] == pytest.approx(0, abs=1e-6)
+        assert own["evaluate"]["table"]["distilled"]["kl"] < own["evaluate"]["table"]["pruned"]["kl"]
+    assert "tiny-small, cut from tiny-large" in output.stdout
+
+
+def test_the_losses_follow_from_the_depth_that_was_cut(family):
+    output, results = family
+    for own in results["family"].values():
+        deep = (
+            own["search"]["winner"]["num_layers"] * 3 < results["stages"]["teacher"]["architecture"]["num_layers"] * 2
+        )
+        assert bool(own["distill"]["losses"]["hidden"]) == own["distill"]["losses"]["embedding"] == deep
+        assert own["distill"]["losses_chosen"] in output.stdout
+    depths = {own["search"]["winner"]["num_layers"] for own in results["family"].values()}
+    assert min(depths) < 4  # of 5: hidden states were compared at least once
+
+
+def test_both_are_registered_with_where_they_come_from(bench, family):
+    client = MlflowClient(f"sqlite:///{bench}/family/mlflow.db")
+    large = client.get_model_version_by_alias("tiny-large", "candidate")
+    small = client.get_model_version_by_alias("tiny-small", "candidate")
+    assert large.tags["minitron.cut_from"] == "teacher"
+    assert small.tags["minitron.cut_from"] == f"tiny-large version {large.version}"
+    assert large.tags["minitron.teacher_corrected"] == "True"
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id], max_results=100)
+    names = [run.info.run_name for run in runs]
+    for name in ("correct", "search tiny-large", "distill tiny-small"):
+        assert names.count(name) == 1
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    page = next((bench / "family" / "runs").glob("*/report.html")).read_text()
+    assert "cut from tiny-large" in page
+
+
+def test_a_teacher_that_gains_too_little_stays_as_it_is_and_scores_are_kept(bench, family):
+    recipe = yaml.safe_load((bench / "family.yaml").read_text())
+    recipe["correct"]["min_gain"] = 5.0
+    (bench / "kept.yaml").write_text(yaml.safe_dump(recipe))
+    result = run_minitron("run", "kept.yaml", "--storage", "family", "--until", "calibrate", cwd=bench)
+    assert result.returncode == 0, result.stdout + result.stderr
+    line = next(x for x in result.stdout.splitlines() if x.startswith("✓ correct"))
+    assert "after 6 steps, less than 5" in line
+    left = [path for path in (bench / "family" / "stages" / "correct").glob("*") if not (path / "corrected").exists()]
+    assert all(not (path / name).exists() for path in left for name in ("checkpoints", "probe"))
+    # the scores of the teacher as it came serve the corrected one too
+    line = next(x for x in result.stdout.splitlines() if x.startswith("✓ calibrate"))
+    assert "already done" in line
+    folders = [path.parent for path in (bench / "family" / "stages" / "correct").glob("*/stage.json")]
+    records = [read_record(str(bench / "family"), str(folder)) for folder in folders]
+    (kept,) = [record["outputs"] for record in records if not record["outputs"]["corrected"]]
+    assert kept["folder"] == family[1]["stages"]["teacher"]["folder"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"family.0.start": "previous"}, "nothing comes before"),
+        ({"family.1.parameters": "900000"}, "family.1.parameters: 900,000"),
+        ({"family.1.space.num_layers": "[7]"}, "family.1.space"),
+        ({"family.1.model": "tiny-large"}, "two models are called 'tiny-large'"),
+        ({"calibrate.layers": "task"}, "calibrate.task"),
+        ({"losses.top_k": "5", "losses.logits": "mse"}, "losses.top_k: 5"),
+        ({"losses.top_k": "5000"}, "losses.top_k: 5000"),
+        ({"losses.hidden": "[last-1:last-1, 4:9]"}, "losses.layer map '4:9'"),
+        ({"losses.hidden": "foo"}, "losses.hidden: 'foo'"),
+        ({"correct.probe_steps": "3"}, "correct.probe_steps: 3 is inside"),
+        ({"correct.training.warmup_steps": "12"}, "correct.training.warmup_steps"),
+    ],
+)
+def test_a_family_that_cannot_be_made_is_refused_before_work_starts(bench, family, change, named, tmp_path):
+    settings = [word for key, value in change.items() for word in ("--set", f"{key}={value}")]
+    refused = run_minitron("plan", "family.yaml", "--storage", tmp_path / "runs", *settings, cwd=bench)
+    assert refused.returncode == 2, refused.stdout
+    assert named in refused.stderr
+    assert "Traceback" not in refused.stderr

@@ -1,0 +1,489 @@
+"""The whole recipe, as a user runs it: the command line on a small real model, its results, its resumption, its errors."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.command import command, environment, run_minitron
+from helpers.tiny import DISTILL_STEPS, SEARCH_STEPS
+from mlflow import MlflowClient
+from transformers import AutoModelForCausalLM
+
+from minitron import Architecture
+from minitron_platform import load_recipe
+from minitron_platform.console import Console
+from minitron_platform.leases import lease
+from minitron_platform.pipeline import run_key
+from minitron_platform.report.page import findings
+from minitron_platform.stages.context import places
+
+STAGES = ["teacher", "data", "correct", "calibrate", "targets", "search", "distill", "evaluate", "register"]
+
+
+def _minitron_in_terminal(*arguments, cwd):
+    """`run_minitron` with a terminal for output, as people run it; (exit code, what it showed)."""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        command(*arguments), cwd=cwd, env={**environment(), "TERM": "xterm"}, stdin=slave, stdout=slave, stderr=slave
+    )
+    os.close(slave)
+    shown = b""
+    with suppress(OSError):  # the terminal closes with the process
+        while piece := os.read(master, 65536):
+            shown += piece
+    os.close(master)
+    return process.wait(), shown.decode(errors="replace")
+
+
+@pytest.fixture(scope="module")
+def finished(bench):
+    """The run, carried out once."""
+    result = run_minitron("run", "recipe.yaml", "--storage", "runs", cwd=bench)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def _reused(result):
+    """How many stages a run recognised as done."""
+    return sum(line.startswith("✓") and "already done" in line for line in result.stdout.splitlines())
+
+
+def _results(bench, storage="runs", model="tiny-student"):
+    """Outputs of the stages that one model of the family saw."""
+    (path,) = (bench / storage / "runs").glob("*/results.json")
+    results = json.loads(path.read_text())
+    return results["stages"] | results["family"][model]
+
+
+def test_a_run_ends_with_a_better_student_and_says_so(bench, finished):
+    done = _results(bench)
+    table = done["evaluate"]["table"]
+    assert table["teacher"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert table["distilled"]["kl"] < 0.8 * table["pruned"]["kl"]
+    assert table["distilled"]["loss"] < table["pruned"]["loss"]
+    assert table["pruned"]["parameters"] == table["distilled"]["parameters"] < table["teacher"]["parameters"]
+    for model in ("teacher", "pruned", "distilled"):
+        score = table[model]["tasks"]["arc_easy"]
+        assert score["num_documents"] == 10
+        assert score["stderr"] is not None
+        assert f"{table[model]['kl']:.3f}" in finished.stdout
+        assert f"{table[model]['parameters']:,}" in finished.stdout
+    assert "first 10 documents" in finished.stdout
+    assert re.search(r"^resources  .*: \d+ workers? with ", finished.stdout, re.MULTILINE)
+    assert " ui --storage runs" in finished.stdout
+    assert " promote tiny-student --version 1 --storage runs" in finished.stdout
+
+
+def test_every_candidate_was_distilled_on_the_same_tokens(bench, finished):
+    done = _results(bench)
+    # for all of them the teacher was run once on each row
+    assert done["targets"]["rows_computed"] == done["targets"]["rows_stored"] == 96 + 16
+    assert "teacher run on 112 of 112 rows" in finished.stdout
+    ranking = done["search"]["ranking"]
+    assert len(ranking) == done["search"]["candidates"] >= 6
+    assert [r["kl"] for r in ranking] == sorted(r["kl"] for r in ranking)
+    assert {r["tokens"] for r in ranking} == {SEARCH_STEPS * 4 * 32}
+    assert all(r["kl"] < r["kl_undistilled"] for r in ranking)
+    assert all(56_000 <= r["parameters"] <= 104_000 for r in ranking)
+    assert len({r["num_layers"] for r in ranking}) > 1
+    assert len({r["hidden_size"] for r in ranking}) > 1
+    winner = done["search"]["winner"]
+    (chosen,) = [r for r in ranking if r["winner"]]
+    assert chosen["flops_per_token"] == min(r["flops_per_token"] for r in ranking if r["tied"])
+    assert str(Architecture.from_dict(winner)) == chosen["architecture"]
+    assert done["distill"]["architecture"] == winner
+    assert done["search"]["reason"] in finished.stdout
+    page = next((bench / "runs" / "runs").glob("*/report.html")).read_text()
+    assert done["search"]["reason"] in html.unescape(page)
+
+
+def test_the_student_loads_without_minitron_and_gives_the_same_logits(bench, finished):
+    folder = _results(bench)["distill"]["student"]
+    program = (
+        "import sys, torch\n"
+        "for name in ('minitron', 'minitron_search', 'minitron_platform'): sys.modules[name] = None\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"model = AutoModelForCausalLM.from_pretrained({folder!r}).eval()\n"
+        f"ids = AutoTokenizer.from_pretrained({folder!r})('the teacher reads a page', return_tensors='pt').input_ids\n"
+        "torch.save((ids, model(ids).logits.detach()), 'logits.pt')\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=bench, check=True, capture_output=True)
+    ids, logits = torch.load(bench / "logits.pt", weights_only=True)
+    with torch.no_grad():
+        ours = AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits
+    assert torch.equal(ours, logits)
+    assert logits.std() > 0.1
+
+
+def test_mlflow_shows_the_run_its_stages_and_the_trials_below_the_search(bench, finished):
+    client = MlflowClient(f"sqlite:///{bench}/runs/mlflow.db")
+    experiment = client.get_experiment_by_name("tiny")
+    runs = client.search_runs([experiment.experiment_id], max_results=100)
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    by_id = {run.info.run_id: run for run in runs}
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    (parent,) = parents
+    stages = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert sorted(run.info.run_name for run in stages) == sorted(STAGES)
+    trials = [run for run in runs if run.data.tags.get("minitron.kind") == "trial"]
+    assert len(trials) == _results(bench)["search"]["candidates"]
+    assert {by_id[run.data.tags["mlflow.parentRunId"]].info.run_name for run in trials} == {"search"}
+    for run in trials:
+        assert len(run.data.metrics) <= 30
+        tokens = {p.step: p.value for p in client.get_metric_history(run.info.run_id, "tokens")}
+        for curve in ("train_kl", "heldout_kl"):
+            steps = {point.step for point in client.get_metric_history(run.info.run_id, curve)}
+            assert all(tokens[step] == step * 4 * 32 for step in steps)
+        assert tokens[SEARCH_STEPS] == SEARCH_STEPS * 4 * 32
+    best = min(trials, key=lambda run: run.data.metrics["heldout_kl"])
+    assert best.data.metrics["heldout_kl"] == pytest.approx(_results(bench)["search"]["ranking"][0]["kl"])
+    distill = next(run for run in stages if run.info.run_name == "distill")
+    history = client.get_metric_history(distill.info.run_id, "train_kl")
+    assert [point.step for point in history] == list(range(1, DISTILL_STEPS + 1))
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {"report.html", "report.png"}
+
+
+def test_the_student_is_registered_with_its_lineage_and_can_be_promoted(bench, finished):
+    done = _results(bench)
+    client = MlflowClient(f"sqlite:///{bench}/runs/mlflow.db")
+    version = client.get_model_version_by_alias("tiny-student", "candidate")
+    assert version.source == done["distill"]["student"]
+    assert json.loads(version.tags["minitron.teacher_sha256"]) == done["teacher"]["sha256"]
+    assert json.loads(version.tags["minitron.architecture"]) == done["search"]["winner"]
+    assert int(version.tags["minitron.tokens"]) == DISTILL_STEPS * 4 * 32
+    assert float(version.tags["minitron.heldout_kl"]) == pytest.approx(
+        done["evaluate"]["table"]["distilled"]["kl"], abs=1e-6
+    )
+    listed = run_minitron("models", "--storage", "runs", cwd=bench)
+    assert "tiny-student" in listed.stdout
+    assert "candidate" in listed.stdout
+    promoted = run_minitron("promote", "tiny-student", "--storage", "runs", cwd=bench)
+    assert promoted.returncode == 0, promoted.stderr
+    assert client.get_model_version_by_alias("tiny-student", "champion").version == version.version
+
+
+def test_running_again_does_nothing_over(bench, finished):
+    before = {p: p.stat().st_mtime_ns for p in (bench / "runs" / "stages").rglob("*") if p.is_file()}
+    again = run_minitron("run", "recipe.yaml", "--storage", "runs", cwd=bench)
+    assert again.returncode == 0, again.stderr
+    assert _reused(again) == len(STAGES)
+    assert before == {p: p.stat().st_mtime_ns for p in (bench / "runs" / "stages").rglob("*") if p.is_file()}
+    client = MlflowClient(f"sqlite:///{bench}/runs/mlflow.db")
+    assert len(client.search_model_versions("name='tiny-student'")) == 1
+
+
+def test_only_what_a_change_touches_is_done_again(bench, finished):
+    changed = run_minitron(
+        "run", "recipe.yaml", "--storage", "runs", "--set", "evaluate.tasks.0.limit=5", "--until", "evaluate", cwd=bench
+    )
+    assert changed.returncode == 0, changed.stderr
+    assert _reused(changed) == STAGES.index("evaluate")
+
+
+def test_a_run_that_diverges_stops_and_says_where(bench, finished):
+    steep = ["--set", "distill.peak_lr=1e30", "--set", "distill.min_lr=1e30"]
+    stopped = run_minitron("run", "recipe.yaml", "--storage", "runs", *steep, cwd=bench)
+    assert stopped.returncode == 2, stopped.stdout + stopped.stderr
+    assert "at step" in stopped.stderr
+    assert "learning rate" in stopped.stderr
+    assert _reused(stopped) == STAGES.index("distill")
+    steep = ["--set", "search.training.peak_lr=1e30", "--set", "search.training.min_lr=1e30"]
+    stopped = run_minitron("run", "recipe.yaml", "--storage", "runs", *steep, cwd=bench)
+    assert stopped.returncode == 2, stopped.stdout + stopped.stderr
+    said = stopped.stderr.splitlines()
+    (first,) = [number for number, line in enumerate(said) if "no candidate of the search finished" in line]
+    lines = said[first + 1 : first + 1 + _results(bench)["search"]["candidates"]]
+    assert all(" hidden · " in line and "at step" in line and "learning rate" in line for line in lines)
+    assert "Traceback" not in stopped.stderr + stopped.stdout
+
+
+def test_a_wider_space_distils_only_what_is_new(bench, finished):
+    before = {p: p.stat().st_mtime_ns for p in (bench / "runs" / "trials").glob("*/*/result.json")}
+    stored = {p: p.stat().st_mtime_ns for p in (bench / "runs" / "stages" / "targets").rglob("*") if p.is_file()}
+    wider = ["--set", "family.0.tolerance=0.5", "--until", "search"]
+    again = run_minitron("run", "recipe.yaml", "--storage", "runs", *wider, cwd=bench)
+    assert again.returncode == 0
+    assert _reused(again) == STAGES.index("search")  # the teacher is run no more
+    assert stored == {p: p.stat().st_mtime_ns for p in (bench / "runs/stages/targets").rglob("*") if p.is_file()}
+    after = {p: p.stat().st_mtime_ns for p in (bench / "runs" / "trials").glob("*/*/result.json")}
+    assert len(after) > len(before)
+    assert before.items() <= after.items()
+
+
+def test_a_candidate_that_fails_is_shown_with_its_reason_and_the_run_goes_on(bench, finished):
+    shutil.copytree(bench / "runs", bench / "failing")
+    shutil.rmtree(bench / "failing" / "stages" / "search")
+    name = next(r["architecture"] for r in reversed(_results(bench)["search"]["ranking"]) if not r["winner"])
+    for path in (bench / "failing").glob("trials/*/*/result.json"):
+        if str(Architecture.from_dict(json.loads(path.read_text())["architecture"])) == name:
+            path.unlink()
+            path.with_name("undistilled.json").write_text("{}")  # its trial raises when it looks for a number there
+    result = run_minitron("run", "recipe.yaml", "--storage", "failing", "--set", "resources.max_failures=1", cwd=bench)
+    assert result.returncode == 0, result.stdout + result.stderr
+    reason = "KeyError: 'kl'"
+    retried = f"{reason}; resumed from step 0, 0 restarts left"
+    assert re.search(rf"again   {re.escape(name)} on .*: {re.escape(retried)}", result.stdout)
+    assert f"failed  {name}: {reason}" in result.stdout
+    assert ", 1 failed" in result.stdout
+    newest = max((bench / "failing" / "runs").glob("*/results.json"), key=lambda path: path.stat().st_mtime_ns)
+    found = json.loads(newest.read_text())["family"]["tiny-student"]["search"]
+    assert found["failures"] == {name: reason}
+    assert found["winner"] == _results(bench)["search"]["winner"]
+    page = html.unescape(newest.with_name("report.html").read_text())
+    assert f'<td>{name}</td><td class="text">{reason}</td>' in page
+    assert f'<td class="text">{reason}</td><td>0</td><td>0</td>' in page.partition("<h2>Restarts</h2>")[2]
+    client = MlflowClient(f"sqlite:///{bench}/failing/mlflow.db")
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    runs = client.search_runs([experiment], max_results=100)
+    (trial,) = [run for run in runs if run.data.tags.get("minitron.failure") == reason]
+    assert trial.info.run_name == name
+    assert trial.info.status == "FAILED"
+    assert trial.data.metrics["restarts"] == 1
+    assert retried in trial.data.tags["minitron.restart.1"]
+    (trace,) = newest.parent.glob("trial-*.txt")  # for who mends it, beside the record and in MLflow
+    assert "trial.py" in trace.read_text()
+    assert trace.name in {file.path for file in client.list_artifacts(trial.info.run_id)}
+
+
+def _descendants(pid, command):
+    """Processes below one whose command line begins like this."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    table = [line.split(None, 2) for line in listed.splitlines()]
+    parents = {int(child): int(parent) for child, parent, *_ in table}
+
+    def below(child):
+        return child == pid or (child in parents and child != parents[child] and below(parents[child]))
+
+    return [int(child) for child, _, *args in table if args and args[0].startswith(command) and below(int(child))]
+
+
+def test_a_teacher_online_is_stored_for_the_search_alone_and_a_killed_worker_is_told_of(bench):
+    settings = ["targets.mode=online", "targets.teacher=sharded", "targets.top_k=40", "distill.evaluate_tasks_every=12"]
+    # of these, the private Ray has two for one trial, however many cores there are
+    settings += [
+        "distill.evaluate_every=8",
+        "resources.workers=2",
+        "resources.workers_per_trial=2",
+        f"resources.cpus_per_trial={os.cpu_count()}",
+        "evaluate.tasks=[{{name: arc_easy, data: {0}, limit: 10}}, {{name: hellaswag, data: {0}}}]".format(
+            bench / "arc.jsonl"
+        ),
+    ]
+    one = "family.0.space={num_layers: [4], hidden_size: [36], intermediate_size: [48]}"
+    process = _start(bench, "online", *settings, one, until="distill")
+    saved = "stages/distill/*/checkpoints/step-*/manifest.json"
+    _wait_until(process, lambda: sorted((bench / "online").glob(saved)), "a checkpoint")
+    os.kill(_descendants(process.pid, "ray::RayTrainWorker")[0], signal.SIGKILL)
+    assert process.wait(timeout=240) == 0, (bench / "online.log").read_text()
+    shown = (bench / "online.log").read_text()
+    assert "teacher run on 40 of 40 rows, of training those of the search" in shown
+    client = MlflowClient(f"sqlite:///{bench}/online/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    metrics = {run.info.run_name: run.data.metrics for run in runs}
+    assert 0 < metrics["targets"]["mass_lost_mean"] < metrics["targets"]["mass_lost_worst"] < 1
+    assert "beyond the 40 likeliest tokens" in shown
+    assert metrics["distill"]["teacher_shards"] == 2
+    (distilled,) = [run for run in runs if run.info.run_name == "distill"]
+    tasks = client.get_metric_history(distilled.info.run_id, "task_arc_easy.acc")
+    assert {point.step for point in tasks} == {12, 24}
+    assert "their fields are" in distilled.data.tags["minitron.failed.hellaswag"]  # and the training went on
+    assert {p.step for p in client.get_metric_history(distilled.info.run_id, "heldout_kl")} == {8, 16, 24}
+    # a sharded student is gathered for nothing else
+    evaluated = client.get_metric_history(distilled.info.run_id, "seconds_evaluation")
+    assert {point.step for point in evaluated if point.value} == {8, 12, 16, 24}
+    losses = client.get_metric_history(distilled.info.run_id, "train_kl")
+    assert losses[-1].value < 0.8 * losses[0].value
+    # the worker that was killed: in the terminal, in MLflow and in the results
+    (record,) = (bench / "online").glob("stages/distill/*/stage.json")
+    (restart,) = json.loads(record.read_text())["outputs"]["restarts"]
+    assert restart["step"] in range(4, DISTILL_STEPS, 4)
+    assert restart["left"] == 2
+    assert socket.gethostname() in restart["node"]
+    assert restart["reason"].startswith("its process was killed or crashed")
+    said = f"{restart['what']} on {restart['node']}: {restart['reason']}"
+    assert f"failed  {said}; restarting, 2 restarts left\n" in shown
+    assert f"resumed from step {restart['step']}\n" in shown
+    assert distilled.data.metrics["restarts"] == 1
+    assert f"{said}; resumed from step {restart['step']}, 2 restarts left" in distilled.data.tags["minitron.restart.1"]
+
+
+def test_a_search_that_stops_early_says_how_early_the_order_was_known(bench, finished):
+    before = {p: p.stat().st_mtime_ns for p in (bench / "runs" / "trials").glob("*/*/*.json")}
+    early = ["--set", "search.forward.keep=4", "--set", "search.halving.keep=0.5", "--until", "search"]
+    result = run_minitron("run", "recipe.yaml", "--storage", "runs", *early, cwd=bench)
+    assert result.returncode == 0, result.stdout + result.stderr
+    records = [json.loads(p.read_text())["outputs"] for p in (bench / "runs/stages/search").glob("*/stage.json")]
+    (stopping,) = [record for record in records if record["stopped"]]
+    (whole,) = [record for record in records if record["fingerprint"] == _results(bench)["search"]["fingerprint"]]
+    assert len(stopping["stopped"]) == len(stopping["ranking"]) == 2
+    assert "2 stopped early, 2 of" in result.stdout
+    assert sum(row["distilled"] for row in stopping["forward"]) == 4
+    # trials are shared with the search that ran all to the end, and its page says what stopping would have done
+    assert before == {p: p.stat().st_mtime_ns for p in (bench / "runs" / "trials").glob("*/*/*.json")}
+    assert [row["measure"] for row in whole["stability"]][3:] == ["KL at step 3", "KL at step 5"]
+    page = html.unescape(next((bench / "runs" / "runs").glob("*/report.html")).read_text())
+    assert all(sentence in page for sentence in findings(whole))
+    assert all(f"{row['tau']:.2f}" in page for row in whole["stability"])
+    (stops,) = [sentence for sentence in findings(stopping) if "stopped at a rung" in sentence]
+    assert f"2 were stopped at a rung, which saved {2 / 24:.0%}" in stops
+
+
+def test_a_deleted_registry_is_filled_again(bench, finished):
+    for file in (bench / "runs").glob("mlflow.db*"):
+        file.unlink()
+    again = run_minitron("run", "recipe.yaml", "--storage", "runs", cwd=bench)
+    assert again.returncode == 0, again.stderr
+    assert _reused(again) == len(STAGES) - 1
+    version = MlflowClient(f"sqlite:///{bench}/runs/mlflow.db").get_model_version_by_alias("tiny-student", "candidate")
+    assert version.source == _results(bench)["distill"]["student"]
+
+
+def test_ctrl_c_stops_a_search_where_it_is_and_says_how_to_go_on(bench, finished):
+    process = _start(bench, "interrupted", "search.training.steps=200")
+    _wait_until(process, lambda: list((bench / "interrupted").glob("trials/*/*/result.json")), "finished trial")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=90) == 130
+    said = (bench / "interrupted.log").read_text()
+    assert "to go on from here: " in said
+    assert "Traceback" not in said
+    assert not list((bench / "interrupted").glob("stages/search/*/stage.json"))
+
+
+def _start(bench, storage, *settings, until="register"):
+    log = open(bench / f"{storage}.log", "w")  # noqa: SIM115 (lives as long as the process)
+    return subprocess.Popen(
+        command(
+            "run",
+            "recipe.yaml",
+            "--storage",
+            storage,
+            "--until",
+            until,
+            *(part for value in settings for part in ("--set", value)),
+        ),
+        cwd=bench,
+        env=environment(),
+        stdout=log,
+        stderr=log,
+        # what runs in the background may ignore Ctrl-C, and hand that down
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def _kill_when(process, condition, what):
+    _wait_until(process, condition, what)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _wait_until(process, condition, what):
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert process.poll() is None, f"the run ended before {what}"
+        assert time.monotonic() < deadline, f"no {what} in time"
+        time.sleep(0.02)
+
+
+def test_killed_runs_go_on_and_give_the_same_student_bit_for_bit(bench, finished):
+    def found(pattern):
+        return list((bench / "killed").glob(pattern))
+
+    _kill_when(_start(bench, "killed"), lambda: found("stages/targets/*/heldout/index.json"), "stored targets")
+    _kill_when(_start(bench, "killed"), lambda: len(found("trials/*/*/result.json")) >= 2, "two finished trials")
+    results = {p: p.stat().st_mtime_ns for p in found("trials/*/*/result.json")}
+    checkpoints = "stages/distill/*/checkpoints/step-*/manifest.json"  # in another run, with this stage in common
+    _kill_when(_start(bench, "killed", "evaluate.tasks.0.limit=5"), lambda: found(checkpoints), "a checkpoint")
+    code, shown = _minitron_in_terminal("run", "recipe.yaml", "--storage", "killed", cwd=bench)
+    assert code == 0, shown
+    assert "Traceback" not in shown
+    # finished trials were never run again
+    assert all(path.stat().st_mtime_ns == written for path, written in results.items())
+    # the distillation went on from its checkpoint, not from the start
+    (key,) = [path.parent.name for path in found("runs/*/results.json")]
+    log = bench / "killed" / "runs" / key / "spool" / f"{key}.distill.jsonl"
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    steps = [e["step"] for e in events if e["event"] == "metrics" and "learning_rate" in e["values"]]
+    assert steps[0] in range(5, DISTILL_STEPS, 4)
+    assert steps[-1] == DISTILL_STEPS
+    # and it is as if nothing had happened: the curve of both runs, in the record too,
+    one, other = (Path(_results(bench, s)["distill"]["curve"]) for s in ("runs", "killed"))
+    assert one.read_bytes() == other.read_bytes()
+    assert json.loads(one.read_text())["step"] == list(range(1, DISTILL_STEPS + 1))
+    assert {e["step"] for e in events if e["event"] == "metrics" and "train_kl" in e["values"]} >= set(
+        range(1, DISTILL_STEPS + 1)
+    )
+    for name in ("pruned", "student"):
+        one, other = (Path(_results(bench, s)["distill"][name]) / "model.safetensors" for s in ("runs", "killed"))
+        assert one.read_bytes() == other.read_bytes()
+    # one MLflow run for each record, however often the driver was killed
+    client = MlflowClient(f"sqlite:///{bench}/killed/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id], max_results=100)
+    assert len({run.data.tags["minitron.key"] for run in runs}) == len(runs)
+    runs = [run for run in runs if run.data.tags["minitron.key"].startswith(key)]
+    trials = [run for run in runs if run.data.tags.get("minitron.kind") == "trial"]
+    assert len(trials) == _results(bench, "killed")["search"]["candidates"]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+
+
+def test_a_second_process_waits_for_the_one_that_carries_out_the_run(bench, finished):
+    key = run_key(load_recipe(str(bench / "recipe.yaml")))
+    where = places(str(bench / "runs"))
+    arguments = command("run", "recipe.yaml", "--storage", "runs")
+    with lease(where, f"run-{key}", "the run", run=key, console=Console()):
+        second = subprocess.Popen(arguments, cwd=bench, env=environment(), stdout=subprocess.PIPE, text=True)
+        waiting = next(line for line in second.stdout if "is going on" in line)
+        assert f"process {os.getpid()}" in waiting
+        assert second.poll() is None
+    assert sum("already done" in line for line in second.stdout) == len(STAGES)
+    assert second.wait(timeout=60) == 0
+
+
+def test_the_shipped_recipes_are_listed_and_valid(tmp_path):
+    listed = run_minitron("recipes", cwd=tmp_path)
+    assert listed.returncode == 0
+    assert "smollm2-135m-cpu" in listed.stdout
+
+
+def test_a_storage_that_was_copied_or_moved_has_all_it_had(bench, finished):
+    copy, before = bench / "moved", bench / "runs"
+    shutil.copytree(before, copy)
+    for name in ("teacher", "data", "targets", "distill"):  # as earlier versions wrote them, with absolute paths
+        for record in (copy / "stages" / name).glob("*/stage.json"):
+            assert '"storage:stages/' in record.read_text()
+            record.write_text(record.read_text().replace('"storage:', f'"{before}/'))
+    away = before.rename(bench / "away")
+    try:
+        again = run_minitron("run", "recipe.yaml", "--storage", "moved", cwd=bench)
+        promoted = run_minitron("promote", "tiny-student", "--storage", "moved", cwd=bench)
+        listed = run_minitron("models", "--storage", "moved", cwd=bench)
+        assert not before.exists()
+    finally:
+        away.rename(before)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert _reused(again) == len(STAGES)
+    assert "is version 1" in promoted.stdout, promoted.stderr
+    done = _results(bench, "moved")
+    assert done["distill"]["student"].startswith(f"{copy}/stages/distill/")
+    assert f"{copy}/stages/distill/" in listed.stdout
+    assert " 2 " not in listed.stdout.splitlines()[4]
+    client = MlflowClient(f"sqlite:///{copy}/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "tiny"]
+    (parent,) = [
+        run for run in client.search_runs([experiment.experiment_id]) if run.data.tags["minitron.kind"] == "run"
+    ]
+    assert parent.info.artifact_uri.startswith(f"{copy}/artifacts/")
+    assert "tiny-student" in Path(client.download_artifacts(parent.info.run_id, "report.html")).read_text()

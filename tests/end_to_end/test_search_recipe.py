@@ -1,0 +1,193 @@
+"""A recipe with all that a search can be asked: a sampler, a limit on latency, benchmarks of the best."""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import yaml
+from helpers.command import run_minitron
+from helpers.tiny import texts
+from mlflow.tracking import MlflowClient
+
+from minitron.architecture import Architecture
+from minitron.errors import InputError
+from minitron.evaluation import evaluate, task_metric
+from minitron_platform import plan, run
+from minitron_platform.recipes.load import load_recipe, with_absolute_paths
+
+SCORED, DISTILLED, BENCHMARKED = 8, 3, 2
+
+
+def _recipe(bench, latency_ms):
+    values = yaml.safe_load((bench / "recipe.yaml").read_text())
+    member = values["family"][0]
+    member["space"] |= {"intermediate_size": {"from": 40, "to": 96, "step": 2}}
+    member["points"] = [{"num_layers": 3, "hidden_size": 42, "intermediate_size": 77}]
+    member["limits"] = {"batch": 2, "context": 64, "latency_ms": latency_ms}
+    values["search"] |= {
+        "sampler": {"candidates": SCORED, "seed": 1},
+        "forward": {"keep": DISTILLED - 1},
+        "rungs": [],
+        "evaluate": {"keep": BENCHMARKED},
+    }
+    values["distill"] |= {"steps": 4, "warmup_steps": 1}
+    pages = "".join(json.dumps({"page": text}) + "\n" for text in texts(3, seed=5))
+    (bench / "pages.jsonl").write_text(pages)
+    perplexity = {"name": "wikitext", "data": str(bench / "pages.jsonl")}
+    values["search"]["evaluate"]["tasks"] = [*values["evaluate"]["tasks"], perplexity]
+    values["evaluate"] = {"tasks": [perplexity]}
+    values["resources"] = {"workers": 1}
+    (bench / "all.yaml").write_text(yaml.safe_dump(values))
+    return load_recipe(str(bench / "all.yaml"))
+
+
+@pytest.fixture(scope="module")
+def searched(bench):
+    """The stages' outputs, and the storage that they are in."""
+    storage = bench / "all"
+    context = run(_recipe(bench, 60_000), storage_path=str(storage))
+    return context.family["tiny-student"], storage
+
+
+def test_the_plan_says_what_is_sampled_timed_and_benchmarked(bench, searched):
+    made = plan(_recipe(bench, 60_000), storage_path=str(searched[1]))
+    (cost,) = [cost for cost in made.costs if cost.stage == "search"]
+    assert cost.what.startswith("at least 8 shapes timed, 8 candidates scored of 174 combinations, 3 distilled")
+    assert cost.what.endswith("arc_easy, wikitext for 2")
+    assert made.candidates["tiny-student"][0].num_parameters <= 104_000
+
+
+def test_the_sample_is_scored_and_its_best_distilled(searched):
+    found = searched[0]["search"]
+    assert found["candidates"] == len(found["forward"]) == SCORED
+    assert len(found["ranking"]) == DISTILLED
+    names = {row["architecture"] for row in found["ranking"]}
+    assert any("42 hidden · 77 MLP" in name for name in names)  # the point
+    best = sorted(found["forward"], key=lambda row: row["kl_undistilled"])[: DISTILLED - 1]
+    assert {row["architecture"] for row in best} <= names
+
+
+def test_what_was_measured_is_in_the_ranking_the_page_and_the_records(searched):
+    stages, storage = searched
+    found = stages["search"]
+    page = html.unescape(next((storage / "runs").glob("*/report.html")).read_text())
+    scored = [row for row in found["ranking"] if row["arc_easy"] is not None]
+    assert len(scored) == BENCHMARKED
+    assert any(row["winner"] for row in scored)
+    for row in found["ranking"]:
+        shape = next(a for a in map(Architecture.from_dict, found["architectures"]) if str(a) == row["architecture"])
+        assert row["memory_bytes"] == 2 * shape.num_parameters + shape.kv_cache_bytes(2 * 64)
+        assert row["latency_ms"] > 0
+        assert f"<td>{row['latency_ms']:.3g}</td>" in page
+        if row["arc_easy"] is not None:
+            assert f"<td>{100 * row['arc_easy']:.1f} ± {100 * row['arc_easy_stderr']:.1f}</td>" in page
+    assert "<th>arc_easy acc, %</th>" in page
+    assert "2 sequences of 64 tokens" in page
+    times = [json.loads(path.read_text()) for path in (storage / "latency").glob("*.json")]
+    measured = {time["architecture"]: time["milliseconds"] for time in times}
+    assert all(row["latency_ms"] == pytest.approx(measured[row["architecture"]]) for row in found["ranking"])
+    assert len(times) == SCORED  # only what was to be scored
+    assert not list(Path(found["trials"]).glob("*/weights"))
+
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "tiny"]
+    trials = client.search_runs([experiment.experiment_id], "tags.`minitron.kind` = 'trial'")
+    logged = {trial.data.metrics.get("arc_easy.acc") for trial in trials}
+    assert {row["arc_easy"] for row in scored} <= logged
+    assert all("latency_ms" in trial.data.metrics for trial in trials)
+
+
+def test_a_perplexity_is_no_percentage_wherever_it_is_shown(searched):
+    stages, storage = searched
+    page = html.unescape(next((storage / "runs").glob("*/report.html")).read_text())
+    distilled = stages["evaluate"]["table"]["distilled"]["tasks"]["wikitext"]
+    shown = task_metric("wikitext", "word_perplexity").text(distilled["value"])
+    assert shown == f"{distilled['value']:,.0f}"  # of a tiny model, in the thousands
+    assert "<td>wikitext word_perplexity</td>" in page
+    assert "<th>wikitext word_perplexity</th>" in page
+    assert f"<td>{shown}</td>" in page
+    assert "wikitext: word_perplexity (lower is better), 0-shot" in page
+    assert f"{100 * distilled['value']:,.0f}" not in page
+
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    (evaluated,) = [run for run in runs if run.info.run_name == "evaluate"]
+    assert evaluated.data.metrics["distilled.wikitext.word_perplexity"] == pytest.approx(distilled["value"])
+    version = client.get_model_version("tiny-student", "1")
+    assert version.tags["minitron.task.wikitext"] == f"word_perplexity {shown}"
+    listed = run_minitron("models", "--storage", str(storage), cwd=storage)
+    assert f"wikitext word_perplexity {shown}" in listed.stdout
+
+
+def test_local_benchmarks_of_a_search_are_sent_by_their_absolute_path(bench, monkeypatch):
+    monkeypatch.chdir(bench)
+    values = _recipe(bench, 60_000).model_dump(by_alias=True)
+    values["search"]["evaluate"]["tasks"][0]["data"] = "arc.jsonl"
+    sent = with_absolute_paths(type(load_recipe("all.yaml")).model_validate(values))
+    assert sent.search.evaluate.tasks[0].data == str(bench / "arc.jsonl")
+
+
+def test_a_latency_that_nothing_reaches_says_what_the_fastest_takes(bench, searched):
+    recipe = _recipe(bench, 1e-6)
+    values = recipe.model_dump(by_alias=True)
+    values["family"][0]["points"] = []
+    values["family"][0]["space"]["intermediate_size"] = [72]
+    values["search"]["sampler"] = None
+    with pytest.raises(InputError, match=r"family.0.limits: no candidate .*timed, and the fastest takes .* ms"):
+        run(type(recipe).model_validate(values), storage_path=str(searched[1]))
+
+
+def test_a_benchmark_that_fails_costs_nothing_else_and_is_tried_again_alone(bench, searched, monkeypatch):
+    stages, storage = searched
+    values = _recipe(bench, 60_000).model_dump(by_alias=True)
+    values["evaluate"]["tasks"].append({"name": "arc_easy"})  # from the hub
+    recipe = type(_recipe(bench, 60_000)).model_validate(values)
+    asked = []
+
+    def noted(model, tokenizer, tasks, **options):
+        asked.append([task.name for task in tasks])
+        return evaluate(model, tokenizer, tasks, **options)
+
+    def hub_is_away(*_, **__):
+        raise ConnectionError("the hub is away")
+
+    monkeypatch.setattr("minitron_platform.stages.evaluate.evaluate", noted)
+    monkeypatch.setattr(datasets, "load_dataset", hub_is_away)
+    first = run(recipe, storage_path=str(storage)).family["tiny-student"]
+    table = first["evaluate"]["table"]
+    reason = "ConnectionError: the hub is away"
+    assert all(table[model]["failures"] == {"arc_easy": reason} for model in ("teacher", "pruned", "distilled"))
+    scores = table["distilled"]["tasks"]
+    assert scores == stages["evaluate"]["table"]["distilled"]["tasks"]
+    results = max((storage / "runs").glob("*/report.html"), key=lambda path: path.stat().st_mtime)
+    page = html.unescape(results.read_text())
+    assert "<td>arc_easy</td><td>failed</td><td>failed</td><td>failed</td>" in page
+    assert "arc_easy failed: ConnectionError: the hub is away" in page
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    version = client.get_model_version("tiny-student", first["register"]["version"])
+    assert version.tags["minitron.task.arc_easy"] == "failed: ConnectionError: the hub is away"
+
+    questions = [json.loads(line) for line in (bench / "arc.jsonl").read_text().splitlines()]
+    hub = {"test": datasets.Dataset.from_list(questions), "train": datasets.Dataset.from_list(questions)}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: hub)
+    asked.clear()
+    second = run(recipe, storage_path=str(storage)).family["tiny-student"]
+    assert asked == [["arc_easy"]] * 3
+    again = second["evaluate"]["table"]
+    assert all(not row["failures"] for row in again.values())
+    assert again["distilled"]["tasks"].keys() == {"wikitext", "arc_easy"}
+    assert again["distilled"]["tokens_per_second"] == table["distilled"]["tokens_per_second"]
+    assert second["register"]["version"] == first["register"]["version"]
+    version = client.get_model_version("tiny-student", first["register"]["version"])
+    assert version.tags["minitron.task.arc_easy"].startswith("acc ")
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    said = {run.data.tags["minitron.failed_benchmarks"] for run in runs if run.info.run_name == "evaluate"}
+    assert said == {"none"}
+
+    asked.clear()
+    assert run(recipe, storage_path=str(storage)).family["tiny-student"] == second
+    assert asked == []

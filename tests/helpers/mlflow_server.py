@@ -1,0 +1,44 @@
+"""A real MLflow server on a free port of this machine, as `minitron ui` starts it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SERVE = """
+import sys
+from minitron_platform.tracking.server import serve
+sys.exit(serve(sys.argv[1], sys.argv[2], port=int(sys.argv[3]), say=lambda line: print(line, flush=True)))
+"""
+
+
+def environment() -> dict[str, str]:
+    """This process's environment, with its import path for children."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def mlflow_server(folder: Path, port: int) -> Iterator[str]:
+    """Serve `folder`/mlflow.db on `port`; yields the address once it answers."""
+    command = [sys.executable, "-c", SERVE, f"sqlite:///{folder}/mlflow.db", str(folder / "served"), str(port)]
+    server = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        lines = [server.stdout.readline(), server.stdout.readline()]
+        assert f"http://127.0.0.1:{port}" in lines[1], lines
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(30) == 0

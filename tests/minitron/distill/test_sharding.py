@@ -1,0 +1,142 @@
+"""A student split over processes: what it learns, what is sent, and its checkpoints at other numbers of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.distilling import (
+    CHANNELS,
+    CONFIG,
+    INTERMEDIATE,
+    live_teacher,
+    pruned_student,
+)
+from safetensors.torch import load_file
+
+from minitron import storage
+from minitron.data import Rows
+from minitron.distill import distill
+from minitron.errors import InputError
+from minitron.evaluation import heldout_metrics
+
+# 5 rows for 2 processes: of unequal number, which collectives must not notice
+SHARDED = replace(CONFIG, batch_rows=5, micro_batch_rows=1, shard=True, evaluate_every=5, checkpoint_every=3)
+
+
+def train(folder, config=SHARDED, **options):
+    """The loop with every loss there is; returns losses by step, held-out losses and the student."""
+    losses, heldout = {}, {}
+    rows = Rows.open(str(folder / "rows"), "heldout")
+    student = distill(
+        pruned_student(folder),
+        live_teacher(folder),
+        Rows.open(str(folder / "rows"), "train"),
+        config,
+        losses=INTERMEDIATE,
+        channels=CHANNELS,
+        key="k",
+        report=lambda step: losses.update({step.step: step.loss}),
+        evaluate=lambda done, model: heldout.update({done: heldout_metrics(model, rows.take(range(8))).loss}),
+        **options,
+    )
+    return losses, heldout, student
+
+
+WORKER = """
+import json, os, sys
+sys.path[:0] = json.loads(sys.argv[1])
+import torch, torch.distributed as dist
+from pathlib import Path
+from dataclasses import replace
+from safetensors.torch import save_file
+from collections import Counter
+from torch.utils._python_dispatch import TorchDispatchMode
+import test_sharding as t
+sent = Counter()
+class Counting(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        sent[str(function)] += 1
+        return function(*arguments, **(named or {}))
+folder, out, until = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo", rank=rank, world_size=2)
+whole, heldout, student = t.train(folder)
+part, _, _ = t.train(folder, checkpoints=out, until=until)
+with Counting():
+    t.train(folder, replace(t.SHARDED, steps=1, batch_rows=6, evaluate_every=0))
+counts = {name: count for name, count in sent.items() if name.startswith("c10d.")}
+save_file(dict(student.named_parameters()), f"{out}-{until}-{rank}.safetensors")
+Path(f"{out}-{until}-{rank}.json").write_text(json.dumps([whole, heldout, part, counts]))
+dist.destroy_process_group()
+"""
+
+
+def _two_processes(folder, out, until, port):
+    """Train sharded, whole and from `out` until that step; what each of the two processes has to say."""
+    paths = json.dumps([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, paths, str(folder), str(out), str(until)],
+            env={**environment, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    for worker in workers:
+        _, errors = worker.communicate(timeout=500)
+        assert worker.returncode == 0, errors.decode()
+    said = []
+    for rank in range(2):
+        *curves, counts = json.loads(Path(f"{out}-{until}-{rank}.json").read_text())
+        curves = [{int(step): value for step, value in curve.items()} for curve in curves]
+        said.append((*curves, counts, load_file(f"{out}-{until}-{rank}.safetensors")))
+    return said
+
+
+def test_a_sharded_student_learns_the_same_and_its_checkpoints_fit_any_number_of_processes(
+    material,
+    tmp_path,
+    free_port,
+):
+    alone, heldout, student = train(material)
+    out = tmp_path / "checkpoints"
+    first = _two_processes(material, out, 5, free_port())
+    for whole, measured, part, counts, weights in first:
+        assert list(whole.values()) == pytest.approx(list(alone.values()), rel=1e-5)
+        assert list(measured.values()) == pytest.approx(list(heldout.values()), rel=1e-5)
+        assert part == {step: whole[step] for step in range(1, 6)}  # bit for bit
+        for name, parameter in student.named_parameters():
+            assert torch.allclose(weights[name], parameter, atol=1e-4)
+        # the four layers and the projection in each of three micro-batches; the head and what is with it once
+        assert counts["c10d._reduce_scatter_base_.default"] == 3 * 5 + 1
+        assert counts["c10d._allgather_base_.default"] == 3 * 2 * 5 + 1
+    # both wrote a part of the state
+    files = storage.manifest(str(out / "step-00000005"))["files"]
+    assert [name[:11] for name in files] == ["shard-00001", "shard-00002"]
+    sizes = [entry["bytes"] for entry in files.values()]
+    assert max(sizes) < 1.1 * min(sizes)
+    # from two processes to one and back
+    middle, _, _ = train(material, checkpoints=str(out), until=8)
+    last = _two_processes(material, out, 12, free_port())
+    for whole, _, rest, _, _ in last:
+        assert list(middle) + list(rest) == list(range(6, 13))
+        for step, loss in (middle | rest).items():
+            assert loss == pytest.approx(whole[step], rel=1e-5)
+
+
+def test_a_student_of_several_dtypes_is_not_sharded(material):
+    from minitron.distill.losses.objective import Objective
+    from minitron.distill.sharding import shard_
+
+    student = pruned_student(material)
+    student.model.norm.to(torch.bfloat16)
+    with pytest.raises(InputError, match=r"torch.bfloat16 and torch.float32"):
+        shard_(Objective(student, live_teacher(material), INTERMEDIATE, CHANNELS))

@@ -1,0 +1,274 @@
+"""What is stored of a teacher: exact, shared, written by many, and refused when it is not what was asked for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import uuid
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny
+
+from minitron import storage
+from minitron.data import Rows, TextSource, pack, rows_of_steps
+from minitron.distill import (
+    DistillConfig,
+    LiveTeacher,
+    Losses,
+    StoredTeacher,
+    TopKTeacher,
+    distill,
+    store_hidden,
+    store_top_k,
+)
+from minitron.distill.losses.logits import linear_logit_loss
+from minitron.distill.losses.objective import Objective
+from minitron.distill.teacher.stored import store_key, stored_bytes
+from minitron.errors import InputError, StorageError
+from minitron.logits import Head
+from minitron.models import load_model, load_tokenizer
+
+K = 5
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A trained teacher, its rows, and what is stored of it both ways."""
+    folder = tmp_path_factory.mktemp("store")
+    teacher = tiny.checkpoint(folder / "teacher")
+    source = TextSource("jsonl", path=str(tiny.corpus(folder / "text.jsonl")))
+    rows = pack(source, load_tokenizer(teacher), str(folder / "rows"), seq_length=32, train_rows=80, heldout_rows=8)
+    store_hidden(lambda: _teacher(folder), rows, str(folder / "hidden"), key="k")
+    store_top_k(lambda: _teacher(folder), rows, str(folder / "top"), K, key="k")
+    return folder
+
+
+def _teacher(folder):
+    return load_model(folder / "teacher")
+
+
+def _rows(folder):
+    return Rows.open(str(folder / "rows"), "train")
+
+
+def _stored(folder, name="hidden"):
+    return StoredTeacher(str(folder / name), Head.of(_teacher(folder)), "k")
+
+
+def _never():
+    pytest.fail("the teacher was loaded again")
+
+
+def test_the_stored_log_sum_exp_is_that_of_the_exact_logits(material):
+    model, tokens = _teacher(material), _rows(material).take([3, 70])
+    stored = _stored(material).batch([3, 70], tokens)["teacher_log_sum_exp"]
+    exact = model(input_ids=tokens).logits.double().logsumexp(-1).flatten()
+    assert stored.dtype == torch.float32
+    assert (stored - exact).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("logits", ["forward_kl", "reverse_kl", "jensen_shannon", "mse", "cosine"])
+def test_a_known_log_sum_exp_changes_no_loss(material, logits, temperature):
+    batch = _stored(material).batch([3, 70], _rows(material).take([3, 70]))
+    losses = Losses(logits=logits, temperature=temperature)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 24, requires_grad=True), torch.randn(len(batch["teacher_head"].weight), 24)
+    found = {}
+    for known in (True, False):
+        if not known:
+            del batch["teacher_log_sum_exp"]
+        loss = linear_logit_loss(hidden, Head(weight), losses, **batch).loss
+        found[known] = loss.item(), torch.autograd.grad(loss, hidden)[0]
+    assert found[True][0] == pytest.approx(found[False][0], rel=1e-5)
+    assert torch.allclose(found[True][1], found[False][1], rtol=1e-4, atol=1e-8)
+
+
+def test_the_loss_uses_the_log_sum_exp_it_is_given(material):
+    batch = _stored(material).batch([3], _rows(material).take([3]))
+    hidden, head = batch["teacher_hidden"], batch["teacher_head"]
+    right = linear_logit_loss(hidden, head, Losses(), **batch).loss
+    batch["teacher_log_sum_exp"] = batch["teacher_log_sum_exp"] - 1.0  # the teacher e times as likely everywhere
+    wrong = linear_logit_loss(hidden, head, Losses(), **batch).loss
+    assert right.item() == pytest.approx(0.0, abs=1e-6)
+    assert wrong.item() == pytest.approx(torch.e, rel=1e-4)
+
+
+WRITER = """
+import json, sys
+sys.path[:0] = json.loads(sys.argv[1])
+import test_store as t
+from pathlib import Path
+folder, out, rank, world = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+print(t.store_hidden(lambda: t._teacher(folder), t._rows(folder), out, key="k", rank=rank, world=world))
+"""
+
+
+def test_two_processes_write_one_store_and_the_last_completes_it(material, tmp_path):
+    paths, out = json.dumps([str(Path(__file__).parent), *sys.path]), tmp_path / "hidden"
+    command = [sys.executable, "-c", WRITER, paths, str(material), str(out)]
+    writers = [subprocess.Popen([*command, str(rank), "2"], stdout=subprocess.PIPE, text=True) for rank in range(2)]
+    computed = [int(writer.communicate(timeout=120)[0]) for writer in writers]
+    assert computed == [64, 16]  # a shard each; 80 rows, none twice
+    for file in ("shard-00000/rows.safetensors", "shard-00001/rows.safetensors", "index.json"):
+        assert (out / file).read_bytes() == (material / "hidden" / file).read_bytes()
+
+
+def test_what_one_of_two_left_is_not_complete_and_another_goes_on(material, tmp_path):
+    out, seen, head = str(tmp_path / "hidden"), [], Head.of(_teacher(material))
+    assert store_hidden(lambda: _teacher(material), _rows(material), out, key="k", rank=1, world=2) == 16
+    with pytest.raises(StorageError, match="not completely written"):
+        StoredTeacher(out, head, "k")
+    count = store_hidden(lambda: _teacher(material), _rows(material), out, key="k", progress=lambda *n: seen.append(n))
+    assert count == 64
+    assert (seen[0], seen[-1]) == ((20, 80), (80, 80))
+    assert store_hidden(_never, _rows(material), out, key="k") == 0
+
+
+def test_shards_of_another_teacher_are_never_mixed_in(material, tmp_path):
+    out = str(tmp_path / "hidden")
+    store_hidden(lambda: _teacher(material), _rows(material), out, key="k", rank=1, world=2)
+    with pytest.raises(StorageError, match="shard-00001: holds the store k, not other"):
+        store_hidden(_never, _rows(material), out, key="other")
+    with pytest.raises(StorageError, match="holds the store k, not other"):
+        store_hidden(_never, _rows(material), str(material / "hidden"), key="other")
+
+
+def test_some_rows_are_stored_under_their_numbers(material, tmp_path):
+    rows, out, head = _rows(material), str(tmp_path / "hidden"), Head.of(_teacher(material))
+    config = DistillConfig(steps=3, batch_rows=4, micro_batch_rows=4, peak_lr=1e-3, min_lr=1e-3, warmup_steps=1)
+    numbers = rows_of_steps(len(rows), config.batch_rows, config.steps, config.seed)
+    assert store_hidden(lambda: _teacher(material), rows, out, key="k", numbers=numbers) == 12
+    assert store_hidden(_never, rows, out, key="k", numbers=numbers) == 0
+    some, few = StoredTeacher(out, head, "k"), [numbers[7], numbers[0]]
+    assert torch.equal(some.hidden(few, rows.take(few)), _stored(material).hidden(few, rows.take(few)))
+    distill(_teacher(material).requires_grad_(True), some, rows, config)  # reads no row beyond the last step's
+    missing = next(row for row in range(80) if row not in numbers)
+    with pytest.raises(IndexError, match=f"row {missing} of .*, which has 12 rows, this one not among them"):
+        some.batch([missing], rows.take([missing]))
+    for other in (numbers[1:], None):
+        with pytest.raises(StorageError, match="holds the store k-"):
+            store_hidden(_never, rows, out, key="k", numbers=other)
+    storage.remove(storage.join(out, "index.json"))  # nor into what another kill left behind
+    with pytest.raises(StorageError, match="shard-00000: holds the store k-"):
+        store_hidden(_never, rows, out, key="k", numbers=numbers[1:])
+
+
+def test_rows_and_heads_of_other_shapes_are_refused(material):
+    tokens = _rows(material).take([0])
+    with pytest.raises(StorageError, match=r"hidden states \[1, 32, 48\] where rows and head have \[1, 31, 48\]"):
+        _stored(material).batch([0], tokens[:, 1:])
+    with pytest.raises(StorageError, match=r"where rows and head have \[1, 32, 40\]"):
+        StoredTeacher(str(material / "hidden"), Head(torch.zeros(300, 40)), "k").batch([0], tokens)
+    with pytest.raises(IndexError, match=r"row 80 of .*rows 0 to 79"):
+        _stored(material).batch([80], tokens)
+
+
+def test_a_store_says_its_size_and_what_the_disk_would_hold(material, tmp_path, monkeypatch):
+    size = stored_bytes(80, 32, 48, 4)
+    files = [storage.size(str(material / "hidden" / f"shard-0000{n}" / "rows.safetensors")) for n in range(2)]
+    assert size == 80 * 32 * (48 * 4 + 4)
+    assert sum(files) == pytest.approx(size, rel=2e-3)  # the headers
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda place: usage(0, 0, size // 4 + 1))
+    with pytest.raises(StorageError, match=f"80 rows to be stored need {size:,} bytes") as refused:
+        store_hidden(lambda: _teacher(material), _rows(material), str(tmp_path / "hidden"), key="k")
+    assert refused.value.remedy.startswith("20 rows fit")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_remote_store_is_copied_once_ahead_of_its_reading(material, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    remote = f"memory://{uuid.uuid4().hex}"
+    rows, head = _rows(material), Head.of(_teacher(material))
+    store_hidden(lambda: _teacher(material), rows, remote, key="k")
+    stored = StoredTeacher(remote, head, "k")
+    stored.prefetch([70])
+    tokens = rows.take([70, 3])
+    assert torch.equal(stored.hidden([70, 3], tokens), _stored(material).hidden([70, 3], tokens))
+    copies = list((tmp_path / "minitron").iterdir())
+    assert len(copies) == 2
+    storage.remove(storage.join(remote, "shard-00000", "rows.safetensors"))
+    again = StoredTeacher(remote, head, "k")  # from the copies
+    assert torch.equal(again.hidden([3], tokens[1:]), stored.hidden([3], tokens[1:]))
+
+
+def test_reading_ahead_brings_the_shards_of_those_rows(material, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    remote = f"memory://{uuid.uuid4().hex}"
+    store_hidden(lambda: _teacher(material), _rows(material), remote, key="k")
+    stored = StoredTeacher(remote, Head.of(_teacher(material)), "k")
+    stored.prefetch([70])
+    stored._shards._reader.shutdown(wait=True)
+    copies = list((tmp_path / "minitron").iterdir())
+    assert [storage.manifest(str(copy))["files"] for copy in copies] == [
+        storage.manifest(storage.join(remote, "shard-00001"))["files"]
+    ]
+
+
+def _objective_loss(material, targets, losses):
+    student = _teacher(material).requires_grad_(True)
+    with torch.no_grad():
+        for number, parameter in enumerate(student.parameters()):
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+    indices = [3, 70]
+    loss, _ = Objective(student, targets, losses)(indices, _rows(material).take(indices))
+    loss.backward()
+    return loss.item(), student.model.layers[0].mlp.up_proj.weight.grad
+
+
+@pytest.mark.parametrize("k", [K, 2])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_stored_best_tokens_train_as_the_live_teacher_cut_off(material, k, temperature):
+    losses = Losses(top_k=k, temperature=temperature)
+    loss, gradient = _objective_loss(material, TopKTeacher(str(material / "top"), "k"), losses)
+    expected, wanted = _objective_loss(material, LiveTeacher(_teacher(material)), losses)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert torch.allclose(gradient, wanted, rtol=1e-3, atol=1e-7)
+
+
+def test_the_mass_that_best_tokens_lose_is_reported(material):
+    rows = _rows(material)
+    probabilities = _teacher(material)(input_ids=rows.take(range(len(rows)))).logits.double().softmax(-1)
+    lost = 1 - probabilities.topk(K).values.sum(-1)
+    found = TopKTeacher(str(material / "top"), "k").mass_lost()
+    assert found.mean == pytest.approx(lost.mean().item(), rel=1e-3)
+    assert found.worst == pytest.approx(lost.max().item(), rel=1e-3)
+
+
+def test_best_tokens_do_not_pass_for_all_of_them(material):
+    targets = TopKTeacher(str(material / "top"), "k")
+    for losses in (Losses(), Losses(top_k=K + 1), Losses(logits="mse")):
+        with pytest.raises(InputError, match=f"top_k: {losses.top_k} with a teacher of which the 5 most likely"):
+            _objective_loss(material, targets, losses)
+    with pytest.raises(InputError, match="k: 301 of a vocabulary of 300"):
+        store_top_k(lambda: _teacher(material), _rows(material), str(material / "none"), 301, key="k")
+    with pytest.raises(StorageError, match=r"\[1, 32\] tokens where the rows have \[1, 31\]"):
+        targets.batch([0], _rows(material).take([0])[:, 1:])
+
+
+def test_distillation_reads_the_rows_of_the_next_step_ahead(material):
+    class Watched(StoredTeacher):
+        read, ahead = [], []
+
+        def batch(self, indices, tokens):
+            self.read.append(list(indices))
+            return super().batch(indices, tokens)
+
+        def prefetch(self, indices):
+            self.ahead.append(list(indices))
+
+    targets = Watched(str(material / "hidden"), Head.of(_teacher(material)), "k")
+    config = DistillConfig(steps=3, batch_rows=4, micro_batch_rows=4, peak_lr=1e-3, min_lr=1e-3, warmup_steps=1)
+    distill(_teacher(material).requires_grad_(True), targets, _rows(material), config)
+    assert [ahead[:4] for ahead in targets.ahead] == targets.read
+    assert [ahead[4:] for ahead in targets.ahead[:-1]] == targets.read[1:]
+
+
+def test_the_key_tells_teachers_rows_dtypes_and_kinds_apart():
+    names = [store_key(*what) for what in (("t", "r", "f"), ("u", "r", "f"), ("t", "s", "f"), ("t", "r", "g"))]
+    assert len({*names, store_key("t", "r", "f", top_k=5)}) == 5

@@ -1,0 +1,205 @@
+"""What the loop does beside training: schedules, steps that fail, evaluations, where the time goes."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers.distilling import (
+    CHANNELS,
+    CONFIG,
+    INTERMEDIATE,
+    distil,
+    live_teacher,
+    load_teacher,
+    pruned_student,
+    stored_teacher,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minitron.architecture import Architecture
+from minitron.data import Rows, rows_for_step
+from minitron.distill import DistillConfig, StoredTeacher, distill
+from minitron.distill.schedule import learning_rate
+from minitron.errors import InputError, NonFiniteError
+from minitron.evaluation import heldout_metrics
+
+
+class Counting(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.counts[str(function)] += 1
+        return function(*arguments, **(named or {}))
+
+
+def _rates(steps, **options):
+    shape = {"total_steps": steps, "peak": 1.0, "minimum": 0.1, "warmup_steps": 2, "schedule": "wsd", **options}
+    return [learning_rate(step, **shape) for step in range(steps)]
+
+
+def test_warmup_stable_decay_does_not_depend_on_the_length_until_it_decays():
+    short, long = _rates(20), _rates(100)
+    assert short[:3] == [0.5, 1.0, 1.0]
+    assert short[:16] == long[:16]
+    assert short[16:] == pytest.approx([0.775, 0.55, 0.325, 0.1])
+    assert long[79:81] == pytest.approx([1.0, 1.0 - 0.9 / 20])
+    assert long[-1] == pytest.approx(0.1)
+    assert _rates(10, decay_share=0.0) == [0.5, *[1.0] * 9]
+    assert _rates(3, decay_share=1.0) == pytest.approx([0.5, 1.0, 0.1])
+
+
+def test_a_schedule_that_is_none_is_refused():
+    with pytest.raises(InputError, match="schedule: 'linear'"):
+        replace(CONFIG, schedule="linear")
+    with pytest.raises(InputError, match=r"decay_share: 1\.5"):
+        replace(CONFIG, decay_share=1.5)
+
+
+def test_the_defaults_are_the_papers():
+    config = DistillConfig(steps=1)
+    assert (config.batch_rows, config.peak_lr, config.min_lr, config.warmup_steps) == (1152, 1e-4, 1e-5, 40)
+
+
+class Poisoned(StoredTeacher):
+    """Stored targets that are broken for some rows."""
+
+    def __init__(self, folder, rows):
+        self.__dict__ |= vars(stored_teacher(folder))
+        self.rows = set(rows)
+
+    def batch(self, indices, tokens):
+        found = super().batch(indices, tokens)
+        if self.rows & set(indices):
+            found["teacher_hidden"] = found["teacher_hidden"] * float("nan")
+        return found
+
+
+def _broken_rows(folder, steps):
+    return [row for step in steps for row in rows_for_step(80, CONFIG.batch_rows, step, CONFIG.seed)[1:2]]
+
+
+def test_a_step_that_is_not_finite_may_be_passed_over(material, tmp_path, caplog):
+    config = replace(CONFIG, max_skipped_steps=2, checkpoint_every=4)
+    broken = _broken_rows(material, [2, 7])
+    losses, student = distil(material, config, Poisoned(material, broken))
+    assert [step for step, _ in losses] == [1, 2, 4, 5, 6, 7, 9, 10, 11, 12]
+    assert all(torch.isfinite(value).all() for value in student.state_dict().values())
+    assert "step skipped, 2 of at most 2" in caplog.text
+    # what was skipped is remembered over an interruption, and the updates are numbered without it
+    options = {"checkpoints": str(tmp_path), "key": "k"}
+    first, _ = distil(material, config, Poisoned(material, broken), until=6, **options)
+    rest, resumed = distil(material, config, Poisoned(material, broken), **options)
+    assert first + rest == losses
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), resumed.parameters(), strict=True))
+
+
+def test_one_skip_too_many_stops_with_the_rows_saved(material, tmp_path):
+    config, broken = replace(CONFIG, max_skipped_steps=1, checkpoint_every=4), _broken_rows(material, [2, 7])
+    options = {"checkpoints": str(tmp_path), "key": "k"}
+    distil(material, config, Poisoned(material, broken), until=6, **options)
+    with pytest.raises(NonFiniteError, match="step 7, rows"):
+        distil(material, config, Poisoned(material, broken), **options)
+    saved = [json.loads((tmp_path / f"nonfinite-{step:08d}.json").read_text()) for step in (2, 7)]
+    assert [found["rows"] for found in saved] == [rows_for_step(80, 4, step, CONFIG.seed) for step in (2, 7)]
+
+
+def test_evaluations_see_the_student_and_change_nothing(material):
+    expected, _ = distil(material)
+    heldout, seen = Rows.open(str(material / "rows"), "heldout").take(range(8)), []
+
+    def evaluate(step, student):
+        seen.append((step, heldout_metrics(student, heldout).loss))
+        student.train()
+        random.random(), np.random.rand(), torch.rand(3)
+
+    random.seed(5)
+    np.random.seed(5)
+    torch.manual_seed(5)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    student = pruned_student(material)  # draws nothing
+    losses = []
+    rows = Rows.open(str(material / "rows"), "train")
+    distill(
+        student,
+        stored_teacher(material),
+        rows,
+        replace(CONFIG, evaluate_every=4),
+        evaluate=evaluate,
+        report=lambda step: losses.append((step.step, step.loss)),
+    )
+    assert losses == expected
+    assert [step for step, _ in seen] == [4, 8, 12]
+    assert seen[-1][1] < seen[0][1]
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
+
+
+def test_there_is_no_dropout(material):
+    expected, _ = distil(material)
+    student, losses = pruned_student(material), []
+    for layer in student.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    rows = Rows.open(str(material / "rows"), "train")
+    distill(student, stored_teacher(material), rows, CONFIG, report=lambda step: losses.append((step.step, step.loss)))
+    assert losses == expected
+
+
+def test_reports_say_where_the_time_goes_and_how_much_of_the_device_is_used(material):
+    class Slow(Poisoned):
+        def batch(self, indices, tokens):
+            time.sleep(0.5)
+            return super().batch(indices, tokens)
+
+    student, reports, started = pruned_student(material), [], time.perf_counter()
+    rows = Rows.open(str(material / "rows"), "train")
+    config = replace(CONFIG, steps=4, report_every=2, peak_flops=1e9)
+    distill(student, Slow(material, []), rows, config, report=reports.append)
+    elapsed = time.perf_counter() - started
+    assert [report.bound_by for report in reports] == ["teacher", "teacher"]
+    assert all(report.seconds["teacher"] >= 1.0 for report in reports)  # two micro-batches
+    assert 4 * 1.0 < sum(2 * sum(report.seconds.values()) for report in reports) < elapsed
+    own, other = (Architecture.from_config(model.config) for model in (student, load_teacher(material)))
+    flops = 3 * own.flops_per_token(32) + 2 * other.vocab_size * other.hidden_size
+    assert reports[0].utilisation == pytest.approx(reports[0].tokens_per_second * flops / 1e9)
+    live = []
+    distill(pruned_student(material), live_teacher(material), rows, replace(config, steps=1), report=live.append)
+    flops = 3 * own.flops_per_token(32) + other.flops_per_token(32)
+    assert live[0].utilisation == pytest.approx(live[0].tokens_per_second * flops / 1e9)
+
+
+def test_activation_checkpointing_computes_again_and_changes_nothing(material):
+    options = {"losses": INTERMEDIATE, "channels": CHANNELS}
+    runs = {}
+    for how in ("none", "selective", "full"):
+        config = replace(CONFIG, steps=3, activation_checkpointing=how)
+        with Counting() as counting:
+            losses, student = distil(material, config, live_teacher(material), **options)
+        assert all("forward" not in vars(layer) for layer in student.model.layers)
+        runs[how] = losses, counting.counts["aten.addmm.default"], counting.counts["aten.silu.default"]
+    assert runs["none"][0] == runs["selective"][0] == runs["full"][0]
+    products, activations = ({how: run[number] for how, run in runs.items()} for number in (1, 2))
+    assert products["none"] == products["selective"] < products["full"]
+    assert activations["none"] < activations["selective"] == activations["full"]
+    with pytest.raises(InputError, match="activation_checkpointing: 'some'"):
+        replace(CONFIG, activation_checkpointing="some")
+
+
+def test_compiled_layers_learn_the_same(material):
+    torch._dynamo.utils.counters.clear()
+    options = {"targets": live_teacher(material), "losses": INTERMEDIATE, "channels": CHANNELS}
+    config = replace(CONFIG, steps=3, activation_checkpointing="selective")
+    compiled, _ = distil(material, replace(config, compile=True), **options)
+    # the losses look into all layers but one
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    eager, _ = distil(material, config, **options)
+    assert [loss for _, loss in compiled] == pytest.approx([loss for _, loss in eager], rel=1e-4)

@@ -1,0 +1,70 @@
+"""The likelihoods of answers behind one context are those of each answer in a row of its own."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from helpers import tiny
+
+from minitron.evaluation.continuations import Continuation, log_likelihoods
+
+
+def _questions():
+    """Contexts of several lengths, with one to five answers; some answers differ in their last token alone."""
+    draw = random.Random(4)
+
+    def tokens(count):
+        return draw.choices(range(300), k=count)
+
+    asked = []
+    for length in (1, 3, 7, 12):
+        context = tokens(length)
+        shared = tokens(3)
+        asked += [Continuation(context, [*shared, token]) for token in tokens(2)]
+        asked += [Continuation(context, tokens(count)) for count in (1, 2, 5)]
+    asked.append(Continuation(tokens(9), tokens(4)))
+    draw.shuffle(asked)
+    return asked
+
+
+def _alone(model, continuation):
+    ids = torch.tensor([[*continuation.context, *continuation.tokens]])
+    with torch.inference_mode():
+        log_p = torch.log_softmax(model(input_ids=ids).logits[0, :-1].double(), -1)[-len(continuation.tokens) :]
+    wanted = torch.tensor(continuation.tokens)
+    return float(log_p.gather(1, wanted[:, None]).sum()), bool((log_p.argmax(-1) == wanted).all())
+
+
+IMPLEMENTATIONS = [(family, "eager") for family in tiny.FAMILIES]
+IMPLEMENTATIONS += [(family, "sdpa") for family in tiny.FAMILIES if family != "gemma2"]  # which has no other
+
+
+@pytest.mark.parametrize(("family", "attention"), IMPLEMENTATIONS)
+def test_answers_are_those_of_rows_of_their_own_for_every_family(family, attention):
+    model = tiny.model(family)
+    model.set_attn_implementation(attention)
+    asked = _questions()
+    likeliest = int(model(input_ids=torch.tensor([asked[0].context])).logits[0, -1].argmax())
+    asked.append(Continuation(asked[0].context, [likeliest]))
+    for batch_rows in (1, 3, 100):
+        found = dict(log_likelihoods(model, asked, batch_rows))
+        assert sorted(found) == list(range(len(asked)))
+        for number, continuation in enumerate(asked):
+            log_likelihood, greedy = _alone(model, continuation)
+            assert found[number].log_likelihood == pytest.approx(log_likelihood, rel=2e-5, abs=2e-5)
+            assert found[number].greedy is greedy
+    assert found[len(asked) - 1].greedy
+
+
+def test_a_context_is_computed_once(monkeypatch):
+    model = tiny.model("llama")
+    seen = []
+    forward = model.model.forward
+    monkeypatch.setattr(
+        model.model, "forward", lambda *a, **k: seen.append(tuple(k["input_ids"].shape)) or forward(*a, **k)
+    )
+    asked = [Continuation([1, 2, 3, 4, 5, 6], [token, token]) for token in (7, 8, 9)]
+    dict(log_likelihoods(model, asked, 8))
+    assert seen == [(1, 6 + 3)]

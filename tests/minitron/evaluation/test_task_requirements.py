@@ -1,0 +1,92 @@
+"""A benchmark that cannot run is refused in `plan`, by its key: before hours of work that it would come after."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from helpers.evaluating import arc_documents, write_jsonl
+
+from minitron.errors import InputError
+from minitron.evaluation import Task, check_requirements, check_tasks
+from minitron_platform import plan
+from minitron_platform.recipes.load import load_recipe
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """The hub's cache, empty, and the hub away by the user's wish."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "hf"
+
+
+@pytest.mark.parametrize("name", ["humaneval", "humaneval_plus", "mbpp", "mbpp_instruct"])
+def test_a_task_that_runs_what_a_model_writes_is_refused_and_its_code_not_loaded(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "code_eval.py").write_text("raise RuntimeError('run')\n")  # what evaluate.load would take
+    with pytest.raises(InputError, match="runs code that the model writes"):
+        check_tasks([Task(name, str(write_jsonl(tmp_path / "test.jsonl", [{"prompt": "a"}])))])
+    assert not [module for module in sys.modules if module.startswith(f"lm_eval.tasks.{name.split('_')[0]}.")]
+
+
+def test_packages_that_a_definition_imports_are_named_with_the_command(tmp_path, monkeypatch):
+    """Those of the modules that it imports in turn, too."""
+    real = sys.modules["minitron.evaluation.requirements"].find_spec
+    monkeypatch.setattr(
+        "minitron.evaluation.requirements.find_spec",
+        lambda name: None if name in ("immutabledict", "langdetect") else real(name),
+    )
+    task = Task("ifeval", str(write_jsonl(tmp_path / "train.jsonl", [{"prompt": "a"}])))
+    check_tasks([task])
+    with pytest.raises(InputError, match="needs immutabledict, langdetect, not installed") as refusal:
+        check_requirements(task)
+    assert refusal.value.remedy == "pip install immutabledict langdetect"
+    assert "lm_eval.tasks.ifeval.utils" not in sys.modules
+
+
+def test_more_examples_than_there_are_is_refused(tmp_path):
+    write_jsonl(tmp_path / "test.jsonl", arc_documents(3))
+    write_jsonl(tmp_path / "train.jsonl", arc_documents(8))
+    check_tasks([Task("arc_easy", str(tmp_path), num_fewshot=8)])
+    with pytest.raises(InputError, match=r"num_fewshot is 20, and the split 'train' of .* has 8 examples") as refusal:
+        check_tasks([Task("arc_easy", str(tmp_path), num_fewshot=20)])
+    assert "8 at most" in refusal.value.remedy
+
+
+def test_hub_documents_are_in_the_cache_or_refused(empty_cache):
+    with pytest.raises(
+        InputError, match=r"the hub's allenai/ai2_arc, cannot be had \(HF_HUB_OFFLINE is set"
+    ) as refusal:
+        check_requirements(Task("arc_easy"))
+    assert "`data:` names documents" in refusal.value.remedy
+    (empty_cache / "datasets" / "allenai___ai2_arc").mkdir(parents=True)
+    check_requirements(Task("arc_easy"))
+
+
+def test_a_metric_of_the_hub_is_in_the_cache_or_refused(empty_cache, tmp_path, monkeypatch):
+    documents = str(write_jsonl(tmp_path / "validation.jsonl", [{"question": "a"}]))
+    with pytest.raises(InputError, match="the metric 'rouge' cannot be had"):
+        check_requirements(Task("noticia", documents))
+    (empty_cache / "modules/evaluate_modules/metrics/evaluate-metric--rouge").mkdir(parents=True)
+    check_requirements(Task("noticia", documents))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rouge").mkdir()
+    with pytest.raises(InputError, match="'rouge' in the working folder would be run"):
+        check_requirements(Task("noticia", documents))
+
+
+def test_answers_that_fill_the_whole_context_are_refused(tmp_path):
+    task = Task("gsm8k", str(write_jsonl(tmp_path / "test.jsonl", [{"question": "a", "answer": "#### 1"}])))
+    check_requirements(task, 257)
+    with pytest.raises(InputError, match="256 tokens, and the model takes 256"):
+        check_requirements(task, 256)
+
+
+def test_the_plan_names_the_key_while_there_is_work_to_lose(bench, empty_cache):
+    options = [f"evaluate.tasks=[{{name: arc_easy, data: {bench}/arc.jsonl}}, {{name: wikitext}}]"]
+    recipe = load_recipe(str(bench / "recipe.yaml"), options)
+    with pytest.raises(InputError, match=r"evaluate.tasks\[1\]: task 'wikitext': its documents"):
+        plan(recipe, storage_path=str(bench / "unused"))

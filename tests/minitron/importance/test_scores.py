@@ -1,0 +1,182 @@
+"""Benchmark scores are lm-eval's own, for each kind of request, and are shown in their own unit."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+
+import pytest
+import torch
+from helpers.evaluating import WORDS, arc_documents, byte_tokenizer, tiny_model, write_jsonl
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from minitron.errors import InputError, one_line
+from minitron.evaluation import Task, evaluate, task_metric
+from minitron.evaluation.tasks import parts, read_definition
+
+
+def pages(count, words):
+    draw = random.Random(3)
+    return [{"page": " ".join(draw.choices(WORDS, k=words + number))} for number in range(count)]
+
+
+def sums(count):
+    draw = random.Random(5)
+    return [
+        {
+            "question": f"How many {draw.choice(WORDS)}s are {n} and {n + 1}?",
+            "answer": f"{n} + {n + 1}\n#### {2 * n + 1}",
+        }
+        for n in range(count)
+    ]
+
+
+def by_lm_eval(model, tokenizer, task, file, limit=None):
+    """What lm-eval's own command gives for the stock definition of `task` on the same documents."""
+    config = read_definition(next(parts(Task(task))).definition, functions=True)
+    for split in ("training_split", "validation_split", "fewshot_split", "dataset_name"):
+        config.pop(split, None)
+    config |= {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(file)}, "cache_dir": str(file.parent / "cache")},
+        "test_split": "test",
+        "num_fewshot": 0,
+    }
+    scorer = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=1, softmax_dtype="float32")
+    manager = TaskManager(include_defaults=False)
+    return simple_evaluate(scorer, tasks=[config], limit=limit, bootstrap_iters=0, task_manager=manager)["results"][
+        task
+    ]
+
+
+@pytest.fixture(scope="module")
+def student():
+    return tiny_model(1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def generated(monkeypatch):
+    """Every list of answers that lm-eval's transformers backend has given."""
+    answers = []
+    original = HFLM.generate_until
+
+    def generate_until(self, *args, **options):
+        answers.append(original(self, *args, **options))
+        return answers[-1]
+
+    monkeypatch.setattr(HFLM, "generate_until", generate_until)
+    return answers
+
+
+@pytest.mark.parametrize("name", ["arc_easy", "wikitext", "gsm8k"])
+def test_each_kind_of_request_gives_what_lm_eval_gives(student, tokenizer, tmp_path, generated, name):
+    # pages of about 60 to 1,800 bytes, of which the longest take four windows of this model
+    documents = {"arc_easy": arc_documents(9), "wikitext": [*pages(5, 10), *pages(2, 300)], "gsm8k": sums(3)}[name]
+    file = write_jsonl(tmp_path / "test.jsonl", documents)
+    calls = []
+
+    score = evaluate(
+        student, tokenizer, [Task(name, str(file))], batch_size=4, progress=lambda *call: calls.append(call)
+    )[name]
+    expected = by_lm_eval(student.eval(), tokenizer, name, file)
+
+    metric = {"arc_easy": "acc,none", "wikitext": "word_perplexity,none", "gsm8k": "exact_match,strict-match"}[name]
+    assert score.metric == metric.split(",")[0]
+    assert score.value == pytest.approx(expected[metric], rel=1e-5)
+    assert score.higher_is_better is (name != "wikitext")
+    assert (score.stderr is None) is (name == "wikitext")
+    assert score.num_documents == len(documents)
+    assert calls == [(done, len(documents)) for done in range(1, len(documents) + 1)]
+    if name == "gsm8k":
+        ours, theirs = generated
+        assert ours == theirs
+        assert all(ours)
+
+
+def test_a_perplexity_of_a_random_model_is_that_of_its_vocabulary(tokenizer, tmp_path):
+    model = tiny_model(1, initializer_range=1e-4)
+    file = write_jsonl(tmp_path / "test.jsonl", pages(3, 200))
+    score = evaluate(model, tokenizer, [Task("wikitext", str(file), limit=2)])["wikitext"]
+    letters = [len(document["page"]) / len(document["page"].split()) for document in pages(2, 200)]
+    assert score.value == pytest.approx(257 ** (sum(letters) / 2), rel=0.1)
+    assert score.num_documents == 2
+
+
+def test_a_prompt_that_is_cut_for_its_answer_is_reported(tokenizer, tmp_path, caplog):
+    model = tiny_model(1, max_position_embeddings=400)
+    file = write_jsonl(tmp_path / "test.jsonl", [*sums(2), {"question": 30 * "winter ", "answer": "#### 1"}])
+    with caplog.at_level(logging.WARNING):
+        evaluate(model, tokenizer, [Task("gsm8k", str(file))])
+    assert "gsm8k: 1 requests exceed the model's 400 tokens" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "value", "stderr", "title", "shown"),
+    [
+        ("arc_easy", "acc", 0.4751, 0.0456, "acc, %", "47.5 ± 4.6"),
+        ("hellaswag", "acc_norm", 0.5, None, "acc_norm, %", "50.0"),
+        ("gsm8k", "exact_match", 0.0, 0.0, "exact_match, %", "0.0 ± 0.0"),
+        ("ifeval", "prompt_level_strict_acc", 1.0, float("nan"), "prompt_level_strict_acc, %", "100.0"),
+        ("squadv2", "f1", 45.25, None, "f1, %", "45.2"),
+        ("wikitext", "word_perplexity", 15.216, None, "word_perplexity", "15.22"),
+        ("wikitext", "word_perplexity", 123456.7, None, "word_perplexity", "123,457"),
+        ("wikitext", "bits_per_byte", 0.71234, None, "bits_per_byte, bits", "0.712"),
+        ("iwslt2017_en-de", "bleu", 27.312, 0.44, "bleu", "27.31 ± 0.44"),
+        ("truthfulqa_gen", "bleu_acc", 0.31, None, "bleu_acc, %", "31.0"),
+        ("longbench", "score", 12.5, None, "score", "12.50"),
+    ],
+)
+def test_a_score_is_shown_in_the_unit_of_its_metric(task, metric, value, stderr, title, shown):
+    found = task_metric(task, metric)
+    assert found.title == title
+    assert found.text(value, stderr) == shown
+
+
+def test_better_is_lower_for_perplexities_and_unknown_for_what_nobody_defines():
+    better = [task_metric("t", m).higher_is_better for m in ("byte_perplexity", "ter", "acc", "bleu", "score")]
+    assert better == [False, False, True, True, None]
+
+
+def test_a_task_that_raises_is_told_of_and_the_others_are_scored(student, tokenizer, tmp_path):
+    good = Task("wikitext", str(write_jsonl(tmp_path / "pages.jsonl", pages(2, 10))))
+    unfit = Task("hellaswag", str(write_jsonl(tmp_path / "unfit.jsonl", [{"no": "question"}])))
+    # the first document is scored, and what comes after all answers raises
+    broken = Task(
+        "gsm8k", str(write_jsonl(tmp_path / "sums.jsonl", [*sums(1), {"question": "how many?", "answer": 3}]))
+    )
+    failed = {}
+
+    scores = evaluate(student, tokenizer, [unfit, broken, good], on_failure=failed.__setitem__)
+
+    assert scores == evaluate(student, tokenizer, [good])
+    assert list(failed) == ["hellaswag", "gsm8k"]
+    assert "fields are no" in one_line(failed["hellaswag"])
+    with pytest.raises(type(failed["gsm8k"])):
+        evaluate(student, tokenizer, [broken])
+
+
+def test_an_answer_that_the_model_cannot_take_fails_its_task(student, tokenizer, tmp_path):
+    documents = arc_documents(3)
+    documents[1]["choices"]["text"][0] = 513 * "a"
+    file = write_jsonl(tmp_path / "test.jsonl", documents)
+    with pytest.raises(InputError, match="an answer of 514 tokens, and the model takes 1 to 512"):
+        evaluate(student, tokenizer, [Task("arc_easy", str(file))])
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, KeyboardInterrupt])
+def test_no_memory_and_an_interrupt_are_no_failures_of_a_task(student, tokenizer, tmp_path, monkeypatch, error):
+    def stop(*_, **__):
+        raise error
+
+    monkeypatch.setattr(student.model, "forward", stop)
+    task = Task("arc_easy", str(write_jsonl(tmp_path / "test.jsonl", arc_documents(1))))
+    with pytest.raises(error):
+        evaluate(student, tokenizer, [task], on_failure=lambda name, failure: None)

@@ -1,0 +1,269 @@
+"""`minitron prune`: what the user gives, what comes out, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import fsspec
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers import tiny
+from helpers.command import run_minitron
+
+from minitron import prune
+from minitron.models import load_model
+from minitron_platform.cli.commands import main
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a checkpoint and its scores."""
+    folder = tmp_path_factory.mktemp("prune")
+    model = tiny.model("mistral", hidden_size=256, intermediate_size=512, num_attention_heads=8)
+    model.save_pretrained(folder / "model")
+    tiny.tokenizer().save_pretrained(folder / "model")
+    tiny.scores(tiny.architecture(model)).save(folder / "scores.safetensors")
+    return folder
+
+
+def call(place, *arguments, out="out", model="model"):
+    scores = [] if "--scores" in arguments else ["--scores", str(place / "scores.safetensors")]
+    return CliRunner().invoke(
+        main, ["prune", str(place / model), str(place / out), *scores, *arguments], catch_exceptions=False
+    )
+
+
+def check(place, out, scores=None, **changes):
+    model = load_model(place / "model")
+    base = tiny.architecture(model)
+    layers = changes.pop("layers", None)
+    expected = prune(model, replace(base, **changes), tiny.scores(base), layers=layers)
+    with torch.no_grad():
+        assert torch.equal(load_model(place / out)(tiny.rows()).logits, expected(tiny.rows()).logits)
+
+
+def test_sizes(place):
+    result = call(place, "--hidden-size", "192", "--num-layers", "4", "--num-heads", "4", out="sizes")
+    assert result.exit_code == 0, result.output
+    check(place, "sizes", hidden_size=192, num_layers=4, num_heads=4)
+    base = tiny.architecture(load_model(place / "model"))
+    smaller = replace(base, hidden_size=192, num_layers=4, num_heads=4)
+    for said in (f"{base.num_parameters:,}", f"{smaller.num_parameters:,}", "one tensor at a time", "peak memory"):
+        assert said in result.output
+    assert "KV cache" in " ".join(result.output.split())
+    assert str(place / "sizes") in result.output.replace("\n", "")
+
+
+def test_parameters(place):
+    base = tiny.architecture(load_model(place / "model"))
+    asked = round(base.num_parameters * 0.7)
+    result = call(place, "--parameters", str(float(asked)), "--multiple", "16", out="parameters")
+    assert result.exit_code == 0, result.output
+    made = tiny.architecture(load_model(place / "parameters"))
+    assert f"{made.num_parameters / asked - 1:+.1%} of the {asked:,} parameters asked for" in result.output
+    assert abs(made.num_parameters / asked - 1) < 0.05
+    assert made.hidden_size % 16 == made.intermediate_size % 16 == 0
+    result = call(place, "--parameters", str(base.num_parameters * 0.81), "--how", "depth", out="deep")
+    assert result.exit_code == 0, result.output
+    assert tiny.architecture(load_model(place / "deep")) == replace(base, num_layers=4)
+
+
+def test_layers(place):
+    result = call(place, "--layers", "0-1,4", "--intermediate-size", "448", out="layers")
+    assert result.exit_code == 0, result.output
+    assert "layers kept: 0-1, 4 (as listed)" in result.output
+    check(place, "layers", num_layers=3, intermediate_size=448, layers=[0, 1, 4])
+
+
+def test_scattered_layers(place):
+    scores = tiny.scores(tiny.architecture(load_model(place / "model")))
+    result = call(place, "--num-layers", "3", "--depth", "scattered", "--metric", "cosine", out="scattered")
+    assert result.exit_code == 0, result.output
+    check(place, "scattered", num_layers=3, layers=sorted(scores.blocks(1, "cosine").topk(3).indices.tolist()))
+    assert "(scattered, by cosine)" in result.output
+
+
+def test_the_metric_that_chose_the_layers_is_said(place):
+    scores = tiny.scores(tiny.architecture(load_model(place / "model")))
+    measured = {"loss": {2: torch.tensor([0.3, 0.1, 0.4, 0.2])}, "logit_error": {1: torch.tensor([5.0, 4, 3, 2, 1])}}
+    replace(scores, removal=measured).save(place / "measured.safetensors")
+
+    def said(count, *arguments):
+        out = f"said{count}{len(arguments)}"
+        arguments = ("--num-layers", str(count), "--scores", str(place / "measured.safetensors"), *arguments)
+        result = call(place, *arguments, out=out)
+        assert result.exit_code == 0, result.output
+        return next(line for line in result.output.splitlines() if line.startswith("layers kept"))
+
+    assert said(3) == "layers kept: 0, 3-4 (contiguous, by loss)"
+    assert said(4, "--metric", "logit_error") == "layers kept: 0-3 (contiguous, by logit_error)"
+    cosine = "by cosine; the loss without 1 layer was not measured, for --metric there is logit_error)"
+    assert said(4).endswith(f"(contiguous, {cosine}")
+    assert said(3, "--depth", "scattered").endswith(f"(scattered, {cosine}")
+    assert said(2).endswith("(contiguous, by cosine; the loss without 3 layers was not measured)")
+
+
+def test_the_newest_scores_of_a_runs_storage(place):
+    calibrated = place / "runs/stages/calibrate/abc"
+    calibrated.mkdir(parents=True)
+    shutil.copy(place / "scores.safetensors", calibrated)
+    result = call(place, "--num-layers", "4", "--scores", str(place / "runs"), out="stored")
+    assert result.exit_code == 0, result.output
+    assert f"scores {calibrated}/scores.safetensors" in " ".join(result.output.split())
+    check(place, "stored", num_layers=4)
+
+
+def test_folders_without_scores_are_refused(place):
+    result = call(place, "--num-layers", "4", "--scores", str(place / "model"), out="refused")
+    assert result.exit_code == 2
+    assert "no stages/calibrate/*/scores.safetensors in it" in " ".join(result.output.split())
+    with fsspec.open("memory://far/stages/calibrate/abc/scores.safetensors", "wb") as file:
+        file.write((place / "scores.safetensors").read_bytes())
+    result = call(place, "--num-layers", "4", "--scores", "memory://far", out="refused")
+    assert result.exit_code == 2
+    assert "memory://far is a remote folder" in " ".join(result.output.split())
+
+
+def test_a_revision_of_a_hub_model_without_its_second_copy_of_the_weights(place, tmp_path, monkeypatch):
+    """In the hub's cache: two revisions, of which the listing also has the weights in other formats."""
+    commits = {"main": "0" * 40, "v1": "1" * 40}
+    cache = tmp_path / "models--somebody--model"
+    shutil.copytree(place / "model", cache / "snapshots" / commits["v1"])
+    tiny.model("mistral").save_pretrained(cache / "snapshots" / commits["main"])
+    (cache / "refs").mkdir()
+    (cache / "trees").mkdir()
+    for name, commit in commits.items():
+        (cache / "refs" / name).write_text(commit)
+        here = [file.name for file in (cache / "snapshots" / commit).iterdir()]
+        others = ["consolidated.safetensors", "original/consolidated.00.safetensors", "onnx/model.json", "flax.msgpack"]
+        listed = {file: {"size": 1, "blob_id": "2" * 40} for file in [*here, *others]}
+        (cache / f"trees/{commit}.json").write_text(json.dumps({"format_version": 1, "files": listed}))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    arguments = ["--scores", str(place / "scores.safetensors"), "--num-layers", "4"]
+
+    def pruned(out, *more):
+        return CliRunner().invoke(main, ["prune", "somebody/model", str(place / out), *arguments, *more])
+
+    result = pruned("hub", "--revision", "v1")
+    assert result.exit_code == 0, result.output
+    check(place, "hub", num_layers=4)
+    result = pruned("newest")
+    assert result.exit_code == 2
+    assert "where this model has neurons [5, 96]" in " ".join(result.output.split())
+    result = pruned("none", "--revision", "v2")
+    assert result.exit_code == 2
+    assert "'somebody/model' at revision 'v2' is no local folder" in " ".join(result.output.split())
+
+
+def test_merged_heads(place):
+    result = call(place, "--num-heads", "6", "--merge-heads", "-1", out="merged")
+    assert result.exit_code == 0, result.output
+    model = load_model(place / "model")
+    base = tiny.architecture(model)
+    expected = prune(model, replace(base, num_heads=6), tiny.scores(base), merge_heads=-1)
+    with torch.no_grad():
+        assert torch.equal(load_model(place / "merged")(tiny.rows()).logits, expected(tiny.rows()).logits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "no shape is given"),
+        (("--like", "minitron-4b", "--hidden-size", "64"), "--like and --hidden-size give the shape twice"),
+        (
+            ("--like", "mn-minitron-8b"),
+            "cut from Mistral NeMo 12B; this model differs from Mistral NeMo 12B in num_layers",
+        ),
+        (("--like", "minitron-9b"), "did you mean minitron-"),
+        (("--parameters", "1e12"), "parameters: 1,000,000,000,000"),
+        (("--hidden-size", "512"), "hidden_size: 512 is larger than the model's 256"),
+        (("--layers", "0-x"), "'0-x' is not a layer or a range"),
+        (("--layers", "3,1"), "does not ascend"),
+        (("--layers", "0-9"), "--layers: 9 is no layer of this model, which has 5"),
+        (("--layers", ""), "'' is not a layer or a range"),
+        (("--num-layers", "8"), "num_layers: 8 is larger than the model's 5"),
+        (("--num-layers", "3", "--layers", "0-1"), "--layers: 0-1 are 2 layers, but --num-layers leaves 3"),
+        (("--parameters", "2e6", "--layers", "0-1"), "--layers: 0-1 are 2 layers, but --parameters leaves 5"),
+        (("--parameters", "nan"), "--parameters: nan is no number of parameters"),
+        (("--parameters", "inf"), "--parameters: inf is no number of parameters"),
+        (("--parameters", "0"), "--parameters: 0.0 is no number of parameters"),
+        (("--num-layers", "4", "--how", "depth"), "--how: depth without --parameters has no effect"),
+        (("--like", "minitron-4b", "--multiple", "64"), "--multiple: 64 without --parameters has no effect"),
+        (("--layers", "0-3", "--depth", "contiguous"), "--depth: contiguous with --layers"),
+        (("--layers", "0-3", "--metric", "cosine"), "--metric: cosine with --layers"),
+        (("--num-layers", "4", "--revision", "v1"), "--revision: v1 of"),
+        (("--num-layers", "4", "--metric", "taste"), "taste"),
+        (("--num-heads", "8", "--merge-heads", "+1"), "nothing to merge"),
+        (("--num-layers", "4", "--scores", "nowhere.safetensors"), "nowhere.safetensors does not exist"),
+    ],
+)
+def test_refusals(place, tmp_path, arguments, said):
+    result = call(place, *arguments, out=tmp_path / "refused")
+    assert result.exit_code == 2
+    assert said in " ".join(result.output.split())
+    assert "fix: " in result.output
+    assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_heads": 6}, "heads [5, 6] where this model has heads [5, 8]"),
+        ({"intermediate_size": 640}, "neurons [5, 640] where this model has neurons [5, 512]"),
+        ({"hidden_size": 64}, "channels [64] where this model has channels [256]"),
+        (
+            {"family": "mixtral", "num_experts": 4, "experts_per_token": 2},
+            "neurons [5, 4, 512] where this model has neurons [5, 512]",
+        ),
+    ],
+)
+def test_other_models_scores_are_refused(place, tmp_path, changes, said):
+    base = tiny.architecture(load_model(place / "model"))
+    tiny.scores(replace(base, **changes)).save(tmp_path / "other.safetensors")
+    result = call(place, "--num-layers", "4", "--scores", str(tmp_path / "other.safetensors"), out=tmp_path / "refused")
+    assert result.exit_code == 2
+    assert said in " ".join(result.output.split())
+    assert not (tmp_path / "refused").exists()
+
+
+def test_scores_without_experts_are_refused_for_a_mixture(tmp_path):
+    model = tiny.model("mixtral")
+    model.save_pretrained(tmp_path / "model")
+    replace(tiny.scores(tiny.architecture(model)), experts=None).save(tmp_path / "scores.safetensors")
+    result = call(tmp_path, "--num-experts", "3")
+    assert result.exit_code == 2
+    assert "no experts where this model has experts [5, 4]" in " ".join(result.output.split())
+
+
+def test_a_folder_that_exists_is_refused(place):
+    (place / "mine").mkdir()
+    result = call(place, "--num-layers", "4", out="mine")
+    assert result.exit_code == 2
+    assert "mine exists" in result.output
+    assert not list((place / "mine").iterdir())
+
+
+def test_a_model_that_is_nowhere_is_refused(place):
+    result = call(place, "--num-layers", "4", model="nothing")
+    assert result.exit_code == 2
+    assert "nothing does not exist" in result.output
+    scores = str(place / "scores.safetensors")
+    result = CliRunner().invoke(
+        main, ["prune", "nobody/nothing", str(place / "x"), "--scores", scores, "--num-layers", "4"]
+    )
+    assert result.exit_code == 2
+    assert "'nobody/nothing' is no local folder or file" in " ".join(result.output.split())
+
+
+def test_as_a_program(place):
+    typed = ["prune", "model", "program", "--scores", "scores.safetensors", "--num-layers", "4"]
+    done = run_minitron(*typed, cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    check(place, "program", num_layers=4)
+    again = run_minitron(*typed, cwd=place)
+    assert again.returncode == 2
+    assert "error: program exists" in again.stderr

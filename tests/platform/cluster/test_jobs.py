@@ -1,0 +1,384 @@
+"""Runs as Ray jobs on a real head with token authentication, and the private Ray of a local run."""
+
+from __future__ import annotations
+
+import json
+import os
+import py_compile
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from helpers.command import run_minitron
+
+from minitron.errors import InputError, MinitronError
+from minitron_platform.cluster.jobs import entrypoint_for, logs, status, stop
+from minitron_platform.cluster.jobs import submit_text as submit
+from minitron_platform.cluster.packaging import PACKAGES, code_hash, package_folder, stage_code
+
+ROOT = Path(__file__).resolve().parents[3]
+RECIPE = "teacher: tiny\nname: café\n"
+TOKEN = "0123456789abcdef" * 4
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"after {seconds} s still not: {what}"
+        time.sleep(0.2)
+
+
+def free_ports(count: int) -> list[str]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [str(server.getsockname()[1]) for server in sockets]
+    for server in sockets:
+        server.close()
+    return ports
+
+
+def python_path(*folders: Path) -> str:
+    return os.pathsep.join(map(str, folders))
+
+
+@dataclass
+class Head:
+    address: str
+    token_path: str
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """A head started by the script that ships, in a process group and folder of its own."""
+    with tempfile.TemporaryDirectory(prefix="mj-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        (Path(folder) / "token").write_text(TOKEN)
+        gcs, dashboard, agent, client = free_ports(4)
+        log = Path(folder) / "head.log"
+        process = subprocess.Popen(
+            [
+                *(str(ROOT / "clusters/local/start-head.sh"), "--block", "--port", gcs, "--dashboard-port", dashboard),
+                *("--dashboard-agent-listen-port", agent, "--ray-client-server-port", client),
+                *("--num-cpus", "2", "--temp-dir", f"{folder}/ray"),
+            ],
+            env={
+                **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+                "PATH": python_path(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"],
+                "HOME": folder,
+                "RAY_AUTH_TOKEN_PATH": f"{folder}/token",
+            },
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        head = Head(f"http://127.0.0.1:{dashboard}", f"{folder}/token", Path(folder))
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("RAY_AUTH_TOKEN_PATH", head.token_path)
+
+                def answers() -> bool:
+                    assert process.poll() is None, log.read_text()
+                    try:
+                        return status(head.address) == []
+                    except MinitronError:
+                        return False
+
+                wait_until(answers, "the head answers")
+            yield head
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.fixture
+def as_user(head: Head, monkeypatch: pytest.MonkeyPatch) -> Head:
+    """A shell that holds the cluster's token."""
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", head.token_path)
+    return head
+
+
+@pytest.fixture
+def without_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A shell that holds no cluster token."""
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+@dataclass
+class Checkout:
+    """A copy of the packages, laid out as in the repository, and a client that submits from it."""
+
+    root: Path
+
+    def submit(self, address: str, name: str, entrypoint: str) -> tuple[str, str]:
+        """The submission id and what was said on standard error."""
+        client = "import sys; from minitron_platform.cluster.jobs import submit_text as submit; "
+        client += f"print(submit({RECIPE!r}, name=sys.argv[1], address=sys.argv[2], entrypoint=sys.argv[3]))"
+        paths = [self.root, self.root / "search", self.root / "platform"]
+        sent = subprocess.run(
+            [sys.executable, "-c", client, name, address, entrypoint],
+            # RAY_ADDRESS would lead Ray's own client elsewhere
+            env={**os.environ, "PYTHONPATH": python_path(*paths), "RAY_ADDRESS": "http://127.0.0.1:1"},
+            cwd=self.root,
+            capture_output=True,
+            text=True,
+        )
+        assert sent.returncode == 0, sent.stderr
+        return sent.stdout.strip(), sent.stderr
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    for package, place in {"minitron": ".", "minitron_search": "search", "minitron_platform": "platform"}.items():
+        shutil.copytree(package_folder(package), tmp_path / place / package)
+    return Checkout(tmp_path)
+
+
+def test_the_command_of_a_run_survives_any_value() -> None:
+    command = entrypoint_for("recipe.yaml", {"storage": "s3://b/a b", "tracking-uri": "x;rm -rf $HOME"}, ["a.b='c d'"])
+    program = "import sys, json; print(json.dumps(sys.argv[1:]))"
+    words = subprocess.run(
+        ["sh", "-c", command.replace("python -m minitron_platform", f"{sys.executable} -c '{program}'", 1)],
+        capture_output=True,
+        check=True,
+    ).stdout
+    assert json.loads(words) == [
+        *("run", "recipe.yaml", "--storage", "s3://b/a b", "--tracking-uri", "x;rm -rf $HOME", "--set", "a.b='c d'")
+    ]
+
+
+@pytest.mark.parametrize("address", ["ray://10.0.0.1:10001", "auto", "10.0.0.1:8265", "10.0.0.1:6379", "http://"])
+def test_addresses_that_are_not_the_jobs_api_are_refused(address: str) -> None:
+    with pytest.raises(InputError, match="Jobs API") as refusal:
+        submit(RECIPE, name="run", address=address)
+    assert "http://HOST:8265" in refusal.value.remedy
+
+
+@pytest.mark.usefixtures("without_token")
+def test_an_open_head_elsewhere_is_refused_unless_asked_for() -> None:
+    elsewhere = f"http://0.0.0.0:{free_ports(1)[0]}"  # not a loopback address, and nothing answers
+    with pytest.raises(InputError, match="no cluster token"):
+        submit(RECIPE, name="run", address=elsewhere)
+    with pytest.raises(MinitronError, match="no answer"):
+        submit(RECIPE, name="run", address=elsewhere, insecure=True)
+
+
+def test_a_head_that_is_down_or_silent_ends_in_an_error_that_says_so(without_token: None) -> None:
+    with pytest.raises(MinitronError, match="no answer"):
+        status(f"http://127.0.0.1:{free_ports(1)[0]}")
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(MinitronError, match="no answer"):
+        status(f"http://127.0.0.1:{silent.getsockname()[1]}")
+
+
+@pytest.mark.parametrize("key", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "my_password", "RAY_AUTH_TOKEN"])
+def test_secrets_never_enter_a_job(key: str) -> None:
+    with pytest.raises(InputError, match=key) as refusal:
+        submit(RECIPE, name="run", address="http://127.0.0.1:1", env={"NCCL_DEBUG": "WARN", key: "hunter2"})
+    assert "cluster" in refusal.value.remedy
+    assert "hunter2" not in str(refusal.value)
+
+
+def test_a_password_inside_an_address_never_enters_a_job() -> None:
+    with pytest.raises(InputError, match="password") as refusal:
+        submit(RECIPE, name="run", address="http://127.0.0.1:1", options={"tracking-uri": "http://me:hunter2@mlflow"})
+    assert "hunter2" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["", "Run", "a/b", "../x", "a" * 65, "a b"])
+def test_names_that_are_no_run_names_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match="not a run name"):
+        submit(RECIPE, name=name, address="http://127.0.0.1:1")
+
+
+def test_a_token_file_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/no/such/file")
+    with pytest.raises(InputError, match="RAY_AUTH_TOKEN_PATH=/no/such/file"):
+        status("http://127.0.0.1:1")
+
+
+def test_the_code_is_known_by_its_content(tmp_path: Path) -> None:
+    py_compile.compile(str(package_folder("minitron") / "errors.py"))  # leaves a __pycache__, which must stay behind
+    staged = stage_code(tmp_path / "a")
+    assert [Path(folder).name for folder in staged] == list(PACKAGES)
+    assert not list(tmp_path.rglob("__pycache__"))
+    assert (tmp_path / "a/minitron_platform/_data/clusters/local/start-head.sh").is_file()
+    again = stage_code(tmp_path / "b")
+    assert code_hash(staged) == code_hash(again)
+    (tmp_path / "b/minitron_search/__init__.py").write_text("x = 1\n")
+    assert code_hash(staged) != code_hash(again)
+
+
+def test_the_wrong_token_and_no_token_are_refused_with_a_remedy(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 64)
+    with pytest.raises(MinitronError, match="the token was refused") as refusal:
+        submit(RECIPE, name="run", address=head.address)
+    assert "RAY_AUTH_TOKEN_PATH" in refusal.value.remedy
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    monkeypatch.setenv("HOME", str(head.folder / "nobody"))
+    with pytest.raises(MinitronError, match="asks for a token"):
+        status(head.address)
+
+
+def test_a_job_runs_once_at_a_time_and_is_followed_and_stopped_by_its_name(as_user: Head, checkout: Checkout) -> None:
+    address = as_user.address
+    work = {"address": address, "name": "sleeper", "entrypoint": "echo begun; cat recipe.yaml; sleep 600"}
+    first, said = checkout.submit(**work)
+    assert first.startswith("sleeper-")
+    assert first.endswith("-a1")
+    assert said == ""
+    again, said = checkout.submit(**work)
+    assert again == first
+    assert "nothing was submitted" in said
+
+    lines: list[str] = []
+    follower = threading.Thread(target=lambda: lines.extend(logs(address, "sleeper", follow=True)))
+    follower.start()
+    wait_until(lambda: "begun" in "".join(lines), "the follower sees the first line while the job runs")
+    assert status(address, "sleeper")[0].status == "RUNNING"
+    assert stop(address, "sleeper") == "STOPPED"
+    follower.join(timeout=30)
+    assert not follower.is_alive()
+    assert "café" in "".join(lines)
+
+    second, said = checkout.submit(**work)
+    assert second == first.removesuffix("-a1") + "-a2"
+    assert said == ""
+    assert {row.submission_id for row in status(address) if row.name == "sleeper"} == {first, second}
+    assert stop(address, second) == "STOPPED"
+    assert stop(address, "sleeper") == "STOPPED"  # nothing is active any more: the last attempt is meant
+
+    with pytest.raises(InputError, match="no such job") as refusal:
+        status(address, "sleepy")
+    assert first in refusal.value.remedy
+    assert second in refusal.value.remedy
+
+
+DRIVER = """
+import ray, minitron, minitron_search
+from minitron_platform import marker
+from minitron_platform.cluster.ray_session import cluster_cpus_gpus, ray_session
+
+def value():
+    from minitron_platform import marker
+    return marker.VALUE
+
+with ray_session(None, num_cpus=50):
+    print("driver", marker.VALUE, "worker", ray.get(ray.remote(value).remote()), cluster_cpus_gpus())
+"""
+
+
+def test_the_code_that_runs_is_the_code_that_was_sent(as_user: Head, checkout: Checkout) -> None:
+    """The driver and its workers import the sent packages, and an edit is seen by the next job."""
+    hashes = []
+    for value in ("old", "new"):
+        (checkout.root / "platform/minitron_platform/marker.py").write_text(f"VALUE = {value!r}\n")
+        submission_id, _ = checkout.submit(as_user.address, "edited", f"python -c {shlex.quote(DRIVER)}")
+        wait_until(lambda job=submission_id: not status(as_user.address, job)[0].is_active, "the job has ended")
+        row = status(as_user.address, submission_id)[0]
+        output = "".join(logs(as_user.address, submission_id))
+        assert row.status == "SUCCEEDED", output
+        assert f"driver {value} worker {value} (2.0, 0.0)" in output
+        hashes.append(row.code)
+    assert hashes[0] != hashes[1]
+
+
+SESSION = """
+import json, os, sys
+import ray
+from minitron_platform.cluster.ray_session import cluster_cpus_gpus, ray_session
+
+def seen():
+    import minitron, minitron_search, minitron_platform
+    return [minitron.__file__, os.getpid()]
+
+with ray_session(None, num_cpus=64):
+    node = ray._private.worker.global_worker.node
+    file, worker = ray.get(ray.remote(seen).remote())
+    raylet = node.all_processes["raylet"][0].process.pid
+    print(json.dumps([cluster_cpus_gpus(), file, [worker, raylet], node.get_session_dir_path()]), flush=True)
+    sys.stdin.readline()
+print(json.dumps(ray.is_initialized()), flush=True)
+"""
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("end", ["in order", "killed"])
+def test_a_local_run_has_a_private_ray_that_leaves_nothing_behind(end: str, tmp_path: Path) -> None:
+    # packages that only sys.path knows, as in an uninstalled checkout
+    for package in PACKAGES:
+        shutil.copytree(package_folder(package), tmp_path / "code" / package)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "home").mkdir()
+    driver = subprocess.Popen(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path / 'code')!r})\n" + SESSION],
+        env={**{k: v for k, v in os.environ.items() if not k.startswith("RAY_")}, "HOME": str(tmp_path / "home")},
+        cwd=tmp_path / "run",
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert driver.stdin is not None
+    assert driver.stdout is not None
+    assert driver.stderr is not None
+    try:
+        (cpus, _), file, pids, session = json.loads(driver.stdout.readline())
+        assert cpus == 64
+        assert file == str(tmp_path / "code/minitron/__init__.py")
+        assert all(map(is_alive, pids))
+        folder = Path(session).parents[1]
+        assert folder.stat().st_mode & 0o077 == 0  # sockets and logs are this user's
+        if end == "killed":
+            driver.kill()
+        else:
+            driver.stdin.write("\n")
+            driver.stdin.flush()
+            assert json.loads(driver.stdout.readline()) is False
+            assert driver.stderr.read() == ""  # a quiet terminal
+            assert driver.wait() == 0
+        wait_until(lambda: not any(map(is_alive, pids)), "raylet and worker are gone")
+        wait_until(lambda: not folder.exists(), "the folder of sockets and logs is gone")
+        assert list((tmp_path / "home").iterdir()) == []  # no lasting token was written
+    finally:
+        driver.kill()
+        driver.wait()
+
+
+def test_a_recipe_runs_as_a_job_and_its_results_are_in_storage(as_user: Head, bench: Path, tmp_path: Path) -> None:
+    def minitron(*arguments: str) -> str:
+        done = run_minitron(*arguments, cwd=bench)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    # relative paths mean the submitter's folder, not the job's
+    settings = ["--set", "teacher.model=./teacher", "--set", "data.path=text.jsonl", "--set", "distill.steps=6"]
+    sent = minitron(
+        "submit", "recipe.yaml", "--address", as_user.address, "--storage", str(tmp_path / "runs"), *settings
+    )
+    job = sent.strip().splitlines()[-1]
+    printed = minitron("logs", job, "--address", as_user.address, "--follow")
+    assert "SUCCEEDED" in minitron("status", job, "--address", as_user.address), printed
+    for stage in ("teacher", "search", "distill", "register"):
+        assert f"✓ {stage}" in printed
+    (results,) = (tmp_path / "runs" / "runs").glob("*/results.json")
+    table = json.loads(results.read_text())["family"]["tiny-student"]["evaluate"]["table"]
+    assert table["distilled"]["kl"] < table["pruned"]["kl"]

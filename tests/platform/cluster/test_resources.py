@@ -1,0 +1,113 @@
+"""What trials and workers take of a machine: a recipe's `auto` with GPUs, without, and the numbers it gives itself."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from minitron.errors import InputError
+from minitron_platform import load_recipe, plan, run
+from minitron_platform.recipes.resources import resolve
+
+AUTO = ("workers_per_trial", "gpus_per_trial", "workers", "gpus_per_worker")
+ON_CPUS = (1, 0, 2, 0)  # what the keys' defaults were before `auto`
+
+
+def _resolved(resources):
+    return tuple(asdict(resources)[name] for name in AUTO)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A function that makes this process see GPUs, which torch cannot compute on."""
+
+    def see(count, gigabytes=80):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        found = SimpleNamespace(total_memory=int(gigabytes * 1e9))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: found)
+
+    return see
+
+
+# overrides of `resources`, GPUs, whether four trials fit on one, what comes of it as in AUTO
+CASES = {
+    "none": ({}, 0, False, ON_CPUS),
+    "one": ({}, 1, True, (1, 0.25, 1, 1)),
+    "one with little memory": ({}, 1, False, (1, 1, 1, 1)),
+    "several": ({}, 3, True, (1, 0.25, 3, 1)),
+    "more than rows in a step": ({}, 64, True, (1, 0.25, 4, 1)),
+    "no GPU wanted": ({"gpus_per_trial": 0, "gpus_per_worker": 0}, 8, True, ON_CPUS),
+    "none for the workers": ({"gpus_per_worker": 0}, 2, True, (1, 0.25, 2, 0)),
+    "workers that would share one": ({"workers": 3}, 2, True, (1, 0.25, 3, 0)),
+    "fewer workers": ({"workers": 1}, 2, True, (1, 0.25, 1, 1)),
+    "two for each worker": ({"gpus_per_worker": 2}, 4, True, (1, 0.25, 2, 2)),
+    "a part for each worker": ({"gpus_per_worker": 0.5}, 2, True, (1, 0.25, 2, 0.5)),
+    "trials of several workers": ({"workers_per_trial": 2}, 2, True, (2, 1, 2, 1)),
+    "trials of more workers than GPUs": ({"workers_per_trial": 2}, 1, True, (2, 0, 1, 1)),
+    "numbers": ({"gpus_per_trial": 1, "workers": 8, "gpus_per_worker": 1}, 0, False, (1, 1, 8, 1)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_a_recipe_leaves_open_goes_by_the_gpus_and_what_it_says_stays(case):
+    given, there, small, expected = CASES[case]
+    recipe = load_recipe("smollm2-135m-cpu", [f"resources.{key}={value}" for key, value in given.items()])
+    assert _resolved(resolve(recipe, there, small_trials=small)) == expected
+
+
+def test_every_worker_has_a_row_in_each_step():
+    for training in ("distill", "family.0.distill", "correct.training"):
+        whole = "{steps: 9, batch_rows: 1, peak_lr: 1.0e-3, min_lr: 1.0e-4, warmup_steps: 2}"
+        recipe = load_recipe("smollm2-135m-cpu", [f"{training}={whole}"])
+        assert [resolve(recipe, count).workers for count in (0, 1, 4)] == [1, 1, 1]
+
+
+def test_a_plan_says_and_uses_what_was_chosen(bench, tmp_path, gpus):
+    def planned(*overrides, address=None):
+        recipe = load_recipe(str(bench / "recipe.yaml"), overrides)
+        return plan(recipe, storage_path=str(tmp_path / "runs"), address=address)
+
+    def what(found):
+        return next(cost.what for cost in found.costs if cost.stage == "distill")
+
+    gpus(0)
+    on_cpus = planned()
+    assert _resolved(on_cpus.resources) == ON_CPUS
+    assert on_cpus.resources_text.startswith("no GPU: 2 workers with 1 CPU each, up to ")
+    assert {stage.processes for stage in on_cpus.memory if stage.stage == "distill"} == {2}
+    assert "tokens on 2 workers" in what(on_cpus)
+    gpus(1)
+    assert planned().resources_text.startswith("1 GPU: 1 worker with 1 GPU, up to ")
+    assert planned().resources_text.endswith(" with 0.25 GPU each")
+    assert "tokens on 1 worker," in what(planned())
+    assert planned().memory == []  # of the machine's, of which a GPU's work needs little
+    gpus(1, gigabytes=8)
+    assert planned().resources_text == "1 GPU: 1 worker with 1 GPU, up to 1 trial at once with 1 GPU"
+    without = planned("resources.gpus_per_trial=0", "resources.gpus_per_worker=0")
+    assert without.resources == on_cpus.resources
+    assert without.memory == on_cpus.memory
+    assert without.bytes == on_cpus.bytes
+    assert without.warnings == planned().warnings == []
+    (warning,) = planned("resources.workers=2").warnings
+    assert "resources.workers: 2 cannot share 1 GPU, so that they train on CPUs; lower it to 1" in warning
+    with pytest.raises(InputError, match="2 GPUs are asked for and this machine has 1"):
+        planned("resources.workers=2", "resources.gpus_per_worker=1")
+    elsewhere = planned(address="127.0.0.1:6379")
+    assert "said once it is joined" in elsewhere.resources_text
+    assert elsewhere.resources == on_cpus.resources
+
+
+def test_a_private_ray_has_the_gpus_that_trials_and_workers_take(bench, tmp_path, gpus):
+    gpus(1)
+    one = "family.0.space={num_layers: [4], hidden_size: [36], intermediate_size: [48, 72]}"
+    recipe = load_recipe(str(bench / "recipe.yaml"), [one, "family.0.tolerance=0.5", "evaluate.tasks=[]"])
+    done = run(
+        recipe, storage_path=str(tmp_path / "runs"), until="search"
+    )  # Ray refuses or waits for what is not there
+    assert _resolved(done.need_ray()) == (1, 0.25, 1, 1)
+    found = done.family["tiny-student"]["search"]
+    assert len(found["ranking"]) == found["candidates"] == 2
+    assert not found["failures"]

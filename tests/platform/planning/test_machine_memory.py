@@ -1,0 +1,34 @@
+"""The memory that a process may use: the machine's, or less where a container, job or service has a limit."""
+
+from __future__ import annotations
+
+import pytest
+
+from minitron_platform.estimates.memory import machine_memory
+
+GB = 1 << 30
+JOB = "/slurm/job_7"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        (f"0::{JOB}", {f"{JOB}/memory.max": 0.5, "/slurm/memory.max": 0.75}, 0.5),
+        (f"0::{JOB}", {f"{JOB}/memory.max": None, "/slurm/memory.max": 0.25}, 0.25),
+        ("0::/", {"/memory.max": 0.5, "/slurm/memory.max": 0.25}, 0.5),
+        (f"4:cpu:/\n3:memory:{JOB}\n0::/", {f"/memory{JOB}/memory.limit_in_bytes": 0.5}, 0.5),
+        ("3:memory:/docker/1\n0::/", {"/memory/memory.limit_in_bytes": 0.5}, 0.5),  # seen from inside a container
+        (f"3:cpu,cpuacct:{JOB}\n0::/", {f"{JOB}/memory.max": 0.5}, None),
+    ],
+    ids=["cgroup 2", "around it", "the container's own", "cgroup 1", "cgroup 1 in a container", "another controller's"],
+)
+def test_the_limit_that_a_process_is_under_counts(tmp_path, groups, files, expected):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"{groups}\n")
+    for name, share in files.items():
+        file = tmp_path / f"sys/fs/cgroup{name}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("max\n" if share is None else f"{int(share * GB)}\n")
+    whole = machine_memory(tmp_path / "nothing")
+    assert machine_memory(tmp_path) == (whole if expected is None else expected * GB)
+    assert whole > GB

@@ -1,0 +1,122 @@
+"""Input that a run cannot use, as a user gives it: each is refused by name, with its remedy, before any work."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from helpers.command import run_minitron
+
+from minitron.errors import InputError
+from minitron_platform.recipes.load import load_recipe
+
+BAD = {
+    "unknown key": (["--set", "distill.stepz=3"], "distill.stepz: unknown key", "steps"),
+    "wrong type": (["--set", "distill.steps=many"], "distill.steps: 'many'", "--set distill.steps"),
+    "neither a number nor auto": (
+        ["--set", "resources.workers=many"],
+        "resources.workers: 'many' is not valid: input should be a valid integer, or 'auto'",
+        "--set resources.workers",
+    ),
+    "target above the teacher": (
+        ["--set", "family.0.parameters=900000"],
+        "family.0.parameters: 900,000",
+        "smaller target",
+    ),
+    "target nothing meets": (["--set", "family.0.parameters=1000"], "family.0.space: no combination", "widen"),
+    "heads that do not divide": (
+        ["--set", "family.0.space.num_heads=[5]"],
+        "family.0.space.num_heads: 5",
+        "multiples of 2",
+    ),
+    "hidden above the teacher": (
+        ["--set", "family.0.space.hidden_size=[96]"],
+        "hidden_size: 96 is larger",
+        "at most 48",
+    ),
+    "halving after the last rung": (["--set", "search.halving.grace=0.9"], "search.rungs: [0.5, 0.75]", "grace"),
+    "more workers than rows": (
+        ["--set", "resources.workers_per_trial=5"],
+        "resources.workers_per_trial: 5",
+        "at most 4",
+    ),
+    "limits nothing keeps to": (
+        ["--set", "family.0.limits.kv_cache_bytes=10"],
+        "family.0.limits: none of",
+        "raise family.0.limits",
+    ),
+    "a point of another size": (
+        ["--set", "family.0.points=[{num_layers: 1}]"],
+        "family.0.points.0: 1L",
+        "change the point",
+    ),
+    "missing text": (["--set", "data.path=/nowhere/text.jsonl"], "/nowhere/text.jsonl", ""),
+    "missing teacher": (["--set", "teacher.model=./nowhere"], "./nowhere", "model folder"),
+    "unreadable teacher": (["--set", "teacher.model=broken"], "'broken' cannot be read", "checkpoint"),
+    "missing package": (["--set", "teacher.model=package:nowhere_at_all/x.gguf"], "nowhere_at_all", "install"),
+    "unknown task": (["--set", "evaluate.tasks.0.name=arc_eazy"], "arc_eazy", "arc_easy"),
+    "warm-up too long": (["--set", "distill.warmup_steps=24"], "distill.warmup_steps: 24", "fewer"),
+    "no such stage": (["--until", "prune"], "'prune' is not one of", "calibrate"),
+    "too little room": (["--set", "data.train_rows=99000000000000"], "GB free", "--storage"),
+    "too little memory": (
+        ["--set", "distill.batch_rows=1000000", "--set", "distill.micro_batch_rows=1000000"],
+        "distill of tiny-student: needs about",
+        "lower distill.micro_batch_rows or resources.workers",
+    ),
+    "storage that is a file": (["--storage", "text.jsonl"], "text.jsonl", "--storage"),
+    "rows longer than the teacher takes": (["--set", "data.seq_length=5000"], "data.seq_length: 5000", "at most 2048"),
+    "more calibration rows than rows": (["--set", "calibrate.rows=97"], "calibrate.rows: 97", "at most 96"),
+    "no permission": (["--storage", "text.jsonl/runs"], "text.jsonl/runs", "--storage"),
+    "GPUs that are not there": (["--set", "resources.gpus_per_trial=64"], "64 GPUs", "gpus_per_trial"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_before_work_starts(bench, case, tmp_path):
+    (bench / "broken").mkdir(exist_ok=True)
+    (bench / "broken" / "config.json").write_text("{not json")
+    arguments, named, remedy = BAD[case]
+    storage = [] if "--storage" in arguments else ["--storage", tmp_path / "runs"]
+    refused = run_minitron("run", "recipe.yaml", *storage, *arguments, cwd=bench, timeout=60)
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert named in refused.stderr
+    assert remedy in refused.stderr
+    assert "Traceback" not in refused.stderr + refused.stdout
+    assert not (tmp_path / "runs" / "stages").exists()
+
+
+def test_a_teacher_with_damaged_weights_is_refused_by_name(bench, tmp_path):
+    shutil.copytree(bench / "teacher", tmp_path / "teacher")
+    weights = tmp_path / "teacher" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    refused = run_minitron(
+        "run", "recipe.yaml", "--storage", tmp_path / "runs", "--set", f"teacher.model={tmp_path}/teacher", cwd=bench
+    )
+    assert refused.returncode == 2, refused.stderr
+    assert f"{tmp_path}/teacher" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not list((tmp_path / "runs" / "stages").rglob("*.json"))
+
+
+def test_a_recipe_that_does_not_exist_names_those_that_do(tmp_path):
+    refused = run_minitron("run", "smolm2-135m-cpu", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "did you mean 'smollm2-135m-cpu'" in refused.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("data.add_bos=1", "data.add_bos"),
+        ("family.0.space.hidden_size={from: 1}", "family.0.space.hidden_size"),
+        ("family.0.space.hidden_size=[a]", "family.0.space.hidden_size.0"),
+        ("losses.hidden=7", "losses.hidden"),
+        ("register.alias=3", "register.alias"),
+    ],
+)
+def test_a_value_that_is_refused_is_named_by_the_key_that_the_recipe_has(bench, override, key):
+    with pytest.raises(InputError) as refused:
+        load_recipe(str(bench / "recipe.yaml"), [override])
+    assert f"recipe.yaml: {key}: " in refused.value.problem
+    assert f"--set {key}=" in refused.value.remedy

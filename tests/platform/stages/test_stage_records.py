@@ -1,0 +1,54 @@
+"""What finished stages recorded: read where the storage lies now, and refused where the file is something else."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from minitron import storage
+from minitron.errors import StorageError
+from minitron_platform.stages.stage_records import RECORD, read_record, write_record
+
+STAGE = "stages/distill/0123456789abcdef"
+
+
+def _record(**outputs):
+    return {"outputs": {"summary": "done", **outputs}, "artifacts": [], "seconds": 1.5}
+
+
+def test_a_message_that_begins_with_a_path_is_kept_as_it_is(tmp_path):
+    """A failure's reason may name a file of the storage first, and addresses after it."""
+    root = str(tmp_path)
+    reason = f"{root}/trials/a: cannot be accessed (no answer from http://127.0.0.1:9/b)\nsee {root}/runs"
+    write_record(root, f"{root}/{STAGE}", _record(failures={"3L": reason}))
+    assert read_record(root, f"{root}/{STAGE}") == _record(failures={"3L": reason})
+
+
+@pytest.mark.parametrize(
+    "student", ["storage:../etc", "storage:stages/../../etc", "/old/stages/distill/0123456789abcdef/../../../../etc"]
+)
+def test_a_record_whose_paths_lead_out_of_the_storage_is_refused(tmp_path, student):
+    folder = f"{tmp_path}/{STAGE}"
+    storage.write_json(f"{folder}/{RECORD}", _record(student=student))
+    with pytest.raises(StorageError, match=r"stage.json: .* leads out of the storage"):
+        read_record(str(tmp_path), folder)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\xfe",
+        b"[" * 200_000,
+        b"[]",
+        b"{}",
+        json.dumps(_record() | {"outputs": []}).encode(),
+        json.dumps(_record() | {"artifacts": [1]}).encode(),
+        json.dumps(_record(summary=None)).encode(),
+    ],
+)
+def test_what_is_not_a_record_is_named(tmp_path, content):
+    folder = f"{tmp_path}/{STAGE}"
+    storage.write_bytes(f"{folder}/{RECORD}", content)
+    with pytest.raises(StorageError, match=f"{folder}/{RECORD}: not "):
+        read_record(str(tmp_path), folder)

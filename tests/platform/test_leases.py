@@ -1,0 +1,333 @@
+"""One driver at a time, on a shared folder and on an object store: who waits, who takes over, and who must stop."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import fsspec
+import pytest
+from helpers.command import ROOT, command, environment
+from helpers.s3_server import s3_server
+
+from minitron import storage
+from minitron.errors import InputError, StorageError
+from minitron_platform import leases, load_recipe
+from minitron_platform.fence import Fence, Holder, LeaseLostError, create_epoch, newest_epoch
+from minitron_platform.leases import lease
+from minitron_platform.pipeline import run, run_key
+from minitron_platform.stages.context import Places
+from minitron_platform.tracking.spool import read_events
+
+
+class Said:
+    """A console that remembers."""
+
+    def __init__(self):
+        self.lines, self.waits = [], threading.Event()
+
+    def say(self, line):
+        self.lines.append(line)
+
+    def status(self, text):
+        self.waits.set()
+
+
+@pytest.fixture(scope="module")
+def s3():
+    with s3_server() as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
+        fsspec.config.conf.clear()
+        yield "s3://bucket"
+
+
+@pytest.fixture(params=["local", "s3"])
+def where(request, tmp_path):
+    root = str(tmp_path / "runs") if request.param == "local" else f"{request.getfixturevalue('s3')}/{uuid.uuid4().hex}"
+    return Places(root, str(tmp_path / "local"), "sqlite:///unused.db")
+
+
+def _hold(where, console=None, run="run-1", **options):
+    return lease(where, "work", "the work", run=run, console=console or Said(), **options)
+
+
+def _elsewhere(where, ttl, run="run-1"):
+    """A driver on another machine acquires the lease; its fence."""
+    folder = storage.join(where.storage, "leases", "work")
+    holder = replace(Holder.this_process(run, ttl), user="alice", host="head-1", pid=4711)
+    epoch = newest_epoch(folder) + 1
+    assert create_epoch(folder, epoch, holder)
+    return Fence(folder, epoch, "the work")
+
+
+def test_a_second_driver_waits_until_the_first_is_done(where):
+    order, console = [], Said()
+
+    def second():
+        with _hold(where, console):
+            order.append("second")
+
+    with _hold(where) as fence:
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert console.waits.wait(30)
+        order.append("first")
+        fence.check()
+    thread.join(30)
+    assert order == ["first", "second"]
+    assert f"@{socket.gethostname()}, process {os.getpid()}" in console.lines[0]
+    assert "--take-over" in console.lines[0]
+    assert len(console.lines) == 1
+
+
+def test_of_many_drivers_one_at_a_time_has_it(where):
+    inside, most = [], []
+
+    def work():
+        with _hold(where) as fence:
+            inside.append(1)
+            fence.check()
+            most.append(len(inside))
+            inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert most == [1] * 6
+
+
+def test_a_driver_without_a_sign_of_life_is_taken_over_and_finds_out(where):
+    stalled = _elsewhere(where, ttl=1.0)
+    stalled.check()
+    console = Said()
+    began = time.monotonic()
+    with _hold(where, console):
+        assert time.monotonic() - began >= 1.0
+        with pytest.raises(LeaseLostError, match=r"the work was taken over by .*, process \d+"):
+            stalled.check()
+    assert "taken over from alice@head-1, process 4711" in console.lines[-1]
+    assert "no sign of life for 1 s" in console.lines[-1]
+
+
+def test_take_over_needs_no_waiting_and_is_for_the_same_run_alone(where):
+    other = _elsewhere(where, ttl=1.0, run="run-2")
+    console = Said()
+    with _hold(where, console, take_over="as --take-over says"):  # waits for it: it is another run's
+        assert "Waiting for it to end" in console.lines[0]
+        assert "--take-over" not in console.lines[0]
+    with pytest.raises(LeaseLostError):
+        other.check()
+    _elsewhere(where, ttl=86_400.0)
+    console = Said()
+    with _hold(where, console, take_over="as --take-over says"):
+        assert console.lines == [line for line in console.lines if "as --take-over says" in line] != []
+
+
+HOLDER = """
+import signal, sys, time
+from minitron_platform.console import Console
+from minitron_platform.stages.context import Places
+from minitron_platform.fence import LeaseLostError
+from minitron_platform.leases import lease
+signal.signal(signal.SIGINT, signal.default_int_handler)
+where = Places(sys.argv[1], sys.argv[1], "sqlite:///unused.db")
+try:
+    with lease(where, "work", "the work", run="run-1", console=Console()) as fence:
+        print("held", flush=True)
+        time.sleep(120)
+except LeaseLostError as error:
+    print(error, flush=True)
+"""
+
+
+@pytest.fixture
+def holder(where, monkeypatch):
+    """Another process that holds the lease."""
+    monkeypatch.setenv("MINITRON_LEASE_SECONDS", "2")
+    paths = os.pathsep.join(path for path in sys.path if path)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, where.storage],
+        env={**os.environ, "PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_killed_driver_is_taken_over_at_once(where, holder, monkeypatch):
+    monkeypatch.setenv("MINITRON_LEASE_SECONDS", "86400")
+    holder.kill()
+    holder.wait()
+    console = Said()
+    with _hold(where, console):
+        assert "its process is gone" in console.lines[-1]
+
+
+def test_a_driver_that_lives_is_waited_for_however_long(where, holder):
+    console, got = Said(), threading.Event()
+
+    def wait():
+        with _hold(where, console):
+            got.set()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert console.waits.wait(30)
+    assert not got.wait(4)  # twice the time after which a silent one would be taken for dead
+    holder.kill()
+    holder.wait()
+    assert got.wait(30)
+    thread.join()
+
+
+def test_a_driver_that_was_taken_over_is_stopped_in_the_middle_of_its_work(where, holder):
+    with _hold(where, take_over="as --take-over says"):
+        said, _ = holder.communicate(timeout=30)  # it slept for two minutes
+    assert "the work was taken over by" in said
+    assert f"process {os.getpid()}" in said
+
+
+def test_what_earlier_drivers_left_is_cleared(where):
+    for _ in range(3):
+        with _hold(where):
+            pass
+    folder = storage.join(where.storage, "leases", "work")
+    assert storage.names(folder) == ["00000003.beat", "00000003.end", "00000003.json"]
+    assert [name for name in storage.names(storage.join(where.storage, "leases")) if name != "work"] == []
+
+
+@pytest.mark.parametrize("ttl", ['"long"', "null", "[]"])
+def test_a_damaged_lease_is_named(tmp_path, ttl):
+    where = Places(str(tmp_path), str(tmp_path), "sqlite:///unused.db")
+    path = _elsewhere(where, ttl=7.5).folder + "/00000001.json"
+    storage.write_bytes(path, storage.read_bytes(path).replace(b"7.5", ttl.encode()))
+    with pytest.raises(StorageError, match=f"{path}: not a lease"), _hold(where):
+        pass
+
+
+def test_storage_that_ignores_conditions_is_refused(tmp_path, monkeypatch):
+    fs = SimpleNamespace(pipe_file=lambda path, data, mode: None, exists=lambda path: False)
+    monkeypatch.setattr(storage, "filesystem", lambda path: (fs, path.split("://")[1]))
+    with (
+        pytest.raises(StorageError, match="overwrites a file that it was told to create only if"),
+        _hold(Places(f"s3://{uuid.uuid4().hex}", str(tmp_path), "sqlite:///unused.db")),
+    ):
+        pass
+
+
+OUTAGE = """
+import logging, threading
+import fsspec
+from minitron.errors import StorageError
+from minitron_platform.console import Console
+from minitron_platform.stages.context import Places
+from minitron_platform.leases import lease
+from helpers.s3_server import s3_server
+said, missed = [], threading.Event()
+class Handler(logging.Handler):
+    def emit(self, record):
+        said.append(record.getMessage())
+        if "no heartbeat could be written" in said[-1]:
+            missed.set()
+logging.getLogger("minitron_platform.leases").addHandler(Handler())
+with s3_server() as environment:
+    import os
+    os.environ.update(environment, AWS_MAX_ATTEMPTS="1", MINITRON_LEASE_SECONDS="1")
+    fsspec.filesystem("s3").mkdir("bucket")
+    block = lease(Places("s3://bucket/x", "", "sqlite:///unused.db"), "work", "the work", run="run-1", console=Console())
+    fence = block.__enter__()
+assert missed.wait(60)
+assert "minitron-lease" in [thread.name for thread in threading.enumerate()], "it goes on trying"
+try:
+    fence.check()
+except StorageError as error:
+    print(error)
+block.__exit__(None, None, None)
+print(*said, sep="\\n")
+"""
+
+
+def test_a_server_that_is_away_ends_no_heartbeats_and_is_named():
+    paths = os.pathsep.join([str(ROOT / "tests"), environment()["PYTHONPATH"]])
+    driver = subprocess.run(
+        [sys.executable, "-c", OUTAGE], env={**environment(), "PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert driver.returncode == 0, driver.stderr
+    assert "s3://bucket/x/leases/work: cannot be accessed (EndpointConnectionError" in driver.stdout
+    assert "the work: not given back (s3://bucket/x/leases/work/00000001.end: cannot be accessed" in driver.stdout
+
+
+def test_a_put_that_the_driver_repeated_has_succeeded(monkeypatch):
+    """As S3 clients do where the answer to the first one was lost; the second one is then refused."""
+    address = f"memory://{uuid.uuid4().hex}"
+    fs = storage.filesystem(address)[0]
+
+    def put_twice(path, data, mode):
+        for _ in range(2):
+            type(fs).pipe_file(fs, path, data, mode=mode)
+
+    monkeypatch.setattr(fs, "pipe_file", put_twice)
+    assert storage.create_bytes(f"{address}/a", b"mine")
+    assert not storage.create_bytes(f"{address}/a", b"theirs")
+    assert storage.read_bytes(f"{address}/a") == b"mine"
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "1e9"])
+def test_the_time_of_a_lease_is_a_number_of_seconds(monkeypatch, text):
+    monkeypatch.setenv("MINITRON_LEASE_SECONDS", text)
+    with pytest.raises(InputError, match="MINITRON_LEASE_SECONDS"):
+        leases.lease_seconds()
+
+
+def test_a_driver_that_was_taken_over_ends_no_record_of_the_other(bench, tmp_path, monkeypatch):
+    recipe = load_recipe(str(bench / "recipe.yaml"))
+    key, root = run_key(recipe), str(tmp_path / "runs")
+    spool = Places(root, root, "").spool(key)
+
+    def taken_over(context, folder):
+        fence = context.held[0]
+        assert create_epoch(fence.folder, fence.epoch + 1, Holder.this_process(key, 60.0))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minitron_platform.stages.teacher.run", taken_over)
+    with pytest.raises((KeyboardInterrupt, LeaseLostError)):
+        run(recipe, storage_path=root, until="teacher")
+    for name in (key, f"{key}.teacher"):
+        events = [event["event"] for event, _ in read_events(Path(spool) / f"{name}.jsonl", 0) if event]
+        assert events[0] == "start"
+        assert "end" not in events
+
+
+def test_two_drivers_of_one_run_on_an_object_store_do_its_work_once(bench, s3, tmp_path):
+    root = f"{s3}/{uuid.uuid4().hex}"
+    options = ["run", "recipe.yaml", "--storage", root, "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db"]
+    options += ["--until", "correct"]
+    key = run_key(load_recipe(str(bench / "recipe.yaml")))
+    homes = [{**environment(), "XDG_CACHE_HOME": str(tmp_path / name), "HOME": str(tmp_path / name)} for name in "ab"]
+    for home in homes:  # each as on a machine of its own
+        os.makedirs(home["HOME"])
+    with lease(Places(root, str(tmp_path), ""), f"run-{key}", "the run", run=key, console=Said()):
+        drivers = [
+            subprocess.Popen(command(*options), cwd=bench, env=home, stdout=subprocess.PIPE, text=True)
+            for home in homes
+        ]
+        for driver in drivers:  # both are there before either begins
+            assert any("Waiting for it to end" in line for line in driver.stdout)
+    said = [driver.communicate(timeout=200)[0] for driver in drivers]
+    assert [driver.returncode for driver in drivers] == [0, 0]
+    assert sorted(text.count("already done") for text in said) == [0, 3]

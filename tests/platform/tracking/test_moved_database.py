@@ -1,0 +1,69 @@
+"""A database of MLflow that lies in another folder than before: which addresses follow it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+
+import pytest
+from mlflow import MlflowClient
+
+from minitron_platform.tracking.moved_database import follow
+
+
+@pytest.fixture
+def store(empty_database, tmp_path):
+    """A folder with a database that Minitron shares with others, and its artifacts; what others keep is beside it."""
+    folder = tmp_path / "store"
+    (folder / "artifacts" / "tiny").mkdir(parents=True)
+    shutil.copy(empty_database, folder / "mlflow.db")
+    client = _client(folder)
+    for name, address in {
+        "tiny": f"{folder}/artifacts/tiny",
+        "bucket": "s3://bucket/artifacts/7",
+        "team": f"{tmp_path}/team/artifacts/9",
+    }.items():
+        client.create_experiment(name, artifact_location=address)
+    client.create_registered_model("student")
+    for place in ("store/student", "runs/student"):
+        (tmp_path / place).mkdir(parents=True)
+        client.create_model_version("student", f"{tmp_path}/{place}")
+    return folder
+
+
+def _client(folder):
+    return MlflowClient(f"sqlite:///{folder}/mlflow.db")
+
+
+def _addresses(folder):
+    client = _client(folder)
+    places = {e.name: e.artifact_location for e in client.search_experiments() if e.name != "Default"}
+    return places | {str(v.version): v.source for v in client.search_model_versions("name = 'student'")}
+
+
+def test_what_moved_follows_and_what_others_keep_stays(store, tmp_path):
+    before = _addresses(store)
+    here = store.rename(tmp_path / "elsewhere")
+    follow(here / "mlflow.db")
+    assert _addresses(here) == before | {"tiny": f"{here}/artifacts/tiny", "1": f"{here}/student"}
+
+
+def test_weights_that_stayed_where_they_were_are_found_there(store, tmp_path):
+    """The database and its artifacts were moved alone, out of the folder of the storage."""
+    here = tmp_path / "alone"
+    here.mkdir()
+    for part in ("mlflow.db", "artifacts"):
+        (store / part).rename(here / part)
+    follow(here / "mlflow.db")
+    after = _addresses(here)
+    assert after["tiny"] == f"{here}/artifacts/tiny"
+    assert after["1"] == f"{store}/student"
+
+
+def test_another_way_to_the_same_folder_is_no_move(store, tmp_path, caplog):
+    before = _addresses(store)
+    (tmp_path / "link").symlink_to(store)
+    with caplog.at_level(logging.WARNING):
+        follow(tmp_path / "link" / "mlflow.db")
+    assert _addresses(store) == before
+    assert caplog.text == ""

@@ -1,0 +1,213 @@
+"""The registry: one version per key, and aliases that never move to weights that do not verify."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from helpers.mlflow_server import free_port, mlflow_server
+
+from minitron.errors import InputError, MinitronError, StorageError
+from minitron.storage import committed_folder
+from minitron_platform.tracking.registry import models, promote, register, rollback
+from minitron_platform.tracking.server import serve
+
+NAME = "tiny-family"
+
+
+@pytest.fixture
+def uri(tmp_path: Path, empty_database: Path) -> str:
+    shutil.copy(empty_database, tmp_path)
+    return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def weights(folder: Path, content: bytes = b"weights") -> str:
+    with committed_folder(str(folder)) as temporary:
+        (temporary / "model.safetensors").write_bytes(content)
+        (temporary / "tokenizer").mkdir()
+        (temporary / "tokenizer" / "vocab.json").write_text("{}")
+    return str(folder)
+
+
+def add(uri: str, folder: Path, key: str, **tags: str) -> str:
+    return register(uri, name=NAME, source=weights(folder, key.encode()), run_id=None, tags=tags)
+
+
+def champion(uri: str) -> list[str]:
+    return [row.version for row in models(uri) if "champion" in row.aliases]
+
+
+def test_registering_twice_makes_one_version(uri: str, tmp_path: Path) -> None:
+    assert models(f"sqlite:///{tmp_path}/none.db") == []
+    assert not (tmp_path / "none.db").exists()
+    assert add(uri, tmp_path / "a", "a", **{"minitron.parameters": "1200"}) == "1"
+    assert add(uri, tmp_path / "a", "a", **{"minitron.parameters": "1200", "minitron.heldout_kl": "0.25"}) == "1"
+    assert add(uri, tmp_path / "b", "b") == "2"
+    assert add(uri, tmp_path / "a", "a") == "1"  # and the alias stays with the newer one
+    newest, oldest = models(uri)
+    assert (newest.version, newest.aliases, newest.parameters) == ("2", ("candidate",), None)
+    assert (oldest.version, oldest.aliases, oldest.source) == ("1", (), str(tmp_path / "a"))
+    assert (oldest.parameters, oldest.heldout_kl, oldest.heldout_loss) == (1200, 0.25, None)
+
+
+def test_the_same_weights_in_another_folder_are_the_same_version(uri: str, tmp_path: Path) -> None:
+    assert add(uri, tmp_path / "a", "same") == "1"
+    assert add(uri, tmp_path / "copy", "same") == "1"
+
+
+def test_two_who_register_the_same_weights_at_once_make_one_version(uri: str, tmp_path: Path) -> None:
+    with ThreadPoolExecutor() as pool:
+        made = list(pool.map(lambda number: add(uri, tmp_path / str(number), "same"), range(4)))
+    assert len(set(made)) == 1
+    assert [row.version for row in models(uri)] == made[:1]
+
+
+def test_weights_are_found_where_the_storage_is_now(uri: str, tmp_path: Path) -> None:
+    add(uri, tmp_path / "before" / "student", "a", **{"minitron.storage_path": "student"})
+    (tmp_path / "before").rename(tmp_path / "now")
+    with pytest.raises(StorageError, match="has no manifest"):
+        promote(uri, NAME)
+    root = str(tmp_path / "now")
+    assert promote(uri, NAME, storage_root=root).version == "1"
+    assert models(uri, root)[0].source == f"{root}/student"
+
+
+def test_promote_and_roll_back(uri: str, tmp_path: Path) -> None:
+    for key in "abc":
+        add(uri, tmp_path / key, key)
+        promoted = promote(uri, NAME)
+    assert (promoted.version, promoted.alias, promoted.previous) == ("3", "champion", "2")
+    assert promote(uri, NAME).previous == "3"  # nothing moved, nothing recorded
+    assert rollback(uri, NAME).version == "2"
+    assert champion(uri) == ["2"]
+    assert promote(uri, NAME, version="3").previous == "2"
+    assert [rollback(uri, NAME).version for _ in range(2)] == ["2", "1"]
+    assert champion(uri) == ["1"]
+    with pytest.raises(InputError, match="version 1 and never pointed at another"):
+        rollback(uri, NAME)
+
+
+def test_an_alias_moved_by_hand_is_part_of_the_history(uri: str, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    for key in "abc":
+        add(uri, tmp_path / key, key)
+    promote(uri, NAME, version="1")
+    MlflowClient(uri).set_registered_model_alias(NAME, "champion", "2")
+    promote(uri, NAME, version="3")
+    assert [rollback(uri, NAME).version for _ in range(2)] == ["2", "1"]
+    history = json.loads(MlflowClient(uri).get_registered_model(NAME).tags["minitron.history.champion"])
+    assert [(entry["version"], entry["previous"]) for entry in history] == [
+        ("1", None),
+        ("3", "2"),
+        ("2", "3"),
+        ("1", "2"),
+    ]
+
+
+def test_altered_weights_are_not_promoted(uri: str, tmp_path: Path) -> None:
+    add(uri, tmp_path / "a", "a")
+    promote(uri, NAME)
+    add(uri, tmp_path / "b", "b")
+    file = tmp_path / "b" / "model.safetensors"
+    file.write_bytes(b"x")
+    with pytest.raises(StorageError, match=str(file)):
+        promote(uri, NAME)
+    manifest = (tmp_path / "b" / "manifest.json").read_bytes()
+    (tmp_path / "b" / "manifest.json").unlink()
+    weights(tmp_path / "b", b"replaced, with a manifest that fits")
+    assert (tmp_path / "b" / "manifest.json").read_bytes() != manifest
+    with pytest.raises(StorageError, match="not those that were registered"):
+        promote(uri, NAME)
+    assert champion(uri) == ["1"]
+    add(uri, tmp_path / "c", "c")
+    promote(uri, NAME)
+    (tmp_path / "a" / "tokenizer" / "vocab.json").unlink()
+    with pytest.raises(StorageError, match=r"vocab\.json: missing"):
+        rollback(uri, NAME)
+    assert champion(uri) == ["3"]
+
+
+def test_errors_name_what_exists(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="none yet"):
+        promote(uri, NAME)
+    add(uri, tmp_path / "a", "a")
+    with pytest.raises(InputError, match=f"choose one of: {NAME}"):
+        promote(uri, "other")
+    with pytest.raises(InputError, match="one of its versions: 1"):
+        promote(uri, NAME, version="7")
+    with pytest.raises(InputError, match=r"its aliases are: candidate \(version 1\)"):
+        rollback(uri, NAME)
+    for alias in ("latest", "Latest", "v1", "V12", "a.b", ""):
+        with pytest.raises(InputError, match=f"alias '{alias}' is not allowed"):
+            promote(uri, NAME, alias=alias)
+        with pytest.raises(InputError, match=f"alias '{alias}' is not allowed"):
+            register(uri, name=NAME, source=weights(tmp_path / "new", b"new"), run_id=None, tags={}, alias=alias)
+    assert len(models(uri)) == 1  # nothing was left behind
+    with pytest.raises(InputError, match="'a/b'"):
+        register(uri, name="a/b", source=str(tmp_path / "a"), run_id=None, tags={})
+    with pytest.raises(StorageError, match=r"no manifest\.json"):
+        register(uri, name=NAME, source=str(tmp_path), run_id=None, tags={})
+    with pytest.raises(MinitronError, match=r"127\.0\.0\.1"):
+        models(f"http://127.0.0.1:{free_port()}")
+    (tmp_path / "text.db").write_text("not a database, but long enough to have a header " * 10)
+    with pytest.raises(InputError, match=r"text\.db can't be opened \(file is not a database\)"):
+        models(f"sqlite:///{tmp_path}/text.db")
+    monkeypatch.setitem(sys.modules, "psycopg2", None)
+    with pytest.raises(InputError, match="psycopg2 is not installed"):
+        promote("postgresql+psycopg2://user:secret@host/mlflow", NAME)
+
+
+def test_a_server_gets_the_weights_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    source = weights(tmp_path / "weights", b"w" * 100_000)
+    steps: list[tuple[int, int]] = []
+    with mlflow_server(tmp_path, port) as address:
+        from mlflow import MlflowClient
+        from mlflow.artifacts import download_artifacts
+
+        client = MlflowClient(address)
+        run_id = client.create_run(client.create_experiment("family")).info.run_id
+
+        def once() -> str:
+            return register(
+                address,
+                name=NAME,
+                source=source,
+                run_id=run_id,
+                tags={},
+                progress=lambda done, total: steps.append((done, total)),
+            )
+
+        assert once() == "1"
+        assert steps[-1] == (100_002, 100_002)
+        assert once() == "1"
+        assert promote(address, NAME).version == "1"
+        (row,) = models(address)
+        assert (row.run_id, row.aliases) == (run_id, ("candidate", "champion"))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)  # models:/ addresses know no other place
+        got = download_artifacts(f"models:/{NAME}@champion")
+        assert (Path(got) / "model.safetensors").read_bytes() == b"w" * 100_000
+        assert (Path(got) / "tokenizer" / "vocab.json").read_text() == "{}"
+        (stored,) = (tmp_path / "served").rglob("model.safetensors")
+        stored.write_bytes(b"cut")
+        with pytest.raises(StorageError, match=r"model\.safetensors has 3 bytes"):
+            promote(address, NAME)
+
+
+def test_the_pages_refuse_other_machines_and_taken_ports(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"(?s)0\.0\.0\.0.*--insecure"):
+        serve(uri, str(tmp_path), host="0.0.0.0")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(InputError, match="--port"):
+            serve(uri, str(tmp_path), port=taken.getsockname()[1])
+    said: list[str] = []
+    assert serve("http://tracking.example:5000", str(tmp_path), say=said.append) == 0
+    assert said == ["MLflow is at http://tracking.example:5000"]

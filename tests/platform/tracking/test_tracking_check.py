@@ -1,0 +1,90 @@
+"""What would keep a finished run out of MLflow is found before it starts."""
+
+from __future__ import annotations
+
+import http.server
+import shutil
+import sqlite3
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from helpers.mlflow_server import free_port
+
+from minitron.errors import InputError, StorageError
+from minitron_platform import load_recipe, plan
+from minitron_platform.tracking.check import check_tracking
+
+
+@pytest.fixture
+def database(tmp_path, empty_database):
+    return Path(shutil.copy(empty_database, tmp_path))
+
+
+def test_a_database_that_works_or_is_not_there_yet_passes(database):
+    assert check_tracking(f"sqlite:///{database}", "tiny") is None
+    missing = database.with_name("none.db")
+    assert check_tracking(f"sqlite:///{missing}", "tiny") is None
+    assert not missing.exists()
+
+
+def test_plan_refuses_a_file_that_is_no_database(bench, tmp_path):
+    (tmp_path / "mlflow.db").write_text("not a database, but long enough to have a header " * 10)
+    recipe = load_recipe(str(bench / "recipe.yaml"))
+    with pytest.raises(InputError, match=r"mlflow\.db can't be opened \(file is not a database\)"):
+        plan(recipe, storage_path=str(tmp_path / "runs"), tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+
+
+def test_tables_of_another_version_of_mlflow_are_refused_with_the_command(database):
+    with sqlite3.connect(database) as store:
+        store.execute("UPDATE alembic_version SET version_num = 'b7c8d543074c'")
+    with pytest.raises(InputError, match="tables of another version") as refused:
+        check_tracking(f"sqlite:///{database}", "tiny")
+    assert "mlflow db upgrade" in refused.value.remedy
+
+
+def test_an_experiment_that_was_deleted_is_refused_with_the_command(database):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{database}")
+    client.delete_experiment(client.create_experiment("tiny"))
+    with pytest.raises(StorageError, match="was deleted in MLflow") as refused:
+        check_tracking(f"sqlite:///{database}", "tiny")
+    assert "experiments restore" in refused.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("driver", "package"), [("psycopg2", "psycopg2-binary"), ("psycopg", "'psycopg[binary]'"), ("pymysql", "pymysql")]
+)
+def test_a_missing_database_driver_is_named_with_its_package(monkeypatch, driver, package):
+    monkeypatch.setitem(sys.modules, driver, None)
+    scheme = "mysql" if driver == "pymysql" else "postgresql"
+    with pytest.raises(InputError, match=f"package {driver} is not installed") as refused:
+        check_tracking(f"{scheme}+{driver}://user:secret@127.0.0.1/mlflow", "tiny")
+    assert refused.value.remedy == f"pip install {package}"
+    assert "secret" not in str(refused.value)
+
+
+def test_a_server_that_is_away_is_a_warning(bench, tmp_path):
+    uri = f"http://127.0.0.1:{free_port()}"
+    planned = plan(load_recipe(str(bench / "recipe.yaml")), storage_path=str(tmp_path), tracking_uri=uri)
+    (warning,) = planned.warnings
+    assert f"MLflow at {uri} does not answer" in warning
+
+
+def test_a_server_that_refuses_the_password_is_an_error():
+    class Refuses(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(401)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(InputError, match="refuses this user") as refused:
+            check_tracking(f"http://127.0.0.1:{server.server_port}", "tiny")
+        server.shutdown()
+    assert "MLFLOW_TRACKING_PASSWORD" in refused.value.remedy

@@ -1,0 +1,38 @@
+"""What importing does to the process that imports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from helpers.command import ROOT, environment
+
+IMPORTED_AGAIN = """
+import importlib, os, pkgutil, sys, warnings
+PACKAGES = ("minitron", "minitron_search", "minitron_platform")
+
+def import_all():
+    for name in PACKAGES:
+        package = importlib.import_module(name)
+        for module in pkgutil.walk_packages(package.__path__, f"{name}."):
+            if not module.name.endswith(".__main__"):
+                importlib.import_module(module.name)
+
+before = dict(os.environ)
+import_all()  # and with them the libraries, which do change things
+for name in [name for name in sys.modules if name.partition(".")[0] in PACKAGES]:
+    del sys.modules[name]
+os.environ.clear()
+os.environ.update(before)
+filters = list(warnings.filters)
+import_all()
+assert dict(os.environ) == before, set(os.environ.items()) ^ set(before.items())
+assert warnings.filters == filters, set(warnings.filters) ^ set(filters)
+print("nothing changed in", sum(name.partition(".")[0] in PACKAGES for name in sys.modules), "modules")
+"""
+
+
+def test_an_import_changes_neither_the_environment_nor_the_filters_of_warnings():
+    code = [sys.executable, "-c", IMPORTED_AGAIN]
+    done = subprocess.run(code, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert "nothing changed in" in done.stdout, done.stderr[-2000:]

@@ -1,0 +1,102 @@
+"""What a search measures of candidates besides their KL: benchmarks of the best few, and the time to the first token."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers.searching import json_files, search_task
+
+from minitron import storage
+from minitron.evaluation import Task, evaluate
+from minitron.models import load_tokenizer
+from minitron_platform.cluster.ray_session import ray_session
+from minitron_search import search
+from minitron_search.benchmarks import Benchmarks, benchmark_best
+from minitron_search.latency import Latency
+from minitron_search.pool import Pool
+from minitron_search.trial import run_trial, trial_result, weights
+
+
+@pytest.fixture(scope="module")
+def ray_here():
+    with ray_session(None, num_cpus=2):
+        yield
+
+
+@pytest.fixture(scope="module")
+def searched(made, ray_here, tmp_path_factory):
+    """Three candidates, their search with weights kept, and its result."""
+    folder = tmp_path_factory.mktemp("trials")
+    found, task = made[2][:3], search_task(made, folder, rungs=(), keep_weights=True)
+    return found, task, search(task, found), Pool(str(folder / "tune"), max_failures=0)
+
+
+def test_the_winner_and_the_next_best_get_benchmarks_once(made, bench, searched):
+    found, task, plain, pool = searched
+    tasks = (Task("arc_easy", data=str(bench / "arc.jsonl"), limit=10),)
+    asked = Benchmarks(tasks=tasks, keep=2, tokenizer=made[0].teacher)
+    assert all(storage.is_committed(weights(task.folder, a)) for a in found)
+    by_name = {str(a): a for a in found}
+
+    result = benchmark_best(task, plain, found, asked, pool)
+    columns = ["arc_easy", "arc_easy_stderr"]
+    assert result.ranking.drop(columns=columns).equals(plain.ranking)
+    scored = result.ranking[result.ranking["arc_easy"].notna()]
+    wanted = plain.ranking.sort_values(["winner", "rank"], ascending=[False, True])["architecture"][:2]
+    assert set(scored["architecture"]) == set(wanted)
+    assert result.failures == {}
+    assert not any(storage.exists(weights(task.folder, a)) for a in found)
+
+    # again, with one more: what is known is read, the third is distilled again to the same result
+    (third,) = [by_name[name] for name in plain.ranking["architecture"] if name not in set(wanted)]
+    before, known = json_files(task.folder), trial_result(task.folder, third)
+    again = benchmark_best(task, plain, found, replace(asked, keep=3), pool)
+    assert again.ranking["arc_easy"].notna().all()
+    changed = {path for path, time in json_files(task.folder).items() if before.get(path) != time}
+    assert {path.name for path in changed} == {"result.json", Path(asked.path(task.folder, third)).name}
+    assert trial_result(task.folder, third)["per_row_kl"] == known["per_row_kl"]
+
+    # and it is the distilled student that was asked
+    from minitron.models import load_model
+
+    run_trial(task, third, lambda numbers: None)
+    model = load_model(weights(task.folder, third))
+    expected = evaluate(model, load_tokenizer(made[0].teacher), tasks)["arc_easy"]
+    row = again.ranking.set_index("architecture").loc[str(third)]
+    assert row[columns].tolist() == [expected.value, expected.stderr]
+
+
+def test_benchmarks_that_fail_are_said_and_leave_the_ranking(made, searched, tmp_path):
+    found, task, plain, pool = searched
+    (tmp_path / "arc.jsonl").write_text(json.dumps({"no": "question"}) + "\n")
+    (tmp_path / "pages.jsonl").write_text(json.dumps({"page": "river stone light"}) + "\n")
+    tasks = Task("arc_easy", data=str(tmp_path / "arc.jsonl")), Task("wikitext", data=str(tmp_path / "pages.jsonl"))
+    asked = Benchmarks(tasks, keep=1, tokenizer=made[0].teacher)
+    result = benchmark_best(task, plain, found, asked, pool)
+    assert len(result.ranking) == 3
+    assert result.ranking["arc_easy"].isna().all()
+    assert list(result.ranking["wikitext"].notna()) == list(result.ranking["winner"])  # the other is kept
+    assert result.metrics == {"wikitext": "word_perplexity"}
+    assert list(result.failures) == [str(plain.winner)]
+    assert "its benchmarks: arc_easy: " in result.failures[str(plain.winner)]
+    assert "do not fit" in result.failures[str(plain.winner)]
+
+
+def test_a_shape_is_timed_once_where_trials_run(made, ray_here, tmp_path):
+    large = made[2][0]
+    small = replace(large, num_layers=1, hidden_size=24, intermediate_size=24)
+    latency = Latency(made[0].teacher, "float32", batch=4, context=64, folder=str(tmp_path))
+    counts = []
+    found = latency.measure([large, small], share={"CPU": 1}, progress=lambda done, total: counts.append((done, total)))
+    assert 0 < found[small] < found[large] < 10_000
+    assert counts == [(2, 2)]
+    before = json_files(tmp_path)
+    assert len(before) == 2
+    assert latency.measure([large, small], share={"CPU": 1}) == found
+    assert json_files(tmp_path) == before
+    longer = replace(latency, context=128).measure([small], share={"CPU": 1})
+    assert longer[small] != found[small]
+    assert len(json_files(tmp_path)) == 3

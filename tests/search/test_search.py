@@ -1,0 +1,344 @@
+"""The search on Ray Tune, as a library: the forward-only score, rungs, who is stopped, and what a second call does over."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.searching import CONFIG, RUNGS, json_files, search_task
+
+from minitron import storage
+from minitron.errors import InputError, NonFiniteError, StorageError
+from minitron_platform.cluster.ray_session import ray_session
+from minitron_search import search
+from minitron_search.halving import Halving, kept, planned_steps, rung_steps, survivors
+from minitron_search.pool import Pool
+from minitron_search.ranking import pareto
+from minitron_search.room import at_once
+from minitron_search.stability import settled, stability
+from minitron_search.tau import kendall_tau
+from minitron_search.trial import run_trial, trial_key, trial_result
+
+
+def _pool(folder, **options):
+    return Pool(str(Path(folder) / "tune"), **options)
+
+
+@pytest.fixture(scope="module")
+def to_the_end(made, tmp_path_factory):
+    """Every candidate distilled to the end: the task, what was found, and what was reported."""
+    events = []
+    task = search_task(made, tmp_path_factory.mktemp("trials"))
+    with ray_session(None, num_cpus=2):
+        found = search(task, made[2], pool=_pool(task.folder, on_event=lambda *event: events.append(event)))
+        yield task, found, events
+
+
+def test_every_candidate_is_measured_at_every_rung(made, to_the_end):
+    task, found, events = to_the_end
+    assert len(found.ranking) == len(made[2]) == 6
+    assert found.ranking["kl"].is_monotonic_increasing
+    for architecture in made[2]:
+        result = trial_result(task.folder, architecture)
+        assert [rung["step"] for rung in result["rungs"]] == list(RUNGS)
+        kl = [result["kl_undistilled"], *(rung["kl"] for rung in result["rungs"]), result["kl"]]
+        assert kl == sorted(kl, reverse=True)
+        mine = [numbers for key, numbers in events if key == trial_key(architecture)]
+        assert [numbers["rung"] for numbers in mine if "rung" in numbers] == list(RUNGS)
+    assert found.saved == 0
+    assert found.forward is None
+    assert found.stopped.empty
+    table = found.stability.set_index("measure")
+    assert table.loc["KL at step 4", "saved"] == pytest.approx(1 - (6 * 4 + 3 * 4) / (6 * 8))
+    assert all(-1 <= tau <= 1 for tau in table["tau"])
+
+
+def test_measuring_at_rungs_changes_nothing_and_a_pause_goes_on_bit_for_bit(made, to_the_end, tmp_path):
+    task, found, _ = to_the_end
+    architecture = found.winner
+    whole = trial_result(task.folder, architecture)
+    plain = search_task(made, tmp_path / "plain", rungs=())
+    run_trial(plain, architecture, lambda numbers: None)
+    paused, reports = search_task(made, tmp_path / "paused"), []
+    run_trial(paused, architecture, reports.append, until=6)
+    assert trial_result(paused.folder, architecture) is None
+    assert reports[-1] == {"step": 6, "steps": 8, "paused": 6}
+    run_trial(paused, architecture, lambda numbers: None)
+    for folder in (plain.folder, paused.folder):
+        assert trial_result(folder, architecture)["per_row_kl"] == whole["per_row_kl"]
+    assert trial_result(paused.folder, architecture)["rungs"] == whole["rungs"]
+
+
+def test_a_trial_without_a_wanted_rung_is_measured_again_to_the_same_result(made, tmp_path):
+    architecture = made[2][-1]
+    run_trial(search_task(made, tmp_path, rungs=(6,)), architecture, lambda numbers: None, until=6)
+    run_trial(search_task(made, tmp_path), architecture, lambda numbers: None)  # though its checkpoint is beyond step 4
+    found = trial_result(str(tmp_path), architecture)
+    assert [rung["step"] for rung in found["rungs"]] == list(RUNGS)
+    Path(tmp_path, trial_key(architecture), "result.json").unlink()
+    Path(tmp_path, trial_key(architecture), "rung-000004.json").unlink()
+    run_trial(search_task(made, tmp_path, rungs=(4,)), architecture, lambda numbers: None)
+    assert trial_result(str(tmp_path), architecture)["per_row_kl"] == found["per_row_kl"]
+    run_trial(search_task(made, tmp_path), architecture, lambda numbers: None)
+    after = trial_result(str(tmp_path), architecture)
+    assert after["per_row_kl"] == found["per_row_kl"]
+    assert [rung["step"] for rung in after["rungs"]] == list(RUNGS)
+
+
+def test_only_the_best_undistilled_go_on_and_the_worse_stop_at_a_rung(made, to_the_end, tmp_path):
+    whole, (_, all_found, _) = made[2], to_the_end
+    task = search_task(made, tmp_path)
+    worst = min(whole, key=lambda a: (a.hidden_size, a.intermediate_size))
+    options = {"forward_keep": 3, "pinned": [worst], "halving": Halving(keep=0.5, grace=0.75)}
+    found = search(task, whole, **options)
+    # forward only: the KL before training that full trials measured too, and the three lowest beside the pinned one
+    assert len(found.forward) == 6
+    known = all_found.ranking.set_index("architecture")["kl_undistilled"]
+    for row in found.forward.to_dict("records"):
+        assert row["kl_undistilled"] == pytest.approx(known[row["architecture"]])
+    assert found.forward["kl_undistilled"].is_monotonic_increasing
+    assert found.forward["architecture"].iloc[-1] == str(worst)
+    assert found.forward["distilled"].tolist() == [True, True, True, False, False, True]
+    # the cut: at step 6 alone, since step 4 is in the grace period; two of four go on
+    assert len(found.ranking) == len(found.stopped) == 2
+    assert set(found.stopped["step"]) == {6}
+    at_rung = {r["architecture"]: r["kl"] for r in found.stopped.to_dict("records")}
+    for architecture in whole:
+        if str(architecture) in at_rung:
+            rungs = {rung["step"]: rung["kl"] for rung in trial_result(to_the_end[0].folder, architecture)["rungs"]}
+            assert at_rung[str(architecture)] == rungs[6]
+            assert trial_result(task.folder, architecture) is None
+            assert not storage.exists(storage.join(task.folder, trial_key(architecture), "checkpoints"))
+    best = all_found.ranking.set_index("architecture")["kl"]
+    assert all(best[name] == kl for name, kl in zip(found.ranking["architecture"], found.ranking["kl"], strict=True))
+    assert found.saved == pytest.approx(1 - (2 * 8 + 2 * 6) / (4 * 8))
+    # and again: the same, with nothing done over
+    before = json_files(tmp_path)
+    again = search(task, whole, **options)
+    assert json_files(tmp_path) == before
+    assert again.ranking.equals(found.ranking)
+    assert again.stopped.equals(found.stopped)
+    # a stopped one can still be taken to the end, where it is as if it had never stopped
+    stopped = next(a for a in whole if str(a) in at_rung)
+    run_trial(task, stopped, lambda numbers: None)
+    ours, theirs = (trial_result(t.folder, stopped) for t in (task, to_the_end[0]))
+    assert ours["per_row_kl"] == theirs["per_row_kl"]
+
+
+def test_stable_halving_stops_at_rungs_that_repeat_the_order_before(made, to_the_end):
+    stable, before = Halving(grace="stable"), {"a": 1.0, "b": 2.0, "c": 3.0}
+    assert stable.cuts(RUNGS, 8) == list(RUNGS)
+    assert stable.due(before, {"a": 0.1, "b": 0.2, "c": 0.3})
+    assert not stable.due(before, {"a": 0.1, "b": 0.3, "c": 0.2})
+    assert stable.due(before, {"a": 0.1, "c": 0.2})  # of those that came so far
+    assert Halving(grace=0.0).due(before, {"a": 3.0, "b": 2.0, "c": 1.0})
+    # on trials that have finished: who goes on is decided again from what the rungs said
+    task = to_the_end[0]
+    results = {str(a): trial_result(task.folder, a) for a in made[2]}
+    going, last, expected = list(results), {name: r["kl_undistilled"] for name, r in results.items()}, {}
+    for step in RUNGS:
+        now = {name: next(rung["kl"] for rung in results[name]["rungs"] if rung["step"] == step) for name in going}
+        if kendall_tau([last[name] for name in going], list(now.values())) >= 0.9:
+            going = sorted(going, key=now.get)[: math.ceil(len(going) / 2)]
+            expected |= dict.fromkeys(now.keys() - set(going), step)
+        last = now
+    found = search(task, made[2], halving=stable)
+    assert dict(zip(found.stopped["architecture"], found.stopped["step"], strict=True)) == expected
+    assert set(found.ranking["architecture"]) == set(going)
+
+
+def test_candidates_that_cannot_be_cut_are_named_and_the_search_goes_on(made, to_the_end, tmp_path):
+    good, events = made[2][-1], []
+    wide, deep = (replace(good, **{name: 99}) for name in ("intermediate_size", "num_layers"))
+    task = search_task(made, tmp_path)
+    found = search(task, [wide, good, deep], pool=_pool(tmp_path, on_event=lambda *event: events.append(event)))
+    assert found.winner == good
+    assert list(found.failures) == [str(wide), str(deep)]
+    assert "intermediate_size: 99 is larger than the model's 96" in found.failures[str(wide)]
+    failed = {key: numbers["failed"] for key, numbers in events if "failed" in numbers}
+    assert failed == {trial_key(a): found.failures[str(a)] for a in (wide, deep)}
+    assert not [numbers for _, numbers in events if "retried" in numbers]
+    # it is as if the others had not been there
+    alone, before = (trial_result(t.folder, good) for t in (task, to_the_end[0]))
+    assert alone["per_row_kl"] == before["per_row_kl"]
+
+
+def _work(folder):
+    """What a trial may do, by the candidate's number of layers; a file for each attempt and for the end."""
+
+    def work(architecture, report):
+        report({"step": 0})
+        attempt = len(list(folder.glob(f"{architecture.num_layers}-*"))) + 1
+        (folder / f"{architecture.num_layers}-{attempt}").touch()
+        match architecture.num_layers:
+            case 1:
+                raise ValueError("of two\nlines")
+            case 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has less.")
+            case 3:
+                raise NonFiniteError("loss nan at step 3", "lower the rate")
+            case 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+            case 5 if attempt == 1:
+                raise OSError("the network was away")
+            case 7:
+                raise StorageError("/x: no room left on the disk", "free some space")
+            case 8:
+                time.sleep(60)
+        (folder / f"{architecture.num_layers}.done").touch()
+
+    return work, lambda architecture: (folder / f"{architecture.num_layers}.done").exists()
+
+
+def test_each_reason_is_a_line_and_only_what_may_pass_is_tried_again(made, to_the_end, tmp_path):
+    (work, done), events = _work(tmp_path), []
+    kinds = [replace(made[2][0], num_layers=kind) for kind in range(1, 6)]
+    pool = _pool(tmp_path, max_failures=1, on_event=lambda *event: events.append(event))
+    failures = pool.run(work, kinds, done)
+    raised, memory, diverged, killed, passing = kinds
+    assert list(failures) == [str(raised), str(memory), str(diverged), str(killed)]
+    assert failures[str(raised)] == "ValueError: of two lines"
+    assert failures[str(memory)].startswith(
+        "out of GPU memory: CUDA out of memory. Tried to allocate 2.00 GiB; lower micro_batch_rows"
+    )
+    assert failures[str(diverged)] == "loss nan at step 3; lower the rate"
+    assert failures[str(killed)].startswith("its process was killed or crashed; ")
+    assert [len(list(tmp_path.glob(f"{kind.num_layers}-*"))) for kind in kinds] == [2, 1, 1, 2, 2]
+    assert done(passing)
+    retried = {key: numbers["retried"] for key, numbers in events if "retried" in numbers}
+    assert set(retried) == {trial_key(kind) for kind in (raised, killed, passing)}
+    assert retried[trial_key(passing)] == "OSError: the network was away"
+    assert {key for key, numbers in events if "failed" in numbers} == {trial_key(kind) for kind in kinds[:4]}
+
+
+def test_storage_that_cannot_be_used_ends_the_search(made, to_the_end, tmp_path):
+    (work, done), started = _work(tmp_path), time.monotonic()
+    full, other = (replace(made[2][0], num_layers=kind) for kind in (7, 8))
+    with pytest.raises(StorageError, match="no room left") as raised:
+        _pool(tmp_path, max_failures=0).run(work, [full, other], done)
+    assert "free some space" in raised.value.remedy
+    assert "what has finished is kept" in raised.value.remedy
+    assert time.monotonic() - started < 50  # it did not wait for the other
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads what Linux says of a process")
+def test_a_worker_gives_back_the_memory_of_a_trial(made, to_the_end, tmp_path):
+    """In megabytes: each piece leaves behind, in a thread of its own, what the C library's allocator would keep."""
+    used = []
+
+    def work(architecture, report):
+        for _ in range(2):  # what is freed first makes the allocator keep what comes next
+            parts = [torch.ones(1 << 20) for _ in range(64)]
+            del parts
+        report({"step": 1, "kl": int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6})
+        (tmp_path / f"{architecture.num_layers}.done").touch()
+
+    pool = _pool(tmp_path, share={"CPU": 2}, on_event=lambda key, numbers: used.append(numbers["kl"]))
+    pieces = [replace(made[2][0], num_layers=number) for number in range(1, 6)]
+    pool.run(work, pieces, lambda architecture: (tmp_path / f"{architecture.num_layers}.done").exists())
+    assert max(used) - min(used) < 300, used  # five times 256 are kept otherwise
+
+
+def test_a_trial_that_no_node_has_room_for_is_refused(made, to_the_end, tmp_path):
+    with pytest.raises(InputError, match="nodes have"):
+        search(search_task(made, tmp_path), made[2], pool=_pool(tmp_path, share={"CPU": 100}))
+
+
+def test_trials_at_once_are_what_the_nodes_hold():
+    cpu, gpu = {"CPU": 16, "memory": 64e9}, {"CPU": 16, "GPU": 8, "memory": 64e9}
+    assert at_once([cpu, cpu], {"CPU": 3}) == 10  # five on each node, not 32 / 3
+    assert at_once([cpu, gpu], {"CPU": 1, "GPU": 1}) == 8
+    assert at_once([gpu], {"CPU": 1, "GPU": 0.6}) == 8  # none is spread over two
+    assert at_once([gpu], {"CPU": 1, "GPU": 0.1}) == 16
+    assert at_once([gpu, gpu], {"CPU": 1, "GPU": 1}, workers=3) == 5
+    assert at_once([gpu, gpu], {"CPU": 1, "GPU": 8}, workers=2) == 1
+    assert at_once([cpu], {"CPU": 1, "memory": 20e9}) == 3
+    # the memory of what starts the workers is kept aside, so that all that fit by number really do
+    assert at_once([cpu], {"CPU": 1, "memory": 64e9}) == 0
+    assert at_once([cpu], {"CPU": 1, "GPU": 1}) == 0
+
+
+def test_two_workers_with_a_split_student_train_what_one_does(made, to_the_end, tmp_path):
+    whole, events = to_the_end[0], []
+    task = search_task(made, tmp_path, config=replace(CONFIG, shard=True, micro_batch_rows=2, checkpoint_every=5))
+    pool = _pool(tmp_path, workers=2, on_event=lambda key, numbers: events.append(numbers))
+    found = search(task, made[2][-1:], pool=pool)
+    ours, theirs = (trial_result(t.folder, found.winner) for t in (task, whole))
+    assert ours["per_row_kl"] == pytest.approx(theirs["per_row_kl"], rel=1e-4)
+    assert ours["per_row_kl"] != theirs["per_row_kl"]  # sums over two processes
+    for rung, other in zip(ours["rungs"], theirs["rungs"], strict=True):
+        assert rung == {"step": other["step"], "kl": pytest.approx(other["kl"], rel=1e-4)}
+    # the first process alone reports, in order
+    assert [numbers["step"] for numbers in events if "train_loss" in numbers] == list(range(1, 9))
+    assert not list(tmp_path.glob("*/checkpoints"))
+
+
+def test_halving_without_a_rung_after_its_grace_is_refused(made, tmp_path):
+    with pytest.raises(InputError, match="no rung"):
+        search(search_task(made, tmp_path, rungs=(4,)), made[2], halving=Halving())
+
+
+def test_rungs_are_shares_rounded_up():
+    assert rung_steps([0.5, 0.75], 14) == (7, 11)
+    assert rung_steps([0.7, 0.1], 10) == (1, 7)
+    assert rung_steps([0.5, 0.75, 0.6], 3) == (2,)
+    assert rung_steps([0.5], 1) == ()
+    assert Halving(grace=0.75).cuts((7, 11), 14) == [11]
+
+
+def test_halving_keeps_the_best_share_rounded_up():
+    kl = {"a": 3.0, "b": 1.0, "c": 2.0, "d": 5.0, "e": 4.0}
+    assert survivors(kl, 0.5) == ["b", "c", "a"]
+    assert survivors(kl, 0.2) == ["b"]
+    assert kept(1, 0.01) == 1
+    # 27 candidates, a third kept at 1/9 and 3/9 of 9 steps: 27 + 9·2 + 3·6
+    assert planned_steps(27, 9, [1, 3], 1 / 3) == 63
+    assert planned_steps(8, 400, [], 0.5) == 3200
+
+
+def test_tau_by_its_definition():
+    assert kendall_tau([1, 2, 3, 4], [10, 20, 30, 40]) == 1
+    assert kendall_tau([1, 2, 3, 4], [4, 3, 2, 1]) == -1
+    assert kendall_tau([1, 2, 3, 4], [1, 2, 4, 3]) == pytest.approx(4 / 6)
+    assert kendall_tau([1, 1, 2], [1, 2, 3]) == pytest.approx(2 / 3)  # a tie is neither
+    assert math.isnan(kendall_tau([1], [1]))
+
+
+def _result(final, rungs, undistilled, parameters):
+    return {
+        "kl": final,
+        "rungs": [{"step": step, "kl": kl} for step, kl in zip((4, 6, 7), rungs, strict=True)],
+        "kl_undistilled": undistilled,
+        "loss_undistilled": undistilled + 1,
+        "parameters": parameters,
+        "config": {"steps": 8},
+    }
+
+
+def test_what_each_measure_would_have_cost():
+    results = [  # the winner looks worst undistilled, third at step 4 and is first from step 6 on
+        _result(1.0, [1.7, 1.2, 1.1], 9.0, 100),
+        _result(1.1, [1.5, 1.3, 1.2], 2.0, 110),
+        _result(1.2, [1.6, 1.4, 1.3], 3.0, 130),
+        _result(1.5, [1.9, 1.8, 1.7], 4.0, 120),
+    ]
+    table = stability(results, (4, 6, 7)).set_index("measure")
+    assert table.loc["KL undistilled", "tau"] == 0
+    assert table.loc["KL undistilled", "regret_kept"] == pytest.approx(0.1)
+    assert table.loc["KL at step 4", "tau"] == pytest.approx(2 / 6)
+    assert table.loc["KL at step 4", "regret"] == table.loc["KL at step 4", "regret_kept"] == pytest.approx(0.1)
+    assert table.loc["KL at step 6", ["tau", "regret", "regret_kept"]].tolist() == [1, 0, 0]
+    assert table.loc["KL at step 6", "saved"] == pytest.approx(0.5 * 2 / 8)
+    assert table.loc["size", "regret"] == pytest.approx(0.2)
+    assert settled(table.reset_index()) == 6
+    assert settled(stability([_result(r["kl"], [1, 1, 1], 1, 1) for r in results], (4, 6, 7))) is None
+
+
+def test_pareto_holds_what_nothing_beats_in_both():
+    assert pareto([3, 1, 2, 2, 4], [1.0, 5.0, 3.0, 4.0, 1.0]) == [1, 2, 0]

@@ -1,0 +1,208 @@
+"""A search whose driver, worker or node is killed in the middle of a trial, on a cluster of a head and two nodes."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ray
+from helpers.searching import json_files, search_task
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray.cluster_utils import Cluster
+from ray.exceptions import OutOfMemoryError, RayActorError
+
+from minitron_platform.cluster import ray_session as local_ray
+from minitron_search import search
+from minitron_search.pool import Pool
+from minitron_search.trial import run_trial, trial_key
+
+LONG = {"steps": 120, "checkpoint_every": 5}
+KILLED_AT = 25
+
+
+@pytest.fixture(scope="module")
+def candidates(made):
+    return made[2][:3]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(made, candidates, tmp_path_factory):
+    """The ranking of a search that nothing happened to."""
+    task = _long(made, tmp_path_factory.mktemp("undisturbed"))
+    for architecture in candidates:
+        run_trial(task, architecture, lambda numbers: None)
+    return _ranking(search(task, candidates))
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head that runs no trial, and two nodes with room for one each."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="mt-", dir="/tmp") as folder:
+        # with the token of this process's private Rays, because Ray keeps the first that it reads
+        settings = {**local_ray._private_settings(), "RAY_TMPDIR": folder}
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        head = {"num_cpus": 0, "include_dashboard": False}
+        quick = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000}
+        made = Cluster(initialize_head=True, head_node_args={**head, "_system_config": quick})
+        try:
+            for _ in range(2):
+                made.add_node(num_cpus=1)
+            ray.init(address=made.address, log_to_driver=False)
+            yield made
+        finally:
+            ray.shutdown()
+            made.shutdown()
+
+
+def _long(made, folder):
+    task = search_task(made, folder, rungs=(20,))
+    return replace(task, config=replace(task.config, **LONG))
+
+
+def _ranking(found):
+    return found.ranking.drop(columns="seconds")
+
+
+def _wait_until(condition, process=None):
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < deadline
+        assert process is None or process.poll() is None
+        time.sleep(0.02)
+
+
+def _saved_step(task, architecture):
+    """That of a trial's last checkpoint; 0 without any."""
+    saved = Path(task.folder, trial_key(architecture)).glob("checkpoints/step-*/manifest.json")
+    return max((int(manifest.parent.name.removeprefix("step-")) for manifest in saved), default=0)
+
+
+DRIVER = """
+import pickle, sys, ray
+from minitron_search import search
+ray.init(address=sys.argv[1], log_to_driver=False)
+search(*pickle.load(open(sys.argv[2], "rb")))
+"""
+
+
+def test_a_killed_driver(cluster, undisturbed, made, candidates, tmp_path):
+    task = _long(made, tmp_path / "trials")
+    (tmp_path / "arguments").write_bytes(pickle.dumps((task, candidates)))
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, cluster.address, str(tmp_path / "arguments")])
+
+    def finished():
+        return [a for a in candidates if Path(task.folder, trial_key(a), "result.json").exists()]
+
+    def begun():
+        return [a for a in candidates if a not in finished() and _saved_step(task, a)]
+
+    # one that is so far from its end that it does not get there before Ray has ended it
+    _wait_until(lambda: finished() and any(0 < _saved_step(task, a) <= LONG["steps"] / 4 for a in begun()), driver)
+    driver.kill()
+    driver.wait()
+    _wait_until(lambda: ray.available_resources().get("CPU") == 2)  # Ray has ended its trials
+    before, going_on, events = json_files(tmp_path / "trials"), begun(), []
+    done = finished()
+    assert going_on, "the trials ended before the driver was killed"
+    found = search(task, candidates, pool=Pool(str(tmp_path / "tune"), on_event=lambda *event: events.append(event)))
+    assert _ranking(found).equals(undisturbed)
+    for architecture in done:
+        key = trial_key(architecture)
+        assert not [numbers for name, numbers in events if name == key]
+        assert all(path.stat().st_mtime_ns == at for path, at in before.items() if path.parent.name == key)
+    for architecture in going_on:
+        steps = [n["step"] for name, n in events if name == trial_key(architecture) and "train_loss" in n]
+        assert steps[0] > LONG["checkpoint_every"]
+        assert steps == list(range(steps[0], LONG["steps"] + 1))
+
+
+def test_a_worker_that_the_memory_monitor_kills(cluster, candidates, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_memory_usage_threshold", "0.001")  # always passed
+        patch.setenv("RAY_memory_monitor_refresh_ms", "100")
+        node = cluster.add_node(num_cpus=1, resources={"short_of_memory": 1})
+    try:
+        pool = Pool(str(tmp_path), share={"CPU": 1, "short_of_memory": 1}, max_failures=0)
+        failures = pool.run(lambda architecture, report: time.sleep(60), candidates[:1], lambda architecture: None)
+    finally:
+        cluster.remove_node(node)
+    assert set(failures) == {str(candidates[0])}
+    assert failures[str(candidates[0])].startswith(
+        "its worker was killed because the node ran out of memory; lower micro_batch_rows"
+    )
+
+
+def test_a_kill_for_memory_that_is_heard_of_as_the_tasks_error(cluster, candidates, tmp_path, monkeypatch):
+    """Ray's core raises one of two errors for such a kill, whichever it has first; here always the rarer one."""
+    get = ray.get
+
+    def get_as_task(*args, **options):
+        try:
+            return get(*args, **options)
+        except RayActorError as error:
+            raise OutOfMemoryError(str(error)) from error
+
+    monkeypatch.setattr(ray, "get", get_as_task)
+    killed, *others = candidates
+    folder = tmp_path / "done"
+    folder.mkdir()
+
+    def work(architecture, report):
+        report({"step": 1})
+        if architecture == killed:
+            time.sleep(60)
+        (folder / trial_key(architecture)).touch()
+
+    def on_event(key, numbers):
+        if key == trial_key(killed) and "pid" in numbers:
+            os.kill(numbers["pid"], signal.SIGKILL)
+
+    pool = Pool(str(tmp_path / "tune"), max_failures=0, on_event=on_event)
+    failures = pool.run(work, candidates, lambda architecture: (folder / trial_key(architecture)).exists())
+    assert set(failures) == {str(killed)}
+    assert {path.name for path in folder.iterdir()} == {trial_key(architecture) for architecture in others}
+
+
+def _kill_a_worker(cluster, pid):
+    os.kill(pid, signal.SIGKILL)
+
+
+def _remove_a_node(cluster, pid):
+    """The one on which that process runs."""
+    listed = subprocess.run(["ps", "-o", "ppid=", "-p", str(pid)], capture_output=True, text=True, check=True)
+    raylets = {node.all_processes["raylet"][0].process.pid: node for node in cluster.worker_nodes}
+    cluster.remove_node(raylets[int(listed.stdout)], allow_graceful=False)
+
+
+@pytest.mark.parametrize("fault", [_kill_a_worker, _remove_a_node])
+def test_a_killed_worker_or_node(cluster, undisturbed, made, candidates, tmp_path, fault):
+    task, events, struck = _long(made, tmp_path), [], []
+
+    def on_event(key, numbers):
+        events.append((key, numbers))
+        if not struck and "train_loss" in numbers and numbers["step"] == KILLED_AT:
+            struck.append(key)
+            fault(cluster, numbers["pid"])
+
+    found = search(task, candidates, pool=Pool(str(tmp_path / "tune"), on_event=on_event))
+    assert _ranking(found).equals(undisturbed)
+    assert not found.failures
+    (place,) = [index for index, (_, numbers) in enumerate(events) if "retried" in numbers]
+    assert [events[place][0]] == struck
+    steps = [numbers["step"] for key, numbers in events[place:] if key == struck[0] and "train_loss" in numbers]
+    assert steps[0] > LONG["checkpoint_every"]
+    assert steps == list(range(steps[0], LONG["steps"] + 1))
+    for architecture in candidates:  # the others did not notice
+        if trial_key(architecture) not in struck:
+            steps = [n["step"] for key, n in events if key == trial_key(architecture) and "train_loss" in n]
+            assert steps == list(range(1, LONG["steps"] + 1))
