@@ -15,6 +15,7 @@ from minitron.errors import InputError
 from minitron.evaluation.mode import evaluating
 
 MIN_PASSES = 5
+MAX_PASSES = 200  # of a model so small that more would make its median no surer
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ def interleaved_throughput(
     """Prefill tokens per second of each model, one pass each in turn (A B C A B C ...).
 
     A pass is what a server does with a prompt: the whole decoder over random token ids [batch_rows, seq_length], and
-    the head at the last position alone. `seconds` is for each model, never fewer than 5 passes, after two warm-up
-    passes. Every model runs on its own device, in its own dtype; `progress(done, total)` counts rounds. The global
-    random state is left alone. Raises InputError when seq_length is beyond what a model takes.
+    the head at the last position alone. `seconds` is for each model, never fewer than 5 passes nor more than 200,
+    after two warm-up passes. Every model runs on its own device, in its own dtype; `progress(done, total)` counts rounds.
+    The global random state is left alone. Raises InputError when seq_length is beyond what a model takes.
     """
     if not models:
         raise InputError("models: none given", "name at least one model")
@@ -79,7 +80,7 @@ def interleaved_throughput(
     for name, model in models.items():
         _timed_pass(model, ids[name])  # first call: kernels chosen, memory allocated
     one_round = sum(_timed_pass(model, ids[name]) for name, model in models.items())
-    rounds = max(MIN_PASSES, math.ceil(seconds * len(models) / one_round))
+    rounds = min(MAX_PASSES, max(MIN_PASSES, math.ceil(seconds * len(models) / one_round)))
 
     times: dict[str, list[float]] = {name: [] for name in models}
     for done in range(1, rounds + 1):
