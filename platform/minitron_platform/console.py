@@ -77,9 +77,13 @@ class Console:
             stop.set()
             beat.join()
 
+    def elapsed(self) -> float:
+        """Seconds since the work at hand began."""
+        return time.monotonic() - self._since
+
     def _text(self) -> str:
         status = self._status()
-        return f"{self._name}  {escape(status)}{' · ' if status else ''}{seconds(time.monotonic() - self._since)}"
+        return f"{self._name}  {escape(status)}{' · ' if status else ''}{seconds(self.elapsed())}"
 
     def _line(self) -> Spinner:
         return Spinner("dots", text=Text.from_markup(self._text(), overflow="ellipsis"))

@@ -7,24 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from rich.markup import escape
 
 from minitron import storage
-from minitron.architecture import Architecture
-from minitron.device import DTYPES
 from minitron.errors import InputError, StorageError
 from minitron_platform import stages
-from minitron_platform.cluster.ray_session import ray_session
-from minitron_platform.cluster.room import (
-    check_cluster,
-    cluster_nodes,
-    joins_cluster,
-    private_node,
-    resources_here,
-    resources_of_cluster,
-    room_text,
-)
+from minitron_platform.cluster.ray_start import RayStart
+from minitron_platform.cluster.room import joins_cluster
 from minitron_platform.console import Console, seconds
 from minitron_platform.fence import Fence, LeaseLostError
 from minitron_platform.leases import lease
@@ -35,6 +24,10 @@ from minitron_platform.stages.context import Context, Places, places
 from minitron_platform.stages.stage_records import read_record, relative, write_record
 from minitron_platform.tracking.flusher import Flusher
 from minitron_platform.tracking.spool import RunLog, read_events
+
+# Stages that compute for a while in this process, when one of those that need Ray comes next.
+BEFORE_RAY = (stages.MEMBER[0], stages.TARGETS)
+FIRST_ON_RAY = stages.MEMBER[1]
 
 
 def run(
@@ -65,18 +58,26 @@ def run(
     with _alone(where, key, console, take_over) as fence, _closing(console) as stack:
         storage.write_bytes(storage.join(where.local_run(key), "recipe.yaml"), recipe_yaml(recipe).encode())
         flusher = stack.enter_context(Flusher(where.spool(key), where.tracking_uri, recipe.experiment))
+        ray = RayStart(stack, address, storage.join(where.local_run(key), "logs"))
         context = Context(
             recipe=recipe,
             places=where,
             console=console,
             run_key=key,
             held=[fence],
-            start_ray=_ray_starter(stack, address, storage.join(where.local_run(key), "logs")),
+            start_ray=ray.need,
             mlflow_run=lambda record: flusher.wait_for(record, timeout=30),
         )
         parent = _Parent(context)
         # a cluster without room is refused before the first stage that has work, not at the first that needs Ray
-        before_work: Callable[[], object] = context.need_ray if joins_cluster(address) else _nothing
+        needed = until is None or stages.NAMES.index(until) >= stages.NAMES.index(FIRST_ON_RAY)
+
+        def before_work(name: str) -> None:
+            if joins_cluster(address):
+                context.need_ray()
+            elif needed and name in BEFORE_RAY:
+                ray.ahead(context)
+
         try:
             for name, member in steps(recipe):
                 context.current = member
@@ -196,15 +197,11 @@ def finished_stages(recipe: Recipe, where: Places) -> tuple[Context, int]:
     return context, 0
 
 
-def _nothing() -> None:
-    pass
-
-
 def _no_ray(context: Context) -> ResolvedResources:
     raise AssertionError("what is only looked at needs no Ray")
 
 
-def _stage(context: Context, name: str, parent: _Parent, before_work: Callable[[], object]) -> None:
+def _stage(context: Context, name: str, parent: _Parent, before_work: Callable[[str], None]) -> None:
     console = context.console
     if name == stages.MEMBER[0] and len(context.recipe.family) > 1:
         origin = context.recipe.origin(context.member)
@@ -216,7 +213,7 @@ def _stage(context: Context, name: str, parent: _Parent, before_work: Callable[[
         reused = record is not None
         log = parent.child(name)
         if record is None:
-            before_work()
+            before_work(name)
             log.start(context.title(name), parent=context.run_key, tags={"minitron.kind": "stage"})
             try:
                 with context.lease(f"{name}-{fingerprint}", f"stage {name}"):
@@ -319,30 +316,3 @@ class _Parent:
         if self.open:
             self.log.end(status)
             self.open = False
-
-
-def _ray_starter(stack: ExitStack, address: str | None, logs: str) -> Callable[[Context], ResolvedResources]:
-    resources: ResolvedResources | None = None
-
-    def start(context: Context) -> ResolvedResources:
-        nonlocal resources
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # what earlier stages held; workers share the GPU
-        if resources is not None:
-            return resources
-        if joins_cluster(address):
-            stack.enter_context(ray_session(address, keep_logs=logs))
-            resources = resources_of_cluster(context.recipe)
-            check_cluster(resources)
-            context.console.say(f"  resources: {room_text(resources, cluster_nodes())}")
-            return resources
-        teacher = context.shared["teacher"]
-        shape = Architecture.from_dict(teacher["architecture"])
-        resources = resources_here(context.recipe, shape, DTYPES[teacher["dtype"]].itemsize)
-        node = private_node(resources)
-        session = ray_session(address, num_cpus=int(node["CPU"]), num_gpus=int(node["GPU"]), keep_logs=logs)
-        stack.enter_context(session)
-        check_cluster(resources)
-        return resources
-
-    return start

@@ -59,7 +59,7 @@ def benchmark_best(
     ordered = result.ranking.sort_values(["winner", "rank"], ascending=[False, True])["architecture"]
     best = [by_name[name] for name in ordered[: benchmarks.keep]]
     paths = {a: benchmarks.path(task.folder, a) for a in best}
-    failed = replace(pool, workers=1).run(
+    failed = pool.alone().run(
         partial(_benchmark, replace(task, keep_weights=True), benchmarks),
         best,
         lambda a: len(_scores(paths[a])) == len(benchmarks.tasks),

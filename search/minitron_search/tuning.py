@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from functools import partial
 
 import pandas as pd
@@ -60,12 +59,25 @@ def search(
             f"halving: no rung of {list(task.rungs)} lies between {halving.grace} of {steps} steps and the end",
             "add a rung, or shorten the grace period",
         )
-    pool = pool or Pool(f"{task.folder.rstrip('/')}/tune")
+    with (pool or Pool(f"{task.folder.rstrip('/')}/tune")).open() as pool:
+        return _search(task, list(architectures), forward_keep, pinned, halving, cuts, pool)
+
+
+def _search(
+    task: SearchTask,
+    going: list[Architecture],
+    forward_keep: int | None,
+    pinned: Collection[Architecture],
+    halving: Halving | None,
+    cuts: list[int],
+    pool: Pool,
+) -> SearchResult:
+    steps = task.config.steps
     trial = partial(run_trial, task)
     if pool.workers > 1:
         trial = partial(run_trial_on_workers, task, workers=pool.workers, share=pool.share, scratch=pool.scratch)
     failures: dict[str, str] = {}
-    going, forward = list(architectures), None
+    forward = None
     if forward_keep is not None:
         scores, failures = score_all(task, going, pool)
         going, forward = _best_undistilled(scores, going, forward_keep, pinned)
@@ -100,7 +112,7 @@ def score_all(
 ) -> tuple[dict[Architecture, float], dict[str, str]]:
     """Exact held-out KL of every architecture before any training, and reasons by name of those that failed; known ones are
     read back. One process scores one, whatever the pool's `workers`."""
-    failures = replace(pool, workers=1).run(partial(score, task), architectures, partial(undistilled, task.folder))
+    failures = pool.alone().run(partial(score, task), architectures, partial(undistilled, task.folder))
     scores = {a: found["kl"] for a in architectures if (found := undistilled(task.folder, a)) is not None}
     return scores, failures
 

@@ -10,13 +10,13 @@ from typing import Any
 import ray
 import torch.distributed as dist
 from ray.train import RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from minitron import storage
 from minitron.architecture import Architecture
 from minitron_search.failures import first_cause
+from minitron_search.torch_trainer import TorchTrainer
 from minitron_search.trial import Report, SearchTask, drop_checkpoints, ready, train
 
 

@@ -83,6 +83,7 @@ def test_a_run_ends_with_a_better_student_and_says_so(bench, finished):
         assert f"{table[model]['kl']:.3f}" in finished.stdout
         assert f"{table[model]['parameters']:,}" in finished.stdout
     assert "first 10 documents" in finished.stdout
+    assert finished.stdout.count("  first step after ") == 2  # of the search and of the distillation
     assert re.search(r"^resources  .*: \d+ workers? with ", finished.stdout, re.MULTILINE)
     assert " ui --storage runs" in finished.stdout
     assert " promote tiny-student --version 1 --storage runs" in finished.stdout
@@ -287,6 +288,8 @@ def test_a_teacher_online_is_stored_for_the_search_alone_and_a_killed_worker_is_
     process = _start(bench, "online", *settings, one, until="distill")
     saved = "stages/distill/*/checkpoints/step-*/manifest.json"
     _wait_until(process, lambda: sorted((bench / "online").glob(saved)), "a checkpoint")
+    unused = ("DatasetManager", "PlacementGroupCleaner", "PreemptionWatcher", "_AutoscalingCoordinatorActor")
+    assert not [name for name in unused if _descendants(process.pid, f"ray::{name}")]
     os.kill(_descendants(process.pid, "ray::RayTrainWorker")[0], signal.SIGKILL)
     assert process.wait(timeout=240) == 0, (bench / "online.log").read_text()
     shown = (bench / "online.log").read_text()

@@ -96,7 +96,8 @@ def test_only_the_best_undistilled_go_on_and_the_worse_stop_at_a_rung(made, to_t
     task = search_task(made, tmp_path)
     worst = min(whole, key=lambda a: (a.hidden_size, a.intermediate_size))
     options = {"forward_keep": 3, "pinned": [worst], "halving": Halving(keep=0.5, grace=0.75)}
-    found = search(task, whole, **options)
+    events = []
+    found = search(task, whole, **options, pool=_pool(task.folder, on_event=lambda *event: events.append(event)))
     # forward only: the KL before training that full trials measured too, and the three lowest beside the pinned one
     assert len(found.forward) == 6
     known = all_found.ranking.set_index("architecture")["kl_undistilled"]
@@ -118,6 +119,9 @@ def test_only_the_best_undistilled_go_on_and_the_worse_stop_at_a_rung(made, to_t
     best = all_found.ranking.set_index("architecture")["kl"]
     assert all(best[name] == kl for name, kl in zip(found.ranking["architecture"], found.ranking["kl"], strict=True))
     assert found.saved == pytest.approx(1 - (2 * 8 + 2 * 6) / (4 * 8))
+    # the workers that scored them have done the rest too
+    pids = {name: {n["pid"] for _, n in events if name in n} for name in ("scored", "paused", "train_loss")}
+    assert pids["paused"] <= pids["train_loss"] <= pids["scored"]
     # and again: the same, with nothing done over
     before = json_files(tmp_path)
     again = search(task, whole, **options)

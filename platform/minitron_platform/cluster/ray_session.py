@@ -20,6 +20,7 @@ from ray._private.authentication import authentication_token_setup
 from minitron.environment import environment_variables
 from minitron.errors import InputError, MinitronError
 from minitron_platform.cluster.packaging import PACKAGES, package_folder, stage_code
+from minitron_search.private_ray import private_settings
 
 # Ray adds "/session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store" to its folder, and Linux allows a socket
 # path 107 bytes.
@@ -62,6 +63,8 @@ def ray_session(
     *,
     num_cpus: int | None = None,
     num_gpus: int | None = None,
+    memory: int | None = None,
+    object_store_memory: int | None = None,
     temp_dir: str | None = None,
     keep_logs: str | None = None,
 ) -> Iterator[None]:
@@ -72,6 +75,7 @@ def ray_session(
         terminal, no telemetry, a token of its own.
     num_cpus: the private Ray offers at least this many CPU slots, however few cores there are.
     num_gpus: and this many GPUs; by default those that Ray detects.
+    memory, object_store_memory: bytes that it offers to workers, and keeps for objects; by default shares of what is free.
     keep_logs: folder for what workers of the private Ray printed, if the block ends with an error.
     temp_dir: where the private Ray keeps sockets and logs, at most 44 bytes long. Default: a folder that is deleted at
         the end.
@@ -92,11 +96,14 @@ def ray_session(
         )
     with environment_variables(QUIET):
         if address is None or address == "local":
+            logging.getLogger("ray").setLevel(logging.ERROR)  # before ray.init warns of the thread that it is called in
             with _private_folder(temp_dir) as folder, environment_variables(_private_settings()):
                 ray.init(
                     address="local",
                     num_cpus=max(cores(), num_cpus or 0),
                     num_gpus=num_gpus,
+                    object_store_memory=object_store_memory,
+                    _memory=memory,
                     include_dashboard=False,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
@@ -168,7 +175,7 @@ def _join(address: str) -> None:
 def _private_settings() -> dict[str, str]:
     """Environment of a private Ray and its workers."""
     global _local_token
-    settings = {}
+    settings = private_settings()
     if auth_token() is None:
         # Ray would write a lasting token into the home folder. One per process, because Ray caches the first it reads.
         _local_token = _local_token or secrets.token_hex(32)

@@ -231,7 +231,8 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         workers=resources.workers_per_trial,
         max_failures=resources.max_failures,
     )
-    with context.lease(f"trials-{task.folder.rsplit('/', 1)[-1]}", "a search over the same trials"):
+    lease = context.lease(f"trials-{task.folder.rsplit('/', 1)[-1]}", "a search over the same trials")
+    with lease, pool.open() as pool:  # the workers stay until the end
         found, milliseconds = shortlist(context, task, pool)
         distilled = distilled_count(recipe, len(found), len(context.member.points))
         view = TrialsView(

@@ -59,7 +59,7 @@ class _Timed:
 
     def __init__(self, context: Context, task: SearchTask, pool: Pool) -> None:
         self.limits, self.console = limits_of(context.recipe, context.member), context.console
-        self.place, self.share = place(context.recipe, context.member), pool.share
+        self.place, self.pool = place(context.recipe, context.member), pool
         self.milliseconds: dict[Architecture, float] = {}
         if self.limits and self.limits.latency_ms:
             self.latency = Latency(
@@ -75,7 +75,8 @@ class _Timed:
         if self.limits is None or self.limits.latency_ms is None:
             return architectures
         progress = self.console.counter("shapes timed")
-        self.milliseconds |= self.latency.measure(architectures, share=self.share, progress=progress)
+        self.pool.rest()  # so that there is room, and nothing beside what is timed
+        self.milliseconds |= self.latency.measure(architectures, share=self.pool.share, progress=progress)
         return [a for a in architectures if self.milliseconds[a] <= self.limits.latency_ms]
 
     def check(self, points: list[Architecture]) -> None:

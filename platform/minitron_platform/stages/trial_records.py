@@ -172,6 +172,7 @@ class TrialsView:
         self.active[key] = numbers
         if self.before is None and "train_loss" in numbers:
             self.before = time.monotonic(), sum(self.position.values())
+            self.console.say(f"  first step after {seconds(self.console.elapsed())}")
         self.position[key] = max(self.position[key], int(numbers["step"]))
 
     def _measured(self, key: str, step: int, kl: float) -> None:

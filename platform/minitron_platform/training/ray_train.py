@@ -89,7 +89,8 @@ def train_on_ray(task: TrainTask, resources: ResolvedResources, on_event: OnEven
     checkpoint cannot be written, and MinitronError when workers died too often.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchTrainer
+
+    from minitron_search.torch_trainer import TorchTrainer
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     events = _queue()

@@ -39,6 +39,7 @@ class TrainingView:
         self.nodes: dict[int, str] = {}
         self.failed: Restart | None = None  # not resumed yet
         self.latest = "starting workers"
+        self.running = False
 
     def text(self) -> str:
         """The newest metrics as one line."""
@@ -53,11 +54,17 @@ class TrainingView:
             case Measured():
                 self.log.metrics(event.values, step=event.step)
                 if "tokens_per_second" in event.values:
+                    self._first_step()
                     self.latest = self._progress(event.values, event.step)
             case Tagged():
                 self.log.tags(event.values)
             case WorkersFailed():
                 self._failed(event)
+
+    def _first_step(self) -> None:
+        if not self.running:
+            self.running = True
+            self.console.say(f"  first step after {seconds(self.console.elapsed())}")
 
     def _failed(self, event: WorkersFailed) -> None:
         if self.failed:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
+import ray
 import torch
 
 from minitron.errors import InputError
@@ -100,14 +102,19 @@ def test_a_plan_says_and_uses_what_was_chosen(bench, tmp_path, gpus):
     assert elsewhere.resources == on_cpus.resources
 
 
-def test_a_private_ray_has_the_gpus_that_trials_and_workers_take(bench, tmp_path, gpus):
+def test_a_private_ray_starts_ahead_and_has_the_gpus_that_trials_and_workers_take(bench, tmp_path, gpus, monkeypatch):
     gpus(1)
+    started, init = [], ray.init
+    monkeypatch.setattr(ray, "init", lambda **options: [started.append(time.time()), init(**options)][1])
     one = "family.0.space={num_layers: [4], hidden_size: [36], intermediate_size: [48, 72]}"
     recipe = load_recipe(str(bench / "recipe.yaml"), [one, "family.0.tolerance=0.5", "evaluate.tasks=[]"])
     done = run(
         recipe, storage_path=str(tmp_path / "runs"), until="search"
     )  # Ray refuses or waits for what is not there
     assert _resolved(done.need_ray()) == (1, 0.25, 1, 1)
+    (targets,) = (tmp_path / "runs" / "stages" / "targets").glob("*/stage.json")
+    assert len(started) == 1
+    assert started[0] < targets.stat().st_mtime  # while the stages before the search computed
     found = done.family["tiny-student"]["search"]
     assert len(found["ranking"]) == found["candidates"] == 2
     assert not found["failures"]

@@ -1,0 +1,36 @@
+"""Ray Train's trainer without what a distillation does not use: each of these is a process of its own, whose start the first
+step waits for.
+
+Nobody passes Ray datasets. A private Ray is one node that ends with its driver: there is no autoscaler to tell of what is
+needed, no other driver that placement groups could be left to, and no node that is taken away.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.train.torch import TorchTrainer as RayTorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+
+from minitron_search.private_ray import is_private
+
+
+class TorchTrainer(RayTorchTrainer):
+    def _create_default_callbacks(self) -> list[Any]:
+        unused = (DatasetsCallback, PlacementGroupCleanerCallback) if is_private() else DatasetsCallback
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
+
+    def _initialize_and_run_controller(self, **options: Any) -> Any:
+        if is_private():
+            options["scaling_policy"] = _NoAutoscaler(self.scaling_config)
+        return super()._initialize_and_run_controller(**options)
+
+
+class _NoAutoscaler(FixedScalingPolicy):
+    def after_controller_start(self, train_run_context: Any) -> None:
+        pass
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
