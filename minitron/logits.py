@@ -50,7 +50,7 @@ class Head:
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """float32 [n, V] of hidden states [n, d], in the first n rows of `out` if it is given."""
-        logits = self._products(hidden, out)
+        logits = self.products(hidden, out)
         if self.softcap:
             return logits.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
         return logits if self.scale == 1.0 else logits.mul_(self.scale)
@@ -68,7 +68,8 @@ class Head:
             return self.scale
         return logits.div(self.softcap).square_().neg_().add_(1.0).mul_(self.scale)
 
-    def _products(self, hidden: Tensor, out: Tensor | None) -> Tensor:
+    def products(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """float32 hidden @ weight.T [n, V], in the first n rows of `out` if it is given."""
         weight = self.weight.detach()
         hidden = hidden.detach().to(weight.dtype)
         out = None if out is None else out[: len(hidden)]

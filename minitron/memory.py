@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from minitron.architecture import Architecture
 from minitron.distill.checkpoints import FILE_BYTES
 from minitron.distill.config import DistillConfig
-from minitron.distill.losses.logits import CHUNK_TOKENS as LOSS_TOKENS
+from minitron.distill.losses.chunked import CHUNK_TOKENS as LOSS_TOKENS
 from minitron.logits import CHUNK_TOKENS, most_tokens
 
 LIBRARIES = 600_000_000

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from minitron.architecture import Architecture
+from minitron.distill.losses.fused import GRADIENT_BYTES
 from minitron.errors import InputError
 from minitron.importance.estimate import BATCH_TOKENS
 from minitron.logits import CHUNK_BYTES
@@ -118,7 +119,7 @@ def trial_memory(recipe: Recipe, teacher: Architecture, largest: Architecture, v
 def are_trials_small(recipe: Recipe, teacher: Architecture, value_bytes: int, gpu_bytes: int) -> bool:
     """Whether TRIALS_PER_GPU trials fit on a GPU together, whatever the candidates: none is larger than the teacher."""
     each = replace(trial_memory(recipe, teacher, teacher, value_bytes), checkpoint=0)  # whose copy is in main memory
-    return TRIALS_PER_GPU * (each.total + 2 * CHUNK_BYTES["cuda"]) <= GPU_SHARE * gpu_bytes
+    return TRIALS_PER_GPU * (each.total + 2 * CHUNK_BYTES["cuda"] + GRADIENT_BYTES) <= GPU_SHARE * gpu_bytes
 
 
 def check_memory(stages: Iterable[StageMemory], there: int) -> None:

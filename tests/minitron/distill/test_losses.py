@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from helpers import tiny
+from helpers.loss_reference import divergence, reference
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -21,44 +22,6 @@ from minitron.logits import CHUNK_BYTES, Head, most_tokens
 from minitron.models import final_hidden
 
 
-def _dense(hidden, head):
-    logits = head.scale * hidden.double() @ head.weight.double().T
-    return head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits
-
-
-def _divergence(name, student, teacher):
-    p, q = teacher.softmax(-1), student.softmax(-1)
-    middle = (p + q) / 2
-    values = {
-        "forward_kl": lambda: (p * (p / q).log()).sum(-1),
-        "reverse_kl": lambda: (q * (q / p).log()).sum(-1),
-        "jensen_shannon": lambda: ((p * (p / middle).log()).sum(-1) + (q * (q / middle).log()).sum(-1)) / 2,
-        "mse": lambda: (p - q).square().sum(-1),
-        "cosine": lambda: 1 - functional.cosine_similarity(p, q, dim=-1),
-    }
-    return values[name]()
-
-
-def _reference(hs, student_head, ht, teacher_head, losses, labels=None):
-    """(loss, divergence of each token)."""
-    student, teacher = _dense(hs, student_head), _dense(ht, teacher_head)
-    total, each = 0.0, torch.zeros(len(hs), dtype=torch.float64)
-    if losses.logits != "none":
-        scaled = teacher / losses.temperature
-        if losses.top_k:
-            worst = scaled.topk(losses.top_k).values[:, -1:]
-            kept = scaled.masked_fill(scaled < worst, float("-inf")).log_softmax(-1)
-            own = (student / losses.temperature).log_softmax(-1)
-            each = functional.kl_div(own, kept, log_target=True, reduction="none").nan_to_num(0.0).sum(-1)
-        else:
-            each = _divergence(losses.logits, student / losses.temperature, scaled)
-        each = losses.temperature**2 * each
-        total = each.mean()
-    if losses.cross_entropy:
-        total = total + losses.cross_entropy * functional.cross_entropy(student, labels)
-    return total, each
-
-
 def _equal_the_reference(losses, tokens=40, softcap=0.0, scale=1.0):
     torch.manual_seed(0)
     hs, ws = torch.randn(tokens, 24, requires_grad=True), torch.randn(300, 24, requires_grad=True)
@@ -67,13 +30,13 @@ def _equal_the_reference(losses, tokens=40, softcap=0.0, scale=1.0):
     labels = torch.randint(0, 300, (tokens,))
     labels[::3] = -100
     actual = linear_logit_loss(hs, student, losses, teacher_hidden=ht, teacher_head=teacher, labels=labels)
-    expected, each = _reference(hs, student, ht, teacher, losses, labels)
+    expected, each = reference(hs, student, ht, teacher, losses, labels)
     assert actual.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert torch.allclose(actual.divergence, each.float(), rtol=1e-4, atol=1e-6)
     grads = torch.autograd.grad(3 * actual.loss, [hs, ws])
     wanted = torch.autograd.grad(3 * expected, [hs, ws])
-    for got, reference in zip(grads, wanted, strict=True):
-        assert ((got - reference).norm() / reference.norm()).item() < 1e-5
+    for got, exact in zip(grads, wanted, strict=True):
+        assert ((got - exact).norm() / exact.norm()).item() < 1e-5
     return actual
 
 
@@ -119,7 +82,7 @@ def test_bf16_gradient_stays_exact_when_the_student_is_close():
     loss = linear_kl_div(hs, ws, ht, wt)
     grads = torch.autograd.grad(loss, [hs, ws])
     d_hs, d_ws = hs.detach().double().requires_grad_(True), ws.detach().double().requires_grad_(True)
-    expected, _ = _reference(d_hs, Head(d_ws), ht, Head(wt), Losses())
+    expected, _ = reference(d_hs, Head(d_ws), ht, Head(wt), Losses())
     wanted = torch.autograd.grad(expected, [d_hs, d_ws])
     rounded_student = functional.log_softmax(hs.detach() @ ws.detach().T, -1).float().exp()
     rounded_teacher = functional.log_softmax(ht @ wt.T, -1).float().exp()
@@ -164,7 +127,7 @@ def test_a_close_student_still_gets_an_exact_loss_and_gradient(logits):
     ht, wt = torch.randn(50, 24), torch.randn(300, 24) * 0.3
     hs = (ht + 1e-3 * torch.randn(50, 24)).requires_grad_(True)
     actual = linear_logit_loss(hs, Head(wt), Losses(logits=logits), teacher_hidden=ht, teacher_head=Head(wt))
-    expected, _ = _reference(hs, Head(wt), ht, Head(wt), Losses(logits=logits))
+    expected, _ = reference(hs, Head(wt), ht, Head(wt), Losses(logits=logits))
     grad, wanted = torch.autograd.grad(actual.loss, hs)[0], torch.autograd.grad(expected, hs)[0]
     assert ((grad - wanted).norm() / wanted.norm()).item() < 1e-2
     if logits in ("mse", "cosine"):  # the others are differences of logarithms, and smaller than their rounding
@@ -297,8 +260,8 @@ def test_intermediate_losses_equal_float64(how):
     ]
     grads = torch.autograd.grad(loss, [module.projection, *named], retain_graph=True)
     wanted = torch.autograd.grad(expected, [projection, *named])
-    for got, reference in zip(grads, wanted, strict=True):
-        assert torch.allclose(got, reference.float(), rtol=1e-3, atol=1e-5 * reference.abs().max())
+    for got, exact in zip(grads, wanted, strict=True):
+        assert torch.allclose(got, exact.float(), rtol=1e-3, atol=1e-5 * exact.abs().max())
 
 
 def test_the_projection_starts_from_what_the_student_kept():
@@ -354,7 +317,7 @@ def test_the_objective_is_the_sum_of_its_parts_and_leaves_no_hooks(alpha):
     assert [name for name, _ in objective.named_parameters()][-1] == "intermediate.projection"
     loss, (total, kl, cross_entropy, intermediate) = objective([0, 1, 2], tokens)
     logits, target = student(tokens).logits.double(), teacher(tokens).logits.double()
-    expected_kl = _divergence("forward_kl", logits, target).mean(1)
+    expected_kl = divergence("forward_kl", logits, target).mean(1)
     assert kl.item() == pytest.approx(expected_kl.mean().item(), rel=1e-4)
     plain = functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     assert cross_entropy.item() == pytest.approx(plain.item(), rel=1e-4)

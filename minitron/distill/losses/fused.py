@@ -1,0 +1,174 @@
+"""The loss on logits on CUDA: cuBLAS multiplies, and between its products stands one kernel.
+
+The logits of a chunk of tokens exist at a time, in float32. Their gradient is kept, rounded to bf16, for as many tokens as
+GRADIENT_BYTES hold: the two products that it enters are then large, and the head's gradient is written once and not once
+for each chunk.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minitron.distill.losses import Losses
+from minitron.distill.losses.closed_form import ClosedForm, Teacher, results
+from minitron.distill.losses.divergences import IGNORED
+from minitron.logits import CACHE_ROWS, Head, log_softmax_, most_tokens
+
+CHUNK_TOKENS = 1024  # whose logits exist at a time, at most
+GRADIENT_TOKENS = 8192  # whose gradient of logits is kept, at most: more make the products no faster
+GRADIENT_BYTES = 2 << 30
+BLOCK = 4096  # logits of a row that a program of the kernel reads at a time
+WARPS = 16  # of a program
+
+
+def available(weight: Tensor) -> bool:
+    """Whether a head [V, d] is one for `FusedLogitLoss`: bf16, on CUDA, and Triton there, which torch brings on Linux.
+
+    The gradient of a single logit is below the range of float16.
+    """
+    return weight.is_cuda and weight.dtype == torch.bfloat16 and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+class FusedLogitLoss(ClosedForm):
+    """Takes and returns what `ChunkedLogitLoss` does."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        student: Head,
+        losses: Losses,
+        teacher: Teacher | None,
+        labels: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, inputs = len(hidden), hidden.to(weight.dtype)
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        hidden_grad = torch.empty_like(inputs) if need_hidden else None
+        weight_grad: Tensor | None = None
+        logits = _Logits(inputs, student, losses, teacher, labels)
+        size = gradient_tokens(tokens, len(weight))
+        space = weight.new_empty(min(tokens, size), len(weight))
+        for start in range(0, tokens, size):
+            part = slice(start, start + size)
+            gradient = logits.write_gradient(part, space)
+            if hidden_grad is not None:
+                torch.mm(gradient, weight, out=hidden_grad[part])
+            if need_weight:
+                weight_grad = _plus_product(weight_grad, gradient, inputs[part], alone=size >= tokens)
+        del space, gradient, logits.own, logits.other  # before the head's gradient is rounded into memory of its own
+        ctx.gradients = (
+            None if hidden_grad is None else hidden_grad.to(hidden.dtype),
+            None if weight_grad is None else weight_grad.to(weight.dtype),
+        )
+        return results(ctx, losses, logits.divergence, logits.cross_entropies, logits.labelled)
+
+
+def gradient_tokens(tokens: int, vocabulary: int) -> int:
+    """How many of the tokens have their gradient of logits kept at a time; it makes about equal parts of them."""
+    most = min(GRADIENT_TOKENS, GRADIENT_BYTES // (2 * vocabulary))
+    parts = -(-tokens // max(CACHE_ROWS, most))
+    return CACHE_ROWS * -(-tokens // (CACHE_ROWS * parts))
+
+
+def _plus_product(total: Tensor | None, gradient: Tensor, inputs: Tensor, alone: bool) -> Tensor:
+    """total + gradientᵀ · inputs [V, d] in float32, or, if no other part comes, in the dtype of both."""
+    wide: dict[str, Any] = {} if alone or inputs.dtype == torch.float32 else {"out_dtype": torch.float32}
+    if total is None:
+        return torch.mm(gradient.T, inputs, **wide)
+    return torch.addmm(total, gradient.T, inputs, out=total, **wide)
+
+
+class _Target(NamedTuple):
+    """What the kernel reads of the teacher on some tokens: products [n, V] with what its head does to them, and their
+    log-sum-exp [n] if it is known; or the log-probabilities [n, k] of the likeliest `tokens` [n, k]."""
+
+    products: Tensor | None = None
+    log_sum_exp: Tensor | None = None
+    log_probs: Tensor | None = None
+    tokens: Tensor | None = None
+
+
+class _Logits:
+    """The logits of N hidden states of the student and its teacher, a chunk at a time, and what the kernel makes of them."""
+
+    def __init__(
+        self, hidden: Tensor, student: Head, losses: Losses, teacher: Teacher | None, labels: Tensor | None
+    ) -> None:
+        tokens, vocabulary = len(hidden), len(student.weight)
+        self.hidden, self.student, self.losses, self.teacher, self.labels = hidden, student, losses, teacher, labels
+        self.divergence = torch.zeros(tokens, device=hidden.device)
+        self.cross_entropies = torch.zeros_like(self.divergence)
+        self.labelled: Tensor | int = 1 if labels is None else (labels != IGNORED).sum().clamp(min=1)
+        self.label_weight = torch.full((1,), losses.cross_entropy, device=hidden.device).div_(self.labelled)
+        self.chunk = most_tokens(vocabulary, "cuda", CHUNK_TOKENS)
+        self.own = torch.empty(min(tokens, self.chunk), vocabulary, device=hidden.device)
+        self.other = torch.empty_like(self.own) if teacher is not None and teacher.head is not None else None
+
+    def write_gradient(self, part: slice, space: Tensor) -> Tensor:
+        """The gradient of the products of a `part` of the tokens, in the first rows of `space`; notes these tokens' losses."""
+        start, stop = part.start, min(part.stop, len(self.hidden))
+        for first in range(start, stop, self.chunk):
+            rows = slice(first, min(first + self.chunk, stop))
+            self._run_kernel(rows, space[first - start : rows.stop - start])
+        return space[: stop - start]
+
+    def _target(self, rows: slice) -> _Target:
+        teacher, k = self.teacher, self.losses.top_k
+        if teacher is None:
+            return _Target()
+        if teacher.top is not None:
+            values, tokens = teacher.top.log_probs[rows, :k].float(), teacher.top.tokens[rows, :k].contiguous()
+        else:
+            assert teacher.hidden is not None
+            assert teacher.head is not None
+            if not k:
+                known = None if teacher.log_sum_exp is None else teacher.log_sum_exp[rows]
+                return _Target(teacher.head.products(teacher.hidden[rows], self.other), known)
+            values, tokens = teacher.head.logits(teacher.hidden[rows], self.other).topk(k)
+        return _Target(log_probs=log_softmax_((values / self.losses.temperature).contiguous()), tokens=tokens)
+
+    def _run_kernel(self, rows: slice, gradient: Tensor) -> None:
+        from minitron.distill.losses.kernels import logit_loss
+
+        student, losses, target = self.student, self.losses, self._target(rows)
+        divergence = "none" if self.teacher is None else "top_k" if losses.top_k else losses.logits
+        teacher = student if self.teacher is None or self.teacher.head is None else self.teacher.head
+        (count, vocabulary), best = gradient.shape, 1 if target.tokens is None else target.tokens.shape[1]
+        with torch.cuda.device_of(gradient):
+            logit_loss[(count,)](
+                student.products(self.hidden[rows], self.own),
+                target.products,
+                target.log_sum_exp,
+                target.log_probs,
+                target.tokens,
+                None if self.labels is None else self.labels[rows],
+                self.label_weight,
+                gradient,
+                self.divergence[rows],
+                self.cross_entropies[rows],
+                count,
+                vocabulary,
+                best,
+                losses.temperature,
+                1.0 / len(self.hidden),
+                student.scale,
+                student.softcap or None,
+                teacher.scale,
+                teacher.softcap or None,
+                DIVERGENCE=divergence,
+                TEMPERED=losses.temperature != 1.0,
+                BLOCK=BLOCK,
+                BEST_BLOCK=min(BLOCK, 1 << (best - 1).bit_length()),
+                num_warps=WARPS,
+            )
