@@ -4,8 +4,9 @@
 
 Gradients of SmolLM2-135M's own hidden states and head, in bfloat16 on text from the installed packages' documentation,
 are compared with float64's, for students at three distances. Memory is measured in a process of its own for each; time in
-rounds that take turns. On a CPU one thread works and its processor time counts, which other work disturbs least. Packages
-that are not installed are left out: pip install -e '.[bench]'.
+rounds that take turns. On a CPU one thread works and its processor time counts, which other work disturbs least. On a GPU
+hidden states and heads are random, at the shapes of Llama-3.1-8B and a student of 4.5B. Packages that are not installed are
+left out: pip install -e '.[bench]'.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -24,8 +25,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.loss_heads import OURS, REFERENCE, Loss, contender, contenders, products
-from benchmarks.materials import MODEL
+from benchmarks.loss_heads import OURS, REFERENCE, Loss, contender, contenders, products, products_flops
+from benchmarks.loss_material import NOISES, Material, noisy_pair, random_pair, text_students
 from benchmarks.measure import (
     kind_of_seconds,
     machine,
@@ -35,26 +36,24 @@ from benchmarks.measure import (
     peak_memory,
     restart_peak,
     seconds_now,
+    spread,
 )
-from minitron.data import TextSource, documents
 from minitron.device import device
-from minitron.logits import Head
-from minitron.models import final_hidden, layers_of, load_source
 
-STUDENTS = {"0.4 % noise": (0.004, 0), "2 layers dropped": (0.0, 2), "8 layers dropped": (0.0, 8)}
 TIMED = "2 layers dropped"
 FLOORS = {"products alone, float32 logits": True, "products alone, bfloat16 logits": False}
-NOISE_SEED, WARM_UP_TOKENS = 0, 256
-GPU_SHAPE = (8192, 3072, 4096, 128_256)  # tokens, widths of student and teacher, vocabulary: Llama-3.1-8B to 4.5B
+WARM_UP_TOKENS = 256
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.loss_head", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--exact-tokens", type=int, default=512, help="tokens of the comparison with float64")
-    parser.add_argument("--tokens", type=int, default=1024, help="tokens of each timed call")
-    parser.add_argument("--memory-tokens", type=int, default=4096, help="tokens of the call whose memory is measured")
+    parser.add_argument("--exact-tokens", type=int, help="tokens of the comparison with float64")
+    parser.add_argument("--tokens", type=int, help="tokens of each timed call")
+    parser.add_argument(
+        "--memory-tokens", type=int, default=4096, help="tokens of the call whose memory is measured, on a CPU"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="also append the tables to this file")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -76,68 +75,25 @@ def main() -> None:
 def _tables(options: argparse.Namespace) -> Iterator[list[str]]:
     print(machine())
     losses = contenders()
-    students = _students(max(options.exact_tokens, options.tokens, options.memory_tokens))
-    yield _errors(losses, students, options.exact_tokens)
-    material = students[TIMED]
     if on_gpu():
-        tokens, *shape = GPU_SHAPE
-        material, options.tokens, options.memory_tokens = _random(tokens, *shape), tokens, tokens
-    yield _memory(losses, material, options.memory_tokens)
-    yield _times(losses, _first(material, options.tokens), options.rounds)
+        pairs = ((f"{noise:.0%} noise", noisy_pair(options.exact_tokens or 1024, noise)) for noise in NOISES)
+        yield _errors(losses, pairs)
+        material = random_pair(options.tokens or 8192)
+        yield _memory_here(losses, material)
+        yield _times(losses, material, options.rounds)
+        return
+    exact_tokens, tokens = options.exact_tokens or 512, options.tokens or 1024
+    students = text_students(max(exact_tokens, tokens, options.memory_tokens))
+    yield _errors(losses, ((name, _first(student, exact_tokens)) for name, student in students.items()))
+    yield _memory(losses, _first(students[TIMED], options.memory_tokens))
+    yield _times(losses, _first(students[TIMED], tokens), options.rounds)
 
 
-def _students(tokens: int) -> dict[str, dict[str, Tensor]]:
-    """For each student, hidden states [tokens, d] and heads [V, d] of it and its teacher, bfloat16 on the device."""
-    model, tokenizer = load_source(MODEL)
-    ids: list[int] = []
-    for document in documents(TextSource("python-docs")):
-        if len(ids) >= tokens:
-            break
-        ids += tokenizer(document.text)["input_ids"]
-    rows = torch.tensor(ids[:tokens]).view(-1, min(tokens, 256)).to(device())
-    original = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    layers = layers_of(model)
-    every, config = list(layers), model.config
-    model.to(device(), torch.bfloat16).eval()
-
-    def hidden() -> Tensor:
-        with torch.no_grad():
-            return torch.cat([final_hidden(model, part) for part in rows.split(2)]).flatten(0, 1)
-
-    ht, wt = hidden(), Head.of(model).weight.detach().clone()
-    found = {}
-    for name, (noise, dropped) in STUDENTS.items():
-        draw = torch.Generator().manual_seed(NOISE_SEED)
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                value = original[key]
-                parameter.copy_(value + noise * value.std() * torch.randn(value.shape, generator=draw))
-        start = len(every) // 2 - dropped // 2
-        del layers[start : start + dropped]
-        config.num_hidden_layers = len(layers)
-        found[name] = {"hs": hidden(), "ws": Head.of(model).weight.detach().clone(), "ht": ht, "wt": wt}
-        del layers[:]
-        layers.extend(every)
-    return found
-
-
-def _random(tokens: int, student: int, teacher: int, vocabulary: int) -> dict[str, Tensor]:
-    def draw(rows: int, columns: int, scale: float) -> Tensor:
-        return torch.randn(rows, columns, device=device()).mul_(scale).bfloat16()
-
-    return {
-        "hs": draw(tokens, student, 1.0),
-        "ws": draw(vocabulary, student, 0.02),
-        "ht": draw(tokens, teacher, 1.0),
-        "wt": draw(vocabulary, teacher, 0.02),
-    }
-
-
-def _first(material: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
+def _first(material: Material, tokens: int) -> Material:
     return {name: tensor[:tokens] if name in ("hs", "ht") else tensor for name, tensor in material.items()}
 
 
-def _gradients(loss: Loss, material: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _gradients(loss: Loss, material: Material) -> tuple[Tensor, Tensor]:
     hs, ws = (material[name].detach().requires_grad_(True) for name in ("hs", "ws"))
     loss(hs, ws, material["ht"], material["wt"]).backward()
     assert hs.grad is not None
@@ -145,11 +101,11 @@ def _gradients(loss: Loss, material: dict[str, Tensor]) -> tuple[Tensor, Tensor]
     return hs.grad, ws.grad
 
 
-def _errors(losses: dict[str, Loss], students: dict[str, dict[str, Tensor]], tokens: int) -> list[str]:
+def _errors(losses: dict[str, Loss], students: Iterable[tuple[str, Material]]) -> list[str]:
     """Relative error |g - g64| / |g64| of the gradients of hidden states and head, in percent."""
     columns = []
-    for name, student in students.items():
-        material = _first(student, tokens)
+    for name, material in students:
+        tokens = len(material["hs"])
         kl, *exact = _exact(material)
         column = {"": f"{name}, KL {kl:.2g}"}
         for loss, function in losses.items():
@@ -166,7 +122,7 @@ def _errors(losses: dict[str, Loss], students: dict[str, dict[str, Tensor]], tok
     )
 
 
-def _exact(material: dict[str, Tensor]) -> tuple[float, Tensor, Tensor]:
+def _exact(material: Material) -> tuple[float, Tensor, Tensor]:
     """KL and its gradients by the closed form in float64."""
     hs, ws, ht, wt = (material[name].double() for name in ("hs", "ws", "ht", "wt"))
     teacher, student = (ht @ wt.T).log_softmax(-1), (hs @ ws.T).log_softmax(-1)
@@ -175,29 +131,38 @@ def _exact(material: dict[str, Tensor]) -> tuple[float, Tensor, Tensor]:
     return kl, slope @ ws, slope.T @ hs
 
 
-def _memory(losses: dict[str, Loss], material: dict[str, Tensor], tokens: int) -> list[str]:
-    column = {"": "peak, MB"}
-    ratio = {"": "dense / this"}
+def _memory(losses: dict[str, Loss], material: Material) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "material.safetensors"
-        save_file(_first(material, tokens), str(file))
+        save_file(material, str(file))
         command = [sys.executable, "-m", "benchmarks.loss_head", "--material", str(file), "--memory-of"]
         peaks = {}
         for name in losses:
             done = subprocess.run([*command, name], check=True, capture_output=True, text=True)
             peaks[name] = int(done.stdout.splitlines()[-1])
+    return _memory_table(peaks, material)
+
+
+def _memory_here(losses: dict[str, Loss], material: Material) -> list[str]:
+    """As `_memory`, in this process: a GPU's allocator counts exactly."""
+    peaks = {}
+    for name, loss in losses.items():
+        torch.cuda.empty_cache()
+        peaks[name] = _peak(loss, material)
+    return _memory_table(peaks, material)
+
+
+def _memory_table(peaks: dict[str, int], material: Material) -> list[str]:
+    column, ratio = {"": "peak, MB"}, {"": "dense / this"}
     for name, peak in peaks.items():
         column[name] = f"{peak / 1e6:,.0f}"
         ratio[name] = f"{peaks[REFERENCE] / peak:.1f}"
-    vocabulary = len(material["ws"])
     return markdown(
-        f"Memory beyond the operands, with both gradients; {tokens:,} tokens, vocabulary {vocabulary:,}",
-        ["", *losses],
-        [column, ratio],
+        f"Memory beyond the operands, with both gradients; {_size(material)}", ["", *peaks], [column, ratio]
     )
 
 
-def _peak(loss: Loss, material: dict[str, Tensor]) -> int:
+def _peak(loss: Loss, material: Material) -> int:
     """Bytes that one forward and backward needs beyond what is there, after a small one for what is made once."""
     _gradients(loss, _first(material, WARM_UP_TOKENS))
     restart_peak()
@@ -206,7 +171,7 @@ def _peak(loss: Loss, material: dict[str, Tensor]) -> int:
     return peak_memory() - before
 
 
-def _times(losses: dict[str, Loss], material: dict[str, Tensor], rounds: int) -> list[str]:
+def _times(losses: dict[str, Loss], material: Material, rounds: int) -> list[str]:
     works: dict[str, Callable[[], object]] = {
         name: partial(_gradients, loss, material) for name, loss in losses.items()
     }
@@ -217,18 +182,23 @@ def _times(losses: dict[str, Loss], material: dict[str, Tensor], rounds: int) ->
             taken = _seconds(work)
             if turn:  # the first compiles and warms up
                 seconds[name].append(taken)
-    columns: list[dict[str, str]] = [{"": "median, s"}, {"": f"this / {OURS}"}, {"": "lowest to highest"}]
+    flops = products_flops(**material)
+    columns: list[dict[str, str]] = [{"": "ms"}, {"": "TF/s"}, {"": f"this / {OURS}"}, {"": "lowest to highest"}]
     for name, values in seconds.items():
         ratios = [value / own for value, own in zip(values, seconds[OURS], strict=True)]
-        columns[0][name] = f"{median(values):.3g}"
-        columns[1][name] = f"{median(ratios):.2f}"
-        columns[2][name] = f"{min(ratios):.2f} to {max(ratios):.2f}"
-    tokens, vocabulary = len(material["hs"]), len(material["ws"])
+        columns[0][name] = spread([1e3 * value for value in values], 1)
+        columns[1][name] = f"{flops / median(values) / 1e12:.3g}"
+        columns[2][name] = f"{median(ratios):.2f}"
+        columns[3][name] = f"{min(ratios):.2f} to {max(ratios):.2f}"
     return markdown(
-        f"Forward and backward, {kind_of_seconds()}; {tokens:,} tokens, vocabulary {vocabulary:,}, {rounds} rounds in turns",
+        f"Forward and backward, {kind_of_seconds()}; {_size(material)}, {rounds} rounds in turns",
         ["", *works],
         columns,
     )
+
+
+def _size(material: Material) -> str:
+    return f"{len(material['hs']):,} tokens, vocabulary {len(material['ws']):,}"
 
 
 def _seconds(work: Callable[[], object]) -> float:

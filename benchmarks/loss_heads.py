@@ -42,23 +42,30 @@ def dense(hs: Tensor, ws: Tensor, ht: Tensor, wt: Tensor) -> Tensor:
 
 
 def products(hs: Tensor, ws: Tensor, ht: Tensor, wt: Tensor, *, exact: bool) -> None:
-    """The matrix products of such a loss and nothing else, 256 tokens at a time: what none that has them can be faster than.
+    """The matrix products of such a loss and nothing else: what none that has them can be faster than.
 
     Both models' logits, accumulated in float32 if they are to be `exact` and else in the operands' dtype, and the gradients
-    of the student's hidden states and head.
+    of the student's hidden states and head: all 256 tokens at a time, or on a GPU logits of 1,024 and gradients of all.
     """
-    rounded = torch.zeros(256, len(ws), dtype=ws.dtype, device=ws.device)
-    full = torch.empty(rounded.shape, device=ws.device) if exact else rounded
+    chunk, size = (1024, len(hs)) if hs.is_cuda else (256, 256)
+    gradient = torch.zeros(size, len(ws), dtype=ws.dtype, device=ws.device)
+    logits = torch.empty(chunk, len(ws), dtype=torch.float32 if exact else ws.dtype, device=ws.device)
     hidden_grad, head_grad = torch.empty_like(hs), torch.empty_like(ws)
-    for start in range(0, len(hs), len(full)):
-        part = slice(start, start + len(full))
-        for hidden, weight in ((hs[part], ws), (ht[part], wt)):
-            if exact:
-                Head(weight).logits(hidden, full)
-            else:
-                torch.mm(hidden, weight.T, out=full[: len(hidden)])
-        torch.mm(rounded[: len(hs[part])], ws, out=hidden_grad[part])
-        torch.mm(rounded[: len(hs[part])].T, hs[part], out=head_grad)
+    for start in range(0, len(hs), size):
+        part = slice(start, start + size)
+        for of_student, of_teacher in zip(hs[part].split(chunk), ht[part].split(chunk), strict=True):
+            for hidden, weight in ((of_student, ws), (of_teacher, wt)):
+                if exact:
+                    Head(weight).logits(hidden, logits)
+                else:
+                    torch.mm(hidden, weight.T, out=logits[: len(hidden)])
+        torch.mm(gradient[: len(hs[part])], ws, out=hidden_grad[part])
+        torch.mm(gradient[: len(hs[part])].T, hs[part], out=head_grad)
+
+
+def products_flops(hs: Tensor, ws: Tensor, ht: Tensor, wt: Tensor) -> int:
+    """Floating-point operations of `products`."""
+    return 2 * len(hs) * (3 * ws.numel() + wt.numel())
 
 
 def _trl_dense() -> Loss:
