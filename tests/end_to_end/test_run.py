@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.command import command, environment, run_minitron
+from helpers.command import command, environment, minitron_here, run_minitron
 from helpers.tiny import DISTILL_STEPS, SEARCH_STEPS
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM
@@ -169,10 +169,10 @@ def test_the_student_is_registered_with_its_lineage_and_can_be_promoted(bench, f
     assert float(version.tags["minitron.heldout_kl"]) == pytest.approx(
         done["evaluate"]["table"]["distilled"]["kl"], abs=1e-6
     )
-    listed = run_minitron("models", "--storage", "runs", cwd=bench)
+    listed = minitron_here("models", "--storage", "runs", cwd=bench)
     assert "tiny-student" in listed.stdout
     assert "candidate" in listed.stdout
-    promoted = run_minitron("promote", "tiny-student", "--storage", "runs", cwd=bench)
+    promoted = minitron_here("promote", "tiny-student", "--storage", "runs", cwd=bench)
     assert promoted.returncode == 0, promoted.stderr
     assert client.get_model_version_by_alias("tiny-student", "champion").version == version.version
 
@@ -188,7 +188,7 @@ def test_running_again_does_nothing_over(bench, finished):
 
 
 def test_only_what_a_change_touches_is_done_again(bench, finished):
-    changed = run_minitron(
+    changed = minitron_here(
         "run", "recipe.yaml", "--storage", "runs", "--set", "evaluate.tasks.0.limit=5", "--until", "evaluate", cwd=bench
     )
     assert changed.returncode == 0, changed.stderr
@@ -216,7 +216,7 @@ def test_a_wider_space_distils_only_what_is_new(bench, finished):
     before = {p: p.stat().st_mtime_ns for p in (bench / "runs" / "trials").glob("*/*/result.json")}
     stored = {p: p.stat().st_mtime_ns for p in (bench / "runs" / "stages" / "targets").rglob("*") if p.is_file()}
     wider = ["--set", "family.0.tolerance=0.5", "--until", "search"]
-    again = run_minitron("run", "recipe.yaml", "--storage", "runs", *wider, cwd=bench)
+    again = minitron_here("run", "recipe.yaml", "--storage", "runs", *wider, cwd=bench)
     assert again.returncode == 0
     assert _reused(again) == STAGES.index("search")  # the teacher is run no more
     assert stored == {p: p.stat().st_mtime_ns for p in (bench / "runs/stages/targets").rglob("*") if p.is_file()}
@@ -327,7 +327,7 @@ def test_a_teacher_online_is_stored_for_the_search_alone_and_a_killed_worker_is_
 def test_a_search_that_stops_early_says_how_early_the_order_was_known(bench, finished):
     before = {p: p.stat().st_mtime_ns for p in (bench / "runs" / "trials").glob("*/*/*.json")}
     early = ["--set", "search.forward.keep=4", "--set", "search.halving.keep=0.5", "--until", "search"]
-    result = run_minitron("run", "recipe.yaml", "--storage", "runs", *early, cwd=bench)
+    result = minitron_here("run", "recipe.yaml", "--storage", "runs", *early, cwd=bench)
     assert result.returncode == 0, result.stdout + result.stderr
     records = [json.loads(p.read_text())["outputs"] for p in (bench / "runs/stages/search").glob("*/stage.json")]
     (stopping,) = [record for record in records if record["stopped"]]
@@ -456,7 +456,7 @@ def test_a_second_process_waits_for_the_one_that_carries_out_the_run(bench, fini
 
 
 def test_the_shipped_recipes_are_listed_and_valid(tmp_path):
-    listed = run_minitron("recipes", cwd=tmp_path)
+    listed = minitron_here("recipes", cwd=tmp_path)
     assert listed.returncode == 0
     assert "smollm2-135m-cpu" in listed.stdout
 

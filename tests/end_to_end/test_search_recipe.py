@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
-from helpers.command import run_minitron
+from helpers.command import minitron_here
 from helpers.tiny import texts
 from mlflow.tracking import MlflowClient
 
@@ -119,7 +119,7 @@ def test_a_perplexity_is_no_percentage_wherever_it_is_shown(searched):
     assert evaluated.data.metrics["distilled.wikitext.word_perplexity"] == pytest.approx(distilled["value"])
     version = client.get_model_version("tiny-student", "1")
     assert version.tags["minitron.task.wikitext"] == f"word_perplexity {shown}"
-    listed = run_minitron("models", "--storage", str(storage), cwd=storage)
+    listed = minitron_here("models", "--storage", str(storage), cwd=storage)
     assert f"wikitext word_perplexity {shown}" in listed.stdout
 
 

