@@ -58,7 +58,7 @@ class FusedLogitLoss(ClosedForm):
         weight_grad: Tensor | None = None
         logits = _Logits(inputs, student, losses, teacher, labels)
         size = gradient_tokens(tokens, len(weight))
-        space = weight.new_empty(min(tokens, size), len(weight))
+        gradient = space = weight.new_empty(min(tokens, size), len(weight))
         for start in range(0, tokens, size):
             part = slice(start, start + size)
             gradient = logits.write_gradient(part, space)
@@ -77,8 +77,8 @@ class FusedLogitLoss(ClosedForm):
 def gradient_tokens(tokens: int, vocabulary: int) -> int:
     """How many of the tokens have their gradient of logits kept at a time; it makes about equal parts of them."""
     most = min(GRADIENT_TOKENS, GRADIENT_BYTES // (2 * vocabulary))
-    parts = -(-tokens // max(CACHE_ROWS, most))
-    return CACHE_ROWS * -(-tokens // (CACHE_ROWS * parts))
+    parts = max(1, -(-tokens // max(CACHE_ROWS, most)))
+    return CACHE_ROWS * max(1, -(-tokens // (CACHE_ROWS * parts)))
 
 
 def _plus_product(total: Tensor | None, gradient: Tensor, inputs: Tensor, alone: bool) -> Tensor:
@@ -106,7 +106,8 @@ class _Logits:
         self, hidden: Tensor, student: Head, losses: Losses, teacher: Teacher | None, labels: Tensor | None
     ) -> None:
         tokens, vocabulary = len(hidden), len(student.weight)
-        self.hidden, self.student, self.losses, self.teacher, self.labels = hidden, student, losses, teacher, labels
+        self.hidden, self.student, self.losses, self.teacher = hidden, student, losses, teacher
+        self.labels = None if labels is None else labels.contiguous()
         self.divergence = torch.zeros(tokens, device=hidden.device)
         self.cross_entropies = torch.zeros_like(self.divergence)
         self.labelled: Tensor | int = 1 if labels is None else (labels != IGNORED).sum().clamp(min=1)
@@ -133,7 +134,7 @@ class _Logits:
             assert teacher.hidden is not None
             assert teacher.head is not None
             if not k:
-                known = None if teacher.log_sum_exp is None else teacher.log_sum_exp[rows]
+                known = None if teacher.log_sum_exp is None else teacher.log_sum_exp[rows].contiguous()
                 return _Target(teacher.head.products(teacher.hidden[rows], self.other), known)
             values, tokens = teacher.head.logits(teacher.hidden[rows], self.other).topk(k)
         return _Target(log_probs=log_softmax_((values / self.losses.temperature).contiguous()), tokens=tokens)
