@@ -6,6 +6,9 @@ what to do. The command line prints both and exits with 2; everything else is a 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MinitronError(Exception):
     """A problem in what the user gave: `problem` names the place and the value, `remedy` says what to do."""
@@ -42,3 +45,12 @@ class StorageError(MinitronError):
 
 class NonFiniteError(MinitronError):
     """A loss or gradient became NaN or infinite."""
+
+
+@contextmanager
+def prefixed(prefix: str) -> Iterator[None]:
+    """Put `prefix`, such as the key of a recipe that a value came from, in front of what an InputError says."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{prefix}{error.problem}", error.remedy) from error

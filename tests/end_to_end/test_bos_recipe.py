@@ -114,9 +114,8 @@ def test_the_choice_reaches_the_benchmarks_of_calibration_search_and_training(be
     import minitron.evaluation
     from minitron.distill.inputs import Materials
     from minitron.models import load_model
-    from minitron_platform.recipes.tasks import lm_eval_tasks
-    from minitron_platform.stages.search import benchmarks
-    from minitron_platform.training.ray_train import TrainTask, distill_config, task_metrics
+    from minitron_platform.recipes.build import benchmarks, distill_config, lm_eval_tasks
+    from minitron_platform.training.ray_train import TrainTask, task_metrics
 
     told = []
     evaluate = minitron.evaluation.evaluate
@@ -139,7 +138,7 @@ def test_the_choice_reaches_the_benchmarks_of_calibration_search_and_training(be
     assert context.shared["data"]["train"] == data["false"][0]["train"]
     assert told
     assert set(told) == {False}
-    assert benchmarks(context).add_bos is False
+    assert benchmarks(recipe, "").add_bos is False
 
     told.clear()
     folder = context.shared["teacher"]["folder"]

@@ -11,8 +11,8 @@ import yaml
 from minitron import Architecture
 from minitron.errors import InputError
 from minitron_platform import plan
+from minitron_platform.recipes.candidates import CandidateSpace
 from minitron_platform.recipes.load import load_recipe
-from minitron_platform.stages.search import architectures, sampled_space
 from minitron_search import candidates
 from minitron_search.limits import Limits
 from minitron_search.sampling import Space, draw, round_size, sample
@@ -150,9 +150,10 @@ def test_a_plan_refuses_what_it_cannot_enumerate_and_takes_it_with_a_sampler(ben
 
 def test_a_space_that_the_sampler_would_score_whole_is_enumerated(bench):
     recipe = _recipe(bench, {"sampler": {"candidates": 500}, "forward": {"keep": 4}})
-    assert sampled_space(recipe, recipe.family[0], TEACHER) is None
+    assert CandidateSpace(recipe, recipe.family[0], TEACHER).sampled is None
     plain = _recipe(bench)
-    assert architectures(recipe, recipe.family[0], TEACHER) == architectures(plain, plain.family[0], TEACHER)
+    whole = CandidateSpace(plain, plain.family[0], TEACHER).candidates
+    assert CandidateSpace(recipe, recipe.family[0], TEACHER).candidates == whole
 
 
 @pytest.mark.parametrize(
@@ -174,4 +175,4 @@ def test_a_budget_that_sampling_never_meets_is_said(bench):
     with pytest.raises(
         InputError, match=r"100,000 of 81,054 combinations drawn at random, and none has .*within its limits"
     ):
-        architectures(recipe, recipe.family[0], TEACHER)
+        _ = CandidateSpace(recipe, recipe.family[0], TEACHER).candidates

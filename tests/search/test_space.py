@@ -10,8 +10,8 @@ import yaml
 
 from minitron import Architecture
 from minitron.errors import InputError
+from minitron_platform.recipes.candidates import CandidateSpace
 from minitron_platform.recipes.load import load_recipe
-from minitron_platform.stages.search import architectures
 from minitron_search import candidates
 from minitron_search.limits import Limits
 from minitron_search.space import points_in
@@ -72,16 +72,16 @@ def test_limits_that_nothing_keeps_to_say_which_and_by_how_much(bench):
     recipe = _recipe(bench, limits={"kv_cache_bytes": 1000, "flops_per_token": 1e12})
     least = 2 * 2 * 3 * 2 * 24 * recipe.data.seq_length
     with pytest.raises(InputError, match=rf"family.0.limits: none of .*: kv_cache_bytes is at least {least:,} \(limit"):
-        architectures(recipe, recipe.family[0], TEACHER)
+        _ = CandidateSpace(recipe, recipe.family[0], TEACHER).candidates
 
 
 def test_points_come_first_and_need_not_be_on_the_grid(bench):
     point = {"num_layers": 3, "hidden_size": 42, "intermediate_size": 60}
     recipe = _recipe(bench, points=[point])
-    found = architectures(recipe, recipe.family[0], TEACHER)
+    found = CandidateSpace(recipe, recipe.family[0], TEACHER).candidates
     assert found[0] == replace(TEACHER, **point)
     without = _recipe(bench)
-    assert found[1:] == architectures(without, without.family[0], TEACHER)
+    assert found[1:] == CandidateSpace(without, without.family[0], TEACHER).candidates
 
 
 @pytest.mark.parametrize(

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from minitron.architecture import Architecture
+from minitron.distill import Losses
 from minitron.distill.losses.fused import GRADIENT_BYTES
 from minitron.errors import InputError
 from minitron.importance.estimate import BATCH_TOKENS
 from minitron.logits import CHUNK_BYTES
 from minitron.memory import MainMemory, forward_memory, training_memory
 from minitron_platform.estimates.teacher import runs_beside
-from minitron_platform.recipes.losses import distillation_losses
+from minitron_platform.recipes.build import distill_config
 from minitron_platform.recipes.resources import TRIALS_PER_GPU, ResolvedResources
 from minitron_platform.recipes.schema import Member, Recipe
-from minitron_platform.training.ray_train import distill_config
 
 BESIDE = 1_200_000_000  # bytes of the run's own process and of Ray's while workers train
 FORWARD_ROWS = 4  # of a batch that is only run forward
@@ -48,9 +48,11 @@ def stage_memories(
     resources: ResolvedResources,
     teacher: Architecture,
     found: dict[str, list[Architecture]],
+    losses: Mapping[str, Losses],
     value_bytes: int,
 ) -> list[StageMemory]:
-    """Of every stage that runs models, with the largest of each model's candidates `found`; none where models run on GPUs."""
+    """Of every stage that runs models, with the largest of each model's candidates `found` and its `losses`; none where models
+    run on GPUs."""
     if torch.cuda.is_available() or resources.gpus_per_trial or resources.gpus_per_worker:
         return []
     seq = recipe.data.seq_length
@@ -63,7 +65,9 @@ def stage_memories(
             each = replace(each, optimizer=0, gradients=0, checkpoint=0)
         stages.insert(0, StageMemory("correct", "", workers, each, "correct.training"))
     for member in recipe.family:
-        stages += _member_memories(recipe, resources, member, teacher, found[member.model], value_bytes)
+        stages += _member_memories(
+            recipe, resources, member, teacher, found[member.model], losses[member.model], value_bytes
+        )
     return stages
 
 
@@ -73,6 +77,7 @@ def _member_memories(
     member: Member,
     teacher: Architecture,
     shapes: list[Architecture],
+    losses: Losses,
     value_bytes: int,
 ) -> list[StageMemory]:
     seq, largest = recipe.data.seq_length, max(shapes, key=lambda a: a.num_parameters)
@@ -87,12 +92,12 @@ def _member_memories(
         seq,
         value_bytes,
         teacher=teacher,
-        whole_teacher=runs_beside(distillation_losses(recipe, shapes[0], teacher)[0], recipe.targets.mode),
+        whole_teacher=runs_beside(losses, recipe.targets.mode),
         measured=bool(training.evaluate_every),
         workers=resources.workers,
     )
     trial = trial_memory(recipe, teacher, largest, value_bytes)
-    place = f"family.{recipe.family.index(member)}.distill" if member.distill else "distill"
+    place = f"{recipe.key(member)}.distill" if member.distill else "distill"
     return [
         StageMemory("calibrate", member.model, 1, scoring),
         # more at once where there is memory for them: Ray is told what each takes

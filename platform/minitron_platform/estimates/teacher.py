@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from minitron.architecture import Architecture
 from minitron.distill import Losses
 from minitron.distill.teacher.stored import stored_bytes
 from minitron.errors import InputError, StorageError
-from minitron_platform.recipes.losses import distillation_losses
+from minitron_platform.recipes.build import distillation_losses
 from minitron_platform.recipes.schema import Recipe
 
 MODES = ("stored", "online")
@@ -27,17 +28,17 @@ class TeacherCost:
 
 
 def teacher_cost(
-    recipe: Recipe, teacher: Architecture, found: dict[str, list[Architecture]], value_bytes: int, mode: str
+    recipe: Recipe, teacher: Architecture, losses: Mapping[str, Losses], value_bytes: int, mode: str
 ) -> TeacherCost:
-    """The cost in one of `MODES`, of the recipe's other keys as they are; `found` are each model's candidates."""
+    """The cost in one of `MODES`, of the recipe's other keys as they are; `losses` by model of the family."""
     data, search, seq = recipe.data, recipe.search.training, recipe.data.seq_length
     train = data.train_rows
     if mode == "online":
         train = min(train, search.steps * search.batch_rows)
     tokens = 0
     for member in recipe.family:
-        training, losses = recipe.distillation(member), distillation_losses(recipe, found[member.model][0], teacher)[0]
-        if runs_beside(losses, mode):
+        training = recipe.distillation(member)
+        if runs_beside(losses[member.model], mode):
             tokens += training.steps * training.batch_rows * seq
     forward = teacher.flops_per_token(seq)
     return TeacherCost(

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
 from minitron import storage
 from minitron.architecture import Architecture
-from minitron.data import document_tokens
+from minitron.data import document_tokens as tokenizer_document_tokens
 from minitron.data import source_identity as text_identity
 from minitron.distill.trainable import check_lora
-from minitron.errors import InputError
+from minitron.errors import InputError, prefixed
 from minitron.evaluation import Task, check_requirements, check_tasks
 from minitron.models import source_tokenizer
 from minitron_platform.cluster.room import joins_cluster
 from minitron_platform.estimates.teacher import check_targets
-from minitron_platform.recipes.losses import distillation_losses
+from minitron_platform.recipes.build import distillation_losses, document_tokens, lm_eval_tasks, text_source
 from minitron_platform.recipes.resources import ResolvedResources
 from minitron_platform.recipes.schema import Recipe
-from minitron_platform.recipes.tasks import lm_eval_tasks
-from minitron_platform.stages.data import chosen
-from minitron_platform.stages.data import source as text_source
-from minitron_platform.stages.search import halving, place, rungs
+from minitron_platform.recipes.search_schedule import SearchSchedule
 
 
 def check_recipe(recipe: Recipe, resources: ResolvedResources, teacher: Architecture, longest: int | None) -> None:
@@ -34,7 +30,8 @@ def check_recipe(recipe: Recipe, resources: ResolvedResources, teacher: Architec
     _check_search(recipe)
     text_identity(text_source(recipe.data))
     if recipe.data.bos:
-        chosen(recipe.data, document_tokens(source_tokenizer(recipe.teacher.model, recipe.teacher.revision)))
+        tokenizer = source_tokenizer(recipe.teacher.model, recipe.teacher.revision)
+        document_tokens(recipe.data, tokenizer_document_tokens(tokenizer))
     _check_tasks(recipe)
     _check_rows(recipe)
     _check_training(recipe)
@@ -65,7 +62,7 @@ def check_benchmarks(recipe: Recipe, longest: int | None, done: Mapping[str, set
     waiting = {key for stage, key in needed.items() if any(stage not in done.get(m.model, ()) for m in recipe.family)}
     for key, task in _tasks(recipe):
         if any(key.startswith(prefix) for prefix in waiting):
-            with _under(key):
+            with prefixed(f"{key}: "):
                 check_requirements(task, longest)
 
 
@@ -78,19 +75,10 @@ def _tasks(recipe: Recipe) -> Iterator[tuple[str, Task]]:
         yield "calibrate.task", lm_eval_tasks([recipe.calibrate.task])[0]
 
 
-@contextmanager
-def _under(key: str) -> Iterator[None]:
-    """What is wrong with a task is named by its key too."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{key}: {error.problem}", error.remedy) from error
-
-
 def _check_tasks(recipe: Recipe) -> None:
     seen: dict[str, str] = {}
     for key, task in _tasks(recipe):
-        with _under(key):
+        with prefixed(f"{key}: "):
             check_tasks([task])
         if (name := f"{key.split('[')[0]} {task.name}") in seen:
             raise InputError(
@@ -101,7 +89,7 @@ def _check_tasks(recipe: Recipe) -> None:
 
 def _check_training(recipe: Recipe) -> None:
     trainings = {"search.training": recipe.search.training, "distill": recipe.distill}
-    trainings |= {f"{place(recipe, m)}.distill": m.distill for m in recipe.family if m.distill}
+    trainings |= {f"{recipe.key(m)}.distill": m.distill for m in recipe.family if m.distill}
     if correction := recipe.correction():
         trainings["correct.training"] = correction
     for key, training in trainings.items():
@@ -112,8 +100,9 @@ def _check_training(recipe: Recipe) -> None:
                 f"{key}.warmup_steps: {training.warmup_steps} leaves nothing of {training.steps} steps",
                 "use fewer warm-up steps, or more steps",
             )
-    rule = halving(recipe)
-    if rule and not rule.cuts(rungs(recipe), recipe.search.training.steps):
+    schedule = SearchSchedule(recipe.search)
+    rule = schedule.halving
+    if rule and not rule.cuts(schedule.rungs, schedule.steps):
         raise InputError(
             f"search.rungs: {recipe.search.rungs} has none between search.halving.grace = {rule.grace} and the end",
             "add a rung, or shorten the grace period",
@@ -206,7 +195,7 @@ def _check_search(recipe: Recipe) -> None:
     for member in recipe.family:
         if search.sampler and len(member.points) > search.sampler.candidates:
             raise InputError(
-                f"{place(recipe, member)}.points: {len(member.points)}, and search.sampler.candidates is "
+                f"{recipe.key(member)}.points: {len(member.points)}, and search.sampler.candidates is "
                 f"{search.sampler.candidates}",
                 "sample at least as many as there are points",
             )
@@ -217,7 +206,7 @@ def _check_context(recipe: Recipe, longest: int | None) -> None:
         limits = member.limits
         if limits and limits.latency_ms and longest is not None and (limits.context or 0) > longest:
             raise InputError(
-                f"{place(recipe, member)}.limits.context: {limits.context} is more than the {longest} tokens that the "
+                f"{recipe.key(member)}.limits.context: {limits.context} is more than the {longest} tokens that the "
                 "teacher takes, so that no latency can be measured",
                 f"use at most {longest}",
             )

@@ -10,6 +10,7 @@ from minitron import storage
 from minitron.architecture import Architecture
 from minitron.architecture.hardware import hardware_notes
 from minitron.device import compute_dtype, matmul_flops
+from minitron.distill import Losses
 from minitron.models import check_contents, source_architecture
 from minitron_platform.cluster.room import (
     counted,
@@ -23,12 +24,12 @@ from minitron_platform.estimates.memory import StageMemory, check_memory, machin
 from minitron_platform.estimates.teacher import MODES, TeacherCost, runs_beside, teacher_cost, too_little_room
 from minitron_platform.pipeline import finished_stages
 from minitron_platform.planning.checks import check_benchmarks, check_machine, check_outcomes, check_recipe
-from minitron_platform.recipes.losses import distillation_losses
+from minitron_platform.recipes.build import distillation_losses, layer_scoring
+from minitron_platform.recipes.candidates import MemberCandidates, family_candidates
 from minitron_platform.recipes.resources import ResolvedResources, left_idle, resolve
 from minitron_platform.recipes.schema import Member, Recipe, Training
-from minitron_platform.stages.calibrate import layer_scoring
+from minitron_platform.recipes.search_schedule import SearchSchedule
 from minitron_platform.stages.context import Places, places
-from minitron_platform.stages.search import architectures, distilled_count, halving, rungs, sampled_space, search_steps
 from minitron_platform.tracking.check import check_tracking
 from minitron_search.space import combinations
 
@@ -95,26 +96,25 @@ def plan(
     joins = joins_cluster(address)
     resources = resolve(recipe, 0) if joins else resources_here(recipe, teacher, value_bytes)
     check_recipe(recipe, resources, teacher, longest)
-    found = _candidates(recipe, teacher)
+    family = family_candidates(recipe, teacher)
+    found = {model: candidates.architectures for model, candidates in family.items()}
     check_outcomes(recipe, teacher, found)
+    losses = {model: distillation_losses(recipe, largest, teacher)[0] for model, (largest, *_) in found.items()}
     check_machine(resources, where.storage, address)
     away = check_tracking(where.tracking_uri, recipe.experiment)
     speed = matmul_flops(dtype)
     finished, written = finished_stages(recipe, where)
     check_benchmarks(recipe, longest, {model: set(stages) for model, stages in finished.family.items()})
-    modes = {mode: teacher_cost(recipe, teacher, found, value_bytes, mode) for mode in MODES}
-    sampled = frozenset(
-        m.model for m in recipe.family if sampled_space(recipe, m, _largest_base(recipe, m, teacher, found))
-    )
+    modes = {mode: teacher_cost(recipe, teacher, losses, value_bytes, mode) for mode in MODES}
     costs = [
         replace(cost, done=cost.stage in finished.family.get(cost.model, finished.shared))
-        for cost in _costs(recipe, resources, teacher, found, sampled, modes[recipe.targets.mode], value_bytes, speed)
+        for cost in _costs(recipe, resources, teacher, family, losses, modes[recipe.targets.mode], value_bytes, speed)
     ]
     free = storage.free_bytes(where.storage) if storage.is_local(where.storage) else None
     notes, name = _notes(teacher, found), str(dtype).removeprefix("torch.")
     memory = [
         stage
-        for stage in stage_memories(recipe, resources, teacher, found, value_bytes)
+        for stage in stage_memories(recipe, resources, teacher, found, losses, value_bytes)
         if stage.stage not in finished.family.get(stage.model, finished.shared)
     ]
     warnings = [away] if away else []
@@ -129,7 +129,7 @@ def plan(
         places=where,
         teacher=teacher,
         candidates=found,
-        sampled=sampled,
+        sampled=frozenset(model for model, candidates in family.items() if candidates.sampled),
         notes=notes,
         costs=costs,
         teacher_costs=modes,
@@ -147,27 +147,6 @@ def plan(
     return result
 
 
-def _candidates(recipe: Recipe, teacher: Architecture) -> dict[str, list[Architecture]]:
-    """Each model's candidates; those of one that follows another, for the architectures that may win before it."""
-    found: dict[str, list[Architecture]] = {}
-    for member in recipe.family:
-        before = recipe.origin(member)
-        bases = found[before.model] if before else [teacher]
-        if sampled_space(recipe, member, bases[0]):
-            bases = bases[:1]  # of the others it would be another sample
-        fitting = {a for base in bases for a in architectures(recipe, member, base)}
-        found[member.model] = sorted(fitting, key=lambda a: -a.num_parameters)
-    return found
-
-
-def _largest_base(
-    recipe: Recipe, member: Member, teacher: Architecture, found: dict[str, list[Architecture]]
-) -> Architecture:
-    """The largest model that one of the family may be cut from."""
-    before = recipe.origin(member)
-    return found[before.model][0] if before else teacher
-
-
 def _notes(teacher: Architecture, found: dict[str, list[Architecture]]) -> list[str]:
     notes = [note for shapes in found.values() for shape in shapes for note in hardware_notes(teacher, shape)]
     return list(dict.fromkeys(notes))
@@ -177,8 +156,8 @@ def _costs(
     recipe: Recipe,
     resources: ResolvedResources,
     teacher: Architecture,
-    found: dict[str, list[Architecture]],
-    sampled: frozenset[str],
+    family: dict[str, MemberCandidates],
+    losses: dict[str, Losses],
     stored: TeacherCost,
     value_bytes: int,
     speed: float,
@@ -198,7 +177,8 @@ def _costs(
         ),
     ]
     for member in recipe.family:
-        work += _member_costs(recipe, resources, member, teacher, found, member.model in sampled, value_bytes)
+        own = family[member.model]
+        work += _member_costs(recipe, resources, member, teacher, own, losses[member.model], value_bytes)
     efficiency = 0.5  # of large matrices' speed, as seen on CPUs for small models
     start_up = {"teacher": 20, "data": 15, "search": 20, "distill": 20, "evaluate": 10, "register": 2}
     return [
@@ -248,13 +228,14 @@ def _member_costs(
     resources: ResolvedResources,
     member: Member,
     teacher: Architecture,
-    found: dict[str, list[Architecture]],
-    sampled: bool,
+    own: MemberCandidates,
+    losses: Losses,
     value_bytes: int,
 ) -> list[tuple[str, str, str, float, int]]:
     data, seq = recipe.data, recipe.data.seq_length
-    forward, shapes = teacher.flops_per_token(seq), found[member.model]
-    before, base = recipe.origin(member), _largest_base(recipe, member, teacher, found)
+    forward, shapes = teacher.flops_per_token(seq), own.architectures
+    before, base = recipe.origin(member), own.space.base
+    schedule = SearchSchedule(recipe.search)
     scoring = layer_scoring(recipe.calibrate, base.num_layers, {a.num_layers for a in shapes})
     # on average half of the layers are behind a removed block; a task's documents are not known here
     passes = scoring.passes(base.num_layers, scoring.rows or 0) / 2 if scoring.metric in ("loss", "logit_error") else 0
@@ -265,9 +246,9 @@ def _member_costs(
         return tokens * (3 * architecture.flops_per_token(seq) + _head_flops(teacher))
 
     distillation = recipe.distillation(member)
-    batch, steps = recipe.search.training.batch_rows, recipe.search.training.steps
-    distilled = distilled_count(recipe, len(shapes), len(member.points))
-    all_tokens = search_steps(recipe, distilled) * batch * seq
+    batch = recipe.search.training.batch_rows
+    distilled = schedule.distilled(len(shapes), len(member.points))
+    all_tokens = schedule.total_steps(distilled) * batch * seq
     distill_tokens = distillation.steps * distillation.batch_rows * seq
     compared = min(recipe.search.heldout_rows or data.heldout_rows, data.heldout_rows)
     documents = sum(task.limit or 1000 for task in recipe.evaluate.tasks)
@@ -275,7 +256,7 @@ def _member_costs(
     # as many as CPUs here would do where the GPUs are those of a cluster
     slots = trials_at_once(resources, here) or trials_at_once(replace(resources, gpus_per_trial=0), here)
     at_once = max(1, min(len(shapes), slots))
-    live = runs_beside(distillation_losses(recipe, shapes[0], teacher)[0], recipe.targets.mode)
+    live = runs_beside(losses, recipe.targets.mode)
     models = 3 if member is recipe.family[0] else 2  # the teacher is evaluated once
 
     def checkpoints(settings: Training, runs: int) -> int:
@@ -294,14 +275,14 @@ def _member_costs(
         ),
         (
             "search",
-            _search_text(recipe, member, at_most, len(shapes), sampled, distilled, steps * batch * seq),
+            _search_text(recipe, member, at_most, len(shapes), own.sampled, distilled, schedule.steps * batch * seq),
             all_tokens * (3 * mean_flops + _head_flops(teacher))
-            + (len(shapes) + (1 + len(rungs(recipe))) * distilled)
+            + (len(shapes) + (1 + len(schedule.rungs)) * distilled)
             * compared
             * seq
             * (mean_flops + _head_flops(teacher))
             + benchmarked * 90 * mean_flops,
-            (2 * MASTER_BYTES * largest * distilled if halving(recipe) else 0)  # all wait at the rung
+            (2 * MASTER_BYTES * largest * distilled if schedule.halving else 0)  # all wait at the rung
             + (value_bytes * largest * distilled if asked else 0)  # all keep their weights to the end
             + checkpoints(recipe.search.training, at_once),
         ),

@@ -298,6 +298,10 @@ class Recipe(_Section):
         rates = {"peak_lr": like.peak_lr / 5, "min_lr": like.min_lr / 5, "warmup_steps": min(120, like.steps // 4)}
         return like.model_copy(update={**rates, "evaluate_tasks_every": 0})
 
+    def key(self, member: Member) -> str:
+        """The key of one of the family, as messages name it."""
+        return f"family.{self.family.index(member)}"
+
     def origin(self, member: Member) -> Member | None:
         """The family's model that a later one is cut from; None where it is cut from the teacher."""
         return self.family[self.family.index(member) - 1] if member.start == "previous" else None

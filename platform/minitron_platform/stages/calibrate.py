@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Collection
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,11 @@ from minitron import storage
 from minitron.data import Rows, rows_for_step
 from minitron.device import DTYPES, device
 from minitron.evaluation.documents import documents_identity
-from minitron.importance import ImportanceScores, LayerScoring, estimate_importance
+from minitron.importance import ImportanceScores, estimate_importance
 from minitron.models import load_model, load_tokenizer
 from minitron.pruning.selection import kept_layers
+from minitron_platform.recipes.build import layer_metric, layer_scoring
 from minitron_platform.recipes.schema import Calibrate
-from minitron_platform.recipes.tasks import lm_eval_tasks
 from minitron_platform.stages.context import Context
 
 VERSION = 3
@@ -59,21 +57,6 @@ def _depths(context: Context) -> list[int]:
     return sorted({int(depth) for depth in named if depth < total})
 
 
-def layer_scoring(settings: Calibrate, total: int, depths: Collection[int]) -> LayerScoring:
-    """What is measured of `total` layers, of which models may keep so many as `depths` says."""
-    removed = sorted({total - int(depth) for depth in depths if depth < total})
-    if not removed:
-        return LayerScoring()
-    asked = LayerScoring(
-        metric=settings.layers,
-        rows=settings.layer_rows,
-        task=lm_eval_tasks([settings.task])[0] if settings.task else None,
-    )
-    if settings.depth == "iterative":
-        return replace(asked, iterative=1, keep=total - removed[-1])
-    return replace(asked, sizes=(1,) if settings.depth == "scattered" else tuple(removed))
-
-
 def calibration_rows(settings: Calibrate, rows: Rows) -> Tensor:
     """Training rows drawn at random, always the same."""
     return rows.take(rows_for_step(len(rows), min(settings.rows, len(rows)), 0, seed=0))
@@ -104,7 +87,8 @@ def run(context: Context, folder: str) -> dict[str, Any]:
         storage.write_bytes(target, file.read_bytes())
     removed = {
         depth: sorted(
-            set(range(total)) - set(kept_layers(scores, total, depth, how=settings.depth, metric=metric(settings)))
+            set(range(total))
+            - set(kept_layers(scores, total, depth, how=settings.depth, metric=layer_metric(settings)))
         )
         for depth in _depths(context)
     }
@@ -123,11 +107,6 @@ def _identity(scores: ImportanceScores, settings: Calibrate) -> str:
     widths = [scores.heads, scores.neurons, scores.channels, *([] if scores.experts is None else [scores.experts])]
     digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in widths)).hexdigest()
     return storage.fingerprint({"widths": digest, "calibrate": settings.model_dump(), "task": _task_identity(settings)})
-
-
-def metric(settings: Calibrate) -> str:
-    """What layers are ranked by, as the scores name it."""
-    return f"task:{settings.task.name}" if settings.task else settings.layers
 
 
 def _spans(layers: list[int]) -> str:

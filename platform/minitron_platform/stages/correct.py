@@ -15,10 +15,11 @@ from minitron.distill import Losses
 from minitron.distill.inputs import Materials
 from minitron.evaluation import HeldoutMetrics, heldout_metrics
 from minitron.models import load_model
+from minitron_platform.recipes.build import distill_config
 from minitron_platform.recipes.schema import Correct, Training
 from minitron_platform.stages.context import Context
 from minitron_platform.training.curves import complete_record
-from minitron_platform.training.ray_train import TrainTask, distill_config, train_on_ray
+from minitron_platform.training.ray_train import TrainTask, train_on_ray
 from minitron_platform.training.view import restarts_of, training_view
 
 VERSION = 1

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from minitron import storage
-from minitron.data import DocumentTokens, Rows, TextSource, pack, source_identity
+from minitron.data import DocumentTokens, Rows, pack, source_identity
 from minitron.device import DTYPES, device
-from minitron.errors import InputError
 from minitron.evaluation.beginning import BosLosses, bos_losses
 from minitron.models import load_model, load_tokenizer
-from minitron_platform.recipes.schema import Data
+from minitron_platform.recipes.build import document_tokens, text_source
 from minitron_platform.stages.context import Context
 
 VERSION = 1
@@ -18,26 +17,11 @@ PROBE_ROWS, PROBE_TOKENS = 4, 128  # held-out rows, and tokens of each, that the
 WORSE = 0.1  # nats per token: a loss that is higher by as much is worth a warning
 
 
-def source(data: Data) -> TextSource:
-    """The text a recipe names."""
-    return TextSource(
-        kind=data.kind, path=data.path, key=data.key, name=data.name, split=data.split, revision=data.revision
-    )
-
-
-def chosen(data: Data, tokens: DocumentTokens) -> DocumentTokens:
-    """What a recipe makes of the tokens that the teacher's tokenizer puts around a document. Raises InputError."""
-    try:
-        return tokens.chosen(data.bos)
-    except InputError as error:
-        raise InputError(f"data.{error.problem}", error.remedy) from error
-
-
 def inputs(context: Context) -> dict[str, Any]:
     data, around = context.recipe.data, _around(context)
     return {
         "teacher": context.done["teacher"]["id"],
-        "source": source_identity(source(data)),
+        "source": source_identity(text_source(data)),
         "data": data.model_dump(exclude={"add_bos"}),  # what came of it counts, however it was said
         "begin": list(around.begin),
         "end": list(around.end),
@@ -46,7 +30,9 @@ def inputs(context: Context) -> dict[str, Any]:
 
 def _around(context: Context) -> DocumentTokens:
     known = context.done["teacher"]["document"]
-    return chosen(context.recipe.data, DocumentTokens(tuple(known["begin"]), tuple(known["end"]), known["bos"]))
+    return document_tokens(
+        context.recipe.data, DocumentTokens(tuple(known["begin"]), tuple(known["end"]), known["bos"])
+    )
 
 
 def run(context: Context, folder: str) -> dict[str, Any]:
@@ -55,7 +41,7 @@ def run(context: Context, folder: str) -> dict[str, Any]:
     context.console.status("reading text")
     tokenizer = load_tokenizer(storage.fetch(context.done["teacher"]["folder"]))
     rows = pack(
-        source(data),
+        text_source(data),
         tokenizer,
         target,
         seq_length=data.seq_length,

@@ -10,12 +10,11 @@ from minitron.architecture import Architecture
 from minitron.distill import Losses
 from minitron.models import load_tokenizer, save_model
 from minitron.pruning.source import Origin
-from minitron_platform.recipes.losses import distillation_losses
-from minitron_platform.recipes.tasks import lm_eval_tasks
+from minitron_platform.recipes.build import distill_config, distillation_losses, lm_eval_tasks
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.targets import materials, origin
 from minitron_platform.training.curves import complete_record, write_curve
-from minitron_platform.training.ray_train import TrainTask, distill_config, train_on_ray
+from minitron_platform.training.ray_train import TrainTask, train_on_ray
 from minitron_platform.training.view import restarts_of, training_view
 
 VERSION = 2

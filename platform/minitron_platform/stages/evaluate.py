@@ -18,7 +18,7 @@ from minitron.evaluation.documents import documents_identity
 from minitron.evaluation.metrics import KL, LOSS
 from minitron.logits import Head
 from minitron.models import load_model, load_tokenizer
-from minitron_platform.recipes.tasks import lm_eval_tasks
+from minitron_platform.recipes.build import lm_eval_tasks
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.targets import materials
 

@@ -7,8 +7,8 @@ import math
 from minitron import storage
 from minitron.architecture import Architecture
 from minitron.errors import InputError
+from minitron_platform.recipes.candidates import CandidateSpace
 from minitron_platform.stages.context import Context
-from minitron_platform.stages.search import architectures, limits_of, pinned, place, sampled_space
 from minitron_search.latency import Latency
 from minitron_search.pool import Pool
 from minitron_search.sampling import sample
@@ -16,22 +16,20 @@ from minitron_search.trial import SearchTask
 from minitron_search.tuning import score_all
 
 
-def shortlist(context: Context, task: SearchTask, pool: Pool) -> tuple[list[Architecture], dict[str, float]]:
+def shortlist(
+    context: Context, space: CandidateSpace, task: SearchTask, pool: Pool
+) -> tuple[list[Architecture], dict[str, float]]:
     """The candidates, and by name the milliseconds to the first token of those that were timed.
 
     Raises InputError where none keeps to the limits, or a point does not keep to the measured one.
     """
-    recipe, member = context.recipe, context.member
-    base = Architecture.from_dict(context.base["architecture"])
-    timed = _Timed(context, task, pool)
-    points = pinned(recipe, member, base)
-    timed.check(points)
-    space = sampled_space(recipe, member, base)
-    if space is None:
-        found = timed.fast(architectures(recipe, member, base))
+    timed = _Timed(context, space, task, pool)
+    timed.check(space.points)
+    if space.sampled is None:
+        found = timed.fast(space.candidates)
     else:
-        assert recipe.search.sampler is not None
-        sampler = recipe.search.sampler
+        sampler = context.recipe.search.sampler
+        assert sampler is not None
         count = context.console.counter(f"of {sampler.candidates:,} candidates scored undistilled")
         scored: dict[Architecture, float] = {}
 
@@ -43,13 +41,12 @@ def shortlist(context: Context, task: SearchTask, pool: Pool) -> tuple[list[Arch
             count(len(scored), sampler.candidates)
             return new
 
-        found = sample(score, space, sampler.candidates, seed=sampler.seed, points=points)
+        found = sample(score, space.sampled, sampler.candidates, seed=sampler.seed, points=space.points)
     if not found:
-        where = f"{place(recipe, member)}.limits"
         least = f", and the fastest takes {min(timed.milliseconds.values()):.3g} ms" if timed.milliseconds else ""
         raise InputError(
-            f"{where}: no candidate keeps to them: {len(timed.milliseconds)} were timed{least}",
-            f"raise {where}.latency_ms, or widen {place(recipe, member)}.space",
+            f"{space.key}.limits: no candidate keeps to them: {len(timed.milliseconds)} were timed{least}",
+            f"raise {space.key}.limits.latency_ms, or widen {space.key}.space",
         )
     return found, {str(a): ms for a, ms in timed.milliseconds.items()}
 
@@ -57,9 +54,11 @@ def shortlist(context: Context, task: SearchTask, pool: Pool) -> tuple[list[Arch
 class _Timed:
     """Leaves out what takes longer to its first tokens than is allowed; measures nothing where that is not limited."""
 
-    def __init__(self, context: Context, task: SearchTask, pool: Pool) -> None:
-        self.limits, self.console = limits_of(context.recipe, context.member), context.console
-        self.place, self.pool = place(context.recipe, context.member), pool
+    def __init__(self, context: Context, space: CandidateSpace, task: SearchTask, pool: Pool) -> None:
+        self.key = space.key
+        self.limits = space.limits
+        self.console = context.console
+        self.pool = pool
         self.milliseconds: dict[Architecture, float] = {}
         if self.limits and self.limits.latency_ms:
             self.latency = Latency(
@@ -84,6 +83,6 @@ class _Timed:
         for index, point in enumerate(points):
             if point in slow:
                 raise InputError(
-                    f"{self.place}.points.{index}: {point} takes {self.milliseconds[point]:.3g} ms to its first token",
-                    f"change the point, or raise {self.place}.limits.latency_ms",
+                    f"{self.key}.points.{index}: {point} takes {self.milliseconds[point]:.3g} ms to its first token",
+                    f"change the point, or raise {self.key}.limits.latency_ms",
                 )

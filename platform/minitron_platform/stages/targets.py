@@ -16,8 +16,8 @@ from minitron.device import DTYPES
 from minitron.distill import TopKTeacher, store_hidden, store_top_k
 from minitron.distill.inputs import Materials
 from minitron.distill.teacher.stored import stored_bytes
-from minitron.pruning.source import Origin, Recalibration
-from minitron_platform.stages.calibrate import metric
+from minitron.pruning.source import Origin
+from minitron_platform.recipes.build import pruning_source
 from minitron_platform.stages.context import Context
 
 VERSION = 2
@@ -110,27 +110,10 @@ def materials(context: Context, targets: dict[str, Any] | None = None) -> Materi
 
 def origin(context: Context) -> Origin:
     """What the family's current model is cut from."""
-    done, settings = context.done, context.recipe.calibrate
-    return Origin(
+    return pruning_source(
+        context.recipe.calibrate,
         folder=context.base["folder"],
-        scores=done["calibrate"]["scores"],
-        dtype=done["teacher"]["dtype"],
-        depth=settings.depth,
-        metric=metric(settings),
-        merge_heads=settings.merge_heads,
-        again=_recalibration(context) if settings.steps > 1 else None,
-    )
-
-
-def _recalibration(context: Context) -> Recalibration:
-    settings = context.recipe.calibrate
-    return Recalibration(
-        steps=settings.steps,
+        scores=context.done["calibrate"]["scores"],
+        dtype=context.done["teacher"]["dtype"],
         rows=context.done["data"]["folder"],
-        num_rows=settings.rows,
-        layer_metric=settings.layers if settings.layers in ("loss", "logit_error") else "cosine",
-        layer_rows=settings.layer_rows,
-        batch_aggregation=settings.batch_aggregation,
-        sequence_aggregation=settings.sequence_aggregation,
-        neurons=settings.neurons,
     )

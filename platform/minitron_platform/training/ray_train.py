@@ -31,7 +31,6 @@ from minitron.logits import Head
 from minitron.models import load_model, load_tokenizer, save_model
 from minitron_platform.fence import Fence, LeaseLostError
 from minitron_platform.recipes.resources import ResolvedResources
-from minitron_platform.recipes.schema import Training
 from minitron_platform.training.curves import write_curve
 from minitron_platform.training.events import Event, Measured, OnEvent, Resumed, Tagged, WorkersFailed, WorkerStarted
 from minitron_search.failures import first_cause, reason
@@ -73,11 +72,6 @@ class TrainTask:
     def check_fences(self) -> None:
         for fence in self.fences:
             fence.check()
-
-
-def distill_config(training: Training) -> DistillConfig:
-    """What the loop is told."""
-    return DistillConfig(**training.model_dump(exclude={"evaluate_tasks_every"}))
 
 
 def train_on_ray(task: TrainTask, resources: ResolvedResources, on_event: OnEvent, scratch: str) -> None:
