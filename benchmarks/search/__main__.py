@@ -8,6 +8,7 @@ and successive halving. How well each earlier measure predicts the order is read
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 import time
 from dataclasses import replace
@@ -15,7 +16,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import pandas as pd
 import torch
 
 from benchmarks.materials import MODEL
@@ -25,7 +25,7 @@ from minitron.data import TextSource
 from minitron_platform.cluster.ray_session import ray_session
 from minitron_search import Pool, search
 from minitron_search.halving import Halving
-from minitron_search.ranking import SearchResult
+from minitron_search.results import SearchResult
 
 
 def main() -> None:
@@ -86,14 +86,15 @@ def _timed(task: Any, architectures: list[Any], pool: Pool, **options: Any) -> t
 def _order(full: SearchResult) -> list[str]:
     """How well each earlier measure predicts the order after the whole short distillation."""
     rows = [
-        f"| {row['measure']} | {row['tau']:.2f} | {row['regret']:.3f} | {row['regret_kept']:.3f} | {row['saved']:.0%} |"
-        for row in full.stability.to_dict("records")
+        f"| {row.measure} | {math.nan if row.tau is None else row.tau:.2f} | {row.regret:.3f} | {row.regret_kept:.3f} | "
+        f"{row.saved:.0%} |"
+        for row in full.stability
     ]
     ranking = full.ranking
-    best, worst = ranking["kl"].min(), ranking["kl"].max()
+    best, worst = ranking[0].kl, ranking[-1].kl
     return [
         f"What predicts the final order of {len(ranking)} candidates (held-out KL {best:.3f} to {worst:.3f}; "
-        f"{int(ranking['tied'].sum())} tied with the best):\n",
+        f"{sum(candidate.tied for candidate in ranking)} tied with the best):\n",
         "| order by | Kendall's tau | its best is worse by | the best of its first half is worse by | steps saved |",
         "|---|---|---|---|---|",
         *rows,
@@ -103,9 +104,9 @@ def _order(full: SearchResult) -> list[str]:
 
 def _early(full: SearchResult, short: SearchResult, full_seconds: float, short_seconds: float) -> list[str]:
     """What a forward-only look and halving save, and what their winner costs in final KL."""
-    final = full.ranking.set_index("architecture")["kl"]
-    regret = final[str(short.winner)] - final.min()
-    place = list(final.sort_values().index).index(str(short.winner)) + 1
+    final = {candidate.architecture: candidate for candidate in full.ranking}
+    lowest = full.ranking[0].kl
+    regret = final[short.winner].kl - lowest
     return [
         "Distilling all to the end against half of them by KL undistilled, halved at rungs from half of the run on:\n",
         "| | all to the end | early |",
@@ -113,16 +114,16 @@ def _early(full: SearchResult, short: SearchResult, full_seconds: float, short_s
         f"| seconds | {full_seconds:.0f} | {short_seconds:.0f} |",
         f"| all / this | 1.00 | {full_seconds / short_seconds:.2f} |",
         f"| winner | {full.winner} | {short.winner} |",
-        f"| the winner's final KL is above the lowest by | {final[str(full.winner)] - final.min():.3f} | {regret:.3f} |",
-        f"\nThe early winner is number {place} of {len(final)}.\n",
+        f"| the winner's final KL is above the lowest by | {final[full.winner].kl - lowest:.3f} | {regret:.3f} |",
+        f"\nThe early winner is number {final[short.winner].rank} of {len(final)}.\n",
     ]
 
 
 def _store(stored: SearchResult, online: SearchResult, with_store: float, without: float, storing: float) -> list[str]:
     """What the store saves, and whether both found the same."""
-    a, b = (_by_name(result.ranking) for result in (stored, online))
-    ratios = sorted(b.loc[name, "seconds"] / a.loc[name, "seconds"] for name in a.index)
-    apart = max(abs(a.loc[name, "kl"] - b.loc[name, "kl"]) for name in a.index)
+    a, b = ({candidate.architecture: candidate for candidate in result.ranking} for result in (stored, online))
+    ratios = sorted(b[architecture].seconds / a[architecture].seconds for architecture in a)
+    apart = max(abs(a[architecture].kl - b[architecture].kl) for architecture in a)
     return [
         f"{len(a)} candidates with the teacher's hidden states stored and with the teacher run by every trial:\n",
         "| | stored | run by every trial |",
@@ -132,10 +133,6 @@ def _store(stored: SearchResult, online: SearchResult, with_store: float, withou
         f"| of one trial, median (lowest to highest) | 1.00 | {median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) |",
         f"\nThe same candidate's KL differs by at most {apart:.1e} between the two.\n",
     ]
-
-
-def _by_name(ranking: pd.DataFrame) -> Any:
-    return ranking.set_index("architecture")
 
 
 def _text(path: str | None) -> TextSource:

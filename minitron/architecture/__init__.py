@@ -1,5 +1,12 @@
 """The numbers of a decoder: what a shape costs, shapes for a budget, shapes that have been published."""
 
-from minitron.architecture.architecture import PRUNABLE, Architecture
+from minitron.architecture.architecture import (
+    AXES,
+    PRUNABLE,
+    Architecture,
+    PrunableAxis,
+    axes_present,
+    axes_that_differ,
+)
 
-__all__ = ["PRUNABLE", "Architecture"]
+__all__ = ["AXES", "PRUNABLE", "Architecture", "PrunableAxis", "axes_present", "axes_that_differ"]

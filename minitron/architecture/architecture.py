@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,29 @@ from minitron.families.table import EXPERTS, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-PRUNABLE = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "num_experts")
+
+@dataclass(frozen=True)
+class PrunableAxis:
+    """A field of `Architecture` that pruning makes smaller, and how people see it: `heading` of a table's column, `unit` after
+    the number in a label, `plural` for sentences."""
+
+    name: str
+    heading: str
+    unit: str
+    plural: str
+
+
+# The only list of them: plan, report, records, labels and command line take theirs from here.
+AXES = (
+    PrunableAxis("num_layers", "layers", "L", "layers"),
+    PrunableAxis("hidden_size", "hidden", "", "embedding channels"),
+    PrunableAxis("intermediate_size", "MLP", "", "MLP neurons (of each expert)"),
+    PrunableAxis("num_heads", "heads", "h", "query heads"),
+    PrunableAxis("num_kv_heads", "KV", "kv", "KV heads"),
+    PrunableAxis("num_experts", "experts", "e", "experts"),
+)
+PRUNABLE = tuple(axis.name for axis in AXES)
+FIXED = ("family", "vocab_size", "head_dim", "tied", "flags", "experts_per_token")  # fields that pruning cannot change
 
 
 @dataclass(frozen=True)
@@ -164,7 +186,7 @@ class Architecture:
 
     def check_inside(self, base: Architecture) -> None:
         """Raise InputError unless this can be cut out of `base`."""
-        for field in ("family", "vocab_size", "head_dim", "tied", "flags", "experts_per_token"):
+        for field in FIXED:
             mine, theirs = getattr(self, field), getattr(base, field)
             if mine != theirs:
                 raise InputError(f"{field}: {mine!r} differs from the model's {theirs!r}", "pruning cannot change it")
@@ -184,6 +206,16 @@ class Architecture:
                 f"use hidden_size = {self.head_dim * self.num_heads}, or prune hidden_size and num_heads in the same ratio",
             )
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Its size on each of `AXES` that it has; a dense model has no experts."""
+        return {axis.name: size for axis in AXES if (size := getattr(self, axis.name))}
+
+    def label(self, axes: Iterable[PrunableAxis] = AXES) -> str:
+        """Its sizes on `axes` in a few characters, such as "30L·576·1536·9h·3kv"."""
+        sizes = self.sizes
+        return "·".join(f"{sizes[axis.name]}{axis.unit}" for axis in axes if axis.name in sizes)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {**asdict(self), "flags": list(self.flags)}
@@ -198,3 +230,16 @@ class Architecture:
             f"{self.num_layers}L · {self.hidden_size} hidden · {self.intermediate_size} MLP · "
             f"{self.num_heads}/{self.num_kv_heads} heads{experts}"
         )
+
+
+def axes_present(architectures: Iterable[Architecture]) -> tuple[PrunableAxis, ...]:
+    """The axes that any of these has, in the order of `AXES`."""
+    names = {name for architecture in architectures for name in architecture.sizes}
+    return tuple(axis for axis in AXES if axis.name in names)
+
+
+def axes_that_differ(architectures: Iterable[Architecture]) -> tuple[PrunableAxis, ...]:
+    """The axes on which not all of these have the same size; those that they have, where all are alike."""
+    shapes = list(architectures)
+    differing = tuple(axis for axis in AXES if len({getattr(shape, axis.name) for shape in shapes}) > 1)
+    return differing or axes_present(shapes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,15 @@ from minitron.distill.losses.objective import Objective
 from minitron.distill.utilisation import training_flops_per_token
 
 ASIDE = ("evaluation", "report")  # parts that are no training
+# Names of metrics that differ from those of the report's fields.
+METRIC_NAMES = {
+    "loss": "train_loss",
+    "kl": "train_kl",
+    "cross_entropy": "train_cross_entropy",
+    "intermediate": "train_intermediate",
+    "utilisation": "flop_utilisation",
+    "skipped": "skipped_steps",
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,13 @@ class StepReport:
     def bound_by(self) -> str:
         """The part that took longest."""
         return max(self.seconds, key=lambda part: self.seconds[part])
+
+    def metrics(self) -> dict[str, float]:
+        """Every figure by the name that records and charts have for it: what is not used is left out, losses of the training
+        rows begin with "train_", seconds of the parts with "seconds_". A new field is in it by itself."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("step", "steps", "seconds")}
+        named = {METRIC_NAMES.get(name, name): value for name, value in values.items() if value is not None}
+        return named | {f"seconds_{part}": value for part, value in self.seconds.items()}
 
 
 class Reporter:

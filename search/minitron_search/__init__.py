@@ -1,4 +1,7 @@
-"""The architecture search on Ray Tune: enumerate candidates in a budget, distil each briefly, rank by held-out KL."""
+"""The architecture search on Ray Tune: enumerate candidates in a budget, distil each briefly, rank by held-out KL.
+
+Names are loaded on first use: the space needs neither torch nor Ray, the search both.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,48 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from minitron_search.architecture_search import score_all as score_all
+    from minitron_search.architecture_search import search as search
+    from minitron_search.benchmarks import Benchmarks as Benchmarks
+    from minitron_search.benchmarks import benchmark_best as benchmark_best
+    from minitron_search.halving import Halving as Halving
+    from minitron_search.latency import Latency as Latency
+    from minitron_search.limits import Limits as Limits
     from minitron_search.pool import Pool as Pool
+    from minitron_search.ranking import RankedCandidate as RankedCandidate
+    from minitron_search.results import SearchResult as SearchResult
+    from minitron_search.sampling import Space as Space
+    from minitron_search.sampling import sample as sample
     from minitron_search.space import candidates as candidates
-    from minitron_search.tuning import search as search
+    from minitron_search.trial import SearchTask as SearchTask
 
-_PUBLIC = {"Pool": "minitron_search.pool", "candidates": "minitron_search.space", "search": "minitron_search.tuning"}
+_PUBLIC = {
+    "Benchmarks": "benchmarks",
+    "Halving": "halving",
+    "Latency": "latency",
+    "Limits": "limits",
+    "Pool": "pool",
+    "RankedCandidate": "ranking",
+    "SearchResult": "results",
+    "SearchTask": "trial",
+    "Space": "sampling",
+    "benchmark_best": "benchmarks",
+    "candidates": "space",
+    "sample": "sampling",
+    "score_all": "architecture_search",
+    "search": "architecture_search",
+}
 
 __all__ = [*_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
-        value = getattr(import_module(_PUBLIC[name]), name)
+        value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
         globals()[name] = value
         return value
-    raise AttributeError(f"module 'minitron_search' has no attribute {name!r}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

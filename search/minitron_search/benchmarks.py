@@ -15,9 +15,13 @@ from minitron.errors import InputError, one_line
 from minitron.evaluation import Task
 from minitron.evaluation.documents import documents_identity
 from minitron.models import load_model, load_tokenizer
+from minitron_search.arguments import check_type, check_types
+from minitron_search.events import Report
 from minitron_search.pool import Pool
-from minitron_search.ranking import SearchResult, with_columns
-from minitron_search.trial import Report, SearchTask, run_trial, trial_key, weights
+from minitron_search.ranking import BenchmarkScore, RankedCandidate
+from minitron_search.results import SearchResult
+from minitron_search.trial import SearchTask, run_trial
+from minitron_search.trial_store import trial_folder, weights
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Benchmarks:
     def path(self, folder: str, architecture: Architecture) -> str:
         """Where a candidate's scores are kept."""
         name = f"benchmarks-{storage.fingerprint(self.identity())}.json"
-        return storage.join(folder, trial_key(architecture), name)
+        return storage.join(trial_folder(folder, architecture), name)
 
 
 def benchmark_best(
@@ -51,39 +55,55 @@ def benchmark_best(
 ) -> SearchResult:
     """The result of a search over `architectures`, with scores of its winner and the next best by KL, `benchmarks.keep` in all.
 
-    Every task is two columns of the ranking, its name for the score and that with `_stderr`, NaN for the other candidates. A
-    candidate with a benchmark that failed is added to the failures, with the reason, and stays in the ranking. Scores that are
-    stored are read back; a candidate whose weights are gone is distilled again for them. Afterwards all weights are deleted.
+    A candidate with a benchmark that failed is added to the failures, with the reason, and stays in the ranking with the
+    scores of its others. Scores that are stored are read back; a candidate whose weights are gone is distilled again for
+    them. Afterwards all weights are deleted.
     """
-    by_name = {str(a): a for a in architectures}
-    ordered = result.ranking.sort_values(["winner", "rank"], ascending=[False, True])["architecture"]
-    best = [by_name[name] for name in ordered[: benchmarks.keep]]
-    paths = {a: benchmarks.path(task.folder, a) for a in best}
+    check_type("task", task, SearchTask)
+    check_type("result", result, SearchResult)
+    check_types("architectures", architectures, Architecture)
+    check_type("benchmarks", benchmarks, Benchmarks)
+    check_type("pool", pool, Pool)
+    ordered = sorted(result.ranking, key=lambda candidate: (not candidate.winner, candidate.rank))
+    best = [candidate.architecture for candidate in ordered[: benchmarks.keep]]
+    paths = {architecture: benchmarks.path(task.folder, architecture) for architecture in best}
     failed = pool.alone().run(
         partial(_benchmark, replace(task, keep_weights=True), benchmarks),
         best,
-        lambda a: len(_scores(paths[a])) == len(benchmarks.tasks),
+        lambda architecture: len(_scores(paths[architecture])) == len(benchmarks.tasks),
     )
     for architecture in architectures:
         storage.remove(weights(task.folder, architecture))
-    scores = {str(a): found for a, path in paths.items() if (found := _scores(path))}
-    columns: dict[str, dict[str, float | None]] = {}
-    metrics = {name: score["metric"] for found in scores.values() for name, score in found.items()}
-    for wanted in benchmarks.tasks:
-        columns[wanted.name] = _column(scores, wanted.name, "value")
-        columns[f"{wanted.name}_stderr"] = _column(scores, wanted.name, "stderr")
-    reasons = {name: f"its benchmarks: {reason}" for name, reason in failed.items()}
-    return with_columns(replace(result, failures={**result.failures, **reasons}, metrics=metrics), columns)
+    ranking = [
+        _with_scores(candidate, benchmarks, paths[candidate.architecture])
+        if candidate.architecture in paths
+        else candidate
+        for candidate in result.ranking
+    ]
+    reasons = {architecture: f"its benchmarks: {reason}" for architecture, reason in failed.items()}
+    return replace(result, ranking=ranking, failures={**result.failures, **reasons})
+
+
+def _with_scores(candidate: RankedCandidate, benchmarks: Benchmarks, path: str) -> RankedCandidate:
+    scores = _scores(path)
+    known = [(task.name, scores[task.name]) for task in benchmarks.tasks if task.name in scores]
+    return replace(
+        candidate,
+        benchmarks=tuple(
+            BenchmarkScore(name, score["metric"], score["value"], score["stderr"]) for name, score in known
+        ),
+    )
 
 
 def _benchmark(task: SearchTask, benchmarks: Benchmarks, architecture: Architecture, report: Report) -> None:
     from minitron.evaluation import evaluate  # brings lm-eval
 
-    run_trial(task, architecture, report)  # only where the weights are gone
+    run_trial(task, architecture, report)  # does something only where the weights are gone
     folder = storage.fetch(weights(task.folder, architecture))
     model = load_model(folder, DTYPES[task.materials.dtype]).to(device())
     tokenizer = load_tokenizer(storage.fetch(benchmarks.tokenizer))
-    path, failed = benchmarks.path(task.folder, architecture), dict[str, Exception]()
+    path = benchmarks.path(task.folder, architecture)
+    failed: dict[str, Exception] = {}
     known = _scores(path)
     missing = [each for each in benchmarks.tasks if each.name not in known]
     scores = evaluate(
@@ -95,17 +115,12 @@ def _benchmark(task: SearchTask, benchmarks: Benchmarks, architecture: Architect
         on_failure=failed.__setitem__,
     )
     storage.write_json(path, known | {name: asdict(score) for name, score in scores.items()})
-    report({"evaluated": len(scores)})
     if failed:
         reasons = [f"{name}: {one_line(error)}" for name, error in failed.items()]
         raise InputError("; ".join(reasons))  # of a kind that no second attempt at once would change
 
 
 def _scores(path: str) -> dict[str, Any]:
-    """A candidate's scores by task, as far as there are any."""
-    found: dict[str, Any] = storage.read_json(path) if storage.exists(path) else {}
-    return found
-
-
-def _column(scores: dict[str, dict[str, Any]], task: str, figure: str) -> dict[str, float | None]:
-    return {name: found[task][figure] for name, found in scores.items() if task in found}
+    """A candidate's stored scores by task."""
+    scores: dict[str, Any] = storage.read_json(path) if storage.exists(path) else {}
+    return scores

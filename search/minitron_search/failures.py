@@ -7,11 +7,12 @@ from collections.abc import Mapping
 import torch
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
+from minitron.architecture import Architecture
 from minitron.errors import InputError, MinitronError, NonFiniteError
 
 LONGEST = 400
-# What would happen again the same way.
-CERTAIN = (NonFiniteError, InputError, torch.OutOfMemoryError)
+# What a second attempt would meet again.
+NOT_RETRYABLE = (NonFiniteError, InputError, torch.OutOfMemoryError)
 LESS_MEMORY = (
     "lower micro_batch_rows, use activation checkpointing, run fewer workers or trials at once, shard, or use a machine with "
     "more memory"
@@ -22,19 +23,19 @@ def cause(error: BaseException) -> BaseException:
     """What was raised in a worker, without what Ray wraps around it."""
     if isinstance(error, RayTaskError):
         return error.cause
-    # Ray Train's: of what a worker's function raised, and of a worker that does not answer because it is dead
+    # Ray Train wraps what a worker's function raised, and a worker that does not answer because it is dead
     for name in ("_base_exc", "health_check_failure"):
         error = getattr(error, name, error)
     return error
 
 
 def first_cause(failures: Mapping[int, BaseException]) -> tuple[list[int], BaseException]:
-    """Of what the workers of one training raised, by rank, what the others followed from; and whose that is.
+    """The ranks and the error that started it, from what the workers of one training raised, by rank.
 
     When one process fails, the collectives of the others raise RuntimeError.
     """
     causes = {rank: cause(failure) for rank, failure in sorted(failures.items())}
-    for kinds in ((MinitronError, *CERTAIN), (RayActorError,)):
+    for kinds in ((MinitronError, *NOT_RETRYABLE), (RayActorError,)):
         if ranks := [rank for rank, error in causes.items() if isinstance(error, kinds)]:
             return ranks, causes[ranks[0]]
     telling = [rank for rank, error in causes.items() if type(error) is not RuntimeError]
@@ -69,7 +70,7 @@ def reason(error: BaseException) -> str:
     return f"{text}; {' '.join(remedy.split())}" if remedy else text
 
 
-def table(failures: Mapping[str, str]) -> str:
+def table(failures: Mapping[Architecture, str]) -> str:
     """A line per candidate: its name and the reason."""
-    width = max(map(len, failures), default=0)
-    return "".join(f"\n  {name:<{width}}  {why}" for name, why in failures.items())
+    width = max((len(str(architecture)) for architecture in failures), default=0)
+    return "".join(f"\n  {architecture!s:<{width}}  {why}" for architecture, why in failures.items())

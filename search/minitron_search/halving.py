@@ -10,45 +10,58 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
+from minitron.architecture import Architecture
+from minitron.errors import InputError
+from minitron_search.arguments import check_type
 from minitron_search.tau import SETTLED, kendall_tau
 
 
 @dataclass(frozen=True)
 class Halving:
-    """At every rung from the share `grace` of the run on, the best share `keep` of the candidates goes on. With "stable",
+    """At every rung from the share `grace` of the run on, the best share `keep` of the candidates continues. With "stable",
     at every rung where the candidates are in the order that they were in at the measurement before it (Kendall's tau of at
-    least 0.9), be it the rung before or the one before any training."""
+    least 0.9), be it the rung before or the one before any training. Raises InputError for a share outside 0 to 1."""
 
     keep: float = 0.5
     grace: float | Literal["stable"] = 0.75
+
+    def __post_init__(self) -> None:
+        check_type("keep", self.keep, Real)
+        if not 0 < self.keep <= 1:
+            raise InputError(f"keep: {self.keep}", "give a share above 0, up to 1")
+        if self.grace != "stable":
+            check_type("grace", self.grace, Real)
+            if not 0 <= self.grace <= 1:
+                raise InputError(f"grace: {self.grace}", 'give a share from 0 to 1, or "stable"')
 
     def cuts(self, rungs: Sequence[int], steps: int) -> list[int]:
         """The rungs, in steps, at which candidates may be stopped."""
         return [rung for rung in rungs if self.grace == "stable" or rung >= self.grace * steps]
 
-    def due(self, before: Mapping[str, float], now: Mapping[str, float]) -> bool:
+    def due(self, before: Mapping[Architecture, float], now: Mapping[Architecture, float]) -> bool:
         """Whether to stop candidates at a rung where their KL is `now` and was `before` at the measurement before."""
         if self.grace != "stable":
             return True
-        names = [name for name in now if name in before]
-        return kendall_tau([before[name] for name in names], [now[name] for name in names]) >= SETTLED
+        both = [architecture for architecture in now if architecture in before]
+        return kendall_tau([before[a] for a in both], [now[a] for a in both]) >= SETTLED
 
 
 def rung_steps(shares: Sequence[float], steps: int) -> tuple[int, ...]:
-    """Shares of a run as steps, rounded up; those before the first or at the last step are none."""
+    """Shares of a run as steps, rounded up; rungs at step 0 or at the last step are dropped."""
     rungs = {math.ceil(share * steps - 1e-9) for share in shares}
     return tuple(sorted(rung for rung in rungs if 0 < rung < steps))
 
 
-def survivors(kl: Mapping[str, float], keep: float) -> list[str]:
-    """Names of the best share `keep` by KL, rounded up, best first."""
-    return sorted(kl, key=lambda name: kl[name])[: kept(len(kl), keep)]
+def survivors(kl: Mapping[Architecture, float], keep: float) -> list[Architecture]:
+    """The best share `keep` by KL, rounded up, best first."""
+    return sorted(kl, key=lambda architecture: kl[architecture])[: kept(len(kl), keep)]
 
 
 def kept(count: int, keep: float) -> int:
-    """How many of `count` go on."""
+    """Number of `count` candidates that continue."""
     return min(count, math.ceil(keep * count - 1e-9))
 
 

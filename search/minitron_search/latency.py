@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,7 +40,7 @@ class Latency:
         self,
         architectures: Sequence[Architecture],
         *,
-        share: dict[str, float],
+        share: Mapping[str, float],
         progress: Callable[[int, int], None] | None = None,
     ) -> dict[Architecture, float]:
         """Milliseconds of each, the median of five passes or more in turns with up to three other shapes.
@@ -50,11 +50,11 @@ class Latency:
         MinitronError when a shape cannot be run, as when it does not fit in memory.
         """
         remote = ray.remote(num_cpus=share.get("CPU"), num_gpus=share.get("GPU"), memory=share.get("memory"))(_measure)
-        found: dict[Architecture, float] = {}
+        milliseconds: dict[Architecture, float] = {}
         for start in range(0, len(architectures), TOGETHER):
             some = architectures[start : start + TOGETHER]
             try:
-                found |= dict(zip(some, ray.get(remote.remote(self, some)), strict=True))
+                milliseconds |= dict(zip(some, ray.get(remote.remote(self, some)), strict=True))
             except ray.exceptions.RayError as error:
                 raise MinitronError(
                     f"latency of {self.batch} sequences of {self.context} tokens: {some[0]} and those measured with it "
@@ -62,8 +62,8 @@ class Latency:
                     "lower the limits' batch or context, or limit memory_bytes, which leaves shapes out before",
                 ) from error
             if progress:
-                progress(len(found), len(architectures))
-        return found
+                progress(len(milliseconds), len(architectures))
+        return milliseconds
 
     def path(self, architecture: Architecture) -> str:
         """Where the time of a shape on this process's device is kept."""

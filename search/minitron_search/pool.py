@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from numbers import Integral, Real
 from typing import Any
 
 import ray
 
 from minitron.architecture import Architecture
 from minitron.errors import InputError, MinitronError
-from minitron_search.room import at_once
-from minitron_search.running_tune import Event, RunningTune
-from minitron_search.trial import Report, trial_key
+from minitron_search.arguments import check_type
+from minitron_search.events import Event, Report
+from minitron_search.placement import max_concurrent_trials
+from minitron_search.running_tune import RunningTune
+from minitron_search.trial_store import trial_key
 
+OnEvent = Callable[[Architecture, Event], None]
 Work = Callable[[Architecture, Report], Any]
 
 
@@ -23,19 +27,33 @@ Work = Callable[[Architecture, Report], Any]
 class Pool:
     """How work is carried out, as many pieces at a time as the cluster has room for.
 
-    `scratch` is a folder that all nodes share, for Ray's own use; it is deleted. A piece has as many processes as `workers`
-    says, more than one by Ray Train, and each takes `share`: Ray's names and amounts, "memory" in bytes. One that raises or
-    whose worker dies is started again up to `max_failures` times, except where the same would happen again (a loss that is
-    not finite, InputError, no room on the GPU). `on_event(key, numbers)` is called in a thread of this process with what each
-    reports; key is `trial_key(architecture)`, and "pid" in the numbers is the piece's process.
+    `scratch` is a folder that all nodes share, for Ray's own use; it is deleted. A piece has `workers` processes, more than
+    one by Ray Train, and each takes `share`: Ray's names and amounts, "memory" in bytes. One that raises or whose worker dies
+    is started again up to `max_failures` times, except where the same would happen again (a loss that is not finite,
+    InputError, no room on the GPU). `on_event(architecture, event)` is called in a thread of this process with every event of
+    a candidate (see `minitron_search.events`). Raises InputError for a field of the wrong type or out of range.
     """
 
     scratch: str
-    share: dict[str, float] = field(default_factory=lambda: {"CPU": 1})
+    share: Mapping[str, float] = field(default_factory=lambda: {"CPU": 1})
     workers: int = 1
     max_failures: int = 3
-    on_event: Event | None = None
+    on_event: OnEvent | None = None
     _running: _Running | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_type("scratch", self.scratch, str)
+        check_type("share", self.share, Mapping)
+        for name, amount in self.share.items():
+            check_type(f"share.{name}", amount, Real)
+            if amount < 0:
+                raise InputError(f"share.{name}: {amount} is negative", "give 0 or more")
+        check_type("workers", self.workers, Integral)
+        check_type("max_failures", self.max_failures, Integral)
+        if self.workers < 1:
+            raise InputError(f"workers: {self.workers}", "give 1 or more")
+        if self.max_failures < 0:
+            raise InputError(f"max_failures: {self.max_failures}", "give 0 or more")
 
     @contextmanager
     def open(self) -> Iterator[Pool]:
@@ -62,8 +80,8 @@ class Pool:
 
     def run(
         self, work: Work, architectures: Sequence[Architecture], done: Callable[[Architecture], object]
-    ) -> dict[str, str]:
-        """Do `work` for every architecture that is not `done` (false or None); reasons by name of those that failed.
+    ) -> dict[Architecture, str]:
+        """Do `work` for every architecture that is not `done` (false or None); returns the reasons of those that failed.
 
         Raises StorageError for storage that cannot be used, which is no candidate's fault, InputError where the cluster
         has no room for a single piece, and MinitronError when Tune was stopped.
@@ -74,9 +92,10 @@ class Pool:
         by_key = {trial_key(architecture): architecture for architecture in waiting}
         with self.open() as pool:
             assert pool._running
-            failed = pool._running.tune().do({k: partial(work, a) for k, a in by_key.items()}, self.on_event)
-        failures = {str(a): failed[key] for key, a in by_key.items() if key in failed and not done(a)}
-        stopped = [str(a) for a in waiting if not done(a) and str(a) not in failures]
+            work_by_key = {key: partial(work, architecture) for key, architecture in by_key.items()}
+            failed = pool._running.tune().do(work_by_key, lambda key, event: self._pass_on(by_key[key], event))
+        failures = {a: failed[key] for key, a in by_key.items() if key in failed and not done(a)}
+        stopped = [str(a) for a in waiting if not done(a) and a not in failures]
         if stopped:
             raise MinitronError(
                 f"{len(stopped)} of {len(architectures)} candidates were stopped ({', '.join(stopped)})",
@@ -84,18 +103,24 @@ class Pool:
             )
         return failures
 
-    def _at_once(self) -> int:
+    def _pass_on(self, architecture: Architecture, event: Event) -> None:
+        if self.on_event:
+            self.on_event(architecture, event)
+
+    def _max_concurrent_trials(self) -> int:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        if found := at_once(nodes, self.share, self.workers):
-            return found
-        wanted, there = (
-            ", ".join(f"{name} {amount:g}" for name, amount in resources.items())
-            for resources in (self.share, {name: sum(node.get(name, 0) for node in nodes) for name in self.share})
-        )
+        if fitting := max_concurrent_trials(nodes, self.share, self.workers):
+            return fitting
+        available = {name: sum(node.get(name, 0) for node in nodes) for name in self.share}
         raise InputError(
-            f"a trial takes {self.workers} x ({wanted}), each part on one node, and {len(nodes)} nodes have {there} in all",
+            f"a trial takes {self.workers} x ({_amounts(self.share)}), each part on one node, and {len(nodes)} nodes have "
+            f"{_amounts(available)} in all",
             "lower resources.workers_per_trial, cpus_per_trial or gpus_per_trial, or use a larger cluster",
         )
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {amount:g}" for name, amount in resources.items())
 
 
 class _Running:
@@ -110,7 +135,9 @@ class _Running:
             # Several workers are started from a process that takes next to nothing, or they would have no room beside it.
             # Tune does not see what they take: more trials than fit would wait for each other.
             resources = self.pool.share if self.pool.workers == 1 else {"memory": 1}
-            self.now = RunningTune(self.pool.scratch, resources, self.pool._at_once(), self.pool.max_failures)
+            self.now = RunningTune(
+                self.pool.scratch, resources, self.pool._max_concurrent_trials(), self.pool.max_failures
+            )
         return self.now
 
     def close(self, *, at_once: bool = False) -> None:

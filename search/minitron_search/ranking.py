@@ -4,104 +4,139 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
-
-import pandas as pd
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from minitron.architecture import Architecture
-from minitron_search.trial import SHAPE
+from minitron.evaluation.metrics import Metric, task_metric
+from minitron_search.trial_store import TrialResult
 
-CONFIDENCE = 0.95  # two-sided; a difference that is not so sure tells nobody apart
+CONFIDENCE = 0.95  # two-sided; a smaller difference tells no candidates apart
 
 
 @dataclass(frozen=True)
-class SearchResult:
-    """What a search found.
+class BenchmarkScore:
+    """A candidate's score on a benchmark, `value` and `stderr` as lm-eval gives them: shares of 1 for accuracies."""
 
-    `ranking` has a row per candidate that was distilled to the end, lowest held-out KL first (see `rank`); `winner` is the
-    architecture to go on with and `reason` the sentence that says why; `failures` has a reason per candidate that did not
-    finish. `stopped` are the candidates that a rung stopped, with the `step` and their held-out `kl` there. `forward` has
-    every candidate's KL before training, lowest first, and whether it was `distilled`; None where not all were scored.
-    `stability` says how well earlier measures predict the ranking (see `minitron_search.stability.stability`), and `saved`
-    is the share of the training steps that stopping saved. `metrics` names the metric of each benchmark that is a column of
-    the ranking.
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+
+    @property
+    def shown_as(self) -> Metric:
+        """Unit and format of `value` and `stderr`."""
+        return task_metric(self.task, self.metric)
+
+
+@dataclass(frozen=True)
+class RankedCandidate:
+    """A candidate that was distilled to the end, and its place among the others (see `rank`).
+
+    KL and loss are means over the held-out rows, in nats per token. `tokens` are those of its training, `seconds` those of
+    the process that ended it. `memory_bytes`, `latency_ms` and `benchmarks` are there where they were worked out or measured.
     """
 
-    ranking: pd.DataFrame
-    winner: Architecture
-    reason: str
-    failures: dict[str, str]
-    stopped: pd.DataFrame
-    forward: pd.DataFrame | None
-    stability: pd.DataFrame
-    saved: float
-    metrics: dict[str, str] = field(default_factory=dict)
+    rank: int
+    """From 1, by `kl`."""
+    architecture: Architecture
+    parameters: int
+    flops_per_token: int
+    """Of a forward pass in a sequence as long as the held-out rows."""
+    kl_undistilled: float
+    kl: float
+    kl_difference: float
+    """Mean paired difference to the best over the held-out rows."""
+    kl_difference_stderr: float | None
+    """Standard error of that; None with one row."""
+    tied: bool
+    """Whether it can't be told apart from the best."""
+    winner: bool
+    loss: float
+    top1_agreement: float
+    tokens: int
+    seconds: float
+    memory_bytes: int | None = None
+    """Weights and KV cache where it is to serve."""
+    latency_ms: float | None = None
+    """Time to the first token where it is to serve."""
+    benchmarks: tuple[BenchmarkScore, ...] = ()
+
+    def score(self, task: str) -> BenchmarkScore | None:
+        """Its score on a benchmark, if it has one."""
+        return next((score for score in self.benchmarks if score.task == task), None)
 
 
-def rank(results: Sequence[dict[str, Any]], seq_length: int) -> pd.DataFrame:
-    """One row per candidate, sorted by `kl`, the mean held-out KL to the teacher in nats per token.
+def rank(results: Sequence[TrialResult], seq_length: int) -> list[RankedCandidate]:
+    """The candidates sorted by `kl`, the mean held-out KL to the teacher in nats per token.
 
-    `results` are those of `minitron_search.trial.run_trial`, all measured on the same held-out rows of `seq_length`
-    tokens. `kl_difference` is the mean paired difference to the best over those rows and `kl_difference_stderr` its
-    standard error; `tied` are the best and those whose difference is less than Student's t allows at 95 % confidence with
-    that many rows; `winner` is the tied candidate with the fewest `flops_per_token` (forward, in a sequence of
-    `seq_length`), then the fewest `parameters`.
+    All of `results` are measured on the same held-out rows of `seq_length` tokens. `kl_difference` is the mean paired
+    difference to the best over those rows; `tied` are the best and those whose difference is less than Student's t allows at
+    95 % confidence with that many rows; `winner` is the tied candidate with the fewest `flops_per_token`, then the fewest
+    `parameters`.
 
-    The unit is the row. A row holds parts of one or several documents, and a document longer than a row goes on in the
+    The unit is the row. A row holds parts of one or several documents, and a document longer than a row continues in the
     next: rows of long documents are not quite independent, and the standard error is then a little too small. That the
     best was itself chosen on these rows is not corrected for.
     """
-    ordered = sorted(results, key=lambda result: result["kl"])
-    rows = [_row(position, result, ordered[0], seq_length) for position, result in enumerate(ordered, start=1)]
-    table = pd.DataFrame(rows)
-    cheapest = table[table["tied"]].sort_values(["flops_per_token", "parameters", "kl"], kind="stable").index[0]
-    return table.assign(winner=table.index == cheapest)
+    ordered = sorted(results, key=lambda result: result.kl)
+    best = ordered[0]
+    flops = [result.architecture.flops_per_token(seq_length) for result in ordered]
+    differences = [_paired_difference(result, best) for result in ordered]
+    tied = [index for index, (_, _, is_tied) in enumerate(differences) if is_tied]
+    cheapest = min(tied, key=lambda index: (flops[index], ordered[index].parameters, ordered[index].kl))
+    return [
+        RankedCandidate(
+            rank=index + 1,
+            architecture=result.architecture,
+            parameters=result.parameters,
+            flops_per_token=flops[index],
+            kl_undistilled=result.kl_undistilled,
+            kl=result.kl,
+            kl_difference=differences[index][0],
+            kl_difference_stderr=differences[index][1],
+            tied=differences[index][2],
+            winner=index == cheapest,
+            loss=result.loss,
+            top1_agreement=result.top1_agreement,
+            tokens=result.tokens,
+            seconds=result.seconds,
+        )
+        for index, result in enumerate(ordered)
+    ]
 
 
-def reason(ranking: pd.DataFrame) -> str:
+def winner_of(ranking: Sequence[RankedCandidate]) -> RankedCandidate:
+    """The candidate that the search chose."""
+    return next(candidate for candidate in ranking if candidate.winner)
+
+
+def reason(ranking: Sequence[RankedCandidate]) -> str:
     """Why the winner of `rank` won, as a sentence."""
-    best, winner = ranking.iloc[0], ranking[ranking["winner"]].iloc[0]
-    tied = int(ranking["tied"].sum())
+    winner = winner_of(ranking)
+    tied = sum(candidate.tied for candidate in ranking)
     if len(ranking) == 1:
         return "the only candidate that was distilled to the end"
-    if math.isnan(best["kl_difference_stderr"]):
+    if ranking[0].kl_difference_stderr is None:
         return "lowest held-out KL; one held-out row says nothing about how certain that is"
     if tied == 1:
         return f"lowest held-out KL, at {CONFIDENCE:.0%} confidence"
     shared = f"{tied} candidates can't be told apart by their held-out KL at {CONFIDENCE:.0%} confidence"
-    cost = f"{winner['flops_per_token'] / 1e9:.3g} GFLOPs per token and {winner['parameters']:,} parameters"
-    if winner["rank"] == 1:
+    cost = f"{winner.flops_per_token / 1e9:.3g} GFLOPs per token and {winner.parameters:,} parameters"
+    if winner.rank == 1:
         return f"{shared}; this one has the lowest and is the cheapest of them, {cost}"
-    more = f"its KL is {winner['kl_difference']:.3f} ± {winner['kl_difference_stderr']:.3f} above the lowest"
+    more = f"its KL is {winner.kl_difference:.3f} ± {winner.kl_difference_stderr:.3f} above the lowest"
     return f"{shared}; this one is the cheapest of them, {cost}, and {more}"
 
 
-def _row(position: int, result: dict[str, Any], best: dict[str, Any], seq_length: int) -> dict[str, Any]:
-    architecture = Architecture.from_dict(result["architecture"])
-    differences = [mine - theirs for mine, theirs in zip(result["per_row_kl"], best["per_row_kl"], strict=True)]
-    difference, error = statistics.fmean(differences), _stderr(differences)
-    return {
-        "rank": position,
-        "architecture": str(architecture),
-        **{name: result["architecture"][name] for name in SHAPE},
-        "parameters": result["parameters"],
-        "flops_per_token": architecture.flops_per_token(seq_length),
-        "kl_undistilled": result["kl_undistilled"],
-        "kl": result["kl"],
-        "kl_difference": difference,
-        "kl_difference_stderr": error,
-        "tied": result is best or (len(differences) > 1 and difference <= t_quantile(len(differences) - 1) * error),
-        "loss": result["loss"],
-        "top1_agreement": result["top1_agreement"],
-        "tokens": result["tokens"],
-        "seconds": result["seconds"],
-    }
-
-
-def _stderr(values: Sequence[float]) -> float:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+def _paired_difference(result: TrialResult, best: TrialResult) -> tuple[float, float | None, bool]:
+    """Mean difference over the rows, its standard error, and whether chance explains it."""
+    differences = [mine - theirs for mine, theirs in zip(result.per_row_kl, best.per_row_kl, strict=True)]
+    mean, rows = statistics.fmean(differences), len(differences)
+    if rows < 2:
+        return mean, None, result is best
+    error = statistics.stdev(differences) / math.sqrt(rows)
+    return mean, error, result is best or mean <= t_quantile(rows - 1) * error
 
 
 def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
@@ -123,13 +158,6 @@ def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
             start=1,
         )
     )
-
-
-def with_columns(result: SearchResult, columns: Mapping[str, Mapping[str, float | None]]) -> SearchResult:
-    """The same result with more columns in its ranking, each from architecture, as text, to value; NaN where it has none."""
-    names = result.ranking["architecture"]
-    added = {name: [values.get(text) for text in names] for name, values in columns.items()}
-    return replace(result, ranking=result.ranking.assign(**added).astype(dict.fromkeys(added, float)))
 
 
 def pareto(costs: Sequence[float], kl: Sequence[float]) -> list[int]:

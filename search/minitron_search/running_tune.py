@@ -21,11 +21,12 @@ from ray.tune.search import Searcher
 from minitron import storage
 from minitron.environment import environment_variables
 from minitron.errors import StorageError
-from minitron_search.failures import CERTAIN, cause, reason
-from minitron_search.memory import killed_workers_fail_alone, release_memory, workers_stay
-from minitron_search.trial import Report
+from minitron_search.events import Event, Failed, Report, Retried, from_tune, to_tune
+from minitron_search.failures import NOT_RETRYABLE, cause, reason
+from minitron_search.memory import release_memory
+from minitron_search.ray_patches import keep_workers, patch_oom_as_actor_error
 
-Event = Callable[[str, dict[str, Any]], None]
+OnEvent = Callable[[str, Event], None]  # by the candidate's key
 TUNE = {
     # none of its tables, and no CSV, JSON and TensorBoard copies of what trials report
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -33,23 +34,6 @@ TUNE = {
     # Its own handling of Ctrl-C would end a search early as if it were finished.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
-REPORTED = (
-    "pid",
-    "step",
-    "steps",
-    "rung",
-    "paused",
-    "scored",
-    "evaluated",
-    "kl",
-    "loss",
-    "train_loss",
-    "train_kl",
-    "learning_rate",
-    "grad_norm",
-    "tokens_per_second",
-    "failed",
-)
 
 
 @dataclass(frozen=True)
@@ -75,7 +59,7 @@ class RunningTune:
         self.running: Future[None] | None = None
         self.stack = ExitStack()
 
-    def do(self, work: Mapping[str, Callable[[Report], object]], on_event: Event | None) -> dict[str, str]:
+    def do(self, work: Mapping[str, Callable[[Report], object]], on_event: OnEvent | None) -> dict[str, str]:
         """Do the work of every key; reasons by key of what was given up. What `on_event` raises is raised here.
 
         Raises StorageError for storage that cannot be used, which is no candidate's fault.
@@ -104,8 +88,8 @@ class RunningTune:
         # Tune's own experiment state is not what a run resumes from (restoring it would mean trusting pickles): results and
         # checkpoints of trials are, so its folder is thrown away.
         storage.remove(self.scratch)  # a killed run's
-        killed_workers_fail_alone()
-        workers_stay()
+        patch_oom_as_actor_error()
+        keep_workers()
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # `on_event` is told of every error
         tuner = tune.Tuner(
             tune.with_resources(_trial, self.resources),
@@ -118,7 +102,7 @@ class RunningTune:
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=self.max_failures),
                 callbacks=[self.rounds],
-                stop=_Ending(self.rounds),
+                stop=StopOnStorageError(self.rounds),
             ),
         )
         try:
@@ -130,10 +114,14 @@ class RunningTune:
 
 def _trial(config: dict[str, Any]) -> None:
     try:
-        cloudpickle.loads(config["piece"].work)(tune.report)
-    except CERTAIN as error:
-        tune.report({"failed": reason(error)})  # not raised, so that Tune does not try again
+        cloudpickle.loads(config["piece"].work)(_report)
+    except NOT_RETRYABLE as error:
+        _report(Failed(reason(error)))  # not raised, so that Tune does not try again
     release_memory()  # the process stays, for the next candidate or beside one on the same GPU
+
+
+def _report(event: Event) -> None:
+    tune.report(to_tune(event))
 
 
 class _BrokenOffError(Exception):
@@ -161,7 +149,7 @@ class _Feed(Searcher):
         pass  # nothing is restored from Tune's own state
 
 
-class _Ending(Stopper):
+class StopOnStorageError(Stopper):
     """Ends everything once storage cannot be used: what still runs would fail as well."""
 
     def __init__(self, rounds: _Rounds) -> None:
@@ -182,7 +170,7 @@ class _Rounds(Callback):
     key, of those given up, `error` says why all were."""
 
     def __init__(self) -> None:
-        self.on_event: Event | None = None
+        self.on_event: OnEvent | None = None
         self.failed: dict[str, str] = {}
         self.error: StorageError | None = None
         self.broken = False
@@ -193,7 +181,7 @@ class _Rounds(Callback):
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles callbacks with its experiment state, which is never restored
 
-    def begin(self, keys: Mapping[str, object], on_event: Event | None) -> None:
+    def begin(self, keys: Mapping[str, object], on_event: OnEvent | None) -> None:
         self.on_event, self.failed, self._left = on_event, {}, set(keys)
 
     def wait(self) -> None:
@@ -213,11 +201,13 @@ class _Rounds(Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        self._tell(trial, {k: v for k, v in result.items() if k in REPORTED})
+        if event := from_tune(result):
+            self._pass_on(trial, event)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        error, left = _error(trial), trial.max_failures - trial.num_failures
-        self._tell(trial, {"retried": reason(error), "trace": str(error), "node": _node(trial), "restarts_left": left})
+        error = _error(trial)
+        left = trial.max_failures - trial.num_failures
+        self._pass_on(trial, Retried(reason(error), str(error), _node(trial), left))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         error = _error(trial)
@@ -225,7 +215,7 @@ class _Rounds(Callback):
         if isinstance(raised, StorageError):
             self.error = raised
         else:
-            self._tell(trial, {"failed": reason(error), "trace": str(error)})
+            self._pass_on(trial, Failed(reason(error), str(error)))
             self._done(trial)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -236,12 +226,12 @@ class _Rounds(Callback):
             self._left.discard(trial.config["piece"].key)
             self._changed.notify_all()
 
-    def _tell(self, trial: Any, numbers: dict[str, Any]) -> None:
+    def _pass_on(self, trial: Any, event: Event) -> None:
         key = trial.config["piece"].key
-        if "failed" in numbers:
-            self.failed[key] = numbers["failed"]
+        if isinstance(event, Failed):
+            self.failed[key] = event.reason
         if self.on_event:
-            self.on_event(key, numbers)
+            self.on_event(key, event)
 
 
 def _node(trial: Any) -> str:

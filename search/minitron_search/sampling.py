@@ -12,18 +12,20 @@ import random
 import warnings
 from collections.abc import Callable, Container, Mapping, Sequence, Set
 from dataclasses import dataclass
+from numbers import Integral
 
 from minitron.architecture import Architecture
+from minitron_search.arguments import check_type, check_types
 from minitron_search.limits import Limits
-from minitron_search.space import MLP_RATIO, candidate, check_space
+from minitron_search.space import MLP_RATIO, candidate, check_budget, check_space
 
 Score = Callable[[list[Architecture]], Mapping[Architecture, float]]
-Places = dict[str, int]  # for every axis the index of its value
+GridIndex = dict[str, int]  # for every axis the index of its value
 
 ROUNDS = 10
 SMALLEST_ROUND = 10
-ASKS = 10  # of the sampler, per candidate of a round; what it has not found by then is drawn at random
-AT_RANDOM = 5  # one in so many of a round, so that a region that the sampler has given up is not lost
+ASKS = 10  # of the sampler, per candidate of a round; what is missing then is drawn at random
+AT_RANDOM = 5  # one in this many of a round, so that a region that the sampler has given up is not lost
 MOST_PROPOSED = 10  # times as many as are wanted
 DRAWS = 100_000  # per round
 
@@ -41,36 +43,37 @@ class Space:
     key: str = "space"
 
     def __post_init__(self) -> None:
+        check_budget(self.base, self.low, self.high, self.limits)
         check_space(self.base, self.axes, self.key)
         object.__setattr__(self, "axes", {axis: sorted(set(values)) for axis, values in self.axes.items()})
 
-    def at(self, places: Mapping[str, int]) -> Architecture | None:
-        """The architecture at a place, or None where none is, or one out of the budget or the limits."""
-        values = {axis: self.axes[axis][index] for axis, index in places.items()}
+    def at(self, grid_index: Mapping[str, int]) -> Architecture | None:
+        """The architecture at a point of the grid; None where that is no model, or one out of the budget or the limits."""
+        values = {axis: self.axes[axis][index] for axis, index in grid_index.items()}
         return candidate(self.base, values, self.low, self.high, self.limits)
 
-    def near(self, places: Mapping[str, int], known: Container[Architecture]) -> Architecture | None:
-        """The architecture that is nearest to a place along the axis with the most values and not `known`; None if there is
-        none. Few places are in a narrow budget, and most of them have one beside them that is."""
+    def near(self, grid_index: Mapping[str, int], known: Container[Architecture]) -> Architecture | None:
+        """The architecture that is nearest to a point of the grid along the axis with the most values and not `known`; None
+        if there is none. Few points are in a narrow budget, and most of the others have one beside them that is."""
         finest = max(self.axes, key=lambda axis: len(self.axes[axis]))
-        for index in sorted(range(len(self.axes[finest])), key=lambda index: abs(index - places[finest])):
-            found = self.at({**places, finest: index})
-            if found is not None and found not in known:
-                return found
+        for index in sorted(range(len(self.axes[finest])), key=lambda index: abs(index - grid_index[finest])):
+            architecture = self.at({**grid_index, finest: index})
+            if architecture is not None and architecture not in known:
+                return architecture
         return None
 
-    def places(self, architecture: Architecture) -> Places | None:
-        """Where an architecture is; None if it is not on the grid."""
-        places: Places = {}
+    def grid_index(self, architecture: Architecture) -> GridIndex | None:
+        """The grid point of an architecture; None if it is not on the grid."""
+        result: GridIndex = {}
         for axis, values in self.axes.items():
             if axis == MLP_RATIO:
-                found = [int(ratio * architecture.hidden_size) == architecture.intermediate_size for ratio in values]
+                matches = [int(ratio * architecture.hidden_size) == architecture.intermediate_size for ratio in values]
             else:
-                found = [value == getattr(architecture, axis) for value in values]
-            if True not in found:
+                matches = [value == getattr(architecture, axis) for value in values]
+            if True not in matches:
                 return None
-            places[axis] = found.index(True)
-        return places if self.at(places) == architecture else None
+            result[axis] = matches.index(True)
+        return result if self.at(result) == architecture else None
 
 
 def draw(space: Space, count: int, seed: int, known: Set[Architecture] = frozenset()) -> list[Architecture]:
@@ -93,8 +96,12 @@ def sample(
 
     `score` gets some at a time and returns the value of each, lower is better and NaN says that it has none; one that it
     leaves out is not counted. The first round is drawn at random. They are fewer than `count` where the space has no more, so
-    few in the budget that neither the sampler nor 100,000 draws found more, or `score` left out nine in ten.
+    few in the budget that neither the sampler nor 100,000 draws found more, or `score` left out nine in ten. Raises InputError
+    for an argument of the wrong type.
     """
+    check_type("space", space, Space)
+    check_type("count", count, Integral)
+    check_types("points", points, Architecture)
     known: set[Architecture] = set()
     values: dict[Architecture, float] = {}
     number = 0
@@ -136,8 +143,8 @@ def _propose(
         )
     study = optuna.create_study(sampler=sampler)
     for known_one, value in values.items():
-        if (places := space.places(known_one)) is not None:
-            study.add_trial(create_trial(params=places, distributions=grid, value=value))
+        if (grid_index := space.grid_index(known_one)) is not None:
+            study.add_trial(create_trial(params=grid_index, distributions=grid, value=value))
     found: dict[Architecture, None] = {}
     for _ in range(ASKS * wanted):
         if len(found) == wanted:

@@ -6,9 +6,11 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 
 from minitron.architecture import PRUNABLE, Architecture
 from minitron.errors import InputError
+from minitron_search.arguments import check_type, check_types
 from minitron_search.limits import Limits
 
 MLP_RATIO = "mlp_ratio"
@@ -31,14 +33,25 @@ def candidates(
     hidden_size); a field that is not named keeps the base's value. Combinations that make no model (a hidden size that the
     heads do not divide) are left out; a value that can never make one raises InputError naming it under `key`.
     """
+    check_budget(base, low, high, limits)
+    check_types("points", points, Architecture)
     check_space(base, space, key)
     found = {
         architecture
         for values in itertools.product(*space.values())
         if (architecture := candidate(base, dict(zip(space, values, strict=True)), low, high, limits)) is not None
     }
-    others = sorted(found, key=lambda a: (-a.num_parameters, -a.num_layers, -a.hidden_size, -a.num_heads))
+    others = sorted(found, key=lambda a: (a.num_parameters, *a.sizes.values()), reverse=True)
     return list(dict.fromkeys([*points, *others]))
+
+
+def check_budget(base: Architecture, low: float, high: float, limits: Limits | None) -> None:
+    """Raise InputError for an argument of the wrong type."""
+    check_type("base", base, Architecture)
+    check_type("low", low, Real)
+    check_type("high", high, Real)
+    if limits is not None:
+        check_type("limits", limits, Limits)
 
 
 def points_in(
@@ -86,10 +99,12 @@ def _point(
 
 def check_space(base: Architecture, space: Mapping[str, Sequence[float]], where: str) -> None:
     """Raise InputError for an axis that does not exist, an empty one, or a value no model can have."""
+    check_type(where, space, Mapping)
     for axis, values in space.items():
         key = f"{where}.{axis}"
         if axis not in (*PRUNABLE, MLP_RATIO):
             raise InputError(f"{key}: there is no such axis", f"use {', '.join((*PRUNABLE, MLP_RATIO))}")
+        check_types(key, values, Real)
         if not values:
             raise InputError(f"{key}: the list is empty", "give at least one value, or leave the axis out")
         for value in values:
@@ -122,7 +137,7 @@ def check_space(base: Architecture, space: Mapping[str, Sequence[float]], where:
 
 
 def combinations(space: Mapping[str, Sequence[float]]) -> int:
-    """How many combinations of values there are, whether or not they make a model."""
+    """Number of combinations of values, whether or not they make a model."""
     return math.prod(len(values) for values in space.values())
 
 

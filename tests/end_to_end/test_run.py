@@ -30,6 +30,7 @@ from minitron_platform.leases import lease
 from minitron_platform.pipeline import run_key
 from minitron_platform.report.page import findings
 from minitron_platform.stages.context import places
+from minitron_platform.stages.search_output import SearchOutput
 
 STAGES = ["teacher", "data", "correct", "calibrate", "targets", "search", "distill", "evaluate", "register"]
 
@@ -100,12 +101,12 @@ def test_every_candidate_was_distilled_on_the_same_tokens(bench, finished):
     assert {r["tokens"] for r in ranking} == {SEARCH_STEPS * 4 * 32}
     assert all(r["kl"] < r["kl_undistilled"] for r in ranking)
     assert all(56_000 <= r["parameters"] <= 104_000 for r in ranking)
-    assert len({r["num_layers"] for r in ranking}) > 1
-    assert len({r["hidden_size"] for r in ranking}) > 1
+    assert len({r["architecture"]["num_layers"] for r in ranking}) > 1
+    assert len({r["architecture"]["hidden_size"] for r in ranking}) > 1
     winner = done["search"]["winner"]
     (chosen,) = [r for r in ranking if r["winner"]]
     assert chosen["flops_per_token"] == min(r["flops_per_token"] for r in ranking if r["tied"])
-    assert str(Architecture.from_dict(winner)) == chosen["architecture"]
+    assert winner == chosen["architecture"]
     assert done["distill"]["architecture"] == winner
     assert done["search"]["reason"] in finished.stdout
     page = next((bench / "runs" / "runs").glob("*/report.html")).read_text()
@@ -228,21 +229,23 @@ def test_a_wider_space_distils_only_what_is_new(bench, finished):
 def test_a_candidate_that_fails_is_shown_with_its_reason_and_the_run_goes_on(bench, finished):
     shutil.copytree(bench / "runs", bench / "failing")
     shutil.rmtree(bench / "failing" / "stages" / "search")
-    name = next(r["architecture"] for r in reversed(_results(bench)["search"]["ranking"]) if not r["winner"])
+    failing = next(r["architecture"] for r in reversed(_results(bench)["search"]["ranking"]) if not r["winner"])
+    name = str(Architecture.from_dict(failing))
     for path in (bench / "failing").glob("trials/*/*/result.json"):
-        if str(Architecture.from_dict(json.loads(path.read_text())["architecture"])) == name:
+        if json.loads(path.read_text())["architecture"] == failing:
             path.unlink()
-            path.with_name("undistilled.json").write_text("{}")  # its trial raises when it looks for a number there
+            damaged = path.with_name("undistilled.json")
+            damaged.write_text("{}")  # its trial raises when it looks for a number there
     result = run_minitron("run", "recipe.yaml", "--storage", "failing", "--set", "resources.max_failures=1", cwd=bench)
     assert result.returncode == 0, result.stdout + result.stderr
-    reason = "KeyError: 'kl'"
+    reason = f"{damaged}: not a trial's file (KeyError: 'kl'); delete the file and run again"
     retried = f"{reason}; resumed from step 0, 0 restarts left"
     assert re.search(rf"again   {re.escape(name)} on .*: {re.escape(retried)}", result.stdout)
     assert f"failed  {name}: {reason}" in result.stdout
     assert ", 1 failed" in result.stdout
     newest = max((bench / "failing" / "runs").glob("*/results.json"), key=lambda path: path.stat().st_mtime_ns)
     found = json.loads(newest.read_text())["family"]["tiny-student"]["search"]
-    assert found["failures"] == {name: reason}
+    assert found["failures"] == [{"architecture": failing, "reason": reason}]
     assert found["winner"] == _results(bench)["search"]["winner"]
     page = html.unescape(newest.with_name("report.html").read_text())
     assert f'<td>{name}</td><td class="text">{reason}</td>' in page
@@ -339,9 +342,11 @@ def test_a_search_that_stops_early_says_how_early_the_order_was_known(bench, fin
     assert before == {p: p.stat().st_mtime_ns for p in (bench / "runs" / "trials").glob("*/*/*.json")}
     assert [row["measure"] for row in whole["stability"]][3:] == ["KL at step 3", "KL at step 5"]
     page = html.unescape(next((bench / "runs" / "runs").glob("*/report.html")).read_text())
-    assert all(sentence in page for sentence in findings(whole))
+    assert all(sentence in page for sentence in findings(SearchOutput.model_validate(whole)))
     assert all(f"{row['tau']:.2f}" in page for row in whole["stability"])
-    (stops,) = [sentence for sentence in findings(stopping) if "stopped at a rung" in sentence]
+    (stops,) = [
+        sentence for sentence in findings(SearchOutput.model_validate(stopping)) if "stopped at a rung" in sentence
+    ]
     assert f"2 were stopped at a rung, which saved {2 / 24:.0%}" in stops
 
 

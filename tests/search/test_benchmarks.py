@@ -17,7 +17,8 @@ from minitron_search import search
 from minitron_search.benchmarks import Benchmarks, benchmark_best
 from minitron_search.latency import Latency
 from minitron_search.pool import Pool
-from minitron_search.trial import run_trial, trial_result, weights
+from minitron_search.trial import run_trial
+from minitron_search.trial_store import trial_result, weights
 
 
 @pytest.fixture(scope="module")
@@ -39,34 +40,33 @@ def test_the_winner_and_the_next_best_get_benchmarks_once(made, bench, searched)
     tasks = (Task("arc_easy", data=str(bench / "arc.jsonl"), limit=10),)
     asked = Benchmarks(tasks=tasks, keep=2, tokenizer=made[0].teacher)
     assert all(storage.is_committed(weights(task.folder, a)) for a in found)
-    by_name = {str(a): a for a in found}
 
     result = benchmark_best(task, plain, found, asked, pool)
-    columns = ["arc_easy", "arc_easy_stderr"]
-    assert result.ranking.drop(columns=columns).equals(plain.ranking)
-    scored = result.ranking[result.ranking["arc_easy"].notna()]
-    wanted = plain.ranking.sort_values(["winner", "rank"], ascending=[False, True])["architecture"][:2]
-    assert set(scored["architecture"]) == set(wanted)
+    assert [replace(candidate, benchmarks=()) for candidate in result.ranking] == plain.ranking
+    scored = {candidate.architecture for candidate in result.ranking if candidate.benchmarks}
+    ordered = sorted(plain.ranking, key=lambda candidate: (not candidate.winner, candidate.rank))
+    assert scored == {candidate.architecture for candidate in ordered[:2]}
+    assert result.table["arc_easy_stderr"].notna().sum() == 2
     assert result.failures == {}
     assert not any(storage.exists(weights(task.folder, a)) for a in found)
 
     # again, with one more: what is known is read, the third is distilled again to the same result
-    (third,) = [by_name[name] for name in plain.ranking["architecture"] if name not in set(wanted)]
+    third = ordered[2].architecture
     before, known = json_files(task.folder), trial_result(task.folder, third)
     again = benchmark_best(task, plain, found, replace(asked, keep=3), pool)
-    assert again.ranking["arc_easy"].notna().all()
+    assert all(candidate.score("arc_easy") for candidate in again.ranking)
     changed = {path for path, time in json_files(task.folder).items() if before.get(path) != time}
     assert {path.name for path in changed} == {"result.json", Path(asked.path(task.folder, third)).name}
-    assert trial_result(task.folder, third)["per_row_kl"] == known["per_row_kl"]
+    assert trial_result(task.folder, third).per_row_kl == known.per_row_kl
 
     # and it is the distilled student that was asked
     from minitron.models import load_model
 
-    run_trial(task, third, lambda numbers: None)
+    run_trial(task, third, lambda event: None)
     model = load_model(weights(task.folder, third))
     expected = evaluate(model, load_tokenizer(made[0].teacher), tasks)["arc_easy"]
-    row = again.ranking.set_index("architecture").loc[str(third)]
-    assert row[columns].tolist() == [expected.value, expected.stderr]
+    (score,) = next(candidate.benchmarks for candidate in again.ranking if candidate.architecture == third)
+    assert (score.task, score.metric, score.value, score.stderr) == ("arc_easy", "acc", expected.value, expected.stderr)
 
 
 def test_benchmarks_that_fail_are_said_and_leave_the_ranking(made, searched, tmp_path):
@@ -77,12 +77,12 @@ def test_benchmarks_that_fail_are_said_and_leave_the_ranking(made, searched, tmp
     asked = Benchmarks(tasks, keep=1, tokenizer=made[0].teacher)
     result = benchmark_best(task, plain, found, asked, pool)
     assert len(result.ranking) == 3
-    assert result.ranking["arc_easy"].isna().all()
-    assert list(result.ranking["wikitext"].notna()) == list(result.ranking["winner"])  # the other is kept
-    assert result.metrics == {"wikitext": "word_perplexity"}
-    assert list(result.failures) == [str(plain.winner)]
-    assert "its benchmarks: arc_easy: " in result.failures[str(plain.winner)]
-    assert "do not fit" in result.failures[str(plain.winner)]
+    for candidate in result.ranking:  # the other is kept
+        metrics = [(score.task, score.metric) for score in candidate.benchmarks]
+        assert metrics == ([("wikitext", "word_perplexity")] if candidate.winner else [])
+    assert list(result.failures) == [plain.winner]
+    assert "its benchmarks: arc_easy: " in result.failures[plain.winner]
+    assert "do not fit" in result.failures[plain.winner]
 
 
 def test_a_shape_is_timed_once_where_trials_run(made, ray_here, tmp_path):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from minitron import Architecture
-from minitron_search.ranking import rank, reason, t_quantile
+from minitron_search.ranking import rank, reason, t_quantile, winner_of
+from minitron_search.trial_store import TrialResult
 
 BASE = Architecture(8, 64, 128, 8, 2, 8, 300, True)
 ROWS = np.random.default_rng(0).normal(1.0, 0.3, 40)  # rows differ much more than candidates do
@@ -16,17 +17,20 @@ ROWS = np.random.default_rng(0).normal(1.0, 0.3, 40)  # rows differ much more th
 
 def _result(per_row_kl, **shape):
     architecture = replace(BASE, **shape)
-    return {
-        "architecture": architecture.to_dict(),
-        "parameters": architecture.num_parameters,
-        "per_row_kl": list(per_row_kl),
-        "kl": float(np.mean(per_row_kl)),
-        "kl_undistilled": 2.0,
-        "loss": 3.0,
-        "top1_agreement": 0.5,
-        "tokens": 100,
-        "seconds": 1.0,
-    }
+    return TrialResult(
+        architecture=architecture,
+        parameters=architecture.num_parameters,
+        kl_undistilled=2.0,
+        loss_undistilled=3.0,
+        rung_kl={},
+        kl=float(np.mean(per_row_kl)),
+        loss=3.0,
+        top1_agreement=0.5,
+        per_row_kl=tuple(map(float, per_row_kl)),
+        tokens=100,
+        config={"steps": 4},
+        seconds=1.0,
+    )
 
 
 def _noise(seed, size=0.02):
@@ -34,24 +38,25 @@ def _noise(seed, size=0.02):
 
 
 def test_what_is_clearly_worse_loses_however_cheap():
-    table = rank([_result(ROWS + 0.2 + _noise(1), num_layers=2), _result(ROWS)], 64)
-    assert table["tied"].tolist() == [True, False]
-    assert table["winner"].tolist() == [True, False]
-    assert table.iloc[0]["architecture"] == str(BASE)
-    assert reason(table) == "lowest held-out KL, at 95% confidence"
+    ranking = rank([_result(ROWS + 0.2 + _noise(1), num_layers=2), _result(ROWS)], 64)
+    assert [candidate.tied for candidate in ranking] == [True, False]
+    assert [candidate.winner for candidate in ranking] == [True, False]
+    assert [candidate.rank for candidate in ranking] == [1, 2]
+    assert ranking[0].architecture == BASE
+    assert reason(ranking) == "lowest held-out KL, at 95% confidence"
 
 
 def test_of_those_that_cannot_be_told_apart_the_cheapest_wins_and_it_is_said():
     near, nearer = ROWS + 0.002 + _noise(1), ROWS + 0.001 + _noise(2)
-    table = rank([_result(ROWS), _result(near, num_layers=4), _result(nearer, num_layers=6)], 64)
-    assert table["tied"].all()
-    winner = table[table["winner"]].iloc[0]
-    assert winner["num_layers"] == 4
-    assert winner["rank"] > 1
-    said = reason(table)
-    assert said.startswith("3 candidates can't be told apart")
-    assert f"{winner['kl_difference']:.3f} ± {winner['kl_difference_stderr']:.3f} above the lowest" in said
-    assert f"{winner['parameters']:,} parameters" in said
+    ranking = rank([_result(ROWS), _result(near, num_layers=4), _result(nearer, num_layers=6)], 64)
+    assert all(candidate.tied for candidate in ranking)
+    winner = winner_of(ranking)
+    assert winner.architecture.num_layers == 4
+    assert winner.rank > 1
+    sentence = reason(ranking)
+    assert sentence.startswith("3 candidates can't be told apart")
+    assert f"{winner.kl_difference:.3f} ± {winner.kl_difference_stderr:.3f} above the lowest" in sentence
+    assert f"{winner.parameters:,} parameters" in sentence
 
 
 def test_flops_decide_at_the_length_of_the_run_then_parameters():
@@ -59,18 +64,17 @@ def test_flops_decide_at_the_length_of_the_run_then_parameters():
     deep, wide = {"num_layers": 8, "num_heads": 4}, {"num_layers": 6, "num_heads": 8}
     results = [_result(ROWS, **deep), _result(ROWS + _noise(1), **wide)]
     for length in (8, 4096):
-        table = rank(results, length)
         flops = [replace(BASE, **shape).flops_per_token(length) for shape in (deep, wide)]
-        assert table[table["winner"]].iloc[0]["flops_per_token"] == min(flops)
-    assert {int(rank(results, length).query("winner")["num_layers"].iloc[0]) for length in (8, 4096)} == {6, 8}
+        assert winner_of(rank(results, length)).flops_per_token == min(flops)
+    assert {winner_of(rank(results, length)).architecture.num_layers for length in (8, 4096)} == {6, 8}
 
 
 def test_differences_are_paired_by_row():
-    table = rank([_result(ROWS), _result(ROWS + 0.05 + _noise(3))], 64)
+    _, second = rank([_result(ROWS), _result(ROWS + 0.05 + _noise(3))], 64)
     differences = _noise(3) + 0.05
-    assert table.iloc[1]["kl_difference"] == pytest.approx(differences.mean())
-    assert table.iloc[1]["kl_difference_stderr"] == pytest.approx(differences.std(ddof=1) / 40**0.5)
-    assert not table.iloc[1]["tied"]  # though the rows' own spread is six times the difference
+    assert second.kl_difference == pytest.approx(differences.mean())
+    assert second.kl_difference_stderr == pytest.approx(differences.std(ddof=1) / 40**0.5)
+    assert not second.tied  # though the rows' own spread is six times the difference
 
 
 @pytest.mark.parametrize(
@@ -87,13 +91,14 @@ def test_the_same_difference_ties_on_few_rows_and_not_on_many():
         noise = np.tile(spread, copies)
         above = 2.2 * noise.std(ddof=1) / len(noise) ** 0.5
         rows = np.ones(len(noise))
-        table = rank([_result(rows), _result(rows + above + noise, num_layers=2)], 64)
-        assert table.iloc[1]["kl_difference"] / table.iloc[1]["kl_difference_stderr"] == pytest.approx(2.2)
-        assert table["tied"].tolist() == [True, tied]
+        best, second = rank([_result(rows), _result(rows + above + noise, num_layers=2)], 64)
+        assert second.kl_difference / second.kl_difference_stderr == pytest.approx(2.2)
+        assert (best.tied, second.tied) == (True, tied)
 
 
 def test_one_candidate_or_one_row_is_said():
     assert "only candidate" in reason(rank([_result(ROWS)], 64))
-    table = rank([_result([1.0]), _result([1.01], num_layers=2)], 64)
-    assert table["tied"].tolist() == [True, False]
-    assert "one held-out row" in reason(table)
+    ranking = rank([_result([1.0]), _result([1.01], num_layers=2)], 64)
+    assert [candidate.tied for candidate in ranking] == [True, False]
+    assert ranking[1].kl_difference_stderr is None
+    assert "one held-out row" in reason(ranking)

@@ -13,17 +13,29 @@ import pytest
 import torch
 from helpers.searching import CONFIG, RUNGS, json_files, search_task
 
-from minitron import storage
+from minitron import Architecture, storage
 from minitron.errors import InputError, NonFiniteError, StorageError
 from minitron_platform.cluster.ray_session import ray_session
 from minitron_search import search
+from minitron_search.events import (
+    Failed,
+    Finished,
+    Paused,
+    Progress,
+    Retried,
+    RungReached,
+    Scored,
+    Started,
+    Undistilled,
+)
 from minitron_search.halving import Halving, kept, planned_steps, rung_steps, survivors
+from minitron_search.placement import max_concurrent_trials
 from minitron_search.pool import Pool
 from minitron_search.ranking import pareto
-from minitron_search.room import at_once
 from minitron_search.stability import settled, stability
 from minitron_search.tau import kendall_tau
-from minitron_search.trial import run_trial, trial_key, trial_result
+from minitron_search.trial import run_trial
+from minitron_search.trial_store import TrialResult, trial_key, trial_result
 
 
 def _pool(folder, **options):
@@ -32,7 +44,7 @@ def _pool(folder, **options):
 
 @pytest.fixture(scope="module")
 def to_the_end(made, tmp_path_factory):
-    """Every candidate distilled to the end: the task, what was found, and what was reported."""
+    """Every candidate distilled to the end: the task, its result, and the events by candidate."""
     events = []
     task = search_task(made, tmp_path_factory.mktemp("trials"))
     with ray_session(None, num_cpus=2):
@@ -43,20 +55,36 @@ def to_the_end(made, tmp_path_factory):
 def test_every_candidate_is_measured_at_every_rung(made, to_the_end):
     task, found, events = to_the_end
     assert len(found.ranking) == len(made[2]) == 6
-    assert found.ranking["kl"].is_monotonic_increasing
+    kls = [candidate.kl for candidate in found.ranking]
+    assert kls == sorted(kls)
     for architecture in made[2]:
         result = trial_result(task.folder, architecture)
-        assert [rung["step"] for rung in result["rungs"]] == list(RUNGS)
-        kl = [result["kl_undistilled"], *(rung["kl"] for rung in result["rungs"]), result["kl"]]
+        assert list(result.rung_kl) == list(RUNGS)
+        kl = [result.kl_undistilled, *result.rung_kl.values(), result.kl]
         assert kl == sorted(kl, reverse=True)
-        mine = [numbers for key, numbers in events if key == trial_key(architecture)]
-        assert [numbers["rung"] for numbers in mine if "rung" in numbers] == list(RUNGS)
+        mine = [event for candidate, event in events if candidate == architecture]
+        assert [type(event) for event in mine[:2]] == [Started, Undistilled]
+        assert [(event.step, event.kl) for event in mine if isinstance(event, RungReached)] == list(
+            result.rung_kl.items()
+        )
+        assert [event.step for event in mine if isinstance(event, Progress)] == list(range(1, 9))
+        assert mine[-1] == Finished(8, result.kl, result.loss)
     assert found.saved == 0
     assert found.forward is None
-    assert found.stopped.empty
-    table = found.stability.set_index("measure")
-    assert table.loc["KL at step 4", "saved"] == pytest.approx(1 - (6 * 4 + 3 * 4) / (6 * 8))
-    assert all(-1 <= tau <= 1 for tau in table["tau"])
+    assert found.stopped == []
+    stability_of = {row.measure: row for row in found.stability}
+    assert stability_of["KL at step 4"].saved == pytest.approx(1 - (6 * 4 + 3 * 4) / (6 * 8))
+    assert all(-1 <= row.tau <= 1 for row in found.stability)
+
+
+def test_the_table_of_a_search_is_a_data_frame_of_its_ranking(to_the_end):
+    _, found, _ = to_the_end
+    table = found.table
+    assert list(table["architecture"]) == [str(candidate.architecture) for candidate in found.ranking]
+    assert list(table["kl"]) == [candidate.kl for candidate in found.ranking]
+    assert table[table["winner"]]["num_layers"].tolist() == [found.winner.num_layers]
+    assert not {"num_experts", "latency_ms", "memory_bytes"} & set(table.columns)  # nothing is known of them
+    assert len(repr(found)) < 400
 
 
 def test_measuring_at_rungs_changes_nothing_and_a_pause_goes_on_bit_for_bit(made, to_the_end, tmp_path):
@@ -64,31 +92,31 @@ def test_measuring_at_rungs_changes_nothing_and_a_pause_goes_on_bit_for_bit(made
     architecture = found.winner
     whole = trial_result(task.folder, architecture)
     plain = search_task(made, tmp_path / "plain", rungs=())
-    run_trial(plain, architecture, lambda numbers: None)
+    run_trial(plain, architecture, lambda event: None)
     paused, reports = search_task(made, tmp_path / "paused"), []
     run_trial(paused, architecture, reports.append, until=6)
     assert trial_result(paused.folder, architecture) is None
-    assert reports[-1] == {"step": 6, "steps": 8, "paused": 6}
-    run_trial(paused, architecture, lambda numbers: None)
+    assert reports[-1] == Paused(6)
+    run_trial(paused, architecture, lambda event: None)
     for folder in (plain.folder, paused.folder):
-        assert trial_result(folder, architecture)["per_row_kl"] == whole["per_row_kl"]
-    assert trial_result(paused.folder, architecture)["rungs"] == whole["rungs"]
+        assert trial_result(folder, architecture).per_row_kl == whole.per_row_kl
+    assert trial_result(paused.folder, architecture).rung_kl == whole.rung_kl
 
 
 def test_a_trial_without_a_wanted_rung_is_measured_again_to_the_same_result(made, tmp_path):
     architecture = made[2][-1]
-    run_trial(search_task(made, tmp_path, rungs=(6,)), architecture, lambda numbers: None, until=6)
-    run_trial(search_task(made, tmp_path), architecture, lambda numbers: None)  # though its checkpoint is beyond step 4
+    run_trial(search_task(made, tmp_path, rungs=(6,)), architecture, lambda event: None, until=6)
+    run_trial(search_task(made, tmp_path), architecture, lambda event: None)  # though its checkpoint is beyond step 4
     found = trial_result(str(tmp_path), architecture)
-    assert [rung["step"] for rung in found["rungs"]] == list(RUNGS)
+    assert list(found.rung_kl) == list(RUNGS)
     Path(tmp_path, trial_key(architecture), "result.json").unlink()
     Path(tmp_path, trial_key(architecture), "rung-000004.json").unlink()
-    run_trial(search_task(made, tmp_path, rungs=(4,)), architecture, lambda numbers: None)
-    assert trial_result(str(tmp_path), architecture)["per_row_kl"] == found["per_row_kl"]
-    run_trial(search_task(made, tmp_path), architecture, lambda numbers: None)
+    run_trial(search_task(made, tmp_path, rungs=(4,)), architecture, lambda event: None)
+    assert trial_result(str(tmp_path), architecture).per_row_kl == found.per_row_kl
+    run_trial(search_task(made, tmp_path), architecture, lambda event: None)
     after = trial_result(str(tmp_path), architecture)
-    assert after["per_row_kl"] == found["per_row_kl"]
-    assert [rung["step"] for rung in after["rungs"]] == list(RUNGS)
+    assert after.per_row_kl == found.per_row_kl
+    assert list(after.rung_kl) == list(RUNGS)
 
 
 def test_only_the_best_undistilled_go_on_and_the_worse_stop_at_a_rung(made, to_the_end, tmp_path):
@@ -100,39 +128,35 @@ def test_only_the_best_undistilled_go_on_and_the_worse_stop_at_a_rung(made, to_t
     found = search(task, whole, **options, pool=_pool(task.folder, on_event=lambda *event: events.append(event)))
     # forward only: the KL before training that full trials measured too, and the three lowest beside the pinned one
     assert len(found.forward) == 6
-    known = all_found.ranking.set_index("architecture")["kl_undistilled"]
-    for row in found.forward.to_dict("records"):
-        assert row["kl_undistilled"] == pytest.approx(known[row["architecture"]])
-    assert found.forward["kl_undistilled"].is_monotonic_increasing
-    assert found.forward["architecture"].iloc[-1] == str(worst)
-    assert found.forward["distilled"].tolist() == [True, True, True, False, False, True]
+    known = {candidate.architecture: candidate.kl_undistilled for candidate in all_found.ranking}
+    for scored in found.forward:
+        assert scored.kl_undistilled == pytest.approx(known[scored.architecture])
+    assert [scored.kl_undistilled for scored in found.forward] == sorted(s.kl_undistilled for s in found.forward)
+    assert found.forward[-1].architecture == worst
+    assert [scored.distilled for scored in found.forward] == [True, True, True, False, False, True]
     # the cut: at step 6 alone, since step 4 is in the grace period; two of four go on
     assert len(found.ranking) == len(found.stopped) == 2
-    assert set(found.stopped["step"]) == {6}
-    at_rung = {r["architecture"]: r["kl"] for r in found.stopped.to_dict("records")}
-    for architecture in whole:
-        if str(architecture) in at_rung:
-            rungs = {rung["step"]: rung["kl"] for rung in trial_result(to_the_end[0].folder, architecture)["rungs"]}
-            assert at_rung[str(architecture)] == rungs[6]
-            assert trial_result(task.folder, architecture) is None
-            assert not storage.exists(storage.join(task.folder, trial_key(architecture), "checkpoints"))
-    best = all_found.ranking.set_index("architecture")["kl"]
-    assert all(best[name] == kl for name, kl in zip(found.ranking["architecture"], found.ranking["kl"], strict=True))
+    assert {candidate.step for candidate in found.stopped} == {6}
+    for candidate in found.stopped:
+        assert candidate.kl == trial_result(to_the_end[0].folder, candidate.architecture).rung_kl[6]
+        assert trial_result(task.folder, candidate.architecture) is None
+        assert not storage.exists(storage.join(task.folder, trial_key(candidate.architecture), "checkpoints"))
+    best = {candidate.architecture: candidate.kl for candidate in all_found.ranking}
+    assert all(best[candidate.architecture] == candidate.kl for candidate in found.ranking)
     assert found.saved == pytest.approx(1 - (2 * 8 + 2 * 6) / (4 * 8))
     # all workers that scored stay and train
-    pids = {name: {n["pid"] for _, n in events if name in n} for name in ("scored", "train_loss")}
-    assert pids["scored"] <= pids["train_loss"]
+    pids = {kind: {event.pid for _, event in events if isinstance(event, kind)} for kind in (Scored, Started)}
+    assert pids[Scored] <= pids[Started]
     # and again: the same, with nothing done over
     before = json_files(tmp_path)
     again = search(task, whole, **options)
     assert json_files(tmp_path) == before
-    assert again.ranking.equals(found.ranking)
-    assert again.stopped.equals(found.stopped)
+    assert again == found
     # a stopped one can still be taken to the end, where it is as if it had never stopped
-    stopped = next(a for a in whole if str(a) in at_rung)
-    run_trial(task, stopped, lambda numbers: None)
+    stopped = found.stopped[0].architecture
+    run_trial(task, stopped, lambda event: None)
     ours, theirs = (trial_result(t.folder, stopped) for t in (task, to_the_end[0]))
-    assert ours["per_row_kl"] == theirs["per_row_kl"]
+    assert ours.per_row_kl == theirs.per_row_kl
 
 
 def test_stable_halving_stops_at_rungs_that_repeat_the_order_before(made, to_the_end):
@@ -144,17 +168,17 @@ def test_stable_halving_stops_at_rungs_that_repeat_the_order_before(made, to_the
     assert Halving(grace=0.0).due(before, {"a": 3.0, "b": 2.0, "c": 1.0})
     # on trials that have finished: who goes on is decided again from what the rungs said
     task = to_the_end[0]
-    results = {str(a): trial_result(task.folder, a) for a in made[2]}
-    going, last, expected = list(results), {name: r["kl_undistilled"] for name, r in results.items()}, {}
+    results = {a: trial_result(task.folder, a) for a in made[2]}
+    going, last, expected = list(results), {a: result.kl_undistilled for a, result in results.items()}, {}
     for step in RUNGS:
-        now = {name: next(rung["kl"] for rung in results[name]["rungs"] if rung["step"] == step) for name in going}
-        if kendall_tau([last[name] for name in going], list(now.values())) >= 0.9:
+        now = {a: results[a].rung_kl[step] for a in going}
+        if kendall_tau([last[a] for a in going], list(now.values())) >= 0.9:
             going = sorted(going, key=now.get)[: math.ceil(len(going) / 2)]
             expected |= dict.fromkeys(now.keys() - set(going), step)
         last = now
     found = search(task, made[2], halving=stable)
-    assert dict(zip(found.stopped["architecture"], found.stopped["step"], strict=True)) == expected
-    assert set(found.ranking["architecture"]) == set(going)
+    assert {candidate.architecture: candidate.step for candidate in found.stopped} == expected
+    assert {candidate.architecture for candidate in found.ranking} == set(going)
 
 
 def test_candidates_that_cannot_be_cut_are_named_and_the_search_goes_on(made, to_the_end, tmp_path):
@@ -163,21 +187,20 @@ def test_candidates_that_cannot_be_cut_are_named_and_the_search_goes_on(made, to
     task = search_task(made, tmp_path)
     found = search(task, [wide, good, deep], pool=_pool(tmp_path, on_event=lambda *event: events.append(event)))
     assert found.winner == good
-    assert list(found.failures) == [str(wide), str(deep)]
-    assert "intermediate_size: 99 is larger than the model's 96" in found.failures[str(wide)]
-    failed = {key: numbers["failed"] for key, numbers in events if "failed" in numbers}
-    assert failed == {trial_key(a): found.failures[str(a)] for a in (wide, deep)}
-    assert not [numbers for _, numbers in events if "retried" in numbers]
+    assert list(found.failures) == [wide, deep]
+    assert "intermediate_size: 99 is larger than the model's 96" in found.failures[wide]
+    assert {a: event.reason for a, event in events if isinstance(event, Failed)} == found.failures
+    assert not [event for _, event in events if isinstance(event, Retried)]
     # it is as if the others had not been there
     alone, before = (trial_result(t.folder, good) for t in (task, to_the_end[0]))
-    assert alone["per_row_kl"] == before["per_row_kl"]
+    assert alone.per_row_kl == before.per_row_kl
 
 
 def _work(folder):
     """What a trial may do, by the candidate's number of layers; a file for each attempt and for the end."""
 
     def work(architecture, report):
-        report({"step": 0})
+        report(Started(os.getpid()))
         attempt = len(list(folder.glob(f"{architecture.num_layers}-*"))) + 1
         (folder / f"{architecture.num_layers}-{attempt}").touch()
         match architecture.num_layers:
@@ -206,19 +229,20 @@ def test_each_reason_is_a_line_and_only_what_may_pass_is_tried_again(made, to_th
     pool = _pool(tmp_path, max_failures=1, on_event=lambda *event: events.append(event))
     failures = pool.run(work, kinds, done)
     raised, memory, diverged, killed, passing = kinds
-    assert list(failures) == [str(raised), str(memory), str(diverged), str(killed)]
-    assert failures[str(raised)] == "ValueError: of two lines"
-    assert failures[str(memory)].startswith(
+    assert list(failures) == [raised, memory, diverged, killed]
+    assert failures[raised] == "ValueError: of two lines"
+    assert failures[memory].startswith(
         "out of GPU memory: CUDA out of memory. Tried to allocate 2.00 GiB; lower micro_batch_rows"
     )
-    assert failures[str(diverged)] == "loss nan at step 3; lower the rate"
-    assert failures[str(killed)].startswith("its process was killed or crashed; ")
+    assert failures[diverged] == "loss nan at step 3; lower the rate"
+    assert failures[killed].startswith("its process was killed or crashed; ")
     assert [len(list(tmp_path.glob(f"{kind.num_layers}-*"))) for kind in kinds] == [2, 1, 1, 2, 2]
     assert done(passing)
-    retried = {key: numbers["retried"] for key, numbers in events if "retried" in numbers}
-    assert set(retried) == {trial_key(kind) for kind in (raised, killed, passing)}
-    assert retried[trial_key(passing)] == "OSError: the network was away"
-    assert {key for key, numbers in events if "failed" in numbers} == {trial_key(kind) for kind in kinds[:4]}
+    retried = {architecture: event for architecture, event in events if isinstance(event, Retried)}
+    assert set(retried) == {raised, killed, passing}
+    assert retried[passing].reason == "OSError: the network was away"
+    assert retried[passing].restarts_left == 0
+    assert {architecture for architecture, event in events if isinstance(event, Failed)} == set(kinds[:4])
 
 
 def test_storage_that_cannot_be_used_ends_the_search(made, to_the_end, tmp_path):
@@ -240,10 +264,11 @@ def test_a_worker_gives_back_the_memory_of_a_trial(made, to_the_end, tmp_path):
         for _ in range(2):  # what is freed first makes the allocator keep what comes next
             parts = [torch.ones(1 << 20) for _ in range(64)]
             del parts
-        report({"step": 1, "kl": int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6})
+        megabytes = int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+        report(Progress(1, {"memory": megabytes}))
         (tmp_path / f"{architecture.num_layers}.done").touch()
 
-    pool = _pool(tmp_path, share={"CPU": 2}, on_event=lambda key, numbers: used.append(numbers["kl"]))
+    pool = _pool(tmp_path, share={"CPU": 2}, on_event=lambda _, event: used.append(event.metrics["memory"]))
     pieces = [replace(made[2][0], num_layers=number) for number in range(1, 6)]
     pool.run(work, pieces, lambda architecture: (tmp_path / f"{architecture.num_layers}.done").exists())
     assert max(used) - min(used) < 300, used  # five times 256 are kept otherwise
@@ -256,30 +281,29 @@ def test_a_trial_that_no_node_has_room_for_is_refused(made, to_the_end, tmp_path
 
 def test_trials_at_once_are_what_the_nodes_hold():
     cpu, gpu = {"CPU": 16, "memory": 64e9}, {"CPU": 16, "GPU": 8, "memory": 64e9}
-    assert at_once([cpu, cpu], {"CPU": 3}) == 10  # five on each node, not 32 / 3
-    assert at_once([cpu, gpu], {"CPU": 1, "GPU": 1}) == 8
-    assert at_once([gpu], {"CPU": 1, "GPU": 0.6}) == 8  # none is spread over two
-    assert at_once([gpu], {"CPU": 1, "GPU": 0.1}) == 16
-    assert at_once([gpu, gpu], {"CPU": 1, "GPU": 1}, workers=3) == 5
-    assert at_once([gpu, gpu], {"CPU": 1, "GPU": 8}, workers=2) == 1
-    assert at_once([cpu], {"CPU": 1, "memory": 20e9}) == 3
+    assert max_concurrent_trials([cpu, cpu], {"CPU": 3}) == 10  # five on each node, not 32 / 3
+    assert max_concurrent_trials([cpu, gpu], {"CPU": 1, "GPU": 1}) == 8
+    assert max_concurrent_trials([gpu], {"CPU": 1, "GPU": 0.6}) == 8  # none is spread over two
+    assert max_concurrent_trials([gpu], {"CPU": 1, "GPU": 0.1}) == 16
+    assert max_concurrent_trials([gpu, gpu], {"CPU": 1, "GPU": 1}, workers=3) == 5
+    assert max_concurrent_trials([gpu, gpu], {"CPU": 1, "GPU": 8}, workers=2) == 1
+    assert max_concurrent_trials([cpu], {"CPU": 1, "memory": 20e9}) == 3
     # the memory of what starts the workers is kept aside, so that all that fit by number really do
-    assert at_once([cpu], {"CPU": 1, "memory": 64e9}) == 0
-    assert at_once([cpu], {"CPU": 1, "GPU": 1}) == 0
+    assert max_concurrent_trials([cpu], {"CPU": 1, "memory": 64e9}) == 0
+    assert max_concurrent_trials([cpu], {"CPU": 1, "GPU": 1}) == 0
 
 
 def test_two_workers_with_a_split_student_train_what_one_does(made, to_the_end, tmp_path):
     whole, events = to_the_end[0], []
     task = search_task(made, tmp_path, config=replace(CONFIG, shard=True, micro_batch_rows=2, checkpoint_every=5))
-    pool = _pool(tmp_path, workers=2, on_event=lambda key, numbers: events.append(numbers))
+    pool = _pool(tmp_path, workers=2, on_event=lambda _, event: events.append(event))
     found = search(task, made[2][-1:], pool=pool)
     ours, theirs = (trial_result(t.folder, found.winner) for t in (task, whole))
-    assert ours["per_row_kl"] == pytest.approx(theirs["per_row_kl"], rel=1e-4)
-    assert ours["per_row_kl"] != theirs["per_row_kl"]  # sums over two processes
-    for rung, other in zip(ours["rungs"], theirs["rungs"], strict=True):
-        assert rung == {"step": other["step"], "kl": pytest.approx(other["kl"], rel=1e-4)}
+    assert ours.per_row_kl == pytest.approx(theirs.per_row_kl, rel=1e-4)
+    assert ours.per_row_kl != theirs.per_row_kl  # sums over two processes
+    assert ours.rung_kl == pytest.approx(theirs.rung_kl, rel=1e-4)
     # the first process alone reports, in order
-    assert [numbers["step"] for numbers in events if "train_loss" in numbers] == list(range(1, 9))
+    assert [event.step for event in events if isinstance(event, Progress)] == list(range(1, 9))
     assert not list(tmp_path.glob("*/checkpoints"))
 
 
@@ -315,14 +339,20 @@ def test_tau_by_its_definition():
 
 
 def _result(final, rungs, undistilled, parameters):
-    return {
-        "kl": final,
-        "rungs": [{"step": step, "kl": kl} for step, kl in zip((4, 6, 7), rungs, strict=True)],
-        "kl_undistilled": undistilled,
-        "loss_undistilled": undistilled + 1,
-        "parameters": parameters,
-        "config": {"steps": 8},
-    }
+    return TrialResult(
+        architecture=Architecture(2, 8, 8, 1, 1, 8, 100, True),
+        parameters=parameters,
+        kl_undistilled=undistilled,
+        loss_undistilled=undistilled + 1,
+        rung_kl=dict(zip((4, 6, 7), rungs, strict=True)),
+        kl=final,
+        loss=final,
+        top1_agreement=0.5,
+        per_row_kl=(final,),
+        tokens=1,
+        config={"steps": 8},
+        seconds=1.0,
+    )
 
 
 def test_what_each_measure_would_have_cost():
@@ -332,16 +362,20 @@ def test_what_each_measure_would_have_cost():
         _result(1.2, [1.6, 1.4, 1.3], 3.0, 130),
         _result(1.5, [1.9, 1.8, 1.7], 4.0, 120),
     ]
-    table = stability(results, (4, 6, 7)).set_index("measure")
-    assert table.loc["KL undistilled", "tau"] == 0
-    assert table.loc["KL undistilled", "regret_kept"] == pytest.approx(0.1)
-    assert table.loc["KL at step 4", "tau"] == pytest.approx(2 / 6)
-    assert table.loc["KL at step 4", "regret"] == table.loc["KL at step 4", "regret_kept"] == pytest.approx(0.1)
-    assert table.loc["KL at step 6", ["tau", "regret", "regret_kept"]].tolist() == [1, 0, 0]
-    assert table.loc["KL at step 6", "saved"] == pytest.approx(0.5 * 2 / 8)
-    assert table.loc["size", "regret"] == pytest.approx(0.2)
-    assert settled(table.reset_index()) == 6
-    assert settled(stability([_result(r["kl"], [1, 1, 1], 1, 1) for r in results], (4, 6, 7))) is None
+    rows = stability(results, (4, 6, 7))
+    by_measure = {row.measure: row for row in rows}
+    assert by_measure["KL undistilled"].tau == 0
+    assert by_measure["KL undistilled"].regret_kept == pytest.approx(0.1)
+    at_4, at_6 = by_measure["KL at step 4"], by_measure["KL at step 6"]
+    assert at_4.tau == pytest.approx(2 / 6)
+    assert at_4.regret == at_4.regret_kept == pytest.approx(0.1)
+    assert (at_6.tau, at_6.regret, at_6.regret_kept) == (1, 0, 0)
+    assert at_6.saved == pytest.approx(0.5 * 2 / 8)
+    assert by_measure["size"].regret == pytest.approx(0.2)
+    assert by_measure["size"].step is None
+    assert settled(rows) == 6
+    assert settled(stability([_result(r.kl, [1, 1, 1], 1, 1) for r in results], (4, 6, 7))) is None
+    assert settled(stability(results[:1], (4, 6, 7))) is None  # there is no order of one
 
 
 def test_pareto_holds_what_nothing_beats_in_both():

@@ -21,8 +21,10 @@ from ray.exceptions import OutOfMemoryError, RayActorError
 
 from minitron_platform.cluster import ray_session as local_ray
 from minitron_search import search
+from minitron_search.events import Progress, Retried, Started
 from minitron_search.pool import Pool
-from minitron_search.trial import run_trial, trial_key
+from minitron_search.trial import run_trial
+from minitron_search.trial_store import trial_key
 
 LONG = {"steps": 120, "checkpoint_every": 5}
 KILLED_AT = 25
@@ -38,7 +40,7 @@ def undisturbed(made, candidates, tmp_path_factory):
     """The ranking of a search that nothing happened to."""
     task = _long(made, tmp_path_factory.mktemp("undisturbed"))
     for architecture in candidates:
-        run_trial(task, architecture, lambda numbers: None)
+        run_trial(task, architecture, lambda event: None)
     return _ranking(search(task, candidates))
 
 
@@ -70,7 +72,11 @@ def _long(made, folder):
 
 
 def _ranking(found):
-    return found.ranking.drop(columns="seconds")
+    return [replace(candidate, seconds=0) for candidate in found.ranking]
+
+
+def _steps(events, architecture):
+    return [event.step for a, event in events if a == architecture and isinstance(event, Progress)]
 
 
 def _wait_until(condition, process=None):
@@ -115,13 +121,13 @@ def test_a_killed_driver(cluster, undisturbed, made, candidates, tmp_path):
     done = finished()
     assert going_on, "the trials ended before the driver was killed"
     found = search(task, candidates, pool=Pool(str(tmp_path / "tune"), on_event=lambda *event: events.append(event)))
-    assert _ranking(found).equals(undisturbed)
+    assert _ranking(found) == undisturbed
     for architecture in done:
-        key = trial_key(architecture)
-        assert not [numbers for name, numbers in events if name == key]
-        assert all(path.stat().st_mtime_ns == at for path, at in before.items() if path.parent.name == key)
+        assert architecture not in [reported for reported, _ in events]
+        folder = trial_key(architecture)
+        assert all(path.stat().st_mtime_ns == at for path, at in before.items() if path.parent.name == folder)
     for architecture in going_on:
-        steps = [n["step"] for name, n in events if name == trial_key(architecture) and "train_loss" in n]
+        steps = _steps(events, architecture)
         assert steps[0] > LONG["checkpoint_every"]
         assert steps == list(range(steps[0], LONG["steps"] + 1))
 
@@ -136,8 +142,8 @@ def test_a_worker_that_the_memory_monitor_kills(cluster, candidates, tmp_path):
         failures = pool.run(lambda architecture, report: time.sleep(60), candidates[:1], lambda architecture: None)
     finally:
         cluster.remove_node(node)
-    assert set(failures) == {str(candidates[0])}
-    assert failures[str(candidates[0])].startswith(
+    assert set(failures) == {candidates[0]}
+    assert failures[candidates[0]].startswith(
         "its worker was killed because the node ran out of memory; lower micro_batch_rows"
     )
 
@@ -158,18 +164,18 @@ def test_a_kill_for_memory_that_is_heard_of_as_the_tasks_error(cluster, candidat
     folder.mkdir()
 
     def work(architecture, report):
-        report({"step": 1})
+        report(Started(os.getpid()))
         if architecture == killed:
             time.sleep(60)
         (folder / trial_key(architecture)).touch()
 
-    def on_event(key, numbers):
-        if key == trial_key(killed) and "pid" in numbers:
-            os.kill(numbers["pid"], signal.SIGKILL)
+    def on_event(architecture, event):
+        if architecture == killed and isinstance(event, Started):
+            os.kill(event.pid, signal.SIGKILL)
 
     pool = Pool(str(tmp_path / "tune"), max_failures=0, on_event=on_event)
     failures = pool.run(work, candidates, lambda architecture: (folder / trial_key(architecture)).exists())
-    assert set(failures) == {str(killed)}
+    assert set(failures) == {killed}
     assert {path.name for path in folder.iterdir()} == {trial_key(architecture) for architecture in others}
 
 
@@ -186,23 +192,24 @@ def _remove_a_node(cluster, pid):
 
 @pytest.mark.parametrize("fault", [_kill_a_worker, _remove_a_node])
 def test_a_killed_worker_or_node(cluster, undisturbed, made, candidates, tmp_path, fault):
-    task, events, struck = _long(made, tmp_path), [], []
+    task, events, struck, pids = _long(made, tmp_path), [], [], {}
 
-    def on_event(key, numbers):
-        events.append((key, numbers))
-        if not struck and "train_loss" in numbers and numbers["step"] == KILLED_AT:
-            struck.append(key)
-            fault(cluster, numbers["pid"])
+    def on_event(architecture, event):
+        events.append((architecture, event))
+        if isinstance(event, Started):
+            pids[architecture] = event.pid
+        if not struck and isinstance(event, Progress) and event.step == KILLED_AT:
+            struck.append(architecture)
+            fault(cluster, pids[architecture])
 
     found = search(task, candidates, pool=Pool(str(tmp_path / "tune"), on_event=on_event))
-    assert _ranking(found).equals(undisturbed)
+    assert _ranking(found) == undisturbed
     assert not found.failures
-    (place,) = [index for index, (_, numbers) in enumerate(events) if "retried" in numbers]
-    assert [events[place][0]] == struck
-    steps = [numbers["step"] for key, numbers in events[place:] if key == struck[0] and "train_loss" in numbers]
+    (retried,) = [index for index, (_, event) in enumerate(events) if isinstance(event, Retried)]
+    assert [events[retried][0]] == struck
+    steps = _steps(events[retried:], struck[0])
     assert steps[0] > LONG["checkpoint_every"]
     assert steps == list(range(steps[0], LONG["steps"] + 1))
     for architecture in candidates:  # the others did not notice
-        if trial_key(architecture) not in struck:
-            steps = [n["step"] for key, n in events if key == trial_key(architecture) and "train_loss" in n]
-            assert steps == list(range(1, LONG["steps"] + 1))
+        if architecture not in struck:
+            assert _steps(events, architecture) == list(range(1, LONG["steps"] + 1))

@@ -198,6 +198,7 @@ def _planned(
 def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool) -> None:
     from rich.table import Table
 
+    from minitron.architecture import axes_present
     from minitron_platform.estimates.memory import memory_text
     from minitron_platform.tracking.flusher import shown
 
@@ -262,11 +263,12 @@ def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool)
         after = f", by what wins before {member.model}" if recipe.origin(member) else ""
         drawn = " at random, for the sampler to improve on" if member.model in planned.sampled else ""
         shapes = Table(title=f"{member.model}: {len(found)} candidates{drawn}{after}", title_justify="left")
-        for title in ("layers", "hidden", "MLP", "heads", "KV", "parameters", "GFLOP/tok", "cache/tok"):
+        axes = axes_present(found)
+        for title in (*(axis.heading for axis in axes), "parameters", "GFLOP/tok", "cache/tok"):
             shapes.add_column(title, justify="right", no_wrap=True)
         for a in found[:LISTED]:
             shapes.add_row(
-                *[str(v) for v in (a.num_layers, a.hidden_size, a.intermediate_size, a.num_heads, a.num_kv_heads)],
+                *(str(getattr(a, axis.name)) for axis in axes),
                 f"{a.num_parameters:,}",
                 f"{a.flops_per_token(recipe.data.seq_length) / 1e9:.3f}",
                 f"{a.kv_cache_bytes(1):,} B",

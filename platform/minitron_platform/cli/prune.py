@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from minitron import storage
+from minitron.architecture import AXES
 from minitron.errors import InputError
 from minitron_platform.cli.prune_request import Request, layer_numbers, ranges
 from minitron_platform.cli.prune_sources import CONFIG, HUB_FILES, check_scores, local_model, local_scores
@@ -21,7 +23,13 @@ if TYPE_CHECKING:
     from minitron.architecture import Architecture
     from minitron.importance import ImportanceScores
 
-SIZES = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "num_experts")
+
+def _size_options(command: Callable[..., None]) -> Callable[..., None]:
+    """An option for the size of every axis."""
+    for axis in reversed(AXES):
+        help_text = f"Number of {axis.plural} to keep."
+        command = click.option(f"--{axis.name.replace('_', '-')}", type=int, metavar="N", help=help_text)(command)
+    return command
 
 
 @click.command(short_help="Cut a smaller checkpoint out of MODEL.")
@@ -43,12 +51,7 @@ SIZES = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_
     type=click.IntRange(1),
     help="--parameters: widths are multiples of this. [default: 64]",
 )
-@click.option("--num-layers", type=int, metavar="N", help="Layers that stay.")
-@click.option("--hidden-size", type=int, metavar="N", help="Embedding channels that stay.")
-@click.option("--intermediate-size", type=int, metavar="N", help="MLP neurons that stay (of each expert).")
-@click.option("--num-heads", type=int, metavar="N", help="Query heads that stay.")
-@click.option("--num-kv-heads", type=int, metavar="N", help="KV heads that stay.")
-@click.option("--num-experts", type=int, metavar="N", help="Experts that stay.")
+@_size_options
 @click.option("--layers", metavar="RANGES", help="Exactly these layers stay, counted from 0: 0-14,31.")
 @click.option(
     "--depth",
@@ -145,7 +148,7 @@ def _shapes(base: Architecture, target: Architecture) -> Table:
     for title, side in (("", "left"), ("model", "right"), ("pruned", "right"), ("", "right")):
         table.add_column(title, justify=side)  # type: ignore[arg-type]
     rows: list[tuple[str, Any, Any]] = [
-        (name.replace("_", " "), before, getattr(target, name)) for name in SIZES if (before := getattr(base, name, 0))
+        (name.replace("_", " "), size, getattr(target, name)) for name, size in base.sizes.items()
     ]
     rows.append(("parameters", base.num_parameters, target.num_parameters))
     for title, before, after in rows:

@@ -16,7 +16,7 @@ from minitron_platform.cluster.ray_session import cluster_cpus_gpus, cores
 from minitron_platform.estimates.memory import are_trials_small
 from minitron_platform.recipes.resources import ResolvedResources, resolve
 from minitron_platform.recipes.schema import Recipe
-from minitron_search.room import at_once
+from minitron_search.placement import max_concurrent_trials
 
 Node = dict[str, float]  # amounts by Ray's names
 
@@ -53,7 +53,7 @@ def private_node(resources: ResolvedResources) -> Node:
 
 def trials_at_once(resources: ResolvedResources, nodes: Sequence[Node]) -> int:
     """As many as there are slots for; main memory may have room for fewer."""
-    return at_once(nodes, resources.trial_share, resources.workers_per_trial)
+    return max_concurrent_trials(nodes, resources.trial_share, resources.workers_per_trial)
 
 
 def room_text(resources: ResolvedResources, nodes: Sequence[Node]) -> str:
@@ -87,12 +87,12 @@ def check_cluster(resources: ResolvedResources) -> None:
         ("worker", "workers", resources.workers, resources.worker_share),
     ):
         each_cpus, each_gpus = share["CPU"], share.get("GPU", 0)
-        if not at_once(nodes, share):
+        if not max_concurrent_trials(nodes, share):
             raise InputError(
                 f"resources: a {key} takes {each_cpus:g} CPUs and {each_gpus:g} GPUs, and no node of the cluster has as many",
                 f"lower resources.cpus_per_{key} or resources.gpus_per_{key}",
             )
-        if not at_once(nodes, share, count):
+        if not max_concurrent_trials(nodes, share, count):
             raise InputError(
                 f"resources.{count_key}: {count} take {count * each_cpus:g} CPUs and {count * each_gpus:g} GPUs at once, "
                 f"the cluster has {cpus:g} and {gpus:g}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,10 @@ from minitron.evaluation import task_metric
 from minitron.evaluation.metrics import AGREEMENT, KL, LOSS, PLUS_MINUS, SPEED
 from minitron_platform.report.shipped_files import data_folder
 from minitron_platform.stages.context import Context
+from minitron_platform.stages.search_output import SearchOutput
 from minitron_platform.tracking.flusher import shown
 from minitron_platform.tracking.restarts import Restart
-from minitron_search.ranking import pareto
+from minitron_search.ranking import RankedCandidate, pareto
 from minitron_search.tau import SETTLED
 
 MOST_BARS = 25
@@ -139,14 +140,14 @@ def draw(context: Context) -> bytes:
         figure, axes = pyplot.subplots(3 * count, 2, figsize=(11, 10.8 * count), layout="constrained", squeeze=False)
         for index, (model, own) in enumerate(context.family.items()):
             name = f"{model}: " if count > 1 else ""
-            ranking = own["search"]["ranking"]
+            ranking = SearchOutput.model_validate(own["search"]).ranking
             (bars, curve), *fronts = axes[3 * index : 3 * index + 3]
             _draw_search(bars, ranking, name)
             training = context.recipe.distillation(next(m for m in context.recipe.family if m.model == model))
             tokens_per_step = training.batch_rows * context.shared["data"]["seq_length"]
             _draw_distillation(curve, tokens_per_step, own, name)
             for panel, (cost, unit, label) in zip([p for row in fronts for p in row], COSTS, strict=True):
-                if cost in ranking[0]:
+                if getattr(ranking[0], cost) is not None:
                     _draw_pareto(panel, ranking, cost, unit, label, name)
                 else:
                     panel.set_axis_off()
@@ -156,21 +157,21 @@ def draw(context: Context) -> bytes:
     return buffer.getvalue()
 
 
-def _colour(row: dict[str, Any]) -> str:
+def _colour(candidate: RankedCandidate) -> str:
     winner, tied, behind = STANDINGS.values()
-    return winner if row["winner"] else tied if row["tied"] else behind
+    return winner if candidate.winner else tied if candidate.tied else behind
 
 
-def _draw_search(axes: Any, ranking: list[dict[str, Any]], name: str) -> None:
+def _draw_search(axes: Any, ranking: Sequence[RankedCandidate], name: str) -> None:
     from matplotlib.patches import Patch
 
     ordered = ranking[:MOST_BARS][::-1]
-    names = [f"{r['num_layers']}L·{r['hidden_size']}·{r['intermediate_size']}·{r['num_heads']}h" for r in ordered]
-    places = range(len(ordered))
-    pruned, colours = "#e4e7eb", [_colour(r) for r in ordered]
-    axes.barh(places, [r["kl_undistilled"] for r in ordered], color=pruned)
-    axes.barh(places, [r["kl"] for r in ordered], color=colours)
-    axes.set_yticks(places, names)
+    positions = range(len(ordered))
+    pruned = "#e4e7eb"
+    colours = [_colour(candidate) for candidate in ordered]
+    axes.barh(positions, [candidate.kl_undistilled for candidate in ordered], color=pruned)
+    axes.barh(positions, [candidate.kl for candidate in ordered], color=colours)
+    axes.set_yticks(positions, [candidate.architecture.label() for candidate in ordered])
     axes.set_xlabel(f"held-out {KL.title}")
     shown = f"best {len(ordered)} of " if len(ordered) < len(ranking) else ""
     axes.set_title(f"{name}search, {shown}{len(ranking)} candidates", loc="left", fontsize=10)
@@ -179,13 +180,14 @@ def _draw_search(axes: Any, ranking: list[dict[str, Any]], name: str) -> None:
     axes.legend(handles=patches, frameon=False, loc="upper left", bbox_to_anchor=(-0.1, -0.14), ncols=4, handlelength=1)
 
 
-def _draw_pareto(axes: Any, ranking: list[dict[str, Any]], cost: str, unit: float, label: str, name: str) -> None:
+def _draw_pareto(axes: Any, ranking: Sequence[RankedCandidate], cost: str, unit: float, label: str, name: str) -> None:
     """A point per candidate, and a line through those that none other beats in both."""
-    costs, kl = [r[cost] / unit for r in ranking], [r["kl"] for r in ranking]
+    costs = [getattr(candidate, cost) / unit for candidate in ranking]
+    kl = [candidate.kl for candidate in ranking]
     front = pareto(costs, kl)
     line = [costs[i] for i in front], [kl[i] for i in front]
     axes.plot(*line, color="#52606d", linewidth=1, zorder=1, label="no other is better in both")
-    axes.scatter(costs, kl, color=[_colour(r) for r in ranking], zorder=2)
+    axes.scatter(costs, kl, color=[_colour(candidate) for candidate in ranking], zorder=2)
     axes.set_xlabel(label)
     axes.set_ylabel(f"held-out KL, {KL.unit}")
     axes.set_title(f"{name}KL against {label}", loc="left", fontsize=10)
@@ -208,52 +210,52 @@ def _draw_distillation(axes: Any, tokens_per_step: int, own: dict[str, dict[str,
     axes.legend(frameon=False)
 
 
-def _benchmark(search: dict[str, Any], row: dict[str, Any], task: str) -> str:
+def _benchmark(candidate: RankedCandidate, task: str) -> str:
     """A candidate's score on a task, empty where it has none."""
-    metric = task_metric(task, search.get("metrics", {}).get(task, ""))
-    return "" if row[task] is None else metric.text(row[task], row[f"{task}_stderr"])
+    score = candidate.score(task)
+    return "" if score is None else score.shown_as.text(score.value, score.stderr)
 
 
-def _benchmark_titles(search: dict[str, Any]) -> dict[str, str]:
+def _benchmark_titles(search: SearchOutput) -> dict[str, str]:
     """The head of each benchmark's column."""
-    return {task: _title(task, search.get("metrics", {}).get(task)) for task in search["benchmarks"]}
+    return {task: _title(task, search.metrics.get(task)) for task in search.benchmarks}
 
 
-def serving_text(search: dict[str, Any]) -> str:
+def serving_text(search: SearchOutput) -> str:
     """What memory and latency are of."""
-    serving = search["serving"]
-    sequences = "a sequence" if serving["batch"] == 1 else f"{serving['batch']} sequences"
-    text = f"Memory is weights and KV cache of {sequences} of {serving['context']:,} tokens at 16 bits a value"
-    timed = "latency the time to their first token, a median" if "latency_ms" in search["ranking"][0] else ""
-    return f"{text}; {timed}." if timed else f"{text}."
+    serving = search.serving
+    sequences = "a sequence" if serving.batch == 1 else f"{serving.batch} sequences"
+    text = f"Memory is weights and KV cache of {sequences} of {serving.context:,} tokens at 16 bits a value"
+    timed = search.ranking[0].latency_ms is not None
+    return f"{text}; latency the time to their first token, a median." if timed else f"{text}."
 
 
-def findings(search: dict[str, Any]) -> list[str]:
+def findings(search: SearchOutput) -> list[str]:
     """What a search says about itself: how early its order was known, and what stopping early saved or would have."""
-    said = []
-    if search["forward"] is not None:
-        distilled = sum(row["distilled"] for row in search["forward"])
-        said.append(
-            f"{len(search['forward'])} candidates were scored without training and {distilled} of them distilled."
+    sentences = []
+    if search.forward is not None:
+        distilled = sum(candidate.distilled for candidate in search.forward)
+        sentences.append(
+            f"{len(search.forward)} candidates were scored without training and {distilled} of them distilled."
         )
-    if search["stopped"]:
-        stopped = len(search["stopped"])
-        said.append(f"{stopped} were stopped at a rung, which saved {search['saved']:.0%} of the training steps.")
-    if len(search["ranking"]) < 2:
-        return said
-    rows = {row["step"]: row for row in search["stability"] if row["measure"].startswith("KL")}
+    if search.stopped:
+        stopped = len(search.stopped)
+        sentences.append(f"{stopped} were stopped at a rung, which saved {search.saved:.0%} of the training steps.")
+    if len(search.ranking) < 2:
+        return sentences
+    rows = {row.step: row for row in search.stability if row.measure.startswith("KL")}
     threshold = f"Kendall's tau of at least {SETTLED:g} to the final order"
-    if search["settled"] is None:
-        return [*said, f"No earlier measurement has a {threshold}: the order did not settle before the end."]
-    row = rows[search["settled"]]
-    when = f"from step {search['settled']} on" if search["settled"] else "before any training"
-    said.append(f"The order had settled {when} ({threshold}).")
-    if not search["stopped"]:
-        said.append(
-            f"Stopping the worse half there would have saved {row['saved']:.0%} of the training steps and cost "
-            f"{row['regret_kept']:.3f} nats per token."
+    if search.settled is None:
+        return [*sentences, f"No earlier measurement has a {threshold}: the order did not settle before the end."]
+    row = rows[search.settled]
+    when = f"from step {search.settled} on" if search.settled else "before any training"
+    sentences.append(f"The order had settled {when} ({threshold}).")
+    if not search.stopped:
+        sentences.append(
+            f"Stopping the worse half there would have saved {row.saved:.0%} of the training steps and cost "
+            f"{row.regret_kept:.3f} nats per token."
         )
-    return said
+    return sentences
 
 
 def restarts(context: Context) -> list[tuple[str, Restart]]:
@@ -275,6 +277,7 @@ def page(context: Context) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string((data_folder("dashboards") / "report.html.j2").read_text())
     folder = Path(context.places.local_run(context.run_key))
+    searches = {model: SearchOutput.model_validate(own["search"]) for model, own in context.family.items()}
     return template.render(
         recipe=context.recipe,
         run_key=context.run_key,
@@ -286,10 +289,11 @@ def page(context: Context) -> str:
         shared=context.shared,
         family=context.family,
         benchmark=_benchmark,
-        benchmarks={model: _benchmark_titles(own["search"]) for model, own in context.family.items()},
-        serving={model: serving_text(own["search"]) for model, own in context.family.items()},
+        searches=searches,
+        benchmarks={model: _benchmark_titles(search) for model, search in searches.items()},
+        serving={model: serving_text(search) for model, search in searches.items()},
         restarts=restarts(context),
-        findings={model: findings(own["search"]) for model, own in context.family.items()},
+        findings={model: findings(search) for model, search in searches.items()},
         origins={m.model: o.model for m in context.recipe.family if (o := context.recipe.origin(m))},
         tracking_uri=shown(context.places.tracking_uri),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,18 +14,19 @@ from minitron_platform.recipes.candidates import CandidateSpace
 from minitron_platform.recipes.resources import ResolvedResources
 from minitron_platform.recipes.search_schedule import SearchSchedule
 from minitron_platform.stages.context import Context
+from minitron_platform.stages.search_output import FailedCandidate, SearchOutput
 from minitron_platform.stages.targets import materials, origin
 from minitron_platform.stages.trial_records import TrialsView, record_trials
 from minitron_search.limits import Limits
-from minitron_search.room import RESERVED_BYTES
+from minitron_search.placement import RESERVED_BYTES
+from minitron_search.ranking import winner_of
 from minitron_search.trial import SearchTask
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from minitron_search.ranking import SearchResult
+    from minitron_search.results import SearchResult
 
 VERSION = 3
+TRIALS_VERSION = 3  # raised only when what a trial computes changes: trials that have finished are never done again
 # Inputs that say which candidates there are and how far each goes, but change no trial.
 _WHICH = (
     "space",
@@ -45,7 +45,7 @@ _WHICH = (
 def trials_folder(context: Context) -> str:
     """Where trials are kept: not under the search, so that a space with more widths finds those of the narrower one."""
     rest = {name: value for name, value in inputs(context).items() if name not in _WHICH}
-    return storage.join(context.places.storage, "trials", storage.fingerprint({**rest, "version": VERSION}))
+    return storage.join(context.places.storage, "trials", storage.fingerprint({**rest, "version": TRIALS_VERSION}))
 
 
 def memory_per_trial(resources: ResolvedResources, wanted: int) -> int:
@@ -88,11 +88,9 @@ def inputs(context: Context) -> dict[str, Any]:
 def run(context: Context, folder: str) -> dict[str, Any]:
     from minitron_platform.estimates.memory import trial_memory
     from minitron_platform.stages.shortlist import shortlist
-    from minitron_search.benchmarks import benchmark_best
+    from minitron_search import benchmark_best, search
     from minitron_search.pool import Pool
-    from minitron_search.ranking import with_columns
     from minitron_search.stability import settled
-    from minitron_search.tuning import search
 
     recipe = context.recipe
     benchmarks = build.benchmarks(recipe, context.done["teacher"]["folder"])
@@ -145,34 +143,35 @@ def run(context: Context, folder: str) -> dict[str, Any]:
             context.console.status(f"benchmarks of the best {min(benchmarks.keep, len(result.ranking))}")
             result = benchmark_best(task, result, found, benchmarks, pool)
     serving = space.limits or Limits(context=recipe.data.seq_length)
-    memories = {str(a): serving.needs(a)["memory_bytes"] for a in found}
-    result = with_columns(result, {"memory_bytes": memories} | ({"latency_ms": milliseconds} if milliseconds else {}))
-    winner = result.ranking[result.ranking["winner"]].iloc[0]
-    passed_over = set() if result.forward is None else set(result.forward.query("not distilled")["architecture"])
-    return {
-        "winner": result.winner.to_dict(),
-        "reason": result.reason,
-        "ranking": _records(result.ranking),
-        "stopped": _records(result.stopped),
-        "forward": None if result.forward is None else _records(result.forward),
-        "stability": _records(result.stability),
-        "settled": settled(result.stability),
-        "saved": result.saved,
-        "failures": result.failures,
-        "restarts": [asdict(restart) for restart in view.restarts],
-        "benchmarks": [task.name for task in benchmarks.tasks] if benchmarks else [],
-        "metrics": result.metrics,
-        "serving": asdict(serving),
-        "candidates": len(found),
-        "architectures": [a.to_dict() for a in found if str(a) not in passed_over],
-        "trials": task.folder,
-        "summary": f"{_counts(result, len(found))} · winner {result.winner} · KL {winner['kl']:.3f} · {result.reason}",
-    }
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    records: list[dict[str, Any]] = json.loads(table.to_json(orient="records"))
-    return records
+    ranking = tuple(
+        replace(
+            candidate,
+            memory_bytes=serving.needs(candidate.architecture)["memory_bytes"],
+            latency_ms=milliseconds.get(candidate.architecture),
+        )
+        for candidate in result.ranking
+    )
+    skipped = {candidate.architecture for candidate in result.forward or () if not candidate.distilled}
+    kl = winner_of(ranking).kl
+    output = SearchOutput(
+        winner=result.winner,
+        reason=result.reason,
+        ranking=ranking,
+        stopped=tuple(result.stopped),
+        forward=None if result.forward is None else tuple(result.forward),
+        stability=tuple(result.stability),
+        settled=settled(result.stability),
+        saved=result.saved,
+        failures=tuple(FailedCandidate(architecture, why) for architecture, why in result.failures.items()),
+        restarts=tuple(view.restarts),
+        benchmarks=tuple(task.name for task in benchmarks.tasks) if benchmarks else (),
+        serving=serving,
+        candidates=len(found),
+        architectures=tuple(architecture for architecture in found if architecture not in skipped),
+        trials=task.folder,
+        summary=f"{_counts(result, len(found))} · winner {result.winner} · KL {kl:.3f} · {result.reason}",
+    )
+    return output.model_dump(mode="json")
 
 
 def _counts(result: SearchResult, candidates: int) -> str:
@@ -186,6 +185,6 @@ def _counts(result: SearchResult, candidates: int) -> str:
 
 def record(context: Context, outputs: dict[str, Any]) -> None:
     """Write every trial's result into its record, whichever run and process computed it."""
-    winner = str(Architecture.from_dict(outputs["winner"]))
-    context.log("search").tags({"minitron.winner": winner, "minitron.winner_reason": outputs["reason"]})
-    record_trials(context, outputs)
+    output = SearchOutput.model_validate(outputs)
+    context.log("search").tags({"minitron.winner": str(output.winner), "minitron.winner_reason": output.reason})
+    record_trials(context, output)

@@ -9,17 +9,17 @@ from minitron.architecture import Architecture
 from minitron.errors import InputError
 from minitron_platform.recipes.candidates import CandidateSpace
 from minitron_platform.stages.context import Context
+from minitron_search.architecture_search import score_all
 from minitron_search.latency import Latency
 from minitron_search.pool import Pool
 from minitron_search.sampling import sample
 from minitron_search.trial import SearchTask
-from minitron_search.tuning import score_all
 
 
 def shortlist(
     context: Context, space: CandidateSpace, task: SearchTask, pool: Pool
-) -> tuple[list[Architecture], dict[str, float]]:
-    """The candidates, and by name the milliseconds to the first token of those that were timed.
+) -> tuple[list[Architecture], dict[Architecture, float]]:
+    """The candidates, and the milliseconds to the first token of those that were timed.
 
     Raises InputError where none keeps to the limits, or a point does not keep to the measured one.
     """
@@ -48,7 +48,7 @@ def shortlist(
             f"{space.key}.limits: no candidate keeps to them: {len(timed.milliseconds)} were timed{least}",
             f"raise {space.key}.limits.latency_ms, or widen {space.key}.space",
         )
-    return found, {str(a): ms for a, ms in timed.milliseconds.items()}
+    return found, timed.milliseconds
 
 
 class _Timed:

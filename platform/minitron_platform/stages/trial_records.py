@@ -3,66 +3,95 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from rich.markup import escape
 
 from minitron import storage
-from minitron.architecture import Architecture
+from minitron.architecture import Architecture, axes_that_differ
 from minitron.distill.checkpoints import committed_steps
 from minitron_platform.console import seconds
 from minitron_platform.stages.context import Context
+from minitron_platform.stages.search_output import SearchOutput
 from minitron_platform.tracking.restarts import Restart, now, record_restart
 from minitron_platform.tracking.spool import RunLog
-from minitron_search.trial import SHAPE, SearchTask, finished_result, rung_result, trial_key, trial_result, undistilled
+from minitron_search.events import (
+    Event,
+    Failed,
+    Finished,
+    Paused,
+    Progress,
+    Retried,
+    RungReached,
+    Scored,
+    Started,
+    Undistilled,
+)
+from minitron_search.ranking import RankedCandidate
+from minitron_search.results import StoppedCandidate
+from minitron_search.trial import SearchTask, finished_result
+from minitron_search.trial_store import (
+    TrialResult,
+    checkpoints,
+    forward_score,
+    rung_result,
+    trial_key,
+    trial_result,
+)
 
-CURVES = ("train_loss", "train_kl", "learning_rate", "grad_norm", "tokens_per_second")
 SHOWN = 4  # trials on the live line
 
 
-def record_trials(context: Context, outputs: dict[str, Any]) -> None:
+def record_trials(context: Context, output: SearchOutput) -> None:
     """Close the record of every trial of a search stage with its result, or with the rung that stopped it."""
-    stopped = {row["architecture"]: row for row in outputs["stopped"]}
-    tokens = _step_tokens(context)
-    ranked = {row["architecture"]: row for row in outputs["ranking"]}
-    for architecture in [Architecture.from_dict(values) for values in outputs["architectures"]]:
+    failures = {candidate.architecture: candidate.reason for candidate in output.failures}
+    stopped = {candidate.architecture: candidate for candidate in output.stopped}
+    ranked = {candidate.architecture: candidate for candidate in output.ranking}
+    for architecture in output.architectures:
         log = _open(context, architecture)
-        if why := outputs["failures"].get(str(architecture)):
-            log.tags({"minitron.failure": why})
+        if architecture in failures:
+            log.tags({"minitron.failure": failures[architecture]})
             log.end("FAILED")
-            continue
-        if row := stopped.get(str(architecture)):
-            log.params({name: row[name] for name in (*SHAPE, "parameters")})
-            log.metrics({"heldout_kl": row["kl"], "tokens": row["step"] * tokens}, step=row["step"])
-            log.metrics({"heldout_kl_undistilled": row["kl_undistilled"], "tokens": 0}, step=0)
-            log.tags({"minitron.stopped_at_step": row["step"]})
+        elif architecture in stopped:
+            _record_stopped(log, stopped[architecture], _step_tokens(context))
             log.end("FINISHED")
-            continue
-        result = trial_result(outputs["trials"], architecture)
-        if result is None:
+        elif result := trial_result(output.trials, architecture):
+            _record_result(log, result, ranked.get(architecture), _step_tokens(context))
+            log.end("FINISHED")
+        else:
             log.end("FAILED")
-            continue
-        log.params({name: result["architecture"][name] for name in SHAPE} | {"parameters": result["parameters"]})
-        for rung in result["rungs"]:
-            log.metrics({"heldout_kl": rung["kl"], "tokens": rung["step"] * tokens}, step=rung["step"])
-        log.metrics(
-            {
-                "heldout_kl": result["kl"],
-                "heldout_loss": result["loss"],
-                "top1_agreement": result["top1_agreement"],
-                "heldout_kl_undistilled": result["kl_undistilled"],
-                "tokens": result["tokens"],
-            },
-            step=result["config"]["steps"],
-        )
-        row = ranked.get(str(architecture), {})
-        more = {"latency_ms": "latency_ms"}  # of the ranking's columns, by their names in MLflow
-        for task in outputs["benchmarks"]:
-            name = f"{task}.{outputs['metrics'][task]}" if task in outputs.get("metrics", {}) else task
-            more |= {task: name, f"{task}_stderr": f"{name}_stderr"}
-        figures = {name: row[column] for column, name in more.items() if row.get(column) is not None}
-        log.metrics(figures, step=result["config"]["steps"])
-        log.end("FINISHED")
+
+
+def _record_stopped(log: RunLog, candidate: StoppedCandidate, step_tokens: int) -> None:
+    log.params(_params(candidate.architecture))
+    log.metrics({"heldout_kl": candidate.kl, "tokens": candidate.step * step_tokens}, step=candidate.step)
+    log.metrics({"heldout_kl_undistilled": candidate.kl_undistilled, "tokens": 0}, step=0)
+    log.tags({"minitron.stopped_at_step": candidate.step})
+
+
+def _record_result(log: RunLog, result: TrialResult, ranked: RankedCandidate | None, step_tokens: int) -> None:
+    log.params(_params(result.architecture))
+    for step, kl in result.rung_kl.items():
+        log.metrics({"heldout_kl": kl, "tokens": step * step_tokens}, step=step)
+    metrics = {
+        "heldout_kl": result.kl,
+        "heldout_loss": result.loss,
+        "top1_agreement": result.top1_agreement,
+        "heldout_kl_undistilled": result.kl_undistilled,
+        "tokens": result.tokens,
+    }
+    if ranked is not None and ranked.latency_ms is not None:
+        metrics["latency_ms"] = ranked.latency_ms
+    for score in ranked.benchmarks if ranked is not None else ():
+        name = f"{score.task}.{score.metric}" if score.metric else score.task  # not noted by an earlier version
+        metrics[name] = score.value
+        if score.stderr is not None:
+            metrics[f"{name}_stderr"] = score.stderr
+    log.metrics(metrics, step=result.steps)
+
+
+def _params(architecture: Architecture) -> dict[str, int]:
+    return {**architecture.sizes, "parameters": architecture.num_parameters}
 
 
 def _open(context: Context, architecture: Architecture) -> RunLog:
@@ -77,134 +106,156 @@ def _step_tokens(context: Context) -> int:
 
 
 class TrialsView:
-    """Turns what trials report into the live line, a line per finished trial, and metrics. `scoring` says that all of
-    `found` are scored first; `to_end` is how many are distilled to the end, `planned` how many training steps are done in
-    all."""
+    """Turns what trials report into the live line, a line per finished trial, and metrics.
+
+    `scoring` says that all of `candidates` are scored first; `to_end` is the number that is distilled to the end, `planned`
+    the number of training steps of all together.
+    """
 
     def __init__(
         self,
         context: Context,
         task: SearchTask,
-        found: list[Architecture],
+        candidates: Sequence[Architecture],
         *,
         scoring: bool,
         to_end: int,
         planned: int,
     ) -> None:
-        self.context, self.console = context, context.console
-        self.by_key = {trial_key(a): a for a in found}
-        self.rungs, self.scoring, self.to_end, self.planned = task.rungs, scoring, to_end, planned
-        self.steps, self.step_tokens = task.config.steps, _step_tokens(context)
-        self.folder, self.restarts = task.folder, list[Restart]()
-        self.active: dict[str, dict[str, Any]] = {}
-        self.logs: dict[str, RunLog] = {}
-        self.first_kl: dict[str, float] = {}
-        self.last_kl: dict[str, float] = {}
-        self.best: tuple[int, float, str] | None = (
-            None  # less the step, KL, candidate: the furthest measured, then lowest
-        )
-        self.position = {trial_key(a): _steps_done(task, a) for a in found}
+        self.context = context
+        self.console = context.console
+        self.candidates = candidates
+        self.axes = axes_that_differ(candidates)
+        self.rungs = task.rungs
+        self.scoring = scoring
+        self.to_end = to_end
+        self.planned = planned
+        self.steps = task.config.steps
+        self.step_tokens = _step_tokens(context)
+        self.folder = task.folder
+        self.restarts: list[Restart] = []
+        self.active: dict[Architecture, Progress] = {}  # step 0 until the first progress
+        self.logs: dict[Architecture, RunLog] = {}
+        self.first_kl: dict[Architecture, float] = {}
+        self.last_kl: dict[Architecture, float] = {}
+        self.best: tuple[int, float, Architecture] | None = None  # step, KL, candidate: furthest measured, then lowest
+        self.position = {a: _steps_done(task, a) for a in candidates}
         self.finished = min(to_end, sum(step == self.steps for step in self.position.values()))
-        self.scored = sum(undistilled(task.folder, a) is not None for a in found) if scoring else 0
+        self.scored = sum(forward_score(task.folder, a) is not None for a in candidates) if scoring else 0
         self.before: tuple[float, int] | None = None  # when the first step was reported, and the steps done by then
         self.console.status(self._status)
 
-    def event(self, key: str, numbers: dict[str, Any]) -> None:
-        """A report of one trial: see `minitron_search.trial.run_trial`; or {"failed": reason} or {"retried": reason}, both with
-        the "trace" of what was raised, and retried with the "node" and "restarts_left"."""
-        if "scored" in numbers:
+    def event(self, architecture: Architecture, event: Event) -> None:
+        """Take what the pool passes on of a candidate."""
+        if isinstance(event, Scored):
             self.scored += 1
-            self._measured(key, 0, numbers["scored"])
+            self._measured(architecture, 0, event.kl)
             return
-        if key not in self.logs:
-            self.logs[key] = _open(self.context, self.by_key[key])
-        log, name = self.logs[key], str(self.by_key[key])
-        if "steps" in numbers:
-            self._moved(key, numbers)
-        if "train_loss" in numbers:
-            self._curve(log, int(numbers["step"]), {k: numbers[k] for k in CURVES if k in numbers})
-        elif "failed" in numbers:
-            self.active.pop(key, None)
-            self.console.say(f"  [yellow]failed[/]  {name}: {escape(str(numbers['failed']))}")
-            log.tags({"minitron.failure": numbers["failed"]})
-            self._keep_trace(key, numbers)
-            log.end("FAILED")
-        elif "retried" in numbers:
-            self.active.pop(key, None)
-            self._retried(key, name, numbers)
-            self._keep_trace(key, numbers)
-        elif "rung" in numbers:
-            self._curve(log, int(numbers["rung"]), {"heldout_kl": numbers["kl"]})
-            self._measured(key, int(numbers["rung"]), numbers["kl"])
-        elif "paused" in numbers:
-            self.active.pop(key, None)
-            self.console.say(f"  step {numbers['paused']}/{self.steps}  {name}  held-out KL {self.last_kl[key]:.3f}")
-        elif "kl" in numbers and numbers["step"] == 0:
-            self.first_kl[key] = numbers["kl"]
-        elif "kl" in numbers:
-            self.active.pop(key, None)
-            self.finished += 1
-            self._measured(key, self.steps, numbers["kl"])
-            before = f"{self.first_kl[key]:.2f} → " if key in self.first_kl else ""
-            self.console.say(f"  {self.finished}/{self.to_end}  {name}  held-out KL {before}{numbers['kl']:.3f}")
+        if architecture not in self.logs:
+            self.logs[architecture] = _open(self.context, architecture)
+        log = self.logs[architecture]
+        match event:
+            case Started():
+                self.active[architecture] = Progress(0, {})
+            case Undistilled():
+                self.first_kl[architecture] = event.kl
+            case Progress():
+                self._moved(architecture, event)
+                self._log_curve(log, event.step, event.metrics)
+            case RungReached():
+                self._advance(architecture, event.step)
+                self._log_curve(log, event.step, {"heldout_kl": event.kl})
+                self._measured(architecture, event.step, event.kl)
+            case Paused():
+                self.active.pop(architecture, None)
+                kl = self.last_kl.get(architecture)
+                measured = "" if kl is None else f"  held-out KL {kl:.3f}"
+                self.console.say(f"  step {event.step}/{self.steps}  {architecture}{measured}")
+            case Finished():
+                self._finished(architecture, event)
+            case Retried():
+                self._retried(architecture, event)
+                self._keep_trace(architecture, event.trace)
+            case Failed():
+                self.active.pop(architecture, None)
+                self.console.say(f"  [yellow]failed[/]  {architecture}: {escape(event.reason)}")
+                log.tags({"minitron.failure": event.reason})
+                self._keep_trace(architecture, event.trace)
+                log.end("FAILED")
 
-    def _retried(self, key: str, name: str, numbers: dict[str, Any]) -> None:
-        saved = committed_steps(storage.join(self.folder, key, "checkpoints"))
+    def _finished(self, architecture: Architecture, event: Finished) -> None:
+        self.active.pop(architecture, None)
+        self.finished += 1
+        self._advance(architecture, event.step)
+        self._measured(architecture, event.step, event.kl)
+        before = f"{self.first_kl[architecture]:.2f} → " if architecture in self.first_kl else ""
+        self.console.say(f"  {self.finished}/{self.to_end}  {architecture}  held-out KL {before}{event.kl:.3f}")
+
+    def _retried(self, architecture: Architecture, event: Retried) -> None:
+        self.active.pop(architecture, None)
+        saved = committed_steps(checkpoints(self.folder, architecture))
         step = saved[-1] if saved else 0
-        restart = Restart(now(), name, numbers["node"], numbers["retried"], step, numbers["restarts_left"])
+        restart = Restart(now(), str(architecture), event.node, event.reason, step, event.restarts_left)
         self.restarts.append(restart)
-        number = sum(other.what == name for other in self.restarts)
-        record_restart(self.logs[key], number, restart)
+        number = sum(other.what == restart.what for other in self.restarts)
+        record_restart(self.logs[architecture], number, restart)
         self.console.say(f"  [yellow]again[/]   {escape(str(restart))}")
 
-    def _keep_trace(self, key: str, numbers: dict[str, Any]) -> None:
+    def _keep_trace(self, architecture: Architecture, trace: str) -> None:
         """The newest, beside the run's record and in MLflow."""
-        if "trace" in numbers:
-            path = storage.join(self.context.places.local_run(self.context.run_key), f"trial-{key}.txt")
-            storage.write_bytes(path, numbers["trace"].encode())
-            self.logs[key].artifact(path)
+        if trace:
+            name = f"trial-{trial_key(architecture)}.txt"
+            path = storage.join(self.context.places.local_run(self.context.run_key), name)
+            storage.write_bytes(path, trace.encode())
+            self.logs[architecture].artifact(path)
 
-    def _curve(self, log: RunLog, step: int, values: dict[str, float]) -> None:
+    def _log_curve(self, log: RunLog, step: int, values: Mapping[str, float]) -> None:
         """With the tokens so far, against which MLflow draws trials of other batch sizes."""
         log.metrics({**values, "tokens": step * self.step_tokens}, step=step)
 
-    def _moved(self, key: str, numbers: dict[str, Any]) -> None:
-        self.active[key] = numbers
-        if self.before is None and "train_loss" in numbers:
+    def _moved(self, architecture: Architecture, progress: Progress) -> None:
+        self.active[architecture] = progress
+        if self.before is None:
             self.before = time.monotonic(), sum(self.position.values())
             self.console.say(f"  first step after {seconds(self.console.elapsed())}")
-        self.position[key] = max(self.position[key], int(numbers["step"]))
+        self._advance(architecture, progress.step)
 
-    def _measured(self, key: str, step: int, kl: float) -> None:
-        self.last_kl[key] = kl
-        self.best = min(self.best or (-step, kl, key), (-step, kl, key))
+    def _advance(self, architecture: Architecture, step: int) -> None:
+        self.position[architecture] = max(self.position[architecture], step)
+
+    def _measured(self, architecture: Architecture, step: int, kl: float) -> None:
+        self.last_kl[architecture] = kl
+        if self.best is None or (-step, kl) < (-self.best[0], self.best[1]):
+            self.best = step, kl, architecture
 
     def _status(self) -> str:
         if self.scoring and not self.logs:
-            parts = [f"{self.scored}/{len(self.by_key)} candidates scored undistilled"]
+            parts = [f"{self.scored}/{len(self.candidates)} candidates scored undistilled"]
         else:
             parts = [f"{self.finished}/{self.to_end} candidates"]
         if next_rung := self._next_rung():
             parts.append(f"next rung at step {next_rung}/{self.steps}")
         if self.best:
-            step, kl, key = self.best
-            parts.append(f"best so far {_short(self.by_key[key])} KL {kl:.3f} at step {-step}")
-        if speed := sum(numbers.get("tokens_per_second", 0) for numbers in list(self.active.values())):
+            step, kl, architecture = self.best
+            parts.append(f"best so far {architecture.label(self.axes)} KL {kl:.3f} at step {step}")
+        active = list(self.active.items())
+        if speed := sum(progress.metrics.get("tokens_per_second", 0) for _, progress in active):
             parts.append(f"{speed:,.0f} tokens/s")
         if left := self._seconds_left():
             parts.append(f"about {seconds(left)} left")
         shown = [
-            f"{_short(self.by_key[key])} {numbers['step']}/{numbers['steps']}"
-            + (f" loss {numbers['train_loss']:.2f}" if "train_loss" in numbers else "")
-            for key, numbers in list(self.active.items())[:SHOWN]
+            f"{architecture.label(self.axes)} {progress.step}/{self.steps}"
+            + (f" loss {progress.metrics['train_loss']:.2f}" if progress.metrics else "")
+            for architecture, progress in active[:SHOWN]
         ]
         return " · ".join([*parts, *(shown or ([] if self.scored else ["starting workers"]))])
 
     def _next_rung(self) -> int | None:
-        """The next rung of the trial that has come least far."""
-        if not self.active:
+        """Next rung of the least-advanced trial."""
+        active = list(self.active)
+        if not active:
             return None
-        least = min(self.position[key] for key in list(self.active))
+        least = min(self.position[architecture] for architecture in active)
         return next((rung for rung in self.rungs if rung > least), None)
 
     def _seconds_left(self) -> float | None:
@@ -221,7 +272,3 @@ def _steps_done(task: SearchTask, architecture: Architecture) -> int:
         return task.config.steps
     reached = (rung for rung in task.rungs if rung_result(task.folder, architecture, rung) is not None)
     return max(reached, default=0)
-
-
-def _short(architecture: Architecture) -> str:
-    return f"{architecture.num_layers}L·{architecture.hidden_size}"

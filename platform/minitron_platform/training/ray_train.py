@@ -10,7 +10,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from minitron import storage
 from minitron.device import DTYPES, device
-from minitron.distill import DistillConfig, LiveTeacher, Losses, StepReport, distill
+from minitron.distill import DistillConfig, LiveTeacher, Losses, distill
 from minitron.distill.inputs import Materials
 from minitron.distill.sharding import fits_beside
 from minitron.distill.teacher.live import Targets
@@ -57,7 +57,7 @@ class TrainTask:
     key: str
     threads: int
     student: str | None = None
-    channels: Tensor | None = None
+    channels: Tensor | None = field(default=None, repr=False)
     online: bool = False
     teacher: str = "auto"
     tasks_every: int = 0
@@ -234,7 +234,7 @@ def _worker(config: dict[str, Any]) -> MinitronError | None:
                 key=task.key,
                 before_commit=task.check_fences,
                 resumed=resumed,
-                report=lambda step: record(_metrics(step), step.step),
+                report=lambda step: record(step.metrics(), step.step),
                 evaluate=evaluate,
                 evaluate_at=tasks_due,
                 until=task.until,
@@ -273,21 +273,6 @@ def _start(task: TrainTask) -> tuple[nn.Module, Targets | None, Head | None]:
         whole = fits_beside(size, student, shard=task.config.shard)
     teacher = LiveTeacher(model, shard=not whole, device=device())
     return student, teacher, teacher.head
-
-
-def _metrics(step: StepReport) -> dict[str, float]:
-    parts = {"train_kl": step.kl, "train_cross_entropy": step.cross_entropy, "train_intermediate": step.intermediate}
-    return {
-        "train_loss": step.loss,
-        **{name: value for name, value in parts.items() if value is not None},
-        "learning_rate": step.learning_rate,
-        "grad_norm": step.grad_norm,
-        "tokens": step.tokens,
-        "tokens_per_second": step.tokens_per_second,
-        "flop_utilisation": step.utilisation,
-        "skipped_steps": step.skipped,
-        **{f"seconds_{part}": value for part, value in step.seconds.items()},
-    }
 
 
 def _heldout(task: TrainTask, model: nn.Module, head: Head | None) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -15,9 +16,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from minitron import storage
 from minitron.architecture import Architecture
+from minitron_search.events import Event, Report
 from minitron_search.failures import first_cause
 from minitron_search.torch_trainer import TorchTrainer
-from minitron_search.trial import Report, SearchTask, drop_checkpoints, ready, train
+from minitron_search.trial import SearchTask, ready, train
+from minitron_search.trial_store import drop_checkpoints
 
 
 def run_trial_on_workers(
@@ -26,7 +29,7 @@ def run_trial_on_workers(
     report: Report,
     *,
     workers: int,
-    share: dict[str, float],
+    share: Mapping[str, float],
     scratch: str,
     until: int | None = None,
 ) -> None:
@@ -39,16 +42,16 @@ def run_trial_on_workers(
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     # Not `ray.train.report`: that is a barrier that waits for the controller's next poll, about two seconds every step.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    reports = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    teller = threading.Thread(target=_tell, args=(reports, report))
-    teller.start()
+    events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    forwarder = threading.Thread(target=_forward, args=(events, report))
+    forwarder.start()
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"task": task, "architecture": architecture, "reports": reports, "until": until},
+        train_loop_config={"task": task, "architecture": architecture, "events": events, "until": until},
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=share.get("GPU", 0) > 0, resources_per_worker=dict(share)
         ),
-        # The name is new each time: a trial goes on from its own verified checkpoints, not from Ray Train's snapshot.
+        # The name is new each time: a trial resumes from its own verified checkpoints, not from Ray Train's snapshot.
         run_config=RunConfig(name=f"trial-{uuid.uuid4().hex[:8]}", storage_path=storage.join(scratch, "workers")),
     )
     try:
@@ -56,23 +59,22 @@ def run_trial_on_workers(
     except TrainingFailedError as error:
         raise first_cause(getattr(error, "worker_failures", {0: error}))[1] from None
     finally:
-        reports.put(None)
-        teller.join()
-        reports.shutdown(force=True)
+        events.put(None)
+        forwarder.join()
+        events.shutdown(force=True)
     if until is None:
         drop_checkpoints(task.folder, architecture)
 
 
-def _tell(reports: Queue, report: Report) -> None:
-    for numbers in iter(reports.get, None):
-        report(numbers)
+def _forward(events: Queue, report: Report) -> None:
+    for event in iter(events.get, None):
+        report(event)
 
 
 def _worker(config: dict[str, Any]) -> None:
-    first = dist.get_rank() == 0
-    report = config["reports"].put if first else _say_nothing
+    report = config["events"].put if dist.get_rank() == 0 else _ignore
     train(config["task"], config["architecture"], report, until=config["until"])
 
 
-def _say_nothing(numbers: dict[str, float]) -> None:
+def _ignore(event: Event) -> None:
     pass

@@ -1,0 +1,167 @@
+"""What is kept of every trial, in a folder of its own under the search's: measurements, result, checkpoints and weights.
+
+The files are JSON: `undistilled.json`, `rung-STEP.json`, `result.json`. What is there is never computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+from minitron import storage
+from minitron.architecture import Architecture
+from minitron.errors import MinitronError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ForwardScore:
+    """A candidate pruned and untrained: exact held-out KL to the teacher and loss, in nats per token."""
+
+    kl: float
+    loss: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ForwardScore:
+        return cls(kl=values["kl"], loss=values["loss"])
+
+
+@dataclass(frozen=True)
+class RungResult:
+    """A candidate after `step` steps: held-out KL and loss, in nats per token, and the KL of every held-out row."""
+
+    step: int
+    kl: float
+    loss: float
+    per_row_kl: tuple[float, ...] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RungResult:
+        rows = tuple(values["per_row_kl"])
+        return cls(step=values["step"], kl=values["kl"], loss=values["loss"], per_row_kl=rows)
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """A candidate after its whole short distillation: KL and loss on the held-out rows, in nats per token.
+
+    `rung_kl` has the KL by step at the rungs, `tokens` are those of its training, `config` is the `DistillConfig` as a dict,
+    and `seconds` are those of the process that ended it.
+    """
+
+    architecture: Architecture
+    parameters: int
+    kl_undistilled: float
+    loss_undistilled: float
+    rung_kl: dict[int, float]
+    kl: float
+    loss: float
+    top1_agreement: float
+    per_row_kl: tuple[float, ...] = field(repr=False)
+    tokens: int
+    config: dict[str, Any] = field(repr=False)
+    seconds: float
+
+    @property
+    def steps(self) -> int:
+        """Steps of the distillation."""
+        return int(self.config["steps"])
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {name: value for name, value in vars(self).items() if name != "rung_kl"}
+        rungs = [{"step": step, "kl": kl} for step, kl in self.rung_kl.items()]
+        return {**values, "architecture": self.architecture.to_dict(), "rungs": rungs}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrialResult:
+        return cls(
+            architecture=Architecture.from_dict(values["architecture"]),
+            parameters=values["parameters"],
+            kl_undistilled=values["kl_undistilled"],
+            loss_undistilled=values["loss_undistilled"],
+            rung_kl={rung["step"]: rung["kl"] for rung in values["rungs"]},
+            kl=values["kl"],
+            loss=values["loss"],
+            top1_agreement=values["top1_agreement"],
+            per_row_kl=tuple(values["per_row_kl"]),
+            tokens=values["tokens"],
+            config=values["config"],
+            seconds=values["seconds"],
+        )
+
+
+def trial_key(architecture: Architecture) -> str:
+    """The name of a candidate's folder within its search."""
+    return storage.fingerprint(architecture.to_dict())
+
+
+def trial_folder(folder: str, architecture: Architecture) -> str:
+    """Where a candidate's trial is kept under the search's `folder`."""
+    return storage.join(folder, trial_key(architecture))
+
+
+def trial_result(folder: str, architecture: Architecture, rungs: Sequence[int] = ()) -> TrialResult | None:
+    """The result of a finished trial that was measured at all of `rungs`; None where there is none, and where it is to be done
+    again because a rung is missing. Raises MinitronError for a file that is not a trial's."""
+    result = _read(folder, architecture, "result.json", TrialResult.from_dict)
+    return result if result is not None and result.rung_kl.keys() >= set(rungs) else None
+
+
+def write_result(folder: str, result: TrialResult) -> None:
+    storage.write_json(storage.join(trial_folder(folder, result.architecture), "result.json"), result.to_dict())
+
+
+def rung_result(folder: str, architecture: Architecture, step: int) -> RungResult | None:
+    """A candidate's measurement after `step` steps, or None. Raises MinitronError for a file that is not a trial's."""
+    return _read(folder, architecture, _rung_file(step), RungResult.from_dict)
+
+
+def write_rung(folder: str, architecture: Architecture, result: RungResult) -> None:
+    storage.write_json(storage.join(trial_folder(folder, architecture), _rung_file(result.step)), result.to_dict())
+
+
+def forward_score(folder: str, architecture: Architecture) -> ForwardScore | None:
+    """A candidate's measurement before any training, or None. Raises MinitronError for a file that is not a trial's."""
+    return _read(folder, architecture, "undistilled.json", ForwardScore.from_dict)
+
+
+def write_forward_score(folder: str, architecture: Architecture, score: ForwardScore) -> None:
+    storage.write_json(storage.join(trial_folder(folder, architecture), "undistilled.json"), score.to_dict())
+
+
+def checkpoints(folder: str, architecture: Architecture) -> str:
+    """Where a trial keeps what it resumes from."""
+    return storage.join(trial_folder(folder, architecture), "checkpoints")
+
+
+def drop_checkpoints(folder: str, architecture: Architecture) -> None:
+    storage.remove(checkpoints(folder, architecture))
+
+
+def weights(folder: str, architecture: Architecture) -> str:
+    """Where a trial keeps its distilled student, a plain transformers checkpoint without its tokenizer."""
+    return storage.join(trial_folder(folder, architecture), "weights")
+
+
+def _rung_file(step: int) -> str:
+    return f"rung-{step:06d}.json"
+
+
+def _read(folder: str, architecture: Architecture, name: str, parse: Callable[[dict[str, Any]], T]) -> T | None:
+    path = storage.join(trial_folder(folder, architecture), name)
+    if not storage.exists(path):
+        return None
+    try:
+        return parse(storage.read_json(path))
+    except (KeyError, TypeError) as error:
+        raise MinitronError(
+            f"{path}: not a trial's file ({type(error).__name__}: {error})", "delete the file and run again"
+        ) from error

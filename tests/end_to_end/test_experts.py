@@ -1,0 +1,123 @@
+"""A mixture whose candidates differ in their experts alone: plan, report, records and the stored search tell them apart."""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import tiny
+from helpers.command import run_minitron
+from mlflow import MlflowClient
+
+from minitron_platform.stages.search_output import SearchOutput
+from minitron_search.trial_store import trial_result
+
+EXPERTS = {2, 3}
+
+
+@pytest.fixture(scope="module")
+def mixture(bench):
+    """What `plan` and `run` printed, and the storage."""
+    teacher = bench / "mixture"
+    tokenizer = tiny.tokenizer()
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    tiny.model("qwen3_moe", **sizes).save_pretrained(teacher)
+    tokenizer.save_pretrained(teacher)
+    values = yaml.safe_load((bench / "recipe.yaml").read_text())
+    values |= {"name": "mixture", "experiment": "mixture", "evaluate": {"tasks": []}}
+    values["teacher"]["model"] = str(teacher)
+    values["calibrate"] = {"rows": 8}
+    member = {
+        "model": "tiny-mixture",
+        "parameters": 56_000,
+        "tolerance": 0.1,
+        "space": {"num_experts": sorted(EXPERTS)},
+    }
+    values["family"] = [member]
+    values["search"]["training"] |= {"steps": 2, "warmup_steps": 1}
+    values["distill"] |= {"steps": 2, "warmup_steps": 1}
+    (bench / "mixture.yaml").write_text(yaml.safe_dump(values))
+    planned = run_minitron("plan", "mixture.yaml", "--storage", "mixture-runs", cwd=bench)
+    assert planned.returncode == 0, planned.stderr
+    finished = run_minitron("run", "mixture.yaml", "--storage", "mixture-runs", cwd=bench)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return planned.stdout, finished.stdout, bench / "mixture-runs"
+
+
+def _stored(storage):
+    (path,) = storage.glob("stages/search/*/stage.json")
+    outputs = json.loads(path.read_text())["outputs"]
+    return {**outputs, "trials": str(storage / outputs["trials"].removeprefix("storage:"))}
+
+
+def test_the_plan_has_a_column_for_experts(mixture):
+    (header,) = [line for line in mixture[0].splitlines() if "GFLOP/tok" in line]
+    columns = [cell.strip() for cell in header.split("┃")]
+    position = columns.index("experts")
+    lines = mixture[0].partition(header)[2].splitlines()
+    cells = [line.split("│") for line in lines if line.count("│") == header.count("┃")]
+    assert {int(row[position]) for row in cells} == EXPERTS
+
+
+def test_report_and_records_tell_candidates_apart(mixture):
+    _, shown, storage = mixture
+    page = html.unescape(next(storage.glob("runs/*/report.html")).read_text())
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    (experiment,) = client.search_experiments(filter_string="name = 'mixture'")
+    trials = client.search_runs([experiment.experiment_id], "tags.`minitron.kind` = 'trial'")
+    assert {int(trial.data.params["num_experts"]) for trial in trials} == EXPERTS
+    assert len({trial.info.run_name for trial in trials}) == len(EXPERTS)
+    for trial in trials:  # every figure of a step, though no list names it
+        assert {"flop_utilisation", "seconds_data", "grad_norm"} <= trial.data.metrics.keys()
+    for count in EXPERTS:
+        assert f"· {count} experts" in page
+        assert f"· {count} experts" in shown
+    output = SearchOutput.model_validate(_stored(storage))
+    assert {candidate.architecture.label()[-2:] for candidate in output.ranking} == {"2e", "3e"}  # on the report's bars
+
+
+def test_a_search_stored_by_an_earlier_version_is_read(mixture):
+    stored = _stored(mixture[2])
+    output = SearchOutput.model_validate(stored)
+    assert SearchOutput.model_validate(output.model_dump(mode="json")) == output
+    texts = {str(candidate.architecture): candidate for candidate in output.ranking}
+    earlier = {
+        **stored,
+        "ranking": [
+            {**row, "architecture": text, "num_layers": 2, "benchmarks": None, "arc": 0.25, "arc_stderr": None}
+            for text, row in zip(texts, stored["ranking"], strict=True)
+        ],
+        "forward": [
+            {"architecture": text, "num_layers": 2, "kl_undistilled": 1.0, "distilled": True, "parameters": 1}
+            for text in [*texts, str(output.winner).replace(f"{output.winner.num_experts} experts", "4 experts")]
+        ],
+        "failures": {next(iter(texts)): "why"},
+        "benchmarks": ["arc"],
+        "metrics": {"arc": "acc"},
+        "stability": [
+            {**row, "step": None if row["step"] is None else float(row["step"])} for row in stored["stability"]
+        ],
+    }
+    read = SearchOutput.model_validate(earlier)
+    assert [candidate.architecture for candidate in read.ranking] == [c.architecture for c in output.ranking]
+    assert read.ranking[0].score("arc").metric == "acc"
+    assert read.forward[-1].architecture.num_experts == 4
+    assert read.failures[0].architecture == output.ranking[0].architecture
+    assert read.winner == output.winner
+
+
+def test_running_again_finds_the_finished_trials(mixture, bench):
+    storage = mixture[2]
+    before = {path: path.stat().st_mtime_ns for path in storage.glob("trials/*/*/*.json")}
+    (record,) = storage.glob("stages/search/*/stage.json")
+    record.unlink()
+    again = run_minitron("run", "mixture.yaml", "--storage", "mixture-runs", "--until", "search", cwd=bench)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert {path: path.stat().st_mtime_ns for path in storage.glob("trials/*/*/*.json")} == before
+    output = SearchOutput.model_validate(_stored(storage))
+    for candidate in output.ranking:
+        assert trial_result(output.trials, candidate.architecture).kl == candidate.kl
+    assert Path(output.trials).parent == storage / "trials"

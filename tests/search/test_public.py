@@ -1,0 +1,147 @@
+"""The door of the search package: its names, what it refuses, and what crosses Ray Tune's border."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields, make_dataclass
+from typing import get_args
+
+import pytest
+import torch
+from helpers.command import ROOT, environment
+
+import minitron_search
+from minitron import Architecture
+from minitron.distill import DistillConfig, Losses, StepReport
+from minitron.errors import InputError, MinitronError
+from minitron_search import (
+    Halving,
+    Pool,
+    SearchTask,
+    Space,
+    architecture_search,
+    candidates,
+    sample,
+    score_all,
+    search,
+    tuning,
+)
+from minitron_search.events import Event, from_tune, to_tune
+from minitron_search.trial_store import forward_score, rung_result, trial_folder, trial_result
+
+BASE = Architecture(4, 64, 96, 8, 2, 8, 300, True)
+
+
+def test_dir_lists_the_public_names_and_the_function_stays_the_function():
+    assert dir(minitron_search) == sorted(minitron_search.__all__)
+    # of the modules that have it, the second is where the docs had it before
+    assert minitron_search.search is architecture_search.search is tuning.search
+    assert tuning.score_all is score_all
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: candidates({"num_layers": 4}, {}, 0, 1), "base: dict given"),
+        (lambda: candidates(BASE, ["num_layers"], 0, 1), "space: list given"),
+        (lambda: candidates(BASE, {"num_layers": 3}, 0, 1), "space.num_layers: int given"),
+        (lambda: candidates(BASE, {"num_layers": ["3"]}, 0, 1), "space.num_layers.0: str given"),
+        (lambda: candidates(BASE, {}, "0", 1), "low: str given"),
+        (lambda: Space(BASE, {}, 0, None), "high: NoneType given"),
+        (lambda: Space(BASE, {}, 0, 1, limits={"context": 1}), "limits: dict given"),
+        (lambda: sample(len, BASE, 3), "space: Architecture given"),
+        (lambda: Pool(None), "scratch: NoneType given"),
+        (lambda: Pool("x", share={"CPU": "1"}), "share.CPU: str given"),
+        (lambda: Pool("x", workers=0), "workers: 0"),
+        (lambda: Pool("x", max_failures=True), "max_failures: bool given"),
+        (lambda: Halving(keep=0), "keep: 0"),
+        (lambda: Halving(grace="late"), "grace: str given"),
+        (lambda: SearchTask(torch.ones(9999), None, None, None, "x"), "materials: Tensor given"),
+        (lambda: search(BASE, [BASE]), "task: Architecture given"),
+        (lambda: score_all("x", [BASE], Pool("x")), "task: str given"),
+    ],
+)
+def test_a_wrong_argument_is_named(call, named):
+    with pytest.raises(InputError) as raised:
+        call()
+    assert named in raised.value.problem
+    assert len(raised.value.problem) < 100
+    assert raised.value.remedy
+
+
+def test_what_a_search_is_given_is_checked_before_anything_starts(made, tmp_path):
+    materials, origin, found = made
+    task = SearchTask(materials, origin, DistillConfig(steps=2), Losses(), str(tmp_path))
+    for wrong, named in (
+        ({"architectures": BASE}, "architectures: Architecture given"),
+        ({"architectures": [str(BASE)]}, "architectures.0: str given"),
+        ({"architectures": []}, "architectures: there are none"),
+        ({"architectures": found, "forward_keep": "2"}, "forward_keep: str given"),
+        ({"architectures": found, "halving": 0.5}, "halving: float given"),
+        ({"architectures": found, "pool": "tune"}, "pool: str given"),
+    ):
+        with pytest.raises(InputError) as raised:
+            search(task, **wrong)
+        assert named in raised.value.problem
+
+
+def test_every_event_survives_the_way_through_tune():
+    for kind in get_args(Event):
+        values = {"metrics": {"train_loss": 1.5, "brand_new": 2.0}, "reason": "r", "trace": "t", "node": "n"}
+        event = kind(**{field.name: values.get(field.name, 3) for field in fields(kind)})
+        assert from_tune({"pid": 1, "hostname": "h", **to_tune(event)}) == event
+    assert from_tune({"pid": 1, "done": True}) is None
+
+
+def test_a_new_field_of_a_step_report_is_a_metric():
+    values = {field.name: 1.0 for field in fields(StepReport)} | {"kl": None, "seconds": {"forward": 0.5}}
+    metrics = StepReport(**values).metrics()
+    assert metrics.keys() == {
+        "train_loss",
+        "train_cross_entropy",
+        "train_intermediate",
+        "learning_rate",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+        "flop_utilisation",
+        "skipped_steps",
+        "seconds_forward",
+    }
+    newer = make_dataclass("Newer", [("temperature", float, 2.0)], bases=(StepReport,), frozen=True)
+    assert newer(**values).metrics() == metrics | {"temperature": 2.0}
+
+
+def test_a_damaged_file_of_a_trial_is_named(tmp_path):
+    folder = tmp_path / trial_folder("", BASE).strip("/")
+    folder.mkdir()
+    assert trial_result(str(tmp_path), BASE) is None
+    for name in ("result.json", "undistilled.json", "rung-000004.json"):
+        (folder / name).write_text('{"kl": 1}')
+    for read in (trial_result, forward_score, lambda f, a: rung_result(f, a, 4)):
+        with pytest.raises(MinitronError, match=r"\.json: not a trial's file") as raised:
+            read(str(tmp_path), BASE)
+        assert "delete the file" in raised.value.remedy
+
+
+UNKNOWN_RAY = """
+import sys, types, warnings
+import ray.tune
+name = "ray.air.execution._internal.actor_manager"
+sys.modules[name] = types.ModuleType(name)  # as if the class had moved
+import minitron_search.pool
+from minitron_search.ray_patches import patch_oom_as_actor_error
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    patch_oom_as_actor_error()
+print([str(warning.message) for warning in caught])
+"""
+
+
+def test_a_ray_without_the_private_class_is_said_and_imports_all_the_same():
+    result = subprocess.run(
+        [sys.executable, "-c", UNKNOWN_RAY], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert "this version of Ray is not known" in result.stdout
