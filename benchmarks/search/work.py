@@ -11,12 +11,12 @@ from minitron import Architecture, estimate_importance
 from minitron.data import Rows, Split, TextSource, pack
 from minitron.device import compute_dtype, device
 from minitron.distill import DistillConfig, LiveTeacher, Losses, store_hidden
-from minitron.distill.inputs import Materials
+from minitron.distill.inputs import DistillInputs
 from minitron.distill.teacher.live import Targets
 from minitron.importance import LayerScoring
 from minitron.logits import Head
 from minitron.models import load_source, save_model
-from minitron.pruning.source import Origin
+from minitron.pruning.source import PruningSource
 from minitron_search import candidates
 from minitron_search.halving import rung_steps
 from minitron_search.trial import SearchTask
@@ -53,7 +53,7 @@ LONG = Size(48, 8, 400, 16, 16, 1024, 64, 256, (0.125, 0.25, 0.5, 0.75))
 
 
 @dataclass(frozen=True)
-class OnlineMaterials(Materials):
+class OnlineInputs(DistillInputs):
     """The same without a store: every trial loads the teacher and runs it on the rows it trains and is measured on."""
 
     def targets(self, teacher_head: Head) -> Targets:
@@ -64,7 +64,7 @@ class OnlineMaterials(Materials):
 
 
 @lru_cache(maxsize=1)
-def _live(materials: Materials) -> LiveTeacher:
+def _live(materials: DistillInputs) -> LiveTeacher:
     return LiveTeacher(materials.load_teacher())
 
 
@@ -72,14 +72,14 @@ def _live(materials: Materials) -> LiveTeacher:
 class Study:
     """What all searches of the benchmark share; `storing` is how many seconds it took to store the targets."""
 
-    materials: Materials
-    origin: Origin
+    materials: DistillInputs
+    origin: PruningSource
     candidates: list[Architecture]
     storing: float
 
     def task(self, size: Size, folder: Path, *, online: bool = False, threads: int = 1) -> SearchTask:
         """A search whose trials go into `folder`."""
-        materials = OnlineMaterials(**vars(self.materials)) if online else self.materials
+        materials = OnlineInputs(**vars(self.materials)) if online else self.materials
         config = DistillConfig(
             steps=size.steps,
             batch_rows=size.batch_rows,
@@ -112,7 +112,7 @@ def prepare(folder: Path, size: Size, model: str, text: TextSource) -> Study:
     layers = LayerScoring("loss", sizes=removed, rows=4)
     scores = estimate_importance(teacher, rows.take(range(size.calibration_rows)), layers=layers)
     scores.save(Path(places["scores.safetensors"]))
-    materials = Materials(
+    materials = DistillInputs(
         teacher=places["teacher"],
         teacher_id="teacher",
         dtype=str(dtype).removeprefix("torch."),
@@ -126,7 +126,7 @@ def prepare(folder: Path, size: Size, model: str, text: TextSource) -> Study:
         store_hidden(lambda: teacher, Rows.open(materials.rows, split), places[split], key=materials.targets_key(split))
     storing = time.perf_counter() - started
     found = candidates(base, SPACE, PARAMETERS * (1 - TOLERANCE), PARAMETERS * (1 + TOLERANCE))
-    origin = Origin(materials.teacher, places["scores.safetensors"], materials.dtype)
+    origin = PruningSource(materials.teacher, places["scores.safetensors"], materials.dtype)
     return Study(materials, origin, _spread(found, size.candidates), storing)
 
 

@@ -17,11 +17,11 @@ from minitron.distill.teacher.top_k import TopKTeacher
 from minitron.evaluation import HeldoutMetrics, heldout_metrics
 from minitron.logits import Head
 from minitron.models import load_model
-from minitron.pruning.source import Origin
+from minitron.pruning.source import PruningSource
 
 
 @dataclass(frozen=True)
-class Materials:
+class DistillInputs:
     """Addresses of a teacher checkpoint, the packed rows, and what is stored of the teacher on both splits: hidden states, of
     the train rows with `top_k` the likeliest tokens. `teacher_id` names the teacher's weights, `dtype` is what models
     compute in."""
@@ -59,12 +59,12 @@ class Materials:
         """What held-out rows are compared with: their stored hidden states."""
         return StoredTeacher(self.heldout_targets, teacher_head, self.targets_key("heldout"))
 
-    def source(self, origin: Origin) -> tuple[nn.Module, Head]:
+    def source(self, origin: PruningSource) -> tuple[nn.Module, Head]:
         """What `origin` cuts students from, and the teacher's head."""
         source = origin.load()
         return source, Head.of(source if origin.folder == self.teacher else self.load_teacher())
 
-    def student(self, origin: Origin, architecture: Architecture) -> tuple[nn.Module, Head]:
+    def student(self, origin: PruningSource, architecture: Architecture) -> tuple[nn.Module, Head]:
         """A student of `architecture`, cut from `origin`, and the teacher's head."""
         source, head = self.source(origin)
         return origin.prune(source, architecture), head

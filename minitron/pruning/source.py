@@ -32,10 +32,10 @@ class Recalibration:
 
 
 @dataclass(frozen=True)
-class Origin:
+class PruningSource:
     """Addresses of a checkpoint folder and of its importance scores; `dtype` is what models compute in, `depth` and `metric`
     say which layers go (see `minitron.pruning.selection.kept_layers`), `merge_heads` what becomes of query heads that go (see
-    `minitron.pruning.head_merging`). With `again` the scores are not read: pruning goes in steps and scores the model
+    `minitron.pruning.head_merging`). With `recalibration` the scores are not read: pruning goes in steps and scores the model
     before each."""
 
     folder: str
@@ -44,15 +44,15 @@ class Origin:
     depth: str = "contiguous"
     metric: str | None = None
     merge_heads: int = 0
-    again: Recalibration | None = None
+    recalibration: Recalibration | None = None
 
     def load(self) -> nn.Module:
         return load_model(storage.fetch(self.folder), DTYPES[self.dtype]).to(device())
 
     def prune(self, model: nn.Module, architecture: Architecture) -> nn.Module:
         """The student of `architecture`, cut out of `model`, which `load` gave."""
-        if self.again:
-            return self._prune_in_steps(model, architecture, self.again)
+        if self.recalibration:
+            return self._prune_in_steps(model, architecture, self.recalibration)
         base, scores = Architecture.from_config(model.config), self._scores()
         kept = self._layers(scores, base, architecture)
         return prune(model, architecture, scores, layers=kept, merge_heads=self.merge_heads)
@@ -60,22 +60,22 @@ class Origin:
     def channels(self, base: Architecture, architecture: Architecture) -> Tensor | None:
         """Embedding channels of the checkpoint, of architecture `base`, that the student keeps, int64 [hidden], ascending;
         None where steps of pruning have not kept count."""
-        if self.again:
+        if self.recalibration:
             return None
         scores = self._scores()
         return select(scores, base, architecture, layers=self._layers(scores, base, architecture)).hidden
 
-    def _prune_in_steps(self, model: nn.Module, architecture: Architecture, again: Recalibration) -> nn.Module:
-        rows = Rows.open(again.rows, "train")
+    def _prune_in_steps(self, model: nn.Module, architecture: Architecture, recalibration: Recalibration) -> nn.Module:
+        rows = Rows.open(recalibration.rows, "train")
         return prune_in_steps(
             model,
             architecture,
-            rows.take(rows_for_step(len(rows), min(again.num_rows, len(rows)), 0, seed=0)),
-            steps=again.steps,
-            layers=LayerScoring(metric=again.layer_metric, rows=again.layer_rows),
-            batch_aggregation=again.batch_aggregation,
-            sequence_aggregation=again.sequence_aggregation,
-            neurons=again.neurons,
+            rows.take(rows_for_step(len(rows), min(recalibration.num_rows, len(rows)), 0, seed=0)),
+            steps=recalibration.steps,
+            layers=LayerScoring(metric=recalibration.layer_metric, rows=recalibration.layer_rows),
+            batch_aggregation=recalibration.batch_aggregation,
+            sequence_aggregation=recalibration.sequence_aggregation,
+            neurons=recalibration.neurons,
             merge_heads=self.merge_heads,
         )
 

@@ -18,10 +18,10 @@ from minitron import storage
 from minitron.architecture import Architecture
 from minitron.distill import DistillConfig, Losses, distill
 from minitron.distill.checkpoints import committed_steps
-from minitron.distill.inputs import Materials
+from minitron.distill.inputs import DistillInputs
 from minitron.logits import Head
 from minitron.models import quiet_transformers
-from minitron.pruning.source import Origin
+from minitron.pruning.source import PruningSource
 from minitron_search.arguments import check_type
 from minitron_search.events import Finished, Paused, Progress, Report, RungReached, Scored, Started, Undistilled
 from minitron_search.trial_store import (
@@ -53,8 +53,8 @@ class SearchTask:
     `minitron_search.trial_store.weights`). Raises InputError for a field of the wrong type.
     """
 
-    materials: Materials
-    origin: Origin
+    materials: DistillInputs
+    origin: PruningSource
     config: DistillConfig
     losses: Losses
     folder: str
@@ -64,8 +64,8 @@ class SearchTask:
     keep_weights: bool = False
 
     def __post_init__(self) -> None:
-        check_type("materials", self.materials, Materials)
-        check_type("origin", self.origin, Origin)
+        check_type("materials", self.materials, DistillInputs)
+        check_type("origin", self.origin, PruningSource)
         check_type("config", self.config, DistillConfig)
         check_type("losses", self.losses, Losses)
         check_type("folder", self.folder, str)
@@ -188,7 +188,7 @@ def _save_weights(student: nn.Module, target: str) -> None:
 
 
 @lru_cache(maxsize=1)
-def _source(materials: Materials, origin: Origin) -> tuple[nn.Module, Head]:
+def _source(materials: DistillInputs, origin: PruningSource) -> tuple[nn.Module, Head]:
     """Kept in a worker from one candidate to the next."""
     return materials.source(origin)
 

@@ -112,7 +112,7 @@ def test_a_bos_token_that_is_not_there_is_refused_before_anything_starts(bench, 
 
 def test_the_choice_reaches_the_benchmarks_of_calibration_search_and_training(begun, data, bench, monkeypatch):
     import minitron.evaluation
-    from minitron.distill.inputs import Materials
+    from minitron.distill.inputs import DistillInputs
     from minitron.models import load_model
     from minitron_platform.recipes.build import benchmarks, distill_config, lm_eval_tasks
     from minitron_platform.training.ray_train import TrainTask, task_metrics
@@ -143,7 +143,7 @@ def test_the_choice_reaches_the_benchmarks_of_calibration_search_and_training(be
     told.clear()
     folder = context.shared["teacher"]["folder"]
     training = TrainTask(
-        materials=Materials(folder, "", "float32", "", "", ""),
+        materials=DistillInputs(folder, "", "float32", "", "", ""),
         config=distill_config(recipe.distill),
         losses=None,
         checkpoints="",

@@ -10,9 +10,9 @@ from helpers import tiny
 from minitron import Architecture, estimate_importance
 from minitron.data import Rows, TextSource, pack
 from minitron.distill import DistillConfig, Losses, store_hidden
-from minitron.distill.inputs import Materials
+from minitron.distill.inputs import DistillInputs
 from minitron.models import load_model, load_tokenizer
-from minitron.pruning.source import Origin
+from minitron.pruning.source import PruningSource
 from minitron_search import candidates
 from minitron_search.trial import SearchTask
 
@@ -25,7 +25,7 @@ def make_inputs(folder):
     teacher = tiny.checkpoint(folder / "teacher")
     source = TextSource("jsonl", path=str(tiny.corpus(folder / "text.jsonl")))
     rows = pack(source, load_tokenizer(teacher), str(folder / "rows"), seq_length=32, train_rows=64, heldout_rows=12)
-    materials = Materials(
+    materials = DistillInputs(
         teacher=str(teacher),
         teacher_id="t",
         dtype="float32",
@@ -42,7 +42,7 @@ def make_inputs(folder):
             key=materials.targets_key(split),
         )
     estimate_importance(model, rows.take(range(8))).save(folder / "scores.safetensors")
-    origin = Origin(folder=str(teacher), scores=str(folder / "scores.safetensors"), dtype="float32")
+    origin = PruningSource(folder=str(teacher), scores=str(folder / "scores.safetensors"), dtype="float32")
     base = Architecture.from_config(model.config)
     found = candidates(base, {"hidden_size": [24, 36], "intermediate_size": [24, 48, 96]}, 0, base.num_parameters)
     return materials, origin, found

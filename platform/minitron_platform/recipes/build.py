@@ -17,7 +17,7 @@ from minitron.distill.losses import mapped_layers
 from minitron.errors import prefixed
 from minitron.evaluation import Task
 from minitron.importance import LayerScoring
-from minitron.pruning.source import Origin, Recalibration
+from minitron.pruning.source import PruningSource, Recalibration
 from minitron_platform.recipes import schema
 from minitron_search.halving import Halving
 from minitron_search.limits import Limits
@@ -65,17 +65,17 @@ def layer_metric(calibrate: schema.Calibrate) -> str:
     return f"task:{calibrate.task.name}" if calibrate.task else calibrate.layers
 
 
-def pruning_source(calibrate: schema.Calibrate, *, folder: str, scores: str, dtype: str, rows: str) -> Origin:
+def pruning_source(calibrate: schema.Calibrate, *, folder: str, scores: str, dtype: str, rows: str) -> PruningSource:
     """The checkpoint `folder` to prune by its importance `scores`; `rows` is the folder of packed rows on which it is scored
     anew where pruning goes in steps."""
-    return Origin(
+    return PruningSource(
         folder=folder,
         scores=scores,
         dtype=dtype,
         depth=calibrate.depth,
         metric=layer_metric(calibrate),
         merge_heads=calibrate.merge_heads,
-        again=recalibration(calibrate, rows) if calibrate.steps > 1 else None,
+        recalibration=recalibration(calibrate, rows) if calibrate.steps > 1 else None,
     )
 
 

@@ -12,7 +12,7 @@ from minitron import storage
 from minitron.data import Rows
 from minitron.device import DTYPES, device
 from minitron.distill import Losses
-from minitron.distill.inputs import Materials
+from minitron.distill.inputs import DistillInputs
 from minitron.evaluation import HeldoutMetrics, heldout_metrics
 from minitron.models import load_model
 from minitron_platform.recipes.build import distill_config
@@ -125,7 +125,7 @@ def _train(context: Context, folder: str, asked: Correct, training: Training, na
     view = training_view(context, "correct", folder, until or training.steps)
     context.console.status(view.text)
     task = TrainTask(
-        materials=Materials(
+        materials=DistillInputs(
             teacher=teacher["folder"],
             teacher_id=teacher["id"],
             dtype=teacher["dtype"],

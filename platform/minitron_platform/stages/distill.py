@@ -9,7 +9,7 @@ from minitron import storage
 from minitron.architecture import Architecture
 from minitron.distill import Losses
 from minitron.models import load_tokenizer, save_model
-from minitron.pruning.source import Origin
+from minitron.pruning.source import PruningSource
 from minitron_platform.recipes.build import distill_config, distillation_losses, lm_eval_tasks
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.targets import materials, origin
@@ -97,7 +97,7 @@ def run(context: Context, folder: str) -> dict[str, Any]:
     }
 
 
-def _save_pruned(cut: Origin, architecture: Architecture, teacher: str, target: str) -> None:
+def _save_pruned(cut: PruningSource, architecture: Architecture, teacher: str, target: str) -> None:
     model = cut.prune(cut.load(), architecture)
     with storage.committed_folder(target) as place:
         save_model(model, load_tokenizer(storage.fetch(teacher)), place)

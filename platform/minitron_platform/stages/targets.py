@@ -14,9 +14,9 @@ from minitron import storage
 from minitron.data import rows_of_steps
 from minitron.device import DTYPES
 from minitron.distill import TopKTeacher, store_hidden, store_top_k
-from minitron.distill.inputs import Materials
+from minitron.distill.inputs import DistillInputs
 from minitron.distill.teacher.stored import stored_bytes
-from minitron.pruning.source import Origin
+from minitron.pruning.source import PruningSource
 from minitron_platform.recipes.build import pruning_source
 from minitron_platform.stages.context import Context
 
@@ -93,11 +93,11 @@ def record(context: Context, outputs: dict[str, Any]) -> None:
         context.log("targets").metrics(lost, step=0)
 
 
-def materials(context: Context, targets: dict[str, Any] | None = None) -> Materials:
+def materials(context: Context, targets: dict[str, Any] | None = None) -> DistillInputs:
     """What distillations of this run read."""
     done = context.done
     stored = targets or done["targets"]
-    return Materials(
+    return DistillInputs(
         teacher=done["correct"]["folder"],
         teacher_id=done["correct"]["id"],
         dtype=done["teacher"]["dtype"],
@@ -108,7 +108,7 @@ def materials(context: Context, targets: dict[str, Any] | None = None) -> Materi
     )
 
 
-def origin(context: Context) -> Origin:
+def origin(context: Context) -> PruningSource:
     """What the family's current model is cut from."""
     return pruning_source(
         context.recipe.calibrate,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from minitron import storage
 from minitron.device import DTYPES, device
 from minitron.distill import DistillConfig, LiveTeacher, Losses, distill
-from minitron.distill.inputs import Materials
+from minitron.distill.inputs import DistillInputs
 from minitron.distill.sharding import fits_beside
 from minitron.distill.teacher.live import Targets
 from minitron.distill.trainable import trainable
@@ -48,7 +48,7 @@ class TrainTask:
     requests begin as `add_bos` says. Nothing is committed once one of `fences` was passed by another driver.
     """
 
-    materials: Materials
+    materials: DistillInputs
     config: DistillConfig
     losses: Losses
     checkpoints: str

@@ -36,7 +36,7 @@ from minitron.data import Rows, rows_for_step
 from minitron.data.rows import _permutation
 from minitron.distill import LiveTeacher, Losses, distill, read_curve
 from minitron.distill.checkpoints import Checkpoints, committed_steps
-from minitron.distill.inputs import Materials
+from minitron.distill.inputs import DistillInputs
 from minitron.distill.state import TrainingState
 from minitron.evaluation import Task
 from minitron_platform.training.ray_train import TrainTask, task_metrics
@@ -70,7 +70,7 @@ def ask_questions(folder):
 
 def scores(folder, model):
     """A student's scores on them, as a recipe asks for it."""
-    materials = Materials(str(folder / "teacher"), "t", "float32", str(folder / "rows"), "", "")
+    materials = DistillInputs(str(folder / "teacher"), "t", "float32", str(folder / "rows"), "", "")
     task = TrainTask(
         materials, STEPS, Losses(), "", "", "", "k", 1, tasks=(Task("arc_easy", data=str(folder / "arc.jsonl")),)
     )

@@ -11,7 +11,7 @@ from helpers.distilling import CONFIG
 from minitron import storage
 from minitron.data import Rows, rows_of_steps
 from minitron.distill import LiveTeacher, Losses, TopKTeacher, store_top_k
-from minitron.distill.inputs import Materials
+from minitron.distill.inputs import DistillInputs
 from minitron.distill.teacher.stored import stored_bytes
 from minitron.errors import InputError, StorageError
 from minitron.models import load_model
@@ -110,12 +110,14 @@ def test_what_can_work_together_is_planned(planned):
 
 def test_a_worker_begins_with_the_teacher_it_was_told(material, tmp_path):
     def start(top_k=0, **options):
-        reads = Materials(str(material / "teacher"), "t", "float32", str(material / "rows"), str(tmp_path), "", top_k)
+        reads = DistillInputs(
+            str(material / "teacher"), "t", "float32", str(material / "rows"), str(tmp_path), "", top_k
+        )
         task = TrainTask(reads, CONFIG, Losses(top_k=top_k), "", "", "", "k", 1, student=reads.teacher, **options)
         return _start(task)
 
     rows = Rows.open(str(material / "rows"), "train")
-    reads = Materials(str(material / "teacher"), "t", "float32", str(material / "rows"), str(tmp_path), "", 5)
+    reads = DistillInputs(str(material / "teacher"), "t", "float32", str(material / "rows"), str(tmp_path), "", 5)
     store_top_k(lambda: load_model(reads.teacher), rows, str(tmp_path), 5, key=reads.targets_key("train"))
     student, targets, head = start(top_k=5)
     assert isinstance(targets, TopKTeacher)
@@ -139,7 +141,7 @@ def test_the_rows_of_the_first_steps():
 
 def test_the_held_out_rows_are_hidden_states_in_any_case(material, tmp_path):
     exact, best = (
-        Materials(str(material / "teacher"), "t", "float32", str(material / "rows"), "", str(tmp_path), k)
+        DistillInputs(str(material / "teacher"), "t", "float32", str(material / "rows"), "", str(tmp_path), k)
         for k in (0, 5)
     )
     assert exact.targets_key("heldout") == best.targets_key("heldout")
