@@ -1,7 +1,7 @@
-"""The errors a user sees.
+"""Errors that a user can fix.
 
-Anything a user can mend raises `MinitronError`: one sentence that names the file or key and its value, and one that says
-what to do. The command line prints both and exits with 2; everything else is a bug and keeps its stack trace.
+Each raises `MinitronError` with one sentence that names the file or key and its value, and one that says what to do. The
+command line prints both and exits with 2; any other exception is a bug and keeps its stack trace.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 
 class MinitronError(Exception):
-    """A problem in what the user gave: `problem` names the place and the value, `remedy` says what to do."""
+    """A problem in the user's input: `problem` names the file or key and the value, `remedy` says what to do."""
 
     def __init__(self, problem: str, remedy: str = "") -> None:
         super().__init__(problem)
@@ -22,12 +22,12 @@ class MinitronError(Exception):
         return f"{self.problem}\n  remedy: {self.remedy}" if self.remedy else self.problem
 
     def __reduce__(self) -> tuple[type[MinitronError], tuple[str, str]]:
-        # Ray carries errors between processes; both parts must survive the trip.
+        # Ray pickles errors to send them between processes; both parts must survive.
         return type(self), (self.problem, self.remedy)
 
 
 def one_line(error: BaseException, longest: int = 400) -> str:
-    """What went wrong, in a line for a table: a problem with its remedy, or the kind of error and its message."""
+    """An error as one line for a table: problem and remedy, or type and message; each cut to `longest` characters."""
     if isinstance(error, MinitronError):
         parts = [error.problem, error.remedy]
     else:
@@ -36,11 +36,15 @@ def one_line(error: BaseException, longest: int = 400) -> str:
 
 
 class InputError(MinitronError):
-    """A recipe key, file, model or dataset that cannot be used as given."""
+    """An argument, file, model or dataset that cannot be used as given."""
 
 
 class StorageError(MinitronError):
-    """A path that cannot be read, written or trusted: missing, no permission, no room, wrong checksum."""
+    """A path that cannot be read, written or trusted: missing, no permission, disk full, wrong checksum."""
+
+
+class NotWritableError(StorageError):
+    """A disk that is full, or a folder that this user may not write to: another location helps."""
 
 
 class NonFiniteError(MinitronError):

@@ -60,13 +60,9 @@ def check_source(source: str) -> None:
     elif _looks_like_path(source):
         path = storage.local_path(source)
         if not path.exists():
-            raise InputError(
-                f"teacher.model: {source} does not exist", "give a model folder, a .gguf file or a hub name"
-            )
+            raise InputError(f"{source} does not exist", "give a model folder, a .gguf file or a hub name")
         if path.is_dir() and not (path / "config.json").exists():
-            raise InputError(
-                f"teacher.model: {source} has no config.json", "give the folder of a transformers checkpoint"
-            )
+            raise InputError(f"{source} has no config.json", "give the folder of a transformers checkpoint")
 
 
 def _looks_like_path(source: str) -> bool:
@@ -98,7 +94,7 @@ def _hub_commit(name: str, revision: str | None) -> str:
         return str(HfApi().model_info(name, revision=revision, timeout=30).sha)
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise InputError(
-            f"teacher.model: no model {name!r}, revision {revision!r}, on the hub that you may read",
+            f"no model {name!r} with revision {revision!r} on the hub, or you have no access to it",
             "check the name, or give a folder or a .gguf file; for a private or gated model run `hf auth login`",
         ) from error
     except (HTTPError, OSError) as error:
@@ -106,7 +102,7 @@ def _hub_commit(name: str, revision: str | None) -> str:
         if isinstance(cached, str):
             return Path(cached).parent.name
         raise InputError(
-            f"teacher.model: {name!r} is no local folder or file, and the hub cannot be reached",
+            f"{name!r} is not a local folder or file, and the hub cannot be reached",
             "check the path or the name, or connect to the network",
         ) from error
 
@@ -169,7 +165,7 @@ def _readable(source: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"teacher.model: {source!r} cannot be read as a transformers model ({reason})",
+            f"{source!r} cannot be read as a transformers model ({reason})",
             "give a complete checkpoint folder, a .gguf file, or a hub name that this machine can reach",
         ) from error
 

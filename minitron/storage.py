@@ -26,7 +26,7 @@ from fsspec.core import url_to_fs
 from safetensors import SafetensorError
 
 from minitron.cache import cache_folder
-from minitron.errors import MinitronError, StorageError, one_line
+from minitron.errors import MinitronError, NotWritableError, StorageError, one_line
 from minitron.names import check_name, inside
 
 log = logging.getLogger(__name__)
@@ -228,28 +228,28 @@ def disk_errors(path: str) -> Iterator[None]:
     except SafetensorError as error:
         if "os error" not in str(error):
             raise
-        raise StorageError(f"{path}: {error}", "free some space, or choose another place with --storage") from error
+        raise NotWritableError(f"{path}: {error}", "free some space, or choose another folder") from error
     except OSError as error:
         if error.errno in FULL:
             free = free_bytes(path)
-            raise StorageError(
-                f"{path}: no room left on the disk ({free / 1e9:.2f} GB free)",
-                "free some space, or choose another place with --storage",
+            raise NotWritableError(
+                f"{path}: the disk is full ({free / 1e9:.2f} GB free)",
+                "free some space, or choose another folder",
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-            raise StorageError(
-                f"{path}: cannot write there ({error.strerror})",
-                "choose a place you may write to with --storage, or change its permissions",
+            raise NotWritableError(
+                f"{path}: cannot be written ({error.strerror})",
+                "change its permissions, or choose another folder",
             ) from error
         raise
 
 
 def free_bytes(path: str) -> int:
     """Free bytes on the disk that holds the nearest existing parent of a local path."""
-    place = local_path(path)
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    return shutil.disk_usage(place).free
+    folder = local_path(path)
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 @contextmanager

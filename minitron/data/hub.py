@@ -1,4 +1,4 @@
-"""Rows of a dataset on the Hugging Face hub, streamed; `path` may also be a local folder laid out like one."""
+"""Rows of a dataset on the Hugging Face hub, streamed; `path` may also be a local folder in the layout of a hub dataset."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from minitron.storage import fingerprint
 
 
 def commit(path: str, revision: str | None) -> str:
-    """The commit that `revision` (by default the newest) of a dataset stands for; one request, nothing downloaded.
+    """The commit that `revision` (default: the newest) of a dataset resolves to; one request, nothing is downloaded.
 
-    For a local folder: the hash of its files' names, sizes and modification times, symbolic links followed.
+    For a local folder: a hash of its files' names, sizes and modification times, symbolic links followed.
 
-    Raises InputError when there is no such dataset or revision, StorageError when the hub cannot be reached or a link leads
-    nowhere.
+    Raises InputError if there is no such dataset or revision, StorageError if the hub cannot be reached or a link is dangling.
     """
     if Path(path).is_dir():
         files = sorted(Path(file) for file in files_below(path))
@@ -31,31 +30,29 @@ def commit(path: str, revision: str | None) -> str:
         return str(HfApi().dataset_info(path, revision=revision, timeout=30).sha)
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise InputError(
-            f"data.path: no dataset {path!r} on the hub that you may read",
+            f"path: no dataset {path!r} on the hub, or you have no access to it",
             "check the name; for a private or gated dataset run `hf auth login`",
         ) from error
     except RevisionNotFoundError as error:
-        raise InputError(
-            f"data.revision: {path} has no revision {revision!r}", "use a branch, tag or commit"
-        ) from error
+        raise InputError(f"revision: {path} has no revision {revision!r}", "use a branch, tag or commit") from error
     except (HTTPError, OSError) as error:
         raise _unreachable(path, error) from error
 
 
 def rows(path: str, name: str | None, split: str, revision: str | None) -> Iterator[dict[str, Any]]:
-    """The rows of one split in the dataset's order, without downloading it first.
+    """Stream the rows of one split in the dataset's order, without downloading it first.
 
     Raises InputError for an unknown dataset, configuration or split, StorageError when the hub cannot be reached.
     """
     import datasets
 
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # loading is nobody else's business
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # no telemetry
     try:
         yield from datasets.load_dataset(path, name, split=split, revision=revision, streaming=True)
     except (datasets.exceptions.DatasetsError, ValueError) as error:
         raise InputError(
             f"hub dataset {path!r}, name {name!r}, split {split!r}, revision {revision!r}: {error}",
-            "check data.path, data.name, data.split and data.revision",
+            "check path, name, split and revision",
         ) from error
     except OSError as error:
         raise _unreachable(path, error) from error
@@ -64,5 +61,5 @@ def rows(path: str, name: str | None, split: str, revision: str | None) -> Itera
 def _unreachable(path: str, error: Exception) -> StorageError:
     return StorageError(
         f"hub dataset {path!r}: cannot be reached ({type(error).__name__}: {error})",
-        "check the network and HF_ENDPOINT, or copy the dataset here and use kind: parquet or jsonl with its path",
+        "check the network and HF_ENDPOINT, or copy the dataset to this machine and use kind: parquet or jsonl",
     )

@@ -1,4 +1,4 @@
-"""Text to rows, once: tokenise, split by document, join, cut into fixed-length rows, write shards and an index."""
+"""Packing: tokenise a corpus once, split it by document, concatenate, cut into fixed-length rows, write shards and an index."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from minitron.arguments import check_type
 from minitron.data.documents import TextSource, documents, source_identity
 from minitron.data.rows import FORMAT, INDEX, Rows, Split, shard_name
 from minitron.data.special_tokens import DocumentTokens, document_tokens
@@ -21,22 +22,22 @@ from minitron.storage import committed_folder, fingerprint, is_committed, join, 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH_CHARACTERS = 2**18  # per tokenizer call: well under a second, so that progress is never silent
-LONGEST_PIECE = 2**20  # characters of one document tokenised at a time
+BATCH_CHARACTERS = 2**18  # per tokenizer call: well under a second, so that progress is reported regularly
+LONGEST_PIECE = 2**20  # longest part of a document that is tokenised in one call, characters
 SHARD_ROWS = 8192
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of everything that turns text into ids: normaliser, vocabulary, merges, added tokens.
+    """A hash of everything that decides how text becomes ids: normaliser, vocabulary, merges, added tokens.
 
-    A tokenizer that is not backed by the `tokenizers` library is known by its class, vocabulary and special tokens.
+    For a tokenizer without the `tokenizers` library behind it: class, vocabulary and special tokens.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         name, vocabulary = type(tokenizer).__name__, tokenizer.get_vocab()
         return fingerprint([name, vocabulary, {key: str(value) for key, value in tokenizer.special_tokens_map.items()}])
     state = json.loads(backend.to_str())
-    # Calls change these two, and packing uses neither.
+    # Calls to the tokenizer change these two, and packing uses neither.
     return fingerprint({key: value for key, value in state.items() if key not in ("truncation", "padding")})
 
 
@@ -55,26 +56,27 @@ def pack(
 ) -> Rows:
     """Tokenise a source once into `target` (any fsspec path) and return its training rows.
 
-    seq_length: tokens per row. train_rows, heldout_rows: how many rows each split gets; reading stops when both have
-    theirs. The end-of-text token follows every document, and rows run on over documents. Special tokens written out in
-    the text become those tokens.
+    seq_length: tokens per row. train_rows, heldout_rows: number of rows in each split; reading stops when both are
+    complete. The end-of-text token follows every document, and a row may contain several documents. Special tokens that
+    are spelled out in the text become those tokens.
 
-    add_bos: whether a beginning-of-sequence token (BOS) stands before every document; None: as the tokenizer does it by
-    itself (`minitron.data.special_tokens`). Where it does, a row that starts inside a document begins with BOS too, and the
-    document goes on after it: the model has never seen a context that starts otherwise. BOS inside a row is predicted like
-    any token; after the end-of-text token it is certain, and adds next to nothing to the loss. That at a row's start is
-    never a target.
+    add_bos: whether every document starts with a beginning-of-sequence token (BOS); None: if the tokenizer adds it by
+    itself (`minitron.data.special_tokens`). With BOS, a row that starts inside a document also begins with BOS and the
+    document continues after it, because the model has never seen a context that starts otherwise. BOS inside a row is
+    predicted like any token; after the end-of-text token it is certain and adds almost nothing to the loss. BOS at the
+    start of a row is never a target.
 
-    A document is held out when the hash of its text falls in heldout_fraction, so a text is never on both sides,
-    whatever its name and order. None stands for heldout_rows / (train_rows + heldout_rows): both splits fill at about
-    the same time. A larger fraction than that leaves training text unread, a smaller one held-out text; the index
+    heldout_fraction: a document is held out if the hash of its text falls in this fraction, so that the same text is never
+    in both splits, whatever its name and order. None: heldout_rows / (train_rows + heldout_rows), with which both splits
+    fill at about the same time. A larger fraction leaves training text unread, a smaller one held-out text. The index
     records it.
 
-    progress: called with (tokens in rows, tokens wanted), at least every second or so.
+    progress: called about once a second with (tokens written, tokens in total).
 
-    A target that already holds the same request's rows is opened as it is. Raises InputError when the source ends first
-    (with how many rows there were), and StorageError when `target` holds other rows.
+    A target that already contains the rows of the same request is opened as it is. Raises InputError if the source ends too
+    early (with the number of rows it gave), and StorageError if `target` contains other rows.
     """
+    check_type("source", source, TextSource)
     around = document_tokens(tokenizer, add_bos)
     request = _request(source, tokenizer, around, seq_length, train_rows, heldout_rows, heldout_fraction, shard_rows)
     if not is_committed(target):
@@ -83,7 +85,10 @@ def pack(
             write_json(str(folder / INDEX), index)
     # Also after writing: another process may have published its rows first.
     if read_json(join(target, INDEX)).get("request") != request:
-        raise StorageError(f"{target}: holds rows of another request", "delete it or choose another folder")
+        raise StorageError(
+            f"{target}: contains rows packed from another source or with other settings",
+            "delete it or choose another folder",
+        )
     return Rows.open(target, "train")
 
 
@@ -97,7 +102,7 @@ def _request(
     heldout_fraction: float | None,
     shard_rows: int,
 ) -> dict[str, Any]:
-    """What decides the rows, checked; as JSON gives it back."""
+    """Everything that determines the rows, checked, as JSON values."""
     for name, value, least in (
         ("seq_length", seq_length, 2 + len(around.begin)),
         ("train_rows", train_rows, 1),
@@ -111,7 +116,7 @@ def _request(
         raise InputError(f"heldout_fraction is {fraction}", "use a number above 0 and below 1, such as 0.05")
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer {tokenizer.name_or_path!r} has no end-of-text token", "set its eos_token")
-    # What is as it was before there was a choice is not named: rows packed then are the same request's.
+    # Defaults of formats without these two keys are left out, so that rows packed then match the same request.
     begin = {"begin": list(around.begin)} if around.begin else {}
     end = {"end": list(around.end)} if len(around.end) > 1 else {}
     return {
@@ -142,18 +147,20 @@ def _write(
         split: _Writer(folder, split, rows, around, length, shard_rows, dtype)
         for split, rows in request["rows"].items()
     }
-    total = sum(writer.wanted for writer in writers.values())
+    total = sum(writer.capacity for writer in writers.values())
     batch: list[_Piece] = []
-    characters, reported = 0, 0.0
+    characters = 0
+    reported = 0.0
     for document in texts:
-        writer = writers[_side(document.text, request["heldout_fraction"])]
+        writer = writers[_split_of(document.text, request["heldout_fraction"])]
         if not writer.full:
             for piece, first, last in _pieces(document.text):
                 batch.append(_Piece(writer, piece, first, last))
                 characters += len(piece)
                 if characters >= BATCH_CHARACTERS:
                     _tokenise(batch, tokenizer)
-                    batch, characters = [], 0
+                    batch = []
+                    characters = 0
         if progress and time.monotonic() - reported > 1:
             progress(sum(writer.done for writer in writers.values()), total)
             reported = time.monotonic()
@@ -162,7 +169,7 @@ def _write(
     _tokenise(batch, tokenizer)
     for writer in writers.values():
         writer.close()
-    _enough(writers)
+    _check_full(writers)
     if progress:
         progress(total, total)
     return {
@@ -176,15 +183,15 @@ def _write(
     }
 
 
-def _side(text: str, heldout_fraction: float) -> Split:
-    # The text and not its name: the same text under two names must not be on both sides.
+def _split_of(text: str, heldout_fraction: float) -> Split:
+    # Hash the text, not its name: the same text under two names must not be in both splits.
     number = int.from_bytes(hashlib.sha256(text.strip().encode()).digest()[:8], "big")
     return "heldout" if number < heldout_fraction * 2**64 else "train"
 
 
 def _pieces(text: str) -> Iterator[tuple[str, bool, bool]]:
-    """(piece, whether it is the first, whether it is the last): a text of more than a million characters is cut after the ends
-    of lines, so that memory stays bounded and reading can stop inside it."""
+    """(piece, whether it is the first, whether it is the last). A text of more than a million characters is cut at line
+    ends, so that memory stays bounded and reading can stop inside it."""
     start = 0
     while len(text) - start > LONGEST_PIECE:
         end = text.rfind("\n", start, start + LONGEST_PIECE) + 1 or start + LONGEST_PIECE
@@ -193,23 +200,23 @@ def _pieces(text: str) -> Iterator[tuple[str, bool, bool]]:
     yield text[start:], start == 0, True
 
 
-def _enough(writers: dict[Split, _Writer]) -> None:
+def _check_full(writers: dict[Split, _Writer]) -> None:
     if all(writer.full for writer in writers.values()):
         return
-    had = " and ".join(f"{writer.rows_done} of {writer.rows} {split} rows" for split, writer in writers.items())
-    used = " and ".join(f"{writer.documents} {split} documents" for split, writer in writers.items())
-    short = [split for split, writer in writers.items() if not writer.full]
+    rows = " and ".join(f"{writer.rows_done} of {writer.rows} {split} rows" for split, writer in writers.items())
+    documents = " and ".join(f"{writer.documents} {split} documents" for split, writer in writers.items())
+    incomplete = [split for split, writer in writers.items() if not writer.full]
     if any(writer.documents == 0 for writer in writers.values() if writer.rows):
         remedy = (
-            "a document is never split between the two: give more and shorter documents (one per line in a jsonl file)"
+            "a document belongs to one split as a whole: give more and shorter documents (one per line in a jsonl file)"
         )
-    elif short == ["heldout"]:
-        remedy = "raise heldout_fraction, ask for fewer held-out rows, or give more text"
-    elif short == ["train"]:
-        remedy = "ask for fewer rows, shorten seq_length, lower heldout_fraction, or give more text"
+    elif incomplete == ["heldout"]:
+        remedy = "raise heldout_fraction, lower heldout_rows, or give more text"
+    elif incomplete == ["train"]:
+        remedy = "lower train_rows, seq_length or heldout_fraction, or give more text"
     else:
-        remedy = "ask for fewer rows, shorten seq_length, or give more text"
-    raise InputError(f"the source ends after {had} (from {used})", remedy)
+        remedy = "lower train_rows, heldout_rows or seq_length, or give more text"
+    raise InputError(f"the source ends after {rows} (from {documents})", remedy)
 
 
 @dataclass
@@ -232,14 +239,14 @@ def _tokenise(batch: list[_Piece], tokenizer: PreTrainedTokenizerBase) -> None:
         truncation=False,
         return_attention_mask=False,
         return_token_type_ids=False,
-        verbose=False,  # a document longer than the model's context is no mistake here
+        verbose=False,  # do not warn of documents longer than the model's context
     )
     for piece, ids in zip(batch, encoded["input_ids"], strict=True):
         piece.writer.add(ids, len(piece.text), first=piece.first, last=piece.last)
 
 
 class _Writer:
-    """One split on its way to disk: whole rows go out as they fill, what is left waits."""
+    """Writes one split to shards: full rows are written, an incomplete row is buffered."""
 
     def __init__(
         self,
@@ -251,49 +258,55 @@ class _Writer:
         shard_rows: int,
         dtype: np.dtype,
     ) -> None:
-        self.folder, self.split, self.rows = folder, split, rows
-        self.wanted = rows * seq_length  # tokens
+        self.folder = folder
+        self.split = split
+        self.rows = rows
+        self.capacity = rows * seq_length  # tokens
         self.done = 0  # tokens written
         self.documents = 0
         self.characters = 0
-        self._seq_length, self._shard_tokens, self._dtype = seq_length, shard_rows * seq_length, dtype
-        self._around, self._begin = around, np.asarray(around.begin, dtype)
-        self._left = np.empty(0, dtype)  # the row that is being filled
+        self._seq_length = seq_length
+        self._shard_tokens = shard_rows * seq_length
+        self._dtype = dtype
+        self._around = around
+        self._begin = np.asarray(around.begin, dtype)
+        self._incomplete = np.empty(0, dtype)  # the row that is being filled
         self._sha = hashlib.sha256()
         self._file: Any = None
 
     @property
     def full(self) -> bool:
-        return self.done == self.wanted
+        return self.done == self.capacity
 
     @property
     def rows_done(self) -> int:
         return self.done // self._seq_length
 
     def add(self, ids: list[int], characters: int, *, first: bool, last: bool) -> None:
-        """The next tokens of a document's text: its first, its last, or both."""
+        """Add the next tokens of a document. first, last: whether they are the document's first or last ones."""
         if self.full:
             return
         self.characters += characters
         self.documents += last
-        if first or not len(self._left):
+        if first or not len(self._incomplete):
             ids = self._around.opened(ids) if first else [*self._begin, *ids]
         if last:
             ids = [*ids, *self._around.end]
-        tokens = np.concatenate([self._left, np.asarray(ids, dtype=self._dtype)])
-        row, rest = tokens[: self._seq_length], tokens[self._seq_length :]
+        tokens = np.concatenate([self._incomplete, np.asarray(ids, dtype=self._dtype)])
+        row = tokens[: self._seq_length]
+        rest = tokens[self._seq_length :]
         if len(row) < self._seq_length:
-            self._left = row
+            self._incomplete = row
             return
         # the rows after the first start inside the document
-        own = self._seq_length - len(self._begin)
-        whole = len(rest) // own
-        more = np.hstack([np.tile(self._begin, (whole, 1)), rest[: whole * own].reshape(whole, own)])
-        self._put(np.concatenate([row, more.ravel()])[: self.wanted - self.done])
-        left = rest[whole * own :]
-        self._left = np.concatenate([self._begin, left]) if len(left) else left
+        text_tokens = self._seq_length - len(self._begin)
+        full = len(rest) // text_tokens
+        more = np.hstack([np.tile(self._begin, (full, 1)), rest[: full * text_tokens].reshape(full, text_tokens)])
+        self._write(np.concatenate([row, more.ravel()])[: self.capacity - self.done])
+        remainder = rest[full * text_tokens :]
+        self._incomplete = np.concatenate([self._begin, remainder]) if len(remainder) else remainder
 
-    def _put(self, tokens: np.ndarray) -> None:
+    def _write(self, tokens: np.ndarray) -> None:
         while len(tokens):
             number, used = divmod(self.done, self._shard_tokens)
             if used == 0:

@@ -1,7 +1,7 @@
-"""Fixed-length rows of token ids, read from memory-mapped shards, and which of them each training step takes.
+"""Fixed-length rows of token ids, read from memory-mapped shards, and the choice of rows for each training step.
 
-A row's number names it everywhere. The rows of step `n` are a pure function of the seed and `n`: resuming needs no
-state but the step, at any number of processes.
+Rows are addressed by number. The rows of step `n` are a pure function of the seed and `n`: resuming needs no state but the
+step, with any number of processes.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ FORMAT = 1
 
 
 def shard_name(split: str, number: int) -> str:
-    """The file of a shard inside its folder, for example train-00000.bin."""
+    """The file name of a shard, for example train-00000.bin."""
     return f"{split}-{number:05d}.bin"
 
 
 class Rows:
-    """One split of a folder that `minitron.data.packing.pack` wrote. Make it with `Rows.open`.
+    """One split of a folder that `minitron.data.pack` wrote; create it with `Rows.open`.
 
-    It may be pickled: the other process opens the same folder again.
+    seq_length: tokens per row. vocab_size: one more than the largest token id of the tokenizer. fingerprint: a hash of the
+    split's content. Pickling stores the folder and the split; unpickling opens the folder again.
     """
 
     def __init__(self, folder: str, local: str, split: Split, index: dict[str, Any]) -> None:
@@ -46,21 +47,21 @@ class Rows:
 
     @classmethod
     def open(cls, folder: str, split: Split, *, verify: bool = False) -> Rows:
-        """Open the rows of one split; a remote folder is copied here first and checked.
+        """Open one split ("train" or "heldout"); a remote folder is first copied to this machine and checked.
 
-        folder: what `pack` wrote, at any fsspec path. Every shard's size is checked; with `verify` its SHA-256
-        too, which reads the whole folder. Raises StorageError naming the shard that is missing, short or altered, and
-        InputError for a folder or split that is not there.
+        folder: written by `pack`, at any fsspec path. Every shard's size is checked; with `verify` its SHA-256 too, which
+        reads the whole folder. Raises StorageError naming a shard that is missing, truncated or altered, and InputError
+        for a folder or split that does not exist.
         """
         if not is_committed(folder):
-            raise InputError(f"{folder}: no packed rows there", "pack a corpus into it first")
+            raise InputError(f"{folder}: contains no packed rows", "pack a corpus into it first")
         local = str(fetch(folder))
         storage.verify(local, hashes=verify)
         index = read_json(join(local, INDEX))
         if index.get("format") != FORMAT:
             raise InputError(f"{folder}: rows of format {index.get('format')!r}, not {FORMAT}", "pack the corpus again")
         if split not in index["splits"]:
-            raise InputError(f"split {split!r}", f"use one of {', '.join(index['splits'])}")
+            raise InputError(f"split: {split!r} does not exist", f"use one of {', '.join(index['splits'])}")
         if not index["splits"][split]["rows"]:
             raise InputError(f"{folder}: packed without {split} rows", f"pack the corpus again with some {split} rows")
         return cls(folder, local, split, index)
@@ -69,25 +70,25 @@ class Rows:
         return self._rows
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A memory map would be pickled as a copy of its whole content.
+        # Pickling a memory map copies its whole content.
         return Rows.open, (self.folder, self.split)
 
     def take(self, indices: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """The rows with these numbers, in this order: int64 [len(indices), seq_length].
+        """The rows with these numbers, in this order: int64 [len(indices), seq_length] on the CPU.
 
         Raises IndexError for a number outside [0, len(rows)).
         """
-        given = indices.cpu() if isinstance(indices, torch.Tensor) else indices
-        numbers = np.asarray(given, dtype=np.int64).reshape(-1)
+        values = indices.cpu() if isinstance(indices, torch.Tensor) else indices
+        numbers = np.asarray(values, dtype=np.int64).reshape(-1)
         if numbers.size and (numbers.min() < 0 or numbers.max() >= len(self)):
             bad = numbers[(numbers < 0) | (numbers >= len(self))][0]
             raise IndexError(f"row {bad} of {self.folder} ({self.split}), which has rows 0 to {len(self) - 1}")
-        taken = np.empty((numbers.size, self.seq_length), dtype=np.int64)
+        rows = np.empty((numbers.size, self.seq_length), dtype=np.int64)
         shards, offsets = np.divmod(numbers, self.index["shard_rows"])
         for shard in np.unique(shards):
-            here = shards == shard
-            taken[here] = self._shard(int(shard))[offsets[here]]
-        return torch.from_numpy(taken)
+            mask = shards == shard
+            rows[mask] = self._shard(int(shard))[offsets[mask]]
+        return torch.from_numpy(rows)
 
     def _shard(self, number: int) -> np.ndarray:
         if number not in self._maps:
@@ -101,11 +102,12 @@ class Rows:
 
 
 def rows_for_step(num_rows: int, batch_rows: int, step: int, seed: int) -> list[int]:
-    """The numbers of the rows that global step `step` (from 0) trains, batch_rows of them.
+    """The numbers of the `batch_rows` rows of global step `step`, counted from 0.
 
-    Epoch e is the permutation of range(num_rows) given by (seed, e), and the epochs follow each other without a gap: a
-    batch may end in the next epoch, so every batch is whole, and no row is dropped or repeated within an epoch. The
-    same answer in every process, on every machine and with every numpy: `RandomState`'s stream is frozen (NEP 19).
+    Epoch e is the permutation of range(num_rows) given by (seed, e). Epochs follow each other without a gap: a batch may
+    extend into the next epoch, so every batch is complete and no row is dropped or repeated within an epoch. The result is
+    the same in every process, on every machine and with every numpy version: `RandomState`'s stream is frozen (NEP 19).
+    Raises InputError for numbers out of range.
     """
     if num_rows < 1 or batch_rows < 1 or step < 0 or seed < 0:
         raise InputError(
@@ -120,9 +122,8 @@ def rows_for_step(num_rows: int, batch_rows: int, step: int, seed: int) -> list[
 
 
 def rows_of_steps(num_rows: int, batch_rows: int, steps: int, seed: int) -> list[int]:
-    """The numbers of the rows that the first `steps` steps train, each once and ascending."""
-    found = {row for step in range(steps) for row in rows_for_step(num_rows, batch_rows, step, seed)}
-    return sorted(found)
+    """The numbers of all rows used in the first `steps` steps, each once, ascending."""
+    return sorted({row for step in range(steps) for row in rows_for_step(num_rows, batch_rows, step, seed)})
 
 
 @lru_cache(maxsize=4)

@@ -1,7 +1,7 @@
-"""What begins and ends a document: the special tokens that the model's own tokenizer puts around a text.
+"""The special tokens that a model's tokenizer puts before and after a document.
 
-Families that are trained with a beginning-of-sequence token (BOS) in front are broken without it: the first position
-takes the attention that has nowhere to go, and a model that has never seen another token there predicts badly after it.
+Models trained with a beginning-of-sequence token (BOS) fail without it: the first position is an attention sink, and a model
+that has never seen another token there predicts badly after it.
 """
 
 from __future__ import annotations
@@ -10,26 +10,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from minitron.arguments import check_tokenizer
 from minitron.errors import InputError
 
-_TEXTS = ("a", "0", ".")  # short ones that any vocabulary knows at least one of
+_TEXTS = ("a", "0", ".")  # every vocabulary contains at least one of these
 
 
 @dataclass(frozen=True)
 class DocumentTokens:
-    """Token ids around a document's text."""
+    """Token ids before and after a document's text."""
 
     begin: tuple[int, ...]
-    """Before the text, and at the start of every context that begins inside a document: BOS; () where none is used."""
+    """Before the text, and at the start of every context that begins inside a document: BOS, or () if it is not used."""
     end: tuple[int, ...]
-    """After the text; the last is the end-of-text token. () where the tokenizer has none."""
+    """After the text; the last one is the end-of-text token. () if the tokenizer has none."""
     bos: int | None
-    """The BOS token that the tokenizer knows, whether it is used or not."""
+    """The tokenizer's BOS token, used or not; None if it has none."""
 
     def chosen(self, add_bos: bool | None) -> DocumentTokens:
-        """With `add_bos` true BOS in front where there is nothing, with false nothing in front, with None as it is.
+        """These tokens with BOS in front (`add_bos` true), with nothing in front (false), or unchanged (None).
 
-        Raises InputError where `add_bos` is true and there is no BOS token.
+        Raises InputError if `add_bos` is true and there is no BOS token.
         """
         if not add_bos:
             return self if add_bos is None else replace(self, begin=())
@@ -37,13 +38,13 @@ class DocumentTokens:
             return self
         if self.bos is None:
             raise InputError(
-                "add_bos: true, and the tokenizer has no beginning-of-sequence token",
+                "add_bos: true, but the tokenizer has no beginning-of-sequence token",
                 "leave it at auto, or give the tokenizer a bos_token",
             )
         return replace(self, begin=(self.bos,))
 
     def opened(self, ids: Sequence[int]) -> list[int]:
-        """The ids of a text with `begin` in front of them, once: a text that spells it out gets no second."""
+        """The ids of a text with `begin` in front, unless the text already starts with it."""
         return [*ids] if self.begins(ids) else [*self.begin, *ids]
 
     def begins(self, ids: Sequence[int]) -> bool:
@@ -52,11 +53,13 @@ class DocumentTokens:
 
 
 def document_tokens(tokenizer: Any, add_bos: bool | None = None) -> DocumentTokens:
-    """What `tokenizer`, one of transformers', puts around a text when it is called with add_special_tokens=True.
+    """The tokens that a transformers `tokenizer` puts around a text when called with add_special_tokens=True.
 
-    It is found by encoding a text with special tokens and without. An end-of-text token is added where the tokenizer ends no
-    text with it. `add_bos` overrides the beginning, as in `DocumentTokens.chosen`.
+    They are determined by encoding a text with and without special tokens. The end-of-text token is added if the tokenizer
+    does not add it. `add_bos` overrides the beginning, as in `DocumentTokens.chosen`.
+    Raises InputError for an object that is not a tokenizer, or one that encodes the text itself differently.
     """
+    check_tokenizer("tokenizer", tokenizer)
     before, after = _around(tokenizer)
     eos = tokenizer.eos_token_id
     end = after if eos is None or after[-1:] == (eos,) else (*after, eos)
@@ -64,7 +67,7 @@ def document_tokens(tokenizer: Any, add_bos: bool | None = None) -> DocumentToke
 
 
 def _around(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids that `tokenizer` adds before a text and after it."""
+    """The ids that `tokenizer` adds before and after a text."""
     options = {"padding": False, "truncation": False}
     for text in _TEXTS:
         plain = tokenizer.encode(text, add_special_tokens=False, **options)
@@ -73,6 +76,6 @@ def _around(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
             if plain and whole[start : start + len(plain)] == plain:
                 return tuple(whole[:start]), tuple(whole[start + len(plain) :])
     raise InputError(
-        f"the tokenizer {tokenizer.name_or_path!r} encodes a text otherwise with special tokens than without",
+        f"the tokenizer {tokenizer.name_or_path!r} encodes a text differently with special tokens than without",
         "use the tokenizer that belongs to the model",
     )

@@ -1,4 +1,4 @@
-"""Evaluation in the middle of something else."""
+"""Evaluation during a training run, without side effects on it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode, and each back in the mode it had on leaving."""
+    """Put every module in evaluation mode inside the context, and restore each module's mode on exit."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -24,7 +24,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: torch.nn.Module) -> Iterator[None]:
-    """`evaluating`, and the random states of Python, numpy and torch are put back on leaving."""
+    """`evaluating`, and restore the random states of Python, numpy and torch on exit."""
     python, numbers = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(), evaluating(model):

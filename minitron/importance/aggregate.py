@@ -1,4 +1,4 @@
-"""Aggregation of activations over sequence and batch (arXiv 2407.14679 section 2.2): mean of |x|, L2, or variance."""
+"""Aggregation of activations over sequence and batch (arXiv 2407.14679 section 2.2): mean of |x|, L2 norm, or variance."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitron.importance.distributed import add_up
+from minitron.importance.distributed import sum_over_processes
 
 AGGREGATIONS = ("mean", "l2", "var")
 
 
 def over_sequence(values: Tensor, how: str) -> Tensor:
-    """[rows, seq_length, units] -> float32 [rows, units]."""
+    """Aggregate [rows, seq_length, units] over the sequence: float32 [rows, units]."""
     values = values.float()
     if how == "mean":
         return values.abs().mean(dim=1)
@@ -23,9 +23,9 @@ def over_sequence(values: Tensor, how: str) -> Tensor:
 
 
 class OverBatch:
-    """Streaming aggregate over rows, of many places at once: [*shape], the last dimension the units of one place.
+    """Streaming aggregate over rows, for many modules at once: [*shape], whose last dimension is the units of one module.
 
-    In float64, so that neither the order of batches nor the number of processes matters.
+    Sums are float64, so that neither the order of batches nor the number of processes matters.
     """
 
     def __init__(self, how: str, shape: tuple[int, ...], device: torch.device) -> None:
@@ -33,15 +33,16 @@ class OverBatch:
         self.total = torch.zeros(shape, dtype=torch.float64, device=device)
         self.squares = torch.zeros_like(self.total)
 
-    def add(self, place: Any, rows: Tensor) -> None:
-        """rows float32 [n, units], of the place at index `place`; a place that is left out for a row counts as zero."""
+    def add(self, index: Any, rows: Tensor) -> None:
+        """Add rows, float32 [n, units], of the module at `index` of the leading dimensions; rows not added count as zero."""
         rows = rows.double()
-        self.total[place] += (rows.abs() if self.how == "mean" else rows).sum(dim=0)
-        self.squares[place] += rows.square().sum(dim=0)
+        self.total[index] += (rows.abs() if self.how == "mean" else rows).sum(dim=0)
+        self.squares[index] += rows.square().sum(dim=0)
 
     def result(self, count: int) -> Tensor:
-        """float32 [*shape] on the CPU, over the `count` rows of all processes."""
-        total, squares = add_up(self.total), add_up(self.squares)
+        """The aggregate over the `count` rows of all processes, float32 [*shape] on the CPU."""
+        total = sum_over_processes(self.total)
+        squares = sum_over_processes(self.squares)
         if self.how == "mean":
             value = total / count
         elif self.how == "l2":

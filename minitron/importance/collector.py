@@ -1,4 +1,4 @@
-"""Forward hooks that gather the importance of heads, neurons, channels and experts from one pass over rows."""
+"""Forward hooks that measure the importance of heads, neurons, channels and experts in one pass over rows."""
 
 from __future__ import annotations
 
@@ -16,15 +16,22 @@ from minitron.models import final_hidden, layers_of
 
 
 class Collector:
-    """Hooks on one model, and this process's sums. `batch` and `sequence` are aggregations; `pre_activation` scores neurons
-    before the MLP's activation. Call `remove` when done."""
+    """Registers hooks on one model and keeps this process's sums.
+
+    batch, sequence: names of the aggregations over rows and over tokens. pre_activation: score neurons before the MLP's
+    activation function. Call `remove` to take the hooks off again.
+    """
 
     def __init__(self, model: nn.Module, batch: str, sequence: str, *, pre_activation: bool) -> None:
         architecture = Architecture.from_config(model.config)
-        layers, table = layers_of(model), architecture.table
+        layers = layers_of(model)
+        table = architecture.table
         device = next(model.parameters()).device
-        count, width = len(layers), architecture.intermediate_size
-        self.model, self.sequence, self.pre_activation = model, sequence, pre_activation
+        count = len(layers)
+        width = architecture.intermediate_size
+        self.model = model
+        self.sequence = sequence
+        self.pre_activation = pre_activation
         self.head_shape = (architecture.num_heads, architecture.head_dim)
         experts = architecture.num_experts
         self.heads = OverBatch(batch, (count, architecture.num_heads), device)
@@ -33,7 +40,7 @@ class Collector:
         self.experts = OverBatch(batch, (count, experts), device) if experts else None
         self.cosines = torch.zeros(count + 1, count + 1, dtype=torch.float64, device=device)
         self.stream: list[Tensor] = []  # residual stream before each layer, and after the last
-        self.shape = torch.Size()  # of the batch at hand
+        self.shape = torch.Size()  # of the current batch
         self.handles: list[Any] = []
         for index, layer in enumerate(layers):
             self._on_input(layer.get_submodule(table.head_input), self._heads(index))
@@ -43,14 +50,14 @@ class Collector:
             else:
                 module = layer.get_submodule(table.activation if pre_activation else table.mlp_input)
                 self._on_input(module, self._units(self.neurons, index))
-            for place, name in enumerate(table.norms, start=index * len(table.norms)):
-                self._on_output(layer.get_submodule(name), self._units(self.channels, place))
+            for norm, name in enumerate(table.norms, start=index * len(table.norms)):
+                self._on_output(layer.get_submodule(name), self._units(self.channels, norm))
         final = model.get_submodule(table.final_norm)
         self._on_input(final, self.stream.append)
         self._on_output(final, self._units(self.channels, -1))
 
     def forward(self, batch: Tensor) -> None:
-        """Take in rows, int64 [n, seq_length], on the model's device."""
+        """Run the model on rows, int64 [n, seq_length], on the model's device, and add what the hooks measure."""
         self.stream.clear()
         self.shape = batch.shape
         final_hidden(self.model, batch)
@@ -58,7 +65,7 @@ class Collector:
         self.stream.clear()
 
     def remove(self) -> None:
-        """Take the hooks off the model."""
+        """Remove the hooks from the model."""
         for handle in self.handles:
             handle.remove()
 
@@ -77,8 +84,8 @@ class Collector:
 
         self.handles.append(module.register_forward_pre_hook(hook))
 
-    def _units(self, scores: OverBatch, place: int) -> Callable[[Tensor], None]:
-        return lambda values: scores.add(place, over_sequence(values, self.sequence))
+    def _units(self, scores: OverBatch, index: int) -> Callable[[Tensor], None]:
+        return lambda values: scores.add(index, over_sequence(values, self.sequence))
 
     def _heads(self, layer: int) -> Callable[[Tensor], None]:
         def collect(values: Tensor) -> None:
@@ -88,7 +95,7 @@ class Collector:
         return collect
 
     def _routed(self, layer: int, experts: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
-        """Tokens that don't reach an expert count as zero, in its own score and in those of its neurons."""
+        """Add the scores of one layer's experts. Tokens not routed to an expert count as zero for it and its neurons."""
         assert self.experts is not None
         norms = hidden.new_zeros((len(hidden), self.experts.total.shape[-1]), dtype=torch.float32)
         for expert, tokens, neurons, norm in routed(

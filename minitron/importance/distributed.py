@@ -1,6 +1,6 @@
-"""Calibration by several processes: each reads its share of the rows, and their sums are added up.
+"""Calibration with several processes: each reads its share of the rows, and the sums are all-reduced.
 
-Without an initialised torch.distributed group there is one process, and nothing is communicated.
+Without an initialised torch.distributed group there is one process and no communication.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ Items = TypeVar("Items", Tensor, range)
 
 
 def own_share(items: Items) -> Items:
-    """Every world-size-th item, from this process's rank on; may be empty."""
-    if not _several():
+    """Every world-size-th item, starting at this process's rank; may be empty."""
+    if not _is_distributed():
         return items
     return items[dist.get_rank() :: dist.get_world_size()]
 
 
 def own_batches(rows: Tensor, batch_rows: int) -> Iterator[Tensor]:
-    """This process's share of `rows`, `batch_rows` at a time; nothing where it has none."""
+    """This process's share of `rows`, `batch_rows` at a time; may be empty."""
     own = own_share(rows)
     for start in range(0, len(own), batch_rows):
         yield own[start : start + batch_rows]
 
 
-def add_up(values: Tensor) -> Tensor:
-    """The sum of every process's `values`, in place, the same bits on each. All processes must call it."""
-    if _several():
+def sum_over_processes(values: Tensor) -> Tensor:
+    """All-reduce `values` in place; the result is bit-identical in every process. All processes must call it."""
+    if _is_distributed():
         dist.all_reduce(values)
     return values
 
 
-def _several() -> bool:
+def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()

@@ -1,4 +1,4 @@
-"""Importance of every unit from one forward-only pass over calibration rows (arXiv 2407.14679 section 2.2)."""
+"""Importance of every prunable unit from one forward-only pass over calibration rows (arXiv 2407.14679 section 2.2)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minitron.arguments import check_model, check_rows, check_type
 from minitron.errors import InputError
 from minitron.evaluation.mode import evaluating
 from minitron.importance.aggregate import AGGREGATIONS
 from minitron.importance.collector import Collector
-from minitron.importance.distributed import add_up, own_batches, own_share
+from minitron.importance.distributed import own_batches, own_share, sum_over_processes
 from minitron.importance.layers import LayerScoring, score_layers
 from minitron.importance.scores import ImportanceScores
 from minitron.models import layers_of
@@ -36,37 +37,42 @@ def estimate_importance(
 ) -> ImportanceScores:
     """Score heads, neurons, embedding channels, experts and layers.
 
-    model: a transformers causal language model of a supported family. rows: int64 [num_rows, seq_length], packed tokens.
-    Heads are scored at the output projection's input by their L2 norm over head_dim, neurons after the activation (`neurons`
-    "post") or before it ("pre", the paper's F_neuron), channels after every norm (summed over the norms), experts by the L2
-    norm of their output times its router weight, layers by the cosine of the residual stream before and after. Tokens that
-    don't reach an expert count as zero for it and its neurons. `layers` measures more about layers; its metric "task" needs
-    `tokenizer`, and its requests begin as `add_bos` says (see `minitron.evaluation.evaluate`).
+    model: a transformers causal language model of a supported family. rows: packed tokens, int64 [num_rows, seq_length].
+    batch_aggregation, sequence_aggregation: "mean", "l2" or "var" over rows and over tokens. neurons: score neurons after
+    the activation function ("post") or before it ("pre", the paper's F_neuron).
+
+    Heads are scored by the L2 norm over head_dim of the output projection's input, channels by the outputs of all norms
+    (summed over the norms), experts by the L2 norm of their output times its router weight, layers by the cosine of the
+    residual stream before and after. Tokens not routed to an expert count as zero for it and its neurons. `layers` adds
+    further measurements of layers; its metric "task" needs `tokenizer`, and `add_bos` decides whether its requests start
+    with BOS (see `minitron.evaluation.evaluate`).
 
     Memory beside the model, with L layers of hidden size d: the residual stream of one batch at every depth, (L + 1) x tokens
-    x d values of the model's dtype, a few times the widest activation of a batch in float32, and 512 tokens' logits in
-    float32 a few times. A batch is `batch_rows` rows; by default about 4,096 tokens, at least one row.
+    x d values in the model's dtype, a few times the widest activation of a batch in float32, and the float32 logits of 512
+    tokens a few times. batch_rows: rows per batch; by default about 4,096 tokens, at least one row.
 
-    Where torch.distributed is initialised every process takes its share of the same `rows`, and all return the same scores.
-    `progress(done, total)` counts passes of this process's rows, and scorings of a task.
-    Raises InputError for an unknown aggregation, family or metric, and for no rows.
+    If torch.distributed is initialised, every process takes its share of the same `rows`, and all return the same scores.
+    `progress(done, total)` counts rows of this process over all passes, and evaluations of a task.
+    Raises InputError for an unknown aggregation, family or metric, for something else than a model, and for empty rows.
     """
+    check_model("model", model)
+    check_rows("rows", rows)
     for key, how in (("batch_aggregation", batch_aggregation), ("sequence_aggregation", sequence_aggregation)):
         if how not in AGGREGATIONS:
             raise InputError(f"{key}: {how!r} is not an aggregation", f"use one of {', '.join(AGGREGATIONS)}")
     if neurons not in ("post", "pre"):
-        raise InputError(f"neurons: {neurons!r} is not a place", 'use "post" or "pre", after or before the activation')
-    if rows.ndim != 2 or not rows.numel():
         raise InputError(
-            f"rows: shape {list(rows.shape)}", "give token ids as int64 [num_rows, seq_length], one row or more"
+            f"neurons: {neurons!r} is not supported", 'use "post" or "pre", after or before the activation function'
         )
     scorings = [layers] if isinstance(layers, LayerScoring) else list(layers)
+    for scoring in scorings:
+        check_type("layers", scoring, LayerScoring)
     num_layers = len(layers_of(model))
     for scoring in scorings:
         scoring.check(num_layers)
         if scoring.task and tokenizer is None:
             raise InputError(
-                f"tokenizer: none, and layers are scored on {scoring.task.name}", "give the model's tokenizer"
+                f"tokenizer: missing, but layers are scored on {scoring.task.name}", "give the model's tokenizer"
             )
     batch_rows = batch_rows or max(1, BATCH_TOKENS // rows.shape[1])
     total = len(own_share(rows)) + sum(scoring.passes(num_layers, len(rows)) for scoring in scorings)
@@ -100,7 +106,7 @@ def estimate_importance(
         heads=collector.heads.result(len(rows)),
         neurons=collector.neurons.result(len(rows)),
         channels=collector.channels.result(len(rows)).sum(dim=0),
-        similarity=(add_up(collector.cosines) / rows.numel()).float().cpu(),
+        similarity=(sum_over_processes(collector.cosines) / rows.numel()).float().cpu(),
         experts=collector.experts.result(len(rows)) if collector.experts else None,
         removal={metric: blocks for metric, blocks in removal.items() if blocks},
         orders=orders,

@@ -1,7 +1,6 @@
-"""What happens to calibration rows without each contiguous block of layers (arXiv 2408.11796 section 3).
+"""Metrics on calibration rows without each contiguous block of layers (arXiv 2408.11796 section 3).
 
-The hidden states before every layer are kept from one forward pass, so that removing a block costs only the layers
-behind it.
+The hidden states before every layer are kept from one forward pass, so that removing a block costs only the layers after it.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from minitron.families import family_of
-from minitron.importance.distributed import add_up, own_batches
+from minitron.importance.distributed import own_batches, sum_over_processes
 from minitron.importance.similarity import cosine_sums
 from minitron.logits import CHUNK_TOKENS, Head, cache_slices, tokens_per_chunk
 from minitron.models import final_hidden, layers_of
@@ -32,11 +31,11 @@ def removal_scores(
     batch_rows: int,
     advance: Callable[[int], None],
 ) -> dict[int, Tensor]:
-    """{size: float64 [kept - size + 1]}: the metric without the layers that are not in `kept` and, further, the block of
-    `size` of the kept ones from each start on.
+    """{size: float64 [kept - size + 1]}: the metric of the model that has only the layers in `kept`, without each contiguous
+    block of `size` of them.
 
-    rows int64 [num_rows, seq_length], those of all processes; `metric` as in `LayerScoring`. Memory: the residual stream of
-    one batch at every depth, and a chunk of logits, twice. `advance` is told rows, once for every position.
+    rows: int64 [num_rows, seq_length], the same in every process. metric: as in `LayerScoring`. Memory: the residual stream
+    of one batch at every depth, and a chunk of logits, twice. `advance` is called with rows, once for every position.
     """
     layers = layers_of(model)
     norm = model.get_submodule(family_of(model.config.model_type).final_norm)  # type: ignore[union-attr,arg-type]
@@ -44,12 +43,13 @@ def removal_scores(
     device = head.weight.device
     totals = {size: torch.zeros(len(kept) - size + 1, dtype=torch.float64, device=device) for size in sizes}
     scale = torch.zeros((), dtype=torch.float64, device=device)
-    untouched = next((place for place, index in enumerate(kept) if place != index), len(kept))
+    # the layers before the first gap run on the same inputs as in the whole model
+    unchanged = next((position for position, index in enumerate(kept) if position != index), len(kept))
     for batch in own_batches(rows, batch_rows):
         batch = batch.to(device)
         stream, arguments, whole = _record(model, layers, norm, batch)
-        stream = stream[: untouched + 1]
-        for index in kept[untouched:]:
+        stream = stream[: unchanged + 1]
+        for index in kept[unchanged:]:
             stream.append(layers[index](stream[-1], **arguments[index]))
         if metric == "cosine":
             scale += batch.numel()
@@ -70,14 +70,14 @@ def removal_scores(
                 hidden = norm(hidden)
                 values[start] += _loss_sum(head, hidden, batch) if metric == "loss" else _error_sum(head, hidden, whole)
                 advance(len(batch))
-    add_up(scale)
-    return {size: add_up(values) / scale for size, values in totals.items()}
+    sum_over_processes(scale)
+    return {size: sum_over_processes(values) / scale for size, values in totals.items()}
 
 
 def _record(
     model: nn.Module, layers: nn.ModuleList, norm: nn.Module, batch: Tensor
 ) -> tuple[list[Tensor], list[dict[str, Any]], Tensor]:
-    """The residual stream before every layer and after the last, every layer's keyword arguments, the final hidden states."""
+    """(residual stream before every layer and after the last, keyword arguments of every layer, final hidden states)."""
     stream: list[Tensor] = []
     arguments: list[dict[str, Any]] = []
 
@@ -95,7 +95,7 @@ def _record(
 
 
 def _loss_sum(head: Head, hidden: Tensor, batch: Tensor) -> Tensor:
-    """Next-token cross-entropy summed over [rows, seq_length] tokens, float64."""
+    """Next-token cross-entropy summed over the tokens of [rows, seq_length], a float64 scalar."""
     targets = batch[:, 1:].flatten().split(tokens_per_chunk(head.weight, CHUNK_TOKENS))
     losses = []
     for logits, target in zip(head.chunks(hidden[:, :-1].flatten(0, 1)), targets, strict=True):
@@ -105,6 +105,6 @@ def _loss_sum(head: Head, hidden: Tensor, batch: Tensor) -> Tensor:
 
 
 def _error_sum(head: Head, hidden: Tensor, whole: Tensor) -> Tensor:
-    """Squared differences of the logits of [rows, seq_length, hidden] from the whole model's, summed, float64."""
+    """Sum of squared differences between the logits of hidden states [rows, seq_length, hidden], a float64 scalar."""
     pairs = zip(head.chunks(hidden.flatten(0, 1)), head.chunks(whole.flatten(0, 1)), strict=True)
     return torch.stack([(part - reference).square_().sum(dtype=torch.float64) for part, reference in pairs]).sum()

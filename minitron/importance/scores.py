@@ -1,4 +1,4 @@
-"""The result of one calibration pass, for every axis at once; saved, and reused by every candidate."""
+"""Importance scores of all axes from one calibration; saved once and reused for every candidate."""
 
 from __future__ import annotations
 
@@ -18,37 +18,38 @@ from minitron.storage import write_bytes
 
 @dataclass(frozen=True)
 class ImportanceScores:
-    """Scores of every prunable unit; larger is more important. All float32.
+    """Scores of every prunable unit; larger is more important. All tensors are float32."""
 
-    heads [layers, heads] · neurons [layers, MLP], or [layers, experts, MLP] for a mixture of experts · channels [hidden] ·
-    similarity [layers + 1, layers + 1], mean cosine between the residual stream before layer i and before layer j ·
-    experts [layers, experts], or None for a dense model ·
-    removal {metric: {n: [layers - n + 1]}}, what happens without the n layers from each start on: "loss" (nats per token),
-    "logit_error" (normalised squared error of the logits) or "task:NAME" (accuracy lost) ·
-    orders {metric: {n: layers in the order in which iterative removal takes them, n at a time}}.
-    `provenance` says what they were computed from.
-    """
-
-    heads: Tensor
-    neurons: Tensor
-    channels: Tensor
-    similarity: Tensor
-    experts: Tensor | None = None
-    removal: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-    orders: dict[str, dict[int, list[int]]] = field(default_factory=dict)
+    heads: Tensor = field(repr=False)
+    """[layers, heads]"""
+    neurons: Tensor = field(repr=False)
+    """[layers, MLP], or [layers, experts, MLP] for a mixture of experts."""
+    channels: Tensor = field(repr=False)
+    """[hidden]"""
+    similarity: Tensor = field(repr=False)
+    """[layers + 1, layers + 1]: mean cosine between the residual stream before layer i and before layer j."""
+    experts: Tensor | None = field(default=None, repr=False)
+    """[layers, experts], or None for a dense model."""
+    removal: dict[str, dict[int, Tensor]] = field(default_factory=dict, repr=False)
+    """{metric: {n: [layers - n + 1]}}: the metric without the n layers from each start. "loss" (nats per token),
+    "logit_error" (normalised squared error of the logits), "cosine" or "task:NAME" (accuracy lost)."""
+    orders: dict[str, dict[int, list[int]]] = field(default_factory=dict, repr=False)
+    """{metric: {n: layers in the order of iterative removal, n at a time}}."""
     provenance: dict[str, Any] = field(default_factory=dict)
+    """JSON values: rows and settings that the scores were computed with."""
 
     @property
     def layers(self) -> Tensor:
-        """Importance of single layers [layers]: the loss without each where measured, else 1 - cosine (Block Importance,
-        ShortGPT; arXiv 2407.14679 section 2.2)."""
+        """Importance of single layers, [layers]: the loss without each if it was measured, else 1 - cosine (Block Importance
+        of ShortGPT; arXiv 2407.14679 section 2.2)."""
         return self.blocks(1)
 
     def blocks(self, size: int, metric: str | None = None) -> Tensor:
         """Importance of every contiguous block of `size` layers, [layers - size + 1].
 
-        `metric`: "cosine" (of any size) or a key of `removal`; None = "loss" where this size was measured, else "cosine".
-        Raises InputError naming what was measured."""
+        metric: "cosine" (any size) or a key of `removal`; None: "loss" if it was measured for this size, else "cosine".
+        Raises InputError naming the available ones for a metric or size that was not measured.
+        """
         measured = self.removal.get(metric or "loss", {})
         if size in measured:
             return measured[size]
@@ -62,7 +63,7 @@ class ImportanceScores:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, with the provenance in its header."""
+        """Write one safetensors file, with the provenance in its metadata. Raises StorageError if it cannot be written."""
         tensors = {
             "heads": self.heads,
             "neurons": self.neurons,
@@ -77,11 +78,11 @@ class ImportanceScores:
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             metadata={"provenance": json.dumps(self.provenance, sort_keys=True)},
         )
-        write_bytes(str(path), data)  # save_file would keep everybody else from reading it
+        write_bytes(str(path), data)  # save_file would create a file that only its owner can read
 
     @classmethod
     def load(cls, path: str | Path) -> ImportanceScores:
-        """Read what `save` wrote. Raises StorageError naming the file if it cannot be read."""
+        """Read a file that `save` wrote. Raises StorageError naming the file if it cannot be read."""
         try:
             with safe_open(str(path), "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)

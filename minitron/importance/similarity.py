@@ -1,4 +1,4 @@
-"""How alike the residual stream is at every two depths: the cosine that Block Importance is read from."""
+"""Cosine similarity of the residual stream between every two depths, from which Block Importance follows."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ CHUNK = 128  # positions normalised in float32 at a time
 
 
 def cosine_sums(stream: Sequence[Tensor]) -> Tensor:
-    """float64 [depths, depths], cosines of the hidden states at every two depths, summed over positions.
+    """Cosines of the hidden states at every two depths, summed over positions: float64 [depths, depths].
 
-    stream: one [..., hidden] per depth, of any float dtype. Memory: depths x CHUNK x hidden float32 values, twice.
+    stream: one tensor [..., hidden] for each depth, any float dtype. Memory: depths x CHUNK x hidden float32 values, twice.
     """
     depths = [hidden.flatten(0, -2) for hidden in stream]
     total = torch.zeros(len(depths), len(depths), dtype=torch.float64, device=depths[0].device)

@@ -1,4 +1,4 @@
-"""A model with some of its layers left out for a moment."""
+"""Temporary removal of layers from a model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from minitron.models import layers_of
 
 @contextmanager
 def without_layers(model: Any, removed: Collection[int]) -> Iterator[None]:
-    """Leave the decoder layers at the indices `removed` out of `model` until the block ends.
+    """Remove the decoder layers with the indices `removed` from `model` inside the context.
 
-    The list of layers, the config's number of layers and its per-layer lists, and the layers' own indices (places in the
-    key-value cache) follow, and are put back on leaving. No weight is copied or moved.
+    The list of layers, the config's number of layers and its per-layer lists, and the layers' own indices (into the KV cache)
+    are adapted, and restored on exit. No weight is copied or moved.
     """
-    table, config, layers = family_of(model.config.model_type), model.config, layers_of(model)
+    config = model.config
+    table = family_of(config.model_type)
+    layers = layers_of(model)
     kept = [index for index in range(len(layers)) if index not in removed]
     parent, _, attribute = table.layers.rpartition(".")
     lists = {name: getattr(config, name, None) for name in table.per_layer}

@@ -1,4 +1,4 @@
-"""Structured pruning: which units stay, and cutting the smaller model out, in memory or file by file."""
+"""Structured pruning: choose the units to keep and build the smaller model, in memory or file by file."""
 
 from minitron.pruning.slicing import prune, sliced_tensors
 

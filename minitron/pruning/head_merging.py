@@ -1,14 +1,14 @@
-"""Adding to the heads that stay what the removed ones knew (arXiv 2407.14679 section 2.3, "residual" heads).
+"""Merging removed attention heads into the kept ones (arXiv 2407.14679 section 2.3, "residual" heads).
 
-Of the L query heads of a KV group, ranked by importance, the first K stay and head i of the last L - K of them becomes
-head_i + sign · (head_i - head_(2K-i+1)), i in [2K-L+1, K]: the weakest that stays takes up the strongest that goes.
+Of the L query heads of a KV group, ranked by importance, the first K are kept, and head i of the last L - K kept ones becomes
+head_i + sign · (head_i - head_(2K-i+1)), i in [2K-L+1, K]: the weakest kept head is merged with the strongest removed one.
 
-What the paper leaves open, and how it is read here. It prints the range as [K-(L-K), K], whose first index would need
-head L+1; the range above is the one that pairs every removed head once. It does not say which matrices are added up: here
-the rows of the query projection and their bias, because under grouped-query attention it restricts the trick to query
-heads; keys, values and the output projection are cut as usual. Its sign is +1, which moves away from the removed head
-(2 · head_i - head_j); -1 is that of layer collapse, which moves towards it and with one partner arrives there (head_j).
-It gives no figure for the gain, so this is off unless asked for.
+What the paper leaves open, and the choice made here. It prints the range as [K-(L-K), K], whose first index would need head
+L+1; the range above pairs every removed head once. It does not say which matrices are added: here the rows of the query
+projection and its bias, because for grouped-query attention the paper restricts the method to query heads; keys, values and
+the output projection are sliced as usual. Its sign is +1, which moves away from the removed head (2 · head_i - head_j); -1
+is that of layer collapse, which moves towards it and with one partner yields exactly head_j. The paper gives no figure for
+the gain, so merging is off by default.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ def merged_source(
     scores: ImportanceScores,
     sign: int,
 ) -> Callable[[str], Tensor]:
-    """`source` with the query heads that go merged into those that stay, for `sliced_tensors`.
+    """`source` with removed query heads merged into kept ones, for `sliced_tensors`.
 
-    source: the tensors of `base` by name. selection: what stays of it for `target`, chosen by `scores` (heads [L, H]).
-    Sums are made in float32 at least and returned in the tensor's dtype. Raises InputError for a sign other than +1 and
-    -1, where no group loses a head, and where one loses more than half (a removed head would find no partner).
+    source: returns a tensor of `base` by name. selection: the units kept for `target`, chosen by `scores` (heads [L, H]).
+    Sums are computed in at least float32 and returned in the tensor's dtype. Raises InputError for a sign other than +1 and
+    -1, if no group loses a head, and if a group loses more than half (a removed head would have no partner).
     """
-    in_group, keep = base.num_heads // base.num_kv_heads, target.num_heads // target.num_kv_heads
+    in_group = base.num_heads // base.num_kv_heads
+    keep = target.num_heads // target.num_kv_heads
     if sign not in (-1, 1):
-        raise InputError(f"merge_heads: {sign!r} is not a sign", "use 1 (the paper's) or -1, or 0 to leave heads alone")
+        raise InputError(f"merge_heads: {sign!r} is not a sign", "use 1 (the paper's) or -1, or 0 for no merging")
     if keep == in_group:
         raise InputError(
             f"merge_heads: every KV group keeps its {in_group} query heads, so there is nothing to merge",
@@ -49,7 +50,7 @@ def merged_source(
         )
     if in_group > 2 * keep:
         raise InputError(
-            f"merge_heads: {in_group} query heads a KV group cannot be merged into {keep}, fewer than half",
+            f"merge_heads: {in_group} query heads per KV group cannot be merged into {keep}, fewer than half",
             f"keep at least {-(-in_group // 2) * target.num_kv_heads} heads, or leave merging out",
         )
     offsets = {
@@ -77,7 +78,7 @@ def merged_source(
 
 
 def _query_rows(axis: str | tuple[str, ...], base: Architecture) -> int | None:
-    """The row at which the query heads begin in a tensor whose first dimension carries `axis`; None without them."""
+    """First row of the query heads in a tensor whose first dimension is `axis`; None if it has no query heads."""
     parts = (axis,) if isinstance(axis, str) else axis
     if HEADS not in parts:
         return None
@@ -85,8 +86,8 @@ def _query_rows(axis: str | tuple[str, ...], base: Architecture) -> int | None:
 
 
 def _partners(scores: Tensor, selection: Selection, layer: int, in_group: int) -> tuple[Tensor, Tensor]:
-    """Heads that stay and the removed ones they take up, two [pairs]: the least of those that stay with the best of those
-    that go, and so on outwards, in every KV group that stays."""
+    """Kept heads and the removed heads merged into them, two int64 [pairs]: in every kept KV group the weakest kept head with
+    the strongest removed one, the second weakest with the second strongest, and so on."""
     kept = set(selection.heads[layer].tolist())
     stay: list[int] = []
     go: list[int] = []

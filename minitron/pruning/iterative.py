@@ -1,7 +1,7 @@
-"""Pruning in several steps, with importance estimated anew before each (arXiv 2407.14679 table 12).
+"""Iterative pruning: several steps, with importance estimated again before each (arXiv 2407.14679 table 12).
 
-The paper found no gain after retraining over a single step (the final loss was 1.92 for 1, 2 and 4 steps), so this is for
-those who want to check it on their model.
+The paper found no gain over a single step after retraining (the final loss was 1.92 for 1, 2 and 4 steps), so this serves to
+check that on another model.
 """
 
 from __future__ import annotations
@@ -29,12 +29,11 @@ def prune_in_steps(
     merge_heads: int = 0,
     **calibration: Any,
 ) -> nn.Module:
-    """`model` pruned to `architecture` in `steps` equal steps; `model` stays as it is.
+    """`model` pruned to `architecture` in `steps` equal steps; `model` itself is not changed.
 
-    rows: int64 [num_rows, seq_length], packed tokens for `estimate_importance`, which takes `calibration`. Every step
-    removes the contiguous block of layers that `layers` scores least, in blocks of the size that the step removes
-    (default: by cosine); `merge_heads` as in `prune`. Raises InputError when `architecture` does not fit inside the model or
-    `steps` is not positive.
+    rows: packed tokens for `estimate_importance`, int64 [num_rows, seq_length]. calibration: its further arguments. layers:
+    the metric by which every step chooses its contiguous block of layers to remove (default: cosine). merge_heads: as in
+    `prune`. Raises InputError if `architecture` does not fit inside the model or `steps` is not positive.
     """
     current = Architecture.from_config(model.config)
     for shape in shapes_between(current, architecture, steps):
@@ -48,9 +47,9 @@ def prune_in_steps(
 
 
 def shapes_between(base: Architecture, target: Architecture, steps: int) -> Iterator[Architecture]:
-    """The shapes on the way: after step i of T every size is d_s - i · (d_s - d_t) / T, rounded to one that makes a model.
+    """The intermediate shapes: after step i of T every size is d_s - i · (d_s - d_t) / T, rounded to a valid shape.
 
-    The last one is `target`; steps that would change nothing are left out. Raises InputError as `prune_in_steps`.
+    The last one is `target`; steps that change nothing are left out. Raises InputError as `prune_in_steps`.
     """
     if steps < 1:
         raise InputError(f"steps: {steps} is not positive", "use 1 for pruning in a single step")
@@ -74,7 +73,8 @@ def _between(base: Architecture, target: Architecture, share: float, current: Ar
     if base.table.hidden_in_heads:
         heads = sizes["num_heads"]
         sizes["hidden_size"] = sizes["hidden_size"] // heads * heads
-        if sizes["hidden_size"] < target.hidden_size:  # no multiple of these heads lies between: change neither yet
+        if sizes["hidden_size"] < target.hidden_size:  # no multiple of these heads in between: change neither yet
             sizes["hidden_size"] = current.hidden_size
-            sizes["num_heads"], sizes["num_kv_heads"] = current.num_heads, current.num_kv_heads
+            sizes["num_heads"] = current.num_heads
+            sizes["num_kv_heads"] = current.num_kv_heads
     return replace(base, **sizes)  # type: ignore[arg-type]

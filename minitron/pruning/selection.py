@@ -1,4 +1,4 @@
-"""Which units stay: the best-scored ones of each axis, in their original order."""
+"""Selection of the units to keep: the highest-scored ones of each axis, in their original order."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ HOW = ("contiguous", "scattered", "iterative")
 
 @dataclass(frozen=True)
 class Selection:
-    """Kept indices of the source model, int64, ascending.
-
-    layers [L'] · hidden [D'] · and for each kept layer: neurons [F'], heads [H'], kv_heads [K'] and, in a mixture of
-    experts, experts [E'] and neurons [E', F'], each expert's own.
-    """
+    """Indices of the kept units in the source model, int64, ascending. The lists have one tensor for each kept layer."""
 
     layers: list[int]
-    hidden: Tensor
-    neurons: list[Tensor]
-    heads: list[Tensor]
-    kv_heads: list[Tensor]
-    experts: list[Tensor] = field(default_factory=list)
+    hidden: Tensor = field(repr=False)
+    """[kept channels], the same in every layer."""
+    neurons: list[Tensor] = field(repr=False)
+    """[kept neurons], or [kept experts, kept neurons] in a mixture of experts, whose experts keep different neurons."""
+    heads: list[Tensor] = field(repr=False)
+    """[kept query heads]"""
+    kv_heads: list[Tensor] = field(repr=False)
+    """[kept key-value heads]"""
+    experts: list[Tensor] = field(default_factory=list, repr=False)
+    """[kept experts]; an empty list for a dense model."""
 
     def kept(self, axis: str, layer: int, head_dim: int, expert: int | None = None) -> Tensor | None:
-        """Kept positions along a dimension of the `layer`-th kept layer's tensors, or of its `expert`-th kept expert's;
-        None where everything stays."""
+        """Kept positions, int64, along a dimension `axis` of a tensor of the `layer`-th kept layer (and its `expert`-th kept
+        expert); None if all are kept."""
         if axis == HIDDEN:
             return self.hidden
         if axis == MLP:
@@ -47,13 +48,13 @@ class Selection:
 def select(
     scores: ImportanceScores, base: Architecture, target: Architecture, *, layers: Sequence[int] | None = None
 ) -> Selection:
-    """Choose what stays of `base` for `target`.
+    """Choose the units of `base` to keep for `target`.
 
-    `layers` are the layers that stay; by default the contiguous block that matters least goes. Embedding channels are
-    chosen once for the whole model, neurons, heads and experts layer by layer, an expert's neurons inside it. Heads are
-    ranked inside their KV group, so every group loses the same number; if KV groups go too, the groups with the least
-    total score go whole (arXiv 2407.14679 section 2.2). Raises InputError when `target` does not fit inside `base`, or
-    `layers` not both.
+    layers: the layers to keep; by default the least important contiguous block is removed. Embedding channels are chosen
+    once for the whole model; neurons, heads and experts for each layer, and neurons for each kept expert. Heads are ranked
+    within their KV group, so that every group loses the same number; if KV groups are removed too, those with the lowest
+    total score are removed completely (arXiv 2407.14679 section 2.2). Raises InputError if `target` does not fit inside
+    `base`, or if `layers` does not match both.
     """
     target.check_inside(base)
     if layers is None:
@@ -78,15 +79,15 @@ def select(
 def kept_layers(
     scores: ImportanceScores, num_layers: int, target: int, *, how: str = "contiguous", metric: str | None = None
 ) -> list[int]:
-    """The `target` of `num_layers` layers that stay when the least important ones by `metric` go.
+    """The `target` of `num_layers` layers to keep when the least important ones by `metric` are removed.
 
-    contiguous: the block that matters least goes (arXiv 2408.11796 section 3). scattered: the single layers that matter
-    least go, wherever they are. iterative: the first of the measured order of removal go, of the finest measured order
-    whose steps add up to the number (metric: "loss" where none is named). Raises InputError where `how` is unknown or
-    what it needs was not measured.
+    how: "contiguous" removes the least important block (arXiv 2408.11796 section 3); "scattered" removes the least important
+    single layers, wherever they are; "iterative" removes the first layers of a measured removal order, the finest whose
+    steps add up to the number to remove (default metric: "loss"). Raises InputError if `how` is unknown or its scores were
+    not measured.
     """
     if how not in HOW:
-        raise InputError(f"how: {how!r} is no way to choose layers", f"use one of {', '.join(HOW)}")
+        raise InputError(f"how: {how!r} is not a way to choose layers", f"use one of {', '.join(HOW)}")
     count = num_layers - target
     if count == 0:
         return list(range(num_layers))
@@ -117,18 +118,18 @@ def _first_removed(scores: ImportanceScores, count: int, metric: str) -> list[in
 def _check_layers(layers: Sequence[int], base: Architecture, target: Architecture) -> None:
     if list(layers) != sorted(set(layers)) or any(not 0 <= index < base.num_layers for index in layers):
         raise InputError(
-            f"layers: {list(layers)} are not ascending, different indices below {base.num_layers}",
-            "give the layers that stay, counted from 0, in order",
+            f"layers: {list(layers)} are not distinct ascending indices below {base.num_layers}",
+            "give the layers to keep, counted from 0, in order",
         )
     if len(layers) != target.num_layers:
         raise InputError(
-            f"layers: {list(layers)} are {len(layers)} layers, not num_layers = {target.num_layers}",
-            "give as many layers as the smaller model has",
+            f"layers: {list(layers)} are {len(layers)} layers, but num_layers is {target.num_layers}",
+            f"give {target.num_layers} layers, the number that the smaller model has",
         )
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
-    # stable: equal scores keep the lower index, so the choice is the same everywhere
+    # stable: the lower index wins among equal scores, so the choice is the same on every machine
     return torch.argsort(scores, dim=-1, descending=True, stable=True)[..., :count].sort(dim=-1).values
 
 
@@ -147,7 +148,5 @@ def _experts(scores: ImportanceScores, layers: Sequence[int], base: Architecture
     if not base.num_experts:
         return []
     if scores.experts is None:
-        raise InputError(
-            "scores.experts: there are none, but the model is a mixture of experts", "calibrate this model"
-        )
+        raise InputError("scores.experts: missing, but the model is a mixture of experts", "calibrate this model")
     return [_best(scores.experts[i], target.num_experts) for i in layers]

@@ -1,4 +1,4 @@
-"""Cutting a smaller model out of a larger one."""
+"""Slicing the weights of a smaller model out of a larger one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minitron.architecture import Architecture
+from minitron.arguments import check_model, check_type
 from minitron.families.table import EXPERTS, Axis
 from minitron.importance.scores import ImportanceScores
 from minitron.models import quiet_transformers
@@ -24,13 +25,17 @@ def prune(
     layers: Sequence[int] | None = None,
     merge_heads: int = 0,
 ) -> nn.Module:
-    """A new transformers model of `architecture` with the best-scored units of `model`, kept in order.
+    """A new transformers model of `architecture` with the highest-scored units of `model`, in their original order.
 
-    `layers` are the layers that stay; by default the contiguous block that matters least goes. The result has the class,
-    dtype and device of `model`, which stays as it is. Its logits equal those of `model` with the removed units masked, to
-    rounding. `merge_heads` 1 or -1 adds removed heads to those that stay instead (see `minitron.pruning.head_merging`). Raises
-    InputError when `architecture` does not fit inside the model, or `layers` not both.
+    model: a transformers causal language model of a supported family; it is not changed, and the result has its class, dtype
+    and device. layers: the layers to keep; by default the least important contiguous block is removed. merge_heads: 1 or -1
+    merges removed query heads into kept ones (see `minitron.pruning.head_merging`), 0 drops them. Without merging, the logits
+    equal those of `model` with the removed units masked, up to rounding. Raises InputError if `architecture` does not fit
+    inside the model, if `layers` does not match both, and for arguments of the wrong type.
     """
+    check_model("model", model)
+    check_type("architecture", architecture, Architecture, "an Architecture")
+    check_type("scores", scores, ImportanceScores, "ImportanceScores")
     base = Architecture.from_config(model.config)
     selection = select(scores, base, architecture, layers=layers)
     config = architecture.to_config(model.config, selection.layers)
@@ -45,16 +50,16 @@ def prune(
         result: nn.Module = type(model).from_pretrained(None, config=config, state_dict=state, dtype=dtype)  # type: ignore[attr-defined]
     if hasattr(model, "generation_config"):
         result.generation_config = model.generation_config
-    result._weight_conversions = None  # type: ignore[assignment]  # saved in the layout that checkpoints of its type have
+    result._weight_conversions = None  # type: ignore[assignment]  # save in the usual layout of this model type
     return result.to(next(model.parameters()).device).eval()
 
 
 def sliced_tensors(
     source: Callable[[str], Tensor], base: Architecture, target: Architecture, selection: Selection
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (new name, new tensor) one at a time; `source` gives a tensor of the original by its name.
+    """Yield (new name, new tensor) one at a time. `source` returns a tensor of the original by name.
 
-    Nothing but the tensor at hand is in memory, so a model larger than memory can be cut shard by shard.
+    Only the current tensor is in memory, so a model larger than memory can be sliced shard by shard.
     """
     for parameter in base.outer_parameters:
         tensor = _cut(source(parameter.name), parameter.axes, selection, 0, base)
@@ -82,7 +87,7 @@ def _cut(
         kept = _positions(axis, selection, layer, base, expert)
         if len(kept) < tensor.shape[dimension]:
             cut = cut.index_select(dimension, kept.to(tensor.device))
-    if cut.data_ptr() == tensor.data_ptr():  # nothing went; a second copy of a large matrix would cost its memory again
+    if cut.data_ptr() == tensor.data_ptr():  # nothing was removed; index_select has copied everything else already
         cut = cut.clone()
     return cut.contiguous()
 
@@ -99,9 +104,9 @@ def _positions(axis: Axis, selection: Selection, layer: int, base: Architecture,
 
 
 def _rescaled(name: str, tensor: Tensor, base: Architecture, target: Architecture) -> Tensor:
-    """Undo what a smaller hidden size changes in a model that multiplies its embeddings by sqrt(hidden_size).
+    """Compensate for the smaller hidden size in a model that multiplies its embeddings by sqrt(hidden_size).
 
-    The embedding matrix takes the missing factor; where it is the head too, the final norm divides it out of the logits.
+    The embedding matrix is multiplied by the missing factor; if it is also the head, the final norm divides by it.
     """
     table = base.table
     if not table.embedding_scaled or target.hidden_size == base.hidden_size:

@@ -1,4 +1,4 @@
-"""What students are cut from: a checkpoint and its importance scores, by address."""
+"""The source of pruned students: a checkpoint and its importance scores, by address."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ from minitron.pruning.slicing import prune
 
 @dataclass(frozen=True)
 class Recalibration:
-    """Pruning in `steps` steps: before each the model is scored anew, on `num_rows` of the packed `rows`, drawn at random."""
+    """Settings of iterative pruning, which estimates importance again before each of its steps."""
 
     steps: int
     rows: str
+    """Folder of packed rows, at any fsspec path."""
     num_rows: int
+    """Number of training rows to score on, drawn at random."""
     layer_metric: str
+    """Metric of `LayerScoring` by which layers are removed."""
     layer_rows: int
+    """Number of rows for that metric."""
     batch_aggregation: str
     sequence_aggregation: str
     neurons: str
@@ -47,19 +51,21 @@ class PruningSource:
     recalibration: Recalibration | None = None
 
     def load(self) -> nn.Module:
+        """The model, on the device that models compute on."""
         return load_model(storage.fetch(self.folder), DTYPES[self.dtype]).to(device())
 
     def prune(self, model: nn.Module, architecture: Architecture) -> nn.Module:
-        """The student of `architecture`, cut out of `model`, which `load` gave."""
+        """A student of `architecture`, pruned from `model`, the result of `load`."""
         if self.recalibration:
             return self._prune_in_steps(model, architecture, self.recalibration)
-        base, scores = Architecture.from_config(model.config), self._scores()
+        base = Architecture.from_config(model.config)
+        scores = self._scores()
         kept = self._layers(scores, base, architecture)
         return prune(model, architecture, scores, layers=kept, merge_heads=self.merge_heads)
 
     def channels(self, base: Architecture, architecture: Architecture) -> Tensor | None:
-        """Embedding channels of the checkpoint, of architecture `base`, that the student keeps, int64 [hidden], ascending;
-        None where steps of pruning have not kept count."""
+        """The embedding channels of the checkpoint, of architecture `base`, that the student keeps: int64 [hidden], ascending.
+        None for iterative pruning, which does not track them."""
         if self.recalibration:
             return None
         scores = self._scores()

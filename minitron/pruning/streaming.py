@@ -1,4 +1,4 @@
-"""Pruning a checkpoint that is larger than memory: folder to folder, one tensor at a time."""
+"""Pruning of checkpoints larger than memory: folder to folder, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minitron import storage
 from minitron.architecture import Architecture
+from minitron.arguments import check_type
 from minitron.checkpoints.contents import filled, untied_head
 from minitron.checkpoints.files import Checkpoint, ShardWriter
 from minitron.checkpoints.headers import check_no_adapter, read_headers
@@ -22,7 +23,7 @@ from minitron.pruning.head_merging import merged_source
 from minitron.pruning.selection import select
 from minitron.pruning.slicing import sliced_tensors
 
-# What of a checkpoint a pruned one needs besides weights and config: tokenizer, generation settings, licence.
+# Files copied to the pruned checkpoint besides weights and config: tokenizer, generation settings, licence.
 COPIED = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -53,18 +54,21 @@ def prune_checkpoint(
     shard_bytes: int = 2**30,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write to `target` what `prune` would cut out of the checkpoint in `source`, with little in memory.
+    """Write to `target` the model that `prune` would build from the checkpoint in `source`, with little memory.
 
-    source: the folder of a transformers checkpoint in safetensors. target: a new folder, any address `minitron.storage`
-    takes; it appears whole or not at all. `layers` are the kept ones (default: by score); `merge_heads` as in `prune`.
-    In memory are at most one shard of `shard_bytes`, one tensor of the original and its cut. Weights keep their dtype,
-    tokenizer, generation settings and licence are copied. `progress` is told (tensors done, tensors in all). Raises
-    InputError when `target` exists, when `architecture` does not fit inside the model, or when the checkpoint's
-    tensors are not those of the model in config.json.
+    source: the folder of a transformers checkpoint in safetensors. target: a new folder, at any address that
+    `minitron.storage` supports; it is published complete or not at all. layers, merge_heads: as in `prune`. At most one shard
+    of `shard_bytes`, one tensor of the original and its slice are in memory. Weights keep their dtype; tokenizer, generation
+    settings and licence are copied. `progress(done, total)` counts tensors. Raises InputError if `target` exists, if
+    `architecture` does not fit inside the model, if the checkpoint's tensors are not those of the model in config.json, and
+    for arguments of the wrong type.
     """
     from transformers import AutoConfig
 
-    folder, address = Path(source).expanduser(), str(target)
+    check_type("architecture", architecture, Architecture, "an Architecture")
+    check_type("scores", scores, ImportanceScores, "ImportanceScores")
+    folder = Path(source).expanduser()
+    address = str(target)
     if storage.exists(address):
         raise InputError(f"{address} exists", "give a new folder, or delete it")
     if not (folder / "config.json").exists():
@@ -73,7 +77,7 @@ def prune_checkpoint(
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     if getattr(config, "quantization_config", None):
         raise InputError(
-            f"{folder} holds quantised weights (quantization_config in config.json), which cannot be sliced",
+            f"{folder} contains quantised weights (quantization_config in config.json), which cannot be sliced",
             "use the checkpoint they were quantised from",
         )
     check_no_adapter(folder)
@@ -86,16 +90,16 @@ def prune_checkpoint(
         read = merged_source(read, base, architecture, selection, scores, merge_heads)
     total = len(base.outer_parameters) + architecture.num_layers * len(base.layer_parameters)
     note = {"architecture": architecture.to_dict(), "layers": selection.layers, "scores": scores.provenance}
-    with storage.committed_folder(address, note) as place:
-        writer = ShardWriter(place, shard_bytes)
+    with storage.committed_folder(address, note) as staging:
+        writer = ShardWriter(staging, shard_bytes)
         for done, (name, tensor) in enumerate(sliced_tensors(read, base, architecture, selection), start=1):
             for stored, part in checkpoint.stored(name, tensor):
                 writer.add(stored, part)
             if progress:
                 progress(done, total)
         writer.close()
-        architecture.to_config(config, selection.layers).save_pretrained(str(place))
-        _copy(folder, place)
+        architecture.to_config(config, selection.layers).save_pretrained(str(staging))
+        _copy(folder, staging)
 
 
 def _check_tied(checkpoint: Checkpoint, base: Architecture) -> None:

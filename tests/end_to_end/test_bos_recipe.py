@@ -104,7 +104,7 @@ def test_a_bos_token_that_is_not_there_is_refused_before_anything_starts(bench, 
     tokenizer.save_pretrained(tmp_path / "teacher")
     overrides = [f"teacher.model={tmp_path / 'teacher'}", "data.add_bos=true"]
     recipe = load_recipe(str(bench / "recipe.yaml"), overrides)
-    with pytest.raises(InputError, match=r"data\.add_bos: true, and the tokenizer has no beginning-of-sequence"):
+    with pytest.raises(InputError, match=r"data\.add_bos: true, but the tokenizer has no beginning-of-sequence"):
         plan(recipe, storage_path=str(tmp_path / "runs"))
     with pytest.raises(InputError, match=r"data\.add_bos: true"):
         run(recipe, storage_path=str(tmp_path / "runs"), until="data")

@@ -141,7 +141,7 @@ def test_a_full_disk_is_named_and_nothing_half_written_stays(tmp_path, how):
     result = subprocess.run([sys.executable, "-c", FULL, str(tmp_path), how], capture_output=True, text=True)
     assert result.returncode == 2, result.stderr
     assert str(tmp_path) in result.stdout
-    assert "--storage" in result.stdout
+    assert "free some space, or choose another folder" in result.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "as it was"
 

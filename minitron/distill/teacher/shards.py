@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from minitron import storage
 from minitron.data import Rows
-from minitron.errors import StorageError
+from minitron.errors import NotWritableError, StorageError
 
 ROWS_PER_SHARD = 64
 FILE = "rows.safetensors"
@@ -128,10 +128,10 @@ def _check_room(folder: str, batch: dict[str, Tensor], missing: int) -> None:
     row = sum(tensor[0].nbytes for tensor in batch.values())
     free = storage.free_bytes(folder)
     if row * missing > free:
-        raise StorageError(
-            f"{folder}: {missing:,} rows to be stored need {row * missing:,} bytes, and the disk has {free:,} free",
-            f"{free // row:,} rows fit: free some space, choose another place with --storage, lower data.train_rows, or run "
-            "the teacher in the distillation itself, with targets.mode=online",
+        raise NotWritableError(
+            f"{folder}: storing {missing:,} rows needs {row * missing:,} bytes, and the disk has {free:,} free",
+            f"{free // row:,} rows fit: free some space, store fewer rows, run the teacher during the distillation instead "
+            "of storing its targets, or choose another folder",
         )
 
 

@@ -13,7 +13,7 @@ import click
 from rich.markup import escape
 
 from minitron import __version__, storage
-from minitron.errors import MinitronError
+from minitron.errors import MinitronError, NotWritableError
 from minitron_platform.cli.importance import importance
 from minitron_platform.cli.prune import prune
 from minitron_platform.console import Console, seconds
@@ -34,11 +34,19 @@ class _Group(click.Group):
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
+        except NotWritableError as error:
+            _fail(type(error)(error.problem, f"{error.remedy}{self._location_option(context)}"))
         except MinitronError as error:
             _fail(error)
         except KeyboardInterrupt:
             click.echo(f"\nstopped; to go on from here: {_again()}", err=True)
             context.exit(130)
+
+    def _location_option(self, context: click.Context) -> str:
+        """How the command that failed is told of another folder, if it is by an option."""
+        command = self.get_command(context, context.invoked_subcommand or "")
+        has_option = command is not None and any(parameter.name == "storage_path" for parameter in command.params)
+        return " with --storage" if has_option else ""
 
 
 def _fail(error: MinitronError) -> None:

@@ -28,7 +28,8 @@ def check_recipe(recipe: Recipe, resources: ResolvedResources, teacher: Architec
     for text and tasks that are not there."""
     _check_context(recipe, longest)
     _check_search(recipe)
-    text_identity(text_source(recipe.data))
+    with prefixed("data."):
+        text_identity(text_source(recipe.data))
     if recipe.data.bos:
         tokenizer = source_tokenizer(recipe.teacher.model, recipe.teacher.revision)
         document_tokens(recipe.data, tokenizer_document_tokens(tokenizer))

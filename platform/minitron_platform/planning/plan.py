@@ -11,6 +11,7 @@ from minitron.architecture import Architecture
 from minitron.architecture.hardware import hardware_notes
 from minitron.device import compute_dtype, matmul_flops
 from minitron.distill import Losses
+from minitron.errors import prefixed
 from minitron.models import check_contents, source_architecture
 from minitron_platform.cluster.room import (
     counted,
@@ -89,8 +90,9 @@ def plan(
     is missing, a target that no candidate meets, an unknown task, a place that cannot be written, too little room.
     """
     where = places(storage_path, tracking_uri)
-    teacher, longest = source_architecture(recipe.teacher.model, recipe.teacher.revision)
-    check_contents(recipe.teacher.model, recipe.teacher.revision)
+    with prefixed("teacher.model: "):
+        teacher, longest = source_architecture(recipe.teacher.model, recipe.teacher.revision)
+        check_contents(recipe.teacher.model, recipe.teacher.revision)
     dtype = compute_dtype(recipe.teacher.dtype)
     value_bytes = 2 if dtype == torch.bfloat16 else 4
     joins = joins_cluster(address)

@@ -139,7 +139,7 @@ def test_the_choice_can_be_overridden_and_is_part_of_what_rows_are(corpus: TextS
     assert not bool((without.take(range(60)) == bos).any())
     assert own.fingerprint != without.fingerprint
     assert _pack(corpus, tokenizer, tmp_path / "true", True).fingerprint == own.fingerprint
-    with pytest.raises(StorageError, match="rows of another request"):
+    with pytest.raises(StorageError, match="packed from another source"):
         _pack(corpus, tokenizer, tmp_path / "own", False)
 
     plain = _byte_level(bos_token=BEGIN, eos_token=END, pad_token=PAD)
@@ -148,7 +148,7 @@ def test_the_choice_can_be_overridden_and_is_part_of_what_rows_are(corpus: TextS
     )
     assert "begin" not in without.index["request"], "as it was before there was a choice"
     assert _pack(corpus, plain, tmp_path / "forced", True).fingerprint == own.fingerprint
-    with pytest.raises(InputError, match="add_bos: true, and the tokenizer has no beginning-of-sequence token"):
+    with pytest.raises(InputError, match="add_bos: true, but the tokenizer has no beginning-of-sequence token"):
         _pack(corpus, _byte_level(eos_token=END), tmp_path / "none", True)
 
 

@@ -130,5 +130,5 @@ with Checkpoints(sys.argv[1], key="k") as saver:
 
 def test_a_full_disk_is_said_by_the_next_save_and_the_last_checkpoint_stays(tmp_path):
     result = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True)
-    assert "step-00000006: no room left" in result.stdout, result.stderr
+    assert "step-00000006: the disk is full" in result.stdout, result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]

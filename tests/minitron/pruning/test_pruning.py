@@ -279,5 +279,5 @@ def test_an_architecture_that_does_not_fit_is_refused(family, change, named):
 def test_a_mixture_without_scores_of_its_experts_is_refused():
     model = tiny.model("mixtral")
     base = tiny.architecture(model)
-    with pytest.raises(InputError, match=r"scores.experts: there are none"):
+    with pytest.raises(InputError, match=r"scores.experts: missing"):
         prune(model, base, replace(tiny.scores(base), experts=None))

@@ -1,0 +1,52 @@
+"""Checks of what callers give to this package's public functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minitron.errors import InputError
+
+
+def short_repr(value: Any) -> str:
+    """A plain value as Python writes it, for anything else its type; at most 80 characters, never a tensor's content."""
+    if isinstance(value, str | int | float | bool | bytes | None):
+        text = repr(value)
+        return text if len(text) <= 80 else text[:77] + "..."
+    return f"a {type(value).__name__}"
+
+
+def check_type(name: str, value: Any, kind: type, description: str = "") -> None:
+    """Raise InputError naming the argument `name` unless `value` is a `kind`, in words a `description`."""
+    if not isinstance(value, kind):
+        wanted = description or f"a {kind.__name__}"
+        raise InputError(f"{name}: {short_repr(value)} is not {wanted}", f"give {wanted}")
+
+
+def check_model(name: str, value: Any) -> None:
+    """Raise InputError unless `value` is a loaded model with a transformers config."""
+    if not isinstance(value, nn.Module) or not hasattr(value, "config"):
+        raise InputError(
+            f"{name}: {short_repr(value)} is not a transformers model",
+            "give a loaded model, for example AutoModelForCausalLM.from_pretrained(...)",
+        )
+
+
+def check_tokenizer(name: str, value: Any) -> None:
+    """Raise InputError unless `value` encodes text."""
+    if not callable(getattr(value, "encode", None)) or isinstance(value, str):
+        raise InputError(
+            f"{name}: {short_repr(value)} is not a tokenizer",
+            "give a loaded tokenizer, for example AutoTokenizer.from_pretrained(...)",
+        )
+
+
+def check_rows(name: str, value: Any, *, shortest: int = 1) -> None:
+    """Raise InputError unless `value` is an int64 tensor [num_rows, seq_length] of one row or more of `shortest` tokens."""
+    shape = f"int64 [num_rows, seq_length], num_rows >= 1, seq_length >= {shortest}"
+    if not isinstance(value, Tensor):
+        raise InputError(f"{name}: {short_repr(value)} is not a tensor", f"give token ids as {shape}")
+    if value.dtype != torch.int64 or value.ndim != 2 or len(value) < 1 or value.shape[1] < shortest:
+        raise InputError(f"{name}: {value.dtype} {list(value.shape)}", f"give token ids as {shape}")
