@@ -1,4 +1,4 @@
-"""Copies of remote files on this machine, in a folder that belongs to the user alone."""
+"""The user's cache folder for local copies of remote files."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from minitron.errors import StorageError
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/minitron, by default ~/.cache/minitron; made for this user alone (mode 0700).
+    """$XDG_CACHE_HOME/minitron, by default ~/.cache/minitron; created with mode 0700.
 
-    Raises StorageError for a folder that another user owns or may write to: what is in it could be planted.
+    Raises StorageError for a folder that another user owns or may write to, because its content could be forged.
     """
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "minitron"
     remedy = "set XDG_CACHE_HOME to a folder of your own"

@@ -1,4 +1,4 @@
-"""What arithmetic this machine is good at."""
+"""The device that models compute on, and its speed and dtype."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def device() -> torch.device:
-    """The first GPU, else the CPU."""
+    """The first GPU, or the CPU if there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def gpu_memory() -> int:
-    """Bytes of the GPU with the least memory; 0 without any."""
+    """Memory in bytes of the GPU with the least memory; 0 without a GPU."""
     count = torch.cuda.device_count()
     return min((int(torch.cuda.get_device_properties(number).total_memory) for number in range(count)), default=0)
 
 
 def device_name() -> str:
-    """What `device` is called, a CPU with the number of threads that this process computes with."""
+    """The name of `device()`, for a CPU with the number of torch threads."""
     cuda = device().type == "cuda"
     return processor() if cuda else f"{processor()} · threads {torch.get_num_threads()}"
 
 
 def processor() -> str:
-    """The model of the GPU or CPU behind `device`."""
+    """The model name of the GPU or CPU that `device()` is."""
     if device().type == "cuda":
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
@@ -39,21 +39,22 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def compute_dtype(asked: str = "auto") -> torch.dtype:
-    """The dtype to compute in: as asked, or bfloat16 where the hardware multiplies it natively and float32 elsewhere."""
-    if asked != "auto":
-        return DTYPES[asked]
+def compute_dtype(name: str = "auto") -> torch.dtype:
+    """The dtype of this name in `DTYPES`; "auto": bfloat16 if the hardware multiplies it natively, else float32."""
+    if name != "auto":
+        return DTYPES[name]
     return torch.bfloat16 if torch.cuda.is_available() or _cpu_has_bfloat16() else torch.float32
 
 
 @lru_cache
 def matmul_flops(dtype: torch.dtype) -> float:
     """FLOP/s of a product of large square matrices on this process's device, measured for 0.2 s."""
-    where = device()
-    size = 8192 if where.type == "cuda" else 1024
-    a = torch.ones(size, size, dtype=dtype, device=where)
+    target = device()
+    size = 8192 if target.type == "cuda" else 1024
+    a = torch.ones(size, size, dtype=dtype, device=target)
     a @ a
-    started, rounds = time.perf_counter(), 0
+    started = time.perf_counter()
+    rounds = 0
     while time.perf_counter() - started < 0.2:
         a @ a
         rounds += 1

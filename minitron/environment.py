@@ -1,4 +1,4 @@
-"""Environment variables for as long as they are needed."""
+"""Temporary environment variables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def environment_variables(values: Mapping[str, str]) -> Iterator[None]:
-    """Have these environment variables in this process, and in those it starts, inside the block."""
+    """Set environment variables for this process and its children inside the context."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

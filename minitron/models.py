@@ -1,4 +1,4 @@
-"""Transformers models in and out: where they come from, and the few parts that the method addresses by name."""
+"""Loading and saving of transformers models, and access to their layers and head."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from minitron import storage
 from minitron.architecture import Architecture
+from minitron.arguments import check_type
 from minitron.checkpoints.contents import Difference, filled, is_harmless, refusal, untied_head
 from minitron.checkpoints.gguf import read_once
 from minitron.checkpoints.headers import (
@@ -32,20 +33,20 @@ from minitron.families.config import make_plain
 from minitron.files import file_stat
 from minitron.packages import PACKAGE, package_path
 
-# What transformers writes into tokenizer_config.json of the machine it ran on and of code that is not in the folder.
+# Keys that transformers writes into tokenizer_config.json about the machine it ran on and about code outside the folder.
 NOT_THE_TOKENIZERS = ("auto_map", "is_local", "local_files_only")
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' and the hub's progress bars and advice while a model is loaded or saved."""
+    """Silence progress bars and warnings of transformers and the hub while a model is loaded or saved."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with redirect_stderr(io.StringIO()):  # the GGUF reader's bar listens to nobody
+        with redirect_stderr(io.StringIO()):  # the GGUF reader's progress bar cannot be disabled
             yield
     finally:
         logging.set_verbosity(verbosity)
@@ -54,7 +55,8 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def check_source(source: str) -> None:
-    """Raise InputError if a model source is a missing file or package; hub names can only be known when they load."""
+    """Raise InputError if a model source is a missing file or package; hub names are only checked when they are loaded."""
+    check_type("source", source, str, "a model folder, a .gguf file or a hub name")
     if source.startswith(PACKAGE):
         package_path(source)
     elif _looks_like_path(source):
@@ -70,8 +72,8 @@ def _looks_like_path(source: str) -> bool:
 
 
 def source_identity(source: str, revision: str | None = None) -> dict[str, Any]:
-    """What a model source holds, as a cheap JSON value: SHA-256 of a single file, sizes and times of a folder's files,
-    name and commit on the hub. Raises InputError when the hub does not answer."""
+    """A JSON value that changes when a model source changes, cheap to compute: SHA-256 of a single file, sizes and times of a
+    folder's files, name and commit on the hub. Raises InputError if the hub cannot be reached."""
     check_source(source)
     if source.startswith(PACKAGE):
         path = package_path(source)
@@ -86,7 +88,7 @@ def source_identity(source: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def _hub_commit(name: str, revision: str | None) -> str:
-    """The commit a hub model stands at, or that of the copy in the local cache when the hub cannot be reached."""
+    """The commit of a hub model, or of the copy in the local cache if the hub cannot be reached."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -108,9 +110,11 @@ def _hub_commit(name: str, revision: str | None) -> str:
 
 
 def source_architecture(source: str, revision: str | None = None) -> tuple[Architecture, int | None]:
-    """The architecture of a model source and the longest sequence it takes, from its config or header alone.
+    """The architecture of a model source and its maximum sequence length (None if the config has none), from its config or
+    GGUF header alone.
 
-    Raises InputError as `load_source` does."""
+    Raises InputError as `load_source` does.
+    """
     from transformers import AutoConfig
 
     check_source(source)
@@ -121,8 +125,10 @@ def source_architecture(source: str, revision: str | None = None) -> tuple[Archi
 
 
 def check_contents(source: str, revision: str | None = None) -> None:
-    """Raise InputError unless the tensors of a model source are those of the model that its config describes, as far as names,
-    shapes and dtypes say. `load_source` finds the rest, and all that can be wrong with a source that has no safetensors."""
+    """Raise InputError unless the tensors of a model source have the names, shapes and dtypes of the model in its config.
+
+    `load_source` checks the rest, and everything for a source without safetensors.
+    """
     from transformers import AutoConfig
 
     folder, arguments = _arguments(source, revision)
@@ -146,7 +152,7 @@ def check_contents(source: str, revision: str | None = None) -> None:
 
 
 def _arguments(source: str, revision: str | None) -> tuple[str, dict[str, Any]]:
-    """What transformers' from_pretrained takes for a source."""
+    """Path or hub name, and further arguments, with which transformers' from_pretrained loads a source."""
     path = str(package_path(source)) if source.startswith(PACKAGE) else source
     if _looks_like_path(path):
         path = str(storage.local_path(path))
@@ -173,8 +179,8 @@ def _readable(source: str) -> Iterator[None]:
 def load_source(source: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
     """The model and tokenizer of a GGUF file, a local folder, `package:NAME/FILE`, or a hub name.
 
-    A quantised model is dequantised and becomes an ordinary one that can be saved. Raises InputError when it cannot be read,
-    when its tensors are not those of the model that its config describes, or when its family has no table.
+    A quantised model is dequantised. Raises InputError if the source cannot be read, if its tensors are not those of the model
+    in its config, if a weight is not finite, or if its family is not supported.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -186,21 +192,21 @@ def load_source(source: str, revision: str | None = None, dtype: torch.dtype = t
         method = method_of(config, source)
         tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
         model = _filled_model(folder, source, dtype=dtype, **arguments, **load_arguments(method))
-    broken = [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
-    if broken:
+    not_finite = [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
+    if not_finite:
         raise InputError(
-            f"{source}: {len(broken):,} tensors hold values that are not finite ({', '.join(broken[:3])})",
+            f"{source}: {len(not_finite):,} tensors contain values that are not finite ({', '.join(not_finite[:3])})",
             "download or copy it again, or use an earlier checkpoint of its training",
         )
     return plain_model(model, method, dtype), tokenizer
 
 
 def _filled_model(folder: str, where: str, **arguments: Any) -> Any:
-    """A causal language model of which transformers has loaded every parameter. Raises InputError for any other."""
+    """Load a causal language model. Raises InputError unless the checkpoint has every parameter and nothing else."""
     from transformers import AutoModelForCausalLM
 
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
-    if getattr(model, "_hf_peft_config_loaded", False):  # on the hub no header says so
+    if getattr(model, "_hf_peft_config_loaded", False):  # for hub models the headers do not show adapters
         raise has_adapters(where)
     architecture = Architecture.from_config(model.config)
     difference = Difference(
@@ -216,7 +222,7 @@ def _filled_model(folder: str, where: str, **arguments: Any) -> Any:
 
 
 def source_tokenizer(source: str, revision: str | None = None) -> Any:
-    """The tokenizer of a model source alone. Raises InputError as `load_source` does."""
+    """The tokenizer of a model source, without its model. Raises InputError as `load_source` does."""
     from transformers import AutoTokenizer
 
     check_source(source)
@@ -226,7 +232,7 @@ def source_tokenizer(source: str, revision: str | None = None) -> Any:
 
 
 def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """Write a plain transformers checkpoint: config, safetensors, tokenizer."""
+    """Write a transformers checkpoint to `folder`: config, safetensors, tokenizer."""
     make_plain(model.config)
     for key in NOT_THE_TOKENIZERS:
         tokenizer.init_kwargs.pop(key, None)
@@ -236,7 +242,7 @@ def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A model from a local checkpoint folder, in eval mode."""
+    """Load a causal language model from a local checkpoint folder, in eval mode."""
     with quiet_transformers():
         model: nn.Module = _filled_model(
             str(folder), str(folder), dtype=dtype, trust_remote_code=False, local_files_only=True
@@ -245,6 +251,7 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Mod
 
 
 def load_tokenizer(folder: str | Path) -> Any:
+    """Load the tokenizer of a local checkpoint folder."""
     from transformers import AutoTokenizer
 
     with quiet_transformers():
@@ -252,10 +259,10 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 
 def decoder_and_head(model: Any) -> tuple[nn.Module, Tensor]:
-    """The part of a transformers causal LM that gives final hidden states, and its head's weight [vocab, hidden].
+    """The decoder of a transformers causal LM, which computes the final hidden states, and its head's weight [vocab, hidden].
 
-    Raises InputError when the head is more than one matrix (a bias, an adapter); `minitron.logits.Head` knows the
-    scaling and soft-capping that come after it.
+    Raises InputError if the head has more parameters than one matrix (a bias, an adapter). Scaling and soft-capping of the
+    logits are part of `minitron.logits.Head`.
     """
     name = type(model).__name__
     head = model.get_output_embeddings()
@@ -271,7 +278,7 @@ def decoder_and_head(model: Any) -> tuple[nn.Module, Tensor]:
 
 
 def head_of(model: nn.Module) -> Tensor:
-    """The head's weight [vocabulary, hidden]; the embedding matrix itself where the two are tied."""
+    """The head's weight [vocab, hidden]; the embedding matrix itself if the two are tied."""
     return decoder_and_head(model)[1]
 
 

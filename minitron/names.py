@@ -1,4 +1,4 @@
-"""Names of files that come out of a file, such as those a manifest lists: checked before anything is read or written."""
+"""Checks of file names that were read from a file, such as a manifest, before anything is read or written."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ LONGEST_NAME = 1024  # characters; object stores allow as many bytes
 
 
 def check_name(name: object, source: str) -> str:
-    """`name`, if it is a relative path that stays below the folder it is joined to; `source` is the file that has it.
+    """`name`, if it is a relative path inside the folder that it is joined to. source: the file that contains the name.
 
-    Raises StorageError for an absolute path, `..`, empty parts, backslashes, control characters and what is not text.
+    Raises StorageError for absolute paths, `..`, empty parts, backslashes, control characters and non-strings.
     """
     bad = (
         not isinstance(name, str)
@@ -23,13 +23,13 @@ def check_name(name: object, source: str) -> str:
     if bad:
         raise StorageError(
             f"{source}: names the file {str(name)[:200]!r}, which is not a relative path below its folder",
-            "somebody else may have written it: don't use this folder; delete it and run again",
+            "it may have been written by someone else: do not use this folder; delete it and run again",
         )
     return str(name)
 
 
 def inside(folder: Path, name: str, source: str) -> Path:
-    """`folder`/`name`, checked once more after links are resolved. Raises StorageError where it leaves the folder."""
+    """`folder`/`name`, also checked after resolving links. Raises StorageError if it is outside the folder."""
     path = folder / check_name(name, source)
     if not path.resolve().is_relative_to(folder.resolve()):
         raise StorageError(

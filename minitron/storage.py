@@ -1,4 +1,4 @@
-"""Folders that are whole or invisible, on any fsspec path.
+"""Folders that are published atomically, on any fsspec path.
 
 A folder is written under a temporary name on local disk, every file is hashed, and `manifest.json` (sizes and SHA-256)
 is published last. A folder without its manifest does not exist for a reader; nothing ever picks "the newest directory".
@@ -34,11 +34,11 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 SCHEMES = ("file", "local", "memory", "s3", "gs", "gcs", "abfs", "az", "hf")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-CONDITIONAL = ("s3", "gs", "gcs", "abfs", "az", "memory")  # of these fsspec can create a file exclusively
+CONDITIONAL = ("s3", "gs", "gcs", "abfs", "az", "memory")  # schemes for which fsspec can create a file exclusively
 
 
 def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The filesystem of `path` and the path inside it. Raises StorageError for schemes that are not storage."""
+    """The filesystem of `path` and the path inside it. Raises StorageError for unsupported schemes and missing drivers."""
     scheme = path.split("://", 1)[0] if "://" in path else "file"
     if scheme not in SCHEMES:
         raise StorageError(f"{path!r}: scheme {scheme!r} is not allowed", f"use one of {', '.join(SCHEMES)}")
@@ -73,14 +73,14 @@ def join(path: str, *parts: str) -> str:
 
 @contextmanager
 def access_errors(path: str) -> Iterator[None]:
-    """Turn what keeps storage from being used into StorageError: no permission, and whatever the driver of remote storage
-    raises, which is of the driver's own kinds where a server does not answer."""
+    """Turn errors of access into StorageError: missing permission, and any exception of a remote storage's driver, which has
+    its own types for a server that does not answer."""
     try:
         yield
     except MinitronError:
         raise
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in FULL  # of this machine's disk, which a copy is written to
+        full = isinstance(error, OSError) and error.errno in FULL  # the local disk, to which a copy is written
         if full or (is_local(path) and not isinstance(error, PermissionError)):
             raise
         raise StorageError(
@@ -112,21 +112,21 @@ def read_json(path: str) -> Any:
 
 
 def write_bytes(path: str, data: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
+    """Write a file atomically: a reader sees the old content or the new one."""
     fs, inner = filesystem(path)
     if is_local(path):
         with _written(path, data) as temporary:
             os.replace(temporary, local_path(path))
     else:
         with access_errors(path):
-            fs.pipe_file(inner, data)  # object stores publish a put whole
+            fs.pipe_file(inner, data)  # a put to an object store is atomic
 
 
 def create_bytes(path: str, data: bytes) -> bool:
-    """Write a file only if there is none of that name; False where there is. Of several that try with different `data`, one
+    """Write a file unless it exists; returns whether it was written. Of several concurrent calls with different `data`, one
     succeeds.
 
-    Object stores do it with a conditional put (S3: If-None-Match). Raises StorageError for a scheme that cannot.
+    Object stores use a conditional put (S3: If-None-Match). Raises StorageError for a scheme without one.
     """
     if is_local(path):
         with _written(path, data) as temporary:
@@ -138,28 +138,28 @@ def create_bytes(path: str, data: bytes) -> bool:
                 if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
                     raise
                 raise StorageError(
-                    f"{path}: this file system has no hard links, by which a file is created only if it is not there",
+                    f"{path}: this file system has no hard links, which are needed to create a file only if it does not exist",
                     "keep runs on another file system, or in an object store",
                 ) from error
         return True
     fs, inner = filesystem(path)
     if path.split("://", 1)[0] not in CONDITIONAL:
         raise StorageError(
-            f"{path}: this kind of storage can't create a file only if it is not there yet",
+            f"{path}: this kind of storage cannot create a file only if it does not exist",
             f"keep runs on a local folder or at one of {', '.join(f'{scheme}://' for scheme in CONDITIONAL)}",
         )
     with access_errors(path):
         try:
             fs.pipe_file(inner, data, mode="create")
         except FileExistsError:
-            # drivers repeat a put whose answer was lost, and the second one finds what the first has written
+            # drivers retry a put whose response was lost, and the second attempt finds the file of the first
             return read_bytes(path) == data
     return True
 
 
 @contextmanager
 def _written(path: str, data: bytes) -> Iterator[Path]:
-    """A temporary file with `data` on disk, beside the local path that it is to become; deleted on leaving."""
+    """A temporary file with `data`, synced to disk in the folder of the local `path`; deleted on exit."""
     target = local_path(path)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     with disk_errors(path):
@@ -179,16 +179,16 @@ def write_json(path: str, value: Any) -> None:
 
 
 def size(path: str) -> int:
-    """Bytes below a folder, 0 if it is not there."""
+    """Bytes of all files below a folder; 0 if it does not exist."""
     fs, inner = filesystem(path)
     with access_errors(path):
         return int(fs.du(inner)) if fs.exists(inner) else 0
 
 
 def names(path: str) -> list[str]:
-    """Names of the files and folders right below a folder, as they are now; empty where it is not there."""
+    """Current names of the files and folders directly in a folder, sorted; empty if it does not exist."""
     fs, inner = filesystem(path)
-    fs.invalidate_cache()  # object stores remember listings
+    fs.invalidate_cache()  # fsspec caches the listings of object stores
     with access_errors(path):
         try:
             entries = fs.ls(inner, detail=False)
@@ -198,7 +198,7 @@ def names(path: str) -> list[str]:
 
 
 def remove(path: str) -> None:
-    """Delete a file or folder if it is there; a folder's manifest goes first, so that a part of it is never trusted."""
+    """Delete a file or folder if it exists; a folder's manifest is deleted first, so that a partial folder is never trusted."""
     fs, inner = filesystem(path)
     with access_errors(path):
         if not fs.exists(inner):
@@ -216,13 +216,13 @@ def sha256(path: str | Path) -> str:
 
 
 def fingerprint(value: Any) -> str:
-    """SHA-256 of a JSON value in canonical form, first 16 hexadecimal digits: the name of everything content-addressed."""
+    """First 16 hexadecimal digits of the SHA-256 of a JSON value in canonical form; names everything content-addressed."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
 
 
 @contextmanager
 def disk_errors(path: str) -> Iterator[None]:
-    """Turn the operating system's refusals into errors that say what to do."""
+    """Turn errors of the operating system (disk full, no permission) into NotWritableError with a remedy."""
     try:
         yield
     except SafetensorError as error:
@@ -254,9 +254,9 @@ def free_bytes(path: str) -> int:
 
 @contextmanager
 def committed_folder(target: str, note: dict[str, Any] | None = None) -> Iterator[Path]:
-    """Yield a temporary local folder; on leaving without an error, publish it at `target` with its manifest last.
+    """Yield a temporary local folder; on exit without an error, publish it at `target`, its manifest last.
 
-    `note` is stored in the manifest beside the files. If `target` is committed by somebody else meanwhile, theirs stays.
+    note: JSON value stored in the manifest. If another process publishes `target` in the meantime, its folder is kept.
     """
     with disk_errors(target):
         temporary = staging_folder(target)
@@ -268,7 +268,8 @@ def committed_folder(target: str, note: dict[str, Any] | None = None) -> Iterato
 
 
 def staging_folder(target: str) -> Path:
-    """A new temporary folder for what `publish` will commit to `target`: beside a local one, else on this machine."""
+    """A new temporary folder whose content `publish` will commit to `target`: next to a local target, else in the system's
+    temporary folder."""
     parent = local_path(target).parent if is_local(target) else Path(tempfile.gettempdir())
     parent.mkdir(parents=True, exist_ok=True)
     name = target.rstrip("/").rsplit("/", 1)[-1]
@@ -279,11 +280,11 @@ def staging_folder(target: str) -> Path:
 
 
 def upload(temporary: Path, target: str, pattern: str = "*") -> dict[str, Any]:
-    """Size and SHA-256 of the files in a staging folder that match; copies them to `target` where that is not local.
+    """Size and SHA-256 of the files in a staging folder that match `pattern`; copies them to `target` unless it is local.
 
-    Whoever may read the folder may read them: safetensors writes files that only their owner can read.
+    The files get the folder's permissions, because safetensors writes files that only their owner can read.
     """
-    mode = temporary.stat().st_mode & 0o666  # what the umask has left of a new file's
+    mode = temporary.stat().st_mode & 0o666  # as the umask sets it for new files
     for file in temporary.rglob(pattern):
         if file.is_file():
             file.chmod(mode)
@@ -301,7 +302,7 @@ def upload(temporary: Path, target: str, pattern: str = "*") -> dict[str, Any]:
 
 
 def publish(temporary: Path, target: str, files: dict[str, Any], note: dict[str, Any] | None = None) -> None:
-    """Commit a staging folder whose files are uploaded: the manifest comes last."""
+    """Commit a staging folder whose files are uploaded, by writing the manifest."""
     manifest = json.dumps({"files": files, "note": note or {}}, indent=1, sort_keys=True) + "\n"
     if is_local(target):
         (temporary / MANIFEST).write_text(manifest)
@@ -315,11 +316,11 @@ def _owner() -> str:
 
 
 def _sweep(parent: Path, name: str) -> None:
-    """Delete what killed processes of this machine left half-written for the same target."""
-    for left in parent.glob(f".{glob.escape(name)}.*.tmp"):
-        host, _, pid = left.name.removeprefix(f".{name}.").rsplit(".", 2)[0].rpartition("-")
+    """Delete staging folders for the same target left by killed processes of this machine."""
+    for folder in parent.glob(f".{glob.escape(name)}.*.tmp"):
+        host, _, pid = folder.name.removeprefix(f".{name}.").rsplit(".", 2)[0].rpartition("-")
         if host == socket.gethostname() and pid.isdigit() and not _is_alive(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_alive(pid: int) -> bool:
@@ -334,7 +335,7 @@ def _is_alive(pid: int) -> bool:
 
 def _publish(temporary: Path, target: Path) -> None:
     if target.exists() and not (target / MANIFEST).exists():
-        shutil.rmtree(target)  # a folder that lost its manifest was being deleted
+        shutil.rmtree(target)  # a folder without a manifest was being deleted
     try:
         os.rename(temporary, target)
     except OSError as error:
@@ -343,14 +344,14 @@ def _publish(temporary: Path, target: Path) -> None:
 
 
 def is_committed(target: str) -> bool:
-    """Whether a folder was published whole."""
+    """Whether a folder was published completely."""
     return exists(join(target, MANIFEST))
 
 
 def manifest(target: str) -> dict[str, Any]:
     """The manifest of a committed folder: {"files": {name: {"bytes", "sha256"}}, "note": {...}}.
 
-    Raises StorageError for one that names files outside the folder, or has another form."""
+    Raises StorageError for one that names files outside the folder, or is not a manifest."""
     path = join(target, MANIFEST)
     value: dict[str, Any] = read_json(path)
     try:
@@ -365,7 +366,7 @@ def manifest(target: str) -> dict[str, Any]:
 
 
 def verify(target: str, *, hashes: bool = True) -> None:
-    """Raise StorageError naming the first file that is missing, short, or (with `hashes`) altered."""
+    """Raise StorageError naming the first file that is missing, has another size, or (with `hashes`) is altered."""
     fs, inner = filesystem(target)
     for name, expected in manifest(target)["files"].items():
         path = f"{inner}/{name}"
@@ -375,7 +376,7 @@ def verify(target: str, *, hashes: bool = True) -> None:
             size = fs.size(path)
         if size != expected["bytes"]:
             raise StorageError(
-                f"{join(target, name)}: {size} bytes where {expected['bytes']} were written",
+                f"{join(target, name)}: has {size} bytes, but {expected['bytes']} were written",
                 f"delete {target} and run again",
             )
         if hashes:
@@ -389,11 +390,10 @@ def verify(target: str, *, hashes: bool = True) -> None:
 
 
 def fetch(target: str, cache: str | None = None) -> Path:
-    """A committed folder as a local path: itself, or a verified copy of a remote one under `cache`.
+    """A committed folder as a local path: the folder itself, or a verified copy of a remote one under `cache`.
 
-    By default the cache is the user's (`minitron.cache`). The size of every file of a copy is checked each time, the
-    SHA-256 when it arrives. Raises StorageError for a manifest that names files outside the folder, before anything is
-    written.
+    cache: default the user's (`minitron.cache`). File sizes of a copy are checked each time, SHA-256 when it is made. Raises
+    StorageError for a manifest that names files outside the folder, before anything is written.
     """
     if is_local(target):
         return local_path(target)
@@ -412,19 +412,19 @@ def fetch(target: str, cache: str | None = None) -> Path:
                     fs.get_file(f"{inner}/{name}", str(file))
         if manifest(str(copy))["files"] != expected["files"]:
             remove(str(copy))
-            raise StorageError(f"{target}: the copy that arrived does not match its manifest", "run again")
+            raise StorageError(f"{target}: the downloaded copy does not match its manifest", "run again")
     return copy
 
 
 def _is_whole(copy: Path, files: dict[str, Any]) -> bool:
-    """Whether a copy has the files of a manifest, in their sizes."""
+    """Whether a copy has all files of a manifest with their sizes."""
     if manifest(str(copy))["files"] != files:
         return False
     return all((copy / name).is_file() and (copy / name).stat().st_size == files[name]["bytes"] for name in files)
 
 
 def fetch_file(path: str, cache: str | None = None) -> Path:
-    """A single file as a local path: itself, or a copy of a remote one under `cache`, named by its content."""
+    """A single file as a local path: the file itself, or a copy of a remote one under `cache`, named by its hash."""
     if is_local(path):
         return local_path(path)
     data = read_bytes(path)

@@ -1,4 +1,4 @@
-"""The numbers of a decoder: what a shape costs, shapes for a budget, shapes that have been published."""
+"""Shapes of decoders: their costs, shapes for a parameter budget, and published shapes."""
 
 from minitron.architecture.architecture import (
     AXES,

@@ -1,4 +1,4 @@
-"""Architecture: the numbers of a decoder, and everything that follows from them."""
+"""Architecture: the shape of a decoder and what follows from it: parameters, FLOPs, KV cache, config."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from minitron.arguments import short_repr
 from minitron.errors import InputError
 from minitron.families import Family, Parameter, family_of
 from minitron.families.config import LONGROPE, make_plain, read_config, write_config
@@ -45,9 +46,10 @@ FIXED = ("family", "vocab_size", "head_dim", "tied", "flags", "experts_per_token
 class Architecture:
     """The shape of a decoder-only transformer of one family.
 
-    In a mixture of experts `intermediate_size` is the width of one expert, and each token takes `experts_per_token` of
-    `num_experts`; both are 0 in a dense model. `flags` are the config switches that are on and add parameters (biases) or
-    bind the numbers (longrope). Raises InputError when the numbers cannot make a model.
+    In a mixture of experts `intermediate_size` is the width of one expert, and each token is routed to `experts_per_token` of
+    `num_experts` experts; both are 0 in a dense model. tied: the head shares the embedding matrix. flags: config switches
+    that are on and add parameters (biases) or constrain sizes (longrope). Raises InputError for sizes that are not those of a
+    valid model.
     """
 
     num_layers: int
@@ -67,10 +69,8 @@ class Architecture:
         for field in (*PRUNABLE, "head_dim", "vocab_size"):
             value = getattr(self, field)
             least = 0 if field == "num_experts" else 1
-            if not isinstance(value, int) or value < least:
-                raise InputError(
-                    f"{field}: {value!r} is not a whole number of at least {least}", "give a whole number in range"
-                )
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InputError(f"{field}: {value!r} is not a valid size", f"give a whole number of at least {least}")
         self._check_experts()
         if self.num_heads % self.num_kv_heads:
             raise InputError(
@@ -88,26 +88,30 @@ class Architecture:
         mixture = bool(self.table.experts)
         if mixture != (self.num_experts > 0) or mixture != (self.experts_per_token > 0):
             raise InputError(
-                f"num_experts: {self.num_experts} with experts_per_token = {self.experts_per_token} is no {self.family} model",
+                f"num_experts: {self.num_experts} with experts_per_token = {self.experts_per_token} does not describe a "
+                f"{self.family} model",
                 "give both for a mixture of experts, and neither for a dense model",
             )
         if self.num_experts < self.experts_per_token:
             raise InputError(
-                f"num_experts: {self.num_experts} is less than the {self.experts_per_token} that each token takes",
+                f"num_experts: {self.num_experts} is less than experts_per_token = {self.experts_per_token}",
                 f"keep at least {self.experts_per_token}",
             )
 
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> Architecture:
-        """Read a transformers config. Raises InputError for a model type without a family table, a wrapper around a text
-        model, and config values that the family's table cannot describe."""
+        """The shape of a transformers config. Raises InputError for a model type without a family table, a multimodal wrapper
+        around a text model, and config values that the family table cannot describe."""
+        if not hasattr(config, "model_type"):
+            raise InputError(
+                f"config: {short_repr(config)} is not a transformers config", "give model.config or AutoConfig's result"
+            )
         return cls(**read_config(config))
 
     def to_config(self, config: PretrainedConfig, kept_layers: Sequence[int] | None = None) -> PretrainedConfig:
-        """A copy of `config` with these numbers, for a checkpoint that transformers loads by itself; `head_dim` is always
-        explicit.
+        """A copy of `config` with these sizes, for a checkpoint that transformers alone can load; `head_dim` is always set.
 
-        `kept_layers` are the source's layers that stay, so that per-layer settings follow them (default: the first ones).
+        kept_layers: the layers of the source that are kept, whose per-layer settings are copied (default: the first ones).
         """
         kept = list(range(self.num_layers)) if kept_layers is None else list(kept_layers)
         result = copy.deepcopy(config)
@@ -124,7 +128,7 @@ class Architecture:
         return family_of(self.family)
 
     def axis_size(self, axis: Axis) -> int:
-        """Length of a tensor dimension that carries `axis`."""
+        """Length of a tensor dimension of the kind `axis`."""
         if isinstance(axis, tuple):
             return sum(self.axis_size(part) for part in axis)
         return {
@@ -143,7 +147,7 @@ class Architecture:
 
     @property
     def outer_parameters(self) -> list[Parameter]:
-        """Tensors outside the layers; the head only where it is a tensor of its own."""
+        """Tensors outside the layers; without the head if it is tied to the embedding."""
         return self._present(self.table.outer)
 
     @property
@@ -155,7 +159,7 @@ class Architecture:
         return sum(math.prod(self.axis_size(axis) for axis in p.axes) for p in parameters)
 
     def _multiplied(self, parameter: Parameter) -> int:
-        """Entries of a layer's tensor that one token is multiplied with: those of matrices, of the experts it takes."""
+        """Entries of a layer's tensor that take part in matrix products for one token; of experts, only its own."""
         shape = [self.axis_size(axis) for axis in parameter.axes]
         if len(shape) == 3:
             shape[0] = self.experts_per_token
@@ -163,7 +167,7 @@ class Architecture:
 
     @property
     def num_parameters(self) -> int:
-        """Exact number of parameters, tied matrices counted once."""
+        """Exact number of parameters; tied matrices are counted once."""
         return self._count(self.outer_parameters) + self.num_layers * self._count(self.layer_parameters)
 
     @property
@@ -173,36 +177,36 @@ class Architecture:
         return self.num_parameters - self._count(vocabulary)
 
     def flops_per_token(self, seq_length: int) -> int:
-        """FLOPs of one forward pass per token in a causal sequence of `seq_length`: 2 per multiply-add of every matrix,
-        the head included and of the experts only those a token takes, plus 2·L·heads·head_dim·seq_length for attention
-        (its causal half)."""
+        """FLOPs per token of one forward pass over a causal sequence of `seq_length` tokens: 2 per multiply-add of every
+        matrix including the head, of the experts only those a token is routed to, plus 2·L·heads·head_dim·seq_length for
+        attention (its causal half)."""
         layer = sum(self._multiplied(parameter) for parameter in self.layer_parameters)
         matrices = self.num_layers * layer + self.vocab_size * self.hidden_size
         return 2 * matrices + 2 * self.num_layers * self.num_heads * self.head_dim * seq_length
 
     def kv_cache_bytes(self, tokens: int, bytes_per_value: int = 2) -> int:
-        """Bytes of keys and values kept for `tokens` tokens of context."""
+        """Bytes of the KV cache of `tokens` tokens of context."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * tokens * bytes_per_value
 
     def check_inside(self, base: Architecture) -> None:
-        """Raise InputError unless this can be cut out of `base`."""
+        """Raise InputError unless a model of `base` can be pruned to this shape."""
         for field in FIXED:
-            mine, theirs = getattr(self, field), getattr(base, field)
-            if mine != theirs:
-                raise InputError(f"{field}: {mine!r} differs from the model's {theirs!r}", "pruning cannot change it")
+            own, original = getattr(self, field), getattr(base, field)
+            if own != original:
+                raise InputError(f"{field}: {own!r} differs from the model's {original!r}", "pruning cannot change it")
         for field in PRUNABLE:
-            mine, theirs = getattr(self, field), getattr(base, field)
-            if mine > theirs:
-                raise InputError(f"{field}: {mine} is larger than the model's {theirs}", f"use at most {theirs}")
+            own, original = getattr(self, field), getattr(base, field)
+            if own > original:
+                raise InputError(f"{field}: {own} is larger than the model's {original}", f"use at most {original}")
         if self.num_heads // self.num_kv_heads > base.num_heads // base.num_kv_heads:
             raise InputError(
-                f"num_heads: {self.num_heads} in {self.num_kv_heads} groups needs more heads a group than the model has",
+                f"num_heads: {self.num_heads} in {self.num_kv_heads} groups needs more heads per group than the model has",
                 f"use at most {base.num_heads // base.num_kv_heads * self.num_kv_heads}",
             )
         if LONGROPE in self.flags and self.hidden_size // self.num_heads != self.head_dim:
             raise InputError(
-                f"hidden_size: {self.hidden_size} with {self.num_heads} heads changes how many rotary factors transformers "
-                f"expects of a {self.family} model with longrope: it counts them from hidden_size // heads, not head_dim",
+                f"hidden_size: {self.hidden_size} with {self.num_heads} heads changes the number of rotary factors that "
+                f"transformers expects of a {self.family} model with longrope: hidden_size // heads, not head_dim",
                 f"use hidden_size = {self.head_dim * self.num_heads}, or prune hidden_size and num_heads in the same ratio",
             )
 
@@ -217,11 +221,12 @@ class Architecture:
         return "·".join(f"{sizes[axis.name]}{axis.unit}" for axis in axes if axis.name in sizes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """JSON values, for `from_dict`."""
         return {**asdict(self), "flags": list(self.flags)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Architecture:
+        """The architecture that `to_dict` gave."""
         return cls(**{**values, "flags": tuple(values["flags"])})
 
     def __str__(self) -> str:

@@ -1,7 +1,7 @@
-"""What a smaller shape does not gain on the hardware: sentences for the one who chose it.
+"""Notes on why a smaller shape may not be faster on the hardware.
 
-A matrix multiplication runs in whole tiles, and 16-bit tensor cores want every dimension to be a multiple of 8, so a
-dimension that is a little smaller may cost as much as before.
+A matrix multiplication runs in whole tiles, and 16-bit tensor cores need every dimension to be a multiple of 8, so a slightly
+smaller dimension may cost as much as before.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from minitron.architecture import Architecture
 
 
 def hardware_notes(base: Architecture, target: Architecture, *, tile: int = 64, alignment: int = 8) -> list[str]:
-    """Why `target`, cut out of `base`, is smaller but not faster; empty when there is nothing to say.
+    """Sentences on why `target`, pruned from `base`, is smaller but not faster; empty if there is nothing to report.
 
-    `tile`: the width that a matrix multiplication is cut into; `alignment`: the multiple that tensor cores need (8 for
-    16-bit types). Only dimensions that pruning changed are judged.
+    tile: tile width of a matrix multiplication. alignment: the multiple that tensor cores need (8 for 16-bit types). Only
+    dimensions that pruning changed are checked.
     """
     notes = []
     for field in ("hidden_size", "intermediate_size"):
@@ -32,7 +32,7 @@ def hardware_notes(base: Architecture, target: Architecture, *, tile: int = 64, 
         notes += _misaligned(field, width, base.num_heads * base.head_dim, alignment)
         if target.num_kv_heads == base.num_kv_heads:
             notes.append(
-                f"num_heads: {target.num_heads} query heads instead of {base.num_heads}, but num_kv_heads stays "
+                f"num_heads: {target.num_heads} query heads instead of {base.num_heads}, but num_kv_heads is still "
                 f"{base.num_kv_heads}, so a layer's KV cache is as large as before; fewer KV heads make it smaller."
             )
     return notes + _uneven_groups(base, target)
@@ -42,7 +42,7 @@ def _misaligned(field: str, after: int, before: int, alignment: int) -> list[str
     if after % alignment == 0:
         return []
     return [
-        f"{field}: {after} is no multiple of {alignment}, which 16-bit tensor cores need; "
+        f"{field}: {after} is not a multiple of {alignment}, which 16-bit tensor cores need; "
         f"better {_nearest(after, before, alignment)}."
     ]
 

@@ -1,4 +1,4 @@
-"""The published Minitron models by name: the model each was cut from, and what changed.
+"""The published Minitron models by name: the model each was pruned from, and the sizes that changed.
 
 Shapes from arXiv 2407.14679 table 10 (Nemotron-4) and arXiv 2408.11796 tables 1 and 3 (Llama, Mistral NeMo).
 """
@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from minitron.architecture import Architecture
 from minitron.errors import InputError
 
-# What tells one base model from another; flags and tying follow from the family and are not part of a recipe.
+# The sizes that identify a base model; flags and tying are not compared.
 BASES: Mapping[str, Mapping[str, int | str]] = {
     "Llama 3.1 8B": {
         "family": "llama",
@@ -59,7 +59,7 @@ BASES: Mapping[str, Mapping[str, int | str]] = {
 
 @dataclass(frozen=True)
 class Published:
-    """One published pruning: the bases it may start from (names of BASES) and the fields that change."""
+    """One published model: the base models it may start from (keys of BASES) and the sizes that change."""
 
     bases: tuple[str, ...]
     changes: Mapping[str, int]
@@ -78,9 +78,9 @@ PUBLISHED = {
 
 
 def published(name: str, base: Architecture) -> Architecture:
-    """The architecture that the published model `name` (a key of PUBLISHED) cuts out of `base`.
+    """The architecture of the published model `name` (a key of PUBLISHED), pruned from `base`.
 
-    Raises InputError when there is no such model, or when `base` does not have the shape it was cut from.
+    Raises InputError if there is no such model, or if `base` does not have the shape that it was pruned from.
     """
     if name not in PUBLISHED:
         close = get_close_matches(name, PUBLISHED, n=1, cutoff=0.4)
@@ -93,8 +93,8 @@ def published(name: str, base: Architecture) -> Architecture:
     if all(differences):
         nearest, differing = min(zip(recipe.bases, differences, strict=True), key=lambda pair: len(pair[1]))
         raise InputError(
-            f"{name} is cut from {' or '.join(recipe.bases)}; this model differs from {nearest} in {', '.join(differing)}",
-            "give that model, or the sizes of your own",
+            f"{name} is pruned from {' or '.join(recipe.bases)}; this model differs from {nearest} in {', '.join(differing)}",
+            "give that model, or sizes of your own",
         )
     return replace(base, **recipe.changes)  # type: ignore[arg-type]
 

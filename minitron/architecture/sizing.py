@@ -1,7 +1,6 @@
-"""The shape for a number of parameters, by the papers' practice: heads stay, hidden size and MLP shrink together.
+"""A shape for a parameter budget, following the best practices of arXiv 2407.14679 and 2408.11796.
 
-After the best practices of arXiv 2407.14679 and 2408.11796: width keeps layers and heads, depth changes nothing but the
-layers.
+Width pruning keeps layers and heads and shrinks hidden size and MLP together; depth pruning removes layers only.
 """
 
 from __future__ import annotations
@@ -15,18 +14,18 @@ from minitron.errors import InputError
 
 TOLERANCE = 0.05
 HOW = ("width", "depth", "both")
-ALIGNMENT = 8  # 16-bit tensor cores want multiples of it; given up last
-DRIFT = 0.25  # how far the MLP may leave its ratio to the hidden size before alignment is given up
+ALIGNMENT = 8  # 16-bit tensor cores need multiples of it; relaxed last
+DRIFT = 0.25  # how far the MLP's ratio to the hidden size may change before alignment is relaxed
 
 
 def architecture_for(base: Architecture, parameters: int, *, how: str = "width", multiple: int = 64) -> Architecture:
-    """The architecture inside `base` that comes nearest to `parameters`, never further off than 5 %.
+    """The architecture inside `base` closest to `parameters`, within 5 %.
 
-    `how`: "width" shrinks hidden size and MLP by the same share, "depth" removes layers, "both" shrinks layers, hidden
-    size and MLP by the same share. Widths are multiples of `multiple`. Where none of those comes near (a small model, or a
-    family whose hidden size must be a multiple of its heads) it is halved down to 8, then the MLP may leave its ratio to
-    the hidden size by up to a quarter, then it is halved down to 1. Raises InputError when `parameters` cannot be reached,
-    saying what can.
+    how: "width" shrinks hidden size and MLP by the same factor, "depth" removes layers, "both" shrinks layers, hidden size
+    and MLP by the same factor. Widths are multiples of `multiple`. If none of those is close enough (a small model, or a
+    family whose hidden size must be a multiple of its heads), the multiple is halved down to 8, then the MLP's ratio to the
+    hidden size may change by up to a quarter, then the multiple is halved down to 1. Raises InputError naming the closest
+    reachable number if `parameters` cannot be reached.
     """
     if how not in HOW:
         raise InputError(f"how: {how!r} is not a way to shrink", f"use one of {', '.join(HOW)}")
@@ -34,7 +33,7 @@ def architecture_for(base: Architecture, parameters: int, *, how: str = "width",
         raise InputError(f"multiple: {multiple} is not positive", "use a power of two such as 64")
     if not 0 < parameters <= base.num_parameters:
         raise InputError(
-            f"parameters: {parameters:,} does not lie between 1 and the model's {base.num_parameters:,}",
+            f"parameters: {parameters:,} is not between 1 and the model's {base.num_parameters:,}",
             "give a smaller number than the model has",
         )
     closest = base
@@ -47,7 +46,7 @@ def architecture_for(base: Architecture, parameters: int, *, how: str = "width",
         closest = min(closest, best, key=lambda a: _distance(a, parameters))
     raise InputError(
         f"parameters: {parameters:,} cannot be reached by {how}; the nearest is {closest.num_parameters:,} ({closest})",
-        f"use {closest.num_parameters}, another way ({', '.join(way for way in HOW if way != how)}), or give the sizes",
+        f"use {closest.num_parameters}, another how ({', '.join(way for way in HOW if way != how)}), or give the sizes",
     )
 
 
@@ -64,7 +63,7 @@ def _distance(architecture: Architecture, parameters: int) -> float:
 
 
 def _concessions(multiple: int) -> list[tuple[int, float]]:
-    """(multiple of the hidden size, drift of the MLP's ratio), the best first."""
+    """(multiple of the hidden size, allowed change of the MLP's ratio), the preferred ones first."""
     steps = _halvings(multiple)
     aligned = [step for step in steps if step >= ALIGNMENT] or steps[:1]
     rest = [step for step in steps if step not in aligned]
@@ -82,7 +81,7 @@ def _depths(base: Architecture) -> Iterator[Architecture]:
 
 def _widths(base: Architecture, step: int, multiple: int, drift: float, *, deep: bool) -> Iterator[Architecture]:
     hidden_step = math.lcm(step, base.num_heads) if base.table.hidden_in_heads else step
-    # the MLP stays coarse as long as rounding leaves its ratio to the hidden size nearly alone
+    # a coarse step for the MLP as long as rounding hardly changes its ratio to the hidden size
     mlp_step = next(s for s in _halvings(multiple) if s <= max(step, base.intermediate_size // 16))
     for hidden in {*range(hidden_step, base.hidden_size, hidden_step), base.hidden_size}:
         share = hidden / base.hidden_size

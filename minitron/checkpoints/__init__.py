@@ -1,1 +1,1 @@
-"""Checkpoints of other programs: which tensors they hold, whether these fill the model, and what names them."""
+"""Checkpoint files: which tensors they contain, whether these fill the model, and the checkpoint's identity."""

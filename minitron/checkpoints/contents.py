@@ -1,4 +1,4 @@
-"""Whether a checkpoint's tensors are those of the model that its config describes, and what it most likely is if not."""
+"""Checks that a checkpoint's tensors are those of the model in its config, and explains the likely cause if not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from minitron.families import Parameter
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 BASE = "model."  # transformers' base_model_prefix, which it adds or takes away when it loads
-# What older checkpoints store although it follows from the config; transformers has no use for it.
+# Buffers that older checkpoints store although they follow from the config; transformers ignores them.
 HARMLESS = re.compile(
     r"(^|\.)(rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|position_ids|masked_bias)$"
 )
@@ -27,8 +27,11 @@ MULTIMODAL = re.compile(r"language_model\.|text_model\.|vision|visual|multi_moda
 
 @dataclass(frozen=True)
 class Difference:
-    """Names of tensors: those the model has and the checkpoint lacks, and the other way round; `shapes` and `dtypes` say for
-    tensors that both have what is stored instead."""
+    """Differences between a model's parameters and a checkpoint's tensors.
+
+    missing: names of the model's that the checkpoint lacks. unexpected: the reverse. shapes, dtypes: descriptions of tensors
+    that are stored with another shape, or are not floating-point.
+    """
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
@@ -43,7 +46,7 @@ class Difference:
             ("missing", self.missing),
             ("that the model does not have", self.unexpected),
             ("of another shape", self.shapes),
-            ("that are no floating-point weights", self.dtypes),
+            ("that are not floating-point weights", self.dtypes),
         )
         return "; ".join(f"{len(names):,} {what} ({_first(names)})" for what, names in parts if names)
 
@@ -58,7 +61,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def is_harmless(name: str) -> bool:
-    """Whether a tensor that the model does not have can be left out without a loss."""
+    """Whether a tensor that the model does not have can be ignored safely."""
     return bool(HARMLESS.search(name))
 
 
@@ -67,10 +70,10 @@ def filled(
 ) -> dict[str, Header]:
     """`headers` by the names that the parameters of `architecture` have on disk, as transformers would load them.
 
-    A head of its own under a config that ties it stays in the result: whether it equals the embedding matrix, its weights
-    must say. quantised: names of matrices whose dtype and shape are not the parameter's own (see
-    `minitron.checkpoints.quantised`). Raises InputError, saying what the checkpoint most likely is, unless every
-    parameter is there in its shape and nothing else.
+    A separate head under a config that ties it is kept in the result: only its weights can tell whether it equals the
+    embedding matrix. quantised: names of matrices whose dtype and shape differ from the parameter's (see
+    `minitron.checkpoints.quantised`). where: the checkpoint's name in errors. Raises InputError with the likely cause unless
+    the checkpoint has every parameter in its shape and nothing else.
     """
     expected = expected_shapes(architecture, headers)
     table = architecture.table
@@ -79,7 +82,7 @@ def filled(
         known[table.head] = known[table.embedding]
     contents: dict[str, Header] = {}
     unexpected = []
-    for name in sorted(headers, key=lambda name: name not in known):  # a name as it is comes before a name made so
+    for name in sorted(headers, key=lambda name: name not in known):  # exact names take precedence over renamed ones
         loaded = _as_loaded(name, known)
         if loaded in known and loaded not in contents:
             contents[loaded] = headers[name]
@@ -105,7 +108,7 @@ def filled(
 
 
 def expected_shapes(architecture: Architecture, names: Collection[str]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a model's parameters on disk, in the layout that a checkpoint with tensors of `names` is in."""
+    """Names and shapes of a model's parameters on disk, in the layout of a checkpoint with tensors of these `names`."""
     layout = layout_of(names)
 
     def stored(parameter: Parameter, prefix: str) -> Iterable[tuple[str, tuple[int, ...]]]:
@@ -133,8 +136,8 @@ def refusal(
 ) -> InputError:
     """The error for a checkpoint that does not fill its model; `names` are all of its tensors, where they are known."""
     for explain in (_quantised, _adapters, _prefix, _layers, _experts, _head, _biases):
-        if found := explain(difference, architecture, names or difference.unexpected):
-            reason, remedy = found
+        if explanation := explain(difference, architecture, names or difference.unexpected):
+            reason, remedy = explanation
             break
     else:
         reason, remedy = _otherwise(difference)
@@ -142,7 +145,7 @@ def refusal(
 
 
 def untied_head(architecture: Architecture, where: str) -> InputError:
-    """The error for two different matrices where the config says that they are one; transformers would not tie them."""
+    """The error for a head that differs from the embedding although the config ties them; transformers would not tie them."""
     table = architecture.table
     return InputError(
         f"{where}: config.json ties {table.head} to {table.embedding}, but the checkpoint has both and they differ",
@@ -150,8 +153,8 @@ def untied_head(architecture: Architecture, where: str) -> InputError:
     )
 
 
-Explanation = tuple[str, str] | None  # what it most likely is, and the remedy
-WHOLE = "give the whole checkpoint with the config.json that it was saved with"
+Explanation = tuple[str, str] | None  # likely cause, and remedy
+WHOLE = "give the complete checkpoint with the config.json that it was saved with"
 
 
 def _quantised(difference: Difference, architecture: Architecture, names: Collection[str]) -> Explanation:
@@ -182,7 +185,7 @@ def _prefix(difference: Difference, architecture: Architecture, names: Collectio
         prefix = prefix.removesuffix(BASE) or prefix
         return (
             f"The names begin with {prefix!r}, as they do when a wrapper around the model was saved",
-            f"save the model inside the wrapper with save_pretrained, or take {prefix!r} off the names",
+            f"save the model inside the wrapper with save_pretrained, or remove {prefix!r} from the names",
         )
     return None
 
@@ -191,11 +194,11 @@ def _layers(difference: Difference, architecture: Architecture, names: Collectio
     numbers = _numbers(
         names, re.compile(rf"(?:^|\.){re.escape(architecture.table.layers.removeprefix(BASE))}\.(\d+)\.")
     )
-    said = architecture.num_layers
-    if not numbers or max(numbers) + 1 == said:
+    expected = architecture.num_layers
+    if not numbers or max(numbers) + 1 == expected:
         return None
     return (
-        f"They make {max(numbers) + 1} layers, and num_hidden_layers is {said}",
+        f"They make {max(numbers) + 1} layers, but num_hidden_layers is {expected}",
         WHOLE,
     )
 
@@ -205,21 +208,21 @@ def _experts(difference: Difference, architecture: Architecture, names: Collecti
     if not architecture.num_experts or not numbers or max(numbers) + 1 == architecture.num_experts:
         return None
     return (
-        f"They make {max(numbers) + 1} experts in a layer, and config.json says {architecture.num_experts}",
+        f"They make {max(numbers) + 1} experts per layer, but config.json says {architecture.num_experts}",
         WHOLE,
     )
 
 
 def _numbers(names: Collection[str], pattern: re.Pattern[str]) -> set[int]:
-    return {int(found[1]) for name in names if (found := pattern.search(name))}
+    return {int(match[1]) for name in names if (match := pattern.search(name))}
 
 
 def _head(difference: Difference, architecture: Architecture, names: Collection[str]) -> Explanation:
     if difference.missing == (architecture.table.head,):
         return (
-            "config.json says that the head is a matrix of its own",
+            "config.json says that the head is a separate matrix",
             "if the model's head is its embedding matrix, set tie_word_embeddings to true in config.json; otherwise give the "
-            "whole checkpoint",
+            "complete checkpoint",
         )
     return None
 
@@ -229,7 +232,7 @@ def _biases(difference: Difference, architecture: Architecture, names: Collectio
     flags = architecture.table.flags
     if flags and different and all(name.endswith(".bias") for name in different):
         return (
-            f"{' and '.join(flags)} in config.json decide about biases",
+            f"{' and '.join(flags)} in config.json control the biases",
             f"correct {' or '.join(flags)} in config.json",
         )
     return None
@@ -237,4 +240,4 @@ def _biases(difference: Difference, architecture: Architecture, names: Collectio
 
 def _otherwise(difference: Difference) -> tuple[str, str]:
     incomplete = difference.missing and not difference.unexpected
-    return ("It is not complete" if incomplete else "It belongs to another model"), WHOLE
+    return ("The checkpoint is not complete" if incomplete else "The checkpoint belongs to another model"), WHOLE

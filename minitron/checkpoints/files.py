@@ -1,7 +1,7 @@
 """A transformers checkpoint on disk, read one tensor at a time and written shard by shard.
 
-Tensors go by the names of the model's parameters. Mixture-of-experts checkpoints store one tensor for each expert where
-the model has all of them in one; they are stacked on reading and taken apart again on writing.
+Tensors are addressed by the names of the model's parameters. Mixture-of-experts checkpoints store one tensor per expert where
+the model has one parameter for all; they are stacked on reading and split again on writing.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 from minitron.checkpoints.headers import INDEX, SINGLE, Header, damaged
 
 Layout = Mapping[str, tuple[str, ...]]
-# End of a parameter's name: ends of the names on disk. `{}` is the expert; several tensors of one expert lie one below
-# the other. The first layout of which the checkpoint has a tensor is the one it is in.
+# Suffix of a parameter's name -> suffixes of the names on disk. `{}` is the expert's number; several tensors of one expert are
+# concatenated along dimension 0. A checkpoint has the first layout of which it contains a tensor.
 LAYOUTS: tuple[Layout, ...] = (
     {  # Mixtral
         "mlp.gate.weight": ("block_sparse_moe.gate.weight",),
@@ -39,7 +39,7 @@ LAYOUTS: tuple[Layout, ...] = (
 
 
 def layout_of(names: Collection[str]) -> Layout:
-    """The layout that stored tensors of these names are in."""
+    """The layout of a checkpoint with tensors of these names."""
 
     def uses(layout: Layout) -> bool:
         ends = tuple(end.format(0) for ends in layout.values() for end in ends)
@@ -49,7 +49,7 @@ def layout_of(names: Collection[str]) -> Layout:
 
 
 def stored_parts(name: str, tensor: Tensor, layout: Layout) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors (views of `tensor`) under which a parameter of the model is kept on disk."""
+    """(name, view of `tensor`) of each tensor on disk that a parameter of the model is stored as."""
     ends = _ends(name, layout)
     if "{}" not in ends[0]:
         yield ends[0], tensor
@@ -76,10 +76,10 @@ class Checkpoint:
         self._layout = layout_of(headers.keys())
 
     def tensor(self, name: str) -> Tensor:
-        """A parameter of the model, mapped from the file where it is one tensor there.
+        """A parameter of the model; memory-mapped if it is stored as one tensor.
 
-        The file is open for this call only, so that the pages of a tensor go when the tensor does. Raises InputError
-        naming a file that is damaged.
+        The file is open for this call only, so that a tensor's pages are released with the tensor. Raises InputError naming
+        a file that is damaged.
         """
         ends = _ends(name, self._layout)
         with ExitStack() as stack:
@@ -105,13 +105,13 @@ class Checkpoint:
             return stacked
 
     def stored(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors (views of `tensor`) under which a parameter is kept on disk in this checkpoint's layout."""
+        """(name, view of `tensor`) of each tensor on disk that a parameter is stored as in this checkpoint's layout."""
         return stored_parts(name, tensor, self._layout)
 
 
 class ShardWriter:
-    """Writes tensors as safetensors shards of at most `shard_bytes` (a larger tensor has one of its own) and their index,
-    under the names transformers uses. What it was given stays in memory until its shard is full."""
+    """Writes tensors as safetensors shards of at most `shard_bytes` bytes (a larger tensor gets its own shard) and an index
+    under transformers' file names. Tensors stay in memory until their shard is full."""
 
     def __init__(self, folder: Path, shard_bytes: int) -> None:
         self.folder = folder
@@ -134,7 +134,7 @@ class ShardWriter:
         self._pending_bytes = 0
 
     def close(self) -> None:
-        """Write what is left, and the index if there are several shards."""
+        """Write the last shard, and the index if there are several."""
         self._flush()
         count = len(self._shards)
         files = [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)] if count > 1 else [SINGLE]

@@ -1,4 +1,4 @@
-"""Reading a GGUF file once where transformers reads it once for each thing that it wants of it."""
+"""Reading a GGUF file once, where transformers reads it separately for config, tokenizer and weights."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _lock = Lock()
 
 @contextmanager
 def read_once() -> Iterator[None]:
-    """Inside the block each GGUF file's header is read once, and gguf's table of tensor names made once for each architecture.
+    """Cache each GGUF file's header and gguf's table of tensor names inside the context.
 
-    transformers 5 reads the header, all of the vocabulary with it, for the config, for the tokenizer and for the weights,
-    and makes that table again for every submodule of the model: four fifths of the time of a model of 135M parameters. It
-    takes both from the package gguf when it calls them; nothing of a file is changed by reading it.
+    transformers 5 reads the header, including the whole vocabulary, for the config, for the tokenizer and for the weights, and
+    rebuilds the table for every submodule of the model: four fifths of the loading time of a model of 135M parameters. It
+    looks up both in the package gguf when it calls them, so replacing them there is enough.
     """
-    if find_spec("gguf") is None:  # transformers says what is missing, if a GGUF file is what is read
+    if find_spec("gguf") is None:  # transformers reports the missing package if it needs it
         yield
         return
     import gguf

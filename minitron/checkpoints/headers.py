@@ -1,4 +1,4 @@
-"""What a checkpoint's files say they hold: names, shapes and dtypes, without reading a weight."""
+"""Names, shapes and dtypes of a checkpoint's tensors, read from the files' headers without reading a weight."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ SINGLE = "model.safetensors"
 PICKLES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
-)  # what transformers reads where there are no safetensors
-ADAPTER = "adapter_config.json"  # of peft's; transformers adds the adapters beside it to the model
-INDEX_BYTES = 2**28  # an index of a million tensors is half as large
+)  # read by transformers if there are no safetensors
+ADAPTER = "adapter_config.json"  # peft's; transformers adds the adapters in the same folder to the model
+INDEX_BYTES = 2**28  # twice the size of an index of a million tensors
 
 
 @dataclass(frozen=True)
 class Header:
-    """One stored tensor: its name and file, its shape, and its dtype as safetensors spells it ("BF16")."""
+    """One stored tensor: its name, file and shape, and its dtype in safetensors' spelling ("BF16")."""
 
     name: str
     file: str
@@ -40,7 +40,7 @@ def has_pickles(folder: Path) -> bool:
 
 
 def check_no_adapter(folder: Path) -> None:
-    """Raise InputError for a folder with adapters of peft's: the model is then not what its own weights make."""
+    """Raise InputError for a folder with peft adapters, which change the model without being part of its weights."""
     if (folder / ADAPTER).exists():
         raise has_adapters(str(folder))
 
@@ -48,14 +48,14 @@ def check_no_adapter(folder: Path) -> None:
 def has_adapters(where: str) -> InputError:
     return InputError(
         f"{where}: {ADAPTER} adds adapters to the model",
-        "merge them: load it with peft, model.merge_and_unload(), then save_pretrained; or take the adapter's files away",
+        "merge them: load it with peft, model.merge_and_unload(), then save_pretrained; or remove the adapter's files",
     )
 
 
 def read_headers(folder: Path) -> dict[str, Header]:
-    """Every tensor in the safetensors files that transformers reads in a folder, by name.
+    """Every tensor in the safetensors files of a folder that transformers reads, by name.
 
-    Raises InputError when there are none, when a file is missing or damaged, or when two have a tensor of the same name.
+    Raises InputError if there are none, if a file is missing or damaged, or if two files have a tensor of the same name.
     """
     return _by_name(str(folder), _stored(folder))
 
@@ -72,7 +72,7 @@ def _stored(folder: Path) -> Iterator[Header]:
 
 
 def _by_name(where: str, stored: Iterable[Header]) -> dict[str, Header]:
-    # of two transformers takes the one in the last file, whatever the index says
+    # of two tensors transformers uses the one in the last file, whatever the index says
     headers: dict[str, Header] = {}
     for header in stored:
         if header.name in headers:
@@ -85,25 +85,25 @@ def _by_name(where: str, stored: Iterable[Header]) -> dict[str, Header]:
 
 
 def _files(folder: Path) -> list[str]:
-    index, single = folder / INDEX, folder / SINGLE
-    if single.exists():  # transformers' order
+    index = folder / INDEX
+    if (folder / SINGLE).exists():  # transformers' order
         return [SINGLE]
     if not index.exists():
         pickled = sorted(file.name for file in folder.glob("*.bin"))
-        found = f"; it has {pickled[0]}, which is not read because a pickle can run code" if pickled else ""
+        note = f"; it has {pickled[0]}, which is not read because a pickle can run code" if pickled else ""
         raise InputError(
-            f"{folder}: no {SINGLE} and no {INDEX}{found}",
+            f"{folder}: no {SINGLE} and no {INDEX}{note}",
             "convert it: load it with transformers and save_pretrained, which writes safetensors",
         )
     if index.stat().st_size > INDEX_BYTES:
-        raise InputError(f"{index}: {index.stat().st_size:,} bytes are too many for an index", "download it again")
+        raise InputError(f"{index}: too large for an index ({index.stat().st_size:,} bytes)", "download it again")
     try:
         files = sorted({str(file) for file in json.loads(index.read_text())["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(index, error) from error
     for file in files:
         if Path(file).name != file or not (folder / file).exists():
-            raise InputError(f"{folder}: {INDEX} names {file!r}, which is not there", "download or copy it again")
+            raise InputError(f"{folder}: {INDEX} names {file!r}, which is missing", "download or copy it again")
     return files
 
 
@@ -112,10 +112,10 @@ def damaged(file: Path, error: Exception) -> InputError:
 
 
 def hub_headers(name: str, revision: str | None) -> dict[str, Header] | None:
-    """As `read_headers`, of a model on the hub: from the local cache where the weights are there, otherwise from the
-    beginnings of the files on the hub. None for a model that has no safetensors.
+    """As `read_headers`, for a model on the hub: from the local cache if it has the weights, otherwise from the headers of the
+    files on the hub. None for a model without safetensors.
 
-    Raises InputError when the weights are not in the cache and the hub cannot be reached.
+    Raises InputError if the weights are not in the cache and the hub cannot be reached.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HTTPError, NotASafetensorsRepoError, SafetensorsParsingError
@@ -128,7 +128,7 @@ def hub_headers(name: str, revision: str | None) -> dict[str, Header] | None:
             except InputError:
                 if file == SINGLE:
                     raise
-                break  # the index has come before its files
+                break  # the index is in the cache, but not all of its files
     try:
         metadata = HfApi().get_safetensors_metadata(name, revision=revision)
     except NotASafetensorsRepoError:

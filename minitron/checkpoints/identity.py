@@ -1,4 +1,4 @@
-"""What a checkpoint is, whoever wrote it and where: its weights, what its config and its tokenizer do."""
+"""A checkpoint's identity, independent of who wrote it and where: its weights, and the meaning of config and tokenizer."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from minitron.storage import fingerprint
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-# Fields of the families' configs that no output depends on.
+# Fields of the families' configs that do not influence the outputs.
 NOT_THE_OUTPUTS = (
     *("use_cache", "initializer_range", "pretraining_tp", "output_router_logits", "router_aux_loss_coef"),
-    *("bos_token_id", "eos_token_id", "pad_token_id"),  # the tokenizer's count
+    *("bos_token_id", "eos_token_id", "pad_token_id"),  # the tokenizer's are used
 )
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
 
 
 def checkpoint_identity(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of what decides a checkpoint's outputs on text, 16 hexadecimal digits: the values of its weights, the fields of
-    its config that the model computes with, and how its tokenizer turns text into ids.
+    """A hash of everything that decides a checkpoint's outputs on text, 16 hexadecimal digits: the values of its weights, the
+    config fields that the model computes with, and how its tokenizer turns text into ids.
 
-    Not of it: how the weights are split into files, versions, paths, chat templates, what the machine was that wrote it.
+    Not included: the split into files, versions, paths, chat templates, and the machine that wrote it.
     """
     from transformers import AutoConfig
 
@@ -50,15 +50,15 @@ def weights_identity(folder: Path) -> str:
     whole = hashlib.sha256()
     for name, header in sorted(read_headers(folder).items()):
         whole.update(repr((name, header.dtype, header.shape)).encode())
-        with safe_open(str(folder / header.file), "pt") as file:  # for one tensor only: its pages go when it does
+        with safe_open(str(folder / header.file), "pt") as file:  # per tensor, so that its pages are released with it
             tensor = file.get_tensor(name)
             whole.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return whole.hexdigest()
 
 
 def config_meaning(config: PretrainedConfig) -> dict[str, Any]:
-    """The architecture's numbers and the fields that a family's config class has of its own, such as the norms' epsilon, RoPE
-    and windows, given or by default; not what every config has, and not what somebody added."""
+    """The architecture, and the fields that the family's config class defines itself, such as the norms' epsilon, RoPE and
+    windows, set or by default; not the fields of every config, and no unknown ones."""
     from transformers import PretrainedConfig
 
     own = type(config)().to_dict().keys() - PretrainedConfig().to_dict().keys() - set(NOT_THE_OUTPUTS)

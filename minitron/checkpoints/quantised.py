@@ -1,4 +1,4 @@
-"""Quantised checkpoints: which of them transformers turns back into ordinary weights, and the model that comes of it."""
+"""Quantised checkpoints: which of them transformers can dequantise, and the resulting model."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ FULL = "give the checkpoint that it was quantised from"
 
 @dataclass(frozen=True)
 class Method:
-    """One `quant_method` of config.json. `weight` is the end of a quantised matrix's name, `beside` are the ends of what is
-    stored with it, all in place of `.weight`; `package` is what transformers reads it with."""
+    """One `quant_method` of config.json.
+
+    weight: suffixes of a quantised matrix's name. beside: suffixes of the tensors stored with it. Both replace `.weight`.
+    package: the package that transformers needs to read it.
+    """
 
     weight: tuple[str, ...]
     beside: tuple[str, ...]
@@ -54,7 +57,7 @@ GGUF = "gguf"  # transformers dequantises it whatever the config says
 
 
 def settings_of(config: Any) -> dict[str, Any] | None:
-    """The `quantization_config` of a transformers config as a dict, None where the weights are ordinary ones."""
+    """The `quantization_config` of a transformers config as a dict; None for weights that are not quantised."""
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return None
@@ -62,8 +65,8 @@ def settings_of(config: Any) -> dict[str, Any] | None:
 
 
 def method_of(config: Any, where: str) -> str | None:
-    """The `quant_method` of a config. Raises InputError for one that transformers does not turn back into ordinary weights,
-    or for which a package is missing."""
+    """The `quant_method` of a config. Raises InputError for one that transformers cannot dequantise, or for which a package is
+    missing."""
     settings = settings_of(config)
     if settings is None:
         return None
@@ -74,21 +77,21 @@ def method_of(config: Any, where: str) -> str | None:
         name = "bitsandbytes"
     if name not in METHODS:
         raise InputError(
-            f"{where}: the weights are quantised (quantization_config: quant_method {name!r}), and transformers does not turn "
-            f"these back into ordinary ones; it does {', '.join(METHODS)} and GGUF",
+            f"{where}: the weights are quantised (quantization_config: quant_method {name!r}), and transformers cannot "
+            f"dequantise them; it can dequantise {', '.join(METHODS)} and GGUF",
             FULL,
         )
     package = METHODS[name].package
     if package and find_spec(package.replace("-", "_")) is None:
         raise InputError(
-            f"{where}: the weights are quantised (quantization_config: quant_method {name!r}), and {package} is not installed",
+            f"{where}: the weights are quantised (quantization_config: quant_method {name!r}), but {package} is not installed",
             f"pip install {package}, or {FULL}",
         )
     return name
 
 
 def load_arguments(method: str | None) -> dict[str, Any]:
-    """What from_pretrained takes so that the weights come dequantised, or can be by `plain_model` afterwards."""
+    """Arguments of from_pretrained with which the weights are dequantised, or can be by `plain_model` afterwards."""
     from transformers import CompressedTensorsConfig, FineGrainedFP8Config
 
     if method == "fp8":
@@ -99,7 +102,7 @@ def load_arguments(method: str | None) -> dict[str, Any]:
 
 
 def plain_model(model: Any, method: str | None, dtype: torch.dtype) -> nn.Module:
-    """A loaded model as an ordinary one of `dtype`, which is saved as such."""
+    """A loaded model as one without quantisation in `dtype`, which is also saved as such."""
     if method == "bitsandbytes":
         model = model.dequantize()
     model.hf_quantizer = None
@@ -112,8 +115,8 @@ def plain_model(model: Any, method: str | None, dtype: torch.dtype) -> nn.Module
 
 
 def as_ordinary(headers: Mapping[str, Header], method: str | None) -> tuple[dict[str, Header], frozenset[str]]:
-    """The tensors of a quantised checkpoint by the names that they have in the ordinary one, without those that only say how
-    they are quantised; and which of the names are quantised matrices, whose shape and dtype are not the parameter's own."""
+    """(headers, quantised): the tensors of a quantised checkpoint by the names of the dequantised ones, without scales and
+    other quantisation data; and the names of the quantised matrices, whose shape and dtype differ from the parameter's."""
     if method is None:
         return dict(headers), frozenset()
     known = METHODS[method]
@@ -126,8 +129,8 @@ def as_ordinary(headers: Mapping[str, Header], method: str | None) -> tuple[dict
 
 
 def check_blocks(headers: Mapping[str, Header], config: Any, where: str) -> None:
-    """Raise InputError for FP8 weights whose last block is a partial one: transformers takes a block's size from the number
-    of scales, and reads such weights with the wrong ones."""
+    """Raise InputError for FP8 weights whose last block is incomplete: transformers derives the block size from the number of
+    scales, and would apply wrong scales to such weights."""
     block = (settings_of(config) or {}).get("weight_block_size")
     if not block:
         return
@@ -142,7 +145,7 @@ def check_blocks(headers: Mapping[str, Header], config: Any, where: str) -> None
                 break
     if wrong:
         raise InputError(
-            f"{where}: the weights are quantised to FP8 in blocks of {list(block)}, which transformers reads right only where "
-            f"they divide the matrix; of {len(wrong)} they do not ({', '.join(wrong[:3])})",
+            f"{where}: the weights are quantised to FP8 in blocks of {list(block)}, which transformers reads correctly only if "
+            f"they divide the matrix; for {len(wrong)} matrices they do not ({', '.join(wrong[:3])})",
             FULL,
         )

@@ -1,4 +1,4 @@
-"""From a transformers config to an architecture's numbers, and back."""
+"""Conversion between a transformers config and the sizes of an `Architecture`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from minitron.families import Family, family_of
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-LONGROPE = "longrope"  # the flag of a model whose rotary factors transformers counts from its hidden size
+LONGROPE = (
+    "longrope"  # flag of a model for which transformers derives the number of rotary factors from its hidden size
+)
 
-# what transformers' configs call the numbers, unless the family's table says otherwise
+# names of the sizes in transformers' configs, unless the family's table has others
 CONFIG_NAMES = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
@@ -25,8 +27,8 @@ EXPERT_NAMES = {"num_experts": "num_experts", "experts_per_token": "num_experts_
 
 
 def read_config(config: PretrainedConfig) -> dict[str, Any]:
-    """The fields of an `Architecture`. Raises InputError for a model type without a family table, a wrapper around a text
-    model, and config values that the family's table cannot describe."""
+    """The fields of an `Architecture`. Raises InputError for a model type without a family table, a multimodal wrapper around a
+    text model, and config values that the family table cannot describe."""
     text = getattr(config, "text_config", None)
     if text is not None:
         raise InputError(
@@ -35,10 +37,10 @@ def read_config(config: PretrainedConfig) -> dict[str, Any]:
         )
     family = family_of(config.model_type)
     for name, value in family.required.items():
-        found = getattr(config, name, None)
-        if found is not None and found != value:
+        actual = getattr(config, name, None)
+        if actual is not None and actual != value:
             raise InputError(
-                f"{name}: {found!r} is not supported in {family.model_type} models",
+                f"{name}: {actual!r} is not supported in {family.model_type} models",
                 f"use a model with {name} = {value!r}",
             )
     numbers = {field: getattr(config, name, None) for field, name in _names(family).items()}
@@ -58,15 +60,15 @@ def read_config(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def write_config(config: PretrainedConfig, family: Family, fields: Mapping[str, Any]) -> None:
-    """Set the numbers of an `Architecture` in a config, `head_dim` always."""
+    """Set the sizes of an `Architecture` in a config, including `head_dim`."""
     for field, name in _names(family).items():
         setattr(config, name, fields[field])
     config.head_dim = fields["head_dim"]
 
 
 def make_plain(config: PretrainedConfig) -> None:
-    """Take from a config what was true of the checkpoint it came with and is not of one that this package writes: code and
-    classes of somebody's own, quantised weights. What is left loads with transformers alone."""
+    """Remove from a config what does not apply to checkpoints that this package writes: custom code and classes, quantisation.
+    The result can be loaded with transformers alone."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     for name in ("auto_map", "quantization_config"):

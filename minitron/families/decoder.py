@@ -1,4 +1,4 @@
-"""The builder of the common pre-norm decoder's table, with the variations that families make of it."""
+"""Builds the family table of the common pre-norm decoder and its variations."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ def decoder(
     output_norms: bool = False,
     **fields: Any,
 ) -> Family:
-    """The table of a decoder.
+    """The family table of a decoder.
 
-    gated: the MLP has a gate. fused: one tensor for q, k and v, one for gate and up. experts: the MLP is a mixture.
-    Each `*_bias` is None for never, "" for always, or the name of the config flag that decides. qk_norm: a norm over each
-    query and key head. output_norms: attention and MLP have a norm behind them too. `fields` are further ones of `Family`.
+    gated: the MLP has a gate. fused: one tensor for q, k and v, and one for gate and up. experts: the MLP is a mixture of
+    experts. Each `*_bias` is None for never, "" for always, or the name of the config flag that decides. qk_norm: a norm
+    over each query and key head. output_norms: attention and MLP are also followed by a norm. fields: further fields of
+    `Family`.
     """
     inner = [
         *_attention(fused, qkv_bias, output_bias, qk_norm),

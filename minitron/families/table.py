@@ -1,6 +1,6 @@
-"""What a family's table says: which parameter of a transformers model carries which axis.
+"""Family tables: which axis lies along which dimension of each parameter of a transformers model.
 
-Slicing, counting and the hooks for importance read these tables and nothing else about a model.
+Slicing, parameter counts and the hooks for importance use these tables and no other knowledge of a model.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ EXPERTS = "experts"  # experts of a mixture; always the first dimension
 HEAD_DIM = "head_dim"  # inside one head; never pruned
 VOCAB = "vocab"  # rows of the embedding matrix; never pruned
 
-Axis = str | tuple[str, ...]  # several axes: one after another in one dimension, as fused projections store them
+Axis = str | tuple[str, ...]  # several axes: concatenated along one dimension, as in fused projections
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One tensor: its name, the axis along each of its dimensions, and the config flag it depends on, if any."""
+    """One parameter: its name, the axis along each dimension, and the config flag that it depends on, if any."""
 
     name: str
     axes: tuple[Axis, ...]
@@ -30,13 +30,13 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Family:
-    """One transformers model type.
+    """The table of one transformers model type.
 
-    `inner` names are relative to a decoder layer, `outer` names to the model. Modules of a layer: `head_input` and
-    `mlp_input` take the heads and the neurons as their input, `activation` the MLP's pre-activation; `qkv` give queries,
-    keys and values, in this order, from one fused module or three; `norms` feed attention and MLP, the MLP's last;
-    `experts` holds the fused tensors gate_up_proj [experts, 2·MLP, hidden] and down_proj [experts, hidden, MLP] of a
-    mixture, which has no `mlp_input` and no `activation`.
+    Parameter names in `inner` are relative to a decoder layer, those in `outer` to the model. Names of a layer's modules:
+    `head_input` and `mlp_input` have the heads and the neurons as their input, `activation` the MLP's pre-activation; `qkv`
+    compute queries, keys and values, in this order, in one fused module or three; `norms` are the inputs of attention and
+    MLP, the MLP's last; `experts` has the fused parameters gate_up_proj [experts, 2·MLP, hidden] and down_proj [experts,
+    hidden, MLP] of a mixture of experts, which has no `mlp_input` and no `activation`.
     """
 
     model_type: str
@@ -59,6 +59,6 @@ class Family:
         default_factory=dict
     )  # Architecture field -> config attribute, where unusual
     required: Mapping[str, object] = field(default_factory=dict)  # config attributes that must have this value
-    per_layer: tuple[str, ...] = ("layer_types",)  # config lists with one entry a layer
-    hidden_in_heads: bool = False  # transformers refuses a hidden size that is no multiple of the number of heads
-    longrope_in_hidden: bool = False  # transformers counts longrope's factors from hidden_size // number of heads
+    per_layer: tuple[str, ...] = ("layer_types",)  # config lists with one entry per layer
+    hidden_in_heads: bool = False  # transformers requires the hidden size to be a multiple of the number of heads
+    longrope_in_hidden: bool = False  # transformers derives longrope's factors from hidden_size // number of heads

@@ -169,9 +169,9 @@ def test_a_model_that_the_table_does_not_describe_is_refused(family, settings, n
 @pytest.mark.parametrize(
     ("family", "change", "named"),
     [
-        ("mixtral", {"num_experts": 1}, "num_experts: 1 is less than the 2 that each token takes"),
-        ("mixtral", {"num_experts": 0}, "num_experts: 0 with experts_per_token = 2 is no mixtral model"),
-        ("llama", {"num_experts": 4, "experts_per_token": 2}, "num_experts: 4 .* is no llama model"),
+        ("mixtral", {"num_experts": 1}, "num_experts: 1 is less than experts_per_token = 2"),
+        ("mixtral", {"num_experts": 0}, "num_experts: 0 with experts_per_token = 2 does not describe a mixtral model"),
+        ("llama", {"num_experts": 4, "experts_per_token": 2}, "num_experts: 4 .* does not describe a llama model"),
         ("gemma2", {"hidden_size": 42}, "hidden_size: 42 is not a multiple of num_heads = 8"),
     ],
 )

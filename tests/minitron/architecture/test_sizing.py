@@ -124,9 +124,9 @@ def test_published_shapes_waste_nothing(name):
     ("change", "expected"),
     [
         ({"hidden_size": 560}, ["hidden_size: 560 fills as many tiles of 64 as 576", "better 512, or keep 576"]),
-        ({"hidden_size": 508}, ["hidden_size: 508 is no multiple of 8", "better 504 or 512"]),
-        ({"intermediate_size": 1534}, ["no multiple of 8", "1528 or 1536", "as many tiles of 64 as 1536"]),
-        ({"num_heads": 6}, ["num_kv_heads stays 3", "KV cache"]),
+        ({"hidden_size": 508}, ["hidden_size: 508 is not a multiple of 8", "better 504 or 512"]),
+        ({"intermediate_size": 1534}, ["not a multiple of 8", "1528 or 1536", "as many tiles of 64 as 1536"]),
+        ({"num_heads": 6}, ["num_kv_heads is still 3", "KV cache"]),
     ],
 )
 def test_what_gains_nothing_is_said(change, expected):
@@ -145,7 +145,7 @@ def test_hardware_multiples_can_be_set():
     base, target = LLAMA, replace(LLAMA, hidden_size=4000)
     assert hardware_notes(base, target) == []
     assert "as many tiles of 128" in hardware_notes(base, target, tile=128)[0]
-    assert "no multiple of 64" in hardware_notes(base, target, alignment=64)[0]
+    assert "not a multiple of 64" in hardware_notes(base, target, alignment=64)[0]
 
 
 def test_kv_heads_that_no_longer_divide_over_gpus_are_said():

@@ -78,29 +78,29 @@ def same(loaded, model):
 FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}}
 # how the checkpoint is changed, its config, what the error names, and the remedy
 TAMPERED = {
-    "a tensor missing": (without(LAYER), {}, f"1 missing ({LAYER})", "whole checkpoint"),
+    "a tensor missing": (without(LAYER), {}, f"1 missing ({LAYER})", "complete checkpoint"),
     "a tensor too many": (
         plus("model.adapter.weight", 2),
         {},
         "the model does not have (model.adapter.weight)",
-        "whole",
+        "complete",
     ),
-    "another shape": (plus("model.norm.weight", 3), {}, "model.norm.weight is [3], not [64]", "whole"),
-    "DistributedDataParallel": (prefixed("module."), {}, "names begin with 'module.'", "take 'module.' off"),
+    "another shape": (plus("model.norm.weight", 3), {}, "model.norm.weight is [3], not [64]", "complete"),
+    "DistributedDataParallel": (prefixed("module."), {}, "names begin with 'module.'", "remove 'module.' from"),
     "torch.compile": (prefixed("_orig_mod."), {}, "names begin with '_orig_mod.'", "inside the wrapper"),
     "a multimodal model": (prefixed("language_model."), {}, "inside a larger one", "docs/adding-a-family.md"),
     "adapters": (plus("model.layers.0.mlp.up_proj.lora_A.weight", 4, 64), {}, "adapters", "merge_and_unload"),
     "fewer layers": (
         lambda state: state,
         {"num_hidden_layers": 6},
-        "make 5 layers, and num_hidden_layers is 6",
-        "whole",
+        "make 5 layers, but num_hidden_layers is 6",
+        "complete",
     ),
     "more layers": (
         lambda state: state,
         {"num_hidden_layers": 4},
-        "make 5 layers, and num_hidden_layers is 4",
-        "whole",
+        "make 5 layers, but num_hidden_layers is 4",
+        "complete",
     ),
     "no head": (
         lambda state: state,
@@ -213,7 +213,7 @@ def test_what_a_quantised_checkpoint_needs_is_named(package, tmp_path):
 
 def test_experts_that_are_missing_are_counted(tmp_path):
     written(tmp_path, "qwen3_moe", change=lambda s: {name: t for name, t in s.items() if ".experts.3." not in name})
-    with pytest.raises(InputError, match=r"3 experts in a layer, and config\.json says 4"):
+    with pytest.raises(InputError, match=r"3 experts per layer, but config\.json says 4"):
         check_contents(str(tmp_path))
 
 
@@ -231,7 +231,7 @@ def test_a_head_that_differs_from_the_embedding_it_is_tied_to(tmp_path):
 
 def test_values_that_are_not_finite(tmp_path):
     written(tmp_path, change=lambda state: {**state, LAYER: state[LAYER] / 0})
-    with pytest.raises(InputError, match=f"1 tensors hold values that are not finite .{LAYER}"):
+    with pytest.raises(InputError, match=f"1 tensors contain values that are not finite .{LAYER}"):
         load_source(str(tmp_path))
 
 

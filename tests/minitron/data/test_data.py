@@ -395,7 +395,7 @@ def test_a_folder_or_split_that_is_not_there_is_refused(
 ) -> None:
     with pytest.raises(InputError, match="contains no packed rows"):
         Rows.open(str(tmp_path / "nothing"), "train")
-    with pytest.raises(InputError, match="split 'test'"):
+    with pytest.raises(InputError, match="split: 'test'"):
         Rows.open(packed, "test")  # type: ignore[arg-type]
     other = str(tmp_path / "train-only")
     pack(corpus, tokenizer, other, seq_length=16, train_rows=5, heldout_rows=0)

@@ -348,7 +348,7 @@ def test_scores_come_back_from_their_file(tmp_path):
         ({"sequence_aggregation": "max"}, "sequence_aggregation: 'max'"),
         ({"neurons": "before"}, "neurons: 'before'"),
         ({"layers": LayerScoring(sizes=(5,))}, "sizes: a block of 5 layers"),
-        ({"layers": LayerScoring(iterative=3, keep=3)}, "iterative: 3 at a time of 5 layers"),
+        ({"layers": LayerScoring(iterative=3, keep=3)}, "iterative: removing 3 of 5 layers"),
         ({"layers": LayerScoring("task", sizes=(1,), task=Task("arc_easy"))}, "tokenizer: missing"),
     ],
 )

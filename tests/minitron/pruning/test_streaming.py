@@ -164,7 +164,7 @@ def test_checkpoints_that_cannot_be_read_are_named(tmp_path):
     state = load_file(weights)
     lost = "model.layers.1.mlp.up_proj.weight"
     save_file({name: tensor for name, tensor in state.items() if name != lost}, weights)
-    assert "whole checkpoint" in refused(lost)
+    assert "complete checkpoint" in refused(lost)
     save_file({**state, "lm_head.weight": state["model.embed_tokens.weight"] + 1}, weights)
     assert "tie_word_embeddings" in refused("config.json ties lm_head.weight")
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -221,7 +221,7 @@ def test_heads_that_go_are_merged_into_those_that_stay(family, sign, tmp_path):
 
 @pytest.mark.parametrize(
     ("heads", "sign", "named"),
-    [(6, 2, "merge_heads: 2"), (8, 1, "nothing to merge"), (2, 1, "4 query heads a KV group .* into 1")],
+    [(6, 2, "merge_heads: 2"), (8, 1, "nothing to merge"), (2, 1, "4 query heads per KV group .* into 1")],
 )
 def test_merging_that_cannot_be_is_refused(heads, sign, named):
     model = tiny.model("mistral")
