@@ -49,7 +49,7 @@ def test_a_failed_folder_leaves_nothing(tmp_path):
     ("damage", "named"),
     [
         (lambda path: path.unlink(), "a.bin: missing"),
-        (lambda path: path.write_bytes(b"ab"), "a.bin: 2 bytes, but 3 were written"),
+        (lambda path: path.write_bytes(b"ab"), "a.bin: has 2 bytes, but 3 were written"),
         (lambda path: path.write_bytes(b"abd"), "a.bin: SHA-256 is"),
     ],
     ids=["missing", "short", "altered"],
