@@ -15,7 +15,8 @@ def short_repr(value: Any) -> str:
     if isinstance(value, str | int | float | bool | bytes | None):
         text = repr(value)
         return text if len(text) <= 80 else text[:77] + "..."
-    return f"a {type(value).__name__}"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
 
 
 def check_type(name: str, value: Any, kind: type, description: str = "") -> None:

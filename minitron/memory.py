@@ -1,4 +1,4 @@
-"""Main memory that a process needs, from shapes and settings alone, before anything is loaded."""
+"""Estimate of the main memory that a process needs, from shapes and settings alone."""
 
 from __future__ import annotations
 

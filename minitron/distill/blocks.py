@@ -1,4 +1,4 @@
-"""How the student's layers run: compiled, and with what they keep for the backward pass."""
+"""Activation checkpointing and compilation of the student's layers."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _KEPT = (
 def running_blocks(
     student: nn.Module, *, activation_checkpointing: str, compiled: bool, recorded: Collection[str] = ()
 ) -> Iterator[None]:
-    """Run the student's layers so within the block.
+    """Apply activation checkpointing and compilation to the student's layers inside the context.
 
-    Of each layer the backward pass keeps everything ("none"), the results of matrix products and attention ("selective") or
-    its input alone ("full"); the rest is computed again. Compiled are all layers but those with a module in `recorded`,
-    whose outputs are read from outside.
+    activation_checkpointing: keep all activations of a layer ("none"), the results of matrix products and attention
+    ("selective"), or only the layer's input ("full"); the rest is recomputed in the backward pass. compiled: compile every
+    layer except those with a module in `recorded`, whose outputs are read by hooks.
     """
     prefix = Architecture.from_config(student.config).table.layers
     layers = [(f"{prefix}.{name}", layer) for name, layer in student.get_submodule(prefix).named_children()]

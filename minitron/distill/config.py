@@ -1,4 +1,4 @@
-"""What a distillation is told."""
+"""Distillation hyperparameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from minitron.errors import InputError
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """How long and how fast. `batch_rows` is the global batch, the same at any number of processes.
+    """Hyperparameters of a distillation. `batch_rows` is the global batch size, independent of the number of processes.
 
     The defaults of the batch, the rates and the warm-up are those of Llama-3.1-Minitron-4B at rows of 8,192 tokens
     (arXiv 2408.11796). Raises InputError for values that cannot be used.
@@ -30,7 +30,7 @@ class DistillConfig:
     shard: bool = False
     """Split weights and optimizer over the processes, where there are several (FSDP2); else each holds all of them."""
     activation_checkpointing: str = "none"
-    """What of a layer is not kept for the backward pass but computed again: "none", "selective" or "full"."""
+    """Activations of a layer that are recomputed in the backward pass instead of kept: "none", "selective" or "full"."""
     compile: bool = False
     """Compile the student's layers, each by itself."""
     weight_decay: float = 0.0
@@ -38,7 +38,7 @@ class DistillConfig:
     clip_norm: float = 1.0
     seed: int = 0
     max_skipped_steps: int = 0
-    """Steps without a finite loss and gradient that are passed over, without an update, before the run stops."""
+    """Number of steps with a non-finite loss or gradient that may be skipped, without an update, before the run stops."""
     checkpoint_every: int = 0  # steps; 0 for none
     evaluate_every: int = 0  # steps; 0 for never
     report_every: int = 1  # steps

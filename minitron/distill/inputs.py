@@ -22,9 +22,9 @@ from minitron.pruning.source import PruningSource
 
 @dataclass(frozen=True)
 class DistillInputs:
-    """Addresses of a teacher checkpoint, the packed rows, and what is stored of the teacher on both splits: hidden states, of
-    the train rows with `top_k` the likeliest tokens. `teacher_id` names the teacher's weights, `dtype` is what models
-    compute in."""
+    """Addresses of a teacher checkpoint, of packed rows, and of the teacher's stored targets on both splits: hidden states, or
+    for the training rows with `top_k` the top-k tokens. teacher_id: hash of the teacher's weights. dtype: "bfloat16" or
+    "float32", in which models compute."""
 
     teacher: str
     teacher_id: str
@@ -34,9 +34,9 @@ class DistillInputs:
     heldout_targets: str
     top_k: int = 0
 
-    def load_teacher(self, place: torch.device | None = None) -> nn.Module:
-        """The teacher on a device, by default the first GPU where there is one."""
-        return load_model(storage.fetch(self.teacher), DTYPES[self.dtype]).to(place or device())
+    def load_teacher(self, target: torch.device | None = None) -> nn.Module:
+        """The teacher on a device, by default the first GPU, or the CPU if there is none."""
+        return load_model(storage.fetch(self.teacher), DTYPES[self.dtype]).to(target or device())
 
     def teacher_head(self) -> Head:
         """The teacher's head alone on the device that models compute on."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from minitron import storage
+from minitron.arguments import check_model, check_type
 from minitron.data import Rows, rows_for_step
 from minitron.distill.blocks import running_blocks
 from minitron.distill.checkpoints import Checkpoints
@@ -68,6 +69,10 @@ def distill(
     the loss or the gradient is not finite in more than `max_skipped_steps` steps. These steps are logged, in `checkpoints`
     as `nonfinite-STEP.json` as well; they update nothing and are not reported.
     """
+    check_model("student", student)
+    check_type("rows", rows, Rows, "Rows, as Rows.open(...) returns them")
+    check_type("config", config, DistillConfig, "a DistillConfig")
+    check_type("losses", losses, Losses, "Losses")
     if until is not None and not checkpoints:
         raise InputError(f"until: {until} without checkpoints", "say where the state at that step is to be saved")
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)

@@ -1,8 +1,8 @@
-"""A model split over the processes (FSDP2). Of a student each holds its part of the float32 master weights and of the
-moments, of a teacher its part of the layers.
+"""Models sharded over the processes with FSDP2. Each process holds a shard of the student's float32 master weights and
+optimizer moments, and of the teacher's layers.
 
-A layer's weights are gathered in the student's dtype when the layer runs, and its gradients summed in float32 into the
-parts. What is outside the layers, the head among it, is gathered once for all micro-batches of a step and reduced once.
+A layer's weights are gathered in the student's dtype when the layer runs, and its gradients are reduced in float32 into the
+shards. Parameters outside the layers, including the head, are gathered and reduced once per step, not per micro-batch.
 """
 
 from __future__ import annotations

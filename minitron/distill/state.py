@@ -1,4 +1,4 @@
-"""What a training changes: master weights and the optimizer's moments."""
+"""Training state: master weights and the optimizer's moments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""Time of a training step by part."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ utilisation = tokens per second · (F_teacher + (2 + t) · F_student) / (process
 F is the FLOPs of one forward pass per token, `Architecture.flops_per_token`, the head included. The backward pass of the
 student takes F_student for the gradients of the activations and t · F_student for those of the weights, where t is the
 share of its parameters that is trained. Of a teacher whose hidden states are stored, only the head is run, and nothing of
-one whose likeliest tokens are. What is computed a second time, as activation checkpointing does, does not count.
+one whose top-k tokens are. What is computed a second time, as activation checkpointing does, does not count.
 """
 
 from __future__ import annotations

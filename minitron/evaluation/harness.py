@@ -28,6 +28,7 @@ from lm_eval.api.model import CacheHook
 from lm_eval.evaluator import evaluate as run_harness
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from minitron.arguments import check_model, check_tokenizer, check_type
 from minitron.data import document_tokens
 from minitron.errors import InputError, MinitronError
 from minitron.evaluation.benchmarks import FILTER, METRIC
@@ -79,17 +80,22 @@ def evaluate(
     on_failure: OnFailure | None = None,
     together: bool = False,
 ) -> dict[str, Score]:
-    """Score a transformers causal LM, where it is and in its dtype, on each task; {task name: Score}.
+    """Score a transformers causal LM on each task, on its device and in its dtype; {task name: Score}.
 
-    Log-softmax in float32. The documents are the first `limit` of a task, the same for every model. The model's
-    training mode, the tokenizer and the global random states are left as they were. `progress(done, total)` counts
-    documents. Every request starts as the rows do that `minitron.data.pack` packs with the same `add_bos`. Requests longer
-    than the model's context are cut from the left; a warning says how many.
-    Raises InputError as `check_tasks` does, for documents that lack the fields a task reads, and where `add_bos` is true and
-    the tokenizer has no BOS token. With `on_failure` a task that raises is left out and told of by its name and
-    error, and the others go on; not so where memory ran out. `together`: all processes of torch.distributed call this alike,
-    and what one of them cannot prepare all leave out.
+    Log-softmax is computed in float32. A task uses its first `limit` documents, the same for every model. The model's training
+    mode, the tokenizer and the global random states are not changed. `progress(done, total)` counts documents. add_bos: as
+    for `minitron.data.pack`; every request starts as the rows packed with it do. Requests longer than the model's context
+    are truncated on the left, with a warning.
+
+    on_failure: called with the name and the error of a task that raises, which is then left out; out-of-memory errors are
+    always raised. together: all processes of torch.distributed make the same call, and a task that one of them cannot
+    prepare is left out by all. Raises InputError as `check_tasks` does, for documents without the fields that a task
+    reads, if `add_bos` is true and the tokenizer has no BOS token, and for arguments of the wrong type.
     """
+    check_model("model", model)
+    check_tokenizer("tokenizer", tokenizer)
+    for task in tasks:
+        check_type("tasks", task, Task, "a Task")
     if on_failure is None:
         check_tasks(tasks)
     check_settings(tasks)

@@ -1,0 +1,66 @@
+"""The package's public functions: what they accept, what `dir` lists and what a repr shows."""
+
+import importlib
+
+import pytest
+import torch
+
+import minitron
+from minitron import Architecture, estimate_importance, evaluate, prune
+from minitron.data import documents
+from minitron.distill import DistillConfig, distill
+from minitron.errors import InputError
+from minitron.evaluation import Task
+from minitron.pruning.selection import select
+from tests.helpers import tiny
+
+PACKAGES = ("data", "distill", "evaluation", "importance", "pruning", "architecture", "families")
+
+
+@pytest.mark.parametrize("package", ["minitron", *(f"minitron.{name}" for name in PACKAGES)])
+def test_dir_lists_every_public_name(package):
+    module = importlib.import_module(package)
+    assert set(module.__all__) <= set(dir(module))
+    assert all(hasattr(module, name) for name in module.__all__)
+
+
+def test_dir_of_the_package_lists_names_that_are_not_loaded_yet():
+    assert {"prune", "evaluate", "estimate_importance", "Architecture"} <= set(dir(minitron))
+
+
+@pytest.fixture(scope="module")
+def scored():
+    model = tiny.model("llama", True)
+    return model, estimate_importance(model, tiny.rows())
+
+
+def test_no_repr_prints_tensors(scored):
+    model, scores = scored
+    base = Architecture.from_config(model.config)
+    for value in (scores, select(scores, base, base)):
+        assert "tensor(" not in repr(value)
+        assert len(repr(value)) < 1000
+
+
+def test_a_wrong_type_is_named_with_its_argument_and_what_is_wanted(scored):
+    model, scores = scored
+    base = Architecture.from_config(model.config)
+    config = DistillConfig(steps=1)
+    calls = {
+        "model: 'gpt2' is not a transformers model": lambda: prune("gpt2", base, scores),
+        "architecture: a dict is not an Architecture": lambda: prune(model, base.to_dict(), scores),
+        "scores: 'scores.safetensors' is not ImportanceScores": lambda: prune(model, base, "scores.safetensors"),
+        "rows: a list is not a tensor": lambda: estimate_importance(model, [[1, 2]]),
+        r"rows: torch.float32 \[1, 4\]": lambda: estimate_importance(model, torch.ones(1, 4)),
+        "layers: 'loss' is not a LayerScoring": lambda: estimate_importance(model, tiny.rows(), layers=["loss"]),
+        "config: an Architecture is not a transformers config": lambda: Architecture.from_config(base),
+        "tokenizer: 'gpt2' is not a tokenizer": lambda: evaluate(model, "gpt2", [Task("arc_easy")]),
+        "tasks: 'arc_easy' is not a Task": lambda: evaluate(model, tiny.tokenizer(), ["arc_easy"]),
+        "source: 'text' is not a TextSource": lambda: next(documents("text")),
+        "rows: a Tensor is not Rows": lambda: distill(model, None, tiny.rows(), config),
+        "student: './model' is not a transformers model": lambda: distill("./model", None, tiny.rows(), config),
+    }
+    for message, call in calls.items():
+        with pytest.raises(InputError, match=message) as caught:
+            call()
+        assert caught.value.remedy
