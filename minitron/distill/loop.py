@@ -70,7 +70,8 @@ def distill(
     as `nonfinite-STEP.json` as well; they update nothing and are not reported.
     """
     check_model("student", student)
-    check_type("rows", rows, Rows, "Rows, as Rows.open(...) returns them")
+    if not hasattr(rows, "take") or not hasattr(rows, "seq_length"):  # a tensor, or the folder's path
+        check_type("rows", rows, Rows, "Rows, as Rows.open(...) returns them")
     check_type("config", config, DistillConfig, "a DistillConfig")
     check_type("losses", losses, Losses, "Losses")
     if until is not None and not checkpoints:
