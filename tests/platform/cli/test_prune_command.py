@@ -175,7 +175,7 @@ def test_merged_heads(place):
         (("--like", "minitron-4b", "--hidden-size", "64"), "--like and --hidden-size give the shape twice"),
         (
             ("--like", "mn-minitron-8b"),
-            "cut from Mistral NeMo 12B; this model differs from Mistral NeMo 12B in num_layers",
+            "pruned from Mistral NeMo 12B; this model differs from Mistral NeMo 12B in num_layers",
         ),
         (("--like", "minitron-9b"), "did you mean minitron-"),
         (("--parameters", "1e12"), "parameters: 1,000,000,000,000"),
