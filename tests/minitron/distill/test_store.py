@@ -175,7 +175,7 @@ def test_a_store_says_its_size_and_what_the_disk_would_hold(material, tmp_path, 
     assert sum(files) == pytest.approx(size, rel=2e-3)  # the headers
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda place: usage(0, 0, size // 4 + 1))
-    with pytest.raises(StorageError, match=f"80 rows to be stored need {size:,} bytes") as refused:
+    with pytest.raises(StorageError, match=f"storing 80 rows needs {size:,} bytes") as refused:
         store_hidden(lambda: _teacher(material), _rows(material), str(tmp_path / "hidden"), key="k")
     assert refused.value.remedy.startswith("20 rows fit")
     assert list(tmp_path.iterdir()) == []
