@@ -22,7 +22,7 @@ from minitron import storage
 from minitron.errors import InputError, StorageError
 from minitron_platform.console import Console
 from minitron_platform.fence import Fence, Holder, LeaseLostError, create_epoch, newest_epoch, read_holder
-from minitron_platform.stages.context import Places
+from minitron_platform.locations import Locations
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,9 @@ def lease_seconds() -> float:
 
 
 @contextmanager
-def lease(where: Places, name: str, what: str, *, run: str, console: Console, take_over: str = "") -> Iterator[Fence]:
+def lease(
+    where: Locations, name: str, what: str, *, run: str, console: Console, take_over: str = ""
+) -> Iterator[Fence]:
     """Hold the lease `name` of the storage inside the block, after waiting for whoever holds it.
 
     what: the work, as messages name it. run: the key of the run that wants it. take_over: don't wait for another driver of

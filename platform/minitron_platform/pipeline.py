@@ -11,23 +11,31 @@ from rich.markup import escape
 
 from minitron import storage
 from minitron.errors import InputError, StorageError
-from minitron_platform import stages
 from minitron_platform.cluster.ray_start import RayStart
 from minitron_platform.cluster.room import joins_cluster
 from minitron_platform.console import Console, seconds
 from minitron_platform.fence import Fence, LeaseLostError
 from minitron_platform.leases import lease
+from minitron_platform.locations import Locations, resolve_locations
+from minitron_platform.planning.plan import Plan, plan
 from minitron_platform.recipes.load import recipe_yaml
-from minitron_platform.recipes.resources import ResolvedResources
-from minitron_platform.recipes.schema import Member, Recipe
-from minitron_platform.stages.context import Context, Places, places
-from minitron_platform.stages.stage_records import read_record, relative, write_record
+from minitron_platform.recipes.schema import Recipe
+from minitron_platform.results import RunResult
+from minitron_platform.stages.calibrate import Calibrate
+from minitron_platform.stages.context import Context
+from minitron_platform.stages.evaluate import Evaluate
+from minitron_platform.stages.finished import finished_record, run_key
+from minitron_platform.stages.order import STAGES, steps
+from minitron_platform.stages.search import Search
+from minitron_platform.stages.stage import Stage, StageOutput
+from minitron_platform.stages.stage_records import Record, relative, write_record
+from minitron_platform.stages.targets import Targets
 from minitron_platform.tracking.flusher import Flusher
 from minitron_platform.tracking.spool import RunLog, read_events
 
+NAMES = tuple(stage.name for stage in STAGES)
 # Stages that compute for a while in this process, when one of those that need Ray comes next.
-BEFORE_RAY = (stages.MEMBER[0], stages.TARGETS)
-FIRST_ON_RAY = stages.MEMBER[1]
+BEFORE_RAY = (Calibrate.name, Targets.name)
 
 
 def run(
@@ -39,21 +47,25 @@ def run(
     until: str | None = None,
     take_over: bool = False,
     console: Console | None = None,
-) -> Context:
-    """Carry out `recipe`, doing only what is not done yet; returns the finished run: `shared` has the outputs of the stages
-    that the family shares, `family` those of each model's own.
+    planned: Plan | None = None,
+) -> RunResult:
+    """Carry out `recipe`, doing only what is not done yet; returns the students, their figures and the report.
 
     storage_path: any fsspec path (default ./runs or MINITRON_STORAGE). tracking_uri: MLflow's (default SQLite inside the
     storage). address: a running Ray cluster (default: Ray starts in this process). until: the last stage to do, of the
     family's first model where each has its own. take_over: if another driver carries out this run, take it from there instead
-    of waiting for it to end.
+    of waiting for it to end. planned: what `plan` returned for the same arguments; without it the recipe is planned first.
     Killed at any point and called again, it goes on from the last finished stage, trial or checkpoint.
-    Raises LeaseLostError when another driver took the run over, MinitronError for what the user can change.
+    Raises what `plan` raises before anything starts, LeaseLostError when another driver took the run over, and MinitronError
+    for what the user can change.
     """
-    if until is not None and until not in stages.NAMES:
-        raise InputError(f"until: {until!r} is not a stage", f"use one of {', '.join(stages.NAMES)}")
+    if until is not None and until not in NAMES:
+        raise InputError(f"until: {until!r} is not a stage", f"use one of {', '.join(NAMES)}")
     console = console or Console()
-    where = places(storage_path, tracking_uri)
+    if planned is None:
+        with console.working("planning"):
+            plan(recipe, storage_path=storage_path, tracking_uri=tracking_uri, address=address)
+    where = resolve_locations(storage_path, tracking_uri)
     key = run_key(recipe)
     with _alone(where, key, console, take_over) as fence, _closing(console) as stack:
         storage.write_bytes(storage.join(where.local_run(key), "recipe.yaml"), recipe_yaml(recipe).encode())
@@ -61,28 +73,28 @@ def run(
         ray = RayStart(stack, address, storage.join(where.local_run(key), "logs"))
         context = Context(
             recipe=recipe,
-            places=where,
+            locations=where,
             console=console,
             run_key=key,
             held=[fence],
             start_ray=ray.need,
-            mlflow_run=lambda record: flusher.wait_for(record, timeout=30),
+            mlflow_run_id=lambda record: flusher.wait_for(record, timeout=30),
         )
         parent = _Parent(context)
         # a cluster without room is refused before the first stage that has work, not at the first that needs Ray
-        needed = until is None or stages.NAMES.index(until) >= stages.NAMES.index(FIRST_ON_RAY)
+        needed = until is None or NAMES.index(until) >= NAMES.index(Search.name)
 
         def before_work(name: str) -> None:
             if joins_cluster(address):
-                context.need_ray()
+                context.ensure_ray()
             elif needed and name in BEFORE_RAY:
                 ray.ahead(context)
 
         try:
-            for name, member in steps(recipe):
+            for stage, member in steps(recipe):
                 context.current = member
-                _stage(context, name, parent, before_work)
-                if name == until:
+                _stage(context, stage, parent, before_work)
+                if stage.name == until:
                     break
             else:
                 _report(context, parent)
@@ -91,11 +103,11 @@ def run(
                 parent.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
         parent.end("FINISHED")
-    return context
+    return RunResult(key, context)
 
 
 @contextmanager
-def _alone(where: Places, key: str, console: Console, take_over: bool) -> Iterator[Fence]:
+def _alone(where: Locations, key: str, console: Console, take_over: bool) -> Iterator[Fence]:
     with ExitStack() as stack:
         with console.working("waiting"):
             reason = "as --take-over says" if take_over else ""
@@ -114,24 +126,14 @@ def _is_lost(fence: Fence) -> bool:
     return False
 
 
-def steps(recipe: Recipe) -> Iterator[tuple[str, Member | None]]:
-    """Every stage in order, with the model of the family that it is for."""
-    yield from ((name, None) for name in stages.BEFORE)
-    for place, member in enumerate(recipe.family):
-        for name in stages.MEMBER:
-            yield name, member
-            if place == 0 and name == stages.MEMBER[0]:
-                yield stages.TARGETS, None
-
-
 def _report(context: Context, parent: _Parent) -> None:
     from minitron_platform.report.page import write_report
 
     write_report(context, parent)
     if parent.open:
-        for model, done in context.family.items():
-            prefix = f"{model}." if len(context.family) > 1 else ""
-            values = _table_metrics(done["evaluate"])
+        for member in context.recipe.family:
+            prefix = f"{member.model}." if len(context.recipe.family) > 1 else ""
+            values = Evaluate().metrics(context.output(Evaluate, member))
             parent.log.metrics({prefix + name: value for name, value in values.items()}, step=0)
 
 
@@ -149,67 +151,15 @@ def _closing(console: Console) -> Iterator[ExitStack]:
         stack.close()
 
 
-def run_key(recipe: Recipe) -> str:
-    """The name of a run: the recipe's, and the fingerprint of all it says except how it is spread over machines."""
-    content = recipe.model_dump(by_alias=True, exclude={"resources", "description"})
-    if recipe.data.bos is None:
-        del content["data"]["add_bos"]  # a key that came later: runs made before keep their names
-    return f"{recipe.name}-{storage.fingerprint(content)[:8]}"
-
-
-def stage_fingerprint(context: Context, name: str) -> str:
-    """Content address of a stage's result; needs the outputs of the stages before it."""
-    stage = stages.load(name)
-    return storage.fingerprint({"stage": name, "version": stage.VERSION, "inputs": stage.inputs(context)})
-
-
-def finished_record(context: Context, name: str, folder: str) -> dict[str, Any] | None:
-    """What a finished stage recorded, if all that it made is still there."""
-    record = read_record(context.places.storage, folder)
-    if record is None:
-        return None
-    gone = [p for p in record["artifacts"] if not storage.exists(p)]
-    if gone:
-        context.console.say(f"  [yellow]{escape(gone[0])} is gone: making it again[/]")
-        return None
-    holds = getattr(stages.load(name), "holds", None)
-    return record if holds is None or holds(context, record["outputs"]) else None
-
-
-def finished_stages(recipe: Recipe, where: Places) -> tuple[Context, int]:
-    """What is already done of `recipe` in `where`, as far as it can be known without doing any, and the bytes that the next
-    stage has already written."""
-    context = Context(
-        recipe=recipe,
-        places=where,
-        console=Console(),
-        run_key=run_key(recipe),
-        start_ray=_no_ray,
-        mlflow_run=lambda key: None,
-    )
-    for name, member in steps(recipe):
-        context.current = member
-        folder = where.stage(name, stage_fingerprint(context, name))
-        record = finished_record(context, name, folder)
-        if record is None:
-            return context, storage.size(folder)
-        context.finish(name, record["outputs"])
-    return context, 0
-
-
-def _no_ray(context: Context) -> ResolvedResources:
-    raise AssertionError("what is only looked at needs no Ray")
-
-
-def _stage(context: Context, name: str, parent: _Parent, before_work: Callable[[str], None]) -> None:
-    console = context.console
-    if name == stages.MEMBER[0] and len(context.recipe.family) > 1:
+def _stage(context: Context, stage: Stage[Any], parent: _Parent, before_work: Callable[[str], None]) -> None:
+    console, name = context.console, stage.name
+    if stage.name == Calibrate.name and len(context.recipe.family) > 1:
         origin = context.recipe.origin(context.member)
         console.say(f"[bold]{escape(context.member.model)}[/], cut from {origin.model if origin else 'the teacher'}")
     with console.working(f"[bold]{name}[/]"):
-        fingerprint = stage_fingerprint(context, name)
-        folder = context.places.stage(name, fingerprint)
-        record = finished_record(context, name, folder)
+        fingerprint = context.fingerprint(stage)
+        folder = context.locations.stage(name, fingerprint)
+        record = finished_record(context, stage, folder, console)
         reused = record is not None
         log = parent.child(name)
         if record is None:
@@ -217,67 +167,52 @@ def _stage(context: Context, name: str, parent: _Parent, before_work: Callable[[
             log.start(context.title(name), parent=context.run_key, tags={"minitron.kind": "stage"})
             try:
                 with context.lease(f"{name}-{fingerprint}", f"stage {name}"):
-                    record = finished_record(context, name, folder)  # by another run that was waited for
+                    record = finished_record(context, stage, folder, console)  # by another run that was waited for
                     reused = record is not None
                     if record is None:
-                        record = _carry_out(context, name, folder, fingerprint)
+                        record = _carry_out(context, stage, folder, fingerprint)
             except BaseException as error:
                 if not _is_lost(context.held[0]):  # else, as with the run's own record
                     log.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
                 raise
-        context.finish(name, record["outputs"])
-        _log_stage(context, name, log, record, reused)
-    summary = escape(record["outputs"]["summary"])
-    took = "already done" if reused else seconds(record["seconds"])
-    console.say(f"[green]✓[/] [bold]{name:<10}[/] {summary} [dim]· {took}[/]")
+        context.finish(stage, record.output)
+        _log_stage(context, stage, log, record, reused)
+    took = "already done" if reused else seconds(record.seconds)
+    console.say(f"[green]✓[/] [bold]{name:<10}[/] {escape(record.output.summary)} [dim]· {took}[/]")
 
 
-def _carry_out(context: Context, name: str, folder: str, fingerprint: str) -> dict[str, Any]:
+def _carry_out(context: Context, stage: Stage[Any], folder: str, fingerprint: str) -> Record:
     """Do a stage and record it, unless somebody else has taken the run or the stage over meanwhile."""
     started = time.time()
-    outputs = stages.load(name).run(context, folder)
-    record = {
-        "outputs": {**outputs, "fingerprint": fingerprint},
-        "seconds": time.time() - started,
-        "artifacts": sorted(_artifacts(outputs)),
-    }
+    output = stage.run(context, folder)
+    record = Record(
+        output=output.model_copy(update={"fingerprint": fingerprint}),
+        seconds=time.time() - started,
+        artifacts=sorted(_artifacts(output)),
+    )
     context.check_fences()
-    write_record(context.places.storage, folder, record)
+    write_record(context.locations.storage, folder, record)
     return record
 
 
-def _artifacts(outputs: dict[str, Any]) -> Iterator[str]:
-    """What must be there for the outputs to be of use: files, and the manifests of committed folders."""
-    for value in outputs.values():
-        if isinstance(value, str) and "/" in value and storage.exists(value):
-            yield storage.join(value, storage.MANIFEST) if storage.is_committed(value) else value
+def _artifacts(output: StageOutput) -> Iterator[str]:
+    """What must be there for the output to be of use: files, and the manifests of committed folders."""
+    for path in output.artifacts():
+        yield storage.join(path, storage.MANIFEST) if storage.is_committed(path) else path
 
 
-def _log_stage(context: Context, name: str, log: RunLog, record: dict[str, Any], reused: bool) -> None:
+def _log_stage(context: Context, stage: Stage[Any], log: RunLog, record: Record, reused: bool) -> None:
     if reused and is_finished(log):
         return
     if reused:
-        log.start(context.title(name), parent=context.run_key, tags={"minitron.kind": "stage"})
-    if record_more := getattr(stages.load(name), "record", None):
-        record_more(context, record["outputs"])
-    outputs = record["outputs"]
-    log.tags({"minitron.reused": reused, "minitron.fingerprint": outputs["fingerprint"], "summary": outputs["summary"]})
-    shown = {k: v for k, v in outputs.items() if isinstance(v, str | int) and k not in ("summary", "fingerprint")}
-    log.params({k: relative(context.places.storage, v) if isinstance(v, str) else v for k, v in shown.items()})
-    log.metrics({"seconds": record["seconds"], **_table_metrics(outputs)}, step=0)
+        log.start(context.title(stage.name), parent=context.run_key, tags={"minitron.kind": "stage"})
+    output = record.output
+    stage.record(context, output)
+    log.tags({"minitron.reused": reused, "minitron.fingerprint": output.fingerprint, "summary": output.summary})
+    shown = {k: v for k, v in dict(output).items() if isinstance(v, str | int) and k not in ("summary", "fingerprint")}
+    log.params({k: relative(context.locations.storage, v) if isinstance(v, str) else v for k, v in shown.items()})
+    log.metrics({"seconds": record.seconds, **stage.metrics(output)}, step=0)
     log.end("FINISHED")
-
-
-def _table_metrics(outputs: dict[str, Any]) -> dict[str, float]:
-    values: dict[str, float] = {}
-    for model, row in outputs.get("table", {}).items():
-        values |= {f"{model}.{k}": row[k] for k in ("loss", "kl", "top1_agreement", "parameters", "tokens_per_second")}
-        for task, score in row["tasks"].items():
-            name = f"{model}.{task}.{score['metric']}"
-            values |= {name: score["value"]} | (
-                {f"{name}_stderr": score["stderr"]} if score["stderr"] is not None else {}
-            )
-    return values
 
 
 def is_finished(log: RunLog) -> bool:
@@ -294,7 +229,7 @@ class _Parent:
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self.log = RunLog(context.places.spool(context.run_key), context.run_key)
+        self.log = RunLog(context.locations.spool(context.run_key), context.run_key)
         self.open = False
 
     def child(self, name: str) -> RunLog:

@@ -29,7 +29,7 @@ from minitron_platform.console import Console
 from minitron_platform.leases import lease
 from minitron_platform.pipeline import run_key
 from minitron_platform.report.page import findings
-from minitron_platform.stages.context import places
+from minitron_platform.locations import resolve_locations
 from minitron_platform.stages.search_output import SearchOutput
 
 STAGES = ["teacher", "data", "correct", "calibrate", "targets", "search", "distill", "evaluate", "register"]
@@ -449,7 +449,7 @@ def test_killed_runs_go_on_and_give_the_same_student_bit_for_bit(bench, finished
 
 def test_a_second_process_waits_for_the_one_that_carries_out_the_run(bench, finished):
     key = run_key(load_recipe(str(bench / "recipe.yaml")))
-    where = places(str(bench / "runs"))
+    where = resolve_locations(str(bench / "runs"))
     arguments = command("run", "recipe.yaml", "--storage", "runs")
     with lease(where, f"run-{key}", "the run", run=key, console=Console()):
         second = subprocess.Popen(arguments, cwd=bench, env=environment(), stdout=subprocess.PIPE, text=True)

@@ -24,7 +24,7 @@ from minitron_platform import leases, load_recipe
 from minitron_platform.fence import Fence, Holder, LeaseLostError, create_epoch, newest_epoch
 from minitron_platform.leases import lease
 from minitron_platform.pipeline import run, run_key
-from minitron_platform.stages.context import Places
+from minitron_platform.locations import Locations
 from minitron_platform.tracking.spool import read_events
 
 
@@ -54,7 +54,7 @@ def s3():
 @pytest.fixture(params=["local", "s3"])
 def where(request, tmp_path):
     root = str(tmp_path / "runs") if request.param == "local" else f"{request.getfixturevalue('s3')}/{uuid.uuid4().hex}"
-    return Places(root, str(tmp_path / "local"), "sqlite:///unused.db")
+    return Locations(root, str(tmp_path / "local"), "sqlite:///unused.db")
 
 
 def _hold(where, console=None, run="run-1", **options):
@@ -138,11 +138,11 @@ def test_take_over_needs_no_waiting_and_is_for_the_same_run_alone(where):
 HOLDER = """
 import signal, sys, time
 from minitron_platform.console import Console
-from minitron_platform.stages.context import Places
+from minitron_platform.locations import Locations
 from minitron_platform.fence import LeaseLostError
 from minitron_platform.leases import lease
 signal.signal(signal.SIGINT, signal.default_int_handler)
-where = Places(sys.argv[1], sys.argv[1], "sqlite:///unused.db")
+where = Locations(sys.argv[1], sys.argv[1], "sqlite:///unused.db")
 try:
     with lease(where, "work", "the work", run="run-1", console=Console()) as fence:
         print("held", flush=True)
@@ -213,7 +213,7 @@ def test_what_earlier_drivers_left_is_cleared(where):
 
 @pytest.mark.parametrize("ttl", ['"long"', "null", "[]"])
 def test_a_damaged_lease_is_named(tmp_path, ttl):
-    where = Places(str(tmp_path), str(tmp_path), "sqlite:///unused.db")
+    where = Locations(str(tmp_path), str(tmp_path), "sqlite:///unused.db")
     path = _elsewhere(where, ttl=7.5).folder + "/00000001.json"
     storage.write_bytes(path, storage.read_bytes(path).replace(b"7.5", ttl.encode()))
     with pytest.raises(StorageError, match=f"{path}: not a lease"), _hold(where):
@@ -225,7 +225,7 @@ def test_storage_that_ignores_conditions_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "filesystem", lambda path: (fs, path.split("://")[1]))
     with (
         pytest.raises(StorageError, match="overwrites a file that it was told to create only if"),
-        _hold(Places(f"s3://{uuid.uuid4().hex}", str(tmp_path), "sqlite:///unused.db")),
+        _hold(Locations(f"s3://{uuid.uuid4().hex}", str(tmp_path), "sqlite:///unused.db")),
     ):
         pass
 
@@ -235,7 +235,7 @@ import logging, threading
 import fsspec
 from minitron.errors import StorageError
 from minitron_platform.console import Console
-from minitron_platform.stages.context import Places
+from minitron_platform.locations import Locations
 from minitron_platform.leases import lease
 from helpers.s3_server import s3_server
 said, missed = [], threading.Event()
@@ -249,7 +249,7 @@ with s3_server() as environment:
     import os
     os.environ.update(environment, AWS_MAX_ATTEMPTS="1", MINITRON_LEASE_SECONDS="1")
     fsspec.filesystem("s3").mkdir("bucket")
-    block = lease(Places("s3://bucket/x", "", "sqlite:///unused.db"), "work", "the work", run="run-1", console=Console())
+    block = lease(Locations("s3://bucket/x", "", "sqlite:///unused.db"), "work", "the work", run="run-1", console=Console())
     fence = block.__enter__()
 assert missed.wait(60)
 assert "minitron-lease" in [thread.name for thread in threading.enumerate()], "it goes on trying"
@@ -297,7 +297,7 @@ def test_the_time_of_a_lease_is_a_number_of_seconds(monkeypatch, text):
 def test_a_driver_that_was_taken_over_ends_no_record_of_the_other(bench, tmp_path, monkeypatch):
     recipe = load_recipe(str(bench / "recipe.yaml"))
     key, root = run_key(recipe), str(tmp_path / "runs")
-    spool = Places(root, root, "").spool(key)
+    spool = Locations(root, root, "").spool(key)
 
     def taken_over(context, folder):
         fence = context.held[0]
@@ -321,7 +321,7 @@ def test_two_drivers_of_one_run_on_an_object_store_do_its_work_once(bench, s3, t
     homes = [{**environment(), "XDG_CACHE_HOME": str(tmp_path / name), "HOME": str(tmp_path / name)} for name in "ab"]
     for home in homes:  # each as on a machine of its own
         os.makedirs(home["HOME"])
-    with lease(Places(root, str(tmp_path), ""), f"run-{key}", "the run", run=key, console=Said()):
+    with lease(Locations(root, str(tmp_path), ""), f"run-{key}", "the run", run=key, console=Said()):
         drivers = [
             subprocess.Popen(command(*options), cwd=bench, env=home, stdout=subprocess.PIPE, text=True)
             for home in homes

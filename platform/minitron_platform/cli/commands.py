@@ -12,12 +12,11 @@ from typing import Any
 import click
 from rich.markup import escape
 
-from minitron import __version__, storage
+from minitron import __version__
 from minitron.errors import MinitronError, NotWritableError
 from minitron_platform.cli.importance import importance
 from minitron_platform.cli.prune import prune
 from minitron_platform.console import Console, seconds
-from minitron_platform.stages import NAMES as STAGES
 
 STORAGE_HELP = "Where everything is kept: a folder or any fsspec address. [default: ./runs]"
 TRACKING_HELP = "MLflow server or database. [default: SQLite in the storage]"
@@ -104,11 +103,20 @@ def _tracking_options(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--tracking-uri", metavar="URI", envvar="MLFLOW_TRACKING_URI", help=TRACKING_HELP)
     @wraps(function)
     def wrapped(storage_path: str | None, tracking_uri: str | None, **rest: Any) -> Any:
-        from minitron_platform.stages.context import places
+        from minitron_platform.locations import resolve_locations
 
-        return function(places=places(storage_path, tracking_uri), **rest)
+        return function(locations=resolve_locations(storage_path, tracking_uri), **rest)
 
     return wrapped
+
+
+def _known_stage(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    """Check a stage's name; only then, because the stages bring large libraries."""
+    if value is None:
+        return None
+    from minitron_platform.pipeline import NAMES
+
+    return str(click.Choice(NAMES).convert(value, option, context))
 
 
 @main.command()
@@ -131,7 +139,7 @@ def plan(recipe: str, overrides: tuple[str, ...], storage_path: str | None, trac
 @main.command()
 @_recipe_options
 @click.option("--address", metavar="ADDRESS", help="A running Ray cluster to use. [default: Ray starts here]")
-@click.option("--until", type=click.Choice(STAGES), help="Stop after this stage.")
+@click.option("--until", metavar="STAGE", callback=_known_stage, help="Stop after this stage, such as search.")
 @click.option("--take-over", is_flag=True, help=TAKE_OVER_HELP)
 def run(
     recipe: str,
@@ -152,7 +160,6 @@ def run(
     _show_plan(console, loaded, planned, candidates=False)
     with console.working("starting"):
         from minitron_platform.pipeline import run as run_pipeline
-        from minitron_platform.pipeline import run_key
         from minitron_platform.report.page import final_table
         from minitron_platform.tracking.flusher import shown
     done = run_pipeline(
@@ -163,25 +170,25 @@ def run(
         until=until,
         take_over=take_over,
         console=console,
+        planned=planned,
     )
-    if len(done.family) < len(loaded.family) or not all("register" in own for own in done.family.values()):
+    if not done.is_complete:
         return
     console.say()
-    console.table(final_table(done))
+    console.table(final_table(done.state))
     program = _program()
     options = (f" --storage {shlex.quote(storage_path)}" if storage_path else "") + (
         f" --tracking-uri {shlex.quote(shown(tracking_uri))}" if tracking_uri else ""
     )
-    report = storage.join(planned.places.local_run(run_key(loaded)), "report.html")
-    students = [own["register"] for own in done.family.values()]
+    students = done.students
     console.say(f"\nThe student{'s' if len(students) > 1 else ''}, as plain transformers checkpoints:")
-    for registered in students:
-        console.say(f"  [bold]{escape(registered['source'])}[/]")
-    console.say(f"The report:\n  [bold]{escape(report)}[/]")
+    for student in students:
+        console.say(f"  [bold]{escape(student.path)}[/]")
+    console.say(f"The report:\n  [bold]{escape(str(done.report))}[/]")
     console.say(f"Browse the experiment:\n  [bold]{escape(program + ' ui' + options)}[/]")
     console.say("Promote a student:" if len(students) > 1 else "Promote the student:")
-    for registered in students:
-        chosen = f"{registered['model']} --version {registered['version']}"
+    for student in students:
+        chosen = f"{student.model} --version {student.version}"
         console.say(f"  [bold]{escape(f'{program} promote {chosen}{options}')}[/]")
     console.say(f"[dim]{seconds(time.monotonic() - started)} in all[/]")
 
@@ -207,7 +214,6 @@ def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool)
     from rich.table import Table
 
     from minitron.architecture import axes_present
-    from minitron_platform.estimates.memory import memory_text
     from minitron_platform.tracking.flusher import shown
 
     sizes = " and ".join(f"{member.parameters / 1e6:,.1f}M" for member in recipe.family)
@@ -231,33 +237,34 @@ def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool)
         model = cost.model
         table.add_row(
             cost.stage,
-            cost.what,
-            f"{cost.flops / 1e12:,.1f}" if cost.flops else "",
-            f"{cost.bytes / 1e6:,.0f} MB" if cost.bytes > 1e5 else "",
+            cost.estimate.what,
+            f"{cost.estimate.flops / 1e12:,.1f}" if cost.estimate.flops else "",
+            f"{cost.estimate.bytes / 1e6:,.0f} MB" if cost.estimate.bytes > 1e5 else "",
             "already done" if cost.done else seconds(cost.seconds),
         )
     table.add_section()
     table.add_row(
         "",
         "in all",
-        f"{sum(c.flops for c in planned.costs) / 1e12:,.1f}",
+        f"{sum(c.estimate.flops for c in planned.costs) / 1e12:,.1f}",
         f"{planned.bytes / 1e6:,.0f} MB",
         seconds(planned.seconds),
     )
     console.table(table)
     free = f" ({planned.free_bytes / 1e9:,.0f} GB free)" if planned.free_bytes is not None else ""
-    console.say(f"storage  {escape(planned.places.storage)}{free}")
-    console.say(f"mlflow   {escape(shown(planned.places.tracking_uri))}")
+    console.say(f"storage  {escape(planned.locations.storage)}{free}")
+    console.say(f"mlflow   {escape(shown(planned.locations.tracking_uri))}")
     console.say(f"compute  {planned.dtype}, {planned.flops_per_second / 1e9:,.0f} GFLOP/s measured here")
     console.say(f"resources  {planned.resources_text}")
-    for stage in planned.memory:
-        name = f"{stage.model} {stage.stage}" if len(recipe.family) > 1 and stage.model else stage.stage
-        console.say(f"memory   {escape(name)}: {memory_text(stage)}")
-    for mode, cost in planned.teacher_costs.items():
+    for cost in planned.costs:
+        if cost.estimate.memory is not None and not cost.done and not planned.on_gpus:
+            name = cost.title if len(recipe.family) > 1 else cost.stage
+            console.say(f"memory   {escape(name)}: {cost.estimate.memory}")
+    for mode, teacher in planned.teacher_costs.items():
         chosen = ", as the recipe says" if mode == recipe.targets.mode else ""
         console.say(
-            f"teacher  {mode}: {cost.rows:,} rows stored, {cost.bytes / 1e6:,.1f} MB, {cost.stored_flops / 1e12:,.2f} TFLOP; "
-            f"{cost.online_flops / 1e12:,.2f} TFLOP in the distillation{chosen}"
+            f"teacher  {mode}: {teacher.rows:,} rows stored, {teacher.bytes / 1e6:,.1f} MB, "
+            f"{teacher.stored_flops / 1e12:,.2f} TFLOP; {teacher.online_flops / 1e12:,.2f} TFLOP in the distillation{chosen}"
         )
     for warning in planned.warnings:
         console.say(f"[yellow]warning  {escape(warning)}[/]")
@@ -361,16 +368,16 @@ def stop(job: str, address: str, insecure: bool) -> None:
 
 @main.command()
 @_tracking_options
-def models(places: Any) -> None:
+def models(locations: Any) -> None:
     """List the registered models."""
     from rich.table import Table
 
     from minitron.evaluation.metrics import KL, LOSS
     from minitron_platform.tracking.registry import models as registered
 
-    found = registered(places.tracking_uri, places.storage)
+    found = registered(locations.tracking_uri, locations.storage)
     if not found:
-        click.echo(f"no models in {places.tracking_uri}; `minitron run` registers one")
+        click.echo(f"no models in {locations.tracking_uri}; `minitron run` registers one")
         return
     table = Table(caption=f"KL to the teacher and held-out loss in {KL.unit}", caption_justify="left")
     for title in ("model", "version", "parameters", "KL", "loss", "registered"):
@@ -398,22 +405,24 @@ def models(places: Any) -> None:
 @click.option("--version", metavar="N", help="[default: the one under the alias 'candidate']")
 @click.option("--alias", default="champion", show_default=True)
 @_tracking_options
-def promote(places: Any, model: str, version: str | None, alias: str) -> None:
+def promote(locations: Any, model: str, version: str | None, alias: str) -> None:
     """Point an alias of MODEL at a version, after checking its weights."""
     from minitron_platform.tracking.registry import promote as promote_model
 
-    _say_promotion(promote_model(places.tracking_uri, model, version=version, alias=alias, storage_root=places.storage))
+    _say_promotion(
+        promote_model(locations.tracking_uri, model, version=version, alias=alias, storage_root=locations.storage)
+    )
 
 
 @main.command()
 @click.argument("model")
 @click.option("--alias", default="champion", show_default=True)
 @_tracking_options
-def rollback(places: Any, model: str, alias: str) -> None:
+def rollback(locations: Any, model: str, alias: str) -> None:
     """Point an alias of MODEL back at the version before."""
     from minitron_platform.tracking.registry import rollback as roll_back
 
-    _say_promotion(roll_back(places.tracking_uri, model, alias=alias, storage_root=places.storage))
+    _say_promotion(roll_back(locations.tracking_uri, model, alias=alias, storage_root=locations.storage))
 
 
 def _say_promotion(promotion: Any) -> None:
@@ -426,11 +435,13 @@ def _say_promotion(promotion: Any) -> None:
 @click.option("--port", default=5000, show_default=True)
 @click.option("--insecure", is_flag=True, help="Allow a host other than this machine.")
 @_tracking_options
-def ui(places: Any, host: str, port: int, insecure: bool) -> None:
+def ui(locations: Any, host: str, port: int, insecure: bool) -> None:
     """Browse experiments and models in MLflow's pages."""
     from minitron_platform.tracking.server import serve
 
-    raise SystemExit(serve(places.tracking_uri, places.local, host=host, port=port, insecure=insecure, say=click.echo))
+    raise SystemExit(
+        serve(locations.tracking_uri, locations.local, host=host, port=port, insecure=insecure, say=click.echo)
+    )
 
 
 main.add_command(importance)

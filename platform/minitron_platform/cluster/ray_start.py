@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from ray._private.utils import estimate_available_memory, resolve_object_store_memory
 
-from minitron.architecture import Architecture
 from minitron.device import DTYPES
 from minitron_platform.cluster.ray_session import ray_session
 from minitron_platform.cluster.room import (
@@ -27,6 +26,7 @@ from minitron_platform.cluster.room import (
 )
 from minitron_platform.recipes.resources import ResolvedResources
 from minitron_platform.stages.context import Context
+from minitron_platform.stages.teacher import Teacher
 
 
 class RayStart:
@@ -64,9 +64,8 @@ class RayStart:
         return self.resources
 
     def _here(self, context: Context) -> ResolvedResources:
-        teacher = context.shared["teacher"]
-        shape = Architecture.from_dict(teacher["architecture"])
-        return resources_here(context.recipe, shape, DTYPES[teacher["dtype"]].itemsize)
+        teacher = context.output(Teacher)
+        return resources_here(context.recipe, teacher.architecture, DTYPES[teacher.dtype].itemsize)
 
 
 class _RunFailedError(Exception):

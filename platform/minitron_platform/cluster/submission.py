@@ -9,9 +9,10 @@ from minitron import storage
 from minitron.errors import InputError
 from minitron_platform.addresses import is_loopback
 from minitron_platform.cluster.jobs import submit_text
+from minitron_platform.locations import resolve_locations
+from minitron_platform.planning.checks import check_keys
 from minitron_platform.recipes.load import recipe_yaml, with_absolute_paths
 from minitron_platform.recipes.schema import Recipe
-from minitron_platform.stages.context import places
 
 
 def submit(
@@ -32,7 +33,8 @@ def submit(
     say: receives what there is to tell.
     Raises InputError for what cannot work, MinitronError if the head refuses or does not answer.
     """
-    where = places(storage_path, tracking_uri)
+    check_keys(recipe)  # teacher and text may be where only the cluster can read them
+    where = resolve_locations(storage_path, tracking_uri)
     options = {"storage": where.storage}
     if tracking_uri is None and not storage.is_local(where.storage):
         raise InputError(

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from minitron.architecture import Architecture
-from minitron.distill import Losses
 from minitron.distill.losses.fused import GRADIENT_BYTES
 from minitron.errors import InputError
 from minitron.importance.estimate import BATCH_TOKENS
 from minitron.logits import CHUNK_BYTES
 from minitron.memory import MainMemory, forward_memory, training_memory
-from minitron_platform.estimates.teacher import runs_beside
 from minitron_platform.recipes.build import distill_config
-from minitron_platform.recipes.resources import TRIALS_PER_GPU, ResolvedResources
+from minitron_platform.recipes.resources import TRIALS_PER_GPU
 from minitron_platform.recipes.schema import Member, Recipe
 
 BESIDE = 1_200_000_000  # bytes of the run's own process and of Ray's while workers train
@@ -27,84 +23,88 @@ GPU_SHARE = 0.8  # of a GPU's memory: the rest goes to pieces too small to use, 
 
 
 @dataclass(frozen=True)
-class StageMemory:
+class ProcessMemory:
     """`processes` of a stage that run at once at least, each of which needs `each`. `key` is the recipe's for their training,
-    empty for what the run's own process does alone."""
+    empty for what the run's own process does alone; `workers_key` is that of their number."""
 
-    stage: str
-    model: str
     processes: int
     each: MainMemory
     key: str = ""
+    workers_key: str = ""
 
     @property
     def total(self) -> int:
-        """Bytes of the machine while this stage runs."""
+        """Bytes of the machine while they run."""
         return self.processes * self.each.total + (BESIDE if self.key else 0)
 
+    def __str__(self) -> str:
+        """As in "2 processes of 3.1 GB: optimizer 1.1, logits 0.8, ..."; the parts in GB, the largest first."""
+        parts = sorted(vars(self.each).items(), key=lambda part: -part[1])
+        named = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts if size >= 5e7)
+        count = f"{self.processes} process{'es' if self.processes > 1 else ''}"
+        return f"{count} of {self.each.total / 1e9:.1f} GB: {named}"
 
-def stage_memories(
+
+def correction_memory(recipe: Recipe, teacher: Architecture, value_bytes: int, workers: int) -> ProcessMemory | None:
+    """Training the teacher on the recipe's text; None without a correction."""
+    correction = recipe.correction()
+    if recipe.correct is None or correction is None:
+        return None
+    each = training_memory(teacher, distill_config(correction), recipe.data.seq_length, value_bytes, workers=workers)
+    if recipe.correct.method != "full":
+        each = replace(each, optimizer=0, gradients=0, checkpoint=0)
+    return ProcessMemory(workers, each, "correct.training", "resources.workers")
+
+
+def targets_memory(recipe: Recipe, teacher: Architecture, value_bytes: int) -> ProcessMemory:
+    """Running the teacher forward."""
+    return ProcessMemory(1, forward_memory([teacher], value_bytes, FORWARD_ROWS * recipe.data.seq_length))
+
+
+def calibration_memory(recipe: Recipe, teacher: Architecture, value_bytes: int) -> ProcessMemory:
+    """Scoring a model that is the teacher, or smaller."""
+    tokens, streams = max(BATCH_TOKENS, recipe.data.seq_length), teacher.num_layers + 1
+    return ProcessMemory(1, forward_memory([teacher], value_bytes, tokens, logits=2, streams=streams))
+
+
+def search_memory(
+    recipe: Recipe, teacher: Architecture, largest: Architecture, value_bytes: int, workers: int
+) -> ProcessMemory:
+    """One trial; more run at once where there is memory for them, because Ray is told what each takes."""
+    each = trial_memory(recipe, teacher, largest, value_bytes)
+    return ProcessMemory(workers, each, "search.training", "resources.workers_per_trial")
+
+
+def distillation_memory(
     recipe: Recipe,
-    resources: ResolvedResources,
-    teacher: Architecture,
-    found: dict[str, list[Architecture]],
-    losses: Mapping[str, Losses],
-    value_bytes: int,
-) -> list[StageMemory]:
-    """Of every stage that runs models, with the largest of each model's candidates `found` and its `losses`; none where models
-    run on GPUs."""
-    if torch.cuda.is_available() or resources.gpus_per_trial or resources.gpus_per_worker:
-        return []
-    seq = recipe.data.seq_length
-    forward = forward_memory([teacher], value_bytes, FORWARD_ROWS * seq)
-    stages = [StageMemory("targets", "", 1, forward)]
-    if recipe.correct and (correction := recipe.correction()):
-        workers = resources.workers
-        each = training_memory(teacher, distill_config(correction), seq, value_bytes, workers=workers)
-        if recipe.correct.method != "full":
-            each = replace(each, optimizer=0, gradients=0, checkpoint=0)
-        stages.insert(0, StageMemory("correct", "", workers, each, "correct.training"))
-    for member in recipe.family:
-        stages += _member_memories(
-            recipe, resources, member, teacher, found[member.model], losses[member.model], value_bytes
-        )
-    return stages
-
-
-def _member_memories(
-    recipe: Recipe,
-    resources: ResolvedResources,
     member: Member,
     teacher: Architecture,
-    shapes: list[Architecture],
-    losses: Losses,
+    largest: Architecture,
     value_bytes: int,
-) -> list[StageMemory]:
-    seq, largest = recipe.data.seq_length, max(shapes, key=lambda a: a.num_parameters)
-    streams = teacher.num_layers + 1  # the model that is scored is the teacher, or smaller
-    scoring = forward_memory([teacher], value_bytes, max(BATCH_TOKENS, seq), logits=2, streams=streams)
-    rows = max(FORWARD_ROWS, recipe.evaluate.batch_rows)
-    evaluation = forward_memory([teacher, largest, largest], value_bytes, rows * seq, logits=2)
+    *,
+    workers: int,
+    live_teacher: bool,
+) -> ProcessMemory:
+    """The full distillation of one of the family; `live_teacher` says that the teacher runs beside the student."""
     training = recipe.distillation(member)
-    distillation = training_memory(
+    each = training_memory(
         largest,
         distill_config(training),
-        seq,
+        recipe.data.seq_length,
         value_bytes,
         teacher=teacher,
-        whole_teacher=runs_beside(losses, recipe.targets.mode),
+        whole_teacher=live_teacher,
         measured=bool(training.evaluate_every),
-        workers=resources.workers,
+        workers=workers,
     )
-    trial = trial_memory(recipe, teacher, largest, value_bytes)
-    place = f"{recipe.key(member)}.distill" if member.distill else "distill"
-    return [
-        StageMemory("calibrate", member.model, 1, scoring),
-        # more at once where there is memory for them: Ray is told what each takes
-        StageMemory("search", member.model, resources.workers_per_trial, trial, "search.training"),
-        StageMemory("distill", member.model, resources.workers, distillation, place),
-        StageMemory("evaluate", member.model, 1, evaluation),
-    ]
+    key = f"{recipe.key(member)}.distill" if member.distill else "distill"
+    return ProcessMemory(workers, each, key, "resources.workers")
+
+
+def evaluation_memory(recipe: Recipe, teacher: Architecture, largest: Architecture, value_bytes: int) -> ProcessMemory:
+    """Teacher, pruned and distilled student together."""
+    tokens = max(FORWARD_ROWS, recipe.evaluate.batch_rows) * recipe.data.seq_length
+    return ProcessMemory(1, forward_memory([teacher, largest, largest], value_bytes, tokens, logits=2))
 
 
 def trial_memory(recipe: Recipe, teacher: Architecture, largest: Architecture, value_bytes: int) -> MainMemory:
@@ -127,32 +127,19 @@ def are_trials_small(recipe: Recipe, teacher: Architecture, value_bytes: int, gp
     return TRIALS_PER_GPU * (each.total + 2 * CHUNK_BYTES["cuda"] + GRADIENT_BYTES) <= GPU_SHARE * gpu_bytes
 
 
-def check_memory(stages: Iterable[StageMemory], there: int) -> None:
-    """Raise InputError for a stage that needs more than the `there` bytes of main memory."""
-    for stage in stages:
-        if stage.total <= there:
-            continue
-        model = f" of {stage.model}" if stage.model else ""
-        problem = (
-            f"{stage.stage}{model}: needs about {stage.total / 1e9:.1f} GB of main memory ({memory_text(stage)}), "
-            f"and this machine has {there / 1e9:.1f} GB"
-        )
-        workers = "workers_per_trial" if stage.stage == "search" else "workers"
-        less = (
-            f"lower {stage.key}.micro_batch_rows or resources.{workers}, set {stage.key}.activation_checkpointing=full or "
-            f"{stage.key}.shard=true"
-        )
-        raise InputError(
-            problem, f"{less if stage.key else 'use a smaller teacher'}, or use a machine with more memory"
-        )
-
-
-def memory_text(stage: StageMemory) -> str:
-    """As in "2 processes of 3.1 GB: optimizer 1.1, logits 0.8, ..."; the parts in GB, the largest first."""
-    parts = sorted(vars(stage.each).items(), key=lambda part: -part[1])
-    named = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts if size >= 5e7)
-    count = f"{stage.processes} process{'es' if stage.processes > 1 else ''}"
-    return f"{count} of {stage.each.total / 1e9:.1f} GB: {named}"
+def check_memory(stage: str, memory: ProcessMemory, available: int) -> None:
+    """Raise InputError if `stage`, as messages name it, needs more than the `available` bytes of main memory."""
+    if memory.total <= available:
+        return
+    problem = (
+        f"{stage}: needs about {memory.total / 1e9:.1f} GB of main memory ({memory}), "
+        f"and this machine has {available / 1e9:.1f} GB"
+    )
+    less = (
+        f"lower {memory.key}.micro_batch_rows or {memory.workers_key}, set {memory.key}.activation_checkpointing=full or "
+        f"{memory.key}.shard=true"
+    )
+    raise InputError(problem, f"{less if memory.key else 'use a smaller teacher'}, or use a machine with more memory")
 
 
 def machine_memory(root: Path = Path("/")) -> int:

@@ -27,17 +27,22 @@ def check_recipe(recipe: Recipe, resources: ResolvedResources, teacher: Architec
     """Raise InputError for keys that contradict each other or a `teacher` that takes `longest` tokens (None: any number), and
     for text and tasks that are not there."""
     _check_context(recipe, longest)
-    _check_search(recipe)
+    check_keys(recipe)
     with prefixed("data."):
         text_identity(text_source(recipe.data))
     if recipe.data.bos:
         tokenizer = source_tokenizer(recipe.teacher.model, recipe.teacher.revision)
         document_tokens(recipe.data, tokenizer_document_tokens(tokenizer))
     _check_tasks(recipe)
-    _check_rows(recipe)
-    _check_training(recipe)
     _check_trials(recipe, resources)
     _check_correction(recipe, teacher)
+
+
+def check_keys(recipe: Recipe) -> None:
+    """Raise InputError for keys that contradict each other whatever the teacher and the machine are."""
+    _check_search(recipe)
+    _check_rows(recipe)
+    _check_training(recipe)
 
 
 def check_outcomes(recipe: Recipe, teacher: Architecture, found: dict[str, list[Architecture]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,17 @@ from rich.table import Table
 
 from minitron import storage
 from minitron.evaluation import task_metric
-from minitron.evaluation.metrics import AGREEMENT, KL, LOSS, PLUS_MINUS, SPEED
+from minitron.evaluation.metrics import KL, LOSS, PLUS_MINUS, SPEED, Metric
 from minitron_platform.report.shipped_files import data_folder
 from minitron_platform.stages.context import Context
+from minitron_platform.stages.correct import Correct
+from minitron_platform.stages.data import Data
+from minitron_platform.stages.distill import Distill
+from minitron_platform.stages.evaluate import HELDOUT, Evaluate, Figures
+from minitron_platform.stages.search import Search
 from minitron_platform.stages.search_output import SearchOutput
+from minitron_platform.stages.stage import StageOutput
+from minitron_platform.stages.state import RunState
 from minitron_platform.tracking.flusher import shown
 from minitron_platform.tracking.restarts import Restart
 from minitron_search.ranking import RankedCandidate, pareto
@@ -33,9 +40,9 @@ COSTS = (
 LABELS = {"pruned": "pruned only", "distilled": "distilled"}
 
 
-def _columns(context: Context) -> list[tuple[str, dict[str, Any]]]:
+def _columns(state: RunState) -> list[tuple[str, Figures]]:
     """Title and figures of every model: the teacher, then each of the family before and after its distillation."""
-    tables = {model: own["evaluate"]["table"] for model, own in context.family.items()}
+    tables = {member.model: state.output(Evaluate, member).table for member in state.recipe.family}
     columns = [("teacher", next(iter(tables.values()))["teacher"])]
     for model, table in tables.items():
         name = f"{model}\n" if len(tables) > 1 else ""
@@ -43,31 +50,37 @@ def _columns(context: Context) -> list[tuple[str, dict[str, Any]]]:
     return columns
 
 
-def rows(context: Context) -> tuple[list[str], list[list[str]]]:
+def rows(state: RunState) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the final table, as text: a column per model, a row per figure."""
-    columns = _columns(context)
-    figures: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
-        ("parameters", lambda m: f"{m['parameters']:,}"),
-        (LOSS.name, lambda m: LOSS.text(m["loss"])),
-        (KL.name, lambda m: KL.text(m["kl"])),
-        (AGREEMENT.title, lambda m: AGREEMENT.text(m["top1_agreement"])),
-        *((_title(task, metric), partial(_task, task)) for task, metric in _benchmarks(context).items()),
-        (SPEED.unit, lambda m: SPEED.text(m["tokens_per_second"])),
+    columns = _columns(state)
+    figures: list[tuple[str, Callable[[Figures], str]]] = [
+        ("parameters", lambda own: f"{own.parameters:,}"),
+        *((_row_title(metric), partial(_heldout, field, metric)) for field, metric in HELDOUT.items()),
+        *((_title(task, metric), partial(_task, task)) for task, metric in _benchmarks(state).items()),
+        (SPEED.unit, lambda own: SPEED.text(own.tokens_per_second)),
     ]
-    return ["", *(title for title, _ in columns)], [[name, *[text(m) for _, m in columns]] for name, text in figures]
+    header = ["", *(title for title, _ in columns)]
+    return header, [[name, *[text(own) for _, own in columns]] for name, text in figures]
 
 
-def _benchmarks(context: Context) -> dict[str, str | None]:
+def _row_title(metric: Metric) -> str:
+    """Without the unit that the caption gives."""
+    return metric.name if metric.unit == KL.unit else metric.title
+
+
+def _heldout(field: str, metric: Metric, own: Figures) -> str:
+    return metric.text(getattr(own, field))
+
+
+def _benchmarks(state: RunState) -> dict[str, str | None]:
     """The recipe's benchmarks with their metrics, which are not known where every model failed."""
-    known = {task: score["metric"] for _, model in _columns(context) for task, score in model["tasks"].items()}
-    return {task.name: known.get(task.name) for task in context.recipe.evaluate.tasks}
+    known = {task: score.metric for _, own in _columns(state) for task, score in own.tasks.items()}
+    return {task.name: known.get(task.name) for task in state.recipe.evaluate.tasks}
 
 
-def _task(task: str, model: dict[str, Any]) -> str:
-    if task not in model["tasks"]:
-        return "failed"
-    score = model["tasks"][task]
-    return task_metric(task, score["metric"]).text(score["value"], score["stderr"])
+def _task(task: str, own: Figures) -> str:
+    score = own.tasks.get(task)
+    return "failed" if score is None else score.shown_as.text(score.value, score.stderr)
 
 
 def _title(task: str, metric: str | None) -> str:
@@ -75,27 +88,27 @@ def _title(task: str, metric: str | None) -> str:
     return f"{task} {task_metric(task, metric).title}" if metric else task
 
 
-def caption(context: Context) -> str:
+def caption(state: RunState) -> str:
     """What the table's figures are measured on, and why some are missing."""
-    columns = _columns(context)
-    model = columns[-1][1]
-    scores = {task: score for _, own in columns for task, score in own["tasks"].items()}
+    columns = [own for _, own in _columns(state)]
+    scores = {task: score for own in columns for task, score in own.tasks.items()}
     tasks = [
-        f"{name}: {s['metric']}{'' if s['higher_is_better'] in (True, None) else ' (lower is better)'}, "
-        f"{s['num_fewshot']}-shot, first {s['num_documents']} documents of {s['split']}"
-        for name, s in scores.items()
+        f"{name}: {score.metric}{' (lower is better)' if score.higher_is_better is False else ''}, "
+        f"{score.num_fewshot}-shot, first {score.num_documents} documents of {score.split}"
+        for name, score in scores.items()
     ]
-    failed = {task: reason for _, own in columns for task, reason in own.get("failures", {}).items()}
+    failed = {task: reason for own in columns for task, reason in own.failures.items()}
     failures = [f"{task} failed: {reason}" for task, reason in failed.items()]
-    tokens = f"{model['heldout_tokens']:,} held-out tokens"
-    errors = [f"{PLUS_MINUS} is the standard error"] if any(s["stderr"] is not None for s in scores.values()) else []
+    tokens = f"{columns[-1].heldout_tokens:,} held-out tokens"
+    has_errors = any(score.stderr is not None for score in scores.values())
+    errors = [f"{PLUS_MINUS} is the standard error"] if has_errors else []
     return " · ".join([f"loss and KL in {KL.unit} on {tokens}", *tasks, *errors, *failures])
 
 
-def final_table(context: Context) -> Table:
+def final_table(state: RunState) -> Table:
     """The table for a terminal."""
-    header, body = rows(context)
-    table = Table(caption=caption(context), caption_justify="left", collapse_padding=True)  # two models fit 80 columns
+    header, body = rows(state)
+    table = Table(caption=caption(state), caption_justify="left", collapse_padding=True)  # two models fit 80 columns
     for index, title in enumerate(header):
         table.add_column(title, justify="left" if index == 0 else "right")
     for row in body:
@@ -105,8 +118,9 @@ def final_table(context: Context) -> Table:
 
 def write_report(context: Context, parent: Any) -> Path:
     """Write report.html, report.png and results.json beside the run's record, once per result."""
-    folder = Path(context.places.local_run(context.run_key))
-    results = {"run": context.run_key, "stages": context.shared, "family": context.family}
+    folder = Path(context.locations.local_run(context.run_key))
+    family = {model: _dumped(outputs) for model, outputs in context.family.items()}
+    results = {"run": context.run_key, "stages": _dumped(context.shared), "family": family}
     text = json.dumps(results, indent=1, sort_keys=True)
     target = folder / "results.json"
     if not parent.open and target.exists() and target.read_text() == text and (folder / "report.html").exists():
@@ -120,9 +134,15 @@ def write_report(context: Context, parent: Any) -> Path:
         parent.reopen()
     for name in ("report.html", "report.png", "results.json", "recipe.yaml"):
         parent.log.artifact(str(folder / name))
-        if not storage.is_local(context.places.storage):
-            storage.write_bytes(storage.join(context.places.run(context.run_key), name), (folder / name).read_bytes())
+        if not storage.is_local(context.locations.storage):
+            storage.write_bytes(
+                storage.join(context.locations.run(context.run_key), name), (folder / name).read_bytes()
+            )
     return folder
+
+
+def _dumped(outputs: Mapping[str, StageOutput]) -> dict[str, Any]:
+    return {name: output.model_dump(mode="json") for name, output in outputs.items()}
 
 
 def draw(context: Context) -> bytes:
@@ -136,16 +156,17 @@ def draw(context: Context) -> bytes:
     from matplotlib import pyplot
 
     with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        count = len(context.family)
-        figure, axes = pyplot.subplots(3 * count, 2, figsize=(11, 10.8 * count), layout="constrained", squeeze=False)
-        for index, (model, own) in enumerate(context.family.items()):
-            name = f"{model}: " if count > 1 else ""
-            ranking = SearchOutput.model_validate(own["search"]).ranking
+        family = context.recipe.family
+        shape = (3 * len(family), 2)
+        figure, axes = pyplot.subplots(*shape, figsize=(11, 10.8 * len(family)), layout="constrained", squeeze=False)
+        for index, member in enumerate(family):
+            name = f"{member.model}: " if len(family) > 1 else ""
+            ranking = context.output(Search, member).ranking
             (bars, curve), *fronts = axes[3 * index : 3 * index + 3]
             _draw_search(bars, ranking, name)
-            training = context.recipe.distillation(next(m for m in context.recipe.family if m.model == model))
-            tokens_per_step = training.batch_rows * context.shared["data"]["seq_length"]
-            _draw_distillation(curve, tokens_per_step, own, name)
+            tokens_per_step = context.recipe.distillation(member).batch_rows * context.output(Data).seq_length
+            table = context.output(Evaluate, member).table
+            _draw_distillation(curve, tokens_per_step, context.output(Distill, member).curve, table, name)
             for panel, (cost, unit, label) in zip([p for row in fronts for p in row], COSTS, strict=True):
                 if getattr(ranking[0], cost) is not None:
                     _draw_pareto(panel, ranking, cost, unit, label, name)
@@ -194,14 +215,16 @@ def _draw_pareto(axes: Any, ranking: Sequence[RankedCandidate], cost: str, unit:
     axes.legend(frameon=False)
 
 
-def _draw_distillation(axes: Any, tokens_per_step: int, own: dict[str, dict[str, Any]], name: str) -> None:
-    curve = storage.read_json(own["distill"]["curve"])
+def _draw_distillation(
+    axes: Any, tokens_per_step: int, curve_path: str, table: Mapping[str, Figures], name: str
+) -> None:
+    curve = storage.read_json(curve_path)
     measure, what = ("train_kl", KL.title) if curve["train_kl"] else ("train_loss", f"loss, {LOSS.unit}")
     axes.plot(
         [step * tokens_per_step for step in curve["step"]], curve[measure], color="#76b900", label="training rows"
     )
     for key, style in (("pruned", ":"), ("distilled", "--")) if measure == "train_kl" else ():
-        value = own["evaluate"]["table"][key]["kl"]
+        value = table[key].kl
         axes.axhline(value, color="#52606d", linestyle=style, label=f"{LABELS[key]}, held-out rows")
     axes.set_xlabel("tokens")
     axes.set_ylabel(what)
@@ -258,13 +281,14 @@ def findings(search: SearchOutput) -> list[str]:
     return sentences
 
 
-def restarts(context: Context) -> list[tuple[str, Restart]]:
+def restarts(state: RunState) -> list[tuple[str, Restart]]:
     """Stage and restart of all work that failed and was started again."""
-    stages = [("correct", context.shared.get("correct", {}))]
-    for model, own in context.family.items():
-        name = f" {model}" if len(context.family) > 1 else ""
-        stages += [(f"{stage}{name}", own[stage]) for stage in ("search", "distill")]
-    return [(stage, Restart(**values)) for stage, outputs in stages for values in outputs.get("restarts", ())]
+    found = [(Correct.name, restart) for restart in state.output(Correct).restarts]
+    for member in state.recipe.family:
+        name = f" {member.model}" if len(state.recipe.family) > 1 else ""
+        found += [(f"{Search.name}{name}", restart) for restart in state.output(Search, member).restarts]
+        found += [(f"{Distill.name}{name}", restart) for restart in state.output(Distill, member).restarts]
+    return found
 
 
 def page(context: Context) -> str:
@@ -276,8 +300,8 @@ def page(context: Context) -> str:
     header, body = rows(context)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string((data_folder("dashboards") / "report.html.j2").read_text())
-    folder = Path(context.places.local_run(context.run_key))
-    searches = {model: SearchOutput.model_validate(own["search"]) for model, own in context.family.items()}
+    folder = Path(context.locations.local_run(context.run_key))
+    searches = {member.model: context.output(Search, member) for member in context.recipe.family}
     return template.render(
         recipe=context.recipe,
         run_key=context.run_key,
@@ -295,5 +319,5 @@ def page(context: Context) -> str:
         restarts=restarts(context),
         findings={model: findings(search) for model, search in searches.items()},
         origins={m.model: o.model for m in context.recipe.family if (o := context.recipe.origin(m))},
-        tracking_uri=shown(context.places.tracking_uri),
+        tracking_uri=shown(context.locations.tracking_uri),
     )

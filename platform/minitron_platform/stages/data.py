@@ -9,71 +9,96 @@ from minitron.data import DocumentTokens, Rows, pack, source_identity
 from minitron.device import DTYPES, device
 from minitron.evaluation.beginning import BosLosses, bos_losses
 from minitron.models import load_model, load_tokenizer
+from minitron_platform.estimates.outlook import Estimate, Outlook
+from minitron_platform.recipes import schema
 from minitron_platform.recipes.build import document_tokens, text_source
 from minitron_platform.stages.context import Context
+from minitron_platform.stages.stage import ArtifactPath, Stage, StageOutput
+from minitron_platform.stages.state import RunState
+from minitron_platform.stages.teacher import Teacher
 
-VERSION = 1
 PROBE_ROWS, PROBE_TOKENS = 4, 128  # held-out rows, and tokens of each, that the teacher is measured on
 WORSE = 0.1  # nats per token: a loss that is higher by as much is worth a warning
 
 
-def inputs(context: Context) -> dict[str, Any]:
-    data, around = context.recipe.data, _around(context)
-    return {
-        "teacher": context.done["teacher"]["id"],
-        "source": source_identity(text_source(data)),
-        "data": data.model_dump(exclude={"add_bos"}),  # what came of it counts, however it was said
-        "begin": list(around.begin),
-        "end": list(around.end),
-    }
+class DataOutput(StageOutput):
+    folder: ArtifactPath
+    """The packed rows."""
+    train: str
+    """Fingerprint of the training rows."""
+    heldout: str
+    """Fingerprint of the held-out rows."""
+    seq_length: int
+    train_tokens: int
+    heldout_tokens: int
+    loss_with_bos: float | None = None
+    """The teacher's on some held-out rows, nats per token; None where its tokenizer has no BOS."""
+    loss_without_bos: float | None = None
 
 
-def _around(context: Context) -> DocumentTokens:
-    known = context.done["teacher"]["document"]
-    return document_tokens(
-        context.recipe.data, DocumentTokens(tuple(known["begin"]), tuple(known["end"]), known["bos"])
-    )
+class Data(Stage[DataOutput]):
+    name = "data"
+    version = 1
+    per_model = False
+    output_type = DataOutput
+
+    def inputs(self, state: RunState) -> dict[str, Any]:
+        data, around = state.recipe.data, _around(state)
+        return {
+            "teacher": state.output(Teacher).id,
+            "source": source_identity(text_source(data)),
+            "data": data.model_dump(exclude={"add_bos"}),  # what came of it counts, however it was said
+            "begin": list(around.begin),
+            "end": list(around.end),
+        }
+
+    def estimate(self, outlook: Outlook, member: schema.Member | None) -> Estimate:
+        data = outlook.recipe.data
+        rows = data.train_rows + data.heldout_rows
+        return Estimate(
+            f"{rows:,} rows of {data.seq_length} tokens", bytes=rows * data.seq_length * 4, start_up_seconds=15
+        )
+
+    def run(self, context: Context, folder: str) -> DataOutput:
+        data = context.recipe.data
+        target = storage.join(folder, "rows")
+        context.console.status("reading text")
+        tokenizer = load_tokenizer(storage.fetch(context.output(Teacher).folder))
+        rows = pack(
+            text_source(data),
+            tokenizer,
+            target,
+            seq_length=data.seq_length,
+            train_rows=data.train_rows,
+            heldout_rows=data.heldout_rows,
+            heldout_fraction=data.heldout_fraction,
+            add_bos=data.bos,
+            progress=context.console.counter("tokens"),
+        )
+        heldout = Rows.open(target, "heldout")
+        around = _around(context)
+        measured = _measured(context, heldout, around)
+        return DataOutput(
+            folder=target,
+            train=rows.fingerprint,
+            heldout=heldout.fingerprint,
+            seq_length=rows.seq_length,
+            train_tokens=len(rows) * rows.seq_length,
+            heldout_tokens=len(heldout) * rows.seq_length,
+            loss_with_bos=measured.with_bos if measured else None,
+            loss_without_bos=measured.without_bos if measured else None,
+            summary=f"{len(rows):,} training and {len(heldout):,} held-out rows of {rows.seq_length} tokens"
+            + _beginning(around, measured),
+        )
+
+    def metrics(self, output: DataOutput) -> dict[str, float]:
+        """The teacher's loss with BOS and without."""
+        losses = {"loss_with_bos": output.loss_with_bos, "loss_without_bos": output.loss_without_bos}
+        return {name: loss for name, loss in losses.items() if loss is not None}
 
 
-def run(context: Context, folder: str) -> dict[str, Any]:
-    data = context.recipe.data
-    target = storage.join(folder, "rows")
-    context.console.status("reading text")
-    tokenizer = load_tokenizer(storage.fetch(context.done["teacher"]["folder"]))
-    rows = pack(
-        text_source(data),
-        tokenizer,
-        target,
-        seq_length=data.seq_length,
-        train_rows=data.train_rows,
-        heldout_rows=data.heldout_rows,
-        heldout_fraction=data.heldout_fraction,
-        add_bos=data.bos,
-        progress=context.console.counter("tokens"),
-    )
-    heldout = Rows.open(target, "heldout")
-    around = _around(context)
-    measured = _measured(context, heldout, around)
-    return {
-        "folder": target,
-        "train": rows.fingerprint,
-        "heldout": heldout.fingerprint,
-        "seq_length": rows.seq_length,
-        "train_tokens": len(rows) * rows.seq_length,
-        "heldout_tokens": len(heldout) * rows.seq_length,
-        **({"loss_with_bos": measured.with_bos, "loss_without_bos": measured.without_bos} if measured else {}),
-        "summary": f"{len(rows):,} training and {len(heldout):,} held-out rows of {rows.seq_length} tokens"
-        + _beginning(around, measured),
-    }
-
-
-def record(context: Context, outputs: dict[str, Any]) -> None:
-    """The teacher's loss with BOS and without, in the run's record."""
-    losses: dict[str, float] = {
-        name: outputs[name] for name in ("loss_with_bos", "loss_without_bos") if name in outputs
-    }
-    if losses:
-        context.log("data").metrics(losses, step=0)
+def _around(state: RunState) -> DocumentTokens:
+    return document_tokens(state.recipe.data, state.output(Teacher).document)
 
 
 def _measured(context: Context, heldout: Rows, around: DocumentTokens) -> BosLosses | None:
@@ -81,8 +106,8 @@ def _measured(context: Context, heldout: Rows, around: DocumentTokens) -> BosLos
     if not around.begin and around.bos is None:
         return None
     context.console.status("measuring the teacher with BOS and without")
-    teacher = context.done["teacher"]
-    model = load_model(storage.fetch(teacher["folder"]), DTYPES[teacher["dtype"]]).to(device())
+    teacher = context.output(Teacher)
+    model = load_model(storage.fetch(teacher.folder), DTYPES[teacher.dtype]).to(device())
     rows = heldout.take(range(min(PROBE_ROWS, len(heldout))))[:, :PROBE_TOKENS]
     measured = bos_losses(model, rows, around)
     if measured:

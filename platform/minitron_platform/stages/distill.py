@@ -10,100 +10,155 @@ from minitron.architecture import Architecture
 from minitron.distill import Losses
 from minitron.models import load_tokenizer, save_model
 from minitron.pruning.source import PruningSource
+from minitron_platform.estimates.memory import distillation_memory
+from minitron_platform.estimates.outlook import MASTER_BYTES, Estimate, Outlook, training_flops
+from minitron_platform.estimates.teacher import runs_beside
+from minitron_platform.recipes import schema
 from minitron_platform.recipes.build import distill_config, distillation_losses, lm_eval_tasks
+from minitron_platform.stages.base import pruning_base
+from minitron_platform.stages.calibrate import Calibrate
 from minitron_platform.stages.context import Context
-from minitron_platform.stages.targets import materials, origin
+from minitron_platform.stages.data import Data
+from minitron_platform.stages.search import Search
+from minitron_platform.stages.stage import ArtifactPath, Stage, StudentOutput
+from minitron_platform.stages.state import RunState
+from minitron_platform.stages.targets import Targets, materials, origin
+from minitron_platform.stages.teacher import Teacher, weight_hashes
+from minitron_platform.tracking.restarts import Restart
 from minitron_platform.training.curves import complete_record, write_curve
 from minitron_platform.training.ray_train import TrainTask, train_on_ray
 from minitron_platform.training.view import restarts_of, training_view
 
-VERSION = 2
+
+class DistillOutput(StudentOutput):
+    pruned: ArtifactPath
+    """The student before its training."""
+    curve: ArtifactPath
+    tokens: int
+    """That the student was trained on."""
+    parameters: int
+    losses: dict[str, Any]
+    """`minitron.distill.Losses` as a dict."""
+    losses_chosen: str
+    """Why these, as a sentence."""
+    restarts: tuple[Restart, ...] = ()
 
 
-def inputs(context: Context) -> dict[str, Any]:
-    return {
-        "targets": context.done["targets"]["fingerprint"],
-        "base": context.base["id"],
-        "scores": context.done["calibrate"]["id"],
-        "architecture": context.done["search"]["winner"],
-        "losses": asdict(_losses(context)[0]),
-        "training": context.recipe.distillation(context.member).model_dump(exclude={"checkpoint_every"}),
-        **({"teacher": "online"} if context.recipe.targets.mode == "online" else {}),
-    }
+class Distill(Stage[DistillOutput]):
+    name = "distill"
+    version = 2
+    per_model = True
+    output_type = DistillOutput
 
+    def inputs(self, state: RunState) -> dict[str, Any]:
+        return {
+            "targets": state.output(Targets).fingerprint,
+            "base": pruning_base(state).id,
+            "scores": state.output(Calibrate).id,
+            "architecture": state.output(Search).winner.to_dict(),
+            "losses": asdict(_losses(state)[0]),
+            "training": state.recipe.distillation(state.member).model_dump(exclude={"checkpoint_every"}),
+            **({"teacher": "online"} if state.recipe.targets.mode == "online" else {}),
+        }
 
-def _losses(context: Context) -> tuple[Losses, str]:
-    student, teacher = context.done["search"]["winner"], context.done["teacher"]["architecture"]
-    return distillation_losses(context.recipe, Architecture.from_dict(student), Architecture.from_dict(teacher))
-
-
-def run(context: Context, folder: str) -> dict[str, Any]:
-    recipe, reads, cut = context.recipe, materials(context), origin(context)
-    training, (losses, chosen) = recipe.distillation(context.member), _losses(context)
-    context.console.say(f"  losses: {chosen}")
-    architecture = Architecture.from_dict(context.done["search"]["winner"])
-    pruned, student = storage.join(folder, "pruned"), storage.join(folder, "student")
-    curve = storage.join(folder, "curve.json")
-    if not storage.is_committed(pruned):
-        context.console.status("pruning")
-        _save_pruned(cut, architecture, reads.teacher, pruned)
-    channels = None
-    if losses.needs_live_teacher and cut.folder == reads.teacher:
-        # what a chained student kept of the teacher's channels is no longer known
-        channels = cut.channels(Architecture.from_dict(context.done["teacher"]["architecture"]), architecture)
-    if not storage.is_committed(student):
-        context.console.status("starting Ray")
-        resources = context.need_ray()
-        view = training_view(context, "distill", folder, training.steps)
-        context.console.status(view.text)
-        task = TrainTask(
-            materials=reads,
-            config=distill_config(training),
-            losses=losses,
-            fences=tuple(context.held),
-            checkpoints=storage.join(folder, "checkpoints"),
-            curve=curve,
-            result=student,
-            key=folder.rsplit("/", 1)[-1],
-            threads=max(1, int(recipe.resources.cpus_per_worker)),
-            student=pruned,
-            channels=channels,
-            online=recipe.targets.mode == "online",
-            teacher=recipe.targets.teacher,
-            tasks_every=training.evaluate_tasks_every,
-            tasks=lm_eval_tasks(recipe.evaluate.tasks),
-            tasks_batch_rows=recipe.evaluate.batch_rows,
-            add_bos=recipe.data.bos,
+    def estimate(self, outlook: Outlook, member: schema.Member | None) -> Estimate:
+        assert member is not None
+        recipe, workers = outlook.recipe, outlook.resources.workers
+        training = recipe.distillation(member)
+        tokens = training.steps * training.batch_rows * recipe.data.seq_length
+        largest = outlook.largest(member)
+        live = runs_beside(outlook.losses[member.model], recipe.targets.mode)
+        teacher_flops = outlook.teacher.flops_per_token(recipe.data.seq_length) * tokens if live else 0
+        checkpoints = 3 * MASTER_BYTES if training.checkpoint_every else 0
+        return Estimate(
+            f"{tokens:,} tokens on {workers} worker{'s' if workers > 1 else ''}"
+            + (", with the teacher" if live else ""),
+            flops=training_flops(outlook, outlook.shapes(member)[0], tokens) + teacher_flops,
+            bytes=(checkpoints + 2 * outlook.value_bytes) * largest.num_parameters,
+            start_up_seconds=20,
+            memory=distillation_memory(
+                recipe,
+                member,
+                outlook.teacher,
+                largest,
+                outlook.value_bytes,
+                workers=workers,
+                live_teacher=live,
+            ),
         )
-        train_on_ray(task, resources, view.event, scratch=storage.join(folder, "ray"))
-        context.console.status("")
-    if not storage.exists(curve):  # by an earlier version, which wrote it after the student, killed in between
-        write_curve(storage.join(folder, "checkpoints"), curve)
-    storage.remove(storage.join(folder, "checkpoints"))
-    weights = {k: v["sha256"] for k, v in storage.manifest(student)["files"].items() if k.endswith(".safetensors")}
-    tokens = training.steps * training.batch_rows * context.done["data"]["seq_length"]
-    return {
-        "pruned": pruned,
-        "student": student,
-        "curve": curve,
-        "id": storage.fingerprint(weights),
-        "tokens": tokens,
-        "parameters": architecture.num_parameters,
-        "architecture": architecture.to_dict(),
-        "losses": asdict(losses),
-        "losses_chosen": chosen,
-        "restarts": restarts_of(folder),
-        "summary": f"{tokens:,} tokens · {architecture.num_parameters / 1e6:.1f}M parameters",
-    }
+
+    def run(self, context: Context, folder: str) -> DistillOutput:
+        recipe = context.recipe
+        reads = materials(context)
+        cut = origin(context)
+        training = recipe.distillation(context.member)
+        losses, chosen = _losses(context)
+        context.console.say(f"  losses: {chosen}")
+        architecture = context.output(Search).winner
+        pruned, student = storage.join(folder, "pruned"), storage.join(folder, "student")
+        curve = storage.join(folder, "curve.json")
+        if not storage.is_committed(pruned):
+            context.console.status("pruning")
+            _save_pruned(cut, architecture, reads.teacher, pruned)
+        channels = None
+        if losses.needs_live_teacher and cut.folder == reads.teacher:
+            # what a chained student kept of the teacher's channels is no longer known
+            channels = cut.channels(context.output(Teacher).architecture, architecture)
+        if not storage.is_committed(student):
+            context.console.status("starting Ray")
+            resources = context.ensure_ray()
+            view = training_view(context, "distill", folder, training.steps)
+            context.console.status(view.text)
+            task = TrainTask(
+                materials=reads,
+                config=distill_config(training),
+                losses=losses,
+                fences=tuple(context.held),
+                checkpoints=storage.join(folder, "checkpoints"),
+                curve=curve,
+                result=student,
+                key=folder.rsplit("/", 1)[-1],
+                threads=max(1, int(recipe.resources.cpus_per_worker)),
+                student=pruned,
+                channels=channels,
+                online=recipe.targets.mode == "online",
+                teacher=recipe.targets.teacher,
+                tasks_every=training.evaluate_tasks_every,
+                tasks=lm_eval_tasks(recipe.evaluate.tasks),
+                tasks_batch_rows=recipe.evaluate.batch_rows,
+                add_bos=recipe.data.bos,
+            )
+            train_on_ray(task, resources, view.event, scratch=storage.join(folder, "ray"))
+            context.console.status("")
+        if not storage.exists(curve):  # by an earlier version, which wrote it after the student, killed in between
+            write_curve(storage.join(folder, "checkpoints"), curve)
+        storage.remove(storage.join(folder, "checkpoints"))
+        tokens = training.steps * training.batch_rows * context.output(Data).seq_length
+        return DistillOutput(
+            pruned=pruned,
+            student=student,
+            curve=curve,
+            id=storage.fingerprint(weight_hashes(student)),
+            tokens=tokens,
+            parameters=architecture.num_parameters,
+            architecture=architecture,
+            losses=asdict(losses),
+            losses_chosen=chosen,
+            restarts=tuple(restarts_of(folder)),
+            summary=f"{tokens:,} tokens · {architecture.num_parameters / 1e6:.1f}M parameters",
+        )
+
+    def record(self, context: Context, output: DistillOutput) -> None:
+        """Complete the training curve in the run's record."""
+        training, seq_length = context.recipe.distillation(context.member), context.output(Data).seq_length
+        complete_record(context.log(self.name), output.curve, training.batch_rows * seq_length)
+
+
+def _losses(state: RunState) -> tuple[Losses, str]:
+    return distillation_losses(state.recipe, state.output(Search).winner, state.output(Teacher).architecture)
 
 
 def _save_pruned(cut: PruningSource, architecture: Architecture, teacher: str, target: str) -> None:
     model = cut.prune(cut.load(), architecture)
-    with storage.committed_folder(target) as place:
-        save_model(model, load_tokenizer(storage.fetch(teacher)), place)
-
-
-def record(context: Context, outputs: dict[str, Any]) -> None:
-    """Complete the training curve in the run's record."""
-    training, seq_length = context.recipe.distillation(context.member), context.done["data"]["seq_length"]
-    complete_record(context.log("distill"), outputs["curve"], training.batch_rows * seq_length)
+    with storage.committed_folder(target) as local_folder:
+        save_model(model, load_tokenizer(storage.fetch(teacher)), local_folder)

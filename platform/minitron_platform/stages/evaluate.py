@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.markup import escape
 from torch import nn
 
@@ -15,79 +16,155 @@ from minitron.device import DTYPES, device
 from minitron.errors import one_line
 from minitron.evaluation import Score, Task, evaluate, interleaved_throughput
 from minitron.evaluation.documents import documents_identity
-from minitron.evaluation.metrics import KL, LOSS
+from minitron.evaluation.metrics import AGREEMENT, KL, LOSS, Metric
 from minitron.logits import Head
 from minitron.models import load_model, load_tokenizer
+from minitron_platform.estimates.memory import evaluation_memory
+from minitron_platform.estimates.outlook import DOCUMENT_TOKENS, Estimate, Outlook
+from minitron_platform.recipes import schema
 from minitron_platform.recipes.build import lm_eval_tasks
+from minitron_platform.stages.base import pruning_base
+from minitron_platform.stages.calibrate import Calibrate
 from minitron_platform.stages.context import Context
-from minitron_platform.stages.targets import materials
+from minitron_platform.stages.correct import Correct
+from minitron_platform.stages.data import Data
+from minitron_platform.stages.distill import Distill
+from minitron_platform.stages.stage import Stage, StageOutput
+from minitron_platform.stages.state import RunState
+from minitron_platform.stages.targets import Targets, materials
+from minitron_platform.stages.teacher import Teacher
 
-VERSION = 2
 MODELS = ("teacher", "pruned", "distilled")
 
 
-def inputs(context: Context) -> dict[str, Any]:
-    return {
-        "student": context.done["distill"]["id"],
-        "targets": context.done["targets"]["fingerprint"],
-        "base": context.base["id"],
-        "scores": context.done["calibrate"]["id"],
-        **_questions(context),
-    }
+class Quality(BaseModel):
+    """What is measured of one model, but for its speed. A field with a `Metric` is a row of the final table and a metric in
+    MLflow, and has its name in `minitron.evaluation.HeldoutMetrics`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    loss: Annotated[float, LOSS]
+    kl: Annotated[float, KL]
+    top1_agreement: Annotated[float, AGREEMENT]
+    heldout_tokens: int
+    """That the held-out metrics are means over."""
+    tasks: dict[str, Score] = {}
+    """By the benchmark's name."""
+    failures: dict[str, str] = {}
+    """Why benchmarks failed, by name."""
 
 
-def _questions(context: Context) -> dict[str, Any]:
+class Figures(Quality):
+    """All figures of one model."""
+
+    parameters: int
+    tokens_per_second: float
+    tokens_per_second_spread: float
+
+
+HELDOUT: dict[str, Metric] = {
+    name: mark for name, field in Quality.model_fields.items() for mark in field.metadata if isinstance(mark, Metric)
+}
+"""The held-out metrics, by field of `Quality`, in the order of the final table."""
+
+
+class EvaluateOutput(StageOutput):
+    table: dict[str, Figures]
+    """By `MODELS`."""
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Why benchmarks failed, by "MODEL.TASK"."""
+        return {f"{model}.{task}": reason for model, own in self.table.items() for task, reason in own.failures.items()}
+
+
+class Evaluate(Stage[EvaluateOutput]):
+    name = "evaluate"
+    version = 2
+    per_model = True
+    output_type = EvaluateOutput
+
+    def inputs(self, state: RunState) -> dict[str, Any]:
+        return {
+            "student": state.output(Distill).id,
+            "targets": state.output(Targets).fingerprint,
+            "base": pruning_base(state).id,
+            "scores": state.output(Calibrate).id,
+            **_questions(state),
+        }
+
+    def estimate(self, outlook: Outlook, member: schema.Member | None) -> Estimate:
+        assert member is not None
+        recipe, seq = outlook.recipe, outlook.recipe.data.seq_length
+        models = 3 if member is recipe.family[0] else 2  # the teacher is evaluated once
+        documents = sum(task.limit or 1000 for task in recipe.evaluate.tasks)
+        tokens = documents * DOCUMENT_TOKENS + recipe.data.heldout_rows * seq
+        tasks = ", ".join(task.name for task in recipe.evaluate.tasks) or "held-out rows only"
+        return Estimate(
+            f"{models} models, {tasks}",
+            flops=outlook.teacher.flops_per_token(seq) * models * tokens,
+            start_up_seconds=10,
+            memory=evaluation_memory(recipe, outlook.teacher, outlook.largest(member), outlook.value_bytes),
+        )
+
+    def run(self, context: Context, folder: str) -> EvaluateOutput:
+        dtype, distilled = DTYPES[context.output(Teacher).dtype], context.output(Distill)
+        folders = {
+            "teacher": context.output(Correct).folder,
+            "pruned": distilled.pruned,
+            "distilled": distilled.student,
+        }
+        models: dict[str, nn.Module] = {}
+        for name, checkpoint in folders.items():
+            context.console.status(f"loading the {name} model")
+            models[name] = load_model(storage.fetch(checkpoint), dtype).to(device())
+        qualities = {name: _quality(context, name, models, folder) for name in MODELS}
+        speeds = _speeds(context, models, storage.join(folder, "throughput.json"))
+        table = {
+            name: Figures(
+                **dict(qualities[name]),
+                tokens_per_second=speeds[name]["tokens_per_second"],
+                tokens_per_second_spread=speeds[name]["spread"],
+                parameters=models[name].num_parameters(),  # type: ignore[operator]
+            )
+            for name in MODELS
+        }
+        pruned, best = KL.text(table["pruned"].kl), KL.text(table["distilled"].kl)
+        output = EvaluateOutput(table=table, summary=f"KL to the teacher: pruned {pruned}, distilled {best}")
+        if not output.failures:
+            return output
+        missing = f"failed and tried again by the next run: {', '.join(output.failures)}"
+        return output.model_copy(update={"summary": f"{output.summary} · {missing}"})
+
+    def record(self, context: Context, output: EvaluateOutput) -> None:
+        """Tag the stage's run with the benchmarks that failed."""
+        failed = [f"{name}: {reason}" for name, reason in output.failures.items()]
+        context.log(self.name).tags({"minitron.failed_benchmarks": "; ".join(failed) or "none"})
+
+    def metrics(self, output: EvaluateOutput) -> dict[str, float]:
+        """All figures of all models."""
+        values: dict[str, float] = {}
+        for model, figures in output.table.items():
+            names = (*HELDOUT, "parameters", "tokens_per_second")
+            values |= {f"{model}.{name}": getattr(figures, name) for name in names}
+            for task, score in figures.tasks.items():
+                name = f"{model}.{task}.{score.metric}"
+                values[name] = score.value
+                if score.stderr is not None:
+                    values[f"{name}_stderr"] = score.stderr
+        return values
+
+    def is_valid(self, state: RunState, output: EvaluateOutput) -> bool:
+        """Whether no benchmark failed; those that did are tried again, alone."""
+        return not output.failures
+
+
+def _questions(state: RunState) -> dict[str, Any]:
     """All that decides a model's figures beside the model."""
     return {
-        "evaluate": context.recipe.evaluate.model_dump(exclude={"batch_rows"}),
-        "documents": [documents_identity(task.data) for task in context.recipe.evaluate.tasks if task.data],
+        "evaluate": state.recipe.evaluate.model_dump(exclude={"batch_rows"}),
+        "documents": [documents_identity(task.data) for task in state.recipe.evaluate.tasks if task.data],
         "lm_eval": version("lm_eval"),
-    }
-
-
-def holds(context: Context, outputs: dict[str, Any]) -> bool:
-    """Whether no benchmark failed; those that did are tried again, alone."""
-    return not failures(outputs)
-
-
-def failures(outputs: dict[str, Any]) -> dict[str, str]:
-    """Why benchmarks failed, by "MODEL.TASK"."""
-    return {
-        f"{model}.{task}": reason
-        for model, row in outputs["table"].items()
-        for task, reason in row.get("failures", {}).items()
-    }
-
-
-def record(context: Context, outputs: dict[str, Any]) -> None:
-    """Tag the stage's run with the benchmarks that failed."""
-    failed = [f"{where}: {reason}" for where, reason in failures(outputs).items()]
-    context.log("evaluate").tags({"minitron.failed_benchmarks": "; ".join(failed) or "none"})
-
-
-def run(context: Context, folder: str) -> dict[str, Any]:
-    done, dtype = context.done, DTYPES[context.done["teacher"]["dtype"]]
-    folders = {
-        "teacher": done["correct"]["folder"],
-        "pruned": done["distill"]["pruned"],
-        "distilled": done["distill"]["student"],
-    }
-    models: dict[str, nn.Module] = {}
-    for name, place in folders.items():
-        context.console.status(f"loading the {name} model")
-        models[name] = load_model(storage.fetch(place), dtype).to(device())
-    table: dict[str, dict[str, Any]] = {name: _quality(context, name, models, folder) for name in MODELS}
-    speeds = _speeds(context, models, storage.join(folder, "throughput.json"))
-    for name in MODELS:
-        table[name]["tokens_per_second"] = speeds[name]["tokens_per_second"]
-        table[name]["tokens_per_second_spread"] = speeds[name]["spread"]
-        table[name]["parameters"] = models[name].num_parameters()  # type: ignore[operator]
-    pruned, distilled = table["pruned"], table["distilled"]
-    failed = failures({"table": table})
-    missing = f" · failed and tried again by the next run: {', '.join(failed)}" if failed else ""
-    return {
-        "table": table,
-        "summary": f"KL to the teacher: pruned {KL.text(pruned['kl'])}, distilled {KL.text(distilled['kl'])}{missing}",
     }
 
 
@@ -95,47 +172,55 @@ def _speeds(context: Context, models: dict[str, nn.Module], path: str) -> dict[s
     """Every model's throughput, measured once and kept."""
     if not storage.exists(path):
         context.console.status("measuring throughput")
-        speeds = interleaved_throughput(
-            models, seq_length=context.done["data"]["seq_length"], batch_rows=4, seconds=4.0
-        )
+        speeds = interleaved_throughput(models, seq_length=context.output(Data).seq_length, batch_rows=4, seconds=4.0)
         storage.write_json(path, {name: asdict(speed) for name, speed in speeds.items()})
     found: dict[str, Any] = storage.read_json(path)
     return found
 
 
-def _quality(context: Context, name: str, models: dict[str, nn.Module], folder: str) -> dict[str, Any]:
+def _quality(context: Context, name: str, models: dict[str, nn.Module], folder: str) -> Quality:
     """One model's held-out metrics and benchmark scores, measured once and kept."""
     path = storage.join(folder, f"{name}.json")
     if name == "teacher":  # the same for the whole family
-        key = {"targets": context.done["targets"]["fingerprint"], "version": VERSION, **_questions(context)}
-        path = storage.join(context.places.storage, "quality", f"{storage.fingerprint(key)}.json")
+        key = {
+            "targets": context.output(Targets).fingerprint,
+            "version": Evaluate.version,
+            **_questions(context),
+        }
+        path = storage.join(context.locations.storage, "quality", f"{storage.fingerprint(key)}.json")
     tasks = lm_eval_tasks(context.recipe.evaluate.tasks)
-    found: dict[str, Any] | None = storage.read_json(path) if storage.exists(path) else None
-    missing = [task for task in tasks if found is None or task.name not in found["tasks"]]
-    if found is not None and not missing:
-        return found
+    quality = _read_quality(path)
     figures = []
-    if found is None:
+    if quality is None:
         context.console.status(f"{name}: held-out rows")
         heldout = materials(context).heldout(models[name], Head.of(models["teacher"]))
-        found = {
-            "loss": heldout.loss,
-            "kl": heldout.kl,
-            "top1_agreement": heldout.top1_agreement,
-            "heldout_tokens": heldout.tokens,
-            "tasks": {},
-        }
-        storage.write_json(path, found)
-        figures = [f"loss {LOSS.text(heldout.loss)}", f"KL {KL.text(heldout.kl or 0.0)}"]
+        quality = Quality(
+            **{field: getattr(heldout, field) for field in HELDOUT},
+            heldout_tokens=heldout.tokens,
+        )
+        storage.write_json(path, quality.model_dump(mode="json"))
+        figures = [f"loss {LOSS.text(quality.loss)}", f"KL {KL.text(quality.kl)}"]
+    missing = [task for task in tasks if task.name not in quality.tasks]
     if missing:
-        scores, found["failures"] = _scores(context, name, models[name], missing)
-        known = found["tasks"] | {task: asdict(score) for task, score in scores.items()}
-        found["tasks"] = {task.name: known[task.name] for task in tasks if task.name in known}
-        storage.write_json(path, found)
+        scores, failed = _scores(context, name, models[name], missing)
+        known = quality.tasks | scores
+        ordered = {task.name: known[task.name] for task in tasks if task.name in known}
+        quality = quality.model_copy(update={"tasks": ordered, "failures": failed})
+        storage.write_json(path, quality.model_dump(mode="json"))
         figures += [f"{task} {score.shown_as.sentence(score.value, score.stderr)}" for task, score in scores.items()]
     if figures:
         context.console.say(f"  {name}: {' · '.join(figures)}")
-    return found
+    return quality
+
+
+def _read_quality(path: str) -> Quality | None:
+    """What was measured before; None if that is nothing, or less than is measured now."""
+    if not storage.exists(path):
+        return None
+    try:
+        return Quality.model_validate(storage.read_json(path))
+    except ValidationError:
+        return None
 
 
 def _scores(
@@ -151,7 +236,7 @@ def _scores(
 
     scores = evaluate(
         model,
-        load_tokenizer(storage.fetch(context.done["teacher"]["folder"])),
+        load_tokenizer(storage.fetch(context.output(Teacher).folder)),
         tasks,
         batch_size=context.recipe.evaluate.batch_rows,
         add_bos=context.recipe.data.bos,

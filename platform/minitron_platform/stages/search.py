@@ -6,26 +6,33 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from minitron import storage
-from minitron.architecture import Architecture
 from minitron.device import DTYPES
-from minitron_platform.recipes import build
+from minitron_platform.estimates.memory import search_memory, trial_memory
+from minitron_platform.estimates.outlook import DOCUMENT_TOKENS, MASTER_BYTES, Estimate, Outlook, head_flops
+from minitron_platform.recipes import build, schema
 from minitron_platform.recipes.build import distill_config, logit_losses
 from minitron_platform.recipes.candidates import CandidateSpace
 from minitron_platform.recipes.resources import ResolvedResources
 from minitron_platform.recipes.search_schedule import SearchSchedule
+from minitron_platform.stages.base import pruning_base
+from minitron_platform.stages.calibrate import Calibrate
 from minitron_platform.stages.context import Context
+from minitron_platform.stages.data import Data
 from minitron_platform.stages.search_output import FailedCandidate, SearchOutput
-from minitron_platform.stages.targets import materials, origin
+from minitron_platform.stages.stage import Stage
+from minitron_platform.stages.state import RunState
+from minitron_platform.stages.targets import Targets, materials, origin
+from minitron_platform.stages.teacher import Teacher
 from minitron_platform.stages.trial_records import TrialsView, record_trials
 from minitron_search.limits import Limits
 from minitron_search.placement import RESERVED_BYTES
 from minitron_search.ranking import winner_of
+from minitron_search.space import combinations
 from minitron_search.trial import SearchTask
 
 if TYPE_CHECKING:
     from minitron_search.results import SearchResult
 
-VERSION = 3
 TRIALS_VERSION = 3  # raised only when what a trial computes changes: trials that have finished are never done again
 # Inputs that say which candidates there are and how far each goes, but change no trial.
 _WHICH = (
@@ -42,10 +49,191 @@ _WHICH = (
 )
 
 
-def trials_folder(context: Context) -> str:
+class Search(Stage[SearchOutput]):
+    name = "search"
+    version = 3
+    per_model = True
+    output_type = SearchOutput
+
+    def inputs(self, state: RunState) -> dict[str, Any]:
+        search = state.recipe.search
+        limits = build.limits(state.recipe, state.member)
+        benchmarks = build.benchmarks(state.recipe, state.output(Teacher).folder)
+        return {
+            "targets": state.output(Targets).fingerprint,
+            "base": pruning_base(state).id,
+            "scores": state.output(Calibrate).id,
+            "heldout": [state.output(Data).heldout, search.heldout_rows],
+            "space": state.member.space,
+            "points": state.member.points,
+            "limits": asdict(limits) if limits else None,
+            "parameters": state.member.parameters,
+            "tolerance": state.member.tolerance,
+            "rungs": SearchSchedule(search).rungs,
+            "sampler": search.sampler.model_dump() if search.sampler else None,
+            "forward": search.forward.model_dump() if search.forward else None,
+            "halving": search.halving.model_dump() if search.halving else None,
+            "benchmarks": {"keep": benchmarks.keep, **benchmarks.identity()} if benchmarks else None,
+            "losses": asdict(logit_losses(state.recipe)),
+            # how often to checkpoint changes nothing about the result
+            "training": search.training.model_dump(exclude={"checkpoint_every"}),
+        }
+
+    def estimate(self, outlook: Outlook, member: schema.Member | None) -> Estimate:
+        assert member is not None
+        recipe, data, seq = outlook.recipe, outlook.recipe.data, outlook.recipe.data.seq_length
+        shapes, teacher_head = outlook.shapes(member), head_flops(outlook.teacher)
+        schedule = SearchSchedule(recipe.search)
+        distilled = schedule.distilled(len(shapes), len(member.points))
+        step_tokens = recipe.search.training.batch_rows * seq
+        mean_flops = sum(shape.flops_per_token(seq) for shape in shapes) / len(
+            shapes
+        )  # which are distilled is not known
+        training = schedule.total_steps(distilled) * step_tokens * (3 * mean_flops + teacher_head)
+        measured_rows = min(recipe.search.heldout_rows or data.heldout_rows, data.heldout_rows)
+        measurements = len(shapes) + (1 + len(schedule.rungs)) * distilled
+        measuring = measurements * measured_rows * seq * (mean_flops + teacher_head)
+        largest = outlook.largest(member)
+        at_once = max(1, min(len(shapes), outlook.concurrent_trials))
+        disk = 0
+        if schedule.halving:  # all wait at the rung
+            disk += 2 * MASTER_BYTES * largest.num_parameters * distilled
+        if recipe.search.training.checkpoint_every:
+            disk += 3 * MASTER_BYTES * largest.num_parameters * at_once
+        benchmarking = 0.0
+        if benchmarks := recipe.search.evaluate:
+            disk += outlook.value_bytes * largest.num_parameters * distilled  # all keep their weights to the end
+            documents = min(benchmarks.keep, distilled) * sum(task.limit or 1000 for task in benchmarks.tasks)
+            benchmarking = documents * DOCUMENT_TOKENS * mean_flops
+        return Estimate(
+            _work(outlook, member, distilled, schedule.steps * step_tokens),
+            flops=training + measuring + benchmarking,
+            bytes=disk,
+            start_up_seconds=20,
+            memory=search_memory(
+                recipe, outlook.teacher, largest, outlook.value_bytes, outlook.resources.workers_per_trial
+            ),
+        )
+
+    def run(self, context: Context, folder: str) -> SearchOutput:
+        from minitron_platform.stages.shortlist import shortlist
+        from minitron_search import benchmark_best, search
+        from minitron_search.pool import Pool
+        from minitron_search.stability import settled
+
+        recipe = context.recipe
+        benchmarks = build.benchmarks(recipe, context.output(Teacher).folder)
+        teacher = context.output(Teacher).architecture
+        space = CandidateSpace(recipe, context.member, pruning_base(context).architecture)
+        schedule = SearchSchedule(recipe.search)
+        task = SearchTask(
+            materials=materials(context),
+            origin=origin(context),
+            config=distill_config(recipe.search.training),
+            losses=logit_losses(recipe),
+            folder=trials_folder(context),
+            heldout_rows=recipe.search.heldout_rows,
+            threads=max(1, int(recipe.resources.cpus_per_trial)),
+            rungs=schedule.rungs,
+            keep_weights=benchmarks is not None,
+        )
+        context.console.status("starting Ray")
+        resources = context.ensure_ray()
+        value_bytes = DTYPES[context.output(Teacher).dtype].itemsize
+        largest = max(space.candidates, key=lambda a: a.num_parameters)
+        memory = memory_per_trial(resources, trial_memory(recipe, teacher, largest, value_bytes).total)
+        pool = Pool(
+            storage.join(folder, "tune"),
+            share=resources.trial_share | ({"memory": memory} if memory else {}),
+            workers=resources.workers_per_trial,
+            max_failures=resources.max_failures,
+        )
+        lease = context.lease(f"trials-{task.folder.rsplit('/', 1)[-1]}", "a search over the same trials")
+        with lease, pool.open() as pool:  # the workers stay until the end
+            found, milliseconds = shortlist(context, space, task, pool)
+            distilled = schedule.distilled(len(found), len(context.member.points))
+            view = TrialsView(
+                context,
+                task,
+                found,
+                scoring=recipe.search.forward is not None,
+                to_end=schedule.to_end(distilled),
+                planned=schedule.total_steps(distilled),
+            )
+            result = search(
+                task,
+                found,
+                forward_keep=recipe.search.forward.keep if recipe.search.forward else None,
+                pinned=space.points,
+                halving=schedule.halving,
+                pool=replace(pool, on_event=view.event),
+            )
+            if benchmarks:
+                context.console.status(f"benchmarks of the best {min(benchmarks.keep, len(result.ranking))}")
+                result = benchmark_best(task, result, found, benchmarks, pool)
+        serving = space.limits or Limits(context=recipe.data.seq_length)
+        ranking = tuple(
+            replace(
+                candidate,
+                memory_bytes=serving.needs(candidate.architecture)["memory_bytes"],
+                latency_ms=milliseconds.get(candidate.architecture),
+            )
+            for candidate in result.ranking
+        )
+        skipped = {candidate.architecture for candidate in result.forward or () if not candidate.distilled}
+        kl = winner_of(ranking).kl
+        return SearchOutput(
+            winner=result.winner,
+            reason=result.reason,
+            ranking=ranking,
+            stopped=tuple(result.stopped),
+            forward=None if result.forward is None else tuple(result.forward),
+            stability=tuple(result.stability),
+            settled=settled(result.stability),
+            saved=result.saved,
+            failures=tuple(FailedCandidate(architecture, why) for architecture, why in result.failures.items()),
+            restarts=tuple(view.restarts),
+            benchmarks=tuple(task.name for task in benchmarks.tasks) if benchmarks else (),
+            serving=serving,
+            candidates=len(found),
+            architectures=tuple(architecture for architecture in found if architecture not in skipped),
+            trials=task.folder,
+            summary=f"{_counts(result, len(found))} · winner {result.winner} · KL {kl:.3f} · {result.reason}",
+        )
+
+    def record(self, context: Context, output: SearchOutput) -> None:
+        """Write every trial's result into its record, whichever run and process computed it."""
+        tags = {"minitron.winner": str(output.winner), "minitron.winner_reason": output.reason}
+        context.log(self.name).tags(tags)
+        record_trials(context, output)
+
+
+def trials_folder(state: RunState) -> str:
     """Where trials are kept: not under the search, so that a space with more widths finds those of the narrower one."""
-    rest = {name: value for name, value in inputs(context).items() if name not in _WHICH}
-    return storage.join(context.places.storage, "trials", storage.fingerprint({**rest, "version": TRIALS_VERSION}))
+    rest = {name: value for name, value in Search().inputs(state).items() if name not in _WHICH}
+    return storage.join(state.locations.storage, "trials", storage.fingerprint({**rest, "version": TRIALS_VERSION}))
+
+
+def _work(outlook: Outlook, member: schema.Member, distilled: int, tokens: int) -> str:
+    """How many candidates are trained how far."""
+    search, count = outlook.recipe.search, len(outlook.shapes(member))
+    sampled = member.model in outlook.sampled
+    at_most = "up to " if outlook.recipe.origin(member) else ""
+    text = ""
+    if member.limits and member.limits.latency_ms:
+        text = f"at least {count} shapes timed, " if sampled else f"{at_most}{count} shapes timed, "
+    text += f"{at_most}{count} candidates" + (" scored" if search.forward else "")
+    if sampled:
+        text += f" of {combinations(member.space):,} combinations"
+    if search.forward:
+        text += f", {distilled} distilled"
+    text += f", {tokens:,} tokens each"
+    if search.halving:
+        text += ", the worse stopped at rungs" + (" where the order holds" if search.halving.grace == "stable" else "")
+    if search.evaluate:
+        names = ", ".join(task.name for task in search.evaluate.tasks)
+        text += f", {names} for {min(search.evaluate.keep, distilled)}"
+    return text
 
 
 def memory_per_trial(resources: ResolvedResources, wanted: int) -> int:
@@ -60,120 +248,6 @@ def memory_per_trial(resources: ResolvedResources, wanted: int) -> int:
     return int(min(wanted, largest))
 
 
-def inputs(context: Context) -> dict[str, Any]:
-    search = context.recipe.search
-    limits = build.limits(context.recipe, context.member)
-    benchmarks = build.benchmarks(context.recipe, context.done["teacher"]["folder"])
-    return {
-        "targets": context.done["targets"]["fingerprint"],
-        "base": context.base["id"],
-        "scores": context.done["calibrate"]["id"],
-        "heldout": [context.done["data"]["heldout"], search.heldout_rows],
-        "space": context.member.space,
-        "points": context.member.points,
-        "limits": asdict(limits) if limits else None,
-        "parameters": context.member.parameters,
-        "tolerance": context.member.tolerance,
-        "rungs": SearchSchedule(search).rungs,
-        "sampler": search.sampler.model_dump() if search.sampler else None,
-        "forward": search.forward.model_dump() if search.forward else None,
-        "halving": search.halving.model_dump() if search.halving else None,
-        "benchmarks": {"keep": benchmarks.keep, **benchmarks.identity()} if benchmarks else None,
-        "losses": asdict(logit_losses(context.recipe)),
-        # how often to checkpoint changes nothing about the result
-        "training": search.training.model_dump(exclude={"checkpoint_every"}),
-    }
-
-
-def run(context: Context, folder: str) -> dict[str, Any]:
-    from minitron_platform.estimates.memory import trial_memory
-    from minitron_platform.stages.shortlist import shortlist
-    from minitron_search import benchmark_best, search
-    from minitron_search.pool import Pool
-    from minitron_search.stability import settled
-
-    recipe = context.recipe
-    benchmarks = build.benchmarks(recipe, context.done["teacher"]["folder"])
-    teacher = Architecture.from_dict(context.done["teacher"]["architecture"])
-    space = CandidateSpace(recipe, context.member, Architecture.from_dict(context.base["architecture"]))
-    schedule = SearchSchedule(recipe.search)
-    task = SearchTask(
-        materials=materials(context),
-        origin=origin(context),
-        config=distill_config(recipe.search.training),
-        losses=logit_losses(recipe),
-        folder=trials_folder(context),
-        heldout_rows=recipe.search.heldout_rows,
-        threads=max(1, int(recipe.resources.cpus_per_trial)),
-        rungs=schedule.rungs,
-        keep_weights=benchmarks is not None,
-    )
-    context.console.status("starting Ray")
-    resources = context.need_ray()
-    value_bytes = DTYPES[context.done["teacher"]["dtype"]].itemsize
-    largest = max(space.candidates, key=lambda a: a.num_parameters)
-    memory = memory_per_trial(resources, trial_memory(recipe, teacher, largest, value_bytes).total)
-    pool = Pool(
-        storage.join(folder, "tune"),
-        share=resources.trial_share | ({"memory": memory} if memory else {}),
-        workers=resources.workers_per_trial,
-        max_failures=resources.max_failures,
-    )
-    lease = context.lease(f"trials-{task.folder.rsplit('/', 1)[-1]}", "a search over the same trials")
-    with lease, pool.open() as pool:  # the workers stay until the end
-        found, milliseconds = shortlist(context, space, task, pool)
-        distilled = schedule.distilled(len(found), len(context.member.points))
-        view = TrialsView(
-            context,
-            task,
-            found,
-            scoring=recipe.search.forward is not None,
-            to_end=schedule.to_end(distilled),
-            planned=schedule.total_steps(distilled),
-        )
-        result = search(
-            task,
-            found,
-            forward_keep=recipe.search.forward.keep if recipe.search.forward else None,
-            pinned=space.points,
-            halving=schedule.halving,
-            pool=replace(pool, on_event=view.event),
-        )
-        if benchmarks:
-            context.console.status(f"benchmarks of the best {min(benchmarks.keep, len(result.ranking))}")
-            result = benchmark_best(task, result, found, benchmarks, pool)
-    serving = space.limits or Limits(context=recipe.data.seq_length)
-    ranking = tuple(
-        replace(
-            candidate,
-            memory_bytes=serving.needs(candidate.architecture)["memory_bytes"],
-            latency_ms=milliseconds.get(candidate.architecture),
-        )
-        for candidate in result.ranking
-    )
-    skipped = {candidate.architecture for candidate in result.forward or () if not candidate.distilled}
-    kl = winner_of(ranking).kl
-    output = SearchOutput(
-        winner=result.winner,
-        reason=result.reason,
-        ranking=ranking,
-        stopped=tuple(result.stopped),
-        forward=None if result.forward is None else tuple(result.forward),
-        stability=tuple(result.stability),
-        settled=settled(result.stability),
-        saved=result.saved,
-        failures=tuple(FailedCandidate(architecture, why) for architecture, why in result.failures.items()),
-        restarts=tuple(view.restarts),
-        benchmarks=tuple(task.name for task in benchmarks.tasks) if benchmarks else (),
-        serving=serving,
-        candidates=len(found),
-        architectures=tuple(architecture for architecture in found if architecture not in skipped),
-        trials=task.folder,
-        summary=f"{_counts(result, len(found))} · winner {result.winner} · KL {kl:.3f} · {result.reason}",
-    )
-    return output.model_dump(mode="json")
-
-
 def _counts(result: SearchResult, candidates: int) -> str:
     """How many candidates got how far."""
     parts = [] if result.forward is None else [f"{len(result.forward)} scored undistilled"]
@@ -181,10 +255,3 @@ def _counts(result: SearchResult, candidates: int) -> str:
         parts.append(f"{len(result.stopped)} stopped early")
     parts.append(f"{len(result.ranking)} of {candidates} candidates distilled")
     return ", ".join([*parts, f"{len(result.failures)} failed"] if result.failures else parts)
-
-
-def record(context: Context, outputs: dict[str, Any]) -> None:
-    """Write every trial's result into its record, whichever run and process computed it."""
-    output = SearchOutput.model_validate(outputs)
-    context.log("search").tags({"minitron.winner": str(output.winner), "minitron.winner_reason": output.reason})
-    record_trials(context, output)

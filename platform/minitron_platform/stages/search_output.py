@@ -6,9 +6,10 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 
 from minitron.architecture import PRUNABLE, Architecture
+from minitron_platform.stages.stage import ArtifactPath, StageOutput
 from minitron_platform.tracking.restarts import Restart
 from minitron_search.limits import Limits
 from minitron_search.ranking import RankedCandidate
@@ -24,12 +25,10 @@ class FailedCandidate:
     reason: str
 
 
-class SearchOutput(BaseModel):
+class SearchOutput(StageOutput):
     """`architectures` are the candidates that were distilled or failed, `candidates` counts all of them, `benchmarks` are the
     names of the tasks that the best got, `serving` is what memory and latency are of, `trials` the folder of the trials. The
     rest is as in `minitron_search.SearchResult`."""
-
-    model_config = ConfigDict(frozen=True)
 
     winner: Architecture
     reason: str
@@ -45,8 +44,7 @@ class SearchOutput(BaseModel):
     serving: Limits
     candidates: int
     architectures: tuple[Architecture, ...]
-    trials: str
-    summary: str
+    trials: ArtifactPath
 
     @property
     def metrics(self) -> dict[str, str]:

@@ -66,7 +66,7 @@ class _Timed:
                 dtype=task.origin.dtype,
                 batch=self.limits.batch,
                 context=self.limits.context,
-                folder=storage.join(context.places.storage, "latency"),
+                folder=storage.join(context.locations.storage, "latency"),
                 threads=task.threads,
             )
 

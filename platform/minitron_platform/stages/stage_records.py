@@ -6,25 +6,47 @@ paths are read too: their own paths say what the root was then.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
+
+from pydantic import ValidationError
 
 from minitron import storage
 from minitron.errors import StorageError
+from minitron_platform.stages.stage import StageOutput
+
+log = logging.getLogger(__name__)
 
 RECORD = "stage.json"
 INSIDE = "storage:"
 _ABSOLUTE = re.compile(r"^(?P<root>.+)/stages/[a-z]+/[0-9a-f]{16}(/|$)")
 
 
-def write_record(root: str, folder: str, record: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class Record:
+    """A finished stage: what it hands on, how long it took, and the paths without which that is of no use."""
+
+    output: StageOutput
+    seconds: float
+    artifacts: list[str]
+
+
+def write_record(root: str, folder: str, record: Record) -> None:
     """Write a stage's record into its folder, in the storage at `root`; with it the stage is finished."""
-    storage.write_json(storage.join(folder, RECORD), _mapped(record, lambda text: relative(root, text)))
+    written = {
+        "outputs": record.output.model_dump(mode="json"),
+        "seconds": record.seconds,
+        "artifacts": record.artifacts,
+    }
+    storage.write_json(storage.join(folder, RECORD), _mapped(written, lambda text: relative(root, text)))
 
 
-def read_record(root: str, folder: str) -> dict[str, Any] | None:
-    """A finished stage's record with the paths as they are now; None where it is not finished.
+def read_record(root: str, folder: str, output: type[StageOutput]) -> Record | None:
+    """A finished stage's record with the paths as they are now; None where it is not finished, or where an earlier version
+    finished it whose output lacks a field that is needed now.
 
     Raises StorageError for a record whose paths lead out of the storage, that has another form, or that can't be read."""
     path = storage.join(folder, RECORD)
@@ -45,8 +67,17 @@ def read_record(root: str, folder: str) -> dict[str, Any] | None:
                 return storage.join(root, below)
         return text
 
-    record: dict[str, Any] = _mapped(written, present)
-    return record
+    record = _mapped(written, present)
+    try:
+        return Record(output.model_validate(record["outputs"]), record["seconds"], record["artifacts"])
+    except ValidationError as error:
+        log.warning("%s: %s, so that the stage is done again", path, _first_problem(error))
+        return None
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"outputs.{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def _checked(record: Any, path: str) -> dict[str, Any]:

@@ -2,53 +2,84 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from minitron import storage
 from minitron.architecture import Architecture
 from minitron.checkpoints.identity import checkpoint_identity
-from minitron.data import document_tokens
+from minitron.data import DocumentTokens, document_tokens
 from minitron.device import compute_dtype
 from minitron.models import load_source, load_tokenizer, save_model, source_identity
+from minitron_platform.estimates.outlook import Estimate, Outlook
+from minitron_platform.recipes.schema import Member
 from minitron_platform.stages.context import Context
-
-VERSION = 2  # 2: the id is that of what the teacher does, its tensors are known to fill it, and what begins a document is said
-
-
-def inputs(context: Context) -> dict[str, Any]:
-    teacher = context.recipe.teacher
-    return {
-        "source": source_identity(teacher.model, teacher.revision),
-        "dtype": str(compute_dtype(teacher.dtype)).removeprefix("torch."),
-    }
+from minitron_platform.stages.stage import ArtifactPath, Stage, StageOutput
+from minitron_platform.stages.state import RunState
 
 
-def run(context: Context, folder: str) -> dict[str, Any]:
-    from transformers import AutoConfig
+class TeacherOutput(StageOutput):
+    folder: ArtifactPath
+    """The checkpoint."""
+    id: str
+    """Of what the teacher does: weights, the config's meaning, the tokenizer."""
+    sha256: dict[str, str]
+    """Of each weight file."""
+    dtype: str
+    """That models compute in, by torch's name."""
+    architecture: Architecture
+    parameters: int
+    document: DocumentTokens
+    """What its tokenizer puts around a document."""
 
-    teacher = context.recipe.teacher
-    target = storage.join(folder, "model")
-    dtype = compute_dtype(teacher.dtype)
-    if not storage.is_committed(target):
-        context.console.status(f"reading {teacher.model}")
-        model, words = load_source(teacher.model, teacher.revision, dtype)
-        context.console.status("writing it as safetensors")
-        with storage.committed_folder(target) as place:
-            save_model(model, words, place)
-    files = storage.manifest(target)["files"]
-    weights = {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
-    context.console.status("hashing its weights")
-    local = storage.fetch(target)
-    architecture = Architecture.from_config(AutoConfig.from_pretrained(str(local), trust_remote_code=False))
-    tokenizer = load_tokenizer(local)
-    return {
-        "folder": target,
-        "id": checkpoint_identity(local, tokenizer),
-        "sha256": weights,
-        "dtype": str(dtype).removeprefix("torch."),
-        "architecture": architecture.to_dict(),
-        "parameters": architecture.num_parameters,
-        "document": asdict(document_tokens(tokenizer)),
-        "summary": f"{architecture.num_parameters / 1e6:.1f}M parameters · {architecture}",
-    }
+
+class Teacher(Stage[TeacherOutput]):
+    name = "teacher"
+    version = 2  # 2: the id is of what the teacher does, its tensors fill it, and a document's special tokens are known
+    per_model = False
+    output_type = TeacherOutput
+
+    def inputs(self, state: RunState) -> dict[str, Any]:
+        teacher = state.recipe.teacher
+        return {
+            "source": source_identity(teacher.model, teacher.revision),
+            "dtype": str(compute_dtype(teacher.dtype)).removeprefix("torch."),
+        }
+
+    def estimate(self, outlook: Outlook, member: Member | None) -> Estimate:
+        parameters = outlook.teacher.num_parameters
+        return Estimate(
+            f"{parameters / 1e6:,.1f}M parameters", bytes=parameters * outlook.value_bytes, start_up_seconds=20
+        )
+
+    def run(self, context: Context, folder: str) -> TeacherOutput:
+        from transformers import AutoConfig
+
+        teacher = context.recipe.teacher
+        target = storage.join(folder, "model")
+        dtype = compute_dtype(teacher.dtype)
+        if not storage.is_committed(target):
+            context.console.status(f"reading {teacher.model}")
+            model, tokenizer = load_source(teacher.model, teacher.revision, dtype)
+            context.console.status("writing it as safetensors")
+            with storage.committed_folder(target) as local_folder:
+                save_model(model, tokenizer, local_folder)
+        context.console.status("hashing its weights")
+        local = storage.fetch(target)
+        architecture = Architecture.from_config(AutoConfig.from_pretrained(str(local), trust_remote_code=False))
+        tokenizer = load_tokenizer(local)
+        return TeacherOutput(
+            folder=target,
+            id=checkpoint_identity(local, tokenizer),
+            sha256=weight_hashes(target),
+            dtype=str(dtype).removeprefix("torch."),
+            architecture=architecture,
+            parameters=architecture.num_parameters,
+            document=document_tokens(tokenizer),
+            summary=f"{architecture.num_parameters / 1e6:.1f}M parameters · {architecture}",
+        )
+
+
+def weight_hashes(checkpoint: str) -> dict[str, str]:
+    """SHA-256 of each weight file of a committed checkpoint."""
+    files = storage.manifest(checkpoint)["files"]
+    return {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}

@@ -205,7 +205,7 @@ class TrialsView:
         """The newest, beside the run's record and in MLflow."""
         if trace:
             name = f"trial-{trial_key(architecture)}.txt"
-            path = storage.join(self.context.places.local_run(self.context.run_key), name)
+            path = storage.join(self.context.locations.local_run(self.context.run_key), name)
             storage.write_bytes(path, trace.encode())
             self.logs[architecture].artifact(path)
 

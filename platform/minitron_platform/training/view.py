@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
-
 from rich.markup import escape
 
 from minitron import storage
@@ -112,6 +109,6 @@ def training_view(context: Context, stage: str, folder: str, steps: int) -> Trai
     )
 
 
-def restarts_of(folder: str) -> list[dict[str, Any]]:
-    """Restarts of the trainings of a stage, for its outputs."""
-    return [asdict(restart) for restart in read_restarts(storage.join(folder, RESTARTS))]
+def restarts_of(folder: str) -> list[Restart]:
+    """Restarts of the trainings of a stage, for its output."""
+    return read_restarts(storage.join(folder, RESTARTS))

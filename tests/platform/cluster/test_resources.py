@@ -111,7 +111,7 @@ def test_a_private_ray_starts_ahead_and_has_the_gpus_that_trials_and_workers_tak
     done = run(
         recipe, storage_path=str(tmp_path / "runs"), until="search"
     )  # Ray refuses or waits for what is not there
-    assert _resolved(done.need_ray()) == (1, 0.25, 1, 1)
+    assert _resolved(done.ensure_ray()) == (1, 0.25, 1, 1)
     (targets,) = (tmp_path / "runs" / "stages" / "targets").glob("*/stage.json")
     assert len(started) == 1
     assert started[0] < targets.stat().st_mtime  # while the stages before the search computed
