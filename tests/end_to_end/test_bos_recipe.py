@@ -14,6 +14,8 @@ from minitron.data import Rows, TextSource, pack, rows_for_step
 from minitron.errors import InputError
 from minitron_platform import plan, run
 from minitron_platform.recipes.load import load_recipe
+from minitron_platform.stages.data import Data
+from minitron_platform.stages.teacher import Teacher
 
 SEQ_LENGTH = 32
 
@@ -48,7 +50,11 @@ def _data(folder, add_bos=None, storage="runs"):
     """The data stage's outputs."""
     overrides = [] if add_bos is None else [f"data.add_bos={add_bos}"]
     recipe = load_recipe(str(folder / "recipe.yaml"), overrides)
-    return run(recipe, storage_path=str(folder / storage), until="data").shared["data"]
+    return (
+        run(recipe, storage_path=str(folder / storage), until="data")
+        .output(Data)
+        .model_dump(mode="json", exclude_none=True)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -135,13 +141,13 @@ def test_the_choice_reaches_the_benchmarks_of_calibration_search_and_training(be
     overrides += ["calibrate.rows=4", f"search.evaluate={{keep: 1, tasks: [{task}]}}"]
     recipe = load_recipe(str(begun / "recipe.yaml"), overrides)
     context = run(recipe, storage_path=str(begun / "runs"), until="calibrate")
-    assert context.shared["data"]["train"] == data["false"][0]["train"]
+    assert context.output(Data).train == data["false"][0]["train"]
     assert told
     assert set(told) == {False}
     assert benchmarks(recipe, "").add_bos is False
 
     told.clear()
-    folder = context.shared["teacher"]["folder"]
+    folder = context.output(Teacher).folder
     training = TrainTask(
         materials=DistillInputs(folder, "", "float32", "", "", ""),
         config=distill_config(recipe.distill),

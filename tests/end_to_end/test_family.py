@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from minitron import Architecture, ImportanceScores, prune
 from minitron.models import load_model
+from minitron_platform.stages.correct import CorrectOutput
 from minitron_platform.stages.stage_records import read_record
 
 LARGE = {"num_layers": [3, 4], "hidden_size": [36, 48], "intermediate_size": [48, 72]}
@@ -123,9 +124,9 @@ def test_a_teacher_that_gains_too_little_stays_as_it_is_and_scores_are_kept(benc
     line = next(x for x in result.stdout.splitlines() if x.startswith("✓ calibrate"))
     assert "already done" in line
     folders = [path.parent for path in (bench / "family" / "stages" / "correct").glob("*/stage.json")]
-    records = [read_record(str(bench / "family"), str(folder)) for folder in folders]
-    (kept,) = [record["outputs"] for record in records if not record["outputs"]["corrected"]]
-    assert kept["folder"] == family[1]["stages"]["teacher"]["folder"]
+    records = [read_record(str(bench / "family"), str(folder), CorrectOutput) for folder in folders]
+    (kept,) = [record.output for record in records if not record.output.corrected]
+    assert kept.folder == family[1]["stages"]["teacher"]["folder"]
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,9 @@ from minitron import Architecture
 from minitron_platform import load_recipe
 from minitron_platform.console import Console
 from minitron_platform.leases import lease
-from minitron_platform.pipeline import run_key
-from minitron_platform.report.page import findings
 from minitron_platform.locations import resolve_locations
+from minitron_platform.report.page import findings
+from minitron_platform.stages.finished import run_key
 from minitron_platform.stages.search_output import SearchOutput
 
 STAGES = ["teacher", "data", "correct", "calibrate", "targets", "search", "distill", "evaluate", "register"]

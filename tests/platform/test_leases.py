@@ -23,8 +23,9 @@ from minitron.errors import InputError, StorageError
 from minitron_platform import leases, load_recipe
 from minitron_platform.fence import Fence, Holder, LeaseLostError, create_epoch, newest_epoch
 from minitron_platform.leases import lease
-from minitron_platform.pipeline import run, run_key
 from minitron_platform.locations import Locations
+from minitron_platform.pipeline import run
+from minitron_platform.stages.finished import run_key
 from minitron_platform.tracking.spool import read_events
 
 
@@ -299,12 +300,12 @@ def test_a_driver_that_was_taken_over_ends_no_record_of_the_other(bench, tmp_pat
     key, root = run_key(recipe), str(tmp_path / "runs")
     spool = Locations(root, root, "").spool(key)
 
-    def taken_over(context, folder):
+    def taken_over(self, context, folder):
         fence = context.held[0]
         assert create_epoch(fence.folder, fence.epoch + 1, Holder.this_process(key, 60.0))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("minitron_platform.stages.teacher.run", taken_over)
+    monkeypatch.setattr("minitron_platform.stages.teacher.Teacher.run", taken_over)
     with pytest.raises((KeyboardInterrupt, LeaseLostError)):
         run(recipe, storage_path=root, until="teacher")
     for name in (key, f"{key}.teacher"):

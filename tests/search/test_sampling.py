@@ -145,7 +145,7 @@ def test_a_plan_refuses_what_it_cannot_enumerate_and_takes_it_with_a_sampler(ben
     assert len(made.candidates["tiny-student"]) == 25
     assert made.sampled == {"tiny-student"}
     (cost,) = [cost for cost in made.costs if cost.stage == "search"]
-    assert "25 candidates scored of 81,054 combinations, 4 distilled" in cost.what
+    assert "25 candidates scored of 81,054 combinations, 4 distilled" in cost.estimate.what
 
 
 def test_a_space_that_the_sampler_would_score_whole_is_enumerated(bench):

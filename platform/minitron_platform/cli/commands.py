@@ -256,10 +256,9 @@ def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool)
     console.say(f"mlflow   {escape(shown(planned.locations.tracking_uri))}")
     console.say(f"compute  {planned.dtype}, {planned.flops_per_second / 1e9:,.0f} GFLOP/s measured here")
     console.say(f"resources  {planned.resources_text}")
-    for cost in planned.costs:
-        if cost.estimate.memory is not None and not cost.done and not planned.on_gpus:
-            name = cost.title if len(recipe.family) > 1 else cost.stage
-            console.say(f"memory   {escape(name)}: {cost.estimate.memory}")
+    for title, memory in planned.memory.items():
+        name = title if len(recipe.family) > 1 else title.split()[-1]
+        console.say(f"memory   {escape(name)}: {memory}")
     for mode, teacher in planned.teacher_costs.items():
         chosen = ", as the recipe says" if mode == recipe.targets.mode else ""
         console.say(

@@ -20,7 +20,7 @@ from minitron_platform.cluster.room import (
     room_text,
     trials_at_once,
 )
-from minitron_platform.estimates.memory import check_memory, machine_memory
+from minitron_platform.estimates.memory import ProcessMemory, check_memory, machine_memory
 from minitron_platform.estimates.outlook import Estimate, Outlook
 from minitron_platform.estimates.teacher import MODES, TeacherCost, teacher_cost, too_little_room
 from minitron_platform.locations import Locations, resolve_locations
@@ -79,6 +79,12 @@ class Plan:
     def bytes(self) -> int:
         """What the disk needs for the stages that are not done yet."""
         return sum(cost.estimate.bytes for cost in self.costs if not cost.done)
+
+    @property
+    def memory(self) -> dict[str, ProcessMemory]:
+        """Main memory of the stages that are not done yet, by `Cost.title`; none where models run on GPUs."""
+        waiting = [] if self.on_gpus else [cost for cost in self.costs if not cost.done]
+        return {cost.title: cost.estimate.memory for cost in waiting if cost.estimate.memory is not None}
 
     @property
     def seconds(self) -> float:

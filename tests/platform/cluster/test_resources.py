@@ -13,6 +13,7 @@ import torch
 from minitron.errors import InputError
 from minitron_platform import load_recipe, plan, run
 from minitron_platform.recipes.resources import resolve
+from minitron_platform.stages.search import Search
 
 AUTO = ("workers_per_trial", "gpus_per_trial", "workers", "gpus_per_worker")
 ON_CPUS = (1, 0, 2, 0)  # what the keys' defaults were before `auto`
@@ -73,19 +74,19 @@ def test_a_plan_says_and_uses_what_was_chosen(bench, tmp_path, gpus):
         return plan(recipe, storage_path=str(tmp_path / "runs"), address=address)
 
     def what(found):
-        return next(cost.what for cost in found.costs if cost.stage == "distill")
+        return next(cost.estimate.what for cost in found.costs if cost.stage == "distill")
 
     gpus(0)
     on_cpus = planned()
     assert _resolved(on_cpus.resources) == ON_CPUS
     assert on_cpus.resources_text.startswith("no GPU: 2 workers with 1 CPU each, up to ")
-    assert {stage.processes for stage in on_cpus.memory if stage.stage == "distill"} == {2}
+    assert on_cpus.memory["tiny-student distill"].processes == 2
     assert "tokens on 2 workers" in what(on_cpus)
     gpus(1)
     assert planned().resources_text.startswith("1 GPU: 1 worker with 1 GPU, up to ")
     assert planned().resources_text.endswith(" with 0.25 GPU each")
     assert "tokens on 1 worker," in what(planned())
-    assert planned().memory == []  # of the machine's, of which a GPU's work needs little
+    assert planned().memory == {}  # of the machine's, of which a GPU's work needs little
     gpus(1, gigabytes=8)
     assert planned().resources_text == "1 GPU: 1 worker with 1 GPU, up to 1 trial at once with 1 GPU"
     without = planned("resources.gpus_per_trial=0", "resources.gpus_per_worker=0")
@@ -111,10 +112,10 @@ def test_a_private_ray_starts_ahead_and_has_the_gpus_that_trials_and_workers_tak
     done = run(
         recipe, storage_path=str(tmp_path / "runs"), until="search"
     )  # Ray refuses or waits for what is not there
-    assert _resolved(done.ensure_ray()) == (1, 0.25, 1, 1)
+    assert _resolved(done.state.ensure_ray()) == (1, 0.25, 1, 1)
     (targets,) = (tmp_path / "runs" / "stages" / "targets").glob("*/stage.json")
     assert len(started) == 1
     assert started[0] < targets.stat().st_mtime  # while the stages before the search computed
-    found = done.family["tiny-student"]["search"]
-    assert len(found["ranking"]) == found["candidates"] == 2
-    assert not found["failures"]
+    search = done.output(Search)
+    assert len(search.ranking) == search.candidates == 2
+    assert not search.failures

@@ -39,7 +39,7 @@ def test_a_plan_says_what_either_mode_takes(planned):
     assert [cost.online_flops for cost in either.values()] == [0, forward * 24 * 4]
 
     def parts(found, name):
-        return {cost.stage: getattr(cost, name) for cost in found.costs}
+        return {cost.stage: getattr(cost.estimate, name) for cost in found.costs}
 
     for found, mode in ((stored, "stored"), (online, "online")):
         assert parts(found, "bytes")["targets"] == either[mode].bytes

@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 
 import pytest
+from pydantic import Field
 
 from minitron import storage
 from minitron.errors import StorageError
-from minitron_platform.stages.stage_records import RECORD, read_record, write_record
+from minitron_platform.stages.stage import ArtifactPath, StageOutput
+from minitron_platform.stages.stage_records import RECORD, Record, read_record, write_record
 
 STAGE = "stages/distill/0123456789abcdef"
+
+
+class Output(StageOutput):
+    failures: dict[str, str] = Field(default_factory=dict)
+    student: ArtifactPath = ""
 
 
 def _record(**outputs):
@@ -21,8 +28,27 @@ def test_a_message_that_begins_with_a_path_is_kept_as_it_is(tmp_path):
     """A failure's reason may name a file of the storage first, and addresses after it."""
     root = str(tmp_path)
     reason = f"{root}/trials/a: cannot be accessed (no answer from http://127.0.0.1:9/b)\nsee {root}/runs"
-    write_record(root, f"{root}/{STAGE}", _record(failures={"3L": reason}))
-    assert read_record(root, f"{root}/{STAGE}") == _record(failures={"3L": reason})
+    record = Record(Output(summary="done", failures={"3L": reason}), 1.5, [])
+    write_record(root, f"{root}/{STAGE}", record)
+    assert read_record(root, f"{root}/{STAGE}", Output) == record
+
+
+def test_a_record_that_lacks_a_new_field_or_has_another_type_there_is_not_used(tmp_path, caplog):
+    class Newer(Output):
+        metric: float
+
+    root, folder = str(tmp_path), f"{tmp_path}/{STAGE}"
+    write_record(root, folder, Record(Output(summary="done"), 1.5, []))
+    assert read_record(root, folder, Newer) is None
+    assert "outputs.metric: Field required, so that the stage is done again" in caplog.text
+    storage.write_json(f"{folder}/{RECORD}", _record(failures=[1], removed="since"))
+    assert read_record(root, folder, Output) is None
+    storage.write_json(f"{folder}/{RECORD}", _record(removed="since"))
+    assert read_record(root, folder, Output).output == Output(summary="done")
+
+
+def test_the_paths_that_an_output_needs_are_those_it_names(tmp_path):
+    assert list(Output(summary="see a/b", student="s3://x/y", failures={"a": "c/d"}).artifacts()) == ["s3://x/y"]
 
 
 @pytest.mark.parametrize(
@@ -32,7 +58,7 @@ def test_a_record_whose_paths_lead_out_of_the_storage_is_refused(tmp_path, stude
     folder = f"{tmp_path}/{STAGE}"
     storage.write_json(f"{folder}/{RECORD}", _record(student=student))
     with pytest.raises(StorageError, match=r"stage.json: .* leads out of the storage"):
-        read_record(str(tmp_path), folder)
+        read_record(str(tmp_path), folder, Output)
 
 
 @pytest.mark.parametrize(
@@ -51,4 +77,4 @@ def test_what_is_not_a_record_is_named(tmp_path, content):
     folder = f"{tmp_path}/{STAGE}"
     storage.write_bytes(f"{folder}/{RECORD}", content)
     with pytest.raises(StorageError, match=f"{folder}/{RECORD}: not "):
-        read_record(str(tmp_path), folder)
+        read_record(str(tmp_path), folder, Output)
