@@ -25,7 +25,7 @@ from minitron_platform.stages.calibrate import Calibrate
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.evaluate import Evaluate
 from minitron_platform.stages.finished import finished_record, run_key
-from minitron_platform.stages.order import STAGES, steps
+from minitron_platform.stages.order import stage_names, steps
 from minitron_platform.stages.search import Search
 from minitron_platform.stages.stage import Stage, StageOutput
 from minitron_platform.stages.stage_records import Record, relative, write_record
@@ -33,7 +33,6 @@ from minitron_platform.stages.targets import Targets
 from minitron_platform.tracking.flusher import Flusher
 from minitron_platform.tracking.spool import RunLog, read_events
 
-NAMES = tuple(stage.name for stage in STAGES)
 # Stages that compute for a while in this process, when one of those that need Ray comes next.
 BEFORE_RAY = (Calibrate.name, Targets.name)
 
@@ -59,8 +58,9 @@ def run(
     Raises what `plan` raises before anything starts, LeaseLostError when another driver took the run over, and MinitronError
     for what the user can change.
     """
-    if until is not None and until not in NAMES:
-        raise InputError(f"until: {until!r} is not a stage", f"use one of {', '.join(NAMES)}")
+    names = stage_names()
+    if until is not None and until not in names:
+        raise InputError(f"until: {until!r} is not a stage", f"use one of {', '.join(names)}")
     console = console or Console()
     if planned is None:
         with console.working("planning"):
@@ -82,7 +82,7 @@ def run(
         )
         parent = _Parent(context)
         # a cluster without room is refused before the first stage that has work, not at the first that needs Ray
-        needed = until is None or NAMES.index(until) >= NAMES.index(Search.name)
+        needed = until is None or names.index(until) >= names.index(Search.name)
 
         def before_work(name: str) -> None:
             if joins_cluster(address):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import datasets
 import pytest
@@ -16,8 +17,12 @@ from mlflow.tracking import MlflowClient
 from minitron.architecture import Architecture
 from minitron.errors import InputError
 from minitron.evaluation import evaluate, task_metric
-from minitron_platform import plan, run
+from minitron_platform import plan, run, submit
+from minitron_platform.estimates.outlook import Estimate
 from minitron_platform.recipes.load import load_recipe, with_absolute_paths
+from minitron_platform.stages import order
+from minitron_platform.stages.distill import Distill
+from minitron_platform.stages.stage import Stage, StageOutput
 
 SCORED, DISTILLED, BENCHMARKED = 8, 3, 2
 
@@ -150,6 +155,80 @@ def test_a_latency_that_nothing_reaches_says_what_the_fastest_takes(bench, searc
     values["search"]["sampler"] = None
     with pytest.raises(InputError, match=r"family.0.limits: no candidate .*timed, and the fastest takes .* ms"):
         run(type(recipe).model_validate(values), storage_path=str(searched[1]))
+
+
+class WordsOutput(StageOutput):
+    words: int
+
+
+class Words(Stage[WordsOutput]):
+    """A stage of a user's own: counts what the student answers."""
+
+    name = "words"
+    version = 1
+    per_model = True
+    output_type = WordsOutput
+    runs: ClassVar[list[str]] = []
+
+    def inputs(self, state):
+        return {"student": state.output(Distill).id}
+
+    def estimate(self, outlook, member):
+        return Estimate(f"what {member.model} answers", start_up_seconds=1)
+
+    def run(self, context, folder):
+        self.runs.append(context.member.model)
+        return WordsOutput(words=7, summary="seven words")
+
+    def metrics(self, output):
+        return {"words": output.words}
+
+
+def test_a_stage_is_added_by_a_class_and_a_place_in_the_order(bench, searched, monkeypatch, capsys):
+    stages, storage = searched
+    monkeypatch.setattr(order, "STAGES", (*order.STAGES, Words()))
+    recipe = _recipe(bench, 60_000)
+    (cost,) = [cost for cost in plan(recipe, storage_path=str(storage)).costs if cost.stage == "words"]
+    assert (cost.estimate.what, cost.done) == ("what tiny-student answers", False)
+    first, second = (run(recipe, storage_path=str(storage)) for _ in range(2))
+    assert Words.runs == ["tiny-student"]  # once
+    assert first.output(Words) == second.output(Words)
+    assert _outputs(first) == {**stages, "words": first.output(Words).model_dump(mode="json")}
+    assert capsys.readouterr().out.count("seven words") == 2
+    assert plan(recipe, storage_path=str(storage)).costs[-1].done
+    assert (
+        json.loads((first.report.parent / "results.json").read_text())["family"]["tiny-student"]["words"]["words"] == 7
+    )
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    assert {run.data.metrics["words"] for run in runs if run.info.run_name == "words"} == {7.0}
+
+    monkeypatch.setattr(Words, "version", 2)
+    run(recipe, storage_path=str(storage), until="words")
+    assert len(Words.runs) == 2
+
+
+def test_the_result_of_a_run_has_students_a_table_and_a_report(bench, searched):
+    result = run(_recipe(bench, 60_000), storage_path=str(searched[1]))
+    (student,) = result.students
+    assert (student.model, student.path) == ("tiny-student", searched[0]["distill"]["student"])
+    assert list(result.table.index) == ["teacher", "tiny-student pruned", "tiny-student distilled"]
+    assert result.table.loc["tiny-student distilled", "kl"] == student.kl
+    assert "wikitext word_perplexity" in result.table.columns
+    assert result.report.name == "report.html"
+    assert (
+        repr(result)
+        == f"RunResult({result.run_key}: tiny-student version 1: {student.parameters:,} parameters, KL {student.kl:.3f})"
+    )
+
+
+def test_what_plan_refuses_is_refused_by_run_before_anything_starts(bench, tmp_path):
+    recipe = load_recipe(str(bench / "recipe.yaml"), ["distill.warmup_steps=1000"])
+    with pytest.raises(InputError, match=r"distill.warmup_steps: 1000 leaves nothing"):
+        run(recipe, storage_path=str(tmp_path))
+    with pytest.raises(InputError, match=r"distill.warmup_steps: 1000 leaves nothing"):
+        submit(recipe, address="http://127.0.0.1:1", storage_path=str(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_benchmark_that_fails_costs_nothing_else_and_is_tried_again_alone(bench, searched, monkeypatch):

@@ -114,9 +114,9 @@ def _known_stage(context: click.Context, option: click.Parameter, value: str | N
     """Check a stage's name; only then, because the stages bring large libraries."""
     if value is None:
         return None
-    from minitron_platform.pipeline import NAMES
+    from minitron_platform.stages.order import stage_names
 
-    return str(click.Choice(NAMES).convert(value, option, context))
+    return str(click.Choice(stage_names()).convert(value, option, context))
 
 
 @main.command()

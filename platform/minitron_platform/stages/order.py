@@ -38,3 +38,7 @@ def steps(recipe: Recipe) -> Iterator[tuple[Stage[Any], Member | None]]:
                 yield stage, member
             elif number == 0:
                 yield stage, None
+
+
+def stage_names() -> tuple[str, ...]:
+    return tuple(stage.name for stage in STAGES)
