@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from minitron_platform.stages.distill import Distill
-from minitron_platform.stages.evaluate import HELDOUT, Evaluate
+from minitron_platform.stages.evaluate import HELDOUT, MODELS, Evaluate
 from minitron_platform.stages.register import Register
 from minitron_platform.stages.stage import Stage, StageOutput
 from minitron_platform.stages.state import RunState
@@ -78,7 +78,9 @@ class RunResult:
         for member in self.state.recipe.family:
             if not self.state.is_finished(Evaluate(), member):
                 continue
-            for name, figures in self.state.output(Evaluate, member).table.items():
+            table = self.state.output(Evaluate, member).table
+            for name in MODELS:
+                figures = table[name]
                 row = {"parameters": figures.parameters, **{key: getattr(figures, key) for key in HELDOUT}}
                 row |= {f"{task} {score.metric}": score.value for task, score in figures.tasks.items()}
                 row["tokens_per_second"] = figures.tokens_per_second
