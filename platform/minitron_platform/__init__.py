@@ -6,17 +6,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minitron_platform.cluster.submission import submit as submit
     from minitron_platform.pipeline import run as run
     from minitron_platform.planning.plan import plan as plan
     from minitron_platform.recipes.load import load_recipe as load_recipe
+    from minitron_platform.submission import submit as submit
     from minitron_platform.tracking.registry import promote as promote
 
 _PUBLIC = {
     "load_recipe": "minitron_platform.recipes.load",
     "plan": "minitron_platform.planning.plan",
     "run": "minitron_platform.pipeline",
-    "submit": "minitron_platform.cluster.submission",
+    "submit": "minitron_platform.submission",
     "promote": "minitron_platform.tracking.registry",
 }
 

@@ -11,7 +11,6 @@ from rich.markup import escape
 
 from minitron import storage
 from minitron.errors import InputError, StorageError
-from minitron_platform.cluster.ray_start import RayStart
 from minitron_platform.cluster.room import joins_cluster
 from minitron_platform.console import Console, seconds
 from minitron_platform.fence import Fence, LeaseLostError
@@ -26,6 +25,7 @@ from minitron_platform.stages.context import Context
 from minitron_platform.stages.evaluate import Evaluate
 from minitron_platform.stages.finished import finished_record, run_key
 from minitron_platform.stages.order import stage_names, steps
+from minitron_platform.stages.ray_start import RayStart
 from minitron_platform.stages.search import Search
 from minitron_platform.stages.stage import Stage, StageOutput
 from minitron_platform.stages.stage_records import Record, relative, write_record

@@ -307,8 +307,8 @@ def submit(
     take_over: bool,
 ) -> None:
     """Run RECIPE as a job on a Ray cluster; it goes on when this terminal is gone."""
-    from minitron_platform.cluster.submission import submit as submit_recipe
     from minitron_platform.recipes.load import load_recipe
+    from minitron_platform.submission import submit as submit_recipe
 
     submission = submit_recipe(
         load_recipe(recipe, overrides),

@@ -24,10 +24,10 @@ from minitron_platform.stages.data import Data
 from minitron_platform.stages.stage import ArtifactPath, Stage, StageOutput
 from minitron_platform.stages.state import RunState
 from minitron_platform.stages.teacher import Teacher, TeacherOutput, weight_hashes
+from minitron_platform.stages.trainings import restarts_of, training_view
 from minitron_platform.tracking.restarts import Restart
 from minitron_platform.training.curves import complete_record
 from minitron_platform.training.ray_train import TrainTask, train_on_ray
-from minitron_platform.training.view import restarts_of, training_view
 
 CURVE = "curve.json"
 

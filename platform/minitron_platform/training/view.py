@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from rich.markup import escape
 
-from minitron import storage
 from minitron.errors import StorageError
 from minitron_platform.console import Console, seconds
-from minitron_platform.stages.context import Context
 from minitron_platform.tracking.restarts import (
     Restart,
     failed_text,
@@ -98,17 +96,3 @@ class TrainingView:
             f"step {step}/{self.steps} · {loss} · {values['tokens_per_second']:.0f} tokens/s · "
             f"{seconds(per_step * (self.steps - step))} left"
         )
-
-
-def training_view(context: Context, stage: str, folder: str, steps: int) -> TrainingView:
-    """The view of a training of a stage whose results are in `folder`."""
-    resources = context.recipe.resources
-    restarts = storage.join(folder, RESTARTS)
-    return TrainingView(
-        context.console, context.log(stage), steps, restarts=restarts, max_failures=resources.max_failures
-    )
-
-
-def restarts_of(folder: str) -> list[Restart]:
-    """Restarts of the trainings of a stage, for its output."""
-    return read_restarts(storage.join(folder, RESTARTS))
