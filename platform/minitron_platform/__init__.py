@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from minitron_platform.pipeline import run as run
     from minitron_platform.planning.plan import plan as plan
+    from minitron_platform.promotion import promote as promote
     from minitron_platform.recipes.load import load_recipe as load_recipe
     from minitron_platform.submission import submit as submit
-    from minitron_platform.tracking.registry import promote as promote
 
 _PUBLIC = {
     "load_recipe": "minitron_platform.recipes.load",
     "plan": "minitron_platform.planning.plan",
     "run": "minitron_platform.pipeline",
     "submit": "minitron_platform.submission",
-    "promote": "minitron_platform.tracking.registry",
+    "promote": "minitron_platform.promotion",
 }
 
 __all__ = [*_PUBLIC]
@@ -29,3 +29,7 @@ def __getattr__(name: str) -> Any:
         globals()[name] = value
         return value
     raise AttributeError(f"module 'minitron_platform' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
