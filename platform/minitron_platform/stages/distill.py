@@ -22,7 +22,7 @@ from minitron_platform.stages.data import Data
 from minitron_platform.stages.search import Search
 from minitron_platform.stages.stage import ArtifactPath, Stage, StudentOutput
 from minitron_platform.stages.state import RunState
-from minitron_platform.stages.targets import Targets, materials, origin
+from minitron_platform.stages.targets import Targets, distill_inputs, pruning_source
 from minitron_platform.stages.teacher import Teacher, weight_hashes
 from minitron_platform.stages.trainings import restarts_of, training_view
 from minitron_platform.tracking.restarts import Restart
@@ -89,8 +89,8 @@ class Distill(Stage[DistillOutput]):
 
     def run(self, context: Context, folder: str) -> DistillOutput:
         recipe = context.recipe
-        reads = materials(context)
-        cut = origin(context)
+        reads = distill_inputs(context)
+        cut = pruning_source(context)
         training = recipe.distillation(context.member)
         losses, chosen = _losses(context)
         context.console.say(f"  losses: {chosen}")

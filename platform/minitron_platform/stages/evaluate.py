@@ -31,7 +31,7 @@ from minitron_platform.stages.data import Data
 from minitron_platform.stages.distill import Distill
 from minitron_platform.stages.stage import Stage, StageOutput
 from minitron_platform.stages.state import RunState
-from minitron_platform.stages.targets import Targets, materials
+from minitron_platform.stages.targets import Targets, distill_inputs
 from minitron_platform.stages.teacher import Teacher
 
 MODELS = ("teacher", "pruned", "distilled")
@@ -193,7 +193,7 @@ def _quality(context: Context, name: str, models: dict[str, nn.Module], folder: 
     figures = []
     if quality is None:
         context.console.status(f"{name}: held-out rows")
-        heldout = materials(context).heldout(models[name], Head.of(models["teacher"]))
+        heldout = distill_inputs(context).heldout(models[name], Head.of(models["teacher"]))
         quality = Quality(
             **{field: getattr(heldout, field) for field in HELDOUT},
             heldout_tokens=heldout.tokens,

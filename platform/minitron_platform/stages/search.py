@@ -21,7 +21,7 @@ from minitron_platform.stages.data import Data
 from minitron_platform.stages.search_output import FailedCandidate, SearchOutput
 from minitron_platform.stages.stage import Stage
 from minitron_platform.stages.state import RunState
-from minitron_platform.stages.targets import Targets, materials, origin
+from minitron_platform.stages.targets import Targets, distill_inputs, pruning_source
 from minitron_platform.stages.teacher import Teacher
 from minitron_platform.stages.trial_records import TrialsView, record_trials
 from minitron_search.limits import Limits
@@ -127,8 +127,8 @@ class Search(Stage[SearchOutput]):
         space = CandidateSpace(recipe, context.member, pruning_base(context).architecture)
         schedule = SearchSchedule(recipe.search)
         task = SearchTask(
-            materials=materials(context),
-            origin=origin(context),
+            materials=distill_inputs(context),
+            origin=pruning_source(context),
             config=distill_config(recipe.search.training),
             losses=logit_losses(recipe),
             folder=trials_folder(context),

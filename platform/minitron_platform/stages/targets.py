@@ -141,7 +141,7 @@ def _steps(state: RunState) -> list[int] | None:
     return [search.batch_rows, search.steps, search.seed] if online else None
 
 
-def materials(state: RunState) -> DistillInputs:
+def distill_inputs(state: RunState) -> DistillInputs:
     """What distillations of this run read."""
     targets = state.output(Targets)
     return _inputs(state, targets.train, targets.heldout)
@@ -160,7 +160,7 @@ def _inputs(state: RunState, train_targets: str, heldout_targets: str) -> Distil
     )
 
 
-def origin(state: RunState) -> PruningSource:
+def pruning_source(state: RunState) -> PruningSource:
     """What the family's current model is cut from."""
     return build.pruning_source(
         state.recipe.calibrate,

@@ -1,0 +1,30 @@
+"""The snippets of docs/python.md, run one after the other as a reader would."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+from helpers.command import ROOT
+
+from minitron_platform.cluster.ray_session import ray_session
+
+TEXT = (ROOT / "docs" / "python.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+def test_the_snippets_of_the_documents_run(bench, tmp_path, monkeypatch, capsys):
+    for name in ("teacher", "text.jsonl", "arc.jsonl", "recipe.yaml"):
+        source = bench / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    platform, method, searching = SNIPPETS
+    exec(compile(platform, "docs/python.md", "exec"), names)
+    assert "RunResult(tiny-cpu-" in capsys.readouterr().out
+    exec(compile(method, "docs/python.md", "exec"), names)
+    assert (tmp_path / "student" / "model.safetensors").exists()
+    with ray_session(None, num_cpus=2):
+        exec(compile(searching, "docs/python.md", "exec"), names)
+    assert names["found"].winner in names["shapes"]
+    assert len(names["found"].table) == len(names["shapes"])
