@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from minitron_platform.fence import Fence, Holder, LeaseLostError, create_epoch,
 from minitron_platform.leases import lease
 from minitron_platform.locations import Locations
 from minitron_platform.pipeline import run
+from minitron_platform.planning.checks import check_machine
 from minitron_platform.stages.finished import run_key
 from minitron_platform.tracking.spool import read_events
 
@@ -332,3 +334,10 @@ def test_two_drivers_of_one_run_on_an_object_store_do_its_work_once(bench, s3, t
     said = [driver.communicate(timeout=200)[0] for driver in drivers]
     assert [driver.returncode for driver in drivers] == [0, 0]
     assert sorted(text.count("already done") for text in said) == [0, 3]
+
+
+def test_drivers_that_check_one_storage_at_once_are_not_in_each_others_way(s3):
+    root = f"{s3}/{uuid.uuid4().hex}"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: check_machine(None, root, "127.0.0.1:6379"), range(64)))
+    assert not storage.exists(root)

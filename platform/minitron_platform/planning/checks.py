@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from uuid import uuid4
 
 import torch
 
@@ -56,7 +57,7 @@ def check_machine(resources: ResolvedResources, storage_path: str, address: str 
     written."""
     if not joins_cluster(address):
         _check_gpus(resources)
-    probe = storage.join(storage_path, ".writable")
+    probe = storage.join(storage_path, f".writable-{uuid4().hex}")  # its own: others may check the same storage now
     storage.write_bytes(probe, b"")
     storage.remove(probe)
 
