@@ -17,7 +17,7 @@ import socket
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -203,10 +203,11 @@ def remove(path: str) -> None:
     with access_errors(path):
         if not fs.exists(inner):
             return
-        manifest = f"{inner.rstrip('/')}/{MANIFEST}"
-        if fs.isdir(inner) and fs.exists(manifest):
-            fs.rm_file(manifest)
-        fs.rm(inner, recursive=True)
+        with suppress(FileNotFoundError):  # another process was faster
+            manifest = f"{inner.rstrip('/')}/{MANIFEST}"
+            if fs.isdir(inner) and fs.exists(manifest):
+                fs.rm_file(manifest)
+            fs.rm(inner, recursive=True)
 
 
 def sha256(path: str | Path) -> str:
