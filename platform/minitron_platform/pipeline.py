@@ -103,7 +103,7 @@ def run(
                 parent.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
         parent.end("FINISHED")
-    return RunResult(key, context)
+    return RunResult(context)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from minitron_platform.stages.distill import Distill
-from minitron_platform.stages.evaluate import HELDOUT, MODELS, Evaluate
+from minitron_platform.stages.evaluate import MODELS, Evaluate
 from minitron_platform.stages.register import Register
 from minitron_platform.stages.stage import Stage, StageOutput
 from minitron_platform.stages.state import RunState
@@ -37,15 +37,18 @@ class Student:
 class RunResult:
     """A run as far as it went: all of it, or up to the stage that `until` named."""
 
-    run_key: str
-    """The run's name."""
     state: RunState = field(repr=False)
     """The outputs of all stages, see `output`."""
 
     @property
+    def run_key(self) -> str:
+        """The run's name."""
+        return self.state.run_key
+
+    @property
     def students(self) -> tuple[Student, ...]:
         """The models of the family that are registered, in the recipe's order."""
-        finished = [m for m in self.state.recipe.family if self.state.is_finished(Register(), m)]
+        finished = [m for m in self.state.recipe.family if self.state.is_finished(Register, m)]
         return tuple(
             Student(
                 model=member.model,
@@ -76,14 +79,13 @@ class RunResult:
 
         rows: dict[str, dict[str, float]] = {}
         for member in self.state.recipe.family:
-            if not self.state.is_finished(Evaluate(), member):
+            if not self.state.is_finished(Evaluate, member):
                 continue
             table = self.state.output(Evaluate, member).table
             for name in MODELS:
                 figures = table[name]
-                row = {"parameters": figures.parameters, **{key: getattr(figures, key) for key in HELDOUT}}
-                row |= {f"{task} {score.metric}": score.value for task, score in figures.tasks.items()}
-                row["tokens_per_second"] = figures.tokens_per_second
+                scores = {f"{task} {score.metric}": score.value for task, score in figures.tasks.items()}
+                row = figures.numbers | scores
                 rows.setdefault(name if name == "teacher" else f"{member.model} {name}", row)
         return pd.DataFrame.from_dict(rows, orient="index")
 

@@ -8,6 +8,7 @@ from minitron.architecture import Architecture
 from minitron.distill import Losses
 from minitron_platform.estimates.memory import ProcessMemory
 from minitron_platform.estimates.teacher import TeacherCost
+from minitron_platform.recipes.candidates import MemberCandidates
 from minitron_platform.recipes.resources import ResolvedResources
 from minitron_platform.recipes.schema import Member, Recipe
 
@@ -22,10 +23,8 @@ class Outlook:
     recipe: Recipe
     resources: ResolvedResources
     teacher: Architecture
-    candidates: dict[str, list[Architecture]]
-    """By model of the family, the largest first: those that any outcome before it allows."""
-    sampled: frozenset[str]
-    """Models whose candidates are sampled during the search; as many are listed, drawn at random."""
+    family: dict[str, MemberCandidates]
+    """By model of the family."""
     losses: dict[str, Losses]
     """Of each model's distillation."""
     targets: TeacherCost
@@ -36,15 +35,15 @@ class Outlook:
     """Trials that have room at once."""
 
     def shapes(self, member: Member) -> list[Architecture]:
-        return self.candidates[member.model]
+        """The candidates, the largest first."""
+        return self.family[member.model].architectures
 
     def largest(self, member: Member) -> Architecture:
-        return max(self.shapes(member), key=lambda architecture: architecture.num_parameters)
+        return self.shapes(member)[0]
 
     def base(self, member: Member) -> Architecture:
         """The largest model that `member` may be cut from."""
-        before = self.recipe.origin(member)
-        return self.candidates[before.model][0] if before else self.teacher
+        return self.family[member.model].space.base
 
 
 @dataclass(frozen=True)

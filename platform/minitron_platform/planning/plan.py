@@ -83,8 +83,7 @@ class Plan:
     @property
     def memory(self) -> dict[str, ProcessMemory]:
         """Main memory of the stages that are not done yet, by `Cost.title`; none where models run on GPUs."""
-        waiting = [] if self.on_gpus else [cost for cost in self.costs if not cost.done]
-        return {cost.title: cost.estimate.memory for cost in waiting if cost.estimate.memory is not None}
+        return {cost.title: memory for cost, memory in _memories(self.costs, self.on_gpus)}
 
     @property
     def seconds(self) -> float:
@@ -122,8 +121,7 @@ def plan(
         recipe=recipe,
         resources=resources,
         teacher=teacher,
-        candidates=found,
-        sampled=frozenset(model for model, candidates in family.items() if candidates.sampled),
+        family=family,
         losses=losses,
         targets=modes[recipe.targets.mode],
         value_bytes=value_bytes,
@@ -138,9 +136,9 @@ def plan(
     if joins:
         room = "what the cluster has, said once it is joined; times and memory here count on none of its GPUs"
     else:
-        for cost in costs:
-            if cost.estimate.memory is not None and not cost.done and not on_gpus:
-                check_memory(_name(cost), cost.estimate.memory, machine_memory())
+        available = machine_memory()
+        for cost, memory in _memories(costs, on_gpus):
+            check_memory(f"{cost.stage} of {cost.model}" if cost.model else cost.stage, memory, available)
         warnings += left_idle(recipe, resources, torch.cuda.device_count())
         room = room_text(resources, [private_node(resources)])
     result = Plan(
@@ -148,7 +146,7 @@ def plan(
         locations=where,
         teacher=teacher,
         candidates=found,
-        sampled=outlook.sampled,
+        sampled=frozenset(model for model, candidates in family.items() if candidates.sampled),
         notes=notes,
         costs=costs,
         teacher_costs=modes,
@@ -182,8 +180,10 @@ def _cost(stage: Stage[Any], member: Member | None, outlook: Outlook, finished: 
     )
 
 
-def _name(cost: Cost) -> str:
-    return f"{cost.stage} of {cost.model}" if cost.model else cost.stage
+def _memories(costs: list[Cost], on_gpus: bool) -> list[tuple[Cost, ProcessMemory]]:
+    """The stages that are not done yet with their main memory, where that is what limits them."""
+    waiting = [] if on_gpus else [cost for cost in costs if not cost.done]
+    return [(cost, cost.estimate.memory) for cost in waiting if cost.estimate.memory is not None]
 
 
 def _concurrent_trials(resources: ResolvedResources) -> int:

@@ -73,7 +73,7 @@ class Distill(Stage[DistillOutput]):
         return Estimate(
             f"{tokens:,} tokens on {workers} worker{'s' if workers > 1 else ''}"
             + (", with the teacher" if live else ""),
-            flops=training_flops(outlook, outlook.shapes(member)[0], tokens) + teacher_flops,
+            flops=training_flops(outlook, largest, tokens) + teacher_flops,
             bytes=(checkpoints + 2 * outlook.value_bytes) * largest.num_parameters,
             start_up_seconds=20,
             memory=distillation_memory(

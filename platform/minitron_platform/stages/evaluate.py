@@ -54,6 +54,12 @@ class Quality(BaseModel):
     """Why benchmarks failed, by name."""
 
 
+HELDOUT: dict[str, Metric] = {
+    name: mark for name, field in Quality.model_fields.items() for mark in field.metadata if isinstance(mark, Metric)
+}
+"""The held-out metrics, by field of `Quality`, in the order of the final table."""
+
+
 class Figures(Quality):
     """All figures of one model."""
 
@@ -61,11 +67,11 @@ class Figures(Quality):
     tokens_per_second: float
     tokens_per_second_spread: float
 
-
-HELDOUT: dict[str, Metric] = {
-    name: mark for name, field in Quality.model_fields.items() for mark in field.metadata if isinstance(mark, Metric)
-}
-"""The held-out metrics, by field of `Quality`, in the order of the final table."""
+    @property
+    def numbers(self) -> dict[str, float]:
+        """All but the benchmarks, by field."""
+        names = ("parameters", *HELDOUT, "tokens_per_second")
+        return {name: getattr(self, name) for name in names}
 
 
 class EvaluateOutput(StageOutput):
@@ -145,8 +151,7 @@ class Evaluate(Stage[EvaluateOutput]):
         """All figures of all models."""
         values: dict[str, float] = {}
         for model, figures in output.table.items():
-            names = (*HELDOUT, "parameters", "tokens_per_second")
-            values |= {f"{model}.{name}": getattr(figures, name) for name in names}
+            values |= {f"{model}.{name}": value for name, value in figures.numbers.items()}
             for task, score in figures.tasks.items():
                 name = f"{model}.{task}.{score.metric}"
                 values[name] = score.value

@@ -217,7 +217,7 @@ def trials_folder(state: RunState) -> str:
 def _work(outlook: Outlook, member: schema.Member, distilled: int, tokens: int) -> str:
     """How many candidates are trained how far."""
     search, count = outlook.recipe.search, len(outlook.shapes(member))
-    sampled = member.model in outlook.sampled
+    sampled = outlook.family[member.model].sampled
     at_most = "up to " if outlook.recipe.origin(member) else ""
     text = ""
     if member.limits and member.limits.latency_ms:

@@ -45,7 +45,7 @@ class RunState:
         students = [output for output in self.family[member.model].values() if isinstance(output, StudentOutput)]
         return students[-1]
 
-    def is_finished(self, stage: Stage[Any], member: Member | None = None) -> bool:
+    def is_finished(self, stage: Stage[Any] | type[Stage[Any]], member: Member | None = None) -> bool:
         outputs = self.family.get(member.model, {}) if member else self.shared
         return stage.name in outputs
 
