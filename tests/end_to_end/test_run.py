@@ -393,9 +393,21 @@ def _start(bench, storage, *settings, until="register"):
 
 
 def _kill_when(process, condition, what):
+    """Kills the driver and with it all that it started: a worker left alone for a moment may finish what it does."""
     _wait_until(process, condition, what)
-    os.kill(process.pid, signal.SIGKILL)
+    for pid in (process.pid, *_descendants(process.pid)):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
+
+
+def _descendants(pid):
+    shown = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    parents = dict(map(int, line.split()) for line in shown.splitlines())
+    below = [pid]
+    for parent in below:  # which grows
+        below += [child for child, of in parents.items() if of == parent]
+    return below[1:]
 
 
 def _wait_until(process, condition, what):

@@ -82,6 +82,7 @@ def train_on_ray(task: TrainTask, resources: ResolvedResources, on_event: OnEven
     Raises NonFiniteError where the loss is not finite, LeaseLostError where another driver took over, StorageError where a
     checkpoint cannot be written, and MinitronError when workers died too often.
     """
+    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 
     from minitron_search.torch_trainer import TorchTrainer
@@ -93,7 +94,8 @@ def train_on_ray(task: TrainTask, resources: ResolvedResources, on_event: OnEven
     # The name is new each time: what a run resumes from is its own verified checkpoints, not Ray Train's snapshot.
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"task": task, "events": events},
+        # By reference: Ray Train's controller reads this too, and would import the training's code before it starts a worker.
+        train_loop_config={"task": ray.put(task), "events": events},
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.gpus_per_worker > 0,
@@ -175,7 +177,7 @@ def _worker(config: dict[str, Any]) -> MinitronError | None:
     loss is not finite, or another driver took over."""
     import ray
 
-    task: TrainTask = config["task"]
+    task: TrainTask = ray.get(config["task"])
     with suppress(RayError):
         node = f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
         config["events"].put(WorkerStarted(dist.get_rank(), node))
