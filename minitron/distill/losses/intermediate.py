@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from minitron.architecture import Architecture
 from minitron.distill.losses import Losses, mapped_layers
+from minitron.distill.losses.relations import relation_loss
 from minitron.errors import InputError
 
 NEGLIGIBLE = 1e-6  # an L_is below this is the rounding of 1 - cos
@@ -95,23 +96,6 @@ class IntermediateLosses(nn.Module):
         if self.how == "mse":
             return (mapped - teacher).square().mean(dim=(1, 2))
         return (1 - functional.cosine_similarity(mapped, teacher, dim=-1)).mean(dim=1)
-
-
-def relation_loss(student: Tensor, teacher: Tensor, heads: int) -> Tensor:
-    """float32 [rows]: mean KL(teacher || student), nats, of the relations softmax(x xᵀ / √d) of queries, keys or values.
-
-    student [rows, seq_length, w_s] and teacher [rows, seq_length, w_t] are cut into `heads` relation heads of width d. Each
-    position is related to every other, those after it included: nothing but the loss sees them. Memory: float32 [rows,
-    heads, seq_length, seq_length] a few times. Source: MiniLMv2, arXiv 2012.15828, equations 4 to 8.
-    """
-
-    def relations(values: Tensor) -> Tensor:
-        by_head = values.float().unflatten(-1, (heads, -1)).transpose(1, 2)
-        scores = by_head @ by_head.transpose(-1, -2) / by_head.shape[-1] ** 0.5
-        return functional.log_softmax(scores, dim=-1)
-
-    divergence = functional.kl_div(relations(student), relations(teacher), log_target=True, reduction="none")
-    return divergence.sum(dim=-1).mean(dim=(1, 2))
 
 
 def dynamic_alpha(logit_loss: Tensor, intermediate: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from helpers import tiny
+from helpers.largest_storage import LargestStorage
 from helpers.loss_reference import divergence, reference
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -15,8 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from minitron import linear_kl_div
 from minitron.distill import LiveTeacher, Losses, default_losses, linear_logit_loss
 from minitron.distill.losses import mapped_layers
-from minitron.distill.losses.intermediate import IntermediateLosses, dynamic_alpha, recorded, relation_loss
+from minitron.distill.losses.intermediate import IntermediateLosses, dynamic_alpha, recorded
 from minitron.distill.losses.objective import Objective
+from minitron.distill.losses.relations import relation_loss
 from minitron.errors import InputError
 from minitron.logits import CHUNK_BYTES, Head, most_tokens
 from minitron.models import final_hidden
@@ -299,6 +301,33 @@ def test_relations_of_a_fused_projection_are_those_of_its_parts():
     theirs = other["model.layers.1.self_attn.qkv_proj"].split([8 * 8, 2 * 8, 2 * 8], -1)
     expected = sum(relation_loss(*pair) for pair in zip(mine, theirs, (4, 2, 2), strict=True))
     assert torch.allclose(actual, expected)
+
+
+@pytest.mark.parametrize("block_relations", [1, 30, 100, 700])  # of 3 rows, 2 heads and 11 positions: 726
+def test_relations_in_blocks_equal_float64(block_relations):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(3, 11, 8, requires_grad=True), torch.randn(3, 11, 12)
+    weights = torch.tensor([1.0, 2.0, 3.0])
+    loss = relation_loss(student, teacher, 2, block_relations)
+
+    def log_relations(values):
+        parts = values.double().unflatten(-1, (2, -1))
+        return (torch.einsum("bihd,bjhd->bhij", parts, parts) / parts.shape[-1] ** 0.5).log_softmax(-1)
+
+    mine, theirs = log_relations(student), log_relations(teacher)
+    exact = (theirs.exp() * (theirs - mine)).sum(-1).mean((1, 2))
+    assert torch.allclose(loss.double(), exact, rtol=1e-5)
+    (gradient,) = torch.autograd.grad((loss * weights).sum(), student)
+    (wanted,) = torch.autograd.grad((exact * weights).sum(), student)
+    assert torch.allclose(gradient, wanted, atol=1e-5 * wanted.abs().max())
+
+
+def test_relations_of_long_rows_never_exist_as_a_whole():
+    student = torch.empty(2, 8192, 4096, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with LargestStorage() as largest:
+        relation_loss(student, torch.empty_like(student), 32).sum().backward()
+    whole = 4 * 2 * 32 * 8192**2
+    assert largest.bytes == 4 * student.numel() == whole / 64, largest.made_by
 
 
 def test_dynamic_alpha_balances_each_row_and_ignores_rounding():
