@@ -19,7 +19,7 @@ from minitron.models import load_source, save_model
 from minitron.pruning.source import PruningSource
 from minitron_search import candidates
 from minitron_search.halving import rung_steps
-from minitron_search.trial import SearchTask
+from minitron_search.search_task import SearchTask
 
 SPACE: dict[str, list[int]] = {
     "num_layers": [18, 24, 30],

@@ -1,6 +1,6 @@
-"""The architecture search on Ray Tune: enumerate candidates in a budget, distil each briefly, rank by held-out KL.
+"""The architecture search on Ray Tune: enumerate candidates within a budget, distil each briefly, rank by held-out KL.
 
-Names are loaded on first use: the space needs neither torch nor Ray, the search both.
+Names are loaded on first use, so that enumerating a space does not import Ray.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from minitron_search.results import SearchResult as SearchResult
     from minitron_search.sampling import Space as Space
     from minitron_search.sampling import sample as sample
+    from minitron_search.search_task import SearchTask as SearchTask
     from minitron_search.space import candidates as candidates
-    from minitron_search.trial import SearchTask as SearchTask
 
 _PUBLIC = {
     "Benchmarks": "benchmarks",
@@ -32,7 +32,7 @@ _PUBLIC = {
     "Pool": "pool",
     "RankedCandidate": "ranking",
     "SearchResult": "results",
-    "SearchTask": "trial",
+    "SearchTask": "search_task",
     "Space": "sampling",
     "benchmark_best": "benchmarks",
     "candidates": "space",

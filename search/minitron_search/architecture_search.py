@@ -1,4 +1,4 @@
-"""The search: a forward-only score for many candidates, a short distillation for the best of them, and their ranking."""
+"""The search: a forward-only score for many candidates, a short distillation of the best, and their ranking."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from minitron_search.halving import Halving, survivors
 from minitron_search.pool import Pool
 from minitron_search.ranking import rank, reason, winner_of
 from minitron_search.results import ScoredCandidate, SearchResult, StoppedCandidate
+from minitron_search.search_task import SearchTask
 from minitron_search.stability import stability
-from minitron_search.trial import SearchTask, finished_result, run_trial, score
+from minitron_search.trial import finished_result, run_trial, score
 from minitron_search.trial_store import drop_checkpoints, forward_score, rung_result
 
-Stopped = dict[Architecture, int]  # the rung, in steps, that stopped each
+Stopped = dict[Architecture, int]  # the rung, in steps, at which each candidate was stopped
 
 
 def search(
@@ -31,29 +32,30 @@ def search(
     halving: Halving | None = None,
     pool: Pool | None = None,
 ) -> SearchResult:
-    """Distil the candidates briefly, as many at a time as the cluster has room for, and rank them by held-out KL.
+    """Distil the candidates briefly, as many at a time as the cluster has resources for, and rank them by held-out KL.
 
-    With `forward_keep` all are scored first by their KL before any training, and only that many, the lowest, are distilled,
-    besides those in `pinned`. With `halving` the worse ones are stopped at rungs of `task`; all wait for the last there, so
-    that which candidates continue does not depend on which were faster.
+    With `forward_keep` all candidates are scored by their KL before any training, and only that many with the lowest KL are
+    distilled, and those in `pinned`. With `halving` the worse candidates are stopped at rungs of `task`; there every trial
+    waits for the last one, so that the choice does not depend on which was faster.
 
-    What finished before is read back; an unfinished trial resumes from its checkpoint. What a trial takes, and how often it
-    is started again, is up to `pool` (default: a CPU each, and a scratch folder among the trials); one that fails in the end
-    is recorded with its reason and the search continues without it.
-    Needs Ray to be running. Raises InputError for an argument of the wrong type, when `halving` has no rung to stop at or the
-    cluster no room for one trial, StorageError for storage that cannot be used, such as a full disk, and MinitronError with a
-    line for each candidate when none finished.
+    Results of finished trials are read from `task.folder`; an unfinished trial resumes from its checkpoint. `pool` sets the
+    resources of a trial and how often it is restarted (default: one CPU each, and a scratch folder below `task.folder`). A
+    trial that fails for good is recorded with its reason, and the search continues without it.
+
+    Needs Ray to be running. Raises InputError for an argument of the wrong type, if `halving` has no rung at which to stop
+    candidates, and if the cluster cannot hold even one trial; StorageError if the storage cannot be used, for example because
+    the disk is full; and MinitronError with a line per candidate if none finished.
     """
     _check(task, architectures, forward_keep, pinned, halving, pool)
     steps = task.config.steps
-    cuts = halving.cuts(task.rungs, steps) if halving else []
-    if halving and not cuts:
+    stop_rungs = halving.stop_rungs(task.rungs, steps) if halving else []
+    if halving and not stop_rungs:
         raise InputError(
             f"halving: no rung of {list(task.rungs)} lies between {halving.grace} of {steps} steps and the end",
             "add a rung, or shorten the grace period",
         )
     with (pool or Pool(f"{task.folder.rstrip('/')}/tune")).open() as open_pool:
-        return _search(task, list(architectures), forward_keep, pinned, halving, cuts, open_pool)
+        return _search(task, list(architectures), forward_keep, pinned, halving, stop_rungs, open_pool)
 
 
 def _search(
@@ -62,7 +64,7 @@ def _search(
     forward_keep: int | None,
     pinned: Collection[Architecture],
     halving: Halving | None,
-    cuts: Sequence[int],
+    stop_rungs: Sequence[int],
     pool: Pool,
 ) -> SearchResult:
     steps = task.config.steps
@@ -70,7 +72,7 @@ def _search(
     if pool.workers > 1:
         trial = partial(run_trial_on_workers, task, workers=pool.workers, share=pool.share, scratch=pool.scratch)
     failures: dict[Architecture, str] = {}
-    forward = None
+    forward: list[ScoredCandidate] | None = None
     if forward_keep is not None:
         scores, failures = score_all(task, remaining, pool)
         forward = _ordered_scores(scores, forward_keep, pinned)
@@ -78,12 +80,12 @@ def _search(
         remaining = [architecture for architecture in remaining if architecture in distilled]
     stopped: Stopped = {}
     last = 0
-    for cut in cuts:
+    for rung in stop_rungs:
         assert halving is not None
-        failures |= pool.run(partial(trial, until=cut), remaining, partial(rung_result, task.folder, step=cut))
-        if halving.due(_measured(task, remaining, last), _measured(task, remaining, cut)):
-            remaining = _cut(task, remaining, cut, halving.keep, stopped)
-        last = cut
+        failures |= pool.run(partial(trial, until=rung), remaining, partial(rung_result, task.folder, step=rung))
+        if halving.should_stop(_measured(task, remaining, last), _measured(task, remaining, rung)):
+            remaining = _stop_worse(task, remaining, rung, halving.keep, stopped)
+        last = rung
     failures |= pool.run(trial, remaining, partial(finished_result, task))
     results = [result for a in remaining if (result := finished_result(task, a)) is not None]
     if not results:
@@ -104,12 +106,15 @@ def _search(
 def score_all(
     task: SearchTask, architectures: Sequence[Architecture], pool: Pool
 ) -> tuple[dict[Architecture, float], dict[Architecture, str]]:
-    """Exact held-out KL of every architecture before any training, and the reasons of those that failed; known ones are read
-    back. One process scores one, whatever the pool's `workers`. Raises InputError for an argument of the wrong type."""
+    """Exact held-out KL of every architecture before any training, in nats per token, and the reason of each that failed.
+
+    Stored scores are read instead of measured. Each architecture is scored in one process, also if the pool has several
+    `workers` per trial. Raises InputError for an argument of the wrong type.
+    """
     _check(task, architectures, pool=pool, may_be_empty=True)
-    failures = pool.alone().run(partial(score, task), architectures, partial(forward_score, task.folder))
-    known = {a: measured.kl for a in architectures if (measured := forward_score(task.folder, a)) is not None}
-    return known, failures
+    failures = pool.single_process().run(partial(score, task), architectures, partial(forward_score, task.folder))
+    scores = {a: measured.kl for a in architectures if (measured := forward_score(task.folder, a)) is not None}
+    return scores, failures
 
 
 def _check(
@@ -124,7 +129,7 @@ def _check(
     check_type("task", task, SearchTask)
     check_types("architectures", architectures, Architecture)
     if not architectures and not may_be_empty:
-        raise InputError("architectures: there are none", "give at least one candidate")
+        raise InputError("architectures: the list is empty", "give at least one candidate")
     if forward_keep is not None:
         check_type("forward_keep", forward_keep, Integral)
         if forward_keep < 1:
@@ -139,42 +144,44 @@ def _check(
 def _ordered_scores(
     scores: dict[Architecture, float], keep: int, pinned: Collection[Architecture]
 ) -> list[ScoredCandidate]:
-    """All that were scored, lowest KL first, and whether they are among the best `keep` or pinned."""
+    """All scored candidates, lowest KL first; to be distilled are the best `keep` and the pinned ones."""
     ordered = sorted(scores, key=lambda a: scores[a])
     chosen = {*ordered[:keep], *(a for a in scores if a in pinned)}
     return [ScoredCandidate(a, kl_undistilled=scores[a], distilled=a in chosen) for a in ordered]
 
 
-def _cut(
-    task: SearchTask, remaining: list[Architecture], cut: int, keep: float, stopped: Stopped
+def _stop_worse(
+    task: SearchTask, remaining: list[Architecture], rung: int, keep: float, stopped: Stopped
 ) -> list[Architecture]:
-    """Those that continue beyond a rung, in their order; the others are added to `stopped` and lose their checkpoints."""
-    reached = _measured(task, remaining, cut)
-    best = set(survivors(reached, keep))
+    """The candidates that continue after a rung, in the same order; the others are added to `stopped` and their checkpoints
+    deleted."""
+    measured = _measured(task, remaining, rung)
+    best = set(survivors(measured, keep))
     for architecture in remaining:
-        if architecture in reached.keys() - best:
-            stopped[architecture] = cut
+        if architecture in measured.keys() - best:
+            stopped[architecture] = rung
             drop_checkpoints(task.folder, architecture)
     return [architecture for architecture in remaining if architecture in best]
 
 
 def _measured(task: SearchTask, remaining: list[Architecture], step: int) -> dict[Architecture, float]:
-    """Held-out KL after this many steps, for candidates measured then."""
+    """Held-out KL after `step` steps of every candidate that was measured there."""
     measured = {a: rung_result(task.folder, a, step) if step else forward_score(task.folder, a) for a in remaining}
     return {a: result.kl for a, result in measured.items() if result is not None}
 
 
 def _stopped_candidates(task: SearchTask, stopped: Stopped) -> list[StoppedCandidate]:
     candidates = []
-    for architecture, cut in stopped.items():
+    for architecture, rung in stopped.items():
         before = forward_score(task.folder, architecture)
-        at_rung = rung_result(task.folder, architecture, cut)
+        at_rung = rung_result(task.folder, architecture, rung)
         assert before is not None
         assert at_rung is not None
-        candidates.append(StoppedCandidate(architecture, kl_undistilled=before.kl, step=cut, kl=at_rung.kl))
+        candidates.append(StoppedCandidate(architecture, kl_undistilled=before.kl, step=rung, kl=at_rung.kl))
     return sorted(candidates, key=lambda candidate: (-candidate.step, candidate.kl))
 
 
 def _saved(finished: int, stopped: Stopped, steps: int) -> float:
+    """Share of the training steps that stopping candidates has saved."""
     trained = finished * steps + sum(stopped.values())
     return 1 - trained / ((finished + len(stopped)) * steps)

@@ -1,4 +1,4 @@
-"""The last rung: lm-eval on the best few, after their short distillation. It informs; the ranking stays that by KL."""
+"""lm-eval benchmarks of the best candidates after their short distillation, for information: the ranking stays by KL."""
 
 from __future__ import annotations
 
@@ -15,19 +15,24 @@ from minitron.errors import InputError, one_line
 from minitron.evaluation import Task
 from minitron.evaluation.documents import documents_identity
 from minitron.models import load_model, load_tokenizer
-from minitron_search.arguments import check_type, check_types
+from minitron.packages import PACKAGE
+from minitron_search.arguments import absolute_path, check_type, check_types
 from minitron_search.events import Report
 from minitron_search.pool import Pool
 from minitron_search.ranking import BenchmarkScore, RankedCandidate
 from minitron_search.results import SearchResult
-from minitron_search.trial import SearchTask, run_trial
+from minitron_search.search_task import SearchTask
+from minitron_search.trial import run_trial
 from minitron_search.trial_store import trial_folder, weights
 
 
 @dataclass(frozen=True)
 class Benchmarks:
-    """The tasks that the best `keep` candidates get, with the tokenizer of the checkpoint folder `tokenizer`; requests begin
-    as `add_bos` says (see `minitron.evaluation.evaluate`)."""
+    """The lm-eval tasks to run on the best `keep` candidates, with the tokenizer of the checkpoint folder `tokenizer`.
+
+    `add_bos` says whether requests begin with a BOS token (see `minitron.evaluation.evaluate`). Relative paths are made
+    absolute. Raises InputError for a path that is empty, and for a field of the wrong type.
+    """
 
     tasks: tuple[Task, ...]
     keep: int
@@ -35,8 +40,13 @@ class Benchmarks:
     batch_rows: int = 8
     add_bos: bool | None = None
 
+    def __post_init__(self) -> None:
+        check_types("tasks", self.tasks, Task)
+        object.__setattr__(self, "tasks", tuple(map(_with_absolute_path, self.tasks)))
+        object.__setattr__(self, "tokenizer", absolute_path("tokenizer", self.tokenizer))
+
     def identity(self) -> dict[str, Any]:
-        """What decides a model's scores besides the model."""
+        """Everything besides the model that determines its scores."""
         return {
             "tasks": [asdict(task) for task in self.tasks],
             "documents": [documents_identity(task.data) for task in self.tasks if task.data],
@@ -45,7 +55,7 @@ class Benchmarks:
         }
 
     def path(self, folder: str, architecture: Architecture) -> str:
-        """Where a candidate's scores are kept."""
+        """File that stores a candidate's scores."""
         name = f"benchmarks-{storage.fingerprint(self.identity())}.json"
         return storage.join(trial_folder(folder, architecture), name)
 
@@ -53,11 +63,12 @@ class Benchmarks:
 def benchmark_best(
     task: SearchTask, result: SearchResult, architectures: Sequence[Architecture], benchmarks: Benchmarks, pool: Pool
 ) -> SearchResult:
-    """The result of a search over `architectures`, with scores of its winner and the next best by KL, `benchmarks.keep` in all.
+    """Run the benchmarks on the winner and the next best by KL, `benchmarks.keep` in all; returns `result` with their scores.
 
-    A candidate with a benchmark that failed is added to the failures, with the reason, and stays in the ranking with the
-    scores of its others. Scores that are stored are read back; a candidate whose weights are gone is distilled again for
-    them. Afterwards all weights are deleted.
+    `architectures` are all candidates of the search: afterwards their weights are deleted. Stored scores are read instead of
+    measured; a candidate whose weights are missing is distilled again. A candidate with a failed benchmark is added to the
+    failures, with the reason, and stays in the ranking with its other scores. Raises InputError for an argument of the wrong
+    type.
     """
     check_type("task", task, SearchTask)
     check_type("result", result, SearchResult)
@@ -67,7 +78,7 @@ def benchmark_best(
     ordered = sorted(result.ranking, key=lambda candidate: (not candidate.winner, candidate.rank))
     best = [candidate.architecture for candidate in ordered[: benchmarks.keep]]
     paths = {architecture: benchmarks.path(task.folder, architecture) for architecture in best}
-    failed = pool.alone().run(
+    failed = pool.single_process().run(
         partial(_benchmark, replace(task, keep_weights=True), benchmarks),
         best,
         lambda architecture: len(_scores(paths[architecture])) == len(benchmarks.tasks),
@@ -84,6 +95,12 @@ def benchmark_best(
     return replace(result, ranking=ranking, failures={**result.failures, **reasons})
 
 
+def _with_absolute_path(task: Task) -> Task:
+    if not task.data or task.data.startswith(PACKAGE):
+        return task
+    return replace(task, data=absolute_path(f"tasks.{task.name}.data", task.data))
+
+
 def _with_scores(candidate: RankedCandidate, benchmarks: Benchmarks, path: str) -> RankedCandidate:
     scores = _scores(path)
     known = [(task.name, scores[task.name]) for task in benchmarks.tasks if task.name in scores]
@@ -96,16 +113,16 @@ def _with_scores(candidate: RankedCandidate, benchmarks: Benchmarks, path: str) 
 
 
 def _benchmark(task: SearchTask, benchmarks: Benchmarks, architecture: Architecture, report: Report) -> None:
-    from minitron.evaluation import evaluate  # brings lm-eval
+    from minitron.evaluation import evaluate  # imports lm-eval
 
-    run_trial(task, architecture, report)  # does something only where the weights are gone
+    run_trial(task, architecture, report)  # trains only if the weights are missing
     folder = storage.fetch(weights(task.folder, architecture))
     model = load_model(folder, DTYPES[task.materials.dtype]).to(device())
     tokenizer = load_tokenizer(storage.fetch(benchmarks.tokenizer))
     path = benchmarks.path(task.folder, architecture)
     failed: dict[str, Exception] = {}
     known = _scores(path)
-    missing = [each for each in benchmarks.tasks if each.name not in known]
+    missing = [benchmark for benchmark in benchmarks.tasks if benchmark.name not in known]
     scores = evaluate(
         model,
         tokenizer,
@@ -117,10 +134,10 @@ def _benchmark(task: SearchTask, benchmarks: Benchmarks, architecture: Architect
     storage.write_json(path, known | {name: asdict(score) for name, score in scores.items()})
     if failed:
         reasons = [f"{name}: {one_line(error)}" for name, error in failed.items()]
-        raise InputError("; ".join(reasons))  # of a kind that no second attempt at once would change
+        raise InputError("; ".join(reasons))  # not retried: the next attempt would fail in the same way
 
 
 def _scores(path: str) -> dict[str, Any]:
-    """A candidate's stored scores by task."""
+    """A candidate's stored scores by task name, as the values of `minitron.evaluation.Score`."""
     scores: dict[str, Any] = storage.read_json(path) if storage.exists(path) else {}
     return scores

@@ -1,4 +1,4 @@
-"""A trial that is larger than one worker: the same training in several processes of Ray Train."""
+"""A trial in several processes of Ray Train, for a candidate that is too large for one worker."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from minitron import storage
 from minitron.architecture import Architecture
 from minitron_search.events import Event, Report
 from minitron_search.failures import first_cause
+from minitron_search.search_task import SearchTask
 from minitron_search.torch_trainer import TorchTrainer
-from minitron_search.trial import SearchTask, ready, train
+from minitron_search.trial import prepare, train
 from minitron_search.trial_store import drop_checkpoints
 
 
@@ -33,16 +34,17 @@ def run_trial_on_workers(
     scratch: str,
     until: int | None = None,
 ) -> None:
-    """`minitron_search.trial.run_trial` with that many processes, each of which takes `share` of Ray's resources.
+    """Run `minitron_search.trial.run_trial` in `workers` processes, each of which requests `share` of Ray's resources.
 
-    Raises what a worker raised, or RayActorError for one that died: whoever calls this starts again, from the checkpoint.
+    Raises what a worker raised, or RayActorError for a worker that died. The caller restarts the trial, which then resumes from
+    its checkpoint.
     """
-    if not ready(task, architecture):
+    if not prepare(task, architecture):
         return
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    # Not `ray.train.report`: that is a barrier that waits for the controller's next poll, about two seconds every step.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    # A queue because `ray.train.report` is a barrier that waits for the controller's next poll, about two seconds every step.
+    this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": this_node})
     forwarder = threading.Thread(target=_forward, args=(events, report))
     forwarder.start()
     trainer = TorchTrainer(
@@ -51,7 +53,7 @@ def run_trial_on_workers(
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=share.get("GPU", 0) > 0, resources_per_worker=dict(share)
         ),
-        # The name is new each time: a trial resumes from its own verified checkpoints, not from Ray Train's snapshot.
+        # A new name each time: a trial resumes from its own verified checkpoints, not from Ray Train's snapshot.
         run_config=RunConfig(name=f"trial-{uuid.uuid4().hex[:8]}", storage_path=storage.join(scratch, "workers")),
     )
     try:

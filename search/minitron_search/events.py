@@ -1,4 +1,4 @@
-"""What a candidate's work reports while it is done: by the trial itself, or by the pool that carries it out."""
+"""The events of a candidate, reported by its trial or by the pool that runs the trial."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any, get_args
 
 @dataclass(frozen=True)
 class Started:
-    """Process `pid` has taken the candidate up."""
+    """Process `pid` has started or resumed the candidate's trial."""
 
     pid: int
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Process `pid` has measured the candidate, pruned and untrained: held-out KL and loss, in nats per token. Nothing else
-    was to be done."""
+    """Process `pid` has scored the candidate, pruned and untrained: held-out KL and loss, in nats per token. No training
+    follows."""
 
     pid: int
     kl: float
@@ -34,7 +34,7 @@ class Undistilled:
 
 @dataclass(frozen=True)
 class Progress:
-    """Training has done `step` steps; `metrics` are those of `minitron.distill.StepReport`."""
+    """Training has completed `step` steps; `metrics` are those of `minitron.distill.StepReport`."""
 
     step: int
     metrics: Mapping[str, float]
@@ -51,7 +51,7 @@ class RungReached:
 
 @dataclass(frozen=True)
 class Paused:
-    """The trial waits at this step until it is decided which candidates go on."""
+    """The trial waits after this step until it is decided which candidates continue."""
 
     step: int
 
@@ -67,8 +67,8 @@ class Finished:
 
 @dataclass(frozen=True)
 class Retried:
-    """An attempt ended for `reason` and the next one begins; `trace` is what was raised, `node` where it ran, empty where that
-    is not known."""
+    """An attempt failed for `reason` and the next one begins. `trace` is the traceback, `node` the node on which the attempt
+    ran, empty if that is not known."""
 
     reason: str
     trace: str
@@ -78,7 +78,7 @@ class Retried:
 
 @dataclass(frozen=True)
 class Failed:
-    """The candidate is given up for `reason`; `trace` is what was raised, empty where the reason says all."""
+    """The candidate has failed for good, for `reason`; `trace` is the traceback, empty if the reason says all."""
 
     reason: str
     trace: str = ""
@@ -91,12 +91,12 @@ _KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event
 
 
 def to_tune(event: Event) -> dict[str, Any]:
-    """An event as the dict of plain values that Ray Tune takes from a trial."""
+    """The event as a dict of plain values, which Ray Tune accepts as a trial's result."""
     return {"event": {"kind": type(event).__name__, **asdict(event)}}
 
 
 def from_tune(result: Mapping[str, Any]) -> Event | None:
-    """The event in a result that Ray Tune hands on; None in one that Tune made itself."""
+    """The event in a result from Ray Tune; None for a result that Tune created itself."""
     if "event" not in result:
         return None
     values = dict(result["event"])

@@ -1,4 +1,4 @@
-"""Why a candidate did not finish, in a line that says what to do where that is known."""
+"""Why a candidate did not finish, in one line, with a remedy if one is known."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RayE
 from minitron.architecture import Architecture
 from minitron.errors import InputError, MinitronError, NonFiniteError
 
-LONGEST = 400
-# What a second attempt would meet again.
+MAX_LENGTH = 400  # characters of a reason, without its remedy
+# Errors that a second attempt would raise again.
 NOT_RETRYABLE = (NonFiniteError, InputError, torch.OutOfMemoryError)
 LESS_MEMORY = (
     "lower micro_batch_rows, use activation checkpointing, run fewer workers or trials at once, shard, or use a machine with "
@@ -20,57 +20,58 @@ LESS_MEMORY = (
 
 
 def cause(error: BaseException) -> BaseException:
-    """What was raised in a worker, without what Ray wraps around it."""
+    """The exception that a worker raised, unwrapped from Ray's own exceptions."""
     if isinstance(error, RayTaskError):
         return error.cause
-    # Ray Train wraps what a worker's function raised, and a worker that does not answer because it is dead
+    # Ray Train wraps what a worker's function raised, and the error of a worker that died
     for name in ("_base_exc", "health_check_failure"):
         error = getattr(error, name, error)
     return error
 
 
 def first_cause(failures: Mapping[int, BaseException]) -> tuple[list[int], BaseException]:
-    """The ranks and the error that started it, from what the workers of one training raised, by rank.
+    """The ranks that failed first and their error, from the errors of the workers of one training, by rank.
 
-    When one process fails, the collectives of the others raise RuntimeError.
+    When one process fails, the collective operations of the others raise RuntimeError: these are not the cause.
     """
     causes = {rank: cause(failure) for rank, failure in sorted(failures.items())}
     for kinds in ((MinitronError, *NOT_RETRYABLE), (RayActorError,)):
         if ranks := [rank for rank, error in causes.items() if isinstance(error, kinds)]:
             return ranks, causes[ranks[0]]
-    telling = [rank for rank, error in causes.items() if type(error) is not RuntimeError]
-    ranks = [*telling, *causes][:1]
+    others = [rank for rank, error in causes.items() if type(error) is not RuntimeError]
+    ranks = [*others, *causes][:1]
     return ranks, causes[ranks[0]]
 
 
 def reason(error: BaseException) -> str:
-    """One line for what ended a trial."""
+    """Why a trial failed, in one line."""
     error = cause(error)
     text = " ".join(str(error).split())
     remedy = ""
     if isinstance(error, MinitronError):
-        text, remedy = error.problem, error.remedy
+        text = error.problem
+        remedy = error.remedy
     elif isinstance(error, torch.OutOfMemoryError):
-        text, remedy = f"out of GPU memory: {'. '.join(text.split('. ')[:2])}", LESS_MEMORY
+        text = f"out of GPU memory: {'. '.join(text.split('. ')[:2])}"
+        remedy = LESS_MEMORY
     elif isinstance(error, MemoryError):
-        text, remedy = "out of memory", LESS_MEMORY
+        text = "out of memory"
+        remedy = LESS_MEMORY
     elif isinstance(error, OutOfMemoryError) or (isinstance(error, RayError) and "low on memory" in text):
-        text, remedy = (
-            "its worker was killed because the node ran out of memory",
-            LESS_MEMORY,
-        )
+        text = "its worker was killed because the node ran out of memory"
+        remedy = LESS_MEMORY
     elif isinstance(error, RayError) and "node has died" in text:
         text = "its node died"
     elif isinstance(error, ActorDiedError):
         text = "its process was killed or crashed"
-        remedy = f"if the system killed it because it took too much memory: {LESS_MEMORY}"
+        remedy = f"if the system killed it because it used too much memory: {LESS_MEMORY}"
     else:
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    text = " ".join(text.split())[:LONGEST]
+    text = " ".join(text.split())[:MAX_LENGTH]
     return f"{text}; {' '.join(remedy.split())}" if remedy else text
 
 
 def table(failures: Mapping[Architecture, str]) -> str:
-    """A line per candidate: its name and the reason."""
+    """A line per candidate: its sizes and the reason."""
     width = max((len(str(architecture)) for architecture in failures), default=0)
     return "".join(f"\n  {architecture!s:<{width}}  {why}" for architecture, why in failures.items())

@@ -1,4 +1,4 @@
-"""How long a shape takes to its first token on the device that it is to serve on, measured once and kept."""
+"""The time to first token of a candidate on this cluster's devices, measured once and stored."""
 
 from __future__ import annotations
 
@@ -15,19 +15,25 @@ from minitron.device import DTYPES, device, device_name
 from minitron.errors import MinitronError
 from minitron.evaluation import interleaved_throughput
 from minitron.models import quiet_transformers
+from minitron_search.arguments import absolute_path
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-TOGETHER = 4  # shapes in memory at once: fewer bytes than training one of them takes
-SECONDS = 0.5  # for each shape, and five passes at least
+MODELS_AT_A_TIME = 4  # in memory together; they need less memory than training one of them
+SECONDS = 0.5  # per model, and at least five passes
 
 
 @dataclass(frozen=True)
 class Latency:
-    """One forward pass over `batch` sequences of `context` tokens, with the head at the last position alone: the time to
-    the first token. Shapes are models with random weights and the config of the checkpoint `origin`, in `dtype`; on a CPU
-    they have `threads`. What was measured is kept in `folder` by architecture, device, dtype, batch and context."""
+    """Measures the time to first token: one forward pass over `batch` sequences of `context` tokens, with logits at the last
+    position alone.
+
+    An architecture is measured as a model with random weights, in `dtype` ("bfloat16" or "float32"), with the other config
+    values of the checkpoint folder `origin`; on a CPU it runs with `threads` threads. Times are stored in `folder` by
+    architecture, device, dtype, batch and context. Relative paths are made absolute. Raises InputError for a path that is
+    empty or no string.
+    """
 
     origin: str
     dtype: str
@@ -36,6 +42,10 @@ class Latency:
     folder: str
     threads: int = 1
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "origin", absolute_path("origin", self.origin))
+        object.__setattr__(self, "folder", absolute_path("folder", self.folder))
+
     def measure(
         self,
         architectures: Sequence[Architecture],
@@ -43,30 +53,31 @@ class Latency:
         share: Mapping[str, float],
         progress: Callable[[int, int], None] | None = None,
     ) -> dict[Architecture, float]:
-        """Milliseconds of each, the median of five passes or more in turns with up to three other shapes.
+        """Milliseconds of each architecture: the median of at least five passes, which alternate with those of up to three
+        other architectures.
 
-        They are measured in Ray tasks that take what a trial takes (`share`: Ray's names and amounts), one task
-        at a time, so that none disturbs another. `progress(done, all)` counts shapes. Needs Ray to be running. Raises
-        MinitronError when a shape cannot be run, as when it does not fit in memory.
+        The passes run in Ray tasks that request `share`, the resources of a trial by Ray's names, one task at a time so that
+        none slows another. `progress(measured, total)` is called after each task. Needs Ray to be running. Raises
+        MinitronError for an architecture that cannot be run, for example because it does not fit in memory.
         """
         remote = ray.remote(num_cpus=share.get("CPU"), num_gpus=share.get("GPU"), memory=share.get("memory"))(_measure)
         milliseconds: dict[Architecture, float] = {}
-        for start in range(0, len(architectures), TOGETHER):
-            some = architectures[start : start + TOGETHER]
+        for start in range(0, len(architectures), MODELS_AT_A_TIME):
+            group = architectures[start : start + MODELS_AT_A_TIME]
             try:
-                milliseconds |= dict(zip(some, ray.get(remote.remote(self, some)), strict=True))
+                milliseconds |= dict(zip(group, ray.get(remote.remote(self, group)), strict=True))
             except ray.exceptions.RayError as error:
                 raise MinitronError(
-                    f"latency of {self.batch} sequences of {self.context} tokens: {some[0]} and those measured with it "
-                    f"cannot be run ({str(error).strip().splitlines()[-1]})",
-                    "lower the limits' batch or context, or limit memory_bytes, which leaves shapes out before",
+                    f"latency of {self.batch} sequences of {self.context} tokens: {group[0]} and the candidates measured with "
+                    f"it cannot be run ({str(error).strip().splitlines()[-1]})",
+                    "lower batch or context of the limits, or set memory_bytes, which excludes large candidates first",
                 ) from error
             if progress:
                 progress(len(milliseconds), len(architectures))
         return milliseconds
 
     def path(self, architecture: Architecture) -> str:
-        """Where the time of a shape on this process's device is kept."""
+        """File that stores the time of an architecture on this process's device."""
         key = {
             "architecture": architecture.to_dict(),
             "device": device_name(),
@@ -78,7 +89,7 @@ class Latency:
 
 
 def _measure(latency: Latency, architectures: Sequence[Architecture]) -> list[float]:
-    """Milliseconds of each, here."""
+    """Milliseconds of each architecture in this process."""
     if device().type == "cpu":
         torch.set_num_threads(latency.threads)
     paths = [latency.path(architecture) for architecture in architectures]

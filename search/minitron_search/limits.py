@@ -1,4 +1,4 @@
-"""What a candidate may need at most where it will serve."""
+"""Upper limits on what a candidate may cost in inference."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 from minitron.architecture import Architecture
 
-VALUE_BYTES = 2  # weights, keys and values are served in 16 bits
+VALUE_BYTES = 2  # of a weight, key or value in inference: 16 bits
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Upper limits for serving `batch` sequences of `context` tokens; None for no limit.
+    """Upper limits for inference on `batch` sequences of `context` tokens; None for no limit.
 
-    `flops_per_token` is of a forward pass, `kv_cache_bytes` of all sequences' keys and values (every layer counted as
-    attending to the whole context), `memory_bytes` of weights and KV cache together. `latency_ms` is the time to
-    their first tokens, which follows from no formula: `minitron_search.latency` measures it.
+    `flops_per_token` counts a forward pass, `kv_cache_bytes` the keys and values of all sequences (every layer counted as
+    attending to the whole context), `memory_bytes` weights and KV cache together. `latency_ms` is the time to the first
+    token, which is not calculated but measured, by `minitron_search.latency`.
     """
 
     context: int
@@ -27,7 +27,7 @@ class Limits:
     latency_ms: float | None = None
 
     def needs(self, architecture: Architecture) -> dict[str, int]:
-        """What `architecture` needs of each that can be calculated, under the limits' names."""
+        """What `architecture` costs in each quantity that can be calculated, by the name of the limit."""
         cache = architecture.kv_cache_bytes(self.batch * self.context, VALUE_BYTES)
         return {
             "flops_per_token": architecture.flops_per_token(self.context),
@@ -36,15 +36,16 @@ class Limits:
         }
 
     def exceeded(self, architecture: Architecture) -> str:
-        """The limits that `architecture` goes beyond, as text; empty if none."""
-        return self._over(self.needs(architecture), "is")
+        """The limits that `architecture` exceeds, as text; empty if there are none."""
+        return self._exceeded_text(self.needs(architecture), "is")
 
     def unreachable(self, architectures: Sequence[Architecture]) -> str:
-        """The limits that each of `architectures` goes beyond, with the least that any needs; empty if there is none."""
+        """The limits that all of `architectures` exceed, with the least that any of them needs, as text; empty if there are
+        none."""
         needs = [self.needs(architecture) for architecture in architectures]
-        return self._over({name: min(need[name] for need in needs) for name in needs[0]}, "is at least")
+        return self._exceeded_text({name: min(need[name] for need in needs) for name in needs[0]}, "is at least")
 
-    def _over(self, needs: dict[str, int], verb: str) -> str:
+    def _exceeded_text(self, needs: dict[str, int], verb: str) -> str:
         return ", ".join(
             f"{name} {verb} {need:,} (limit {limit:,.0f})"
             for name, need in needs.items()

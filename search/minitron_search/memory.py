@@ -1,4 +1,4 @@
-"""Main and GPU memory of a worker that goes from trial to trial."""
+"""Main and GPU memory of a worker that runs one trial after another."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 
 
 def release_memory() -> None:
-    """Give back what the allocators keep for later.
+    """Return freed memory, which the allocators keep for reuse, to the system.
 
-    Tune runs every trial in a thread of its own. The C library's allocator keeps what a thread has freed for that thread: a
-    worker that went from candidate to candidate would grow by a student's size with each.
+    Tune runs every trial in a thread of its own, and the C library's allocator keeps memory that a thread has freed for that
+    thread: a worker would grow by the size of a student with every candidate.
     """
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # of glibc
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc alone has it
         trim(0)

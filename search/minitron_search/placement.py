@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-# Of every node's memory, for the process that starts the workers of a trial that has several: it takes one byte.
+# Memory of every node that is kept for the processes that start the workers of a trial: each requests one byte.
 RESERVED_BYTES = 1 << 20
 
 
 def max_concurrent_trials(nodes: Iterable[Mapping[str, float]], share: Mapping[str, float], workers: int = 1) -> int:
-    """Number of trials of `workers` workers that run at once on nodes with these resources, each worker taking `share`.
+    """Number of trials that run at the same time on `nodes`, if each has `workers` workers and each worker requests `share`.
 
-    Both map Ray's names ("CPU", "GPU", "memory" in bytes) to amounts. A worker is on one node, a part of a GPU on one GPU.
+    `nodes` and `share` map Ray's resource names ("CPU", "GPU", "memory" in bytes) to amounts. A worker runs on one node, and a
+    fraction of a GPU is of one GPU.
     """
-    fitting = sum(min(_times(name, node.get(name, 0), amount) for name, amount in share.items()) for node in nodes)
-    return fitting // workers
+    max_workers = sum(min(_fits(name, node.get(name, 0), amount) for name, amount in share.items()) for node in nodes)
+    return max_workers // workers
 
 
-def _times(name: str, available: float, amount: float) -> int:
+def _fits(name: str, available: float, amount: float) -> int:
+    """How many times `amount` of a resource fits into what a node has of it."""
     if name == "memory":
         available -= RESERVED_BYTES
     if name == "GPU" and amount < 1:

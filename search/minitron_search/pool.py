@@ -1,4 +1,4 @@
-"""Ray Tune as a pool: one piece of work for each of many candidates, as many at a time as the cluster has room for."""
+"""Ray Tune as a worker pool: one task for each of many candidates, as many at a time as the cluster has resources for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import ray
 
 from minitron.architecture import Architecture
 from minitron.errors import InputError, MinitronError
-from minitron_search.arguments import check_type
+from minitron_search.arguments import absolute_path, check_type
 from minitron_search.events import Event, Report
 from minitron_search.placement import max_concurrent_trials
 from minitron_search.running_tune import RunningTune
@@ -25,13 +25,14 @@ Work = Callable[[Architecture, Report], Any]
 
 @dataclass(frozen=True)
 class Pool:
-    """How work is carried out, as many pieces at a time as the cluster has room for.
+    """How trials run on Ray, as many at a time as the cluster has resources for.
 
-    `scratch` is a folder that all nodes share, for Ray's own use; it is deleted. A piece has `workers` processes, more than
-    one by Ray Train, and each takes `share`: Ray's names and amounts, "memory" in bytes. One that raises or whose worker dies
-    is started again up to `max_failures` times, except where the same would happen again (a loss that is not finite,
-    InputError, no room on the GPU). `on_event(architecture, event)` is called in a thread of this process with every event of
-    a candidate (see `minitron_search.events`). Raises InputError for a field of the wrong type or out of range.
+    `scratch` is a folder that all nodes share, for Ray's own files; it is deleted afterwards. A trial has `workers` processes
+    (several run in Ray Train), and each requests `share`: amounts by Ray's resource names, "memory" in bytes. A trial that
+    raises or whose worker dies is restarted up to `max_failures` times, unless the same error would come again (a loss that
+    is not finite, InputError, out of GPU memory). `on_event(architecture, event)` is called in a thread of this process with
+    every event of a candidate (see `minitron_search.events`). A relative `scratch` is made absolute. Raises InputError for a
+    field of the wrong type or out of range.
     """
 
     scratch: str
@@ -42,7 +43,7 @@ class Pool:
     _running: _Running | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_type("scratch", self.scratch, str)
+        object.__setattr__(self, "scratch", absolute_path("scratch", self.scratch))
         check_type("share", self.share, Mapping)
         for name, amount in self.share.items():
             check_type(f"share.{name}", amount, Real)
@@ -57,7 +58,7 @@ class Pool:
 
     @contextmanager
     def open(self) -> Iterator[Pool]:
-        """The pool with workers that stay, from its first `run` in the block to the end of the block or `rest`."""
+        """Within the block, workers that `run` has started are reused by the next `run`, until `release_workers`."""
         if self._running:
             yield self
             return
@@ -65,26 +66,26 @@ class Pool:
         try:
             yield replace(self, _running=running)
         except BaseException:
-            running.close(at_once=True)
+            running.close(wait=False)
             raise
         running.close()
 
-    def rest(self) -> None:
-        """Have the workers that stayed give up what they take of the cluster, until the next `run`."""
+    def release_workers(self) -> None:
+        """Stop the workers that are kept for the next `run`, so that their resources are free until then."""
         if self._running:
             self._running.close()
 
-    def alone(self) -> Pool:
-        """The same for work of one process."""
-        return self if self.workers == 1 else replace(self, scratch=f"{self.scratch}-alone", workers=1, _running=None)
+    def single_process(self) -> Pool:
+        """The same pool for work that runs in one process; with `workers` above 1 it does not share this pool's workers."""
+        return self if self.workers == 1 else replace(self, scratch=f"{self.scratch}-single", workers=1, _running=None)
 
     def run(
         self, work: Work, architectures: Sequence[Architecture], done: Callable[[Architecture], object]
     ) -> dict[Architecture, str]:
-        """Do `work` for every architecture that is not `done` (false or None); returns the reasons of those that failed.
+        """Run `work` for every architecture for which `done` returns false or None; returns the reason of each that failed.
 
-        Raises StorageError for storage that cannot be used, which is no candidate's fault, InputError where the cluster
-        has no room for a single piece, and MinitronError when Tune was stopped.
+        Raises StorageError if the storage cannot be used, which is not a candidate's fault, InputError if the cluster cannot
+        hold even one trial, and MinitronError if Tune was stopped.
         """
         waiting = [architecture for architecture in architectures if not done(architecture)]
         if not waiting:
@@ -93,27 +94,27 @@ class Pool:
         with self.open() as pool:
             assert pool._running
             work_by_key = {key: partial(work, architecture) for key, architecture in by_key.items()}
-            failed = pool._running.tune().do(work_by_key, lambda key, event: self._pass_on(by_key[key], event))
+            failed = pool._running.tune().run(work_by_key, lambda key, event: self._forward(by_key[key], event))
         failures = {a: failed[key] for key, a in by_key.items() if key in failed and not done(a)}
         stopped = [str(a) for a in waiting if not done(a) and a not in failures]
         if stopped:
             raise MinitronError(
                 f"{len(stopped)} of {len(architectures)} candidates were stopped ({', '.join(stopped)})",
-                "run again to go on; what has finished is kept",
+                "run again to resume; finished candidates are kept",
             )
         return failures
 
-    def _pass_on(self, architecture: Architecture, event: Event) -> None:
+    def _forward(self, architecture: Architecture, event: Event) -> None:
         if self.on_event:
             self.on_event(architecture, event)
 
     def _max_concurrent_trials(self) -> int:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        if fitting := max_concurrent_trials(nodes, self.share, self.workers):
-            return fitting
+        if count := max_concurrent_trials(nodes, self.share, self.workers):
+            return count
         available = {name: sum(node.get(name, 0) for node in nodes) for name in self.share}
         raise InputError(
-            f"a trial takes {self.workers} x ({_amounts(self.share)}), each part on one node, and {len(nodes)} nodes have "
+            f"a trial needs {self.workers} x ({_amounts(self.share)}), each on one node, and {len(nodes)} nodes have "
             f"{_amounts(available)} in all",
             "lower resources.workers_per_trial, cpus_per_trial or gpus_per_trial, or use a larger cluster",
         )
@@ -124,23 +125,24 @@ def _amounts(resources: Mapping[str, float]) -> str:
 
 
 class _Running:
-    """What runs of a pool that is open."""
+    """The Tune run of an open pool: started when it is first needed, and again after it was closed."""
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
-        self.now: RunningTune | None = None
+        self.current: RunningTune | None = None
 
     def tune(self) -> RunningTune:
-        if self.now is None:
-            # Several workers are started from a process that takes next to nothing, or they would have no room beside it.
-            # Tune does not see what they take: more trials than fit would wait for each other.
+        if self.current is None:
+            # A trial with several workers is a process that starts them: it requests almost nothing, which leaves the
+            # resources to them. Tune does not count what they request, so that the number of trials is limited instead.
             resources = self.pool.share if self.pool.workers == 1 else {"memory": 1}
-            self.now = RunningTune(
+            self.current = RunningTune(
                 self.pool.scratch, resources, self.pool._max_concurrent_trials(), self.pool.max_failures
             )
-        return self.now
+        return self.current
 
-    def close(self, *, at_once: bool = False) -> None:
-        now, self.now = self.now, None
-        if now:
-            now.close(at_once=at_once)
+    def close(self, *, wait: bool = True) -> None:
+        current = self.current
+        self.current = None
+        if current:
+            current.close(wait=wait)

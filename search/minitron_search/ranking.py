@@ -1,4 +1,4 @@
-"""Ranking candidates by held-out KL on the same rows: what can't be told apart from the best is tied, and the cheapest wins."""
+"""Ranks candidates by held-out KL on the same rows: of all that cannot be told apart from the best, the cheapest wins."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from minitron.architecture import Architecture
 from minitron.evaluation.metrics import Metric, task_metric
 from minitron_search.trial_store import TrialResult
 
-CONFIDENCE = 0.95  # two-sided; a smaller difference tells no candidates apart
+CONFIDENCE = 0.95  # two-sided, of the test that tells two candidates apart
 
 
 @dataclass(frozen=True)
 class BenchmarkScore:
-    """A candidate's score on a benchmark, `value` and `stderr` as lm-eval gives them: shares of 1 for accuracies."""
+    """A candidate's score on a benchmark; `value` and `stderr` are as lm-eval gives them: accuracies are between 0 and 1."""
 
     task: str
     metric: str
@@ -31,53 +31,54 @@ class BenchmarkScore:
 
 @dataclass(frozen=True)
 class RankedCandidate:
-    """A candidate that was distilled to the end, and its place among the others (see `rank`).
+    """A candidate that was distilled to the end, with its rank among the others (see `rank`).
 
-    KL and loss are means over the held-out rows, in nats per token. `tokens` are those of its training, `seconds` those of
-    the process that ended it. `memory_bytes`, `latency_ms` and `benchmarks` are there where they were worked out or measured.
+    KL and loss are means over the held-out rows, in nats per token. `tokens` is the number of training tokens, `seconds` the
+    time in the process that finished the trial. `memory_bytes` and `latency_ms` are None, and `benchmarks` empty, if they were
+    not calculated or measured.
     """
 
     rank: int
-    """From 1, by `kl`."""
+    """Rank by `kl`, from 1."""
     architecture: Architecture
     parameters: int
     flops_per_token: int
-    """Of a forward pass in a sequence as long as the held-out rows."""
+    """FLOPs per token of a forward pass over a sequence as long as the held-out rows."""
     kl_undistilled: float
     kl: float
     kl_difference: float
-    """Mean paired difference to the best over the held-out rows."""
+    """Mean of the paired differences to the best candidate over the held-out rows."""
     kl_difference_stderr: float | None
-    """Standard error of that; None with one row."""
+    """Standard error of that mean; None if there is one row only."""
     tied: bool
-    """Whether it can't be told apart from the best."""
+    """Whether it cannot be told apart from the best, or is the best."""
     winner: bool
     loss: float
     top1_agreement: float
     tokens: int
     seconds: float
     memory_bytes: int | None = None
-    """Weights and KV cache where it is to serve."""
+    """Weights and KV cache in inference, at the batch and context of the limits."""
     latency_ms: float | None = None
-    """Time to the first token where it is to serve."""
+    """Time to first token in inference, at the batch and context of the limits."""
     benchmarks: tuple[BenchmarkScore, ...] = ()
 
     def score(self, task: str) -> BenchmarkScore | None:
-        """Its score on a benchmark, if it has one."""
+        """The score on a benchmark; None if there is none."""
         return next((score for score in self.benchmarks if score.task == task), None)
 
 
 def rank(results: Sequence[TrialResult], seq_length: int) -> list[RankedCandidate]:
     """The candidates sorted by `kl`, the mean held-out KL to the teacher in nats per token.
 
-    All of `results` are measured on the same held-out rows of `seq_length` tokens. `kl_difference` is the mean paired
-    difference to the best over those rows; `tied` are the best and those whose difference is less than Student's t allows at
-    95 % confidence with that many rows; `winner` is the tied candidate with the fewest `flops_per_token`, then the fewest
+    All of `results` are measured on the same held-out rows of `seq_length` tokens. `kl_difference` is the mean over the rows of
+    the paired difference to the best candidate. A candidate is `tied` with the best if this mean does not differ from zero at
+    95 % confidence in Student's t-test. `winner` is the tied candidate with the fewest `flops_per_token`, then the fewest
     `parameters`.
 
-    The unit is the row. A row holds parts of one or several documents, and a document longer than a row continues in the
-    next: rows of long documents are not quite independent, and the standard error is then a little too small. That the
-    best was itself chosen on these rows is not corrected for.
+    The test takes rows as independent. A row holds parts of one or several documents, and a document longer than a row
+    continues in the next: with long documents rows are not quite independent, and the standard error is a little too small.
+    That the best candidate was itself chosen on these rows is not corrected for.
     """
     ordered = sorted(results, key=lambda result: result.kl)
     best = ordered[0]
@@ -112,7 +113,7 @@ def winner_of(ranking: Sequence[RankedCandidate]) -> RankedCandidate:
 
 
 def reason(ranking: Sequence[RankedCandidate]) -> str:
-    """Why the winner of `rank` won, as a sentence."""
+    """Why the winner in `ranking` was chosen, as a sentence."""
     winner = winner_of(ranking)
     tied = sum(candidate.tied for candidate in ranking)
     if len(ranking) == 1:
@@ -121,18 +122,19 @@ def reason(ranking: Sequence[RankedCandidate]) -> str:
         return "lowest held-out KL; one held-out row says nothing about how certain that is"
     if tied == 1:
         return f"lowest held-out KL, at {CONFIDENCE:.0%} confidence"
-    shared = f"{tied} candidates can't be told apart by their held-out KL at {CONFIDENCE:.0%} confidence"
+    tied_text = f"{tied} candidates can't be told apart by their held-out KL at {CONFIDENCE:.0%} confidence"
     cost = f"{winner.flops_per_token / 1e9:.3g} GFLOPs per token and {winner.parameters:,} parameters"
     if winner.rank == 1:
-        return f"{shared}; this one has the lowest and is the cheapest of them, {cost}"
+        return f"{tied_text}; this one has the lowest and is the cheapest of them, {cost}"
     more = f"its KL is {winner.kl_difference:.3f} ± {winner.kl_difference_stderr:.3f} above the lowest"
-    return f"{shared}; this one is the cheapest of them, {cost}, and {more}"
+    return f"{tied_text}; this one is the cheapest of them, {cost}, and {more}"
 
 
 def _paired_difference(result: TrialResult, best: TrialResult) -> tuple[float, float | None, bool]:
-    """Mean difference over the rows, its standard error, and whether chance explains it."""
-    differences = [mine - theirs for mine, theirs in zip(result.per_row_kl, best.per_row_kl, strict=True)]
-    mean, rows = statistics.fmean(differences), len(differences)
+    """Mean difference to the best over the rows, its standard error, and whether the two are tied."""
+    differences = [own - lowest for own, lowest in zip(result.per_row_kl, best.per_row_kl, strict=True)]
+    mean = statistics.fmean(differences)
+    rows = len(differences)
     if rows < 2:
         return mean, None, result is best
     error = statistics.stdev(differences) / math.sqrt(rows)
@@ -140,9 +142,11 @@ def _paired_difference(result: TrialResult, best: TrialResult) -> tuple[float, f
 
 
 def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
-    """How many standard errors a mean of `freedom` + 1 values is off at most, with two-sided `confidence`: Student's t by its
-    expansion around the normal quantile (Abramowitz and Stegun 26.7.5), within 1 % from 2 degrees of freedom on at 95 %; the
-    one degree has a closed form."""
+    """The quantile of Student's t with `freedom` degrees of freedom at two-sided `confidence`.
+
+    One degree of freedom has a closed form; for more, the expansion around the normal quantile (Abramowitz and Stegun 26.7.5)
+    is within 1 % at 95 % confidence.
+    """
     if freedom == 1:
         return math.tan(math.pi * confidence / 2)
     z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
@@ -161,7 +165,7 @@ def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
 
 
 def pareto(costs: Sequence[float], kl: Sequence[float]) -> list[int]:
-    """Positions of the candidates that none other beats in both, the cheapest first."""
+    """Indices of the candidates that no other candidate beats in both cost and KL, cheapest first."""
     front: list[int] = []
     for index in sorted(range(len(costs)), key=lambda i: (costs[i], kl[i])):
         if not front or kl[index] < kl[front[-1]]:

@@ -1,4 +1,4 @@
-"""Changes to Ray's own code, made when they are needed and in no other process than this one."""
+"""Patches of Ray's own code, applied when they are needed and in this process alone."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from minitron_search.private_ray import is_private
 
 @cache
 def patch_oom_as_actor_error() -> None:
-    """Make Tune take a worker that Ray's memory monitor killed for a trial that failed, whichever way it hears of it.
+    """Make Tune treat every worker that Ray's memory monitor killed as a failed trial.
 
-    Mostly that is RayActorError, which Tune knows; where the task's error is there before the actor's, it is
-    OutOfMemoryError, at which Tune would end the whole search. A Ray that has no such private class is left as it is, with a
-    warning.
+    Usually Ray raises RayActorError for it, which Tune handles. If the task's error arrives before the actor's, it raises
+    OutOfMemoryError, at which Tune would end the whole search. A version of Ray without the private class is not patched; a
+    warning says so.
     """
     from ray.exceptions import OutOfMemoryError, RayActorError
 
@@ -26,7 +26,7 @@ def patch_oom_as_actor_error() -> None:
 
         original = RayActorManager._actor_task_failed
     except (ImportError, AttributeError) as error:
-        _warn(error, "a trial that the memory monitor kills may end the search")
+        _warn(error, "a trial that Ray's memory monitor kills may end the search")
         return
 
     def failed(self: RayActorManager, tracked_actor_task: Any, exception: Exception) -> None:
@@ -39,9 +39,11 @@ def patch_oom_as_actor_error() -> None:
 
 @cache
 def keep_workers() -> None:
-    """Make Tune keep the actors of finished trials, with `reuse_actors`, also where no other trial waits yet: it keeps one.
-    It looks for new trials every tenth of a second, not every second, and takes workers that wait already. A Ray that has no
-    such private classes is left as it is, with a warning."""
+    """Make Tune keep all actors of finished trials for `reuse_actors`, also while no other trial waits; unpatched it keeps one.
+
+    Tune also looks for new trials every tenth of a second instead of every second, and in a private Ray uses workers that have
+    already started. A version of Ray without the private classes is not patched; a warning says so.
+    """
     import ray
 
     try:
@@ -52,11 +54,11 @@ def keep_workers() -> None:
 
         next_trial = TuneController._update_trial_queue
     except (ImportError, AttributeError) as error:
-        _warn(error, "workers are started again for every round of a search")
+        _warn(error, "workers are restarted for every round of a search")
         return
 
     class LastingCache(_ObjectCache):
-        """Keeps every actor until Tune ends. All trials of a pool take the same, so that any of them suits the next."""
+        """Keeps every actor until Tune ends. All trials of a pool request the same resources, so that any actor fits."""
 
         def cache_object(self, key: Any, obj: Any) -> bool:
             self._cached_objects[key].append(obj)
@@ -67,8 +69,8 @@ def keep_workers() -> None:
             return super().flush_cached_objects(force_all=True) if force_all else iter(())
 
     class DriversEnvironment(_ActorClassCache):
-        """Where workers have the driver's environment they need none of their own, for which Ray would start others than
-        those that wait already."""
+        """Creates actors without a runtime environment in a private Ray, whose workers have the driver's environment: for
+        another one Ray would start new workers instead of using those that wait."""
 
         def get(self, trainable_cls: Any) -> Any:
             if not is_private():
@@ -78,10 +80,10 @@ def keep_workers() -> None:
             return self._cache[trainable_cls]
 
     def update(self: TuneController, blocking: bool = False, timeout: int = 600) -> bool:
-        found: bool = next_trial(self)
-        if blocking and not found:
+        has_trial: bool = next_trial(self)
+        if blocking and not has_trial:
             time.sleep(0.1)
-        return found
+        return has_trial
 
     tune_controller._ObjectCache = LastingCache
     tune_controller._ActorClassCache = DriversEnvironment
@@ -89,4 +91,4 @@ def keep_workers() -> None:
 
 
 def _warn(error: Exception, consequence: str) -> None:
-    warnings.warn(f"this version of Ray is not known ({error}): {consequence}", RuntimeWarning, stacklevel=3)
+    warnings.warn(f"this version of Ray is not supported ({error}): {consequence}", RuntimeWarning, stacklevel=3)

@@ -1,4 +1,4 @@
-"""What a search returns."""
+"""The result of a search."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StoppedCandidate:
-    """A candidate that a rung stopped, with its held-out KL before training and there, in nats per token."""
+    """A candidate that was stopped at a rung, after `step` steps, with its held-out KL before training and at the rung, in nats
+    per token."""
 
     architecture: Architecture
     kl_undistilled: float
@@ -34,13 +35,13 @@ class ScoredCandidate:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found.
+    """The result of a search.
 
-    `ranking` has the candidates that were distilled to the end, lowest held-out KL first; `winner` is the architecture to go
-    on with and `reason` the sentence that says why; `failures` has a reason per candidate that did not finish. `stopped` are
-    the candidates that a rung stopped, the furthest first. `forward` has every candidate's KL before training, lowest first;
-    None where not all were scored. `stability` says how well earlier measures predict the ranking, and `saved` is the share
-    of the training steps that stopping saved. `table` is the ranking as a pandas data frame.
+    `ranking` has the candidates that were distilled to the end, lowest held-out KL first; `winner` is the chosen architecture
+    and `reason` a sentence that says why; `failures` has a reason per candidate that did not finish. `stopped` are the
+    candidates that were stopped at a rung, those of the last rung first. `forward` has every candidate's KL before training,
+    lowest first; None if not all were scored. `stability` says how well earlier measurements predict the ranking, and `saved`
+    is the share of the training steps that was saved by stopping candidates. `table` is the ranking as a pandas data frame.
     """
 
     ranking: list[RankedCandidate] = field(repr=False)
@@ -54,15 +55,15 @@ class SearchResult:
 
     @property
     def table(self) -> pd.DataFrame:
-        """The ranking as a pandas data frame, a row per candidate: "architecture" as text, a column per axis, the fields of
-        `RankedCandidate`, and two columns per benchmark, its name for the score and that with "_stderr"; NaN where a
-        candidate has none."""
+        """The ranking as a pandas data frame with a row per candidate: "architecture" as text, a column per axis, the fields of
+        `RankedCandidate`, and two columns per benchmark, NAME for the score and NAME_stderr for its standard error; NaN for
+        candidates without a score."""
         import pandas as pd
 
         axes = axes_present(candidate.architecture for candidate in self.ranking)
         table = pd.DataFrame([_row(candidate, axes) for candidate in self.ranking])
-        unknown = [name for name in ("memory_bytes", "latency_ms") if table[name].isna().all()]
-        return table.drop(columns=unknown).astype({"kl_difference_stderr": float})
+        missing = [name for name in ("memory_bytes", "latency_ms") if table[name].isna().all()]
+        return table.drop(columns=missing).astype({"kl_difference_stderr": float})
 
 
 def _row(candidate: RankedCandidate, axes: tuple[PrunableAxis, ...]) -> dict[str, Any]:

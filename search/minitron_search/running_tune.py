@@ -1,5 +1,7 @@
-"""Ray Tune for as long as there may be more work: in a thread of its own, so that its workers stay from one round of work to
-the next. Starting a worker takes seconds, and each reads the model again that candidates are cut from."""
+"""Ray Tune in a background thread, so that its workers are reused from one round of trials to the next.
+
+Starting a worker takes seconds, and each new worker reads the model that candidates are pruned from.
+"""
 
 from __future__ import annotations
 
@@ -26,83 +28,97 @@ from minitron_search.failures import NOT_RETRYABLE, cause, reason
 from minitron_search.memory import release_memory
 from minitron_search.ray_patches import keep_workers, patch_oom_as_actor_error
 
-OnEvent = Callable[[str, Event], None]  # by the candidate's key
-TUNE = {
-    # none of its tables, and no CSV, JSON and TensorBoard copies of what trials report
+OnEvent = Callable[[str, Event], None]  # called with the candidate's key
+TUNE_ENVIRONMENT = {
+    # no progress tables, and no CSV, JSON and TensorBoard copies of what trials report
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    # Its own handling of Ctrl-C would end a search early as if it were finished.
+    # Tune's own handling of Ctrl-C would end a search early as if it had finished.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What one trial of Tune does: `work`, a pickled function that takes a `Report`, for the candidate with this key."""
+class WorkItem:
+    """The work of one Tune trial: a pickled function that takes a `Report`, for the candidate with this key."""
 
     key: str
     work: bytes = field(repr=False)
 
     def __str__(self) -> str:
-        return self.key  # a part of the name of Tune's folder
+        return self.key  # Tune makes it part of the trial's folder name
 
 
 class RunningTune:
-    """Tune, from the first round of work until `close`: `at_once` pieces at a time, each with `resources`. One that raises or
-    whose worker dies is started again up to `max_failures` times. `scratch` is a folder that all nodes share; it is deleted."""
+    """A Tune run that lasts from the first call of `run` until `close`.
 
-    def __init__(self, scratch: str, resources: Mapping[str, float], at_once: int, max_failures: int) -> None:
-        self.scratch, self.resources = scratch, dict(resources)
-        self.at_once, self.max_failures = at_once, max_failures
-        self.feed, self.rounds = _Feed(), _Rounds()
+    Up to `max_concurrent_trials` trials run at a time, each with `resources`. A trial that raises or whose worker dies is
+    restarted up to `max_failures` times. `scratch` is a folder that all nodes share; it is deleted.
+    """
+
+    def __init__(
+        self, scratch: str, resources: Mapping[str, float], max_concurrent_trials: int, max_failures: int
+    ) -> None:
+        self.scratch = scratch
+        self.resources = dict(resources)
+        self.max_concurrent_trials = max_concurrent_trials
+        self.max_failures = max_failures
+        self.queue = _WorkQueue()
+        self.round = _Round()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="tune")
         self.running: Future[None] | None = None
         self.stack = ExitStack()
 
-    def do(self, work: Mapping[str, Callable[[Report], object]], on_event: OnEvent | None) -> dict[str, str]:
-        """Do the work of every key; reasons by key of what was given up. What `on_event` raises is raised here.
+    def run(self, work: Mapping[str, Callable[[Report], object]], on_event: OnEvent | None) -> dict[str, str]:
+        """Run the function of every key in a trial; returns the reason of each that failed for good. What `on_event` raises is
+        raised here.
 
-        Raises StorageError for storage that cannot be used, which is no candidate's fault.
+        Raises StorageError if the storage cannot be used, which is not a candidate's fault.
         """
-        self.rounds.begin(work, on_event)
-        self.feed.waiting.extend(Piece(key, cloudpickle.dumps(function)) for key, function in work.items())
+        self.round.begin(work, on_event)
+        self.queue.waiting.extend(WorkItem(key, cloudpickle.dumps(function)) for key, function in work.items())
         if self.running is None:
-            self.stack.enter_context(environment_variables(TUNE))
+            self.stack.enter_context(environment_variables(TUNE_ENVIRONMENT))
             self.running = self.thread.submit(self._fit)
-            self.running.add_done_callback(lambda running: self.rounds.end())
-        self.rounds.wait()
+            self.running.add_done_callback(lambda running: self.round.end())
+        self.round.wait()
         if self.running.done():
             self.running.result()
-        if error := self.rounds.error:
-            raise StorageError(error.problem, f"{error.remedy}; run again then: what has finished is kept") from error
-        return self.rounds.failed
+        if error := self.round.error:
+            raise StorageError(
+                error.problem, f"{error.remedy}, then run again: finished candidates are kept"
+            ) from error
+        return self.round.failed
 
-    def close(self, *, at_once: bool = False) -> None:
-        """End Tune and its workers: when they have stopped, or without waiting for what they do."""
-        self.rounds.broken = at_once
-        self.feed.closed = True
+    def close(self, *, wait: bool = True) -> None:
+        """End Tune and its workers; with `wait=False` trials that still run are cancelled."""
+        self.round.cancelled = not wait
+        self.queue.closed = True
         self.thread.shutdown()
         self.stack.close()
 
     def _fit(self) -> None:
-        # Tune's own experiment state is not what a run resumes from (restoring it would mean trusting pickles): results and
-        # checkpoints of trials are, so its folder is thrown away.
-        storage.remove(self.scratch)  # a killed run's
+        # A run resumes from the results and checkpoints of its trials, not from Tune's experiment state, which would have to
+        # be unpickled. So Tune's folder is deleted.
+        storage.remove(self.scratch)  # left by a run that was killed
         patch_oom_as_actor_error()
         keep_workers()
-        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # `on_event` is told of every error
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # every error is passed to `on_event`
         tuner = tune.Tuner(
             tune.with_resources(_trial, self.resources),
             tune_config=tune.TuneConfig(
-                search_alg=self.feed, num_samples=-1, reuse_actors=True, max_concurrent_trials=self.at_once
+                search_alg=self.queue,
+                num_samples=-1,
+                reuse_actors=True,
+                max_concurrent_trials=self.max_concurrent_trials,
             ),
             run_config=tune.RunConfig(
                 name="search",
                 storage_path=self.scratch,
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=self.max_failures),
-                callbacks=[self.rounds],
-                stop=StopOnStorageError(self.rounds),
+                callbacks=[self.round],
+                stop=StopOnStorageError(self.round),
             ),
         )
         try:
@@ -114,100 +130,104 @@ class RunningTune:
 
 def _trial(config: dict[str, Any]) -> None:
     try:
-        cloudpickle.loads(config["piece"].work)(_report)
+        cloudpickle.loads(config["item"].work)(_report)
     except NOT_RETRYABLE as error:
-        _report(Failed(reason(error)))  # not raised, so that Tune does not try again
-    release_memory()  # the process stays, for the next candidate or beside one on the same GPU
+        _report(Failed(reason(error)))  # not raised, so that Tune does not retry
+    release_memory()  # the process is reused, or shares its GPU with another trial
 
 
 def _report(event: Event) -> None:
     tune.report(to_tune(event))
 
 
-class _BrokenOffError(Exception):
-    """Nobody waits for the work any more."""
+class _CancelledError(Exception):
+    """Nobody waits for the trials any more."""
 
 
-class _Feed(Searcher):
-    """Gives Tune the pieces that wait, and tells it that no more will come when `closed`."""
+class _WorkQueue(Searcher):
+    """Gives Tune the work items that wait, and ends the run once it is `closed` and empty."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.waiting = deque[Piece]()
+        self.waiting = deque[WorkItem]()
         self.closed = False
 
     def suggest(self, trial_id: str) -> Any:
-        closed = self.closed  # before the look: nothing is added after it
+        closed = self.closed  # read before `waiting`, to which nothing is added after closing
         if self.waiting:
-            return {"piece": self.waiting.popleft()}
+            return {"item": self.waiting.popleft()}
         return Searcher.FINISHED if closed else None
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         pass
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
-        pass  # nothing is restored from Tune's own state
+        pass  # nothing is restored from Tune's experiment state
 
 
 class StopOnStorageError(Stopper):
-    """Ends everything once storage cannot be used: what still runs would fail as well."""
+    """Ends all trials once the storage cannot be used: the others would fail as well."""
 
-    def __init__(self, rounds: _Rounds) -> None:
-        self.rounds = rounds
+    def __init__(self, round: _Round) -> None:
+        self.round = round
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
-        return self.rounds.error is not None
+        return self.round.error is not None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # as those of the callback
+        return {}  # for the reason given in `_Round`
 
 
-class _Rounds(Callback):
-    """Follows the pieces of a round in Tune's thread, and hands on what they report and raise. `failed` are the reasons, by
-    key, of those given up, `error` says why all were."""
+class _Round(Callback):
+    """Follows the trials of one call of `RunningTune.run`, in Tune's thread, and forwards their events.
+
+    `failed` has the reason, by key, of each trial that failed for good; `error` is the storage error that ended all.
+    """
 
     def __init__(self) -> None:
         self.on_event: OnEvent | None = None
         self.failed: dict[str, str] = {}
         self.error: StorageError | None = None
-        self.broken = False
-        self._left = set[str]()
-        self._over = False
+        self.cancelled = False
+        self._unfinished = set[str]()
+        self._ended = False
         self._changed = threading.Condition()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles callbacks with its experiment state, which is never restored
 
     def begin(self, keys: Mapping[str, object], on_event: OnEvent | None) -> None:
-        self.on_event, self.failed, self._left = on_event, {}, set(keys)
+        self.on_event = on_event
+        self.failed = {}
+        self._unfinished = set(keys)
 
     def wait(self) -> None:
-        """Until nothing of the round is left, or Tune has ended."""
+        """Block until every trial of the round has ended, or Tune has."""
         with self._changed:
-            self._changed.wait_for(lambda: self._over or not self._left)
+            self._changed.wait_for(lambda: self._ended or not self._unfinished)
 
     def end(self) -> None:
         with self._changed:
-            self._over = True
+            self._ended = True
             self._changed.notify_all()
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        if self.broken:
-            raise _BrokenOffError
+        if self.cancelled:
+            raise _CancelledError
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         if event := from_tune(result):
-            self._pass_on(trial, event)
+            self._forward(trial, event)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         error = _error(trial)
         left = trial.max_failures - trial.num_failures
-        self._pass_on(trial, Retried(reason(error), str(error), _node(trial), left))
+        self._forward(trial, Retried(reason(error), str(error), _node(trial), left))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         error = _error(trial)
@@ -215,19 +235,19 @@ class _Rounds(Callback):
         if isinstance(raised, StorageError):
             self.error = raised
         else:
-            self._pass_on(trial, Failed(reason(error), str(error)))
-            self._done(trial)
+            self._forward(trial, Failed(reason(error), str(error)))
+            self._finish(trial)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._done(trial)
+        self._finish(trial)
 
-    def _done(self, trial: Any) -> None:
+    def _finish(self, trial: Any) -> None:
         with self._changed:
-            self._left.discard(trial.config["piece"].key)
+            self._unfinished.discard(trial.config["item"].key)
             self._changed.notify_all()
 
-    def _pass_on(self, trial: Any, event: Event) -> None:
-        key = trial.config["piece"].key
+    def _forward(self, trial: Any, event: Event) -> None:
+        key = trial.config["item"].key
         if isinstance(event, Failed):
             self.failed[key] = event.reason
         if self.on_event:
@@ -235,19 +255,19 @@ class _Rounds(Callback):
 
 
 def _node(trial: Any) -> str:
-    """Host name and address of the node that a trial last reported from; empty if it has not yet."""
+    """Host name and address of the node from which a trial last reported; empty if it has not reported yet."""
     last = trial.last_result or {}
     return f"{last['hostname']} ({last['node_ip']})" if "hostname" in last else ""
 
 
 def _error(trial: Any) -> BaseException:
-    """What ended a trial's latest attempt.
+    """The exception that ended a trial's latest attempt.
 
-    Tune has just put it in the trial's folder on this machine: as text, and what a worker raised as an object as well.
+    Tune has just written it to the trial's folder on this machine: as text and, if a worker raised it, as a pickled object.
     """
     *_, text = Path(trial.error_file).read_text().split("Failure # ")
     if trial.pickled_error_file is not None:
         error: BaseException = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
-        if text.strip().endswith(str(error).strip()):  # not that of an earlier attempt
+        if text.strip().endswith(str(error).strip()):  # not the exception of an earlier attempt
             return error
     return RayError(text.split("\n", 1)[-1].strip())

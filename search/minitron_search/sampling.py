@@ -1,8 +1,8 @@
-"""Candidates of a space too large to enumerate: Optuna proposes, the analytic filter rejects, scores are told back.
+"""Candidates from a space that is too large to enumerate: Optuna's sampler proposes them and learns from their scores.
 
 The sampler is the tree-structured Parzen estimator (Bergstra et al., NeurIPS 2011; multivariate, arXiv 2304.11127). It
-proposes in rounds, whose size follows from the number of candidates alone, so that the same scores lead to the same
-candidates on any cluster; a search that was killed proposes the same again and reads their scores back.
+proposes in rounds whose size depends on the number of candidates alone, so that the same scores lead to the same candidates on
+any cluster. A search that was killed proposes the same candidates again, and their scores are read from storage.
 """
 
 from __future__ import annotations
@@ -20,20 +20,23 @@ from minitron_search.limits import Limits
 from minitron_search.space import MLP_RATIO, candidate, check_budget, check_space
 
 Score = Callable[[list[Architecture]], Mapping[Architecture, float]]
-GridIndex = dict[str, int]  # for every axis the index of its value
+GridIndex = dict[str, int]  # the index of a value, for every axis
 
 ROUNDS = 10
 SMALLEST_ROUND = 10
-ASKS = 10  # of the sampler, per candidate of a round; what is missing then is drawn at random
-AT_RANDOM = 5  # one in this many of a round, so that a region that the sampler has given up is not lost
-MOST_PROPOSED = 10  # times as many as are wanted
-DRAWS = 100_000  # per round
+ASKS_PER_CANDIDATE = 10  # calls of the sampler; candidates that are still missing then are drawn at random
+RANDOM_ONE_IN = 5  # of the candidates of a round, so that no region is given up for good
+MAX_PROPOSALS_FACTOR = 10  # proposals per candidate in all, before sampling ends
+DRAWS = 100_000  # random combinations tried per round
 
 
 @dataclass(frozen=True)
 class Space:
-    """What `minitron_search.candidates` enumerates, to be drawn from instead: the architectures of `axes` inside `base` with
-    `low` to `high` parameters and within `limits`. Raises InputError as that does, naming values under `key`."""
+    """The architectures that `minitron_search.candidates` would enumerate, for `sample` to draw from.
+
+    They are all combinations of `axes` that can be pruned from `base`, have `low` to `high` parameters and keep to `limits`.
+    Raises InputError as `candidates` does, naming values under `key`.
+    """
 
     base: Architecture
     axes: Mapping[str, Sequence[float]]
@@ -48,13 +51,13 @@ class Space:
         object.__setattr__(self, "axes", {axis: sorted(set(values)) for axis, values in self.axes.items()})
 
     def at(self, grid_index: Mapping[str, int]) -> Architecture | None:
-        """The architecture at a point of the grid; None where that is no model, or one out of the budget or the limits."""
+        """The architecture at a point of the grid; None if it is not a valid model, or outside the budget or the limits."""
         values = {axis: self.axes[axis][index] for axis, index in grid_index.items()}
         return candidate(self.base, values, self.low, self.high, self.limits)
 
     def near(self, grid_index: Mapping[str, int], known: Container[Architecture]) -> Architecture | None:
-        """The architecture that is nearest to a point of the grid along the axis with the most values and not `known`; None
-        if there is none. Few points are in a narrow budget, and most of the others have one beside them that is."""
+        """The architecture that is nearest to a point of the grid along the axis with the most values, and not in `known`; None
+        if there is none. In a narrow budget few points are valid, and most others have a valid one near them on that axis."""
         finest = max(self.axes, key=lambda axis: len(self.axes[axis]))
         for index in sorted(range(len(self.axes[finest])), key=lambda index: abs(index - grid_index[finest])):
             architecture = self.at({**grid_index, finest: index})
@@ -77,16 +80,17 @@ class Space:
 
 
 def draw(space: Space, count: int, seed: int, known: Set[Architecture] = frozenset()) -> list[Architecture]:
-    """Up to `count` different architectures of `space` at random, none of them `known`, the same ones for the same `seed`.
-    They are fewer where 100,000 draws found no more."""
-    dice, found = random.Random(f"draw {seed}"), dict[Architecture, None]()
+    """`count` different random architectures of `space` that are not in `known`, the same for the same `seed`. They are fewer
+    if 100,000 random combinations do not contain that many."""
+    generator = random.Random(f"draw {seed}")
+    drawn: dict[Architecture, None] = {}
     for _ in range(DRAWS):
-        if len(found) >= count:
+        if len(drawn) >= count:
             break
-        architecture = space.at({axis: dice.randrange(len(values)) for axis, values in space.axes.items()})
+        architecture = space.at({axis: generator.randrange(len(values)) for axis, values in space.axes.items()})
         if architecture is not None and architecture not in known:
-            found[architecture] = None
-    return list(found)
+            drawn[architecture] = None
+    return list(drawn)
 
 
 def sample(
@@ -94,10 +98,10 @@ def sample(
 ) -> list[Architecture]:
     """`count` architectures of `space`, in the order in which they were scored: `points`, then what the sampler proposes.
 
-    `score` gets some at a time and returns the value of each, lower is better and NaN says that it has none; one that it
-    leaves out is not counted. The first round is drawn at random. They are fewer than `count` where the space has no more, so
-    few in the budget that neither the sampler nor 100,000 draws found more, or `score` left out nine in ten. Raises InputError
-    for an argument of the wrong type.
+    `score` is called with a list of architectures and returns the score of each: lower is better, NaN stands for a failure. An
+    architecture that it leaves out of its result is not counted. The first round is drawn at random. The result is shorter
+    than `count` if the space contains fewer architectures, if neither the sampler nor 100,000 random draws yield more, or if
+    `score` leaves out nine in ten. Raises InputError for an argument of the wrong type.
     """
     check_type("space", space, Space)
     check_type("count", count, Integral)
@@ -105,14 +109,14 @@ def sample(
     known: set[Architecture] = set()
     values: dict[Architecture, float] = {}
     number = 0
-    while len(values) < count and len(known) < MOST_PROPOSED * count:
+    while len(values) < count and len(known) < MAX_PROPOSALS_FACTOR * count:
         first = [] if number else list(points)
         known |= set(first)
-        wanted = max(0, min(round_size(count), count - len(values) - len(first)))
+        size = max(0, min(round_size(count), count - len(values) - len(first)))
         finite = {a: value for a, value in values.items() if math.isfinite(value)}
-        informed = wanted - wanted // AT_RANDOM if number else 0
-        proposed = _propose(space, finite, informed, f"{seed} {number}", known) if informed else []
-        proposed += draw(space, wanted - len(proposed), seed + number, known | set(proposed))
+        from_sampler = size - size // RANDOM_ONE_IN if number else 0
+        proposed = _propose(space, finite, from_sampler, f"{seed} {number}", known) if from_sampler else []
+        proposed += draw(space, size - len(proposed), seed + number, known | set(proposed))
         known |= set(proposed)
         if not first + proposed:
             break
@@ -122,14 +126,14 @@ def sample(
 
 
 def round_size(count: int) -> int:
-    """How many are proposed before any of them is scored, of `count` in all."""
+    """Number of architectures per round, of `count` in all: all of them are proposed before any is scored."""
     return max(SMALLEST_ROUND, math.ceil(count / ROUNDS))
 
 
 def _propose(
-    space: Space, values: Mapping[Architecture, float], wanted: int, seed: str, known: Set[Architecture]
+    space: Space, values: Mapping[Architecture, float], count: int, seed: str, known: Set[Architecture]
 ) -> list[Architecture]:
-    """Up to `wanted` architectures that are not `known`, by a sampler that has seen `values`."""
+    """Up to `count` architectures that are not in `known`, from a sampler that has learned the scores `values`."""
     import optuna
     from optuna.distributions import BaseDistribution, IntDistribution
     from optuna.trial import TrialState, create_trial
@@ -137,22 +141,22 @@ def _propose(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     grid: dict[str, BaseDistribution] = {a: IntDistribution(0, len(v) - 1) for a, v in space.axes.items()}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the multivariate estimator is experimental
+        warnings.simplefilter("ignore")  # Optuna calls the multivariate estimator experimental
         sampler = optuna.samplers.TPESampler(
             seed=random.Random(seed).getrandbits(32), n_startup_trials=1, multivariate=True, constant_liar=True
         )
     study = optuna.create_study(sampler=sampler)
-    for known_one, value in values.items():
-        if (grid_index := space.grid_index(known_one)) is not None:
+    for architecture, value in values.items():
+        if (grid_index := space.grid_index(architecture)) is not None:
             study.add_trial(create_trial(params=grid_index, distributions=grid, value=value))
-    found: dict[Architecture, None] = {}
-    for _ in range(ASKS * wanted):
-        if len(found) == wanted:
+    proposed: dict[Architecture, None] = {}
+    for _ in range(ASKS_PER_CANDIDATE * count):
+        if len(proposed) == count:
             break
         trial = study.ask(grid)
-        architecture = space.near(trial.params, known | found.keys())
-        if architecture is None:
+        nearest = space.near(trial.params, known | proposed.keys())
+        if nearest is None:
             study.tell(trial, state=TrialState.FAIL)
         else:
-            found[architecture] = None
-    return list(found)
+            proposed[nearest] = None
+    return list(proposed)

@@ -1,4 +1,4 @@
-"""How early the order of the candidates was known: Kendall's tau to the final order, and what stopping early costs."""
+"""How early the order of the candidates is known: Kendall's tau to the final order, and what stopping early would cost."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ class MeasureStability:
     measure: str
     """"size" (the largest is best), "loss undistilled", "KL undistilled" or "KL at step N"."""
     step: int | None
-    """Of the measurement; None where nothing of the candidate is measured."""
+    """Step of the measurement; None for the size, which needs none."""
     candidates: int
     tau: float | None
     """Kendall's tau to the final KL; None for fewer than two candidates."""
     regret: float
-    """The final KL of the measure's best less the lowest, in nats per token."""
+    """Final KL of the candidate that the measure puts first, minus the lowest final KL, in nats per token."""
     regret_kept: float
-    """The same for the best of the share that the measure puts first: what stopping the others there costs."""
+    """The same for the best of the share that the measure would keep: the cost of stopping the others there."""
     saved: float
-    """Share of the training steps that stopping the others there saves."""
+    """Share of the training steps that would be saved by stopping the others there."""
 
 
 def stability(results: Sequence[TrialResult], rungs: Sequence[int], keep: float = 0.5) -> list[MeasureStability]:
-    """How well each earlier measure predicts the final held-out KL, from the candidates that were distilled to the end and
-    measured after the steps `rungs`; `keep` is the share that stopping there would have kept."""
+    """How well each earlier measure predicts the final held-out KL of `results`, the candidates that were distilled to the end.
+
+    All of them were measured after each of the steps `rungs`; `keep` is the share that stopping there would keep.
+    """
     final = [result.kl for result in results]
     steps = results[0].steps
     measures: list[tuple[str, int | None, Callable[[TrialResult], float]]] = [
@@ -45,7 +47,7 @@ def stability(results: Sequence[TrialResult], rungs: Sequence[int], keep: float 
     for name, step, measure in measures:
         values = [measure(result) for result in results]
         order = sorted(range(len(results)), key=lambda index: values[index])
-        going = order[: kept(len(order), keep)]
+        continuing = order[: kept(len(order), keep)]
         trained = planned_steps(len(results), steps, [step or 0], keep)
         rows.append(
             MeasureStability(
@@ -54,7 +56,7 @@ def stability(results: Sequence[TrialResult], rungs: Sequence[int], keep: float 
                 candidates=len(results),
                 tau=kendall_tau(values, final) if len(results) > 1 else None,
                 regret=final[order[0]] - min(final),
-                regret_kept=min(final[index] for index in going) - min(final),
+                regret_kept=min(final[index] for index in continuing) - min(final),
                 saved=1 - trained / (len(results) * steps),
             )
         )
@@ -66,7 +68,7 @@ def _kl_at(step: int, result: TrialResult) -> float:
 
 
 def settled(rows: Sequence[MeasureStability]) -> int | None:
-    """The earliest step from which on every KL of `stability` has a tau of at least 0.9; None if not even the last has."""
+    """The first step from which on every KL measurement in `rows` has a tau of at least 0.9; None if the last has less."""
     earliest = None
     for row in reversed([row for row in rows if row.measure.startswith("KL")]):
         if row.tau is None or row.tau < SETTLED:

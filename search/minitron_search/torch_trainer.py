@@ -1,8 +1,8 @@
-"""Ray Train's trainer without what a distillation does not use: each of these is a process of its own, whose start the first
-step waits for.
+"""Ray Train's TorchTrainer without helper processes that a distillation does not need and whose start would delay its first
+step.
 
-Nobody passes Ray datasets. A private Ray is one node that ends with its driver: there is no autoscaler to tell of what is
-needed, no other driver that placement groups could be left to, and no node that is taken away.
+Distillation uses no Ray datasets. A private Ray is a single node that ends with its driver: it has no autoscaler to inform, no
+placement groups that could outlive the driver, and no node that could be preempted.
 """
 
 from __future__ import annotations

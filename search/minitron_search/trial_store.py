@@ -1,6 +1,6 @@
-"""What is kept of every trial, in a folder of its own under the search's: measurements, result, checkpoints and weights.
+"""The files of every trial, in a folder of its own below the search's folder: measurements, result, checkpoints and weights.
 
-The files are JSON: `undistilled.json`, `rung-STEP.json`, `result.json`. What is there is never computed again.
+Measurements and results are JSON: `undistilled.json`, `rung-STEP.json`, `result.json`. Stored values are never computed again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ForwardScore:
-    """A candidate pruned and untrained: exact held-out KL to the teacher and loss, in nats per token."""
+    """Exact held-out KL to the teacher and loss of a candidate that is pruned and untrained, in nats per token."""
 
     kl: float
     loss: float
@@ -33,7 +33,7 @@ class ForwardScore:
 
 @dataclass(frozen=True)
 class RungResult:
-    """A candidate after `step` steps: held-out KL and loss, in nats per token, and the KL of every held-out row."""
+    """Held-out KL and loss of a candidate after `step` steps, in nats per token, and the KL of every held-out row."""
 
     step: int
     kl: float
@@ -51,10 +51,11 @@ class RungResult:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """A candidate after its whole short distillation: KL and loss on the held-out rows, in nats per token.
+    """KL and loss of a candidate on the held-out rows after its whole short distillation, in nats per token.
 
-    `rung_kl` has the KL by step at the rungs, `tokens` are those of its training, `config` is the `DistillConfig` as a dict,
-    and `seconds` are those of the process that ended it.
+    `rung_kl` maps the step of each rung to the KL there, `tokens` is the number of training tokens, `config` the
+    `DistillConfig` as a dict, and `seconds` the time in the process that finished the trial: for a trial that was resumed, the
+    time since then.
     """
 
     architecture: Architecture
@@ -99,18 +100,18 @@ class TrialResult:
 
 
 def trial_key(architecture: Architecture) -> str:
-    """The name of a candidate's folder within its search."""
+    """Identifies a candidate within a search: the name of its folder."""
     return storage.fingerprint(architecture.to_dict())
 
 
 def trial_folder(folder: str, architecture: Architecture) -> str:
-    """Where a candidate's trial is kept under the search's `folder`."""
+    """The folder of a candidate's trial below the search's `folder`."""
     return storage.join(folder, trial_key(architecture))
 
 
 def trial_result(folder: str, architecture: Architecture, rungs: Sequence[int] = ()) -> TrialResult | None:
-    """The result of a finished trial that was measured at all of `rungs`; None where there is none, and where it is to be done
-    again because a rung is missing. Raises MinitronError for a file that is not a trial's."""
+    """The result of a finished trial; None if there is none, or if the trial was not measured at all of `rungs` and has to be
+    repeated. Raises MinitronError for a file that is not a trial's."""
     result = _read(folder, architecture, "result.json", TrialResult.from_dict)
     return result if result is not None and result.rung_kl.keys() >= set(rungs) else None
 
@@ -138,7 +139,7 @@ def write_forward_score(folder: str, architecture: Architecture, score: ForwardS
 
 
 def checkpoints(folder: str, architecture: Architecture) -> str:
-    """Where a trial keeps what it resumes from."""
+    """The folder of the checkpoints from which a trial resumes."""
     return storage.join(trial_folder(folder, architecture), "checkpoints")
 
 
@@ -147,7 +148,7 @@ def drop_checkpoints(folder: str, architecture: Architecture) -> None:
 
 
 def weights(folder: str, architecture: Architecture) -> str:
-    """Where a trial keeps its distilled student, a plain transformers checkpoint without its tokenizer."""
+    """The folder of a trial's distilled student, a plain transformers checkpoint without tokenizer."""
     return storage.join(trial_folder(folder, architecture), "weights")
 
 

@@ -1,4 +1,4 @@
-"""The former module of `search` and `score_all`, kept for programs that import them from here."""
+"""The former home of `search` and `score_all`, kept for programs that import them from here."""
 
 from minitron_search.architecture_search import score_all, search
 

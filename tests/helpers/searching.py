@@ -14,7 +14,7 @@ from minitron.distill.inputs import DistillInputs
 from minitron.models import load_model, load_tokenizer
 from minitron.pruning.source import PruningSource
 from minitron_search import candidates
-from minitron_search.trial import SearchTask
+from minitron_search.search_task import SearchTask
 
 CONFIG = DistillConfig(steps=8, batch_rows=4, micro_batch_rows=4, peak_lr=1e-3, min_lr=1e-4, warmup_steps=2)
 RUNGS = (4, 6)

@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+from helpers import tiny
 
 import minitron
 from minitron import Architecture, estimate_importance, evaluate, prune
@@ -12,7 +13,6 @@ from minitron.distill import DistillConfig, distill
 from minitron.errors import InputError
 from minitron.evaluation import Task
 from minitron.pruning.selection import select
-from tests.helpers import tiny
 
 PACKAGES = ("data", "distill", "evaluation", "importance", "pruning", "architecture", "families")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import fields, make_dataclass
+from dataclasses import fields, make_dataclass, replace
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -14,7 +15,10 @@ from helpers.command import ROOT, environment
 import minitron_search
 from minitron import Architecture
 from minitron.distill import DistillConfig, Losses, StepReport
+from minitron.distill.inputs import DistillInputs
 from minitron.errors import InputError, MinitronError
+from minitron.evaluation import Task
+from minitron.pruning.source import PruningSource
 from minitron_search import (
     Halving,
     Pool,
@@ -27,6 +31,7 @@ from minitron_search import (
     search,
     tuning,
 )
+from minitron_search.benchmarks import Benchmarks
 from minitron_search.events import Event, from_tune, to_tune
 from minitron_search.trial_store import forward_score, rung_result, trial_folder, trial_result
 
@@ -76,7 +81,7 @@ def test_what_a_search_is_given_is_checked_before_anything_starts(made, tmp_path
     for wrong, named in (
         ({"architectures": BASE}, "architectures: Architecture given"),
         ({"architectures": [str(BASE)]}, "architectures.0: str given"),
-        ({"architectures": []}, "architectures: there are none"),
+        ({"architectures": []}, "architectures: the list is empty"),
         ({"architectures": found, "forward_keep": "2"}, "forward_keep: str given"),
         ({"architectures": found, "halving": 0.5}, "halving: float given"),
         ({"architectures": found, "pool": "tune"}, "pool: str given"),
@@ -84,6 +89,28 @@ def test_what_a_search_is_given_is_checked_before_anything_starts(made, tmp_path
         with pytest.raises(InputError) as raised:
             search(task, **wrong)
         assert named in raised.value.problem
+
+
+def test_relative_paths_are_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    inputs = DistillInputs("teacher", "t", "float32", "rows", "targets/train", "s3://bucket/heldout")
+    task = SearchTask(inputs, PruningSource("teacher", "scores", "float32"), DistillConfig(steps=2), Losses(), "trials")
+    inside = [task.folder, task.origin.folder, task.origin.scores]
+    inside += [task.materials.teacher, task.materials.rows, task.materials.train_targets]
+    benchmarks = Benchmarks((Task("arc_easy", "arc.jsonl"), Task("piqa")), 1, "teacher")
+    inside += [Pool("tune").scratch, benchmarks.tokenizer, benchmarks.tasks[0].data]
+    assert all(path.startswith(f"{tmp_path}/") for path in inside)
+    assert task.materials.heldout_targets == "s3://bucket/heldout"
+    assert benchmarks.tasks[1].data is None
+
+
+@pytest.mark.parametrize("folder", ["", Path("trials")])
+def test_a_path_that_is_empty_or_no_string_is_refused(made, folder):
+    materials, origin, _ = made
+    for wrong in ({"folder": folder}, {"materials": replace(materials, rows=folder)}):
+        arguments = {"materials": materials, "origin": origin, "folder": "trials"} | wrong
+        with pytest.raises(InputError, match=r"folder|materials\.rows"):
+            SearchTask(config=DistillConfig(steps=2), losses=Losses(), **arguments)
 
 
 def test_every_event_survives_the_way_through_tune():
@@ -144,4 +171,4 @@ def test_a_ray_without_the_private_class_is_said_and_imports_all_the_same():
         [sys.executable, "-c", UNKNOWN_RAY], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0, result.stderr
-    assert "this version of Ray is not known" in result.stdout
+    assert "this version of Ray is not supported" in result.stdout

@@ -161,11 +161,11 @@ def test_only_the_best_undistilled_go_on_and_the_worse_stop_at_a_rung(made, to_t
 
 def test_stable_halving_stops_at_rungs_that_repeat_the_order_before(made, to_the_end):
     stable, before = Halving(grace="stable"), {"a": 1.0, "b": 2.0, "c": 3.0}
-    assert stable.cuts(RUNGS, 8) == list(RUNGS)
-    assert stable.due(before, {"a": 0.1, "b": 0.2, "c": 0.3})
-    assert not stable.due(before, {"a": 0.1, "b": 0.3, "c": 0.2})
-    assert stable.due(before, {"a": 0.1, "c": 0.2})  # of those that came so far
-    assert Halving(grace=0.0).due(before, {"a": 3.0, "b": 2.0, "c": 1.0})
+    assert stable.stop_rungs(RUNGS, 8) == list(RUNGS)
+    assert stable.should_stop(before, {"a": 0.1, "b": 0.2, "c": 0.3})
+    assert not stable.should_stop(before, {"a": 0.1, "b": 0.3, "c": 0.2})
+    assert stable.should_stop(before, {"a": 0.1, "c": 0.2})  # of those that came so far
+    assert Halving(grace=0.0).should_stop(before, {"a": 3.0, "b": 2.0, "c": 1.0})
     # on trials that have finished: who goes on is decided again from what the rungs said
     task = to_the_end[0]
     results = {a: trial_result(task.folder, a) for a in made[2]}
@@ -251,7 +251,7 @@ def test_storage_that_cannot_be_used_ends_the_search(made, to_the_end, tmp_path)
     with pytest.raises(StorageError, match="no room left") as raised:
         _pool(tmp_path, max_failures=0).run(work, [full, other], done)
     assert "free some space" in raised.value.remedy
-    assert "what has finished is kept" in raised.value.remedy
+    assert "finished candidates are kept" in raised.value.remedy
     assert time.monotonic() - started < 50  # it did not wait for the other
 
 
@@ -317,7 +317,7 @@ def test_rungs_are_shares_rounded_up():
     assert rung_steps([0.7, 0.1], 10) == (1, 7)
     assert rung_steps([0.5, 0.75, 0.6], 3) == (2,)
     assert rung_steps([0.5], 1) == ()
-    assert Halving(grace=0.75).cuts((7, 11), 14) == [11]
+    assert Halving(grace=0.75).stop_rungs((7, 11), 14) == [11]
 
 
 def test_halving_keeps_the_best_share_rounded_up():

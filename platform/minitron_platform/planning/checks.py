@@ -109,7 +109,7 @@ def _check_training(recipe: Recipe) -> None:
             )
     schedule = SearchSchedule(recipe.search)
     rule = schedule.halving
-    if rule and not rule.cuts(schedule.rungs, schedule.steps):
+    if rule and not rule.stop_rungs(schedule.rungs, schedule.steps):
         raise InputError(
             f"search.rungs: {recipe.search.rungs} has none between search.halving.grace = {rule.grace} and the end",
             "add a rung, or shorten the grace period",

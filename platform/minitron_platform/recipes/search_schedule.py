@@ -30,11 +30,11 @@ class SearchSchedule:
         return build.halving(self.search)
 
     @cached_property
-    def cuts(self) -> list[int]:
+    def stop_rungs(self) -> list[int]:
         """The rungs at which candidates are certain to be stopped."""
         if self.halving is None or self.halving.grace == "stable":
             return []
-        return self.halving.cuts(self.rungs, self.steps)
+        return self.halving.stop_rungs(self.rungs, self.steps)
 
     def distilled(self, candidates: int, points: int) -> int:
         """Number of candidates that are trained at all, at most, of which `points` are named by the recipe."""
@@ -43,11 +43,11 @@ class SearchSchedule:
 
     def total_steps(self, distilled: int) -> int:
         """Training steps of all candidates together."""
-        return planned_steps(distilled, self.steps, self.cuts, self._keep)
+        return planned_steps(distilled, self.steps, self.stop_rungs, self._keep)
 
     def to_end(self, distilled: int) -> int:
         """Number of candidates that are trained to the end."""
-        for _ in self.cuts:
+        for _ in self.stop_rungs:
             distilled = kept(distilled, self._keep)
         return distilled
 

@@ -27,8 +27,8 @@ from minitron_platform.stages.trial_records import TrialsView, record_trials
 from minitron_search.limits import Limits
 from minitron_search.placement import RESERVED_BYTES
 from minitron_search.ranking import winner_of
+from minitron_search.search_task import SearchTask
 from minitron_search.space import combinations
-from minitron_search.trial import SearchTask
 
 if TYPE_CHECKING:
     from minitron_search.results import SearchResult

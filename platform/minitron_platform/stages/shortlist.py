@@ -13,7 +13,7 @@ from minitron_search.architecture_search import score_all
 from minitron_search.latency import Latency
 from minitron_search.pool import Pool
 from minitron_search.sampling import sample
-from minitron_search.trial import SearchTask
+from minitron_search.search_task import SearchTask
 
 
 def shortlist(
@@ -74,7 +74,7 @@ class _Timed:
         if self.limits is None or self.limits.latency_ms is None:
             return architectures
         progress = self.console.counter("shapes timed")
-        self.pool.rest()  # so that there is room, and nothing beside what is timed
+        self.pool.release_workers()  # for room, and so that nothing else runs during the timing
         self.milliseconds |= self.latency.measure(architectures, share=self.pool.share, progress=progress)
         return [a for a in architectures if self.milliseconds[a] <= self.limits.latency_ms]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from rich.markup import escape
@@ -29,7 +30,8 @@ from minitron_search.events import (
 )
 from minitron_search.ranking import RankedCandidate
 from minitron_search.results import StoppedCandidate
-from minitron_search.trial import SearchTask, finished_result
+from minitron_search.search_task import SearchTask
+from minitron_search.trial import finished_result
 from minitron_search.trial_store import (
     TrialResult,
     checkpoints,
@@ -134,6 +136,7 @@ class TrialsView:
         self.step_tokens = _step_tokens(context)
         self.folder = task.folder
         self.restarts: list[Restart] = []
+        self.restart_counts = Counter[Architecture]()
         self.active: dict[Architecture, Progress] = {}  # step 0 until the first progress
         self.logs: dict[Architecture, RunLog] = {}
         self.first_kl: dict[Architecture, float] = {}
@@ -197,8 +200,8 @@ class TrialsView:
         step = saved[-1] if saved else 0
         restart = Restart(now(), str(architecture), event.node, event.reason, step, event.restarts_left)
         self.restarts.append(restart)
-        number = sum(other.what == restart.what for other in self.restarts)
-        record_restart(self.logs[architecture], number, restart)
+        self.restart_counts[architecture] += 1
+        record_restart(self.logs[architecture], self.restart_counts[architecture], restart)
         self.console.say(f"  [yellow]again[/]   {escape(str(restart))}")
 
     def _keep_trace(self, architecture: Architecture, trace: str) -> None:
