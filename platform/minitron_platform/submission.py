@@ -10,7 +10,7 @@ from minitron.errors import InputError
 from minitron_platform.addresses import is_loopback
 from minitron_platform.cluster.jobs import submit_text
 from minitron_platform.locations import resolve_locations
-from minitron_platform.planning.checks import check_keys
+from minitron_platform.recipes.consistency import check_consistency
 from minitron_platform.recipes.load import recipe_yaml, with_absolute_paths
 from minitron_platform.recipes.schema import Recipe
 
@@ -33,7 +33,7 @@ def submit(
     say: receives what there is to tell.
     Raises InputError for what cannot work, MinitronError if the head refuses or does not answer.
     """
-    check_keys(recipe)  # teacher and text may be where only the cluster can read them
+    check_consistency(recipe)  # teacher and text may be where only the cluster can read them
     where = resolve_locations(storage_path, tracking_uri)
     options = {"storage": where.storage}
     if tracking_uri is None and not storage.is_local(where.storage):

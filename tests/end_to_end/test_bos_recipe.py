@@ -94,7 +94,7 @@ def test_a_choice_that_the_teacher_is_worse_with_is_warned_of(data):
     assert outputs["train"] != data[None][0]["train"]
     assert outputs["fingerprint"] != data[None][0]["fingerprint"]
     worse = outputs["loss_without_bos"] - outputs["loss_with_bos"]
-    assert f"without BOS worse by {worse:.2f} nats per token than with: set data.add_bos: true" in said
+    assert f"worse without BOS than with BOS, by {worse:.2f} nats per token: set data.add_bos: true" in said
 
 
 def test_the_same_rows_are_not_packed_again_for_another_way_to_say_so(data):

@@ -132,7 +132,7 @@ def test_a_teacher_that_gains_too_little_stays_as_it_is_and_scores_are_kept(benc
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"family.0.start": "previous"}, "nothing comes before"),
+        ({"family.0.start": "previous"}, "is the first model, so it cannot start from the previous one"),
         ({"family.1.parameters": "900000"}, "family.1.parameters: 900,000"),
         ({"family.1.space.num_layers": "[7]"}, "family.1.space"),
         ({"family.1.model": "tiny-large"}, "two models are called 'tiny-large'"),

@@ -94,7 +94,7 @@ def test_every_candidate_was_distilled_on_the_same_tokens(bench, finished):
     done = _results(bench)
     # for all of them the teacher was run once on each row
     assert done["targets"]["rows_computed"] == done["targets"]["rows_stored"] == 96 + 16
-    assert "teacher run on 112 of 112 rows" in finished.stdout
+    assert "teacher ran on 112 of 112 rows" in finished.stdout
     ranking = done["search"]["ranking"]
     assert len(ranking) == done["search"]["candidates"] >= 6
     assert [r["kl"] for r in ranking] == sorted(r["kl"] for r in ranking)
@@ -240,7 +240,7 @@ def test_a_candidate_that_fails_is_shown_with_its_reason_and_the_run_goes_on(ben
     assert result.returncode == 0, result.stdout + result.stderr
     reason = f"{damaged}: not a trial's file (KeyError: 'kl'); delete the file and run again"
     retried = f"{reason}; resumed from step 0, 0 restarts left"
-    assert re.search(rf"again   {re.escape(name)} on .*: {re.escape(retried)}", result.stdout)
+    assert re.search(rf"restart {re.escape(name)} on .*: {re.escape(retried)}", result.stdout)
     assert f"failed  {name}: {reason}" in result.stdout
     assert ", 1 failed" in result.stdout
     newest = max((bench / "failing" / "runs").glob("*/results.json"), key=lambda path: path.stat().st_mtime_ns)
@@ -296,7 +296,7 @@ def test_a_teacher_online_is_stored_for_the_search_alone_and_a_killed_worker_is_
     os.kill(_descendants(process.pid, "ray::RayTrainWorker")[0], signal.SIGKILL)
     assert process.wait(timeout=240) == 0, (bench / "online.log").read_text()
     shown = (bench / "online.log").read_text()
-    assert "teacher run on 40 of 40 rows, of training those of the search" in shown
+    assert "teacher ran on 40 of 40 rows (of the training rows, only those that the search reads)" in shown
     client = MlflowClient(f"sqlite:///{bench}/online/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
     metrics = {run.info.run_name: run.data.metrics for run in runs}

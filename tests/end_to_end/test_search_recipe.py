@@ -224,9 +224,9 @@ def test_the_result_of_a_run_has_students_a_table_and_a_report(bench, searched):
 
 def test_what_plan_refuses_is_refused_by_run_before_anything_starts(bench, tmp_path):
     recipe = load_recipe(str(bench / "recipe.yaml"), ["distill.warmup_steps=1000"])
-    with pytest.raises(InputError, match=r"distill.warmup_steps: 1000 leaves nothing"):
+    with pytest.raises(InputError, match=r"distill.warmup_steps: 1000 leaves no step"):
         run(recipe, storage_path=str(tmp_path))
-    with pytest.raises(InputError, match=r"distill.warmup_steps: 1000 leaves nothing"):
+    with pytest.raises(InputError, match=r"distill.warmup_steps: 1000 leaves no step"):
         submit(recipe, address="http://127.0.0.1:1", storage_path=str(tmp_path))
     assert not list(tmp_path.iterdir())
 

@@ -173,6 +173,6 @@ def test_a_budget_that_sampling_never_meets_is_said(bench):
     search = {"sampler": {"candidates": 5}, "forward": {"keep": 2}}
     recipe = _recipe(bench, search, space=LARGE, limits={"kv_cache_bytes": 1})
     with pytest.raises(
-        InputError, match=r"100,000 of 81,054 combinations drawn at random, and none has .*within its limits"
+        InputError, match=r"none of 100,000 combinations, drawn at random from 81,054, has .*within the limits"
     ):
         _ = CandidateSpace(recipe, recipe.family[0], TEACHER).candidates

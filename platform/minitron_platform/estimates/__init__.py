@@ -1,1 +1,1 @@
-"""What a teacher and a process take, from shapes and settings alone."""
+"""Estimates of compute, disk and memory, from shapes and settings alone."""

@@ -1,4 +1,4 @@
-"""Main memory that each stage of a recipe needs on CPUs, and whether this machine has it; and how trials fit on a GPU."""
+"""Main memory that each stage needs on CPUs, the check against what the machine has, and whether trials can share a GPU."""
 
 from __future__ import annotations
 
@@ -17,28 +17,31 @@ from minitron_platform.recipes.build import distill_config
 from minitron_platform.recipes.resources import TRIALS_PER_GPU
 from minitron_platform.recipes.schema import Member, Recipe
 
-BESIDE = 1_200_000_000  # bytes of the run's own process and of Ray's while workers train
-FORWARD_ROWS = 4  # of a batch that is only run forward
-GPU_SHARE = 0.8  # of a GPU's memory: the rest goes to pieces too small to use, and to what else runs on it
+DRIVER_BYTES = 1_200_000_000  # of the driver and of Ray's own processes while workers train
+FORWARD_ROWS = 4  # rows of a batch in a forward pass without gradients
+USABLE_GPU_SHARE = 0.8  # of a GPU's memory; the rest is lost to fragmentation and to other programs
 
 
 @dataclass(frozen=True)
 class ProcessMemory:
-    """`processes` of a stage that run at once at least, each of which needs `each`. `key` is the recipe's for their training,
-    empty for what the run's own process does alone; `workers_key` is that of their number."""
+    """Main memory of the processes of a stage."""
 
     processes: int
+    """Number of processes; a search runs more at once if there is memory for them."""
     each: MainMemory
+    """Of one process."""
     key: str = ""
+    """Recipe key of the training that the processes do; empty for work in the driver alone."""
     workers_key: str = ""
+    """Recipe key of the number of processes; empty for work in the driver alone."""
 
     @property
     def total(self) -> int:
-        """Bytes of the machine while they run."""
-        return self.processes * self.each.total + (BESIDE if self.key else 0)
+        """Bytes of all processes of the stage, and of the driver beside them."""
+        return self.processes * self.each.total + (DRIVER_BYTES if self.key else 0)
 
     def __str__(self) -> str:
-        """As in "2 processes of 3.1 GB: optimizer 1.1, logits 0.8, ..."; the parts in GB, the largest first."""
+        """For example "2 processes of 3.1 GB: optimizer 1.1, logits 0.8"; the parts in GB, the largest first."""
         parts = sorted(vars(self.each).items(), key=lambda part: -part[1])
         named = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts if size >= 5e7)
         count = f"{self.processes} process{'es' if self.processes > 1 else ''}"
@@ -46,7 +49,7 @@ class ProcessMemory:
 
 
 def correction_memory(recipe: Recipe, teacher: Architecture, value_bytes: int, workers: int) -> ProcessMemory | None:
-    """Training the teacher on the recipe's text; None without a correction."""
+    """Memory of the teacher's correction; None if the recipe has none."""
     correction = recipe.correction()
     if recipe.correct is None or correction is None:
         return None
@@ -57,20 +60,21 @@ def correction_memory(recipe: Recipe, teacher: Architecture, value_bytes: int, w
 
 
 def targets_memory(recipe: Recipe, teacher: Architecture, value_bytes: int) -> ProcessMemory:
-    """Running the teacher forward."""
+    """Memory of the teacher's forward pass over all rows."""
     return ProcessMemory(1, forward_memory([teacher], value_bytes, FORWARD_ROWS * recipe.data.seq_length))
 
 
 def calibration_memory(recipe: Recipe, teacher: Architecture, value_bytes: int) -> ProcessMemory:
-    """Scoring a model that is the teacher, or smaller."""
-    tokens, streams = max(BATCH_TOKENS, recipe.data.seq_length), teacher.num_layers + 1
-    return ProcessMemory(1, forward_memory([teacher], value_bytes, tokens, logits=2, streams=streams))
+    """Memory of scoring the teacher, the largest model that is ever scored."""
+    tokens = max(BATCH_TOKENS, recipe.data.seq_length)
+    hidden_states = teacher.num_layers + 1
+    return ProcessMemory(1, forward_memory([teacher], value_bytes, tokens, logits=2, streams=hidden_states))
 
 
 def search_memory(
     recipe: Recipe, teacher: Architecture, largest: Architecture, value_bytes: int, workers: int
 ) -> ProcessMemory:
-    """One trial; more run at once where there is memory for them, because Ray is told what each takes."""
+    """Memory of one trial. More run at once only if there is memory for them, because Ray is told what each takes."""
     each = trial_memory(recipe, teacher, largest, value_bytes)
     return ProcessMemory(workers, each, "search.training", "resources.workers_per_trial")
 
@@ -85,7 +89,10 @@ def distillation_memory(
     workers: int,
     live_teacher: bool,
 ) -> ProcessMemory:
-    """The full distillation of one of the family; `live_teacher` says that the teacher runs beside the student."""
+    """Memory of the full distillation of `member`.
+
+    largest: its largest candidate. live_teacher: whether the workers load the teacher too.
+    """
     training = recipe.distillation(member)
     each = training_memory(
         largest,
@@ -102,13 +109,14 @@ def distillation_memory(
 
 
 def evaluation_memory(recipe: Recipe, teacher: Architecture, largest: Architecture, value_bytes: int) -> ProcessMemory:
-    """Teacher, pruned and distilled student together."""
+    """Memory of the evaluation, which loads the teacher, the pruned and the distilled student at once."""
     tokens = max(FORWARD_ROWS, recipe.evaluate.batch_rows) * recipe.data.seq_length
     return ProcessMemory(1, forward_memory([teacher, largest, largest], value_bytes, tokens, logits=2))
 
 
 def trial_memory(recipe: Recipe, teacher: Architecture, largest: Architecture, value_bytes: int) -> MainMemory:
-    """Of one worker of a trial, which keeps what candidates are cut from, at most the teacher, from one to the next."""
+    """Memory of one worker of a trial. It keeps the model that candidates are cut from, at most as large as the teacher, in
+    memory from one trial to the next."""
     return training_memory(
         largest,
         distill_config(recipe.search.training),
@@ -122,30 +130,35 @@ def trial_memory(recipe: Recipe, teacher: Architecture, largest: Architecture, v
 
 
 def are_trials_small(recipe: Recipe, teacher: Architecture, value_bytes: int, gpu_bytes: int) -> bool:
-    """Whether TRIALS_PER_GPU trials fit on a GPU together, whatever the candidates: none is larger than the teacher."""
-    each = replace(trial_memory(recipe, teacher, teacher, value_bytes), checkpoint=0)  # whose copy is in main memory
-    return TRIALS_PER_GPU * (each.total + 2 * CHUNK_BYTES["cuda"] + GRADIENT_BYTES) <= GPU_SHARE * gpu_bytes
+    """Whether TRIALS_PER_GPU trials fit into the memory of one GPU, estimated for a candidate as large as the teacher."""
+    trial = replace(trial_memory(recipe, teacher, teacher, value_bytes), checkpoint=0)  # written from main memory
+    trial_bytes = trial.total + 2 * CHUNK_BYTES["cuda"] + GRADIENT_BYTES
+    return TRIALS_PER_GPU * trial_bytes <= USABLE_GPU_SHARE * gpu_bytes
 
 
 def check_memory(stage: str, memory: ProcessMemory, available: int) -> None:
-    """Raise InputError if `stage`, as messages name it, needs more than the `available` bytes of main memory."""
+    """Raise InputError if `stage`, by its name for messages, needs more than the `available` bytes of main memory."""
     if memory.total <= available:
         return
     problem = (
         f"{stage}: needs about {memory.total / 1e9:.1f} GB of main memory ({memory}), "
         f"and this machine has {available / 1e9:.1f} GB"
     )
-    less = (
-        f"lower {memory.key}.micro_batch_rows or {memory.workers_key}, set {memory.key}.activation_checkpointing=full or "
-        f"{memory.key}.shard=true"
-    )
-    raise InputError(problem, f"{less if memory.key else 'use a smaller teacher'}, or use a machine with more memory")
+    remedy = "use a smaller teacher"
+    if memory.key:
+        remedy = (
+            f"lower {memory.key}.micro_batch_rows or {memory.workers_key}, set {memory.key}.activation_checkpointing=full "
+            f"or {memory.key}.shard=true"
+        )
+    raise InputError(problem, f"{remedy}, or use a machine with more memory")
 
 
 def machine_memory(root: Path = Path("/")) -> int:
-    """Bytes of main memory that this machine has, or the container, job or service whose limit this process is under.
+    """Bytes of main memory that this process may use: the machine's, or the limit of its container, job or service if that
+    is lower.
 
-    root: where /proc and /sys are."""
+    root: folder that has /proc and /sys.
+    """
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for group in _memory_groups(root):
         for name in ("memory.max", "memory.limit_in_bytes"):  # cgroup 2, cgroup 1
@@ -156,8 +169,8 @@ def machine_memory(root: Path = Path("/")) -> int:
 
 
 def _memory_groups(root: Path) -> Iterator[Path]:
-    """The folders of this process's control groups, and of those around them, whose limits hold for it as well."""
-    groups = root / "proc/self/cgroup"  # lines of number:controllers:path; without controllers in cgroup 2
+    """Folders of this process's control groups and of their parents, whose limits apply to it too."""
+    groups = root / "proc/self/cgroup"  # lines of "number:controllers:path"; cgroup 2 names no controllers
     for line in groups.read_text().splitlines() if groups.exists() else []:
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):

@@ -1,4 +1,4 @@
-"""What is known of a run before it starts, and what a stage says of itself from that."""
+"""The facts about a run that stages base their estimates on before it starts, and the form of an estimate."""
 
 from __future__ import annotations
 
@@ -12,33 +12,34 @@ from minitron_platform.recipes.candidates import MemberCandidates
 from minitron_platform.recipes.resources import ResolvedResources
 from minitron_platform.recipes.schema import Member, Recipe
 
-DOCUMENT_TOKENS = 90  # of a benchmark, roughly
-MASTER_BYTES = 12  # per parameter of a checkpoint: float32 weights and two moments
+DOCUMENT_TOKENS = 90  # rough average length of a benchmark request
+MASTER_BYTES = 12  # per parameter in a training checkpoint: float32 weights and AdamW's two moments
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """What every stage can estimate from."""
+    """All that is known of a run before it starts."""
 
     recipe: Recipe
     resources: ResolvedResources
     teacher: Architecture
     family: dict[str, MemberCandidates]
-    """By model of the family."""
+    """Candidates by model of the family."""
     losses: dict[str, Losses]
-    """Of each model's distillation."""
-    targets: TeacherCost
-    """Of the recipe's `targets.mode`."""
+    """Losses of the full distillation, by model of the family."""
+    teacher_cost: TeacherCost
+    """For the recipe's `targets.mode`."""
     value_bytes: int
-    """Bytes of a weight in the dtype that models compute in."""
+    """Bytes of a weight in the compute dtype."""
     concurrent_trials: int
-    """Trials that have room at once."""
+    """Number of trials that can run at the same time."""
 
     def shapes(self, member: Member) -> list[Architecture]:
-        """The candidates, the largest first."""
+        """The candidates for `member`, the largest first."""
         return self.family[member.model].architectures
 
     def largest(self, member: Member) -> Architecture:
+        """The largest candidate for `member`."""
         return self.shapes(member)[0]
 
     def base(self, member: Member) -> Architecture:
@@ -48,25 +49,26 @@ class Outlook:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a stage will take."""
+    """Estimated cost of a stage."""
 
     what: str
     """The work in a few words."""
     flops: float = 0
     bytes: int = 0
-    """Of the storage, at the most at once."""
+    """Peak use of the storage."""
     start_up_seconds: float = 5
-    """Loading and starting, beside what `flops` take."""
+    """Time to load and start, in addition to the time that `flops` take."""
     memory: ProcessMemory | None = None
-    """Main memory; None where it is not worth stating or models run on GPUs."""
+    """Main memory on CPUs; None if it is negligible."""
 
 
 def head_flops(architecture: Architecture) -> int:
-    """FLOPs of the output head for a token."""
+    """FLOPs of the language-model head per token."""
     return 2 * architecture.vocab_size * architecture.hidden_size
 
 
 def training_flops(outlook: Outlook, student: Architecture, tokens: int) -> float:
-    """Forward and backward of the student, the teacher's head, and the loss's second pass over the student's."""
-    seq = outlook.recipe.data.seq_length
-    return tokens * (3 * student.flops_per_token(seq) + head_flops(outlook.teacher))
+    """FLOPs of distilling `student` on `tokens` tokens from stored hidden states: its forward and backward pass and the
+    teacher's head."""
+    seq_length = outlook.recipe.data.seq_length
+    return tokens * (3 * student.flops_per_token(seq_length) + head_flops(outlook.teacher))

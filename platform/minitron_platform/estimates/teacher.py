@@ -1,4 +1,4 @@
-"""What the teacher costs, stored once or run in the distillation itself; and what the two cannot do."""
+"""Cost of the teacher in either value of `targets.mode`, and the settings of `targets` that the losses cannot use."""
 
 from __future__ import annotations
 
@@ -14,95 +14,115 @@ from minitron_platform.recipes.build import distillation_losses
 from minitron_platform.recipes.schema import Recipe
 
 MODES = ("stored", "online")
-ROW_BYTES = 4  # of a token
+TOKEN_BYTES = 4  # of a token ID in the packed rows
 
 
 @dataclass(frozen=True)
 class TeacherCost:
-    """Work and disk of a teacher: rows that are stored of it, FLOPs to make them, FLOPs of it in the distillations, bytes."""
+    """Compute and disk that the teacher costs in one of `MODES`."""
 
     rows: int
+    """Rows whose teacher outputs are stored."""
     stored_flops: float
+    """FLOPs to compute what is stored."""
     online_flops: float
+    """FLOPs of the teacher's forward passes during the full distillations."""
     bytes: int
+    """Size of what is stored."""
 
 
 def teacher_cost(
     recipe: Recipe, teacher: Architecture, losses: Mapping[str, Losses], value_bytes: int, mode: str
 ) -> TeacherCost:
-    """The cost in one of `MODES`, of the recipe's other keys as they are; `losses` by model of the family."""
-    data, search, seq = recipe.data, recipe.search.training, recipe.data.seq_length
-    train = data.train_rows
+    """Cost of `teacher` if the recipe's `targets.mode` were `mode`, one of `MODES`.
+
+    losses: by model of the family. value_bytes: bytes of a stored value.
+    """
+    seq_length = recipe.data.seq_length
+    search = recipe.search.training
+    train_rows = recipe.data.train_rows
+    heldout_rows = recipe.data.heldout_rows
     if mode == "online":
-        train = min(train, search.steps * search.batch_rows)
-    tokens = 0
+        train_rows = min(train_rows, search.steps * search.batch_rows)
+    online_tokens = 0
     for member in recipe.family:
         training = recipe.distillation(member)
-        if runs_beside(losses[member.model], mode):
-            tokens += training.steps * training.batch_rows * seq
-    forward = teacher.flops_per_token(seq)
+        if runs_live_teacher(losses[member.model], mode):
+            online_tokens += training.steps * training.batch_rows * seq_length
+    forward = teacher.flops_per_token(seq_length)
     return TeacherCost(
-        rows=train + data.heldout_rows,
-        stored_flops=float(forward * seq * (train + data.heldout_rows)),
-        online_flops=float(forward * tokens),
-        bytes=stored_bytes(train, seq, teacher.hidden_size, value_bytes, recipe.targets.top_k)
-        + stored_bytes(data.heldout_rows, seq, teacher.hidden_size, value_bytes),
+        rows=train_rows + heldout_rows,
+        stored_flops=float(forward * seq_length * (train_rows + heldout_rows)),
+        online_flops=float(forward * online_tokens),
+        bytes=stored_bytes(train_rows, seq_length, teacher.hidden_size, value_bytes, recipe.targets.top_k)
+        + stored_bytes(heldout_rows, seq_length, teacher.hidden_size, value_bytes),
     )
 
 
-def runs_beside(losses: Losses, mode: str) -> bool:
-    """Whether a distillation in one of `MODES` runs the teacher on every batch."""
+def runs_live_teacher(losses: Losses, mode: str) -> bool:
+    """Whether a distillation with `losses` runs the teacher on every batch when `targets.mode` is `mode`."""
     return losses.needs_live_teacher or (mode == "online" and losses.needs_teacher)
 
 
-def check_targets(recipe: Recipe, teacher: Architecture, found: dict[str, list[Architecture]]) -> None:
-    """Refuse likeliest tokens that the losses cannot use. Raises InputError."""
-    k, losses = recipe.targets.top_k, recipe.losses
-    if not k:
+def check_targets(recipe: Recipe, teacher: Architecture, candidates: Mapping[str, list[Architecture]]) -> None:
+    """Raise InputError for a `targets.top_k` that is too large or that the losses of a candidate cannot use.
+
+    candidates: by model of the family.
+    """
+    top_k = recipe.targets.top_k
+    losses = recipe.losses
+    if not top_k:
         return
-    if k > teacher.vocab_size:
-        raise InputError(f"targets.top_k: {k} of {teacher.vocab_size} tokens", f"use at most {teacher.vocab_size}")
+    if top_k > teacher.vocab_size:
+        raise InputError(
+            f"targets.top_k: {top_k} is more than the teacher's vocabulary of {teacher.vocab_size} tokens",
+            f"use at most {teacher.vocab_size}",
+        )
     if losses.logits != "forward_kl":
         raise InputError(
-            f"targets.top_k: {k} with losses.logits: {losses.logits}, which needs the whole distribution",
+            f"targets.top_k: {top_k} does not work with losses.logits: {losses.logits}, which needs the whole distribution",
             "use losses.logits=forward_kl, or leave targets.top_k out",
         )
-    if losses.top_k > k:
+    if losses.top_k > top_k:
         raise InputError(
-            f"losses.top_k: {losses.top_k} with targets.top_k: {k}, which is all that is stored",
-            f"use losses.top_k of at most {k}, or leave it out, or store {losses.top_k}",
+            f"losses.top_k: {losses.top_k} is more than targets.top_k: {top_k}, the number of tokens that are stored",
+            f"use losses.top_k of at most {top_k}, or leave it out, or raise targets.top_k to {losses.top_k}",
         )
     if recipe.targets.mode == "online":
         return
-    for depth in sorted({shape.num_layers for shapes in found.values() for shape in shapes}):
+    for depth in sorted({shape.num_layers for shapes in candidates.values() for shape in shapes}):
         if distillation_losses(recipe, replace(teacher, num_layers=depth), teacher)[0].needs_live_teacher:
             raise InputError(
-                f"targets.top_k: {k}, and the losses of a model with {depth} of {teacher.num_layers} layers "
-                "compare more of the teacher than its likeliest tokens",
+                f"targets.top_k: {top_k} stores only top-k logits, but the losses of a model with {depth} of "
+                f"{teacher.num_layers} layers also compare the teacher's intermediate states",
                 "use losses.hidden=[] without embedding, attention and mlp_input, or targets.mode=online",
             )
 
 
-def too_little_room(
+def disk_full_error(
     recipe: Recipe,
     teacher: Architecture,
-    costs: dict[str, TeacherCost],
+    missing: Mapping[str, TeacherCost],
     value_bytes: int,
-    place: str,
+    storage_path: str,
     needed: int,
     free: int,
 ) -> StorageError:
-    """The error for a run that needs more bytes than are free; `costs` by mode of what is to be stored, empty where it is
-    stored already."""
-    problem = f"{place}: the run needs about {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free"
-    remedies = ["free some space, choose another place with --storage"]
-    data, targets = recipe.data, recipe.targets
-    if costs:
-        row = stored_bytes(1, data.seq_length, teacher.hidden_size, value_bytes, targets.top_k)
-        fit = max(0, data.train_rows - math.ceil((needed - free) / (row + ROW_BYTES * data.seq_length)))
-        problem += f": {fit:,} of {data.train_rows:,} training rows fit, with what is stored of the teacher"
-        if targets.mode == "stored" and costs["stored"].bytes - costs["online"].bytes >= needed - free:
-            remedies.append("run the teacher in the distillation itself with targets.mode=online")
+    """The error for a run that needs more bytes than the disk has free, with the remedies that would be enough.
+
+    missing: cost of the teacher by mode; empty if its outputs are stored already. needed, free: bytes.
+    """
+    problem = f"{storage_path}: the run needs about {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free"
+    remedies = ["free some space, choose another location with --storage"]
+    train_rows = recipe.data.train_rows
+    if missing:
+        stored_row = stored_bytes(1, recipe.data.seq_length, teacher.hidden_size, value_bytes, recipe.targets.top_k)
+        packed_row = TOKEN_BYTES * recipe.data.seq_length
+        fit = max(0, train_rows - math.ceil((needed - free) / (stored_row + packed_row)))
+        problem += f": {fit:,} of {train_rows:,} training rows fit, with the teacher's stored outputs"
+        saved_online = missing["stored"].bytes - missing["online"].bytes
+        if recipe.targets.mode == "stored" and saved_online >= needed - free:
+            remedies.append("run the teacher during the distillation with targets.mode=online")
         remedies.append(f"lower data.train_rows to {fit}" if fit else "lower data.train_rows")
     else:
         remedies.append("lower data.train_rows")

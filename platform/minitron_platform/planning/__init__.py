@@ -1,1 +1,1 @@
-"""What a recipe will do and cost, and what of it cannot work, before anything starts."""
+"""The plan of a run: its estimated cost, and the refusal of what cannot work before anything starts."""

@@ -1,1 +1,1 @@
-"""Recipes: their keys, reading them, and what follows from a recipe alone."""
+"""Recipes: their keys, their files, and what can be derived from a recipe alone."""

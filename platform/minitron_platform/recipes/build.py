@@ -1,7 +1,7 @@
-"""From a recipe's sections to the method's settings: the one place where both are known.
+"""The only module that turns a recipe's sections into settings of `minitron` and `minitron_search`.
 
-A section that names its fields as the method does is handed over whole, so that a new field is said in two places: where it
-is a setting of the method, and where it is a key of the recipe. A test compares the two.
+A section whose fields have the names of the method's fields is passed on as a whole. A new field is therefore added twice,
+to the method's settings and to the recipe's section; a test compares the two.
 """
 
 from __future__ import annotations
@@ -25,28 +25,31 @@ from minitron_search.limits import Limits
 if TYPE_CHECKING:
     from minitron_search.benchmarks import Benchmarks
 
-# What compares more of the teacher than its logits, which is not stored.
+# Fields of `losses` that need intermediate states of the teacher, which are not stored.
 INTERMEDIATE = {"hidden", "hidden_loss", "embedding", "attention", "mlp_input", "alpha"}
 
 
 def text_source(data: schema.Data) -> TextSource:
+    """The text to pack."""
     return TextSource(**data.model_dump(include={field.name for field in fields(TextSource)}))
 
 
 def document_tokens(data: schema.Data, tokens: DocumentTokens) -> DocumentTokens:
-    """The tokens around a document: those of the teacher's tokenizer, `tokens`, as `data.add_bos` changes them.
+    """The special tokens around each document: `tokens`, those of the teacher's tokenizer, changed as `data.add_bos` says.
 
-    Raises InputError for a BOS token that the tokenizer does not have."""
+    Raises InputError if `data.add_bos` is true and the tokenizer has no BOS token.
+    """
     with prefixed("data."):
         return tokens.chosen(data.bos)
 
 
 def lm_eval_tasks(tasks: Iterable[schema.Task]) -> tuple[Task, ...]:
+    """The benchmarks to run."""
     return tuple(Task(**task.model_dump()) for task in tasks)
 
 
 def layer_scoring(calibrate: schema.Calibrate, num_layers: int, depths: Collection[int]) -> LayerScoring:
-    """How to score the layers of a model that has `num_layers` of them and may keep as many as any of `depths` says."""
+    """How to score the layers of a model that has `num_layers` layers and may be pruned to any of `depths`."""
     removed = sorted({num_layers - int(depth) for depth in depths if depth < num_layers})
     if not removed:
         return LayerScoring()
@@ -61,13 +64,16 @@ def layer_scoring(calibrate: schema.Calibrate, num_layers: int, depths: Collecti
 
 
 def layer_metric(calibrate: schema.Calibrate) -> str:
-    """What layers are ranked by, under its name in the scores."""
+    """Name of the metric that layers are ranked by, as in `ImportanceScores`."""
     return f"task:{calibrate.task.name}" if calibrate.task else calibrate.layers
 
 
 def pruning_source(calibrate: schema.Calibrate, *, folder: str, scores: str, dtype: str, rows: str) -> PruningSource:
-    """The checkpoint `folder` to prune by its importance `scores`; `rows` is the folder of packed rows on which it is scored
-    anew where pruning goes in steps."""
+    """The checkpoint to prune, and how.
+
+    folder: of the checkpoint. scores: file with its importance scores. dtype: name of the compute dtype. rows: folder of
+    packed rows that it is scored on again if it is pruned in several steps.
+    """
     return PruningSource(
         folder=folder,
         scores=scores,
@@ -80,6 +86,7 @@ def pruning_source(calibrate: schema.Calibrate, *, folder: str, scores: str, dty
 
 
 def recalibration(calibrate: schema.Calibrate, rows: str) -> Recalibration:
+    """How to score a model again between pruning steps; `rows` is the folder of packed rows."""
     return Recalibration(
         steps=calibrate.steps,
         rows=rows,
@@ -93,22 +100,25 @@ def recalibration(calibrate: schema.Calibrate, rows: str) -> Recalibration:
 
 
 def distill_config(training: schema.Training) -> DistillConfig:
-    # benchmarks during a training are run around the loop, not by it
+    """The hyperparameters of a training."""
+    # the training loop does not run benchmarks itself
     return DistillConfig(**training.model_dump(exclude={"evaluate_tasks_every"}))
 
 
 def logit_losses(recipe: schema.Recipe) -> Losses:
-    """The part of `losses` that is about logits: what candidates are compared on, from the stored teacher.
+    """The losses on logits alone, which candidates are trained with; they need only stored hidden states of the teacher.
 
-    Raises InputError for values that make no objective."""
+    Raises InputError for values that contradict each other.
+    """
     with prefixed("losses."):
         return Losses(**recipe.losses.model_dump(exclude=INTERMEDIATE) | {"top_k": _top_k(recipe)})
 
 
 def distillation_losses(recipe: schema.Recipe, student: Architecture, teacher: Architecture) -> tuple[Losses, str]:
-    """All losses for one student, and a sentence on why.
+    """All losses for the full distillation of `student`, and a sentence on why these.
 
-    Raises InputError for values that make no objective, and for layers that the student or the teacher does not have."""
+    Raises InputError for values that contradict each other, and for layers that the student or the teacher does not have.
+    """
     settings, reason = recipe.losses.model_dump(), "as the recipe says"
     if recipe.losses.hidden == "auto":
         default, reason = default_losses(student, teacher)
@@ -121,23 +131,24 @@ def distillation_losses(recipe: schema.Recipe, student: Architecture, teacher: A
 
 
 def _top_k(recipe: schema.Recipe) -> int:
-    """Top-k tokens that the losses use: those of `losses`, or all that are stored of the teacher."""
+    """Number of top-k tokens that the losses use: `losses.top_k`, or as many as are stored. 0: the whole vocabulary."""
     return recipe.losses.top_k or recipe.targets.top_k
 
 
 def limits(recipe: schema.Recipe, member: schema.Member) -> Limits | None:
-    """What a candidate for `member` may need at most; None for no limit."""
+    """Upper limits for a candidate for `member`; None without limits."""
     if member.limits is None:
         return None
     return Limits(**member.limits.model_dump() | {"context": member.limits.context or recipe.data.seq_length})
 
 
 def halving(search: schema.Search) -> Halving | None:
+    """The rule that stops candidates at rungs; None if all are distilled to the end."""
     return Halving(**search.halving.model_dump()) if search.halving else None
 
 
 def benchmarks(recipe: schema.Recipe, tokenizer: str) -> Benchmarks | None:
-    """The benchmarks of the best candidates, with the tokenizer of the checkpoint folder `tokenizer`; None for none."""
+    """The benchmarks to run on the best candidates; None without. `tokenizer` is the checkpoint folder of the tokenizer."""
     from minitron_search.benchmarks import Benchmarks
 
     evaluate = recipe.search.evaluate

@@ -1,4 +1,4 @@
-"""The recipe's file: read with overrides, checked, and written."""
+"""Reading and writing of recipe files, with overrides and errors that name the key."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from minitron_platform.recipes.schema import Recipe
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that also reads 6e-4 and 9e7 as numbers, which YAML 1.1 takes for text, and 29:13 as the text it is, which
-    YAML 1.1 takes for 29 minutes."""
+    """SafeLoader that reads 6e-4 and 9e7 as numbers and 29:13 as text; YAML 1.1 reads the former as text and the latter as a
+    time."""
 
 
 _NUMBERS = {
@@ -36,15 +36,16 @@ for _tag, _pattern in _NUMBERS.items():
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Recipes that come with the package, by name."""
+    """Paths of the recipes that are part of the package, by name."""
     folder = Path(str(importlib.resources.files("minitron_platform") / "recipes"))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """A shipped recipe by its name, or one of yours by its path, with `a.b=value` overrides applied.
+    """Read a shipped recipe by its name, or a recipe file by its path, and apply `overrides` such as "distill.steps=50".
 
-    Raises InputError naming the file, the key, the value and the remedy.
+    Raises InputError, naming the file, the key, the value and a remedy, for a file that cannot be read and for values that
+    are not valid.
     """
     shipped = shipped_recipes()
     path = shipped.get(name_or_path) or Path(name_or_path).expanduser()
@@ -60,32 +61,32 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})", "check its permissions") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML ({_one_line(error)})", "mend the line it names") from error
+        raise InputError(f"{path}: not valid YAML ({_one_line(error)})", "fix the line that is named") from error
     if not isinstance(values, dict):
-        raise InputError(f"{path}: holds no keys", "start from a recipe that ships: `minitron recipes`")
-    values = _unshared(values)
+        raise InputError(f"{path}: contains no keys", "start from a recipe that ships: `minitron recipes`")
+    values = _without_aliases(values)
     for override in overrides:
-        _override(values, override)
+        _apply_override(values, override)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise _explain(path, values, error) from error
+        raise _first_error(path, values, error) from error
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """The recipe in full, as `load_recipe` reads it."""
+    """The recipe with all its keys as YAML, which `load_recipe` reads."""
     return yaml.safe_dump(recipe.model_dump(by_alias=True), sort_keys=False)
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """The same recipe with its local paths independent of the working directory, to be sent elsewhere."""
+    """The recipe with its local paths made absolute, for a process with another working directory."""
     values = recipe.model_dump(by_alias=True)
     tasks = [*values["evaluate"]["tasks"], *filter(None, [values["calibrate"]["task"]])]
     tasks += (values["search"]["evaluate"] or {"tasks": []})["tasks"]
     paths = [(task, "data") for task in tasks]
     if recipe.data.kind != "hub" or local_path(recipe.data.path).exists():
         paths.append((values["data"], "path"))
-    if local_path(recipe.teacher.model).exists():  # else it is a hub name
+    if local_path(recipe.teacher.model).exists():  # otherwise it is a hub name
         paths.append((values["teacher"], "model"))
     for section, key in paths:
         value = section[key]
@@ -94,61 +95,66 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def _unshared(values: Any) -> Any:
-    """A copy in which what YAML anchors made one thing is several, so that an override changes only the one it names."""
+def _without_aliases(values: Any) -> Any:
+    """A copy in which YAML aliases are separate objects, so that an override of one does not change the others."""
     if isinstance(values, dict):
-        return {key: _unshared(value) for key, value in values.items()}
-    return [_unshared(value) for value in values] if isinstance(values, list) else values
+        return {key: _without_aliases(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_without_aliases(value) for value in values]
+    return values
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    """Change `values` as "KEY=VALUE" says; missing sections are created."""
     key, separator, text = override.partition("=")
     if not separator or not re.fullmatch(r"\w+(\.\w+)*", key):
         raise InputError(f"--set {override!r} is not KEY=VALUE", "write it as --set distill.steps=50")
     *parents, last = key.split(".")
-    place: Any = values
-    for index, parent in enumerate(parents):
-        place = _enter(place, parent, key) if index or parent in place else place.setdefault(parent, {})
+    section: Any = values
+    for parent in parents:
+        section = _subsection(section, parent, key)
     try:
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
         raise InputError(f"--set {override!r}: the value is not valid YAML ({_one_line(error)})", "quote it") from error
-    if isinstance(place, list):
-        place[_position(place, last, key)] = value
-    elif isinstance(place, dict):
-        place[last] = value
+    if isinstance(section, list):
+        section[_index(section, last, key)] = value
+    elif isinstance(section, dict):
+        section[last] = value
     else:
         raise InputError(f"--set {key}: {'.'.join(parents)} is a single value", "name a key of a section")
 
 
-def _enter(place: Any, part: str, key: str) -> Any:
-    if isinstance(place, list):
-        return place[_position(place, part, key)]
-    if not isinstance(place, dict):
-        raise InputError(f"--set {key}: there is no section above {part!r}", "see the recipe's keys in its file")
-    return place.setdefault(part, {})
+def _subsection(section: Any, name: str, key: str) -> Any:
+    """The part of `section` called `name`; `key` is the override's, for messages."""
+    if isinstance(section, list):
+        return section[_index(section, name, key)]
+    if not isinstance(section, dict):
+        raise InputError(f"--set {key}: there is no section above {name!r}", "see the recipe's keys in its file")
+    return section.setdefault(name, {})
 
 
-def _position(values: list[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(values):
-        raise InputError(f"--set {key}: {part!r} is not a position in a list of {len(values)}", "count from 0")
-    return int(part)
+def _index(values: list[Any], text: str, key: str) -> int:
+    if not text.isdigit() or int(text) >= len(values):
+        raise InputError(f"--set {key}: {text!r} is not an index of a list of {len(values)}", "count from 0")
+    return int(text)
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _explain(path: Path, values: dict[str, Any], error: ValidationError) -> InputError:
-    """The first thing that is wrong with `values`, as one sentence about a key."""
+def _first_error(path: Path, values: dict[str, Any], error: ValidationError) -> InputError:
+    """The first error in `values` as an error about a key, with the number of the others."""
 
-    def key_of(wrong: Any) -> str:
-        return ".".join(str(part) for part in _keys(values, wrong["loc"], missing=wrong["type"] == "missing"))
+    def key_of(detail: Any) -> str:
+        return ".".join(str(part) for part in _keys(values, detail["loc"], missing=detail["type"] == "missing"))
 
     first, *others = error.errors()
-    key, value = key_of(first), first["input"]
-    instead = [e for e in others if key_of(e) == key]  # of a union, what else could stand there
-    count = len(others) - len(instead)
+    key = key_of(first)
+    value = first["input"]
+    alternatives = [detail for detail in others if key_of(detail) == key]  # the other types of a union
+    count = len(others) - len(alternatives)
     more = f" (and {count} more)" if count else ""
     if first["type"] == "extra_forbidden":
         known = _known_keys(first["loc"][:-1])
@@ -156,17 +162,17 @@ def _explain(path: Path, values: dict[str, Any], error: ValidationError) -> Inpu
         hint = f"did you mean {close[0]!r}? " if close else ""
         return InputError(f"{path}: {key}: unknown key{more}", f"{hint}known here: {', '.join(known)}")
     if first["type"] == "missing":
-        return InputError(f"{path}: {key}: missing{more}", "add the key; the recipes that ship show every one")
+        return InputError(f"{path}: {key}: missing{more}", "add the key; docs/recipes.md describes it")
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    message += "".join(f", or {e['ctx']['expected']}" for e in instead if e["type"] == "literal_error")
+    message += "".join(f", or {e['ctx']['expected']}" for e in alternatives if e["type"] == "literal_error")
     if not first["loc"]:
         return InputError(f"{path}: family: {message}", "change the list of models")
     return InputError(f"{path}: {key}: {value!r} is not valid: {message}{more}", f"change {key}, or --set {key}=…")
 
 
 def _keys(values: Any, location: tuple[int | str, ...], *, missing: bool) -> Iterator[int | str]:
-    """What of pydantic's location of an error are keys and positions in `values`; the branches of a union are not."""
+    """The keys and indices in `values` of a pydantic error's location, without the names of union branches."""
     for number, part in enumerate(location, start=1):
         if isinstance(values, dict) and (part in values or (missing and number == len(location))):
             yield part
@@ -177,6 +183,7 @@ def _keys(values: Any, location: tuple[int | str, ...], *, missing: bool) -> Ite
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """The keys of the section at `location`; empty if there is no section."""
     model: Any = Recipe
     for part in location:
         if isinstance(part, int):

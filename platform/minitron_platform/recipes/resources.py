@@ -1,4 +1,4 @@
-"""A recipe's `resources` in numbers: what `auto` means with the GPUs that are there."""
+"""The recipe's `resources` with a number for every `auto`, chosen by the available GPUs."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from minitron_platform.recipes.schema import Recipe
 
-TRIALS_PER_GPU = 4  # of candidates that are small beside its memory: one alone would leave it idle half of the time
-CPU_WORKERS = 2  # without a GPU
+TRIALS_PER_GPU = 4  # of small candidates; a single one leaves the GPU idle half of the time
+CPU_WORKERS = 2  # training workers on a machine without a GPU
 
 
 @dataclass(frozen=True)
 class ResolvedResources:
-    """As `resources` of a recipe, with a number for every `auto`."""
+    """The recipe's `resources` with a number for every `auto`; the fields are the recipe's keys."""
 
     workers_per_trial: int
     cpus_per_trial: float
@@ -24,59 +24,67 @@ class ResolvedResources:
 
     @property
     def trial_share(self) -> dict[str, float]:
-        """What each process of a trial takes, by Ray's names."""
+        """Resources of each worker of a trial, by Ray's names."""
         return _share(self.cpus_per_trial, self.gpus_per_trial)
 
     @property
     def worker_share(self) -> dict[str, float]:
-        """What each training worker takes, by Ray's names."""
+        """Resources of each worker of the full distillation, by Ray's names."""
         return _share(self.cpus_per_worker, self.gpus_per_worker)
 
 
 def resolve(recipe: Recipe, gpus: int, *, small_trials: bool = False) -> ResolvedResources:
-    """The numbers for a machine or cluster with this many GPUs; those that the recipe gives stay.
+    """The resources of `recipe` on a machine or cluster with `gpus` GPUs; numbers that the recipe gives are kept.
 
-    With GPUs there is one training worker on each, and a trial has one too, or a quarter of it where `small_trials` says
-    that a GPU has memory for four. Without, trials and workers take CPUs. Where more processes work together than there are
-    GPUs they take CPUs as well, because those of NCCL cannot share one. No worker is without a row in a step.
+    With GPUs, each training worker and each worker of a trial has one; if `small_trials`, a GPU's memory fits
+    TRIALS_PER_GPU trials, and single-worker trials share it. Without GPUs they have CPUs only. So do workers that train
+    together and outnumber the GPUs, because NCCL does not let processes share a GPU. There are no more training workers
+    than rows in a step.
     """
     given = recipe.resources
-    workers = _workers(recipe, gpus) if given.workers == "auto" else given.workers
-    per_worker, per_trial = given.gpus_per_worker, given.gpus_per_trial
-    if per_worker == "auto":
-        per_worker = 1 if workers <= gpus else 0
-    if per_trial == "auto":
-        whole = 1 / TRIALS_PER_GPU if small_trials and given.workers_per_trial == 1 else 1
-        per_trial = whole if given.workers_per_trial <= gpus else 0
+    workers = _auto_workers(recipe, gpus) if given.workers == "auto" else given.workers
+    gpus_per_worker = given.gpus_per_worker
+    if gpus_per_worker == "auto":
+        gpus_per_worker = 1 if workers <= gpus else 0
+    gpus_per_trial = given.gpus_per_trial
+    if gpus_per_trial == "auto" and given.workers_per_trial > gpus:
+        gpus_per_trial = 0
+    elif gpus_per_trial == "auto":
+        gpus_per_trial = 1 / TRIALS_PER_GPU if small_trials and given.workers_per_trial == 1 else 1
     return ResolvedResources(
         workers_per_trial=given.workers_per_trial,
         cpus_per_trial=given.cpus_per_trial,
-        gpus_per_trial=per_trial,
+        gpus_per_trial=gpus_per_trial,
         workers=workers,
         cpus_per_worker=given.cpus_per_worker,
-        gpus_per_worker=per_worker,
+        gpus_per_worker=gpus_per_worker,
         max_failures=given.max_failures,
     )
 
 
-def _workers(recipe: Recipe, gpus: int) -> int:
-    each, rows = recipe.resources.gpus_per_worker, _fewest_rows(recipe)
-    if not gpus or each == 0:
-        return min(CPU_WORKERS, rows)
-    return min(rows, max(1, gpus if each == "auto" else int(gpus / max(1, each))))
+def _auto_workers(recipe: Recipe, gpus: int) -> int:
+    """Number of training workers if the recipe leaves it open."""
+    gpus_per_worker = recipe.resources.gpus_per_worker
+    max_workers = _smallest_batch(recipe)
+    if not gpus or gpus_per_worker == 0:
+        return min(CPU_WORKERS, max_workers)
+    if gpus_per_worker == "auto":
+        return min(gpus, max_workers)
+    return min(max(1, int(gpus / max(1, gpus_per_worker))), max_workers)
 
 
-def left_idle(recipe: Recipe, resources: ResolvedResources, gpus: int) -> list[str]:
-    """Why GPUs that are there stay idle, though the recipe left it to `auto`."""
+def idle_gpu_warnings(recipe: Recipe, resources: ResolvedResources, gpus: int) -> list[str]:
+    """Warnings about workers that are left on CPUs on a machine with `gpus` GPUs, because they outnumber them."""
     given = recipe.resources
+    settings = (
+        ("workers_per_trial", given.workers_per_trial, given.gpus_per_trial, resources.gpus_per_trial, ""),
+        ("workers", given.workers, given.gpus_per_worker, resources.gpus_per_worker, ", or leave it out,"),
+    )
     return [
-        f"resources.{key}: {count} cannot share {gpus} GPU{'s' if gpus > 1 else ''}, so that they train on CPUs; "
-        f"lower it to {gpus}{remedy} to use {'them' if gpus > 1 else 'it'}"
-        for key, count, wanted, chosen, remedy in (
-            ("workers_per_trial", given.workers_per_trial, given.gpus_per_trial, resources.gpus_per_trial, ""),
-            ("workers", given.workers, given.gpus_per_worker, resources.gpus_per_worker, ", or leave it out,"),
-        )
-        if gpus and wanted == "auto" and not chosen
+        f"resources.{key}: {count} workers cannot share {gpus} GPU{'s' if gpus > 1 else ''}, so they train on CPUs; "
+        f"lower it to {gpus}{alternative} to use {'them' if gpus > 1 else 'it'}"
+        for key, count, requested_gpus, chosen_gpus, alternative in settings
+        if gpus and requested_gpus == "auto" and not chosen_gpus
     ]
 
 
@@ -84,8 +92,8 @@ def _share(cpus: float, gpus: float) -> dict[str, float]:
     return {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
 
 
-def _fewest_rows(recipe: Recipe) -> int:
-    """Rows in the smallest step of the trainings that the workers do together."""
+def _smallest_batch(recipe: Recipe) -> int:
+    """The smallest number of rows in a step of any training that the workers do together."""
     trainings = [recipe.distillation(member) for member in recipe.family]
     if correction := recipe.correction():
         trainings.append(correction)

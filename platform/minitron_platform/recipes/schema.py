@@ -1,4 +1,4 @@
-"""The recipe: one YAML file that says everything about a run, typed and strict about unknown keys."""
+"""The recipe: every setting of a run, typed; unknown keys are refused. docs/recipes.md describes each key."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from minitron_platform.tracking.aliases import check_alias
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 Positive = Annotated[int, Field(ge=1)]
 Limit = Annotated[float, Field(gt=0)]
-LONGEST_AXIS = 10_000  # values; a range with more is a slip
+LONGEST_AXIS = 10_000  # values of a range; more than that is a mistake
 
 
 class _Section(BaseModel):
@@ -19,7 +19,8 @@ class _Section(BaseModel):
 
 
 class Teacher(_Section):
-    """The model to distil from: a folder, a .gguf file, `package:NAME/FILE` inside a Python package, or a hub name."""
+    """The model to distil from. `model` is a folder, a .gguf file, `package:NAME/FILE` inside a Python package, or a hub
+    name; `dtype` is the dtype that all models of the run compute in."""
 
     model: str
     revision: str | None = None
@@ -27,8 +28,11 @@ class Teacher(_Section):
 
 
 class Data(_Section):
-    """Text, packed once into rows. `path` may be any fsspec path. `add_bos` says whether a beginning-of-sequence token stands
-    before every document, and at the start of every row and benchmark request; `auto` does as the teacher's tokenizer."""
+    """The text, packed once into rows of `seq_length` tokens. `path` may be any fsspec path.
+
+    `add_bos`: whether a beginning-of-sequence token precedes every document, and starts every row and benchmark request;
+    `auto` follows the teacher's tokenizer.
+    """
 
     kind: Literal["python-docs", "text", "jsonl", "parquet", "hub"]
     path: str = ""
@@ -44,12 +48,12 @@ class Data(_Section):
 
     @property
     def bos(self) -> bool | None:
-        """`add_bos` as the library takes it."""
+        """`add_bos` as the method's functions expect it: None for `auto`."""
         return None if self.add_bos == "auto" else self.add_bos
 
 
 class Task(_Section):
-    """An lm-eval task. `data` is a local folder or `package:NAME/FOLDER`; without it the task's own hub dataset is used."""
+    """An lm-eval task. `data` is a local folder or `package:NAME/FOLDER`; by default the task's own hub dataset is used."""
 
     name: str
     data: str | None = None
@@ -58,10 +62,14 @@ class Task(_Section):
 
 
 class Calibrate(_Section):
-    """Importance scores. `layers` says how layers are ranked: by the loss or the logits' error without them, by the accuracy
-    lost on `task`, or by the cosine of the residual stream alone. `depth`: the least important contiguous block goes, the
-    least important single layers (`scattered`), or one after the other, measured anew each time (`iterative`). `steps`: prune
-    in so many steps, scoring every candidate anew before each; `merge_heads` adds removed query heads to those that stay."""
+    """Importance scores, which decide what pruning removes.
+
+    `layers`: what layers are ranked by, the loss or the error of the logits without them, the accuracy lost on `task`, or
+    the cosine similarity between their input and output. `depth`: remove the least important contiguous block of layers,
+    the least important single layers (`scattered`), or one layer at a time with new scores after each (`iterative`).
+    `steps`: number of pruning steps; before each, every candidate is scored again. `merge_heads`: sign with which removed
+    query heads are added to kept ones; 0 removes them.
+    """
 
     rows: Positive
     batch_aggregation: Literal["l2", "mean", "var"] = "l2"
@@ -76,9 +84,12 @@ class Calibrate(_Section):
 
 
 class Losses(_Section):
-    """What distillation minimises. `hidden: auto` adds hidden-state and embedding losses where more than a third of the
-    layers go, as the papers do; a list such as ["last-2:last-2"] (teacher:student) adds them always, [] never. The search
-    compares its candidates on the part of it that is about logits."""
+    """The distillation losses.
+
+    `hidden: auto` adds losses on hidden states and embeddings if more than a third of the layers are removed, as in the
+    papers; a list of layer maps such as ["last-2:last-2"] (teacher:student) adds them always, [] never. The search trains
+    its candidates on the loss on logits alone.
+    """
 
     logits: Literal["forward_kl", "reverse_kl", "jensen_shannon", "mse", "cosine", "none"] = "forward_kl"
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -93,10 +104,14 @@ class Losses(_Section):
 
 
 class Targets(_Section):
-    """What distillations learn of the teacher. `stored`: its hidden states of every row, computed once; `online`: the full
-    distillation runs it on every batch, and only the rows of the search are stored. With `top_k` only so many likeliest
-    tokens of the training rows are. `teacher` says how it is run in the distillation: whole in every worker (`replicated`),
-    its layers split over them (`sharded`), or split where the whole does not fit on the GPU (`auto`)."""
+    """How distillations get the teacher's outputs.
+
+    `stored`: final hidden states of every row, computed once. `online`: the full distillation runs the teacher on every
+    batch; only the search reads stored outputs. `top_k`: for training rows, store the logits of the top-k tokens instead of
+    hidden states; 0 stores hidden states. `teacher`: how a distillation that runs the teacher loads it, whole in every
+    worker (`replicated`), its layers split over the workers (`sharded`), or split only if it does not fit on the GPU beside
+    the student (`auto`).
+    """
 
     mode: Literal["stored", "online"] = "stored"
     top_k: Annotated[int, Field(ge=0)] = 0
@@ -104,9 +119,13 @@ class Targets(_Section):
 
 
 class Training(_Section):
-    """A training: steps of `batch_rows` rows, warm-up, then cosine or `wsd`, which decays in the last `decay_share`.
-    Every `evaluate_every` steps the held-out rows are measured, every `evaluate_tasks_every` the tasks of `evaluate`.
-    `shard` splits weights and optimizer over the workers."""
+    """Hyperparameters of a training: `steps` of `batch_rows` rows in all workers together.
+
+    The learning rate warms up linearly, then follows a cosine or `wsd`, which decays in the last share `decay_share` of the
+    steps. `evaluate_every`: steps between measurements on the held-out rows; `evaluate_tasks_every`: between runs of the
+    tasks of `evaluate`; `checkpoint_every`: between checkpoints; 0 for never. `shard`: split weights and optimizer state
+    over the workers.
+    """
 
     steps: Positive
     batch_rows: Positive
@@ -129,11 +148,14 @@ class Training(_Section):
 
 
 class Correct(_Section):
-    """Teacher correction: plain cross-entropy on the text before distilling from the teacher (arXiv 2408.11796). `measured`
-    looks at the held-out loss after `probe_steps` (default: a tenth of them, and twice the warm-up at least), goes on only if
-    it fell by `min_gain` nats per token, and takes the corrected teacher only if the whole training gained as much; `always`
-    takes it as it comes out. Without a `training` it is that of `distill`, at a fifth of its rates and with 120 warm-up
-    steps, or a quarter of the steps where they are few."""
+    """Teacher correction: fine-tuning the teacher on the text with cross-entropy before distilling from it (arXiv
+    2408.11796).
+
+    `measured` continues after `probe_steps` (default: a tenth of the steps, but at least twice the warm-up) only if the
+    held-out loss has fallen by `min_gain` nats per token, and keeps the corrected teacher only if it has fallen by as much
+    in the end; `always` keeps it in any case. `training` is by default that of `distill` at a fifth of its learning rates,
+    with 120 warm-up steps or a quarter of the steps, whichever is less.
+    """
 
     when: Literal["measured", "always"] = "measured"
     method: Literal["full", "norms", "lora"] = "full"
@@ -144,14 +166,14 @@ class Correct(_Section):
 
 
 class Forward(_Section):
-    """A first look at every candidate: exact held-out KL without any training. The best `keep` by it are distilled."""
+    """Scoring of every candidate before training, by its held-out KL to the teacher; only the best `keep` are distilled."""
 
     keep: Positive
 
 
 class Sampler(_Section):
-    """For spaces too large to enumerate: so many of the architectures are scored before any training, the points and what
-    Optuna's sampler proposes from the scores so far. The same `seed` gives the same candidates."""
+    """Sampling of a space that is too large to enumerate: `candidates` architectures are scored before training, the recipe's
+    points and those that Optuna proposes from the scores so far. The same `seed` gives the same candidates."""
 
     candidates: Positive
     seed: Annotated[int, Field(ge=0)] = 0
@@ -165,18 +187,22 @@ class Benchmarked(_Section):
 
 
 class Halving(_Section):
-    """At every rung from the share `grace` of the short run on, the best share `keep` of the candidates goes on; with
-    `stable`, at every rung that finds them in the order of the measurement before it (Kendall's tau of at least 0.9)."""
+    """Successive halving: at every rung from the share `grace` of the short run on, the best share `keep` of the candidates
+    continues. With `grace: stable`, at every rung whose ranking agrees with that of the measurement before it (Kendall's
+    tau of at least 0.9)."""
 
     keep: Annotated[float, Field(gt=0, lt=1)] = 0.5
     grace: Annotated[float, Field(ge=0, lt=1)] | Literal["stable"] = 0.75
 
 
 class Search(_Section):
-    """The short distillation that every candidate gets; they are ranked on the first `heldout_rows` held-out rows (default:
-    all), and measured on them at `rungs` too, shares of the short run. With `forward` only the best before training are
-    distilled, of a `sampler`'s proposals where the space is too large to enumerate; with `halving` the worse are stopped at
-    rungs. By default all are distilled to the end. `evaluate` adds benchmarks of the best, which do not decide."""
+    """The search: a short distillation of every candidate, which are ranked by their held-out KL to the teacher.
+
+    It is measured on the first `heldout_rows` held-out rows (default: all), after the shares `rungs` of the short run and
+    at its end. `forward` distils only the candidates that are best before training, `sampler` samples spaces that are too
+    large to enumerate, and `halving` stops the worse candidates at rungs; by default all are distilled to the end.
+    `evaluate` runs benchmarks of the best candidates, for information only.
+    """
 
     heldout_rows: Positive | None = None
     rungs: list[Annotated[float, Field(gt=0, lt=1)]] = [0.5, 0.75]
@@ -188,16 +214,16 @@ class Search(_Section):
 
 
 def _values(given: Any) -> Any:
-    """{from, to, step}, both ends included, as the list of its values; anything else as it is."""
+    """The values of a range {from, to, step} including both ends; anything else unchanged."""
     if not isinstance(given, dict):
         return given
     if set(given) != {"from", "to", "step"}:
-        raise ValueError("a range has the keys from, to and step")
+        raise ValueError("a range needs the keys from, to and step, and no others")
     first, last, step = given["from"], given["to"], given["step"]
     if not all(isinstance(value, int | float) for value in (first, last, step)):
-        raise ValueError("from, to and step are numbers")
+        raise ValueError("from, to and step must be numbers")
     if step <= 0 or last < first or (last - first) / step >= LONGEST_AXIS:
-        raise ValueError(f"a range goes up from `from` to `to` in at most {LONGEST_AXIS:,} steps")
+        raise ValueError(f"a range must go up from `from` to `to`, in at most {LONGEST_AXIS:,} steps")
     count = int((last - first) / step + 1e-9) + 1
     return [round(first + index * step, 9) for index in range(count)]
 
@@ -206,9 +232,9 @@ Values = Annotated[list[int | float], BeforeValidator(_values)]
 
 
 class Limits(_Section):
-    """What a candidate may need at most to serve `batch` sequences of `context` tokens (default: data.seq_length): FLOPs of
-    a forward pass per token, bytes of KV cache, bytes of weights and KV cache, at 16 bits a value; and milliseconds to their
-    first tokens, measured where trials run."""
+    """Upper limits for a candidate that serves `batch` sequences of `context` tokens (default: data.seq_length) in 16 bits:
+    FLOPs of a forward pass per token, bytes of the KV cache, bytes of weights and KV cache, and milliseconds to the first
+    token of the batch, which is measured on the hardware that trials run on."""
 
     context: Positive | None = None
     batch: Positive = 1
@@ -219,10 +245,13 @@ class Limits(_Section):
 
 
 class Member(_Section):
-    """One model of the family: the name it is registered under, its size within a relative tolerance, and the space of
-    architectures to look for it in, each axis a list or a range {from, to, step}. `points` are shapes that are tried first
-    and always distilled. It is cut from the teacher, or from the family's model before it; either way it is distilled from
-    the teacher. `distill` replaces the recipe's for this one."""
+    """One model of the family.
+
+    `model`: the name it is registered under. `parameters`: its size, within the relative `tolerance`. `space`: values of
+    each axis to search, as a list or a range {from, to, step}. `points`: shapes that are always among the candidates and
+    always distilled. `start`: the model it is pruned from, the teacher or the `previous` one of the family; it is distilled
+    from the teacher in either case. `distill`: replaces the recipe's `distill` for this model.
+    """
 
     model: Annotated[str, Field(pattern=NAME)]
     start: Literal["teacher", "previous"] = "teacher"
@@ -235,19 +264,21 @@ class Member(_Section):
 
 
 class Evaluate(_Section):
+    """The final evaluation: lm-eval tasks, and the number of requests in a batch."""
+
     tasks: list[Task] = []
     batch_rows: Positive = 8
 
 
 class Register(_Section):
-    """The alias that new versions get in the MLflow registry."""
+    """Registration: the alias that a new version gets in the MLflow registry."""
 
     alias: Annotated[str, AfterValidator(check_alias)] = "candidate"
 
 
 class Resources(_Section):
-    """What each worker of a trial and each training worker takes; `workers` distil the winner together. `auto` goes by the
-    GPUs that are there: `minitron_platform.recipes.resources` says how."""
+    """CPUs and GPUs of each worker of a trial and of each worker of the full distillation, which `workers` of them do
+    together. `auto` depends on the available GPUs, see `minitron_platform.recipes.resources`."""
 
     workers_per_trial: Positive = 1
     cpus_per_trial: Annotated[float, Field(gt=0)] = 1
@@ -259,7 +290,7 @@ class Resources(_Section):
 
 
 class Recipe(_Section):
-    """One run, in full."""
+    """All settings of one run."""
 
     name: Annotated[str, Field(pattern=NAME)]
     description: str = ""
@@ -278,30 +309,37 @@ class Recipe(_Section):
     resources: Resources = Resources()
 
     def distillation(self, member: Member) -> Training:
-        """The full distillation of one of the family."""
+        """Hyperparameters of the full distillation of `member`."""
         return member.distill or self.distill
 
     @model_validator(mode="after")
-    def _names_differ(self) -> Recipe:
+    def _check_family(self) -> Recipe:
         names = [member.model for member in self.family]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"two models are called {twice!r}")
+        duplicate = next((name for name in names if names.count(name) > 1), None)
+        if duplicate:
+            raise ValueError(f"two models are called {duplicate!r}")
         if self.family[0].start == "previous":
-            raise ValueError(f"nothing comes before {names[0]!r}, so that it cannot start from what is previous")
+            raise ValueError(f"{names[0]!r} is the first model, so it cannot start from the previous one")
         return self
 
     def correction(self) -> Training | None:
-        """The training of the teacher's correction, if one is asked for."""
-        if self.correct is None or self.correct.training:
-            return self.correct.training if self.correct else None
-        like = self.distill
-        rates = {"peak_lr": like.peak_lr / 5, "min_lr": like.min_lr / 5, "warmup_steps": min(120, like.steps // 4)}
-        return like.model_copy(update={**rates, "evaluate_tasks_every": 0})
+        """Hyperparameters of the teacher's correction; None without a correction."""
+        if self.correct is None:
+            return None
+        if self.correct.training:
+            return self.correct.training
+        changes = {
+            "peak_lr": self.distill.peak_lr / 5,
+            "min_lr": self.distill.min_lr / 5,
+            "warmup_steps": min(120, self.distill.steps // 4),
+            "evaluate_tasks_every": 0,
+        }
+        return self.distill.model_copy(update=changes)
 
     def key(self, member: Member) -> str:
-        """The key of one of the family, as messages name it."""
+        """The recipe key of `member`, for messages."""
         return f"family.{self.family.index(member)}"
 
     def origin(self, member: Member) -> Member | None:
-        """The family's model that a later one is cut from; None where it is cut from the teacher."""
+        """The model of the family that `member` is pruned from; None if it is pruned from the teacher."""
         return self.family[self.family.index(member) - 1] if member.start == "previous" else None

@@ -1,4 +1,4 @@
-"""How far the candidates of a recipe's search are trained, from its `search` section alone."""
+"""How long the candidates of a search are trained, derived from the recipe's `search` section alone."""
 
 from __future__ import annotations
 
@@ -12,44 +12,47 @@ from minitron_search.halving import Halving, kept, planned_steps, rung_steps
 
 @dataclass(frozen=True, eq=False)
 class SearchSchedule:
+    """Steps and rungs of the short distillations of a search."""
+
     search: Search
 
     @property
     def steps(self) -> int:
-        """Training steps of a candidate that no rung stops."""
+        """Training steps of a candidate that is not stopped at a rung."""
         return self.search.training.steps
 
     @cached_property
     def rungs(self) -> tuple[int, ...]:
-        """The steps before the last after which candidates are measured."""
+        """The steps after which candidates are measured, without the last."""
         return rung_steps(self.search.rungs, self.steps)
 
     @cached_property
     def halving(self) -> Halving | None:
-        """The rule that stops candidates at rungs; None if all are trained to the end."""
+        """The rule that stops candidates at rungs; None if all are distilled to the end."""
         return build.halving(self.search)
 
     @cached_property
     def stop_rungs(self) -> list[int]:
-        """The rungs at which candidates are certain to be stopped."""
+        """The rungs at which candidates are stopped whatever is measured; empty if that depends on the measurements."""
         if self.halving is None or self.halving.grace == "stable":
             return []
         return self.halving.stop_rungs(self.rungs, self.steps)
 
     def distilled(self, candidates: int, points: int) -> int:
-        """Number of candidates that are trained at all, at most, of which `points` are named by the recipe."""
+        """Maximum number of candidates that are distilled, of `candidates` in all and `points` that the recipe lists."""
         forward = self.search.forward
         return min(candidates, forward.keep + points) if forward else candidates
 
     def total_steps(self, distilled: int) -> int:
-        """Training steps of all candidates together."""
+        """Training steps of all candidates together, if `distilled` candidates are distilled."""
         return planned_steps(distilled, self.steps, self.stop_rungs, self._keep)
 
     def to_end(self, distilled: int) -> int:
-        """Number of candidates that are trained to the end."""
+        """Number of candidates that survive every rung, of `distilled`."""
+        survivors = distilled
         for _ in self.stop_rungs:
-            distilled = kept(distilled, self._keep)
-        return distilled
+            survivors = kept(survivors, self._keep)
+        return survivors
 
     @property
     def _keep(self) -> float:

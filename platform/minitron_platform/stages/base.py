@@ -1,4 +1,4 @@
-"""What the family's current model is cut from."""
+"""The model that the family's current model is pruned from."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ from minitron_platform.stages.teacher import Teacher
 
 @dataclass(frozen=True)
 class PruningBase:
-    """A checkpoint folder, its identity and its shape."""
+    """A checkpoint to prune."""
 
     folder: str
+    """Of the checkpoint."""
     id: str
+    """Content address of the model."""
     architecture: Architecture
 
 
 def pruning_base(state: RunState) -> PruningBase:
-    """The teacher, corrected if the recipe corrects it, or the finished student before the current one in the family."""
-    if before := state.recipe.origin(state.member):
-        student = state.student(before)
+    """The model that the current one is pruned from: the teacher, corrected if the recipe says so, or the finished student
+    before it in the family."""
+    previous = state.recipe.origin(state.member)
+    if previous:
+        student = state.student(previous)
         return PruningBase(student.student, student.id, student.architecture)
     correct = state.output(Correct)
     return PruningBase(correct.folder, correct.id, state.output(Teacher).architecture)

@@ -1,6 +1,6 @@
-"""Calibrate: importance scores for every axis of what the next model is cut from, without any gradient.
+"""Calibrate: importance scores for every axis of the model to prune, from forward passes alone.
 
-A corrected teacher is scored as it was before: correction doesn't change which weights to prune (arXiv 2408.11796).
+The teacher is scored before its correction, which does not change what should be pruned (arXiv 2408.11796).
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ from minitron_platform.stages.teacher import Teacher
 
 class CalibrateOutput(StageOutput):
     scores: ArtifactPath
-    """Importance scores, as `minitron.ImportanceScores` saves them."""
+    """File of importance scores, as `minitron.ImportanceScores` saves them."""
     id: str
-    """Of all that decides what a candidate keeps, whichever other depths were measured beside its own."""
+    """Content address of the scores and settings that decide what a candidate keeps; it does not depend on which depths other
+    candidates have."""
     removed: dict[str, list[int]]
-    """Layers that go, by the number that is left."""
+    """Layers that are removed, by the number of layers that are left."""
 
 
 class Calibrate(Stage[CalibrateOutput]):
@@ -49,7 +50,7 @@ class Calibrate(Stage[CalibrateOutput]):
 
     def inputs(self, state: RunState) -> dict[str, Any]:
         return {
-            "model": _scored_model(state)[1],
+            "model": _model_to_score(state)[1],
             "dtype": state.output(Teacher).dtype,
             "rows": state.output(Data).train,
             "calibrate": state.recipe.calibrate.model_dump(exclude={"steps", "merge_heads"}),
@@ -59,65 +60,64 @@ class Calibrate(Stage[CalibrateOutput]):
 
     def estimate(self, outlook: Outlook, member: schema.Member | None) -> Estimate:
         assert member is not None
-        settings, seq = outlook.recipe.calibrate, outlook.recipe.data.seq_length
+        settings = outlook.recipe.calibrate
+        seq_length = outlook.recipe.data.seq_length
         base = outlook.base(member)
         depths = {shape.num_layers for shape in outlook.shapes(member)}
         scoring = layer_scoring(settings, base.num_layers, depths)
         passes = 0.0
-        if scoring.metric in ("loss", "logit_error"):  # a task's documents are not known here
-            # on average half of the layers are behind a removed block
+        if scoring.metric in ("loss", "logit_error"):  # the length of a task's documents is not known here
+            # only the layers behind a removed block are run again, half of them on average
             passes = scoring.passes(base.num_layers, scoring.rows or 0) / 2
         return Estimate(
             f"{settings.rows} rows, layers by {settings.layers}, {settings.depth}",
-            flops=base.flops_per_token(seq) * seq * (settings.rows + passes),
+            flops=base.flops_per_token(seq_length) * seq_length * (settings.rows + passes),
             bytes=4 * base.num_layers * base.intermediate_size,
             memory=calibration_memory(outlook.recipe, outlook.teacher, outlook.value_bytes),
         )
 
     def run(self, context: Context, folder: str) -> CalibrateOutput:
         settings = context.recipe.calibrate
-        folder_of_model, model_id = _scored_model(context)
+        model_folder, model_id = _model_to_score(context)
         teacher = context.output(Teacher)
         target = storage.join(folder, "scores.safetensors")
         context.console.status("loading the model")
-        model = load_model(storage.fetch(folder_of_model), DTYPES[teacher.dtype]).to(device())
+        model = load_model(storage.fetch(model_folder), DTYPES[teacher.dtype]).to(device())
         rows = Rows.open(context.output(Data).folder, "train")
-        total = pruning_base(context).architecture.num_layers
+        num_layers = pruning_base(context).architecture.num_layers
+        depths = _depths(context)
         scores = estimate_importance(
             model,
             calibration_rows(settings, rows),
             batch_aggregation=settings.batch_aggregation,
             sequence_aggregation=settings.sequence_aggregation,
             neurons=settings.neurons,
-            layers=layer_scoring(settings, total, _depths(context)),
+            layers=layer_scoring(settings, num_layers, depths),
             tokenizer=load_tokenizer(storage.fetch(teacher.folder)) if settings.task else None,
             add_bos=context.recipe.data.bos,
             progress=context.console.counter("row passes"),
         )
         scores.provenance.update(model=model_id, rows_id=rows.fingerprint)
-        with tempfile.TemporaryDirectory() as place:
-            file = Path(place) / "scores.safetensors"
+        with tempfile.TemporaryDirectory() as temporary_folder:
+            file = Path(temporary_folder) / "scores.safetensors"
             scores.save(file)
             storage.write_bytes(target, file.read_bytes())
-        removed = {
-            depth: sorted(
-                set(range(total))
-                - set(kept_layers(scores, total, depth, how=settings.depth, metric=layer_metric(settings)))
-            )
-            for depth in _depths(context)
-        }
-        chosen = "; ".join(f"{depth} left: {_spans(layers)}" for depth, layers in removed.items())
+        removed: dict[str, list[int]] = {}
+        for depth in depths:
+            kept = kept_layers(scores, num_layers, depth, how=settings.depth, metric=layer_metric(settings))
+            removed[str(depth)] = sorted(set(range(num_layers)) - set(kept))
+        least_important = "; ".join(f"for {depth} layers remove {_spans(layers)}" for depth, layers in removed.items())
         return CalibrateOutput(
             scores=target,
             id=_identity(scores, settings),
-            removed={str(depth): layers for depth, layers in removed.items()},
+            removed=removed,
             summary=f"{settings.rows} rows"
-            + (f" · layers that matter least, by {settings.layers}: {chosen}" if chosen else ""),
+            + (f" · least important layers by {settings.layers}: {least_important}" if least_important else ""),
         )
 
 
-def _scored_model(state: RunState) -> tuple[str, str]:
-    """Folder and identity of the model that is scored."""
+def _model_to_score(state: RunState) -> tuple[str, str]:
+    """Checkpoint folder and content address of the model that is scored."""
     if state.recipe.origin(state.member):
         base = pruning_base(state)
         return base.folder, base.id
@@ -126,34 +126,35 @@ def _scored_model(state: RunState) -> tuple[str, str]:
 
 
 def _task_identity(settings: schema.Calibrate) -> Any:
-    """What the figures of `layers: task` depend on beside the recipe."""
+    """What the scores of `layers: task` depend on in addition to the recipe: lm-eval's version and the documents."""
     if settings.task is None:
         return None
     return [version("lm_eval"), documents_identity(settings.task.data) if settings.task.data else None]
 
 
 def _depths(state: RunState) -> list[int]:
-    """Numbers of layers that the current model may keep, fewer than there are."""
-    total = pruning_base(state).architecture.num_layers
-    named = [*state.member.space.get("num_layers", [])]
-    named += [point["num_layers"] for point in state.member.points if "num_layers" in point]
-    return sorted({int(depth) for depth in named if depth < total})
+    """Numbers of layers that candidates for the current model may have, less than those of the model they are pruned from."""
+    num_layers = pruning_base(state).architecture.num_layers
+    depths = [*state.member.space.get("num_layers", [])]
+    depths += [point["num_layers"] for point in state.member.points if "num_layers" in point]
+    return sorted({int(depth) for depth in depths if depth < num_layers})
 
 
 def calibration_rows(settings: schema.Calibrate, rows: Rows) -> Tensor:
-    """Training rows drawn at random, always the same."""
+    """The rows to calibrate on, int64 [rows, seq_length]: training rows drawn at random with a fixed seed."""
     return rows.take(rows_for_step(len(rows), min(settings.rows, len(rows)), 0, seed=0))
 
 
 def _identity(scores: ImportanceScores, settings: schema.Calibrate) -> str:
-    """A name of all that decides what a candidate keeps, whichever other depths were measured beside its own."""
+    """Content address of everything that decides what a candidate keeps. The layers' scores are not part of it: they follow
+    from the model and the settings, and which depths were measured depends on the other candidates."""
     widths = [scores.heads, scores.neurons, scores.channels, *([] if scores.experts is None else [scores.experts])]
     digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in widths)).hexdigest()
     return storage.fingerprint({"widths": digest, "calibrate": settings.model_dump(), "task": _task_identity(settings)})
 
 
 def _spans(layers: list[int]) -> str:
-    """[3, 4, 5, 9] as 3-5, 9."""
+    """Layers as text: [3, 4, 5, 9] as "3-5, 9"."""
     spans: list[list[int]] = []
     for layer in layers:
         if spans and layer == spans[-1][1] + 1:

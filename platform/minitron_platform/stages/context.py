@@ -1,4 +1,4 @@
-"""What a stage works with while it runs: the run's state, and the services of the process that carries it out."""
+"""The state of a run together with the services that a stage needs while it runs."""
 
 from __future__ import annotations
 
@@ -16,24 +16,27 @@ from minitron_platform.tracking.spool import RunLog
 
 @dataclass(kw_only=True)
 class Context(RunState):
-    """One run of a recipe, while it runs."""
+    """A run of a recipe in progress."""
 
     console: Console
     start_ray: Callable[[Context], ResolvedResources]
-    """Starts Ray or joins a cluster, once."""
+    """Starts Ray or joins a cluster on the first call; see `ensure_ray`."""
     mlflow_run_id: Callable[[str], str | None]
-    """The ID of the MLflow run of a record's key, once it is known."""
+    """Waits for the ID of the MLflow run of a record, by the record's key; None if MLflow has not answered in time."""
     held: list[Fence] = field(default_factory=list)
-    """Leases of the run, the stage and what else is held now."""
+    """Fences of the leases that are held now: of the run, of the stage, and others."""
 
     def ensure_ray(self) -> ResolvedResources:
-        """Have Ray, from the first stage on that needs it; what trials and workers take there."""
+        """Start Ray or join the cluster if that has not happened yet; returns the resources of trials and workers there."""
         return self.start_ray(self)
 
     @contextmanager
     def lease(self, name: str, what: str) -> Iterator[None]:
-        """Hold a part of the work that other runs may share; see `minitron_platform.leases`."""
-        # an earlier driver of this run may hold it still, but has lost the run
+        """Hold a lease, so that no other driver does the same work at the same time; see `minitron_platform.leases`.
+
+        name: of the lease. what: the work, for messages.
+        """
+        # an earlier driver of this run may still hold it, but has lost the run itself
         earlier = "its run was taken over"
         with lease(self.locations, name, what, run=self.run_key, console=self.console, take_over=earlier) as fence:
             self.held.append(fence)
@@ -43,11 +46,11 @@ class Context(RunState):
                 self.held.remove(fence)
 
     def check_fences(self) -> None:
-        """Raise LeaseLostError if anything that is held was taken over by another driver."""
+        """Raise LeaseLostError if another driver has taken over any of the leases that are held."""
         for fence in self.held:
             fence.check()
 
     def log(self, part: str) -> RunLog:
-        """The record of a stage, or of a search's trial, under this run."""
+        """The record of a stage or trial of this run; `part` is its name."""
         prefix = f"{self.current.model}." if self.current and len(self.recipe.family) > 1 else ""
         return RunLog(self.locations.spool(self.run_key), f"{self.run_key}.{prefix}{part}")

@@ -1,11 +1,11 @@
-"""Correct: the teacher learns the text it will be distilled on, where the recipe asks for it and the held-out loss gains.
+"""Correct: fine-tune the teacher on the text before distilling from it, if the recipe says so and the held-out loss falls.
 
-Plain cross-entropy before distillation (arXiv 2408.11796 section 2.1); without it the teacher stays as it is.
+The loss is the cross-entropy with the next token (arXiv 2408.11796 section 2.1). Otherwise the teacher is kept unchanged.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from minitron import storage
@@ -13,7 +13,7 @@ from minitron.data import Rows
 from minitron.device import DTYPES, device
 from minitron.distill import Losses
 from minitron.distill.inputs import DistillInputs
-from minitron.evaluation import HeldoutMetrics, heldout_metrics
+from minitron.evaluation import heldout_metrics
 from minitron.models import load_model
 from minitron_platform.estimates.memory import correction_memory
 from minitron_platform.estimates.outlook import MASTER_BYTES, Estimate, Outlook
@@ -34,17 +34,19 @@ CURVE = "curve.json"
 
 class CorrectOutput(StageOutput):
     folder: ArtifactPath
-    """The teacher to distil from: corrected, or as it was."""
+    """Checkpoint of the teacher to distil from, corrected or unchanged."""
     id: str
+    """Content address of that teacher."""
     corrected: bool
     curve: ArtifactPath | None = None
-    """Of a correction that was kept."""
+    """Training curve of the correction; None if it was not kept."""
     loss_before: float | None = None
-    """On held-out rows, nats per token; None where no correction was tried."""
+    """Held-out loss before the correction in nats per token; None if no correction was tried."""
     loss_after: float | None = None
+    """Held-out loss after `steps` steps of the correction."""
     steps: int | None = None
-    """After which `loss_after` was measured."""
     restarts: tuple[Restart, ...] = ()
+    """Restarts of the training after workers failed."""
 
 
 class Correct(Stage[CorrectOutput]):
@@ -54,7 +56,8 @@ class Correct(Stage[CorrectOutput]):
     output_type = CorrectOutput
 
     def inputs(self, state: RunState) -> dict[str, Any]:
-        settings, training = state.recipe.correct, state.recipe.correction()
+        settings = state.recipe.correct
+        training = state.recipe.correction()
         teacher = {"teacher": state.output(Teacher).id}
         if settings is None:
             return teacher
@@ -69,12 +72,14 @@ class Correct(Stage[CorrectOutput]):
         }
 
     def estimate(self, outlook: Outlook, member: schema.Member | None) -> Estimate:
-        recipe, teacher = outlook.recipe, outlook.teacher
-        settings, training = recipe.correct, recipe.correction()
+        recipe = outlook.recipe
+        teacher = outlook.teacher
+        settings = recipe.correct
+        training = recipe.correction()
         if settings is None or training is None:
-            return Estimate("not asked for")
+            return Estimate("none in the recipe")
         tokens = training.steps * training.batch_rows * recipe.data.seq_length
-        # at the probe there is a checkpoint in any case; of norms and adapters it is next to nothing
+        # the probe always writes a checkpoint; those of norms and adapters are negligible
         checkpoints = 3 * MASTER_BYTES if settings.method == "full" else 0
         memory = correction_memory(recipe, teacher, outlook.value_bytes, outlook.resources.workers)
         return Estimate(
@@ -85,30 +90,34 @@ class Correct(Stage[CorrectOutput]):
         )
 
     def run(self, context: Context, folder: str) -> CorrectOutput:
-        teacher, settings = context.output(Teacher), context.recipe.correct
+        teacher = context.output(Teacher)
+        settings = context.recipe.correct
         if settings is None:
-            return CorrectOutput(folder=teacher.folder, id=teacher.id, corrected=False, summary="not asked for")
+            return CorrectOutput(folder=teacher.folder, id=teacher.id, corrected=False, summary="none in the recipe")
         training = context.recipe.correction()
         assert training is not None
-        before = _heldout(context, folder, "before", teacher.folder)
-        probe = min(training.steps, settings.probe_steps or max(1, training.steps // 10, 2 * training.warmup_steps))
+        correction = _Correction(context, folder, settings, training)
+        before = correction.heldout_loss("before", teacher.folder)
         if settings.when == "measured":
-            gain = before - _after(context, folder, settings, training, "probe", probe)
+            default_probe = max(1, training.steps // 10, 2 * training.warmup_steps)
+            probe = min(training.steps, settings.probe_steps or default_probe)
+            gain = before - correction.loss_after_training("probe", probe)
+            correction.remove("probe")
             if gain < settings.min_gain:
-                _forget(folder, "checkpoints")
-                return _kept(teacher, before, gain, probe, settings)
-        after = _after(context, folder, settings, training, "corrected", None)
-        _forget(folder, "checkpoints")
+                correction.remove("checkpoints")
+                return _unchanged(teacher, before, gain, probe, settings)
+        after = correction.loss_after_training("corrected", None)
+        correction.remove("checkpoints")
         if settings.when == "measured" and before - after < settings.min_gain:
-            _forget(folder, "corrected")
-            return _kept(teacher, before, before - after, training.steps, settings)
+            correction.remove("corrected")
+            return _unchanged(teacher, before, before - after, training.steps, settings)
         corrected = storage.join(folder, "corrected")
         curve = storage.join(folder, CURVE)
         return CorrectOutput(
             folder=corrected,
             id=storage.fingerprint(weight_hashes(corrected)),
             corrected=True,
-            curve=curve if storage.exists(curve) else None,  # corrections of earlier versions have none
+            curve=curve if storage.exists(curve) else None,  # earlier versions wrote none
             loss_before=before,
             loss_after=after,
             steps=training.steps,
@@ -117,18 +126,22 @@ class Correct(Stage[CorrectOutput]):
         )
 
     def record(self, context: Context, output: CorrectOutput) -> None:
-        """The held-out loss before and after and the training curve."""
+        """Add the held-out loss before and after, and the steps of the training curve that the record lacks."""
+        log = context.log(self.name)
         if output.curve is not None:
             training = context.recipe.correction()
             assert training is not None
-            complete_record(context.log(self.name), output.curve, training.batch_rows * context.output(Data).seq_length)
+            complete_record(log, output.curve, training.batch_rows * context.output(Data).seq_length)
         if output.loss_before is not None and output.loss_after is not None and output.steps is not None:
-            context.log(self.name).metrics({"heldout_loss": output.loss_before}, step=0)
-            context.log(self.name).metrics({"heldout_loss": output.loss_after}, step=output.steps)
+            log.metrics({"heldout_loss": output.loss_before}, step=0)
+            log.metrics({"heldout_loss": output.loss_after}, step=output.steps)
 
 
-def _kept(teacher: TeacherOutput, before: float, gain: float, steps: int, settings: schema.Correct) -> CorrectOutput:
-    said = f"held-out loss {before:.3f} fell by {gain:.3f} after {steps} steps, less than {settings.min_gain:g}"
+def _unchanged(
+    teacher: TeacherOutput, before: float, gain: float, steps: int, settings: schema.Correct
+) -> CorrectOutput:
+    """The output for a correction that is not kept, because the held-out loss fell too little."""
+    reason = f"held-out loss {before:.3f} fell by {gain:.3f} after {steps} steps, less than {settings.min_gain:g}"
     return CorrectOutput(
         folder=teacher.folder,
         id=teacher.id,
@@ -136,68 +149,74 @@ def _kept(teacher: TeacherOutput, before: float, gain: float, steps: int, settin
         loss_before=before,
         loss_after=before - gain,
         steps=steps,
-        summary=f"the teacher stays as it is: {said}",
+        summary=f"the teacher is kept unchanged: {reason}",
     )
 
 
-def _forget(folder: str, name: str) -> None:
-    storage.remove(storage.join(folder, name))
+@dataclass(frozen=True)
+class _Correction:
+    """A correction in the stage's `folder`. Each of its parts has a name, under which models and losses are stored."""
 
+    context: Context
+    folder: str
+    settings: schema.Correct
+    training: schema.Training
 
-def _after(
-    context: Context, folder: str, settings: schema.Correct, training: schema.Training, name: str, until: int | None
-) -> float:
-    """Held-out loss of the teacher after `until` steps, or after all of them; only the last model is kept."""
-    if not storage.exists(storage.join(folder, f"{name}.json")):
-        _train(context, folder, settings, training, name, until)
-    loss = _heldout(context, folder, name, storage.join(folder, name))
-    if until is not None:
-        _forget(folder, name)
-    return loss
+    def loss_after_training(self, name: str, until: int | None) -> float:
+        """Held-out loss of the teacher after `until` steps, or after all of them."""
+        if not storage.exists(self._loss_file(name)):
+            self._train(name, until)
+        return self.heldout_loss(name, storage.join(self.folder, name))
 
+    def heldout_loss(self, name: str, checkpoint: str) -> float:
+        """Held-out loss of a checkpoint in nats per token; measured once and stored."""
+        path = self._loss_file(name)
+        if not storage.exists(path):
+            self.context.console.status("measuring the held-out loss")
+            dtype = DTYPES[self.context.output(Teacher).dtype]
+            model = load_model(storage.fetch(checkpoint), dtype).to(device())
+            rows = Rows.open(self.context.output(Data).folder, "heldout")
+            metrics = heldout_metrics(model, rows.take(range(len(rows))))
+            storage.write_json(path, asdict(metrics))
+        return float(storage.read_json(path)["loss"])
 
-def _train(
-    context: Context, folder: str, settings: schema.Correct, training: schema.Training, name: str, until: int | None
-) -> None:
-    target = storage.join(folder, name)
-    if storage.is_committed(target):
-        return
-    context.console.status("starting Ray")
-    resources = context.ensure_ray()
-    teacher = context.output(Teacher)
-    view = training_view(context, "correct", folder, until or training.steps)
-    context.console.status(view.text)
-    task = TrainTask(
-        materials=DistillInputs(
-            teacher=teacher.folder,
-            teacher_id=teacher.id,
-            dtype=teacher.dtype,
-            rows=context.output(Data).folder,
-            train_targets="",
-            heldout_targets="",
-        ),
-        config=distill_config(training),
-        losses=Losses(logits="none", cross_entropy=1.0),
-        fences=tuple(context.held),
-        checkpoints=storage.join(folder, "checkpoints"),
-        curve=storage.join(folder, CURVE),
-        result=target,
-        key=folder.rsplit("/", 1)[-1],
-        threads=max(1, int(context.recipe.resources.cpus_per_worker)),
-        method=settings.method,
-        lora_rank=settings.lora_rank,
-        until=until,
-    )
-    train_on_ray(task, resources, view.event, scratch=storage.join(folder, "ray"))
+    def remove(self, name: str) -> None:
+        """Remove what is stored under `name` in the stage's folder, if it exists."""
+        storage.remove(storage.join(self.folder, name))
 
+    def _loss_file(self, name: str) -> str:
+        return storage.join(self.folder, f"{name}.json")
 
-def _heldout(context: Context, folder: str, name: str, model: str) -> float:
-    """Held-out loss of a checkpoint, measured once and kept."""
-    path = storage.join(folder, f"{name}.json")
-    if not storage.exists(path):
-        context.console.status("measuring the held-out loss")
-        loaded = load_model(storage.fetch(model), DTYPES[context.output(Teacher).dtype]).to(device())
-        rows = Rows.open(context.output(Data).folder, "heldout")
-        found: HeldoutMetrics = heldout_metrics(loaded, rows.take(range(len(rows))))
-        storage.write_json(path, asdict(found))
-    return float(storage.read_json(path)["loss"])
+    def _train(self, name: str, until: int | None) -> None:
+        """Train the teacher up to step `until`, or to the end, and commit it under `name`."""
+        target = storage.join(self.folder, name)
+        if storage.is_committed(target):
+            return
+        context = self.context
+        context.console.status("starting Ray")
+        resources = context.ensure_ray()
+        teacher = context.output(Teacher)
+        view = training_view(context, "correct", self.folder, until or self.training.steps)
+        context.console.status(view.text)
+        task = TrainTask(
+            materials=DistillInputs(
+                teacher=teacher.folder,
+                teacher_id=teacher.id,
+                dtype=teacher.dtype,
+                rows=context.output(Data).folder,
+                train_targets="",
+                heldout_targets="",
+            ),
+            config=distill_config(self.training),
+            losses=Losses(logits="none", cross_entropy=1.0),
+            fences=tuple(context.held),
+            checkpoints=storage.join(self.folder, "checkpoints"),
+            curve=storage.join(self.folder, CURVE),
+            result=target,
+            key=self.folder.rsplit("/", 1)[-1],
+            threads=max(1, int(context.recipe.resources.cpus_per_worker)),
+            method=self.settings.method,
+            lora_rank=self.settings.lora_rank,
+            until=until,
+        )
+        train_on_ray(task, resources, view.event, scratch=storage.join(self.folder, "ray"))

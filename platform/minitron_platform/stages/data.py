@@ -1,4 +1,4 @@
-"""Data: text, tokenised and packed once into rows, and what the teacher says of how they begin."""
+"""Data: tokenise the text and pack it once into rows; measure the teacher with and without a BOS token."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from minitron_platform.stages.stage import ArtifactPath, Stage, StageOutput
 from minitron_platform.stages.state import RunState
 from minitron_platform.stages.teacher import Teacher
 
-PROBE_ROWS, PROBE_TOKENS = 4, 128  # held-out rows, and tokens of each, that the teacher is measured on
-WORSE = 0.1  # nats per token: a loss that is higher by as much is worth a warning
+# the part of the held-out rows that the teacher is measured on with and without a BOS token
+PROBE_ROWS = 4
+PROBE_TOKENS = 128
+WARNING_MARGIN = 0.1  # nats per token by which the worse choice is worse before there is a warning
 
 
 class DataOutput(StageOutput):
     folder: ArtifactPath
-    """The packed rows."""
+    """Folder of the packed rows."""
     train: str
     """Fingerprint of the training rows."""
     heldout: str
@@ -32,7 +34,7 @@ class DataOutput(StageOutput):
     train_tokens: int
     heldout_tokens: int
     loss_with_bos: float | None = None
-    """The teacher's on some held-out rows, nats per token; None where its tokenizer has no BOS."""
+    """The teacher's loss on some held-out rows in nats per token; None if its tokenizer has no BOS token."""
     loss_without_bos: float | None = None
 
 
@@ -43,13 +45,14 @@ class Data(Stage[DataOutput]):
     output_type = DataOutput
 
     def inputs(self, state: RunState) -> dict[str, Any]:
-        data, around = state.recipe.data, _around(state)
+        data = state.recipe.data
+        special_tokens = _special_tokens(state)
         return {
             "teacher": state.output(Teacher).id,
             "source": source_identity(text_source(data)),
-            "data": data.model_dump(exclude={"add_bos"}),  # what came of it counts, however it was said
-            "begin": list(around.begin),
-            "end": list(around.end),
+            "data": data.model_dump(exclude={"add_bos"}),  # its effect is in the two entries below
+            "begin": list(special_tokens.begin),
+            "end": list(special_tokens.end),
         }
 
     def estimate(self, outlook: Outlook, member: schema.Member | None) -> Estimate:
@@ -76,8 +79,10 @@ class Data(Stage[DataOutput]):
             progress=context.console.counter("tokens"),
         )
         heldout = Rows.open(target, "heldout")
-        around = _around(context)
-        measured = _measured(context, heldout, around)
+        special_tokens = _special_tokens(context)
+        losses = _bos_losses(context, heldout, special_tokens)
+        if losses:
+            _warn_of_worse_choice(context, losses, special_tokens)
         return DataOutput(
             folder=target,
             train=rows.fingerprint,
@@ -85,54 +90,55 @@ class Data(Stage[DataOutput]):
             seq_length=rows.seq_length,
             train_tokens=len(rows) * rows.seq_length,
             heldout_tokens=len(heldout) * rows.seq_length,
-            loss_with_bos=measured.with_bos if measured else None,
-            loss_without_bos=measured.without_bos if measured else None,
+            loss_with_bos=losses.with_bos if losses else None,
+            loss_without_bos=losses.without_bos if losses else None,
             summary=f"{len(rows):,} training and {len(heldout):,} held-out rows of {rows.seq_length} tokens"
-            + _beginning(around, measured),
+            + (_bos_text(losses, special_tokens) if losses else ""),
         )
 
     def metrics(self, output: DataOutput) -> dict[str, float]:
-        """The teacher's loss with BOS and without."""
+        """The teacher's loss with and without BOS, in nats per token."""
         losses = {"loss_with_bos": output.loss_with_bos, "loss_without_bos": output.loss_without_bos}
         return {name: loss for name, loss in losses.items() if loss is not None}
 
 
-def _around(state: RunState) -> DocumentTokens:
+def _special_tokens(state: RunState) -> DocumentTokens:
+    """The special tokens around each document."""
     return document_tokens(state.recipe.data, state.output(Teacher).document)
 
 
-def _measured(context: Context, heldout: Rows, around: DocumentTokens) -> BosLosses | None:
-    """The teacher's loss on the beginnings of some held-out rows; the worse choice is warned of."""
-    if not around.begin and around.bos is None:
+def _bos_losses(context: Context, heldout: Rows, special_tokens: DocumentTokens) -> BosLosses | None:
+    """The teacher's loss on the beginnings of some held-out rows; None if its tokenizer has no BOS token."""
+    if not special_tokens.begin and special_tokens.bos is None:
         return None
-    context.console.status("measuring the teacher with BOS and without")
+    context.console.status("measuring the teacher with and without BOS")
     teacher = context.output(Teacher)
     model = load_model(storage.fetch(teacher.folder), DTYPES[teacher.dtype]).to(device())
     rows = heldout.take(range(min(PROBE_ROWS, len(heldout))))[:, :PROBE_TOKENS]
-    measured = bos_losses(model, rows, around)
-    if measured:
-        worse_by = measured.with_bos - measured.without_bos
-        if not around.begin:
-            worse_by = -worse_by
-        if worse_by > WORSE:
-            other = "false" if around.begin else "true"
-            context.console.say(
-                f"  [yellow]the teacher predicts this text {_with(around)} BOS worse by {worse_by:.2f} nats per token than "
-                f"{_with(around, other=True)}: set data.add_bos: {other}[/]"
-            )
-    return measured
+    return bos_losses(model, rows, special_tokens)
 
 
-def _with(around: DocumentTokens, *, other: bool = False) -> str:
-    return "with" if bool(around.begin) != other else "without"
+def _warn_of_worse_choice(context: Context, losses: BosLosses, special_tokens: DocumentTokens) -> None:
+    """Print a warning if the teacher predicts the text better with the other value of `data.add_bos`."""
+    chosen = ("with BOS", losses.with_bos)
+    other = ("without BOS", losses.without_bos)
+    remedy = "data.add_bos: false"
+    if not special_tokens.begin:
+        chosen, other = other, chosen
+        remedy = "data.add_bos: true"
+    difference = chosen[1] - other[1]
+    if difference > WARNING_MARGIN:
+        context.console.say(
+            f"  [yellow]the teacher predicts this text worse {chosen[0]} than {other[0]}, by {difference:.2f} nats per token: "
+            f"set {remedy}[/]"
+        )
 
 
-def _beginning(around: DocumentTokens, measured: BosLosses | None) -> str:
+def _bos_text(losses: BosLosses, special_tokens: DocumentTokens) -> str:
     """How rows begin, for the summary."""
-    if measured is None:
-        return ""
-    here, there = measured.without_bos, measured.with_bos
-    if around.begin:
-        loss = f"the teacher's loss {there:.3f}, without it {here:.3f}"
-        return f" · documents and rows that start inside one begin with BOS ({loss})"
-    return f" · no BOS (the teacher's loss {here:.3f}, with it {there:.3f})"
+    if special_tokens.begin:
+        return (
+            " · documents and rows that start inside one begin with BOS "
+            f"(the teacher's loss {losses.with_bos:.3f}, without BOS {losses.without_bos:.3f})"
+        )
+    return f" · no BOS (the teacher's loss {losses.without_bos:.3f}, with BOS {losses.with_bos:.3f})"

@@ -1,4 +1,4 @@
-"""Distil: the winner of the search, pruned from the teacher again, gets the full distillation on Ray Train."""
+"""Distill: prune the winner of the search again and distil it in full on Ray Train."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from minitron.models import load_tokenizer, save_model
 from minitron.pruning.source import PruningSource
 from minitron_platform.estimates.memory import distillation_memory
 from minitron_platform.estimates.outlook import MASTER_BYTES, Estimate, Outlook, training_flops
-from minitron_platform.estimates.teacher import runs_beside
+from minitron_platform.estimates.teacher import runs_live_teacher
 from minitron_platform.recipes import schema
 from minitron_platform.recipes.build import distill_config, distillation_losses, lm_eval_tasks
 from minitron_platform.stages.base import pruning_base
@@ -32,16 +32,18 @@ from minitron_platform.training.ray_train import TrainTask, train_on_ray
 
 class DistillOutput(StudentOutput):
     pruned: ArtifactPath
-    """The student before its training."""
+    """Checkpoint of the student before its distillation."""
     curve: ArtifactPath
+    """The training curve, see `minitron_platform.training.curves`."""
     tokens: int
-    """That the student was trained on."""
+    """Number of tokens that the student was trained on."""
     parameters: int
     losses: dict[str, Any]
     """`minitron.distill.Losses` as a dict."""
     losses_chosen: str
-    """Why these, as a sentence."""
+    """Why these losses were chosen, as a sentence."""
     restarts: tuple[Restart, ...] = ()
+    """Restarts of the training after workers failed."""
 
 
 class Distill(Stage[DistillOutput]):
@@ -67,12 +69,12 @@ class Distill(Stage[DistillOutput]):
         training = recipe.distillation(member)
         tokens = training.steps * training.batch_rows * recipe.data.seq_length
         largest = outlook.largest(member)
-        live = runs_beside(outlook.losses[member.model], recipe.targets.mode)
-        teacher_flops = outlook.teacher.flops_per_token(recipe.data.seq_length) * tokens if live else 0
+        live_teacher = runs_live_teacher(outlook.losses[member.model], recipe.targets.mode)
+        teacher_flops = outlook.teacher.flops_per_token(recipe.data.seq_length) * tokens if live_teacher else 0
         checkpoints = 3 * MASTER_BYTES if training.checkpoint_every else 0
         return Estimate(
             f"{tokens:,} tokens on {workers} worker{'s' if workers > 1 else ''}"
-            + (", with the teacher" if live else ""),
+            + (", running the teacher" if live_teacher else ""),
             flops=training_flops(outlook, largest, tokens) + teacher_flops,
             bytes=(checkpoints + 2 * outlook.value_bytes) * largest.num_parameters,
             start_up_seconds=20,
@@ -83,38 +85,40 @@ class Distill(Stage[DistillOutput]):
                 largest,
                 outlook.value_bytes,
                 workers=workers,
-                live_teacher=live,
+                live_teacher=live_teacher,
             ),
         )
 
     def run(self, context: Context, folder: str) -> DistillOutput:
         recipe = context.recipe
-        reads = distill_inputs(context)
-        cut = pruning_source(context)
+        inputs = distill_inputs(context)
+        source = pruning_source(context)
         training = recipe.distillation(context.member)
-        losses, chosen = _losses(context)
-        context.console.say(f"  losses: {chosen}")
+        losses, losses_chosen = _losses(context)
+        context.console.say(f"  losses: {losses_chosen}")
         architecture = context.output(Search).winner
-        pruned, student = storage.join(folder, "pruned"), storage.join(folder, "student")
+        pruned = storage.join(folder, "pruned")
+        student = storage.join(folder, "student")
         curve = storage.join(folder, "curve.json")
+        checkpoints = storage.join(folder, "checkpoints")
         if not storage.is_committed(pruned):
             context.console.status("pruning")
-            _save_pruned(cut, architecture, reads.teacher, pruned)
+            _save_pruned(source, architecture, inputs.teacher, pruned)
         channels = None
-        if losses.needs_live_teacher and cut.folder == reads.teacher:
-            # what a chained student kept of the teacher's channels is no longer known
-            channels = cut.channels(context.output(Teacher).architecture, architecture)
+        if losses.needs_live_teacher and source.folder == inputs.teacher:
+            # of a student that is pruned from another student, it is not known which of the teacher's channels it kept
+            channels = source.channels(context.output(Teacher).architecture, architecture)
         if not storage.is_committed(student):
             context.console.status("starting Ray")
             resources = context.ensure_ray()
             view = training_view(context, "distill", folder, training.steps)
             context.console.status(view.text)
             task = TrainTask(
-                materials=reads,
+                materials=inputs,
                 config=distill_config(training),
                 losses=losses,
                 fences=tuple(context.held),
-                checkpoints=storage.join(folder, "checkpoints"),
+                checkpoints=checkpoints,
                 curve=curve,
                 result=student,
                 key=folder.rsplit("/", 1)[-1],
@@ -130,9 +134,9 @@ class Distill(Stage[DistillOutput]):
             )
             train_on_ray(task, resources, view.event, scratch=storage.join(folder, "ray"))
             context.console.status("")
-        if not storage.exists(curve):  # by an earlier version, which wrote it after the student, killed in between
-            write_curve(storage.join(folder, "checkpoints"), curve)
-        storage.remove(storage.join(folder, "checkpoints"))
+        if not storage.exists(curve):  # an earlier version wrote it after the student, and was killed in between
+            write_curve(checkpoints, curve)
+        storage.remove(checkpoints)
         tokens = training.steps * training.batch_rows * context.output(Data).seq_length
         return DistillOutput(
             pruned=pruned,
@@ -143,22 +147,25 @@ class Distill(Stage[DistillOutput]):
             parameters=architecture.num_parameters,
             architecture=architecture,
             losses=asdict(losses),
-            losses_chosen=chosen,
+            losses_chosen=losses_chosen,
             restarts=tuple(restarts_of(folder)),
             summary=f"{tokens:,} tokens · {architecture.num_parameters / 1e6:.1f}M parameters",
         )
 
     def record(self, context: Context, output: DistillOutput) -> None:
-        """Complete the training curve in the run's record."""
-        training, seq_length = context.recipe.distillation(context.member), context.output(Data).seq_length
-        complete_record(context.log(self.name), output.curve, training.batch_rows * seq_length)
+        """Add to the run's record the steps of the training curve that it lacks."""
+        training = context.recipe.distillation(context.member)
+        step_tokens = training.batch_rows * context.output(Data).seq_length
+        complete_record(context.log(self.name), output.curve, step_tokens)
 
 
 def _losses(state: RunState) -> tuple[Losses, str]:
+    """The losses for the winner of the search, and a sentence on why."""
     return distillation_losses(state.recipe, state.output(Search).winner, state.output(Teacher).architecture)
 
 
-def _save_pruned(cut: PruningSource, architecture: Architecture, teacher: str, target: str) -> None:
-    model = cut.prune(cut.load(), architecture)
+def _save_pruned(source: PruningSource, architecture: Architecture, teacher: str, target: str) -> None:
+    """Prune `source` to `architecture` and commit it to `target`, with the tokenizer of the checkpoint `teacher`."""
+    model = source.prune(source.load(), architecture)
     with storage.committed_folder(target) as local_folder:
         save_model(model, load_tokenizer(storage.fetch(teacher)), local_folder)

@@ -1,4 +1,4 @@
-"""Evaluate: teacher, pruned-only and distilled student on the same held-out rows, benchmarks and clock."""
+"""Evaluate: held-out metrics, benchmarks and throughput of the teacher, the pruned and the distilled student."""
 
 from __future__ import annotations
 
@@ -38,8 +38,11 @@ MODELS = ("teacher", "pruned", "distilled")
 
 
 class Quality(BaseModel):
-    """What is measured of one model, but for its speed. A field with a `Metric` is a row of the final table and a metric in
-    MLflow, and has its name in `minitron.evaluation.HeldoutMetrics`."""
+    """Measurements of one model's quality.
+
+    A field with a `Metric` is a row of the final table and a metric in MLflow; it has the name of a field of
+    `minitron.evaluation.HeldoutMetrics`.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -47,21 +50,24 @@ class Quality(BaseModel):
     kl: Annotated[float, KL]
     top1_agreement: Annotated[float, AGREEMENT]
     heldout_tokens: int
-    """That the held-out metrics are means over."""
+    """Number of tokens that the held-out metrics are means over."""
     tasks: dict[str, Score] = {}
-    """By the benchmark's name."""
+    """Scores by benchmark."""
     failures: dict[str, str] = {}
-    """Why benchmarks failed, by name."""
+    """Reasons of failures by benchmark."""
 
 
 HELDOUT: dict[str, Metric] = {
-    name: mark for name, field in Quality.model_fields.items() for mark in field.metadata if isinstance(mark, Metric)
+    name: metadata
+    for name, field in Quality.model_fields.items()
+    for metadata in field.metadata
+    if isinstance(metadata, Metric)
 }
-"""The held-out metrics, by field of `Quality`, in the order of the final table."""
+"""The held-out metrics by field of `Quality`, in the order of the final table."""
 
 
 class Figures(Quality):
-    """All figures of one model."""
+    """All measurements of one model: a column of the final table."""
 
     parameters: int
     tokens_per_second: float
@@ -69,18 +75,18 @@ class Figures(Quality):
 
     @property
     def numbers(self) -> dict[str, float]:
-        """All but the benchmarks, by field."""
+        """All measurements except the benchmarks, by field."""
         names = ("parameters", *HELDOUT, "tokens_per_second")
         return {name: getattr(self, name) for name in names}
 
 
 class EvaluateOutput(StageOutput):
     table: dict[str, Figures]
-    """By `MODELS`."""
+    """Measurements of each of `MODELS`."""
 
     @property
     def failures(self) -> dict[str, str]:
-        """Why benchmarks failed, by "MODEL.TASK"."""
+        """Reasons of failed benchmarks, by "MODEL.TASK"."""
         return {f"{model}.{task}": reason for model, own in self.table.items() for task, reason in own.failures.items()}
 
 
@@ -96,25 +102,27 @@ class Evaluate(Stage[EvaluateOutput]):
             "targets": state.output(Targets).fingerprint,
             "base": pruning_base(state).id,
             "scores": state.output(Calibrate).id,
-            **_questions(state),
+            **_settings(state),
         }
 
     def estimate(self, outlook: Outlook, member: schema.Member | None) -> Estimate:
         assert member is not None
-        recipe, seq = outlook.recipe, outlook.recipe.data.seq_length
-        models = 3 if member is recipe.family[0] else 2  # the teacher is evaluated once
+        recipe = outlook.recipe
+        seq_length = recipe.data.seq_length
+        models = 3 if member is recipe.family[0] else 2  # the family shares the teacher's evaluation
         documents = sum(task.limit or 1000 for task in recipe.evaluate.tasks)
-        tokens = documents * DOCUMENT_TOKENS + recipe.data.heldout_rows * seq
+        tokens = documents * DOCUMENT_TOKENS + recipe.data.heldout_rows * seq_length
         tasks = ", ".join(task.name for task in recipe.evaluate.tasks) or "held-out rows only"
         return Estimate(
             f"{models} models, {tasks}",
-            flops=outlook.teacher.flops_per_token(seq) * models * tokens,
+            flops=outlook.teacher.flops_per_token(seq_length) * models * tokens,
             start_up_seconds=10,
             memory=evaluation_memory(recipe, outlook.teacher, outlook.largest(member), outlook.value_bytes),
         )
 
     def run(self, context: Context, folder: str) -> EvaluateOutput:
-        dtype, distilled = DTYPES[context.output(Teacher).dtype], context.output(Distill)
+        dtype = DTYPES[context.output(Teacher).dtype]
+        distilled = context.output(Distill)
         folders = {
             "teacher": context.output(Correct).folder,
             "pruned": distilled.pruned,
@@ -135,20 +143,21 @@ class Evaluate(Stage[EvaluateOutput]):
             )
             for name in MODELS
         }
-        pruned, best = KL.text(table["pruned"].kl), KL.text(table["distilled"].kl)
-        output = EvaluateOutput(table=table, summary=f"KL to the teacher: pruned {pruned}, distilled {best}")
+        pruned_kl = KL.text(table["pruned"].kl)
+        distilled_kl = KL.text(table["distilled"].kl)
+        output = EvaluateOutput(table=table, summary=f"KL to the teacher: pruned {pruned_kl}, distilled {distilled_kl}")
         if not output.failures:
             return output
-        missing = f"failed and tried again by the next run: {', '.join(output.failures)}"
-        return output.model_copy(update={"summary": f"{output.summary} · {missing}"})
+        failed = f"failed, to be tried again by the next run: {', '.join(output.failures)}"
+        return output.model_copy(update={"summary": f"{output.summary} · {failed}"})
 
     def record(self, context: Context, output: EvaluateOutput) -> None:
-        """Tag the stage's run with the benchmarks that failed."""
+        """Tag the stage's MLflow run with the benchmarks that failed."""
         failed = [f"{name}: {reason}" for name, reason in output.failures.items()]
         context.log(self.name).tags({"minitron.failed_benchmarks": "; ".join(failed) or "none"})
 
     def metrics(self, output: EvaluateOutput) -> dict[str, float]:
-        """All figures of all models."""
+        """All measurements of all models."""
         values: dict[str, float] = {}
         for model, figures in output.table.items():
             values |= {f"{model}.{name}": value for name, value in figures.numbers.items()}
@@ -160,12 +169,12 @@ class Evaluate(Stage[EvaluateOutput]):
         return values
 
     def is_valid(self, state: RunState, output: EvaluateOutput) -> bool:
-        """Whether no benchmark failed; those that did are tried again, alone."""
+        """Whether no benchmark failed; the stage runs only the failed ones again."""
         return not output.failures
 
 
-def _questions(state: RunState) -> dict[str, Any]:
-    """All that decides a model's figures beside the model."""
+def _settings(state: RunState) -> dict[str, Any]:
+    """Everything that a model's measurements depend on besides the model."""
     return {
         "evaluate": state.recipe.evaluate.model_dump(exclude={"batch_rows"}),
         "documents": [documents_identity(task.data) for task in state.recipe.evaluate.tasks if task.data],
@@ -174,28 +183,28 @@ def _questions(state: RunState) -> dict[str, Any]:
 
 
 def _speeds(context: Context, models: dict[str, nn.Module], path: str) -> dict[str, Any]:
-    """Every model's throughput, measured once and kept."""
+    """Throughput of each model; measured once and stored."""
     if not storage.exists(path):
         context.console.status("measuring throughput")
         speeds = interleaved_throughput(models, seq_length=context.output(Data).seq_length, batch_rows=4, seconds=4.0)
         storage.write_json(path, {name: asdict(speed) for name, speed in speeds.items()})
-    found: dict[str, Any] = storage.read_json(path)
-    return found
+    measured: dict[str, Any] = storage.read_json(path)
+    return measured
 
 
 def _quality(context: Context, name: str, models: dict[str, nn.Module], folder: str) -> Quality:
-    """One model's held-out metrics and benchmark scores, measured once and kept."""
+    """Held-out metrics and benchmark scores of model `name`; what is stored already is not measured again."""
     path = storage.join(folder, f"{name}.json")
-    if name == "teacher":  # the same for the whole family
+    if name == "teacher":  # shared by the whole family
         key = {
             "targets": context.output(Targets).fingerprint,
             "version": Evaluate.version,
-            **_questions(context),
+            **_settings(context),
         }
         path = storage.join(context.locations.storage, "quality", f"{storage.fingerprint(key)}.json")
     tasks = lm_eval_tasks(context.recipe.evaluate.tasks)
     quality = _read_quality(path)
-    figures = []
+    results = []  # for the console
     if quality is None:
         context.console.status(f"{name}: held-out rows")
         heldout = distill_inputs(context).heldout(models[name], Head.of(models["teacher"]))
@@ -204,22 +213,22 @@ def _quality(context: Context, name: str, models: dict[str, nn.Module], folder: 
             heldout_tokens=heldout.tokens,
         )
         storage.write_json(path, quality.model_dump(mode="json"))
-        figures = [f"loss {LOSS.text(quality.loss)}", f"KL {KL.text(quality.kl)}"]
+        results = [f"loss {LOSS.text(quality.loss)}", f"KL {KL.text(quality.kl)}"]
     missing = [task for task in tasks if task.name not in quality.tasks]
     if missing:
-        scores, failed = _scores(context, name, models[name], missing)
-        known = quality.tasks | scores
-        ordered = {task.name: known[task.name] for task in tasks if task.name in known}
-        quality = quality.model_copy(update={"tasks": ordered, "failures": failed})
+        scores, failures = _scores(context, name, models[name], missing)
+        all_scores = quality.tasks | scores
+        ordered = {task.name: all_scores[task.name] for task in tasks if task.name in all_scores}
+        quality = quality.model_copy(update={"tasks": ordered, "failures": failures})
         storage.write_json(path, quality.model_dump(mode="json"))
-        figures += [f"{task} {score.shown_as.sentence(score.value, score.stderr)}" for task, score in scores.items()]
-    if figures:
-        context.console.say(f"  {name}: {' · '.join(figures)}")
+        results += [f"{task} {score.shown_as.sentence(score.value, score.stderr)}" for task, score in scores.items()]
+    if results:
+        context.console.say(f"  {name}: {' · '.join(results)}")
     return quality
 
 
 def _read_quality(path: str) -> Quality | None:
-    """What was measured before; None if that is nothing, or less than is measured now."""
+    """The stored measurements; None if there are none, or if an earlier version stored fewer metrics."""
     if not storage.exists(path):
         return None
     try:
@@ -231,13 +240,13 @@ def _read_quality(path: str) -> Quality | None:
 def _scores(
     context: Context, name: str, model: nn.Module, tasks: Sequence[Task]
 ) -> tuple[dict[str, Score], dict[str, str]]:
-    """Scores of the tasks, and the reasons of those that failed, which are said."""
+    """Scores by task, and the reasons of the failed tasks, which are printed too."""
     context.console.status(f"{name}: preparing benchmarks")
-    failed: dict[str, str] = {}
+    failures: dict[str, str] = {}
 
-    def fail(task: str, error: Exception) -> None:
-        failed[task] = one_line(error)
-        context.console.say(f"  [yellow]{name}: {task} failed and is left out: {escape(failed[task])}[/]")
+    def on_failure(task: str, error: Exception) -> None:
+        failures[task] = one_line(error)
+        context.console.say(f"  [yellow]{name}: {task} failed and is left out: {escape(failures[task])}[/]")
 
     scores = evaluate(
         model,
@@ -246,6 +255,6 @@ def _scores(
         batch_size=context.recipe.evaluate.batch_rows,
         add_bos=context.recipe.data.bos,
         progress=context.console.counter("documents"),
-        on_failure=fail,
+        on_failure=on_failure,
     )
-    return scores, failed
+    return scores, failures

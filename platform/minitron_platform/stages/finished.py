@@ -1,4 +1,4 @@
-"""What is already done of a recipe."""
+"""The stages of a recipe that are already finished in a storage."""
 
 from __future__ import annotations
 
@@ -17,29 +17,30 @@ from minitron_platform.stages.state import RunState
 
 
 def run_key(recipe: Recipe) -> str:
-    """The name of a run: the recipe's, and the fingerprint of all it says except how it is spread over machines."""
+    """Name of a run: the recipe's name, and a fingerprint of the whole recipe except its description and resources."""
     content = recipe.model_dump(by_alias=True, exclude={"resources", "description"})
     if recipe.data.bos is None:
-        del content["data"]["add_bos"]  # a key that came later: runs made before keep their names
+        del content["data"]["add_bos"]  # the key was added later, and earlier runs keep their names
     return f"{recipe.name}-{storage.fingerprint(content)[:8]}"
 
 
 def finished_record(state: RunState, stage: Stage[Any], folder: str, console: Console | None = None) -> Record | None:
-    """What a finished stage recorded, if all that it made is still there; `console` is told why it is done again."""
+    """The record of a stage whose results are in `folder`; None if it is not finished, if a file that it made is missing,
+    or if it is no longer valid. A missing file is reported to `console`."""
     record = read_record(state.locations.storage, folder, stage.output_type)
     if record is None:
         return None
-    gone = [path for path in record.artifacts if not storage.exists(path)]
-    if gone:
+    missing = [path for path in record.artifacts if not storage.exists(path)]
+    if missing:
         if console is not None:
-            console.say(f"  [yellow]{escape(gone[0])} is gone: making it again[/]")
+            console.say(f"  [yellow]{escape(missing[0])} is missing: running the stage again[/]")
         return None
     return record if stage.is_valid(state, record.output) else None
 
 
 def finished_stages(recipe: Recipe, locations: Locations) -> tuple[RunState, int]:
-    """What is already done of `recipe` in `locations`, as far as it can be known without doing any, and the bytes that the
-    next stage has already written."""
+    """The state of `recipe` in `locations` up to the first stage that is not finished, and the bytes that this stage has
+    already written."""
     state = RunState(recipe, locations, run_key(recipe))
     for stage, member in steps(recipe):
         state.current = member

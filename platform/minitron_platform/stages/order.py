@@ -1,4 +1,4 @@
-"""The stages of a run, in order."""
+"""The list of all stages, and the order in which a run carries them out."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STAGES: tuple[Stage[Any], ...] = (
 
 
 def steps(recipe: Recipe) -> Iterator[tuple[Stage[Any], Member | None]]:
-    """Every stage in order, with the model of the family that it is for; a stage that the family shares once, for none."""
+    """Every stage of a run in order, with the model of the family that it is for; None for a stage that the family shares."""
     for number, member in enumerate(recipe.family):
         for stage in STAGES:
             if stage.per_model:
@@ -41,4 +41,5 @@ def steps(recipe: Recipe) -> Iterator[tuple[Stage[Any], Member | None]]:
 
 
 def stage_names() -> tuple[str, ...]:
+    """Names of all stages, in order."""
     return tuple(stage.name for stage in STAGES)

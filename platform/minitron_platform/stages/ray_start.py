@@ -1,4 +1,4 @@
-"""The Ray of a run: a private one is started in the background while the stages before the search compute."""
+"""Ray for a run: a private Ray starts in the background while the stages before the search compute."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ from minitron_platform.stages.teacher import Teacher
 
 
 class RayStart:
-    """Ray for what is done inside `stack`: a cluster that is joined, or a private one on this machine. `logs` is the folder
-    for what workers of the private one printed, if the run fails."""
+    """Ray until `stack` closes: the cluster at `address`, or a private Ray on this machine.
+
+    logs: folder that gets the output of the private Ray's workers if the run fails.
+    """
 
     def __init__(self, stack: ExitStack, address: str | None, logs: str) -> None:
         self.stack, self.address, self.logs = stack, address, logs
@@ -39,15 +41,18 @@ class RayStart:
         self.private: _PrivateRay | None = None
 
     def ahead(self, context: Context) -> None:
-        """Begin to start a private Ray, without waiting for it. Needs the teacher's architecture."""
+        """Begin to start a private Ray without waiting for it. The teacher stage must be finished."""
         if self.private is None and not joins_cluster(self.address):
             self.private = _PrivateRay(self._here(context), self.address, self.logs)
             self.stack.push(self.private.end)
 
     def need(self, context: Context) -> ResolvedResources:
-        """Have Ray; what trials and workers take there."""
+        """Wait until Ray runs; returns the resources of trials and workers there.
+
+        Raises InputError if the machine or the cluster does not have these resources.
+        """
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # what earlier stages held; workers share the GPU
+            torch.cuda.empty_cache()  # workers share this process's GPU, and earlier stages may have left memory reserved
         if self.resources is not None:
             return self.resources
         if joins_cluster(self.address):
@@ -69,51 +74,56 @@ class RayStart:
 
 
 class _RunFailedError(Exception):
-    """The run ended with an error."""
+    """Makes the session of a private Ray keep its logs."""
 
 
 class _PrivateRay:
-    """A private Ray that a thread starts, keeps and ends: the kernel ends Ray's processes with the thread that started them.
+    """A private Ray that lives in a thread of its own, because the kernel ends Ray's processes with the thread that started
+    them.
 
-    The memory that it offers is what is free now, before stages in the meantime load their models.
+    Ray offers the memory that is free now, before the next stages load their models.
     """
 
     def __init__(self, resources: ResolvedResources, address: str | None, logs: str) -> None:
-        node, free = private_node(resources), estimate_available_memory()
-        store = resolve_object_store_memory(free)
+        node = private_node(resources)
+        free_memory = estimate_available_memory()
+        object_store_memory = resolve_object_store_memory(free_memory)
         self.session = ray_session(
             address,
             num_cpus=int(node["CPU"]),
             num_gpus=int(node["GPU"]),
-            memory=free - store,
-            object_store_memory=store,
+            memory=free_memory - object_store_memory,
+            object_store_memory=object_store_memory,
             keep_logs=logs,
         )
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, _exit)  # as Ray does itself where the main thread starts it
-        self.started, self.ending = threading.Event(), threading.Event()
+            signal.signal(signal.SIGTERM, _exit)  # Ray does so itself only if the main thread starts it
+        self.started = threading.Event()
+        self.ending = threading.Event()
         self.run_failed = False
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
-        self.kept = self.thread.submit(self._keep)
-        self.kept.add_done_callback(lambda kept: self.started.set())
+        self.session_ended = self.thread.submit(self._hold_session)
+        self.session_ended.add_done_callback(lambda _: self.started.set())
 
     def wait(self) -> None:
-        """Until Ray is there. Raises what has kept it from starting."""
+        """Wait until Ray runs. Raises the error that has kept it from starting."""
         self.started.wait()
-        if self.kept.done():
-            self.kept.result()
+        if self.session_ended.done():
+            self.session_ended.result()
 
     def end(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Stop Ray; an exit callback of the stack."""
         self.run_failed = error is not None
         self.ending.set()
         self.thread.shutdown()
 
-    def _keep(self) -> None:
+    def _hold_session(self) -> None:
+        """Keep Ray running until `end` is called."""
         with suppress(_RunFailedError), self.session:
             self.started.set()
             self.ending.wait()
             if self.run_failed:
-                raise _RunFailedError  # so that the session keeps its logs
+                raise _RunFailedError
 
 
 def _exit(number: int, frame: Any) -> None:

@@ -1,4 +1,4 @@
-"""Register: the student becomes a version in the MLflow registry, with its lineage."""
+"""Register: add the student to the MLflow registry as a new version, with tags that say how it was made."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from minitron_platform.tracking.registry import TASK_TAG
 
 class RegisterOutput(StageOutput):
     model: str
-    """The registered model."""
+    """Name of the registered model."""
     version: str
     alias: str
     source: ArtifactPath
@@ -46,7 +46,7 @@ class Register(Stage[RegisterOutput]):
             "model": state.member.model,
             "register": state.recipe.register_as.model_dump(),
             "tracking": _tracking(state),
-            # with a benchmark that failed it is registered once more, as the same version, when that has its score
+            # once a failed benchmark has a score, the stage runs again and updates the same version
             **({"failed": sorted(failed)} if failed else {}),
         }
 
@@ -56,8 +56,10 @@ class Register(Stage[RegisterOutput]):
 
     def run(self, context: Context, folder: str) -> RegisterOutput:
         settings = context.recipe.register_as
-        name, origin = context.member.model, context.recipe.origin(context.member)
-        teacher, distilled = context.output(Teacher), context.output(Distill)
+        name = context.member.model
+        previous = context.recipe.origin(context.member)
+        teacher = context.output(Teacher)
+        distilled = context.output(Distill)
         figures = context.output(Evaluate).table["distilled"]
         tags = {
             "minitron.version": minitron.__version__,
@@ -67,7 +69,7 @@ class Register(Stage[RegisterOutput]):
             "minitron.teacher": context.recipe.teacher.model,
             "minitron.teacher_sha256": json.dumps(teacher.sha256, sort_keys=True),
             "minitron.teacher_corrected": str(context.output(Correct).corrected),
-            "minitron.cut_from": _version(context, origin) if origin else "teacher",
+            "minitron.cut_from": _version(context, previous) if previous else "teacher",
             "minitron.losses": json.dumps(distilled.losses, sort_keys=True),
             "minitron.architecture": json.dumps(distilled.architecture.to_dict(), sort_keys=True),
             "minitron.parameters": str(distilled.parameters),
@@ -85,11 +87,11 @@ class Register(Stage[RegisterOutput]):
         run_id = context.mlflow_run_id(context.run_key)
         if run_id is None:
             raise StorageError(
-                f"MLflow at {shown(context.locations.tracking_uri)} has not taken the run's record within 30 s",
-                "check that the server answers, end drivers of this run that hang on this machine, and run again: all else is "
-                "done",
+                f"MLflow at {shown(context.locations.tracking_uri)} has not accepted the run's record within 30 s",
+                "check that the server answers, end other processes of this run that hang on this machine, and run again: only "
+                "this stage is left",
             )
-        number = registry.register(
+        version = registry.register(
             context.locations.tracking_uri,
             name=name,
             source=distilled.student,
@@ -100,23 +102,24 @@ class Register(Stage[RegisterOutput]):
         )
         return RegisterOutput(
             model=name,
-            version=number,
+            version=version,
             alias=settings.alias,
             source=distilled.student,
-            summary=f"{name} version {number} as {settings.alias!r}",
+            summary=f"{name} version {version} as {settings.alias!r}",
         )
 
     def is_valid(self, state: RunState, output: RegisterOutput) -> bool:
-        """Whether the registry, which may have been deleted since, still has the version."""
+        """Whether the registry still has the version; the registry may have been deleted."""
         return registry.has_version(state.locations.tracking_uri, output.model, output.version)
 
 
 def _tracking(state: RunState) -> str:
-    """The registry, told from others wherever the storage lies that it may be part of."""
+    """Identity of the registry; the path of a database inside the storage is relative, so that the storage can be moved."""
     database = sqlite_path(state.locations.tracking_uri)
     return state.locations.tracking_uri if database is None else relative(state.locations.local, str(database))
 
 
 def _version(context: Context, member: schema.Member) -> str:
+    """The registered version of an earlier model of the family, as text."""
     registered = context.output(Register, member)
     return f"{registered.model} version {registered.version}"

@@ -1,4 +1,4 @@
-"""Search: every candidate in the budget gets a short distillation on Ray Tune; the best held-out KL wins."""
+"""Search: a short distillation of every candidate on Ray Tune; the lowest held-out KL to the teacher wins."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from minitron_search.space import combinations
 if TYPE_CHECKING:
     from minitron_search.results import SearchResult
 
-TRIALS_VERSION = 3  # raised only when what a trial computes changes: trials that have finished are never done again
-# Inputs that say which candidates there are and how far each goes, but change no trial.
-_WHICH = (
+TRIALS_VERSION = 3  # raised only if a trial computes something else: finished trials of the same version are reused
+# Inputs that decide which candidates are trained and for how long, but not what their trials compute.
+_NOT_OF_TRIALS = (
     "space",
     "points",
     "limits",
@@ -75,40 +75,41 @@ class Search(Stage[SearchOutput]):
             "halving": search.halving.model_dump() if search.halving else None,
             "benchmarks": {"keep": benchmarks.keep, **benchmarks.identity()} if benchmarks else None,
             "losses": asdict(logit_losses(state.recipe)),
-            # how often to checkpoint changes nothing about the result
+            # checkpoints do not change the result
             "training": search.training.model_dump(exclude={"checkpoint_every"}),
         }
 
     def estimate(self, outlook: Outlook, member: schema.Member | None) -> Estimate:
         assert member is not None
-        recipe, data, seq = outlook.recipe, outlook.recipe.data, outlook.recipe.data.seq_length
-        shapes, teacher_head = outlook.shapes(member), head_flops(outlook.teacher)
+        recipe = outlook.recipe
+        seq_length = recipe.data.seq_length
+        shapes = outlook.shapes(member)
+        largest = outlook.largest(member)
+        teacher_head = head_flops(outlook.teacher)
         schedule = SearchSchedule(recipe.search)
         distilled = schedule.distilled(len(shapes), len(member.points))
-        step_tokens = recipe.search.training.batch_rows * seq
-        mean_flops = sum(shape.flops_per_token(seq) for shape in shapes) / len(
-            shapes
-        )  # which are distilled is not known
-        training = schedule.total_steps(distilled) * step_tokens * (3 * mean_flops + teacher_head)
-        measured_rows = min(recipe.search.heldout_rows or data.heldout_rows, data.heldout_rows)
+        step_tokens = recipe.search.training.batch_rows * seq_length
+        # the mean of all candidates, because it is not known which are distilled
+        mean_flops = sum(shape.flops_per_token(seq_length) for shape in shapes) / len(shapes)
+        training_flops = schedule.total_steps(distilled) * step_tokens * (3 * mean_flops + teacher_head)
+        heldout_rows = min(recipe.search.heldout_rows or recipe.data.heldout_rows, recipe.data.heldout_rows)
         measurements = len(shapes) + (1 + len(schedule.rungs)) * distilled
-        measuring = measurements * measured_rows * seq * (mean_flops + teacher_head)
-        largest = outlook.largest(member)
-        at_once = max(1, min(len(shapes), outlook.concurrent_trials))
-        disk = 0
-        if schedule.halving:  # all wait at the rung
-            disk += 2 * MASTER_BYTES * largest.num_parameters * distilled
+        measurement_flops = measurements * heldout_rows * seq_length * (mean_flops + teacher_head)
+        disk_bytes = 0
+        if schedule.halving:  # all trials keep a checkpoint while they wait at a rung
+            disk_bytes += 2 * MASTER_BYTES * largest.num_parameters * distilled
         if recipe.search.training.checkpoint_every:
-            disk += 3 * MASTER_BYTES * largest.num_parameters * at_once
-        benchmarking = 0.0
+            concurrent_trials = max(1, min(len(shapes), outlook.concurrent_trials))
+            disk_bytes += 3 * MASTER_BYTES * largest.num_parameters * concurrent_trials
+        benchmark_flops = 0.0
         if benchmarks := recipe.search.evaluate:
-            disk += outlook.value_bytes * largest.num_parameters * distilled  # all keep their weights to the end
+            disk_bytes += outlook.value_bytes * largest.num_parameters * distilled  # all keep their weights to the end
             documents = min(benchmarks.keep, distilled) * sum(task.limit or 1000 for task in benchmarks.tasks)
-            benchmarking = documents * DOCUMENT_TOKENS * mean_flops
+            benchmark_flops = documents * DOCUMENT_TOKENS * mean_flops
         return Estimate(
-            _work(outlook, member, distilled, schedule.steps * step_tokens),
-            flops=training + measuring + benchmarking,
-            bytes=disk,
+            _work_text(outlook, member, distilled, schedule.steps * step_tokens),
+            flops=training_flops + measurement_flops + benchmark_flops,
+            bytes=disk_bytes,
             start_up_seconds=20,
             memory=search_memory(
                 recipe, outlook.teacher, largest, outlook.value_bytes, outlook.resources.workers_per_trial
@@ -149,20 +150,20 @@ class Search(Stage[SearchOutput]):
             max_failures=resources.max_failures,
         )
         lease = context.lease(f"trials-{task.folder.rsplit('/', 1)[-1]}", "a search over the same trials")
-        with lease, pool.open() as pool:  # the workers stay until the end
-            found, milliseconds = shortlist(context, space, task, pool)
-            distilled = schedule.distilled(len(found), len(context.member.points))
+        with lease, pool.open() as pool:  # the same workers serve the whole search
+            candidates, milliseconds = shortlist(context, space, task, pool)
+            distilled = schedule.distilled(len(candidates), len(context.member.points))
             view = TrialsView(
                 context,
                 task,
-                found,
+                candidates,
                 scoring=recipe.search.forward is not None,
                 to_end=schedule.to_end(distilled),
                 planned=schedule.total_steps(distilled),
             )
             result = search(
                 task,
-                found,
+                candidates,
                 forward_keep=recipe.search.forward.keep if recipe.search.forward else None,
                 pinned=space.points,
                 halving=schedule.halving,
@@ -170,7 +171,7 @@ class Search(Stage[SearchOutput]):
             )
             if benchmarks:
                 context.console.status(f"benchmarks of the best {min(benchmarks.keep, len(result.ranking))}")
-                result = benchmark_best(task, result, found, benchmarks, pool)
+                result = benchmark_best(task, result, candidates, benchmarks, pool)
         serving = space.limits or Limits(context=recipe.data.seq_length)
         ranking = tuple(
             replace(
@@ -191,32 +192,34 @@ class Search(Stage[SearchOutput]):
             stability=tuple(result.stability),
             settled=settled(result.stability),
             saved=result.saved,
-            failures=tuple(FailedCandidate(architecture, why) for architecture, why in result.failures.items()),
+            failures=tuple(FailedCandidate(architecture, reason) for architecture, reason in result.failures.items()),
             restarts=tuple(view.restarts),
             benchmarks=tuple(task.name for task in benchmarks.tasks) if benchmarks else (),
             serving=serving,
-            candidates=len(found),
-            architectures=tuple(architecture for architecture in found if architecture not in skipped),
+            candidates=len(candidates),
+            architectures=tuple(architecture for architecture in candidates if architecture not in skipped),
             trials=task.folder,
-            summary=f"{_counts(result, len(found))} · winner {result.winner} · KL {kl:.3f} · {result.reason}",
+            summary=f"{_counts_text(result, len(candidates))} · winner {result.winner} · KL {kl:.3f} · {result.reason}",
         )
 
     def record(self, context: Context, output: SearchOutput) -> None:
-        """Write every trial's result into its record, whichever run and process computed it."""
+        """Write the result of every trial into its record, including those of trials that an earlier run finished."""
         tags = {"minitron.winner": str(output.winner), "minitron.winner_reason": output.reason}
         context.log(self.name).tags(tags)
         record_trials(context, output)
 
 
 def trials_folder(state: RunState) -> str:
-    """Where trials are kept: not under the search, so that a space with more widths finds those of the narrower one."""
-    rest = {name: value for name, value in Search().inputs(state).items() if name not in _WHICH}
-    return storage.join(state.locations.storage, "trials", storage.fingerprint({**rest, "version": TRIALS_VERSION}))
+    """Folder of the trials. It is not inside the search's own folder, so that a search of a larger space reuses the trials
+    of a smaller one."""
+    inputs = {name: value for name, value in Search().inputs(state).items() if name not in _NOT_OF_TRIALS}
+    return storage.join(state.locations.storage, "trials", storage.fingerprint({**inputs, "version": TRIALS_VERSION}))
 
 
-def _work(outlook: Outlook, member: schema.Member, distilled: int, tokens: int) -> str:
-    """How many candidates are trained how far."""
-    search, count = outlook.recipe.search, len(outlook.shapes(member))
+def _work_text(outlook: Outlook, member: schema.Member, distilled: int, tokens: int) -> str:
+    """How many candidates are scored, trained and benchmarked, and for how long, as text."""
+    search = outlook.recipe.search
+    count = len(outlook.shapes(member))
     sampled = outlook.family[member.model].sampled
     at_most = "up to " if outlook.recipe.origin(member) else ""
     text = ""
@@ -229,29 +232,32 @@ def _work(outlook: Outlook, member: schema.Member, distilled: int, tokens: int) 
         text += f", {distilled} distilled"
     text += f", {tokens:,} tokens each"
     if search.halving:
-        text += ", the worse stopped at rungs" + (" where the order holds" if search.halving.grace == "stable" else "")
+        text += ", the worse stopped at rungs" + (" with a stable order" if search.halving.grace == "stable" else "")
     if search.evaluate:
         names = ", ".join(task.name for task in search.evaluate.tasks)
         text += f", {names} for {min(search.evaluate.keep, distilled)}"
     return text
 
 
-def memory_per_trial(resources: ResolvedResources, wanted: int) -> int:
-    """Bytes of main memory to ask Ray for, for each worker of a trial that needs `wanted`; 0 on GPUs, where the GPU's is
-    needed instead. No more than the largest node offers: one trial at a time always runs."""
+def memory_per_trial(resources: ResolvedResources, needed: int) -> int:
+    """Bytes of main memory to reserve in Ray for each worker of a trial that needs `needed`; 0 on GPUs, whose trials need
+    little of it. At most what the largest node offers, so that one trial can always run."""
     from minitron_platform.cluster.room import cluster_nodes
 
     if resources.gpus_per_trial:
         return 0
-    roomy = (n.get("memory", 0) for n in cluster_nodes() if n.get("CPU", 0) >= resources.cpus_per_trial)
-    largest = max(roomy, default=wanted) - RESERVED_BYTES
-    return int(min(wanted, largest))
+    offered = [node.get("memory", 0) for node in cluster_nodes() if node.get("CPU", 0) >= resources.cpus_per_trial]
+    return int(min(needed, max(offered, default=needed) - RESERVED_BYTES))
 
 
-def _counts(result: SearchResult, candidates: int) -> str:
-    """How many candidates got how far."""
-    parts = [] if result.forward is None else [f"{len(result.forward)} scored undistilled"]
-    if len(result.stopped):
+def _counts_text(result: SearchResult, candidates: int) -> str:
+    """Numbers of candidates that were scored, stopped, distilled and failed, as text."""
+    parts = []
+    if result.forward is not None:
+        parts.append(f"{len(result.forward)} scored undistilled")
+    if result.stopped:
         parts.append(f"{len(result.stopped)} stopped early")
     parts.append(f"{len(result.ranking)} of {candidates} candidates distilled")
-    return ", ".join([*parts, f"{len(result.failures)} failed"] if result.failures else parts)
+    if result.failures:
+        parts.append(f"{len(result.failures)} failed")
+    return ", ".join(parts)

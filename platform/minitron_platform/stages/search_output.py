@@ -1,4 +1,4 @@
-"""What a search stage leaves for later stages, the report and the records: its stage.json, checked when it is read."""
+"""Output of the search stage; records that earlier versions wrote are converted when they are read."""
 
 from __future__ import annotations
 
@@ -19,16 +19,14 @@ from minitron_search.stability import MeasureStability
 
 @dataclass(frozen=True)
 class FailedCandidate:
-    """A candidate that did not finish, or one of whose benchmarks failed, and why."""
+    """A candidate whose trial or one of whose benchmarks failed, and the reason."""
 
     architecture: Architecture
     reason: str
 
 
 class SearchOutput(StageOutput):
-    """`architectures` are the candidates that were distilled or failed, `candidates` counts all of them, `benchmarks` are the
-    names of the tasks that the best got, `serving` is what memory and latency are of, `trials` the folder of the trials. The
-    rest is as in `minitron_search.SearchResult`."""
+    """Result of a search. Fields without a description are those of `minitron_search.SearchResult`."""
 
     winner: Architecture
     reason: str
@@ -41,14 +39,19 @@ class SearchOutput(StageOutput):
     failures: tuple[FailedCandidate, ...]
     restarts: tuple[Restart, ...] = ()
     benchmarks: tuple[str, ...]
+    """Names of the tasks that the best candidates were scored on."""
     serving: Limits
+    """Batch and context that the ranking's memory and latency are for."""
     candidates: int
+    """Number of all candidates."""
     architectures: tuple[Architecture, ...]
+    """Candidates that were distilled or failed, without those that were only scored."""
     trials: ArtifactPath
+    """Folder of the trials."""
 
     @property
     def metrics(self) -> dict[str, str]:
-        """The metric of each benchmark that any candidate has a score on."""
+        """Name of the metric of each benchmark that a candidate has a score on."""
         return {score.task: score.metric for candidate in self.ranking for score in candidate.benchmarks}
 
     @model_validator(mode="before")
@@ -59,11 +62,11 @@ class SearchOutput(StageOutput):
 
 
 def _from_earlier_form(outputs: dict[str, Any]) -> dict[str, Any]:
-    """Outputs of the versions whose rows named an architecture by its display text."""
+    """The present form of `outputs` of an earlier version, whose rows named an architecture by its display text."""
     winner = Architecture.from_dict(outputs["winner"])
     by_text = {str(a): a for a in map(Architecture.from_dict, outputs["architectures"])}
 
-    def named(row: dict[str, Any]) -> dict[str, Any]:
+    def converted(row: dict[str, Any]) -> dict[str, Any]:
         text = row["architecture"]
         architecture = by_text.get(text) or _from_sizes(winner, row, text)
         return {**{name: value for name, value in row.items() if name not in PRUNABLE}, "architecture": architecture}
@@ -71,15 +74,15 @@ def _from_earlier_form(outputs: dict[str, Any]) -> dict[str, Any]:
     forward = outputs["forward"]
     return {
         **outputs,
-        "ranking": [_with_benchmarks(named(row), outputs) for row in outputs["ranking"]],
-        "stopped": [named(row) for row in outputs["stopped"]],
-        "forward": None if forward is None else [named(row) for row in forward],
-        "failures": [{"architecture": by_text[text], "reason": why} for text, why in outputs["failures"].items()],
+        "ranking": [_with_benchmarks(converted(row), outputs) for row in outputs["ranking"]],
+        "stopped": [converted(row) for row in outputs["stopped"]],
+        "forward": None if forward is None else [converted(row) for row in forward],
+        "failures": [{"architecture": by_text[text], "reason": reason} for text, reason in outputs["failures"].items()],
     }
 
 
 def _from_sizes(like: Architecture, row: dict[str, Any], text: str) -> Architecture:
-    """The architecture of a row that has sizes as columns, those of experts in the text alone."""
+    """The architecture of a row that has its sizes as columns, except the number of experts, which is only in the text."""
     sizes = {name: row[name] for name in PRUNABLE if name in row}
     if experts := re.search(r"(\d+) experts", text):
         sizes["num_experts"] = int(experts[1])
@@ -87,6 +90,7 @@ def _from_sizes(like: Architecture, row: dict[str, Any], text: str) -> Architect
 
 
 def _with_benchmarks(row: dict[str, Any], outputs: dict[str, Any]) -> dict[str, Any]:
+    """`row` with the scores of its columns as a list of benchmarks."""
     metrics = outputs.get("metrics", {})
     scores = [
         {"task": task, "metric": metrics.get(task, ""), "value": row[task], "stderr": row[f"{task}_stderr"]}

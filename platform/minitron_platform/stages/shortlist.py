@@ -1,4 +1,4 @@
-"""Which architectures a search looks at: those of its space, or a sample of it, that are fast enough where it matters."""
+"""The candidates of a search: the architectures of its space, or a sample of them, that keep the limit on latency."""
 
 from __future__ import annotations
 
@@ -19,47 +19,49 @@ from minitron_search.search_task import SearchTask
 def shortlist(
     context: Context, space: CandidateSpace, task: SearchTask, pool: Pool
 ) -> tuple[list[Architecture], dict[Architecture, float]]:
-    """The candidates, and the milliseconds to the first token of those that were timed.
+    """The candidates, and the milliseconds to the first token of every architecture that was timed.
 
-    Raises InputError where none keeps to the limits, or a point does not keep to the measured one.
+    Raises InputError if no architecture keeps the limits, or if a point is slower than the limit on latency.
     """
-    timed = _Timed(context, space, task, pool)
-    timed.check(space.points)
+    latency_limit = _LatencyLimit(context, space, task, pool)
+    latency_limit.check_points(space.points)
     if space.sampled is None:
-        found = timed.fast(space.candidates)
+        candidates = latency_limit.fast_enough(space.candidates)
     else:
         sampler = context.recipe.search.sampler
         assert sampler is not None
-        count = context.console.counter(f"of {sampler.candidates:,} candidates scored undistilled")
+        progress = context.console.counter(f"of {sampler.candidates:,} candidates scored undistilled")
         scored: dict[Architecture, float] = {}
 
         def score(proposed: list[Architecture]) -> dict[Architecture, float]:
-            fast = timed.fast(proposed)
-            known, _ = score_all(task, fast, pool)  # the search itself reports those that failed
-            new = {a: known.get(a, math.nan) for a in fast}
+            fast = latency_limit.fast_enough(proposed)
+            scores, _ = score_all(task, fast, pool)  # the search reports the failures later
+            new = {architecture: scores.get(architecture, math.nan) for architecture in fast}
             scored.update(new)
-            count(len(scored), sampler.candidates)
+            progress(len(scored), sampler.candidates)
             return new
 
-        found = sample(score, space.sampled, sampler.candidates, seed=sampler.seed, points=space.points)
-    if not found:
-        least = f", and the fastest takes {min(timed.milliseconds.values()):.3g} ms" if timed.milliseconds else ""
+        candidates = sample(score, space.sampled, sampler.candidates, seed=sampler.seed, points=space.points)
+    milliseconds = latency_limit.milliseconds
+    if not candidates:
+        fastest = f", and the fastest takes {min(milliseconds.values()):.3g} ms" if milliseconds else ""
         raise InputError(
-            f"{space.key}.limits: no candidate keeps to them: {len(timed.milliseconds)} were timed{least}",
+            f"{space.key}.limits: no candidate keeps them: {len(milliseconds)} were timed{fastest}",
             f"raise {space.key}.limits.latency_ms, or widen {space.key}.space",
         )
-    return found, timed.milliseconds
+    return candidates, milliseconds
 
 
-class _Timed:
-    """Leaves out what takes longer to its first tokens than is allowed; measures nothing where that is not limited."""
+class _LatencyLimit:
+    """The limit on the time to the first token: measures architectures and removes those that are slower. Without a limit
+    nothing is measured."""
 
     def __init__(self, context: Context, space: CandidateSpace, task: SearchTask, pool: Pool) -> None:
         self.key = space.key
         self.limits = space.limits
         self.console = context.console
         self.pool = pool
-        self.milliseconds: dict[Architecture, float] = {}
+        self.milliseconds: dict[Architecture, float] = {}  # of every architecture that was timed
         if self.limits and self.limits.latency_ms:
             self.latency = Latency(
                 origin=task.origin.folder,
@@ -70,16 +72,18 @@ class _Timed:
                 threads=task.threads,
             )
 
-    def fast(self, architectures: list[Architecture]) -> list[Architecture]:
+    def fast_enough(self, architectures: list[Architecture]) -> list[Architecture]:
+        """The architectures that keep the limit, in the same order."""
         if self.limits is None or self.limits.latency_ms is None:
             return architectures
         progress = self.console.counter("shapes timed")
-        self.pool.release_workers()  # for room, and so that nothing else runs during the timing
+        self.pool.release_workers()  # they would take the resources, or slow down what is timed
         self.milliseconds |= self.latency.measure(architectures, share=self.pool.share, progress=progress)
         return [a for a in architectures if self.milliseconds[a] <= self.limits.latency_ms]
 
-    def check(self, points: list[Architecture]) -> None:
-        slow = set(points) - set(self.fast(points))
+    def check_points(self, points: list[Architecture]) -> None:
+        """Raise InputError for a point that is slower than the limit."""
+        slow = set(points) - set(self.fast_enough(points))
         for index, point in enumerate(points):
             if point in slow:
                 raise InputError(

@@ -1,4 +1,4 @@
-"""What a stage is: a name, a version, the type of its output, and what it does. `minitron_platform.stages.order` lists all."""
+"""The base class of stages and of their outputs. `minitron_platform.stages.order` lists all stages."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ if TYPE_CHECKING:
 
 
 class _Artifact:
-    """Marks a path without which a stage's output is of no use."""
+    """Marks a field as the path of a file or folder that the stage wrote."""
 
 
 ArtifactPath = Annotated[str, _Artifact()]
-"""A file or folder that a stage wrote; once it is gone, the stage is done again."""
+"""A file or folder that a stage wrote; if it is missing, the stage runs again."""
 
 
 class StageOutput(BaseModel):
-    """What a finished stage hands to the later ones; saved in its folder as stage.json and checked when read.
+    """What a finished stage passes to later stages; saved in the stage's folder as stage.json and validated when it is read.
 
-    A field without a default that an older record lacks makes the stage run again; fields that no longer exist are ignored.
+    If an earlier version's stage.json lacks a field that has no default, the stage runs again; fields that no longer exist
+    are ignored.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -36,21 +37,23 @@ class StageOutput(BaseModel):
     summary: str
     """One line for the terminal, MLflow and the report."""
     fingerprint: str = ""
-    """Content address of the output; set when the stage is recorded."""
+    """Content address of the output; set when the record is written."""
 
     def artifacts(self) -> Iterator[str]:
-        """The paths that must exist for the output to be of use."""
+        """The files and folders that the output refers to."""
         for name, field in type(self).model_fields.items():
-            if any(isinstance(mark, _Artifact) for mark in field.metadata) and (path := getattr(self, name)):
+            is_artifact = any(isinstance(metadata, _Artifact) for metadata in field.metadata)
+            if is_artifact and (path := getattr(self, name)):
                 yield path
 
 
 class StudentOutput(StageOutput):
-    """The output of a stage that makes a model of the family, from which the next one may be cut."""
+    """Output of a stage that makes a model of the family, which the next one may be pruned from."""
 
     student: ArtifactPath
-    """The checkpoint."""
+    """Checkpoint folder of the model."""
     id: str
+    """Content address of its weights."""
     architecture: Architecture
 
 
@@ -58,35 +61,37 @@ T = TypeVar("T", bound=StageOutput)
 
 
 class Stage(ABC, Generic[T]):
-    """One step of a run. Stateless: everything is read from the run's state, everything made goes into the stage's folder."""
+    """One stage of a run. It has no state of its own: it reads the run's state and writes into its folder."""
 
     name: ClassVar[str]
     version: ClassVar[int]
-    """Raised when the same inputs would give another output."""
+    """Raised when the same inputs give another output than before."""
     per_model: ClassVar[bool]
-    """Whether every model of the family has its own; otherwise it is done once, before the first model that needs it."""
+    """Whether the stage runs once for every model of the family; otherwise it runs once per run, and the family shares it."""
     output_type: ClassVar[type[StageOutput]]
-    """Of `run`."""
+    """Type of the output of `run`."""
 
     @abstractmethod
     def inputs(self, state: RunState) -> dict[str, Any]:
-        """A JSON value of everything that can change the output; with the name and the version it is the fingerprint."""
+        """Everything that can change the output, as a JSON value. With the stage's name and version it makes the
+        fingerprint."""
 
     @abstractmethod
     def run(self, context: Context, folder: str) -> T:
-        """Do the work. `folder` is the stage's own; what an interrupted attempt left there is used."""
+        """Do the work and return the output. `folder` is the stage's own; an interrupted attempt may have left files
+        there."""
 
     @abstractmethod
     def estimate(self, outlook: Outlook, member: Member | None) -> Estimate:
-        """What the stage will take, from shapes and settings alone; `member` is the model it is for if there is one each."""
+        """Estimated cost, from shapes and settings alone, for the model `member`; None for a stage that the family shares."""
 
     def record(self, context: Context, output: T) -> None:
-        """Add to the run's record what the runner does not write by itself: curves, tags, further records."""
+        """Add curves and tags to the stage's record, and write further records. The runner adds everything else."""
 
     def metrics(self, output: T) -> dict[str, float]:
-        """Numbers for the stage's record in MLflow."""
+        """Metrics for the stage's record in MLflow."""
         return {}
 
     def is_valid(self, state: RunState, output: T) -> bool:
-        """Whether a finished stage's effects elsewhere, such as in the registry, are still there."""
+        """Whether the output of a finished stage can still be used; if not, the stage runs again."""
         return True

@@ -1,7 +1,7 @@
-"""What finished stages recorded: stage.json, in which paths are relative to the storage, so that it can be moved or copied.
+"""Records of finished stages, stage.json, which do not depend on where the storage is, so that it can be moved or copied.
 
-In the file a path inside the storage is "storage:" and the path below its root. Records of versions that wrote absolute
-paths are read too: their own paths say what the root was then.
+In the file, a path inside the storage is "storage:" followed by the path relative to the storage's root. Earlier versions
+wrote absolute paths; they are read too, and the old root is derived from them.
 """
 
 from __future__ import annotations
@@ -27,51 +27,55 @@ _ABSOLUTE = re.compile(r"^(?P<root>.+)/stages/[a-z]+/[0-9a-f]{16}(/|$)")
 
 @dataclass(frozen=True)
 class Record:
-    """A finished stage: what it hands on, how long it took, and the paths without which that is of no use."""
+    """A finished stage."""
 
     output: StageOutput
     seconds: float
+    """Time that the stage took."""
     artifacts: list[str]
+    """Files that must exist for the output to be of use."""
 
 
 def write_record(root: str, folder: str, record: Record) -> None:
-    """Write a stage's record into its folder, in the storage at `root`; with it the stage is finished."""
+    """Write a stage's record into its `folder` in the storage at `root`. This marks the stage as finished."""
     written = {
         "outputs": record.output.model_dump(mode="json"),
         "seconds": record.seconds,
         "artifacts": record.artifacts,
     }
-    storage.write_json(storage.join(folder, RECORD), _mapped(written, lambda text: relative(root, text)))
+    storage.write_json(storage.join(folder, RECORD), _map_texts(written, lambda text: relative(root, text)))
 
 
 def read_record(root: str, folder: str, output: type[StageOutput]) -> Record | None:
-    """A finished stage's record with the paths as they are now; None where it is not finished, or where an earlier version
-    finished it whose output lacks a field that is needed now.
+    """The record of a finished stage, with the present paths. None if the stage is not finished, or if the record is of an
+    earlier version and does not fit the type `output`.
 
-    Raises StorageError for a record whose paths lead out of the storage, that has another form, or that can't be read."""
+    Raises StorageError for a record that cannot be read, is not a stage's record, or has paths that lead out of the storage.
+    """
     path = storage.join(folder, RECORD)
     if not storage.exists(path):
         return None
     written = _checked(storage.read_json(path), path)
-    before = next((found["root"] for text in _texts(written) if (found := _ABSOLUTE.match(text))), root)
+    matches = (_ABSOLUTE.match(text) for text in _texts(written))
+    old_root = next((match["root"] for match in matches if match), root)
 
-    def present(text: str) -> str:
-        for start in (INSIDE, f"{before}/"):
+    def present_path(text: str) -> str:
+        for start in (INSIDE, f"{old_root}/"):
             if text.startswith(start):
-                below = text.removeprefix(start)
-                # not more than this is checked: messages that begin with a path are kept in the same form
-                if ".." in below.split("/"):
+                inner = text.removeprefix(start)
+                # no further checks, because messages that begin with a path are stored in the same form
+                if ".." in inner.split("/"):
                     raise StorageError(
-                        f"{path}: {below[:200]!r} leads out of the storage", f"delete {folder}, run again"
+                        f"{path}: {inner[:200]!r} leads out of the storage", f"delete {folder}, run again"
                     )
-                return storage.join(root, below)
+                return storage.join(root, inner)
         return text
 
-    record = _mapped(written, present)
+    record = _map_texts(written, present_path)
     try:
         return Record(output.model_validate(record["outputs"]), record["seconds"], record["artifacts"])
     except ValidationError as error:
-        log.warning("%s: %s, so that the stage is done again", path, _first_problem(error))
+        log.warning("%s: %s, so the stage runs again", path, _first_problem(error))
         return None
 
 
@@ -81,6 +85,7 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def _checked(record: Any, path: str) -> dict[str, Any]:
+    """The content of the file at `path`; raises StorageError if it is not a stage's record."""
     match record:
         case {"outputs": {"summary": str()}, "artifacts": [*artifacts], "seconds": int() | float()}:
             if all(isinstance(name, str) for name in artifacts):
@@ -89,19 +94,21 @@ def _checked(record: Any, path: str) -> dict[str, Any]:
 
 
 def relative(root: str, text: str) -> str:
-    """A path inside the storage at `root` in the form that does not depend on where that is; other text as it is."""
+    """A path inside the storage at `root` in the form "storage:..."; any other text unchanged."""
     return INSIDE + text.removeprefix(f"{root}/") if text.startswith(f"{root}/") else text
 
 
-def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with `change` applied to every string in it, except keys."""
     if isinstance(value, dict):
-        return {key: _mapped(inner, change) for key, inner in value.items()}
+        return {key: _map_texts(inner, change) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_mapped(inner, change) for inner in value]
+        return [_map_texts(inner, change) for inner in value]
     return change(value) if isinstance(value, str) else value
 
 
 def _texts(value: Any) -> Iterator[str]:
+    """Every string in a JSON value, except keys."""
     if isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _texts(inner)

@@ -1,4 +1,4 @@
-"""What is known of a run of a recipe: its stages' outputs so far, and the model of the family that is being made."""
+"""The state of a run: the outputs of its finished stages, and the model of the family that is being made."""
 
 from __future__ import annotations
 
@@ -15,49 +15,51 @@ T = TypeVar("T", bound=StageOutput)
 
 @dataclass
 class RunState:
-    """Outputs of the finished stages, by stage and, where each model of the family has its own, by model."""
+    """A run of a recipe, as far as it is finished."""
 
     recipe: Recipe
     locations: Locations
     run_key: str
     current: Member | None = None
-    """The model whose stages are being done; None for a stage that the family shares."""
+    """The model whose stages are running; None during a stage that the family shares."""
     shared: dict[str, StageOutput] = field(default_factory=dict)
-    """By the stage's name."""
+    """Outputs of the stages that the family shares, by the stage's name."""
     family: dict[str, dict[str, StageOutput]] = field(default_factory=dict)
-    """By the model's name, then the stage's."""
+    """Outputs of the other stages, by the model's name, then the stage's."""
 
     @property
     def member(self) -> Member:
-        """The model of the family whose stages are being done."""
+        """The model of the family whose stages are running."""
         assert self.current is not None
         return self.current
 
     def output(self, stage: type[Stage[T]], member: Member | None = None) -> T:
-        """A finished stage's output; of `member`, by default the current model, if each model has its own."""
+        """Output of a finished stage; of a stage that runs once per model, the output for `member` (default: the current
+        one)."""
         outputs = self.family[(member or self.member).model] if stage.per_model else self.shared
         output = outputs[stage.name]
         assert isinstance(output, stage.output_type)
         return output  # type: ignore[return-value]
 
     def student(self, member: Member) -> StudentOutput:
-        """A finished model of the family, as the last of its stages left it."""
+        """The finished model `member`, from the last stage that made or changed it."""
         students = [output for output in self.family[member.model].values() if isinstance(output, StudentOutput)]
         return students[-1]
 
     def is_finished(self, stage: Stage[Any] | type[Stage[Any]], member: Member | None = None) -> bool:
+        """Whether a stage is finished: for `member`, or for the whole family if that is None."""
         outputs = self.family.get(member.model, {}) if member else self.shared
         return stage.name in outputs
 
     def finish(self, stage: Stage[Any], output: StageOutput) -> None:
-        """Take in a finished stage's output."""
+        """Add the output of a finished stage."""
         outputs = self.family.setdefault(self.member.model, {}) if stage.per_model else self.shared
         outputs[stage.name] = output
 
     def fingerprint(self, stage: Stage[Any]) -> str:
-        """Content address of a stage's output; needs the outputs of the stages that it reads."""
+        """Content address of a stage's output. The stages that it reads from must be finished."""
         return storage.fingerprint({"stage": stage.name, "version": stage.version, "inputs": stage.inputs(self)})
 
     def title(self, name: str) -> str:
-        """What a stage or trial is called where several models have one of that name."""
+        """The name of a stage or trial, followed by the current model if the family has several."""
         return f"{name} {self.current.model}" if self.current and len(self.recipe.family) > 1 else name

@@ -1,7 +1,7 @@
-"""Targets: what is stored of the teacher, computed once and read by everything that distils.
+"""Targets: the teacher's outputs on all rows, computed and stored once for the search and the distillations.
 
-Hidden states of all rows; where the distillation runs the teacher itself, of the training rows that the search reads. Of
-training rows it may be the likeliest tokens instead.
+They are its final hidden states, or for training rows the logits of its top-k tokens. If the full distillation runs the
+teacher itself, only those training rows that the search reads are stored.
 """
 
 from __future__ import annotations
@@ -32,14 +32,16 @@ from minitron_platform.stages.teacher import Teacher
 
 class TargetsOutput(StageOutput):
     train: ArtifactPath
-    """What is stored of the teacher for the training rows."""
+    """Folder of the teacher's outputs on training rows: hidden states or top-k logits."""
     heldout: ArtifactPath
-    """For the held-out rows, always hidden states."""
+    """Folder of the teacher's hidden states on held-out rows."""
     rows_computed: int
+    """Rows that this run of the stage computed; an interrupted run may have computed the others."""
     rows_stored: int
     mass_lost_mean: float | None = None
-    """Probability beyond the stored top-k tokens, a mean over positions; None where hidden states are stored."""
+    """Probability of the tokens outside the stored top-k, mean over positions; None if hidden states are stored."""
     mass_lost_worst: float | None = None
+    """Maximum over positions."""
 
 
 class Targets(Stage[TargetsOutput]):
@@ -49,10 +51,12 @@ class Targets(Stage[TargetsOutput]):
     output_type = TargetsOutput
 
     def inputs(self, state: RunState) -> dict[str, Any]:
-        top_k, steps, data = state.recipe.targets.top_k, _steps(state), state.output(Data)
+        top_k = state.recipe.targets.top_k
+        search_steps = _search_steps(state)
+        data = state.output(Data)
         return {
             **({"top_k": top_k} if top_k else {}),
-            **({"steps": steps} if steps else {}),
+            **({"steps": search_steps} if search_steps else {}),
             "teacher": state.output(Correct).id,
             "dtype": state.output(Teacher).dtype,
             "train": data.train,
@@ -60,9 +64,9 @@ class Targets(Stage[TargetsOutput]):
         }
 
     def estimate(self, outlook: Outlook, member: schema.Member | None) -> Estimate:
-        cost = outlook.targets
+        cost = outlook.teacher_cost
         return Estimate(
-            f"{cost.rows * outlook.recipe.data.seq_length:,} tokens, once through the teacher",
+            f"{cost.rows * outlook.recipe.data.seq_length:,} tokens, one forward pass of the teacher",
             flops=cost.stored_flops,
             bytes=cost.bytes,
             memory=targets_memory(outlook.recipe, outlook.teacher, outlook.value_bytes),
@@ -71,35 +75,41 @@ class Targets(Stage[TargetsOutput]):
     def run(self, context: Context, folder: str) -> TargetsOutput:
         train_folder = storage.join(folder, "train")
         heldout_folder = storage.join(folder, "heldout")
-        top_k, steps = context.recipe.targets.top_k, _steps(context)
-        reads = _inputs(context, train_folder, heldout_folder)
-        train, heldout = reads.open_rows("train"), reads.open_rows("heldout")
-        numbers = rows_of_steps(len(train), *steps) if steps else None
-        num_train = len(train) if numbers is None else len(numbers)
+        top_k = context.recipe.targets.top_k
+        search_steps = _search_steps(context)
+        inputs = _distill_inputs(context, train_folder, heldout_folder)
+        train = inputs.open_rows("train")
+        heldout = inputs.open_rows("heldout")
+        train_rows = rows_of_steps(len(train), *search_steps) if search_steps else None
+        num_train = len(train) if train_rows is None else len(train_rows)
         num_rows = num_train + len(heldout)
         hidden_size = context.output(Teacher).architecture.hidden_size
         value_bytes = DTYPES[context.output(Teacher).dtype].itemsize
         size = stored_bytes(num_train, train.seq_length, hidden_size, value_bytes, top_k)
         size += stored_bytes(len(heldout), train.seq_length, hidden_size, value_bytes)
-        what = f"{num_rows:,} rows" + (", of training those of the search" if numbers is not None else "")
+        rows_text = f"{num_rows:,} rows" + (
+            "" if train_rows is None else " (of the training rows, only those that the search reads)"
+        )
         teacher: list[nn.Module] = []
 
         def load_once() -> nn.Module:
             if not teacher:
-                context.console.say(f"  what is stored of the teacher: {what}, {size / 1e6:,.0f} MB")
+                context.console.say(f"  storing the teacher's outputs on {rows_text}, {size / 1e6:,.0f} MB")
                 context.console.status("loading the teacher")
-                teacher.append(reads.load_teacher())
+                teacher.append(inputs.load_teacher())
             return teacher[0]
 
+        computed = store_hidden(
+            load_once,
+            heldout,
+            heldout_folder,
+            key=inputs.targets_key("heldout"),
+            progress=context.console.counter("heldout rows"),
+        )
         options: dict[str, Any] = {
-            "key": reads.targets_key("heldout"),
-            "progress": context.console.counter("heldout rows"),
-        }
-        computed = store_hidden(load_once, heldout, heldout_folder, **options)
-        options = {
-            "key": reads.targets_key("train"),
+            "key": inputs.targets_key("train"),
             "progress": context.console.counter("train rows"),
-            "numbers": numbers,
+            "numbers": train_rows,
         }
         if top_k:
             computed += store_top_k(load_once, train, train_folder, top_k, **options)
@@ -110,44 +120,45 @@ class Targets(Stage[TargetsOutput]):
             heldout=heldout_folder,
             rows_computed=computed,
             rows_stored=num_rows,
-            summary=f"teacher run on {computed:,} of {what} · {size / 1e6:,.0f} MB",
+            summary=f"teacher ran on {computed:,} of {rows_text} · {size / 1e6:,.0f} MB",
         )
         if not top_k:
             return output
-        lost = TopKTeacher(train_folder, reads.targets_key("train")).mass_lost()
-        beyond = (
-            f"beyond the {top_k} likeliest tokens a probability of {lost.mean:.3g} is lost on average, "
-            f"{lost.worst:.3g} at worst"
+        lost = TopKTeacher(train_folder, inputs.targets_key("train")).mass_lost()
+        lost_text = (
+            f"the top {top_k} tokens leave out a probability of {lost.mean:.3g} on average, {lost.worst:.3g} at worst"
         )
         return output.model_copy(
             update={
                 "mass_lost_mean": lost.mean,
                 "mass_lost_worst": lost.worst,
-                "summary": f"{output.summary} · {beyond}",
+                "summary": f"{output.summary} · {lost_text}",
             }
         )
 
     def metrics(self, output: TargetsOutput) -> dict[str, float]:
-        """What the top-k tokens leave out."""
+        """Probability that the top-k tokens leave out."""
         lost = {"mass_lost_mean": output.mass_lost_mean, "mass_lost_worst": output.mass_lost_worst}
         return {name: value for name, value in lost.items() if value is not None}
 
 
-def _steps(state: RunState) -> list[int] | None:
-    """(rows of a step, steps, seed) of the search, if the rows that it trains are all that is stored."""
-    search, data = state.recipe.search.training, state.output(Data)
-    enough = search.batch_rows * search.steps >= data.train_tokens // data.seq_length
-    online = state.recipe.targets.mode == "online" and not enough
-    return [search.batch_rows, search.steps, search.seed] if online else None
+def _search_steps(state: RunState) -> list[int] | None:
+    """[rows in a step, steps, seed] of the search, if only the training rows that it reads are stored; None for all rows."""
+    search = state.recipe.search.training
+    data = state.output(Data)
+    reads_all_rows = search.batch_rows * search.steps >= data.train_tokens // data.seq_length
+    if state.recipe.targets.mode != "online" or reads_all_rows:
+        return None
+    return [search.batch_rows, search.steps, search.seed]
 
 
 def distill_inputs(state: RunState) -> DistillInputs:
-    """What distillations of this run read."""
+    """Rows, teacher and stored targets for the distillations of this run."""
     targets = state.output(Targets)
-    return _inputs(state, targets.train, targets.heldout)
+    return _distill_inputs(state, targets.train, targets.heldout)
 
 
-def _inputs(state: RunState, train_targets: str, heldout_targets: str) -> DistillInputs:
+def _distill_inputs(state: RunState, train_targets: str, heldout_targets: str) -> DistillInputs:
     correct = state.output(Correct)
     return DistillInputs(
         teacher=correct.folder,
@@ -161,7 +172,7 @@ def _inputs(state: RunState, train_targets: str, heldout_targets: str) -> Distil
 
 
 def pruning_source(state: RunState) -> PruningSource:
-    """What the family's current model is cut from."""
+    """The checkpoint that the family's current model is pruned from, and how to prune it."""
     return build.pruning_source(
         state.recipe.calibrate,
         folder=pruning_base(state).folder,

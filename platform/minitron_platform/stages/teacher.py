@@ -1,4 +1,4 @@
-"""Teacher: bring the model into one plain safetensors checkpoint, named by what it does."""
+"""Teacher: convert the model to a plain safetensors checkpoint and identify it by its content."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from minitron_platform.stages.state import RunState
 
 class TeacherOutput(StageOutput):
     folder: ArtifactPath
-    """The checkpoint."""
+    """Checkpoint folder."""
     id: str
-    """Of what the teacher does: weights, the config's meaning, the tokenizer."""
+    """Content address of everything that decides the teacher's outputs: weights, config and tokenizer."""
     sha256: dict[str, str]
-    """Of each weight file."""
+    """SHA-256 by weight file."""
     dtype: str
-    """That models compute in, by torch's name."""
+    """Compute dtype of all models of the run, by torch's name."""
     architecture: Architecture
     parameters: int
     document: DocumentTokens
-    """What its tokenizer puts around a document."""
+    """Special tokens that its tokenizer puts around a document."""
 
 
 class Teacher(Stage[TeacherOutput]):
     name = "teacher"
-    version = 2  # 2: the id is of what the teacher does, its tensors fill it, and a document's special tokens are known
+    version = 2  # 2: `id` is of the content, not of the files; missing tensors are refused; `document` was added
     per_model = False
     output_type = TeacherOutput
 

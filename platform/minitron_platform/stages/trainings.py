@@ -1,4 +1,4 @@
-"""What the stages that train on Ray Train share: the view of a training, and its restarts."""
+"""Progress and restarts of the trainings on Ray Train, which two stages run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from minitron_platform.training.view import RESTARTS, TrainingView
 
 
 def training_view(context: Context, stage: str, folder: str, steps: int) -> TrainingView:
-    """The view of a training of a stage whose results are in `folder`."""
+    """Progress of a training of `steps` steps that a stage runs in its `folder`."""
     resources = context.recipe.resources
     restarts = storage.join(folder, RESTARTS)
     return TrainingView(
@@ -18,5 +18,5 @@ def training_view(context: Context, stage: str, folder: str, steps: int) -> Trai
 
 
 def restarts_of(folder: str) -> list[Restart]:
-    """Restarts of the trainings of a stage, for its output."""
+    """Restarts of the trainings in a stage's `folder`, including those of earlier runs."""
     return read_restarts(storage.join(folder, RESTARTS))

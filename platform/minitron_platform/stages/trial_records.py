@@ -1,4 +1,4 @@
-"""The trials of a search, as the user sees them and as MLflow keeps them."""
+"""The trials of a search: their progress in the terminal, and their records for MLflow."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ from minitron_search.trial_store import (
     trial_result,
 )
 
-SHOWN = 4  # trials on the live line
+MAX_SHOWN = 4  # trials in the status line
 
 
 def record_trials(context: Context, output: SearchOutput) -> None:
-    """Close the record of every trial of a search stage with its result, or with the rung that stopped it."""
+    """Complete the record of every trial of a search with its result, or with the rung at which it was stopped."""
     failures = {candidate.architecture: candidate.reason for candidate in output.failures}
     stopped = {candidate.architecture: candidate for candidate in output.stopped}
     ranked = {candidate.architecture: candidate for candidate in output.ranking}
     for architecture in output.architectures:
-        log = _open(context, architecture)
+        log = _start_record(context, architecture)
         if architecture in failures:
             log.tags({"minitron.failure": failures[architecture]})
             log.end("FAILED")
@@ -85,7 +85,8 @@ def _record_result(log: RunLog, result: TrialResult, ranked: RankedCandidate | N
     if ranked is not None and ranked.latency_ms is not None:
         metrics["latency_ms"] = ranked.latency_ms
     for score in ranked.benchmarks if ranked is not None else ():
-        name = f"{score.task}.{score.metric}" if score.metric else score.task  # not noted by an earlier version
+        # an earlier version did not store the name of the metric
+        name = f"{score.task}.{score.metric}" if score.metric else score.task
         metrics[name] = score.value
         if score.stderr is not None:
             metrics[f"{name}_stderr"] = score.stderr
@@ -96,22 +97,22 @@ def _params(architecture: Architecture) -> dict[str, int]:
     return {**architecture.sizes, "parameters": architecture.num_parameters}
 
 
-def _open(context: Context, architecture: Architecture) -> RunLog:
+def _start_record(context: Context, architecture: Architecture) -> RunLog:
     log = context.log(f"trial-{trial_key(architecture)}")
     log.start(str(architecture), parent=context.log("search").key, tags={"minitron.kind": "trial"})
     return log
 
 
 def _step_tokens(context: Context) -> int:
-    """Tokens of one step of a trial."""
+    """Number of tokens in a training step of a trial."""
     return context.recipe.search.training.batch_rows * context.recipe.data.seq_length
 
 
 class TrialsView:
-    """Turns what trials report into the live line, a line per finished trial, and metrics.
+    """Turns the events of trials into a status line, a printed line per finished trial, and metrics in their records.
 
-    `scoring` says that all of `candidates` are scored first; `to_end` is the number that is distilled to the end, `planned`
-    the number of training steps of all together.
+    scoring: whether all `candidates` are scored before training. to_end: number of candidates that are distilled to the end.
+    planned: training steps of all candidates together.
     """
 
     def __init__(
@@ -137,25 +138,27 @@ class TrialsView:
         self.folder = task.folder
         self.restarts: list[Restart] = []
         self.restart_counts = Counter[Architecture]()
-        self.active: dict[Architecture, Progress] = {}  # step 0 until the first progress
+        self.active: dict[Architecture, Progress] = {}  # at step 0 until a trial reports progress
         self.logs: dict[Architecture, RunLog] = {}
-        self.first_kl: dict[Architecture, float] = {}
+        self.first_kl: dict[Architecture, float] = {}  # before training
         self.last_kl: dict[Architecture, float] = {}
-        self.best: tuple[int, float, Architecture] | None = None  # step, KL, candidate: furthest measured, then lowest
-        self.position = {a: _steps_done(task, a) for a in candidates}
-        self.finished = min(to_end, sum(step == self.steps for step in self.position.values()))
+        # step, KL and candidate of the best measurement: a later step counts more, then a lower KL
+        self.best: tuple[int, float, Architecture] | None = None
+        self.steps_done = {a: _stored_steps(task, a) for a in candidates}
+        self.finished = min(to_end, sum(step == self.steps for step in self.steps_done.values()))
         self.scored = sum(forward_score(task.folder, a) is not None for a in candidates) if scoring else 0
-        self.before: tuple[float, int] | None = None  # when the first step was reported, and the steps done by then
+        # time of the first progress of this process, and the steps that were done before it
+        self.first_progress: tuple[float, int] | None = None
         self.console.status(self._status)
 
     def event(self, architecture: Architecture, event: Event) -> None:
-        """Take what the pool passes on of a candidate."""
+        """Handle an event of a candidate's trial."""
         if isinstance(event, Scored):
             self.scored += 1
             self._measured(architecture, 0, event.kl)
             return
         if architecture not in self.logs:
-            self.logs[architecture] = _open(self.context, architecture)
+            self.logs[architecture] = _start_record(self.context, architecture)
         log = self.logs[architecture]
         match event:
             case Started():
@@ -163,7 +166,7 @@ class TrialsView:
             case Undistilled():
                 self.first_kl[architecture] = event.kl
             case Progress():
-                self._moved(architecture, event)
+                self._progressed(architecture, event)
                 self._log_curve(log, event.step, event.metrics)
             case RungReached():
                 self._advance(architecture, event.step)
@@ -178,12 +181,12 @@ class TrialsView:
                 self._finished(architecture, event)
             case Retried():
                 self._retried(architecture, event)
-                self._keep_trace(architecture, event.trace)
+                self._store_traceback(architecture, event.trace)
             case Failed():
                 self.active.pop(architecture, None)
                 self.console.say(f"  [yellow]failed[/]  {architecture}: {escape(event.reason)}")
                 log.tags({"minitron.failure": event.reason})
-                self._keep_trace(architecture, event.trace)
+                self._store_traceback(architecture, event.trace)
                 log.end("FAILED")
 
     def _finished(self, architecture: Architecture, event: Finished) -> None:
@@ -202,10 +205,10 @@ class TrialsView:
         self.restarts.append(restart)
         self.restart_counts[architecture] += 1
         record_restart(self.logs[architecture], self.restart_counts[architecture], restart)
-        self.console.say(f"  [yellow]again[/]   {escape(str(restart))}")
+        self.console.say(f"  [yellow]restart[/] {escape(str(restart))}")
 
-    def _keep_trace(self, architecture: Architecture, trace: str) -> None:
-        """The newest, beside the run's record and in MLflow."""
+    def _store_traceback(self, architecture: Architecture, trace: str) -> None:
+        """Store the latest traceback of a trial in the run's folder and in MLflow."""
         if trace:
             name = f"trial-{trial_key(architecture)}.txt"
             path = storage.join(self.context.locations.local_run(self.context.run_key), name)
@@ -213,18 +216,18 @@ class TrialsView:
             self.logs[architecture].artifact(path)
 
     def _log_curve(self, log: RunLog, step: int, values: Mapping[str, float]) -> None:
-        """With the tokens so far, against which MLflow draws trials of other batch sizes."""
+        """Log `values` with the number of tokens, so that MLflow can compare trials with different batch sizes."""
         log.metrics({**values, "tokens": step * self.step_tokens}, step=step)
 
-    def _moved(self, architecture: Architecture, progress: Progress) -> None:
+    def _progressed(self, architecture: Architecture, progress: Progress) -> None:
         self.active[architecture] = progress
-        if self.before is None:
-            self.before = time.monotonic(), sum(self.position.values())
+        if self.first_progress is None:
+            self.first_progress = time.monotonic(), sum(self.steps_done.values())
             self.console.say(f"  first step after {seconds(self.console.elapsed())}")
         self._advance(architecture, progress.step)
 
     def _advance(self, architecture: Architecture, step: int) -> None:
-        self.position[architecture] = max(self.position[architecture], step)
+        self.steps_done[architecture] = max(self.steps_done[architecture], step)
 
     def _measured(self, architecture: Architecture, step: int, kl: float) -> None:
         self.last_kl[architecture] = kl
@@ -232,45 +235,52 @@ class TrialsView:
             self.best = step, kl, architecture
 
     def _status(self) -> str:
+        """The status line."""
         if self.scoring and not self.logs:
             parts = [f"{self.scored}/{len(self.candidates)} candidates scored undistilled"]
         else:
             parts = [f"{self.finished}/{self.to_end} candidates"]
-        if next_rung := self._next_rung():
+        next_rung = self._next_rung()
+        if next_rung:
             parts.append(f"next rung at step {next_rung}/{self.steps}")
         if self.best:
             step, kl, architecture = self.best
             parts.append(f"best so far {architecture.label(self.axes)} KL {kl:.3f} at step {step}")
         active = list(self.active.items())
-        if speed := sum(progress.metrics.get("tokens_per_second", 0) for _, progress in active):
+        speed = sum(progress.metrics.get("tokens_per_second", 0) for _, progress in active)
+        if speed:
             parts.append(f"{speed:,.0f} tokens/s")
-        if left := self._seconds_left():
-            parts.append(f"about {seconds(left)} left")
-        shown = [
-            f"{architecture.label(self.axes)} {progress.step}/{self.steps}"
-            + (f" loss {progress.metrics['train_loss']:.2f}" if progress.metrics else "")
-            for architecture, progress in active[:SHOWN]
-        ]
-        return " · ".join([*parts, *(shown or ([] if self.scored else ["starting workers"]))])
+        seconds_left = self._seconds_left()
+        if seconds_left:
+            parts.append(f"about {seconds(seconds_left)} left")
+        for architecture, progress in active[:MAX_SHOWN]:
+            loss = f" loss {progress.metrics['train_loss']:.2f}" if progress.metrics else ""
+            parts.append(f"{architecture.label(self.axes)} {progress.step}/{self.steps}{loss}")
+        if not active and not self.scored:
+            parts.append("starting workers")
+        return " · ".join(parts)
 
     def _next_rung(self) -> int | None:
-        """Next rung of the least-advanced trial."""
-        active = list(self.active)
-        if not active:
+        """The next rung of the least advanced trial."""
+        if not self.active:
             return None
-        least = min(self.position[architecture] for architecture in active)
-        return next((rung for rung in self.rungs if rung > least), None)
+        fewest_steps = min(self.steps_done[architecture] for architecture in self.active)
+        return next((rung for rung in self.rungs if rung > fewest_steps), None)
 
     def _seconds_left(self) -> float | None:
-        """At the pace of this process so far."""
-        if self.before is None:
+        """Time for the remaining steps at the speed of this process so far; None before its second progress."""
+        if self.first_progress is None:
             return None
-        since, first = self.before
-        done = sum(self.position.values())
-        return (time.monotonic() - since) / (done - first) * max(0, self.planned - done) if done > first else None
+        start_time, start_steps = self.first_progress
+        steps = sum(self.steps_done.values())
+        if steps <= start_steps:
+            return None
+        seconds_per_step = (time.monotonic() - start_time) / (steps - start_steps)
+        return seconds_per_step * max(0, self.planned - steps)
 
 
-def _steps_done(task: SearchTask, architecture: Architecture) -> int:
+def _stored_steps(task: SearchTask, architecture: Architecture) -> int:
+    """Steps of a candidate's trial that earlier runs finished."""
     if finished_result(task, architecture) is not None:
         return task.config.steps
     reached = (rung for rung in task.rungs if rung_result(task.folder, architecture, rung) is not None)

@@ -1,1 +1,1 @@
-"""A distillation on Ray Train, what its workers say, and its curve."""
+"""Trainings on Ray Train: the workers, their events, and the training curve."""

@@ -1,4 +1,4 @@
-"""The curve of a whole training: a file beside the trained model, and what a run's record lacks of it."""
+"""The curve of a whole training: a JSON file beside the trained model, from which gaps in a record are filled."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from minitron_platform.tracking.spool import RunLog, recorded_steps
 
 
 def write_curve(checkpoints: str, path: str) -> None:
-    """Assemble the curve kept in a folder of checkpoints as JSON at `path`: "step", "train_loss" and "train_kl", the last
-    empty where there is no teacher."""
+    """Write the curve stored in a folder of checkpoints to `path`, as JSON with the lists "step", "train_loss" and
+    "train_kl" (in nats per token; "train_kl" is empty if there is no teacher)."""
     points = read_curve(checkpoints)
     storage.write_json(
         path,
@@ -22,8 +22,9 @@ def write_curve(checkpoints: str, path: str) -> None:
 
 
 def complete_record(log: RunLog, path: str, tokens_per_step: int) -> None:
-    """Write the steps of the curve at `path` that a record lacks, because another run trained them or it was lost."""
-    curve, recorded = storage.read_json(path), recorded_steps(log, "train_loss")
+    """Add the steps of the curve at `path` that a record lacks, because another run trained them or the record was lost."""
+    curve = storage.read_json(path)
+    recorded = recorded_steps(log, "train_loss")
     for index, step in enumerate(curve["step"]):
         if step not in recorded:
             values = {name: curve[name][index] for name in ("train_loss", "train_kl") if curve[name]}

@@ -1,4 +1,4 @@
-"""What the workers of a training tell the driver, and what Ray Train tells of them."""
+"""Events that the workers of a training and Ray Train's controller send to the driver."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class WorkerStarted:
-    """A worker runs on a node, named by host and address."""
+    """A worker has started."""
 
     rank: int
     node: str
+    """Host name and address of its node."""
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """All workers have the state after this many steps, 0 for a new training, and go on from there."""
+    """The training starts or continues."""
 
     step: int
+    """Number of steps done before; 0 for a new training."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Metrics after a step."""
+    """Metrics after step `step`."""
 
     values: dict[str, float]
     step: int
@@ -31,16 +33,17 @@ class Measured:
 
 @dataclass(frozen=True)
 class Tagged:
-    """Labels of the run, of which the last value counts."""
+    """Tags for the run; a later value of a tag replaces an earlier one."""
 
     values: dict[str, str]
 
 
 @dataclass(frozen=True)
 class WorkersFailed:
-    """Workers died or raised, for one reason; those that only lost their connection to them are not among `ranks`."""
+    """Workers died or raised an error."""
 
     ranks: tuple[int, ...]
+    """Workers that failed first, without those that failed only because they lost the connection to these."""
     reason: str
 
 

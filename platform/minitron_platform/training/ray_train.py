@@ -1,5 +1,7 @@
-"""A full training on Ray Train, a student's distillation or the teacher's correction: any number of workers, one global
-batch, one result."""
+"""A training on Ray Train, a student's distillation or the teacher's correction, by any number of workers.
+
+The batch is a global one, so the number of workers changes the result only by rounding.
+"""
 
 from __future__ import annotations
 
@@ -38,38 +40,46 @@ from minitron_search.failures import first_cause, reason
 
 @dataclass(frozen=True)
 class TrainTask:
-    """What every worker needs. `result` is the folder that the trained model is committed to, after `until` steps where that
-    is given: training can go on from there with another `result`. The training curve so far is written to `curve` before.
-
-    `student` is the folder of the model to train, and `channels` are the teacher's that it kept; without it the teacher
-    itself is trained, on the next token alone. With `online` the teacher is run on every batch instead of read, as it is too
-    where the losses compare more than logits: whole in every worker or split over them, as `teacher` in a recipe's `targets`
-    says. Every `config.evaluate_every` steps the held-out rows are measured, every `tasks_every` the `tasks`, whose
-    requests begin as `add_bos` says. Nothing is committed once one of `fences` was passed by another driver.
-    """
+    """Everything that a worker needs for a training."""
 
     materials: DistillInputs
+    """Teacher, rows and stored targets."""
     config: DistillConfig
     losses: Losses
     checkpoints: str
+    """Folder of the checkpoints."""
     curve: str
+    """File of the training curve, written before the result."""
     result: str
+    """Folder that the trained model is committed to."""
     key: str
+    """Identity of the training; checkpoints of another one are refused."""
     threads: int
+    """CPU threads of a worker."""
     student: str | None = None
+    """Folder of the model to train; without it the teacher itself is trained, on the next token alone."""
     channels: Tensor | None = field(default=None, repr=False)
+    """Indices of the teacher's channels that the student kept, int64 [hidden_size of the student]; None if not known."""
     online: bool = False
+    """Run the teacher on every batch instead of reading stored targets. Losses on intermediate states do so in any case."""
     teacher: str = "auto"
+    """How a teacher that is run is loaded, as `targets.teacher` of a recipe."""
     tasks_every: int = 0
+    """Steps between runs of `tasks`; 0 for never."""
     tasks: tuple[Task, ...] = ()
     tasks_batch_rows: int = 8
     add_bos: bool | None = None
+    """Whether requests of `tasks` begin with a BOS token; None follows the tokenizer."""
     method: str = "full"
+    """The parameters to train, see `minitron.distill.trainable`."""
     lora_rank: int = 16
     until: int | None = None
+    """Step after which to stop and commit `result`; the training can be continued later with another `result`."""
     fences: tuple[Fence, ...] = ()
+    """Leases of the driver; nothing is committed once another driver has taken one of them over."""
 
     def check_fences(self) -> None:
+        """Raise LeaseLostError if another driver has taken the work over."""
         for fence in self.fences:
             fence.check()
 
@@ -77,10 +87,13 @@ class TrainTask:
 def train_on_ray(task: TrainTask, resources: ResolvedResources, on_event: OnEvent, scratch: str) -> None:
     """Train with `resources.workers` processes; the model is committed when this returns.
 
-    When a worker dies all are restarted from the last checkpoint, up to `max_failures` times. `on_event` is called in a
-    thread of this process with all that workers report and with what ended them.
-    Raises NonFiniteError where the loss is not finite, LeaseLostError where another driver took over, StorageError where a
-    checkpoint cannot be written, and MinitronError when workers died too often.
+    When a worker dies, all are restarted from the last checkpoint, up to `max_failures` times.
+
+    on_event: called in a thread of this process with every event of the workers. scratch: folder for Ray Train's own files,
+    which is deleted.
+
+    Raises NonFiniteError if the loss is not finite, LeaseLostError if another driver has taken over, StorageError if a
+    checkpoint cannot be written, and MinitronError if workers failed too often.
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -91,7 +104,7 @@ def train_on_ray(task: TrainTask, resources: ResolvedResources, on_event: OnEven
     events = _queue()
     listener = threading.Thread(target=_listen, args=(events, on_event), daemon=True)
     listener.start()
-    # The name is new each time: what a run resumes from is its own verified checkpoints, not Ray Train's snapshot.
+    # A new name each time, so that Ray Train does not resume from a snapshot of its own instead of the verified checkpoints.
     trainer = TorchTrainer(
         _worker,
         # By reference: Ray Train's controller reads this too, and would import the training's code before it starts a worker.
@@ -108,42 +121,43 @@ def train_on_ray(task: TrainTask, resources: ResolvedResources, on_event: OnEven
             callbacks=[_failures(events)],
         ),
     )
-    storage.remove(scratch)  # a killed run's
+    storage.remove(scratch)  # of a run that was killed
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         result = trainer.fit()
     except TrainingFailedError as error:
         raise _cause(getattr(error, "worker_failures", {0: error})) from error
     except SystemExit as error:
-        raise KeyboardInterrupt from error  # what Ray Train makes of Ctrl-C
+        raise KeyboardInterrupt from error  # Ray Train raises it on Ctrl-C
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, on_interrupt)  # Ray Train leaves its own handler behind
-        with suppress(RayError):  # with Ray gone there is nothing more to hear
+        with suppress(RayError):  # if Ray is gone, there are no more events
             events.put(None)
         listener.join()
         events.shutdown(force=True)
-        with suppress(OSError, StorageError):  # Ray Train may still be writing there; the next run removes the rest
+        with suppress(OSError, StorageError):  # Ray Train may still write there; the next run removes the rest
             storage.remove(scratch)
     if result.return_value:
         raise result.return_value
 
 
 def _cause(failures: dict[int, Exception]) -> MinitronError:
-    """What went wrong in the workers, as an error for the user."""
+    """The error of the workers that failed first, for the user."""
     ranks, cause = first_cause(failures)
     if isinstance(cause, MinitronError):
         return cause
     return MinitronError(
         f"the training failed too often, the last time in worker {', '.join(map(str, ranks))}: {reason(cause)}",
-        "run again to go on from the last checkpoint; resources.max_failures says how often workers may fail",
+        "run again to continue from the last checkpoint; resources.max_failures is the number of failures allowed",
     )
 
 
 def _queue() -> Any:
-    """A queue on this node, from the workers and Ray Train's controller to this process.
+    """A queue on this node for events from the workers and Ray Train's controller.
 
-    Not `ray.train.report`: that is a barrier that waits for the controller's next poll, about two seconds every step.
+    `ray.train.report` is not used, because it is a barrier that waits for the controller's next poll, about two seconds per
+    step.
     """
     import ray
     from ray.util.queue import Queue
@@ -160,7 +174,7 @@ def _listen(events: Any, on_event: OnEvent) -> None:
 
 
 def _failures(events: Any) -> Any:
-    """Tells of failed workers; Ray Train calls it in its controller's process."""
+    """A callback that reports failed workers; Ray Train calls it in the controller's process."""
     from ray.train import UserCallback
 
     class Failures(UserCallback):
@@ -173,8 +187,8 @@ def _failures(events: Any) -> Any:
 
 
 def _worker(config: dict[str, Any]) -> MinitronError | None:
-    """One process of the distillation; returns the error where every process sees it alike and no restart would help: the
-    loss is not finite, or another driver took over."""
+    """One process of the training. Returns, instead of raising it, an error that every process has and that a restart would
+    not fix: the loss is not finite, or another driver has taken over."""
     import ray
 
     task: TrainTask = ray.get(config["task"])
@@ -186,42 +200,39 @@ def _worker(config: dict[str, Any]) -> MinitronError | None:
     model, targets, head = _start(task)
     rows = task.materials.open_rows("train")
     every = task.tasks_every
-    tasks_due = range(every, task.config.steps + 1, every) if every else ()
-    first, underway = dist.get_rank() == 0, list[Any]()
-    failed_benchmarks: set[str] = set()  # told of once each
+    task_steps = range(every, task.config.steps + 1, every) if every else ()
+    is_first = dist.get_rank() == 0  # the process that sends events and writes the result
+    unconfirmed = list[Any]()  # events that may not have arrived yet
+    failed_benchmarks: set[str] = set()  # those that were reported; each is reported once
 
-    def heard() -> None:
-        with suppress(RayError):  # what is told never stops the work
-            ray.get(underway)
-        underway.clear()
+    def wait_for_events() -> None:
+        with suppress(RayError):  # lost events do not stop the training
+            ray.get(unconfirmed)
+        unconfirmed.clear()
 
-    def tell(event: Event) -> None:
-        heard()  # so that at most one event is on its way when something dies
-        underway.append(config["events"].actor.put.remote(event))
+    def send(event: Event) -> None:
+        if is_first:
+            wait_for_events()  # so that at most one event is lost if a process dies
+            unconfirmed.append(config["events"].actor.put.remote(event))
 
-    def record(metrics: dict[str, float], step: int) -> None:
-        if first:
-            tell(Measured(metrics, step))
+    def send_metrics(metrics: dict[str, float], step: int) -> None:
+        send(Measured(metrics, step))
 
-    def resumed(step: int) -> None:
-        if first:
-            tell(Resumed(step))
-
-    def benchmark_failed(name: str, error: Exception) -> None:
-        if name not in failed_benchmarks and first:
-            tell(Tagged({f"minitron.failed.{name}": one_line(error)}))
+    def on_benchmark_failure(name: str, error: Exception) -> None:
+        if name not in failed_benchmarks:
+            send(Tagged({f"minitron.failed.{name}": one_line(error)}))
         failed_benchmarks.add(name)
 
-    def evaluate(done: int, student: nn.Module) -> None:
-        tokens = {"tokens": done * task.config.batch_rows * rows.seq_length}
-        # in every process alike: a sharded student is run by all, and none waits so long that it is given up
-        if task.config.evaluate_every and done % task.config.evaluate_every == 0:
-            record(_heldout(task, student, head) | tokens, done)
-        if done in tasks_due:
-            record(task_metrics(task, student, benchmark_failed) | tokens, done)
+    def evaluate(step: int, student: nn.Module) -> None:
+        tokens = {"tokens": step * task.config.batch_rows * rows.seq_length}
+        # every process does the same: a sharded student needs all of them, and one that waited too long would be restarted
+        if task.config.evaluate_every and step % task.config.evaluate_every == 0:
+            send_metrics(_heldout_metrics(task, student, head) | tokens, step)
+        if step in task_steps:
+            send_metrics(task_metrics(task, student, on_benchmark_failure) | tokens, step)
 
     if isinstance(targets, LiveTeacher):
-        record({"teacher_shards": dist.get_world_size() if targets.sharded else 1}, 0)
+        send_metrics({"teacher_shards": dist.get_world_size() if targets.sharded else 1}, 0)
 
     try:
         with trainable(model, task.method, lora_rank=task.lora_rank):
@@ -235,17 +246,17 @@ def _worker(config: dict[str, Any]) -> MinitronError | None:
                 checkpoints=task.checkpoints,
                 key=task.key,
                 before_commit=task.check_fences,
-                resumed=resumed,
-                report=lambda step: record(step.metrics(), step.step),
+                resumed=lambda step: send(Resumed(step)),
+                report=lambda report: send_metrics(report.metrics(), report.step),
                 evaluate=evaluate,
-                evaluate_at=tasks_due,
+                evaluate_at=task_steps,
                 until=task.until,
             )
     except (NonFiniteError, LeaseLostError) as error:
         return error
-    heard()
+    wait_for_events()
     lost = None
-    if first:
+    if is_first:
         try:
             task.check_fences()
             write_curve(task.checkpoints, task.curve)
@@ -258,27 +269,30 @@ def _worker(config: dict[str, Any]) -> MinitronError | None:
 
 
 def _start(task: TrainTask) -> tuple[nn.Module, Targets | None, Head | None]:
-    """The model to train, what it is compared with, and the teacher's head."""
-    reads = task.materials
+    """The model to train, the teacher's outputs (None if no loss needs them) and the teacher's head (None if the teacher
+    itself is trained)."""
+    inputs = task.materials
     if task.student is None:
-        return reads.load_teacher(), None, None
-    student = load_model(storage.fetch(task.student), DTYPES[reads.dtype]).to(device())
+        return inputs.load_teacher(), None, None
+    student = load_model(storage.fetch(task.student), DTYPES[inputs.dtype]).to(device())
     if not task.losses.needs_teacher:
-        return student, None, reads.teacher_head()
+        return student, None, inputs.teacher_head()
     if not (task.online or task.losses.needs_live_teacher):
-        head = reads.teacher_head()
-        return student, reads.targets(head), head
-    model = reads.load_teacher(torch.device("cpu"))
-    size = sum(parameter.nbytes for parameter in model.parameters())
-    whole = {"replicated": True, "sharded": False}.get(task.teacher)
-    if whole is None:
-        whole = fits_beside(size, student, shard=task.config.shard)
-    teacher = LiveTeacher(model, shard=not whole, device=device())
+        head = inputs.teacher_head()
+        return student, inputs.targets(head), head
+    model = inputs.load_teacher(torch.device("cpu"))
+    if task.teacher == "auto":
+        teacher_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        shard = not fits_beside(teacher_bytes, student, shard=task.config.shard)
+    else:
+        shard = task.teacher == "sharded"
+    teacher = LiveTeacher(model, shard=shard, device=device())
     return student, teacher, teacher.head
 
 
-def _heldout(task: TrainTask, model: nn.Module, head: Head | None) -> dict[str, float]:
-    """What the held-out rows say of a model in training."""
+def _heldout_metrics(task: TrainTask, model: nn.Module, head: Head | None) -> dict[str, float]:
+    """Held-out metrics of a model in training, by the names "heldout_loss", "heldout_kl" and "heldout_top1_agreement"; the
+    last two only if there is a teacher."""
     if head is None:
         rows = task.materials.open_rows("heldout")
         metrics = heldout_metrics(model, rows.take(range(len(rows))))
@@ -289,8 +303,10 @@ def _heldout(task: TrainTask, model: nn.Module, head: Head | None) -> dict[str, 
 
 
 def task_metrics(task: TrainTask, model: nn.Module, failed: Callable[[str, Exception], None]) -> dict[str, float]:
-    """The scores of a model in training on the benchmarks, by "task_NAME.METRIC"; `failed` is told of those that raise.
-    Every process of the training calls this alike."""
+    """Scores of a model in training on the benchmarks, by "task_NAME.METRIC". Every process of the training must call this.
+
+    failed: called with the name and the error of each benchmark that fails.
+    """
     from minitron.evaluation import evaluate
 
     tokenizer = load_tokenizer(storage.fetch(task.materials.teacher))

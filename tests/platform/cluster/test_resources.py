@@ -95,11 +95,11 @@ def test_a_plan_says_and_uses_what_was_chosen(bench, tmp_path, gpus):
     assert without.bytes == on_cpus.bytes
     assert without.warnings == planned().warnings == []
     (warning,) = planned("resources.workers=2").warnings
-    assert "resources.workers: 2 cannot share 1 GPU, so that they train on CPUs; lower it to 1" in warning
-    with pytest.raises(InputError, match="2 GPUs are asked for and this machine has 1"):
+    assert "resources.workers: 2 workers cannot share 1 GPU, so they train on CPUs; lower it to 1" in warning
+    with pytest.raises(InputError, match="the recipe needs 2 GPUs and this machine has 1"):
         planned("resources.workers=2", "resources.gpus_per_worker=1")
     elsewhere = planned(address="127.0.0.1:6379")
-    assert "said once it is joined" in elsewhere.resources_text
+    assert "reported once it is joined" in elsewhere.resources_text
     assert elsewhere.resources == on_cpus.resources
 
 

@@ -34,7 +34,11 @@ BAD = {
         "hidden_size: 96 is larger",
         "at most 48",
     ),
-    "halving after the last rung": (["--set", "search.halving.grace=0.9"], "search.rungs: [0.5, 0.75]", "grace"),
+    "halving after the last rung": (
+        ["--set", "search.halving.grace=0.9"],
+        "search.rungs: none of [0.5, 0.75]",
+        "grace",
+    ),
     "more workers than rows": (
         ["--set", "resources.workers_per_trial=5"],
         "resources.workers_per_trial: 5",

@@ -77,10 +77,14 @@ def test_a_disk_that_is_too_small_is_refused_with_what_fits_and_the_other_mode(p
 REFUSED = {
     "more than is stored": (
         ["targets.top_k=5", "losses.top_k=6"],
-        "losses.top_k: 6 with targets.top_k: 5",
+        "losses.top_k: 6 is more than targets.top_k: 5",
         "at most 5",
     ),
-    "more than there is": (["targets.top_k=400"], "targets.top_k: 400 of 300 tokens", "at most 300"),
+    "more than there is": (
+        ["targets.top_k=400"],
+        "targets.top_k: 400 is more than the teacher's vocabulary of 300 tokens",
+        "at most 300",
+    ),
     "another divergence": (["targets.top_k=5", "losses.logits=mse"], "losses.logits: mse", "forward_kl"),
     "hidden states": (["targets.top_k=5", "losses.hidden=['last-1:last-1']"], "3 of 5 layers", "targets.mode=online"),
     "hidden states by themselves": (["targets.top_k=5"], "3 of 5 layers", "losses.hidden=[]"),

@@ -6,8 +6,8 @@ import pytest
 
 from minitron.architecture import Architecture
 from minitron.architecture.published import BASES, published
-from minitron_platform.planning.checks import check_keys
 from minitron_platform.recipes.candidates import family_candidates
+from minitron_platform.recipes.consistency import check_consistency
 from minitron_platform.recipes.load import load_recipe, shipped_recipes
 
 # by recipe: the published base model, and the published model that each of the family has among its candidates
@@ -23,7 +23,7 @@ PAPERS = {
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_a_shipped_recipe_contradicts_nothing_and_says_on_what_it_has_run(name):
     recipe = load_recipe(name)
-    check_keys(recipe)
+    check_consistency(recipe)
     assert recipe.name == name
     assert ("not run yet" in recipe.description) == (name in PAPERS)
     assert ("NOT RUN" in shipped_recipes()[name].read_text()) == (name in PAPERS)

@@ -40,7 +40,7 @@ def test_a_record_that_lacks_a_new_field_or_has_another_type_there_is_not_used(t
     root, folder = str(tmp_path), f"{tmp_path}/{STAGE}"
     write_record(root, folder, Record(Output(summary="done"), 1.5, []))
     assert read_record(root, folder, Newer) is None
-    assert "outputs.metric: Field required, so that the stage is done again" in caplog.text
+    assert "outputs.metric: Field required, so the stage runs again" in caplog.text
     storage.write_json(f"{folder}/{RECORD}", _record(failures=[1], removed="since"))
     assert read_record(root, folder, Output) is None
     storage.write_json(f"{folder}/{RECORD}", _record(removed="since"))

@@ -1,0 +1,144 @@
+"""Refusal of keys that contradict each other, whatever the teacher and the machine are."""
+
+from __future__ import annotations
+
+from minitron.errors import InputError
+from minitron_platform.recipes.schema import Recipe, Training
+from minitron_platform.recipes.search_schedule import SearchSchedule
+
+
+def check_consistency(recipe: Recipe) -> None:
+    """Raise InputError, naming the key, its value and a remedy, for keys of `recipe` that contradict each other."""
+    _check_sampler(recipe)
+    _check_row_counts(recipe)
+    for key, training in _trainings(recipe).items():
+        _check_training(key, training)
+        _check_benchmarks_during_training(recipe, key, training)
+    _check_search_training(recipe)
+    _check_calibration(recipe)
+    _check_probe(recipe)
+    _check_workers_per_trial(recipe)
+
+
+def _trainings(recipe: Recipe) -> dict[str, Training]:
+    """Every training of the recipe by its key."""
+    trainings = {"search.training": recipe.search.training, "distill": recipe.distill}
+    trainings |= {f"{recipe.key(member)}.distill": member.distill for member in recipe.family if member.distill}
+    if correction := recipe.correction():
+        trainings["correct.training"] = correction
+    return trainings
+
+
+def _check_training(key: str, training: Training) -> None:
+    if training.min_lr > training.peak_lr:
+        raise InputError(f"{key}.min_lr: {training.min_lr} is above peak_lr {training.peak_lr}", "lower min_lr")
+    if training.warmup_steps >= training.steps:
+        raise InputError(
+            f"{key}.warmup_steps: {training.warmup_steps} leaves no step after the warm-up, of {training.steps} in all",
+            "use fewer warm-up steps, or more steps",
+        )
+
+
+def _check_benchmarks_during_training(recipe: Recipe, key: str, training: Training) -> None:
+    if not training.evaluate_tasks_every:
+        return
+    reason = ""
+    if not recipe.evaluate.tasks:
+        reason = "the recipe has no evaluate.tasks"
+    if key.startswith(("search", "correct")):
+        reason = "benchmarks during a training are only run in the full distillation"
+    if reason:
+        raise InputError(
+            f"{key}.evaluate_tasks_every: {training.evaluate_tasks_every}, but {reason}",
+            "leave it out" if recipe.evaluate.tasks else "leave it out, or name evaluate.tasks",
+        )
+
+
+def _check_search_training(recipe: Recipe) -> None:
+    schedule = SearchSchedule(recipe.search)
+    halving = schedule.halving
+    if halving and not halving.stop_rungs(schedule.rungs, schedule.steps):
+        raise InputError(
+            f"search.rungs: none of {recipe.search.rungs} is between search.halving.grace = {halving.grace} and the end",
+            "add a rung, or shorten the grace period",
+        )
+    if recipe.search.training.evaluate_every:
+        raise InputError(
+            f"search.training.evaluate_every: {recipe.search.training.evaluate_every}, but candidates are measured only at "
+            "search.rungs and at the end",
+            "leave it out; distill.evaluate_every measures the winner during its full distillation",
+        )
+
+
+def _check_calibration(recipe: Recipe) -> None:
+    calibrate = recipe.calibrate
+    if calibrate.layers == "task" and calibrate.task is None:
+        raise InputError("calibrate.task: missing, but calibrate.layers is task", "name the task")
+    if calibrate.layers != "task" and calibrate.task is not None:
+        raise InputError(
+            f"calibrate.task: {calibrate.task.name}, but calibrate.layers is {calibrate.layers}",
+            "set calibrate.layers=task, or leave calibrate.task out",
+        )
+    if calibrate.steps > 1 and calibrate.depth != "contiguous":
+        raise InputError(
+            f"calibrate.steps: {calibrate.steps} with calibrate.depth: {calibrate.depth}, but pruning in steps removes "
+            "contiguous blocks",
+            "leave one of the two out",
+        )
+
+
+def _check_probe(recipe: Recipe) -> None:
+    correct = recipe.correct
+    training = recipe.correction()
+    if correct is None or training is None:
+        return
+    if correct.probe_steps and correct.probe_steps <= training.warmup_steps:
+        raise InputError(
+            f"correct.probe_steps: {correct.probe_steps} is inside the {training.warmup_steps} warm-up steps",
+            "use more steps, or leave it out",
+        )
+
+
+def _check_row_counts(recipe: Recipe) -> None:
+    data = recipe.data
+    heldout_rows = recipe.search.heldout_rows or 0
+    for key, rows, available_key, available in (
+        ("calibrate.rows", recipe.calibrate.rows, "data.train_rows", data.train_rows),
+        ("search.heldout_rows", heldout_rows, "data.heldout_rows", data.heldout_rows),
+    ):
+        if rows > available:
+            raise InputError(f"{key}: {rows} is more than {available_key} = {available}", f"use at most {available}")
+
+
+def _check_sampler(recipe: Recipe) -> None:
+    sampler = recipe.search.sampler
+    forward = recipe.search.forward
+    if sampler is None:
+        return
+    if forward is None:
+        raise InputError(
+            "search.sampler: needs search.forward, whose scores it samples by",
+            "add search.forward: {keep: ...}, the number of candidates to distil",
+        )
+    if forward.keep > sampler.candidates:
+        raise InputError(
+            f"search.forward.keep: {forward.keep} is more than search.sampler.candidates = {sampler.candidates}",
+            "keep fewer, or sample more",
+        )
+    for member in recipe.family:
+        if len(member.points) > sampler.candidates:
+            raise InputError(
+                f"{recipe.key(member)}.points: {len(member.points)} points are more than search.sampler.candidates = "
+                f"{sampler.candidates}",
+                "sample at least as many candidates as there are points",
+            )
+
+
+def _check_workers_per_trial(recipe: Recipe) -> None:
+    workers = recipe.resources.workers_per_trial
+    rows = recipe.search.training.batch_rows
+    if workers > rows:
+        raise InputError(
+            f"resources.workers_per_trial: {workers} is more than search.training.batch_rows = {rows}",
+            f"use at most {rows}",
+        )
