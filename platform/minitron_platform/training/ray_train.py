@@ -53,7 +53,7 @@ class TrainTask:
     result: str
     """Folder that the trained model is committed to."""
     key: str
-    """Identity of the training; checkpoints of another one are refused."""
+    """Identity of the training; only checkpoints with the same key are resumed."""
     threads: int
     """CPU threads of a worker."""
     student: str | None = None
