@@ -159,8 +159,11 @@ def test_a_space_that_the_sampler_would_score_whole_is_enumerated(bench):
 @pytest.mark.parametrize(
     ("search", "said"),
     [
-        ({"sampler": {"candidates": 5}}, "search.sampler: there is no search.forward"),
-        ({"sampler": {"candidates": 5}, "forward": {"keep": 6}}, "search.forward.keep: 6 of 5"),
+        ({"sampler": {"candidates": 5}}, "search.sampler: needs search.forward"),
+        (
+            {"sampler": {"candidates": 5}, "forward": {"keep": 6}},
+            "search.forward.keep: 6 is more than search.sampler.candidates = 5",
+        ),
         ({"evaluate": {"tasks": [{"name": "arc_eazy"}]}}, "lm-eval has no such task"),
     ],
 )

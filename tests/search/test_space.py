@@ -43,10 +43,10 @@ def test_a_range_in_a_recipe_is_the_list_of_its_values(bench):
     ("given", "said"),
     [
         ({"from": 2, "to": 5}, "from, to and step"),
-        ({"from": 5, "to": 2, "step": 1}, "goes up"),
-        ({"from": 2, "to": 5, "step": 0}, "goes up"),
+        ({"from": 5, "to": 2, "step": 1}, "must go up"),
+        ({"from": 2, "to": 5, "step": 0}, "must go up"),
         ({"from": 1, "to": 9e9, "step": 1}, "at most"),
-        ({"from": "a", "to": 5, "step": 1}, "are numbers"),
+        ({"from": "a", "to": 5, "step": 1}, "must be numbers"),
     ],
 )
 def test_a_range_that_is_none_is_refused_by_its_key(bench, given, said):
