@@ -1,4 +1,4 @@
-"""What a small search needs, and what it left behind."""
+"""Inputs for a small search, and a look at the files that it wrote."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RUNGS = (4, 6)
 
 
 def make_inputs(folder):
-    """Inputs of a distillation from a trained teacher, what students are cut from, and six candidates."""
+    """Distillation inputs with a trained teacher, the source that students are pruned from, and six candidates."""
     teacher = tiny.checkpoint(folder / "teacher")
     source = TextSource("jsonl", path=str(tiny.corpus(folder / "text.jsonl")))
     rows = pack(source, load_tokenizer(teacher), str(folder / "rows"), seq_length=32, train_rows=64, heldout_rows=12)
@@ -57,5 +57,5 @@ def search_task(made, folder, **changes):
 
 
 def json_files(folder):
-    """The modification time, ns, of each JSON file below `folder`."""
+    """Modification times, in nanoseconds, of the JSON files below `folder`."""
     return {p: p.stat().st_mtime_ns for p in Path(folder).rglob("*.json")}

@@ -1,4 +1,4 @@
-"""Fixtures of the search's tests."""
+"""Fixtures for the tests of the search."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from helpers import searching
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Inputs of a distillation from a trained teacher, what students are cut from, and six candidates."""
+    """Distillation inputs with a trained teacher, the source that students are pruned from, and six candidates."""
     return searching.make_inputs(tmp_path_factory.mktemp("search"))

@@ -1,4 +1,4 @@
-"""What a search measures of candidates besides their KL: benchmarks of the best few, and the time to the first token."""
+"""Measurements of a search besides the KL: benchmarks of the best candidates, and the time to first token."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def ray_here():
 
 @pytest.fixture(scope="module")
 def searched(made, ray_here, tmp_path_factory):
-    """Three candidates, their search with weights kept, and its result."""
+    """Three candidates, their search task with weights kept, its result, and the pool."""
     folder = tmp_path_factory.mktemp("trials")
     found, task = made[2][:3], search_task(made, folder, rungs=(), keep_weights=True)
     return found, task, search(task, found), Pool(str(folder / "tune"), max_failures=0)
 
 
-def test_the_winner_and_the_next_best_get_benchmarks_once(made, bench, searched):
+def test_benchmarks_run_once_on_the_winner_and_the_next_best(made, bench, searched):
     found, task, plain, pool = searched
     tasks = (Task("arc_easy", data=str(bench / "arc.jsonl"), limit=10),)
     asked = Benchmarks(tasks=tasks, keep=2, tokenizer=made[0].teacher)
@@ -50,7 +50,7 @@ def test_the_winner_and_the_next_best_get_benchmarks_once(made, bench, searched)
     assert result.failures == {}
     assert not any(storage.exists(weights(task.folder, a)) for a in found)
 
-    # again, with one more: what is known is read, the third is distilled again to the same result
+    # with one more candidate: stored scores are read, and the third is distilled again with the same result
     third = ordered[2].architecture
     before, known = json_files(task.folder), trial_result(task.folder, third)
     again = benchmark_best(task, plain, found, replace(asked, keep=3), pool)
@@ -59,7 +59,7 @@ def test_the_winner_and_the_next_best_get_benchmarks_once(made, bench, searched)
     assert {path.name for path in changed} == {"result.json", Path(asked.path(task.folder, third)).name}
     assert trial_result(task.folder, third).per_row_kl == known.per_row_kl
 
-    # and it is the distilled student that was asked
+    # the scores are those of the distilled student
     from minitron.models import load_model
 
     run_trial(task, third, lambda event: None)
@@ -69,7 +69,7 @@ def test_the_winner_and_the_next_best_get_benchmarks_once(made, bench, searched)
     assert (score.task, score.metric, score.value, score.stderr) == ("arc_easy", "acc", expected.value, expected.stderr)
 
 
-def test_benchmarks_that_fail_are_said_and_leave_the_ranking(made, searched, tmp_path):
+def test_a_failed_benchmark_is_reported_and_does_not_change_the_ranking(made, searched, tmp_path):
     found, task, plain, pool = searched
     (tmp_path / "arc.jsonl").write_text(json.dumps({"no": "question"}) + "\n")
     (tmp_path / "pages.jsonl").write_text(json.dumps({"page": "river stone light"}) + "\n")
@@ -77,7 +77,7 @@ def test_benchmarks_that_fail_are_said_and_leave_the_ranking(made, searched, tmp
     asked = Benchmarks(tasks, keep=1, tokenizer=made[0].teacher)
     result = benchmark_best(task, plain, found, asked, pool)
     assert len(result.ranking) == 3
-    for candidate in result.ranking:  # the other is kept
+    for candidate in result.ranking:  # the score of the other task is kept
         metrics = [(score.task, score.metric) for score in candidate.benchmarks]
         assert metrics == ([("wikitext", "word_perplexity")] if candidate.winner else [])
     assert list(result.failures) == [plain.winner]
@@ -85,7 +85,7 @@ def test_benchmarks_that_fail_are_said_and_leave_the_ranking(made, searched, tmp
     assert "do not fit" in result.failures[plain.winner]
 
 
-def test_a_shape_is_timed_once_where_trials_run(made, ray_here, tmp_path):
+def test_the_latency_of_an_architecture_is_measured_once(made, ray_here, tmp_path):
     large = made[2][0]
     small = replace(large, num_layers=1, hidden_size=24, intermediate_size=24)
     latency = Latency(made[0].teacher, "float32", batch=4, context=64, folder=str(tmp_path))

@@ -1,4 +1,4 @@
-"""The door of the search package: its names, what it refuses, and what crosses Ray Tune's border."""
+"""The public interface of the search package: its names, its argument checks, and its events."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from minitron_search.trial_store import forward_score, rung_result, trial_folder
 BASE = Architecture(4, 64, 96, 8, 2, 8, 300, True)
 
 
-def test_dir_lists_the_public_names_and_the_function_stays_the_function():
+def test_dir_lists_the_public_names_and_former_modules_still_have_them():
     assert dir(minitron_search) == sorted(minitron_search.__all__)
-    # of the modules that have it, the second is where the docs had it before
+    # `tuning` is the former module of both functions
     assert minitron_search.search is architecture_search.search is tuning.search
     assert tuning.score_all is score_all
 
@@ -75,7 +75,7 @@ def test_a_wrong_argument_is_named(call, named):
     assert raised.value.remedy
 
 
-def test_what_a_search_is_given_is_checked_before_anything_starts(made, tmp_path):
+def test_the_arguments_of_a_search_are_checked_before_anything_starts(made, tmp_path):
     materials, origin, found = made
     task = SearchTask(materials, origin, DistillConfig(steps=2), Losses(), str(tmp_path))
     for wrong, named in (
@@ -113,7 +113,7 @@ def test_a_path_that_is_empty_or_no_string_is_refused(made, folder):
             SearchTask(config=DistillConfig(steps=2), losses=Losses(), **arguments)
 
 
-def test_every_event_survives_the_way_through_tune():
+def test_every_event_survives_the_conversion_for_ray_tune():
     for kind in get_args(Event):
         values = {"metrics": {"train_loss": 1.5, "brand_new": 2.0}, "reason": "r", "trace": "t", "node": "n"}
         event = kind(**{field.name: values.get(field.name, 3) for field in fields(kind)})
@@ -156,7 +156,7 @@ UNKNOWN_RAY = """
 import sys, types, warnings
 import ray.tune
 name = "ray.air.execution._internal.actor_manager"
-sys.modules[name] = types.ModuleType(name)  # as if the class had moved
+sys.modules[name] = types.ModuleType(name)  # as in a version of Ray in which the class has moved
 import minitron_search.pool
 from minitron_search.ray_patches import patch_oom_as_actor_error
 with warnings.catch_warnings(record=True) as caught:
@@ -166,7 +166,7 @@ print([str(warning.message) for warning in caught])
 """
 
 
-def test_a_ray_without_the_private_class_is_said_and_imports_all_the_same():
+def test_a_ray_version_without_the_private_class_is_warned_about_and_still_works():
     result = subprocess.run(
         [sys.executable, "-c", UNKNOWN_RAY], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
     )

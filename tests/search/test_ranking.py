@@ -1,4 +1,4 @@
-"""The ranking of a search: who can't be told apart, who is cheapest of them, and what is said about it."""
+"""The ranking of a search: ties, the cheapest of the tied candidates, and the sentence that explains the choice."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _noise(seed, size=0.02):
     return np.random.default_rng(seed).normal(0, size, 40)
 
 
-def test_what_is_clearly_worse_loses_however_cheap():
+def test_a_clearly_worse_candidate_loses_even_if_it_is_cheaper():
     ranking = rank([_result(ROWS + 0.2 + _noise(1), num_layers=2), _result(ROWS)], 64)
     assert [candidate.tied for candidate in ranking] == [True, False]
     assert [candidate.winner for candidate in ranking] == [True, False]
@@ -46,7 +46,7 @@ def test_what_is_clearly_worse_loses_however_cheap():
     assert reason(ranking) == "lowest held-out KL, at 95% confidence"
 
 
-def test_of_those_that_cannot_be_told_apart_the_cheapest_wins_and_it_is_said():
+def test_the_cheapest_of_the_tied_candidates_wins_and_the_reason_says_so():
     near, nearer = ROWS + 0.002 + _noise(1), ROWS + 0.001 + _noise(2)
     ranking = rank([_result(ROWS), _result(near, num_layers=4), _result(nearer, num_layers=6)], 64)
     assert all(candidate.tied for candidate in ranking)
@@ -59,8 +59,8 @@ def test_of_those_that_cannot_be_told_apart_the_cheapest_wins_and_it_is_said():
     assert f"{winner.parameters:,} parameters" in sentence
 
 
-def test_flops_decide_at_the_length_of_the_run_then_parameters():
-    # more layers with fewer heads: attention makes the one dearer in long sequences, the other in short ones
+def test_tied_candidates_are_ordered_by_flops_at_the_sequence_length_of_the_run():
+    # many layers with few heads cost more in short sequences, many heads in long ones
     deep, wide = {"num_layers": 8, "num_heads": 4}, {"num_layers": 6, "num_heads": 8}
     results = [_result(ROWS, **deep), _result(ROWS + _noise(1), **wide)]
     for length in (8, 4096):
@@ -74,19 +74,19 @@ def test_differences_are_paired_by_row():
     differences = _noise(3) + 0.05
     assert second.kl_difference == pytest.approx(differences.mean())
     assert second.kl_difference_stderr == pytest.approx(differences.std(ddof=1) / 40**0.5)
-    assert not second.tied  # though the rows' own spread is six times the difference
+    assert not second.tied  # although the rows themselves vary six times as much
 
 
 @pytest.mark.parametrize(
     ("freedom", "published"),
     [(1, 12.706), (2, 4.303), (3, 3.182), (5, 2.571), (11, 2.201), (30, 2.042), (10_000, 1.960)],
 )
-def test_few_rows_need_more_standard_errors(freedom, published):
+def test_t_quantiles_are_the_published_ones(freedom, published):
     assert t_quantile(freedom) == pytest.approx(published, rel=0.01)
 
 
 def test_the_same_difference_ties_on_few_rows_and_not_on_many():
-    spread = np.array([-1.0, 0.0, 1.0])  # 2.2 standard errors above zero with 3 rows and with 48
+    spread = np.array([-1.0, 0.0, 1.0])  # scaled to 2.2 standard errors above zero with 3 rows and with 48
     for copies, tied in ((1, True), (16, False)):
         noise = np.tile(spread, copies)
         above = 2.2 * noise.std(ddof=1) / len(noise) ** 0.5
@@ -96,7 +96,7 @@ def test_the_same_difference_ties_on_few_rows_and_not_on_many():
         assert (best.tied, second.tied) == (True, tied)
 
 
-def test_one_candidate_or_one_row_is_said():
+def test_the_reason_says_if_there_was_one_candidate_or_one_row():
     assert "only candidate" in reason(rank([_result(ROWS)], 64))
     ranking = rank([_result([1.0]), _result([1.01], num_layers=2)], 64)
     assert [candidate.tied for candidate in ranking] == [True, False]

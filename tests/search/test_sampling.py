@@ -1,4 +1,4 @@
-"""The sampler of a search: what it proposes, that it is the same every time, and that it is better than chance."""
+"""The sampler of a search: its proposals are reproducible, within the limits, and better than random draws."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COUNT = 30
 
 
 def _loss(architecture):
-    """Layers matter most, heads least; the budget makes every axis cost another."""
+    """A made-up loss in which layers matter most and heads least; within the budget one axis is traded for another."""
     weights = {"num_layers": 3.0, "hidden_size": 2.0, "intermediate_size": 0.7, "num_heads": 0.4, "num_kv_heads": 0.1}
     return sum(w * (1 - getattr(architecture, axis) / getattr(BASE, axis)) ** 2 for axis, w in weights.items())
 
@@ -41,20 +41,20 @@ def _losses(proposed):
     return {architecture: _loss(architecture) for architecture in proposed}
 
 
-def test_the_sampler_finds_better_candidates_than_as_many_random_draws():
+def test_the_sampler_finds_better_candidates_than_the_same_number_of_random_draws():
     space = Space(BASE, AXES, LOW, HIGH)
     runs = [(sample(_losses, space, 50, seed=seed), draw(space, 50, seed)) for seed in range(4)]
     sampled, drawn = ([min(map(_loss, found)) for found in side] for side in zip(*runs, strict=True))
     assert all(len(found) == 50 for pair in runs for found in pair)
     assert statistics.fmean(sampled) < statistics.fmean(drawn)
     assert sum(a < b for a, b in zip(sampled, drawn, strict=True)) >= 3
-    # not one lucky find: what it proposes later is better than what it began with
+    # not by luck: later proposals are better than the first
     for found, _ in runs:
         first, last = found[: round_size(50)], found[-20:]
         assert statistics.fmean(map(_loss, last)) < 0.9 * statistics.fmean(map(_loss, first))
 
 
-def test_only_new_candidates_of_the_space_are_scored_and_points_first():
+def test_points_are_scored_first_and_then_new_candidates_of_the_space():
     calls = []
     points = candidates(BASE, {"num_layers": [32], "hidden_size": [2560], "intermediate_size": [9000]}, 0, 1e12)
 
@@ -73,7 +73,7 @@ def test_only_new_candidates_of_the_space_are_scored_and_points_first():
     assert found[1 : 1 + round_size(COUNT)] == draw(SPACE, round_size(COUNT), 0)
 
 
-def test_it_is_the_same_for_a_seed_and_after_a_kill():
+def test_a_sample_is_the_same_for_the_same_seed_and_after_a_kill():
     whole = sample(_losses, SPACE, COUNT, seed=3)
     stored, computed = {}, []
 
@@ -94,7 +94,7 @@ def test_it_is_the_same_for_a_seed_and_after_a_kill():
     assert sample(_losses, SPACE, COUNT, seed=4) != whole
 
 
-def test_failures_count_and_what_is_left_out_does_not():
+def test_failed_candidates_are_counted_and_omitted_ones_are_not():
     failed, left_out = [], []
 
     def score(proposed):
@@ -112,7 +112,7 @@ def test_failures_count_and_what_is_left_out_does_not():
     assert len(proposed) == len(set(proposed)) == 10 * COUNT
 
 
-def test_a_space_with_no_more_candidates_ends_with_all_of_them():
+def test_sampling_a_small_space_returns_all_its_candidates():
     axes = {"num_layers": [29, 30, 31, 32], "intermediate_size": [7168, 8192, 9216]}
     everything = candidates(BASE, axes, 5.2e9, 6e9)
     assert 1 < len(everything) < 12
@@ -137,7 +137,7 @@ def _recipe(bench, search=None, **member):
     return load_recipe(str(bench / "sampled.yaml"))
 
 
-def test_a_plan_refuses_what_it_cannot_enumerate_and_takes_it_with_a_sampler(bench):
+def test_a_space_that_is_too_large_to_enumerate_needs_a_sampler(bench):
     with pytest.raises(InputError, match=r"family.0.space: 81,054 combinations .*50,000.*\n.*search.sampler"):
         plan(_recipe(bench, space=LARGE), storage_path=str(bench / "planned"))
     sampler = {"sampler": {"candidates": 25}, "forward": {"keep": 4}}
@@ -148,7 +148,7 @@ def test_a_plan_refuses_what_it_cannot_enumerate_and_takes_it_with_a_sampler(ben
     assert "25 candidates scored of 81,054 combinations, 4 distilled" in cost.estimate.what
 
 
-def test_a_space_that_the_sampler_would_score_whole_is_enumerated(bench):
+def test_a_space_that_the_sampler_would_score_completely_is_enumerated(bench):
     recipe = _recipe(bench, {"sampler": {"candidates": 500}, "forward": {"keep": 4}})
     assert CandidateSpace(recipe, recipe.family[0], TEACHER).sampled is None
     plain = _recipe(bench)
@@ -167,12 +167,12 @@ def test_a_space_that_the_sampler_would_score_whole_is_enumerated(bench):
         ({"evaluate": {"tasks": [{"name": "arc_eazy"}]}}, "lm-eval has no such task"),
     ],
 )
-def test_what_cannot_work_is_refused(bench, search, said):
+def test_contradicting_search_settings_are_refused(bench, search, said):
     with pytest.raises(InputError, match=said):
         plan(_recipe(bench, search), storage_path=str(bench / "planned"))
 
 
-def test_a_budget_that_sampling_never_meets_is_said(bench):
+def test_a_budget_that_no_sample_meets_is_refused(bench):
     search = {"sampler": {"candidates": 5}, "forward": {"keep": 2}}
     recipe = _recipe(bench, search, space=LARGE, limits={"kv_cache_bytes": 1})
     with pytest.raises(

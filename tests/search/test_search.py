@@ -1,4 +1,4 @@
-"""The search on Ray Tune, as a library: the forward-only score, rungs, who is stopped, and what a second call does over."""
+"""The search on Ray Tune, called as a library: forward-only scores, rungs, halving, failures, and a second call."""
 
 from __future__ import annotations
 
@@ -83,11 +83,15 @@ def test_the_table_of_a_search_is_a_data_frame_of_its_ranking(to_the_end):
     assert list(table["architecture"]) == [str(candidate.architecture) for candidate in found.ranking]
     assert list(table["kl"]) == [candidate.kl for candidate in found.ranking]
     assert table[table["winner"]]["num_layers"].tolist() == [found.winner.num_layers]
-    assert not {"num_experts", "latency_ms", "memory_bytes"} & set(table.columns)  # nothing is known of them
+    assert not {"num_experts", "latency_ms", "memory_bytes"} & set(
+        table.columns
+    )  # axes and measurements that no candidate has
     assert len(repr(found)) < 400
 
 
-def test_measuring_at_rungs_changes_nothing_and_a_pause_goes_on_bit_for_bit(made, to_the_end, tmp_path):
+def test_measuring_at_rungs_does_not_change_the_result_and_a_paused_trial_resumes_bit_for_bit(
+    made, to_the_end, tmp_path
+):
     task, found, _ = to_the_end
     architecture = found.winner
     whole = trial_result(task.folder, architecture)
@@ -103,10 +107,10 @@ def test_measuring_at_rungs_changes_nothing_and_a_pause_goes_on_bit_for_bit(made
     assert trial_result(paused.folder, architecture).rung_kl == whole.rung_kl
 
 
-def test_a_trial_without_a_wanted_rung_is_measured_again_to_the_same_result(made, tmp_path):
+def test_a_trial_that_missed_a_rung_is_repeated_with_the_same_result(made, tmp_path):
     architecture = made[2][-1]
     run_trial(search_task(made, tmp_path, rungs=(6,)), architecture, lambda event: None, until=6)
-    run_trial(search_task(made, tmp_path), architecture, lambda event: None)  # though its checkpoint is beyond step 4
+    run_trial(search_task(made, tmp_path), architecture, lambda event: None)  # its checkpoint is past step 4
     found = trial_result(str(tmp_path), architecture)
     assert list(found.rung_kl) == list(RUNGS)
     Path(tmp_path, trial_key(architecture), "result.json").unlink()
@@ -119,14 +123,14 @@ def test_a_trial_without_a_wanted_rung_is_measured_again_to_the_same_result(made
     assert list(after.rung_kl) == list(RUNGS)
 
 
-def test_only_the_best_undistilled_go_on_and_the_worse_stop_at_a_rung(made, to_the_end, tmp_path):
+def test_only_the_best_candidates_are_distilled_and_the_worse_stop_at_a_rung(made, to_the_end, tmp_path):
     whole, (_, all_found, _) = made[2], to_the_end
     task = search_task(made, tmp_path)
     worst = min(whole, key=lambda a: (a.hidden_size, a.intermediate_size))
     options = {"forward_keep": 3, "pinned": [worst], "halving": Halving(keep=0.5, grace=0.75)}
     events = []
     found = search(task, whole, **options, pool=_pool(task.folder, on_event=lambda *event: events.append(event)))
-    # forward only: the KL before training that full trials measured too, and the three lowest beside the pinned one
+    # the forward-only scores are the KL that full trials measured before training; the three best and the pinned one go on
     assert len(found.forward) == 6
     known = {candidate.architecture: candidate.kl_undistilled for candidate in all_found.ranking}
     for scored in found.forward:
@@ -134,7 +138,7 @@ def test_only_the_best_undistilled_go_on_and_the_worse_stop_at_a_rung(made, to_t
     assert [scored.kl_undistilled for scored in found.forward] == sorted(s.kl_undistilled for s in found.forward)
     assert found.forward[-1].architecture == worst
     assert [scored.distilled for scored in found.forward] == [True, True, True, False, False, True]
-    # the cut: at step 6 alone, since step 4 is in the grace period; two of four go on
+    # candidates are stopped at step 6 alone, because step 4 is in the grace period; two of four continue
     assert len(found.ranking) == len(found.stopped) == 2
     assert {candidate.step for candidate in found.stopped} == {6}
     for candidate in found.stopped:
@@ -144,29 +148,29 @@ def test_only_the_best_undistilled_go_on_and_the_worse_stop_at_a_rung(made, to_t
     best = {candidate.architecture: candidate.kl for candidate in all_found.ranking}
     assert all(best[candidate.architecture] == candidate.kl for candidate in found.ranking)
     assert found.saved == pytest.approx(1 - (2 * 8 + 2 * 6) / (4 * 8))
-    # all workers that scored stay and train
+    # the workers that scored are kept and train
     pids = {kind: {event.pid for _, event in events if isinstance(event, kind)} for kind in (Scored, Started)}
     assert pids[Scored] <= pids[Started]
-    # and again: the same, with nothing done over
+    # a second call returns the same and repeats nothing
     before = json_files(tmp_path)
     again = search(task, whole, **options)
     assert json_files(tmp_path) == before
     assert again == found
-    # a stopped one can still be taken to the end, where it is as if it had never stopped
+    # a stopped candidate can still be trained to the end, with the result of one that was never stopped
     stopped = found.stopped[0].architecture
     run_trial(task, stopped, lambda event: None)
     ours, theirs = (trial_result(t.folder, stopped) for t in (task, to_the_end[0]))
     assert ours.per_row_kl == theirs.per_row_kl
 
 
-def test_stable_halving_stops_at_rungs_that_repeat_the_order_before(made, to_the_end):
+def test_stable_halving_stops_candidates_where_the_order_has_not_changed(made, to_the_end):
     stable, before = Halving(grace="stable"), {"a": 1.0, "b": 2.0, "c": 3.0}
     assert stable.stop_rungs(RUNGS, 8) == list(RUNGS)
     assert stable.should_stop(before, {"a": 0.1, "b": 0.2, "c": 0.3})
     assert not stable.should_stop(before, {"a": 0.1, "b": 0.3, "c": 0.2})
-    assert stable.should_stop(before, {"a": 0.1, "c": 0.2})  # of those that came so far
+    assert stable.should_stop(before, {"a": 0.1, "c": 0.2})  # candidates that have not reached the rung are ignored
     assert Halving(grace=0.0).should_stop(before, {"a": 3.0, "b": 2.0, "c": 1.0})
-    # on trials that have finished: who goes on is decided again from what the rungs said
+    # with finished trials the decision is made again from the stored measurements
     task = to_the_end[0]
     results = {a: trial_result(task.folder, a) for a in made[2]}
     going, last, expected = list(results), {a: result.kl_undistilled for a, result in results.items()}, {}
@@ -181,7 +185,7 @@ def test_stable_halving_stops_at_rungs_that_repeat_the_order_before(made, to_the
     assert {candidate.architecture for candidate in found.ranking} == set(going)
 
 
-def test_candidates_that_cannot_be_cut_are_named_and_the_search_goes_on(made, to_the_end, tmp_path):
+def test_candidates_that_cannot_be_pruned_are_reported_and_the_search_continues(made, to_the_end, tmp_path):
     good, events = made[2][-1], []
     wide, deep = (replace(good, **{name: 99}) for name in ("intermediate_size", "num_layers"))
     task = search_task(made, tmp_path)
@@ -191,13 +195,13 @@ def test_candidates_that_cannot_be_cut_are_named_and_the_search_goes_on(made, to
     assert "intermediate_size: 99 is larger than the model's 96" in found.failures[wide]
     assert {a: event.reason for a, event in events if isinstance(event, Failed)} == found.failures
     assert not [event for _, event in events if isinstance(event, Retried)]
-    # it is as if the others had not been there
+    # the other candidates did not change its result
     alone, before = (trial_result(t.folder, good) for t in (task, to_the_end[0]))
     assert alone.per_row_kl == before.per_row_kl
 
 
 def _work(folder):
-    """What a trial may do, by the candidate's number of layers; a file for each attempt and for the end."""
+    """Work whose outcome depends on the number of layers, with a file per attempt and at its end; and the check for the end."""
 
     def work(architecture, report):
         report(Started(os.getpid()))
@@ -223,7 +227,7 @@ def _work(folder):
     return work, lambda architecture: (folder / f"{architecture.num_layers}.done").exists()
 
 
-def test_each_reason_is_a_line_and_only_what_may_pass_is_tried_again(made, to_the_end, tmp_path):
+def test_failures_have_one_line_reasons_and_only_temporary_ones_are_retried(made, to_the_end, tmp_path):
     (work, done), events = _work(tmp_path), []
     kinds = [replace(made[2][0], num_layers=kind) for kind in range(1, 6)]
     pool = _pool(tmp_path, max_failures=1, on_event=lambda *event: events.append(event))
@@ -252,16 +256,16 @@ def test_storage_that_cannot_be_used_ends_the_search(made, to_the_end, tmp_path)
         _pool(tmp_path, max_failures=0).run(work, [full, other], done)
     assert "free some space" in raised.value.remedy
     assert "finished candidates are kept" in raised.value.remedy
-    assert time.monotonic() - started < 50  # it did not wait for the other
+    assert time.monotonic() - started < 50  # it did not wait for the other trial
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads what Linux says of a process")
-def test_a_worker_gives_back_the_memory_of_a_trial(made, to_the_end, tmp_path):
-    """In megabytes: each piece leaves behind, in a thread of its own, what the C library's allocator would keep."""
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc, which only Linux has")
+def test_a_worker_releases_the_memory_of_a_finished_trial(made, to_the_end, tmp_path):
+    """Every trial frees memory that the C library's allocator keeps for the trial's thread, if it is not released."""
     used = []
 
     def work(architecture, report):
-        for _ in range(2):  # what is freed first makes the allocator keep what comes next
+        for _ in range(2):  # the allocator keeps later allocations after the first were freed
             parts = [torch.ones(1 << 20) for _ in range(64)]
             del parts
         megabytes = int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
@@ -271,48 +275,48 @@ def test_a_worker_gives_back_the_memory_of_a_trial(made, to_the_end, tmp_path):
     pool = _pool(tmp_path, share={"CPU": 2}, on_event=lambda _, event: used.append(event.metrics["memory"]))
     pieces = [replace(made[2][0], num_layers=number) for number in range(1, 6)]
     pool.run(work, pieces, lambda architecture: (tmp_path / f"{architecture.num_layers}.done").exists())
-    assert max(used) - min(used) < 300, used  # five times 256 are kept otherwise
+    assert max(used) - min(used) < 300, used  # megabytes; otherwise it grows by 256 per trial
 
 
-def test_a_trial_that_no_node_has_room_for_is_refused(made, to_the_end, tmp_path):
+def test_a_trial_that_fits_on_no_node_is_refused(made, to_the_end, tmp_path):
     with pytest.raises(InputError, match="nodes have"):
         search(search_task(made, tmp_path), made[2], pool=_pool(tmp_path, share={"CPU": 100}))
 
 
-def test_trials_at_once_are_what_the_nodes_hold():
+def test_the_number_of_concurrent_trials_depends_on_what_fits_on_each_node():
     cpu, gpu = {"CPU": 16, "memory": 64e9}, {"CPU": 16, "GPU": 8, "memory": 64e9}
     assert max_concurrent_trials([cpu, cpu], {"CPU": 3}) == 10  # five on each node, not 32 / 3
     assert max_concurrent_trials([cpu, gpu], {"CPU": 1, "GPU": 1}) == 8
-    assert max_concurrent_trials([gpu], {"CPU": 1, "GPU": 0.6}) == 8  # none is spread over two
+    assert max_concurrent_trials([gpu], {"CPU": 1, "GPU": 0.6}) == 8  # no trial uses parts of two GPUs
     assert max_concurrent_trials([gpu], {"CPU": 1, "GPU": 0.1}) == 16
     assert max_concurrent_trials([gpu, gpu], {"CPU": 1, "GPU": 1}, workers=3) == 5
     assert max_concurrent_trials([gpu, gpu], {"CPU": 1, "GPU": 8}, workers=2) == 1
     assert max_concurrent_trials([cpu], {"CPU": 1, "memory": 20e9}) == 3
-    # the memory of what starts the workers is kept aside, so that all that fit by number really do
+    # memory is reserved for the processes that start the workers
     assert max_concurrent_trials([cpu], {"CPU": 1, "memory": 64e9}) == 0
     assert max_concurrent_trials([cpu], {"CPU": 1, "GPU": 1}) == 0
 
 
-def test_two_workers_with_a_split_student_train_what_one_does(made, to_the_end, tmp_path):
+def test_two_workers_with_a_sharded_student_train_like_one(made, to_the_end, tmp_path):
     whole, events = to_the_end[0], []
     task = search_task(made, tmp_path, config=replace(CONFIG, shard=True, micro_batch_rows=2, checkpoint_every=5))
     pool = _pool(tmp_path, workers=2, on_event=lambda _, event: events.append(event))
     found = search(task, made[2][-1:], pool=pool)
     ours, theirs = (trial_result(t.folder, found.winner) for t in (task, whole))
     assert ours.per_row_kl == pytest.approx(theirs.per_row_kl, rel=1e-4)
-    assert ours.per_row_kl != theirs.per_row_kl  # sums over two processes
+    assert ours.per_row_kl != theirs.per_row_kl  # sums over two processes round differently
     assert ours.rung_kl == pytest.approx(theirs.rung_kl, rel=1e-4)
-    # the first process alone reports, in order
+    # only rank 0 reports, in order
     assert [event.step for event in events if isinstance(event, Progress)] == list(range(1, 9))
     assert not list(tmp_path.glob("*/checkpoints"))
 
 
-def test_halving_without_a_rung_after_its_grace_is_refused(made, tmp_path):
+def test_halving_without_a_rung_after_the_grace_period_is_refused(made, tmp_path):
     with pytest.raises(InputError, match="no rung"):
         search(search_task(made, tmp_path, rungs=(4,)), made[2], halving=Halving())
 
 
-def test_rungs_are_shares_rounded_up():
+def test_rungs_are_shares_of_the_steps_rounded_up():
     assert rung_steps([0.5, 0.75], 14) == (7, 11)
     assert rung_steps([0.7, 0.1], 10) == (1, 7)
     assert rung_steps([0.5, 0.75, 0.6], 3) == (2,)
@@ -325,16 +329,16 @@ def test_halving_keeps_the_best_share_rounded_up():
     assert survivors(kl, 0.5) == ["b", "c", "a"]
     assert survivors(kl, 0.2) == ["b"]
     assert kept(1, 0.01) == 1
-    # 27 candidates, a third kept at 1/9 and 3/9 of 9 steps: 27 + 9·2 + 3·6
+    # 27 candidates, a third of them kept after steps 1 and 3 of 9: 27 + 9·2 + 3·6
     assert planned_steps(27, 9, [1, 3], 1 / 3) == 63
     assert planned_steps(8, 400, [], 0.5) == 3200
 
 
-def test_tau_by_its_definition():
+def test_kendall_tau_follows_its_definition():
     assert kendall_tau([1, 2, 3, 4], [10, 20, 30, 40]) == 1
     assert kendall_tau([1, 2, 3, 4], [4, 3, 2, 1]) == -1
     assert kendall_tau([1, 2, 3, 4], [1, 2, 4, 3]) == pytest.approx(4 / 6)
-    assert kendall_tau([1, 1, 2], [1, 2, 3]) == pytest.approx(2 / 3)  # a tie is neither
+    assert kendall_tau([1, 1, 2], [1, 2, 3]) == pytest.approx(2 / 3)  # a tie counts in neither direction
     assert math.isnan(kendall_tau([1], [1]))
 
 
@@ -355,8 +359,8 @@ def _result(final, rungs, undistilled, parameters):
     )
 
 
-def test_what_each_measure_would_have_cost():
-    results = [  # the winner looks worst undistilled, third at step 4 and is first from step 6 on
+def test_the_stability_table_shows_what_stopping_early_would_cost():
+    results = [  # the winner is last undistilled, third at step 4, and first from step 6 on
         _result(1.0, [1.7, 1.2, 1.1], 9.0, 100),
         _result(1.1, [1.5, 1.3, 1.2], 2.0, 110),
         _result(1.2, [1.6, 1.4, 1.3], 3.0, 130),
@@ -375,8 +379,8 @@ def test_what_each_measure_would_have_cost():
     assert by_measure["size"].step is None
     assert settled(rows) == 6
     assert settled(stability([_result(r.kl, [1, 1, 1], 1, 1) for r in results], (4, 6, 7))) is None
-    assert settled(stability(results[:1], (4, 6, 7))) is None  # there is no order of one
+    assert settled(stability(results[:1], (4, 6, 7))) is None  # one candidate has no order
 
 
-def test_pareto_holds_what_nothing_beats_in_both():
+def test_the_pareto_front_has_the_candidates_that_no_other_beats_in_both():
     assert pareto([3, 1, 2, 2, 4], [1.0, 5.0, 3.0, 4.0, 1.0]) == [1, 2, 0]

@@ -37,7 +37,7 @@ def candidates(made):
 
 @pytest.fixture(scope="module")
 def undisturbed(made, candidates, tmp_path_factory):
-    """The ranking of a search that nothing happened to."""
+    """The ranking of a search without any fault."""
     task = _long(made, tmp_path_factory.mktemp("undisturbed"))
     for architecture in candidates:
         run_trial(task, architecture, lambda event: None)
@@ -46,9 +46,9 @@ def undisturbed(made, candidates, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A head that runs no trial, and two nodes with room for one each."""
+    """A cluster with a head that runs no trials and two nodes that run one each."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="mt-", dir="/tmp") as folder:
-        # with the token of this process's private Rays, because Ray keeps the first that it reads
+        # the token of this process's private Rays, because Ray keeps the first token that it reads
         settings = {**local_ray._private_settings(), "RAY_TMPDIR": folder}
         for name, value in settings.items():
             patch.setenv(name, value)
@@ -88,7 +88,7 @@ def _wait_until(condition, process=None):
 
 
 def _saved_step(task, architecture):
-    """That of a trial's last checkpoint; 0 without any."""
+    """The step of a trial's last checkpoint; 0 if there is none."""
     saved = Path(task.folder, trial_key(architecture)).glob("checkpoints/step-*/manifest.json")
     return max((int(manifest.parent.name.removeprefix("step-")) for manifest in saved), default=0)
 
@@ -101,7 +101,7 @@ search(*pickle.load(open(sys.argv[2], "rb")))
 """
 
 
-def test_a_killed_driver(cluster, undisturbed, made, candidates, tmp_path):
+def test_a_search_resumes_after_its_driver_was_killed(cluster, undisturbed, made, candidates, tmp_path):
     task = _long(made, tmp_path / "trials")
     (tmp_path / "arguments").write_bytes(pickle.dumps((task, candidates)))
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, cluster.address, str(tmp_path / "arguments")])
@@ -112,7 +112,7 @@ def test_a_killed_driver(cluster, undisturbed, made, candidates, tmp_path):
     def begun():
         return [a for a in candidates if a not in finished() and _saved_step(task, a)]
 
-    # one that is so far from its end that it does not get there before Ray has ended it
+    # a trial that cannot finish before Ray ends it
     _wait_until(lambda: finished() and any(0 < _saved_step(task, a) <= LONG["steps"] / 4 for a in begun()), driver)
     driver.kill()
     driver.wait()
@@ -132,9 +132,9 @@ def test_a_killed_driver(cluster, undisturbed, made, candidates, tmp_path):
         assert steps == list(range(steps[0], LONG["steps"] + 1))
 
 
-def test_a_worker_that_the_memory_monitor_kills(cluster, candidates, tmp_path):
+def test_a_worker_that_the_memory_monitor_killed_is_reported_as_such(cluster, candidates, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_memory_usage_threshold", "0.001")  # always passed
+        patch.setenv("RAY_memory_usage_threshold", "0.001")  # always exceeded
         patch.setenv("RAY_memory_monitor_refresh_ms", "100")
         node = cluster.add_node(num_cpus=1, resources={"short_of_memory": 1})
     try:
@@ -148,8 +148,10 @@ def test_a_worker_that_the_memory_monitor_kills(cluster, candidates, tmp_path):
     )
 
 
-def test_a_kill_for_memory_that_is_heard_of_as_the_tasks_error(cluster, candidates, tmp_path, monkeypatch):
-    """Ray's core raises one of two errors for such a kill, whichever it has first; here always the rarer one."""
+def test_a_kill_for_memory_that_arrives_as_a_task_error_does_not_end_the_search(
+    cluster, candidates, tmp_path, monkeypatch
+):
+    """Ray raises one of two errors for such a kill, whichever arrives first; here it is always the rarer one."""
     get = ray.get
 
     def get_as_task(*args, **options):
@@ -184,14 +186,16 @@ def _kill_a_worker(cluster, pid):
 
 
 def _remove_a_node(cluster, pid):
-    """The one on which that process runs."""
+    """Remove the node on which process `pid` runs."""
     listed = subprocess.run(["ps", "-o", "ppid=", "-p", str(pid)], capture_output=True, text=True, check=True)
     raylets = {node.all_processes["raylet"][0].process.pid: node for node in cluster.worker_nodes}
     cluster.remove_node(raylets[int(listed.stdout)], allow_graceful=False)
 
 
 @pytest.mark.parametrize("fault", [_kill_a_worker, _remove_a_node])
-def test_a_killed_worker_or_node(cluster, undisturbed, made, candidates, tmp_path, fault):
+def test_a_search_resumes_a_trial_after_its_worker_or_node_was_killed(
+    cluster, undisturbed, made, candidates, tmp_path, fault
+):
     task, events, struck, pids = _long(made, tmp_path), [], [], {}
 
     def on_event(architecture, event):
@@ -210,6 +214,6 @@ def test_a_killed_worker_or_node(cluster, undisturbed, made, candidates, tmp_pat
     steps = _steps(events[retried:], struck[0])
     assert steps[0] > LONG["checkpoint_every"]
     assert steps == list(range(steps[0], LONG["steps"] + 1))
-    for architecture in candidates:  # the others did not notice
+    for architecture in candidates:  # the other trials were not disturbed
         if architecture not in struck:
             assert _steps(events, architecture) == list(range(1, LONG["steps"] + 1))

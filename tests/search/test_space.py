@@ -1,4 +1,4 @@
-"""The space of a search: ranges, limits on what serving needs, points that come first, and how long enumeration takes."""
+"""The space of a search: ranges, limits on inference cost, points, and the time that enumeration takes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_range_in_a_recipe_is_the_list_of_its_values(bench):
         ({"from": "a", "to": 5, "step": 1}, "must be numbers"),
     ],
 )
-def test_a_range_that_is_none_is_refused_by_its_key(bench, given, said):
+def test_an_invalid_range_is_refused_and_its_key_named(bench, given, said):
     with pytest.raises(InputError, match=f"family.0.space.num_layers: .*{said}"):
         _recipe(bench, space={"num_layers": given})
 
@@ -68,14 +68,14 @@ def test_a_limit_leaves_out_exactly_what_exceeds_it(name):
     assert 0 < len(kept) < len(free)
 
 
-def test_limits_that_nothing_keeps_to_say_which_and_by_how_much(bench):
+def test_limits_that_every_candidate_exceeds_are_refused_with_the_least_that_is_needed(bench):
     recipe = _recipe(bench, limits={"kv_cache_bytes": 1000, "flops_per_token": 1e12})
     least = 2 * 2 * 3 * 2 * 24 * recipe.data.seq_length
     with pytest.raises(InputError, match=rf"family.0.limits: none of .*: kv_cache_bytes is at least {least:,} \(limit"):
         _ = CandidateSpace(recipe, recipe.family[0], TEACHER).candidates
 
 
-def test_points_come_first_and_need_not_be_on_the_grid(bench):
+def test_points_come_first_and_may_be_outside_the_grid(bench):
     point = {"num_layers": 3, "hidden_size": 42, "intermediate_size": 60}
     recipe = _recipe(bench, points=[point])
     found = CandidateSpace(recipe, recipe.family[0], TEACHER).candidates
@@ -93,7 +93,7 @@ def test_points_come_first_and_need_not_be_on_the_grid(bench):
         ({"num_layers": 16}, r"points.0: .*memory_bytes is .* \(limit 9,000,000,000\)"),
     ],
 )
-def test_a_point_that_cannot_be_is_refused_or_skipped(shape, said):
+def test_an_invalid_point_is_refused_or_skipped(shape, said):
     limits = Limits(context=8192, memory_bytes=9e9)
     with pytest.raises(InputError, match=said):
         points_in(BASE, [shape], 4e9, 5e9, limits=limits)
@@ -101,7 +101,7 @@ def test_a_point_that_cannot_be_is_refused_or_skipped(shape, said):
         assert points_in(BASE, [shape], 4e9, 5e9, limits=limits, skip=True) == []
 
 
-def test_thousands_of_combinations_take_a_second():
+def test_thousands_of_combinations_are_enumerated_in_a_second():
     space = {
         "num_layers": range(17, 33),
         "num_heads": [16, 24, 32],
