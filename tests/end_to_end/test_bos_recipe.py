@@ -1,4 +1,4 @@
-"""A recipe whose teacher was trained with a beginning-of-sequence token: what the data stage makes and says of it."""
+"""A recipe whose teacher was trained with a beginning-of-sequence (BOS) token: the rows, and the message about it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SEQ_LENGTH = 32
 
 @pytest.fixture(scope="module")
 def begun(bench, tmp_path_factory):
-    """A folder with a recipe for a teacher that was trained, for a moment, on rows that begin with BOS."""
+    """A folder with a recipe for a teacher that was trained briefly on rows that begin with BOS."""
     folder = tmp_path_factory.mktemp("begun")
     tokenizer = tiny.tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<bos>"})
@@ -47,7 +47,7 @@ def begun(bench, tmp_path_factory):
 
 
 def _data(folder, add_bos=None, storage="runs"):
-    """The data stage's outputs."""
+    """The output of the data stage, as a dict."""
     overrides = [] if add_bos is None else [f"data.add_bos={add_bos}"]
     recipe = load_recipe(str(folder / "recipe.yaml"), overrides)
     return (
@@ -59,7 +59,7 @@ def _data(folder, add_bos=None, storage="runs"):
 
 @pytest.fixture(scope="module")
 def data(begun):
-    """The data stage's outputs, by `data.add_bos`, and what was said meanwhile."""
+    """For each value of `data.add_bos`, the output of the data stage and the text that was printed."""
     import contextlib
     import io
 
@@ -70,7 +70,7 @@ def data(begun):
     return found
 
 
-def test_rows_begin_as_the_teachers_tokenizer_does_and_the_teacher_is_measured_with_bos_and_without(data, begun):
+def test_rows_begin_with_bos_like_the_tokenizers_texts_and_the_teachers_loss_is_measured_with_and_without(data, begun):
     outputs, said = data[None]
     bos = tiny.tokenizer().vocab_size
     for split in ("train", "heldout"):
@@ -78,7 +78,7 @@ def test_rows_begin_as_the_teachers_tokenizer_does_and_the_teacher_is_measured_w
         ids = rows.take(range(len(rows)))
         assert ids.shape[1] == SEQ_LENGTH
         assert bool((ids[:, 0] == bos).all())
-        assert bool((ids[:, 1:] == bos).any()), "documents begin inside rows too"
+        assert bool((ids[:, 1:] == bos).any()), "documents that begin inside a row have a BOS too"
     assert outputs["loss_with_bos"] < outputs["loss_without_bos"] - 0.3
     assert f"begin with BOS (the teacher's loss {outputs['loss_with_bos']:.3f}" in said
     assert "worse" not in said
@@ -87,7 +87,7 @@ def test_rows_begin_as_the_teachers_tokenizer_does_and_the_teacher_is_measured_w
     assert outputs["loss_with_bos"] in [values.get("loss_with_bos") for values in metrics]
 
 
-def test_a_choice_that_the_teacher_is_worse_with_is_warned_of(data):
+def test_a_warning_says_if_the_teacher_is_worse_with_the_chosen_beginning(data):
     outputs, said = data["false"]
     ids = Rows.open(outputs["folder"], "train")
     assert not bool((ids.take(range(len(ids))) == tiny.tokenizer().vocab_size).any())
@@ -97,11 +97,11 @@ def test_a_choice_that_the_teacher_is_worse_with_is_warned_of(data):
     assert f"worse without BOS than with BOS, by {worse:.2f} nats per token: set data.add_bos: true" in said
 
 
-def test_the_same_rows_are_not_packed_again_for_another_way_to_say_so(data):
+def test_stating_the_default_does_not_pack_the_rows_again(data):
     assert data["true"][0] == data[None][0]
 
 
-def test_a_bos_token_that_is_not_there_is_refused_before_anything_starts(bench, tmp_path):
+def test_add_bos_without_a_bos_token_is_refused_before_anything_starts(bench, tmp_path):
     tokenizer = tiny.tokenizer()
     tokenizer.bos_token = None
     (tmp_path / "teacher").mkdir()
@@ -116,7 +116,7 @@ def test_a_bos_token_that_is_not_there_is_refused_before_anything_starts(bench, 
         run(recipe, storage_path=str(tmp_path / "runs"), until="data")
 
 
-def test_the_choice_reaches_the_benchmarks_of_calibration_search_and_training(begun, data, bench, monkeypatch):
+def test_add_bos_reaches_the_benchmarks_of_calibration_search_and_training(begun, data, bench, monkeypatch):
     import minitron.evaluation
     from minitron.distill.inputs import DistillInputs
     from minitron.models import load_model

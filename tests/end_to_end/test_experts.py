@@ -1,4 +1,4 @@
-"""A mixture whose candidates differ in their experts alone: plan, report, records and the stored search tell them apart."""
+"""A mixture whose candidates differ in the number of experts alone: plan, report, MLflow and storage tell them apart."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXPERTS = {2, 3}
 
 @pytest.fixture(scope="module")
 def mixture(bench):
-    """What `plan` and `run` printed, and the storage."""
+    """The output of `minitron plan`, that of `minitron run`, and the storage."""
     teacher = bench / "mixture"
     tokenizer = tiny.tokenizer()
     sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
@@ -62,7 +62,7 @@ def test_the_plan_has_a_column_for_experts(mixture):
     assert {int(row[position]) for row in cells} == EXPERTS
 
 
-def test_report_and_records_tell_candidates_apart(mixture):
+def test_the_report_and_mlflow_tell_the_candidates_apart(mixture):
     _, shown, storage = mixture
     page = html.unescape(next(storage.glob("runs/*/report.html")).read_text())
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
@@ -70,13 +70,16 @@ def test_report_and_records_tell_candidates_apart(mixture):
     trials = client.search_runs([experiment.experiment_id], "tags.`minitron.kind` = 'trial'")
     assert {int(trial.data.params["num_experts"]) for trial in trials} == EXPERTS
     assert len({trial.info.run_name for trial in trials}) == len(EXPERTS)
-    for trial in trials:  # every figure of a step, though no list names it
+    for trial in trials:  # every metric of a step is recorded
         assert {"flop_utilisation", "seconds_data", "grad_norm"} <= trial.data.metrics.keys()
     for count in EXPERTS:
         assert f"· {count} experts" in page
         assert f"· {count} experts" in shown
     output = SearchOutput.model_validate(_stored(storage))
-    assert {candidate.architecture.label()[-2:] for candidate in output.ranking} == {"2e", "3e"}  # on the report's bars
+    assert {candidate.architecture.label()[-2:] for candidate in output.ranking} == {
+        "2e",
+        "3e",
+    }  # the labels of the report's bars
 
 
 def test_a_search_stored_by_an_earlier_version_is_read(mixture):
@@ -109,7 +112,7 @@ def test_a_search_stored_by_an_earlier_version_is_read(mixture):
     assert read.winner == output.winner
 
 
-def test_running_again_finds_the_finished_trials(mixture, bench):
+def test_running_again_reads_the_finished_trials(mixture, bench):
     storage = mixture[2]
     before = {path: path.stat().st_mtime_ns for path in storage.glob("trials/*/*/*.json")}
     (record,) = storage.glob("stages/search/*/stage.json")

@@ -1,4 +1,4 @@
-"""Families and corrected teachers, as a user runs them: chains, the losses that follow from depth, and measured correction."""
+"""A family of two models with a corrected teacher: each is pruned from the one before, and the losses depend on the depth."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _correction(**changes):
 
 @pytest.fixture(scope="module")
 def family(bench):
-    """A corrected teacher, a model cut from it, and one cut from that model."""
+    """The command and the results of a run: a corrected teacher, a model pruned from it, and one pruned from that model."""
     members = [
         {"model": "tiny-large", "parameters": 75_000, "tolerance": 0.15, "space": LARGE},
         {"model": "tiny-small", "start": "previous", "parameters": 50_000, "tolerance": 0.15, "space": SMALL},
@@ -54,7 +54,7 @@ def family(bench):
     return result, json.loads(path.read_text())
 
 
-def test_a_teacher_that_gains_from_the_text_is_corrected(family):
+def test_the_correction_of_a_teacher_is_kept_if_the_loss_improves(family):
     shared = family[1]["stages"]
     assert shared["correct"]["corrected"]
     assert shared["correct"]["loss_after"] < shared["correct"]["loss_before"] - 0.001
@@ -64,7 +64,7 @@ def test_a_teacher_that_gains_from_the_text_is_corrected(family):
     assert changed == {name for name in before if "norm" in name}
 
 
-def test_the_next_model_is_cut_from_the_one_before_and_distilled_from_the_same_teacher(family):
+def test_the_second_model_is_pruned_from_the_first_and_distilled_from_the_same_teacher(family):
     output, results = family
     large, small = results["family"]["tiny-large"], results["family"]["tiny-small"]
     assert small["distill"]["parameters"] < large["distill"]["parameters"]
@@ -82,7 +82,7 @@ def test_the_next_model_is_cut_from_the_one_before_and_distilled_from_the_same_t
     assert "tiny-small, cut from tiny-large" in output.stdout
 
 
-def test_the_losses_follow_from_the_depth_that_was_cut(family):
+def test_the_default_losses_depend_on_the_removed_depth(family):
     output, results = family
     for own in results["family"].values():
         deep = (
@@ -91,10 +91,10 @@ def test_the_losses_follow_from_the_depth_that_was_cut(family):
         assert bool(own["distill"]["losses"]["hidden"]) == own["distill"]["losses"]["embedding"] == deep
         assert own["distill"]["losses_chosen"] in output.stdout
     depths = {own["search"]["winner"]["num_layers"] for own in results["family"].values()}
-    assert min(depths) < 4  # of 5: hidden states were compared at least once
+    assert min(depths) < 4  # of 5 layers, so that hidden states were compared at least once
 
 
-def test_both_are_registered_with_where_they_come_from(bench, family):
+def test_both_models_are_registered_with_their_lineage(bench, family):
     client = MlflowClient(f"sqlite:///{bench}/family/mlflow.db")
     large = client.get_model_version_by_alias("tiny-large", "candidate")
     small = client.get_model_version_by_alias("tiny-small", "candidate")
@@ -110,7 +110,7 @@ def test_both_are_registered_with_where_they_come_from(bench, family):
     assert "cut from tiny-large" in page
 
 
-def test_a_teacher_that_gains_too_little_stays_as_it_is_and_scores_are_kept(bench, family):
+def test_a_correction_that_gains_too_little_is_dropped_and_the_scores_are_reused(bench, family):
     recipe = yaml.safe_load((bench / "family.yaml").read_text())
     recipe["correct"]["min_gain"] = 5.0
     (bench / "kept.yaml").write_text(yaml.safe_dump(recipe))
@@ -120,7 +120,7 @@ def test_a_teacher_that_gains_too_little_stays_as_it_is_and_scores_are_kept(benc
     assert "after 6 steps, less than 5" in line
     left = [path for path in (bench / "family" / "stages" / "correct").glob("*") if not (path / "corrected").exists()]
     assert all(not (path / name).exists() for path in left for name in ("checkpoints", "probe"))
-    # the scores of the teacher as it came serve the corrected one too
+    # the importance scores of the original teacher are also used for the corrected one
     line = next(x for x in result.stdout.splitlines() if x.startswith("✓ calibrate"))
     assert "already done" in line
     folders = [path.parent for path in (bench / "family" / "stages" / "correct").glob("*/stage.json")]
@@ -145,7 +145,7 @@ def test_a_teacher_that_gains_too_little_stays_as_it_is_and_scores_are_kept(benc
         ({"correct.training.warmup_steps": "12"}, "correct.training.warmup_steps"),
     ],
 )
-def test_a_family_that_cannot_be_made_is_refused_before_work_starts(bench, family, change, named, tmp_path):
+def test_an_impossible_family_is_refused_before_work_starts(bench, family, change, named, tmp_path):
     settings = [word for key, value in change.items() for word in ("--set", f"{key}={value}")]
     refused = minitron_here("plan", "family.yaml", "--storage", tmp_path / "runs", *settings, cwd=bench)
     assert refused.returncode == 2, refused.stdout

@@ -1,4 +1,4 @@
-"""The snippets of docs/python.md, run one after the other as a reader would."""
+"""The snippets of docs/python.md, executed in their order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TEXT = (ROOT / "docs" / "python.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
-def test_the_snippets_of_the_documents_run(bench, tmp_path, monkeypatch, capsys):
+def test_the_snippets_of_the_python_docs_run(bench, tmp_path, monkeypatch, capsys):
     for name in ("teacher", "text.jsonl", "arc.jsonl", "recipe.yaml"):
         source = bench / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)

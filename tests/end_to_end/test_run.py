@@ -1,4 +1,4 @@
-"""The whole recipe, as a user runs it: the command line on a small real model, its results, its resumption, its errors."""
+"""A whole recipe from the command line on a small real model: its results, its resumption and its errors."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ STAGES = ["teacher", "data", "correct", "calibrate", "targets", "search", "disti
 
 
 def _minitron_in_terminal(*arguments, cwd):
-    """`run_minitron` with a terminal for output, as people run it; (exit code, what it showed)."""
+    """`run_minitron` with its output in a terminal; returns the exit code and the output."""
     master, slave = pty.openpty()
     process = subprocess.Popen(
         command(*arguments), cwd=cwd, env={**environment(), "TERM": "xterm"}, stdin=slave, stdout=slave, stderr=slave
     )
     os.close(slave)
     shown = b""
-    with suppress(OSError):  # the terminal closes with the process
+    with suppress(OSError):  # reading ends in an error when the process closes the terminal
         while piece := os.read(master, 65536):
             shown += piece
     os.close(master)
@@ -52,25 +52,25 @@ def _minitron_in_terminal(*arguments, cwd):
 
 @pytest.fixture(scope="module")
 def finished(bench):
-    """The run, carried out once."""
+    """The result of the command `minitron run`, which all tests share."""
     result = run_minitron("run", "recipe.yaml", "--storage", "runs", cwd=bench)
     assert result.returncode == 0, result.stdout + result.stderr
     return result
 
 
 def _reused(result):
-    """How many stages a run recognised as done."""
+    """Number of stages that a run found already done."""
     return sum(line.startswith("✓") and "already done" in line for line in result.stdout.splitlines())
 
 
 def _results(bench, storage="runs", model="tiny-student"):
-    """Outputs of the stages that one model of the family saw."""
+    """Outputs of the stages, the shared ones and those of one model of the family, by name."""
     (path,) = (bench / storage / "runs").glob("*/results.json")
     results = json.loads(path.read_text())
     return results["stages"] | results["family"][model]
 
 
-def test_a_run_ends_with_a_better_student_and_says_so(bench, finished):
+def test_a_run_prints_its_progress_and_its_student_is_better_after_distillation(bench, finished):
     done = _results(bench)
     table = done["evaluate"]["table"]
     assert table["teacher"]["kl"] == pytest.approx(0, abs=1e-6)
@@ -84,7 +84,7 @@ def test_a_run_ends_with_a_better_student_and_says_so(bench, finished):
         assert f"{table[model]['kl']:.3f}" in finished.stdout
         assert f"{table[model]['parameters']:,}" in finished.stdout
     assert "first 10 documents" in finished.stdout
-    assert finished.stdout.count("  first step after ") == 2  # of the search and of the distillation
+    assert finished.stdout.count("  first step after ") == 2  # once for the search, once for the distillation
     assert re.search(r"^resources  .*: \d+ workers? with ", finished.stdout, re.MULTILINE)
     assert " ui --storage runs" in finished.stdout
     assert " promote tiny-student --version 1 --storage runs" in finished.stdout
@@ -92,7 +92,7 @@ def test_a_run_ends_with_a_better_student_and_says_so(bench, finished):
 
 def test_every_candidate_was_distilled_on_the_same_tokens(bench, finished):
     done = _results(bench)
-    # for all of them the teacher was run once on each row
+    # the teacher ran once on each row, for all candidates together
     assert done["targets"]["rows_computed"] == done["targets"]["rows_stored"] == 96 + 16
     assert "teacher ran on 112 of 112 rows" in finished.stdout
     ranking = done["search"]["ranking"]
@@ -178,7 +178,7 @@ def test_the_student_is_registered_with_its_lineage_and_can_be_promoted(bench, f
     assert client.get_model_version_by_alias("tiny-student", "champion").version == version.version
 
 
-def test_running_again_does_nothing_over(bench, finished):
+def test_running_again_repeats_nothing(bench, finished):
     before = {p: p.stat().st_mtime_ns for p in (bench / "runs" / "stages").rglob("*") if p.is_file()}
     again = run_minitron("run", "recipe.yaml", "--storage", "runs", cwd=bench)
     assert again.returncode == 0, again.stderr
@@ -188,7 +188,7 @@ def test_running_again_does_nothing_over(bench, finished):
     assert len(client.search_model_versions("name='tiny-student'")) == 1
 
 
-def test_only_what_a_change_touches_is_done_again(bench, finished):
+def test_a_changed_recipe_repeats_only_the_stages_that_depend_on_the_change(bench, finished):
     changed = minitron_here(
         "run", "recipe.yaml", "--storage", "runs", "--set", "evaluate.tasks.0.limit=5", "--until", "evaluate", cwd=bench
     )
@@ -196,7 +196,7 @@ def test_only_what_a_change_touches_is_done_again(bench, finished):
     assert _reused(changed) == STAGES.index("evaluate")
 
 
-def test_a_run_that_diverges_stops_and_says_where(bench, finished):
+def test_a_run_that_diverges_stops_and_names_the_step(bench, finished):
     steep = ["--set", "distill.peak_lr=1e30", "--set", "distill.min_lr=1e30"]
     stopped = run_minitron("run", "recipe.yaml", "--storage", "runs", *steep, cwd=bench)
     assert stopped.returncode == 2, stopped.stdout + stopped.stderr
@@ -213,20 +213,20 @@ def test_a_run_that_diverges_stops_and_says_where(bench, finished):
     assert "Traceback" not in stopped.stderr + stopped.stdout
 
 
-def test_a_wider_space_distils_only_what_is_new(bench, finished):
+def test_a_wider_space_distils_only_the_new_candidates(bench, finished):
     before = {p: p.stat().st_mtime_ns for p in (bench / "runs" / "trials").glob("*/*/result.json")}
     stored = {p: p.stat().st_mtime_ns for p in (bench / "runs" / "stages" / "targets").rglob("*") if p.is_file()}
     wider = ["--set", "family.0.tolerance=0.5", "--until", "search"]
     again = minitron_here("run", "recipe.yaml", "--storage", "runs", *wider, cwd=bench)
     assert again.returncode == 0
-    assert _reused(again) == STAGES.index("search")  # the teacher is run no more
+    assert _reused(again) == STAGES.index("search")  # the teacher does not run again
     assert stored == {p: p.stat().st_mtime_ns for p in (bench / "runs/stages/targets").rglob("*") if p.is_file()}
     after = {p: p.stat().st_mtime_ns for p in (bench / "runs" / "trials").glob("*/*/result.json")}
     assert len(after) > len(before)
     assert before.items() <= after.items()
 
 
-def test_a_candidate_that_fails_is_shown_with_its_reason_and_the_run_goes_on(bench, finished):
+def test_a_failed_candidate_is_reported_with_its_reason_and_the_run_continues(bench, finished):
     shutil.copytree(bench / "runs", bench / "failing")
     shutil.rmtree(bench / "failing" / "stages" / "search")
     failing = next(r["architecture"] for r in reversed(_results(bench)["search"]["ranking"]) if not r["winner"])
@@ -235,7 +235,7 @@ def test_a_candidate_that_fails_is_shown_with_its_reason_and_the_run_goes_on(ben
         if json.loads(path.read_text())["architecture"] == failing:
             path.unlink()
             damaged = path.with_name("undistilled.json")
-            damaged.write_text("{}")  # its trial raises when it looks for a number there
+            damaged.write_text("{}")  # its trial raises when it reads this file
     result = run_minitron("run", "recipe.yaml", "--storage", "failing", "--set", "resources.max_failures=1", cwd=bench)
     assert result.returncode == 0, result.stdout + result.stderr
     reason = f"{damaged}: not a trial's file (KeyError: 'kl'); delete the file and run again"
@@ -258,13 +258,13 @@ def test_a_candidate_that_fails_is_shown_with_its_reason_and_the_run_goes_on(ben
     assert trial.info.status == "FAILED"
     assert trial.data.metrics["restarts"] == 1
     assert retried in trial.data.tags["minitron.restart.1"]
-    (trace,) = newest.parent.glob("trial-*.txt")  # for who mends it, beside the record and in MLflow
+    (trace,) = newest.parent.glob("trial-*.txt")  # the traceback is stored with the run and in MLflow
     assert "trial.py" in trace.read_text()
     assert trace.name in {file.path for file in client.list_artifacts(trial.info.run_id)}
 
 
 def _descendants(pid, command):
-    """Processes below one whose command line begins like this."""
+    """Descendants of process `pid` whose command line begins with `command`."""
     listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
     table = [line.split(None, 2) for line in listed.splitlines()]
     parents = {int(child): int(parent) for child, parent, *_ in table}
@@ -275,9 +275,9 @@ def _descendants(pid, command):
     return [int(child) for child, _, *args in table if args and args[0].startswith(command) and below(int(child))]
 
 
-def test_a_teacher_online_is_stored_for_the_search_alone_and_a_killed_worker_is_told_of(bench):
+def test_an_online_teacher_is_stored_for_the_search_alone_and_a_killed_worker_is_reported(bench):
     settings = ["targets.mode=online", "targets.teacher=sharded", "targets.top_k=40", "distill.evaluate_tasks_every=12"]
-    # of these, the private Ray has two for one trial, however many cores there are
+    # a trial has two workers, each with as many CPUs as there are cores: the private Ray offers what they request
     settings += [
         "distill.evaluate_every=8",
         "resources.workers=2",
@@ -306,14 +306,14 @@ def test_a_teacher_online_is_stored_for_the_search_alone_and_a_killed_worker_is_
     (distilled,) = [run for run in runs if run.info.run_name == "distill"]
     tasks = client.get_metric_history(distilled.info.run_id, "task_arc_easy.acc")
     assert {point.step for point in tasks} == {12, 24}
-    assert "their fields are" in distilled.data.tags["minitron.failed.hellaswag"]  # and the training went on
+    assert "their fields are" in distilled.data.tags["minitron.failed.hellaswag"]  # the training continued
     assert {p.step for p in client.get_metric_history(distilled.info.run_id, "heldout_kl")} == {8, 16, 24}
-    # a sharded student is gathered for nothing else
+    # a sharded student is gathered at these steps alone
     evaluated = client.get_metric_history(distilled.info.run_id, "seconds_evaluation")
     assert {point.step for point in evaluated if point.value} == {8, 12, 16, 24}
     losses = client.get_metric_history(distilled.info.run_id, "train_kl")
     assert losses[-1].value < 0.8 * losses[0].value
-    # the worker that was killed: in the terminal, in MLflow and in the results
+    # the killed worker is reported in the terminal, in MLflow and in the results
     (record,) = (bench / "online").glob("stages/distill/*/stage.json")
     (restart,) = json.loads(record.read_text())["outputs"]["restarts"]
     assert restart["step"] in range(4, DISTILL_STEPS, 4)
@@ -327,7 +327,7 @@ def test_a_teacher_online_is_stored_for_the_search_alone_and_a_killed_worker_is_
     assert f"{said}; resumed from step {restart['step']}, 2 restarts left" in distilled.data.tags["minitron.restart.1"]
 
 
-def test_a_search_that_stops_early_says_how_early_the_order_was_known(bench, finished):
+def test_a_search_with_halving_reports_how_early_the_order_was_known(bench, finished):
     before = {p: p.stat().st_mtime_ns for p in (bench / "runs" / "trials").glob("*/*/*.json")}
     early = ["--set", "search.forward.keep=4", "--set", "search.halving.keep=0.5", "--until", "search"]
     result = minitron_here("run", "recipe.yaml", "--storage", "runs", *early, cwd=bench)
@@ -338,7 +338,7 @@ def test_a_search_that_stops_early_says_how_early_the_order_was_known(bench, fin
     assert len(stopping["stopped"]) == len(stopping["ranking"]) == 2
     assert "2 stopped early, 2 of" in result.stdout
     assert sum(row["distilled"] for row in stopping["forward"]) == 4
-    # trials are shared with the search that ran all to the end, and its page says what stopping would have done
+    # it shares the trials of the search without halving, whose report says what stopping would have saved
     assert before == {p: p.stat().st_mtime_ns for p in (bench / "runs" / "trials").glob("*/*/*.json")}
     assert [row["measure"] for row in whole["stability"]][3:] == ["KL at step 3", "KL at step 5"]
     page = html.unescape(next((bench / "runs" / "runs").glob("*/report.html")).read_text())
@@ -350,7 +350,7 @@ def test_a_search_that_stops_early_says_how_early_the_order_was_known(bench, fin
     assert f"2 were stopped at a rung, which saved {2 / 24:.0%}" in stops
 
 
-def test_a_deleted_registry_is_filled_again(bench, finished):
+def test_a_deleted_mlflow_database_is_filled_again(bench, finished):
     for file in (bench / "runs").glob("mlflow.db*"):
         file.unlink()
     again = run_minitron("run", "recipe.yaml", "--storage", "runs", cwd=bench)
@@ -360,7 +360,7 @@ def test_a_deleted_registry_is_filled_again(bench, finished):
     assert version.source == _results(bench)["distill"]["student"]
 
 
-def test_ctrl_c_stops_a_search_where_it_is_and_says_how_to_go_on(bench, finished):
+def test_ctrl_c_stops_a_search_and_says_how_to_resume(bench, finished):
     process = _start(bench, "interrupted", "search.training.steps=200")
     _wait_until(process, lambda: list((bench / "interrupted").glob("trials/*/*/result.json")), "finished trial")
     process.send_signal(signal.SIGINT)
@@ -387,7 +387,7 @@ def _start(bench, storage, *settings, until="register"):
         env=environment(),
         stdout=log,
         stderr=log,
-        # what runs in the background may ignore Ctrl-C, and hand that down
+        # a background process may ignore Ctrl-C, and its children inherit that
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
@@ -418,28 +418,28 @@ def _wait_until(process, condition, what):
         time.sleep(0.02)
 
 
-def test_killed_runs_go_on_and_give_the_same_student_bit_for_bit(bench, finished):
+def test_killed_runs_resume_and_give_the_same_student_bit_for_bit(bench, finished):
     def found(pattern):
         return list((bench / "killed").glob(pattern))
 
     _kill_when(_start(bench, "killed"), lambda: found("stages/targets/*/heldout/index.json"), "stored targets")
     _kill_when(_start(bench, "killed"), lambda: len(found("trials/*/*/result.json")) >= 2, "two finished trials")
     results = {p: p.stat().st_mtime_ns for p in found("trials/*/*/result.json")}
-    checkpoints = "stages/distill/*/checkpoints/step-*/manifest.json"  # in another run, with this stage in common
+    checkpoints = "stages/distill/*/checkpoints/step-*/manifest.json"  # of another run that shares this stage
     _kill_when(_start(bench, "killed", "evaluate.tasks.0.limit=5"), lambda: found(checkpoints), "a checkpoint")
     code, shown = _minitron_in_terminal("run", "recipe.yaml", "--storage", "killed", cwd=bench)
     assert code == 0, shown
     assert "Traceback" not in shown
-    # finished trials were never run again
+    # finished trials did not run again
     assert all(path.stat().st_mtime_ns == written for path, written in results.items())
-    # the distillation went on from its checkpoint, not from the start
+    # the distillation resumed from its checkpoint, not from the start
     (key,) = [path.parent.name for path in found("runs/*/results.json")]
     log = bench / "killed" / "runs" / key / "spool" / f"{key}.distill.jsonl"
     events = [json.loads(line) for line in log.read_text().splitlines()]
     steps = [e["step"] for e in events if e["event"] == "metrics" and "learning_rate" in e["values"]]
     assert steps[0] in range(5, DISTILL_STEPS, 4)
     assert steps[-1] == DISTILL_STEPS
-    # and it is as if nothing had happened: the curve of both runs, in the record too,
+    # and the result is that of an undisturbed run: the curve, in the spool too,
     one, other = (Path(_results(bench, s)["distill"]["curve"]) for s in ("runs", "killed"))
     assert one.read_bytes() == other.read_bytes()
     assert json.loads(one.read_text())["step"] == list(range(1, DISTILL_STEPS + 1))
@@ -449,7 +449,7 @@ def test_killed_runs_go_on_and_give_the_same_student_bit_for_bit(bench, finished
     for name in ("pruned", "student"):
         one, other = (Path(_results(bench, s)["distill"][name]) / "model.safetensors" for s in ("runs", "killed"))
         assert one.read_bytes() == other.read_bytes()
-    # one MLflow run for each record, however often the driver was killed
+    # one MLflow run per key, however often the driver was killed
     client = MlflowClient(f"sqlite:///{bench}/killed/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id], max_results=100)
     assert len({run.data.tags["minitron.key"] for run in runs}) == len(runs)
@@ -459,7 +459,7 @@ def test_killed_runs_go_on_and_give_the_same_student_bit_for_bit(bench, finished
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 
-def test_a_second_process_waits_for_the_one_that_carries_out_the_run(bench, finished):
+def test_a_second_process_waits_until_the_run_of_the_first_has_ended(bench, finished):
     key = run_key(load_recipe(str(bench / "recipe.yaml")))
     where = resolve_locations(str(bench / "runs"))
     arguments = command("run", "recipe.yaml", "--storage", "runs")
@@ -478,10 +478,10 @@ def test_the_shipped_recipes_are_listed_and_valid(tmp_path):
     assert "smollm2-135m-cpu" in listed.stdout
 
 
-def test_a_storage_that_was_copied_or_moved_has_all_it_had(bench, finished):
+def test_a_storage_that_was_copied_or_moved_is_complete(bench, finished):
     copy, before = bench / "moved", bench / "runs"
     shutil.copytree(before, copy)
-    for name in ("teacher", "data", "targets", "distill"):  # as earlier versions wrote them, with absolute paths
+    for name in ("teacher", "data", "targets", "distill"):  # earlier versions wrote absolute paths
         for record in (copy / "stages" / name).glob("*/stage.json"):
             assert '"storage:stages/' in record.read_text()
             record.write_text(record.read_text().replace('"storage:', f'"{before}/'))

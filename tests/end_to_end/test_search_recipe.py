@@ -1,4 +1,4 @@
-"""A recipe with all that a search can be asked: a sampler, a limit on latency, benchmarks of the best."""
+"""A recipe with every option of the search: a sampler, a limit on latency, benchmarks of the best candidates."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _recipe(bench, latency_ms):
     }
     values["distill"] |= {"steps": 4, "warmup_steps": 1}
     pages = "".join(json.dumps({"page": text}) + "\n" for text in texts(3, seed=5))
-    if not (bench / "pages.jsonl").exists():  # else the file is another one, and what was asked of it is asked again
+    if not (bench / "pages.jsonl").exists():  # written once, because a new file has a new identity
         (bench / "pages.jsonl").write_text(pages)
     perplexity = {"name": "wikitext", "data": str(bench / "pages.jsonl")}
     values["search"]["evaluate"]["tasks"] = [*values["evaluate"]["tasks"], perplexity]
@@ -52,20 +52,20 @@ def _recipe(bench, latency_ms):
 
 
 def _outputs(result):
-    """What the student's stages recorded, as in their files."""
+    """The outputs of the student's stages, as in their files."""
     outputs = result.state.family["tiny-student"].items()
     return {name: output.model_dump(mode="json") for name, output in outputs}
 
 
 @pytest.fixture(scope="module")
 def searched(bench):
-    """The stages' outputs, and the storage that they are in."""
+    """The outputs of the student's stages, and the storage."""
     storage = bench / "all"
     context = run(_recipe(bench, 60_000), storage_path=str(storage))
     return _outputs(context), storage
 
 
-def test_the_plan_says_what_is_sampled_timed_and_benchmarked(bench, searched):
+def test_the_plan_shows_how_many_candidates_are_sampled_timed_and_benchmarked(bench, searched):
     made = plan(_recipe(bench, 60_000), storage_path=str(searched[1]))
     (cost,) = [cost for cost in made.costs if cost.stage == "search"]
     assert cost.estimate.what.startswith(
@@ -75,7 +75,7 @@ def test_the_plan_says_what_is_sampled_timed_and_benchmarked(bench, searched):
     assert made.candidates["tiny-student"][0].num_parameters <= 104_000
 
 
-def test_the_sample_is_scored_and_its_best_distilled(searched):
+def test_the_sampled_candidates_are_scored_and_the_best_distilled(searched):
     found = searched[0]["search"]
     assert found["candidates"] == len(found["forward"]) == SCORED
     assert len(found["ranking"]) == DISTILLED
@@ -85,7 +85,7 @@ def test_the_sample_is_scored_and_its_best_distilled(searched):
     assert all(row["architecture"] in distilled for row in best)
 
 
-def test_what_was_measured_is_in_the_ranking_the_page_and_the_records(searched):
+def test_measurements_are_in_the_ranking_the_report_and_mlflow(searched):
     stages, storage = searched
     found = stages["search"]
     page = html.unescape(next((storage / "runs").glob("*/report.html")).read_text())
@@ -106,7 +106,7 @@ def test_what_was_measured_is_in_the_ranking_the_page_and_the_records(searched):
     measured = {time["architecture"]: time["milliseconds"] for time in times}
     for row in found["ranking"]:
         assert row["latency_ms"] == pytest.approx(measured[str(Architecture.from_dict(row["architecture"]))])
-    assert len(times) == SCORED  # only what was to be scored
+    assert len(times) == SCORED  # only the candidates that were to be scored
     assert not list(Path(found["trials"]).glob("*/weights"))
 
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
@@ -117,12 +117,12 @@ def test_what_was_measured_is_in_the_ranking_the_page_and_the_records(searched):
     assert all("latency_ms" in trial.data.metrics for trial in trials)
 
 
-def test_a_perplexity_is_no_percentage_wherever_it_is_shown(searched):
+def test_a_perplexity_is_shown_as_a_plain_number_everywhere(searched):
     stages, storage = searched
     page = html.unescape(next((storage / "runs").glob("*/report.html")).read_text())
     distilled = stages["evaluate"]["table"]["distilled"]["tasks"]["wikitext"]
     shown = task_metric("wikitext", "word_perplexity").text(distilled["value"])
-    assert shown == f"{distilled['value']:,.0f}"  # of a tiny model, in the thousands
+    assert shown == f"{distilled['value']:,.0f}"  # in the thousands for a tiny model
     assert "<td>wikitext word_perplexity</td>" in page
     assert "<th>wikitext word_perplexity</th>" in page
     assert f"<td>{shown}</td>" in page
@@ -139,7 +139,7 @@ def test_a_perplexity_is_no_percentage_wherever_it_is_shown(searched):
     assert f"wikitext word_perplexity {shown}" in listed.stdout
 
 
-def test_local_benchmarks_of_a_search_are_sent_by_their_absolute_path(bench, monkeypatch):
+def test_a_submitted_recipe_has_absolute_paths_to_its_benchmarks(bench, monkeypatch):
     monkeypatch.chdir(bench)
     values = _recipe(bench, 60_000).model_dump(by_alias=True)
     values["search"]["evaluate"]["tasks"][0]["data"] = "arc.jsonl"
@@ -147,7 +147,7 @@ def test_local_benchmarks_of_a_search_are_sent_by_their_absolute_path(bench, mon
     assert sent.search.evaluate.tasks[0].data == str(bench / "arc.jsonl")
 
 
-def test_a_latency_that_nothing_reaches_says_what_the_fastest_takes(bench, searched):
+def test_a_latency_limit_that_no_candidate_meets_is_refused_with_the_lowest_latency(bench, searched):
     recipe = _recipe(bench, 1e-6)
     values = recipe.model_dump(by_alias=True)
     values["family"][0]["points"] = []
@@ -162,7 +162,7 @@ class WordsOutput(StageOutput):
 
 
 class Words(Stage[WordsOutput]):
-    """A stage of a user's own: counts what the student answers."""
+    """A stage that a user might add: it counts the words of the student's answers."""
 
     name = "words"
     version = 1
@@ -184,14 +184,14 @@ class Words(Stage[WordsOutput]):
         return {"words": output.words}
 
 
-def test_a_stage_is_added_by_a_class_and_a_place_in_the_order(bench, searched, monkeypatch, capsys):
+def test_a_class_in_the_list_of_stages_adds_a_stage(bench, searched, monkeypatch, capsys):
     stages, storage = searched
     monkeypatch.setattr(order, "STAGES", (*order.STAGES, Words()))
     recipe = _recipe(bench, 60_000)
     (cost,) = [cost for cost in plan(recipe, storage_path=str(storage)).costs if cost.stage == "words"]
     assert (cost.estimate.what, cost.done) == ("what tiny-student answers", False)
     first, second = (run(recipe, storage_path=str(storage)) for _ in range(2))
-    assert Words.runs == ["tiny-student"]  # once
+    assert Words.runs == ["tiny-student"]  # run once
     assert first.output(Words) == second.output(Words)
     assert _outputs(first) == {**stages, "words": first.output(Words).model_dump(mode="json")}
     assert capsys.readouterr().out.count("seven words") == 2
@@ -222,7 +222,7 @@ def test_the_result_of_a_run_has_students_a_table_and_a_report(bench, searched):
     )
 
 
-def test_what_plan_refuses_is_refused_by_run_before_anything_starts(bench, tmp_path):
+def test_run_and_submit_refuse_what_plan_refuses_before_anything_starts(bench, tmp_path):
     recipe = load_recipe(str(bench / "recipe.yaml"), ["distill.warmup_steps=1000"])
     with pytest.raises(InputError, match=r"distill.warmup_steps: 1000 leaves no step"):
         run(recipe, storage_path=str(tmp_path))
@@ -231,7 +231,7 @@ def test_what_plan_refuses_is_refused_by_run_before_anything_starts(bench, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_a_benchmark_that_fails_costs_nothing_else_and_is_tried_again_alone(bench, searched, monkeypatch):
+def test_a_failed_benchmark_does_not_affect_the_others_and_is_retried_alone(bench, searched, monkeypatch):
     stages, storage = searched
     values = _recipe(bench, 60_000).model_dump(by_alias=True)
     values["evaluate"]["tasks"].append({"name": "arc_easy"})  # from the hub
