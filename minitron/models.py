@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from minitron import storage
 from minitron.architecture import Architecture
 from minitron.arguments import check_type
+from minitron.attention import row_arguments
 from minitron.checkpoints.contents import Difference, filled, is_harmless, refusal, untied_head
 from minitron.checkpoints.gguf import read_once
 from minitron.checkpoints.headers import (
@@ -27,6 +28,7 @@ from minitron.checkpoints.headers import (
     read_headers,
 )
 from minitron.checkpoints.quantised import as_ordinary, check_blocks, load_arguments, method_of, plain_model
+from minitron.data.boundaries import DocumentBoundaries
 from minitron.errors import InputError
 from minitron.families import family_of
 from minitron.families.config import make_plain
@@ -282,10 +284,13 @@ def head_of(model: nn.Module) -> Tensor:
     return decoder_and_head(model)[1]
 
 
-def final_hidden(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """Hidden states after the final norm, [rows, seq_length, hidden] in the model's dtype."""
+def final_hidden(model: nn.Module, input_ids: Tensor, documents: DocumentBoundaries | None = None) -> Tensor:
+    """Hidden states after the final norm, [rows, seq_length, hidden] in the model's dtype, of rows without padding.
+
+    With `documents` none of a row's documents sees another, and positions begin anew in each.
+    """
     decoder, _ = decoder_and_head(model)
-    return decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+    return decoder(input_ids=input_ids, use_cache=False, **row_arguments(model, input_ids, documents)).last_hidden_state
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:

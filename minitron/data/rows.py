@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from minitron import storage
+from minitron.data.boundaries import DocumentBoundaries
 from minitron.errors import InputError, StorageError
 from minitron.storage import fetch, fingerprint, is_committed, join, read_json
 
@@ -72,6 +73,12 @@ class Rows:
     def __reduce__(self) -> tuple[Any, ...]:
         # Pickling a memory map copies its whole content.
         return Rows.open, (self.folder, self.split)
+
+    @property
+    def boundaries(self) -> DocumentBoundaries:
+        """How to tell where documents begin in these rows."""
+        packed = self.index["request"]
+        return DocumentBoundaries(packed["eos"], tuple(packed.get("begin", ())))
 
     def take(self, indices: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """The rows with these numbers, in this order: int64 [len(indices), seq_length] on the CPU.

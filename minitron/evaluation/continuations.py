@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minitron.attention import takes_masks
 from minitron.logits import CHUNK_TOKENS, Head, log_softmax_, tokens_per_chunk
 from minitron.models import decoder_and_head
 
 MASK_BYTES = 256 << 20  # of a batch's attention mask, float32 [rows, 1, length, length]
-MASKED_ATTENTION = ("sdpa", "eager")  # of transformers' implementations, those that take a mask of one's own
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,11 @@ def _rows(asked: Sequence[Continuation], config: Any) -> list[_Row]:
         context = tuple(continuation.context)
         row = shared.setdefault(context, _Row(context))
         row.branches.setdefault(tuple(continuation.tokens[:-1]), []).append(number)
-    takes_masks = getattr(config, "_attn_implementation", None) in MASKED_ATTENTION
+    masked = takes_masks(config)
     window = getattr(config, "sliding_window", None) or float("inf")
 
     def fits(row: _Row) -> bool:
-        return len(row.branches) == 1 or (takes_masks and max(row.positions()) < window)
+        return len(row.branches) == 1 or (masked and max(row.positions()) < window)
 
     return [
         part

@@ -71,12 +71,16 @@ def config(family: str, tied: bool, **changes: Any) -> Any:
     return AutoConfig.for_model(family, **{name: value for name, value in values.items() if value is not None})
 
 
+def from_config(settings: Any) -> torch.nn.Module:
+    """A model of a transformers config, with transformers' random weights."""
+    # eager: the faster implementations of a mixture know no float64
+    return AutoModelForCausalLM.from_config(settings, experts_implementation="eager")
+
+
 def model(family: str = "llama", tied: bool = True, seed: int = 0, **changes: Any) -> torch.nn.Module:
     """A float32 model whose every weight, norms and biases included, is random, so that no slicing error hides."""
     torch.manual_seed(seed)
-    settings = config(family, tied, **changes)
-    # eager: the faster implementations of a mixture know no float64
-    made = AutoModelForCausalLM.from_config(settings, experts_implementation="eager").float().eval()
+    made = from_config(config(family, tied, **changes)).float().eval()
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else 0.05))

@@ -1,0 +1,110 @@
+"""Attention functions for transformers that take, beside masks of its own, flex_attention's blocks and "plain causal".
+
+transformers builds its masks in the model and asks the GPU about positions while it does (`find_packed_sequence_indices`).
+Here the caller gives the mask, and each layer goes by its kind, also when it is run again for the backward pass. Whatever
+else calls the model (generation, benchmarks with padding) gets transformers' own masks and functions.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+PREFIX = "minitron_"
+WRAPPED = ("sdpa", "eager")  # of transformers' implementations, those that are wrapped
+# Kernels that a process compiles: for teacher and student, with gradients and without, numbers of rows, kinds of masks.
+KERNELS = 64
+
+
+def use_own_attention(config: Any) -> None:
+    """Let a model of this transformers config take masks of `minitron.attention`, and soft-cap where it should.
+
+    An implementation that was chosen by hand (FlashAttention, transformers' flex_attention) stays.
+    """
+    name = config._attn_implementation
+    if name == "sdpa" and softcap_of(config):  # transformers 5.17 takes sdpa, which cannot
+        name = "eager"
+    if name in WRAPPED:
+        _register()
+        config._attn_implementation = PREFIX + name
+
+
+def takes_masks(config: Any) -> bool:
+    """Whether the layers of a model of this transformers config take a dense mask from the caller."""
+    return (config._attn_implementation or "").removeprefix(PREFIX) in WRAPPED
+
+
+def is_own(config: Any) -> bool:
+    """Whether `use_own_attention` is in force."""
+    return takes_masks(config) and config._attn_implementation.startswith(PREFIX)
+
+
+def softcap_of(config: Any) -> float | None:
+    """Where attention scores are soft-capped, None if they are not. Gemma 3's config has the key, its layers ignore it."""
+    return getattr(config, "attn_logit_softcapping", None) if config.model_type == "gemma2" else None
+
+
+@lru_cache
+def _register() -> None:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    for name, function in (("sdpa", _sdpa), ("eager", _eager)):
+        ALL_ATTENTION_FUNCTIONS.register(PREFIX + name, function)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
+
+
+def plain_causal(like: Tensor) -> Tensor:
+    """The mask of a layer whose positions see all before them: an empty one, which no model builds and no kernel reads."""
+    return like.new_empty((1, 1, 0, 0))
+
+
+def _sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **named: Any) -> Any:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if isinstance(attention_mask, BlockMask):
+        return _flex(query, key, value, attention_mask, **named)
+    if attention_mask is not None and attention_mask.numel() == 0:
+        attention_mask = None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **named)
+
+
+def _eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **named: Any) -> Any:
+    if isinstance(attention_mask, BlockMask):
+        return _flex(query, key, value, attention_mask, **named)
+    family = sys.modules[type(module).__module__]
+    return family.eager_attention_forward(module, query, key, value, attention_mask, **named)
+
+
+def _flex(
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float, softcap: float | None = None, **_: Any
+) -> tuple[Tensor, None]:
+    """Attention of [rows, heads, seq_length, head_dim] by flex_attention: [rows, seq_length, heads, head_dim]."""
+
+    def capped(score: Tensor, row: Any, head: Any, position: Any, other: Any) -> Tensor:
+        assert softcap is not None
+        return softcap * torch.tanh(score / softcap)
+
+    options: dict[str, Any] = {
+        "score_mod": None if softcap is None else capped,
+        "block_mask": mask,
+        "scale": scaling,
+        "enable_gqa": query.shape[1] != key.shape[1],
+    }
+    if torch.compiler.is_compiling() or not query.is_cuda:
+        attended = flex_attention(query, key, value, **options)
+    else:
+        with torch._dynamo.config.patch(recompile_limit=KERNELS):
+            attended = _compiled()(query, key, value, **options)
+    return attended.transpose(1, 2).contiguous(), None
+
+
+@lru_cache
+def _compiled() -> Any:
+    # fullgraph: too many kernels are an error; without it the rest would run unfused, with all scores in memory
+    return torch.compile(flex_attention, fullgraph=True, dynamic=False)

@@ -1,0 +1,83 @@
+"""The one place that chooses how a model attends to packed rows.
+
+| positions see | CPU | CUDA |
+|---|---|---|
+| all before them | scaled_dot_product_attention, causal | the same: 1.5 times faster than flex_attention |
+| a window, a document, soft-capped scores | scaled_dot_product_attention or eager, dense mask | flex_attention, no mask |
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from minitron.attention.interface import PREFIX, is_own, plain_causal, use_own_attention
+from minitron.attention.masks import block_mask, dense_mask
+from minitron.data.boundaries import DocumentBoundaries
+from minitron.errors import InputError
+
+Kernel = Literal["flex", "dense"]
+"""What computes attention that is more than plain causal: flex_attention, or a kernel with a mask of every pair."""
+
+
+def chosen_kernel(device: torch.device) -> Kernel:
+    """flex_attention on CUDA. On CPUs it has no backward pass and holds all scores."""
+    return "flex" if device.type == "cuda" else "dense"
+
+
+def row_arguments(
+    model: Any, input_ids: Tensor, documents: DocumentBoundaries | None = None, kernel: Kernel | None = None
+) -> dict[str, Any]:
+    """Arguments with which a transformers model's decoder attends to rows, int64 [rows, seq_length], that have no padding:
+    masks, and with `documents` positions that begin anew in each, so that none sees another.
+
+    kernel: by default the one for the tokens' device. Raises InputError for `documents` with an attention implementation
+    that was chosen by hand.
+    """
+    config = model.config
+    use_own_attention(config)
+    if not is_own(config):
+        if documents is None:
+            return {}  # transformers' own masks
+        raise InputError(
+            f"attention implementation {config._attn_implementation!r} cannot keep documents apart",
+            "load the model without attn_implementation",
+        )
+    kernel = kernel or ("flex" if input_ids.is_cuda else "dense")
+    numbers = documents.numbers(input_ids) if documents else None
+    dtype = next(model.parameters()).dtype
+    masks = {
+        kind: _mask(config, dtype, input_ids, window, numbers, kernel) for kind, window in _windows(config).items()
+    }
+    arguments: dict[str, Any] = {"attention_mask": masks.get("", masks)}
+    if documents:
+        arguments["position_ids"] = documents.positions(input_ids)
+    return arguments
+
+
+def _windows(config: Any) -> dict[str, int | None]:
+    """The window of each kind of layer, None for all positions before; the kind is "" where all layers are alike."""
+    window = getattr(config, "sliding_window", None)
+    if not getattr(config, "layer_types", None):
+        return {"": window}
+    return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(config.layer_types))}
+
+
+def _mask(
+    config: Any, dtype: torch.dtype, input_ids: Tensor, window: int | None, documents: Tensor | None, kernel: Kernel
+) -> Any:
+    rows, seq_length = input_ids.shape
+    if window is not None and seq_length <= window:
+        window = None
+    eager = config._attn_implementation == PREFIX + "eager"
+    if window is None and documents is None and not eager:
+        return plain_causal(input_ids)
+    if kernel == "flex":
+        return block_mask(seq_length, window, documents, input_ids.device)
+    mask = dense_mask(seq_length, window, documents, input_ids.device).expand(rows, -1, -1, -1)
+    if not eager:
+        return mask
+    added = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return added.masked_fill_(~mask, torch.finfo(dtype).min)

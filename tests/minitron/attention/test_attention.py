@@ -1,0 +1,188 @@
+"""Attention of packed rows against each document run by itself, its memory, its host waits and its compiled graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import tiny
+from helpers.largest_storage import LargestStorage
+from torch._dynamo.backends.debugging import aot_eager
+from torch.nn import functional
+from torch.nn.attention import flex_attention as flex
+from torch.nn.attention.flex_attention import create_block_mask
+
+from minitron.attention import interface, row_arguments, use_own_attention
+from minitron.attention.masks import block_mask, dense_mask, visible
+from minitron.data.boundaries import DocumentBoundaries
+from minitron.distill.blocks import running_blocks
+from minitron.errors import InputError
+from minitron.models import final_hidden
+
+WINDOW = {name: {"sliding_window": 5} for name in ("mistral", "phi3", "mixtral", "qwen3_moe")}
+WINDOW["qwen2"] = WINDOW["qwen3"] = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+DOCUMENTS = DocumentBoundaries(7)
+
+
+@pytest.fixture
+def flex_on_cpu(monkeypatch):
+    """flex_attention refuses gradients on CPUs, and the meta device, though its unfused form knows both."""
+    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
+
+
+def model_of(family, **changes):
+    return tiny.model(family, **{"num_hidden_layers": 2, **WINDOW.get(family, {}), **changes})
+
+
+def packed(count=2, seq_length=24, seed=1):
+    """Rows of several documents each, some of one token."""
+    rows = tiny.rows(count, seq_length, seed=seed)
+    rows[rows == DOCUMENTS.end] = 8
+    rows[:, [5, 6, 15 + seed]] = DOCUMENTS.end
+    return rows
+
+
+def one_by_one(model, rows):
+    """Final hidden states of each document run by itself, with transformers' own masks."""
+    states = []
+    for row in rows:
+        ends = [i + 1 for i, token in enumerate(row.tolist()) if token == DOCUMENTS.end]
+        parts = row.tensor_split([end for end in ends if end < len(row)])
+        states.append(torch.cat([model.get_decoder()(part[None]).last_hidden_state[0] for part in parts]))
+    return torch.stack(states)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_documents_of_a_row_are_as_if_run_by_themselves(family, flex_on_cpu):
+    rows, weights = packed(), torch.randn(64, dtype=torch.float64)
+    model = model_of(family, attn_implementation="eager").double()
+    parameters = list(model.get_decoder().parameters())
+
+    def gradients(states):
+        return torch.autograd.grad((states * weights).sum(), parameters)
+
+    expected = one_by_one(model, rows)
+    exact = gradients(expected)
+    model = model_of(family).double()  # with transformers' choice of an implementation
+    parameters = list(model.get_decoder().parameters())
+    for kernel in ("dense", "flex"):
+        arguments = row_arguments(model, rows, DOCUMENTS, kernel)
+        states = model.get_decoder()(rows, use_cache=False, **arguments).last_hidden_state
+        tolerance = {"rtol": 1e-5, "atol": 1e-5}  # norms and, in eager attention, softmax are float32
+        assert torch.allclose(states, expected, **tolerance), kernel
+        for got, wanted in zip(gradients(states), exact, strict=True):
+            assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max())), kernel
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_without_documents_a_cpu_computes_the_same_bits_as_transformers(family):
+    model, rows = model_of(family), tiny.rows(2, 24)
+    for part in (rows, rows[:, :4]):  # longer and shorter than the window
+        own = model_of(family)
+        assert torch.equal(final_hidden(own, part), model.get_decoder()(part).last_hidden_state)
+    assert model.config.to_dict() == own.config.to_dict()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "mistral"])
+def test_windows_and_soft_caps_by_flex_equal_transformers_masks(family, flex_on_cpu):
+    model, rows = model_of(family).double(), tiny.rows(2, 24)
+    expected = model.get_decoder()(rows).last_hidden_state
+    states = model.get_decoder()(rows, use_cache=False, **row_arguments(model, rows, kernel="flex")).last_hidden_state
+    assert torch.allclose(states, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_padding_and_masks_of_others_give_the_same_as_before(family):
+    model, ids = model_of(family), tiny.rows(2, 12)
+    padding = torch.ones_like(ids)
+    padding[0, :5] = 0
+    before = model(ids, attention_mask=padding).logits
+    text = model.generate(ids, attention_mask=padding, max_new_tokens=4, do_sample=False)
+    use_own_attention(model.config)
+    assert torch.equal(model(ids, attention_mask=padding).logits, before)
+    assert torch.equal(model.generate(ids, attention_mask=padding, max_new_tokens=4, do_sample=False), text)
+
+
+@pytest.mark.parametrize("seq_length", [100, 256, 700])
+@pytest.mark.parametrize("window", [None, 1, 128, 300])
+@pytest.mark.parametrize("documents", [False, True])
+def test_blocks_are_those_that_every_pair_of_positions_gives(seq_length, window, documents):
+    numbers = None
+    if documents:
+        rows = torch.randint(9, 20, (3, seq_length), generator=torch.Generator().manual_seed(seq_length))
+        rows[0, [3, 60]] = rows[1, ::150] = DOCUMENTS.end
+        numbers = DOCUMENTS.numbers(rows)
+    device, sees = torch.device("cpu"), visible(window, numbers)
+    actual = block_mask(seq_length, window, numbers, device)
+    count = 1 if numbers is None else len(numbers)
+    expected = create_block_mask(sees, count, None, seq_length, seq_length, device)
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks", "kv_indices"):
+        assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+    dense = flex.create_mask(sees, count, None, seq_length, seq_length, device)
+    assert torch.equal(dense_mask(seq_length, window, numbers, device), dense)
+
+
+class _Fused(torch.autograd.Function):
+    """Stands for the compiled kernel on the meta device: it keeps what goes in and what comes out."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        ctx.save_for_backward(query, key, value, query.new_empty(query.shape))
+        return query.new_empty(query.shape)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "mistral", "phi3", "llama"])
+@pytest.mark.parametrize("documents", [None, DOCUMENTS])
+def test_on_cuda_no_pair_of_positions_has_a_value_and_no_value_is_waited_for(family, documents, monkeypatch):
+    masks = []
+
+    def fused(query, key, value, block_mask=None, attn_mask=None, **options):
+        assert attn_mask is None
+        masks.append(block_mask)
+        return _Fused.apply(query, key, value)
+
+    monkeypatch.setattr(interface, "_compiled", lambda: fused)
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", fused)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    with torch.device("meta"):
+        model = tiny.from_config(tiny.config(family, True, **WINDOW.get(family, {}), num_hidden_layers=2))
+        rows = torch.empty(2, 8192, dtype=torch.int64)
+    # a value that the host asks for is an error on the meta device
+    with LargestStorage() as largest, running_blocks(model, activation_checkpointing="full", compiled=False):
+        final_hidden(model, rows, documents).sum().backward()
+    assert largest.bytes < 8192**2 / 2, largest.made_by
+    plain = {"llama": 2, "gemma3_text": 1}.get(family, 0) if not documents else 0
+    # in each of two layers, and once more for the backward pass
+    assert [mask is None for mask in masks].count(True) == 2 * plain
+    assert len(masks) == 4
+
+
+@pytest.mark.parametrize(("family", "kinds"), [("llama", 1), ("gemma3_text", 2)])
+def test_compiled_layers_are_one_graph_for_each_window_whatever_the_documents(family, kinds, flex_on_cpu, monkeypatch):
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend=counting, fullgraph=True))
+    torch._dynamo.reset()
+    model = model_of(family, num_hidden_layers=4)
+    with running_blocks(model, activation_checkpointing="none", compiled=True):
+        for seed in range(3):
+            rows = packed(seed=seed)
+            arguments = row_arguments(model, rows, DOCUMENTS, "flex")
+            model.get_decoder()(rows, use_cache=False, **arguments).last_hidden_state.sum().backward()
+    assert len(graphs) == kinds
+
+
+def test_an_implementation_chosen_by_hand_stays_and_keeps_no_documents_apart():
+    model, rows = model_of("llama", attn_implementation="flex_attention"), packed()
+    assert row_arguments(model, rows) == {}
+    assert model.config._attn_implementation == "flex_attention"
+    with pytest.raises(InputError, match="'flex_attention' cannot keep documents apart"):
+        final_hidden(model, rows, DOCUMENTS)

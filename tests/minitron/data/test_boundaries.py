@@ -1,0 +1,57 @@
+"""Where documents begin in rows, against the documents that were packed."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+from helpers import tiny
+
+from minitron.data import DocumentBoundaries, Rows, TextSource, pack
+from minitron.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("begin", "rows"),
+    [
+        ((), ["aaE|aE|E|aa", "E|aaaaaaaa", "aaaaaaaaaE"]),
+        ((66,), ["BaaE|BaE|BaE|Ba", "BE|BaaaaE|Baaaa", "BaaE|aaBaE|BaE|"]),  # also a BOS that a text spells out
+        # one token begins and ends; a row begins with it, also inside a document
+        ((69,), ["EaaE|EaE|EaE|E", "EE|EaE|EE|Ea", "EaaaaaaaE|", "EaE|EE|EE|Ea"]),
+    ],
+)
+def test_documents_begin_after_the_end_of_text_token(begin, rows):
+    boundaries = DocumentBoundaries(ord("E"), begin)
+    for row in rows:
+        parts = [part for part in row.split("|") if part]
+        ids = torch.tensor([[ord(token) for token in "".join(parts)]])
+        assert boundaries.numbers(ids).tolist() == [[n for n, part in enumerate(parts, start=1) for _ in part]], row
+        assert boundaries.positions(ids).tolist() == [[i for part in parts for i in range(len(part))]], row
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_packed_rows_are_cut_where_their_documents_were_joined(tmp_path, add_bos):
+    words, draw = tiny.tokenizer(), random.Random(0)  # one token begins and ends a document
+    texts = [" ".join(draw.choices(tiny.WORDS, k=draw.randrange(1, 30))) for _ in range(80)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    source = TextSource("jsonl", path=str(tmp_path / "text.jsonl"))
+    pack(source, words, str(tmp_path / "rows"), seq_length=16, train_rows=60, heldout_rows=0, add_bos=add_bos)
+    rows = Rows.open(str(tmp_path / "rows"), "train")
+    numbers = rows.boundaries.numbers(ids := rows.take(range(len(rows))))
+    eos, expected = words.eos_token_id, [words(text)["input_ids"] for text in texts]
+    parts: list[list[int]] = [[]]  # documents put together again from their parts, without the tokens around them
+    for row, own in zip(ids, numbers, strict=True):
+        for number in own.unique():
+            part = row[own == number].tolist()[1 if add_bos else 0 :]
+            parts[-1] += [token for token in part if token != eos]
+            if eos in part:
+                parts.append([])
+    assert len(parts) > 15
+    assert parts[:-1] == expected[: len(parts) - 1]
+
+
+def test_what_begins_and_what_ends_must_differ_or_be_the_same_token():
+    with pytest.raises(InputError, match=r"begin with the tokens \[3, 7\], among them the end-of-text token 7"):
+        DocumentBoundaries(7, (3, 7))
