@@ -37,7 +37,8 @@ def test_packed_rows_are_cut_where_their_documents_were_joined(tmp_path, add_bos
     texts = [" ".join(draw.choices(tiny.WORDS, k=draw.randrange(1, 30))) for _ in range(80)]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     source = TextSource("jsonl", path=str(tmp_path / "text.jsonl"))
-    pack(source, words, str(tmp_path / "rows"), seq_length=16, train_rows=60, heldout_rows=0, add_bos=add_bos)
+    sizes = {"seq_length": 16, "train_rows": 60, "heldout_rows": 0, "heldout_fraction": 0.0}
+    pack(source, words, str(tmp_path / "rows"), **sizes, add_bos=add_bos)
     rows = Rows.open(str(tmp_path / "rows"), "train")
     numbers = rows.boundaries.numbers(ids := rows.take(range(len(rows))))
     eos, expected = words.eos_token_id, [words(text)["input_ids"] for text in texts]
