@@ -9,7 +9,7 @@ INPUTS := pyproject.toml constraints.txt requirements-data.txt
 # What the bounds of pyproject.toml concern: each library that is used, with checkpoints and one whole run on Ray.
 FAST := $(addprefix tests/,minitron/data/test_data.py minitron/distill/test_checkpoints.py minitron/evaluation/test_evaluation.py \
   minitron/pruning/test_pruning.py platform/cli platform/tracking/test_registry.py platform/tracking/test_tracking.py \
-  repository/test_locks.py end_to_end/test_run.py::test_a_run_prints_its_progress_and_its_student_is_better_after_distillation \
+  repository/test_locks.py end_to_end/test_run.py::test_a_run_prints_its_results_and_its_student_is_better_after_distillation \
   end_to_end/test_run.py::test_the_student_loads_without_minitron_and_gives_the_same_logits \
   end_to_end/test_run.py::test_mlflow_shows_the_run_its_stages_and_the_trials_below_the_search)
 

@@ -70,7 +70,7 @@ def _results(bench, storage="runs", model="tiny-student"):
     return results["stages"] | results["family"][model]
 
 
-def test_a_run_prints_its_progress_and_its_student_is_better_after_distillation(bench, finished):
+def test_a_run_prints_its_results_and_its_student_is_better_after_distillation(bench, finished):
     done = _results(bench)
     table = done["evaluate"]["table"]
     assert table["teacher"]["kl"] == pytest.approx(0, abs=1e-6)

@@ -1,4 +1,4 @@
-"""One driver at a time, on a shared folder and on an object store: who waits, who takes over, and who must stop."""
+"""Leases let one driver work at a time, on a shared folder and on an object store: waiting, taking over and stopping."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from minitron_platform.tracking.spool import read_events
 
 
 class Said:
-    """A console that remembers."""
+    """A console that records what is printed."""
 
     def __init__(self):
         self.lines, self.waits = [], threading.Event()
@@ -65,7 +65,7 @@ def _hold(where, console=None, run="run-1", **options):
 
 
 def _elsewhere(where, ttl, run="run-1"):
-    """A driver on another machine acquires the lease; its fence."""
+    """Acquire the lease as a driver on another machine; returns its fence."""
     folder = storage.join(where.storage, "leases", "work")
     holder = replace(Holder.this_process(run, ttl), user="alice", host="head-1", pid=4711)
     epoch = newest_epoch(folder) + 1
@@ -93,7 +93,7 @@ def test_a_second_driver_waits_until_the_first_is_done(where):
     assert len(console.lines) == 1
 
 
-def test_of_many_drivers_one_at_a_time_has_it(where):
+def test_only_one_of_many_drivers_has_the_lease_at_a_time(where):
     inside, most = [], []
 
     def work():
@@ -111,7 +111,7 @@ def test_of_many_drivers_one_at_a_time_has_it(where):
     assert most == [1] * 6
 
 
-def test_a_driver_without_a_sign_of_life_is_taken_over_and_finds_out(where):
+def test_the_lease_of_a_driver_without_heartbeats_is_taken_over_and_the_driver_notices(where):
     stalled = _elsewhere(where, ttl=1.0)
     stalled.check()
     console = Said()
@@ -124,10 +124,10 @@ def test_a_driver_without_a_sign_of_life_is_taken_over_and_finds_out(where):
     assert "no sign of life for 1 s" in console.lines[-1]
 
 
-def test_take_over_needs_no_waiting_and_is_for_the_same_run_alone(where):
+def test_take_over_does_not_wait_and_works_for_the_same_run_alone(where):
     other = _elsewhere(where, ttl=1.0, run="run-2")
     console = Said()
-    with _hold(where, console, take_over="as --take-over says"):  # waits for it: it is another run's
+    with _hold(where, console, take_over="as --take-over says"):  # waits, because the lease is that of another run
         assert "Waiting for it to end" in console.lines[0]
         assert "--take-over" not in console.lines[0]
     with pytest.raises(LeaseLostError):
@@ -172,7 +172,7 @@ def holder(where, monkeypatch):
     process.wait()
 
 
-def test_a_killed_driver_is_taken_over_at_once(where, holder, monkeypatch):
+def test_the_lease_of_a_killed_driver_is_taken_over_immediately(where, holder, monkeypatch):
     monkeypatch.setenv("MINITRON_LEASE_SECONDS", "86400")
     holder.kill()
     holder.wait()
@@ -181,7 +181,7 @@ def test_a_killed_driver_is_taken_over_at_once(where, holder, monkeypatch):
         assert "its process is gone" in console.lines[-1]
 
 
-def test_a_driver_that_lives_is_waited_for_however_long(where, holder):
+def test_a_driver_with_heartbeats_keeps_its_lease_for_any_time(where, holder):
     console, got = Said(), threading.Event()
 
     def wait():
@@ -191,21 +191,21 @@ def test_a_driver_that_lives_is_waited_for_however_long(where, holder):
     thread = threading.Thread(target=wait)
     thread.start()
     assert console.waits.wait(30)
-    assert not got.wait(4)  # twice the time after which a silent one would be taken for dead
+    assert not got.wait(4)  # twice the time after which a driver without heartbeats counts as dead
     holder.kill()
     holder.wait()
     assert got.wait(30)
     thread.join()
 
 
-def test_a_driver_that_was_taken_over_is_stopped_in_the_middle_of_its_work(where, holder):
+def test_a_driver_whose_lease_was_taken_over_stops_in_the_middle_of_its_work(where, holder):
     with _hold(where, take_over="as --take-over says"):
-        said, _ = holder.communicate(timeout=30)  # it slept for two minutes
+        said, _ = holder.communicate(timeout=30)  # it would have slept for two minutes
     assert "the work was taken over by" in said
     assert f"process {os.getpid()}" in said
 
 
-def test_what_earlier_drivers_left_is_cleared(where):
+def test_leases_of_earlier_drivers_are_removed(where):
     for _ in range(3):
         with _hold(where):
             pass
@@ -223,7 +223,7 @@ def test_a_damaged_lease_is_named(tmp_path, ttl):
         pass
 
 
-def test_storage_that_ignores_conditions_is_refused(tmp_path, monkeypatch):
+def test_storage_that_ignores_conditional_writes_is_refused(tmp_path, monkeypatch):
     fs = SimpleNamespace(pipe_file=lambda path, data, mode: None, exists=lambda path: False)
     monkeypatch.setattr(storage, "filesystem", lambda path: (fs, path.split("://")[1]))
     with (
@@ -265,7 +265,7 @@ print(*said, sep="\\n")
 """
 
 
-def test_a_server_that_is_away_ends_no_heartbeats_and_is_named():
+def test_heartbeats_continue_while_the_storage_server_is_unreachable_and_an_error_names_it():
     paths = os.pathsep.join([str(ROOT / "tests"), environment()["PYTHONPATH"]])
     driver = subprocess.run(
         [sys.executable, "-c", OUTAGE], env={**environment(), "PYTHONPATH": paths}, capture_output=True, text=True
@@ -275,8 +275,8 @@ def test_a_server_that_is_away_ends_no_heartbeats_and_is_named():
     assert "the work: not given back (s3://bucket/x/leases/work/00000001.end: cannot be accessed" in driver.stdout
 
 
-def test_a_put_that_the_driver_repeated_has_succeeded(monkeypatch):
-    """As S3 clients do where the answer to the first one was lost; the second one is then refused."""
+def test_a_write_that_the_client_repeated_counts_as_successful(monkeypatch):
+    """S3 clients repeat a write if the answer to the first was lost; the second is then refused."""
     address = f"memory://{uuid.uuid4().hex}"
     fs = storage.filesystem(address)[0]
 
@@ -291,13 +291,13 @@ def test_a_put_that_the_driver_repeated_has_succeeded(monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "1e9"])
-def test_the_time_of_a_lease_is_a_number_of_seconds(monkeypatch, text):
+def test_the_duration_of_a_lease_must_be_a_number_of_seconds(monkeypatch, text):
     monkeypatch.setenv("MINITRON_LEASE_SECONDS", text)
     with pytest.raises(InputError, match="MINITRON_LEASE_SECONDS"):
         leases.lease_seconds()
 
 
-def test_a_driver_that_was_taken_over_ends_no_record_of_the_other(bench, tmp_path, monkeypatch):
+def test_a_driver_whose_lease_was_taken_over_does_not_end_records_of_the_new_driver(bench, tmp_path, monkeypatch):
     recipe = load_recipe(str(bench / "recipe.yaml"))
     key, root = run_key(recipe), str(tmp_path / "runs")
     spool = Locations(root, root, "").spool(key)
@@ -316,27 +316,27 @@ def test_a_driver_that_was_taken_over_ends_no_record_of_the_other(bench, tmp_pat
         assert "end" not in events
 
 
-def test_two_drivers_of_one_run_on_an_object_store_do_its_work_once(bench, s3, tmp_path):
+def test_two_drivers_of_one_run_on_an_object_store_do_the_work_once(bench, s3, tmp_path):
     root = f"{s3}/{uuid.uuid4().hex}"
     options = ["run", "recipe.yaml", "--storage", root, "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db"]
     options += ["--until", "correct"]
     key = run_key(load_recipe(str(bench / "recipe.yaml")))
     homes = [{**environment(), "XDG_CACHE_HOME": str(tmp_path / name), "HOME": str(tmp_path / name)} for name in "ab"]
-    for home in homes:  # each as on a machine of its own
+    for home in homes:  # as on separate machines
         os.makedirs(home["HOME"])
     with lease(Locations(root, str(tmp_path), ""), f"run-{key}", "the run", run=key, console=Said()):
         drivers = [
             subprocess.Popen(command(*options), cwd=bench, env=home, stdout=subprocess.PIPE, text=True)
             for home in homes
         ]
-        for driver in drivers:  # both are there before either begins
+        for driver in drivers:  # both are ready before either starts
             assert any("Waiting for it to end" in line for line in driver.stdout)
     said = [driver.communicate(timeout=200)[0] for driver in drivers]
     assert [driver.returncode for driver in drivers] == [0, 0]
     assert sorted(text.count("already done") for text in said) == [0, 3]
 
 
-def test_drivers_that_check_one_storage_at_once_are_not_in_each_others_way(s3):
+def test_drivers_that_check_the_same_storage_do_not_disturb_each_other(s3):
     root = f"{s3}/{uuid.uuid4().hex}"
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: check_machine(None, root, "127.0.0.1:6379"), range(64)))

@@ -1,4 +1,4 @@
-"""What importing does to the process that imports."""
+"""Imports have no side effects on the process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def import_all():
                 importlib.import_module(module.name)
 
 before = dict(os.environ)
-import_all()  # and with them the libraries, which do change things
+import_all()  # imports the libraries too, which do have side effects
 for name in [name for name in sys.modules if name.partition(".")[0] in PACKAGES]:
     del sys.modules[name]
 os.environ.clear()
@@ -32,7 +32,7 @@ print("nothing changed in", sum(name.partition(".")[0] in PACKAGES for name in s
 """
 
 
-def test_an_import_changes_neither_the_environment_nor_the_filters_of_warnings():
+def test_imports_change_neither_the_environment_nor_the_warning_filters():
     code = [sys.executable, "-c", IMPORTED_AGAIN]
     done = subprocess.run(code, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert "nothing changed in" in done.stdout, done.stderr[-2000:]

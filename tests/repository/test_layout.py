@@ -1,4 +1,4 @@
-"""The house stands: no shadowed standard library, public names, an importable library without the platform's packages."""
+"""The layout of the packages: public names, dependencies, and documentation of every recipe key."""
 
 from __future__ import annotations
 

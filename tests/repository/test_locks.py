@@ -1,4 +1,4 @@
-"""The files that lock what CI installs, against the bounds of pyproject.toml."""
+"""The lock files of CI match the bounds in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from packaging.version import Version
 
 
 def _requirements(*extras):
-    """What pyproject.toml asks for by name."""
+    """Requirements of pyproject.toml, with those of the given extras, by name."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
     return {canonicalize_name(requirement.name): requirement for requirement in map(Requirement, lines)}
@@ -21,7 +21,7 @@ def _requirements(*extras):
 
 def _pins(file):
     lines = [line for line in (ROOT / file).read_text().splitlines() if not line.startswith("#")]
-    # names and versions, and neither addresses nor folders of the machine that made it
+    # names and versions alone, without addresses or local folders
     assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []
     return {canonicalize_name(name): Version(version) for name, version in (line.split("==") for line in lines)}
 
@@ -36,12 +36,12 @@ INSTALLED = _requirements("dev", "lora", "s3")
 
 
 @pytest.mark.parametrize("file", ["constraints.txt", "constraints-lowest.txt"])
-def test_a_lock_has_what_pyproject_asks_for(file):
+def test_a_lock_file_satisfies_pyproject(file):
     pins = _pins(file)
     assert [str(need) for name, need in INSTALLED.items() if not need.specifier.contains(pins[name])] == []
 
 
-def test_the_lowest_lock_has_exactly_the_lower_bounds():
+def test_the_lowest_lock_file_has_exactly_the_lower_bounds():
     pins = _pins("constraints-lowest.txt")
     bounds = {name: _lower_bound(requirement) for name, requirement in INSTALLED.items()}
     assert {name: pins[name] for name in bounds} == bounds, "run `make locks` and `make test-lowest`"

@@ -1,4 +1,4 @@
-"""What `minitron importance` prints and draws, and the figures behind it."""
+"""The output and the plots of `minitron importance`, and the figures in them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def scores():
 
 @pytest.fixture(scope="module")
 def storage(scores, tmp_path_factory):
-    """A run's storage with an older calibration of another model."""
+    """The storage of a run, with an older calibration of another model."""
     folder = tmp_path_factory.mktemp("runs")
     mixture = estimate_importance(tiny.model("mixtral"), tiny.rows(4))
     for name, age, made in (("old", 100, mixture), ("new", 0, scores)):
@@ -71,18 +71,18 @@ def test_a_mixture_shows_its_experts(storage):
 
 
 @pytest.mark.parametrize("which", ["old", "new"])
-def test_the_curves_are_drawn(storage, tmp_path, which):
+def test_the_curves_are_drawn_to_a_file(storage, tmp_path, which):
     picture = tmp_path / "curves.png"
     result, _ = _run("show", storage / f"stages/calibrate/{which}/scores.safetensors", "--plot", picture)
     assert result.exit_code == 0
     pixels = np.asarray(Image.open(io.BytesIO(picture.read_bytes())).convert("RGB"))
     upper, lower = np.array_split(pixels, 2)
     green = np.array([0x76, 0xB9, 0x00])
-    for half in (upper, lower):  # blocks of layers above, units below
+    for half in (upper, lower):  # the upper half shows blocks of layers, the lower half units
         assert (np.abs(half.astype(int) - green).sum(-1) < 8).sum() > 200
 
 
-def test_a_calibration_agrees_with_itself_and_not_with_its_opposite(storage, scores, tmp_path):
+def test_a_calibration_agrees_with_itself_and_not_with_its_reverse(storage, scores, tmp_path):
     new = storage / "stages/calibrate/new/scores.safetensors"
     result, text = _run("compare", new, storage)
     assert result.exit_code == 0
@@ -97,7 +97,7 @@ def test_a_calibration_agrees_with_itself_and_not_with_its_opposite(storage, sco
     assert "│ no │ -1.000 │" in text
 
 
-def test_calibrations_of_two_shapes_are_refused(storage):
+def test_comparing_calibrations_of_different_architectures_is_refused(storage):
     result, text = _run("compare", storage, storage / "stages/calibrate/old/scores.safetensors")
     assert result.exit_code == 2
     assert "scores of models of two shapes" in text
@@ -109,14 +109,14 @@ def test_a_folder_without_scores_is_refused(tmp_path):
     assert "no stages/calibrate/*/scores.safetensors in it" in text
 
 
-def test_rank_correlation_shares_tied_ranks():
+def test_rank_correlation_averages_tied_ranks():
     draw = torch.Generator().manual_seed(0)
     for _ in range(5):
         a, b = torch.randint(0, 6, (2, 30), generator=draw).float()
         assert abs(rank_correlation(a, b) - spearmanr(a, b).statistic) < 1e-12
 
 
-def test_overlap_and_concentration_look_at_the_better_half():
+def test_overlap_and_concentration_are_those_of_the_better_half():
     a = torch.tensor([9.0, 5.0, 1.0, 1.0])
     assert float(top_half_share(a)) == 14 / 16
     assert kept_overlap(a, torch.tensor([3.0, 0.0, 2.0, 1.0])) == 0.5

@@ -1,4 +1,4 @@
-"""`minitron prune`: what the user gives, what comes out, and what is refused."""
+"""`minitron prune`: its options, its results and what it refuses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from minitron_platform.cli.commands import main
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def folder(tmp_path_factory):
     """A folder with a checkpoint and its scores."""
     folder = tmp_path_factory.mktemp("prune")
     model = tiny.model("mistral", hidden_size=256, intermediate_size=512, num_attention_heads=8)
@@ -29,72 +29,72 @@ def place(tmp_path_factory):
     return folder
 
 
-def call(place, *arguments, out="out", model="model"):
-    scores = [] if "--scores" in arguments else ["--scores", str(place / "scores.safetensors")]
+def call(folder, *arguments, out="out", model="model"):
+    scores = [] if "--scores" in arguments else ["--scores", str(folder / "scores.safetensors")]
     return CliRunner().invoke(
-        main, ["prune", str(place / model), str(place / out), *scores, *arguments], catch_exceptions=False
+        main, ["prune", str(folder / model), str(folder / out), *scores, *arguments], catch_exceptions=False
     )
 
 
-def check(place, out, scores=None, **changes):
-    model = load_model(place / "model")
+def check(folder, out, scores=None, **changes):
+    model = load_model(folder / "model")
     base = tiny.architecture(model)
     layers = changes.pop("layers", None)
     expected = prune(model, replace(base, **changes), tiny.scores(base), layers=layers)
     with torch.no_grad():
-        assert torch.equal(load_model(place / out)(tiny.rows()).logits, expected(tiny.rows()).logits)
+        assert torch.equal(load_model(folder / out)(tiny.rows()).logits, expected(tiny.rows()).logits)
 
 
-def test_sizes(place):
-    result = call(place, "--hidden-size", "192", "--num-layers", "4", "--num-heads", "4", out="sizes")
+def test_prune_to_given_sizes(folder):
+    result = call(folder, "--hidden-size", "192", "--num-layers", "4", "--num-heads", "4", out="sizes")
     assert result.exit_code == 0, result.output
-    check(place, "sizes", hidden_size=192, num_layers=4, num_heads=4)
-    base = tiny.architecture(load_model(place / "model"))
+    check(folder, "sizes", hidden_size=192, num_layers=4, num_heads=4)
+    base = tiny.architecture(load_model(folder / "model"))
     smaller = replace(base, hidden_size=192, num_layers=4, num_heads=4)
     for said in (f"{base.num_parameters:,}", f"{smaller.num_parameters:,}", "one tensor at a time", "peak memory"):
         assert said in result.output
     assert "KV cache" in " ".join(result.output.split())
-    assert str(place / "sizes") in result.output.replace("\n", "")
+    assert str(folder / "sizes") in result.output.replace("\n", "")
 
 
-def test_parameters(place):
-    base = tiny.architecture(load_model(place / "model"))
+def test_prune_to_a_number_of_parameters(folder):
+    base = tiny.architecture(load_model(folder / "model"))
     asked = round(base.num_parameters * 0.7)
-    result = call(place, "--parameters", str(float(asked)), "--multiple", "16", out="parameters")
+    result = call(folder, "--parameters", str(float(asked)), "--multiple", "16", out="parameters")
     assert result.exit_code == 0, result.output
-    made = tiny.architecture(load_model(place / "parameters"))
+    made = tiny.architecture(load_model(folder / "parameters"))
     assert f"{made.num_parameters / asked - 1:+.1%} of the {asked:,} parameters asked for" in result.output
     assert abs(made.num_parameters / asked - 1) < 0.05
     assert made.hidden_size % 16 == made.intermediate_size % 16 == 0
-    result = call(place, "--parameters", str(base.num_parameters * 0.81), "--how", "depth", out="deep")
+    result = call(folder, "--parameters", str(base.num_parameters * 0.81), "--how", "depth", out="deep")
     assert result.exit_code == 0, result.output
-    assert tiny.architecture(load_model(place / "deep")) == replace(base, num_layers=4)
+    assert tiny.architecture(load_model(folder / "deep")) == replace(base, num_layers=4)
 
 
-def test_layers(place):
-    result = call(place, "--layers", "0-1,4", "--intermediate-size", "448", out="layers")
+def test_prune_to_given_layers(folder):
+    result = call(folder, "--layers", "0-1,4", "--intermediate-size", "448", out="layers")
     assert result.exit_code == 0, result.output
     assert "layers kept: 0-1, 4 (as listed)" in result.output
-    check(place, "layers", num_layers=3, intermediate_size=448, layers=[0, 1, 4])
+    check(folder, "layers", num_layers=3, intermediate_size=448, layers=[0, 1, 4])
 
 
-def test_scattered_layers(place):
-    scores = tiny.scores(tiny.architecture(load_model(place / "model")))
-    result = call(place, "--num-layers", "3", "--depth", "scattered", "--metric", "cosine", out="scattered")
+def test_prune_scattered_layers(folder):
+    scores = tiny.scores(tiny.architecture(load_model(folder / "model")))
+    result = call(folder, "--num-layers", "3", "--depth", "scattered", "--metric", "cosine", out="scattered")
     assert result.exit_code == 0, result.output
-    check(place, "scattered", num_layers=3, layers=sorted(scores.blocks(1, "cosine").topk(3).indices.tolist()))
+    check(folder, "scattered", num_layers=3, layers=sorted(scores.blocks(1, "cosine").topk(3).indices.tolist()))
     assert "(scattered, by cosine)" in result.output
 
 
-def test_the_metric_that_chose_the_layers_is_said(place):
-    scores = tiny.scores(tiny.architecture(load_model(place / "model")))
+def test_prune_prints_the_metric_by_which_layers_were_chosen(folder):
+    scores = tiny.scores(tiny.architecture(load_model(folder / "model")))
     measured = {"loss": {2: torch.tensor([0.3, 0.1, 0.4, 0.2])}, "logit_error": {1: torch.tensor([5.0, 4, 3, 2, 1])}}
-    replace(scores, removal=measured).save(place / "measured.safetensors")
+    replace(scores, removal=measured).save(folder / "measured.safetensors")
 
     def said(count, *arguments):
         out = f"said{count}{len(arguments)}"
-        arguments = ("--num-layers", str(count), "--scores", str(place / "measured.safetensors"), *arguments)
-        result = call(place, *arguments, out=out)
+        arguments = ("--num-layers", str(count), "--scores", str(folder / "measured.safetensors"), *arguments)
+        result = call(folder, *arguments, out=out)
         assert result.exit_code == 0, result.output
         return next(line for line in result.output.splitlines() if line.startswith("layers kept"))
 
@@ -106,32 +106,32 @@ def test_the_metric_that_chose_the_layers_is_said(place):
     assert said(2).endswith("(contiguous, by cosine; the loss without 3 layers was not measured)")
 
 
-def test_the_newest_scores_of_a_runs_storage(place):
-    calibrated = place / "runs/stages/calibrate/abc"
+def test_prune_takes_the_newest_scores_of_a_storage(folder):
+    calibrated = folder / "runs/stages/calibrate/abc"
     calibrated.mkdir(parents=True)
-    shutil.copy(place / "scores.safetensors", calibrated)
-    result = call(place, "--num-layers", "4", "--scores", str(place / "runs"), out="stored")
+    shutil.copy(folder / "scores.safetensors", calibrated)
+    result = call(folder, "--num-layers", "4", "--scores", str(folder / "runs"), out="stored")
     assert result.exit_code == 0, result.output
     assert f"scores {calibrated}/scores.safetensors" in " ".join(result.output.split())
-    check(place, "stored", num_layers=4)
+    check(folder, "stored", num_layers=4)
 
 
-def test_folders_without_scores_are_refused(place):
-    result = call(place, "--num-layers", "4", "--scores", str(place / "model"), out="refused")
+def test_folders_without_scores_are_refused(folder):
+    result = call(folder, "--num-layers", "4", "--scores", str(folder / "model"), out="refused")
     assert result.exit_code == 2
     assert "no stages/calibrate/*/scores.safetensors in it" in " ".join(result.output.split())
     with fsspec.open("memory://far/stages/calibrate/abc/scores.safetensors", "wb") as file:
-        file.write((place / "scores.safetensors").read_bytes())
-    result = call(place, "--num-layers", "4", "--scores", "memory://far", out="refused")
+        file.write((folder / "scores.safetensors").read_bytes())
+    result = call(folder, "--num-layers", "4", "--scores", "memory://far", out="refused")
     assert result.exit_code == 2
     assert "memory://far is a remote folder" in " ".join(result.output.split())
 
 
-def test_a_revision_of_a_hub_model_without_its_second_copy_of_the_weights(place, tmp_path, monkeypatch):
+def test_prune_reads_a_revision_of_a_hub_model_and_downloads_its_weights_in_one_format(folder, tmp_path, monkeypatch):
     """In the hub's cache: two revisions, of which the listing also has the weights in other formats."""
     commits = {"main": "0" * 40, "v1": "1" * 40}
     cache = tmp_path / "models--somebody--model"
-    shutil.copytree(place / "model", cache / "snapshots" / commits["v1"])
+    shutil.copytree(folder / "model", cache / "snapshots" / commits["v1"])
     tiny.model("mistral").save_pretrained(cache / "snapshots" / commits["main"])
     (cache / "refs").mkdir()
     (cache / "trees").mkdir()
@@ -142,14 +142,14 @@ def test_a_revision_of_a_hub_model_without_its_second_copy_of_the_weights(place,
         listed = {file: {"size": 1, "blob_id": "2" * 40} for file in [*here, *others]}
         (cache / f"trees/{commit}.json").write_text(json.dumps({"format_version": 1, "files": listed}))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    arguments = ["--scores", str(place / "scores.safetensors"), "--num-layers", "4"]
+    arguments = ["--scores", str(folder / "scores.safetensors"), "--num-layers", "4"]
 
     def pruned(out, *more):
-        return CliRunner().invoke(main, ["prune", "somebody/model", str(place / out), *arguments, *more])
+        return CliRunner().invoke(main, ["prune", "somebody/model", str(folder / out), *arguments, *more])
 
     result = pruned("hub", "--revision", "v1")
     assert result.exit_code == 0, result.output
-    check(place, "hub", num_layers=4)
+    check(folder, "hub", num_layers=4)
     result = pruned("newest")
     assert result.exit_code == 2
     assert "where this model has neurons [5, 96]" in " ".join(result.output.split())
@@ -158,14 +158,14 @@ def test_a_revision_of_a_hub_model_without_its_second_copy_of_the_weights(place,
     assert "'somebody/model' at revision 'v2' is no local folder" in " ".join(result.output.split())
 
 
-def test_merged_heads(place):
-    result = call(place, "--num-heads", "6", "--merge-heads", "-1", out="merged")
+def test_prune_merges_heads_on_request(folder):
+    result = call(folder, "--num-heads", "6", "--merge-heads", "-1", out="merged")
     assert result.exit_code == 0, result.output
-    model = load_model(place / "model")
+    model = load_model(folder / "model")
     base = tiny.architecture(model)
     expected = prune(model, replace(base, num_heads=6), tiny.scores(base), merge_heads=-1)
     with torch.no_grad():
-        assert torch.equal(load_model(place / "merged")(tiny.rows()).logits, expected(tiny.rows()).logits)
+        assert torch.equal(load_model(folder / "merged")(tiny.rows()).logits, expected(tiny.rows()).logits)
 
 
 @pytest.mark.parametrize(
@@ -200,8 +200,8 @@ def test_merged_heads(place):
         (("--num-layers", "4", "--scores", "nowhere.safetensors"), "nowhere.safetensors does not exist"),
     ],
 )
-def test_refusals(place, tmp_path, arguments, said):
-    result = call(place, *arguments, out=tmp_path / "refused")
+def test_prune_refuses_invalid_options(folder, tmp_path, arguments, said):
+    result = call(folder, *arguments, out=tmp_path / "refused")
     assert result.exit_code == 2
     assert said in " ".join(result.output.split())
     assert "fix: " in result.output
@@ -220,10 +220,12 @@ def test_refusals(place, tmp_path, arguments, said):
         ),
     ],
 )
-def test_other_models_scores_are_refused(place, tmp_path, changes, said):
-    base = tiny.architecture(load_model(place / "model"))
+def test_scores_of_another_model_are_refused(folder, tmp_path, changes, said):
+    base = tiny.architecture(load_model(folder / "model"))
     tiny.scores(replace(base, **changes)).save(tmp_path / "other.safetensors")
-    result = call(place, "--num-layers", "4", "--scores", str(tmp_path / "other.safetensors"), out=tmp_path / "refused")
+    result = call(
+        folder, "--num-layers", "4", "--scores", str(tmp_path / "other.safetensors"), out=tmp_path / "refused"
+    )
     assert result.exit_code == 2
     assert said in " ".join(result.output.split())
     assert not (tmp_path / "refused").exists()
@@ -238,32 +240,32 @@ def test_scores_without_experts_are_refused_for_a_mixture(tmp_path):
     assert "no experts where this model has experts [5, 4]" in " ".join(result.output.split())
 
 
-def test_a_folder_that_exists_is_refused(place):
-    (place / "mine").mkdir()
-    result = call(place, "--num-layers", "4", out="mine")
+def test_an_existing_target_folder_is_refused(folder):
+    (folder / "mine").mkdir()
+    result = call(folder, "--num-layers", "4", out="mine")
     assert result.exit_code == 2
     assert "mine exists" in result.output
-    assert not list((place / "mine").iterdir())
+    assert not list((folder / "mine").iterdir())
 
 
-def test_a_model_that_is_nowhere_is_refused(place):
-    result = call(place, "--num-layers", "4", model="nothing")
+def test_a_missing_model_is_refused(folder):
+    result = call(folder, "--num-layers", "4", model="nothing")
     assert result.exit_code == 2
     assert "nothing does not exist" in result.output
-    scores = str(place / "scores.safetensors")
+    scores = str(folder / "scores.safetensors")
     result = CliRunner().invoke(
-        main, ["prune", "nobody/nothing", str(place / "x"), "--scores", scores, "--num-layers", "4"]
+        main, ["prune", "nobody/nothing", str(folder / "x"), "--scores", scores, "--num-layers", "4"]
     )
     assert result.exit_code == 2
     assert "'nobody/nothing' is no local folder or file" in " ".join(result.output.split())
 
 
-def test_as_a_program(place):
+def test_prune_works_as_a_program(folder):
     typed = ["prune", "model", "program", "--scores", "scores.safetensors", "--num-layers", "4"]
-    done = run_minitron(*typed, cwd=place)
+    done = run_minitron(*typed, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    check(place, "program", num_layers=4)
-    again = run_minitron(*typed, cwd=place)
+    check(folder, "program", num_layers=4)
+    again = run_minitron(*typed, cwd=folder)
     assert again.returncode == 2
     assert "error: program exists" in again.stderr

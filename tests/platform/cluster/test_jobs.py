@@ -1,4 +1,4 @@
-"""Runs as Ray jobs on a real head with token authentication, and the private Ray of a local run."""
+"""Ray jobs on a real head with token authentication, and the private Ray of a local run."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Head:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """A head started by the script that ships, in a process group and folder of its own."""
+    """A head started by the shipped script, in its own process group and folder."""
     with tempfile.TemporaryDirectory(prefix="mj-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         (Path(folder) / "token").write_text(TOKEN)
         gcs, dashboard, agent, client = free_ports(4)
@@ -101,7 +101,7 @@ def head() -> Iterator[Head]:
 
 @pytest.fixture
 def as_user(head: Head, monkeypatch: pytest.MonkeyPatch) -> Head:
-    """A shell that holds the cluster's token."""
+    """An environment with the token of the cluster."""
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", head.token_path)
     return head
@@ -109,7 +109,7 @@ def as_user(head: Head, monkeypatch: pytest.MonkeyPatch) -> Head:
 
 @pytest.fixture
 def without_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A shell that holds no cluster token."""
+    """An environment without a cluster token."""
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -122,13 +122,13 @@ class Checkout:
     root: Path
 
     def submit(self, address: str, name: str, entrypoint: str) -> tuple[str, str]:
-        """The submission id and what was said on standard error."""
+        """Submit `entrypoint` as a job; returns the submission id and the standard error."""
         client = "import sys; from minitron_platform.cluster.jobs import submit_text as submit; "
         client += f"print(submit({RECIPE!r}, name=sys.argv[1], address=sys.argv[2], entrypoint=sys.argv[3]))"
         paths = [self.root, self.root / "search", self.root / "platform"]
         sent = subprocess.run(
             [sys.executable, "-c", client, name, address, entrypoint],
-            # RAY_ADDRESS would lead Ray's own client elsewhere
+            # RAY_ADDRESS would send Ray's own client to another cluster
             env={**os.environ, "PYTHONPATH": python_path(*paths), "RAY_ADDRESS": "http://127.0.0.1:1"},
             cwd=self.root,
             capture_output=True,
@@ -145,7 +145,7 @@ def checkout(tmp_path: Path) -> Checkout:
     return Checkout(tmp_path)
 
 
-def test_the_command_of_a_run_survives_any_value() -> None:
+def test_the_command_of_a_run_survives_quoting_for_any_value() -> None:
     command = entrypoint_for("recipe.yaml", {"storage": "s3://b/a b", "tracking-uri": "x;rm -rf $HOME"}, ["a.b='c d'"])
     program = "import sys, json; print(json.dumps(sys.argv[1:]))"
     words = subprocess.run(
@@ -159,22 +159,22 @@ def test_the_command_of_a_run_survives_any_value() -> None:
 
 
 @pytest.mark.parametrize("address", ["ray://10.0.0.1:10001", "auto", "10.0.0.1:8265", "10.0.0.1:6379", "http://"])
-def test_addresses_that_are_not_the_jobs_api_are_refused(address: str) -> None:
+def test_addresses_that_are_not_of_the_jobs_api_are_refused(address: str) -> None:
     with pytest.raises(InputError, match="Jobs API") as refusal:
         submit(RECIPE, name="run", address=address)
     assert "http://HOST:8265" in refusal.value.remedy
 
 
 @pytest.mark.usefixtures("without_token")
-def test_an_open_head_elsewhere_is_refused_unless_asked_for() -> None:
-    elsewhere = f"http://0.0.0.0:{free_ports(1)[0]}"  # not a loopback address, and nothing answers
+def test_a_remote_head_without_authentication_is_refused_unless_allowed() -> None:
+    elsewhere = f"http://0.0.0.0:{free_ports(1)[0]}"  # not a loopback address, and nothing listens there
     with pytest.raises(InputError, match="no cluster token"):
         submit(RECIPE, name="run", address=elsewhere)
     with pytest.raises(MinitronError, match="no answer"):
         submit(RECIPE, name="run", address=elsewhere, insecure=True)
 
 
-def test_a_head_that_is_down_or_silent_ends_in_an_error_that_says_so(without_token: None) -> None:
+def test_a_head_that_is_down_or_does_not_answer_is_an_error(without_token: None) -> None:
     with pytest.raises(MinitronError, match="no answer"):
         status(f"http://127.0.0.1:{free_ports(1)[0]}")
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(MinitronError, match="no answer"):
@@ -182,7 +182,7 @@ def test_a_head_that_is_down_or_silent_ends_in_an_error_that_says_so(without_tok
 
 
 @pytest.mark.parametrize("key", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "my_password", "RAY_AUTH_TOKEN"])
-def test_secrets_never_enter_a_job(key: str) -> None:
+def test_secret_settings_never_enter_a_job(key: str) -> None:
     with pytest.raises(InputError, match=key) as refusal:
         submit(RECIPE, name="run", address="http://127.0.0.1:1", env={"NCCL_DEBUG": "WARN", key: "hunter2"})
     assert "cluster" in refusal.value.remedy
@@ -196,20 +196,20 @@ def test_a_password_inside_an_address_never_enters_a_job() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "Run", "a/b", "../x", "a" * 65, "a b"])
-def test_names_that_are_no_run_names_are_refused(name: str) -> None:
+def test_invalid_job_names_are_refused(name: str) -> None:
     with pytest.raises(InputError, match="not a run name"):
         submit(RECIPE, name=name, address="http://127.0.0.1:1")
 
 
-def test_a_token_file_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_token_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/no/such/file")
     with pytest.raises(InputError, match="RAY_AUTH_TOKEN_PATH=/no/such/file"):
         status("http://127.0.0.1:1")
 
 
-def test_the_code_is_known_by_its_content(tmp_path: Path) -> None:
-    py_compile.compile(str(package_folder("minitron") / "errors.py"))  # leaves a __pycache__, which must stay behind
+def test_code_is_identified_by_its_content(tmp_path: Path) -> None:
+    py_compile.compile(str(package_folder("minitron") / "errors.py"))  # creates a __pycache__, which must not be sent
     staged = stage_code(tmp_path / "a")
     assert [Path(folder).name for folder in staged] == list(PACKAGES)
     assert not list(tmp_path.rglob("__pycache__"))
@@ -220,7 +220,7 @@ def test_the_code_is_known_by_its_content(tmp_path: Path) -> None:
     assert code_hash(staged) != code_hash(again)
 
 
-def test_the_wrong_token_and_no_token_are_refused_with_a_remedy(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_or_missing_token_is_refused_with_a_remedy(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 64)
     with pytest.raises(MinitronError, match="the token was refused") as refusal:
         submit(RECIPE, name="run", address=head.address)
@@ -232,7 +232,9 @@ def test_the_wrong_token_and_no_token_are_refused_with_a_remedy(head: Head, monk
         status(head.address)
 
 
-def test_a_job_runs_once_at_a_time_and_is_followed_and_stopped_by_its_name(as_user: Head, checkout: Checkout) -> None:
+def test_a_job_runs_once_at_a_time_and_can_be_followed_and_stopped_by_its_name(
+    as_user: Head, checkout: Checkout
+) -> None:
     address = as_user.address
     work = {"address": address, "name": "sleeper", "entrypoint": "echo begun; cat recipe.yaml; sleep 600"}
     first, said = checkout.submit(**work)
@@ -258,7 +260,7 @@ def test_a_job_runs_once_at_a_time_and_is_followed_and_stopped_by_its_name(as_us
     assert said == ""
     assert {row.submission_id for row in status(address) if row.name == "sleeper"} == {first, second}
     assert stop(address, second) == "STOPPED"
-    assert stop(address, "sleeper") == "STOPPED"  # nothing is active any more: the last attempt is meant
+    assert stop(address, "sleeper") == "STOPPED"  # no job is active any more, so that the name means the last attempt
 
     with pytest.raises(InputError, match="no such job") as refusal:
         status(address, "sleepy")
@@ -280,8 +282,8 @@ with ray_session(None, num_cpus=50):
 """
 
 
-def test_the_code_that_runs_is_the_code_that_was_sent(as_user: Head, checkout: Checkout) -> None:
-    """The driver and its workers import the sent packages, and an edit is seen by the next job."""
+def test_a_job_runs_the_code_that_was_sent(as_user: Head, checkout: Checkout) -> None:
+    """The driver and its workers import the sent packages, and the next job has the edited ones."""
     hashes = []
     for value in ("old", "new"):
         (checkout.root / "platform/minitron_platform/marker.py").write_text(f"VALUE = {value!r}\n")
@@ -323,7 +325,7 @@ def is_alive(pid: int) -> bool:
 
 @pytest.mark.parametrize("end", ["in order", "killed"])
 def test_a_local_run_has_a_private_ray_that_leaves_nothing_behind(end: str, tmp_path: Path) -> None:
-    # packages that only sys.path knows, as in an uninstalled checkout
+    # packages that are on sys.path alone, as in a checkout that is not installed
     for package in PACKAGES:
         shutil.copytree(package_folder(package), tmp_path / "code" / package)
     (tmp_path / "run").mkdir()
@@ -346,18 +348,18 @@ def test_a_local_run_has_a_private_ray_that_leaves_nothing_behind(end: str, tmp_
         assert file == str(tmp_path / "code/minitron/__init__.py")
         assert all(map(is_alive, pids))
         folder = Path(session).parents[1]
-        assert folder.stat().st_mode & 0o077 == 0  # sockets and logs are this user's
+        assert folder.stat().st_mode & 0o077 == 0  # only this user can read sockets and logs
         if end == "killed":
             driver.kill()
         else:
             driver.stdin.write("\n")
             driver.stdin.flush()
             assert json.loads(driver.stdout.readline()) is False
-            assert driver.stderr.read() == ""  # a quiet terminal
+            assert driver.stderr.read() == ""  # Ray prints nothing
             assert driver.wait() == 0
         wait_until(lambda: not any(map(is_alive, pids)), "raylet and worker are gone")
         wait_until(lambda: not folder.exists(), "the folder of sockets and logs is gone")
-        assert list((tmp_path / "home").iterdir()) == []  # no lasting token was written
+        assert list((tmp_path / "home").iterdir()) == []  # no token file is left
     finally:
         driver.kill()
         driver.wait()
@@ -369,7 +371,7 @@ def test_a_recipe_runs_as_a_job_and_its_results_are_in_storage(as_user: Head, be
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    # relative paths mean the submitter's folder, not the job's
+    # relative paths are relative to the folder of the submitter, not of the job
     settings = ["--set", "teacher.model=./teacher", "--set", "data.path=text.jsonl", "--set", "distill.steps=6"]
     sent = minitron(
         "submit", "recipe.yaml", "--address", as_user.address, "--storage", str(tmp_path / "runs"), *settings

@@ -1,4 +1,4 @@
-"""What trials and workers take of a machine: a recipe's `auto` with GPUs, without, and the numbers it gives itself."""
+"""Resources of trials and workers: a recipe's `auto` with and without GPUs, and explicit numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from minitron_platform.recipes.resources import resolve
 from minitron_platform.stages.search import Search
 
 AUTO = ("workers_per_trial", "gpus_per_trial", "workers", "gpus_per_worker")
-ON_CPUS = (1, 0, 2, 0)  # what the keys' defaults were before `auto`
+ON_CPUS = (1, 0, 2, 0)  # the defaults of the keys before there was `auto`
 
 
 def _resolved(resources):
@@ -25,7 +25,7 @@ def _resolved(resources):
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """A function that makes this process see GPUs, which torch cannot compute on."""
+    """A function that makes this process see GPUs that do not exist."""
 
     def see(count, gigabytes=80):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
@@ -35,7 +35,7 @@ def gpus(monkeypatch):
     return see
 
 
-# overrides of `resources`, GPUs, whether four trials fit on one, what comes of it as in AUTO
+# overrides of `resources`, number of GPUs, whether four trials fit on one, expected values in the order of AUTO
 CASES = {
     "none": ({}, 0, False, ON_CPUS),
     "one": ({}, 1, True, (1, 0.25, 1, 1)),
@@ -55,20 +55,20 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_a_recipe_leaves_open_goes_by_the_gpus_and_what_it_says_stays(case):
+def test_auto_resources_depend_on_the_gpus_and_explicit_ones_are_kept(case):
     given, there, small, expected = CASES[case]
     recipe = load_recipe("smollm2-135m-cpu", [f"resources.{key}={value}" for key, value in given.items()])
     assert _resolved(resolve(recipe, there, small_trials=small)) == expected
 
 
-def test_every_worker_has_a_row_in_each_step():
+def test_every_worker_has_at_least_one_row_per_step():
     for training in ("distill", "family.0.distill", "correct.training"):
         whole = "{steps: 9, batch_rows: 1, peak_lr: 1.0e-3, min_lr: 1.0e-4, warmup_steps: 2}"
         recipe = load_recipe("smollm2-135m-cpu", [f"{training}={whole}"])
         assert [resolve(recipe, count).workers for count in (0, 1, 4)] == [1, 1, 1]
 
 
-def test_a_plan_says_and_uses_what_was_chosen(bench, tmp_path, gpus):
+def test_a_plan_shows_and_uses_the_chosen_resources(bench, tmp_path, gpus):
     def planned(*overrides, address=None):
         recipe = load_recipe(str(bench / "recipe.yaml"), overrides)
         return plan(recipe, storage_path=str(tmp_path / "runs"), address=address)
@@ -86,7 +86,7 @@ def test_a_plan_says_and_uses_what_was_chosen(bench, tmp_path, gpus):
     assert planned().resources_text.startswith("1 GPU: 1 worker with 1 GPU, up to ")
     assert planned().resources_text.endswith(" with 0.25 GPU each")
     assert "tokens on 1 worker," in what(planned())
-    assert planned().memory == {}  # of the machine's, of which a GPU's work needs little
+    assert planned().memory == {}  # the machine's memory, of which work on a GPU needs little
     gpus(1, gigabytes=8)
     assert planned().resources_text == "1 GPU: 1 worker with 1 GPU, up to 1 trial at once with 1 GPU"
     without = planned("resources.gpus_per_trial=0", "resources.gpus_per_worker=0")
@@ -103,7 +103,9 @@ def test_a_plan_says_and_uses_what_was_chosen(bench, tmp_path, gpus):
     assert elsewhere.resources == on_cpus.resources
 
 
-def test_a_private_ray_starts_ahead_and_has_the_gpus_that_trials_and_workers_take(bench, tmp_path, gpus, monkeypatch):
+def test_a_private_ray_starts_early_and_has_the_gpus_that_trials_and_workers_request(
+    bench, tmp_path, gpus, monkeypatch
+):
     gpus(1)
     started, init = [], ray.init
     monkeypatch.setattr(ray, "init", lambda **options: [started.append(time.time()), init(**options)][1])
@@ -111,11 +113,11 @@ def test_a_private_ray_starts_ahead_and_has_the_gpus_that_trials_and_workers_tak
     recipe = load_recipe(str(bench / "recipe.yaml"), [one, "family.0.tolerance=0.5", "evaluate.tasks=[]"])
     done = run(
         recipe, storage_path=str(tmp_path / "runs"), until="search"
-    )  # Ray refuses or waits for what is not there
+    )  # Ray refuses or waits for resources that do not exist
     assert _resolved(done.state.ensure_ray()) == (1, 0.25, 1, 1)
     (targets,) = (tmp_path / "runs" / "stages" / "targets").glob("*/stage.json")
     assert len(started) == 1
-    assert started[0] < targets.stat().st_mtime  # while the stages before the search computed
+    assert started[0] < targets.stat().st_mtime  # during the stages before the search
     search = done.output(Search)
     assert len(search.ranking) == search.candidates == 2
     assert not search.failures

@@ -1,4 +1,4 @@
-"""The memory that a process may use: the machine's, or less where a container, job or service has a limit."""
+"""The memory that a process may use: the machine's, or the limit of its container, job or service."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ JOB = "/slurm/job_7"
         (f"0::{JOB}", {f"{JOB}/memory.max": None, "/slurm/memory.max": 0.25}, 0.25),
         ("0::/", {"/memory.max": 0.5, "/slurm/memory.max": 0.25}, 0.5),
         (f"4:cpu:/\n3:memory:{JOB}\n0::/", {f"/memory{JOB}/memory.limit_in_bytes": 0.5}, 0.5),
-        ("3:memory:/docker/1\n0::/", {"/memory/memory.limit_in_bytes": 0.5}, 0.5),  # seen from inside a container
+        ("3:memory:/docker/1\n0::/", {"/memory/memory.limit_in_bytes": 0.5}, 0.5),  # inside a container
         (f"3:cpu,cpuacct:{JOB}\n0::/", {f"{JOB}/memory.max": 0.5}, None),
     ],
     ids=["cgroup 2", "around it", "the container's own", "cgroup 1", "cgroup 1 in a container", "another controller's"],
 )
-def test_the_limit_that_a_process_is_under_counts(tmp_path, groups, files, expected):
+def test_the_lowest_memory_limit_of_a_process_applies(tmp_path, groups, files, expected):
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/cgroup").write_text(f"{groups}\n")
     for name, share in files.items():

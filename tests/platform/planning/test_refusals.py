@@ -1,4 +1,4 @@
-"""Input that a run cannot use, as a user gives it: each is refused by name, with its remedy, before any work."""
+"""Invalid input on the command line is refused before any work, by its name and with a remedy."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_refused_before_work_starts(bench, case, tmp_path):
+def test_invalid_input_is_refused_before_work_starts(bench, case, tmp_path):
     (bench / "broken").mkdir(exist_ok=True)
     (bench / "broken" / "config.json").write_text("{not json")
     arguments, named, remedy = BAD[case]
@@ -101,7 +101,7 @@ def test_a_teacher_with_damaged_weights_is_refused_by_name(bench, tmp_path):
     assert not list((tmp_path / "runs" / "stages").rglob("*.json"))
 
 
-def test_a_recipe_that_does_not_exist_names_those_that_do(tmp_path):
+def test_a_missing_recipe_is_refused_with_the_names_of_the_existing_ones(tmp_path):
     refused = minitron_here("run", "smolm2-135m-cpu", cwd=tmp_path)
     assert refused.returncode == 2
     assert "did you mean 'smollm2-135m-cpu'" in refused.stderr
@@ -118,7 +118,7 @@ def test_a_recipe_that_does_not_exist_names_those_that_do(tmp_path):
         ("register.alias=3", "register.alias"),
     ],
 )
-def test_a_value_that_is_refused_is_named_by_the_key_that_the_recipe_has(bench, override, key):
+def test_an_invalid_value_is_named_by_its_recipe_key(bench, override, key):
     with pytest.raises(InputError) as refused:
         load_recipe(str(bench / "recipe.yaml"), [override])
     assert f"recipe.yaml: {key}: " in refused.value.problem

@@ -1,4 +1,4 @@
-"""Where a recipe's distillation gets its teacher from: stored or online, whole or likeliest tokens, planned and refused."""
+"""The teacher of a distillation: stored or online, all logits or the top-k tokens, with their costs in the plan."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def planned(bench, tmp_path):
     return lambda *overrides: _plan(bench, tmp_path, *overrides)
 
 
-def test_a_plan_says_what_either_mode_takes(planned):
+def test_a_plan_shows_the_costs_of_both_modes(planned):
     stored, online = planned("losses.hidden=[]"), planned("losses.hidden=[]", "targets.mode=online")
     assert stored.teacher_costs == online.teacher_costs
     either = stored.teacher_costs
@@ -50,7 +50,7 @@ def test_a_plan_says_what_either_mode_takes(planned):
     assert top.bytes == 96 * 32 * 5 * 8 + stored_bytes(16, 32, 48, 4)
 
 
-def test_a_disk_that_is_too_small_is_refused_with_what_fits_and_the_other_mode(planned, monkeypatch):
+def test_a_disk_that_is_too_small_is_refused_with_the_settings_that_fit(planned, monkeypatch):
     whole = planned()
     usage = namedtuple("usage", "total used free")
     row = stored_bytes(1, 32, 48, 4) + 4 * 32
@@ -68,7 +68,7 @@ def test_a_disk_that_is_too_small_is_refused_with_what_fits_and_the_other_mode(p
     free(31 * row)
     with pytest.raises(StorageError, match="65 of 66 training rows fit"):
         planned("data.train_rows=66")
-    free(80 * row)  # too little for the other mode too
+    free(80 * row)  # too little for the other mode as well
     with pytest.raises(StorageError) as refused:
         planned()
     assert "online" not in refused.value.remedy
@@ -98,7 +98,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_work_together_is_refused(planned, case):
+def test_contradicting_teacher_settings_are_refused(planned, case):
     overrides, problem, remedy = REFUSED[case]
     with pytest.raises(InputError) as refused:
         planned(*overrides)
@@ -106,13 +106,13 @@ def test_what_cannot_work_together_is_refused(planned, case):
     assert remedy in refused.value.remedy
 
 
-def test_what_can_work_together_is_planned(planned):
+def test_compatible_teacher_settings_are_planned(planned):
     planned("targets.top_k=5", "losses.top_k=3", "losses.hidden=[]")
     planned("targets.top_k=5", "targets.mode=online")
     planned("distill.evaluate_tasks_every=2")
 
 
-def test_a_worker_begins_with_the_teacher_it_was_told(material, tmp_path):
+def test_a_worker_starts_with_the_teacher_of_its_task(material, tmp_path):
     def start(top_k=0, **options):
         reads = DistillInputs(
             str(material / "teacher"), "t", "float32", str(material / "rows"), str(tmp_path), "", top_k
@@ -135,7 +135,7 @@ def test_a_worker_begins_with_the_teacher_it_was_told(material, tmp_path):
     assert not any(a is b for a, b in zip(student.parameters(), targets.model.parameters(), strict=True))
 
 
-def test_the_rows_of_the_first_steps():
+def test_the_rows_of_the_first_steps_are_those_that_training_reads():
     assert rows_of_steps(80, 4, 20, seed=3) == list(range(80))
     few = rows_of_steps(80, 4, 5, seed=3)
     assert few == sorted(set(few))
@@ -143,7 +143,7 @@ def test_the_rows_of_the_first_steps():
     assert few != rows_of_steps(80, 4, 5, seed=4)
 
 
-def test_the_held_out_rows_are_hidden_states_in_any_case(material, tmp_path):
+def test_held_out_targets_are_hidden_states_even_with_top_k(material, tmp_path):
     exact, best = (
         DistillInputs(str(material / "teacher"), "t", "float32", str(material / "rows"), "", str(tmp_path), k)
         for k in (0, 5)

@@ -1,4 +1,4 @@
-"""A recipe's sections and the method's settings say the same: a field that only one of the two has is listed here."""
+"""The sections of a recipe match the settings of the method: a field that only one of the two has is listed here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from minitron_platform.recipes import build, candidates, schema
 from minitron_platform.recipes.candidates import family_candidates
 from minitron_platform.recipes.load import load_recipe
 
-TEACHER = Architecture(5, 48, 96, 6, 2, 24, 300, True)  # of the bench
+TEACHER = Architecture(5, 48, 96, 6, 2, 24, 300, True)  # that of the `bench` fixture
 TASK = {"name": "arc_easy"}
 
 
@@ -223,7 +223,7 @@ def _section(pair: Pair, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_every_field_of_a_section_reaches_the_method_and_every_setting_comes_from_one(recipe, name):
+def test_every_field_of_a_section_becomes_a_setting_and_every_setting_has_a_field(recipe, name):
     pair = PAIRS[name]
     assert set(pair.changes) | set(pair.elsewhere) == set(pair.section.model_fields)
     assert not set(pair.changes) & set(pair.elsewhere)
@@ -239,7 +239,7 @@ def test_every_field_of_a_section_reaches_the_method_and_every_setting_comes_fro
     assert not reached & set(pair.not_in_recipes)
 
 
-def test_candidates_are_compared_on_the_losses_on_logits_alone(recipe):
+def test_candidates_are_compared_on_logit_losses_alone(recipe):
     section = _section(PAIRS["losses"], **{k: v for k, v in PAIRS["losses"].changes.items() if k not in ("logits",)})
     whole = build.distillation_losses(_with(recipe, losses=section), TEACHER, TEACHER)[0]
     part = build.logit_losses(_with(recipe, losses=section))
@@ -249,7 +249,7 @@ def test_candidates_are_compared_on_the_losses_on_logits_alone(recipe):
 
 
 @pytest.mark.parametrize("make", [build.logit_losses, lambda r: build.distillation_losses(r, TEACHER, TEACHER)])
-def test_a_value_that_the_method_refuses_is_named_by_the_recipes_key(recipe, make):
+def test_a_value_that_the_method_refuses_is_named_by_its_recipe_key(recipe, make):
     losses = schema.Losses(logits="none")
     with pytest.raises(InputError, match=r"^losses\.logits: none without a cross_entropy") as refused:
         make(_with(recipe, losses=losses))

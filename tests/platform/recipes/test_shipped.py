@@ -1,4 +1,4 @@
-"""The recipes that ship: each loads, and those of the papers' models have the papers' shapes."""
+"""The shipped recipes: each loads, and those for the papers' models contain the papers' architectures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from minitron_platform.recipes.candidates import family_candidates
 from minitron_platform.recipes.consistency import check_consistency
 from minitron_platform.recipes.load import load_recipe, shipped_recipes
 
-# by recipe: the published base model, and the published model that each of the family has among its candidates
+# for each recipe the published base model and, for each model of its family, a published architecture
 PAPERS = {
     "llama-3.1-8b-to-4b-h100x8": (
         "Llama 3.1 8B",
@@ -21,7 +21,7 @@ PAPERS = {
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
-def test_a_shipped_recipe_contradicts_nothing_and_says_on_what_it_has_run(name):
+def test_a_shipped_recipe_is_valid_and_states_the_hardware_on_which_it_has_run(name):
     recipe = load_recipe(name)
     check_consistency(recipe)
     assert recipe.name == name
@@ -30,7 +30,7 @@ def test_a_shipped_recipe_contradicts_nothing_and_says_on_what_it_has_run(name):
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_the_published_shapes_are_among_the_candidates(name):
+def test_the_published_architectures_are_among_the_candidates(name):
     base, models = PAPERS[name]
     teacher = Architecture(**BASES[base], tied=False)
     family = family_candidates(load_recipe(name), teacher)

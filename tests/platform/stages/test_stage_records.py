@@ -1,4 +1,4 @@
-"""What finished stages recorded: read where the storage lies now, and refused where the file is something else."""
+"""Records of finished stages: read at the present location of the storage, and refused if they are not records."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def _record(**outputs):
     return {"outputs": {"summary": "done", **outputs}, "artifacts": [], "seconds": 1.5}
 
 
-def test_a_message_that_begins_with_a_path_is_kept_as_it_is(tmp_path):
-    """A failure's reason may name a file of the storage first, and addresses after it."""
+def test_a_message_that_begins_with_a_path_is_not_changed(tmp_path):
+    """The reason of a failure may begin with a file of the storage and contain addresses."""
     root = str(tmp_path)
     reason = f"{root}/trials/a: cannot be accessed (no answer from http://127.0.0.1:9/b)\nsee {root}/runs"
     record = Record(Output(summary="done", failures={"3L": reason}), 1.5, [])
@@ -33,7 +33,7 @@ def test_a_message_that_begins_with_a_path_is_kept_as_it_is(tmp_path):
     assert read_record(root, f"{root}/{STAGE}", Output) == record
 
 
-def test_a_record_that_lacks_a_new_field_or_has_another_type_there_is_not_used(tmp_path, caplog):
+def test_a_record_without_a_new_field_or_with_another_type_is_not_used(tmp_path, caplog):
     class Newer(Output):
         metric: float
 
@@ -47,14 +47,14 @@ def test_a_record_that_lacks_a_new_field_or_has_another_type_there_is_not_used(t
     assert read_record(root, folder, Output).output == Output(summary="done")
 
 
-def test_the_paths_that_an_output_needs_are_those_it_names(tmp_path):
+def test_the_required_paths_of_an_output_are_its_path_fields(tmp_path):
     assert list(Output(summary="see a/b", student="s3://x/y", failures={"a": "c/d"}).artifacts()) == ["s3://x/y"]
 
 
 @pytest.mark.parametrize(
     "student", ["storage:../etc", "storage:stages/../../etc", "/old/stages/distill/0123456789abcdef/../../../../etc"]
 )
-def test_a_record_whose_paths_lead_out_of_the_storage_is_refused(tmp_path, student):
+def test_a_record_with_paths_outside_the_storage_is_refused(tmp_path, student):
     folder = f"{tmp_path}/{STAGE}"
     storage.write_json(f"{folder}/{RECORD}", _record(student=student))
     with pytest.raises(StorageError, match=r"stage.json: .* leads out of the storage"):
@@ -73,7 +73,7 @@ def test_a_record_whose_paths_lead_out_of_the_storage_is_refused(tmp_path, stude
         json.dumps(_record(summary=None)).encode(),
     ],
 )
-def test_what_is_not_a_record_is_named(tmp_path, content):
+def test_a_file_that_is_not_a_record_is_named(tmp_path, content):
     folder = f"{tmp_path}/{STAGE}"
     storage.write_bytes(f"{folder}/{RECORD}", content)
     with pytest.raises(StorageError, match=f"{folder}/{RECORD}: not "):

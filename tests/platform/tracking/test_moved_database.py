@@ -1,4 +1,4 @@
-"""A database of MLflow that lies in another folder than before: which addresses follow it."""
+"""An MLflow database that was moved to another folder: which addresses in it are updated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from minitron_platform.tracking.moved_database import follow
 
 @pytest.fixture
 def store(empty_database, tmp_path):
-    """A folder with a database that Minitron shares with others, and its artifacts; what others keep is beside it."""
+    """A folder with a database that Minitron shares with other tools, and with the artifacts of both."""
     folder = tmp_path / "store"
     (folder / "artifacts" / "tiny").mkdir(parents=True)
     shutil.copy(empty_database, folder / "mlflow.db")
@@ -41,15 +41,15 @@ def _addresses(folder):
     return places | {str(v.version): v.source for v in client.search_model_versions("name = 'student'")}
 
 
-def test_what_moved_follows_and_what_others_keep_stays(store, tmp_path):
+def test_addresses_of_moved_artifacts_are_updated_and_others_are_kept(store, tmp_path):
     before = _addresses(store)
     here = store.rename(tmp_path / "elsewhere")
     follow(here / "mlflow.db")
     assert _addresses(here) == before | {"tiny": f"{here}/artifacts/tiny", "1": f"{here}/student"}
 
 
-def test_weights_that_stayed_where_they_were_are_found_there(store, tmp_path):
-    """The database and its artifacts were moved alone, out of the folder of the storage."""
+def test_weights_that_were_not_moved_keep_their_address(store, tmp_path):
+    """Only the database and its artifacts were moved out of the folder of the storage."""
     here = tmp_path / "alone"
     here.mkdir()
     for part in ("mlflow.db", "artifacts"):
@@ -60,7 +60,7 @@ def test_weights_that_stayed_where_they_were_are_found_there(store, tmp_path):
     assert after["1"] == f"{store}/student"
 
 
-def test_another_way_to_the_same_folder_is_no_move(store, tmp_path, caplog):
+def test_another_path_to_the_same_folder_is_not_a_move(store, tmp_path, caplog):
     before = _addresses(store)
     (tmp_path / "link").symlink_to(store)
     with caplog.at_level(logging.WARNING):

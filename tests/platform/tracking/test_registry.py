@@ -1,4 +1,4 @@
-"""The registry: one version per key, and aliases that never move to weights that do not verify."""
+"""The model registry: one version per key, and aliases that only move to weights with the right hashes."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def champion(uri: str) -> list[str]:
     return [row.version for row in models(uri) if "champion" in row.aliases]
 
 
-def test_registering_twice_makes_one_version(uri: str, tmp_path: Path) -> None:
+def test_registering_twice_creates_one_version(uri: str, tmp_path: Path) -> None:
     assert models(f"sqlite:///{tmp_path}/none.db") == []
     assert not (tmp_path / "none.db").exists()
     assert add(uri, tmp_path / "a", "a", **{"minitron.parameters": "1200"}) == "1"
     assert add(uri, tmp_path / "a", "a", **{"minitron.parameters": "1200", "minitron.heldout_kl": "0.25"}) == "1"
     assert add(uri, tmp_path / "b", "b") == "2"
-    assert add(uri, tmp_path / "a", "a") == "1"  # and the alias stays with the newer one
+    assert add(uri, tmp_path / "a", "a") == "1"  # the alias stays at the newer version
     newest, oldest = models(uri)
     assert (newest.version, newest.aliases, newest.parameters) == ("2", ("candidate",), None)
     assert (oldest.version, oldest.aliases, oldest.source) == ("1", (), str(tmp_path / "a"))
@@ -60,14 +60,14 @@ def test_the_same_weights_in_another_folder_are_the_same_version(uri: str, tmp_p
     assert add(uri, tmp_path / "copy", "same") == "1"
 
 
-def test_two_who_register_the_same_weights_at_once_make_one_version(uri: str, tmp_path: Path) -> None:
+def test_two_processes_that_register_the_same_weights_create_one_version(uri: str, tmp_path: Path) -> None:
     with ThreadPoolExecutor() as pool:
         made = list(pool.map(lambda number: add(uri, tmp_path / str(number), "same"), range(4)))
     assert len(set(made)) == 1
     assert [row.version for row in models(uri)] == made[:1]
 
 
-def test_weights_are_found_where_the_storage_is_now(uri: str, tmp_path: Path) -> None:
+def test_weights_are_found_in_a_storage_that_was_moved(uri: str, tmp_path: Path) -> None:
     add(uri, tmp_path / "before" / "student", "a", **{"minitron.storage_path": "student"})
     (tmp_path / "before").rename(tmp_path / "now")
     with pytest.raises(StorageError, match="has no manifest"):
@@ -82,7 +82,7 @@ def test_promote_and_roll_back(uri: str, tmp_path: Path) -> None:
         add(uri, tmp_path / key, key)
         promoted = promote(uri, NAME)
     assert (promoted.version, promoted.alias, promoted.previous) == ("3", "champion", "2")
-    assert promote(uri, NAME).previous == "3"  # nothing moved, nothing recorded
+    assert promote(uri, NAME).previous == "3"  # nothing changed, so nothing is recorded
     assert rollback(uri, NAME).version == "2"
     assert champion(uri) == ["2"]
     assert promote(uri, NAME, version="3").previous == "2"
@@ -92,7 +92,7 @@ def test_promote_and_roll_back(uri: str, tmp_path: Path) -> None:
         rollback(uri, NAME)
 
 
-def test_an_alias_moved_by_hand_is_part_of_the_history(uri: str, tmp_path: Path) -> None:
+def test_an_alias_that_was_moved_by_hand_is_part_of_the_history(uri: str, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
     for key in "abc":
@@ -133,7 +133,9 @@ def test_altered_weights_are_not_promoted(uri: str, tmp_path: Path) -> None:
     assert champion(uri) == ["3"]
 
 
-def test_errors_name_what_exists(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_name_the_existing_models_and_versions(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(InputError, match="none yet"):
         promote(uri, NAME)
     add(uri, tmp_path / "a", "a")
@@ -148,7 +150,7 @@ def test_errors_name_what_exists(uri: str, tmp_path: Path, monkeypatch: pytest.M
             promote(uri, NAME, alias=alias)
         with pytest.raises(InputError, match=f"alias '{alias}' is not allowed"):
             register(uri, name=NAME, source=weights(tmp_path / "new", b"new"), run_id=None, tags={}, alias=alias)
-    assert len(models(uri)) == 1  # nothing was left behind
+    assert len(models(uri)) == 1  # no other model was created
     with pytest.raises(InputError, match="'a/b'"):
         register(uri, name="a/b", source=str(tmp_path / "a"), run_id=None, tags={})
     with pytest.raises(StorageError, match=r"no manifest\.json"):
@@ -190,7 +192,7 @@ def test_a_server_gets_the_weights_uploaded(tmp_path: Path, monkeypatch: pytest.
         assert promote(address, NAME).version == "1"
         (row,) = models(address)
         assert (row.run_id, row.aliases) == (run_id, ("candidate", "champion"))
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)  # models:/ addresses know no other place
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)  # models:/ addresses are resolved there
         got = download_artifacts(f"models:/{NAME}@champion")
         assert (Path(got) / "model.safetensors").read_bytes() == b"w" * 100_000
         assert (Path(got) / "tokenizer" / "vocab.json").read_text() == "{}"
@@ -200,7 +202,7 @@ def test_a_server_gets_the_weights_uploaded(tmp_path: Path, monkeypatch: pytest.
             promote(address, NAME)
 
 
-def test_the_pages_refuse_other_machines_and_taken_ports(uri: str, tmp_path: Path) -> None:
+def test_the_ui_refuses_other_machines_and_ports_in_use(uri: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"(?s)0\.0\.0\.0.*--insecure"):
         serve(uri, str(tmp_path), host="0.0.0.0")
     with socket.socket() as taken:

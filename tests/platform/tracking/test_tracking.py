@@ -1,4 +1,4 @@
-"""The record of a run reaches MLflow once and in order, and never stops the work. Real spool, real MLflow."""
+"""The spool of a run reaches MLflow once and in order, and tracking never stops the run. Real spool, real MLflow."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EXPERIMENT = "tiny family"
 
 @pytest.fixture(scope="module")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow takes a second or more to make its tables; once is enough for most tests."""
+    """A database with MLflow's tables, whose creation takes a second or more; most tests copy it."""
     file = tmp_path_factory.mktemp("store") / "mlflow.db"
     Flusher(str(file.parent / "spool"), f"sqlite:///{file}", "another experiment").close(60)
     return file
@@ -50,7 +50,7 @@ def spool(tmp_path: Path) -> str:
 
 
 def runs(uri: str) -> dict[str, Any]:
-    """All runs of the experiment by key; fails where a key has two."""
+    """All runs of the experiment by key; fails if two runs have the same key."""
     from mlflow import MlflowClient
 
     client = MlflowClient(uri)
@@ -100,7 +100,7 @@ def test_children_are_nested_and_everything_arrives(spool: str, uri: str, tmp_pa
     assert stored.is_relative_to(tmp_path / "store")
 
 
-def test_an_outage_costs_no_metric_and_no_time(
+def test_an_outage_of_mlflow_loses_no_metric_and_delays_nothing(
     spool: str, uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     port = free_port()
@@ -129,10 +129,10 @@ def test_an_outage_costs_no_metric_and_no_time(
     assert len(said) == 2, said
     assert "events wait in" in said[0]
     assert "answers again" in said[1]
-    assert slowest < 5  # seconds; the client's own patience is four minutes
+    assert slowest < 5  # seconds; the client itself would wait four minutes
 
 
-def test_what_is_unsent_is_counted_and_sent_by_the_next_run(spool: str, uri: str) -> None:
+def test_unsent_events_are_counted_and_sent_by_the_next_run(spool: str, uri: str) -> None:
     run = RunLog(spool, "run")
     run.start("run")
     run.metrics({"loss": 1.0}, 1)
@@ -185,7 +185,7 @@ while True:
 """
 
 
-def test_a_killed_driver_leaves_one_run_per_key(spool: str, uri: str) -> None:
+def test_there_is_one_run_per_key_after_a_driver_was_killed(spool: str, uri: str) -> None:
     for _ in range(2):
         driver = subprocess.Popen(
             [sys.executable, "-c", DRIVER, spool, uri],
@@ -203,14 +203,14 @@ def test_a_killed_driver_leaves_one_run_per_key(spool: str, uri: str) -> None:
         os.kill(driver.pid, signal.SIGKILL)
         driver.wait()
     with open(f"{spool}/trial.jsonl", "ab") as file:
-        file.write(b'{"t": 5, "event": "met')  # died in the middle of a line
+        file.write(b'{"t": 5, "event": "met')  # killed in the middle of a line
     RunLog(spool, "trial").end()
     state = json.loads((Path(spool) / ".sent.json").read_text())
     state["offsets"]["trial"] = state["offsets"]["trial"] // 2  # killed before the commit: the batch goes out twice
     state["offsets"]["trial"] = (Path(spool) / "trial.jsonl").read_bytes().index(b"\n", state["offsets"]["trial"]) + 1
     (Path(spool) / ".sent.json").write_text(json.dumps(state))
     flusher = flush(spool, uri)
-    assert flusher.refused() == 1  # the broken line, and only that
+    assert flusher.refused() == 1  # only the incomplete line
     by_key = runs(uri)
     assert sorted(by_key) == ["search", "trial"]
     assert by_key["trial"].info.status == "FINISHED"
@@ -220,7 +220,7 @@ def test_a_killed_driver_leaves_one_run_per_key(spool: str, uri: str) -> None:
     assert sorted(step for step, _ in points(uri, by_key["trial"], "loss")) == sorted(written)
 
 
-def test_one_bad_event_stops_nothing(spool: str, uri: str) -> None:
+def test_an_invalid_event_does_not_stop_the_others(spool: str, uri: str) -> None:
     run = RunLog(spool, "run")
     run.start("run")
     run.metrics({"loss": 3.0, "a/../b": 1.0}, 1)  # MLflow refuses this name
@@ -230,7 +230,7 @@ def test_one_bad_event_stops_nothing(spool: str, uri: str) -> None:
     assert points(uri, runs(uri)["run"], "loss") == [(1, 3.0), (2, 2.0)]
 
 
-def test_a_run_deleted_in_mlflow_stays_deleted_until_it_is_started_again(spool: str, uri: str) -> None:
+def test_a_run_that_was_deleted_in_mlflow_stays_deleted_until_it_starts_again(spool: str, uri: str) -> None:
     from mlflow import MlflowClient
 
     run = RunLog(spool, "run")
@@ -255,7 +255,7 @@ def test_a_deleted_database_is_filled_again(spool: str, uri: str, tmp_path: Path
     assert points(other, runs(other)["run"], "loss") == [(1, 1.0)]
 
 
-def test_two_drivers_make_one_database_and_one_run(spool: str, new_uri: str) -> None:
+def test_two_drivers_create_one_database_and_one_run(spool: str, new_uri: str) -> None:
     RunLog(spool, "run").start("run")
     code = "import sys; from minitron_platform.tracking.flusher import Flusher; print(Flusher(*sys.argv[1:]).close(60))"
     command = [sys.executable, "-c", code, spool, new_uri, EXPERIMENT]
@@ -268,7 +268,7 @@ def test_two_drivers_make_one_database_and_one_run(spool: str, new_uri: str) -> 
     assert list(runs(new_uri)) == ["run"]
 
 
-def test_lines_of_many_writers_stay_whole(spool: str) -> None:
+def test_lines_of_concurrent_writers_are_not_mixed(spool: str) -> None:
     def write(writer: int) -> None:
         for step in range(200):
             RunLog(spool, "run").metrics({f"loss{writer}": 1.0}, step)
@@ -282,7 +282,7 @@ def test_lines_of_many_writers_stay_whole(spool: str) -> None:
     assert len([json.loads(line) for line in lines]) == 800
 
 
-def test_a_disk_that_refuses_does_not_stop_the_work(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_does_not_stop_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "spool").write_text("a file where the folder should be")
     run = RunLog(str(tmp_path / "spool"), "run")
     run.start("run")
@@ -291,7 +291,7 @@ def test_a_disk_that_refuses_does_not_stop_the_work(tmp_path: Path, caplog: pyte
     assert len(caplog.records) == 1
 
 
-def test_what_cannot_work_is_refused_at_once(tmp_path: Path) -> None:
+def test_unusable_settings_are_refused_immediately(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="'a/b'"):
         RunLog(str(tmp_path), "a/b")
     with pytest.raises(InputError, match="s3://"):
@@ -305,8 +305,8 @@ def test_what_cannot_work_is_refused_at_once(tmp_path: Path) -> None:
     assert "hunter2" not in str(refused.value)
 
 
-def test_a_database_whose_making_was_killed_is_made_again(tmp_path: Path) -> None:
-    # The tables take MLflow seconds: a process killed among them must not leave a file that nobody can use.
+def test_a_database_is_created_again_if_its_creation_was_killed(tmp_path: Path) -> None:
+    # Creating the tables takes seconds: a process that is killed meanwhile must not leave an unusable file.
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     program = f"from minitron_platform.tracking.flusher import *\nprepare_mlflow({uri!r})\ncreate_database({uri!r})"
     maker = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""What would keep a finished run out of MLflow is found before it starts."""
+"""Problems that would keep the results of a run out of MLflow are reported before the run starts."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def database(tmp_path, empty_database):
     return Path(shutil.copy(empty_database, tmp_path))
 
 
-def test_a_database_that_works_or_is_not_there_yet_passes(database):
+def test_a_valid_or_missing_database_passes(database):
     assert check_tracking(f"sqlite:///{database}", "tiny") is None
     missing = database.with_name("none.db")
     assert check_tracking(f"sqlite:///{missing}", "tiny") is None
     assert not missing.exists()
 
 
-def test_plan_refuses_a_file_that_is_no_database(bench, tmp_path):
+def test_plan_refuses_a_file_that_is_not_a_database(bench, tmp_path):
     (tmp_path / "mlflow.db").write_text("not a database, but long enough to have a header " * 10)
     recipe = load_recipe(str(bench / "recipe.yaml"))
     with pytest.raises(InputError, match=r"mlflow\.db can't be opened \(file is not a database\)"):
         plan(recipe, storage_path=str(tmp_path / "runs"), tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
 
 
-def test_tables_of_another_version_of_mlflow_are_refused_with_the_command(database):
+def test_tables_of_another_mlflow_version_are_refused_with_the_command_that_upgrades_them(database):
     with sqlite3.connect(database) as store:
         store.execute("UPDATE alembic_version SET version_num = 'b7c8d543074c'")
     with pytest.raises(InputError, match="tables of another version") as refused:
@@ -44,7 +44,7 @@ def test_tables_of_another_version_of_mlflow_are_refused_with_the_command(databa
     assert "mlflow db upgrade" in refused.value.remedy
 
 
-def test_an_experiment_that_was_deleted_is_refused_with_the_command(database):
+def test_a_deleted_experiment_is_refused_with_the_command_that_restores_it(database):
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{database}")
@@ -66,7 +66,7 @@ def test_a_missing_database_driver_is_named_with_its_package(monkeypatch, driver
     assert "secret" not in str(refused.value)
 
 
-def test_a_server_that_is_away_is_a_warning(bench, tmp_path):
+def test_an_unreachable_server_is_a_warning(bench, tmp_path):
     uri = f"http://127.0.0.1:{free_port()}"
     planned = plan(load_recipe(str(bench / "recipe.yaml")), storage_path=str(tmp_path), tracking_uri=uri)
     (warning,) = planned.warnings
