@@ -8,6 +8,9 @@ from minitron.distill.blocks import ACTIVATION_CHECKPOINTING
 from minitron.distill.schedule import SCHEDULES
 from minitron.errors import InputError
 
+ADAMW, ADAMW_OFFLOAD = "adamw", "adamw-offload"
+OPTIMIZERS = (ADAMW, ADAMW_OFFLOAD)
+
 
 @dataclass(frozen=True)
 class DistillConfig:
@@ -33,6 +36,8 @@ class DistillConfig:
     """Activations of a layer that are recomputed in the backward pass instead of kept: "none", "selective" or "full"."""
     compile: bool = False
     """Compile the student's layers, each by itself."""
+    optimizer: str = ADAMW
+    """"adamw", or "adamw-offload": the same with float32 weights and moments in main memory, for a GPU that is short of it."""
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float = 1.0
@@ -52,6 +57,12 @@ class DistillConfig:
             raise InputError(
                 f"activation_checkpointing: {self.activation_checkpointing!r}",
                 f"use one of {', '.join(ACTIVATION_CHECKPOINTING)}",
+            )
+        if self.optimizer not in OPTIMIZERS:
+            raise InputError(f"optimizer: {self.optimizer!r}", f"use one of {', '.join(OPTIMIZERS)}")
+        if self.optimizer == ADAMW_OFFLOAD and self.shard:
+            raise InputError(
+                f"optimizer: {ADAMW_OFFLOAD} with shard, which splits the same over the processes", "use one of the two"
             )
         if not 0 <= self.decay_share <= 1:
             raise InputError(f"decay_share: {self.decay_share} is no share of the steps", "use 0 to 1")

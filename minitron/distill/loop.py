@@ -95,7 +95,7 @@ def distill(
         if sharded:
             shard_(objective)
         alike = sharded or (isinstance(objective.targets, LiveTeacher) and objective.targets.sharded)
-        state = TrainingState(objective.trained(), config)
+        state = stack.enter_context(TrainingState(objective.trained(), config))
         saver = (
             stack.enter_context(Checkpoints(checkpoints, key=key, before_commit=before_commit)) if checkpoints else None
         )
@@ -114,7 +114,7 @@ def distill(
                 following = [] if end else rows_for_step(len(rows), config.batch_rows, step + 1, config.seed)
                 objective.targets.prefetch([*indices[rank::world], *following[rank::world]])
             batches = _micro_batches(indices, config.micro_batch_rows, world, rank, alike=alike)
-            share = _forward_backward(objective, state, rows, batches)
+            share = _forward_backward(objective, rows, batches)
             rate = learning_rate(
                 step,
                 total_steps=config.steps,
@@ -168,7 +168,6 @@ def _micro_batches(
 
 def _forward_backward(
     objective: Objective,
-    state: TrainingState,
     rows: Rows,
     batches: list[tuple[Sequence[int], float]],
 ) -> Tensor:
@@ -182,7 +181,6 @@ def _forward_backward(
         objective.watch.lap("data")
         loss, values = objective(part, tokens)
         (loss * share).backward()
-        state.accumulate()
         total += values * share
         objective.watch.lap("student")
     return total

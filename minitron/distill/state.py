@@ -1,22 +1,32 @@
-"""Training state: master weights and the optimizer's moments."""
+"""Training state: master weights, the sums of gradients and the optimizer's moments."""
 
 from __future__ import annotations
+
+from functools import partial
+from types import TracebackType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 
-from minitron.distill.config import DistillConfig
+from minitron.distill.config import ADAMW_OFFLOAD, DistillConfig
 
 
 class TrainingState:
-    """float32 master weights and AdamW behind a working model of any dtype; sharded parameters are their own masters."""
+    """float32 master weights and AdamW behind a working model of any dtype; sharded parameters are their own masters.
+
+    Inside the context a gradient moves from the working weight to the float32 sums as soon as the backward pass has made it:
+    the gradients of the whole model never exist in the working dtype beside the sums. With the optimizer "adamw-offload"
+    masters and moments are in main memory and are updated there, one parameter after the other.
+    """
 
     def __init__(self, named: list[tuple[str, nn.Parameter]], config: DistillConfig) -> None:
         self.config = config
         self.named = named
-        self.masters = [p if isinstance(p, DTensor) else p.detach().float().clone() for _, p in self.named]
+        self.offloaded = config.optimizer == ADAMW_OFFLOAD
+        self.masters = [p if isinstance(p, DTensor) else self._master(p) for _, p in named]
         self.optimizer = torch.optim.AdamW(
             self.masters, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
@@ -26,42 +36,92 @@ class TrainingState:
                 "exp_avg": torch.zeros_like(master),
                 "exp_avg_sq": torch.zeros_like(master),
             }
+        self._sums: list[Tensor | None] = [None] * len(named)  # float32, on the devices of the working weights
 
-    def accumulate(self) -> None:
-        """Move the gradients of a micro-batch from the working weights to the master weights, in float32."""
-        for master, (_, parameter) in zip(self.masters, self.named, strict=True):
-            if master is not parameter and parameter.grad is not None:
-                master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
-                parameter.grad = None
+    def _master(self, parameter: nn.Parameter) -> Tensor:
+        device = torch.device("cpu") if self.offloaded else parameter.device
+        return parameter.detach().to(device, torch.float32, copy=True)
+
+    def __enter__(self) -> TrainingState:
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(partial(self._add, index))
+            for index, (_, parameter) in enumerate(self.named)
+            if not isinstance(parameter, DTensor)  # FSDP reduces those in float32 itself
+        ]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _add(self, index: int, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        total = self._sums[index]
+        self._sums[index] = gradient.float() if total is None else total.add_(gradient)
 
     def reduce(self, parts: Tensor) -> tuple[Tensor, float]:
         """Sum the losses and gradients over the processes and clip; returns the sum of the losses and the norm before."""
-        for master in self.masters:
-            master.grad = torch.zeros_like(master) if master.grad is None else master.grad
+        gradients = [self._gradient(index) for index in range(len(self.named))]
         if dist.is_initialized() and dist.get_world_size() > 1:
-            gradients = [master.grad for master in self.masters if not isinstance(master, DTensor)]
-            pending = [dist.all_reduce(tensor, async_op=True) for tensor in (parts, *gradients)]
+            whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+            pending = [dist.all_reduce(tensor, async_op=True) for tensor in (parts, *whole)]
             for work in pending:
                 work.wait()
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.config.clip_norm, foreach=True)
-        return parts, float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        norm = get_total_norm(gradients, foreach=True)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        scale = (self.config.clip_norm / (norm + 1e-6)).clamp(
+            max=1.0
+        )  # as clip_grad_norm_, for gradients of no parameter
+        for gradient in gradients:
+            (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(scale)
+        return parts, float(norm)
 
+    def _gradient(self, index: int) -> Tensor:
+        """The sum of a parameter's gradients, zero where there were none."""
+        parameter = self.named[index][1]
+        if isinstance(parameter, DTensor):
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            return parameter.grad
+        total = self._sums[index]
+        self._sums[index] = total = torch.zeros_like(parameter, dtype=torch.float32) if total is None else total
+        return total
+
+    @torch.no_grad()
     def update(self, rate: float) -> None:
-        """Step at this learning rate and round the new weights into the working model."""
+        """Step with the reduced gradients at this learning rate, and round the new weights into the working model."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        if self.offloaded:  # so that one gradient at a time is in main memory
+            for index in range(len(self.masters)):
+                self._step([index])
+        else:
+            self._step(range(len(self.masters)))
+
+    def _step(self, indices: range | list[int]) -> None:
+        """Of these parameters; the optimizer leaves those alone that have no gradient."""
+        for index in indices:
+            master, total = self.masters[index], self._sums[index]
+            if total is not None:
+                master.grad, self._sums[index] = total.to(master.device), None
         self.optimizer.step()
-        self._round()
+        for index in indices:
+            self.masters[index].grad = None
+            self._round(index)
 
     def clear(self) -> None:
         """Forget the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
+        self._sums = [None] * len(self.named)
 
     @torch.no_grad()
-    def _round(self) -> None:
-        for master, (_, parameter) in zip(self.masters, self.named, strict=True):
-            if master is not parameter:
-                parameter.copy_(master)
+    def _round(self, index: int) -> None:
+        master, (_, parameter) = self.masters[index], self.named[index]
+        if master is not parameter:
+            parameter.copy_(master)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, float32, the tensors themselves."""
@@ -77,6 +137,6 @@ class TrainingState:
 
     def restored(self, updates: int) -> None:
         """Go on with what was read into `tensors`, the state after that many updates."""
-        for master in self.masters:
+        for index, master in enumerate(self.masters):
             self.optimizer.state[master]["step"].fill_(float(updates))
-        self._round()
+            self._round(index)

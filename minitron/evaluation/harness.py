@@ -11,6 +11,7 @@ import logging
 import math
 import random
 import statistics
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -223,7 +224,7 @@ class _Scorer(DocumentRequests):
             prefix_token_id=before[-1] if before else None,
         )
         self._progress, self._total, self._before, self._documents = progress, total, 0, 0
-        self.set_cache_hook(_Answered(self._answered))
+        self.set_cache_hook(_Answered(self))
 
     def begin(self, documents: int) -> None:
         self._before += self._documents
@@ -232,7 +233,7 @@ class _Scorer(DocumentRequests):
     def _expect(self, requests: list[Any]) -> None:
         self._expected, self._done = len(requests), 0
 
-    def _answered(self) -> None:
+    def count_answer(self) -> None:
         before = self._documents * self._done // self._expected
         self._done += 1
         now = self._documents * self._done // self._expected
@@ -278,12 +279,13 @@ class _Scorer(DocumentRequests):
 class _Answered(CacheHook):
     """lm-eval tells its cache hook of every answered request; this one counts them and caches nothing."""
 
-    def __init__(self, on_answer: Callable[[], None]) -> None:
+    def __init__(self, scorer: _Scorer) -> None:
         super().__init__(None)
-        self._on_answer = on_answer
+        self._scorer = weakref.ref(scorer)  # which has this hook: in a cycle the model would stay on the GPU
 
     def add_partial(self, *_: Any) -> None:
-        self._on_answer()
+        if scorer := self._scorer():
+            scorer.count_answer()
 
 
 class _NoBar(tqdm):

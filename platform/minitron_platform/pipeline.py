@@ -32,6 +32,7 @@ from minitron_platform.stages.stage_records import Record, relative, write_recor
 from minitron_platform.stages.targets import Targets
 from minitron_platform.tracking.flusher import Flusher
 from minitron_platform.tracking.spool import RunLog, read_events
+from minitron_search.memory import release_memory
 
 # Stages that compute for a while in this process, when one of those that need Ray comes next.
 BEFORE_RAY = (Calibrate.name, Targets.name)
@@ -185,6 +186,7 @@ def _carry_out(context: Context, stage: Stage[Any], folder: str, fingerprint: st
     """Do a stage and record it, unless somebody else has taken the run or the stage over meanwhile."""
     started = time.time()
     output = stage.run(context, folder)
+    release_memory()
     record = Record(
         output=output.model_copy(update={"fingerprint": fingerprint}),
         seconds=time.time() - started,

@@ -84,7 +84,15 @@ class Failed:
     trace: str = ""
 
 
-Event = Started | Scored | Undistilled | Progress | RungReached | Paused | Finished | Retried | Failed
+@dataclass(frozen=True)
+class OutOfGpuMemory:
+    """The GPU had too little memory for the candidate, for `reason`. The pool turns this into `Failed`, or on a shared GPU into
+    `Retried`, because another trial may have taken the memory."""
+
+    reason: str
+
+
+Event = Started | Scored | Undistilled | Progress | RungReached | Paused | Finished | Retried | Failed | OutOfGpuMemory
 Report = Callable[[Event], None]
 
 _KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}

@@ -1,19 +1,22 @@
-"""Main and GPU memory of a worker that runs one trial after another."""
+"""Main and GPU memory of a process that runs one trial or stage after another."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 
 import torch
 
 
 def release_memory() -> None:
-    """Return freed memory, which the allocators keep for reuse, to the system.
+    """Return freed memory, which the allocators keep for reuse, to the system, and on GPUs that of reference cycles too: other
+    processes compute there.
 
     Tune runs every trial in a thread of its own, and the C library's allocator keeps memory that a thread has freed for that
     thread: a worker would grow by the size of a student with every candidate.
     """
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc alone has it
         trim(0)

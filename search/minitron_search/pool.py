@@ -30,7 +30,8 @@ class Pool:
     `scratch` is a folder that all nodes share, for Ray's own files; it is deleted afterwards. A trial has `workers` processes
     (several run in Ray Train), and each requests `share`: amounts by Ray's resource names, "memory" in bytes. A trial that
     raises or whose worker dies is restarted up to `max_failures` times, unless the same error would come again (a loss that
-    is not finite, InputError, out of GPU memory). `on_event(architecture, event)` is called in a thread of this process with
+    is not finite, InputError, out of GPU memory). A trial that ran out of memory on a GPU that it shared runs again after the
+    others, with a whole GPU. `on_event(architecture, event)` is called in a thread of this process with
     every event of a candidate (see `minitron_search.events`). A relative `scratch` is made absolute. Raises InputError for a
     field of the wrong type or out of range.
     """
@@ -79,6 +80,9 @@ class Pool:
         """The same pool for work that runs in one process; with `workers` above 1 it does not share this pool's workers."""
         return self if self.workers == 1 else replace(self, scratch=f"{self.scratch}-single", workers=1, _running=None)
 
+    def _on_whole_gpus(self) -> Pool:
+        return replace(self, scratch=f"{self.scratch}-whole", share={**self.share, "GPU": 1}, _running=None)
+
     def run(
         self, work: Work, architectures: Sequence[Architecture], done: Callable[[Architecture], object]
     ) -> dict[Architecture, str]:
@@ -94,8 +98,12 @@ class Pool:
         with self.open() as pool:
             assert pool._running
             work_by_key = {key: partial(work, architecture) for key, architecture in by_key.items()}
-            failed = pool._running.tune().run(work_by_key, lambda key, event: self._forward(by_key[key], event))
-        failures = {a: failed[key] for key, a in by_key.items() if key in failed and not done(a)}
+            tune = pool._running.tune()
+            failed = tune.run(work_by_key, lambda key, event: self._forward(by_key[key], event))
+            failures = {a: failed[key] for key, a in by_key.items() if key in failed and not done(a)}
+            if crowded_out := [by_key[key] for key in by_key if key in tune.crowded_out]:
+                pool.release_workers()  # the trials that shared the GPUs run in them
+                failures |= self._on_whole_gpus().run(work, crowded_out, done)
         stopped = [str(a) for a in waiting if not done(a) and a not in failures]
         if stopped:
             raise MinitronError(

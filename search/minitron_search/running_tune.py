@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from ray import cloudpickle, tune
 from ray.exceptions import RayError
 from ray.tune import Callback, Stopper
@@ -23,7 +24,7 @@ from ray.tune.search import Searcher
 from minitron import storage
 from minitron.environment import environment_variables
 from minitron.errors import StorageError
-from minitron_search.events import Event, Failed, Report, Retried, from_tune, to_tune
+from minitron_search.events import Event, Failed, OutOfGpuMemory, Report, Retried, from_tune, to_tune
 from minitron_search.failures import NOT_RETRYABLE, cause, reason
 from minitron_search.memory import release_memory
 from minitron_search.ray_patches import keep_workers, patch_oom_as_actor_error
@@ -64,7 +65,8 @@ class RunningTune:
         self.max_concurrent_trials = max_concurrent_trials
         self.max_failures = max_failures
         self.queue = _WorkQueue()
-        self.round = _Round()
+        shared = 0 < self.resources.get("GPU", 0) < 1
+        self.round = _Round(max_failures if shared else None)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="tune")
         self.running: Future[None] | None = None
         self.stack = ExitStack()
@@ -89,6 +91,11 @@ class RunningTune:
                 error.problem, f"{error.remedy}, then run again: finished candidates are kept"
             ) from error
         return self.round.failed
+
+    @property
+    def crowded_out(self) -> set[str]:
+        """The keys whose trials of the last `run` ran out of memory on a shared GPU: they have neither finished nor failed."""
+        return self.round.crowded_out
 
     def close(self, *, wait: bool = True) -> None:
         """End Tune and its workers; with `wait=False` trials that still run are cancelled."""
@@ -131,6 +138,8 @@ class RunningTune:
 def _trial(config: dict[str, Any]) -> None:
     try:
         cloudpickle.loads(config["item"].work)(_report)
+    except torch.OutOfMemoryError as error:
+        _report(OutOfGpuMemory(reason(error)))
     except NOT_RETRYABLE as error:
         _report(Failed(reason(error)))  # not raised, so that Tune does not retry
     release_memory()  # the process is reused, or shares its GPU with another trial
@@ -185,9 +194,12 @@ class _Round(Callback):
     """Follows the trials of one call of `RunningTune.run`, in Tune's thread, and forwards their events.
 
     `failed` has the reason, by key, of each trial that failed for good; `error` is the storage error that ended all.
+    `restarts` are those of a trial that runs again with a whole GPU, None where trials have whole GPUs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, restarts: int | None) -> None:
+        self.restarts = restarts
+        self.crowded_out = set[str]()
         self.on_event: OnEvent | None = None
         self.failed: dict[str, str] = {}
         self.error: StorageError | None = None
@@ -202,6 +214,7 @@ class _Round(Callback):
     def begin(self, keys: Mapping[str, object], on_event: OnEvent | None) -> None:
         self.on_event = on_event
         self.failed = {}
+        self.crowded_out = set()
         self._unfinished = set(keys)
 
     def wait(self) -> None:
@@ -248,6 +261,12 @@ class _Round(Callback):
 
     def _forward(self, trial: Any, event: Event) -> None:
         key = trial.config["item"].key
+        if isinstance(event, OutOfGpuMemory):
+            if self.restarts is None:
+                event = Failed(event.reason)
+            else:
+                self.crowded_out.add(key)
+                event = Retried(f"{event.reason}; next with a whole GPU", "", _node(trial), self.restarts)
         if isinstance(event, Failed):
             self.failed[key] = event.reason
         if self.on_event:

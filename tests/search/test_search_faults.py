@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
 from helpers.searching import json_files, search_task
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.cluster_utils import Cluster
@@ -21,7 +22,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError
 
 from minitron_platform.cluster import ray_session as local_ray
 from minitron_search import search
-from minitron_search.events import Progress, Retried, Started
+from minitron_search.events import Failed, Progress, Retried, Started
 from minitron_search.pool import Pool
 from minitron_search.trial import run_trial
 from minitron_search.trial_store import trial_key
@@ -179,6 +180,38 @@ def test_a_kill_for_memory_that_arrives_as_a_task_error_does_not_end_the_search(
     failures = pool.run(work, candidates, lambda architecture: (folder / trial_key(architecture)).exists())
     assert set(failures) == {killed}
     assert {path.name for path in folder.iterdir()} == {trial_key(architecture) for architecture in others}
+
+
+def test_a_candidate_without_room_on_a_shared_gpu_gets_one_to_itself(cluster, candidates, tmp_path):
+    small, large, largest = candidates[:3]
+
+    def work(architecture, report):
+        gpus = ray.get_runtime_context().get_assigned_resources()["GPU"]
+        (tmp_path / f"{trial_key(architecture)}-{gpus}").touch()
+        if architecture == largest or (architecture == large and gpus < 1):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has less.")
+
+    def done(architecture):
+        gpus = {small: 0.5, large: 1.0}.get(architecture)
+        return (tmp_path / f"{trial_key(architecture)}-{gpus}").exists()
+
+    node, events = cluster.add_node(num_cpus=2, num_gpus=1), []
+    try:
+        pool = Pool(
+            str(tmp_path / "tune"),
+            share={"CPU": 1, "GPU": 0.5},
+            max_failures=1,
+            on_event=lambda *event: events.append(event),
+        )
+        failures = pool.run(work, [small, large, largest], done)
+    finally:
+        cluster.remove_node(node)
+    assert set(failures) == {largest}
+    assert failures[largest].startswith("out of GPU memory: CUDA out of memory. Tried to allocate 2.00 GiB; lower")
+    again = {architecture: event for architecture, event in events if isinstance(event, Retried)}
+    assert set(again) == {large, largest}
+    assert again[large].reason.endswith("; next with a whole GPU")
+    assert [architecture for architecture, event in events if isinstance(event, Failed)] == [largest]
 
 
 def _kill_a_worker(cluster, pid):

@@ -10,7 +10,6 @@ from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Any
 
-import torch
 from ray._private.utils import estimate_available_memory, resolve_object_store_memory
 
 from minitron.device import DTYPES
@@ -27,6 +26,7 @@ from minitron_platform.cluster.room import (
 from minitron_platform.recipes.resources import ResolvedResources
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.teacher import Teacher
+from minitron_search.memory import release_memory
 
 
 class RayStart:
@@ -51,8 +51,7 @@ class RayStart:
 
         Raises InputError if the machine or the cluster does not have these resources.
         """
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # workers share this process's GPU, and earlier stages may have left memory reserved
+        release_memory()  # workers share this process's GPU, and the stage so far may have left memory reserved
         if self.resources is not None:
             return self.resources
         if joins_cluster(self.address):

@@ -194,6 +194,26 @@ def test_activation_checkpointing_computes_again_and_changes_nothing(material):
         replace(CONFIG, activation_checkpointing="some")
 
 
+def test_an_offloaded_optimizer_trains_the_same_and_goes_on_from_either(material, tmp_path):
+    offloaded = replace(CONFIG, optimizer="adamw-offload")
+    losses, student = distil(material)
+    own, same = distil(material, offloaded)
+    distil(material, CONFIG, checkpoints=str(tmp_path), key="k", until=6)
+    rest, resumed = distil(material, offloaded, checkpoints=str(tmp_path), key="k")
+    assert own == losses
+    assert rest == losses[6:]
+    for other in (same, resumed):
+        assert all(torch.equal(a, b) for a, b in zip(student.parameters(), other.parameters(), strict=True))
+    with pytest.raises(InputError, match="adamw-offload with shard"):
+        replace(offloaded, shard=True)
+
+
+def test_a_trained_student_takes_gradients_like_any_other_model(material):
+    _, student = distil(material, replace(CONFIG, steps=1))
+    student(input_ids=torch.zeros(1, 4, dtype=torch.int64)).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in student.parameters())
+
+
 def test_compiled_layers_learn_the_same(material):
     torch._dynamo.utils.counters.clear()
     options = {"targets": live_teacher(material), "losses": INTERMEDIATE, "channels": CHANNELS}

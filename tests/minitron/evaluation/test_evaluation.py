@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import random
 import socket
 import statistics
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +337,19 @@ def test_evaluate_leaves_no_trace_in_the_process(student, tokenizer, tmp_path, c
     assert caplog.text == ""
     assert not datasets.are_progress_bars_disabled()
     assert logging.getLogger("lm_eval").level != logging.ERROR
+
+
+def test_a_scored_model_is_freed_with_its_last_name(tokenizer, tmp_path):
+    documents = write_jsonl(tmp_path / "arc.jsonl", arc_documents(3))
+    model = tiny_model(1)
+    gc.disable()  # references alone must do: a cycle would keep the model on a GPU that others need
+    try:
+        evaluate(model, tokenizer, [Task("arc_easy", data=str(documents))])
+        left = weakref.ref(model)
+        del model
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_local_documents_need_no_network(student, tokenizer, tmp_path, monkeypatch):

@@ -1,0 +1,256 @@
+"""Memory of a GPU that a training needs, from architectures and settings alone: bytes, by what takes them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+from minitron.architecture import Architecture
+from minitron.distill.activations import FLOAT, backward_per_token, final_norm, kept_per_token
+from minitron.distill.config import ADAMW_OFFLOAD, DistillConfig
+from minitron.distill.losses import chunked, fused
+from minitron.logits import most_tokens
+
+CONTEXT = 1_500_000_000
+"""Of the CUDA context, the libraries' work spaces and NCCL."""
+STATE_BYTES = 16
+"""Of a parameter that is trained: float32 master weight, gradient and two moments."""
+NODE_SHARE = 0.4
+"""Of a GPU's memory, that a model which is split inside the node alone may take."""
+TeacherKept = Literal["head", "whole", "sharded"]
+"""What is on a GPU of the teacher: its head, with hidden states that are stored; all of it; or a part of its layers."""
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """Bytes of one GPU when a training step needs the most, by what takes them; and what starting and ending need."""
+
+    weights: int = 0
+    """Of the student, in the dtype that it computes in."""
+    masters: int = 0
+    """float32 master weights."""
+    moments: int = 0
+    """AdamW's two, float32."""
+    gradients: int = 0
+    """The float32 sums, and what a micro-batch adds to them."""
+    activations: int = 0
+    logits: int = 0
+    """The loss head: chunks of logits of both models, their gradient, and that of the head."""
+    teacher: int = 0
+    """Its weights, or its head and the hidden states of a micro-batch."""
+    source: int = 0
+    """The model that candidates are cut from, which a trial keeps for the next."""
+    communication: int = 0
+    """Layers that are gathered, and gradients on their way to those who hold the parts."""
+    context: int = CONTEXT
+    start: int = 0
+    """In all, while the models are loaded."""
+    end: int = 0
+    """In all, while the trained model is gathered."""
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Of a step, those that are not 0, the largest first."""
+        sizes = {name: size for name, size in asdict(self).items() if name not in ("start", "end") and size}
+        return dict(sorted(sizes.items(), key=lambda part: -part[1]))
+
+    @property
+    def step(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def peak(self) -> int:
+        return max(self.step, self.start, self.end)
+
+    def __str__(self) -> str:
+        """As in "38.1 GB: gradients 18.0, weights 9.0, ..."; the parts in GB."""
+        return f"{self.peak / 1e9:.1f} GB: " + ", ".join(f"{n} {size / 1e9:.1f}" for n, size in self.parts.items())
+
+
+def gpu_memory(
+    student: Architecture,
+    config: DistillConfig,
+    seq_length: int,
+    *,
+    teacher: Architecture | None = None,
+    teacher_kept: TeacherKept = "head",
+    source: Architecture | None = None,
+    processes: int = 1,
+    node_processes: int = 0,
+    gpu_bytes: int = 0,
+    value_bytes: int = 2,
+    trained: float = 1.0,
+    triton: bool = True,
+) -> GpuMemory:
+    """Bytes of each of `processes` GPUs that train `student` on rows of `seq_length` tokens.
+
+    config: its batch, micro-batch, shard, activation_checkpointing and optimizer count. teacher: what the student is compared
+    with, None for the next token alone; `teacher_kept` says what of it is on the GPU. source: another whole model beside.
+    node_processes, gpu_bytes: processes on each node and memory of a GPU, which decide where copies are split inside nodes
+    (see `parts_of`); by default all processes split one. value_bytes: of the dtype that models compute in.
+    trained: share of the parameters that is trained. triton: the loss on logits is the kernel's, which bfloat16 alone has.
+    The losses that compare layers are not counted, nor is compilation.
+    """
+    parts = parts_of(STATE_BYTES * student.num_parameters, processes, node_processes, gpu_bytes)
+    training = _Training(student, config, seq_length, processes, parts, value_bytes, trained)
+    tokens, state = training.tokens, training.state
+    if teacher is not None:
+        inside = value_bytes * teacher.num_layers * layer_parameters(teacher)
+        parts = parts_of(inside, processes, node_processes, gpu_bytes)
+        state = replace(state, teacher=_teacher(teacher, teacher_kept, tokens, parts, value_bytes))
+    if source is not None:
+        state = replace(state, source=source.num_parameters * value_bytes)
+    in_loss = replace(
+        state,
+        gradients=training.sums if training.micro_batches > 1 else 0,
+        activations=training.kept,
+        logits=_loss_head(student, teacher, tokens, value_bytes, triton and value_bytes == 2),
+        communication=training.gathered,
+    )
+    in_backward = replace(
+        in_loss,
+        logits=0,
+        activations=training.kept + training.in_layer,
+        communication=training.gathered + training.reduced,
+    )
+    at_the_end = replace(
+        state,
+        gradients=training.sums + (0 if training.split else value_bytes * training.embedding),
+        communication=training.gathered + training.reduced_last,
+    )
+    step = max(in_loss, in_backward, at_the_end, key=lambda memory: memory.step)
+    return replace(step, start=state.step, end=state.step)
+
+
+def parts_of(size: int, processes: int, node_processes: int, gpu_bytes: int) -> int:
+    """Over how many processes a model is split whose state takes `size` bytes: those of a node, each of which then has a copy
+    that little is sent of, where that leaves room on its GPUs; else all."""
+    several = 1 < node_processes < processes and processes % node_processes == 0
+    return node_processes if several and size / node_processes <= NODE_SHARE * gpu_bytes else processes
+
+
+@dataclass(frozen=True)
+class _Training:
+    student: Architecture
+    config: DistillConfig
+    seq_length: int
+    processes: int
+    parts: int
+    value_bytes: int
+    trained: float
+
+    @property
+    def split(self) -> bool:
+        return self.config.shard and self.processes > 1
+
+    @property
+    def state(self) -> GpuMemory:
+        """What is there from the first step to the last."""
+        parameters = self.student.num_parameters
+        mastered = 0 if self.config.optimizer == ADAMW_OFFLOAD else int(self.trained * FLOAT * parameters)
+        if self.split:  # sharded parameters are their own masters, trained or not
+            return GpuMemory(masters=FLOAT * parameters // self.parts, moments=2 * mastered // self.parts)
+        return GpuMemory(weights=self.value_bytes * parameters, masters=mastered, moments=2 * mastered)
+
+    @property
+    def rows(self) -> int:
+        """Of a micro-batch."""
+        return min(self.config.micro_batch_rows, self._own_rows)
+
+    @property
+    def micro_batches(self) -> int:
+        return -(-self._own_rows // self.rows)
+
+    @property
+    def _own_rows(self) -> int:
+        return -(-self.config.batch_rows // self.processes)
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.seq_length
+
+    @property
+    def sums(self) -> int:
+        """Of the gradients of all micro-batches."""
+        return int(self.trained * FLOAT * self.student.num_parameters) // (self.parts if self.split else 1)
+
+    @property
+    def kept(self) -> int:
+        """All activations, when the forward pass has ended."""
+        layer = kept_per_token(self.student, self.value_bytes, self.config.activation_checkpointing)
+        outside = final_norm(self.student, self.value_bytes)
+        return self.tokens * (self.student.num_layers * layer + outside)
+
+    @property
+    def in_layer(self) -> int:
+        """What the backward pass through one layer adds, with what it computes again."""
+        how, stream = self.config.activation_checkpointing, self.student.hidden_size * self.value_bytes
+        again = 0
+        if how != "none":
+            all_of_it = kept_per_token(self.student, self.value_bytes, "none")
+            again = all_of_it - kept_per_token(self.student, self.value_bytes, how) + stream
+        return self.tokens * (again + backward_per_token(self.student, self.value_bytes))
+
+    @property
+    def embedding(self) -> int:
+        """Number of values of the embedding, and of the head."""
+        return self.student.vocab_size * self.student.hidden_size
+
+    @property
+    def gathered(self) -> int:
+        """Of a student in parts: the head, and the layer that runs with the one after it."""
+        if not self.split:
+            return 0
+        return self.value_bytes * (self.embedding + 2 * layer_parameters(self.student))
+
+    @property
+    def reduced(self) -> int:
+        """Gradients of a layer and of the head before they are in parts."""
+        if not self.split:
+            return 0
+        layer = layer_parameters(self.student)
+        return self.value_bytes * (self.embedding + layer) + 2 * FLOAT * layer
+
+    @property
+    def reduced_last(self) -> int:
+        """Gradients of the embedding and the head."""
+        if not self.split:
+            return 0
+        return (2 * self.value_bytes + 2 * FLOAT) * self.embedding
+
+
+def _teacher(teacher: Architecture, kept: TeacherKept, tokens: int, parts: int, value_bytes: int) -> int:
+    head = teacher.vocab_size * teacher.hidden_size
+    states = tokens * (teacher.hidden_size * value_bytes + (FLOAT if kept == "head" else 0))
+    if kept == "head":
+        return head * value_bytes + states
+    if kept == "whole" or parts == 1:
+        return teacher.num_parameters * value_bytes + states
+    layer = layer_parameters(teacher)
+    inside = teacher.num_layers * layer
+    return value_bytes * (teacher.num_parameters - inside + inside // parts) + states
+
+
+def layer_parameters(architecture: Architecture) -> int:
+    """Number of parameters of one layer."""
+    deeper = replace(architecture, num_layers=architecture.num_layers + 1)
+    return deeper.num_parameters - architecture.num_parameters
+
+
+def _loss_head(
+    student: Architecture, teacher: Architecture | None, tokens: int, value_bytes: int, fused_loss: bool
+) -> int:
+    """The most that the loss on logits takes at once, with the gradients that it leaves."""
+    vocabulary, head = student.vocab_size, student.vocab_size * student.hidden_size
+    models, hidden = 2 if teacher else 1, tokens * student.hidden_size * value_bytes
+    if fused_loss:
+        chunk = min(tokens, most_tokens(vocabulary, "cuda", fused.CHUNK_TOKENS))
+        part = fused.gradient_tokens(tokens, vocabulary)
+        spaces = models * FLOAT * chunk * vocabulary + value_bytes * min(part, tokens) * vocabulary
+        if part >= tokens:
+            return hidden + value_bytes * head + spaces
+        return hidden + max(FLOAT * head + spaces, (FLOAT + value_bytes) * head)
+    chunk = min(tokens, most_tokens(vocabulary, "cuda", chunked.CHUNK_TOKENS["cuda"]))
+    spaces = max(models * FLOAT, FLOAT + (0 if value_bytes == FLOAT else value_bytes)) * chunk * vocabulary
+    product = value_bytes * head  # of a chunk, before it is added
+    return hidden + FLOAT * head + max(spaces + product, spaces + value_bytes * head)

@@ -1,0 +1,178 @@
+"""One micro-batch and one update of a real training on the meta device: nothing is computed, and the bytes that a GPU would
+hold are counted as storages come and go."""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from minitron.architecture import Architecture
+from minitron.distill import DistillConfig, LiveTeacher, Losses
+from minitron.distill.blocks import running_blocks
+from minitron.distill.losses import chunked, kernels
+from minitron.distill.losses.objective import Objective
+from minitron.distill.state import TrainingState
+from minitron.logits import Head
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operations inside have made and that are still there; `peaks` by the part that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive, self.part = 0, ""
+        self.peaks: dict[str, int] = defaultdict(int)
+        self._seen: dict[int, Any] = {}
+
+    def know(self, tensors: Any) -> int:
+        """Count storages that were made before; returns the bytes that this adds."""
+        before = self.alive
+        for tensor in tensors:
+            self._add(tensor)
+        return self.alive - before
+
+    def lap(self, part: str) -> None:
+        """As a stopwatch: what ran until now was `part`. The next part of a micro-batch begins."""
+        following = {"data": "teacher", "teacher": "student", "student": "loss", "loss": "backward"}
+        self.begin(following.get(part, ""))
+
+    def begin(self, part: str) -> None:
+        self.part = part
+        self.peaks[part] = max(self.peaks[part], self.alive)
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+
+        def gone(_: Any) -> None:
+            del self._seen[key]
+            self.alive -= size
+
+        self._seen[key] = weakref.ref(storage, gone)
+        self.alive += size
+        self.peaks[self.part] = max(self.peaks[self.part], self.alive)
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        if any(kind.__name__ == "DTensor" for kind in types):
+            return NotImplemented  # its local part is counted, not the whole
+        result = function(*arguments, **(named or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._add(leaf)
+        return result
+
+
+def _flash(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: Any = None, **_: Any) -> Any:
+    attention = torch.ops.aten._scaled_dot_product_flash_attention
+    out = attention(query, key, value, 0.0, True, False, scale=scaling)[0]
+    return out.transpose(1, 2).contiguous(), None
+
+
+chunked.CHUNK_TOKENS["meta"] = chunked.CHUNK_TOKENS["cpu"]
+
+
+def _plain(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: Any = None, **_: Any) -> Any:
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    weights = torch.softmax(query @ key.transpose(-1, -2) * scaling, -1)
+    return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+ALL_ATTENTION_FUNCTIONS.register("on_meta", _flash)
+ALL_ATTENTION_FUNCTIONS.register("plain", _plain)
+
+
+@contextmanager
+def like_cuda() -> Iterator[None]:
+    """Meta tensors take the branches of the code for CUDA; the kernel of the loss, which allocates nothing, is left out."""
+    before = kernels.logit_loss, torch.cuda.device_of
+
+    class Launch:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *arguments, **named: None
+
+    original = torch.Tensor.is_cuda
+    try:
+        torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment]
+        kernels.logit_loss, torch.cuda.device_of = Launch(), lambda tensor: nullcontext()
+        yield
+    finally:
+        torch.Tensor.is_cuda = original  # type: ignore[assignment]
+        kernels.logit_loss, torch.cuda.device_of = before
+
+
+def meta_model(family: str, device: str = "meta", attention: str = "on_meta", **sizes: Any) -> nn.Module:
+    """A bfloat16 model of a family's transformers config with these `sizes`."""
+    config = AutoConfig.for_model(family, max_position_embeddings=131_072, **sizes)
+    config.architectures = None
+    with torch.device(device):
+        made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
+    return made.eval()
+
+
+class Stored:
+    """Of a teacher whose hidden states are stored: its head, and those of the rows."""
+
+    def __init__(self, head: Head) -> None:
+        self.head = head
+
+    def batch(self, indices: Any, input_ids: Tensor) -> Any:
+        weight = self.head.weight
+        return {
+            "teacher_hidden": torch.empty(input_ids.numel(), weight.shape[1], dtype=weight.dtype, device=weight.device),
+            "teacher_head": self.head,
+            "teacher_log_sum_exp": torch.empty(input_ids.numel(), device=weight.device),
+        }
+
+    def prefetch(self, indices: Any) -> None:
+        pass
+
+
+def count_step(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    config: DistillConfig,
+    seq_length: int,
+    *,
+    live: bool = False,
+    micro_batches: int = 2,
+) -> LiveBytes:
+    """Two micro-batches by default and the update of `student` against `teacher`, None for the next token alone."""
+    counter = LiveBytes()
+    counter.begin("state")
+    counter.know(student.parameters())
+    targets: Any = None
+    losses = Losses() if teacher is not None else Losses(logits="none", cross_entropy=1.0)
+    if teacher is not None:
+        head = Head.of(teacher)
+        targets = LiveTeacher(teacher) if live else Stored(head)
+        counter.know(teacher.parameters() if live else [head.weight])
+    objective = Objective(student, targets, losses, None, counter)  # type: ignore[arg-type]
+    rows = config.micro_batch_rows
+    blocks = running_blocks(student, activation_checkpointing=config.activation_checkpointing, compiled=False)
+    with blocks, counter, TrainingState(objective.trained(), config) as state:
+        for _ in range(micro_batches):
+            tokens = torch.zeros(rows, seq_length, dtype=torch.int64, device=next(student.parameters()).device)
+            counter.lap("data")
+            loss, _ = objective([0] * rows, tokens)
+            loss.backward()
+            del loss
+        counter.begin("optimizer")
+        state.update(1e-4)
+    return counter
+
+
+def architecture(model: nn.Module) -> Architecture:
+    return Architecture.from_config(model.config)

@@ -1,0 +1,130 @@
+"""Memory of a GPU: what is said from shapes alone, beside the bytes of a real step counted on the meta device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.meta_step import architecture, count_step, like_cuda, meta_model
+from helpers.tiny import FAMILIES, OWN
+
+from minitron.architecture import Architecture
+from minitron.distill import DistillConfig
+from minitron.distill.gpu_memory import CONTEXT, gpu_memory
+
+HEADS: dict[str, Any] = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+UNTIED: dict[str, Any] = {"tie_word_embeddings": False}
+# family, then sizes
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-8b": (
+        "llama",
+        {"vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, **HEADS},
+    ),
+    "llama-4.5b": (
+        "llama",
+        {"vocab_size": 128_256, "hidden_size": 3072, "intermediate_size": 9216, "num_hidden_layers": 32, **HEADS},
+    ),
+    "nemo-12b": (
+        "mistral",
+        {"vocab_size": 131_072, "hidden_size": 5120, "intermediate_size": 14_336, "num_hidden_layers": 40, **HEADS},
+    ),
+    "nemo-8b": (
+        "mistral",
+        {"vocab_size": 131_072, "hidden_size": 4096, "intermediate_size": 11_520, "num_hidden_layers": 40, **HEADS},
+    ),
+    "llama-70b": (
+        "llama",
+        {
+            "vocab_size": 128_256,
+            "hidden_size": 8192,
+            "intermediate_size": 28_672,
+            "num_hidden_layers": 80,
+            **HEADS,
+            "num_attention_heads": 64,
+        },
+    ),
+    "llama-35b": (
+        "llama",
+        {
+            "vocab_size": 128_256,
+            "hidden_size": 6144,
+            "intermediate_size": 18_432,
+            "num_hidden_layers": 80,
+            **HEADS,
+            "num_attention_heads": 48,
+        },
+    ),
+}
+
+
+def named(name: str, layers: int) -> torch.nn.Module:
+    """Of the whole width, and so many layers: all are alike."""
+    family, sizes = MODELS[name]
+    return meta_model(family, sliding_window=None, **{**UNTIED, **sizes, "num_hidden_layers": layers})
+
+
+def config(rows: int, recompute: str, batch_rows: int = 1152) -> DistillConfig:
+    return DistillConfig(steps=1, batch_rows=batch_rows, micro_batch_rows=rows, activation_checkpointing=recompute)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "layers", "live", "rows", "recompute"),
+    [
+        ("llama-4.5b", "llama-8b", 32, False, 1, "full"),
+        ("llama-4.5b", "llama-8b", 6, True, 4, "selective"),
+        ("nemo-8b", "nemo-12b", 6, False, 4, "full"),
+        ("nemo-8b", "nemo-12b", 6, True, 1, "none"),
+        ("llama-35b", "llama-70b", 6, False, 1, "full"),
+    ],
+)
+def test_a_step_of_a_published_size_needs_what_is_counted(student, teacher, layers, live, rows, recompute):
+    settings = config(rows, recompute)
+    with like_cuda():
+        own, other = named(student, layers), named(teacher, layers)
+        counted = count_step(own, other, settings, 8192, live=live)
+    estimate = gpu_memory(
+        architecture(own), settings, 8192, teacher=architecture(other), teacher_kept="whole" if live else "head"
+    )
+    assert estimate.step - CONTEXT == pytest.approx(max(counted.peaks.values()), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("family", "recompute"),
+    [
+        *((family, "none") for family in FAMILIES),
+        *((family, "selective") for family in ("llama", "nemotron", "phi3", "qwen3_moe")),
+        *((family, "full") for family in ("llama", "nemotron", "gemma3_text", "mixtral")),
+    ],
+)
+def test_the_activations_of_every_family_are_those_that_its_layers_keep(family, recompute):
+    sizes = {**UNTIED, **OWN.get(family, {}), "vocab_size": 2048, "hidden_size": 512, "intermediate_size": 1408}
+    sizes |= {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "sliding_window": None}
+    if family == "gemma3_text":
+        sizes["sliding_window"] = 4096
+    if family == "qwen3_moe":
+        sizes["moe_intermediate_size"] = 1408
+    settings = config(4, recompute, batch_rows=4)
+    with like_cuda():
+        model = meta_model(family, num_hidden_layers=6, pad_token_id=0, eos_token_id=0, **sizes)
+        counted = count_step(model, None, settings, 4096, micro_batches=1)
+    estimate = gpu_memory(architecture(model), settings, 4096)
+    assert estimate.step - CONTEXT == pytest.approx(max(counted.peaks.values()), rel=0.08)
+
+
+def test_a_step_on_a_cpu_holds_what_is_counted_on_the_meta_device():
+    sizes = {"vocab_size": 3000, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    peaks = []
+    for device in ("meta", "cpu"):
+        student, teacher = (meta_model("llama", device=device, attention="plain", **sizes, **UNTIED) for _ in range(2))
+        peaks.append(count_step(student, teacher, config(2, "selective"), 256, live=True).peaks)
+    assert peaks[0] == peaks[1]
+
+
+def test_what_is_offloaded_or_split_is_not_counted():
+    student = Architecture(32, 3072, 9216, 32, 8, 128, 128_256, tied=False)
+    whole = gpu_memory(student, config(1, "full"), 8192)
+    offloaded = gpu_memory(student, DistillConfig(1, micro_batch_rows=1, optimizer="adamw-offload"), 8192)
+    assert (whole.masters, whole.moments) == (4 * student.num_parameters, 8 * student.num_parameters)
+    assert (offloaded.masters, offloaded.moments) == (0, 0)
