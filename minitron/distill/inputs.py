@@ -9,7 +9,7 @@ from torch import nn
 
 from minitron import storage
 from minitron.architecture import Architecture
-from minitron.data import Rows, Split
+from minitron.data import DocumentBoundaries, Rows, Split
 from minitron.device import DTYPES, device
 from minitron.distill.teacher.live import LiveTeacher, Targets
 from minitron.distill.teacher.stored import StoredTeacher, store_key
@@ -24,7 +24,7 @@ from minitron.pruning.source import PruningSource
 class DistillInputs:
     """Addresses of a teacher checkpoint, of packed rows, and of the teacher's stored targets on both splits: hidden states, or
     for the training rows with `top_k` the top-k tokens. teacher_id: hash of the teacher's weights. dtype: "bfloat16" or
-    "float32", in which models compute."""
+    "float32", in which models compute. separate_documents: whether teacher and students keep the documents of a row apart."""
 
     teacher: str
     teacher_id: str
@@ -33,6 +33,7 @@ class DistillInputs:
     train_targets: str
     heldout_targets: str
     top_k: int = 0
+    separate_documents: bool = False
 
     def load_teacher(self, target: torch.device | None = None) -> nn.Module:
         """The teacher on a device, by default the first GPU, or the CPU if there is none."""
@@ -47,7 +48,12 @@ class DistillInputs:
 
     def targets_key(self, split: Split) -> str:
         top_k = self.top_k if split == "train" else 0
-        return store_key(self.teacher_id, self.open_rows(split).fingerprint, self.dtype, top_k)
+        rows = self.open_rows(split).fingerprint
+        return store_key(self.teacher_id, rows, self.dtype, top_k, separate_documents=self.separate_documents)
+
+    def documents(self) -> DocumentBoundaries | None:
+        """How to tell the documents that are kept apart; None if they are not."""
+        return self.open_rows("train").boundaries if self.separate_documents else None
 
     def targets(self, teacher_head: Head) -> Targets:
         """What is stored of the train rows."""
@@ -79,4 +85,5 @@ class DistillInputs:
             tokens,
             teacher_hidden=lambda part: targets.hidden(range(part.start, part.stop), tokens[part]),
             teacher_head=teacher_head,
+            documents=self.documents(),
         )

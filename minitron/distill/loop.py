@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from minitron import storage
 from minitron.arguments import check_model, check_type
-from minitron.data import Rows, rows_for_step
+from minitron.data import DocumentBoundaries, Rows, rows_for_step
 from minitron.distill.blocks import running_blocks
 from minitron.distill.checkpoints import Checkpoints
 from minitron.distill.config import DistillConfig
@@ -44,6 +44,7 @@ def distill(
     *,
     losses: Losses = Losses(),  # noqa: B008 (frozen)
     channels: Tensor | None = None,
+    documents: DocumentBoundaries | None = None,
     checkpoints: str | None = None,
     key: str = "",
     before_commit: Callable[[], None] | None = None,
@@ -57,7 +58,8 @@ def distill(
 
     Only parameters that require a gradient are trained; working weights keep the student's dtype, master weights, AdamW's
     moments and the sums of gradients are float32. There is no dropout. `channels`, int64 [hidden_size], are the teacher's
-    channels that the student kept; the intermediate losses start from them. With torch.distributed initialised every
+    channels that the student kept; the intermediate losses start from them. With `documents`, such as `rows.boundaries`, the
+    student keeps the documents of a row apart, as `targets` has to do. With torch.distributed initialised every
     process takes its share of each global batch and the gradients are summed. With `checkpoints`, the state is saved there
     every `checkpoint_every` steps and the newest good one under `key` is resumed; the training curve is kept with them (see
     `read_curve`). `before_commit` is called in process 0 before each checkpoint and may raise a MinitronError that forbids
@@ -65,9 +67,10 @@ def distill(
     the student, in every process, every `evaluate_every` steps and after those in `evaluate_at`, before that step's
     checkpoint; the random state is put back after it. With `until`, stops after that step of the same schedule and saves it,
     so that a later call goes on from there.
-    Raises InputError for targets that do not suffice for `losses`, and NonFiniteError, naming the step and its rows, when
-    the loss or the gradient is not finite in more than `max_skipped_steps` steps. These steps are logged, in `checkpoints`
-    as `nonfinite-STEP.json` as well; they update nothing and are not reported.
+    Raises InputError for targets that do not suffice for `losses` and for a live teacher that keeps other documents apart, and
+    NonFiniteError, naming the step and its rows, when the loss or the gradient is not finite in more than
+    `max_skipped_steps` steps. These steps are logged, in `checkpoints` as `nonfinite-STEP.json` as well; they update nothing
+    and are not reported.
     """
     check_model("student", student)
     if not hasattr(rows, "take") or not hasattr(rows, "seq_length"):  # a tensor, or the folder's path
@@ -83,7 +86,7 @@ def distill(
         working = stack.enter_context(working_copy(student)) if sharded else student
         # a step depends on weights and rows alone: no dropout, no noise on routers
         stack.enter_context(evaluating(working))
-        objective = Objective(working, targets, losses, channels, watch)
+        objective = Objective(working, targets, losses, channels, watch, documents)
         stack.enter_context(
             running_blocks(
                 working,

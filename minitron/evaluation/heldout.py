@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from minitron.data import DocumentBoundaries
 from minitron.errors import InputError, NonFiniteError
 from minitron.evaluation.mode import evaluating
 from minitron.logits import CHUNK_TOKENS, Head, cache_slices, log_softmax_, tokens_per_chunk
@@ -41,9 +42,10 @@ class TeacherTargets(TypedDict):
 
     teacher_hidden: Callable[[slice], Tensor]
     teacher_head: Head
+    documents: DocumentBoundaries | None
 
 
-def teacher_targets(teacher_model: Any, rows: Tensor) -> TeacherTargets:
+def teacher_targets(teacher_model: Any, rows: Tensor, documents: DocumentBoundaries | None = None) -> TeacherTargets:
     """A live teacher's targets for `rows`: `heldout_metrics(student, rows, **teacher_targets(teacher, rows))`.
 
     Hidden states [n, seq_length, hidden] are computed when asked for, in the teacher's dtype and on its device.
@@ -52,9 +54,9 @@ def teacher_targets(teacher_model: Any, rows: Tensor) -> TeacherTargets:
 
     def hidden(which: slice) -> Tensor:
         with torch.inference_mode(), evaluating(teacher_model):
-            return final_hidden(teacher_model, rows[which].to(head.weight.device))
+            return final_hidden(teacher_model, rows[which].to(head.weight.device), documents)
 
-    return {"teacher_hidden": hidden, "teacher_head": head}
+    return {"teacher_hidden": hidden, "teacher_head": head, "documents": documents}
 
 
 def heldout_metrics(
@@ -63,6 +65,7 @@ def heldout_metrics(
     *,
     teacher_hidden: Callable[[slice], Tensor] | None = None,
     teacher_head: Head | None = None,
+    documents: DocumentBoundaries | None = None,
     batch_rows: int = 4,
     chunk_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -74,6 +77,7 @@ def heldout_metrics(
     `chunk_tokens` x vocabulary logits exist at a time, once for each model; by default 512 tokens', fewer where the
     vocabulary is so large that they would take more than 128 MiB (on a GPU 512). `progress(done, total)` counts rows.
 
+    With `documents` the rows' documents do not see each other; the teacher has to have seen them in the same way.
     The model's training mode and the global random state are left as they were.
     Raises InputError for rows or a head that do not fit the model, NonFiniteError naming the first row whose loss or KL
     is NaN or infinite.
@@ -96,7 +100,7 @@ def heldout_metrics(
         for start in range(0, num_rows, batch_rows):
             which = slice(start, min(start + batch_rows, num_rows))
             ids = rows[which].to(device)
-            hidden = final_hidden(model, ids)[:, :-1].flatten(0, 1)
+            hidden = final_hidden(model, ids, documents)[:, :-1].flatten(0, 1)
             targets = ids[:, 1:].flatten()
             other = None if teacher_hidden is None else _teacher_batch(teacher_hidden, which, seq_length, device)
             loss, kl = [], []

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minitron.architecture import Architecture
+from minitron.data import DocumentBoundaries
 from minitron.importance.aggregate import OverBatch, over_sequence
 from minitron.importance.experts import routed
 from minitron.importance.similarity import cosine_sums
@@ -22,14 +23,22 @@ class Collector:
     activation function. Call `remove` to take the hooks off again.
     """
 
-    def __init__(self, model: nn.Module, batch: str, sequence: str, *, pre_activation: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: str,
+        sequence: str,
+        *,
+        pre_activation: bool,
+        documents: DocumentBoundaries | None = None,
+    ) -> None:
         architecture = Architecture.from_config(model.config)
         layers = layers_of(model)
         table = architecture.table
         device = next(model.parameters()).device
         count = len(layers)
         width = architecture.intermediate_size
-        self.model = model
+        self.model, self.documents = model, documents
         self.sequence = sequence
         self.pre_activation = pre_activation
         self.head_shape = (architecture.num_heads, architecture.head_dim)
@@ -60,7 +69,7 @@ class Collector:
         """Run the model on rows, int64 [n, seq_length], on the model's device, and add what the hooks measure."""
         self.stream.clear()
         self.shape = batch.shape
-        final_hidden(self.model, batch)
+        final_hidden(self.model, batch, self.documents)
         self.cosines += cosine_sums(self.stream)
         self.stream.clear()
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minitron.arguments import check_model, check_rows, check_type
+from minitron.data import DocumentBoundaries
 from minitron.errors import InputError
 from minitron.evaluation.mode import evaluating
 from minitron.importance.aggregate import AGGREGATIONS
@@ -32,6 +33,7 @@ def estimate_importance(
     layers: LayerScoring | Sequence[LayerScoring] = (),
     tokenizer: Any = None,
     add_bos: bool | None = None,
+    documents: DocumentBoundaries | None = None,
     batch_rows: int | None = None,
     progress: Progress | None = None,
 ) -> ImportanceScores:
@@ -45,7 +47,7 @@ def estimate_importance(
     (summed over the norms), experts by the L2 norm of their output times its router weight, layers by the cosine of the
     residual stream before and after. Tokens not routed to an expert count as zero for it and its neurons. `layers` adds
     further measurements of layers; its metric "task" needs `tokenizer`, and `add_bos` decides whether its requests start
-    with BOS (see `minitron.evaluation.evaluate`).
+    with BOS (see `minitron.evaluation.evaluate`). With `documents` the documents of a row do not see each other.
 
     Memory beside the model, with L layers of hidden size d: the residual stream of one batch at every depth, (L + 1) x tokens
     x d values in the model's dtype, a few times the widest activation of a batch in float32, and the float32 logits of 512
@@ -86,7 +88,9 @@ def estimate_importance(
 
     removal: dict[str, dict[int, Tensor]] = {}
     orders: dict[str, dict[int, list[int]]] = {}
-    collector = Collector(model, batch_aggregation, sequence_aggregation, pre_activation=neurons == "pre")
+    collector = Collector(
+        model, batch_aggregation, sequence_aggregation, pre_activation=neurons == "pre", documents=documents
+    )
     try:
         with torch.no_grad(), evaluating(model):
             for batch in own_batches(rows, batch_rows):
@@ -95,7 +99,14 @@ def estimate_importance(
             collector.remove()
             for scoring in scorings:
                 blocks, order = score_layers(
-                    model, rows, scoring, tokenizer=tokenizer, add_bos=add_bos, batch_rows=batch_rows, advance=advance
+                    model,
+                    rows,
+                    scoring,
+                    tokenizer=tokenizer,
+                    add_bos=add_bos,
+                    documents=documents,
+                    batch_rows=batch_rows,
+                    advance=advance,
                 )
                 removal.setdefault(scoring.key, {}).update(blocks)
                 if order:
@@ -116,6 +127,7 @@ def estimate_importance(
             "batch_aggregation": batch_aggregation,
             "sequence_aggregation": sequence_aggregation,
             "neurons": neurons,
+            **({"documents": "separate"} if documents else {}),
             "layers": [scoring.to_dict() for scoring in scorings],
         },
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from minitron.data import DocumentBoundaries
 from minitron.errors import InputError
 from minitron.importance.distributed import own_share, sum_over_processes
 from minitron.importance.removal import ROW_METRICS, removal_scores
@@ -105,6 +106,7 @@ def score_layers(
     *,
     tokenizer: Any = None,
     add_bos: bool | None = None,
+    documents: DocumentBoundaries | None = None,
     batch_rows: int,
     advance: Advance,
 ) -> tuple[dict[int, Tensor], list[int]]:
@@ -118,7 +120,13 @@ def score_layers(
         _task_measure(model, tokenizer, add_bos, scoring.task, advance)
         if scoring.task
         else partial(
-            removal_scores, model, rows[: scoring.rows], scoring.metric, batch_rows=batch_rows, advance=advance
+            removal_scores,
+            model,
+            rows[: scoring.rows],
+            scoring.metric,
+            documents=documents,
+            batch_rows=batch_rows,
+            advance=advance,
         )
     )
     # the cosines of the whole model are already measured

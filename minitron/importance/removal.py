@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from minitron.data import DocumentBoundaries
 from minitron.families import family_of
 from minitron.importance.distributed import own_batches, sum_over_processes
 from minitron.importance.similarity import cosine_sums
@@ -28,6 +29,7 @@ def removal_scores(
     kept: Sequence[int],
     sizes: Sequence[int],
     *,
+    documents: DocumentBoundaries | None,
     batch_rows: int,
     advance: Callable[[int], None],
 ) -> dict[int, Tensor]:
@@ -47,7 +49,7 @@ def removal_scores(
     unchanged = next((position for position, index in enumerate(kept) if position != index), len(kept))
     for batch in own_batches(rows, batch_rows):
         batch = batch.to(device)
-        stream, arguments, whole = _record(model, layers, norm, batch)
+        stream, arguments, whole = _record(model, layers, norm, batch, documents)
         stream = stream[: unchanged + 1]
         for index in kept[unchanged:]:
             stream.append(layers[index](stream[-1], **arguments[index]))
@@ -75,7 +77,7 @@ def removal_scores(
 
 
 def _record(
-    model: nn.Module, layers: nn.ModuleList, norm: nn.Module, batch: Tensor
+    model: nn.Module, layers: nn.ModuleList, norm: nn.Module, batch: Tensor, documents: DocumentBoundaries | None
 ) -> tuple[list[Tensor], list[dict[str, Any]], Tensor]:
     """(residual stream before every layer and after the last, keyword arguments of every layer, final hidden states)."""
     stream: list[Tensor] = []
@@ -87,7 +89,7 @@ def _record(
 
     handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in (*layers, norm)]
     try:
-        final = final_hidden(model, batch)
+        final = final_hidden(model, batch, documents)
     finally:
         for handle in handles:
             handle.remove()

@@ -33,6 +33,8 @@ class Recalibration:
     batch_aggregation: str
     sequence_aggregation: str
     neurons: str
+    separate_documents: bool = False
+    """Whether the documents of a row are kept apart."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class PruningSource:
             sequence_aggregation=recalibration.sequence_aggregation,
             neurons=recalibration.neurons,
             merge_heads=self.merge_heads,
+            documents=rows.boundaries if recalibration.separate_documents else None,
         )
 
     def _scores(self) -> ImportanceScores:

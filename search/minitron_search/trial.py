@@ -103,6 +103,7 @@ def train(task: SearchTask, architecture: Architecture, report: Report, *, until
         materials.open_rows("train"),
         task.config,
         losses=task.losses,
+        documents=materials.documents(),
         checkpoints=checkpoints(task.folder, architecture),
         key=trial_key(architecture),
         report=lambda step: report(Progress(step.step, step.metrics())),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from minitron.data import DocumentBoundaries
 from minitron.distill.losses import Losses
 from minitron.distill.losses.divergences import IGNORED
 from minitron.distill.losses.intermediate import IntermediateLosses, dynamic_alpha, recorded
@@ -22,7 +23,8 @@ from minitron.models import final_hidden, head_of
 class Objective(nn.Module):
     """The losses of `student` against `targets`, which may be None where none of them compares with a teacher.
 
-    Raises InputError for a missing teacher, and for a stored one where the losses need more than its final hidden states.
+    With `documents` the student keeps the documents of a row apart. Raises InputError for a missing teacher, for a stored one
+    where the losses need more than its final hidden states, and for a live one that keeps other documents apart.
     """
 
     def __init__(
@@ -32,13 +34,20 @@ class Objective(nn.Module):
         losses: Losses,
         channels: Tensor | None = None,
         watch: Stopwatch | None = None,
+        documents: DocumentBoundaries | None = None,
     ) -> None:
         super().__init__()
         self.student, self.targets, self.losses = student, targets if losses.needs_teacher else None, losses
+        self.documents = documents
         self.watch = watch or Stopwatch(head_of(student).device)
         self.intermediate: IntermediateLosses | None = None
         if losses.needs_teacher and targets is None:
             raise InputError("targets: none, and the losses compare with a teacher", "give it, or use logits: none")
+        if isinstance(targets, LiveTeacher) and targets.documents != documents:
+            raise InputError(
+                f"documents: the teacher keeps {_apart(targets.documents)} apart, the student {_apart(documents)}",
+                "give both the same, such as the rows' `boundaries`",
+            )
         if losses.needs_live_teacher:
             if not isinstance(targets, LiveTeacher):
                 raise InputError(
@@ -62,7 +71,7 @@ class Objective(nn.Module):
         self.watch.lap("teacher")
         modules = self.intermediate.student_modules if self.intermediate else ()
         with recorded(self.student, modules) as outputs:
-            hidden = final_hidden(self.student, tokens)
+            hidden = final_hidden(self.student, tokens, self.documents)
         self.watch.lap("student")
         logits = linear_logit_loss(
             hidden.flatten(0, 1),
@@ -90,3 +99,7 @@ class Objective(nn.Module):
         assert isinstance(self.targets, LiveTeacher)
         with recorded(self.targets.model, self.intermediate.teacher_modules) as outputs:
             return self.targets.batch(indices, tokens), outputs
+
+
+def _apart(documents: DocumentBoundaries | None) -> str:
+    return "none" if documents is None else f"those that end with token {documents.end}"

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from minitron.data import DocumentBoundaries
 from minitron.distill.sharding import shard_teacher_
 from minitron.logits import Head
 from minitron.models import final_hidden
@@ -53,7 +54,15 @@ class LiveTeacher:
     only fit into main memory.
     """
 
-    def __init__(self, model: nn.Module, *, shard: bool = False, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        documents: DocumentBoundaries | None = None,
+        shard: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
+        self.documents = documents
         self.model = model.eval().requires_grad_(False)
         self.sharded = shard and dist.is_initialized() and dist.get_world_size() > 1
         if self.sharded:
@@ -71,4 +80,4 @@ class LiveTeacher:
     @torch.no_grad()
     def hidden(self, indices: Sequence[int], input_ids: Tensor) -> Tensor:
         """Final hidden states [n, seq_length, hidden] of these tokens."""
-        return final_hidden(self.model, input_ids)
+        return final_hidden(self.model, input_ids, self.documents)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minitron import storage
-from minitron.data import Rows
+from minitron.data import DocumentBoundaries, Rows
 from minitron.distill.teacher.live import TeacherBatch
 from minitron.distill.teacher.shards import Compute, Shards, Writing, write_shards
 from minitron.errors import StorageError
@@ -59,10 +59,11 @@ class StoredTeacher:
         return stored
 
 
-def store_key(teacher_id: str, rows: str, dtype: str, top_k: int = 0) -> str:
+def store_key(teacher_id: str, rows: str, dtype: str, top_k: int = 0, *, separate_documents: bool = False) -> str:
     """The name of what is stored of one teacher's weights on one set of rows in one dtype: hidden states, or with `top_k`
     the most likely tokens."""
-    return storage.fingerprint({"teacher": teacher_id, "rows": rows, "dtype": dtype, "top_k": top_k, "format": 2})
+    content = {"teacher": teacher_id, "rows": rows, "dtype": dtype, "top_k": top_k, "format": 2}
+    return storage.fingerprint(content | ({"documents": "separate"} if separate_documents else {}))
 
 
 def stored_bytes(num_rows: int, seq_length: int, hidden_size: int, value_bytes: int, top_k: int = 0) -> int:
@@ -77,13 +78,15 @@ def store_hidden(
     folder: str,
     *,
     key: str,
+    documents: DocumentBoundaries | None = None,
     **how: Unpack[Writing],
 ) -> int:
     """Write the hidden states of every row, and the log-sum-exp of their logits, float32 [rows, seq_length], in shards of 64
     rows; returns how many rows the teacher was run on here, now.
 
     Shards that are already there are kept, so a killed run goes on where it was. `load_teacher` is called only if
-    something is missing. `Writing` says how: which rows, by how many processes.
+    something is missing. With `documents` the teacher keeps the documents of a row apart; `key` has to say so. `Writing`
+    says how: which rows, by how many processes.
     Raises StorageError for a folder that holds something else, and before writing, with the bytes needed and the rows that
     fit, when the disk is too small.
     """
@@ -93,7 +96,7 @@ def store_hidden(
         head = Head.of(model)
 
         def compute(input_ids: Tensor) -> dict[str, Tensor]:
-            hidden = final_hidden(model, input_ids)
+            hidden = final_hidden(model, input_ids, documents)
             return {"hidden": hidden, "log_sum_exp": log_sum_exp(head, hidden)}
 
         return model, compute

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from torch import Tensor, nn
 
-from minitron.data import Rows
+from minitron.data import DocumentBoundaries, Rows
 from minitron.distill.teacher.live import TeacherBatch, TopK
 from minitron.distill.teacher.shards import Compute, Shards, Writing, write_shards
 from minitron.errors import InputError, StorageError
@@ -67,6 +67,7 @@ def store_top_k(
     k: int,
     *,
     key: str,
+    documents: DocumentBoundaries | None = None,
     **how: Unpack[Writing],
 ) -> int:
     """Write the `k` most likely next tokens, int32, and their log-probabilities, float32, both [rows, seq_length, k] and the
@@ -82,7 +83,7 @@ def store_top_k(
             raise InputError(f"k: {k} of a vocabulary of {len(head.weight)}", "store 1 token or more, up to all")
 
         def compute(input_ids: Tensor) -> dict[str, Tensor]:
-            hidden = final_hidden(model, input_ids)
+            hidden = final_hidden(model, input_ids, documents)
             parts = [log_softmax_(logits).topk(k) for logits in head.chunks(hidden.flatten(0, 1))]
             shape = (*input_ids.shape, k)
             return {

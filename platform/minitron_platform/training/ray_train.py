@@ -243,6 +243,7 @@ def _worker(config: dict[str, Any]) -> MinitronError | None:
                 task.config,
                 losses=task.losses,
                 channels=task.channels,
+                documents=task.materials.documents(),
                 checkpoints=task.checkpoints,
                 key=task.key,
                 before_commit=task.check_fences,
@@ -286,7 +287,7 @@ def _start(task: TrainTask) -> tuple[nn.Module, Targets | None, Head | None]:
         shard = not fits_beside(teacher_bytes, student, shard=task.config.shard)
     else:
         shard = task.teacher == "sharded"
-    teacher = LiveTeacher(model, shard=shard, device=device())
+    teacher = LiveTeacher(model, documents=inputs.documents(), shard=shard, device=device())
     return student, teacher, teacher.head
 
 
@@ -295,7 +296,7 @@ def _heldout_metrics(task: TrainTask, model: nn.Module, head: Head | None) -> di
     last two only if there is a teacher."""
     if head is None:
         rows = task.materials.open_rows("heldout")
-        metrics = heldout_metrics(model, rows.take(range(len(rows))))
+        metrics = heldout_metrics(model, rows.take(range(len(rows))), documents=task.materials.documents())
     else:
         metrics = task.materials.heldout(model, head)
     values = {"loss": metrics.loss, "kl": metrics.kl, "top1_agreement": metrics.top1_agreement}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import tiny
+from helpers.documents import DOCUMENTS, one_by_one, packed
 from helpers.largest_storage import LargestStorage
 from torch._dynamo.backends.debugging import aot_eager
 from torch.nn import functional
@@ -13,14 +14,12 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from minitron.attention import interface, row_arguments, use_own_attention
 from minitron.attention.masks import block_mask, dense_mask, visible
-from minitron.data.boundaries import DocumentBoundaries
 from minitron.distill.blocks import running_blocks
 from minitron.errors import InputError
 from minitron.models import final_hidden
 
 WINDOW = {name: {"sliding_window": 5} for name in ("mistral", "phi3", "mixtral", "qwen3_moe")}
 WINDOW["qwen2"] = WINDOW["qwen3"] = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
-DOCUMENTS = DocumentBoundaries(7)
 
 
 @pytest.fixture
@@ -31,24 +30,6 @@ def flex_on_cpu(monkeypatch):
 
 def model_of(family, **changes):
     return tiny.model(family, **{"num_hidden_layers": 2, **WINDOW.get(family, {}), **changes})
-
-
-def packed(count=2, seq_length=24, seed=1):
-    """Rows of several documents each, some of one token."""
-    rows = tiny.rows(count, seq_length, seed=seed)
-    rows[rows == DOCUMENTS.end] = 8
-    rows[:, [5, 6, 15 + seed]] = DOCUMENTS.end
-    return rows
-
-
-def one_by_one(model, rows):
-    """Final hidden states of each document run by itself, with transformers' own masks."""
-    states = []
-    for row in rows:
-        ends = [i + 1 for i, token in enumerate(row.tolist()) if token == DOCUMENTS.end]
-        parts = row.tensor_split([end for end in ends if end < len(row)])
-        states.append(torch.cat([model.get_decoder()(part[None]).last_hidden_state[0] for part in parts]))
-    return torch.stack(states)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

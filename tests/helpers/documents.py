@@ -1,0 +1,28 @@
+"""Rows of several documents, and each document run by itself."""
+
+from __future__ import annotations
+
+import torch
+from helpers import tiny
+
+from minitron.data import DocumentBoundaries
+
+DOCUMENTS = DocumentBoundaries(7)
+
+
+def packed(count=2, seq_length=24, seed=1):
+    """Rows of several documents each, some of one token."""
+    rows = tiny.rows(count, seq_length, seed=seed)
+    rows[rows == DOCUMENTS.end] = 8
+    rows[:, [5, 6, 15 + seed]] = DOCUMENTS.end
+    return rows
+
+
+def one_by_one(model, rows):
+    """Final hidden states of each document run by itself, with transformers' own masks."""
+    states = []
+    for row in rows:
+        ends = [i + 1 for i, token in enumerate(row.tolist()) if token == DOCUMENTS.end]
+        parts = row.tensor_split([end for end in ends if end < len(row)])
+        states.append(torch.cat([model.get_decoder()(part[None]).last_hidden_state[0] for part in parts]))
+    return torch.stack(states)
