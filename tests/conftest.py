@@ -12,13 +12,13 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
-    OMP_NUM_THREADS="1",  # tiny models gain nothing from more, and lose a lot where processes share the cores
+    OMP_NUM_THREADS="1",  # more threads do not help tiny models and slow down processes that share the cores
 )
 
 
 @pytest.fixture
 def free_port():
-    """A function that gives a loopback port nobody listens on."""
+    """A function that returns a free port of the loopback address."""
 
     def find() -> int:
         with socket.socket() as listener:
@@ -46,7 +46,7 @@ def material(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory):
-    """MLflow takes seconds to make its tables; once is enough. Copy it."""
+    """A database with MLflow's tables, to be copied: creating them takes seconds."""
     from minitron_platform.tracking.flusher import create_database
 
     file = tmp_path_factory.mktemp("store") / "mlflow.db"

@@ -1,4 +1,4 @@
-"""One of several processes that calibrate the same models: BENCH FOLDER RANK WORLD -> FOLDER/NAME.RANKofWORLD."""
+"""Calibrate models in one of several processes: BENCH FOLDER RANK WORLD -> FOLDER/NAME.RANKofWORLD."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`minitron` as a user types it, in a process of its own or in this one."""
+"""The command `minitron`, in a process of its own or in this one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment():
-    """That of a shell that has set nothing for Minitron, MLflow or Ray."""
+    """The environment without settings of Minitron, MLflow and Ray."""
     paths = [str(ROOT / part) for part in (".", "platform", "search")]
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MINITRON_", "MLFLOW_TRACKING", "RAY_ADDRESS"))}
     return {**kept, "PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200"}
@@ -33,7 +33,7 @@ def run_minitron(*arguments, cwd, timeout=500):
 
 
 def minitron_here(*arguments, cwd):
-    """As `run_minitron`, without the seconds for which a new process imports: for what is said rather than how it ends."""
+    """Like `run_minitron` but in this process, which saves the seconds of the imports: for tests of the output."""
     from minitron_platform.cli.commands import main
 
     with contextlib.chdir(cwd), mock.patch.dict(os.environ, environment(), clear=True):

@@ -1,4 +1,4 @@
-"""A small trained teacher, and students of it that tests distil."""
+"""A small trained teacher, and the distillation of students that are pruned from it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from minitron.logits import Head
 from minitron.models import load_model, load_tokenizer
 
 CONFIG = DistillConfig(steps=12, batch_rows=4, micro_batch_rows=2, peak_lr=2e-3, min_lr=1e-4, warmup_steps=2)
-# every loss there is, through one projection that is trained with the student
+# all intermediate losses, which share one projection that is trained with the student
 CHANNELS = torch.arange(36)
 INTERMEDIATE = Losses(
     cross_entropy=0.2, hidden=("last-2:last-2",), embedding=True, mlp_input=("1:1",), attention=("2:2",)
@@ -23,7 +23,7 @@ INTERMEDIATE = Losses(
 
 
 def make_material(folder: Path) -> Path:
-    """A trained teacher, its rows, its stored hidden states and its scores, in `folder`."""
+    """Write a trained teacher, its rows, its stored hidden states and its importance scores to `folder`."""
     teacher = tiny.checkpoint(folder / "teacher")
     source = TextSource("jsonl", path=str(tiny.corpus(folder / "text.jsonl")))
     rows = pack(source, load_tokenizer(teacher), str(folder / "rows"), seq_length=32, train_rows=80, heldout_rows=8)
@@ -53,7 +53,7 @@ def live_teacher(folder):
 
 
 def distil(folder, config=CONFIG, targets=None, **options):
-    """The loss of each step, and the student."""
+    """Distil a student; returns the loss of each step and the student."""
     losses = []
     student = distill(
         pruned_student(folder),

@@ -1,4 +1,4 @@
-"""A byte-level tokenizer, random models and documents of a benchmark."""
+"""A byte-level tokenizer, random models, and documents for benchmarks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def tiny_model(seed: int, **changes: Any) -> LlamaForCausalLM:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
-        "initializer_range": 0.3,  # far from uniform, so that choices differ clearly
+        "initializer_range": 0.3,  # large, so that choices differ clearly
         "tie_word_embeddings": False,
         "attention_dropout": 0.5,
     }

@@ -1,8 +1,8 @@
-"""Errors of the fused loss on logits against float64, for every kind of loss that it knows, as JSON.
+"""Print the errors of the fused logit loss compared with float64, for every kind of loss, as JSON.
 
     python -m helpers.fused_cases     on the GPU, or on a CPU with TRITON_INTERPRET=1
 
-Everything is float32: Triton's interpreter rounds to bf16 otherwise than a GPU does.
+Everything is float32, because Triton's interpreter rounds to bfloat16 differently from a GPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 
 VOCABULARY, WIDTH, TEACHER_WIDTH = 301, 24, 40
-BLOCK = 128  # the vocabulary takes three, the last of them not whole
+BLOCK = 128  # the vocabulary needs three blocks, of which the last is not full
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class Case:
     scale: float = 1.0
     tokens: int = 5
     close: bool = False
-    """The student's hidden states are almost the teacher's."""
+    """Whether the student's hidden states almost equal the teacher's."""
     known: bool = False
-    """The log-sum-exp of the teacher's logits is given."""
+    """Whether the log-sum-exp of the teacher's logits is given."""
     stored: int = 0
-    """Of how many tokens the teacher is known, instead of its hidden states."""
+    """Number of top-k tokens that are stored instead of the teacher's hidden states; 0 for hidden states."""
 
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon", "mse", "cosine")
@@ -53,7 +53,7 @@ CASES = dict(_cases())
 
 
 def errors(case, device):
-    """Relative errors |x - x64| / |x64| of what a case gives."""
+    """Relative errors |x - x64| / |x64| of the losses and gradients of a case, by name."""
     import torch
     from helpers.loss_reference import dense, reference
 

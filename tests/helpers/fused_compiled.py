@@ -1,4 +1,4 @@
-"""Compile the kernel of the fused loss for an H100, which needs no GPU: for every divergence, with all that it can do."""
+"""Compile the kernel of the fused loss for an H100, without a GPU, for every divergence and with every option."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BEST = {"best_log_probs": "*fp32", "best_tokens": "*i32"}
 
 
 def compiled(divergence, **teacher):
-    """Bytes of the machine code."""
+    """Compile one variant; returns the size of the machine code in bytes."""
     types = TYPES | teacher
     constants = {"DIVERGENCE": divergence, "TEMPERED": True, "BLOCK": fused.BLOCK, "BEST_BLOCK": 64}
     constants |= dict.fromkeys((TEACHER | BEST).keys() - types)

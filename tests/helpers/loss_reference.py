@@ -1,4 +1,4 @@
-"""The losses on logits as they are defined, in float64 with autograd, on whole logits."""
+"""The logit losses by definition: in float64, with autograd, on full logits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def dense(hidden, head):
 
 
 def divergence(name, student, teacher):
-    """Of each row, between the softmax probabilities of logits [N, V]."""
+    """Divergence float64 [N] between the softmax probabilities of logits [N, V]."""
     p, q = teacher.softmax(-1), student.softmax(-1)
     middle = (p + q) / 2
     values = {
@@ -27,7 +27,7 @@ def divergence(name, student, teacher):
 
 
 def reference(hs, student_head, ht, teacher_head, losses, labels=None):
-    """(loss, divergence of each token) of `linear_logit_loss`."""
+    """The loss and the divergences [N] that `linear_logit_loss` should give."""
     student, teacher = dense(hs, student_head), dense(ht, teacher_head)
     total, each = 0.0, torch.zeros(len(hs), dtype=torch.float64, device=hs.device)
     if losses.logits != "none":

@@ -1,8 +1,8 @@
-"""The original model with units silenced instead of removed: the reference that slicing is held against.
+"""The original model with units masked instead of removed: the reference for slicing.
 
-Written from the definition, without the project's tables: a removed neuron or head gives its output projection zero, a
-removed expert's router logit is minus infinity, a removed layer is the identity, a removed channel is zero in the residual
-stream, and norms see the kept channels only.
+Written from the definition, without the project's family tables: the input of the output projection is zero for a removed
+neuron or head, the router logit of a removed expert is minus infinity, a removed layer is skipped, a removed channel is zero in
+the residual stream, and norms use the kept channels only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from minitron.pruning.selection import Selection
 
 
 def masked(model: nn.Module, kept: Selection, head_dim: int) -> nn.Module:
-    """A copy of `model` whose logits are what slicing to `kept` must give."""
+    """A copy of `model` whose logits are those that slicing to `kept` has to give."""
     result = copy.deepcopy(model).double()
     body = result.model
     body.layers = nn.ModuleList([body.layers[i] for i in kept.layers])
@@ -42,7 +42,7 @@ def masked(model: nn.Module, kept: Selection, head_dim: int) -> nn.Module:
 
 
 class _OnKept(nn.Module):
-    """A norm whose statistics come from the kept channels; the others leave as zero."""
+    """A norm over the kept channels alone; the others are zero in its output."""
 
     def __init__(self, norm: nn.Module, kept: torch.Tensor) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class _OnKept(nn.Module):
 
 
 class _Router(nn.Module):
-    """Top-k routing over softmaxed logits, in which removed experts have the logit minus infinity."""
+    """Top-k routing by softmax, with logits of minus infinity for removed experts."""
 
     def __init__(self, router: nn.Module, kept: torch.Tensor) -> None:
         super().__init__()

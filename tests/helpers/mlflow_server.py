@@ -1,4 +1,4 @@
-"""A real MLflow server on a free port of this machine, as `minitron ui` starts it."""
+"""A real MLflow server on this machine, started like that of `minitron ui`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ sys.exit(serve(sys.argv[1], sys.argv[2], port=int(sys.argv[3]), say=lambda line:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, with its import path for children."""
+    """The environment of this process, with its import path for child processes."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
@@ -31,7 +31,7 @@ def free_port() -> int:
 
 @contextmanager
 def mlflow_server(folder: Path, port: int) -> Iterator[str]:
-    """Serve `folder`/mlflow.db on `port`; yields the address once it answers."""
+    """Serve `folder`/mlflow.db on `port`; yields the address when the server is ready."""
     command = [sys.executable, "-c", SERVE, f"sqlite:///{folder}/mlflow.db", str(folder / "served"), str(port)]
     server = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
     try:

@@ -20,7 +20,7 @@ sys.stdin.read()
 
 @contextmanager
 def s3_server() -> Iterator[dict[str, str]]:
-    """Serve S3 in a process of its own; yields the environment that leads s3:// addresses there."""
+    """Serve S3 in a process of its own; yields the environment variables that direct s3:// addresses to it."""
     server = subprocess.Popen([sys.executable, "-c", SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None

@@ -1,4 +1,4 @@
-"""Small but real models, tokenizers and texts that tests build on the spot."""
+"""Small but real models, tokenizers and texts for tests."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WORDS = TEXT.split()
 SEARCH_STEPS, DISTILL_STEPS = 6, 24
 
 
-# What a family needs beyond the common numbers: small sliding windows, soft-capping that bends, a few experts.
+# Settings of each family besides the common ones: small sliding windows, noticeable soft-capping, a few experts.
 GEMMA = {
     "sliding_window": 5,
     "final_logit_softcapping": 3.0,
@@ -46,7 +46,7 @@ OWN: dict[str, dict[str, Any]] = {
 def config(family: str, tied: bool, **changes: Any) -> Any:
     """A transformers config of a family: grouped-query attention, explicit head_dim, biases where the family has them.
 
-    A change to None leaves an attribute to transformers' default.
+    A value of None in `changes` means the default of transformers.
     """
     from transformers import AutoConfig
 
@@ -73,12 +73,12 @@ def config(family: str, tied: bool, **changes: Any) -> Any:
 
 def from_config(settings: Any) -> torch.nn.Module:
     """A model of a transformers config, with transformers' random weights."""
-    # eager: the faster implementations of a mixture know no float64
+    # eager, because the faster implementations of experts do not support float64
     return AutoModelForCausalLM.from_config(settings, experts_implementation="eager")
 
 
 def model(family: str = "llama", tied: bool = True, seed: int = 0, **changes: Any) -> torch.nn.Module:
-    """A float32 model whose every weight, norms and biases included, is random, so that no slicing error hides."""
+    """A float32 model in which all weights, norms and biases included, are random, so that no slicing error is hidden."""
     torch.manual_seed(seed)
     made = from_config(config(family, tied, **changes)).float().eval()
     with torch.no_grad():
@@ -92,7 +92,7 @@ def architecture(of: torch.nn.Module) -> Architecture:
 
 
 def scores(of: Architecture, seed: int = 2) -> ImportanceScores:
-    """Random scores of an architecture's shape: what stays is arbitrary, which is enough to test how it is cut."""
+    """Random importance scores for an architecture: enough for tests of slicing, not of what is kept."""
     draw = torch.Generator().manual_seed(seed)
     layers, experts = of.num_layers, (of.num_experts,) if of.num_experts else ()
     return ImportanceScores(
@@ -109,7 +109,7 @@ def rows(count: int = 8, seq_length: int = 16, vocab: int = 300, seed: int = 1) 
 
 
 def texts(count: int, seed: int = 0) -> list[str]:
-    """Sentences of common words with a little structure, so that a model can learn something."""
+    """Texts of common words with enough structure for a model to learn something."""
     draw = random.Random(seed)
     return [
         " ".join(WORDS[(draw.randrange(7) * 11 + 5 * i) % len(WORDS)] for i in range(draw.randrange(30, 80)))
@@ -132,7 +132,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def checkpoint(folder: Path, steps: int = 60) -> Path:
-    """A Llama trained for a moment on `texts`, saved with its tokenizer: a teacher worth imitating."""
+    """A Llama that was briefly trained on `texts`, saved with its tokenizer: a teacher worth distilling."""
     words = tokenizer()
     made = model(
         "llama", tied=True, vocab_size=len(words), hidden_size=48, num_attention_heads=6, num_key_value_heads=2
@@ -153,7 +153,7 @@ def checkpoint(folder: Path, steps: int = 60) -> Path:
 
 
 def corpus(path: Path, count: int = 400) -> Path:
-    """JSON lines of `texts`."""
+    """Write `texts` as JSON lines."""
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(count, seed=3)))
     return path
 

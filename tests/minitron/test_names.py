@@ -1,4 +1,4 @@
-"""What a shared storage may make a reader do: nothing outside the reader's own cache."""
+"""Names in a shared storage are not trusted: nothing is written outside the reader's own cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HOSTILE = ["../planted", "inner/../../planted", "/{root}/planted", "a//b", "a\\.
 
 @pytest.fixture
 def remote():
-    """A committed folder in storage that others may write to."""
+    """A committed folder in a storage to which others may write."""
     target = f"memory://{uuid.uuid4().hex}/folder"
     with storage.committed_folder(target) as folder:
         (folder / "a.bin").write_bytes(b"abc")
@@ -31,7 +31,7 @@ def _replace_manifest(target, files):
 
 
 @pytest.mark.parametrize("name", HOSTILE, ids=map(repr, HOSTILE))
-def test_a_manifest_that_names_files_elsewhere_writes_nothing(remote, tmp_path, name):
+def test_a_manifest_with_files_outside_its_folder_is_refused_and_nothing_written(remote, tmp_path, name):
     name = name.format(root=tmp_path)
     fs, inner = fsspec.url_to_fs(remote)
     if name:
@@ -45,7 +45,7 @@ def test_a_manifest_that_names_files_elsewhere_writes_nothing(remote, tmp_path, 
     assert not (tmp_path / "planted").exists()
 
 
-def test_a_name_that_leads_out_through_a_link_is_refused(tmp_path):
+def test_a_name_that_leads_out_of_the_folder_through_a_link_is_refused(tmp_path):
     from minitron.names import inside
 
     (tmp_path / "folder").mkdir()
@@ -54,7 +54,7 @@ def test_a_name_that_leads_out_through_a_link_is_refused(tmp_path):
         inside(tmp_path / "folder", "link/planted", "manifest.json")
 
 
-def test_the_cache_is_the_users_own(remote, tmp_path, monkeypatch):
+def test_the_cache_is_private_to_the_user(remote, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     copy = storage.fetch(remote)
     assert copy.parent == tmp_path / "minitron"
@@ -64,7 +64,7 @@ def test_the_cache_is_the_users_own(remote, tmp_path, monkeypatch):
         storage.fetch(remote)
 
 
-def test_a_cache_that_somebody_else_made_is_not_used(remote, tmp_path, monkeypatch):
+def test_a_cache_that_another_user_created_is_not_used(remote, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     storage.fetch(remote)
     owner = os.getuid()
@@ -74,7 +74,7 @@ def test_a_cache_that_somebody_else_made_is_not_used(remote, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("damage", ["short", "missing", "another"])
-def test_a_damaged_copy_in_the_cache_is_made_again(remote, tmp_path, damage):
+def test_a_damaged_copy_in_the_cache_is_replaced(remote, tmp_path, damage):
     cache = str(tmp_path / "cache")
     file = storage.fetch(remote, cache=cache) / "a.bin"
     if damage == "short":

@@ -42,7 +42,7 @@ def test_no_repr_prints_tensors(scored):
         assert len(repr(value)) < 1000
 
 
-def test_a_wrong_type_is_named_with_its_argument_and_what_is_wanted(scored):
+def test_a_wrong_type_is_refused_with_the_argument_and_the_expected_type(scored):
     model, scores = scored
     base = Architecture.from_config(model.config)
     config = DistillConfig(steps=1)

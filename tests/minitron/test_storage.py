@@ -1,4 +1,4 @@
-"""A folder is whole or invisible; what the disk refuses is named."""
+"""Committed folders are complete or invisible, and storage errors name their cause."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from minitron.errors import StorageError
 
 
 @pytest.fixture(params=["local", "memory"])
-def place(request, tmp_path):
-    """A folder on this machine, and one that only fsspec reaches."""
-    return str(tmp_path / "place") if request.param == "local" else f"memory://{uuid.uuid4().hex}"
+def address(request, tmp_path):
+    """A local folder, and one that is only accessible through fsspec."""
+    return str(tmp_path / "address") if request.param == "local" else f"memory://{uuid.uuid4().hex}"
 
 
-def test_a_committed_folder_comes_back_whole(place, tmp_path):
-    with storage.committed_folder(place, note={"step": 3}) as folder:
+def test_a_committed_folder_is_read_back_complete(address, tmp_path):
+    with storage.committed_folder(address, note={"step": 3}) as folder:
         (folder / "a.bin").write_bytes(b"abc")
         (folder / "inner").mkdir()
         (folder / "inner" / "b.txt").write_text("text")
-        assert not storage.is_committed(place)
-    assert storage.is_committed(place)
-    storage.verify(place)
-    assert storage.manifest(place)["note"] == {"step": 3}
-    copy = storage.fetch(place, cache=str(tmp_path / "cache"))
+        assert not storage.is_committed(address)
+    assert storage.is_committed(address)
+    storage.verify(address)
+    assert storage.manifest(address)["note"] == {"step": 3}
+    copy = storage.fetch(address, cache=str(tmp_path / "cache"))
     assert (copy / "a.bin").read_bytes() == b"abc"
     assert (copy / "inner" / "b.txt").read_text() == "text"
 
 
 def test_a_failed_folder_leaves_nothing(tmp_path):
     def fail():
-        with storage.committed_folder(str(tmp_path / "place")) as folder:
+        with storage.committed_folder(str(tmp_path / "address")) as folder:
             (folder / "a.bin").write_bytes(b"abc")
             raise ZeroDivisionError
 
@@ -54,8 +54,8 @@ def test_a_failed_folder_leaves_nothing(tmp_path):
     ],
     ids=["missing", "short", "altered"],
 )
-def test_damage_is_named(tmp_path, damage, named):
-    target = tmp_path / "place"
+def test_a_damaged_folder_is_refused_and_the_damage_named(tmp_path, damage, named):
+    target = tmp_path / "address"
     with storage.committed_folder(str(target)) as folder:
         (folder / "a.bin").write_bytes(b"abc")
     damage(target / "a.bin")
@@ -63,8 +63,8 @@ def test_damage_is_named(tmp_path, damage, named):
         storage.verify(str(target))
 
 
-def test_what_a_killed_process_left_is_cleaned_up(tmp_path):
-    target = str(tmp_path / "place")
+def test_files_of_a_killed_process_are_cleaned_up(tmp_path):
+    target = str(tmp_path / "address")
     program = (
         "import os, signal, sys\n"
         "from minitron import storage\n"
@@ -77,11 +77,11 @@ def test_what_a_killed_process_left_is_cleaned_up(tmp_path):
     assert not storage.is_committed(target)
     with storage.committed_folder(target) as folder:
         (folder / "a").write_text("whole")
-    assert [p.name for p in tmp_path.iterdir()] == ["place"]
+    assert [p.name for p in tmp_path.iterdir()] == ["address"]
 
 
-def test_who_commits_first_stays(tmp_path):
-    target = tmp_path / "place"
+def test_the_first_commit_of_a_folder_wins(tmp_path):
+    target = tmp_path / "address"
     with storage.committed_folder(str(target)) as mine:
         (mine / "a").write_text("mine")
         with storage.committed_folder(str(target)) as theirs:
@@ -91,23 +91,23 @@ def test_who_commits_first_stays(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_removal_takes_the_manifest_first(place):
-    with storage.committed_folder(place) as folder:
+def test_removal_deletes_the_manifest_first(address):
+    with storage.committed_folder(address) as folder:
         (folder / "a").write_text("x")
-    storage.remove(place)
-    assert not storage.is_committed(place)
-    storage.remove(place)  # and once more is nothing
+    storage.remove(address)
+    assert not storage.is_committed(address)
+    storage.remove(address)  # removing it again does nothing
 
 
-def test_writing_a_file_replaces_it_whole(place):
-    path = storage.join(place, "value.json")
+def test_writing_a_file_replaces_it_atomically(address):
+    path = storage.join(address, "value.json")
     storage.write_json(path, {"a": 1})
     storage.write_json(path, {"a": 2})
     assert storage.read_json(path) == {"a": 2}
 
 
 @pytest.mark.parametrize("path", ["http://host/file", "ftp://host/file", "github://org:repo@main/x"])
-def test_schemes_that_are_not_storage_are_refused(path):
+def test_unsupported_schemes_are_refused(path):
     with pytest.raises(StorageError, match="is not allowed"):
         storage.filesystem(path)
 
@@ -118,16 +118,16 @@ from safetensors.torch import save_file
 from minitron import storage
 from minitron.errors import StorageError
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # as if the disk were full after 100 kB
-place = sys.argv[1]
+address = sys.argv[1]
 writers = {
     "safetensors": lambda folder: save_file({"x": torch.zeros(100_000)}, str(folder / "x.safetensors")),
     "python": lambda folder: (folder / "x.bin").write_bytes(bytes(400_000)),
 }
 try:
     if sys.argv[2] == "file":
-        storage.write_bytes(place + "/file", bytes(400_000))
+        storage.write_bytes(address + "/file", bytes(400_000))
     else:
-        with storage.committed_folder(place + "/folder") as folder:
+        with storage.committed_folder(address + "/folder") as folder:
             writers[sys.argv[2]](folder)
 except StorageError as error:
     print(error)
@@ -136,7 +136,7 @@ except StorageError as error:
 
 
 @pytest.mark.parametrize("how", ["file", "safetensors", "python"])
-def test_a_full_disk_is_named_and_nothing_half_written_stays(tmp_path, how):
+def test_a_full_disk_is_reported_and_leaves_no_partial_file(tmp_path, how):
     (tmp_path / "file").write_text("as it was")
     result = subprocess.run([sys.executable, "-c", FULL, str(tmp_path), how], capture_output=True, text=True)
     assert result.returncode == 2, result.stderr

@@ -255,7 +255,7 @@ with s3_server() as environment:
     block = lease(Locations("s3://bucket/x", "", "sqlite:///unused.db"), "work", "the work", run="run-1", console=Console())
     fence = block.__enter__()
 assert missed.wait(60)
-assert "minitron-lease" in [thread.name for thread in threading.enumerate()], "it goes on trying"
+assert "minitron-lease" in [thread.name for thread in threading.enumerate()], "heartbeats are tried again"
 try:
     fence.check()
 except StorageError as error:

@@ -1,4 +1,4 @@
-"""Counts are exact, for real transformers models and for the published ones."""
+"""Parameter and FLOP counts are exact, for real transformers models and for the published ones."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_shapes_count_exactly(name):
+def test_parameter_counts_of_published_models_are_exact(name):
     kind, settings, (layers, heads, hidden, mlp), expected = PUBLISHED[name]
     shape = {
         "num_hidden_layers": layers,
@@ -54,7 +54,7 @@ def test_published_shapes_count_exactly(name):
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe"])
-def test_full_size_models_count_exactly(family):
+def test_parameter_counts_of_full_size_models_are_exact(family):
     config = AutoConfig.for_model(family)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -64,7 +64,7 @@ def test_full_size_models_count_exactly(family):
 @pytest.mark.parametrize("flags", [{}, {"attention_bias": False, "mlp_bias": False}], ids=["biases", "no biases"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_counts_equal_the_models_own(family, tied, flags):
+def test_parameter_counts_equal_those_of_transformers(family, tied, flags):
     model = tiny.model(family, tied, **flags)
     assert tiny.architecture(model).num_parameters == model.num_parameters()
     embeddings = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings())}
@@ -72,7 +72,7 @@ def test_counts_equal_the_models_own(family, tied, flags):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_config_round_trip(family):
+def test_an_architecture_survives_a_transformers_config(family):
     base = tiny.architecture(tiny.model(family))
     experts = 3 if base.num_experts else 0
     smaller = replace(base, num_layers=2, hidden_size=32, intermediate_size=48, num_heads=4, num_experts=experts)
@@ -89,14 +89,14 @@ def test_flops_count_every_matrix_and_causal_attention():
     assert a.kv_cache_bytes(10) == 2 * 2 * 1 * 4 * 10 * 2
 
 
-def test_flops_count_only_the_experts_a_token_takes():
+def test_flops_count_only_the_experts_to_which_a_token_is_routed():
     a = Architecture(2, 8, 16, 2, 1, 4, 100, True, "mixtral", num_experts=8, experts_per_token=2)
     per_layer = 8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 8 * 8 + 2 * (3 * 8 * 16)  # attention, router, two experts
     assert a.flops_per_token(10) == 2 * (2 * per_layer + 100 * 8) + 2 * 2 * 2 * 4 * 10
     assert replace(a, num_experts=4).flops_per_token(10) == a.flops_per_token(10) - 2 * 2 * 4 * 8
 
 
-# arXiv 2407.14679 table 19; the window is the one that gives its fifteen rows
+# arXiv 2407.14679 table 19; the parameter budget is the one that gives its fifteen rows
 TABLE_19 = {
     (32, 32, 12800, 5120), (32, 32, 13824, 4608), (32, 48, 11520, 4608), (32, 48, 16384, 4096), (31, 32, 12800, 5120),
     (31, 32, 16128, 4608), (31, 48, 13824, 4608), (31, 48, 16384, 4096), (30, 32, 12800, 5120), (30, 32, 16128, 4608),
@@ -132,7 +132,7 @@ def test_the_papers_4b_space_has_18_candidates():
         ({"num_layers": [2.5]}, "space.num_layers: 2.5"),
     ],
 )
-def test_a_space_that_cannot_be_is_refused(space, named):
+def test_an_invalid_space_is_refused(space, named):
     with pytest.raises(InputError, match=named):
         candidates(BASE, space, 0, 1e12)
 
@@ -161,7 +161,7 @@ def test_a_wrapper_around_a_text_model_is_refused_by_name():
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention: True is not supported"),
     ],
 )
-def test_a_model_that_the_table_does_not_describe_is_refused(family, settings, named):
+def test_a_model_that_the_family_table_does_not_describe_is_refused(family, settings, named):
     with pytest.raises(InputError, match=named):
         Architecture.from_config(tiny.config(family, True, **settings))
 
@@ -175,6 +175,6 @@ def test_a_model_that_the_table_does_not_describe_is_refused(family, settings, n
         ("gemma2", {"hidden_size": 42}, "hidden_size: 42 is not a multiple of num_heads = 8"),
     ],
 )
-def test_numbers_that_make_no_model_are_refused(family, change, named):
+def test_sizes_that_are_not_a_valid_model_are_refused(family, change, named):
     with pytest.raises(InputError, match=named):
         replace(tiny.architecture(tiny.model(family)), **change)

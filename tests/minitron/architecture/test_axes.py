@@ -1,4 +1,4 @@
-"""The one list of the axes that pruning shrinks, and what people see of it."""
+"""The list of axes that can be pruned, and where it is shown."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ DENSE = Architecture(4, 64, 96, 8, 4, 16, 300, True, "llama")
 MIXTURE = Architecture(4, 64, 96, 8, 4, 16, 300, True, "mixtral", num_experts=8, experts_per_token=2)
 
 
-def test_every_field_either_shrinks_or_is_fixed():
+def test_every_field_is_either_prunable_or_fixed():
     assert {*PRUNABLE, *FIXED} == {field.name for field in fields(Architecture)}
     assert not set(PRUNABLE) & set(FIXED)
 
 
 @pytest.mark.parametrize("axis", AXES, ids=lambda axis: axis.name)
-def test_two_that_differ_on_one_axis_look_different(axis):
+def test_architectures_that_differ_on_one_axis_are_displayed_differently(axis):
     smaller = replace(MIXTURE, **{axis.name: getattr(MIXTURE, axis.name) // 2})
     assert str(smaller) != str(MIXTURE)
     assert smaller.label() != MIXTURE.label()

@@ -1,4 +1,4 @@
-"""Which shape to prune to: the published ones, the nearest to a number of parameters, and what the hardware makes of it."""
+"""Target architectures: published ones, the nearest to a number of parameters, and notes on the hardware."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMOL = Architecture(30, 576, 1536, 9, 3, 64, 49_152, True)
 
 @pytest.mark.parametrize(
     ("name", "base", "parameters"),
-    [  # sizes that the published ones round: 4.5B, 4.5B, 8.4B, 8.3B, 4.2B
+    [  # published as 4.5B, 4.5B, 8.4B, 8.3B, 4.2B
         ("llama-3.1-minitron-4b-width", LLAMA, 4_512_746_496),
         ("llama-3.1-minitron-4b-depth", LLAMA, 4_540_469_248),
         ("mn-minitron-8b", NEMO, 8_414_105_600),
@@ -34,7 +34,7 @@ def test_published_models_have_their_published_size(name, base, parameters):
     assert published(name, base).num_parameters == parameters
 
 
-def test_a_published_model_needs_its_own_base():
+def test_a_published_architecture_needs_its_own_base_model():
     with pytest.raises(InputError, match=r"vocab_size \(32000 instead of 128256\)"):
         published("llama-3.1-minitron-4b-width", replace(LLAMA, vocab_size=32_000))
     with pytest.raises(InputError, match=r"Mistral NeMo 12B in family .*llama instead of mistral"):
@@ -47,7 +47,7 @@ def test_a_published_model_needs_its_own_base():
 
 @pytest.mark.parametrize("how", ["width", "depth", "both"])
 @pytest.mark.parametrize(("base", "parameters"), [(LLAMA, 4.5e9), (LLAMA, 6.2e9), (NEMO, 8.4e9), (NEMOTRON, 8e9)])
-def test_a_shape_comes_near_the_parameters_in_multiples(base, parameters, how):
+def test_a_shape_is_near_the_number_of_parameters_in_hardware_multiples(base, parameters, how):
     shape = architecture_for(base, int(parameters), how=how)
     shape.check_inside(base)
     assert abs(shape.num_parameters / parameters - 1) < (0.03 if how == "depth" else 0.02)
@@ -55,13 +55,13 @@ def test_a_shape_comes_near_the_parameters_in_multiples(base, parameters, how):
     assert (shape.num_heads, shape.num_kv_heads) == (base.num_heads, base.num_kv_heads)
     assert (shape.num_layers == base.num_layers) is (how == "width")
     assert (shape.hidden_size == base.hidden_size) is (how == "depth")
-    # hidden size and MLP shrink by the same share, to one multiple
+    # hidden size and MLP shrink by the same share, up to one multiple
     assert abs(shape.intermediate_size - base.intermediate_size * shape.hidden_size / base.hidden_size) < 64
     if how == "both":
         assert abs(shape.num_layers - base.num_layers * shape.hidden_size / base.hidden_size) < 1
 
 
-def test_no_multiple_comes_nearer():
+def test_no_other_multiple_is_nearer():
     chosen = architecture_for(LLAMA, 5_000_000_000)
     for hidden in range(64, 4097, 64):
         other = replace(LLAMA, hidden_size=hidden, intermediate_size=round(3.5 * hidden / 64) * 64)
@@ -77,11 +77,11 @@ def test_a_hidden_size_that_must_be_a_multiple_of_nine_heads_is_found():
         assert abs(shape.num_parameters / parameters - 1) < 0.05
         ratio = shape.intermediate_size / shape.hidden_size
         assert 0.75 < ratio / (1536 / 576) < 1.25
-    free = replace(SMOL, family="mistral")  # no such rule
+    free = replace(SMOL, family="mistral")  # without this rule
     assert architecture_for(free, 100_000_000).hidden_size % 32 == 0
 
 
-def test_a_hidden_size_that_longrope_binds_stays():
+def test_a_hidden_size_that_longrope_fixes_is_kept():
     phi = Architecture(32, 3072, 8192, 32, 32, 96, 32_064, False, "phi3", flags=("longrope",))
     for how in ("width", "both"):
         shape = architecture_for(phi, int(phi.num_parameters * 0.9), how=how)
@@ -112,7 +112,7 @@ def test_parameters_out_of_reach_are_refused_with_the_nearest():
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_shapes_waste_nothing(name):
+def test_published_shapes_get_no_hardware_notes(name):
     base = {"l": LLAMA, "m": NEMOTRON}[name[0]] if name != "mn-minitron-8b" else NEMO
     target = published(name, base)
     notes = hardware_notes(base, target)
@@ -129,13 +129,13 @@ def test_published_shapes_waste_nothing(name):
         ({"num_heads": 6}, ["num_kv_heads is still 3", "KV cache"]),
     ],
 )
-def test_what_gains_nothing_is_said(change, expected):
+def test_sizes_that_waste_hardware_get_a_note(change, expected):
     text = " ".join(hardware_notes(replace(SMOL, family="mistral"), replace(SMOL, family="mistral", **change)))
     for part in expected:
         assert part in text
 
 
-def test_experts_of_a_width_that_transformers_refuses_are_said():
+def test_an_expert_width_that_transformers_refuses_gets_a_note():
     base = Architecture(4, 512, 512, 8, 2, 64, 1000, False, "mixtral", num_experts=4, experts_per_token=2)
     assert "refuses 250" in " ".join(hardware_notes(base, replace(base, intermediate_size=250)))
     assert hardware_notes(base, replace(base, intermediate_size=256)) == []
@@ -148,7 +148,7 @@ def test_hardware_multiples_can_be_set():
     assert "not a multiple of 64" in hardware_notes(base, target, alignment=64)[0]
 
 
-def test_kv_heads_that_no_longer_divide_over_gpus_are_said():
+def test_kv_heads_that_do_not_divide_over_gpus_get_a_note():
     notes = hardware_notes(NEMO, replace(NEMO, num_heads=12, num_kv_heads=3))
     assert any("num_kv_heads: 3 does not divide over 2 GPUs" in note and "better 2 or 4" in note for note in notes)
 
@@ -162,7 +162,7 @@ def test_kv_heads_that_no_longer_divide_over_gpus_are_said():
         {"num_heads": 2, "num_kv_heads": 1, "hidden_size": 574},
     ],
 )
-def test_shapes_between_shrink_evenly_to_the_target(change, steps):
+def test_intermediate_shapes_shrink_evenly_to_the_target(change, steps):
     target = replace(SMOL, **change)
     shapes = [SMOL, *shapes_between(SMOL, target, steps)]
     assert shapes[-1] == target
@@ -175,6 +175,6 @@ def test_shapes_between_shrink_evenly_to_the_target(change, steps):
             assert abs(shape.hidden_size - (576 - step * 396 / steps)) <= 9
 
 
-def test_steps_that_are_none_are_refused():
+def test_an_invalid_number_of_steps_is_refused():
     with pytest.raises(InputError, match="steps: 0"):
         list(shapes_between(SMOL, SMOL, 0))

@@ -1,5 +1,4 @@
-"""A checkpoint that does not fill its model is refused, whole and one tensor at a time; one that does is taken as transformers
-takes it."""
+"""Checkpoints whose tensors do not match their model are refused, in memory and streaming; others load as in transformers."""
 
 from __future__ import annotations
 
@@ -43,7 +42,7 @@ def as_dtype(dtype):
 
 
 def in_fp8(state, block=32):
-    """Every matrix of the layers in FP8 with a scale for each block, as DeepSeek's and Qwen's checkpoints are."""
+    """Every matrix of the layers in FP8 with a scale per block, as in checkpoints of DeepSeek and Qwen."""
     stored = dict(state)
     for name, tensor in state.items():
         if ".layers." in name and tensor.ndim == 2:
@@ -58,7 +57,7 @@ def in_fp8(state, block=32):
 
 
 def written(folder, family="llama", tied=True, change=lambda state: state, config=None, **shape):
-    """A tiny model on disk, with its tensors and its config changed; returns the model as it was."""
+    """Save a tiny model with changed tensors and config; returns the model without the changes."""
     model = tiny.model(family, tied, **shape)
     model.save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
@@ -76,7 +75,7 @@ def same(loaded, model):
 
 
 FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}}
-# how the checkpoint is changed, its config, what the error names, and the remedy
+# the change of the tensors, the change of the config, the text of the error, and the remedy
 TAMPERED = {
     "a tensor missing": (without(LAYER), {}, f"1 missing ({LAYER})", "complete checkpoint"),
     "a tensor too many": (
@@ -126,7 +125,7 @@ TAMPERED = {
 
 
 @pytest.mark.parametrize("case", TAMPERED)
-def test_a_checkpoint_that_does_not_fill_its_model_is_refused(case, tmp_path):
+def test_a_checkpoint_that_does_not_match_its_model_is_refused(case, tmp_path):
     change, config, named, remedy = TAMPERED[case]
     model = written(tmp_path / "model", change=change, config=config)
     base = tiny.architecture(model)
@@ -146,7 +145,7 @@ def test_a_checkpoint_that_does_not_fill_its_model_is_refused(case, tmp_path):
 
 
 def in_two_files(folder, twice=()):
-    """The weights split in two, with the tensors named in `twice` in both, other values in the second."""
+    """Split the weights into two files; the tensors in `twice` are in both, with other values in the second."""
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(state)
@@ -163,7 +162,7 @@ def beside(folder, name):
     (folder / name).write_text("{}")
 
 
-# what is done to a whole checkpoint, what the error names, and the remedy
+# the change of a valid checkpoint, the text of the error, and the remedy
 SPOILT = {
     "a tensor in two files": (
         lambda folder: in_two_files(folder, [EMBEDDING]),
@@ -180,7 +179,7 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("case", SPOILT)
-def test_files_that_make_another_model_than_the_headers_say_are_refused_both_ways(case, tmp_path):
+def test_files_that_transformers_would_load_as_another_model_are_refused_in_memory_and_in_streaming(case, tmp_path):
     spoil, named, remedy = SPOILT[case]
     base = tiny.architecture(written(tmp_path / "model"))
     spoil(tmp_path / "model")
@@ -194,7 +193,7 @@ def test_files_that_make_another_model_than_the_headers_say_are_refused_both_way
     assert named in refused.value.problem
 
 
-def test_adapters_of_a_model_that_is_loaded_are_refused_and_never_saved_alone(tmp_path):
+def test_a_model_with_adapters_is_refused_and_adapters_are_never_saved_alone(tmp_path):
     from peft import LoraConfig, get_peft_model
 
     model = written(tmp_path)
@@ -204,20 +203,20 @@ def test_adapters_of_a_model_that_is_loaded_are_refused_and_never_saved_alone(tm
 
 
 @pytest.mark.parametrize("package", ["compressed-tensors", "bitsandbytes"])
-def test_what_a_quantised_checkpoint_needs_is_named(package, tmp_path):
+def test_the_package_that_a_quantised_checkpoint_needs_is_named(package, tmp_path):
     written(tmp_path, config={"quantization_config": {"quant_method": package}})
     with pytest.raises(InputError, match=f"{package} is not installed") as caught:
         check_contents(str(tmp_path))
     assert f"pip install {package}" in caught.value.remedy
 
 
-def test_experts_that_are_missing_are_counted(tmp_path):
+def test_missing_experts_are_counted_in_the_error(tmp_path):
     written(tmp_path, "qwen3_moe", change=lambda s: {name: t for name, t in s.items() if ".experts.3." not in name})
     with pytest.raises(InputError, match=r"3 experts per layer, but config\.json says 4"):
         check_contents(str(tmp_path))
 
 
-def test_a_head_that_differs_from_the_embedding_it_is_tied_to(tmp_path):
+def test_a_head_that_differs_from_its_tied_embedding_is_refused(tmp_path):
     model = written(tmp_path / "model", change=lambda state: {**state, HEAD: state[EMBEDDING] + 1})
     base = tiny.architecture(model)
     for read in (
@@ -229,14 +228,14 @@ def test_a_head_that_differs_from_the_embedding_it_is_tied_to(tmp_path):
             read()
 
 
-def test_values_that_are_not_finite(tmp_path):
+def test_weights_that_are_not_finite_are_refused(tmp_path):
     written(tmp_path, change=lambda state: {**state, LAYER: state[LAYER] / 0})
     with pytest.raises(InputError, match=f"1 tensors contain values that are not finite .{LAYER}"):
         load_source(str(tmp_path))
 
 
-def test_pickled_weights_that_do_not_fill_the_model(tmp_path):
-    """transformers reads them with weights_only; there are no headers to look at before."""
+def test_pickled_weights_that_do_not_match_the_model_are_refused(tmp_path):
+    """transformers reads them with weights_only=True; they have no headers that could be checked first."""
     written(tmp_path, change=lambda state: state)
     state = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
@@ -258,7 +257,7 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("case", HARMLESS)
-def test_what_transformers_loads_rightly_is_taken_both_ways(case, tmp_path):
+def test_checkpoints_that_transformers_loads_correctly_are_accepted_in_memory_and_in_streaming(case, tmp_path):
     model = written(tmp_path / "model", change=HARMLESS[case])
     check_contents(str(tmp_path / "model"))
     assert same(load_source(str(tmp_path / "model"))[0], model)
@@ -270,7 +269,7 @@ def test_what_transformers_loads_rightly_is_taken_both_ways(case, tmp_path):
 @pytest.mark.parametrize("shard", ["50GB", "60KB"], ids=["single", "sharded"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_every_familys_whole_checkpoint_is_taken(family, tied, shard, tmp_path):
+def test_a_valid_checkpoint_of_every_family_is_accepted(family, tied, shard, tmp_path):
     model = tiny.model(family, tied)
     model.save_pretrained(tmp_path, max_shard_size=shard)
     tiny.tokenizer().save_pretrained(tmp_path)
@@ -297,7 +296,7 @@ def test_an_fp8_teacher_is_dequantised_and_saved_as_an_ordinary_one(family, tmp_
         assert "quantization_config" not in (tmp_path / str(dtype) / "config.json").read_text()
 
 
-def test_plan_and_prune_refuse_by_the_command_line(bench, tmp_path):
+def test_plan_and_prune_refuse_invalid_checkpoints_on_the_command_line(bench, tmp_path):
     shutil.copytree(bench / "teacher", tmp_path / "teacher")
     weights = tmp_path / "teacher/model.safetensors"
     save_file(without(LAYER)(load_file(weights)), weights, metadata={"format": "pt"})
@@ -320,13 +319,13 @@ def test_plan_and_prune_refuse_by_the_command_line(bench, tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """An empty cache of the hub's, and a folder of what its only model has there."""
+    """An empty hub cache, and a folder with the files of the only model on the hub."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache/models--somebody--model/snapshots" / ("0" * 40)
 
 
 def cached(snapshot, *names):
-    """The hub's cache after a download of these files."""
+    """Fill the hub cache as a download of these files does."""
     (snapshot.parent.parent / "refs").mkdir(parents=True)
     (snapshot.parent.parent / "refs/main").write_text(snapshot.name)
     written(snapshot, change=without(LAYER))
@@ -335,20 +334,20 @@ def cached(snapshot, *names):
             file.unlink()
 
 
-def test_a_hub_model_in_the_cache_is_looked_at(hub):
+def test_a_hub_model_in_the_cache_is_checked(hub):
     cached(hub)
     with pytest.raises(InputError, match=f"somebody/model: .* 1 missing .{LAYER}"):
         check_contents("somebody/model")
 
 
-def test_a_hub_model_of_which_only_the_config_is_in_the_cache(hub):
+def test_a_hub_model_with_only_its_config_in_the_cache_is_accepted(hub):
     cached(hub, "config.json")
     with pytest.raises(InputError, match="not all in the local cache, and the hub cannot be reached") as caught:
         check_contents("somebody/model")
     assert "hf download somebody/model" in caught.value.remedy
 
 
-def test_of_a_hub_model_that_is_not_here_the_headers_are_read_there(hub, tmp_path):
+def test_the_headers_of_a_hub_model_that_is_not_cached_are_read_from_the_hub(hub, tmp_path):
     cached(hub, "config.json")
     remote = tmp_path / "remote"
     written(remote, change=without(LAYER))

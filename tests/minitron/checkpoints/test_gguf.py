@@ -1,4 +1,4 @@
-"""GGUF files: what transformers wants of one comes from one reading of its header."""
+"""GGUF files: their header is read once for all requests of transformers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from minitron.checkpoints.gguf import read_once
 
 
-def test_the_header_of_a_gguf_file_is_read_once_for_all_that_transformers_wants_of_it(
+def test_the_header_of_a_gguf_file_is_read_once_while_transformers_loads_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, opened, original = str(tmp_path / "tiny.gguf"), [], gguf.GGUFReader
@@ -35,4 +35,4 @@ def test_the_header_of_a_gguf_file_is_read_once_for_all_that_transformers_wants_
     assert first == second
     assert first["num_hidden_layers"] == 3
     assert load_gguf_checkpoint(path)["config"] == first
-    assert opened == [path, path]  # what is read later is read again: the file may have changed
+    assert opened == [path, path]  # a later load reads it again, because the file may have changed

@@ -1,4 +1,4 @@
-"""A teacher is the same one wherever and however it was written, and another when anything that decides its outputs differs."""
+"""The identity of a teacher depends on everything that determines its outputs, and not on where and how it was saved."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from minitron.checkpoints.identity import checkpoint_identity
 from minitron.models import load_model, load_tokenizer
 
-# what the teacher's stage does, in a process that has or has not been told to stay off the hub
+# the work of the teacher stage, in a process with or without access to the hub
 WRITE = """
 import sys
 from pathlib import Path
@@ -46,7 +46,7 @@ def teacher(tmp_path_factory):
     return folder
 
 
-def test_a_teacher_is_the_same_on_a_machine_with_the_hub_and_on_one_without(teacher, tmp_path):
+def test_the_identity_of_a_teacher_is_the_same_with_and_without_access_to_the_hub(teacher, tmp_path):
     shutil.copytree(teacher, tmp_path / "elsewhere")
     rewrite(tmp_path / "elsewhere/config.json", transformers_version="4.40.1", _name_or_path="/home/somebody/model")
     ids = []
@@ -119,14 +119,14 @@ OTHER = {
 
 
 @pytest.mark.parametrize(("change", "same"), [*((c, True) for c in SAME), *((c, False) for c in OTHER)])
-def test_what_decides_the_outputs_decides_the_identity(change, same, teacher, tmp_path):
+def test_changes_that_affect_the_outputs_change_the_identity_and_others_do_not(change, same, teacher, tmp_path):
     folder = shutil.copytree(teacher, tmp_path / "other")
     (SAME if same else OTHER)[change](folder)
     assert (identity(folder) == identity(teacher)) is same
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_every_familys_norms_and_rope_are_of_the_identity(family, tmp_path):
+def test_norms_and_rope_settings_of_every_family_are_part_of_the_identity(family, tmp_path):
     tiny.model(family).save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
     before = identity(tmp_path)

@@ -1,4 +1,4 @@
-"""Text in, rows out: sources, packing, reading back, and the order of training."""
+"""Text sources, packing into rows, reading rows, and the order of rows in training."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> TextSource:
-    """200 short documents, and each of them once more under another id."""
+    """200 short documents, each of them twice with different ids."""
     lines = [{"text": f"<{n}> document {n} says " + "the quick brown fox " * (1 + n % 7)} for n in range(200)]
     path = tmp_path / "corpus.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *reversed(lines)]))
@@ -80,7 +80,7 @@ def test_jsonl_plain_and_compressed_give_the_same_documents(tmp_path: Path) -> N
     assert [document.text for document in packed] == ["one", "three é"]
 
 
-def test_text_comes_from_a_file_a_folder_or_a_glob_in_an_order_that_does_not_follow_names(tmp_path: Path) -> None:
+def test_text_of_a_file_a_folder_or_a_glob_is_read_in_an_order_that_does_not_follow_file_names(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     for n in range(12):
         (tmp_path / "deep" / f"{n:02d}.txt").write_text(f"text {n}")
@@ -104,7 +104,7 @@ def test_text_is_read_from_an_object_store() -> None:
     assert source_identity(TextSource("text", folder)) != before
 
 
-def test_parquet_and_a_hub_folder_read_the_column_that_is_asked_for(tmp_path: Path) -> None:
+def test_parquet_files_and_a_hub_folder_are_read_by_the_given_column(tmp_path: Path) -> None:
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
@@ -132,7 +132,7 @@ def test_parquet_and_a_hub_folder_read_the_column_that_is_asked_for(tmp_path: Pa
         ('{"text": "\\ud800"}', r"line 2: 'text' has half a surrogate"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, line: str, problem: str) -> None:
+def test_an_invalid_line_is_named_with_its_file(tmp_path: Path, line: str, problem: str) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(InputError, match=problem) as error:
         list(documents(TextSource("jsonl", str(tmp_path / "bad.jsonl"))))
@@ -140,7 +140,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, problem: str) -> None:
     assert error.value.remedy
 
 
-def test_bad_files_are_named(tmp_path: Path) -> None:
+def test_invalid_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     (tmp_path / "blank.txt").write_text(" \n")
     (tmp_path / "short.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 1000)[:-20])
@@ -164,13 +164,13 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
             source_identity(source)
 
 
-def test_identity_follows_the_files(tmp_path: Path) -> None:
+def test_the_identity_of_a_source_changes_with_its_files(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("one")
     first = source_identity(TextSource("text", str(tmp_path)))
     assert first == source_identity(TextSource("text", str(tmp_path))) == json.loads(json.dumps(first))
     file.chmod(0o600)
-    assert source_identity(TextSource("text", str(tmp_path))) == first, "permissions are no text"
+    assert source_identity(TextSource("text", str(tmp_path))) == first, "permissions do not change the text"
     os.utime(file, (1, 1))
     second = source_identity(TextSource("text", str(tmp_path)))
     file.write_text("longer")
@@ -178,7 +178,7 @@ def test_identity_follows_the_files(tmp_path: Path) -> None:
     assert first != second != source_identity(TextSource("text", str(tmp_path)))
 
 
-def test_python_docs_are_docstrings_of_installed_modules() -> None:
+def test_python_docs_are_the_docstrings_of_installed_modules() -> None:
     import argparse
     import inspect
 
@@ -194,9 +194,9 @@ def test_python_docs_are_docstrings_of_installed_modules() -> None:
     for document in first:
         assert len(document.text) >= 200
         assert all(part.replace("-", "_").isidentifier() for part in document.id.split("."))
-    assert len({document.id.split(".")[0] for document in first}) > 5, "one package is no fair sample"
+    assert len({document.id.split(".")[0] for document in first}) > 5, "the documents come from several packages"
     text = module_text(names["argparse"])
-    assert "ArgumentParser.add_subparsers" not in text, "it has no docstring"
+    assert "ArgumentParser.add_subparsers" not in text, "functions without a docstring are skipped"
     assert "class ArgumentParser(_AttributeHolder, _ActionsContainer)" in text
     assert inspect.cleandoc(argparse.HelpFormatter.__doc__ or "") in text
     assert "torch" in dict(source_identity(TextSource("python-docs"))["distributions"])
@@ -205,8 +205,8 @@ def test_python_docs_are_docstrings_of_installed_modules() -> None:
 # --- packing
 
 
-def test_no_text_is_on_both_sides(packed: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    # Every text came twice, under two ids. The last text of each side is cut by the end of the rows.
+def test_no_text_is_in_both_splits(packed: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    # Every text is in the source twice, with different ids. The last text of each split is cut at the end of the rows.
     train = set(_texts(Rows.open(packed, "train"), tokenizer)[:-1])
     heldout = set(_texts(Rows.open(packed, "heldout"), tokenizer)[:-1])
     assert len(train) > 50
@@ -214,7 +214,7 @@ def test_no_text_is_on_both_sides(packed: str, tokenizer: PreTrainedTokenizerFas
     assert not train & heldout
 
 
-def test_rows_hold_whole_documents_in_order_each_with_an_end(
+def test_rows_contain_complete_documents_in_order_each_with_an_end_token(
     packed: str, corpus: TextSource, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     rows = Rows.open(packed, "train", verify=True)
@@ -225,7 +225,7 @@ def test_rows_hold_whole_documents_in_order_each_with_an_end(
     places = [texts.index(text) for text in found[:-1]]
     assert places == sorted(places)
     assert len(found) > 50
-    assert texts[places[-1] + 1 :], "reading stops when both sides are full"
+    assert texts[places[-1] + 1 :], "reading stops when both splits are full"
 
 
 def test_packing_twice_gives_the_same_content(
@@ -250,7 +250,7 @@ def test_packing_twice_gives_the_same_content(
     assert calls[-1] == (340 * 16, 340 * 16)
 
 
-def test_the_same_request_is_not_packed_again_and_another_is_refused(
+def test_the_same_request_is_not_packed_again_and_a_different_one_is_refused(
     packed: str, corpus: TextSource, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     sizes = {"seq_length": 16, "heldout_rows": 40, "heldout_fraction": 0.2, "shard_rows": 64}
@@ -262,7 +262,7 @@ def test_the_same_request_is_not_packed_again_and_another_is_refused(
         pack(corpus, tokenizer, packed, train_rows=299, **sizes)
 
 
-def test_a_source_that_ends_first_says_how_much_there_was(
+def test_a_source_with_too_little_text_is_refused_with_the_amount_that_it_has(
     corpus: TextSource, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     sizes = {"seq_length": 16, "train_rows": 10_000, "heldout_rows": 5, "heldout_fraction": 0.2}
@@ -273,10 +273,10 @@ def test_a_source_that_ends_first_says_how_much_there_was(
     with pytest.raises(InputError, match=r"0 of 5 (train|heldout) rows") as error:
         pack(TextSource("text", str(one)), tokenizer, str(tmp_path / "rows"), **(sizes | {"train_rows": 5}))
     assert "more and shorter documents" in error.value.remedy
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "one.txt"], "nothing half-written"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "one.txt"], "no partial files"
 
 
-def test_reading_stops_when_both_sides_are_full(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_reading_stops_when_both_splits_are_full(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"{n} the quick brown fox " * 500}) for n in range(100)]
     (tmp_path / "long.jsonl").write_text("\n".join([*lines, "not JSON, and never reached"]))
     source = TextSource("jsonl", str(tmp_path / "long.jsonl"))
@@ -285,7 +285,9 @@ def test_reading_stops_when_both_sides_are_full(tokenizer: PreTrainedTokenizerFa
         pack(source, tokenizer, str(tmp_path / "many"), seq_length=16, train_rows=10**6, heldout_rows=10)
 
 
-def test_a_long_text_is_cut_in_pieces_without_losing_any(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_a_long_text_is_tokenised_in_pieces_without_losing_any(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     text = "".join(f"line {n} of the lazy dog\n" for n in range(60_000))
     assert len(text) > 2**20
     (tmp_path / "long.txt").write_text(text)
@@ -307,7 +309,7 @@ def test_a_long_text_is_cut_in_pieces_without_losing_any(tokenizer: PreTrainedTo
         ({"heldout_fraction": 1.5}, "heldout_fraction is 1.5"),
     ],
 )
-def test_sizes_that_make_no_sense_are_refused(
+def test_invalid_sizes_are_refused(
     corpus: TextSource, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, change: dict[str, float], problem: str
 ) -> None:
     sizes = {"seq_length": 16, "train_rows": 5, "heldout_rows": 5} | change
@@ -315,14 +317,16 @@ def test_sizes_that_make_no_sense_are_refused(
         pack(corpus, tokenizer, str(tmp_path / "rows"), **sizes)  # type: ignore[arg-type]
 
 
-def test_a_tokenizer_needs_an_end_of_text(corpus: TextSource, tmp_path: Path) -> None:
+def test_a_tokenizer_without_an_end_of_text_token_is_refused(corpus: TextSource, tmp_path: Path) -> None:
     endless = _tokenizer(300)
     endless.eos_token = None
     with pytest.raises(InputError, match="no end-of-text token"):
         pack(corpus, endless, str(tmp_path / "rows"), seq_length=16, train_rows=5, heldout_rows=5)
 
 
-def test_tokenizer_identity_is_what_turns_text_into_ids(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_the_identity_of_a_tokenizer_changes_with_its_tokenisation(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     before = tokenizer_identity(tokenizer)
     tokenizer(["a", "b c d"], truncation=True, max_length=4)
     assert tokenizer_identity(tokenizer) == before
@@ -331,7 +335,7 @@ def test_tokenizer_identity_is_what_turns_text_into_ids(tokenizer: PreTrainedTok
     assert tokenizer_identity(_tokenizer(290)) != before
 
 
-def test_a_vocabulary_over_sixteen_bits_gets_wider_rows(corpus: TextSource, tmp_path: Path) -> None:
+def test_a_vocabulary_above_sixteen_bits_is_stored_in_wider_integers(corpus: TextSource, tmp_path: Path) -> None:
     wide = _tokenizer(300)
     wide.add_tokens([f"<{n}>" for n in range(70_000)])
     rows = pack(corpus, wide, str(tmp_path / "rows"), seq_length=16, train_rows=20, heldout_rows=0)
@@ -355,7 +359,7 @@ def test_take_gives_rows_by_number_across_shards_and_processes(packed: str) -> N
     assert len({tuple(row) for row in everything.tolist()}) > 200
     copy = pickle.dumps(rows)
     assert len(copy) < 1000
-    assert torch.equal(pickle.loads(copy).take(numbers), everything[numbers])  # noqa: S301 - our own bytes
+    assert torch.equal(pickle.loads(copy).take(numbers), everything[numbers])  # noqa: S301 - pickled by this test
     for bad in (-1, 300):
         with pytest.raises(IndexError, match=f"row {bad} "):
             rows.take([0, bad])
@@ -384,13 +388,13 @@ def _flip(file: Path) -> None:
     [(_flip, True), (lambda file: file.write_bytes(file.read_bytes()[:-2]), False), (Path.unlink, False)],
     ids=["one wrong bit", "cut short", "missing"],
 )
-def test_a_damaged_shard_is_named(packed: str, damage: Callable[[Path], None], verify: bool) -> None:
+def test_a_damaged_shard_is_refused_and_named(packed: str, damage: Callable[[Path], None], verify: bool) -> None:
     damage(Path(packed, "train-00002.bin"))
     with pytest.raises(StorageError, match=r"train-00002\.bin"):
         Rows.open(packed, "train", verify=verify)
 
 
-def test_a_folder_or_split_that_is_not_there_is_refused(
+def test_a_missing_folder_or_split_is_refused(
     packed: str, corpus: TextSource, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="contains no packed rows"):
@@ -426,11 +430,11 @@ def test_any_step_is_the_same_in_another_process_and_in_any_order() -> None:
     code = "from minitron.data.rows import rows_for_step; print(rows_for_step(1000, 48, 10**6, seed=7))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(run.stdout) == far
-    # Written down: a change of the order would silently break every resume.
+    # Fixed values, because a change of the order would silently break every resumed training.
     assert rows_for_step(10, 10, 0, seed=0) == [6, 1, 0, 5, 3, 8, 7, 9, 2, 4]
 
 
 @pytest.mark.parametrize("bad", [(0, 1, 0, 0), (1, 0, 0, 0), (1, 1, -1, 0), (1, 1, 0, -1)])
-def test_an_impossible_order_is_refused(bad: tuple[int, int, int, int]) -> None:
+def test_an_invalid_order_is_refused(bad: tuple[int, int, int, int]) -> None:
     with pytest.raises(InputError, match="num_rows"):
         rows_for_step(*bad)

@@ -1,4 +1,4 @@
-"""Text, models and benchmarks behind symbolic links, as in the hub's cache: what a link leads to is what counts."""
+"""Text, models and benchmarks behind symbolic links, as in the hub cache: the target of a link counts."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def _write(path: Path, text: str, time: int = STAMP) -> Path:
 
 @pytest.fixture
 def snapshot(tmp_path: Path) -> Path:
-    """A folder as the hub's cache has it: names that are links to files elsewhere, here to "one" and "two"; and a link to a
-    folder with "three"."""
+    """A folder as in the hub cache: links to two files elsewhere with the texts "one" and "two", and a link to a folder with
+    the text "three"."""
     folder = tmp_path / "snapshot"
     folder.mkdir()
     for name, blob, text in (("a.jsonl", "0a", "one"), ("b.jsonl", "0b", "two")):
@@ -49,20 +49,20 @@ SOURCES: dict[str, tuple[Callable[[Path], TextSource], list[str]]] = {
 
 
 @pytest.mark.parametrize("way", SOURCES)
-def test_text_behind_links_is_read_and_a_changed_target_changes_its_identity(snapshot: Path, way: str) -> None:
+def test_text_behind_links_is_read_and_a_changed_target_changes_the_identity(snapshot: Path, way: str) -> None:
     make, texts = SOURCES[way]
     source = make(snapshot)
     assert sorted(document.text for document in documents(source)) == texts
     before = source_identity(source)
     assert source_identity(source) == before == json.loads(json.dumps(before))
     target = snapshot.parent / ("more/c.jsonl" if texts == ["three"] else "blobs/0a")
-    _write(target, "six", STAMP + 1)  # of the same size
+    _write(target, "six", STAMP + 1)  # the same size
     assert source_identity(source) != before
     _write(target, texts[0], STAMP)
     assert source_identity(source) == before
 
 
-def test_a_link_that_is_turned_to_another_file_of_the_same_size_and_time_is_other_text(snapshot: Path) -> None:
+def test_a_link_to_another_file_of_the_same_size_and_time_changes_the_identity(snapshot: Path) -> None:
     source = TextSource("jsonl", str(snapshot))
     before = source_identity(source)
     (snapshot / "a.jsonl").unlink()
@@ -70,15 +70,15 @@ def test_a_link_that_is_turned_to_another_file_of_the_same_size_and_time_is_othe
     assert source_identity(source) != before
 
 
-def test_a_folder_without_links_keeps_its_identity_where_it_lies_behind_one(tmp_path: Path) -> None:
+def test_a_folder_without_links_has_the_same_identity_behind_a_link(tmp_path: Path) -> None:
     _write(tmp_path / "real" / "a.jsonl", "one")
     (tmp_path / "link").symlink_to(tmp_path / "real")
     files = source_identity(TextSource("jsonl", str(tmp_path / "link")))["files"]
-    assert files == [[f"{tmp_path}/link/a.jsonl", 16, f"{float(STAMP)}"]], "as storages that there are have it"
+    assert files == [[f"{tmp_path}/link/a.jsonl", 16, f"{float(STAMP)}"]], "existing storages have this form"
 
 
 @pytest.mark.parametrize("way", SOURCES)
-def test_a_link_that_leads_nowhere_is_named(snapshot: Path, way: str) -> None:
+def test_a_broken_link_is_named(snapshot: Path, way: str) -> None:
     source = SOURCES[way][0](snapshot)
     target = snapshot.parent / ("more/c.jsonl" if way == "folder glob" else "blobs/0a")
     link = target if way == "folder glob" else snapshot / "a.jsonl"
@@ -91,14 +91,14 @@ def test_a_link_that_leads_nowhere_is_named(snapshot: Path, way: str) -> None:
         assert error.value.remedy
 
 
-def test_a_link_that_leads_nowhere_and_is_no_text_is_left_alone(snapshot: Path) -> None:
+def test_a_broken_link_that_is_not_to_text_is_ignored(snapshot: Path) -> None:
     (snapshot / ".#lock").symlink_to("nowhere")
     (snapshot / "notes.md").symlink_to("nowhere")
     assert len(list(documents(TextSource("jsonl", str(snapshot))))) == 3
 
 
 @pytest.mark.timeout(20)
-def test_links_in_a_circle_end(snapshot: Path) -> None:
+def test_links_in_a_circle_are_followed_once(snapshot: Path) -> None:
     (snapshot / "up").symlink_to(snapshot.parent)
     (snapshot / "again").symlink_to(snapshot)
     (snapshot.parent / "more" / "back").symlink_to(snapshot)
@@ -120,7 +120,7 @@ def test_links_in_a_circle_end(snapshot: Path) -> None:
     ],
     ids=["hub", "benchmark", "model"],
 )
-def test_folders_of_links_change_with_what_the_links_lead_to(
+def test_the_identity_of_a_folder_of_links_changes_with_their_targets(
     snapshot: Path, identity: Callable[[Path], object]
 ) -> None:
     (snapshot / "config.json").write_text("{}")
@@ -134,14 +134,16 @@ def test_folders_of_links_change_with_what_the_links_lead_to(
 
 
 @pytest.mark.parametrize("identity", [lambda f: hub.commit(f, None), documents_identity], ids=["hub", "benchmark"])
-def test_files_in_a_linked_folder_count(snapshot: Path, identity: Callable[[str], object]) -> None:
+def test_files_in_a_linked_folder_are_part_of_the_identity(snapshot: Path, identity: Callable[[str], object]) -> None:
     before = identity(str(snapshot))
     _write(snapshot.parent / "more" / "c.jsonl", "seven", STAMP + 1)
     assert identity(str(snapshot)) != before
 
 
 @pytest.mark.parametrize("identity", [lambda f: hub.commit(f, None), documents_identity], ids=["hub", "benchmark"])
-def test_the_same_files_as_another_split_are_other_documents(snapshot: Path, identity: Callable[[str], object]) -> None:
+def test_the_same_files_in_another_split_have_another_identity(
+    snapshot: Path, identity: Callable[[str], object]
+) -> None:
     (snapshot / "test").mkdir()
     _write(snapshot / "test" / "data.arrow", "eight", STAMP)
     before = identity(str(snapshot))

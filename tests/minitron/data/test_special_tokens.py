@@ -1,4 +1,4 @@
-"""Documents begin and end as the model's own tokenizer begins and ends them: in rows, benchmarks and stages."""
+"""Documents begin and end with the special tokens of the model's tokenizer, in rows and in benchmarks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 
 
 def _byte_level(**special: str) -> PreTrainedTokenizerFast:
-    """One token for every byte after the special ones, as Llama 3's, Qwen's and SmolLM2's tokenizers are built."""
+    """A byte-level tokenizer of the kind of Llama 3, Qwen and SmolLM2: the special tokens, then one token per byte."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: number for number, token in enumerate([*dict.fromkeys(special.values()), *letters])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -33,7 +33,7 @@ def _byte_level(**special: str) -> PreTrainedTokenizerFast:
 
 
 def _begun() -> PreTrainedTokenizerFast:
-    """With a post-processor that puts BOS in front, as Llama 3's."""
+    """A byte-level tokenizer with a post-processor that adds BOS in front, as that of Llama 3."""
     tokenizer = _byte_level(bos_token=BEGIN, eos_token=END, pad_token=PAD)
     template = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[(BEGIN, tokenizer.bos_token_id)])
     tokenizer.backend_tokenizer.post_processor = processors.Sequence(
@@ -43,7 +43,7 @@ def _begun() -> PreTrainedTokenizerFast:
 
 
 def _pieces(kind: type, specials: list[str], **options: Any) -> Any:
-    """A tokenizer of SentencePiece's kind, as those of Llama 2, Mistral, Phi-3 and Gemma are."""
+    """A tokenizer of the kind of SentencePiece, as those of Llama 2, Mistral, Phi-3 and Gemma."""
     words = [*specials, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz.0123456789"]
     return kind(vocab={word: number for number, word in enumerate(words)}, merges=[], **options)
 
@@ -63,7 +63,7 @@ def _qwen() -> Any:
 
 
 TOKENIZERS: dict[str, tuple[Callable[[], Any], tuple[int, ...], tuple[int, ...], int | None]] = {
-    # what makes it, what begins a document, what ends it, the BOS token that it knows
+    # the tokenizer, the tokens before a document, the tokens after it, and its BOS token
     "llama 2": (lambda: _llama_2(add_bos_token=True, add_eos_token=False), (1,), (2,), 1),
     "mistral, mixtral": (lambda: _llama_2(add_bos_token=True, add_eos_token=False, legacy=True), (1,), (2,), 1),
     "llama 3": (_begun, (0,), (1,), 0),
@@ -94,12 +94,12 @@ def _pack(corpus: TextSource, tokenizer: Any, target: Path, add_bos: bool | None
 
 
 def _documents(rows: Rows, around: DocumentTokens) -> list[list[int]]:
-    """The texts that rows hold, by the plain definition: rows without what begins them, cut after every end."""
+    """The documents in rows, by definition: rows without their first tokens, split after every end token."""
     start, (end,) = len(around.begin), around.end
     stream: list[int] = []
     for row in rows.take(range(len(rows))).tolist():
         assert tuple(row[:start]) == around.begin
-        # an end at the end of the row before means that this row's beginning is a document's own
+        # after a row that ends with an end token, the first tokens of this row are those of its document
         fresh = not stream or stream[-1] == end
         stream += row if fresh else row[start:]
     texts: list[list[int]] = [[]]
@@ -111,7 +111,7 @@ def _documents(rows: Rows, around: DocumentTokens) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_documents_begin_and_end_as_each_familys_tokenizer_does_it(
+def test_documents_begin_and_end_like_the_texts_of_each_familys_tokenizer(
     name: str, corpus: TextSource, tmp_path: Path
 ) -> None:
     make, begin, end, bos = TOKENIZERS[name]
@@ -119,7 +119,7 @@ def test_documents_begin_and_end_as_each_familys_tokenizer_does_it(
     around = document_tokens(tokenizer)
     assert around == DocumentTokens(begin, end, bos)
     tokenizer.save_pretrained(tmp_path / "saved")
-    assert document_tokens(load_tokenizer(tmp_path / "saved")) == around, "a checkpoint's folder keeps it"
+    assert document_tokens(load_tokenizer(tmp_path / "saved")) == around, "a saved tokenizer has the same"
 
     rows = _pack(corpus, tokenizer, tmp_path / "rows")
     texts = {json.loads(line)["text"] for line in Path(corpus.path).read_text().splitlines()}
@@ -131,7 +131,9 @@ def test_documents_begin_and_end_as_each_familys_tokenizer_does_it(
         assert tokenizer.encode("more", add_special_tokens=True)[: len(begin)] == list(begin)
 
 
-def test_the_choice_can_be_overridden_and_is_part_of_what_rows_are(corpus: TextSource, tmp_path: Path) -> None:
+def test_add_bos_overrides_the_tokenizer_and_changes_the_identity_of_the_rows(
+    corpus: TextSource, tmp_path: Path
+) -> None:
     tokenizer = _begun()
     own, without = _pack(corpus, tokenizer, tmp_path / "own"), _pack(corpus, tokenizer, tmp_path / "without", False)
     (bos,) = document_tokens(tokenizer).begin
@@ -146,23 +148,25 @@ def test_the_choice_can_be_overridden_and_is_part_of_what_rows_are(corpus: TextS
     assert _pack(corpus, plain, tmp_path / "plain").fingerprint == without.fingerprint, (
         "the same ids, no post-processor"
     )
-    assert "begin" not in without.index["request"], "as it was before there was a choice"
+    assert "begin" not in without.index["request"], "as before the option existed"
     assert _pack(corpus, plain, tmp_path / "forced", True).fingerprint == own.fingerprint
     with pytest.raises(InputError, match="add_bos: true, but the tokenizer has no beginning-of-sequence token"):
         _pack(corpus, _byte_level(eos_token=END), tmp_path / "none", True)
 
 
-def test_a_long_document_is_begun_once_and_each_of_its_rows_too(
+def test_a_long_document_gets_one_beginning_and_so_does_each_of_its_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minitron.data.packing.LONGEST_PIECE", 1000)  # it is tokenised in pieces
+    monkeypatch.setattr("minitron.data.packing.LONGEST_PIECE", 1000)  # the document is tokenised in pieces
     tokenizer = _begun()
     text = "".join(f"line {number}\n" for number in range(1000))
     (tmp_path / "long.txt").write_text(f"{BEGIN}{text}")
     sizes = {"seq_length": 51, "train_rows": 150, "heldout_rows": 0, "heldout_fraction": 0.0}
     ids = pack(TextSource("text", str(tmp_path)), tokenizer, str(tmp_path / "rows"), **sizes).take(range(150))
     assert bool((ids[:, 0] == tokenizer.bos_token_id).all())
-    assert not bool((ids[:, 1:] == tokenizer.bos_token_id).any()), "a text that spells it out gets no second"
+    assert not bool((ids[:, 1:] == tokenizer.bos_token_id).any()), (
+        "a text that spells out the BOS token gets no second one"
+    )
     assert tokenizer.decode(ids[:, 1:].flatten().tolist()) == text[: 150 * 50]
 
 
@@ -170,12 +174,12 @@ def test_a_long_document_is_begun_once_and_each_of_its_rows_too(
 
 
 def _requests(model: Any, tokenizer: Any, task: Task, **options: Any) -> list[list[int]]:
-    """The token ids that a model is given for a task, without padding."""
+    """The token ids of all inputs of a model for a task, without padding."""
     seen: list[list[int]] = []
 
     def look(_: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         ids = given["input_ids"] if "input_ids" in given else args[0]
-        if given.get("past_key_values") is None or ids.shape[1] > 1:  # not each generated token
+        if given.get("past_key_values") is None or ids.shape[1] > 1:  # without the single tokens of generation
             seen.extend([token for token in row if token != tokenizer.pad_token_id] for row in ids.tolist())
 
     hook = model.get_decoder().register_forward_pre_hook(look, with_kwargs=True)
@@ -188,8 +192,8 @@ def _requests(model: Any, tokenizer: Any, task: Task, **options: Any) -> list[li
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Task]:
-    """Requests of every kind: choices, choices after examples, continuations of texts that spell BOS out, whole texts that
-    are longer than a context, and generations."""
+    """Tasks with every kind of request: choices, choices after examples, continuations of texts that contain BOS as text,
+    texts longer than the context, and generation."""
     folder = tmp_path_factory.mktemp("tasks")
     write_jsonl(folder / "arc" / "test.jsonl", arc_documents(3))
     write_jsonl(folder / "arc" / "train.jsonl", arc_documents(3, seed=1))
@@ -209,7 +213,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Task]:
 
 
 @pytest.mark.parametrize("kind", ["choices", "examples", "spelled out", "rolling", "generation"])
-def test_every_request_of_a_benchmark_begins_as_the_rows_do(kind: str, tasks: dict[str, Task]) -> None:
+def test_every_request_of_a_benchmark_begins_like_the_rows(kind: str, tasks: dict[str, Task]) -> None:
     model = tiny_model(1, vocab_size=300, max_position_embeddings=400 if kind == "generation" else 128)
     tokenizer = _begun()
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -217,22 +221,24 @@ def test_every_request_of_a_benchmark_begins_as_the_rows_do(kind: str, tasks: di
     assert requests
     assert {(ids[0], ids.count(bos)) for ids in requests} == {(bos, 1)}
     if kind == "rolling":
-        assert len(requests) > 3, "the first text takes several windows"
+        assert len(requests) > 3, "the first text needs several windows"
 
     without = _requests(model, tokenizer, tasks[kind], add_bos=False)
-    if kind == "spelled out":  # then it is part of the text
+    if kind == "spelled out":  # here BOS is part of the text
         assert {(ids[0], ids.count(bos)) for ids in without} == {(bos, 1)}
     else:
         assert not [ids for ids in without if bos in ids]
     if kind == "rolling":
-        assert without[-1][0] == eos, "as a document follows the end of the one before"
+        assert without[-1][0] == eos, "like a document after the end of another"
 
     plain = _byte_level(bos_token=BEGIN, eos_token=END, pad_token=PAD)
     assert _requests(model, plain, tasks[kind], add_bos=True) == requests
     assert _requests(model, plain, tasks[kind]) == without
 
 
-def test_a_tokenizer_that_ends_texts_does_not_end_a_question_before_its_answer(tasks: dict[str, Task]) -> None:
+def test_a_tokenizer_that_appends_an_end_token_does_not_put_it_between_question_and_answer(
+    tasks: dict[str, Task],
+) -> None:
     tokenizer = _begun()
     ended = _begun()
     special = [(BEGIN, tokenizer.bos_token_id), (END, tokenizer.eos_token_id)]
@@ -244,7 +250,7 @@ def test_a_tokenizer_that_ends_texts_does_not_end_a_question_before_its_answer(t
 
 
 @pytest.mark.parametrize("context", [512, 64])
-def test_a_text_longer_than_the_context_is_predicted_in_windows_that_begin_alike(
+def test_a_text_longer_than_the_context_is_scored_in_windows_with_the_same_beginning(
     context: int, tasks: dict[str, Task]
 ) -> None:
     tokenizer, model = _begun(), tiny_model(1, vocab_size=300, max_position_embeddings=context)

@@ -1,4 +1,4 @@
-"""Checkpoints of one process; test_sharding has those of several."""
+"""Checkpoints of one process; test_sharding.py tests those of several."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _state(value):
     return {"master.a": torch.full((3, 4), value), "exp_avg.b": torch.full((5,), -value)}
 
 
-def test_a_checkpoint_holds_what_was_saved_though_training_goes_on(folder):
+def test_a_checkpoint_has_the_saved_values_even_if_training_continues_during_the_write(folder):
     state = _state(1.0)
     with Checkpoints(folder, key="k") as saver:
         for step in (3, 6, 9):
@@ -42,7 +42,7 @@ def test_a_checkpoint_holds_what_was_saved_though_training_goes_on(folder):
         assert saver.load(found) is None
 
 
-def test_a_step_is_written_over(folder):
+def test_a_checkpoint_of_the_same_step_is_replaced(folder):
     for value in (1.0, 2.0):
         with Checkpoints(folder, key="k") as saver:
             saver.save(3, _state(value), {})
@@ -52,7 +52,7 @@ def test_a_step_is_written_over(folder):
     assert all(torch.equal(found[name], value) for name, value in _state(2.0).items())
 
 
-def test_nothing_is_committed_or_removed_once_that_is_forbidden(folder):
+def test_a_forbidden_write_commits_and_removes_nothing(folder):
     with Checkpoints(folder, key="k") as saver:
         saver.save(3, _state(1.0), {})
         saver.save(6, _state(2.0), {})
@@ -71,7 +71,7 @@ def test_nothing_is_committed_or_removed_once_that_is_forbidden(folder):
 
 
 @pytest.mark.parametrize("note", ["later", {"key": "k"}, {"key": "k", "step": "3"}, None])
-def test_what_only_looks_like_a_checkpoint_is_passed_over(folder, note):
+def test_folders_that_are_not_checkpoints_are_skipped(folder, note):
     with Checkpoints(folder, key="k") as saver:
         saver.save(3, _state(1.0), {})
     storage.write_bytes(f"{folder}/step-last/manifest.json", b"{}")
@@ -82,7 +82,7 @@ def test_what_only_looks_like_a_checkpoint_is_passed_over(folder, note):
     assert torch.equal(found["master.a"], _state(1.0)["master.a"])
 
 
-def test_a_curve_is_whole_wherever_training_went_on(folder):
+def test_the_training_curve_is_complete_after_any_resume(folder):
     def train(after, saved, killed):
         curve = Curve(folder)
         curve.resume(after)
@@ -92,20 +92,20 @@ def test_a_curve_is_whole_wherever_training_went_on(folder):
                 curve.save(step)
 
     train(0, saved={4, 8}, killed=10)
-    train(4, saved={6}, killed=7)  # the checkpoint of step 8 was damaged; they come more often now
+    train(4, saved={6}, killed=7)  # the checkpoint of step 8 was damaged, and checkpoints are more frequent now
     train(6, saved={8, 11}, killed=11)
     killed_at = [10] * 4 + [7] * 2 + [11] * 5
     assert read_curve(folder) == [Point(step, at + step / 7, None) for step, at in enumerate(killed_at, start=1)]
     assert committed_steps(folder) == []
     stray = Curve(folder)
     stray.resume(11)
-    stray._saved = 9  # a process that was given up before, with checkpoints at other steps
+    stray._saved = 9  # a process that was taken over, with checkpoints at other steps
     stray.add(Point(10, loss=killed_at[9] + 10 / 7, kl=None))
     stray.save(10)
     assert [point.step for point in read_curve(folder)] == list(range(1, 12))
 
 
-def test_a_checkpoint_without_a_tensor_is_named(tmp_path):
+def test_a_checkpoint_with_a_missing_tensor_is_named(tmp_path):
     with Checkpoints(str(tmp_path), key="k") as saver:
         saver.save(3, _state(1.0), {})
         saver.wait()
@@ -128,7 +128,7 @@ with Checkpoints(sys.argv[1], key="k") as saver:
 """
 
 
-def test_a_full_disk_is_said_by_the_next_save_and_the_last_checkpoint_stays(tmp_path):
+def test_a_full_disk_is_reported_by_the_next_save_and_the_last_checkpoint_is_kept(tmp_path):
     result = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True)
     assert "step-00000006: the disk is full" in result.stdout, result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]

@@ -1,4 +1,4 @@
-"""The loop's promises: exact resume, any number of processes, named failures."""
+"""The training loop: exact resume, any number of processes, and errors that name their cause."""
 
 from __future__ import annotations
 
@@ -57,24 +57,24 @@ def test_distillation_brings_the_student_closer(material):
     assert sum(loss for _, loss in losses[-5:]) < 0.7 * sum(loss for _, loss in losses[:5])
 
 
-def test_stored_and_live_teacher_train_alike(material):
+def test_a_stored_and_a_live_teacher_train_the_same_student(material):
     stored, _ = distil(material)
     live, _ = distil(material, targets=LiveTeacher(load_teacher(material)))
     assert [loss for _, loss in stored] == pytest.approx([loss for _, loss in live], rel=1e-4)
 
 
-def test_teacher_runs_once_per_row_and_a_killed_store_goes_on(material, tmp_path):
+def test_the_teacher_runs_once_per_row_and_storing_resumes_after_a_kill(material, tmp_path):
     rows = Rows.open(str(material / "rows"), "train")
     model = load_teacher(material)
     folder = str(tmp_path / "hidden")
     assert store_hidden(lambda: model, rows, folder, key="k") == len(rows) == 80
-    storage.remove(storage.join(folder, "index.json"))  # as if killed before the end,
+    storage.remove(storage.join(folder, "index.json"))  # as after a kill before the end,
     storage.remove(storage.join(folder, "shard-00001"))  # with the last shard missing
     assert store_hidden(lambda: model, rows, folder, key="k") == 16
     assert store_hidden(lambda: pytest.fail("the teacher was loaded again"), rows, folder, key="k") == 0
 
 
-def test_a_store_of_another_teacher_or_a_damaged_one_is_refused(material, tmp_path):
+def test_a_store_of_another_teacher_or_with_damage_is_refused(material, tmp_path):
     head = Head.of(load_teacher(material))
     with pytest.raises(StorageError, match="holds the store k, not other"):
         StoredTeacher(str(material / "hidden"), head, "other")
@@ -91,10 +91,10 @@ def test_a_store_of_another_teacher_or_a_damaged_one_is_refused(material, tmp_pa
 @pytest.mark.parametrize(
     ("losses", "targets"), [(Losses(), stored_teacher), (INTERMEDIATE, live_teacher)], ids=["logits", "all"]
 )
-def test_interrupted_run_is_bit_identical(material, tmp_path, losses, targets):
+def test_an_interrupted_run_is_bit_identical(material, tmp_path, losses, targets):
     whole, expected = distil(material, targets=targets(material), losses=losses, channels=CHANNELS)
     config = replace(CONFIG, checkpoint_every=3)
-    # stopped at a different place each time, so checkpoints at 3, 6 and 9 are all resumed from
+    # stopped at other steps each time, so that it resumes from each of the checkpoints 3, 6 and 9
     pieces = []
     for stop in (4, 8, 11, 99):
 
@@ -121,7 +121,7 @@ def test_interrupted_run_is_bit_identical(material, tmp_path, losses, targets):
         except Stop:
             continue
     assert dict(pieces) == dict(whole)
-    assert list(student.state_dict()) == list(expected.state_dict())  # and no projection among them
+    assert list(student.state_dict()) == list(expected.state_dict())  # without the projection
     for name, value in expected.state_dict().items():
         assert torch.equal(student.state_dict()[name], value)
 
@@ -155,7 +155,7 @@ dist.destroy_process_group()
 
 
 def _processes(material, out, world, port, kill=0, how="logits"):
-    """Run the loop in `world` processes; with `kill`, the last one dies by SIGKILL after that step."""
+    """Run the loop in `world` processes; with `kill`, the last one is killed with SIGKILL after that step."""
     paths = json.dumps([str(Path(__file__).parent), *sys.path])
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     workers = [
@@ -180,23 +180,23 @@ def _processes(material, out, world, port, kill=0, how="logits"):
     return dict(json.loads(line) for line in lines), codes
 
 
-def test_two_processes_train_as_one_and_survive_a_kill(material, tmp_path, free_port):
+def test_two_processes_train_like_one_and_resume_after_a_kill(material, tmp_path, free_port):
     alone, _ = distil(material)
     together, _ = _processes(material, tmp_path / "together", 2, free_port())
     assert list(together) == list(range(1, 13))
     assert list(together.values()) == pytest.approx([loss for _, loss in alone], rel=1e-4)
-    # killed with -9 after step 8: goes on from the checkpoint of step 6, bit for bit
+    # killed after step 8, it resumes from the checkpoint of step 6, bit for bit
     _, codes = _processes(material, tmp_path / "killed", 2, free_port(), kill=8)
     assert codes[0] == -signal.SIGKILL
     resumed, _ = _processes(material, tmp_path / "killed", 2, free_port())
     assert resumed == together
-    # and from two processes to one
+    # then with one process instead of two
     _processes(material, tmp_path / "shrunk", 2, free_port(), kill=8)
     shrunk, _ = _processes(material, tmp_path / "shrunk", 1, free_port())
     assert list(shrunk.values()) == pytest.approx(list(together.values()), rel=1e-4)
 
 
-def test_only_what_requires_a_gradient_and_the_projection_are_trained_on_any_number_of_processes(
+def test_only_parameters_with_gradients_and_the_projection_are_trained_on_any_number_of_processes(
     material, tmp_path, free_port
 ):
     student, before, losses = pruned_student(material), pruned_student(material).state_dict(), []
@@ -210,7 +210,7 @@ def test_only_what_requires_a_gradient_and_the_projection_are_trained_on_any_num
 
 
 class Adapted(nn.Module):
-    """A frozen projection with a low-rank adapter, as peft injects it."""
+    """A frozen linear layer with a low-rank adapter, as peft adds it."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -223,7 +223,7 @@ class Adapted(nn.Module):
         return self.base(values) + self.up(self.down(values))
 
 
-def test_adapters_alone_are_trained(material):
+def test_only_adapters_are_trained(material):
     student = pruned_student(material).requires_grad_(False)
     for layer in student.model.layers:
         layer.self_attn.q_proj = Adapted(layer.self_attn.q_proj)
@@ -236,7 +236,7 @@ def test_adapters_alone_are_trained(material):
     }
 
 
-def test_nothing_to_train_is_refused(material):
+def test_a_student_without_trainable_parameters_is_refused(material):
     rows = Rows.open(str(material / "rows"), "train")
     with pytest.raises(InputError, match="no parameter that requires a gradient"):
         distill(pruned_student(material).requires_grad_(False), stored_teacher(material), rows, CONFIG)
@@ -255,13 +255,13 @@ def test_intermediate_losses_bring_hidden_states_closer(material):
     )
     for first, last in ((parts[0].intermediate, parts[-1].intermediate), (parts[0].kl, parts[-1].kl)):
         assert last < 0.7 * first
-    # L_CLM weighted, and α · L_is = L_logits
+    # cross-entropy has its weight, and α · L_is = L_logits
     assert parts[0].loss == pytest.approx(2 * parts[0].kl + 0.2 * parts[0].cross_entropy, rel=1e-4)
 
 
-def test_micro_batches_change_nothing(material):
+def test_the_micro_batch_size_does_not_change_the_result(material):
     rows, options = Rows.open(str(material / "rows"), "train"), {"losses": INTERMEDIATE, "channels": CHANNELS}
-    steps = {size: [] for size in (4, 3, 1)}  # with 3, of unequal size
+    steps = {size: [] for size in (4, 3, 1)}  # 3 gives micro-batches of unequal size
     for size, reports in steps.items():
         config = replace(CONFIG, steps=4, micro_batch_rows=size)
         distill(pruned_student(material), live_teacher(material), rows, config, **options, report=reports.append)
@@ -271,7 +271,7 @@ def test_micro_batches_change_nothing(material):
             assert [getattr(step, name) for step in steps[size]] == pytest.approx(expected, rel=1e-4)
 
 
-def test_intermediate_losses_need_the_teacher_itself(material):
+def test_intermediate_losses_need_a_live_teacher(material):
     with pytest.raises(InputError, match="a StoredTeacher has the teacher's final hidden states alone"):
         distil(material, losses=INTERMEDIATE)
 
@@ -291,11 +291,11 @@ def test_cross_entropy_alone_needs_no_teacher(material):
         distill(student, None, rows, CONFIG)
 
 
-def test_a_run_may_be_looked_at_and_gone_on_with(material, tmp_path):
+def test_a_run_can_be_paused_and_resumed(material, tmp_path):
     whole, expected = distil(material)
     first, looked_at = distil(material, checkpoints=str(tmp_path), key="k", until=5)
     rest, student = distil(material, checkpoints=str(tmp_path), key="k", until=12)
-    assert first + rest == whole  # the schedule is that of all the steps
+    assert first + rest == whole  # with the schedule of the whole training
     assert len(first) == 5
     assert not torch.equal(looked_at.lm_head.weight, student.lm_head.weight)
     assert torch.equal(student.lm_head.weight, expected.lm_head.weight)
@@ -312,7 +312,7 @@ def test_a_soft_capped_model_distils(material):
     torch.manual_seed(0)
     teacher, student = (Gemma2ForCausalLM(config) for _ in range(2))
     with torch.no_grad():
-        teacher.lm_head.weight.mul_(20)  # so that the cap bends
+        teacher.lm_head.weight.mul_(20)  # so that the soft-capping takes effect
         for mine, theirs in zip(student.parameters(), teacher.parameters(), strict=True):
             mine.copy_(theirs + 0.05 * torch.randn_like(theirs))
     rows = Rows.open(str(material / "rows"), "train")
@@ -327,7 +327,7 @@ def test_a_soft_capped_model_distils(material):
     )
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(material, tmp_path, caplog):
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(material, tmp_path, caplog):
     config = replace(CONFIG, checkpoint_every=3)
     distil(material, config, checkpoints=str(tmp_path), key="k")
     newest = tmp_path / "step-00000009" / "shard-00001-model-00001-of-00001.safetensors"
@@ -340,7 +340,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(material, tmp_pat
     assert "SHA-256" in caplog.text
 
 
-def test_a_checkpoint_of_something_else_is_not_resumed(material, tmp_path):
+def test_a_checkpoint_of_another_training_is_refused(material, tmp_path):
     distil(material, replace(CONFIG, checkpoint_every=3), checkpoints=str(tmp_path), key="mine")
     steps, _ = distil(material, replace(CONFIG, checkpoint_every=3), checkpoints=str(tmp_path), key="other")
     assert steps[0][0] == 1
@@ -353,7 +353,7 @@ def test_a_loss_that_is_not_finite_stops_at_that_step_and_names_the_rows(materia
         def batch(self, indices, tokens):
             self.calls += 1
             values = super().batch(indices, tokens)
-            if self.calls == 5:  # two micro-batches a step
+            if self.calls == 5:  # each step has two micro-batches
                 values["teacher_hidden"] = values["teacher_hidden"] * float("nan")
             return values
 

@@ -1,4 +1,4 @@
-"""Every loss and its gradient against a plain float64 reference with autograd."""
+"""Every loss and its gradient equal a plain float64 reference with autograd."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_soft_capped_and_scaled_logits_equal_float64(logits, softcap, scale):
 
 
 @pytest.mark.parametrize("k", [1, 5, 300])
-def test_forward_kl_to_the_best_tokens_equals_float64(k):
+def test_forward_kl_to_the_top_k_tokens_equals_float64(k):
     _equal_the_reference(Losses(top_k=k, temperature=1.5))
 
 
@@ -76,7 +76,7 @@ def test_cross_entropy_counts_only_tokens_with_a_label():
 
 
 def test_bf16_gradient_stays_exact_when_the_student_is_close():
-    # Rounding the logits to bf16 before the difference of probabilities is what makes this gradient wrong elsewhere.
+    # Implementations that round the logits to bfloat16 before they subtract probabilities get this gradient wrong.
     torch.manual_seed(0)
     ht, wt = torch.randn(300, 64).bfloat16(), torch.randn(9000, 64).bfloat16() * 0.5
     hs = (ht.float() + 0.02 * torch.randn(300, 64)).bfloat16().requires_grad_(True)
@@ -96,7 +96,7 @@ def test_bf16_gradient_stays_exact_when_the_student_is_close():
     assert usual_error > 8 * error
 
 
-def test_large_vocabularies_are_worked_on_in_smaller_chunks_with_the_same_result(monkeypatch):
+def test_large_vocabularies_are_processed_in_smaller_chunks_with_the_same_result(monkeypatch):
     assert most_tokens(49_152, "cpu", 512) == 512
     assert 4 * 262_144 * most_tokens(262_144, "cpu", 512) == 128 << 20
     draw = torch.Generator().manual_seed(0)
@@ -132,11 +132,11 @@ def test_a_close_student_still_gets_an_exact_loss_and_gradient(logits):
     expected, _ = reference(hs, Head(wt), ht, Head(wt), Losses(logits=logits))
     grad, wanted = torch.autograd.grad(actual.loss, hs)[0], torch.autograd.grad(expected, hs)[0]
     assert ((grad - wanted).norm() / wanted.norm()).item() < 1e-2
-    if logits in ("mse", "cosine"):  # the others are differences of logarithms, and smaller than their rounding
+    if logits in ("mse", "cosine"):  # the others are differences of logarithms that are smaller than rounding errors
         assert actual.loss.item() == pytest.approx(expected.item(), rel=1e-2)
 
 
-def test_a_tied_head_gets_the_gradient_of_both_its_uses():
+def test_a_tied_head_gets_the_gradient_of_the_embedding_and_the_head():
     model, tokens = tiny.model(), tiny.rows(2)
     teacher = tiny.model(seed=5)
     head = model.get_output_embeddings().weight
@@ -189,7 +189,7 @@ def test_a_head_with_a_bias_is_refused():
         Head.of(_causal_lm("phi"))
 
 
-def test_what_the_logit_loss_cannot_use_is_refused():
+def test_invalid_arguments_of_the_logit_loss_are_refused():
     hidden, head = torch.randn(4, 8), Head(torch.randn(30, 8))
     teacher = {"teacher_hidden": hidden, "teacher_head": head}
     with pytest.raises(InputError, match="forward_kl without a teacher"):
@@ -213,7 +213,7 @@ def _pair(**changes):
 
 
 def _everything(model, tokens):
-    """Outputs of every module, by name."""
+    """The outputs of all modules, by name."""
     with recorded(model, [name for name, _ in model.named_modules() if name]) as outputs:
         final_hidden(model, tokens)
     return outputs
@@ -266,11 +266,11 @@ def test_intermediate_losses_equal_float64(how):
         assert torch.allclose(got, exact.float(), rtol=1e-3, atol=1e-5 * exact.abs().max())
 
 
-def test_the_projection_starts_from_what_the_student_kept():
+def test_the_projection_starts_as_the_selection_of_the_kept_channels():
     student, teacher = _pair()
     losses = Losses(embedding=True)
     tokens, channels = tiny.rows(2), torch.arange(0, 48) + 7
-    with torch.no_grad():  # as if pruned
+    with torch.no_grad():  # as pruning does
         student.model.embed_tokens.weight.copy_(teacher.model.embed_tokens.weight[:, channels])
     hidden = student.model.embed_tokens(tokens)
     scattered = functional.linear(hidden, IntermediateLosses(student, teacher, losses, channels).projection)
@@ -278,7 +278,7 @@ def test_the_projection_starts_from_what_the_student_kept():
     assert scattered.count_nonzero() == hidden.count_nonzero()
     same = IntermediateLosses(teacher, tiny.model(seed=4), losses).projection
     assert torch.equal(same, torch.eye(64))
-    # without the channels, the embeddings tell them
+    # if channels are not given, they are derived from the embeddings
     fitted = IntermediateLosses(student, teacher, losses).projection
     assert torch.allclose(fitted[channels], torch.eye(48), atol=1e-3)
     for wrong in (channels[:5], channels + 64):
@@ -286,12 +286,12 @@ def test_the_projection_starts_from_what_the_student_kept():
             IntermediateLosses(student, teacher, losses, wrong)
 
 
-def test_attention_alone_has_no_projection():
+def test_the_attention_loss_alone_has_no_projection():
     module = IntermediateLosses(*_pair(), Losses(attention=("1:1",)))
     assert not list(module.parameters())
 
 
-def test_relations_of_a_fused_projection_are_those_of_its_parts():
+def test_relations_of_a_fused_qkv_projection_are_those_of_its_parts():
     fused = {"family": "phi3", "tied": False, "attention_bias": False}
     student, teacher = tiny.model(seed=1, **fused, **OWN, head_dim=12), tiny.model(seed=2, **fused, head_dim=8)
     tokens = tiny.rows(2)
@@ -330,7 +330,7 @@ def test_relations_of_long_rows_never_exist_as_a_whole():
     assert largest.bytes == 4 * student.numel() == whole / 64, largest.made_by
 
 
-def test_dynamic_alpha_balances_each_row_and_ignores_rounding():
+def test_dynamic_alpha_balances_each_row_and_ignores_rounding_errors():
     intermediate = torch.tensor([0.5, 2.0, 1e-8, -1e-8], requires_grad=True)
     alpha = dynamic_alpha(torch.tensor([1.0, 1.0, 1.0, 1.0]), intermediate)
     assert alpha.tolist() == [2.0, 0.5, 0.0, 0.0]
@@ -350,14 +350,14 @@ def test_the_objective_is_the_sum_of_its_parts_and_leaves_no_hooks(alpha):
     assert kl.item() == pytest.approx(expected_kl.mean().item(), rel=1e-4)
     plain = functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     assert cross_entropy.item() == pytest.approx(plain.item(), rel=1e-4)
-    weighted = kl if alpha is None else 0.7 * intermediate  # α · L_is = L_logits, row by row
+    weighted = kl if alpha is None else 0.7 * intermediate  # α · L_is = L_logits in each row
     assert loss.item() == total.item() == pytest.approx((kl + 0.25 * cross_entropy + weighted).item(), rel=1e-4)
     assert intermediate > 0
     for model in (student, teacher):
         assert not any(module._forward_hooks for module in model.modules())
 
 
-# --- what may be asked for ---
+# --- settings ---
 
 
 @pytest.mark.parametrize(
@@ -376,25 +376,25 @@ def test_the_objective_is_the_sum_of_its_parts_and_leaves_no_hooks(alpha):
         ({"mlp_input": ("-1:1",)}, "mlp_input: '-1:1' is not a map"),
     ],
 )
-def test_losses_that_make_no_objective_are_refused(values, named):
+def test_invalid_loss_settings_are_refused(values, named):
     with pytest.raises(InputError, match=named):
         Losses(**values)
 
 
-def test_losses_survive_json():
+def test_loss_settings_survive_json():
     losses = Losses(hidden=("last-2:last-2",), attention=("1:1", "2:2"), alpha=0.5)
     assert Losses(**json.loads(json.dumps(asdict(losses)))) == losses
 
 
-def test_what_losses_need_of_a_teacher():
+def test_loss_settings_say_which_outputs_of_the_teacher_they_need():
     assert [Losses().needs_teacher, Losses().needs_live_teacher] == [True, False]
     assert not Losses(logits="none", cross_entropy=1.0).needs_teacher
     for changes in ({"hidden": ("1:1",)}, {"embedding": True}, {"attention": ("1:1",)}, {"mlp_input": ("1:1",)}):
         assert Losses(**changes).needs_live_teacher
 
 
-def test_layer_maps_count_from_either_end():
-    assert mapped_layers("last-2:last-2", 32, 16) == (29, 13)  # the papers' 29:13
+def test_layer_maps_count_from_the_first_or_the_last_layer():
+    assert mapped_layers("last-2:last-2", 32, 16) == (29, 13)  # 29:13 in the paper
     assert mapped_layers("0:last", 32, 16) == (0, 15)
     with pytest.raises(InputError, match="'31:16': the student has no layer 16"):
         mapped_layers("31:16", 32, 16)
@@ -402,7 +402,7 @@ def test_layer_maps_count_from_either_end():
         mapped_layers("last-32:1", 32, 16)
 
 
-def test_hidden_states_are_compared_when_much_depth_is_removed():
+def test_default_losses_compare_hidden_states_if_much_depth_is_removed():
     teacher = replace(tiny.architecture(tiny.model()), num_layers=32)
     losses, why = default_losses(replace(teacher, num_layers=16), teacher)
     assert (losses.hidden, losses.embedding) == (("last-2:last-2",), True)

@@ -1,6 +1,6 @@
-"""Several processes that are killed, that become fewer and more, that share a teacher, that answer questions meanwhile.
+"""Training in several processes that are killed, whose number changes, that shard a teacher, and that run benchmarks.
 
-All of it is done once, by one program that forks the processes, and looked at by the tests.
+One program forks all these processes once; the tests check its results.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from minitron.distill.state import TrainingState
 from minitron.evaluation import Task
 from minitron_platform.training.ray_train import TrainTask, task_metrics
 
-# 5 rows for 2 processes: of unequal number
+# 5 rows for 2 processes: unequal parts
 STEPS = replace(CONFIG, steps=10, batch_rows=5, micro_batch_rows=1, checkpoint_every=2)
 SHARDED = replace(STEPS, shard=True)
 
 
 class Watched(LiveTeacher):
-    """A teacher that notes the rows it is asked for."""
+    """A teacher that records the rows of its batches."""
 
     def __init__(self, model, **options):
         super().__init__(model, **options)
@@ -58,8 +58,8 @@ class Watched(LiveTeacher):
         return super().batch(indices, tokens)
 
 
-def ask_questions(folder):
-    """Write six questions."""
+def write_questions(folder):
+    """Write a benchmark with six questions."""
     with open(folder / "arc.jsonl", "w") as file:
         for number, text in enumerate(tiny.texts(6, seed=7)):
             words = text.split()
@@ -69,7 +69,7 @@ def ask_questions(folder):
 
 
 def scores(folder, model):
-    """A student's scores on them, as a recipe asks for it."""
+    """The scores of a student on that benchmark."""
     materials = DistillInputs(str(folder / "teacher"), "t", "float32", str(folder / "rows"), "", "")
     task = TrainTask(
         materials, STEPS, Losses(), "", "", "", "k", 1, tasks=(Task("arc_easy", data=str(folder / "arc.jsonl")),)
@@ -78,7 +78,7 @@ def scores(folder, model):
 
 
 def train(folder, config, *, split=False, losses=INTERMEDIATE, kill_at=0, tasks=False, out=None, **options):
-    """Train as the job says; what this process saw. Every step is on disk in `out` as soon as it is done."""
+    """Train; returns what this process recorded. Every step is written to `out` as soon as it is done."""
     teacher = Watched(load_teacher(folder), shard=split)
     seen = {"losses": [], "rows": [], "scores": []}
 
@@ -124,7 +124,7 @@ def _process(rank, world, port, name, kill_after, job):
 
 
 def _together(name, job, *, world=2, victim=None, kill_at=0, kill_after=0.0):
-    """Run a job in `world` forked processes; with a `victim`, until that one is dead, and then the others too."""
+    """Run a job in `world` forked processes; with a `victim`, until that process has been killed, and then kill the others."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -148,19 +148,19 @@ def _together(name, job, *, world=2, victim=None, kill_at=0, kill_after=0.0):
 
 
 def everything(folder, out):
-    """All that the tests look at."""
+    """All runs whose results the tests use."""
     sharded = {"folder": folder, "config": SHARDED}
     began = time.monotonic()
     _together(f"{out}/whole", sharded)
     took = time.monotonic() - began
-    # -9 right after a checkpoint was begun, at a step without one, and at moments that nobody chose
+    # killed while a checkpoint is written, at a step without a checkpoint, and at random times
     killed = {**sharded, "checkpoints": f"{out}/killed"}
     for victim, kill in enumerate(({"kill_at": 3}, {"kill_at": 6}, {"kill_after": took / 3}, {"kill_after": took / 2})):
         try:
             _together(f"{out}/killed", killed, victim=victim % 2, **kill)
         except AssertionError:
             if "kill_at" in kill:
-                raise  # a moment may also be too late
+                raise  # a random time may be after the end
     _together(f"{out}/killed", killed)
     elastic = {"folder": folder, "config": STEPS, "losses": Losses(), "checkpoints": f"{out}/elastic"}
     for part, (world, until) in enumerate(((2, 4), (1, 7), (2, 10))):
@@ -183,7 +183,7 @@ test_resume.everything(Path(sys.argv[2]), sys.argv[3])
 @pytest.fixture(scope="module")
 def done(material, tmp_path_factory):
     out = tmp_path_factory.mktemp("processes")
-    ask_questions(material)
+    write_questions(material)
     paths = json.dumps([str(Path(__file__).parent), *sys.path])
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM, paths, str(material), str(out)], capture_output=True, text=True
@@ -200,7 +200,7 @@ def _logged(path):
     return [tuple(json.loads(line)) for line in path.read_text().splitlines()]
 
 
-def test_killed_at_any_moment_any_number_of_times_the_curve_and_the_weights_are_the_same_bits(done):
+def test_curve_and_weights_are_bit_identical_after_any_number_of_kills_at_any_time(done):
     whole = dict(map(tuple, _saw(done, "whole", 0)["losses"]))
     assert list(whole) == list(range(1, 11))
     for rank in range(2):
@@ -208,15 +208,15 @@ def test_killed_at_any_moment_any_number_of_times_the_curve_and_the_weights_are_
         assert {step for step, _ in lines} == set(whole)
         assert all(loss == whole[step] for step, loss in lines)
         begun = [step for (before, _), (step, _) in zip(lines, lines[1:], strict=False) if step <= before]
-        assert begun  # went back to a checkpoint,
-        assert max(begun) > 1  # and not only to the start
+        assert begun  # it resumed from a checkpoint,
+        assert max(begun) > 1  # not only from the start
         one, other = (load_file(done / f"{name}-{rank}.safetensors") for name in ("whole", "killed"))
         assert all(torch.equal(one[name], other[name]) for name in one)
-    # what is kept with the checkpoints is the whole curve, each step once
+    # the curve beside the checkpoints is complete, with each step once
     assert [(point.step, point.loss) for point in read_curve(str(done / "killed"))] == list(whole.items())
 
 
-def test_from_two_processes_to_one_and_back_the_rows_and_their_order_are_the_same(done, material):
+def test_rows_and_their_order_do_not_depend_on_the_number_of_processes(done, material):
     alone, _ = train(material, STEPS, losses=Losses())
     rows, losses = [], []
     for part, world in enumerate((2, 1, 2)):
@@ -231,12 +231,12 @@ def test_from_two_processes_to_one_and_back_the_rows_and_their_order_are_the_sam
     assert [loss for _, loss in losses] == pytest.approx([loss for _, loss in alone["losses"]], rel=1e-5)
 
 
-def test_a_teacher_split_over_the_processes_teaches_the_same(done):
+def test_a_sharded_teacher_trains_the_same_student(done):
     for rank in range(2):
         whole, split = _saw(done, "replicated", rank), _saw(done, "split", rank)
         assert split["losses"] == whole["losses"]
         assert (split["gradients"], whole["gradients"]) == (0, 0)
-        # with a sharded student too
+        # also with a sharded student
         assert _saw(done, "both", rank)["losses"] == _saw(done, "whole", rank)["losses"]
     teacher = whole["teacher"]
     outside = 300 * 48 + 48  # the tied embedding and the last norm
@@ -245,8 +245,8 @@ def test_a_teacher_split_over_the_processes_teaches_the_same(done):
     assert max(parts) < 1.2 * min(parts)
 
 
-def test_benchmarks_in_the_loop_change_nothing_and_say_the_same_in_every_process(done, material):
-    """With a sharded student here, whose curve is that without them, see above; and alone."""
+def test_benchmarks_during_training_do_not_change_it_and_are_the_same_in_every_process(done, material):
+    """With a sharded student, whose curve is compared above, and with one process."""
     found = [_saw(done, "both", rank)["scores"] for rank in range(2)]
     assert found[0] == found[1]
     assert [list(scores) for scores in found[0]] == [["task_arc_easy.acc"]] * 3
@@ -259,7 +259,7 @@ def test_benchmarks_in_the_loop_change_nothing_and_say_the_same_in_every_process
 
 
 class Counted(Rows):
-    """Rows that note what is read of them."""
+    """Rows that record which of them are read."""
 
     read: list[int]
 
@@ -269,7 +269,7 @@ class Counted(Rows):
 
 
 @pytest.mark.parametrize("step", [3, 250_000])
-def test_resuming_late_reads_and_draws_no_more_than_resuming_early(material, tmp_path, step):
+def test_resuming_at_a_late_step_does_not_read_or_draw_more_than_at_an_early_one(material, tmp_path, step):
     config = replace(CONFIG, steps=step + 1)  # 4 rows each: sample 12, and sample 10^6
     student = pruned_student(material)
     state = TrainingState([(name, p) for name, p in student.named_parameters() if p.requires_grad], config)

@@ -1,4 +1,4 @@
-"""A student split over processes: what it learns, what is sent, and its checkpoints at other numbers of processes."""
+"""A student that is sharded over processes: its training, its communication, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from minitron.distill import distill
 from minitron.errors import InputError
 from minitron.evaluation import heldout_metrics
 
-# 5 rows for 2 processes: of unequal number, which collectives must not notice
+# 5 rows for 2 processes: unequal parts, with which collective operations have to work
 SHARDED = replace(CONFIG, batch_rows=5, micro_batch_rows=1, shard=True, evaluate_every=5, checkpoint_every=3)
 
 
 def train(folder, config=SHARDED, **options):
-    """The loop with every loss there is; returns losses by step, held-out losses and the student."""
+    """Train with every loss; returns the losses by step, the held-out losses and the student."""
     losses, heldout = {}, {}
     rows = Rows.open(str(folder / "rows"), "heldout")
     student = distill(
@@ -79,7 +79,7 @@ dist.destroy_process_group()
 
 
 def _two_processes(folder, out, until, port):
-    """Train sharded, whole and from `out` until that step; what each of the two processes has to say."""
+    """Train a sharded student in two processes, to the end and, with `out`, until that step; returns the report of each."""
     paths = json.dumps([str(Path(__file__).parent), *sys.path])
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     workers = [
@@ -101,7 +101,7 @@ def _two_processes(folder, out, until, port):
     return said
 
 
-def test_a_sharded_student_learns_the_same_and_its_checkpoints_fit_any_number_of_processes(
+def test_a_sharded_student_trains_the_same_and_its_checkpoints_load_in_any_number_of_processes(
     material,
     tmp_path,
     free_port,
@@ -115,15 +115,15 @@ def test_a_sharded_student_learns_the_same_and_its_checkpoints_fit_any_number_of
         assert part == {step: whole[step] for step in range(1, 6)}  # bit for bit
         for name, parameter in student.named_parameters():
             assert torch.allclose(weights[name], parameter, atol=1e-4)
-        # the four layers and the projection in each of three micro-batches; the head and what is with it once
+        # four layers and the projection in each of three micro-batches; the head and the rest once
         assert counts["c10d._reduce_scatter_base_.default"] == 3 * 5 + 1
         assert counts["c10d._allgather_base_.default"] == 3 * 2 * 5 + 1
-    # both wrote a part of the state
+    # both processes wrote a part of the state
     files = storage.manifest(str(out / "step-00000005"))["files"]
     assert [name[:11] for name in files] == ["shard-00001", "shard-00002"]
     sizes = [entry["bytes"] for entry in files.values()]
     assert max(sizes) < 1.1 * min(sizes)
-    # from two processes to one and back
+    # from two processes to one and back to two
     middle, _, _ = train(material, checkpoints=str(out), until=8)
     last = _two_processes(material, out, 12, free_port())
     for whole, _, rest, _, _ in last:
@@ -132,7 +132,7 @@ def test_a_sharded_student_learns_the_same_and_its_checkpoints_fit_any_number_of
             assert loss == pytest.approx(whole[step], rel=1e-5)
 
 
-def test_a_student_of_several_dtypes_is_not_sharded(material):
+def test_sharding_a_student_of_several_dtypes_is_refused(material):
     from minitron.distill.losses.objective import Objective
     from minitron.distill.sharding import shard_
 

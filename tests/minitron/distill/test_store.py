@@ -1,4 +1,4 @@
-"""What is stored of a teacher: exact, shared, written by many, and refused when it is not what was asked for."""
+"""Stored teacher outputs: exact, written by several processes, and refused if they do not match."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ K = 5
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
-    """A trained teacher, its rows, and what is stored of it both ways."""
+    """A trained teacher, its rows, and its stored hidden states and top-k tokens."""
     folder = tmp_path_factory.mktemp("store")
     teacher = tiny.checkpoint(folder / "teacher")
     source = TextSource("jsonl", path=str(tiny.corpus(folder / "text.jsonl")))
@@ -63,7 +63,7 @@ def _never():
     pytest.fail("the teacher was loaded again")
 
 
-def test_the_stored_log_sum_exp_is_that_of_the_exact_logits(material):
+def test_the_stored_log_sum_exp_equals_that_of_the_exact_logits(material):
     model, tokens = _teacher(material), _rows(material).take([3, 70])
     stored = _stored(material).batch([3, 70], tokens)["teacher_log_sum_exp"]
     exact = model(input_ids=tokens).logits.double().logsumexp(-1).flatten()
@@ -73,7 +73,7 @@ def test_the_stored_log_sum_exp_is_that_of_the_exact_logits(material):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("logits", ["forward_kl", "reverse_kl", "jensen_shannon", "mse", "cosine"])
-def test_a_known_log_sum_exp_changes_no_loss(material, logits, temperature):
+def test_a_stored_log_sum_exp_does_not_change_the_loss(material, logits, temperature):
     batch = _stored(material).batch([3, 70], _rows(material).take([3, 70]))
     losses = Losses(logits=logits, temperature=temperature)
     torch.manual_seed(0)
@@ -88,11 +88,11 @@ def test_a_known_log_sum_exp_changes_no_loss(material, logits, temperature):
     assert torch.allclose(found[True][1], found[False][1], rtol=1e-4, atol=1e-8)
 
 
-def test_the_loss_uses_the_log_sum_exp_it_is_given(material):
+def test_the_loss_uses_the_given_log_sum_exp(material):
     batch = _stored(material).batch([3], _rows(material).take([3]))
     hidden, head = batch["teacher_hidden"], batch["teacher_head"]
     right = linear_logit_loss(hidden, head, Losses(), **batch).loss
-    batch["teacher_log_sum_exp"] = batch["teacher_log_sum_exp"] - 1.0  # the teacher e times as likely everywhere
+    batch["teacher_log_sum_exp"] = batch["teacher_log_sum_exp"] - 1.0  # every probability of the teacher times e
     wrong = linear_logit_loss(hidden, head, Losses(), **batch).loss
     assert right.item() == pytest.approx(0.0, abs=1e-6)
     assert wrong.item() == pytest.approx(torch.e, rel=1e-4)
@@ -108,17 +108,17 @@ print(t.store_hidden(lambda: t._teacher(folder), t._rows(folder), out, key="k", 
 """
 
 
-def test_two_processes_write_one_store_and_the_last_completes_it(material, tmp_path):
+def test_two_processes_write_one_store_together(material, tmp_path):
     paths, out = json.dumps([str(Path(__file__).parent), *sys.path]), tmp_path / "hidden"
     command = [sys.executable, "-c", WRITER, paths, str(material), str(out)]
     writers = [subprocess.Popen([*command, str(rank), "2"], stdout=subprocess.PIPE, text=True) for rank in range(2)]
     computed = [int(writer.communicate(timeout=120)[0]) for writer in writers]
-    assert computed == [64, 16]  # a shard each; 80 rows, none twice
+    assert computed == [64, 16]  # a shard each: 80 rows, each computed once
     for file in ("shard-00000/rows.safetensors", "shard-00001/rows.safetensors", "index.json"):
         assert (out / file).read_bytes() == (material / "hidden" / file).read_bytes()
 
 
-def test_what_one_of_two_left_is_not_complete_and_another_goes_on(material, tmp_path):
+def test_an_incomplete_store_is_completed_by_another_process(material, tmp_path):
     out, seen, head = str(tmp_path / "hidden"), [], Head.of(_teacher(material))
     assert store_hidden(lambda: _teacher(material), _rows(material), out, key="k", rank=1, world=2) == 16
     with pytest.raises(StorageError, match="not completely written"):
@@ -129,7 +129,7 @@ def test_what_one_of_two_left_is_not_complete_and_another_goes_on(material, tmp_
     assert store_hidden(_never, _rows(material), out, key="k") == 0
 
 
-def test_shards_of_another_teacher_are_never_mixed_in(material, tmp_path):
+def test_shards_of_another_teacher_are_not_reused(material, tmp_path):
     out = str(tmp_path / "hidden")
     store_hidden(lambda: _teacher(material), _rows(material), out, key="k", rank=1, world=2)
     with pytest.raises(StorageError, match="shard-00001: holds the store k, not other"):
@@ -138,7 +138,7 @@ def test_shards_of_another_teacher_are_never_mixed_in(material, tmp_path):
         store_hidden(_never, _rows(material), str(material / "hidden"), key="other")
 
 
-def test_some_rows_are_stored_under_their_numbers(material, tmp_path):
+def test_a_subset_of_rows_is_stored_under_its_row_numbers(material, tmp_path):
     rows, out, head = _rows(material), str(tmp_path / "hidden"), Head.of(_teacher(material))
     config = DistillConfig(steps=3, batch_rows=4, micro_batch_rows=4, peak_lr=1e-3, min_lr=1e-3, warmup_steps=1)
     numbers = rows_of_steps(len(rows), config.batch_rows, config.steps, config.seed)
@@ -146,19 +146,19 @@ def test_some_rows_are_stored_under_their_numbers(material, tmp_path):
     assert store_hidden(_never, rows, out, key="k", numbers=numbers) == 0
     some, few = StoredTeacher(out, head, "k"), [numbers[7], numbers[0]]
     assert torch.equal(some.hidden(few, rows.take(few)), _stored(material).hidden(few, rows.take(few)))
-    distill(_teacher(material).requires_grad_(True), some, rows, config)  # reads no row beyond the last step's
+    distill(_teacher(material).requires_grad_(True), some, rows, config)  # reads no row after those of the last step
     missing = next(row for row in range(80) if row not in numbers)
     with pytest.raises(IndexError, match=f"row {missing} of .*, which has 12 rows, this one not among them"):
         some.batch([missing], rows.take([missing]))
     for other in (numbers[1:], None):
         with pytest.raises(StorageError, match="holds the store k-"):
             store_hidden(_never, rows, out, key="k", numbers=other)
-    storage.remove(storage.join(out, "index.json"))  # nor into what another kill left behind
+    storage.remove(storage.join(out, "index.json"))  # nor into shards that a kill left behind
     with pytest.raises(StorageError, match="shard-00000: holds the store k-"):
         store_hidden(_never, rows, out, key="k", numbers=numbers[1:])
 
 
-def test_rows_and_heads_of_other_shapes_are_refused(material):
+def test_rows_and_heads_of_a_wrong_shape_are_refused(material):
     tokens = _rows(material).take([0])
     with pytest.raises(StorageError, match=r"hidden states \[1, 32, 48\] where rows and head have \[1, 31, 48\]"):
         _stored(material).batch([0], tokens[:, 1:])
@@ -168,11 +168,11 @@ def test_rows_and_heads_of_other_shapes_are_refused(material):
         _stored(material).batch([80], tokens)
 
 
-def test_a_store_says_its_size_and_what_the_disk_would_hold(material, tmp_path, monkeypatch):
+def test_the_size_of_a_store_is_estimated_and_a_small_disk_refused(material, tmp_path, monkeypatch):
     size = stored_bytes(80, 32, 48, 4)
     files = [storage.size(str(material / "hidden" / f"shard-0000{n}" / "rows.safetensors")) for n in range(2)]
     assert size == 80 * 32 * (48 * 4 + 4)
-    assert sum(files) == pytest.approx(size, rel=2e-3)  # the headers
+    assert sum(files) == pytest.approx(size, rel=2e-3)  # headers are not in the estimate
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda place: usage(0, 0, size // 4 + 1))
     with pytest.raises(StorageError, match=f"storing 80 rows needs {size:,} bytes") as refused:
@@ -181,7 +181,7 @@ def test_a_store_says_its_size_and_what_the_disk_would_hold(material, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_remote_store_is_copied_once_ahead_of_its_reading(material, tmp_path, monkeypatch):
+def test_a_remote_store_is_copied_once_before_it_is_read(material, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     remote = f"memory://{uuid.uuid4().hex}"
     rows, head = _rows(material), Head.of(_teacher(material))
@@ -193,11 +193,11 @@ def test_a_remote_store_is_copied_once_ahead_of_its_reading(material, tmp_path, 
     copies = list((tmp_path / "minitron").iterdir())
     assert len(copies) == 2
     storage.remove(storage.join(remote, "shard-00000", "rows.safetensors"))
-    again = StoredTeacher(remote, head, "k")  # from the copies
+    again = StoredTeacher(remote, head, "k")  # reads the copies
     assert torch.equal(again.hidden([3], tokens[1:]), stored.hidden([3], tokens[1:]))
 
 
-def test_reading_ahead_brings_the_shards_of_those_rows(material, tmp_path, monkeypatch):
+def test_prefetching_copies_the_shards_of_the_given_rows(material, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     remote = f"memory://{uuid.uuid4().hex}"
     store_hidden(lambda: _teacher(material), _rows(material), remote, key="k")
@@ -223,7 +223,7 @@ def _objective_loss(material, targets, losses):
 
 @pytest.mark.parametrize("k", [K, 2])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_stored_best_tokens_train_as_the_live_teacher_cut_off(material, k, temperature):
+def test_stored_top_k_tokens_train_like_a_live_teacher_with_top_k(material, k, temperature):
     losses = Losses(top_k=k, temperature=temperature)
     loss, gradient = _objective_loss(material, TopKTeacher(str(material / "top"), "k"), losses)
     expected, wanted = _objective_loss(material, LiveTeacher(_teacher(material)), losses)
@@ -231,7 +231,7 @@ def test_stored_best_tokens_train_as_the_live_teacher_cut_off(material, k, tempe
     assert torch.allclose(gradient, wanted, rtol=1e-3, atol=1e-7)
 
 
-def test_the_mass_that_best_tokens_lose_is_reported(material):
+def test_the_probability_outside_the_top_k_tokens_is_reported(material):
     rows = _rows(material)
     probabilities = _teacher(material)(input_ids=rows.take(range(len(rows)))).logits.double().softmax(-1)
     lost = 1 - probabilities.topk(K).values.sum(-1)
@@ -240,7 +240,7 @@ def test_the_mass_that_best_tokens_lose_is_reported(material):
     assert found.worst == pytest.approx(lost.max().item(), rel=1e-3)
 
 
-def test_best_tokens_do_not_pass_for_all_of_them(material):
+def test_stored_top_k_tokens_are_refused_for_losses_on_all_logits(material):
     targets = TopKTeacher(str(material / "top"), "k")
     for losses in (Losses(), Losses(top_k=K + 1), Losses(logits="mse")):
         with pytest.raises(InputError, match=f"top_k: {losses.top_k} with a teacher of which the 5 most likely"):
@@ -251,7 +251,7 @@ def test_best_tokens_do_not_pass_for_all_of_them(material):
         targets.batch([0], _rows(material).take([0])[:, 1:])
 
 
-def test_distillation_reads_the_rows_of_the_next_step_ahead(material):
+def test_distillation_prefetches_the_rows_of_the_next_step(material):
     class Watched(StoredTeacher):
         read, ahead = [], []
 
@@ -269,6 +269,6 @@ def test_distillation_reads_the_rows_of_the_next_step_ahead(material):
     assert [ahead[4:] for ahead in targets.ahead[:-1]] == targets.read[1:]
 
 
-def test_the_key_tells_teachers_rows_dtypes_and_kinds_apart():
+def test_the_key_of_a_store_depends_on_teacher_rows_dtype_and_kind():
     names = [store_key(*what) for what in (("t", "r", "f"), ("u", "r", "f"), ("t", "s", "f"), ("t", "r", "g"))]
     assert len({*names, store_key("t", "r", "f", top_k=5)}) == 5

@@ -1,4 +1,4 @@
-"""What the loop does beside training: schedules, steps that fail, evaluations, where the time goes."""
+"""The training loop: schedules, non-finite steps, evaluations, timing, activation checkpointing and compilation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from minitron.evaluation import heldout_metrics
 
 
 class Counting(TorchDispatchMode):
-    """Counts operations by name."""
+    """Counts PyTorch operations by name."""
 
     def __init__(self):
         super().__init__()
@@ -48,7 +48,7 @@ def _rates(steps, **options):
     return [learning_rate(step, **shape) for step in range(steps)]
 
 
-def test_warmup_stable_decay_does_not_depend_on_the_length_until_it_decays():
+def test_warmup_stable_decay_does_not_depend_on_the_number_of_steps_before_the_decay():
     short, long = _rates(20), _rates(100)
     assert short[:3] == [0.5, 1.0, 1.0]
     assert short[:16] == long[:16]
@@ -59,20 +59,20 @@ def test_warmup_stable_decay_does_not_depend_on_the_length_until_it_decays():
     assert _rates(3, decay_share=1.0) == pytest.approx([0.5, 1.0, 0.1])
 
 
-def test_a_schedule_that_is_none_is_refused():
+def test_an_invalid_schedule_is_refused():
     with pytest.raises(InputError, match="schedule: 'linear'"):
         replace(CONFIG, schedule="linear")
     with pytest.raises(InputError, match=r"decay_share: 1\.5"):
         replace(CONFIG, decay_share=1.5)
 
 
-def test_the_defaults_are_the_papers():
+def test_the_default_settings_are_those_of_the_paper():
     config = DistillConfig(steps=1)
     assert (config.batch_rows, config.peak_lr, config.min_lr, config.warmup_steps) == (1152, 1e-4, 1e-5, 40)
 
 
 class Poisoned(StoredTeacher):
-    """Stored targets that are broken for some rows."""
+    """Stored targets that are not finite for some rows."""
 
     def __init__(self, folder, rows):
         self.__dict__ |= vars(stored_teacher(folder))
@@ -89,14 +89,14 @@ def _broken_rows(folder, steps):
     return [row for step in steps for row in rows_for_step(80, CONFIG.batch_rows, step, CONFIG.seed)[1:2]]
 
 
-def test_a_step_that_is_not_finite_may_be_passed_over(material, tmp_path, caplog):
+def test_a_step_that_is_not_finite_can_be_skipped(material, tmp_path, caplog):
     config = replace(CONFIG, max_skipped_steps=2, checkpoint_every=4)
     broken = _broken_rows(material, [2, 7])
     losses, student = distil(material, config, Poisoned(material, broken))
     assert [step for step, _ in losses] == [1, 2, 4, 5, 6, 7, 9, 10, 11, 12]
     assert all(torch.isfinite(value).all() for value in student.state_dict().values())
     assert "step skipped, 2 of at most 2" in caplog.text
-    # what was skipped is remembered over an interruption, and the updates are numbered without it
+    # skipped steps are counted across an interruption and do not count as updates
     options = {"checkpoints": str(tmp_path), "key": "k"}
     first, _ = distil(material, config, Poisoned(material, broken), until=6, **options)
     rest, resumed = distil(material, config, Poisoned(material, broken), **options)
@@ -104,7 +104,7 @@ def test_a_step_that_is_not_finite_may_be_passed_over(material, tmp_path, caplog
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), resumed.parameters(), strict=True))
 
 
-def test_one_skip_too_many_stops_with_the_rows_saved(material, tmp_path):
+def test_too_many_skipped_steps_stop_the_training_and_their_rows_are_saved(material, tmp_path):
     config, broken = replace(CONFIG, max_skipped_steps=1, checkpoint_every=4), _broken_rows(material, [2, 7])
     options = {"checkpoints": str(tmp_path), "key": "k"}
     distil(material, config, Poisoned(material, broken), until=6, **options)
@@ -114,7 +114,7 @@ def test_one_skip_too_many_stops_with_the_rows_saved(material, tmp_path):
     assert [found["rows"] for found in saved] == [rows_for_step(80, 4, step, CONFIG.seed) for step in (2, 7)]
 
 
-def test_evaluations_see_the_student_and_change_nothing(material):
+def test_evaluations_get_the_current_student_and_do_not_change_the_training(material):
     expected, _ = distil(material)
     heldout, seen = Rows.open(str(material / "rows"), "heldout").take(range(8)), []
 
@@ -127,7 +127,7 @@ def test_evaluations_see_the_student_and_change_nothing(material):
     np.random.seed(5)
     torch.manual_seed(5)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    student = pruned_student(material)  # draws nothing
+    student = pruned_student(material)  # without random draws
     losses = []
     rows = Rows.open(str(material / "rows"), "train")
     distill(
@@ -144,7 +144,7 @@ def test_evaluations_see_the_student_and_change_nothing(material):
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
 
 
-def test_there_is_no_dropout(material):
+def test_training_runs_without_dropout(material):
     expected, _ = distil(material)
     student, losses = pruned_student(material), []
     for layer in student.model.layers:
@@ -154,7 +154,7 @@ def test_there_is_no_dropout(material):
     assert losses == expected
 
 
-def test_reports_say_where_the_time_goes_and_how_much_of_the_device_is_used(material):
+def test_step_reports_have_the_time_of_each_part_and_the_flop_utilisation(material):
     class Slow(Poisoned):
         def batch(self, indices, tokens):
             time.sleep(0.5)
@@ -166,7 +166,7 @@ def test_reports_say_where_the_time_goes_and_how_much_of_the_device_is_used(mate
     distill(student, Slow(material, []), rows, config, report=reports.append)
     elapsed = time.perf_counter() - started
     assert [report.bound_by for report in reports] == ["teacher", "teacher"]
-    assert all(report.seconds["teacher"] >= 1.0 for report in reports)  # two micro-batches
+    assert all(report.seconds["teacher"] >= 1.0 for report in reports)  # of two micro-batches
     assert 4 * 1.0 < sum(2 * sum(report.seconds.values()) for report in reports) < elapsed
     own, other = (Architecture.from_config(model.config) for model in (student, load_teacher(material)))
     flops = 3 * own.flops_per_token(32) + 2 * other.vocab_size * other.hidden_size
@@ -177,7 +177,7 @@ def test_reports_say_where_the_time_goes_and_how_much_of_the_device_is_used(mate
     assert live[0].utilisation == pytest.approx(live[0].tokens_per_second * flops / 1e9)
 
 
-def test_activation_checkpointing_computes_again_and_changes_nothing(material):
+def test_activation_checkpointing_recomputes_and_does_not_change_the_result(material):
     options = {"losses": INTERMEDIATE, "channels": CHANNELS}
     runs = {}
     for how in ("none", "selective", "full"):
@@ -194,7 +194,7 @@ def test_activation_checkpointing_computes_again_and_changes_nothing(material):
         replace(CONFIG, activation_checkpointing="some")
 
 
-def test_an_offloaded_optimizer_trains_the_same_and_goes_on_from_either(material, tmp_path):
+def test_an_offloaded_optimizer_trains_the_same_and_resumes_from_either(material, tmp_path):
     offloaded = replace(CONFIG, optimizer="adamw-offload")
     losses, student = distil(material)
     own, same = distil(material, offloaded)
@@ -214,12 +214,12 @@ def test_a_trained_student_takes_gradients_like_any_other_model(material):
     assert all(parameter.grad is not None for parameter in student.parameters())
 
 
-def test_compiled_layers_learn_the_same(material):
+def test_compiled_layers_train_the_same_student(material):
     torch._dynamo.utils.counters.clear()
     options = {"targets": live_teacher(material), "losses": INTERMEDIATE, "channels": CHANNELS}
     config = replace(CONFIG, steps=3, activation_checkpointing="selective")
     compiled, _ = distil(material, replace(config, compile=True), **options)
-    # the losses look into all layers but one
+    # the losses use outputs inside all layers but one
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     eager, _ = distil(material, config, **options)
     assert [loss for _, loss in compiled] == pytest.approx([loss for _, loss in eager], rel=1e-4)

@@ -1,4 +1,4 @@
-"""The likelihoods of answers behind one context are those of each answer in a row of its own."""
+"""Log-likelihoods of answers that share a context equal those of each answer in a separate row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from minitron.evaluation.continuations import Continuation, log_likelihoods
 
 
 def _questions():
-    """Contexts of several lengths, with one to five answers; some answers differ in their last token alone."""
+    """Contexts of several lengths with one to five answers, some of which differ in their last token alone."""
     draw = random.Random(4)
 
     def tokens(count):
@@ -38,11 +38,13 @@ def _alone(model, continuation):
 
 
 IMPLEMENTATIONS = [(family, "eager") for family in tiny.FAMILIES]
-IMPLEMENTATIONS += [(family, "sdpa") for family in tiny.FAMILIES if family != "gemma2"]  # which has no other
+IMPLEMENTATIONS += [
+    (family, "sdpa") for family in tiny.FAMILIES if family != "gemma2"
+]  # which has eager attention alone
 
 
 @pytest.mark.parametrize(("family", "attention"), IMPLEMENTATIONS)
-def test_answers_are_those_of_rows_of_their_own_for_every_family(family, attention):
+def test_answers_that_share_a_context_score_like_separate_rows_in_every_family(family, attention):
     model = tiny.model(family)
     model.set_attn_implementation(attention)
     asked = _questions()

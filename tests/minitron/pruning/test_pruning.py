@@ -1,4 +1,4 @@
-"""Slicing equals masking, for every family and axis; what is pruned saves, loads and generates as a plain model."""
+"""Slicing equals masking for every family and axis; pruned models save, load and generate like any other."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ AXES = {
 CASES = [(family, axis, change) for family in tiny.FAMILIES for axis, change in AXES.items()]
 CASES += [(family, "experts", {"num_experts": 3}) for family in tiny.MIXTURES]
 CASES += [(family, "all and experts", {**AXES["all"], "num_experts": 3}) for family in tiny.MIXTURES]
-# Gemma's norms compute in float32 whatever the model's dtype, and a smaller hidden size moves a factor through them
+# Gemma's norms compute in float32 in every dtype, and a smaller hidden size moves a factor through them
 TOLERANCE = {"gemma2": 1e-6, "gemma3_text": 1e-6}
 
 
@@ -40,14 +40,14 @@ def test_sliced_logits_equal_masked_logits(family, axis, change, tied):
         expected = masked(model, select(scores, base, target), base.head_dim)(rows, use_cache=False).logits
         actual = prune(model, target, scores)(rows).logits
         before = model(rows).logits
-    assert expected.std() > 0.05  # the reference says something
-    assert (before - expected).abs().max() > 0.01  # and the axis matters to it
+    assert expected.std() > 0.05  # the reference is not constant
+    assert (before - expected).abs().max() > 0.01  # and depends on the axis
     tolerance = TOLERANCE.get(family, 1e-9)
     assert torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def greedy(model, prompt, count):
-    """Tokens by repeated full passes, without a cache."""
+    """Generate tokens greedily with full forward passes, without a KV cache."""
     for _ in range(count):
         prompt = torch.cat([prompt, model(prompt, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
     return prompt
@@ -55,7 +55,7 @@ def greedy(model, prompt, count):
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_pruned_model_is_a_plain_checkpoint(family, tied, tmp_path):
+def test_a_pruned_model_is_a_plain_transformers_checkpoint(family, tied, tmp_path):
     model = tiny.model(family, tied)
     base = tiny.architecture(model)
     target = replace(base, **AXES["all"], num_experts=3 if base.num_experts else 0)
@@ -84,7 +84,7 @@ WINDOWS = {
 
 
 @pytest.mark.parametrize("family", WINDOWS)
-def test_sliding_windows_follow_the_layers_that_stay(family):
+def test_sliding_windows_are_those_of_the_kept_layers(family):
     model = tiny.model(family, **WINDOWS[family]).double()
     base = tiny.architecture(model)
     scores, target = tiny.scores(base), replace(base, num_layers=3)
@@ -100,7 +100,7 @@ def test_sliding_windows_follow_the_layers_that_stay(family):
         student.config.sliding_window = 100
         for layer in student.model.layers:
             layer.self_attn.sliding_window = 100
-        assert not torch.allclose(student(rows).logits, expected, rtol=1e-3)  # a window was at work
+        assert not torch.allclose(student(rows).logits, expected, rtol=1e-3)  # the sliding windows matter
     kinds = getattr(model.config, "layer_types", None)
     assert kinds is None or student.config.layer_types == [kinds[i] for i in layers]
 
@@ -124,9 +124,9 @@ def longrope(hidden_size):
     return Phi3Config(hidden_size=hidden_size, num_attention_heads=8, rope_parameters=rope)
 
 
-def test_a_longrope_model_keeps_the_hidden_size_that_transformers_counts_from():
+def test_a_longrope_model_keeps_its_ratio_of_hidden_size_to_heads():
     with pytest.raises(Exception, match="short_factor"):
-        longrope(40)  # the reason for the refusal
+        longrope(40)  # transformers refuses such a config
     model = tiny.model("phi3", rope_parameters=longrope(64).rope_parameters, head_dim=None)
     base = tiny.architecture(model)
     with pytest.raises(InputError, match=r"hidden_size: 40 with 8 heads.*longrope"):
@@ -136,7 +136,7 @@ def test_a_longrope_model_keeps_the_hidden_size_that_transformers_counts_from():
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "mixtral"])
-def test_nothing_removed_is_the_same_model(family):
+def test_pruning_to_the_same_architecture_gives_the_same_model(family):
     model = tiny.model(family)
     base = tiny.architecture(model)
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_a_bfloat16_model_stays_bfloat16():
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_pruning_leaves_the_original_alone(family):
+def test_pruning_does_not_change_the_original(family):
     model = tiny.model(family)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     student = prune(model, tiny.architecture(model), tiny.scores(tiny.architecture(model)))
@@ -165,7 +165,7 @@ def test_pruning_leaves_the_original_alone(family):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_removed_heads_can_be_merged_into_those_that_stay():
+def test_removed_heads_can_be_merged_into_the_kept_ones():
     model = tiny.model("phi3")
     base = tiny.architecture(model)
     target, scores = replace(base, num_heads=4), tiny.scores(base)
@@ -174,11 +174,11 @@ def test_removed_heads_can_be_merged_into_those_that_stay():
     new = prune(model, target, scores, merge_heads=-1).state_dict()["model.layers.0.self_attn.qkv_proj.weight"]
     gone = [head for head in range(8) if head not in kept]
     for place, head in enumerate(new[: 4 * 24].view(4, 24, -1)):
-        # with the sign of layer collapse every head that stays becomes a removed head of its group
+        # with the sign of layer collapse every kept head becomes a removed head of its group
         assert any(torch.allclose(head, old[i], atol=1e-6) for i in gone if i // 4 == kept[place] // 4)
 
 
-def test_the_best_scored_units_stay_in_order():
+def test_the_units_with_the_highest_scores_are_kept_in_order():
     base = tiny.architecture(tiny.model())
     scores = tiny.scores(base)
     kept = select(scores, base, replace(base, hidden_size=16, intermediate_size=10, num_heads=4))
@@ -186,7 +186,7 @@ def test_the_best_scored_units_stay_in_order():
     assert kept.hidden.tolist() == sorted(kept.hidden.tolist())
     for layer, heads in enumerate(kept.heads):
         groups = scores.heads[layer].view(2, 4)
-        assert [int(h) // 4 for h in heads] == [0, 0, 1, 1]  # two of each KV group
+        assert [int(h) // 4 for h in heads] == [0, 0, 1, 1]  # two heads of each KV group
         assert set(heads.tolist()) == {g * 4 + int(i) for g in range(2) for i in groups[g].topk(2).indices}
 
 
@@ -218,7 +218,7 @@ ORDERS = {"loss": {1: [1, 2, 3, 4], 2: [3, 4, 0, 1]}, "logit_error": {2: [0, 4]}
         (3, {"how": "iterative", "metric": "logit_error"}, [1, 2, 3]),
     ],
 )
-def test_layers_go_by_the_way_and_the_metric(target, options, kept):
+def test_layers_are_removed_by_the_given_method_and_metric(target, options, kept):
     scores = scored()
     assert kept_layers(scores, 5, target, **options) == kept
 
@@ -236,7 +236,7 @@ def test_layers_go_by_the_way_and_the_metric(target, options, kept):
         (3, {"how": "iterative", "metric": "task:piqa"}, "removing 2 iteratively by 'task:piqa'"),
     ],
 )
-def test_a_choice_of_layers_that_was_not_measured_is_refused(target, options, named):
+def test_layer_metrics_that_were_not_measured_are_refused(target, options, named):
     with pytest.raises(InputError, match=named):
         kept_layers(scored(), 5, target, **options)
 
@@ -246,13 +246,13 @@ def scored() -> ImportanceScores:
     return replace(tiny.scores(base), removal=SCORED, orders=ORDERS)
 
 
-def test_the_least_important_block_of_layers_goes():
+def test_the_least_important_block_of_layers_is_removed():
     base = tiny.architecture(tiny.model())
     assert select(scored(), base, replace(base, num_layers=3)).layers == [0, 3, 4]
 
 
 @pytest.mark.parametrize("layers", [[0, 3, 2], [0, 1, 1], [0, 1, 5], [-1, 0, 1], [0, 1]])
-def test_layers_that_cannot_be_kept_are_refused(layers):
+def test_invalid_layers_to_keep_are_refused(layers):
     base = tiny.architecture(tiny.model())
     with pytest.raises(InputError, match="layers: "):
         select(scored(), base, replace(base, num_layers=3), layers=layers)
@@ -269,14 +269,14 @@ def test_layers_that_cannot_be_kept_are_refused(layers):
         ("mixtral", {"experts_per_token": 1}, "experts_per_token: 1 differs"),
     ],
 )
-def test_an_architecture_that_does_not_fit_is_refused(family, change, named):
+def test_an_architecture_that_cannot_be_pruned_from_the_model_is_refused(family, change, named):
     model = tiny.model(family)
     base = tiny.architecture(model)
     with pytest.raises(InputError, match=named):
         prune(model, replace(base, **change), tiny.scores(base))
 
 
-def test_a_mixture_without_scores_of_its_experts_is_refused():
+def test_scores_without_experts_are_refused_for_a_mixture():
     model = tiny.model("mixtral")
     base = tiny.architecture(model)
     with pytest.raises(InputError, match=r"scores.experts: missing"):

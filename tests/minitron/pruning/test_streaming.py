@@ -1,4 +1,4 @@
-"""Pruning folder to folder gives what pruning in memory gives, for every layout on disk; heads merge as defined; steps."""
+"""Pruning from folder to folder equals pruning in memory for every layout on disk; merged heads; iterative pruning."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALLER = {"num_layers": 3, "hidden_size": 40, "intermediate_size": 33, "num_hea
 
 
 def on_disk(folder, family="llama", tied=True, shard="1GB", **changes):
-    """A saved checkpoint with a tokenizer; its model, the architecture to prune it to, and its scores."""
+    """Save a checkpoint with a tokenizer; returns its model, the architecture to prune to, and importance scores."""
     model = tiny.model(family, tied, **changes)
     model.save_pretrained(folder, max_shard_size=shard)
     tiny.tokenizer().save_pretrained(folder)
@@ -33,7 +33,7 @@ def on_disk(folder, family="llama", tied=True, shard="1GB", **changes):
 
 
 def same_logits(folder, model):
-    # eager experts take any width
+    # the eager implementation of experts supports any width
     loaded = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").eval()
     with torch.no_grad():
         return torch.equal(loaded(tiny.rows()).logits, model(tiny.rows()).logits)
@@ -41,7 +41,7 @@ def same_logits(folder, model):
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_streaming_gives_what_pruning_in_memory_gives(family, tied, tmp_path):
+def test_streaming_equals_pruning_in_memory(family, tied, tmp_path):
     model, target, scores = on_disk(tmp_path / "model", family, tied)
     steps = []
     prune_checkpoint(tmp_path / "model", tmp_path / "out", target, scores, progress=lambda *step: steps.append(step))
@@ -51,7 +51,7 @@ def test_streaming_gives_what_pruning_in_memory_gives(family, tied, tmp_path):
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    # what save_pretrained writes: the same files, names and settings
+    # the same files, names and settings as from save_pretrained
     expected.save_pretrained(tmp_path / "saved")
     assert sorted(load_file(tmp_path / "out/model.safetensors")) == sorted(
         load_file(tmp_path / "saved/model.safetensors")
@@ -66,7 +66,7 @@ def test_streaming_gives_what_pruning_in_memory_gives(family, tied, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_shards_in_and_out(family, tmp_path):
+def test_sharded_checkpoints_are_read_and_written(family, tmp_path):
     model, target, scores = on_disk(tmp_path / "model", family, tied=False, shard="100KB")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 3
     prune_checkpoint(tmp_path / "model", tmp_path / "out", target, scores, shard_bytes=40_000)
@@ -86,7 +86,7 @@ def test_shards_in_and_out(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_experts_that_are_one_tensor_on_disk(family, tmp_path):
+def test_experts_that_are_stored_in_one_tensor_are_pruned(family, tmp_path):
     model, target, scores = on_disk(tmp_path / "model", family)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     save_file(state, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
@@ -94,7 +94,7 @@ def test_experts_that_are_one_tensor_on_disk(family, tmp_path):
     assert same_logits(tmp_path / "out", prune(model, target, scores))
 
 
-def test_where_there_are_both_the_single_file_is_read_as_transformers_does(tmp_path):
+def test_a_single_file_has_precedence_over_shards_as_in_transformers(tmp_path):
     model, target, scores = on_disk(tmp_path / "model")
     on_disk(tmp_path / "other", seed=1, shard="100KB")
     for file in (tmp_path / "other").glob("model*"):
@@ -105,7 +105,7 @@ def test_where_there_are_both_the_single_file_is_read_as_transformers_does(tmp_p
     assert same_logits(tmp_path / "out", prune(model, target, scores))
 
 
-def test_the_dtype_of_the_weights_stays(tmp_path):
+def test_the_dtype_of_the_weights_is_kept(tmp_path):
     _, target, scores = on_disk(tmp_path / "float", "llama")
     model = load_model(tmp_path / "float", torch.bfloat16)
     model.save_pretrained(tmp_path / "model")
@@ -120,7 +120,7 @@ def test_the_dtype_of_the_weights_stays(tmp_path):
     assert all(torch.equal(tensor, actual[name]) for name, tensor in expected.items())
 
 
-def test_the_layers_that_stay_can_be_given_and_keep_their_settings(tmp_path):
+def test_the_kept_layers_can_be_given_and_keep_their_settings(tmp_path):
     model, target, scores = on_disk(tmp_path / "model", "gemma2")
     prune_checkpoint(tmp_path / "model", tmp_path / "out", target, scores, layers=[0, 2, 4])
     assert same_logits(tmp_path / "out", prune(model, target, scores, layers=[0, 2, 4]))
@@ -130,7 +130,7 @@ def test_the_layers_that_stay_can_be_given_and_keep_their_settings(tmp_path):
     assert storage.manifest(str(tmp_path / "out"))["note"]["layers"] == [0, 2, 4]
 
 
-def test_stopped_halfway_nothing_is_visible(tmp_path):
+def test_an_interrupted_pruning_leaves_no_folder(tmp_path):
     _, target, scores = on_disk(tmp_path / "model")
 
     def stop(done, total):
@@ -142,7 +142,7 @@ def test_stopped_halfway_nothing_is_visible(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_folder_that_exists_is_left_alone(tmp_path):
+def test_an_existing_folder_is_not_changed(tmp_path):
     _, target, scores = on_disk(tmp_path / "model")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/precious").write_text("here")
@@ -151,7 +151,7 @@ def test_a_folder_that_exists_is_left_alone(tmp_path):
     assert (tmp_path / "out/precious").read_text() == "here"
 
 
-def test_checkpoints_that_cannot_be_read_are_named(tmp_path):
+def test_unreadable_checkpoints_are_refused_and_named(tmp_path):
     _, target, scores = on_disk(tmp_path / "model")
     place, weights = tmp_path / "model", tmp_path / "model/model.safetensors"
 
@@ -184,11 +184,11 @@ def test_checkpoints_that_cannot_be_read_are_named(tmp_path):
 
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3"])
-def test_heads_that_go_are_merged_into_those_that_stay(family, sign, tmp_path):
-    """Held against a loop over ranks, written from the formula: head_i + sign * (head_i - head_(2K-i+1))."""
+def test_removed_heads_are_merged_into_kept_heads_as_in_memory(family, sign, tmp_path):
+    """Compared with a loop over ranks that implements the formula head_i + sign * (head_i - head_(2K-i+1))."""
     model, _, scores = on_disk(tmp_path / "model", family)
     base = tiny.architecture(model)
-    target = replace(base, num_heads=6, hidden_size=48)  # of 4 heads in each of 2 groups stay 3
+    target = replace(base, num_heads=6, hidden_size=48)  # 3 of 4 heads in each of 2 groups are kept
     reference = prune(model, base, scores)  # a copy
     in_group, keep, dim = 4, 3, base.head_dim
     for layer in range(base.num_layers):
@@ -223,14 +223,14 @@ def test_heads_that_go_are_merged_into_those_that_stay(family, sign, tmp_path):
     ("heads", "sign", "named"),
     [(6, 2, "merge_heads: 2"), (8, 1, "nothing to merge"), (2, 1, "4 query heads per KV group .* into 1")],
 )
-def test_merging_that_cannot_be_is_refused(heads, sign, named):
+def test_invalid_head_merging_is_refused(heads, sign, named):
     model = tiny.model("mistral")
     base = tiny.architecture(model)
     with pytest.raises(InputError, match=named):
         prune(model, replace(base, num_heads=heads), tiny.scores(base), merge_heads=sign)
 
 
-def test_pruning_in_steps_scores_what_is_left_before_each():
+def test_iterative_pruning_scores_the_model_again_before_each_step():
     model, rows = tiny.model("llama"), tiny.rows()
     base = tiny.architecture(model)
     target = replace(base, **SMALLER)

@@ -1,4 +1,4 @@
-"""The folders that this package writes load with transformers alone, in a process of their own and under another user."""
+"""Checkpoint folders load with transformers alone, in another process and as another user."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FOREIGN = {
     "architectures": ["OwnForCausalLM"],
 }
 
-# Once as whoever it is, which imports everything, with what some servers always say; then as nobody.
+# First as the current user, which imports everything; then as `nobody`.
 LOAD = """
 import os, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -47,7 +47,7 @@ assert os.getuid() != 0
 
 @pytest.fixture
 def open_folder():
-    """A folder that other users may enter; pytest's they may not."""
+    """A folder that other users may enter, unlike the temporary folders of pytest."""
     before, folder = os.umask(0o022), Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     yield folder
@@ -56,7 +56,7 @@ def open_folder():
 
 
 def foreign(folder, family):
-    """A checkpoint with code of somebody's own beside transformers', as many on the hub have it."""
+    """A checkpoint with custom modelling code in its folder, like many on the hub."""
     tiny.model(family).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     for name, values in (
@@ -66,7 +66,7 @@ def foreign(folder, family):
         (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
 
 
-def test_every_familys_folders_load_with_transformers_alone_under_another_user(open_folder, tmp_path):
+def test_folders_of_every_family_load_with_transformers_alone_as_another_user(open_folder, tmp_path):
     written, names = [], []
     for family in tiny.FAMILIES:
         foreign(tmp_path / family, family)
@@ -99,7 +99,7 @@ def test_every_familys_folders_load_with_transformers_alone_under_another_user(o
 
 
 @pytest.mark.parametrize(("umask", "file", "folder"), [(0o077, 0o600, 0o700), (0o007, 0o660, 0o770)])
-def test_the_umask_decides_who_may_read(umask, file, folder, open_folder, tmp_path):
+def test_the_umask_determines_who_may_read_a_folder(umask, file, folder, open_folder, tmp_path):
     model = tiny.model()
     os.umask(umask)
     tiny.scores(tiny.architecture(model)).save(tmp_path / "scores.safetensors")

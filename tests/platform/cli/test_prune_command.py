@@ -127,8 +127,8 @@ def test_folders_without_scores_are_refused(folder):
     assert "memory://far is a remote folder" in " ".join(result.output.split())
 
 
-def test_prune_reads_a_revision_of_a_hub_model_and_downloads_its_weights_in_one_format(folder, tmp_path, monkeypatch):
-    """In the hub's cache: two revisions, of which the listing also has the weights in other formats."""
+def test_prune_reads_the_given_revision_of_a_hub_model_from_the_cache(folder, tmp_path, monkeypatch):
+    """The cache has two revisions; their listings also name weights in other formats, which were not downloaded."""
     commits = {"main": "0" * 40, "v1": "1" * 40}
     cache = tmp_path / "models--somebody--model"
     shutil.copytree(folder / "model", cache / "snapshots" / commits["v1"])

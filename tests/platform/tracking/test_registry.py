@@ -150,7 +150,7 @@ def test_errors_name_the_existing_models_and_versions(
             promote(uri, NAME, alias=alias)
         with pytest.raises(InputError, match=f"alias '{alias}' is not allowed"):
             register(uri, name=NAME, source=weights(tmp_path / "new", b"new"), run_id=None, tags={}, alias=alias)
-    assert len(models(uri)) == 1  # no other model was created
+    assert len(models(uri)) == 1  # nothing else was registered
     with pytest.raises(InputError, match="'a/b'"):
         register(uri, name="a/b", source=str(tmp_path / "a"), run_id=None, tags={})
     with pytest.raises(StorageError, match=r"no manifest\.json"):

@@ -282,7 +282,7 @@ def test_lines_of_concurrent_writers_are_not_mixed(spool: str) -> None:
     assert len([json.loads(line) for line in lines]) == 800
 
 
-def test_a_full_disk_does_not_stop_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_spool_that_cannot_be_written_does_not_stop_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "spool").write_text("a file where the folder should be")
     run = RunLog(str(tmp_path / "spool"), "run")
     run.start("run")

@@ -1,4 +1,4 @@
-"""Benchmark scores are lm-eval's own, for each kind of request, and are shown in their own unit."""
+"""Benchmark scores equal those of lm-eval for each kind of request, and are shown in the unit of their metric."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def sums(count):
 
 
 def by_lm_eval(model, tokenizer, task, file, limit=None):
-    """What lm-eval's own command gives for the stock definition of `task` on the same documents."""
+    """The results of lm-eval itself for the stock definition of `task` on the same documents."""
     config = read_definition(next(parts(Task(task))).definition, functions=True)
     for split in ("training_split", "validation_split", "fewshot_split", "dataset_name"):
         config.pop(split, None)
@@ -64,7 +64,7 @@ def tokenizer():
 
 @pytest.fixture
 def generated(monkeypatch):
-    """Every list of answers that lm-eval's transformers backend has given."""
+    """The lists of answers that lm-eval's transformers backend generates during a test."""
     answers = []
     original = HFLM.generate_until
 
@@ -77,8 +77,8 @@ def generated(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["arc_easy", "wikitext", "gsm8k"])
-def test_each_kind_of_request_gives_what_lm_eval_gives(student, tokenizer, tmp_path, generated, name):
-    # pages of about 60 to 1,800 bytes, of which the longest take four windows of this model
+def test_each_kind_of_request_gives_the_scores_of_lm_eval(student, tokenizer, tmp_path, generated, name):
+    # pages of about 60 to 1,800 bytes; the longest need four windows of this model
     documents = {"arc_easy": arc_documents(9), "wikitext": [*pages(5, 10), *pages(2, 300)], "gsm8k": sums(3)}[name]
     file = write_jsonl(tmp_path / "test.jsonl", documents)
     calls = []
@@ -101,7 +101,7 @@ def test_each_kind_of_request_gives_what_lm_eval_gives(student, tokenizer, tmp_p
         assert all(ours)
 
 
-def test_a_perplexity_of_a_random_model_is_that_of_its_vocabulary(tokenizer, tmp_path):
+def test_the_perplexity_of_a_random_model_is_near_its_vocabulary_size(tokenizer, tmp_path):
     model = tiny_model(1, initializer_range=1e-4)
     file = write_jsonl(tmp_path / "test.jsonl", pages(3, 200))
     score = evaluate(model, tokenizer, [Task("wikitext", str(file), limit=2)])["wikitext"]
@@ -110,7 +110,7 @@ def test_a_perplexity_of_a_random_model_is_that_of_its_vocabulary(tokenizer, tmp
     assert score.num_documents == 2
 
 
-def test_a_prompt_that_is_cut_for_its_answer_is_reported(tokenizer, tmp_path, caplog):
+def test_a_prompt_that_is_truncated_for_its_answer_is_reported(tokenizer, tmp_path, caplog):
     model = tiny_model(1, max_position_embeddings=400)
     file = write_jsonl(tmp_path / "test.jsonl", [*sums(2), {"question": 30 * "winter ", "answer": "#### 1"}])
     with caplog.at_level(logging.WARNING):
@@ -140,15 +140,15 @@ def test_a_score_is_shown_in_the_unit_of_its_metric(task, metric, value, stderr,
     assert found.text(value, stderr) == shown
 
 
-def test_better_is_lower_for_perplexities_and_unknown_for_what_nobody_defines():
+def test_lower_is_better_for_perplexities_and_the_direction_of_unknown_metrics_is_none():
     better = [task_metric("t", m).higher_is_better for m in ("byte_perplexity", "ter", "acc", "bleu", "score")]
     assert better == [False, False, True, True, None]
 
 
-def test_a_task_that_raises_is_told_of_and_the_others_are_scored(student, tokenizer, tmp_path):
+def test_a_task_that_raises_is_reported_and_the_others_are_scored(student, tokenizer, tmp_path):
     good = Task("wikitext", str(write_jsonl(tmp_path / "pages.jsonl", pages(2, 10))))
     unfit = Task("hellaswag", str(write_jsonl(tmp_path / "unfit.jsonl", [{"no": "question"}])))
-    # the first document is scored, and what comes after all answers raises
+    # its documents are scored, and the aggregation afterwards raises
     broken = Task(
         "gsm8k", str(write_jsonl(tmp_path / "sums.jsonl", [*sums(1), {"question": "how many?", "answer": 3}]))
     )
@@ -163,7 +163,7 @@ def test_a_task_that_raises_is_told_of_and_the_others_are_scored(student, tokeni
         evaluate(student, tokenizer, [broken])
 
 
-def test_an_answer_that_the_model_cannot_take_fails_its_task(student, tokenizer, tmp_path):
+def test_an_answer_that_is_too_long_for_the_model_fails_its_task(student, tokenizer, tmp_path):
     documents = arc_documents(3)
     documents[1]["choices"]["text"][0] = 513 * "a"
     file = write_jsonl(tmp_path / "test.jsonl", documents)
@@ -172,7 +172,9 @@ def test_an_answer_that_the_model_cannot_take_fails_its_task(student, tokenizer,
 
 
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, KeyboardInterrupt])
-def test_no_memory_and_an_interrupt_are_no_failures_of_a_task(student, tokenizer, tmp_path, monkeypatch, error):
+def test_out_of_memory_and_interrupts_are_raised_and_not_recorded_as_failures(
+    student, tokenizer, tmp_path, monkeypatch, error
+):
     def stop(*_, **__):
         raise error
 
