@@ -1,12 +1,12 @@
-"""The loss head against the plain one and those of other packages: gradient error, peak memory and time, in one run.
+"""The logit loss compared with a plain one and those of other packages: gradient error, peak memory and time.
 
     python -m benchmarks.loss_head [--out docs/loss-head.md]
 
 Gradients of SmolLM2-135M's own hidden states and head, in bfloat16 on text from the installed packages' documentation,
-are compared with float64's, for students at three distances. Memory is measured in a process of its own for each; time in
-rounds that take turns. On a CPU one thread works and its processor time counts, which other work disturbs least. On a GPU
-hidden states and heads are random, at the shapes of Llama-3.1-8B and a student of 4.5B. Packages that are not installed are
-left out: pip install -e '.[bench]'.
+are compared with those in float64, for students at three distances. Memory is measured in a process of its own for each
+loss, time in alternating rounds. On a CPU one thread is used and its processor time counts, which other work disturbs least.
+On a GPU hidden states and heads are random, with the shapes of Llama-3.1-8B and a student of 4.5B. Packages that are not
+installed are left out: pip install -e '.[bench]'.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def _errors(losses: dict[str, Loss], students: Iterable[tuple[str, Material]]) -
         column = {"": f"{name}, KL {kl:.2g}"}
         for loss, function in losses.items():
             errors = [
-                100 * ((got.double() - wanted).norm() / wanted.norm()).item()
-                for got, wanted in zip(_gradients(function, material), exact, strict=True)
+                100 * ((actual.double() - expected).norm() / expected.norm()).item()
+                for actual, expected in zip(_gradients(function, material), exact, strict=True)
             ]
             column[loss] = " / ".join(f"{error:.2g}" for error in errors)
         columns.append(column)
@@ -123,7 +123,7 @@ def _errors(losses: dict[str, Loss], students: Iterable[tuple[str, Material]]) -
 
 
 def _exact(material: Material) -> tuple[float, Tensor, Tensor]:
-    """KL and its gradients by the closed form in float64."""
+    """KL and its gradients in float64, from their closed form."""
     hs, ws, ht, wt = (material[name].double() for name in ("hs", "ws", "ht", "wt"))
     teacher, student = (ht @ wt.T).log_softmax(-1), (hs @ ws.T).log_softmax(-1)
     kl = (teacher.exp() * (teacher - student)).sum(-1).mean().item()
@@ -144,7 +144,7 @@ def _memory(losses: dict[str, Loss], material: Material) -> list[str]:
 
 
 def _memory_here(losses: dict[str, Loss], material: Material) -> list[str]:
-    """As `_memory`, in this process: a GPU's allocator counts exactly."""
+    """Like `_memory`, in this process, because the allocator of a GPU counts exactly."""
     peaks = {}
     for name, loss in losses.items():
         torch.cuda.empty_cache()
@@ -163,7 +163,7 @@ def _memory_table(peaks: dict[str, int], material: Material) -> list[str]:
 
 
 def _peak(loss: Loss, material: Material) -> int:
-    """Bytes that one forward and backward needs beyond what is there, after a small one for what is made once."""
+    """Bytes that a forward and backward pass needs beyond its operands, after a small pass for one-time allocations."""
     _gradients(loss, _first(material, WARM_UP_TOKENS))
     restart_peak()
     before = memory_now()
@@ -191,7 +191,7 @@ def _times(losses: dict[str, Loss], material: Material, rounds: int) -> list[str
         columns[2][name] = f"{median(ratios):.2f}"
         columns[3][name] = f"{min(ratios):.2f} to {max(ratios):.2f}"
     return markdown(
-        f"Forward and backward, {kind_of_seconds()}; {_size(material)}, {rounds} rounds in turns",
+        f"Forward and backward, {kind_of_seconds()}; {_size(material)}, {rounds} alternating rounds",
         ["", *works],
         columns,
     )

@@ -1,4 +1,4 @@
-"""The ways to get the loss of a distillation on logits, and its gradient: ours, the plain one, and those of other packages.
+"""Implementations of the logit loss of a distillation and its gradient: ours, a plain one, and those of other packages.
 
 Each is called with student hidden states [N, d_s] and head [V, d_s], which need a gradient, and the teacher's [N, d_t] and
 [V, d_t], and returns forward KL at temperature 1, a mean over the tokens (or that plus a constant), to call `backward` on.
@@ -25,7 +25,7 @@ OURS = "minitron"
 
 
 def ours(hs: Tensor, ws: Tensor, ht: Tensor, wt: Tensor) -> Tensor:
-    """The teacher's head is made ready once in a training, the student's anew for every batch."""
+    """The teacher's head is prepared once per training, the student's for every batch."""
     return linear_logit_loss(hs, Head(ws), Losses(), teacher_hidden=ht, teacher_head=_teacher_head(wt)).loss
 
 
@@ -42,9 +42,9 @@ def dense(hs: Tensor, ws: Tensor, ht: Tensor, wt: Tensor) -> Tensor:
 
 
 def products(hs: Tensor, ws: Tensor, ht: Tensor, wt: Tensor, *, exact: bool) -> None:
-    """The matrix products of such a loss and nothing else: what none that has them can be faster than.
+    """The matrix products of such a loss alone: a lower bound on the time of every loss that computes them.
 
-    Both models' logits, accumulated in float32 if they are to be `exact` and else in the operands' dtype, and the gradients
+    The logits of both models, accumulated in float32 with `exact` and otherwise in the operands' dtype, and the gradients
     of the student's hidden states and head: all 256 tokens at a time, or on a GPU logits of 1,024 and gradients of all.
     """
     chunk, size = (1024, len(hs)) if hs.is_cuda else (256, 256)
@@ -123,7 +123,7 @@ def _modelopt() -> Loss:
 
     def loss(hs: Tensor, ws: Tensor, ht: Tensor, wt: Tensor) -> Tensor:
         with torch.no_grad():
-            teacher = (ht @ wt.T).float()  # as its trainer for transformers does
+            teacher = (ht @ wt.T).float()  # as in its trainer for transformers
         return made((hs @ ws.T).float(), teacher).mean()
 
     return loss
@@ -140,17 +140,17 @@ PEERS: dict[str, tuple[str, Callable[[], Loss]]] = {
 
 
 def contenders(say: Callable[[str], Any] = print) -> dict[str, Loss]:
-    """Every way that can be tried here, by its name; says which packages are missing."""
-    found: dict[str, Loss] = {OURS: ours, REFERENCE: dense}
+    """The implementations that can run here, by name; prints which packages are missing."""
+    losses: dict[str, Loss] = {OURS: ours, REFERENCE: dense}
     for name, (package, make) in PEERS.items():
         try:
-            found[name] = make()
+            losses[name] = make()
             say(f"{name}: {package} {version(package)}")
         except ImportError as error:
-            say(f"{name}: left out, {package} is not installed whole ({error})")
-    return found
+            say(f"{name}: left out, {package} is not completely installed ({error})")
+    return losses
 
 
 def contender(name: str) -> Loss:
-    """One of them, without importing what the others need."""
+    """One implementation, without imports for the others."""
     return {OURS: ours, REFERENCE: dense}.get(name) or PEERS[name][1]()

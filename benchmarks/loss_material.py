@@ -1,4 +1,4 @@
-"""Hidden states and heads that the loss heads are measured on: of a small model on text, or random ones at the shapes of an
+"""Hidden states and heads for the measurements of logit losses: of a small model on text, or random ones with the shapes of an
 8B teacher.
 
 Each is a dict of bfloat16 tensors on the device: hidden states `hs` and `ht` [tokens, d] and heads `ws` and `wt` [V, d] of a
@@ -19,7 +19,7 @@ from minitron.models import final_hidden, layers_of, load_source
 Material = dict[str, Tensor]
 
 STUDENTS = {"0.4 % noise": (0.004, 0), "2 layers dropped": (0.0, 2), "8 layers dropped": (0.0, 8)}
-NOISES = (0.02, 0.3, 1.0)  # of the random students, relative to their teacher
+NOISES = (0.02, 0.3, 1.0)  # noise of the random students, relative to their teacher
 NOISE_SEED = 0
 STUDENT_WIDTH, TEACHER_WIDTH, VOCABULARY = 3072, 4096, 128_256  # Llama-3.1-8B to 4.5B
 LOGIT_DEVIATION = 3.0
@@ -44,7 +44,7 @@ def text_students(tokens: int) -> dict[str, Material]:
             return torch.cat([final_hidden(model, part) for part in rows.split(2)]).flatten(0, 1)
 
     ht, wt = hidden(), Head.of(model).weight.detach().clone()
-    found = {}
+    students = {}
     for name, (noise, dropped) in STUDENTS.items():
         draw = torch.Generator().manual_seed(NOISE_SEED)
         with torch.no_grad():
@@ -54,14 +54,14 @@ def text_students(tokens: int) -> dict[str, Material]:
         start = len(every) // 2 - dropped // 2
         del layers[start : start + dropped]
         config.num_hidden_layers = len(layers)
-        found[name] = {"hs": hidden(), "ws": Head.of(model).weight.detach().clone(), "ht": ht, "wt": wt}
+        students[name] = {"hs": hidden(), "ws": Head.of(model).weight.detach().clone(), "ht": ht, "wt": wt}
         del layers[:]
         layers.extend(every)
-    return found
+    return students
 
 
 def random_pair(tokens: int) -> Material:
-    """A student and a teacher that have nothing in common, at the shapes of 8B to 4.5B."""
+    """A student and a teacher with independent random values, with the shapes of 8B to 4.5B."""
     draw = torch.Generator(device()).manual_seed(NOISE_SEED)
     hs, ws = _random_logits(tokens, STUDENT_WIDTH, draw)
     ht, wt = _random_logits(tokens, TEACHER_WIDTH, draw)
@@ -69,7 +69,7 @@ def random_pair(tokens: int) -> Material:
 
 
 def noisy_pair(tokens: int, noise: float) -> Material:
-    """A teacher as wide as its student, which is that teacher with `noise`, less of it in the head."""
+    """A teacher, and a student of the same width that is the teacher with `noise`, with less noise in the head."""
     draw = torch.Generator(device()).manual_seed(NOISE_SEED)
     ht, wt = _random_logits(tokens, STUDENT_WIDTH, draw)
     hs = ht + noise * torch.randn(ht.shape, generator=draw, device=device())
@@ -78,7 +78,7 @@ def noisy_pair(tokens: int, noise: float) -> Material:
 
 
 def _random_logits(tokens: int, width: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Hidden states and a head whose products deviate by LOGIT_DEVIATION."""
+    """Hidden states and a head whose logits have the standard deviation LOGIT_DEVIATION."""
     hidden = torch.randn(tokens, width, generator=draw, device=device())
     head = torch.randn(VOCABULARY, width, generator=draw, device=device())
     return hidden, head.mul_(LOGIT_DEVIATION / width**0.5)

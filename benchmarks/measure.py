@@ -1,4 +1,4 @@
-"""What the benchmarks share: a clock, peak memory, tables and the machine they ran on."""
+"""Helpers of the benchmarks: a clock, peak memory, tables, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def on_gpu() -> bool:
 
 
 def seconds_now() -> float:
-    """On a CPU this process's processor time, which other work disturbs least; on a GPU wall time, once it is idle."""
+    """On a CPU the processor time of this process, which other work disturbs least; on a GPU wall time, after it is idle."""
     if not on_gpu():
         return time.process_time()
     torch.cuda.synchronize()
@@ -30,12 +30,12 @@ def kind_of_seconds() -> str:
 
 
 def memory_now() -> int:
-    """Bytes of the GPU that tensors take, else of resident memory."""
+    """Bytes of GPU memory in tensors, or of resident memory without a GPU."""
     return torch.cuda.memory_allocated() if on_gpu() else _status("VmRSS")
 
 
 def restart_peak() -> None:
-    """Let the high-water mark of memory begin anew."""
+    """Reset the peak of memory."""
     if on_gpu():
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -52,7 +52,7 @@ def _status(key: str) -> int:
 
 
 def machine() -> str:
-    """The processor or GPU, and torch's version."""
+    """The processor or GPU, and the version of torch."""
     name = processor() if on_gpu() else f"{processor()}, {os.cpu_count()} cores, {_threads()} each"
     return f"{name}; torch {torch.__version__}"
 
@@ -63,12 +63,12 @@ def _threads() -> str:
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Median, and the lowest and highest."""
+    """Median, lowest and highest value, as text."""
     return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def markdown(title: str, rows: list[str], columns: list[dict[str, str]]) -> list[str]:
-    """Lines of a table: for each name in `rows`, of which "" is the heading, what each column has under it."""
+    """Lines of a table with a row for each name in `rows` (the name "" is the heading) and the values of `columns` by name."""
     lines = [f"{title}:", ""]
     for row in rows:
         lines.append("| " + " | ".join([row, *(column[row] for column in columns)]) + " |")

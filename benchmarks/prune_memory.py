@@ -1,9 +1,9 @@
-"""How much memory it takes to prune a checkpoint of Llama-3.1-8B's shape (16 GB in bfloat16) to 3072 / 9216.
+"""The memory needed to prune a checkpoint of the shape of Llama-3.1-8B (16 GB in bfloat16) to 3072 / 9216.
 
     python benchmarks/prune_memory.py --folder /tmp/prune-memory [--layers 4] [--keep]
 
-Writes random weights and random scores, prunes them in a process of its own, and prints its time and its peak memory,
-apart for anonymous pages (what it needs) and file-backed ones (mapped weights, which the system may drop).
+Writes random weights and random scores, prunes them in a separate process, and prints its time and its peak memory,
+separately for anonymous pages (needed) and file-backed ones (mapped weights, which the system may drop).
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ def main() -> None:
 def _write(base: Architecture, folder: Path) -> None:
     from transformers import LlamaConfig
 
-    place = folder / "model"
-    place.mkdir()
-    base.to_config(LlamaConfig(vocab_size=base.vocab_size, dtype="bfloat16")).save_pretrained(place)
+    source = folder / "model"
+    source.mkdir()
+    base.to_config(LlamaConfig(vocab_size=base.vocab_size, dtype="bfloat16")).save_pretrained(source)
     noise = (torch.randn(2**22, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
-    writer = ShardWriter(place, SOURCE_SHARD)
+    writer = ShardWriter(source, SOURCE_SHARD)
     named = [(p.name, p.axes) for p in base.outer_parameters]
     named += [
         (f"{base.table.layers}.{n}.{p.name}", p.axes) for n in range(base.num_layers) for p in base.layer_parameters
@@ -89,8 +89,8 @@ def _measure(options: argparse.Namespace, base: Architecture, target: Architectu
             lines = Path(f"/proc/{child.pid}/status").read_text().splitlines()
         except FileNotFoundError:
             break
-        found = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith(tuple(peaks))}
-        peaks = {name: max(peak, int(found.get(name, 0)) * 1024) for name, peak in peaks.items()}
+        sizes = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith(tuple(peaks))}
+        peaks = {name: max(peak, int(sizes.get(name, 0)) * 1024) for name, peak in peaks.items()}
         time.sleep(SAMPLE_SECONDS)
     if child.wait():
         sys.exit("pruning failed")

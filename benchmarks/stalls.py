@@ -1,11 +1,11 @@
-"""What training waits for: checkpoints, written in the background or waited for, and data.
+"""The time that training waits for checkpoints, written in the background or in the foreground, and for data.
 
     python -m benchmarks.stalls [--folder /data/somewhere] [--out docs/benchmarks.md]
 
-SmolLM2-135M, stored, is distilled into a student of 90M parameters by the loop itself. After some steps the whole state
-(float32 weights and both moments) is saved and waited for; after some more it is saved again while training goes on until
-it is committed; and so on. The stall of the first is all of it, that of the second what saving takes before it returns;
-what the steps lose meanwhile to the writing is given as well. All is wall time.
+SmolLM2-135M, from stored targets, is distilled into a student of 90M parameters by the training loop. After some steps the
+whole state (float32 weights and both moments) is saved and the loop waits for it; after some more steps it is saved while
+training continues; and so on in alternation. The stall of the first kind is the whole write, that of the second the time until
+`save` returns; the slowdown of the steps during the write is given as well. All times are wall time.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from minitron.distill.checkpoints import Checkpoints
 from minitron.distill.report import ASIDE
 from minitron.distill.state import TrainingState
 
-UNDISTURBED_STEPS = 2  # between a checkpoint that was waited for and one that is not
+UNDISTURBED_STEPS = 2  # between a checkpoint in the foreground and one in the background
 MOST_STEPS = 10_000
 
 
 class Stalls:
-    """Told of every step, saves in turns in both ways, and times these and the steps; raises Finished after `rounds`."""
+    """Called after every step: saves alternately in both ways, and times saves and steps; raises Finished after `rounds`."""
 
     def __init__(self, checkpoints: Checkpoints, tensors: dict[str, Tensor], rounds: int) -> None:
         self.checkpoints, self.tensors, self.rounds = checkpoints, tensors, rounds
@@ -48,23 +48,23 @@ class Stalls:
         self.before = 0.0
 
     def __call__(self, report: StepReport) -> None:
-        taken = time.perf_counter() - self.before
+        seconds = time.perf_counter() - self.before
         if report.step == 1:
-            self._wait(report.step)  # one to warm up
+            self._wait(report.step)  # a first save, to warm up
             self.waited.clear()
         else:
             self.reports.append(report)
-            self._next(report.step, taken)
+            self._next(report.step, seconds)
         self.before = time.perf_counter()
 
-    def _next(self, step: int, taken: float) -> None:
+    def _next(self, step: int, seconds: float) -> None:
         if self.quiet < UNDISTURBED_STEPS:
-            self.undisturbed.append(taken)
+            self.undisturbed.append(seconds)
             self.quiet += 1
             if self.quiet == UNDISTURBED_STEPS:
                 self.returned.append(self._save(step))
             return
-        self.beside.append(taken)
+        self.beside.append(seconds)
         pending = self.checkpoints.pending
         if pending is not None and not pending.done():
             return
@@ -92,9 +92,9 @@ def main() -> None:
     )
     parser.add_argument("--sequence", type=int, default=256, help="tokens of a row")
     parser.add_argument("--batch", type=int, default=4, help="rows of a step")
-    parser.add_argument("--rows", type=int, default=128, help="rows of text; targets lie in shards of 64")
+    parser.add_argument("--rows", type=int, default=128, help="rows of text; targets are stored in shards of 64")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where to write; by default the system's temporary folder")
+    parser.add_argument("--folder", type=Path, help="folder for all files (default: the system's temporary folder)")
     parser.add_argument("--out", type=Path, help="also append the tables to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -111,7 +111,7 @@ def _measure(options: argparse.Namespace, folder: Path) -> str:
     materials.store()
     config = DistillConfig(MOST_STEPS, batch_rows=options.batch, micro_batch_rows=options.batch, peak_lr=1e-5)
     student = materials.student(torch.bfloat16)
-    # of the size and kind of the loop's own, which nothing but the loop reaches
+    # tensors of the size and kind of the training loop's state, which is private to the loop
     state = TrainingState(list(student.named_parameters()), config).tensors()
     with Checkpoints(str(folder / "checkpoints"), key="benchmark") as checkpoints:
         stalls = Stalls(checkpoints, state, options.rounds)
@@ -141,7 +141,7 @@ def _checkpoints(stalls: Stalls, size: int) -> list[str]:
         for column, value in zip(columns, values, strict=True):
             column[name] = value
     title = (
-        f"Stall of a checkpoint of {size / 1e9:.2f} GB, wall time, {len(stalls.waited)} in turns, median (lowest to "
+        f"Stall of a checkpoint of {size / 1e9:.2f} GB, wall time, {len(stalls.waited)} in alternation, median (lowest to "
         f"highest); an undisturbed step takes {spread(stalls.undisturbed)} s"
     )
     return markdown(title, ["", *rows], columns)

@@ -1,13 +1,13 @@
-"""The trainers that a whole step is measured of: ours, and those of TRL and ModelOpt.
+"""The trainers whose steps are measured: ours, and those of TRL and ModelOpt.
 
 All distil the same student from the same teacher on the same rows in the same order by forward KL at temperature 1, with
-AdamW and clipped gradients; models compute in bfloat16. Whether float32 master weights stand behind them is said:
+AdamW and clipped gradients; models compute in bfloat16. They differ in their master weights:
 
-- minitron: working weights in bfloat16, masters, moments and sums of gradients in float32.
-- the others: weights in float32, which are the masters, under bfloat16 autocast; or weights, gradients and moments in
-  bfloat16, without masters.
+- minitron: weights in bfloat16; master weights, moments and sums of gradients in float32.
+- the others: master weights in float32 under bfloat16 autocast; or weights, gradients and moments in bfloat16, without
+  master weights.
 
-Nobody pads, evaluates or saves. Teachers are bfloat16; attention is PyTorch's scaled_dot_product_attention everywhere.
+None of them pads, evaluates or saves. Teachers are in bfloat16; attention is PyTorch's scaled_dot_product_attention.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RATE, SEED = 1e-5, 0
 
 @dataclass(frozen=True)
 class Setup:
-    """What is the same for every trainer."""
+    """Settings that all trainers share."""
 
     steps: int
     batch_rows: int
@@ -83,8 +83,8 @@ def _trl_gkd(materials: Materials, setup: Setup, stepped: Stepped, *, weights: t
 
 
 def _trl_distillation(materials: Materials, setup: Setup, stepped: Stepped, *, weights: torch.dtype) -> None:
-    """Chunked divergence. This trainer generates its text; here the rows are given in place of it, so that its step has
-    no generation, and the first token of a row is its prompt."""
+    """Chunked divergence. This trainer usually generates its text; here it gets the rows instead, so that a step includes no
+    generation, and the first token of a row is the prompt."""
     from trl import DistillationConfig, DistillationTrainer
 
     class OnRows(DistillationTrainer):
@@ -114,7 +114,7 @@ def _trl_distillation(materials: Materials, setup: Setup, stepped: Stepped, *, w
 
 
 def _modelopt(materials: Materials, setup: Setup, stepped: Stepped, *, weights: torch.dtype) -> None:
-    """Dense logits, widened to float32."""
+    """Dense logits, converted to float32."""
     from modelopt.torch.distill.plugins.huggingface import DistillArgsWithTeacherModel, KDTrainer
     from transformers import TrainingArguments
 
@@ -168,7 +168,7 @@ def _collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def _callback(stepped: Stepped) -> Any:
-    """Steps as transformers' trainer counts them; its loss comes with the log of the first one."""
+    """Counts steps of transformers' trainer; the loss is that in the log of the first step."""
     from transformers import TrainerCallback
 
     class Steps(TrainerCallback):
@@ -212,7 +212,7 @@ CONTENDERS: dict[str, Contender] = {
 
 
 def installed(say: Callable[[str], Any] = print) -> list[str]:
-    """The contenders that can run here; says which packages there are and which are missing."""
+    """The trainers that can run here; prints the versions of their packages and which are missing."""
     modules = {package: module.split(".")[0] for package, module, _ in _PEERS.values()}
     missing = {package for package, module in modules.items() if find_spec(module) is None}
     for package in modules:

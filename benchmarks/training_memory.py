@@ -1,9 +1,9 @@
-"""Peak main memory of a training process beside what `minitron.memory` says of it, over shapes and settings.
+"""Peak main memory of a training process compared with the estimate of `minitron.memory`, for several shapes and settings.
 
     python benchmarks/training_memory.py [NAME ...]
 
-Every case is a process of its own with random weights, rows and teacher outputs; its peak is what the system counts as
-resident. CPU only.
+Every case runs in a process of its own with random weights, rows and teacher outputs; its peak is that of resident memory.
+CPU only.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SMALL = {
     "vocab_size": 32_000,
 }
 TINY = {**SMALL, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
-# family, shape, dtype, rows of a micro-batch, tokens of a row, further settings
+# family, shape, dtype, rows per micro-batch, tokens per row, other settings
 CASES = {
     "tiny": ("llama", TINY, "bfloat16", 2, 256, {}),
     "tiny, vocabulary 128,256": ("llama", {**TINY, "vocab_size": 128_256}, "bfloat16", 2, 256, {}),
@@ -69,7 +69,7 @@ CASES = {
 
 
 class RandomTeacher:
-    """Final hidden states drawn anew for every batch, with a head of their size."""
+    """A teacher whose final hidden states are random in every batch, with a head of their width."""
 
     def __init__(self, head: Tensor) -> None:
         self.head = Head(head)
@@ -109,11 +109,11 @@ def one(name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         distill(student, teacher, RandomRows(shape["vocab_size"], seq_length), settings, checkpoints=folder, key="k")
     architecture = Architecture.from_config(config)
-    # a teacher of which nothing but its head was ever loaded
+    # a teacher of which only the head was loaded
     only_head = replace(architecture, num_layers=1)
-    said = training_memory(architecture, settings, seq_length, getattr(torch, dtype).itemsize, teacher=only_head)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, said.total, flush=True)
-    print({part: f"{size / 1e9:.2f}" for part, size in vars(said).items()}, file=sys.stderr)
+    estimate = training_memory(architecture, settings, seq_length, getattr(torch, dtype).itemsize, teacher=only_head)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, estimate.total, flush=True)
+    print({part: f"{size / 1e9:.2f}" for part, size in vars(estimate).items()}, file=sys.stderr)
 
 
 def main() -> None:
@@ -124,12 +124,14 @@ def main() -> None:
     if arguments.one:
         one(arguments.one)
         return
-    print(f"{'case':<40}{'peak, GB':>10}{'said, GB':>10}{'said / peak':>13}")
+    print(f"{'case':<40}{'peak, GB':>10}{'estimate, GB':>14}{'estimate / peak':>17}")
     for name in arguments.cases:
         command = [sys.executable, str(Path(__file__)), "--one", name]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        peak, said = map(int, done.stdout.split()[-2:])
-        print(f"{name:<40}{peak / 1e9:>10.2f}{said / 1e9:>10.2f}{said / peak:>13.2f}  {done.stderr.splitlines()[-1]}")
+        peak, estimate = map(int, done.stdout.split()[-2:])
+        print(
+            f"{name:<40}{peak / 1e9:>10.2f}{estimate / 1e9:>14.2f}{estimate / peak:>17.2f}  {done.stderr.splitlines()[-1]}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Whole training steps side by side: this package, TRL's and ModelOpt's trainers on the same models and rows.
+"""The time of whole training steps: this package, and the trainers of TRL and ModelOpt, on the same models and rows.
 
     python -m benchmarks.whole_step [--only minitron TRL] [--out docs/benchmarks.md]
 
-SmolLM2-135M is distilled into a student of 90M parameters that was cut from it, on rows of the installed packages'
-documentation; with --shapes llama-8b an 8B model into one of 4.5B, with random weights, which needs a GPU. What each
-trainer does is in benchmarks/trainers.py. Each has a process of its own; rounds of a few steps take turns, and a step
-counts from the end of the one before, so with its data. Set-up, evaluation and saving are left out; so is the one pass of
-the teacher that a stored teacher takes, whose time is printed. On a CPU one thread works and its processor time counts.
-Memory is the highest resident memory, or the GPU's, beyond what the process had before it loaded a model. Packages that
-are not installed are left out: pip install -e '.[bench]'.
+SmolLM2-135M is distilled into a student of 90M parameters that is pruned from it, on rows of the installed packages'
+documentation; with --shapes llama-8b an 8B model into one of 4.5B, with random weights, which needs a GPU. The trainers
+are in benchmarks/trainers.py. Each runs in a process of its own, in alternating rounds of a few steps; the time of a step
+begins at the end of the step before and so includes reading its data. Set-up, evaluation and saving are excluded, and so is
+the single pass of the teacher for stored targets, whose time is printed. On a CPU one thread is used and its processor time
+counts. Memory is the peak of resident memory, or of GPU memory, beyond that of the process before it loads a model. Packages
+that are not installed are left out: pip install -e '.[bench]'.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="rows of a step")
     parser.add_argument("--micro-batch", type=int, help="rows at a time (default: all of them)")
     parser.add_argument(
-        "--recompute", action="store_true", help="gradient checkpointing, in all of them; TRL's default"
+        "--recompute", action="store_true", help="gradient checkpointing in all trainers; TRL's default"
     )
-    parser.add_argument("--compile", action="store_true", help="torch.compile, in all of them")
-    parser.add_argument("--rows", type=int, default=32, help="rows of text, trained again and again")
+    parser.add_argument("--compile", action="store_true", help="torch.compile in all trainers")
+    parser.add_argument("--rows", type=int, default=32, help="rows of text, which are repeated")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before the first round")
     parser.add_argument("--steps", type=int, default=1, help="steps of a round")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="+", default=[""], help="names, or beginnings of them")
+    parser.add_argument("--only", nargs="+", default=[""], help="names of trainers, or their beginnings")
     parser.add_argument("--largest-micro-batch", action="store_true", help="GPU: also find it, by doubling")
     parser.add_argument("--out", type=Path, help="also append the table to this file")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
@@ -127,8 +127,8 @@ def _measure(options: argparse.Namespace, folder: Path, names: list[str]) -> lis
     for worker in workers.values():
         worker.close()
     for name, parts in ((name, last["parts"]) for name, last in lasts.items() if "parts" in last):
-        taken = {part: value for part, value in parts.items() if value and part not in ASIDE}
-        shares = {part: 100 * value / sum(taken.values()) for part, value in taken.items()}
+        counted = {part: value for part, value in parts.items() if value and part not in ASIDE}
+        shares = {part: 100 * value / sum(counted.values()) for part, value in counted.items()}
         print(f"{name}, last step: " + ", ".join(f"{part} {share:.1f} %" for part, share in shares.items()), flush=True)
     ours = [name for name in names if CONTENDERS[name].package == "minitron"]
     columns = [{"": "tokens/s"}, *({"": f"{name} / this"} for name in ours)]
@@ -147,7 +147,7 @@ def _measure(options: argparse.Namespace, folder: Path, names: list[str]) -> lis
     return markdown(
         f"{options.batch} rows of {options.sequence} tokens a step, {options.micro_batch} at a time"
         f"{', gradient checkpointing' if options.recompute else ''}{', compiled' if options.compile else ''}; "
-        f"{kind_of_seconds()}; {options.rounds} rounds of {options.steps} in turns, median (lowest to highest)",
+        f"{kind_of_seconds()}; {options.rounds} rounds of {options.steps} in alternation, median (lowest to highest)",
         ["", *names],
         columns,
     )

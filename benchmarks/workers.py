@@ -1,4 +1,4 @@
-"""Trainings that take turns: each in a process of its own, which stops after a number of steps until it is asked on."""
+"""Trainings in alternation: each in a process of its own, which pauses after a number of steps until it is told to continue."""
 
 from __future__ import annotations
 
@@ -15,33 +15,32 @@ OUT_OF_MEMORY = "out of memory"
 
 
 class Finished(Exception):
-    """Nobody asks for more steps."""
+    """No more steps are requested."""
 
 
 class Turns:
-    """In the training's process: answers after the warm-up steps, then after every `steps` steps that were asked for."""
+    """In the process of the training: answers after the warm-up steps, then after every `steps` requested steps."""
 
     def __init__(self, warm_up: int, steps: int) -> None:
         self.left, self.steps = warm_up, steps
         self.first_loss: float | None = None
-        # whatever else is printed goes to the log
+        # other output goes to the log
         self.answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         self.before = memory_now()
         restart_peak()
         self.started = seconds_now()
 
-    def stepped(self, said: dict[str, Any]) -> None:
-        """Count a step; raises Finished when it was the last. What was `said` of it goes with the answer, and the first
-        loss."""
+    def stepped(self, metrics: dict[str, Any]) -> None:
+        """Count a step; raises Finished after the last. The answer has the values `metrics` of the step and the first loss."""
         if self.first_loss is None:
-            self.first_loss = said.get("loss")
+            self.first_loss = metrics.get("loss")
         self.left -= 1
         if self.left:
             return
         seconds = seconds_now() - self.started
         measured = {"seconds": seconds, "peak": peak_memory() - self.before, "first_loss": self.first_loss}
-        print(json.dumps(said | measured), file=self.answers, flush=True)
+        print(json.dumps(metrics | measured), file=self.answers, flush=True)
         if not sys.stdin.readline():
             raise Finished
         self.left = self.steps
@@ -49,7 +48,7 @@ class Turns:
 
 
 class Worker:
-    """In the process that measures: one training, warmed up when this returns. Raises RuntimeError if it ends by itself."""
+    """In the measuring process: one training, warmed up when this returns. Raises RuntimeError if it ends early."""
 
     def __init__(self, command: list[str], log: Path) -> None:
         self.log = log
@@ -60,7 +59,7 @@ class Worker:
         self._answer()
 
     def turn(self) -> dict[str, Any]:
-        """Let it train its steps; what it says after them, with their "seconds" and its "peak" bytes so far."""
+        """Let it train for one round of steps; returns its answer, with the "seconds" of the steps and the "peak" bytes."""
         assert self.process.stdin is not None
         print(file=self.process.stdin, flush=True)
         return self._answer()

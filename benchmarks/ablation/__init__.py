@@ -1,1 +1,1 @@
-"""Which of the method's choices matter, on one model: equal parameters, equal tokens, one choice changed at a time."""
+"""An ablation of the method's choices on one model: equal parameters, equal tokens, one choice changed at a time."""

@@ -1,4 +1,4 @@
-"""python -m benchmarks.ablation: the table of docs/ablations.md, made anew."""
+"""python -m benchmarks.ablation: makes the table of docs/ablations.md."""
 
 from __future__ import annotations
 
@@ -26,7 +26,12 @@ def main() -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--short", action="store_true", help="about an hour on two CPU cores (the default)")
     form.add_argument("--long", action="store_true", help="39 million tokens a student, for one H200; give --text")
-    parser.add_argument("--folder", type=Path, default=Path("runs/ablation"), help="where everything is kept")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs/ablation"),
+        help="for models and results",
+    )
     parser.add_argument(
         "--model",
         default=MODEL,
@@ -35,7 +40,7 @@ def main() -> None:
     parser.add_argument(
         "--text", metavar="PATH", help="parquet or jsonl with a column `text` (default: installed packages' docstrings)"
     )
-    parser.add_argument("--seeds", type=int, help="how often each student is made (default: 3)")
+    parser.add_argument("--seeds", type=int, help="number of seeds for each student (default: 3)")
     arguments = parser.parse_args()
 
     if arguments.long and not arguments.text:
@@ -53,7 +58,7 @@ def main() -> None:
     prepare(folder, study, say)
     todo = [(name, seed) for seed in range(size.seeds) for name in ARMS]
     waiting = [(name, seed) for name, seed in todo if not result_path(folder, ARMS[name], seed).exists()]
-    say(f"{len(todo) - len(waiting)} of {len(todo)} students are there")
+    say(f"{len(todo) - len(waiting)} of {len(todo)} students are done already")
     with ProcessPoolExecutor(size.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         pending = {pool.submit(run_arm, folder, study, *item): item for item in waiting}
         for done, future in enumerate(as_completed(pending), start=1):
@@ -61,14 +66,14 @@ def main() -> None:
             losses = f"loss {result['before']['loss']:.3f} to {result['after']['loss']:.3f}"
             say(f"{done}/{len(waiting)}  {name}, seed {seed}: {losses}")
     command = "python -m benchmarks.ablation " + ("--long" if arguments.long else "--short")
-    command += "".join(f" --{key} {value}" for key, value in _told(arguments).items())
+    command += "".join(f" --{key} {value}" for key, value in _changed_options(arguments).items())
     text = markdown(folder, study, _hardware(size.workers), command)
     (folder / "table.md").write_text(text)
     print(f"\n{text}\n{folder / 'table.md'}")
 
 
-def _told(arguments: argparse.Namespace) -> dict[str, object]:
-    """What of the command line changes the figures, beside the form."""
+def _changed_options(arguments: argparse.Namespace) -> dict[str, object]:
+    """Command-line options that change the figures, besides --short and --long."""
     given = {"model": arguments.model, "text": arguments.text, "seeds": arguments.seeds}
     return {key: value for key, value in given.items() if value not in (None, MODEL)}
 

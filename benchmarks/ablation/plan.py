@@ -1,4 +1,4 @@
-"""What is compared: arms that each differ from another in one choice, and what the papers found."""
+"""The compared arms, each of which differs from another in one choice, and the findings of the papers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ WIDTH, DEPTH, BOTH = "width", "depth", "both"
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to make a student; all students have as good as the same number of parameters and get the same tokens."""
+    """One way to make a student; all students have almost the same number of parameters and are trained on the same tokens."""
 
     name: str
     what: str
     shape: str = WIDTH
     aggregation: tuple[str, str] = ("l2", "mean")  # over the batch, over the sequence
-    layers: tuple[str, str] = ("contiguous", "loss")  # which layers go, ranked by what
+    layers: tuple[str, str] = ("contiguous", "loss")  # which layers are removed, and the metric that ranks them
     pruning_steps: int = 1
     loss: str = "kl"  # or "ce"
     start: str = "pruned"  # or "random"
@@ -42,7 +42,7 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two arms, the paper's finding, and which of the two it found better; None where it found no difference."""
+    """Two arms, the paper's finding, and the arm that is better in the paper; None if the paper sees no difference."""
 
     question: str
     first: str
@@ -114,7 +114,7 @@ COMPARISONS = (
 
 @dataclass(frozen=True)
 class Size:
-    """How large the study is."""
+    """The size of the study."""
 
     seq_length: int
     train_rows: int
@@ -134,7 +134,7 @@ class Size:
 
     @property
     def tokens(self) -> int:
-        """What every student is trained on."""
+        """Number of training tokens of every student."""
         return self.steps * self.batch_rows * self.seq_length
 
 
@@ -172,7 +172,7 @@ LONG = Size(
 
 @dataclass(frozen=True)
 class Study:
-    """All that decides the figures."""
+    """Everything that determines the figures."""
 
     size: Size
     model: str

@@ -1,4 +1,4 @@
-"""From results to the table: means over seeds, paired differences, and whether the direction is the papers'."""
+"""The table of an ablation: means over seeds, paired differences, and whether their direction is that of the papers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.ablation.work import agreement, result_path
 
 
 def markdown(folder: Path, study: Study, hardware: str, command: str) -> str:
-    """Both tables, with what they were measured on."""
+    """Both tables, with the model, the data and the hardware of the measurement."""
     results = {
         name: [json.loads(result_path(folder, arm, seed).read_text()) for seed in range(study.size.seeds)]
         for name, arm in ARMS.items()
@@ -67,7 +67,7 @@ def _row(comparison: Comparison, results: dict[str, list[dict[str, Any]]]) -> st
 
 
 def _interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and the half width of its 95 % interval; infinite where one seed says nothing of it."""
+    """Mean, and half the width of its 95 % confidence interval, which is infinite for a single seed."""
     count = len(values)
     if count < 2:
         return values[0], math.inf
@@ -76,7 +76,7 @@ def _interval(values: list[float]) -> tuple[float, float]:
 
 
 def direction(comparison: Comparison, difference: float, error: float) -> str:
-    """What the measured difference (first minus second, with its 95 % interval) says of the paper's finding."""
+    """Whether the measured difference (first minus second, with its 95 % confidence interval) agrees with the paper."""
     if math.isinf(error):
         return "one seed: no telling"
     apart = abs(difference) > error
@@ -84,5 +84,5 @@ def direction(comparison: Comparison, difference: float, error: float) -> str:
         return "disagrees: there is one" if apart else "agrees: none to be seen"
     if not apart:
         return "can't be told apart"
-    found = comparison.first if difference < 0 else comparison.second
-    return "agrees" if found == comparison.better else "disagrees"
+    better = comparison.first if difference < 0 else comparison.second
+    return "agrees" if better == comparison.better else "disagrees"

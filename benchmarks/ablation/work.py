@@ -1,4 +1,4 @@
-"""Carrying a study out: what all arms share is made once, every arm's result is kept, and nothing is done twice."""
+"""Runs a study: inputs that all arms share are made once, and the result of every arm is stored and not repeated."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CROSS_ENTROPY = Losses(logits="none", cross_entropy=1.0)
 
 
 def shapes(base: Architecture) -> dict[str, Architecture]:
-    """Students of equal size: three fifths of the layers, or all of them narrower, or four fifths of them a little so."""
+    """Students of equal size: three fifths of the layers, all layers but narrower, or four fifths and slightly narrower."""
     depth = replace(base, num_layers=base.num_layers * 3 // 5)
     step = base.num_heads * 8 if base.table.hidden_in_heads else 64
     narrow = replace(base, hidden_size=max(step, round(base.hidden_size * 7 / 8 / step) * step))
@@ -40,7 +40,7 @@ def shapes(base: Architecture) -> dict[str, Architecture]:
 
 
 def _fill(shape: Architecture, parameters: int) -> Architecture:
-    """The MLP width, a multiple of 8, that brings `shape` nearest to `parameters`."""
+    """`shape` with the MLP width, a multiple of 8, that brings it nearest to `parameters`."""
     widths = range(8, shape.intermediate_size + 1, 8)
     return min(
         (replace(shape, intermediate_size=width) for width in widths), key=lambda a: abs(a.num_parameters - parameters)
@@ -48,9 +48,9 @@ def _fill(shape: Architecture, parameters: int) -> Architecture:
 
 
 def prepare(folder: Path, study: Study, say: Say) -> None:
-    """Teacher, rows, stored targets, the corrected teacher and its targets, and the scores of every seed.
+    """Make the teacher, the rows, the stored targets, the corrected teacher and its targets, and the scores of every seed.
 
-    Raises InputError if the folder holds another study.
+    Raises InputError if the folder contains another study.
     """
     size = study.size
     _check_same(folder / "study.json", study)
@@ -58,8 +58,8 @@ def prepare(folder: Path, study: Study, say: Say) -> None:
     if not storage.is_committed(str(teacher)):
         say(f"reading {study.model}")
         model, tokenizer = load_source(study.model, dtype=compute_dtype())
-        with storage.committed_folder(str(teacher)) as place:
-            save_model(model, tokenizer, place)
+        with storage.committed_folder(str(teacher)) as part:
+            save_model(model, tokenizer, part)
     if not storage.is_committed(str(rows)):
         say("packing the text")
         pack(
@@ -123,8 +123,8 @@ def _correct(folder: Path, target: Path, size: Size, say: Say) -> None:
         losses=CROSS_ENTROPY,
         report=lambda step: say(f"correction {step.step}/{step.steps}, loss {step.loss:.3f}"),
     )
-    with storage.committed_folder(str(target)) as place:
-        save_model(model, load_tokenizer(folder / "original"), place)
+    with storage.committed_folder(str(target)) as part:
+        save_model(model, load_tokenizer(folder / "original"), part)
 
 
 def _config(size: Size, seed: int) -> DistillConfig:
@@ -140,7 +140,7 @@ def _config(size: Size, seed: int) -> DistillConfig:
 
 
 def _calibration(folder: Path, size: Size, seed: int) -> torch.Tensor:
-    """Other rows for every seed."""
+    """Calibration rows, other ones for every seed."""
     rows = _rows(folder, "train")
     return rows.take([(seed * size.calibration_rows + i) % len(rows) for i in range(size.calibration_rows)])
 
@@ -168,18 +168,18 @@ def _scores(folder: Path, size: Size, seed: int, batch: str, sequence: str, teac
 
 
 def agreement(folder: Path, size: Size) -> dict[str, tuple[float, float]]:
-    """How far the corrected teacher's scores rank units as the original's do: for each axis the mean rank correlation and the
-    mean share of the better half that is the same (arXiv 2408.11796 section 2.1 finds no need to compute them again)."""
+    """How similarly the scores of the corrected and the original teacher rank units: per axis the mean rank correlation and the
+    mean share of the better half that is the same (arXiv 2408.11796 section 2.1 sees no need to compute them again)."""
     pair = [_scores(folder, size, 0, "l2", "mean", teacher, lambda _: None) for teacher in ("original", "corrected")]
-    found = {}
+    agreements = {}
     for axis, first in axes(pair[0]).items():
         second = axes(pair[1])[axis]
-        places = list(zip(first, second, strict=True))
-        found[axis] = (
-            statistics.fmean(rank_correlation(a, b) for a, b in places),
-            statistics.fmean(kept_overlap(a, b) for a, b in places),
+        pairs = list(zip(first, second, strict=True))
+        agreements[axis] = (
+            statistics.fmean(rank_correlation(a, b) for a, b in pairs),
+            statistics.fmean(kept_overlap(a, b) for a, b in pairs),
         )
-    return found
+    return agreements
 
 
 def result_path(folder: Path, arm: Arm, seed: int) -> Path:
@@ -187,12 +187,12 @@ def result_path(folder: Path, arm: Arm, seed: int) -> Path:
 
 
 def run_arm(folder: Path, study: Study, name: str, seed: int) -> dict[str, Any]:
-    """Make, measure, distil and measure one student; `prepare` must be done."""
+    """Make one student, measure it, distil it and measure it again; `prepare` must have been called."""
     arm, size = ARMS[name], study.size
     path = result_path(folder, arm, seed)
     if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
+        result: dict[str, Any] = json.loads(path.read_text())
+        return result
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
     teacher = _load(folder / arm.teacher)
@@ -250,7 +250,7 @@ def _student(folder: Path, size: Size, arm: Arm, seed: int, teacher: nn.Module) 
 
 
 def _randomised(student: nn.Module, seed: int) -> nn.Module:
-    """A model of the same shape as transformers initialises it; made as `prune` makes one, so that buffers keep float32."""
+    """A model of the same shape with random weights from transformers; built as `prune` does, so that buffers stay float32."""
     torch.manual_seed(seed)
     fresh = type(student)(student.config).state_dict()
     with quiet_transformers():

@@ -1,8 +1,8 @@
-"""What predicts the order of a search's candidates, and what finding it costs: python -m benchmarks.search
+"""How early the order of a search's candidates is known, and the cost of the search: python -m benchmarks.search
 
-SmolLM2-135M to about 90M parameters. Three searches in one go: some of the candidates with the stored teacher and again
-with every trial running the teacher itself; all of them to the end; and all of them again with a forward-only first look
-and successive halving. How well each earlier measure predicts the order is read from the second.
+SmolLM2-135M is pruned to about 90M parameters in four searches: some of the candidates with the stored teacher, the same with
+the teacher run by every trial, all candidates to the end, and all candidates with forward-only scores and successive halving.
+The third search shows how well each earlier measure predicts the order.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> None:
     form.add_argument("--long", action="store_true", help="for one H200; give --text")
     parser.add_argument("--model", default=MODEL, help="a folder, .gguf file or hub name (default: %(default)s)")
     parser.add_argument("--text", metavar="PATH", help="parquet or jsonl with a column `text` (default: docstrings)")
-    parser.add_argument("--candidates", type=int, help="how many are compared (default: 24, long: 48)")
+    parser.add_argument("--candidates", type=int, help="number of candidates (default: 24, with --long 48)")
     parser.add_argument("--out", type=Path, help="also append the tables to this file")
     options = parser.parse_args()
     if options.long and not options.text:
@@ -54,7 +54,7 @@ def main() -> None:
 
 def _report(folder: Path, size: Size, options: argparse.Namespace) -> str:
     study = prepare(folder, size, options.model, _text(options.text))
-    say(f"{len(study.candidates)} candidates; the targets took {study.storing:.0f} s to store")
+    say(f"{len(study.candidates)} candidates; storing the targets took {study.storing:.0f} s")
     few = study.candidates[:: max(1, len(study.candidates) // size.compared)][: size.compared]
     gpu = torch.cuda.is_available()
     pool = Pool(str(folder / "tune"), share={"CPU": 1, "GPU": 0.25} if gpu else {"CPU": 1})
@@ -78,9 +78,9 @@ def _report(folder: Path, size: Size, options: argparse.Namespace) -> str:
 def _timed(task: Any, architectures: list[Any], pool: Pool, **options: Any) -> tuple[SearchResult, float]:
     started = time.perf_counter()
     result = search(task, architectures, pool=pool, **options)
-    taken = time.perf_counter() - started
-    say(f"{Path(task.folder).name}: {len(architectures)} candidates in {taken:.0f} s; {result.reason}")
-    return result, taken
+    seconds = time.perf_counter() - started
+    say(f"{Path(task.folder).name}: {len(architectures)} candidates in {seconds:.0f} s; {result.reason}")
+    return result, seconds
 
 
 def _order(full: SearchResult) -> list[str]:
@@ -93,7 +93,8 @@ def _order(full: SearchResult) -> list[str]:
     ranking = full.ranking
     best, worst = ranking[0].kl, ranking[-1].kl
     return [
-        f"What predicts the final order of {len(ranking)} candidates (held-out KL {best:.3f} to {worst:.3f}; "
+        f"How well each earlier measure predicts the final order of {len(ranking)} candidates "
+        f"(held-out KL {best:.3f} to {worst:.3f}; "
         f"{sum(candidate.tied for candidate in ranking)} tied with the best):\n",
         "| order by | Kendall's tau | its best is worse by | the best of its first half is worse by | steps saved |",
         "|---|---|---|---|---|",
@@ -103,12 +104,12 @@ def _order(full: SearchResult) -> list[str]:
 
 
 def _early(full: SearchResult, short: SearchResult, full_seconds: float, short_seconds: float) -> list[str]:
-    """What a forward-only look and halving save, and what their winner costs in final KL."""
+    """The time that forward-only scores and halving save, and the final KL that they cost."""
     final = {candidate.architecture: candidate for candidate in full.ranking}
     lowest = full.ranking[0].kl
     regret = final[short.winner].kl - lowest
     return [
-        "Distilling all to the end against half of them by KL undistilled, halved at rungs from half of the run on:\n",
+        "Distilling all candidates to the end, and half of them by KL undistilled with halving from half of the steps on:\n",
         "| | all to the end | early |",
         "|---|---|---|",
         f"| seconds | {full_seconds:.0f} | {short_seconds:.0f} |",
@@ -120,7 +121,7 @@ def _early(full: SearchResult, short: SearchResult, full_seconds: float, short_s
 
 
 def _store(stored: SearchResult, online: SearchResult, with_store: float, without: float, storing: float) -> list[str]:
-    """What the store saves, and whether both found the same."""
+    """The time that the stored teacher saves, and how much the results of both searches differ."""
     a, b = ({candidate.architecture: candidate for candidate in result.ranking} for result in (stored, online))
     ratios = sorted(b[architecture].seconds / a[architecture].seconds for architecture in a)
     apart = max(abs(a[architecture].kl - b[architecture].kl) for architecture in a)

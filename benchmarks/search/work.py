@@ -1,4 +1,4 @@
-"""What the benchmark of the search works on: a teacher, packed rows, scores, a store of targets, and candidates."""
+"""Inputs of the search benchmark: a teacher, packed rows, importance scores, stored targets, and candidates."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PARAMETERS, TOLERANCE = 90_000_000, 0.05
 
 @dataclass(frozen=True)
 class Size:
-    """How much is trained and measured; `compared` of the candidates are distilled with and without the store."""
+    """The size of the benchmark; `compared` of the candidates are distilled with and without stored targets."""
 
     candidates: int
     compared: int
@@ -54,7 +54,7 @@ LONG = Size(48, 8, 400, 16, 16, 1024, 64, 256, (0.125, 0.25, 0.5, 0.75))
 
 @dataclass(frozen=True)
 class OnlineInputs(DistillInputs):
-    """The same without a store: every trial loads the teacher and runs it on the rows it trains and is measured on."""
+    """Inputs without stored targets: every trial loads the teacher and runs it on its training rows and the held-out rows."""
 
     def targets(self, teacher_head: Head) -> Targets:
         return _live(self)
@@ -70,7 +70,7 @@ def _live(materials: DistillInputs) -> LiveTeacher:
 
 @dataclass(frozen=True)
 class Study:
-    """What all searches of the benchmark share; `storing` is how many seconds it took to store the targets."""
+    """Inputs that all searches of the benchmark share; `storing` is the time it took to store the targets, in seconds."""
 
     materials: DistillInputs
     origin: PruningSource
@@ -78,7 +78,7 @@ class Study:
     storing: float
 
     def task(self, size: Size, folder: Path, *, online: bool = False, threads: int = 1) -> SearchTask:
-        """A search whose trials go into `folder`."""
+        """The task of a search whose trials are stored in `folder`."""
         materials = OnlineInputs(**vars(self.materials)) if online else self.materials
         config = DistillConfig(
             steps=size.steps,
@@ -93,16 +93,16 @@ class Study:
 
 
 def prepare(folder: Path, size: Size, model: str, text: TextSource) -> Study:
-    """Make everything anew in `folder`."""
+    """Make all inputs in `folder`."""
     dtype = compute_dtype()
     teacher, tokenizer = load_source(model)
     teacher = teacher.to(device(), dtype).eval()
     save_model(teacher, tokenizer, folder / "teacher")
-    places = {name: str(folder / name) for name in ("teacher", "rows", "train", "heldout", "scores.safetensors")}
+    paths = {name: str(folder / name) for name in ("teacher", "rows", "train", "heldout", "scores.safetensors")}
     rows = pack(
         text,
         tokenizer,
-        places["rows"],
+        paths["rows"],
         seq_length=size.seq_length,
         train_rows=size.train_rows,
         heldout_rows=size.heldout_rows,
@@ -111,25 +111,25 @@ def prepare(folder: Path, size: Size, model: str, text: TextSource) -> Study:
     removed = tuple(base.num_layers - depth for depth in SPACE["num_layers"] if depth < base.num_layers)
     layers = LayerScoring("loss", sizes=removed, rows=4)
     scores = estimate_importance(teacher, rows.take(range(size.calibration_rows)), layers=layers)
-    scores.save(Path(places["scores.safetensors"]))
+    scores.save(Path(paths["scores.safetensors"]))
     materials = DistillInputs(
-        teacher=places["teacher"],
+        teacher=paths["teacher"],
         teacher_id="teacher",
         dtype=str(dtype).removeprefix("torch."),
-        rows=places["rows"],
-        train_targets=places["train"],
-        heldout_targets=places["heldout"],
+        rows=paths["rows"],
+        train_targets=paths["train"],
+        heldout_targets=paths["heldout"],
     )
     started = time.perf_counter()
     splits: tuple[Split, ...] = ("train", "heldout")
     for split in splits:
-        store_hidden(lambda: teacher, Rows.open(materials.rows, split), places[split], key=materials.targets_key(split))
+        store_hidden(lambda: teacher, Rows.open(materials.rows, split), paths[split], key=materials.targets_key(split))
     storing = time.perf_counter() - started
-    found = candidates(base, SPACE, PARAMETERS * (1 - TOLERANCE), PARAMETERS * (1 + TOLERANCE))
-    origin = PruningSource(materials.teacher, places["scores.safetensors"], materials.dtype)
-    return Study(materials, origin, _spread(found, size.candidates), storing)
+    shapes = candidates(base, SPACE, PARAMETERS * (1 - TOLERANCE), PARAMETERS * (1 + TOLERANCE))
+    origin = PruningSource(materials.teacher, paths["scores.safetensors"], materials.dtype)
+    return Study(materials, origin, _spread(shapes, size.candidates), storing)
 
 
-def _spread(found: list[Architecture], count: int) -> list[Architecture]:
-    """So many of them, evenly over their order by size."""
-    return [found[index * len(found) // count] for index in range(count)] if count < len(found) else found
+def _spread(shapes: list[Architecture], count: int) -> list[Architecture]:
+    """`count` of the shapes, spread evenly over their order by size."""
+    return [shapes[index * len(shapes) // count] for index in range(count)] if count < len(shapes) else shapes
