@@ -17,7 +17,7 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def gpu_memory() -> int:
+def gpu_bytes() -> int:
     """Memory in bytes of the GPU with the least memory; 0 without a GPU."""
     count = torch.cuda.device_count()
     return min((int(torch.cuda.get_device_properties(number).total_memory) for number in range(count)), default=0)

@@ -130,10 +130,13 @@ def recipes() -> None:
 
 @main.command()
 @_recipe_options
-def plan(recipe: str, overrides: tuple[str, ...], storage_path: str | None, tracking_uri: str | None) -> None:
+@click.option("--address", metavar="ADDRESS", help="The Ray cluster of the run, which is not asked. [default: none]")
+def plan(
+    recipe: str, overrides: tuple[str, ...], storage_path: str | None, tracking_uri: str | None, address: str | None
+) -> None:
     """Show what RECIPE will do and cost, and refuse what cannot work."""
     console = Console()
-    _show_plan(console, *_planned(console, recipe, overrides, storage_path, tracking_uri), candidates=True)
+    _show_plan(console, *_planned(console, recipe, overrides, storage_path, tracking_uri, address), candidates=True)
 
 
 @main.command()
@@ -259,6 +262,9 @@ def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool)
     for title, memory in planned.memory.items():
         name = title if len(recipe.family) > 1 else title.split()[-1]
         console.say(f"memory   {escape(name)}: {memory}")
+    for title, fit in planned.gpu_memory.items():
+        name = title if len(recipe.family) > 1 else title.split()[-1]
+        console.say(f"each GPU {escape(name)}: {fit.memory}; {fit.settings}")
     for mode, teacher in planned.teacher_costs.items():
         chosen = ", as the recipe says" if mode == recipe.targets.mode else ""
         console.say(

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 
 import ray
 import torch
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from minitron.architecture import Architecture
-from minitron.device import gpu_memory
+from minitron.device import gpu_bytes
 from minitron.errors import InputError
 from minitron_platform.cluster.ray_session import cluster_cpus_gpus, cores
-from minitron_platform.estimates.memory import are_trials_small
+from minitron_platform.estimates.gpu import are_trials_small
 from minitron_platform.recipes.resources import ResolvedResources, resolve
 from minitron_platform.recipes.schema import Recipe
 from minitron_search.placement import max_concurrent_trials
 
+ANSWER_SECONDS = 30  # that a node has to say how much memory its GPUs have
 Node = dict[str, float]  # amounts by Ray's names
 
 
@@ -28,14 +33,40 @@ def joins_cluster(address: str | None) -> bool:
 
 def resources_here(recipe: Recipe, teacher: Architecture, value_bytes: int) -> ResolvedResources:
     """What a run takes of this machine; `value_bytes` of a weight in the dtype that models compute in."""
-    gpus = torch.cuda.device_count()
-    return resolve(recipe, gpus, small_trials=gpus > 0 and are_trials_small(recipe, teacher, value_bytes, gpu_memory()))
+    gpus, size = torch.cuda.device_count(), gpu_bytes()
+    small = gpus > 0 and are_trials_small(recipe, teacher, value_bytes, size)
+    return resolve(recipe, gpus, gpu_memory_bytes=size, small_trials=small)
 
 
 def resources_of_cluster(recipe: Recipe) -> ResolvedResources:
-    """What a run takes of the connected cluster. How much memory its GPUs have is not known: no trials share one unless the
-    recipe says so."""
-    return resolve(recipe, sum(int(node.get("GPU", 0)) for node in cluster_nodes()))
+    """Resources of a run on the connected cluster. Trials share no GPU unless the recipe says so."""
+    gpus = sum(int(node.get("GPU", 0)) for node in cluster_nodes())
+    return resolve(recipe, gpus, gpu_memory_bytes=_cluster_gpu_bytes() if gpus else 0)
+
+
+def _cluster_gpu_bytes() -> int:
+    """Memory of the smallest GPU of the connected cluster, which each node's nvidia-smi is asked for; 0 if none answers."""
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    ask = ray.remote(num_cpus=0)(_node_gpu_bytes)
+    tasks = [
+        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote() for node in nodes
+    ]
+    answered, _ = ray.wait(tasks, num_returns=len(tasks), timeout=ANSWER_SECONDS)
+    sizes: list[int] = []
+    for task in answered:
+        with suppress(RayError):  # a node that has gone has no GPU to count
+            sizes.append(ray.get(task))
+    return min(filter(None, sizes), default=0)
+
+
+def _node_gpu_bytes() -> int:
+    """Memory of the smallest GPU of the node, without a context on it; 0 without nvidia-smi."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]  # MiB
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return min((int(line) << 20 for line in asked.stdout.split() if line.isdigit()), default=0)
 
 
 def cluster_nodes() -> list[Node]:

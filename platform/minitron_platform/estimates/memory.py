@@ -1,4 +1,4 @@
-"""Main memory that each stage needs on CPUs, the check against what the machine has, and whether trials can share a GPU."""
+"""Main memory that each stage needs on CPUs, and the check against what the machine has."""
 
 from __future__ import annotations
 
@@ -8,18 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minitron.architecture import Architecture
-from minitron.distill.losses.fused import GRADIENT_BYTES
 from minitron.errors import InputError
 from minitron.importance.estimate import BATCH_TOKENS
-from minitron.logits import CHUNK_BYTES
 from minitron.memory import MainMemory, forward_memory, training_memory
 from minitron_platform.recipes.build import distill_config
-from minitron_platform.recipes.resources import TRIALS_PER_GPU
 from minitron_platform.recipes.schema import Member, Recipe
 
 DRIVER_BYTES = 1_200_000_000  # of the driver and of Ray's own processes while workers train
 FORWARD_ROWS = 4  # rows of a batch in a forward pass without gradients
-USABLE_GPU_SHARE = 0.8  # of a GPU's memory; the rest is lost to fragmentation and to other programs
 
 
 @dataclass(frozen=True)
@@ -127,13 +123,6 @@ def trial_memory(recipe: Recipe, teacher: Architecture, largest: Architecture, v
         measured=True,
         workers=recipe.resources.workers_per_trial,
     )
-
-
-def are_trials_small(recipe: Recipe, teacher: Architecture, value_bytes: int, gpu_bytes: int) -> bool:
-    """Whether TRIALS_PER_GPU trials fit into the memory of one GPU, estimated for a candidate as large as the teacher."""
-    trial = replace(trial_memory(recipe, teacher, teacher, value_bytes), checkpoint=0)  # written from main memory
-    trial_bytes = trial.total + 2 * CHUNK_BYTES["cuda"] + GRADIENT_BYTES
-    return TRIALS_PER_GPU * trial_bytes <= USABLE_GPU_SHARE * gpu_bytes
 
 
 def check_memory(stage: str, memory: ProcessMemory, available: int) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from minitron.architecture import Architecture
 from minitron.distill import Losses
+from minitron_platform.estimates.gpu import GpuTraining
 from minitron_platform.estimates.memory import ProcessMemory
 from minitron_platform.estimates.teacher import TeacherCost
 from minitron_platform.recipes.candidates import MemberCandidates
@@ -60,6 +61,8 @@ class Estimate:
     """Time to load and start, in addition to the time that `flops` take."""
     memory: ProcessMemory | None = None
     """Main memory on CPUs; None if it is negligible."""
+    gpu: GpuTraining | None = None
+    """A training on GPUs."""
 
 
 def head_flops(architecture: Architecture) -> int:

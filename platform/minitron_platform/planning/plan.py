@@ -11,6 +11,7 @@ from minitron import storage
 from minitron.architecture import Architecture
 from minitron.architecture.hardware import hardware_notes
 from minitron.device import compute_dtype, matmul_flops
+from minitron.distill.fitting import Fit
 from minitron.errors import prefixed
 from minitron.models import check_contents, source_architecture
 from minitron_platform.cluster.room import (
@@ -20,6 +21,7 @@ from minitron_platform.cluster.room import (
     room_text,
     trials_at_once,
 )
+from minitron_platform.estimates.gpu import GpuTraining
 from minitron_platform.estimates.memory import ProcessMemory, check_memory, machine_memory
 from minitron_platform.estimates.outlook import Estimate, Outlook
 from minitron_platform.estimates.teacher import MODES, TeacherCost, disk_full_error, teacher_cost
@@ -102,6 +104,11 @@ class Plan:
         return {cost.title: memory for cost, memory in _memories(self.costs, self.on_gpus)}
 
     @property
+    def gpu_memory(self) -> dict[str, Fit]:
+        """Settings and memory of each GPU in the trainings that are not done yet, by `Cost.title`; empty on CPUs."""
+        return {cost.title: training.fit() for cost, training in _gpu_trainings(self.costs)}
+
+    @property
     def seconds(self) -> float:
         """Estimated time for the stages that are not done yet."""
         return sum(cost.seconds for cost in self.costs if not cost.done)
@@ -152,10 +159,14 @@ def plan(
     on_gpus = torch.cuda.is_available() or resources.gpus_per_trial > 0 or resources.gpus_per_worker > 0
     free = storage.free_bytes(locations.storage) if storage.is_local(locations.storage) else None
     warnings = [tracking_warning] if tracking_warning else []
+    for cost, training in _gpu_trainings(costs):
+        training.check(f"{cost.stage} of {cost.model}" if cost.model else cost.stage)
     if uses_cluster:
         resources_text = (
             "those of the cluster, reported once it is joined; times and memory here assume none of its GPUs"
         )
+        if recipe.resources.gpu_memory_bytes == "auto" and _gpu_trainings(costs):
+            resources_text += f" but those in the recipe, of {resources.gpu_memory_bytes / 1e9:g} GB each"
     else:
         available = machine_memory()
         for cost, memory in _memories(costs, on_gpus):
@@ -208,6 +219,11 @@ def _memories(costs: list[Cost], on_gpus: bool) -> list[tuple[Cost, ProcessMemor
     """Stages that are not done yet with their main memory; empty if models run on GPUs."""
     unfinished = [] if on_gpus else [cost for cost in costs if not cost.done]
     return [(cost, cost.estimate.memory) for cost in unfinished if cost.estimate.memory is not None]
+
+
+def _gpu_trainings(costs: list[Cost]) -> list[tuple[Cost, GpuTraining]]:
+    """Trainings on GPUs that are not done yet."""
+    return [(cost, cost.estimate.gpu) for cost in costs if cost.estimate.gpu is not None and not cost.done]
 
 
 def _concurrent_trials(resources: ResolvedResources) -> int:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minitron.architecture import Architecture
 from minitron.data import DocumentTokens, TextSource
 from minitron.distill import DistillConfig, Losses, default_losses
+from minitron.distill.fitting import CHOSEN
 from minitron.distill.losses import mapped_layers
 from minitron.errors import prefixed
 from minitron.evaluation import Task
@@ -100,9 +101,29 @@ def recalibration(calibrate: schema.Calibrate, rows: str) -> Recalibration:
 
 
 def distill_config(training: schema.Training) -> DistillConfig:
-    """The hyperparameters of a training."""
+    """The hyperparameters of a training; those that are `auto` have the defaults of `DistillConfig`, which CPUs use."""
     # the training loop does not run benchmarks itself
-    return DistillConfig(**training.model_dump(exclude={"evaluate_tasks_every"}))
+    return DistillConfig(**training.model_dump(exclude={"evaluate_tasks_every", *auto_settings(training)}))
+
+
+def auto_settings(training: schema.Training) -> tuple[str, ...]:
+    """Keys of a training that are `auto`."""
+    return tuple(name for name in CHOSEN if getattr(training, name) == "auto")
+
+
+def training_values(training: schema.Training) -> dict[str, Any]:
+    """A training for fingerprints, with the values for CPUs in place of `auto`, and without the place of the optimizer's state:
+    these change no more of the result than its rounding."""
+    config = distill_config(training)
+    values = training.model_dump(exclude={"optimizer"})
+    return values | {name: getattr(config, name) for name in auto_settings(training)}
+
+
+def training_identity(training: schema.Training) -> dict[str, Any]:
+    """What of a training changes its result; checkpoints do not."""
+    values = training_values(training)
+    del values["checkpoint_every"]
+    return values
 
 
 def logit_losses(recipe: schema.Recipe) -> Losses:

@@ -8,6 +8,7 @@ from minitron_platform.recipes.schema import Recipe
 
 TRIALS_PER_GPU = 4  # of small candidates; a single one leaves the GPU idle half of the time
 CPU_WORKERS = 2  # training workers on a machine without a GPU
+GPU_MEMORY_BYTES = 80_000_000_000  # assumed of GPUs that cannot be asked; an H100's
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class ResolvedResources:
     cpus_per_worker: float
     gpus_per_worker: float
     max_failures: int
+    gpu_memory_bytes: int = GPU_MEMORY_BYTES
 
     @property
     def trial_share(self) -> dict[str, float]:
@@ -33,8 +35,9 @@ class ResolvedResources:
         return _share(self.cpus_per_worker, self.gpus_per_worker)
 
 
-def resolve(recipe: Recipe, gpus: int, *, small_trials: bool = False) -> ResolvedResources:
-    """The resources of `recipe` on a machine or cluster with `gpus` GPUs; numbers that the recipe gives are kept.
+def resolve(recipe: Recipe, gpus: int, *, gpu_memory_bytes: int = 0, small_trials: bool = False) -> ResolvedResources:
+    """The resources of `recipe` on a machine or cluster with `gpus` GPUs of `gpu_memory_bytes`, 0 if that is not known; numbers
+    that the recipe gives are kept.
 
     With GPUs, each training worker and each worker of a trial has one; if `small_trials`, a GPU's memory fits
     TRIALS_PER_GPU trials, and single-worker trials share it. Without GPUs they have CPUs only. So do workers that train
@@ -59,6 +62,9 @@ def resolve(recipe: Recipe, gpus: int, *, small_trials: bool = False) -> Resolve
         cpus_per_worker=given.cpus_per_worker,
         gpus_per_worker=gpus_per_worker,
         max_failures=given.max_failures,
+        gpu_memory_bytes=int(
+            (gpu_memory_bytes or GPU_MEMORY_BYTES) if given.gpu_memory_bytes == "auto" else given.gpu_memory_bytes
+        ),
     )
 
 

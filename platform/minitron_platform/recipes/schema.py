@@ -124,12 +124,12 @@ class Training(_Section):
     The learning rate warms up linearly, then follows a cosine or `wsd`, which decays in the last share `decay_share` of the
     steps. `evaluate_every`: steps between measurements on the held-out rows; `evaluate_tasks_every`: between runs of the
     tasks of `evaluate`; `checkpoint_every`: between checkpoints; 0 for never. `shard`: split weights and optimizer state
-    over the workers.
+    over the workers. `auto` chooses by the memory of the GPUs (`minitron.distill.fitting`).
     """
 
     steps: Positive
     batch_rows: Positive
-    micro_batch_rows: Positive = 4
+    micro_batch_rows: Positive | Literal["auto"] = "auto"
     peak_lr: Annotated[float, Field(gt=0)]
     min_lr: Annotated[float, Field(ge=0)]
     warmup_steps: Annotated[int, Field(ge=0)]
@@ -142,8 +142,9 @@ class Training(_Section):
     checkpoint_every: Annotated[int, Field(ge=0)] = 0
     evaluate_every: Annotated[int, Field(ge=0)] = 0
     evaluate_tasks_every: Annotated[int, Field(ge=0)] = 0
-    shard: bool = False
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    shard: bool | Literal["auto"] = "auto"
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    optimizer: Literal["adamw", "adamw-offload"] = "adamw"
     compile: bool = False
 
 
@@ -286,6 +287,7 @@ class Resources(_Section):
     workers: Positive | Literal["auto"] = "auto"
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    gpu_memory_bytes: Limit | Literal["auto"] = "auto"
     max_failures: Annotated[int, Field(ge=0)] = 3
 
 

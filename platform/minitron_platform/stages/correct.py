@@ -15,16 +15,17 @@ from minitron.distill import Losses
 from minitron.distill.inputs import DistillInputs
 from minitron.evaluation import heldout_metrics
 from minitron.models import load_model
+from minitron_platform.estimates.gpu import correction_on_gpus
 from minitron_platform.estimates.memory import correction_memory
 from minitron_platform.estimates.outlook import MASTER_BYTES, Estimate, Outlook
 from minitron_platform.recipes import schema
-from minitron_platform.recipes.build import distill_config
+from minitron_platform.recipes.build import training_identity
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.data import Data
 from minitron_platform.stages.stage import ArtifactPath, Stage, StageOutput
 from minitron_platform.stages.state import RunState
 from minitron_platform.stages.teacher import Teacher, TeacherOutput, weight_hashes
-from minitron_platform.stages.trainings import restarts_of, training_view
+from minitron_platform.stages.trainings import restarts_of, training_settings, training_view
 from minitron_platform.tracking.restarts import Restart
 from minitron_platform.training.curves import complete_record
 from minitron_platform.training.ray_train import TrainTask, train_on_ray
@@ -68,7 +69,7 @@ class Correct(Stage[CorrectOutput]):
             "train": data.train,
             "heldout": data.heldout,
             "correct": settings.model_dump(exclude={"training"}),
-            "training": training.model_dump(exclude={"checkpoint_every"}) if training else None,
+            "training": training_identity(training) if training else None,
         }
 
     def estimate(self, outlook: Outlook, member: schema.Member | None) -> Estimate:
@@ -87,6 +88,7 @@ class Correct(Stage[CorrectOutput]):
             flops=3.0 * tokens * teacher.flops_per_token(recipe.data.seq_length),
             bytes=(checkpoints + 2 * outlook.value_bytes) * teacher.num_parameters,
             memory=memory,
+            gpu=correction_on_gpus(recipe, teacher, outlook.value_bytes, outlook.resources),
         )
 
     def run(self, context: Context, folder: str) -> CorrectOutput:
@@ -196,6 +198,8 @@ class _Correction:
         context.console.status("starting Ray")
         resources = context.ensure_ray()
         teacher = context.output(Teacher)
+        on_gpus = correction_on_gpus(context.recipe, teacher.architecture, DTYPES[teacher.dtype].itemsize, resources)
+        config, _ = training_settings(context, "correct", self.training, on_gpus)
         view = training_view(context, "correct", self.folder, until or self.training.steps)
         context.console.status(view.text)
         task = TrainTask(
@@ -207,7 +211,7 @@ class _Correction:
                 train_targets="",
                 heldout_targets="",
             ),
-            config=distill_config(self.training),
+            config=config,
             losses=Losses(logits="none", cross_entropy=1.0),
             fences=tuple(context.held),
             checkpoints=storage.join(self.folder, "checkpoints"),

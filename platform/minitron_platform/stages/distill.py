@@ -7,14 +7,16 @@ from typing import Any
 
 from minitron import storage
 from minitron.architecture import Architecture
+from minitron.device import DTYPES
 from minitron.distill import Losses
 from minitron.models import load_tokenizer, save_model
 from minitron.pruning.source import PruningSource
+from minitron_platform.estimates.gpu import TEACHER, distillation_on_gpus
 from minitron_platform.estimates.memory import distillation_memory
 from minitron_platform.estimates.outlook import MASTER_BYTES, Estimate, Outlook, training_flops
 from minitron_platform.estimates.teacher import runs_live_teacher
 from minitron_platform.recipes import schema
-from minitron_platform.recipes.build import distill_config, distillation_losses, lm_eval_tasks
+from minitron_platform.recipes.build import distillation_losses, lm_eval_tasks, training_identity
 from minitron_platform.stages.base import pruning_base
 from minitron_platform.stages.calibrate import Calibrate
 from minitron_platform.stages.context import Context
@@ -24,7 +26,7 @@ from minitron_platform.stages.stage import ArtifactPath, Stage, StudentOutput
 from minitron_platform.stages.state import RunState
 from minitron_platform.stages.targets import Targets, distill_inputs, pruning_source
 from minitron_platform.stages.teacher import Teacher, weight_hashes
-from minitron_platform.stages.trainings import restarts_of, training_view
+from minitron_platform.stages.trainings import restarts_of, training_settings, training_view
 from minitron_platform.tracking.restarts import Restart
 from minitron_platform.training.curves import complete_record, write_curve
 from minitron_platform.training.ray_train import TrainTask, train_on_ray
@@ -59,7 +61,7 @@ class Distill(Stage[DistillOutput]):
             "scores": state.output(Calibrate).id,
             "architecture": state.output(Search).winner.to_dict(),
             "losses": asdict(_losses(state)[0]),
-            "training": state.recipe.distillation(state.member).model_dump(exclude={"checkpoint_every"}),
+            "training": training_identity(state.recipe.distillation(state.member)),
             **({"teacher": "online"} if state.recipe.targets.mode == "online" else {}),
         }
 
@@ -87,6 +89,15 @@ class Distill(Stage[DistillOutput]):
                 workers=workers,
                 live_teacher=live_teacher,
             ),
+            gpu=distillation_on_gpus(
+                recipe,
+                member,
+                outlook.teacher,
+                largest,
+                outlook.value_bytes,
+                outlook.resources,
+                live_teacher=live_teacher,
+            ),
         )
 
     def run(self, context: Context, folder: str) -> DistillOutput:
@@ -111,11 +122,22 @@ class Distill(Stage[DistillOutput]):
         if not storage.is_committed(student):
             context.console.status("starting Ray")
             resources = context.ensure_ray()
+            teacher = context.output(Teacher)
+            on_gpus = distillation_on_gpus(
+                recipe,
+                context.member,
+                teacher.architecture,
+                architecture,
+                DTYPES[teacher.dtype].itemsize,
+                resources,
+                live_teacher=runs_live_teacher(losses, recipe.targets.mode),
+            )
+            config, teacher_kept = training_settings(context, "distill", training, on_gpus)
             view = training_view(context, "distill", folder, training.steps)
             context.console.status(view.text)
             task = TrainTask(
                 materials=inputs,
-                config=distill_config(training),
+                config=config,
                 losses=losses,
                 fences=tuple(context.held),
                 checkpoints=checkpoints,
@@ -126,7 +148,7 @@ class Distill(Stage[DistillOutput]):
                 student=pruned,
                 channels=channels,
                 online=recipe.targets.mode == "online",
-                teacher=recipe.targets.teacher,
+                teacher=TEACHER.get(teacher_kept, recipe.targets.teacher),
                 tasks_every=training.evaluate_tasks_every,
                 tasks=lm_eval_tasks(recipe.evaluate.tasks),
                 tasks_batch_rows=recipe.evaluate.batch_rows,

@@ -9,6 +9,7 @@ from rich.markup import escape
 from minitron import storage
 from minitron_platform.console import Console
 from minitron_platform.locations import Locations
+from minitron_platform.recipes.build import training_values
 from minitron_platform.recipes.schema import Recipe
 from minitron_platform.stages.order import steps
 from minitron_platform.stages.stage import Stage
@@ -19,6 +20,12 @@ from minitron_platform.stages.state import RunState
 def run_key(recipe: Recipe) -> str:
     """Name of a run: the recipe's name, and a fingerprint of the whole recipe except its description and resources."""
     content = recipe.model_dump(by_alias=True, exclude={"resources", "description"})
+    content["distill"] = training_values(recipe.distill)
+    content["search"]["training"] = training_values(recipe.search.training)
+    for member, values in zip(recipe.family, content["family"], strict=True):
+        values["distill"] = training_values(member.distill) if member.distill else None
+    if recipe.correct and recipe.correct.training:
+        content["correct"]["training"] = training_values(recipe.correct.training)
     if recipe.data.bos is None:
         del content["data"]["add_bos"]  # the key was added later, and earlier runs keep their names
     return f"{recipe.name}-{storage.fingerprint(content)[:8]}"

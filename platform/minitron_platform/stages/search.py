@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from minitron import storage
 from minitron.device import DTYPES
+from minitron_platform.estimates.gpu import trials_on_gpus
 from minitron_platform.estimates.memory import search_memory, trial_memory
 from minitron_platform.estimates.outlook import DOCUMENT_TOKENS, MASTER_BYTES, Estimate, Outlook, head_flops
 from minitron_platform.recipes import build, schema
-from minitron_platform.recipes.build import distill_config, logit_losses
+from minitron_platform.recipes.build import logit_losses, training_identity
 from minitron_platform.recipes.candidates import CandidateSpace
 from minitron_platform.recipes.resources import ResolvedResources
 from minitron_platform.recipes.search_schedule import SearchSchedule
@@ -23,6 +24,7 @@ from minitron_platform.stages.stage import Stage
 from minitron_platform.stages.state import RunState
 from minitron_platform.stages.targets import Targets, distill_inputs, pruning_source
 from minitron_platform.stages.teacher import Teacher
+from minitron_platform.stages.trainings import training_settings
 from minitron_platform.stages.trial_records import TrialsView, record_trials
 from minitron_search.limits import Limits
 from minitron_search.placement import RESERVED_BYTES
@@ -75,8 +77,7 @@ class Search(Stage[SearchOutput]):
             "halving": search.halving.model_dump() if search.halving else None,
             "benchmarks": {"keep": benchmarks.keep, **benchmarks.identity()} if benchmarks else None,
             "losses": asdict(logit_losses(state.recipe)),
-            # checkpoints do not change the result
-            "training": search.training.model_dump(exclude={"checkpoint_every"}),
+            "training": training_identity(search.training),
         }
 
     def estimate(self, outlook: Outlook, member: schema.Member | None) -> Estimate:
@@ -114,6 +115,9 @@ class Search(Stage[SearchOutput]):
             memory=search_memory(
                 recipe, outlook.teacher, largest, outlook.value_bytes, outlook.resources.workers_per_trial
             ),
+            gpu=trials_on_gpus(
+                recipe, outlook.teacher, outlook.base(member), largest, outlook.value_bytes, outlook.resources
+            ),
         )
 
     def run(self, context: Context, folder: str) -> SearchOutput:
@@ -125,12 +129,19 @@ class Search(Stage[SearchOutput]):
         recipe = context.recipe
         benchmarks = build.benchmarks(recipe, context.output(Teacher).folder)
         teacher = context.output(Teacher).architecture
-        space = CandidateSpace(recipe, context.member, pruning_base(context).architecture)
+        base = pruning_base(context).architecture
+        space = CandidateSpace(recipe, context.member, base)
         schedule = SearchSchedule(recipe.search)
+        context.console.status("starting Ray")
+        resources = context.ensure_ray()
+        value_bytes = DTYPES[context.output(Teacher).dtype].itemsize
+        largest = max(space.candidates, key=lambda a: a.num_parameters)
+        on_gpus = trials_on_gpus(recipe, teacher, base, largest, value_bytes, resources)
+        config, _ = training_settings(context, self.name, recipe.search.training, on_gpus)
         task = SearchTask(
             materials=distill_inputs(context),
             origin=pruning_source(context),
-            config=distill_config(recipe.search.training),
+            config=config,
             losses=logit_losses(recipe),
             folder=trials_folder(context),
             heldout_rows=recipe.search.heldout_rows,
@@ -138,10 +149,6 @@ class Search(Stage[SearchOutput]):
             rungs=schedule.rungs,
             keep_weights=benchmarks is not None,
         )
-        context.console.status("starting Ray")
-        resources = context.ensure_ray()
-        value_bytes = DTYPES[context.output(Teacher).dtype].itemsize
-        largest = max(space.candidates, key=lambda a: a.num_parameters)
         memory = memory_per_trial(resources, trial_memory(recipe, teacher, largest, value_bytes).total)
         pool = Pool(
             storage.join(folder, "tune"),

@@ -95,6 +95,7 @@ PAIRS = {
             "evaluate_every": 5,
             "shard": True,
             "activation_checkpointing": "full",
+            "optimizer": "adamw-offload",
             "compile": True,
         },
         lambda recipe, section: build.distill_config(section),

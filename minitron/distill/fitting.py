@@ -1,0 +1,130 @@
+"""Settings of a training that fit on a GPU, the fastest first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from minitron.architecture import Architecture
+from minitron.distill.blocks import ACTIVATION_CHECKPOINTING
+from minitron.distill.config import ADAMW_OFFLOAD, DistillConfig
+from minitron.distill.gpu_memory import GpuMemory, TeacherKept, gpu_memory
+
+CHOSEN = ("micro_batch_rows", "activation_checkpointing", "shard")
+"""Fields of `DistillConfig` that change nothing about the result but its rounding, and can be left to the memory."""
+SHARE = 0.9
+"""Of a GPU's memory: the rest is lost to pieces that are too small to use."""
+KEPT: dict[TeacherKept, str] = {
+    "head": "the teacher's head",
+    "whole": "the whole teacher",
+    "sharded": "the teacher in parts",
+}
+BUSY_TOKENS, MOST_TOKENS = 8192, 16_384
+"""Of a micro-batch: as many keep a GPU busy; more than the second make it no faster."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Settings for a GPU, and what they take of it."""
+
+    config: DistillConfig
+    teacher_kept: TeacherKept
+    memory: GpuMemory
+    room: int
+    """Bytes that the training may take."""
+
+    @property
+    def values(self) -> dict[str, int | str | bool]:
+        """The settings that a GPU's memory bears on."""
+        values = {name: getattr(self.config, name) for name in (*CHOSEN, "optimizer")}
+        return values | {"teacher_kept": self.teacher_kept}
+
+    @property
+    def settings(self) -> str:
+        """As in "micro_batch_rows 2, activation_checkpointing none, shard, optimizer adamw, the teacher's head"."""
+        config = self.config
+        parts = [
+            f"micro_batch_rows {config.micro_batch_rows}",
+            f"activation_checkpointing {config.activation_checkpointing}",
+            "shard" if config.shard else "no shard",
+            f"optimizer {config.optimizer}",
+        ]
+        return ", ".join([*parts, KEPT[self.teacher_kept]] if self.memory.teacher else parts)
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= self.room
+
+
+def fitting(
+    student: Architecture,
+    config: DistillConfig,
+    seq_length: int,
+    room: int,
+    *,
+    gpu_bytes: int = 0,
+    chosen: Sequence[str] = CHOSEN,
+    teacher: Architecture | None = None,
+    teacher_kept: Sequence[TeacherKept] = ("head",),
+    source: Architecture | None = None,
+    processes: int = 1,
+    node_processes: int = 0,
+    value_bytes: int = 2,
+    trained: float = 1.0,
+) -> Fit:
+    """The fastest settings that fit in `room` bytes of each of `processes` GPUs, or those that come closest.
+
+    Of `config` the fields in `chosen`, some of `CHOSEN`, are free, and so is which of `teacher_kept` is. Otherwise as
+    `gpu_memory`; `gpu_bytes` is a whole GPU's.
+    """
+    best: Fit | None = None
+    for settings, kept in _in_order(config, seq_length, chosen, teacher_kept, processes):
+        memory = gpu_memory(
+            student,
+            settings,
+            seq_length,
+            teacher=teacher,
+            teacher_kept=kept,
+            source=source,
+            processes=processes,
+            node_processes=node_processes,
+            gpu_bytes=gpu_bytes,
+            value_bytes=value_bytes,
+            trained=trained,
+        )
+        fit = Fit(settings, kept, memory, room)
+        if fit.fits:
+            return fit
+        best = fit if best is None or memory.peak < best.memory.peak else best
+    assert best is not None
+    return best
+
+
+def _in_order(
+    config: DistillConfig, seq_length: int, chosen: Sequence[str], teacher_kept: Sequence[TeacherKept], processes: int
+) -> Iterator[tuple[DistillConfig, TeacherKept]]:
+    """All combinations, the fastest first: micro-batches that keep a GPU busy, then as little as possible computed again, then
+    as little as possible gathered from others, then as many rows as possible."""
+    rows = [config.micro_batch_rows]
+    if "micro_batch_rows" in chosen:
+        own = -(-config.batch_rows // processes)
+        rows = _halved(max(1, min(own, MOST_TOKENS // seq_length)))
+    recompute: Sequence[str] = [config.activation_checkpointing]
+    if "activation_checkpointing" in chosen:
+        recompute = ACTIVATION_CHECKPOINTING
+    shard = [config.shard]
+    if "shard" in chosen:
+        shard = [False, True] if processes > 1 and config.optimizer != ADAMW_OFFLOAD else [False]
+    busy = [n for n in rows if n * seq_length >= BUSY_TOKENS] or rows[:1]
+    for group in (busy, [n for n in rows if n not in busy]):
+        for how in recompute:
+            for kept in teacher_kept:
+                for split in shard:
+                    for number in group:
+                        settings = replace(config, micro_batch_rows=number, activation_checkpointing=how, shard=split)
+                        yield settings, kept
+
+
+def _halved(number: int) -> list[int]:
+    """The number, its half and so on down to 1."""
+    return [number >> shift for shift in range(number.bit_length())]

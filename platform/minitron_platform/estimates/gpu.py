@@ -1,0 +1,241 @@
+"""What the trainings of a recipe take of each GPU: settings that the recipe leaves to the memory, and what cannot fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations
+from typing import Any
+
+from minitron.architecture import Architecture
+from minitron.distill.blocks import ACTIVATION_CHECKPOINTING
+from minitron.distill.config import ADAMW_OFFLOAD, DistillConfig
+from minitron.distill.fitting import SHARE, Fit, fitting
+from minitron.distill.gpu_memory import TeacherKept
+from minitron.errors import InputError
+from minitron_platform.recipes.build import auto_settings, distill_config
+from minitron_platform.recipes.resources import TRIALS_PER_GPU, ResolvedResources, resolve
+from minitron_platform.recipes.schema import Member, Recipe, Training
+
+NODE_GPUS = 8  # of a node, where the cluster is not known yet
+MOST_WORKERS = 64  # that a remedy speaks of
+TEACHER: dict[TeacherKept | None, str] = {"whole": "replicated", "sharded": "sharded"}
+KEPT: dict[str, tuple[TeacherKept, ...]] = {
+    "auto": ("whole", "sharded"),
+    "replicated": ("whole",),
+    "sharded": ("sharded",),
+}
+
+
+@dataclass(frozen=True)
+class GpuTraining:
+    """A training on GPUs. `key` is the recipe's for it, `workers_key` that of the number of its `processes`, each of which
+    takes the `share` of a GPU of `gpu_bytes`. Of `config` the fields in `chosen` are left to the memory, as is the choice
+    among `teacher_kept`; `trained`: the share of the parameters that is trained."""
+
+    key: str
+    workers_key: str
+    processes: int
+    share: float
+    gpu_bytes: int
+    student: Architecture
+    config: DistillConfig
+    chosen: tuple[str, ...]
+    seq_length: int
+    value_bytes: int
+    teacher: Architecture | None = None
+    teacher_kept: tuple[TeacherKept, ...] = ("head",)
+    source: Architecture | None = None
+    trained: float = 1.0
+
+    @property
+    def room(self) -> int:
+        """Bytes that a process has."""
+        return int(self.share * self.gpu_bytes)
+
+    def fit(self) -> Fit:
+        """The settings to train with."""
+        return fitting(
+            self.student,
+            self.config,
+            self.seq_length,
+            int(SHARE * self.room),
+            chosen=self.chosen,
+            teacher=self.teacher,
+            teacher_kept=self.teacher_kept,
+            source=self.source,
+            processes=self.processes,
+            node_processes=NODE_GPUS,
+            gpu_bytes=self.gpu_bytes,
+            value_bytes=self.value_bytes,
+            trained=self.trained,
+        )
+
+    def check(self, stage: str) -> Fit:
+        """The settings to train with. Raises InputError, naming the nearest ones that fit, where a process needs more than it
+        has; `stage` as messages name it."""
+        fit = self.fit()
+        if fit.memory.peak <= self.room:
+            return fit
+        need = f"{stage}: needs {fit.memory} of each of {_gpus(self.processes)}, and there are {gigabytes(self.room)}"
+        nearest = self._nearest()
+        if nearest is None:
+            remedy = "train a smaller student, or use GPUs with more memory or more of them"
+        else:
+            changes, smaller = nearest
+            remedy = f"set {' and '.join(changes)}, which takes {gigabytes(smaller.memory.peak)}, or use GPUs with more memory"
+        raise InputError(need, remedy)
+
+    def _nearest(self) -> tuple[list[str], Fit] | None:
+        """The fewest changes of the recipe with which it fits; more workers only where nothing else does."""
+        for workers in self._more_workers():
+            for count in range(4):
+                for some in combinations(self._changes(), count):
+                    changed = self
+                    for _, change in (*workers, *some):
+                        changed = change(changed)
+                    if changed.config.shard and changed.config.optimizer == ADAMW_OFFLOAD:
+                        continue
+                    fit = changed.fit()
+                    if fit.fits:
+                        return [name for name, _ in (*workers, *some)], fit
+        return None
+
+    def _more_workers(self) -> Iterator[list[Change]]:
+        yield []
+        number = 2
+        while number <= min(MOST_WORKERS, self.config.batch_rows):
+            if number > self.processes:
+                yield [(f"{self.workers_key}={number}", partial(_on_workers, number))]
+            number *= 2
+
+    def _changes(self) -> list[Change]:
+        """What a recipe could say instead, the cheapest first."""
+        config, key = self.config, self.key
+        changes: list[Change] = []
+
+        def offer(name: str, **values: Any) -> None:
+            changes.append((name, lambda training: training._with(**values)))
+
+        if config.micro_batch_rows > 1 and "micro_batch_rows" not in self.chosen:
+            offer(f"{key}.micro_batch_rows=1", micro_batch_rows=1)
+        if self.share < 1:
+            changes.append(("resources.gpus_per_trial=1", lambda training: replace(training, share=1.0)))
+        for how in ACTIVATION_CHECKPOINTING[1:]:
+            if config.activation_checkpointing != how and "activation_checkpointing" not in self.chosen:
+                offer(f"{key}.activation_checkpointing={how}", activation_checkpointing=how)
+        if not config.shard and "shard" not in self.chosen:
+            offer(f"{key}.shard=true", shard=True)
+        if self.teacher_kept == ("whole",):
+            changes.append(("targets.teacher=sharded", lambda training: replace(training, teacher_kept=("sharded",))))
+        if config.optimizer != ADAMW_OFFLOAD:
+            offer(f"{key}.optimizer={ADAMW_OFFLOAD}", optimizer=ADAMW_OFFLOAD)
+        return changes
+
+    def _with(self, **values: Any) -> GpuTraining:
+        return replace(self, config=replace(self.config, **values))
+
+
+Change = tuple[str, Callable[[GpuTraining], GpuTraining]]
+"""What a recipe could say, as KEY=VALUE, and the training with it."""
+
+
+def _on_workers(number: int, training: GpuTraining) -> GpuTraining:
+    return replace(training, processes=number, share=1.0)
+
+
+def correction_on_gpus(
+    recipe: Recipe, teacher: Architecture, value_bytes: int, resources: ResolvedResources
+) -> GpuTraining | None:
+    """The teacher's correction; None without one, or on CPUs."""
+    training = recipe.correction()
+    if recipe.correct is None or training is None or not resources.gpus_per_worker:
+        return None
+    return GpuTraining(
+        key="correct.training" if recipe.correct.training else "distill",
+        workers_key="resources.workers",
+        processes=resources.workers,
+        share=min(1.0, resources.gpus_per_worker),
+        gpu_bytes=resources.gpu_memory_bytes,
+        student=teacher,
+        seq_length=recipe.data.seq_length,
+        value_bytes=value_bytes,
+        trained=1.0 if recipe.correct.method == "full" else 0.01,
+        **_settings(training),
+    )
+
+
+def distillation_on_gpus(
+    recipe: Recipe,
+    member: Member,
+    teacher: Architecture,
+    student: Architecture,
+    value_bytes: int,
+    resources: ResolvedResources,
+    *,
+    live_teacher: bool,
+) -> GpuTraining | None:
+    """The full distillation of one of the family; None on CPUs. `live_teacher`: the teacher runs beside the student."""
+    if not resources.gpus_per_worker:
+        return None
+    training = recipe.distillation(member)
+    return GpuTraining(
+        key=f"{recipe.key(member)}.distill" if member.distill else "distill",
+        workers_key="resources.workers",
+        processes=resources.workers,
+        share=min(1.0, resources.gpus_per_worker),
+        gpu_bytes=resources.gpu_memory_bytes,
+        student=student,
+        seq_length=recipe.data.seq_length,
+        value_bytes=value_bytes,
+        teacher=teacher,
+        teacher_kept=KEPT[recipe.targets.teacher] if live_teacher else ("head",),
+        **_settings(training),
+    )
+
+
+def trials_on_gpus(
+    recipe: Recipe,
+    teacher: Architecture,
+    source: Architecture,
+    student: Architecture,
+    value_bytes: int,
+    resources: ResolvedResources,
+) -> GpuTraining | None:
+    """A trial of the search, whose workers each keep the model `source` that candidates are cut from; None on CPUs."""
+    if not resources.gpus_per_trial:
+        return None
+    return GpuTraining(
+        key="search.training",
+        workers_key="resources.workers_per_trial",
+        processes=resources.workers_per_trial,
+        share=min(1.0, resources.gpus_per_trial),
+        gpu_bytes=resources.gpu_memory_bytes,
+        student=student,
+        seq_length=recipe.data.seq_length,
+        value_bytes=value_bytes,
+        teacher=teacher,
+        source=source,
+        **_settings(recipe.search.training),
+    )
+
+
+def are_trials_small(recipe: Recipe, teacher: Architecture, value_bytes: int, gpu_bytes: int) -> bool:
+    """Whether TRIALS_PER_GPU trials fit on a GPU together, whatever the candidates: none is larger than the teacher."""
+    small = resolve(recipe, 1, gpu_memory_bytes=gpu_bytes, small_trials=True)
+    small = replace(small, workers_per_trial=1, gpus_per_trial=1 / TRIALS_PER_GPU)
+    training = trials_on_gpus(recipe, teacher, teacher, teacher, value_bytes, small)
+    return training is not None and training.fit().fits
+
+
+def _settings(training: Training) -> dict[str, Any]:
+    return {"config": distill_config(training), "chosen": auto_settings(training)}
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+def _gpus(count: int) -> str:
+    return f"{count} GPU{'s' if count > 1 else ''}"

@@ -1,0 +1,144 @@
+"""Trainings on GPUs in a plan: what they take, the settings that follow from it, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from helpers.command import minitron_here
+
+from minitron.architecture import Architecture
+from minitron.architecture.published import BASES
+from minitron.errors import InputError
+from minitron_platform import load_recipe, plan
+from minitron_platform.estimates.gpu import correction_on_gpus, distillation_on_gpus, trials_on_gpus
+from minitron_platform.estimates.teacher import runs_live_teacher
+from minitron_platform.recipes.build import distillation_losses, training_identity
+from minitron_platform.recipes.candidates import family_candidates
+from minitron_platform.recipes.resources import resolve
+from minitron_platform.stages.finished import run_key
+
+LLAMA, NEMOTRON = "llama-3.1-8b-to-4b-h100x8", "nemotron-15b-8b-4b-h100x8"
+BASE = {LLAMA: "Llama 3.1 8B", NEMOTRON: "Nemotron-4 15B"}
+README = Path(__file__).parents[3] / "README.md"
+AUTO = [f"search.training.{key}=auto" for key in ("micro_batch_rows", "activation_checkpointing", "shard")]
+
+
+def trainings(name, overrides=()):
+    """The trainings of a shipped recipe on GPUs of 80 GB, by what they are."""
+    recipe = load_recipe(name, overrides)
+    teacher, resources = Architecture(**BASES[BASE[name]], tied=False), resolve(recipe, 0)
+    found = {"correct": correction_on_gpus(recipe, teacher, 2, resources)}
+    for member in recipe.family:
+        family = family_candidates(recipe, teacher)[member.model]
+        largest = family.architectures[0]
+        live = runs_live_teacher(distillation_losses(recipe, largest, teacher)[0], recipe.targets.mode)
+        found[f"{member.model} search"] = trials_on_gpus(recipe, teacher, family.space.base, largest, 2, resources)
+        found[f"{member.model} distill"] = distillation_on_gpus(
+            recipe, member, teacher, largest, 2, resources, live_teacher=live
+        )
+    return {what: training for what, training in found.items() if training}
+
+
+@pytest.mark.parametrize("name", BASE)
+def test_the_recipes_for_h100s_fit_on_them(name):
+    for what, training in trainings(name).items():
+        training.check(what)
+
+
+def test_the_example_of_the_readme_fits_on_h100s():
+    (line,) = re.findall(r"^resources: (\{.*\})", README.read_text(), re.MULTILINE)
+    resources = [f"resources.{key}={value}" for key, value in yaml.safe_load(line).items()]
+    for what, training in trainings(LLAMA, [*AUTO, *resources]).items():
+        assert training.check(what).fits, what
+
+
+def test_a_training_that_does_not_fit_is_refused_with_the_nearest_settings_that_do():
+    alone = ["resources.workers_per_trial=1", "search.training.micro_batch_rows=4"]
+    found = trainings(LLAMA, [*alone, "search.training.activation_checkpointing=none"])
+    with pytest.raises(InputError) as refused:
+        found["llama-3.1-4b-width search"].check("search of llama-3.1-4b-width")
+    assert refused.value.problem.startswith("search of llama-3.1-4b-width: needs ")
+    assert "activations 75.6" in refused.value.problem
+    assert "search.training.micro_batch_rows=1 and search.training.optimizer=adamw-offload" in refused.value.remedy
+    (changed,) = (
+        training
+        for what, training in trainings(
+            LLAMA,
+            [
+                *alone,
+                "search.training.activation_checkpointing=none",
+                "search.training.micro_batch_rows=1",
+                "search.training.optimizer=adamw-offload",
+            ],
+        ).items()
+        if what == "llama-3.1-4b-width search"
+    )
+    assert changed.check("search").fits
+
+
+def test_one_gpu_distils_8b_into_4b_from_stored_targets():
+    overrides = [
+        "targets.mode=stored",
+        "losses.hidden=[]",
+        "resources.workers=1",
+        "distill.shard=auto",
+        "distill.micro_batch_rows=auto",
+        "distill.activation_checkpointing=auto",
+        "distill.optimizer=adamw-offload",
+    ]
+    fit = trainings(LLAMA, overrides)["llama-3.1-4b-width distill"].check("distill")
+    assert fit.memory.peak < 0.9 * 80e9
+    assert fit.config.shard is False
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A function that makes this process see one GPU of this size, which torch cannot compute on."""
+
+    def see(gigabytes):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        found = SimpleNamespace(total_memory=int(gigabytes * 1e9))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: found)
+
+    return see
+
+
+def test_a_plan_goes_by_the_memory_of_the_gpu_that_is_there(bench, tmp_path, gpu):
+    def planned(*overrides):
+        auto = [f"{key}.micro_batch_rows=auto" for key in ("distill", "search.training")]
+        return plan(load_recipe(str(bench / "recipe.yaml"), [*auto, *overrides]), storage_path=str(tmp_path / "runs"))
+
+    gpu(80)
+    roomy = planned().gpu_memory
+    assert roomy.keys() == {"tiny-student search", "tiny-student distill"}
+    assert roomy["tiny-student distill"].config.micro_batch_rows == 4  # all of the batch
+    assert roomy["tiny-student distill"].config.activation_checkpointing == "none"
+    gpu(1.5)
+    with pytest.raises(InputError, match=r"tiny-student: needs 1\.5 GB: context 1\.5"):
+        planned("resources.gpus_per_trial=1")
+    larger = planned("resources.gpus_per_trial=1", "resources.gpu_memory_bytes=8e9")
+    assert larger.gpu_memory.keys() == roomy.keys()
+
+
+def test_a_plan_for_a_cluster_says_which_gpus_it_assumes(bench, tmp_path):
+    options = ["--set", "resources.gpus_per_worker=1", "--set", "resources.gpus_per_trial=1"]
+    told = minitron_here("plan", str(bench / "recipe.yaml"), *options, "--address", "127.0.0.1:6379", cwd=tmp_path)
+    assert "of 80 GB each" in told.stdout
+    assert re.search(r"each GPU distill: 1\.5 GB: context 1\.5.*; micro_batch_rows 2, activation", told.stdout)
+
+
+def test_what_is_left_to_the_memory_keeps_the_names_of_runs_and_stages(bench):
+    def recipe(*overrides):
+        return load_recipe(str(bench / "recipe.yaml"), overrides)
+
+    said = [f"distill.{text}" for text in ("micro_batch_rows=4", "activation_checkpointing=none", "shard=false")]
+    free = [f"distill.{key}=auto" for key in ("micro_batch_rows", "activation_checkpointing", "shard")]
+    assert training_identity(recipe(*said).distill) == training_identity(recipe(*free).distill)
+    assert "optimizer" not in training_identity(recipe().distill)
+    assert run_key(recipe(*said)) == run_key(recipe(*free)) == run_key(recipe(*free, "distill.optimizer=adamw-offload"))
+    assert run_key(recipe(*said)) != run_key(recipe(*said, "distill.shard=true"))
