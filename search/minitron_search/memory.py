@@ -9,8 +9,8 @@ import torch
 
 
 def release_memory() -> None:
-    """Return freed memory, which the allocators keep for reuse, to the system, and on GPUs that of reference cycles too: other
-    processes compute there.
+    """Return freed memory, which the allocators keep for reuse, to the system; with a GPU also the memory of reference cycles,
+    because other processes may use the same GPU.
 
     Tune runs every trial in a thread of its own, and the C library's allocator keeps memory that a thread has freed for that
     thread: a worker would grow by the size of a student with every candidate.

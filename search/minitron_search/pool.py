@@ -31,8 +31,8 @@ class Pool:
     (several run in Ray Train), and each requests `share`: amounts by Ray's resource names, "memory" in bytes. A trial that
     raises or whose worker dies is restarted up to `max_failures` times, unless the same error would come again (a loss that
     is not finite, InputError, out of GPU memory). A trial that ran out of memory on a GPU that it shared runs again after the
-    others, with a whole GPU. `on_event(architecture, event)` is called in a thread of this process with
-    every event of a candidate (see `minitron_search.events`). A relative `scratch` is made absolute. Raises InputError for a
+    others, with a whole GPU. `on_event(architecture, event)` is called in a thread of this process with every event of a
+    candidate (see `minitron_search.events`). A relative `scratch` is made absolute. Raises InputError for a
     field of the wrong type or out of range.
     """
 
@@ -102,7 +102,7 @@ class Pool:
             failed = tune.run(work_by_key, lambda key, event: self._forward(by_key[key], event))
             failures = {a: failed[key] for key, a in by_key.items() if key in failed and not done(a)}
             if crowded_out := [by_key[key] for key in by_key if key in tune.crowded_out]:
-                pool.release_workers()  # the trials that shared the GPUs run in them
+                pool.release_workers()  # kept workers still hold parts of the GPUs
                 failures |= self._on_whole_gpus().run(work, crowded_out, done)
         stopped = [str(a) for a in waiting if not done(a) and a not in failures]
         if stopped:

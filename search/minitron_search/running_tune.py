@@ -194,7 +194,7 @@ class _Round(Callback):
     """Follows the trials of one call of `RunningTune.run`, in Tune's thread, and forwards their events.
 
     `failed` has the reason, by key, of each trial that failed for good; `error` is the storage error that ended all.
-    `restarts` are those of a trial that runs again with a whole GPU, None where trials have whole GPUs.
+    `restarts` is the number of restarts of a trial that runs again with a whole GPU; None if all trials have whole GPUs.
     """
 
     def __init__(self, restarts: int | None) -> None:
