@@ -1,4 +1,4 @@
-"""Rows of several documents, and each document run by itself."""
+"""Rows of several documents, and the hidden states of each document in a separate forward pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DOCUMENTS = DocumentBoundaries(7)
 
 
 def packed(count=2, seq_length=24, seed=1):
-    """Rows of several documents each, some of one token."""
+    """Rows with several documents each, some of one token."""
     rows = tiny.rows(count, seq_length, seed=seed)
     rows[rows == DOCUMENTS.end] = 8
     rows[:, [5, 6, 15 + seed]] = DOCUMENTS.end
@@ -19,7 +19,7 @@ def packed(count=2, seq_length=24, seed=1):
 
 
 def one_by_one(model, rows):
-    """Final hidden states of each document run by itself, with transformers' own masks."""
+    """Final hidden states from a forward pass per document, with the masks of transformers."""
     states = []
     for row in rows:
         ends = [i + 1 for i, token in enumerate(row.tolist()) if token == DOCUMENTS.end]

@@ -1,4 +1,4 @@
-"""The largest storage that operations inside a block make, so that a test can say what must not exist."""
+"""The largest storage that operations within a block allocate, for tests of an upper limit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LargestStorage(TorchDispatchMode):
-    """`bytes` and `made_by`, the operator's name, of the largest storage."""
+    """The size in `bytes` of the largest storage, and `made_by`, the name of its operator."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
-"""One micro-batch and one update of a real training on the meta device: nothing is computed, and the bytes that a GPU would
-hold are counted as storages come and go."""
+"""Micro-batches and an update of a real training on the meta device: nothing is computed, and the bytes that a GPU would hold
+are counted whenever a storage is allocated or freed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from minitron.logits import Head
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operations inside have made and that are still there; `peaks` by the part that runs."""
+    """Bytes of live storages that operations within the block have allocated; `peaks` has the highest value of each part."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,14 +35,14 @@ class LiveBytes(TorchDispatchMode):
         self._seen: dict[int, Any] = {}
 
     def know(self, tensors: Any) -> int:
-        """Count storages that were made before; returns the bytes that this adds."""
+        """Count storages that were allocated before; returns their bytes."""
         before = self.alive
         for tensor in tensors:
             self._add(tensor)
         return self.alive - before
 
     def lap(self, part: str) -> None:
-        """As a stopwatch: what ran until now was `part`. The next part of a micro-batch begins."""
+        """Called like a stopwatch: the operations until now belong to `part`, and the next part of the micro-batch begins."""
         following = {"data": "teacher", "teacher": "student", "student": "loss", "loss": "backward"}
         self.begin(following.get(part, ""))
 
@@ -66,7 +66,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
         if any(kind.__name__ == "DTensor" for kind in types):
-            return NotImplemented  # its local part is counted, not the whole
+            return NotImplemented  # the local shard is counted, not the full tensor
         result = function(*arguments, **(named or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -96,7 +96,7 @@ ALL_ATTENTION_FUNCTIONS.register("plain", _plain)
 
 @contextmanager
 def like_cuda() -> Iterator[None]:
-    """Meta tensors take the branches of the code for CUDA; the kernel of the loss, which allocates nothing, is left out."""
+    """Make code treat meta tensors as CUDA tensors; the kernel of the loss, which allocates nothing, is skipped."""
     before = kernels.logit_loss, torch.cuda.device_of
 
     class Launch:
@@ -114,7 +114,7 @@ def like_cuda() -> Iterator[None]:
 
 
 def meta_model(family: str, device: str = "meta", attention: str = "on_meta", **sizes: Any) -> nn.Module:
-    """A bfloat16 model of a family's transformers config with these `sizes`."""
+    """A bfloat16 model from the transformers config of a family with the given `sizes`."""
     config = AutoConfig.for_model(family, max_position_embeddings=131_072, **sizes)
     config.architectures = None
     with torch.device(device):
@@ -123,7 +123,7 @@ def meta_model(family: str, device: str = "meta", attention: str = "on_meta", **
 
 
 class Stored:
-    """Of a teacher whose hidden states are stored: its head, and those of the rows."""
+    """A teacher with stored hidden states: its head, and the hidden states of the rows."""
 
     def __init__(self, head: Head) -> None:
         self.head = head
@@ -149,7 +149,7 @@ def count_step(
     live: bool = False,
     micro_batches: int = 2,
 ) -> LiveBytes:
-    """Two micro-batches by default and the update of `student` against `teacher`, None for the next token alone."""
+    """Run micro-batches and an update of `student` with `teacher`, or with cross-entropy alone if it is None."""
     counter = LiveBytes()
     counter.begin("state")
     counter.know(student.parameters())

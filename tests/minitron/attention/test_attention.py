@@ -1,4 +1,4 @@
-"""Attention of packed rows against each document run by itself, its memory, its host waits and its compiled graphs."""
+"""Attention in packed rows: equality with separate documents, memory, host synchronisation and compiled graphs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WINDOW["qwen2"] = WINDOW["qwen3"] = {"use_sliding_window": True, "sliding_window
 
 @pytest.fixture
 def flex_on_cpu(monkeypatch):
-    """flex_attention refuses gradients on CPUs, and the meta device, though its unfused form knows both."""
+    """Use the unfused form of flex_attention, which supports gradients on CPUs and the meta device."""
     monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
 
 
@@ -33,7 +33,7 @@ def model_of(family, **changes):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_documents_of_a_row_are_as_if_run_by_themselves(family, flex_on_cpu):
+def test_documents_in_a_row_give_the_same_as_in_separate_passes(family, flex_on_cpu):
     rows, weights = packed(), torch.randn(64, dtype=torch.float64)
     model = model_of(family, attn_implementation="eager").double()
     parameters = list(model.get_decoder().parameters())
@@ -43,7 +43,7 @@ def test_documents_of_a_row_are_as_if_run_by_themselves(family, flex_on_cpu):
 
     expected = one_by_one(model, rows)
     exact = gradients(expected)
-    model = model_of(family).double()  # with transformers' choice of an implementation
+    model = model_of(family).double()  # with the implementation that transformers chooses
     parameters = list(model.get_decoder().parameters())
     for kernel in ("dense", "flex"):
         arguments = row_arguments(model, rows, DOCUMENTS, kernel)
@@ -64,7 +64,7 @@ def test_without_documents_a_cpu_computes_the_same_bits_as_transformers(family):
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "mistral"])
-def test_windows_and_soft_caps_by_flex_equal_transformers_masks(family, flex_on_cpu):
+def test_sliding_windows_and_soft_caps_in_flex_attention_equal_those_of_transformers(family, flex_on_cpu):
     model, rows = model_of(family).double(), tiny.rows(2, 24)
     expected = model.get_decoder()(rows).last_hidden_state
     states = model.get_decoder()(rows, use_cache=False, **row_arguments(model, rows, kernel="flex")).last_hidden_state
@@ -72,7 +72,7 @@ def test_windows_and_soft_caps_by_flex_equal_transformers_masks(family, flex_on_
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_padding_and_masks_of_others_give_the_same_as_before(family):
+def test_own_attention_gives_the_same_results_with_padding_and_in_generation(family):
     model, ids = model_of(family), tiny.rows(2, 12)
     padding = torch.ones_like(ids)
     padding[0, :5] = 0
@@ -86,7 +86,7 @@ def test_padding_and_masks_of_others_give_the_same_as_before(family):
 @pytest.mark.parametrize("seq_length", [100, 256, 700])
 @pytest.mark.parametrize("window", [None, 1, 128, 300])
 @pytest.mark.parametrize("documents", [False, True])
-def test_blocks_are_those_that_every_pair_of_positions_gives(seq_length, window, documents):
+def test_block_masks_equal_those_from_every_pair_of_positions(seq_length, window, documents):
     numbers = None
     if documents:
         rows = torch.randint(9, 20, (3, seq_length), generator=torch.Generator().manual_seed(seq_length))
@@ -103,7 +103,7 @@ def test_blocks_are_those_that_every_pair_of_positions_gives(seq_length, window,
 
 
 class _Fused(torch.autograd.Function):
-    """Stands for the compiled kernel on the meta device: it keeps what goes in and what comes out."""
+    """A stand-in for the compiled kernel on the meta device, which saves its inputs and outputs."""
 
     @staticmethod
     def forward(ctx, query, key, value):
@@ -117,7 +117,7 @@ class _Fused(torch.autograd.Function):
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "mistral", "phi3", "llama"])
 @pytest.mark.parametrize("documents", [None, DOCUMENTS])
-def test_on_cuda_no_pair_of_positions_has_a_value_and_no_value_is_waited_for(family, documents, monkeypatch):
+def test_on_cuda_no_tensor_has_all_pairs_of_positions_and_the_host_does_not_synchronise(family, documents, monkeypatch):
     masks = []
 
     def fused(query, key, value, block_mask=None, attn_mask=None, **options):
@@ -131,7 +131,7 @@ def test_on_cuda_no_pair_of_positions_has_a_value_and_no_value_is_waited_for(fam
     with torch.device("meta"):
         model = tiny.from_config(tiny.config(family, True, **WINDOW.get(family, {}), num_hidden_layers=2))
         rows = torch.empty(2, 8192, dtype=torch.int64)
-    # a value that the host asks for is an error on the meta device
+    # on the meta device it is an error if the host reads a value
     with LargestStorage() as largest, running_blocks(model, activation_checkpointing="full", compiled=False):
         final_hidden(model, rows, documents).sum().backward()
     assert largest.bytes < 8192**2 / 2, largest.made_by
@@ -142,7 +142,7 @@ def test_on_cuda_no_pair_of_positions_has_a_value_and_no_value_is_waited_for(fam
 
 
 @pytest.mark.parametrize(("family", "kinds"), [("llama", 1), ("gemma3_text", 2)])
-def test_compiled_layers_are_one_graph_for_each_window_whatever_the_documents(family, kinds, flex_on_cpu, monkeypatch):
+def test_compiled_layers_have_one_graph_per_window_size_for_all_documents(family, kinds, flex_on_cpu, monkeypatch):
     graphs = []
 
     def counting(graph, inputs):
@@ -161,7 +161,7 @@ def test_compiled_layers_are_one_graph_for_each_window_whatever_the_documents(fa
     assert len(graphs) == kinds
 
 
-def test_an_implementation_chosen_by_hand_stays_and_keeps_no_documents_apart():
+def test_an_explicit_attention_implementation_is_kept_and_cannot_separate_documents():
     model, rows = model_of("llama", attn_implementation="flex_attention"), packed()
     assert row_arguments(model, rows) == {}
     assert model.config._attn_implementation == "flex_attention"

@@ -1,4 +1,4 @@
-"""With `documents` every use of packed rows gives what each document gives by itself."""
+"""With `documents` every use of packed rows gives the same results as separate documents."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def material(tmp_path_factory):
 
 
 def test_calibration_and_held_out_metrics_do_not_depend_on_which_documents_share_a_row():
-    # two documents of 12 tokens, in one row or each in its own
+    # two documents of 12 tokens, in one row or in two
     model, teacher = tiny.model(num_hidden_layers=3), tiny.model(seed=1)
     rows = tiny.rows(4, 24)
     rows[rows == DOCUMENTS.end] = 8
@@ -50,7 +50,7 @@ def test_calibration_and_held_out_metrics_do_not_depend_on_which_documents_share
     assert metrics.kl == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-4)
 
 
-def test_live_and_stored_teachers_keep_the_documents_apart_that_the_student_does(material, tmp_path):
+def test_live_and_stored_teachers_must_separate_documents_like_the_student(material, tmp_path):
     rows = Rows.open(str(material / "rows"), "train")
     ids, config = rows.take(range(16)), replace(distilling.CONFIG, steps=3)
     teacher = distilling.load_teacher(material)
@@ -70,7 +70,7 @@ def test_live_and_stored_teachers_keep_the_documents_apart_that_the_student_does
         distilling.distil(material, config, LiveTeacher(teacher), documents=rows.boundaries)
 
 
-def test_stored_targets_of_the_other_kind_are_not_mistaken_for_these(material):
+def test_stored_targets_with_and_without_separate_documents_have_different_keys(material):
     folder = str(material)
     inputs = DistillInputs(f"{folder}/teacher", "id", "float32", f"{folder}/rows", "", "")
     apart = replace(inputs, separate_documents=True)

@@ -1,4 +1,4 @@
-"""Where documents begin in rows, against the documents that were packed."""
+"""Document boundaries in rows equal those of the packed documents."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from minitron.errors import InputError
     ("begin", "rows"),
     [
         ((), ["aaE|aE|E|aa", "E|aaaaaaaa", "aaaaaaaaaE"]),
-        ((66,), ["BaaE|BaE|BaE|Ba", "BE|BaaaaE|Baaaa", "BaaE|aaBaE|BaE|"]),  # also a BOS that a text spells out
-        # one token begins and ends; a row begins with it, also inside a document
+        ((66,), ["BaaE|BaE|BaE|Ba", "BE|BaaaaE|Baaaa", "BaaE|aaBaE|BaE|"]),  # one text contains BOS
+        # one token both begins and ends documents; every row begins with it, even inside a document
         ((69,), ["EaaE|EaE|EaE|E", "EE|EaE|EE|Ea", "EaaaaaaaE|", "EaE|EE|EE|Ea"]),
     ],
 )
@@ -32,8 +32,8 @@ def test_documents_begin_after_the_end_of_text_token(begin, rows):
 
 
 @pytest.mark.parametrize("add_bos", [False, True])
-def test_packed_rows_are_cut_where_their_documents_were_joined(tmp_path, add_bos):
-    words, draw = tiny.tokenizer(), random.Random(0)  # one token begins and ends a document
+def test_boundaries_of_packed_rows_are_where_documents_were_joined(tmp_path, add_bos):
+    words, draw = tiny.tokenizer(), random.Random(0)  # the same token begins and ends a document
     texts = [" ".join(draw.choices(tiny.WORDS, k=draw.randrange(1, 30))) for _ in range(80)]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     source = TextSource("jsonl", path=str(tmp_path / "text.jsonl"))
@@ -42,7 +42,7 @@ def test_packed_rows_are_cut_where_their_documents_were_joined(tmp_path, add_bos
     rows = Rows.open(str(tmp_path / "rows"), "train")
     numbers = rows.boundaries.numbers(ids := rows.take(range(len(rows))))
     eos, expected = words.eos_token_id, [words(text)["input_ids"] for text in texts]
-    parts: list[list[int]] = [[]]  # documents put together again from their parts, without the tokens around them
+    parts: list[list[int]] = [[]]  # documents rebuilt from their parts, without their special tokens
     for row, own in zip(ids, numbers, strict=True):
         for number in own.unique():
             part = row[own == number].tolist()[1 if add_bos else 0 :]
@@ -53,6 +53,6 @@ def test_packed_rows_are_cut_where_their_documents_were_joined(tmp_path, add_bos
     assert parts[:-1] == expected[: len(parts) - 1]
 
 
-def test_what_begins_and_what_ends_must_differ_or_be_the_same_token():
+def test_an_end_token_among_several_beginning_tokens_is_refused():
     with pytest.raises(InputError, match=r"begin with the tokens \[3, 7\], among them the end-of-text token 7"):
         DocumentBoundaries(7, (3, 7))

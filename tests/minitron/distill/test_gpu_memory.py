@@ -1,4 +1,4 @@
-"""Memory of a GPU: what is said from shapes alone, beside the bytes of a real step counted on the meta device."""
+"""The estimate of GPU memory from shapes equals the bytes of a real step, which are counted on the meta device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from minitron.distill.gpu_memory import CONTEXT, gpu_memory
 
 HEADS: dict[str, Any] = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
 UNTIED: dict[str, Any] = {"tie_word_embeddings": False}
-# family, then sizes
+# the family, then the sizes
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-8b": (
         "llama",
@@ -59,7 +59,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def named(name: str, layers: int) -> torch.nn.Module:
-    """Of the whole width, and so many layers: all are alike."""
+    """A model of full width with `layers` layers, which are enough because all are alike."""
     family, sizes = MODELS[name]
     return meta_model(family, sliding_window=None, **{**UNTIED, **sizes, "num_hidden_layers": layers})
 
@@ -78,7 +78,7 @@ def config(rows: int, recompute: str, batch_rows: int = 1152) -> DistillConfig:
         ("llama-35b", "llama-70b", 6, False, 1, "full"),
     ],
 )
-def test_a_step_of_a_published_size_needs_what_is_counted(student, teacher, layers, live, rows, recompute):
+def test_the_estimate_for_a_published_size_equals_the_counted_bytes(student, teacher, layers, live, rows, recompute):
     settings = config(rows, recompute)
     with like_cuda():
         own, other = named(student, layers), named(teacher, layers)
@@ -97,7 +97,7 @@ def test_a_step_of_a_published_size_needs_what_is_counted(student, teacher, laye
         *((family, "full") for family in ("llama", "nemotron", "gemma3_text", "mixtral")),
     ],
 )
-def test_the_activations_of_every_family_are_those_that_its_layers_keep(family, recompute):
+def test_the_estimated_activations_of_every_family_equal_the_counted_ones(family, recompute):
     sizes = {**UNTIED, **OWN.get(family, {}), "vocab_size": 2048, "hidden_size": 512, "intermediate_size": 1408}
     sizes |= {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "sliding_window": None}
     if family == "gemma3_text":
@@ -112,7 +112,7 @@ def test_the_activations_of_every_family_are_those_that_its_layers_keep(family, 
     assert estimate.step - CONTEXT == pytest.approx(max(counted.peaks.values()), rel=0.08)
 
 
-def test_a_step_on_a_cpu_holds_what_is_counted_on_the_meta_device():
+def test_a_step_on_a_cpu_holds_the_bytes_that_are_counted_on_the_meta_device():
     sizes = {"vocab_size": 3000, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
     peaks = []
@@ -122,7 +122,7 @@ def test_a_step_on_a_cpu_holds_what_is_counted_on_the_meta_device():
     assert peaks[0] == peaks[1]
 
 
-def test_what_is_offloaded_or_split_is_not_counted():
+def test_offloaded_and_sharded_tensors_are_not_counted():
     student = Architecture(32, 3072, 9216, 32, 8, 128, 128_256, tied=False)
     whole = gpu_memory(student, config(1, "full"), 8192)
     offloaded = gpu_memory(student, DistillConfig(1, micro_batch_rows=1, optimizer="adamw-offload"), 8192)

@@ -208,7 +208,7 @@ def test_an_offloaded_optimizer_trains_the_same_and_resumes_from_either(material
         replace(offloaded, shard=True)
 
 
-def test_a_trained_student_takes_gradients_like_any_other_model(material):
+def test_a_trained_student_supports_gradients_like_any_other_model(material):
     _, student = distil(material, replace(CONFIG, steps=1))
     student(input_ids=torch.zeros(1, 4, dtype=torch.int64)).logits.sum().backward()
     assert all(parameter.grad is not None for parameter in student.parameters())
