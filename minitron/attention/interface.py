@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 PREFIX = "minitron_"
 WRAPPED = ("sdpa", "eager")  # of transformers' implementations, those that are wrapped
 # Kernels that a process compiles: for teacher and student, with gradients and without, numbers of rows, kinds of masks.
-KERNELS = 64
+KERNELS = 128
 
 
 def use_own_attention(config: Any) -> None:

@@ -17,6 +17,7 @@ from minitron_platform.fence import Fence, LeaseLostError
 from minitron_platform.leases import lease
 from minitron_platform.locations import Locations, resolve_locations
 from minitron_platform.planning.plan import Plan, plan
+from minitron_platform.recipes.build import separates_documents
 from minitron_platform.recipes.load import recipe_yaml
 from minitron_platform.recipes.schema import Recipe
 from minitron_platform.results import RunResult
@@ -246,7 +247,8 @@ class _Parent:
         recipe = self.context.recipe
         self.log.start(self.context.run_key, tags={"minitron.kind": "run", "minitron.recipe": recipe.name})
         sizes = {f"target_parameters.{member.model}": member.parameters for member in recipe.family}
-        self.log.params({"teacher": recipe.teacher.model, **sizes})
+        documents = {"separate_documents": separates_documents(recipe)}
+        self.log.params({"teacher": recipe.teacher.model, **documents, **sizes})
         self.open = True
 
     def end(self, status: Any) -> None:

@@ -9,10 +9,13 @@ import pytest
 import torch
 import yaml
 from helpers.command import minitron_here, run_minitron
+from helpers.documents import one_by_one
 from mlflow import MlflowClient
 from safetensors.torch import load_file
+from torch.nn import functional
 
 from minitron import Architecture, ImportanceScores, prune
+from minitron.data import Rows
 from minitron.models import load_model
 from minitron_platform.stages.correct import CorrectOutput
 from minitron_platform.stages.stage_records import read_record
@@ -25,6 +28,7 @@ def _recipe(bench, name, **changes):
     values = yaml.safe_load((bench / "recipe.yaml").read_text())
     values |= {"name": name, "evaluate": {"tasks": []}, **changes}
     values["search"]["training"]["steps"] = 3
+    values["data"]["separate_documents"] = True
     (bench / f"{name}.yaml").write_text(yaml.safe_dump(values))
     return f"{name}.yaml"
 
@@ -62,6 +66,33 @@ def test_the_correction_of_a_teacher_is_kept_if_the_loss_improves(family):
     after = load_file(Path(shared["correct"]["folder"]) / "model.safetensors")
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert changed == {name for name in before if "norm" in name}
+
+
+def test_the_documents_of_a_row_do_not_see_each_other_in_any_stage(bench, family):
+    output, results = family
+    shared, large = results["stages"], results["family"]["tiny-large"]
+    rows = Rows.open(shared["data"]["folder"], "heldout")
+    ids, end = rows.take(range(len(rows))), rows.boundaries.end
+    assert bool((rows.boundaries.numbers(ids) > 1).any())
+
+    def loss(checkpoint):
+        model = load_model(checkpoint)
+        logits = model.lm_head(one_by_one(model, ids, end))[:, :-1].flatten(0, 1)
+        return functional.cross_entropy(logits.double(), ids[:, 1:].flatten()).item()
+
+    teacher = load_model(shared["correct"]["folder"])
+    (stored,) = [load_file(file) for file in Path(shared["targets"]["heldout"]).glob("shard-*/*.safetensors")]
+    assert torch.allclose(stored["hidden"], one_by_one(teacher, ids, end), atol=1e-4)
+    assert shared["correct"]["loss_before"] == pytest.approx(loss(shared["teacher"]["folder"]), abs=1e-4)
+    assert large["evaluate"]["table"]["distilled"]["loss"] == pytest.approx(loss(large["distill"]["student"]), abs=1e-4)
+    scores = ImportanceScores.load(large["calibrate"]["scores"])
+    assert scores.provenance["documents"] == "separate"
+    assert "documents  those in one row do not attend to each other, by masks, which are slow on CPUs" in output.stdout
+    client = MlflowClient(f"sqlite:///{bench}/family/mlflow.db")
+    (run,) = client.search_runs(
+        [client.get_experiment_by_name("tiny").experiment_id], "params.separate_documents = 'True'"
+    )
+    assert run.data.tags["minitron.kind"] == "run"
 
 
 def test_the_second_model_is_pruned_from_the_first_and_distilled_from_the_same_teacher(family):

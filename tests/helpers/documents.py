@@ -18,11 +18,11 @@ def packed(count=2, seq_length=24, seed=1):
     return rows
 
 
-def one_by_one(model, rows):
+def one_by_one(model, rows, end=DOCUMENTS.end):
     """Final hidden states from a forward pass per document, with the masks of transformers."""
     states = []
     for row in rows:
-        ends = [i + 1 for i, token in enumerate(row.tolist()) if token == DOCUMENTS.end]
+        ends = [i + 1 for i, token in enumerate(row.tolist()) if token == end]
         parts = row.tensor_split([end for end in ends if end < len(row)])
         states.append(torch.cat([model.get_decoder()(part[None]).last_hidden_state[0] for part in parts]))
     return torch.stack(states)

@@ -259,6 +259,7 @@ def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool)
     console.say(f"mlflow   {escape(shown(planned.locations.tracking_uri))}")
     console.say(f"compute  {planned.dtype}, {planned.flops_per_second / 1e9:,.0f} GFLOP/s measured here")
     console.say(f"resources  {planned.resources_text}")
+    console.say(f"documents  {planned.documents_text}")
     for title, memory in planned.memory.items():
         name = title if len(recipe.family) > 1 else title.split()[-1]
         console.say(f"memory   {escape(name)}: {memory}")

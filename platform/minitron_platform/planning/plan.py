@@ -10,7 +10,8 @@ import torch
 from minitron import storage
 from minitron.architecture import Architecture
 from minitron.architecture.hardware import hardware_notes
-from minitron.device import compute_dtype, matmul_flops
+from minitron.attention import chosen_kernel
+from minitron.device import compute_dtype, device, matmul_flops
 from minitron.distill.fitting import Fit
 from minitron.errors import prefixed
 from minitron.models import check_contents, source_architecture
@@ -27,7 +28,7 @@ from minitron_platform.estimates.outlook import Estimate, Outlook
 from minitron_platform.estimates.teacher import MODES, TeacherCost, disk_full_error, teacher_cost
 from minitron_platform.locations import Locations, resolve_locations
 from minitron_platform.planning.checks import check_benchmarks, check_machine, check_outcomes, check_recipe
-from minitron_platform.recipes.build import distillation_losses
+from minitron_platform.recipes.build import distillation_losses, separates_documents
 from minitron_platform.recipes.candidates import family_candidates
 from minitron_platform.recipes.resources import ResolvedResources, idle_gpu_warnings, resolve
 from minitron_platform.recipes.schema import Member, Recipe
@@ -92,6 +93,8 @@ class Plan:
     """Resources of trials and workers; without GPUs if a cluster is to be joined, whose GPUs are not known yet."""
     resources_text: str
     """`resources` as a sentence."""
+    documents_text: str
+    """Whether the documents of a row attend to each other, as a sentence."""
 
     @property
     def bytes(self) -> int:
@@ -189,6 +192,7 @@ def plan(
         on_gpus=on_gpus,
         resources=resources,
         resources_text=resources_text,
+        documents_text=_documents_text(recipe),
     )
     if free is not None and free + bytes_written < result.bytes:
         missing = {} if Targets.name in finished.shared else teacher_costs
@@ -202,6 +206,17 @@ def _hardware_notes(teacher: Architecture, candidates: dict[str, list[Architectu
     """The notes on all candidates, each once."""
     notes = [note for shapes in candidates.values() for shape in shapes for note in hardware_notes(teacher, shape)]
     return list(dict.fromkeys(notes))
+
+
+def _documents_text(recipe: Recipe) -> str:
+    on_gpu = chosen_kernel(device()) == "flex"
+    if separates_documents(recipe):
+        return "those in one row do not attend to each other" + ("" if on_gpu else ", by masks, which are slow on CPUs")
+    return "those in one row attend to each other" + (
+        "; only GPUs separate them at no cost (data.separate_documents)"
+        if recipe.data.separate_documents == "auto"
+        else ""
+    )
 
 
 def _cost(stage: Stage[Any], member: Member | None, outlook: Outlook, finished: RunState, speed: float) -> Cost:

@@ -11,7 +11,9 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from minitron.architecture import Architecture
+from minitron.attention import chosen_kernel
 from minitron.data import DocumentTokens, TextSource
+from minitron.device import device
 from minitron.distill import DistillConfig, Losses, default_losses
 from minitron.distill.fitting import CHOSEN
 from minitron.distill.losses import mapped_layers
@@ -44,6 +46,14 @@ def document_tokens(data: schema.Data, tokens: DocumentTokens) -> DocumentTokens
         return tokens.chosen(data.bos)
 
 
+def separates_documents(recipe: schema.Recipe) -> bool:
+    """Whether the documents of a row are kept apart; `auto`: where models run on GPUs, on which that is faster than not to."""
+    if recipe.data.separate_documents != "auto":
+        return recipe.data.separate_documents
+    on_cpus = 0 in (recipe.resources.gpus_per_trial, recipe.resources.gpus_per_worker)
+    return chosen_kernel(device()) == "flex" and not on_cpus
+
+
 def lm_eval_tasks(tasks: Iterable[schema.Task]) -> tuple[Task, ...]:
     """The benchmarks to run."""
     return tuple(Task(**task.model_dump()) for task in tasks)
@@ -69,7 +79,15 @@ def layer_metric(calibrate: schema.Calibrate) -> str:
     return f"task:{calibrate.task.name}" if calibrate.task else calibrate.layers
 
 
-def pruning_source(calibrate: schema.Calibrate, *, folder: str, scores: str, dtype: str, rows: str) -> PruningSource:
+def pruning_source(
+    calibrate: schema.Calibrate,
+    *,
+    folder: str,
+    scores: str,
+    dtype: str,
+    rows: str,
+    separate_documents: bool = False,
+) -> PruningSource:
     """The checkpoint to prune, and how.
 
     folder: of the checkpoint. scores: file with its importance scores. dtype: name of the compute dtype. rows: folder of
@@ -82,11 +100,11 @@ def pruning_source(calibrate: schema.Calibrate, *, folder: str, scores: str, dty
         depth=calibrate.depth,
         metric=layer_metric(calibrate),
         merge_heads=calibrate.merge_heads,
-        recalibration=recalibration(calibrate, rows) if calibrate.steps > 1 else None,
+        recalibration=recalibration(calibrate, rows, separate_documents) if calibrate.steps > 1 else None,
     )
 
 
-def recalibration(calibrate: schema.Calibrate, rows: str) -> Recalibration:
+def recalibration(calibrate: schema.Calibrate, rows: str, separate_documents: bool = False) -> Recalibration:
     """How to score a model again between pruning steps; `rows` is the folder of packed rows."""
     return Recalibration(
         steps=calibrate.steps,
@@ -97,6 +115,7 @@ def recalibration(calibrate: schema.Calibrate, rows: str) -> Recalibration:
         batch_aggregation=calibrate.batch_aggregation,
         sequence_aggregation=calibrate.sequence_aggregation,
         neurons=calibrate.neurons,
+        separate_documents=separate_documents,
     )
 
 

@@ -31,7 +31,8 @@ class Data(_Section):
     """The text, packed once into rows of `seq_length` tokens. `path` may be any fsspec path.
 
     `add_bos`: whether a beginning-of-sequence token precedes every document, and starts every row and benchmark request;
-    `auto` follows the teacher's tokenizer.
+    `auto` follows the teacher's tokenizer. `separate_documents`: whether the documents of a row do not attend to each other,
+    in all models and stages; `auto`: where models run on GPUs.
     """
 
     kind: Literal["python-docs", "text", "jsonl", "parquet", "hub"]
@@ -45,6 +46,7 @@ class Data(_Section):
     heldout_rows: Positive
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     add_bos: bool | Literal["auto"] = "auto"
+    separate_documents: bool | Literal["auto"] = "auto"
 
     @property
     def bos(self) -> bool | None:

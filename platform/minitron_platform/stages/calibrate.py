@@ -23,7 +23,7 @@ from minitron.pruning.selection import kept_layers
 from minitron_platform.estimates.memory import calibration_memory
 from minitron_platform.estimates.outlook import Estimate, Outlook
 from minitron_platform.recipes import schema
-from minitron_platform.recipes.build import layer_metric, layer_scoring
+from minitron_platform.recipes.build import layer_metric, layer_scoring, separates_documents
 from minitron_platform.stages.base import pruning_base
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.data import Data
@@ -53,6 +53,7 @@ class Calibrate(Stage[CalibrateOutput]):
             "model": _model_to_score(state)[1],
             "dtype": state.output(Teacher).dtype,
             "rows": state.output(Data).train,
+            **state.attention(),
             "calibrate": state.recipe.calibrate.model_dump(exclude={"steps", "merge_heads"}),
             "depths": _depths(state),
             "task": _task_identity(state.recipe.calibrate),
@@ -95,6 +96,7 @@ class Calibrate(Stage[CalibrateOutput]):
             layers=layer_scoring(settings, num_layers, depths),
             tokenizer=load_tokenizer(storage.fetch(teacher.folder)) if settings.task else None,
             add_bos=context.recipe.data.bos,
+            documents=rows.boundaries if separates_documents(context.recipe) else None,
             progress=context.console.counter("row passes"),
         )
         scores.provenance.update(model=model_id, rows_id=rows.fingerprint)

@@ -19,7 +19,7 @@ from minitron_platform.estimates.gpu import correction_on_gpus
 from minitron_platform.estimates.memory import correction_memory
 from minitron_platform.estimates.outlook import MASTER_BYTES, Estimate, Outlook
 from minitron_platform.recipes import schema
-from minitron_platform.recipes.build import training_identity
+from minitron_platform.recipes.build import separates_documents, training_identity
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.data import Data
 from minitron_platform.stages.stage import ArtifactPath, Stage, StageOutput
@@ -68,6 +68,7 @@ class Correct(Stage[CorrectOutput]):
             "dtype": state.output(Teacher).dtype,
             "train": data.train,
             "heldout": data.heldout,
+            **state.attention(),
             "correct": settings.model_dump(exclude={"training"}),
             "training": training_identity(training) if training else None,
         }
@@ -178,7 +179,8 @@ class _Correction:
             dtype = DTYPES[self.context.output(Teacher).dtype]
             model = load_model(storage.fetch(checkpoint), dtype).to(device())
             rows = Rows.open(self.context.output(Data).folder, "heldout")
-            metrics = heldout_metrics(model, rows.take(range(len(rows))))
+            documents = rows.boundaries if separates_documents(self.context.recipe) else None
+            metrics = heldout_metrics(model, rows.take(range(len(rows))), documents=documents)
             storage.write_json(path, asdict(metrics))
         return float(storage.read_json(path)["loss"])
 
@@ -210,6 +212,7 @@ class _Correction:
                 rows=context.output(Data).folder,
                 train_targets="",
                 heldout_targets="",
+                separate_documents=separates_documents(context.recipe),
             ),
             config=config,
             losses=Losses(logits="none", cross_entropy=1.0),

@@ -50,7 +50,9 @@ class Data(Stage[DataOutput]):
         return {
             "teacher": state.output(Teacher).id,
             "source": source_identity(text_source(data)),
-            "data": data.model_dump(exclude={"add_bos"}),  # its effect is in the two entries below
+            "data": data.model_dump(
+                exclude={"add_bos", "separate_documents"}
+            ),  # its effect is in the two entries below
             "begin": list(special_tokens.begin),
             "end": list(special_tokens.end),
         }

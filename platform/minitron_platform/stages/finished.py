@@ -27,7 +27,9 @@ def run_key(recipe: Recipe) -> str:
     if recipe.correct and recipe.correct.training:
         content["correct"]["training"] = training_values(recipe.correct.training)
     if recipe.data.bos is None:
-        del content["data"]["add_bos"]  # the key was added later, and earlier runs keep their names
+        del content["data"]["add_bos"]  # this key and the next were added later, and earlier runs keep their names
+    if recipe.data.separate_documents == "auto":
+        del content["data"]["separate_documents"]
     return f"{recipe.name}-{storage.fingerprint(content)[:8]}"
 
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from minitron import storage
 from minitron_platform.locations import Locations
+from minitron_platform.recipes.build import separates_documents
 from minitron_platform.recipes.schema import Member, Recipe
 from minitron_platform.stages.stage import Stage, StageOutput, StudentOutput
 
@@ -59,6 +60,11 @@ class RunState:
     def fingerprint(self, stage: Stage[Any]) -> str:
         """Content address of a stage's output. The stages that it reads from must be finished."""
         return storage.fingerprint({"stage": stage.name, "version": stage.version, "inputs": stage.inputs(self)})
+
+    def attention(self) -> dict[str, Any]:
+        """What the outputs of models on rows depend on beside models and rows, as inputs of a stage; empty where the
+        documents of a row see each other, as they did in all storages that were written before one could choose."""
+        return {"documents": "separate"} if separates_documents(self.recipe) else {}
 
     def title(self, name: str) -> str:
         """The name of a stage or trial, followed by the current model if the family has several."""

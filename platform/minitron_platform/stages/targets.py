@@ -61,6 +61,7 @@ class Targets(Stage[TargetsOutput]):
             "dtype": state.output(Teacher).dtype,
             "train": data.train,
             "heldout": data.heldout,
+            **state.attention(),
         }
 
     def estimate(self, outlook: Outlook, member: schema.Member | None) -> Estimate:
@@ -104,10 +105,12 @@ class Targets(Stage[TargetsOutput]):
             heldout,
             heldout_folder,
             key=inputs.targets_key("heldout"),
+            documents=inputs.documents(),
             progress=context.console.counter("heldout rows"),
         )
         options: dict[str, Any] = {
             "key": inputs.targets_key("train"),
+            "documents": inputs.documents(),
             "progress": context.console.counter("train rows"),
             "numbers": train_rows,
         }
@@ -168,6 +171,7 @@ def _distill_inputs(state: RunState, train_targets: str, heldout_targets: str) -
         train_targets=train_targets,
         heldout_targets=heldout_targets,
         top_k=state.recipe.targets.top_k,
+        separate_documents=build.separates_documents(state.recipe),
     )
 
 
@@ -179,4 +183,5 @@ def pruning_source(state: RunState) -> PruningSource:
         scores=state.output(Calibrate).scores,
         dtype=state.output(Teacher).dtype,
         rows=state.output(Data).folder,
+        separate_documents=build.separates_documents(state.recipe),
     )

@@ -125,6 +125,7 @@ PAIRS = {
             "heldout_rows": "minitron.data.pack",
             "heldout_fraction": "minitron.data.pack",
             "add_bos": "build.document_tokens",
+            "separate_documents": "build.separates_documents",
         },
         {},
     ),
@@ -194,7 +195,7 @@ PAIRS = {
             "depth": "contiguous blocks alone",
             "merge_heads": "the pruning source",
         },
-        {"rows": "the folder of packed rows"},
+        {"rows": "the folder of packed rows", "separate_documents": "data.separate_documents"},
     ),
     "pruning by calibrate": Pair(
         schema.Calibrate,

@@ -1,0 +1,42 @@
+"""When the documents of a row are kept apart, and whose results depend on it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from minitron_platform.planning.plan import plan
+from minitron_platform.recipes import build
+from minitron_platform.recipes.load import load_recipe
+from minitron_platform.stages.finished import run_key
+
+
+@pytest.mark.parametrize(
+    ("overrides", "on_cpu", "on_gpu"),
+    [
+        ([], False, True),
+        (["data.separate_documents=true"], True, True),
+        (["data.separate_documents=false"], False, False),
+        (["resources.gpus_per_trial=0"], False, False),
+        (["resources.gpus_per_worker=0"], False, False),
+        (["resources.gpus_per_worker=2"], False, True),
+    ],
+)
+def test_documents_are_kept_apart_where_models_run_on_gpus(bench, monkeypatch, overrides, on_cpu, on_gpu):
+    recipe = load_recipe(str(bench / "recipe.yaml"), overrides)
+    assert build.separates_documents(recipe) == on_cpu
+    monkeypatch.setattr(build, "device", lambda: torch.device("cuda"))
+    assert build.separates_documents(recipe) == on_gpu
+
+
+def test_a_run_keeps_its_name_unless_the_key_is_given(bench):
+    recipes = [load_recipe(str(bench / "recipe.yaml"), [f"data.separate_documents={x}"]) for x in ("auto", "true")]
+    default, separate = (run_key(recipe) for recipe in recipes)
+    assert run_key(load_recipe(str(bench / "recipe.yaml"))) == default != separate
+
+
+def test_the_plan_says_that_documents_see_each_other_on_cpus_and_how_to_change_it(bench, tmp_path):
+    planned = plan(load_recipe(str(bench / "recipe.yaml")), storage_path=str(tmp_path / "runs"))
+    assert planned.documents_text == (
+        "those in one row attend to each other; only GPUs separate them at no cost (data.separate_documents)"
+    )
