@@ -6,9 +6,6 @@ command line prints both and exits with 2; any other exception is a bug and keep
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 
 class MinitronError(Exception):
     """A problem in the user's input: `problem` names the file or key and the value, `remedy` says what to do."""
@@ -49,12 +46,3 @@ class NotWritableError(StorageError):
 
 class NonFiniteError(MinitronError):
     """A loss or gradient became NaN or infinite."""
-
-
-@contextmanager
-def prefixed(prefix: str) -> Iterator[None]:
-    """Put `prefix`, such as the key of a recipe that a value came from, in front of what an InputError says."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{prefix}{error.problem}", error.remedy) from error

@@ -186,7 +186,8 @@ def _stage(context: Context, stage: Stage[Any], parent: _Parent, before_work: Ca
 def _carry_out(context: Context, stage: Stage[Any], folder: str, fingerprint: str) -> Record:
     """Do a stage and record it, unless somebody else has taken the run or the stage over meanwhile."""
     started = time.time()
-    output = stage.run(context, folder)
+    with context.named_errors(stage):
+        output = stage.run(context, folder)
     release_memory()
     record = Record(
         output=output.model_copy(update={"fingerprint": fingerprint}),

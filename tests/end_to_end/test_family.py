@@ -170,7 +170,7 @@ def test_a_correction_that_gains_too_little_is_dropped_and_the_scores_are_reused
         ({"calibrate.layers": "task"}, "calibrate.task"),
         ({"losses.top_k": "5", "losses.logits": "mse"}, "losses.top_k: 5"),
         ({"losses.top_k": "5000"}, "losses.top_k: 5000"),
-        ({"losses.hidden": "[last-1:last-1, 4:9]"}, "losses.layer map '4:9'"),
+        ({"losses.hidden": "[last-1:last-1, 4:9]"}, "losses: layer map '4:9'"),
         ({"losses.hidden": "foo"}, "losses.hidden: 'foo'"),
         ({"correct.probe_steps": "3"}, "correct.probe_steps: 3 is inside"),
         ({"correct.training.warmup_steps": "12"}, "correct.training.warmup_steps"),

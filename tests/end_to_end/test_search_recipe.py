@@ -22,6 +22,7 @@ from minitron_platform.estimates.outlook import Estimate
 from minitron_platform.recipes.load import load_recipe, with_absolute_paths
 from minitron_platform.stages import order
 from minitron_platform.stages.distill import Distill
+from minitron_platform.stages.evaluate import HELDOUT
 from minitron_platform.stages.stage import Stage, StageOutput
 
 SCORED, DISTILLED, BENCHMARKED = 8, 3, 2
@@ -206,6 +207,31 @@ def test_a_class_in_the_list_of_stages_adds_a_stage(bench, searched, monkeypatch
     monkeypatch.setattr(Words, "version", 2)
     run(recipe, storage_path=str(storage), until="words")
     assert len(Words.runs) == 2
+
+
+def test_a_metric_that_an_earlier_version_lacked_is_measured_by_itself_and_shown_everywhere(bench, searched):
+    stages, storage = searched
+    (finished,) = (storage / "stages" / "evaluate").glob(f"{stages['evaluate']['fingerprint']}")
+    table = json.loads((finished / "stage.json").read_text())
+    for figures in table["outputs"]["table"].values():
+        del figures["top1_agreement"]
+    (finished / "stage.json").write_text(json.dumps(table))
+    for file in (finished / "pruned.json", finished / "distilled.json", *(storage / "quality").glob("*.json")):
+        quality = json.loads(file.read_text())
+        del quality["top1_agreement"]
+        file.write_text(json.dumps(quality))
+
+    result = run(_recipe(bench, 60_000), storage_path=str(storage))
+    assert _outputs(result) == stages
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    (evaluated,) = [run for run in runs if run.info.run_name == "evaluate"]
+    page = html.unescape(result.report.read_text())
+    for name, metric in HELDOUT.items():
+        value = stages["evaluate"]["table"]["distilled"][name]
+        assert evaluated.data.metrics[f"distilled.{name}"] == value
+        assert result.table.loc["tiny-student distilled", name] == value
+        assert f"<td>{metric.text(value)}</td>" in page
 
 
 def test_the_result_of_a_run_has_students_a_table_and_a_report(bench, searched):

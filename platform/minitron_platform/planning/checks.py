@@ -13,13 +13,14 @@ from minitron.architecture import Architecture
 from minitron.data import document_tokens as tokenizer_document_tokens
 from minitron.data import source_identity as text_identity
 from minitron.distill.trainable import check_lora
-from minitron.errors import InputError, prefixed
+from minitron.errors import InputError
 from minitron.evaluation import Task, check_requirements, check_tasks
 from minitron.models import source_tokenizer
 from minitron_platform.cluster.room import joins_cluster
 from minitron_platform.estimates.teacher import check_targets
 from minitron_platform.recipes.build import distillation_losses, document_tokens, lm_eval_tasks, text_source
 from minitron_platform.recipes.consistency import check_consistency
+from minitron_platform.recipes.keys import named_by_key
 from minitron_platform.recipes.resources import ResolvedResources
 from minitron_platform.recipes.schema import Recipe
 
@@ -33,7 +34,7 @@ def check_recipe(
     """
     _check_seq_length(recipe, max_seq_length)
     check_consistency(recipe)
-    with prefixed("data."):
+    with named_by_key("data"):
         text_identity(text_source(recipe.data))
     if recipe.data.bos:
         tokenizer = source_tokenizer(recipe.teacher.model, recipe.teacher.revision)
@@ -86,7 +87,7 @@ def check_benchmarks(recipe: Recipe, max_seq_length: int | None, finished: Mappi
     }
     for key, task in _tasks(recipe):
         if any(key.startswith(prefix) for prefix in unfinished):
-            with prefixed(f"{key}: "):
+            with named_by_key(key):
                 check_requirements(task, max_seq_length)
 
 
@@ -95,7 +96,7 @@ def _tasks(recipe: Recipe) -> Iterator[tuple[str, Task]]:
     search_tasks = recipe.search.evaluate.tasks if recipe.search.evaluate else []
     for key, tasks in (("evaluate.tasks", recipe.evaluate.tasks), ("search.evaluate.tasks", search_tasks)):
         for index, task in enumerate(lm_eval_tasks(tasks)):
-            yield f"{key}[{index}]", task
+            yield f"{key}.{index}", task
     if recipe.calibrate.task:
         yield "calibrate.task", lm_eval_tasks([recipe.calibrate.task])[0]
 
@@ -103,9 +104,9 @@ def _tasks(recipe: Recipe) -> Iterator[tuple[str, Task]]:
 def _check_tasks(recipe: Recipe) -> None:
     seen: dict[str, str] = {}
     for key, task in _tasks(recipe):
-        with prefixed(f"{key}: "):
+        with named_by_key(key):
             check_tasks([task])
-        name = f"{key.split('[')[0]} {task.name}"
+        name = f"{key.rstrip('.0123456789')} {task.name}"
         if name in seen:
             raise InputError(
                 f"{key}: task {task.name!r} is also {seen[name]}", "give each task once; scores are kept by name"

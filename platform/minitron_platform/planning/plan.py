@@ -13,7 +13,6 @@ from minitron.architecture.hardware import hardware_notes
 from minitron.attention import chosen_kernel
 from minitron.device import compute_dtype, device, matmul_flops
 from minitron.distill.fitting import Fit
-from minitron.errors import prefixed
 from minitron.models import check_contents, source_architecture
 from minitron_platform.cluster.room import (
     joins_cluster,
@@ -30,6 +29,7 @@ from minitron_platform.locations import Locations, resolve_locations
 from minitron_platform.planning.checks import check_benchmarks, check_machine, check_outcomes, check_recipe
 from minitron_platform.recipes.build import distillation_losses, separates_documents
 from minitron_platform.recipes.candidates import family_candidates
+from minitron_platform.recipes.keys import named_by_key
 from minitron_platform.recipes.resources import ResolvedResources, idle_gpu_warnings, resolve
 from minitron_platform.recipes.schema import Member, Recipe
 from minitron_platform.stages.finished import finished_stages
@@ -129,7 +129,7 @@ def plan(
     a size that no candidate has, an unknown benchmark, a storage that cannot be written, too little disk or memory.
     """
     locations = resolve_locations(storage_path, tracking_uri)
-    with prefixed("teacher.model: "):
+    with named_by_key("teacher.model"):
         teacher, max_seq_length = source_architecture(recipe.teacher.model, recipe.teacher.revision)
         check_contents(recipe.teacher.model, recipe.teacher.revision)
     dtype = compute_dtype(recipe.teacher.dtype)

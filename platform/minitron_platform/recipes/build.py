@@ -17,11 +17,11 @@ from minitron.device import device
 from minitron.distill import DistillConfig, Losses, default_losses
 from minitron.distill.fitting import CHOSEN
 from minitron.distill.losses import mapped_layers
-from minitron.errors import prefixed
 from minitron.evaluation import Task
 from minitron.importance import LayerScoring
 from minitron.pruning.source import PruningSource, Recalibration
 from minitron_platform.recipes import schema
+from minitron_platform.recipes.keys import named_by_key
 from minitron_search.halving import Halving
 from minitron_search.limits import Limits
 
@@ -42,7 +42,7 @@ def document_tokens(data: schema.Data, tokens: DocumentTokens) -> DocumentTokens
 
     Raises InputError if `data.add_bos` is true and the tokenizer has no BOS token.
     """
-    with prefixed("data."):
+    with named_by_key("data"):
         return tokens.chosen(data.bos)
 
 
@@ -150,7 +150,7 @@ def logit_losses(recipe: schema.Recipe) -> Losses:
 
     Raises InputError for values that contradict each other.
     """
-    with prefixed("losses."):
+    with named_by_key("losses"):
         return Losses(**recipe.losses.model_dump(exclude=INTERMEDIATE) | {"top_k": _top_k(recipe)})
 
 
@@ -163,7 +163,7 @@ def distillation_losses(recipe: schema.Recipe, student: Architecture, teacher: A
     if recipe.losses.hidden == "auto":
         default, reason = default_losses(student, teacher)
         settings |= {"hidden": default.hidden, "embedding": recipe.losses.embedding or default.embedding}
-    with prefixed("losses."):
+    with named_by_key("losses"):
         losses = Losses(**settings | {"top_k": _top_k(recipe)})
         for layers in (*losses.hidden, *losses.attention, *losses.mlp_input):
             mapped_layers(layers, teacher.num_layers, student.num_layers)

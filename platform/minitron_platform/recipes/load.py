@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from minitron.errors import InputError
 from minitron.packages import PACKAGE
 from minitron.storage import is_local, local_path
+from minitron_platform.recipes.keys import section_keys
 from minitron_platform.recipes.schema import Recipe
 
 
@@ -157,7 +158,7 @@ def _first_error(path: Path, values: dict[str, Any], error: ValidationError) -> 
     count = len(others) - len(alternatives)
     more = f" (and {count} more)" if count else ""
     if first["type"] == "extra_forbidden":
-        known = _known_keys(first["loc"][:-1])
+        known = section_keys(".".join(str(part) for part in first["loc"][:-1]))
         close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         return InputError(f"{path}: {key}: unknown key{more}", f"{hint}known here: {', '.join(known)}")
@@ -180,18 +181,3 @@ def _keys(values: Any, location: tuple[int | str, ...], *, missing: bool) -> Ite
         elif isinstance(values, list) and isinstance(part, int):
             yield part
             values = values[part]
-
-
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    """The keys of the section at `location`; empty if there is no section."""
-    model: Any = Recipe
-    for part in location:
-        if isinstance(part, int):
-            continue
-        name = next((n for n, f in model.model_fields.items() if part in (n, f.alias)), None)
-        annotation = model.model_fields[name].annotation if name else None
-        inner = getattr(annotation, "__args__", (annotation,))[0]
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return []
-        model = inner
-    return [field.alias or name for name, field in model.model_fields.items()]

@@ -54,6 +54,10 @@ class Distill(Stage[DistillOutput]):
     per_model = True
     output_type = DistillOutput
 
+    def recipe_key(self, recipe: schema.Recipe, member: schema.Member | None) -> str:
+        """The model's own section if it has one."""
+        return f"{recipe.key(member)}.distill" if member and member.distill else "distill"
+
     def inputs(self, state: RunState) -> dict[str, Any]:
         return {
             "targets": state.output(Targets).fingerprint,

@@ -12,7 +12,7 @@ from minitron.architecture import Architecture
 
 if TYPE_CHECKING:
     from minitron_platform.estimates.outlook import Estimate, Outlook
-    from minitron_platform.recipes.schema import Member
+    from minitron_platform.recipes.schema import Member, Recipe
     from minitron_platform.stages.context import Context
     from minitron_platform.stages.state import RunState
 
@@ -75,6 +75,10 @@ class Stage(ABC, Generic[T]):
     def inputs(self, state: RunState) -> dict[str, Any]:
         """Everything that can change the output, as a JSON value. With the stage's name and version it makes the
         fingerprint."""
+
+    def recipe_key(self, recipe: Recipe, member: Member | None) -> str:
+        """Recipe key of the stage's settings, which input errors of the stage are named by: by default the stage's name."""
+        return self.name
 
     @abstractmethod
     def run(self, context: Context, folder: str) -> T:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from minitron import storage
 from minitron_platform.locations import Locations
 from minitron_platform.recipes.build import separates_documents
+from minitron_platform.recipes.keys import named_by_key
 from minitron_platform.recipes.schema import Member, Recipe
 from minitron_platform.stages.stage import Stage, StageOutput, StudentOutput
 
@@ -59,7 +61,13 @@ class RunState:
 
     def fingerprint(self, stage: Stage[Any]) -> str:
         """Content address of a stage's output. The stages that it reads from must be finished."""
-        return storage.fingerprint({"stage": stage.name, "version": stage.version, "inputs": stage.inputs(self)})
+        with self.named_errors(stage):
+            inputs = stage.inputs(self)
+        return storage.fingerprint({"stage": stage.name, "version": stage.version, "inputs": inputs})
+
+    def named_errors(self, stage: Stage[Any]) -> AbstractContextManager[None]:
+        """A context in which an InputError of `stage` gets the recipe key that it belongs to."""
+        return named_by_key(stage.recipe_key(self.recipe, self.current))
 
     def attention(self) -> dict[str, Any]:
         """What the outputs of models on rows depend on beside models and rows, as inputs of a stage; empty where the

@@ -11,7 +11,7 @@ from minitron.data import DocumentTokens, document_tokens
 from minitron.device import compute_dtype
 from minitron.models import load_source, load_tokenizer, save_model, source_identity
 from minitron_platform.estimates.outlook import Estimate, Outlook
-from minitron_platform.recipes.schema import Member
+from minitron_platform.recipes.schema import Member, Recipe
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.stage import ArtifactPath, Stage, StageOutput
 from minitron_platform.stages.state import RunState
@@ -37,6 +37,10 @@ class Teacher(Stage[TeacherOutput]):
     version = 2  # 2: `id` is of the content, not of the files; missing tensors are refused; `document` was added
     per_model = False
     output_type = TeacherOutput
+
+    def recipe_key(self, recipe: Recipe, member: Member | None) -> str:
+        """Most errors are about the model itself."""
+        return "teacher.model"
 
     def inputs(self, state: RunState) -> dict[str, Any]:
         teacher = state.recipe.teacher

@@ -299,8 +299,7 @@ def _heldout_metrics(task: TrainTask, model: nn.Module, head: Head | None) -> di
         metrics = heldout_metrics(model, rows.take(range(len(rows))), documents=task.materials.documents())
     else:
         metrics = task.materials.heldout(model, head)
-    values = {"loss": metrics.loss, "kl": metrics.kl, "top1_agreement": metrics.top1_agreement}
-    return {f"heldout_{name}": value for name, value in values.items() if value is not None}
+    return {f"heldout_{name}": value for name, value in vars(metrics).items() if isinstance(value, float)}
 
 
 def task_metrics(task: TrainTask, model: nn.Module, failed: Callable[[str, Exception], None]) -> dict[str, float]:

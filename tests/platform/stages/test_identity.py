@@ -1,0 +1,97 @@
+"""Fingerprints of the shipped recipe: finished stages in users' storages are found by them.
+
+If one of these changes on purpose, raise the stage's `version`, say in CHANGELOG.md what is computed again, and put the new
+fingerprints here. A refactoring changes none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from minitron.architecture import Architecture
+from minitron.data import DocumentTokens
+from minitron_platform.locations import Locations
+from minitron_platform.recipes.load import load_recipe
+from minitron_platform.stages import data, evaluate, teacher
+from minitron_platform.stages.evaluate import Figures
+from minitron_platform.stages.finished import run_key
+from minitron_platform.stages.order import steps
+from minitron_platform.stages.search import trials_folder
+from minitron_platform.stages.state import RunState
+
+TEACHER = Architecture(30, 576, 1536, 9, 3, 64, 49_152, True)
+STUDENT = replace(TEACHER, num_layers=20)
+FIXED = {
+    "dtype": "float32",
+    "seq_length": 256,
+    "train_tokens": 176 * 256,
+    "winner": STUDENT,
+    "document": DocumentTokens((), (2,), 1),
+    "table": {"distilled": Figures.model_construct(failures={})},
+}
+
+SHIPPED = {
+    "run": "720783ab",
+    "teacher": "6f35879a1ecb8cfb",
+    "data": "70bcc1f108929b4e",
+    "correct": "6b354c0f6f141978",
+    "smollm2-90m calibrate": "b1be435b50cd05e3",
+    "targets": "79fefa4c6914cae9",
+    "smollm2-90m search": "8caa6a0eec3f1446",
+    "smollm2-90m trials": "1930305e4b35342d",
+    "smollm2-90m distill": "0fca18de83811171",
+    "smollm2-90m evaluate": "58e752e7a296ff0c",
+    "smollm2-90m register": "f1ca5b81e3dbf1d8",
+    "smollm2-70m calibrate": "59fa47e3b45d134b",
+    "smollm2-70m search": "06854ac9dcf2e086",
+    "smollm2-70m trials": "b7d9c2af774174c8",
+    "smollm2-70m distill": "2fe9bc95a1c0a515",
+    "smollm2-70m evaluate": "9de6909edd96a7b1",
+    "smollm2-70m register": "c33f13712636621b",
+}
+
+
+@pytest.fixture
+def fingerprints(monkeypatch):
+    """A function that gives the fingerprints of a recipe's stages, as if each had left outputs with fixed values."""
+    # besides the recipe they depend on the hardware's dtype, the files of teacher and text, and lm-eval's version
+    monkeypatch.setattr(teacher, "compute_dtype", lambda name: torch.float32)
+    monkeypatch.setattr(teacher, "source_identity", lambda model, revision: "teacher")
+    monkeypatch.setattr(data, "source_identity", lambda source: "text")
+    monkeypatch.setattr(evaluate, "documents_identity", lambda path: "documents")
+    monkeypatch.setattr(evaluate, "version", lambda package: "0.4")
+
+    def outputs(stage, member):
+        values = {name: FIXED.get(name, f"{stage.name}.{name}") for name in stage.output_type.model_fields}
+        if "architecture" in values:
+            values["architecture"] = STUDENT if member else TEACHER
+        return stage.output_type.model_construct(**values)
+
+    def compute(recipe):
+        state = RunState(recipe, Locations("/runs", "/runs", "sqlite:////runs/mlflow.db"), run_key(recipe))
+        found = {"run": state.run_key.rpartition("-")[2]}
+        for stage, member in steps(recipe):
+            state.current = member
+            name = f"{member.model} {stage.name}" if member else stage.name
+            found[name] = state.fingerprint(stage)
+            state.finish(stage, outputs(stage, member))
+            if stage.name == "search":
+                found[f"{member.model} trials"] = Path(trials_folder(state)).name
+        return found
+
+    return compute
+
+
+def test_the_stages_of_the_shipped_recipe_keep_their_fingerprints(fingerprints):
+    assert fingerprints(load_recipe("smollm2-135m-cpu")) == SHIPPED
+
+
+def test_keys_that_change_no_result_change_no_fingerprint(fingerprints):
+    shipped = fingerprints(load_recipe("smollm2-135m-cpu"))
+    without = ["resources.workers=1", "description=other", "distill.checkpoint_every=7", "evaluate.batch_rows=3"]
+    other = fingerprints(load_recipe("smollm2-135m-cpu", without))
+    assert {name for name in shipped if shipped[name] != other[name]} == {"run"}
