@@ -93,6 +93,7 @@ def run(
                 ray.ahead(context)
 
         try:
+            context.auto_dtype = ray.auto_dtype(context)
             for stage, member in steps(recipe):
                 context.current = member
                 _stage(context, stage, parent, before_work)

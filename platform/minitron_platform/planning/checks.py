@@ -25,9 +25,7 @@ from minitron_platform.recipes.resources import ResolvedResources
 from minitron_platform.recipes.schema import Recipe
 
 
-def check_recipe(
-    recipe: Recipe, resources: ResolvedResources, teacher: Architecture, max_seq_length: int | None
-) -> None:
+def check_recipe(recipe: Recipe, teacher: Architecture, max_seq_length: int | None) -> None:
     """Raise InputError for keys that contradict each other or the teacher, and for text and tasks that do not exist.
 
     max_seq_length: tokens that the teacher accepts; None for any number.
@@ -40,7 +38,6 @@ def check_recipe(
         tokenizer = source_tokenizer(recipe.teacher.model, recipe.teacher.revision)
         document_tokens(recipe.data, tokenizer_document_tokens(tokenizer))
     _check_tasks(recipe)
-    _check_trial_gpus(resources)
     if recipe.correct and recipe.correct.method == "lora":
         check_lora(teacher)
 
@@ -112,15 +109,6 @@ def _check_tasks(recipe: Recipe) -> None:
                 f"{key}: task {task.name!r} is also {seen[name]}", "give each task once; scores are kept by name"
             )
         seen[name] = key
-
-
-def _check_trial_gpus(resources: ResolvedResources) -> None:
-    if resources.workers_per_trial > 1 and resources.gpus_per_trial % 1:
-        raise InputError(
-            f"resources.gpus_per_trial: {resources.gpus_per_trial:g} with {resources.workers_per_trial} workers_per_trial, "
-            "which cannot share a GPU",
-            "use 1, or one worker per trial",
-        )
 
 
 def _check_seq_length(recipe: Recipe, max_seq_length: int | None) -> None:

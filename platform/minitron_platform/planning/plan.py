@@ -30,7 +30,7 @@ from minitron_platform.planning.checks import check_benchmarks, check_machine, c
 from minitron_platform.recipes.build import distillation_losses, separates_documents
 from minitron_platform.recipes.candidates import family_candidates
 from minitron_platform.recipes.keys import named_by_key
-from minitron_platform.recipes.resources import ResolvedResources, idle_gpu_warnings, resolve
+from minitron_platform.recipes.resources import ResolvedResources, gpu_warnings, resolve
 from minitron_platform.recipes.schema import Member, Recipe
 from minitron_platform.stages.finished import finished_stages
 from minitron_platform.stages.order import steps
@@ -136,7 +136,7 @@ def plan(
     value_bytes = dtype.itemsize
     uses_cluster = joins_cluster(address)
     resources = resolve(recipe, 0) if uses_cluster else resources_here(recipe, teacher, value_bytes)
-    check_recipe(recipe, resources, teacher, max_seq_length)
+    check_recipe(recipe, teacher, max_seq_length)
     family = family_candidates(recipe, teacher)
     candidates = {model: allowed.architectures for model, allowed in family.items()}
     check_outcomes(recipe, teacher, candidates)
@@ -159,14 +159,14 @@ def plan(
     )
     costs = [_cost(stage, member, outlook, finished, speed) for stage, member in steps(recipe)]
     costs.sort(key=lambda cost: cost.model != "")  # shared stages first
-    on_gpus = torch.cuda.is_available() or resources.gpus_per_trial > 0 or resources.gpus_per_worker > 0
+    on_gpus = torch.cuda.is_available() or resources.uses_gpus
     free = storage.free_bytes(locations.storage) if storage.is_local(locations.storage) else None
     warnings = [tracking_warning] if tracking_warning else []
     for cost, training in _gpu_trainings(costs):
         training.check(f"{cost.stage} of {cost.model}" if cost.model else cost.stage)
     if uses_cluster:
         resources_text = (
-            "those of the cluster, reported once it is joined; times and memory here assume none of its GPUs"
+            "those of the cluster, reported once it is joined; times, memory and dtype here assume none of its GPUs"
         )
         if recipe.resources.gpu_memory_bytes == "auto" and _gpu_trainings(costs):
             resources_text += f" but those in the recipe, of {resources.gpu_memory_bytes / 1e9:g} GB each"
@@ -174,7 +174,7 @@ def plan(
         available = machine_memory()
         for cost, memory in _memories(costs, on_gpus):
             check_memory(f"{cost.stage} of {cost.model}" if cost.model else cost.stage, memory, available)
-        warnings += idle_gpu_warnings(recipe, resources, torch.cuda.device_count())
+        warnings += gpu_warnings(recipe, resources, torch.cuda.device_count(), dtype)
         resources_text = room_text(resources, [private_node(resources)])
     result = Plan(
         recipe=recipe,

@@ -18,6 +18,7 @@ def check_consistency(recipe: Recipe) -> None:
     _check_calibration(recipe)
     _check_probe(recipe)
     _check_workers_per_trial(recipe)
+    _check_gpu_fractions(recipe)
 
 
 def _trainings(recipe: Recipe) -> dict[str, Training]:
@@ -142,3 +143,24 @@ def _check_workers_per_trial(recipe: Recipe) -> None:
             f"resources.workers_per_trial: {workers} is more than search.training.batch_rows = {rows}",
             f"use at most {rows}",
         )
+
+
+def _check_gpu_fractions(recipe: Recipe) -> None:
+    resources = recipe.resources
+    for gpus_key, gpus, workers_key, workers in (
+        ("gpus_per_trial", resources.gpus_per_trial, "workers_per_trial", resources.workers_per_trial),
+        ("gpus_per_worker", resources.gpus_per_worker, "workers", resources.workers),
+    ):
+        if gpus == "auto" or gpus % 1 == 0:
+            continue
+        if gpus > 1:
+            raise InputError(
+                f"resources.{gpus_key}: {gpus:g} is not a whole number of GPUs",
+                "use a whole number, or a fraction below 1 for processes that share a GPU",
+            )
+        if workers != "auto" and workers > 1:
+            raise InputError(
+                f"resources.{gpus_key}: {gpus:g} with resources.{workers_key}: {workers}, but NCCL does not let workers that "
+                "train together share a GPU",
+                f"use resources.{gpus_key}=1, or resources.{workers_key}=1",
+            )

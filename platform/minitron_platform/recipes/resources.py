@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from minitron_platform.recipes.schema import Recipe
 
 TRIALS_PER_GPU = 4  # of small candidates; a single one leaves the GPU idle half of the time
@@ -23,6 +25,11 @@ class ResolvedResources:
     gpus_per_worker: float
     max_failures: int
     gpu_memory_bytes: int = GPU_MEMORY_BYTES
+
+    @property
+    def uses_gpus(self) -> bool:
+        """Whether trials or training workers run on GPUs."""
+        return self.gpus_per_trial > 0 or self.gpus_per_worker > 0
 
     @property
     def trial_share(self) -> dict[str, float]:
@@ -76,22 +83,33 @@ def _auto_workers(recipe: Recipe, gpus: int) -> int:
         return min(CPU_WORKERS, max_workers)
     if gpus_per_worker == "auto":
         return min(gpus, max_workers)
-    return min(max(1, int(gpus / max(1, gpus_per_worker))), max_workers)
+    if gpus_per_worker < 1:
+        return 1  # several would share a GPU
+    return min(max(1, int(gpus / gpus_per_worker)), max_workers)
 
 
-def idle_gpu_warnings(recipe: Recipe, resources: ResolvedResources, gpus: int) -> list[str]:
-    """Warnings about workers that are left on CPUs on a machine with `gpus` GPUs, because they outnumber them."""
+def gpu_warnings(recipe: Recipe, resources: ResolvedResources, gpus: int, dtype: torch.dtype) -> list[str]:
+    """Warnings about a machine or cluster with `gpus` GPUs on which models compute in `dtype`: workers that are left on CPUs
+    because they outnumber the GPUs, and float32, which is slow on GPUs."""
+    if not gpus:
+        return []
     given = recipe.resources
     settings = (
         ("workers_per_trial", given.workers_per_trial, given.gpus_per_trial, resources.gpus_per_trial, ""),
         ("workers", given.workers, given.gpus_per_worker, resources.gpus_per_worker, ", or leave it out,"),
     )
-    return [
+    warnings = [
         f"resources.{key}: {count} workers cannot share {gpus} GPU{'s' if gpus > 1 else ''}, so they train on CPUs; "
         f"lower it to {gpus}{alternative} to use {'them' if gpus > 1 else 'it'}"
         for key, count, requested_gpus, chosen_gpus, alternative in settings
-        if gpus and requested_gpus == "auto" and not chosen_gpus
+        if requested_gpus == "auto" and not chosen_gpus
     ]
+    if dtype == torch.float32 and resources.uses_gpus:
+        warnings.append(
+            "teacher.dtype: float32 on GPUs takes twice the memory of bfloat16 and many times as long; "
+            "leave it at auto unless you need it"
+        )
+    return warnings
 
 
 def _share(cpus: float, gpus: float) -> dict[str, float]:

@@ -10,9 +10,11 @@ from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Any
 
+import torch
 from ray._private.utils import estimate_available_memory, resolve_object_store_memory
+from rich.markup import escape
 
-from minitron.device import DTYPES
+from minitron.device import DTYPES, compute_dtype
 from minitron_platform.cluster.ray_session import ray_session
 from minitron_platform.cluster.room import (
     check_cluster,
@@ -23,7 +25,7 @@ from minitron_platform.cluster.room import (
     resources_of_cluster,
     room_text,
 )
-from minitron_platform.recipes.resources import ResolvedResources
+from minitron_platform.recipes.resources import ResolvedResources, gpu_warnings
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.teacher import Teacher
 from minitron_search.memory import release_memory
@@ -39,6 +41,18 @@ class RayStart:
         self.stack, self.address, self.logs = stack, address, logs
         self.resources: ResolvedResources | None = None
         self.private: _PrivateRay | None = None
+
+    def auto_dtype(self, context: Context) -> torch.dtype | None:
+        """Compute dtype for `teacher.dtype: auto`; None for that of this machine.
+
+        On a cluster, trials and workers may have GPUs though this machine, the head node, has none. Joins the cluster to know.
+        """
+        if context.recipe.teacher.dtype != "auto" or not joins_cluster(self.address):
+            return None
+        if compute_dtype() == torch.bfloat16 or not self.need(context).uses_gpus:
+            return None
+        context.console.say("  dtype: bfloat16, because the cluster's GPUs compute; this machine's CPU is slow in it")
+        return torch.bfloat16
 
     def ahead(self, context: Context) -> None:
         """Begin to start a private Ray without waiting for it. The teacher stage must be finished."""
@@ -58,7 +72,7 @@ class RayStart:
             self.stack.enter_context(ray_session(self.address, keep_logs=self.logs))
             self.resources = resources_of_cluster(context.recipe)
             check_cluster(self.resources)
-            context.console.say(f"  resources: {room_text(self.resources, cluster_nodes())}")
+            self._report_cluster(context, self.resources)
         else:
             self.ahead(context)
             assert self.private
@@ -66,6 +80,16 @@ class RayStart:
             self.resources = self._here(context)
             check_cluster(self.resources)
         return self.resources
+
+    def _report_cluster(self, context: Context, resources: ResolvedResources) -> None:
+        """Print the resources of trials and workers, and warnings about the cluster's GPUs."""
+        nodes = cluster_nodes()
+        gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+        context.console.say(f"  resources: {room_text(resources, nodes)}")
+        # auto means bfloat16 on GPUs
+        dtype = torch.float32 if context.recipe.teacher.dtype == "float32" else torch.bfloat16
+        for warning in gpu_warnings(context.recipe, resources, gpus, dtype):
+            context.console.say(f"  [yellow]{escape(warning)}[/]")
 
     def _here(self, context: Context) -> ResolvedResources:
         teacher = context.output(Teacher)

@@ -6,7 +6,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
+
 from minitron import storage
+from minitron.device import compute_dtype
 from minitron_platform.locations import Locations
 from minitron_platform.recipes.build import separates_documents
 from minitron_platform.recipes.keys import named_by_key
@@ -23,12 +26,21 @@ class RunState:
     recipe: Recipe
     locations: Locations
     run_key: str
+    auto_dtype: torch.dtype | None = None
+    """Compute dtype for `teacher.dtype: auto` if models run elsewhere than on this machine; None for this machine's."""
     current: Member | None = None
     """The model whose stages are running; None during a stage that the family shares."""
     shared: dict[str, StageOutput] = field(default_factory=dict)
     """Outputs of the stages that the family shares, by the stage's name."""
     family: dict[str, dict[str, StageOutput]] = field(default_factory=dict)
     """Outputs of the other stages, by the model's name, then the stage's."""
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that all models of the run compute in."""
+        if self.recipe.teacher.dtype == "auto" and self.auto_dtype is not None:
+            return self.auto_dtype
+        return compute_dtype(self.recipe.teacher.dtype)
 
     @property
     def member(self) -> Member:

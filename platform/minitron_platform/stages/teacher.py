@@ -8,7 +8,6 @@ from minitron import storage
 from minitron.architecture import Architecture
 from minitron.checkpoints.identity import checkpoint_identity
 from minitron.data import DocumentTokens, document_tokens
-from minitron.device import compute_dtype
 from minitron.models import load_source, load_tokenizer, save_model, source_identity
 from minitron_platform.estimates.outlook import Estimate, Outlook
 from minitron_platform.recipes.schema import Member, Recipe
@@ -46,7 +45,7 @@ class Teacher(Stage[TeacherOutput]):
         teacher = state.recipe.teacher
         return {
             "source": source_identity(teacher.model, teacher.revision),
-            "dtype": str(compute_dtype(teacher.dtype)).removeprefix("torch."),
+            "dtype": str(state.compute_dtype).removeprefix("torch."),
         }
 
     def estimate(self, outlook: Outlook, member: Member | None) -> Estimate:
@@ -60,7 +59,7 @@ class Teacher(Stage[TeacherOutput]):
 
         teacher = context.recipe.teacher
         target = storage.join(folder, "model")
-        dtype = compute_dtype(teacher.dtype)
+        dtype = context.compute_dtype
         if not storage.is_committed(target):
             context.console.status(f"reading {teacher.model}")
             model, tokenizer = load_source(teacher.model, teacher.revision, dtype)

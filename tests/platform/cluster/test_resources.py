@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -10,10 +12,14 @@ import pytest
 import ray
 import torch
 
+from minitron import device
 from minitron.errors import InputError
 from minitron_platform import load_recipe, plan, run
+from minitron_platform.cluster import room
 from minitron_platform.recipes.resources import resolve
+from minitron_platform.stages import ray_start
 from minitron_platform.stages.search import Search
+from minitron_platform.stages.teacher import Teacher
 
 AUTO = ("workers_per_trial", "gpus_per_trial", "workers", "gpus_per_worker")
 ON_CPUS = (1, 0, 2, 0)  # the defaults of the keys before there was `auto`
@@ -26,6 +32,7 @@ def _resolved(resources):
 @pytest.fixture
 def gpus(monkeypatch):
     """A function that makes this process see GPUs that do not exist."""
+    monkeypatch.setattr(device, "_cpu_has_bfloat16", lambda: True)  # as GPUs have it
 
     def see(count, gigabytes=80):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
@@ -47,7 +54,7 @@ CASES = {
     "workers that would share one": ({"workers": 3}, 2, True, (1, 0.25, 3, 0)),
     "fewer workers": ({"workers": 1}, 2, True, (1, 0.25, 1, 1)),
     "two for each worker": ({"gpus_per_worker": 2}, 4, True, (1, 0.25, 2, 2)),
-    "a part for each worker": ({"gpus_per_worker": 0.5}, 2, True, (1, 0.25, 2, 0.5)),
+    "a part for each worker": ({"gpus_per_worker": 0.5}, 2, True, (1, 0.25, 1, 0.5)),
     "trials of several workers": ({"workers_per_trial": 2}, 2, True, (2, 1, 2, 1)),
     "trials of more workers than GPUs": ({"workers_per_trial": 2}, 1, True, (2, 0, 1, 1)),
     "numbers": ({"gpus_per_trial": 1, "workers": 8, "gpus_per_worker": 1}, 0, False, (1, 1, 8, 1)),
@@ -70,7 +77,7 @@ def test_every_worker_has_at_least_one_row_per_step():
 
 def test_a_plan_shows_and_uses_the_chosen_resources(bench, tmp_path, gpus):
     def planned(*overrides, address=None):
-        recipe = load_recipe(str(bench / "recipe.yaml"), overrides)
+        recipe = load_recipe(str(bench / "recipe.yaml"), ["teacher.dtype=auto", *overrides])
         return plan(recipe, storage_path=str(tmp_path / "runs"), address=address)
 
     def what(found):
@@ -96,11 +103,69 @@ def test_a_plan_shows_and_uses_the_chosen_resources(bench, tmp_path, gpus):
     assert without.warnings == planned().warnings == []
     (warning,) = planned("resources.workers=2").warnings
     assert "resources.workers: 2 workers cannot share 1 GPU, so they train on CPUs; lower it to 1" in warning
+    (warning,) = planned("teacher.dtype=float32").warnings
+    assert warning.startswith("teacher.dtype: float32 on GPUs takes twice the memory of bfloat16")
     with pytest.raises(InputError, match="the recipe needs 2 GPUs and this machine has 1"):
         planned("resources.workers=2", "resources.gpus_per_worker=1")
     elsewhere = planned(address="127.0.0.1:6379")
     assert "reported once it is joined" in elsewhere.resources_text
     assert elsewhere.resources == on_cpus.resources
+
+
+FRACTIONS = {
+    "workers": (
+        ["gpus_per_worker=0.5", "workers=2"],
+        "resources.gpus_per_worker: 0.5 with resources.workers: 2, but NCCL",
+        "use resources.gpus_per_worker=1, or resources.workers=1",
+    ),
+    "workers of a trial": (
+        ["gpus_per_trial=0.25", "workers_per_trial=2"],
+        "resources.gpus_per_trial: 0.25 with resources.workers_per_trial: 2, but NCCL",
+        "use resources.gpus_per_trial=1, or resources.workers_per_trial=1",
+    ),
+    "more than a GPU": (["gpus_per_worker=1.5"], "resources.gpus_per_worker: 1.5 is not a whole number", "below 1"),
+}
+
+
+@pytest.mark.parametrize("case", FRACTIONS)
+def test_processes_that_train_together_are_not_given_parts_of_a_gpu(bench, tmp_path, case):
+    overrides, problem, remedy = FRACTIONS[case]
+    recipe = load_recipe(str(bench / "recipe.yaml"), [f"resources.{override}" for override in overrides])
+    with pytest.raises(InputError) as refused:
+        plan(recipe, storage_path=str(tmp_path / "runs"), address="127.0.0.1:6379")  # wherever it runs
+    assert refused.value.problem.startswith(problem)
+    assert remedy in refused.value.remedy
+
+
+def test_on_a_cluster_with_gpus_models_compute_in_bfloat16_whatever_the_head_nodes_cpu_has(
+    bench, tmp_path, monkeypatch, capsys, empty_database
+):
+    node = {"CPU": 8.0, "GPU": 1.0}
+    monkeypatch.setattr(device, "_cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr(ray_start, "ray_session", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(ray_start, "cluster_nodes", lambda: [node])
+    monkeypatch.setattr(room, "cluster_nodes", lambda: [node])
+    monkeypatch.setattr(room, "cluster_cpus_gpus", lambda: (node["CPU"], node["GPU"]))
+    (tmp_path / "runs").mkdir()
+    shutil.copy(empty_database, tmp_path / "runs" / "mlflow.db")
+
+    def dtype(*overrides):
+        recipe = load_recipe(str(bench / "recipe.yaml"), ["teacher.dtype=auto", *overrides])
+        storage = str(tmp_path / "runs")
+        result = run(recipe, storage_path=storage, address="127.0.0.1:6379", until="teacher")
+        return result.output(Teacher).dtype, " ".join(capsys.readouterr().out.split())
+
+    chosen, shown = dtype()
+    assert chosen == "bfloat16"
+    assert "dtype: bfloat16, because the cluster's GPUs compute" in shown
+    assert "teacher.dtype: float32 on GPUs" not in shown
+    chosen, shown = dtype("teacher.dtype=float32")
+    assert chosen == "float32"
+    assert "teacher.dtype: float32 on GPUs takes twice the memory" in shown
+    chosen, shown = dtype("resources.workers=2")
+    assert "resources.workers: 2 workers cannot share 1 GPU, so they train on CPUs" in shown
+    node["GPU"] = 0.0
+    assert dtype()[0] == "float32"
 
 
 def test_a_private_ray_starts_early_and_has_the_gpus_that_trials_and_workers_request(

@@ -16,7 +16,7 @@ from minitron.architecture import Architecture
 from minitron.data import DocumentTokens
 from minitron_platform.locations import Locations
 from minitron_platform.recipes.load import load_recipe
-from minitron_platform.stages import data, evaluate, teacher
+from minitron_platform.stages import data, evaluate, state, teacher
 from minitron_platform.stages.evaluate import Figures
 from minitron_platform.stages.finished import run_key
 from minitron_platform.stages.order import steps
@@ -59,7 +59,7 @@ SHIPPED = {
 def fingerprints(monkeypatch):
     """A function that gives the fingerprints of a recipe's stages, as if each had left outputs with fixed values."""
     # besides the recipe they depend on the hardware's dtype, the files of teacher and text, and lm-eval's version
-    monkeypatch.setattr(teacher, "compute_dtype", lambda name: torch.float32)
+    monkeypatch.setattr(state, "compute_dtype", lambda name: torch.float32)
     monkeypatch.setattr(teacher, "source_identity", lambda model, revision: "teacher")
     monkeypatch.setattr(data, "source_identity", lambda source: "text")
     monkeypatch.setattr(evaluate, "documents_identity", lambda path: "documents")
@@ -72,15 +72,15 @@ def fingerprints(monkeypatch):
         return stage.output_type.model_construct(**values)
 
     def compute(recipe):
-        state = RunState(recipe, Locations("/runs", "/runs", "sqlite:////runs/mlflow.db"), run_key(recipe))
-        found = {"run": state.run_key.rpartition("-")[2]}
+        run = RunState(recipe, Locations("/runs", "/runs", "sqlite:////runs/mlflow.db"), run_key(recipe))
+        found = {"run": run.run_key.rpartition("-")[2]}
         for stage, member in steps(recipe):
-            state.current = member
+            run.current = member
             name = f"{member.model} {stage.name}" if member else stage.name
-            found[name] = state.fingerprint(stage)
-            state.finish(stage, outputs(stage, member))
+            found[name] = run.fingerprint(stage)
+            run.finish(stage, outputs(stage, member))
             if stage.name == "search":
-                found[f"{member.model} trials"] = Path(trials_folder(state)).name
+                found[f"{member.model} trials"] = Path(trials_folder(run)).name
         return found
 
     return compute
