@@ -40,9 +40,13 @@ class Head:
 
         Raises InputError when the model has no plain output matrix.
         """
-        config = model.config
+        return cls.from_config(head_of(model), model.config)
+
+    @classmethod
+    def from_config(cls, weight: Tensor, config: Any) -> Head:
+        """The head of a transformers causal LM with this config and output matrix."""
         scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-        return cls(head_of(model), softcap=getattr(config, "final_logit_softcapping", None) or 0.0, scale=scale)
+        return cls(weight, softcap=getattr(config, "final_logit_softcapping", None) or 0.0, scale=scale)
 
     def to(self, device: torch.device) -> Head:
         """The same head on a device, without its history of gradients."""

@@ -236,10 +236,16 @@ def source_tokenizer(source: str, revision: str | None = None) -> Any:
 def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """Write a transformers checkpoint to `folder`: config, safetensors, tokenizer."""
     make_plain(model.config)
+    with quiet_transformers():
+        model.save_pretrained(str(folder))  # type: ignore[operator]
+    save_tokenizer(tokenizer, folder)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer to `folder`, without what transformers notes of the machine."""
     for key in NOT_THE_TOKENIZERS:
         tokenizer.init_kwargs.pop(key, None)
     with quiet_transformers():
-        model.save_pretrained(str(folder))  # type: ignore[operator]
         tokenizer.save_pretrained(str(folder))
 
 

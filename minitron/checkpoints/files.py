@@ -7,7 +7,7 @@ the model has one parameter for all; they are stacked on reading and split again
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,29 @@ def _ends(name: str, layout: Layout) -> list[str]:
     return [name]
 
 
+class _Files:
+    """Safetensors files of a folder, each opened when it is first read and closed with `stack`."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.folder, self.stack = folder, stack
+        self.opened: dict[str, Any] = {}
+
+    def tensor(self, header: Header) -> Tensor:
+        return self._read(header, lambda file: file.get_tensor(header.name))
+
+    def rows(self, header: Header, start: int, stop: int) -> Tensor:
+        return self._read(header, lambda file: file.get_slice(header.name)[start : max(start, stop)])
+
+    def _read(self, header: Header, read: Callable[[Any], Tensor]) -> Tensor:
+        path = self.folder / header.file
+        try:
+            if header.file not in self.opened:
+                self.opened[header.file] = self.stack.enter_context(safe_open(str(path), "pt"))
+            return read(self.opened[header.file])
+        except (OSError, SafetensorError) as error:
+            raise damaged(path, error) from error
+
+
 class Checkpoint:
     """The safetensors files of a folder, by `headers` that fill the model (see `minitron.checkpoints.contents`)."""
 
@@ -83,26 +106,31 @@ class Checkpoint:
         """
         ends = _ends(name, self._layout)
         with ExitStack() as stack:
-            opened: dict[str, Any] = {}
-
-            def read(stored: str) -> Tensor:
-                header = self.headers[stored]
-                try:
-                    if header.file not in opened:
-                        opened[header.file] = stack.enter_context(safe_open(str(self.folder / header.file), "pt"))
-                    tensor: Tensor = opened[header.file].get_tensor(header.name)
-                except (OSError, SafetensorError) as error:
-                    raise damaged(self.folder / header.file, error) from error
-                return tensor
-
+            files = _Files(self.folder, stack)
             if "{}" not in ends[0]:
-                return read(ends[0])
-            first = [read(end.format(0)) for end in ends]
-            count = next(n for n in range(1, len(self.headers) + 1) if ends[0].format(n) not in self.headers)
-            stacked = first[0].new_empty(count, sum(len(part) for part in first), *first[0].shape[1:])
-            for expert, slot in enumerate(stacked):
-                torch.cat([read(end.format(expert)) for end in ends], out=slot)
-            return stacked
+                return files.tensor(self.headers[ends[0]])
+            return self._experts(files, ends, 0, self._num_experts(ends))
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` along the first dimension of a parameter; no others are read. Raises InputError as `tensor`
+        does."""
+        ends = _ends(name, self._layout)
+        with ExitStack() as stack:
+            files = _Files(self.folder, stack)
+            if "{}" not in ends[0]:
+                return files.rows(self.headers[ends[0]], start, stop)
+            return self._experts(files, ends, start, stop)
+
+    def _num_experts(self, ends: list[str]) -> int:
+        return next(n for n in range(1, len(self.headers) + 1) if ends[0].format(n) not in self.headers)
+
+    def _experts(self, files: _Files, ends: list[str], start: int, stop: int) -> Tensor:
+        """The experts from `start` to `stop`, stacked, of a parameter that is stored as the tensors `ends` of each."""
+        first = [files.tensor(self.headers[end.format(0)]) for end in ends]
+        stacked = first[0].new_empty(max(0, stop - start), sum(len(part) for part in first), *first[0].shape[1:])
+        for expert, slot in enumerate(stacked, start=start):
+            torch.cat([files.tensor(self.headers[end.format(expert)]) for end in ends], out=slot)
+        return stacked
 
     def stored(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(name, view of `tensor`) of each tensor on disk that a parameter is stored as in this checkpoint's layout."""

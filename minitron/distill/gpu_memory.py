@@ -9,14 +9,11 @@ from minitron.architecture import Architecture
 from minitron.distill.activations import FLOAT, backward_per_token, final_norm, kept_per_token
 from minitron.distill.config import ADAMW_OFFLOAD, DistillConfig
 from minitron.distill.losses import chunked, fused
+from minitron.distill.sharding import STATE_BYTES, parts_of
 from minitron.logits import most_tokens
 
 CONTEXT = 1_500_000_000
 """Of the CUDA context, the libraries' work spaces and NCCL."""
-STATE_BYTES = 16
-"""Of a parameter that is trained: float32 master weight, gradient and two moments."""
-NODE_SHARE = 0.4
-"""Of a GPU's memory, that a model which is split inside the node alone may take."""
 TeacherKept = Literal["head", "whole", "sharded"]
 """What is on a GPU of the teacher: its head, with hidden states that are stored; all of it; or a part of its layers."""
 
@@ -120,13 +117,6 @@ def gpu_memory(
     )
     step = max(in_loss, in_backward, at_the_end, key=lambda memory: memory.step)
     return replace(step, start=state.step, end=state.step)
-
-
-def parts_of(size: int, processes: int, node_processes: int, gpu_bytes: int) -> int:
-    """Over how many processes a model is split whose state takes `size` bytes: those of a node, each of which then has a copy
-    that little is sent of, where that leaves room on its GPUs; else all."""
-    several = 1 < node_processes < processes and processes % node_processes == 0
-    return node_processes if several and size / node_processes <= NODE_SHARE * gpu_bytes else processes
 
 
 @dataclass(frozen=True)

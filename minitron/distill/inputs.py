@@ -16,6 +16,7 @@ from minitron.distill.teacher.stored import StoredTeacher, store_key
 from minitron.distill.teacher.top_k import TopKTeacher
 from minitron.evaluation import HeldoutMetrics, heldout_metrics
 from minitron.logits import Head
+from minitron.meta_models import MetaModel, open_model, read_head
 from minitron.models import load_model
 from minitron.pruning.source import PruningSource
 
@@ -39,9 +40,13 @@ class DistillInputs:
         """The teacher on a device, by default the first GPU, or the CPU if there is none."""
         return load_model(storage.fetch(self.teacher), DTYPES[self.dtype]).to(target or device())
 
+    def open_teacher(self) -> MetaModel:
+        """The teacher on the meta device, and the checkpoint that its weights are read from."""
+        return open_model(storage.fetch(self.teacher), DTYPES[self.dtype])
+
     def teacher_head(self) -> Head:
-        """The teacher's head alone on the device that models compute on."""
-        return Head.of(self.load_teacher(torch.device("cpu"))).to(device())
+        """The teacher's head on the device that models compute on; nothing else of the teacher is read."""
+        return read_head(storage.fetch(self.teacher), DTYPES[self.dtype]).to(device())
 
     def open_rows(self, split: Split) -> Rows:
         return Rows.open(self.rows, split)
@@ -68,7 +73,7 @@ class DistillInputs:
     def source(self, origin: PruningSource) -> tuple[nn.Module, Head]:
         """What `origin` cuts students from, and the teacher's head."""
         source = origin.load()
-        return source, Head.of(source if origin.folder == self.teacher else self.load_teacher())
+        return source, Head.of(source) if origin.folder == self.teacher else self.teacher_head()
 
     def student(self, origin: PruningSource, architecture: Architecture) -> tuple[nn.Module, Head]:
         """A student of `architecture`, cut from `origin`, and the teacher's head."""

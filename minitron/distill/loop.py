@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from minitron import storage
 from minitron.arguments import check_model, check_type
 from minitron.data import DocumentBoundaries, Rows, rows_for_step
+from minitron.device import device
 from minitron.distill.blocks import running_blocks
 from minitron.distill.checkpoints import Checkpoints
 from minitron.distill.config import DistillConfig
@@ -31,6 +32,7 @@ from minitron.distill.teacher.live import LiveTeacher, Targets
 from minitron.distill.timing import Stopwatch
 from minitron.errors import InputError, NonFiniteError
 from minitron.evaluation.mode import evaluating, undisturbed
+from minitron.meta_models import InMemory, Weights, on_meta, read_
 from minitron.models import head_of
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,7 @@ def distill(
     evaluate: Callable[[int, nn.Module], None] | None = None,
     evaluate_at: Collection[int] = (),
     until: int | None = None,
+    weights: Weights | None = None,
 ) -> nn.Module:
     """Train `student` in place to match the teacher on `rows`, by default its next-token distribution by forward KL alone.
 
@@ -67,6 +70,12 @@ def distill(
     the student, in every process, every `evaluate_every` steps and after those in `evaluate_at`, before that step's
     checkpoint; the random state is put back after it. With `until`, stops after that step of the same schedule and saves it,
     so that a later call goes on from there.
+
+    A `student` on the meta device (see `minitron.meta_models.open_model`) is read from `weights` onto the GPU, or into main
+    memory if there is none. With `config.shard` and several processes each reads its own rows, and the student that is
+    returned is still sharded, its parameters float32 DTensors, which `minitron.meta_models.write_model` saves; a student in
+    memory is whole again, in every process.
+
     Raises InputError for targets that do not suffice for `losses` and for a live teacher that keeps other documents apart, and
     NonFiniteError, naming the step and its rows, when the loss or the gradient is not finite in more than
     `max_skipped_steps` steps. These steps are logged, in `checkpoints` as `nonfinite-STEP.json` as well; they update nothing
@@ -80,13 +89,21 @@ def distill(
     if until is not None and not checkpoints:
         raise InputError(f"until: {until} without checkpoints", "say where the state at that step is to be saved")
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    watch = Stopwatch(next(student.parameters()).device)
     sharded = config.shard and world > 1
+    place = device() if on_meta(student) else next(student.parameters()).device
+    dtype = head_of(student).dtype
+    watch = Stopwatch(place)
     with ExitStack() as stack:
-        working = stack.enter_context(working_copy(student)) if sharded else student
+        working = student
+        if sharded and weights is None:
+            working, weights = stack.enter_context(working_copy(student)), InMemory(student)
+        if weights is not None and not sharded:
+            read_(working, weights, dtype, place)
         # a step depends on weights and rows alone: no dropout, no noise on routers
         stack.enter_context(evaluating(working))
-        objective = Objective(working, targets, losses, channels, watch, documents)
+        objective = Objective(working, targets, losses, channels, watch, documents, weights if sharded else None)
+        if objective.intermediate:
+            objective.intermediate.to(place)
         stack.enter_context(
             running_blocks(
                 working,
@@ -95,8 +112,12 @@ def distill(
                 recorded=objective.intermediate.student_modules if objective.intermediate else (),
             )
         )
+        if world > 1:
+            _start_alike(objective)
         if sharded:
-            shard_(objective)
+            assert weights is not None
+            shard_(objective, place)
+            read_(working, weights, dtype, place)
         alike = sharded or (isinstance(objective.targets, LiveTeacher) and objective.targets.sharded)
         state = stack.enter_context(TrainingState(objective.trained(), config))
         saver = (
@@ -109,7 +130,7 @@ def distill(
         if resumed:
             resumed(first)
         last = config.steps if until is None else min(until, config.steps)
-        reporter = Reporter(objective, config, rows.seq_length, head_of(student).dtype, first) if report else None
+        reporter = Reporter(objective, config, rows.seq_length, dtype, first) if report else None
         for step in range(first, last):
             indices = rows_for_step(len(rows), config.batch_rows, step, config.seed)
             if objective.targets:
@@ -155,7 +176,16 @@ def distill(
             if saver and (regular or done == until):
                 saver.save(done, state.tensors(), {"skipped": skipped})
                 watch.lap("checkpoint")
+        del state  # the moments are not needed while a sharded student is gathered
     return student.eval()
+
+
+def _start_alike(objective: Objective) -> None:
+    """Give every process what process 0 starts from: what is computed anew, a projection or adapters, may differ in its last
+    bits between machines. Weights on the meta device are read from one file by all."""
+    for _, parameter in objective.trained():
+        if not parameter.is_meta:
+            dist.broadcast(parameter.detach(), 0)
 
 
 def _micro_batches(
@@ -175,12 +205,12 @@ def _forward_backward(
     batches: list[tuple[Sequence[int], float]],
 ) -> Tensor:
     """Gradients of this process's share of the global mean loss, left in the state; returns that share of each part."""
-    device = next(objective.student.parameters()).device
-    total = torch.zeros(4, dtype=torch.float64, device=device)
+    place = next(objective.student.parameters()).device
+    total = torch.zeros(4, dtype=torch.float64, device=place)
     for number, (part, share) in enumerate(batches, start=1):
         if isinstance(objective, FSDPModule):
             begin_micro_batch(objective, last=number == len(batches))
-        tokens = rows.take(part).to(device)
+        tokens = rows.take(part).to(place)
         objective.watch.lap("data")
         loss, values = objective(part, tokens)
         (loss * share).backward()

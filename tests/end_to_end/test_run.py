@@ -263,7 +263,7 @@ def test_a_failed_candidate_is_reported_with_its_reason_and_the_run_continues(be
     assert trace.name in {file.path for file in client.list_artifacts(trial.info.run_id)}
 
 
-def _descendants(pid, command):
+def _descendants_running(pid, command):
     """Descendants of process `pid` whose command line begins with `command`."""
     listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
     table = [line.split(None, 2) for line in listed.splitlines()]
@@ -280,6 +280,7 @@ def test_an_online_teacher_is_stored_for_the_search_alone_and_a_killed_worker_is
     # a trial has two workers, each with as many CPUs as there are cores: the private Ray offers what they request
     settings += [
         "distill.evaluate_every=8",
+        "distill.shard=true",
         "resources.workers=2",
         "resources.workers_per_trial=2",
         f"resources.cpus_per_trial={os.cpu_count()}",
@@ -292,8 +293,8 @@ def test_an_online_teacher_is_stored_for_the_search_alone_and_a_killed_worker_is
     saved = "stages/distill/*/checkpoints/step-*/manifest.json"
     _wait_until(process, lambda: sorted((bench / "online").glob(saved)), "a checkpoint")
     unused = ("DatasetManager", "PlacementGroupCleaner", "PreemptionWatcher", "_AutoscalingCoordinatorActor")
-    assert not [name for name in unused if _descendants(process.pid, f"ray::{name}")]
-    os.kill(_descendants(process.pid, "ray::RayTrainWorker")[0], signal.SIGKILL)
+    assert not [name for name in unused if _descendants_running(process.pid, f"ray::{name}")]
+    os.kill(_descendants_running(process.pid, "ray::RayTrainWorker")[0], signal.SIGKILL)
     assert process.wait(timeout=240) == 0, (bench / "online.log").read_text()
     shown = (bench / "online.log").read_text()
     assert "teacher ran on 40 of 40 rows (of the training rows, only those that the search reads)" in shown
@@ -313,6 +314,10 @@ def test_an_online_teacher_is_stored_for_the_search_alone_and_a_killed_worker_is
     assert {point.step for point in evaluated if point.value} == {8, 12, 16, 24}
     losses = client.get_metric_history(distilled.info.run_id, "train_kl")
     assert losses[-1].value < 0.8 * losses[0].value
+    # the student that no worker ever had in one piece is a checkpoint like any other
+    (saved_student,) = (bench / "online").glob("stages/distill/*/student/model.safetensors")
+    student = AutoModelForCausalLM.from_pretrained(saved_student.parent)
+    assert (len(student.model.layers), student.config.hidden_size, student.dtype) == (4, 36, torch.float32)
     # the killed worker is reported in the terminal, in MLflow and in the results
     (record,) = (bench / "online").glob("stages/distill/*/stage.json")
     (restart,) = json.loads(record.read_text())["outputs"]["restarts"]

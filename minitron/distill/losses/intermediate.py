@@ -15,6 +15,7 @@ from minitron.architecture import Architecture
 from minitron.distill.losses import Losses, mapped_layers
 from minitron.distill.losses.relations import relation_loss
 from minitron.errors import InputError
+from minitron.meta_models import InMemory, Weights
 
 NEGLIGIBLE = 1e-6  # an L_is below this is the rounding of 1 - cos
 
@@ -46,7 +47,14 @@ class IntermediateLosses(nn.Module):
 
     projection: nn.Parameter | None
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, losses: Losses, channels: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        losses: Losses,
+        channels: Tensor | None = None,
+        weights: Weights | None = None,
+    ) -> None:
         super().__init__()
         own, other = (Architecture.from_config(model.config) for model in (student, teacher))
         self.how = losses.hidden_loss
@@ -68,8 +76,10 @@ class IntermediateLosses(nn.Module):
         self.relation_heads = heads, kv_heads, kv_heads
         self.projection = None
         if self.projected:
-            start = _start(student, teacher, own, other, channels)
-            self.projection = nn.Parameter(start.to(next(student.parameters()).device))
+            of_student = InMemory(student) if weights is None else weights
+            start = _start(of_student, teacher, own, other, channels)
+            device = next(student.parameters()).device
+            self.projection = nn.Parameter(start if device.type == "meta" else start.to(device))
 
     @property
     def student_modules(self) -> set[str]:
@@ -127,7 +137,7 @@ def _qkv_widths(model: Architecture) -> list[int]:
 
 
 def _start(
-    student: nn.Module, teacher: nn.Module, own: Architecture, other: Architecture, channels: Tensor | None
+    student: Weights, teacher: nn.Module, own: Architecture, other: Architecture, channels: Tensor | None
 ) -> Tensor:
     width, teacher_width = own.hidden_size, other.hidden_size
     if channels is not None:
@@ -139,8 +149,8 @@ def _start(
         return torch.eye(teacher_width).index_select(1, channels.cpu())
     if width == teacher_width:
         return torch.eye(width)
-    inputs = student.get_parameter(own.table.embedding).detach().float()
     outputs = teacher.get_parameter(other.table.embedding).detach().float()
+    inputs = student.rows(own.table.embedding, 0, own.vocab_size).to(outputs.device).float()
     if len(inputs) != len(outputs):
         raise InputError(
             f"the teacher's vocabulary has {len(outputs)} tokens, the student's {len(inputs)}",

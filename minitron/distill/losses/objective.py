@@ -17,11 +17,13 @@ from minitron.distill.teacher.live import LiveTeacher, Targets, TeacherBatch
 from minitron.distill.timing import Stopwatch
 from minitron.errors import InputError
 from minitron.logits import Head
+from minitron.meta_models import Weights
 from minitron.models import final_hidden, head_of
 
 
 class Objective(nn.Module):
-    """The losses of `student` against `targets`, which may be None where none of them compares with a teacher.
+    """The losses of `student` against `targets`, which may be None where none of them compares with a teacher. A student on
+    the meta device will be read from `weights`.
 
     With `documents` the student keeps the documents of a row apart. Raises InputError for a missing teacher, for a stored one
     where the losses need more than its final hidden states, and for a live one that keeps other documents apart.
@@ -35,6 +37,7 @@ class Objective(nn.Module):
         channels: Tensor | None = None,
         watch: Stopwatch | None = None,
         documents: DocumentBoundaries | None = None,
+        weights: Weights | None = None,
     ) -> None:
         super().__init__()
         self.student, self.targets, self.losses = student, targets if losses.needs_teacher else None, losses
@@ -55,7 +58,7 @@ class Objective(nn.Module):
                     "hidden, embedding, attention and mlp_input need the teacher itself",
                     "give a LiveTeacher, or leave these losses out",
                 )
-            self.intermediate = IntermediateLosses(student, targets.model, losses, channels)
+            self.intermediate = IntermediateLosses(student, targets.model, losses, channels, weights)
 
     def trained(self) -> list[tuple[str, nn.Parameter]]:
         """What is trained: the student's parameters that require a gradient, and the projection."""

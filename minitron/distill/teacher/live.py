@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from minitron.data import DocumentBoundaries
 from minitron.distill.sharding import shard_teacher_
 from minitron.logits import Head
+from minitron.meta_models import InMemory, Weights, emptied, read_
 from minitron.models import final_hidden
 
 
@@ -50,8 +51,8 @@ class LiveTeacher:
 
     With `shard` and several processes its layers are split over them (FSDP2) and each is gathered while it runs; all
     processes then ask for the same number of batches. What is outside the layers, the head among it, is in every process.
-    `device`: where it runs, by default where it is. A split teacher goes there layer by layer, so that the whole of it need
-    only fit into main memory.
+    `device`: where it runs, by default where it is. A `model` on the meta device is read from `weights`, each process
+    its own rows; of one that is in main memory no more than these go to the device.
     """
 
     def __init__(
@@ -61,14 +62,20 @@ class LiveTeacher:
         documents: DocumentBoundaries | None = None,
         shard: bool = False,
         device: torch.device | None = None,
+        weights: Weights | None = None,
     ) -> None:
         self.documents = documents
-        self.model = model.eval().requires_grad_(False)
         self.sharded = shard and dist.is_initialized() and dist.get_world_size() > 1
+        device = device or next(model.parameters()).device
+        dtype = next(model.parameters()).dtype
+        if self.sharded and weights is None:
+            model, weights = emptied(model), InMemory(model)
+        self.model = model.eval().requires_grad_(False)
         if self.sharded:
-            shard_teacher_(self.model, device or next(model.parameters()).device)
-        if device is not None:
-            self.model.to(device)
+            shard_teacher_(self.model, device)
+        if weights is not None:
+            read_(self.model, weights, dtype, device)
+        self.model.to(device)
         self.head = Head.of(self.model)
 
     def batch(self, indices: Sequence[int], input_ids: Tensor) -> TeacherBatch:

@@ -11,8 +11,9 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ray.exceptions import RayError
 from torch import Tensor, nn
 
 from minitron import storage
+from minitron.checkpoints.files import Checkpoint
 from minitron.device import DTYPES, device
 from minitron.distill import DistillConfig, LiveTeacher, Losses, distill
 from minitron.distill.inputs import DistillInputs
@@ -30,7 +32,8 @@ from minitron.distill.trainable import trainable
 from minitron.errors import MinitronError, NonFiniteError, StorageError, one_line
 from minitron.evaluation import Task, heldout_metrics
 from minitron.logits import Head
-from minitron.models import load_model, load_tokenizer, save_model
+from minitron.meta_models import open_model, write_model
+from minitron.models import load_model, load_tokenizer, save_model, save_tokenizer
 from minitron_platform.fence import Fence, LeaseLostError
 from minitron_platform.recipes.resources import ResolvedResources
 from minitron_platform.training.curves import write_curve
@@ -197,7 +200,7 @@ def _worker(config: dict[str, Any]) -> MinitronError | None:
         config["events"].put(WorkerStarted(dist.get_rank(), node))
     if not torch.cuda.is_available():
         torch.set_num_threads(task.threads)
-    model, targets, head = _start(task)
+    model, weights, targets, head = _start(task)
     rows = task.materials.open_rows("train")
     every = task.tasks_every
     task_steps = range(every, task.config.steps + 1, every) if every else ()
@@ -252,6 +255,7 @@ def _worker(config: dict[str, Any]) -> MinitronError | None:
                 evaluate=evaluate,
                 evaluate_at=task_steps,
                 until=task.until,
+                weights=weights,
             )
     except (NonFiniteError, LeaseLostError) as error:
         return error
@@ -261,34 +265,57 @@ def _worker(config: dict[str, Any]) -> MinitronError | None:
         try:
             task.check_fences()
             write_curve(task.checkpoints, task.curve)
-            with storage.committed_folder(task.result) as folder:
-                save_model(model, load_tokenizer(storage.fetch(task.materials.teacher)), folder)
         except LeaseLostError as error:
             lost = error
+    outcome = [lost]
+    dist.broadcast_object_list(outcome)
+    if outcome[0] is None:
+        with storage.committed_folder(task.result) if is_first else nullcontext() as folder:
+            _save(task, model, weights, folder)
     dist.barrier()
-    return lost
+    return outcome[0]
 
 
-def _start(task: TrainTask) -> tuple[nn.Module, Targets | None, Head | None]:
-    """The model to train, the teacher's outputs (None if no loss needs them) and the teacher's head (None if the teacher
-    itself is trained)."""
+def _start(task: TrainTask) -> tuple[nn.Module, Checkpoint | None, Targets | None, Head | None]:
+    """The model to train, the checkpoint that a sharded one is still to be read from, the teacher's outputs (None if no loss
+    needs them) and the teacher's head (None if the teacher itself is trained)."""
     inputs = task.materials
+    folder = storage.fetch(task.student or inputs.teacher)
+    weights: Checkpoint | None = None
+    if task.config.shard and dist.get_world_size() > 1 and task.method != "lora":
+        student, weights = open_model(folder, DTYPES[inputs.dtype])
+    else:
+        student = load_model(folder, DTYPES[inputs.dtype]).to(device())
     if task.student is None:
-        return inputs.load_teacher(), None, None
-    student = load_model(storage.fetch(task.student), DTYPES[inputs.dtype]).to(device())
+        return student, weights, None, None
     if not task.losses.needs_teacher:
-        return student, None, inputs.teacher_head()
+        return student, weights, None, inputs.teacher_head()
     if not (task.online or task.losses.needs_live_teacher):
         head = inputs.teacher_head()
-        return student, inputs.targets(head), head
-    model = inputs.load_teacher(torch.device("cpu"))
+        return student, weights, inputs.targets(head), head
+    model, teacher_weights = inputs.open_teacher()
     if task.teacher == "auto":
         teacher_bytes = sum(parameter.nbytes for parameter in model.parameters())
-        shard = not fits_beside(teacher_bytes, student, shard=task.config.shard)
+        shard = not fits_beside(teacher_bytes, student, device(), shard=task.config.shard)
     else:
         shard = task.teacher == "sharded"
-    teacher = LiveTeacher(model, documents=inputs.documents(), shard=shard, device=device())
-    return student, teacher, teacher.head
+    documents = inputs.documents()
+    teacher = LiveTeacher(model, documents=documents, shard=shard, device=device(), weights=teacher_weights)
+    return student, weights, teacher, teacher.head
+
+
+def _save(task: TrainTask, model: nn.Module, weights: Checkpoint | None, folder: Path | None) -> None:
+    """Save the trained model to `folder`, which only the first process has. A sharded model, read from `weights`, is gathered
+    one tensor at a time, by all processes together."""
+    if weights is not None:
+        write_model(model, weights, DTYPES[task.materials.dtype], folder)
+    if folder is None:
+        return
+    tokenizer = load_tokenizer(storage.fetch(task.materials.teacher))
+    if weights is None:
+        save_model(model, tokenizer, folder)
+    else:
+        save_tokenizer(tokenizer, folder)
 
 
 def _heldout_metrics(task: TrainTask, model: nn.Module, head: Head | None) -> dict[str, float]:

@@ -22,21 +22,32 @@ from safetensors.torch import load_file
 
 from minitron import storage
 from minitron.data import Rows
-from minitron.distill import distill
+from minitron.distill import LiveTeacher, distill
 from minitron.errors import InputError
 from minitron.evaluation import heldout_metrics
+from minitron.meta_models import open_model
+from minitron.models import load_model
 
 # 5 rows for 2 processes: unequal parts, with which collective operations have to work
 SHARDED = replace(CONFIG, batch_rows=5, micro_batch_rows=1, shard=True, evaluate_every=5, checkpoint_every=3)
 
 
-def train(folder, config=SHARDED, **options):
-    """Train with every loss; returns the losses by step, the held-out losses and the student."""
+def train(folder, config=SHARDED, from_files=False, **options):
+    """Train with every loss; returns the losses by step, the held-out losses and the student.
+
+    from_files: no process has a whole student or teacher in memory.
+    """
     losses, heldout = {}, {}
     rows = Rows.open(str(folder / "rows"), "heldout")
+    if from_files:
+        student, options["weights"] = open_model(folder / "student", torch.float32)
+        teacher, weights = open_model(folder / "teacher", torch.float32)
+        targets = LiveTeacher(teacher, shard=True, device=torch.device("cpu"), weights=weights)
+    else:
+        student, targets = pruned_student(folder), live_teacher(folder)
     student = distill(
-        pruned_student(folder),
-        live_teacher(folder),
+        student,
+        targets,
         Rows.open(str(folder / "rows"), "train"),
         config,
         losses=INTERMEDIATE,
@@ -59,6 +70,8 @@ from safetensors.torch import save_file
 from collections import Counter
 from torch.utils._python_dispatch import TorchDispatchMode
 import test_sharding as t
+from minitron.distill import sharding
+from minitron.meta_models import open_model, write_model
 sent = Counter()
 class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
@@ -68,12 +81,20 @@ folder, out, until = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo", rank=rank, world_size=2)
 whole, heldout, student = t.train(folder)
-part, _, _ = t.train(folder, checkpoints=out, until=until)
+save_file(dict(student.named_parameters()), f"{out}-{until}-{rank}.safetensors")
+part, _, _ = t.train(folder, from_files=True, checkpoints=out, until=until)
 with Counting():
     t.train(folder, replace(t.SHARDED, steps=1, batch_rows=6, evaluate_every=0))
 counts = {name: count for name, count in sent.items() if name.startswith("c10d.")}
-save_file(dict(student.named_parameters()), f"{out}-{until}-{rank}.safetensors")
-Path(f"{out}-{until}-{rank}.json").write_text(json.dumps([whole, heldout, part, counts]))
+# as on two nodes of one process each, with a copy of the student in either
+sharding.mesh_shape = lambda device, size: (2, 1)
+copies, _, student = t.train(folder, replace(t.SHARDED, checkpoint_every=0), from_files=True)
+result = Path(f"{out}-{until}-{rank}-result")
+if rank == 0:
+    result.mkdir()
+weights = open_model(folder / "student", torch.float32).weights
+write_model(student, weights, torch.float32, result if rank == 0 else None)
+Path(f"{out}-{until}-{rank}.json").write_text(json.dumps([whole, heldout, part, copies, counts]))
 dist.destroy_process_group()
 """
 
@@ -106,18 +127,23 @@ def test_a_sharded_student_trains_the_same_and_its_checkpoints_load_in_any_numbe
     tmp_path,
     free_port,
 ):
+    pruned_student(material).save_pretrained(material / "student")
     alone, heldout, student = train(material)
     out = tmp_path / "checkpoints"
     first = _two_processes(material, out, 5, free_port())
-    for whole, measured, part, counts, weights in first:
+    written = load_model(f"{out}-5-0-result")
+    for whole, measured, part, copies, counts, weights in first:
         assert list(whole.values()) == pytest.approx(list(alone.values()), rel=1e-5)
         assert list(measured.values()) == pytest.approx(list(heldout.values()), rel=1e-5)
         assert part == {step: whole[step] for step in range(1, 6)}  # bit for bit
+        assert list(copies.values()) == pytest.approx(list(alone.values()), rel=1e-5)
         for name, parameter in student.named_parameters():
             assert torch.allclose(weights[name], parameter, atol=1e-4)
-        # four layers and the projection in each of three micro-batches; the head and the rest once
-        assert counts["c10d._reduce_scatter_base_.default"] == 3 * 5 + 1
-        assert counts["c10d._allgather_base_.default"] == 3 * 2 * 5 + 1
+            assert torch.allclose(written.get_parameter(name), parameter, atol=1e-4)
+        # in each of three micro-batches the four layers, the projection, and the tied embedding with the last norm, of which
+        # the latter are kept for the backward pass
+        assert counts["c10d._reduce_scatter_base_.default"] == 3 * 6
+        assert counts["c10d._allgather_base_.default"] == 3 * (2 * 5 + 1)
     # both processes wrote a part of the state
     files = storage.manifest(str(out / "step-00000005"))["files"]
     assert [name[:11] for name in files] == ["shard-00001", "shard-00002"]
@@ -126,7 +152,7 @@ def test_a_sharded_student_trains_the_same_and_its_checkpoints_load_in_any_numbe
     # from two processes to one and back to two
     middle, _, _ = train(material, checkpoints=str(out), until=8)
     last = _two_processes(material, out, 12, free_port())
-    for whole, _, rest, _, _ in last:
+    for whole, _, rest, *_ in last:
         assert list(middle) + list(rest) == list(range(6, 13))
         for step, loss in (middle | rest).items():
             assert loss == pytest.approx(whole[step], rel=1e-5)
@@ -139,4 +165,4 @@ def test_sharding_a_student_of_several_dtypes_is_refused(material):
     student = pruned_student(material)
     student.model.norm.to(torch.bfloat16)
     with pytest.raises(InputError, match=r"torch.bfloat16 and torch.float32"):
-        shard_(Objective(student, live_teacher(material), INTERMEDIATE, CHANNELS))
+        shard_(Objective(student, live_teacher(material), INTERMEDIATE, CHANNELS), torch.device("cpu"))

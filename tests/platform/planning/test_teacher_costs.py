@@ -123,12 +123,12 @@ def test_a_worker_starts_with_the_teacher_of_its_task(material, tmp_path):
     rows = Rows.open(str(material / "rows"), "train")
     reads = DistillInputs(str(material / "teacher"), "t", "float32", str(material / "rows"), str(tmp_path), "", 5)
     store_top_k(lambda: load_model(reads.teacher), rows, str(tmp_path), 5, key=reads.targets_key("train"))
-    student, targets, head = start(top_k=5)
+    student, _, targets, head = start(top_k=5)
     assert isinstance(targets, TopKTeacher)
     assert all(parameter.requires_grad for parameter in student.parameters())
     with pytest.raises(StorageError, match="holds the store"):
         start()  # hidden states
-    student, targets, live_head = start(online=True)
+    student, _, targets, live_head = start(online=True)
     assert isinstance(targets, LiveTeacher)
     assert torch.equal(head.weight, live_head.weight)
     assert not any(parameter.requires_grad for parameter in targets.model.parameters())

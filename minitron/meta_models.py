@@ -1,0 +1,177 @@
+"""Models on the meta device, and their weights: read from a checkpoint, and written to one, a tensor at a time.
+
+A model too large for one process, or for one copy in each process of a node, is built without memory for its weights. Each
+process then reads the rows of each parameter that it holds, and no others.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from minitron.architecture import Architecture
+from minitron.checkpoints.contents import filled
+from minitron.checkpoints.files import Checkpoint, ShardWriter
+from minitron.checkpoints.headers import read_headers
+from minitron.families.config import make_plain
+from minitron.logits import Head
+from minitron.models import quiet_transformers
+
+FILE_BYTES = 2 << 30
+"""Of a file that is written. Its tensors wait in main memory until it is full."""
+GENERATION = "generation_config.json"
+
+
+class Weights(Protocol):
+    """Where the parameters of a model on the meta device are read from, such as a `Checkpoint`."""
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` along the first dimension of the parameter of this name, in any floating dtype."""
+        ...
+
+
+class InMemory:
+    """The parameters of a model in memory, by name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.tensors[name][start:stop]
+
+
+def on_meta(model: nn.Module) -> bool:
+    """Whether the weights of a model are still to be read."""
+    return next(model.parameters()).is_meta
+
+
+def emptied(model: nn.Module) -> nn.Module:
+    """A copy of a model with its parameters on the meta device."""
+    empty = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, dict(empty))
+
+
+class MetaModel(NamedTuple):
+    """A causal language model whose parameters are on the meta device, in eval mode, and the checkpoint they are read from."""
+
+    model: nn.Module
+    weights: Checkpoint
+
+
+def open_model(folder: str | Path, dtype: torch.dtype) -> MetaModel:
+    """The model of a local checkpoint folder, in `dtype`. Only the headers of its safetensors files are read.
+
+    Raises InputError unless these hold the tensors of the model in config.json.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config, weights = _opened(folder)
+    with quiet_transformers(), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    model.tie_weights()
+    return MetaModel(model.eval(), weights)
+
+
+def read_head(folder: str | Path, dtype: torch.dtype) -> Head:
+    """The head of the model of a local checkpoint folder, in main memory; nothing else is read. Raises as `open_model` does."""
+    config, weights = _opened(folder)
+    table = Architecture.from_config(config).table
+    name = table.embedding if Architecture.from_config(config).tied else table.head
+    return Head.from_config(weights.tensor(name).to(dtype, copy=True), config)
+
+
+def _opened(folder: str | Path) -> tuple[Any, Checkpoint]:
+    from transformers import AutoConfig
+
+    with quiet_transformers():
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    headers = filled(read_headers(Path(folder)), Architecture.from_config(config), str(folder))
+    return config, Checkpoint(Path(folder), headers)
+
+
+@torch.no_grad()
+def read_(model: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
+    """Give every parameter of `model` that is on the meta device memory on `device`, and its values, rounded to `dtype`.
+
+    Of a DTensor that is sharded along its first dimension, each process reads its own rows. Parameters keep the dtype that
+    they have, which may be wider; parameters that modules share stay shared, by the name in the first module.
+    """
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.device.type != "meta":
+                continue
+            if parameter not in made:
+                name = f"{prefix}.{key}" if prefix else key
+                made[parameter] = nn.Parameter(
+                    _read(parameter, name, weights, dtype, device), requires_grad=parameter.requires_grad
+                )
+            module.register_parameter(key, made[parameter])
+    for buffer_owner in model.modules():
+        for key, buffer in buffer_owner.named_buffers(recurse=False):
+            buffer_owner._buffers[key] = buffer.to(device)
+
+
+def _read(parameter: Tensor, name: str, weights: Weights, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        rows = weights.rows(name, 0, len(parameter)).to(dtype)
+        return torch.empty_like(parameter, device=device).copy_(rows)
+    local = torch.empty_like(parameter.to_local(), device=device)
+    start = _first_row(parameter)
+    local.copy_(weights.rows(name, start, start + len(local)).to(dtype))
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def _first_row(parameter: DTensor) -> int:
+    """The number of this process's first row; shards are of equal size, but for the last ones."""
+    dimension = parameter.placements.index(Shard(0))
+    size = -(-len(parameter) // parameter.device_mesh.size(dimension))
+    return min(len(parameter), size * parameter.device_mesh.get_local_rank(dimension))
+
+
+@torch.no_grad()
+def write_model(model: nn.Module, weights: Checkpoint, dtype: torch.dtype, folder: Path | None) -> None:
+    """Write a transformers checkpoint of `model`, rounded to `dtype`, to `folder`: its config and safetensors, in the layout
+    of `weights`, which it was opened with.
+
+    All processes that hold a part of it call this together; the one with a `folder` writes. It never has more in main memory
+    than a file of FILE_BYTES, or one larger parameter; every process has one whole parameter at a time on its device.
+    """
+    writer = ShardWriter(folder, FILE_BYTES) if folder else None
+    for name, whole in _whole(model, dtype):
+        if writer:
+            for stored, part in weights.stored(name, whole.cpu()):
+                writer.add(stored, part.contiguous())
+    if writer is None or folder is None:
+        return
+    writer.close()
+    config: Any = model.config
+    config.dtype = dtype
+    make_plain(config)
+    config.save_pretrained(str(folder))
+    if (weights.folder / GENERATION).exists():
+        shutil.copyfile(weights.folder / GENERATION, folder / GENERATION)
+
+
+def _whole(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in model.named_parameters():
+        rounded = parameter.detach().to(dtype)
+        yield name, rounded.full_tensor() if isinstance(rounded, DTensor) else rounded

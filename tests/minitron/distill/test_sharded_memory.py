@@ -1,0 +1,147 @@
+"""What a process holds of a model that is split over many, counted on a process group that sends nothing.
+
+The loop, its losses and its files are the real ones; gathered weights are whatever was in memory, so that steps are skipped.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import tiny
+from helpers.live_bytes import LiveBytes
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from minitron import meta_models
+from minitron.distill import DistillConfig, LiveTeacher, Losses, distill, sharding
+from minitron.meta_models import open_model, write_model
+
+NEXT_TOKEN = Losses(logits="none", cross_entropy=1.0)
+DEEP = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 16, "head_dim": 16}
+WIDE = {"vocab_size": 16384, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+
+
+class RandomRows:
+    seq_length = 8
+
+    def __len__(self):
+        return 4096
+
+    def take(self, indices):
+        return tiny.rows(len(list(indices)), self.seq_length)
+
+
+class Reading:
+    """A checkpoint that counts the values that are read from it."""
+
+    def __init__(self, weights):
+        self.weights, self.values = weights, 0
+
+    def rows(self, name, start, stop):
+        rows = self.weights.rows(name, start, stop)
+        self.values += rows.numel()
+        return rows
+
+
+@pytest.fixture
+def processes():
+    """A function that makes this process the first of many."""
+
+    def begin(world):
+        dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+
+    yield begin
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Folders of a model of many layers, and of one that is almost only embedding and head, both in bfloat16."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, shape in (("deep", DEEP), ("wide", WIDE)):
+        tiny.model(tied=False, num_key_value_heads=8, **shape).to(torch.bfloat16).save_pretrained(folder / name)
+    return folder
+
+
+def rehearse(folder, result, world, micro_batches):
+    """Train for two steps and save; the peak of each part, and of what is left after it, in bytes a parameter."""
+    peaks, left = {}, {}
+    with LiveBytes().counting() as live:
+        student, weights = open_model(folder, torch.bfloat16)
+        size = sum(parameter.numel() for parameter in student.parameters())
+
+        def mark(part):
+            peaks[part], left[part] = live.peak / size, live.alive / size
+            live.begin_peak()
+
+        live.begin_peak()
+        reading = Reading(weights)
+        distill(
+            student,
+            None,
+            RandomRows(),
+            DistillConfig(
+                steps=2, batch_rows=micro_batches * world, micro_batch_rows=1, shard=True, max_skipped_steps=2
+            ),
+            losses=NEXT_TOKEN,
+            weights=reading,
+            resumed=lambda _: mark("set-up"),
+            evaluate=lambda done, _: mark(f"step {done}"),
+            evaluate_at=(1, 2),
+        )
+        mark("end")
+        write_model(student, weights, torch.bfloat16, result)
+        mark("saving")
+    return peaks, left, reading.values / size
+
+
+@pytest.mark.parametrize("world", [8, 32, 64])
+def test_no_process_holds_more_of_a_split_student_than_its_part(checkpoints, processes, monkeypatch, tmp_path, world):
+    processes(world)
+    monkeypatch.setattr(meta_models, "FILE_BYTES", 1 << 18)
+    peaks, left, read = rehearse(checkpoints / "deep", tmp_path, world, micro_batches=2)
+    _check_budgets(peaks, left, read, shards=world)
+
+
+def test_a_student_split_inside_nodes_is_held_once_in_each_node(checkpoints, processes, monkeypatch, tmp_path):
+    processes(32)
+    monkeypatch.setattr(meta_models, "FILE_BYTES", 1 << 18)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(sharding, "_gpu_bytes", lambda device: 80_000_000_000)
+    peaks, left, read = rehearse(checkpoints / "deep", tmp_path, 32, micro_batches=2)
+    _check_budgets(peaks, left, read, shards=8)
+    # 35 B parameters leave too little of 80 GB if only 8 processes share them
+    assert sharding.mesh_shape(torch.device("cpu"), 16 * 35_000_000_000) == (32,)
+
+
+def _check_budgets(peaks, left, read, shards):
+    """Bytes a parameter: 12 are float32 weights and moments, 4 gradients; a copy of the model takes 2, in float32 4."""
+    assert read == pytest.approx(1 / shards, rel=0.01)
+    assert peaks["set-up"] < 12 / shards + 0.1
+    assert peaks["step 1"] < 16 / shards + 0.9
+    assert peaks["step 2"] < 16 / shards + 0.9
+    assert left["step 2"] < 12 / shards + 0.1
+    assert left["end"] < 4 / shards + 0.1
+    assert peaks["saving"] < 4 / shards + 0.3
+
+
+def test_gradients_of_embedding_and_head_are_split_after_each_micro_batch(checkpoints, processes, tmp_path):
+    processes(64)
+    peaks, _, _ = rehearse(checkpoints / "wide", tmp_path, 64, micro_batches=3)
+    # while the loss is computed: of the head, half of all parameters, its weights, once more in float32, and the float32 sum
+    # of its gradient; whole gradients that are kept in float32 between micro-batches would take 4 more
+    assert peaks["step 2"] < 5
+
+
+def test_a_split_teacher_reads_its_layers_parts_and_all_that_is_outside_them(checkpoints, processes):
+    processes(32)
+    with LiveBytes().counting() as live:
+        model, weights = open_model(checkpoints / "deep", torch.bfloat16)
+        size = sum(parameter.numel() for parameter in model.parameters())
+        reading = Reading(weights)
+        live.begin_peak()
+        LiveTeacher(model, shard=True, device=torch.device("cpu"), weights=reading)
+        outside = 2 * 512 * 128 + 128
+        assert reading.values == pytest.approx((size - outside) / 32 + outside, rel=0.01)
+        assert live.peak < 2.1 * reading.values + 2 * outside
