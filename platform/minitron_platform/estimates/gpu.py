@@ -1,4 +1,4 @@
-"""What the trainings of a recipe take of each GPU: settings that the recipe leaves to the memory, and what cannot fit."""
+"""GPU memory of a recipe's trainings: the settings that `auto` chooses by it, and the refusal of what does not fit."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from minitron_platform.recipes.build import auto_settings, distill_config
 from minitron_platform.recipes.resources import TRIALS_PER_GPU, ResolvedResources, resolve
 from minitron_platform.recipes.schema import Member, Recipe, Training
 
-NODE_GPUS = 8  # of a node, where the cluster is not known yet
-MOST_WORKERS = 64  # that a remedy speaks of
+NODE_GPUS = 8  # assumed per node before the cluster is known
+MAX_WORKERS = 64  # that a remedy suggests
 TEACHER: dict[TeacherKept | None, str] = {"whole": "replicated", "sharded": "sharded"}
 KEPT: dict[str, tuple[TeacherKept, ...]] = {
     "auto": ("whole", "sharded"),
@@ -30,32 +30,39 @@ KEPT: dict[str, tuple[TeacherKept, ...]] = {
 
 @dataclass(frozen=True)
 class GpuTraining:
-    """A training on GPUs. `key` is the recipe's for it, `workers_key` that of the number of its `processes`, each of which
-    takes the `share` of a GPU of `gpu_bytes`. Of `config` the fields in `chosen` are left to the memory, as is the choice
-    among `teacher_kept`; `trained`: the share of the parameters that is trained."""
+    """A training on GPUs."""
 
     key: str
+    """Recipe key of the training."""
     workers_key: str
+    """Recipe key of the number of processes."""
     processes: int
     share: float
+    """Share of a GPU that each process has."""
     gpu_bytes: int
+    """Memory of a GPU."""
     student: Architecture
     config: DistillConfig
     chosen: tuple[str, ...]
+    """Fields of `config` that are chosen by memory, because the recipe says `auto`."""
     seq_length: int
     value_bytes: int
+    """Bytes of a weight in the compute dtype."""
     teacher: Architecture | None = None
     teacher_kept: tuple[TeacherKept, ...] = ("head",)
+    """The parts of the teacher that a GPU may have; one of them is chosen by memory."""
     source: Architecture | None = None
+    """The model that candidates are pruned from, if a trial keeps it on the GPU."""
     trained: float = 1.0
+    """Share of the parameters that is trained."""
 
     @property
     def room(self) -> int:
-        """Bytes that a process has."""
+        """GPU memory of a process in bytes."""
         return int(self.share * self.gpu_bytes)
 
     def fit(self) -> Fit:
-        """The settings to train with."""
+        """The settings to train with, whether they fit or not."""
         return fitting(
             self.student,
             self.config,
@@ -73,8 +80,11 @@ class GpuTraining:
         )
 
     def check(self, stage: str) -> Fit:
-        """The settings to train with. Raises InputError, naming the nearest ones that fit, where a process needs more than it
-        has; `stage` as messages name it."""
+        """The settings to train with.
+
+        Raises InputError if a process needs more memory than it has; the remedy names the nearest settings that fit.
+        `stage` is the stage's name for the message.
+        """
         fit = self.fit()
         if fit.memory.peak <= self.room:
             return fit
@@ -88,7 +98,8 @@ class GpuTraining:
         raise InputError(need, remedy)
 
     def _nearest(self) -> tuple[list[str], Fit] | None:
-        """The fewest changes of the recipe with which it fits; more workers only where nothing else does."""
+        """The smallest number of changes of the recipe with which the training fits, as KEY=VALUE; more workers only if
+        nothing else is enough. None if nothing is."""
         for workers in self._more_workers():
             for count in range(4):
                 for some in combinations(self._changes(), count):
@@ -105,13 +116,13 @@ class GpuTraining:
     def _more_workers(self) -> Iterator[list[Change]]:
         yield []
         number = 2
-        while number <= min(MOST_WORKERS, self.config.batch_rows):
+        while number <= min(MAX_WORKERS, self.config.batch_rows):
             if number > self.processes:
                 yield [(f"{self.workers_key}={number}", partial(_on_workers, number))]
             number *= 2
 
     def _changes(self) -> list[Change]:
-        """What a recipe could say instead, the cheapest first."""
+        """Changes of the recipe that take less memory; the one that costs least speed comes first."""
         config, key = self.config, self.key
         changes: list[Change] = []
 
@@ -138,7 +149,7 @@ class GpuTraining:
 
 
 Change = tuple[str, Callable[[GpuTraining], GpuTraining]]
-"""What a recipe could say, as KEY=VALUE, and the training with it."""
+"""A change of the recipe as KEY=VALUE, and the function that applies it to a training."""
 
 
 def _on_workers(number: int, training: GpuTraining) -> GpuTraining:
@@ -176,7 +187,7 @@ def distillation_on_gpus(
     *,
     live_teacher: bool,
 ) -> GpuTraining | None:
-    """The full distillation of one of the family; None on CPUs. `live_teacher`: the teacher runs beside the student."""
+    """The full distillation of `member`; None on CPUs. `live_teacher`: whether the workers load the teacher too."""
     if not resources.gpus_per_worker:
         return None
     training = recipe.distillation(member)
@@ -203,7 +214,7 @@ def trials_on_gpus(
     value_bytes: int,
     resources: ResolvedResources,
 ) -> GpuTraining | None:
-    """A trial of the search, whose workers each keep the model `source` that candidates are cut from; None on CPUs."""
+    """A trial of the search; None on CPUs. Each of its workers keeps `source`, the model that candidates are pruned from."""
     if not resources.gpus_per_trial:
         return None
     return GpuTraining(
@@ -222,7 +233,7 @@ def trials_on_gpus(
 
 
 def are_trials_small(recipe: Recipe, teacher: Architecture, value_bytes: int, gpu_bytes: int) -> bool:
-    """Whether TRIALS_PER_GPU trials fit on a GPU together, whatever the candidates: none is larger than the teacher."""
+    """Whether TRIALS_PER_GPU trials fit into the memory of one GPU, estimated for a candidate as large as the teacher."""
     small = resolve(recipe, 1, gpu_memory_bytes=gpu_bytes, small_trials=True)
     small = replace(small, workers_per_trial=1, gpus_per_trial=1 / TRIALS_PER_GPU)
     training = trials_on_gpus(recipe, teacher, teacher, teacher, value_bytes, small)

@@ -111,8 +111,8 @@ def evaluation_memory(recipe: Recipe, teacher: Architecture, largest: Architectu
 
 
 def trial_memory(recipe: Recipe, teacher: Architecture, largest: Architecture, value_bytes: int) -> MainMemory:
-    """Memory of one worker of a trial. It keeps the model that candidates are cut from, at most as large as the teacher, in
-    memory from one trial to the next."""
+    """Memory of one worker of a trial. It keeps the model that candidates are pruned from, at most as large as the teacher,
+    in memory from one trial to the next."""
     return training_memory(
         largest,
         distill_config(recipe.search.training),

@@ -44,7 +44,7 @@ class Outlook:
         return self.shapes(member)[0]
 
     def base(self, member: Member) -> Architecture:
-        """The largest model that `member` may be cut from."""
+        """The largest model that `member` may be pruned from."""
         return self.family[member.model].space.base
 
 

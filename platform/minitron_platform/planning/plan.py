@@ -70,7 +70,7 @@ class Plan:
     locations: Locations
     teacher: Architecture
     candidates: dict[str, list[Architecture]]
-    """Candidates by model of the family; for a model cut from an earlier one, those of any of that model's candidates."""
+    """Candidates by model of the family; for a model pruned from the previous one, those inside any of its candidates."""
     sampled: frozenset[str]
     """Models whose candidates a sampler will choose; `candidates` then has as many, drawn at random."""
     notes: list[str]

@@ -47,7 +47,8 @@ def document_tokens(data: schema.Data, tokens: DocumentTokens) -> DocumentTokens
 
 
 def separates_documents(recipe: schema.Recipe) -> bool:
-    """Whether the documents of a row are kept apart; `auto`: where models run on GPUs, on which that is faster than not to."""
+    """Whether attention is restricted to the tokens of the same document; `auto`: if models run on GPUs, where that is
+    faster."""
     if recipe.data.separate_documents != "auto":
         return recipe.data.separate_documents
     on_cpus = 0 in (recipe.resources.gpus_per_trial, recipe.resources.gpus_per_worker)
@@ -131,15 +132,15 @@ def auto_settings(training: schema.Training) -> tuple[str, ...]:
 
 
 def training_values(training: schema.Training) -> dict[str, Any]:
-    """A training for fingerprints, with the values for CPUs in place of `auto`, and without the place of the optimizer's state:
-    these change no more of the result than its rounding."""
+    """A training's values for fingerprints: with the values for CPUs instead of `auto`, and without `optimizer`. What is
+    left out changes the result only by rounding."""
     config = distill_config(training)
     values = training.model_dump(exclude={"optimizer"})
     return values | {name: getattr(config, name) for name in auto_settings(training)}
 
 
 def training_identity(training: schema.Training) -> dict[str, Any]:
-    """What of a training changes its result; checkpoints do not."""
+    """The values of a training that change its result; checkpoints do not."""
     values = training_values(training)
     del values["checkpoint_every"]
     return values

@@ -10,7 +10,7 @@ from minitron_platform.recipes.schema import Recipe
 
 TRIALS_PER_GPU = 4  # of small candidates; a single one leaves the GPU idle half of the time
 CPU_WORKERS = 2  # training workers on a machine without a GPU
-GPU_MEMORY_BYTES = 80_000_000_000  # assumed of GPUs that cannot be asked; an H100's
+GPU_MEMORY_BYTES = 80_000_000_000  # assumed if a GPU's memory is unknown; that of an H100
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class ResolvedResources:
 
 
 def resolve(recipe: Recipe, gpus: int, *, gpu_memory_bytes: int = 0, small_trials: bool = False) -> ResolvedResources:
-    """The resources of `recipe` on a machine or cluster with `gpus` GPUs of `gpu_memory_bytes`, 0 if that is not known; numbers
-    that the recipe gives are kept.
+    """The resources of `recipe` on a machine or cluster with `gpus` GPUs of `gpu_memory_bytes`, 0 if that is not known;
+    numbers that the recipe gives are kept.
 
     With GPUs, each training worker and each worker of a trial has one; if `small_trials`, a GPU's memory fits
     TRIALS_PER_GPU trials, and single-worker trials share it. Without GPUs they have CPUs only. So do workers that train

@@ -31,8 +31,8 @@ class Data(_Section):
     """The text, packed once into rows of `seq_length` tokens. `path` may be any fsspec path.
 
     `add_bos`: whether a beginning-of-sequence token precedes every document, and starts every row and benchmark request;
-    `auto` follows the teacher's tokenizer. `separate_documents`: whether the documents of a row do not attend to each other,
-    in all models and stages; `auto`: where models run on GPUs.
+    `auto` follows the teacher's tokenizer. `separate_documents`: whether attention is restricted to the tokens of the same
+    document, in all models and stages; `auto`: if models run on GPUs.
     """
 
     kind: Literal["python-docs", "text", "jsonl", "parquet", "hub"]

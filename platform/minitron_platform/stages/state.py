@@ -82,8 +82,8 @@ class RunState:
         return named_by_key(stage.recipe_key(self.recipe, self.current))
 
     def attention(self) -> dict[str, Any]:
-        """What the outputs of models on rows depend on beside models and rows, as inputs of a stage; empty where the
-        documents of a row see each other, as they did in all storages that were written before one could choose."""
+        """The setting of attention that models' outputs on rows depend on, as inputs of a stage. Empty if the documents of
+        a row attend to each other, as in storages of versions that had no such setting."""
         return {"documents": "separate"} if separates_documents(self.recipe) else {}
 
     def title(self, name: str) -> str:
