@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from minitron.architecture import Architecture
-from minitron.distill.checkpoints import FILE_BYTES
 from minitron.distill.config import DistillConfig
 from minitron.distill.losses.chunked import CHUNK_TOKENS as LOSS_TOKENS
 from minitron.logits import CHUNK_TOKENS, most_tokens
@@ -84,7 +83,6 @@ def training_memory(
         kept = teacher.num_parameters if whole_teacher else teacher.vocab_size * teacher.hidden_size
         of_teacher = kept * value_bytes
     copy = 3 * FLOAT * parameters // workers if config.checkpoint_every else 0
-    copy += min(copy, max(FILE_BYTES, FLOAT * head))  # what one file is made from
     if shards > 1:
         weights += FLOAT * head + value_bytes * inner // student.num_layers  # what is gathered
     steady = MainMemory(

@@ -1,7 +1,7 @@
-"""Training checkpoints: a step is committed whole or does not exist, and a damaged one is passed over by name.
+"""Training checkpoints: a step is committed whole or does not exist, and a damaged one is skipped by name.
 
-Every process writes its part through torch.distributed.checkpoint, as safetensors that say where in the whole tensor they
-belong, so that any other number of processes can read them. Writing happens in the background on a copy in main memory.
+Every process writes its part of the state to one file, which any other number of processes can read (see
+`checkpoint_files`). Writing happens in the background on a copy in main memory.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -21,15 +22,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import StorageReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor
 
 from minitron import storage
+from minitron.distill.checkpoint_files import LAYOUT, PiecesReader, PiecesWriter, file_name
 from minitron.errors import MinitronError, StorageError
 
 log = logging.getLogger(__name__)
-FILE_BYTES = 256 << 20  # safetensors copies what it writes, so one file's worth is the memory that saving takes
 _STEP = re.compile(r"step-(\d{8})")
 T = TypeVar("T")
 
@@ -53,7 +55,7 @@ class Checkpoints:
         # of its own, because training goes on meanwhile
         self.group = dist.new_group(backend="gloo") if several else None
         self.copies: dict[str, Tensor] = {}
-        self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_on_this_device())
         self.pending: Future[None] | None = None
         self.filters = ExitStack()
 
@@ -89,60 +91,97 @@ class Checkpoints:
         Returns when they are copied. The first of two saves is waited for.
         """
         self.wait()
-        files = _files(tensors)
         mine = {
             name: tensor
             for number, (name, tensor) in enumerate(tensors.items())
             if isinstance(tensor, DTensor) or number % self.world == self.rank
         }
         copy = _copy(mine, self.copies)
-        self.pending = self.writer.submit(self._write, step, copy, files, {**note, "step": step, "key": self.key})
+        self.pending = self.writer.submit(self._write, step, copy, {**note, "step": step, "key": self.key})
 
     def load(self, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
-        """Read the newest checkpoint that verifies into `tensors`; its note and "step", or None where there is none.
+        """Read the newest undamaged checkpoint into `tensors`; its note and "step", or None where there is none.
 
-        Damaged ones are named in a warning and skipped. How many processes wrote it, and whether in parts, does not matter.
+        Each process checks and reads the part that it needs. Damaged checkpoints are named in a warning and skipped, and
+        have changed nothing. How many processes wrote it, and whether in parts, does not matter.
         """
-        found = self._all(lambda: self._newest() if self.rank == 0 else None)[0]
-        if found is None:
-            return None
-        path = _path(self.folder, found["step"])
-        reader = HuggingFaceStorageReader(str(storage.fetch(path)))
-        try:
-            dcp.load(dict(tensors), storage_reader=reader, process_group=self.group, no_dist=self.group is None)
-        except CheckpointException as error:
-            raise StorageError(f"{path}: {_first(error)}", f"delete {path} and run again") from error
-        return found
+        before = None
+        while True:
+            note: dict[str, Any] | None = self._all(partial(self._newest, before))[0]
+            if note is None:
+                return None
+            before = note["step"]
+            path = _path(self.folder, before)
+            damage = self._read(path, tensors)
+            if damage is None:
+                return note
+            if self.rank == 0:
+                log.warning("checkpoint skipped: %s", damage.problem)
 
-    def _newest(self) -> dict[str, Any] | None:
-        for step in reversed(committed_steps(self.folder)):
+    def _newest(self, before: int | None) -> dict[str, Any] | None:
+        """In process 0, the note of the newest checkpoint earlier than step `before` whose files have their sizes."""
+        for step in reversed(committed_steps(self.folder) if self.rank == 0 else []):
+            if before is not None and step >= before:
+                continue
             path = _path(self.folder, step)
             try:
                 note: dict[str, Any] = storage.manifest(path)["note"]
                 if (note.get("key"), note.get("step")) != (self.key, step):
                     raise StorageError(f"{path}: belongs to another training run", "delete it, or use another folder")
-                storage.verify(path)
+                storage.verify(path, hashes=False)
                 return note
             except StorageError as error:
                 log.warning("checkpoint skipped: %s", error.problem)
         return None
 
-    def _write(self, step: int, tensors: dict[str, Tensor], files: dict[str, int], note: dict[str, Any]) -> None:
+    def _read(self, path: str, tensors: dict[str, Tensor]) -> StorageError | None:
+        """Read a checkpoint, or return what is damaged of it, the same in every process and before anything is changed.
+
+        Raises StorageError for one that is not of these tensors, or could not be read to its end.
+        """
+        readers: list[StorageReader] = []
+        try:
+            self._all(lambda: readers.append(self._reader(path)))
+        except StorageError as damage:
+            return damage
+        [reader] = readers
+        try:
+            dcp.load(dict(tensors), storage_reader=reader, process_group=self.group, no_dist=self.group is None)
+        except CheckpointException as error:
+            first = _first(error)
+            if isinstance(first, StorageError) and isinstance(reader, PiecesReader) and not reader.checked:
+                return first
+            raise StorageError(f"{path}: {first}", f"delete {path} and run again") from error
+        return None
+
+    def _reader(self, path: str) -> StorageReader:
+        files = storage.manifest(path)["files"]
+        if LAYOUT in files:
+            return PiecesReader(path, files, self._all)
+        # an earlier version's, in many files, which is read whole
+        storage.verify(path, only=sorted(files)[self.rank :: self.world])
+        return HuggingFaceStorageReader(str(storage.fetch(path)))
+
+    def _write(self, step: int, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
         path = _path(self.folder, step)
         with storage.disk_errors(path):
             place = self._place(path)
             try:
-                writer = HuggingFaceStorageWriter(str(place), fqn_to_index_mapping=files, save_distributed=True)
+                writer = PiecesWriter(place, self.rank)
                 try:
                     dcp.save(tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
                 except CheckpointException as error:
                     raise _first(error) from error
-                written = self._all(lambda: storage.upload(place, path, f"shard-{self.rank + 1:05d}-*"))
+                written = self._all(lambda: self._upload(place, path, writer.entries))
                 everything = {name: entry for part in written for name, entry in part.items()}
                 self._all(lambda: self._commit(place, path, everything, note))
             finally:
                 if self.rank == 0 or not storage.is_local(path):
                     shutil.rmtree(place, ignore_errors=True)
+
+    def _upload(self, place: Path, path: str, entries: dict[str, Any]) -> dict[str, Any]:
+        uploaded = storage.upload(place, path, file_name(self.rank), known=entries)
+        return uploaded | (storage.upload(place, path, LAYOUT) if self.rank == 0 else {})
 
     def _place(self, path: str) -> Path:
         """A folder to write to: one for all processes below a local path, else one for each."""
@@ -210,16 +249,9 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _files(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """The number of the file, from 1, that each tensor is written to."""
-    numbers: dict[str, int] = {}
-    number, size = 1, 0
-    for name, tensor in tensors.items():
-        size += tensor.nbytes
-        if numbers and size > FILE_BYTES:
-            number, size = number + 1, tensor.nbytes
-        numbers[name] = number
-    return numbers
+def _on_this_device() -> Callable[[], None] | None:
+    """What makes a thread use the GPU that this thread uses; by itself a thread uses the node's first."""
+    return partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_available() else None
 
 
 def _first(error: CheckpointException) -> BaseException:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import s3fs
+
 SERVE = """
 import logging, sys
 from moto.server import ThreadedMotoServer
@@ -25,6 +27,7 @@ def s3_server() -> Iterator[dict[str, str]]:
     try:
         assert server.stdout is not None
         port = server.stdout.readline().strip()
+        s3fs.S3FileSystem.clear_instance_cache()  # one of another server's address may be there
         yield {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
             "AWS_ACCESS_KEY_ID": "test",

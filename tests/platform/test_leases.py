@@ -225,7 +225,7 @@ def test_a_damaged_lease_is_named(tmp_path, ttl):
 
 def test_storage_that_ignores_conditional_writes_is_refused(tmp_path, monkeypatch):
     fs = SimpleNamespace(pipe_file=lambda path, data, mode: None, exists=lambda path: False)
-    monkeypatch.setattr(storage, "filesystem", lambda path: (fs, path.split("://")[1]))
+    monkeypatch.setattr("minitron.storage.files.filesystem", lambda path: (fs, path.split("://")[1]))
     with (
         pytest.raises(StorageError, match="overwrites a file that it was told to create only if"),
         _hold(Locations(f"s3://{uuid.uuid4().hex}", str(tmp_path), "sqlite:///unused.db")),

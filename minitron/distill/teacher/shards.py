@@ -1,190 +1,103 @@
-"""What a teacher says about rows, on disk: shards of a fixed number of rows, each committed whole with its checksums.
-
-A row's number gives its shard and its place there, so any process reads any row, in any order and at any batch size. Some
-rows may be all that is stored; they keep their numbers.
-"""
+"""Rows read back from a store, each by its byte range and checked when it is read; no more of a shard is read than that."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from functools import lru_cache
+from threading import Lock
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from minitron import storage
-from minitron.data import Rows
-from minitron.errors import NotWritableError, StorageError
+from minitron.distill.teacher.shard_format import FILE, INDEX, Index, check_key, key_of_rows, shard_folder
+from minitron.errors import StorageError
+from minitron.storage.ranges import READERS, read_checked
+from minitron.storage.tensors import Slot, read_slots
 
-ROWS_PER_SHARD = 64
-FILE = "rows.safetensors"
-INDEX = "index.json"
-
-Compute = Callable[[Tensor], dict[str, Tensor]]
-
-
-class Writing(TypedDict, total=False):
-    """How rows are stored."""
-
-    numbers: Sequence[int] | None
-    """Of these rows alone, ascending; all by default."""
-    batch_rows: int
-    """Rows that the model is run on together, 4 by default."""
-    rank: int
-    world: int
-    """So many processes write together, each with its `rank`; the last one completes the folder. 0 of 1 by default."""
-    progress: Callable[[int, int], None] | None
-    """Is told how many of how many rows are stored."""
+READ_AHEAD_BYTES = 512 << 20  # of rows that are read before they are taken
+OPEN_SHARDS = 4096  # whose manifests are kept
 
 
-def write_shards(
-    load: Callable[[], tuple[nn.Module, Compute]],
-    rows: Rows,
-    folder: str,
-    *,
-    key: str,
-    note: Callable[[dict[str, Tensor]], dict[str, Any]] = lambda tensors: {},
-    **how: Unpack[Writing],
-) -> int:
-    """Write what `compute` makes of every row that is not stored yet; returns how many rows it was run on here.
+class _Shard(NamedTuple):
+    """A shard that can be read. entry: the file's in its manifest."""
 
-    `load` is called only if something is missing, and gives the model and `compute`: int64 [n, seq_length] to named
-    tensors [n, ...]. `note` of a shard's tensors goes into its manifest. Of several processes each writes every
-    `world`-th shard; whoever sees that all are there writes the index, which makes the folder complete.
-    Raises StorageError for a folder that holds something else, and before the first shard if the disk is too small.
-    """
-    numbers, batch_rows = how.get("numbers"), how.get("batch_rows", 4)
-    rank, world, progress = how.get("rank", 0), how.get("world", 1), how.get("progress")
-    wanted = range(len(rows)) if numbers is None else list(numbers)
-    key = _whole_key(key, numbers)
-    if storage.exists(storage.join(folder, INDEX)):
-        _check_key(folder, _read_index(folder)["key"], key)
-        return 0
-    shards = range(-(-len(wanted) // ROWS_PER_SHARD))
-    missing = [number for number in shards if not _is_there(folder, number, key)]
-    mine = [number for number in missing if number % world == rank]
-    if mine:
-        model, compute = load()
-        device = next(model.parameters()).device
-    total = sum(len(_part(wanted, number)) for number in shards[rank::world])
-    done = total - sum(len(_part(wanted, number)) for number in mine)
-    computed = 0
-    for number in mine:
-        part, parts = _part(wanted, number), []
-        for start in range(0, len(part), batch_rows):
-            batch = rows.take(part[start : start + batch_rows])
-            with torch.inference_mode():
-                parts.append({name: tensor.cpu() for name, tensor in compute(batch.to(device)).items()})
-            if not computed:
-                _check_room(folder, parts[0], sum(len(_part(wanted, number)) for number in missing))
-            computed += len(batch)
-            if progress:
-                progress(done + computed, total)
-        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        with storage.committed_folder(_shard_folder(folder, number), note={"key": key, **note(tensors)}) as place:
-            save_file(tensors, str(place / FILE))
-    if all(storage.is_committed(_shard_folder(folder, number)) for number in shards):
-        index: dict[str, Any] = {"key": key, "num_rows": len(wanted), "rows_per_shard": ROWS_PER_SHARD}
-        if numbers is not None:
-            index["numbers"] = list(wanted)
-        storage.write_json(storage.join(folder, INDEX), index)
-    return computed
-
-
-def _part(wanted: Sequence[int], shard: int) -> Sequence[int]:
-    """The numbers of a shard's rows."""
-    return wanted[shard * ROWS_PER_SHARD : (shard + 1) * ROWS_PER_SHARD]
-
-
-def _whole_key(key: str, numbers: Sequence[int] | None) -> str:
-    """The key with which rows are stored, so that shards of other rows are never mixed in."""
-    return key if numbers is None else f"{key}-{storage.fingerprint(list(numbers))}"
-
-
-def _shard_folder(folder: str, number: int) -> str:
-    return storage.join(folder, f"shard-{number:05d}")
-
-
-def _is_there(folder: str, number: int, key: str) -> bool:
-    place = _shard_folder(folder, number)
-    if not storage.is_committed(place):
-        return False
-    _check_key(place, storage.manifest(place)["note"].get("key"), key)
-    return True
-
-
-def _check_key(place: str, found: str | None, key: str) -> None:
-    if found != key:
-        raise StorageError(f"{place}: holds the store {found}, not {key}", f"delete {place} and run again")
-
-
-def _check_room(folder: str, batch: dict[str, Tensor], missing: int) -> None:
-    """Refuse before anything is written what the disk cannot hold."""
-    if not storage.is_local(folder):
-        return
-    row = sum(tensor[0].nbytes for tensor in batch.values())
-    free = storage.free_bytes(folder)
-    if row * missing > free:
-        raise NotWritableError(
-            f"{folder}: storing {missing:,} rows needs {row * missing:,} bytes, and the disk has {free:,} free",
-            f"{free // row:,} rows fit: free some space, store fewer rows, run the teacher during the distillation instead "
-            "of storing its targets, or choose another folder",
-        )
-
-
-def _read_index(folder: str) -> dict[str, Any]:
-    index: dict[str, Any] = storage.read_json(storage.join(folder, INDEX))
-    return index
+    path: str
+    entry: dict[str, Any]
+    slots: dict[str, Slot]
 
 
 class Shards:
-    """A complete folder that `write_shards` wrote, memory-mapped; every shard is verified when it is first read.
+    """A complete folder that `write_shards` wrote.
 
-    Remote shards are copied to this machine once. Raises StorageError for a folder that is not complete, was made from
-    another teacher or other rows, or has a missing or altered shard.
+    Rows are read in threads, from object stores by requests for their ranges, and checked against the SHA-256 that the
+    shard's manifest has of each. Shards that were written before rows had one are read whole and checked when they are first
+    used, remote ones once for this machine. Raises StorageError for a folder that is not complete, was made from another
+    teacher or other rows, or has a missing or altered row.
     """
 
     def __init__(self, folder: str, key: str) -> None:
         if not storage.exists(storage.join(folder, INDEX)):
-            raise StorageError(f"{folder}: not completely written", "run what writes it again; it goes on where it was")
-        index = _read_index(folder)
-        numbers = index.get("numbers")
-        self.folder, self.key = folder, _whole_key(key, numbers)
-        _check_key(folder, index["key"], self.key)
-        self.num_rows: int = index["num_rows"]
+            raise StorageError(f"{folder}: not completely written", "run what writes it again; it resumes where it was")
+        self.folder = folder
+        self._index = Index.read(folder)
+        self.key = key_of_rows(key, self._index.numbers)
+        check_key(folder, self._index.key, self.key)
+        self.num_rows = self._index.num_rows
+        numbers = self._index.numbers
         self._positions = None if numbers is None else {number: position for position, number in enumerate(numbers)}
-        self._rows_per_shard: int = index["rows_per_shard"]
-        self._opened: dict[int, Future[dict[str, Tensor]]] = {}
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shards")
+        self._opened = lru_cache(OPEN_SHARDS)(self._open)
+        self._opening = Lock()
+        self._limit = 0
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="shards")
+        self._lock = Lock()
+        self._waiting: deque[int] = deque()  # positions of rows that will be taken, in order
+        self._reading: dict[int, Future[dict[str, Tensor]]] = {}  # by position, until they are taken
 
     def take(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """The tensors of the rows with these numbers, [len(indices), ...]. Raises IndexError for a row that is not there."""
-        places = [divmod(self._position(i), self._rows_per_shard) for i in indices]
-        shards = self._open(indices)
-        found = [shards[number].result() for number, _ in places]
-        return {
-            name: torch.stack([shard[name][row] for shard, (_, row) in zip(found, places, strict=True)])
-            for name in found[0]
-        }
+        positions = [self._position(index) for index in indices]
+        with self._lock:
+            for position in positions:
+                if position not in self._reading:
+                    self._reading[position] = self._readers.submit(self._read, position)
+            futures = {position: self._reading.pop(position) for position in dict.fromkeys(positions)}
+            self._waiting = deque(position for position in self._waiting if position not in futures)
+        rows = {position: future.result() for position, future in futures.items()}
+        self._read_ahead()
+        return {name: torch.stack([rows[position][name] for position in positions]) for name in rows[positions[0]]}
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        """Copy, verify and map the shards of rows that are wanted soon, behind the caller's back."""
-        self._open(indices)
+        """Begin to read rows that will be taken in this order, in place of those of an earlier call."""
+        positions = list(dict.fromkeys(self._position(index) for index in indices))
+        with self._lock:
+            for position in self._reading.keys() - set(positions):
+                self._reading.pop(position).cancel()
+            self._waiting = deque(position for position in positions if position not in self._reading)
+        self._read_ahead()
 
     def notes(self) -> Iterator[dict[str, Any]]:
         """What was noted of each shard when it was written."""
-        for number in range(-(-self.num_rows // self._rows_per_shard)):
-            yield storage.manifest(_shard_folder(self.folder, number))["note"]
+        folders = [shard_folder(self.folder, number) for number in range(self._index.num_shards)]
+        for manifest in self._readers.map(storage.manifest, folders):
+            yield manifest["note"]
 
-    def _open(self, indices: Iterable[int]) -> dict[int, Future[dict[str, Tensor]]]:
-        for i in indices:
-            number = self._position(i) // self._rows_per_shard
-            if number not in self._opened:
-                self._opened[number] = self._reader.submit(self._read, number)
-        return self._opened
+    def _read_ahead(self) -> None:
+        """Have as many rows in memory, or on the way, as READ_AHEAD_BYTES allow."""
+        with self._lock:
+            first = self._waiting[0] if self._waiting else None
+        if first is None:
+            return
+        if not self._limit:
+            slots = self._shard(first // self._index.rows_per_shard).slots.values()
+            self._limit = max(1, READ_AHEAD_BYTES // max(1, sum(slot.rows(0, 1).nbytes for slot in slots)))
+        with self._lock:
+            while self._waiting and len(self._reading) < self._limit:
+                position = self._waiting.popleft()
+                self._reading[position] = self._readers.submit(self._read, position)
 
     def _position(self, row: int) -> int:
         """Where a row is among those that are stored."""
@@ -196,9 +109,31 @@ class Shards:
             raise IndexError(f"row {row} of {self.folder}, which has {self.num_rows} rows, this one not among them")
         return self._positions[row]
 
-    def _read(self, number: int) -> dict[str, Tensor]:
-        place = _shard_folder(self.folder, number)
-        local = storage.fetch(place)
-        storage.verify(str(local))
-        _check_key(place, storage.manifest(place)["note"].get("key"), self.key)
-        return load_file(str(Path(local) / FILE))
+    def _read(self, position: int) -> dict[str, Tensor]:
+        number, row = divmod(position, self._index.rows_per_shard)
+        shard = self._shard(number)
+        slots = {name: slot.rows(row, row + 1) for name, slot in shard.slots.items()}
+        data = read_checked(shard.path, shard.entry, [(slot.start, slot.end) for slot in slots.values()])
+        return {name: slot.tensor(value)[0] for (name, slot), value in zip(slots.items(), data, strict=True)}
+
+    def _shard(self, number: int) -> _Shard:
+        with self._opening:  # one thread opens a shard, the others wait for it
+            return self._opened(number)
+
+    def _open(self, number: int) -> _Shard:
+        folder = shard_folder(self.folder, number)
+        manifest = storage.manifest(folder)
+        check_key(folder, manifest["note"].get("key"), self.key)
+        entry = manifest["files"].get(FILE)
+        if entry is None:
+            raise StorageError(f"{folder}: has no {FILE}", f"delete {folder} and run again")
+        if not entry.get("parts"):
+            folder = str(storage.fetch(folder))
+            storage.verify(folder)
+        path = storage.join(folder, FILE)
+        slots = read_slots(path, entry)
+        rows = self._index.rows_of_shard(number)
+        if not slots or any(slot.shape[:1] != (rows,) for slot in slots.values()):
+            shapes = {name: list(slot.shape) for name, slot in slots.items()}
+            raise StorageError(f"{path}: has {shapes} where {rows} rows are expected", f"delete {folder} and run again")
+        return _Shard(path, entry, slots)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from minitron import storage
 from minitron.data import DocumentBoundaries, Rows
 from minitron.distill.teacher.live import TeacherBatch
-from minitron.distill.teacher.shards import Compute, Shards, Writing, write_shards
+from minitron.distill.teacher.shard_writing import RowModel, Writing, write_shards
+from minitron.distill.teacher.shards import Shards
 from minitron.errors import StorageError
 from minitron.logits import Head, cache_slices
 from minitron.models import final_hidden
@@ -81,17 +82,17 @@ def store_hidden(
     documents: DocumentBoundaries | None = None,
     **how: Unpack[Writing],
 ) -> int:
-    """Write the hidden states of every row, and the log-sum-exp of their logits, float32 [rows, seq_length], in shards of 64
-    rows; returns how many rows the teacher was run on here, now.
+    """Write the hidden states of every row, and the log-sum-exp of their logits, float32 [rows, seq_length], in shards of
+    about 256 MiB; returns how many rows the teacher was run on here, now.
 
-    Shards that are already there are kept, so a killed run goes on where it was. `load_teacher` is called only if
+    Shards that are already there are kept, so a killed run resumes where it was. `load_teacher` is called only if
     something is missing. With `documents` the teacher keeps the documents of a row apart; `key` has to say so. `Writing`
     says how: which rows, by how many processes.
     Raises StorageError for a folder that holds something else, and before writing, with the bytes needed and the rows that
     fit, when the disk is too small.
     """
 
-    def load() -> tuple[nn.Module, Compute]:
+    def load() -> RowModel:
         model = load_teacher()
         head = Head.of(model)
 
@@ -99,7 +100,8 @@ def store_hidden(
             hidden = final_hidden(model, input_ids, documents)
             return {"hidden": hidden, "log_sum_exp": log_sum_exp(head, hidden)}
 
-        return model, compute
+        hidden_size, dtype = head.weight.shape[1], next(model.parameters()).dtype
+        return RowModel(model, compute, stored_bytes(1, rows.seq_length, hidden_size, dtype.itemsize))
 
     return write_shards(load, rows, folder, key=key, **how)
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from minitron.data import DocumentBoundaries, Rows
 from minitron.distill.teacher.live import TeacherBatch, TopK
-from minitron.distill.teacher.shards import Compute, Shards, Writing, write_shards
+from minitron.distill.teacher.shard_writing import RowModel, Writing, write_shards
+from minitron.distill.teacher.shards import Shards
 from minitron.errors import InputError, StorageError
 from minitron.logits import Head, log_softmax_
 from minitron.models import final_hidden
@@ -76,7 +77,7 @@ def store_top_k(
     Raises InputError for a `k` that the vocabulary does not have.
     """
 
-    def load() -> tuple[nn.Module, Compute]:
+    def load() -> RowModel:
         model = load_teacher()
         head = Head.of(model)
         if not 1 <= k <= len(head.weight):
@@ -91,7 +92,7 @@ def store_top_k(
                 "tokens": torch.cat([part.indices for part in parts]).int().view(shape),
             }
 
-        return model, compute
+        return RowModel(model, compute, rows.seq_length * 8 * k)
 
     return write_shards(load, rows, folder, key=key, note=_lost, **how)
 

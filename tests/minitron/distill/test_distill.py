@@ -67,7 +67,8 @@ def test_the_teacher_runs_once_per_row_and_storing_resumes_after_a_kill(material
     rows = Rows.open(str(material / "rows"), "train")
     model = load_teacher(material)
     folder = str(tmp_path / "hidden")
-    assert store_hidden(lambda: model, rows, folder, key="k") == len(rows) == 80
+    shards = {"key": "k", "shard_bytes": 64 * 32 * (48 * 4 + 4)}  # of 64 rows
+    assert store_hidden(lambda: model, rows, folder, **shards) == len(rows) == 80
     storage.remove(storage.join(folder, "index.json"))  # as after a kill before the end,
     storage.remove(storage.join(folder, "shard-00001"))  # with the last shard missing
     assert store_hidden(lambda: model, rows, folder, key="k") == 16
@@ -85,7 +86,7 @@ def test_a_store_of_another_teacher_or_with_damage_is_refused(material, tmp_path
     data[-100] ^= 1
     shard.write_bytes(data)
     with pytest.raises(StorageError, match=r"shard-00000.rows.safetensors: SHA-256"):
-        StoredTeacher(str(tmp_path), head, "k").hidden([0], rows.take([0]))
+        StoredTeacher(str(tmp_path), head, "k").hidden([79], rows.take([79]))
 
 
 @pytest.mark.parametrize(
@@ -330,7 +331,7 @@ def test_a_soft_capped_model_distils(material):
 def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(material, tmp_path, caplog):
     config = replace(CONFIG, checkpoint_every=3)
     distil(material, config, checkpoints=str(tmp_path), key="k")
-    newest = tmp_path / "step-00000009" / "shard-00001-model-00001-of-00001.safetensors"
+    newest = tmp_path / "step-00000009" / "shard-00001.safetensors"
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
     newest.write_bytes(data)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
-import uuid
 from collections import namedtuple
 from pathlib import Path
 
@@ -33,6 +33,8 @@ from minitron.logits import Head
 from minitron.models import load_model, load_tokenizer
 
 K = 5
+ROW_BYTES = 32 * (48 * 4 + 4)
+SHARDS = {"key": "k", "shard_bytes": 64 * ROW_BYTES}  # two of them, of 64 and 16 rows
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +44,8 @@ def material(tmp_path_factory):
     teacher = tiny.checkpoint(folder / "teacher")
     source = TextSource("jsonl", path=str(tiny.corpus(folder / "text.jsonl")))
     rows = pack(source, load_tokenizer(teacher), str(folder / "rows"), seq_length=32, train_rows=80, heldout_rows=8)
-    store_hidden(lambda: _teacher(folder), rows, str(folder / "hidden"), key="k")
-    store_top_k(lambda: _teacher(folder), rows, str(folder / "top"), K, key="k")
+    store_hidden(lambda: _teacher(folder), rows, str(folder / "hidden"), **SHARDS)
+    store_top_k(lambda: _teacher(folder), rows, str(folder / "top"), K, **SHARDS)
     return folder
 
 
@@ -104,7 +106,7 @@ sys.path[:0] = json.loads(sys.argv[1])
 import test_store as t
 from pathlib import Path
 folder, out, rank, world = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
-print(t.store_hidden(lambda: t._teacher(folder), t._rows(folder), out, key="k", rank=rank, world=world))
+print(t.store_hidden(lambda: t._teacher(folder), t._rows(folder), out, **t.SHARDS, rank=rank, world=world))
 """
 
 
@@ -120,7 +122,7 @@ def test_two_processes_write_one_store_together(material, tmp_path):
 
 def test_an_incomplete_store_is_completed_by_another_process(material, tmp_path):
     out, seen, head = str(tmp_path / "hidden"), [], Head.of(_teacher(material))
-    assert store_hidden(lambda: _teacher(material), _rows(material), out, key="k", rank=1, world=2) == 16
+    assert store_hidden(lambda: _teacher(material), _rows(material), out, **SHARDS, rank=1, world=2) == 16
     with pytest.raises(StorageError, match="not completely written"):
         StoredTeacher(out, head, "k")
     count = store_hidden(lambda: _teacher(material), _rows(material), out, key="k", progress=lambda *n: seen.append(n))
@@ -131,7 +133,7 @@ def test_an_incomplete_store_is_completed_by_another_process(material, tmp_path)
 
 def test_shards_of_another_teacher_are_not_reused(material, tmp_path):
     out = str(tmp_path / "hidden")
-    store_hidden(lambda: _teacher(material), _rows(material), out, key="k", rank=1, world=2)
+    store_hidden(lambda: _teacher(material), _rows(material), out, **SHARDS, rank=1, world=2)
     with pytest.raises(StorageError, match="shard-00001: holds the store k, not other"):
         store_hidden(_never, _rows(material), out, key="other")
     with pytest.raises(StorageError, match="holds the store k, not other"):
@@ -174,40 +176,11 @@ def test_the_size_of_a_store_is_estimated_and_a_small_disk_refused(material, tmp
     assert size == 80 * 32 * (48 * 4 + 4)
     assert sum(files) == pytest.approx(size, rel=2e-3)  # headers are not in the estimate
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda place: usage(0, 0, size // 4 + 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(0, 0, size // 4 + 1))
     with pytest.raises(StorageError, match=f"storing 80 rows needs {size:,} bytes") as refused:
         store_hidden(lambda: _teacher(material), _rows(material), str(tmp_path / "hidden"), key="k")
     assert refused.value.remedy.startswith("20 rows fit")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_remote_store_is_copied_once_before_it_is_read(material, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    remote = f"memory://{uuid.uuid4().hex}"
-    rows, head = _rows(material), Head.of(_teacher(material))
-    store_hidden(lambda: _teacher(material), rows, remote, key="k")
-    stored = StoredTeacher(remote, head, "k")
-    stored.prefetch([70])
-    tokens = rows.take([70, 3])
-    assert torch.equal(stored.hidden([70, 3], tokens), _stored(material).hidden([70, 3], tokens))
-    copies = list((tmp_path / "minitron").iterdir())
-    assert len(copies) == 2
-    storage.remove(storage.join(remote, "shard-00000", "rows.safetensors"))
-    again = StoredTeacher(remote, head, "k")  # reads the copies
-    assert torch.equal(again.hidden([3], tokens[1:]), stored.hidden([3], tokens[1:]))
-
-
-def test_prefetching_copies_the_shards_of_the_given_rows(material, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    remote = f"memory://{uuid.uuid4().hex}"
-    store_hidden(lambda: _teacher(material), _rows(material), remote, key="k")
-    stored = StoredTeacher(remote, Head.of(_teacher(material)), "k")
-    stored.prefetch([70])
-    stored._shards._reader.shutdown(wait=True)
-    copies = list((tmp_path / "minitron").iterdir())
-    assert [storage.manifest(str(copy))["files"] for copy in copies] == [
-        storage.manifest(storage.join(remote, "shard-00001"))["files"]
-    ]
 
 
 def _objective_loss(material, targets, losses):

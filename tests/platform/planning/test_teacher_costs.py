@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import namedtuple
 
 import pytest
 import torch
 from helpers.distilling import CONFIG
 
-from minitron import storage
 from minitron.data import Rows, rows_of_steps
 from minitron.distill import LiveTeacher, Losses, TopKTeacher, store_top_k
 from minitron.distill.inputs import DistillInputs
@@ -56,7 +56,7 @@ def test_a_disk_that_is_too_small_is_refused_with_the_settings_that_fit(planned,
     row = stored_bytes(1, 32, 48, 4) + 4 * 32
 
     def free(missing):
-        monkeypatch.setattr(storage.shutil, "disk_usage", lambda place: usage(0, 0, whole.bytes - missing))
+        monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(0, 0, whole.bytes - missing))
 
     free(30 * row)
     with pytest.raises(StorageError, match="66 of 96 training rows fit") as refused:

@@ -1,0 +1,211 @@
+"""Rows of a teacher computed and stored, shard by shard, while the next are computed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from minitron import storage
+from minitron.data import Rows
+from minitron.distill.teacher.shard_format import (
+    FILE,
+    INDEX,
+    ROWS_PER_SHARD,
+    Index,
+    check_key,
+    committed_shards,
+    key_of_rows,
+    shard_folder,
+    shard_name,
+)
+from minitron.errors import NotWritableError, StorageError
+from minitron.storage.tensors import write_tensors
+
+SHARD_BYTES = 256 << 20
+
+Compute = Callable[[Tensor], dict[str, Tensor]]
+
+
+class RowModel(NamedTuple):
+    """A model in memory, and what is stored of it: `compute` makes named tensors [n, ...], `row_bytes` bytes for a row, of
+    tokens, int64 [n, seq_length]."""
+
+    model: nn.Module
+    compute: Compute
+    row_bytes: int
+
+
+class Writing(TypedDict, total=False):
+    """How rows are stored."""
+
+    numbers: Sequence[int] | None
+    """Of these rows alone, ascending; all by default."""
+    batch_rows: int
+    """Rows that the model is run on together, 4 by default."""
+    shard_bytes: int
+    """About the size of a shard, 256 MiB by default; at least a batch. A store goes on with the shards it began with."""
+    rank: int
+    world: int
+    """`world` processes write together, each with its `rank`; the last one completes the folder. 0 of 1 by default."""
+    progress: Callable[[int, int], None] | None
+    """Is told how many of how many rows are computed."""
+
+
+def write_shards(
+    load: Callable[[], RowModel],
+    rows: Rows,
+    folder: str,
+    *,
+    key: str,
+    note: Callable[[dict[str, Tensor]], dict[str, Any]] = lambda tensors: {},
+    **how: Unpack[Writing],
+) -> int:
+    """Write what a model makes of every row that is not stored yet; returns how many rows it was run on here.
+
+    `load` is called only if something is missing. `note` of a shard's tensors goes into its manifest. Of several processes
+    each writes every `world`-th shard; whoever sees that all are there writes the index, which makes the folder complete.
+    A shard is written in a thread while the next one is computed. Object stores are asked for one listing, two files a
+    shard, and the index.
+    Raises StorageError for a folder that holds something else, and before the first shard if the disk is too small.
+    """
+    numbers, batch_rows = how.get("numbers"), how.get("batch_rows", 4)
+    rank, world, progress = how.get("rank", 0), how.get("world", 1), how.get("progress")
+    wanted = range(len(rows)) if numbers is None else list(numbers)
+    key = key_of_rows(key, numbers)
+    files = storage.file_sizes(folder)
+    if INDEX in files:
+        check_key(folder, Index.read(folder).key, key)
+        return 0
+    committed = committed_shards(files)
+    loaded = None
+    if committed:  # of one store, because each writer looks at one of them before it adds more
+        rows_per_shard = _rows_per_shard(shard_folder(folder, min(committed)), key)
+    else:
+        loaded = load()
+        batches = round(how.get("shard_bytes", SHARD_BYTES) / (loaded.row_bytes * batch_rows))
+        rows_per_shard = max(1, batches) * batch_rows
+    index = Index(key, len(wanted), rows_per_shard, None if numbers is None else list(wanted))
+    everything = set(range(index.num_shards))
+    mine = range(index.num_shards)[rank::world]
+    missing = [number for number in mine if number not in committed]
+    total, computed = index.rows_of(mine), 0
+    done = total - index.rows_of(missing)
+    if missing:
+        loaded = loaded or load()
+        device = next(loaded.model.parameters()).device
+        with _Writer(folder, index, note) as writer:
+            for number in missing:
+                part = wanted[number * rows_per_shard : (number + 1) * rows_per_shard]
+                for start in range(0, len(part), batch_rows):
+                    batch = rows.take(part[start : start + batch_rows])
+                    with torch.inference_mode():
+                        tensors = loaded.compute(batch.to(device))
+                    if not computed:
+                        _check_room(folder, tensors, index.rows_of(everything - committed))
+                    writer.add(tensors)
+                    computed += len(batch)
+                    if progress:
+                        progress(done + computed, total)
+                writer.write(number)
+    committed = committed_shards(storage.file_sizes(folder)) if world > 1 else committed | set(missing)
+    if everything <= committed:
+        index.write(folder)
+    return computed
+
+
+def _rows_per_shard(shard: str, key: str) -> int:
+    """How many rows the shards of a store have, by one of them."""
+    note = storage.manifest(shard)["note"]
+    check_key(shard, note.get("key"), key)
+    rows: int = note.get("rows_per_shard", ROWS_PER_SHARD)
+    if type(rows) is not int or rows < 1:
+        raise StorageError(f"{shard}: says that shards have {rows!r} rows", f"delete {shard} and run again")
+    return rows
+
+
+class _Writer:
+    """The shard that is being filled, and a thread that writes the one before.
+
+    Rows go to main memory that is reserved twice and used again; from a GPU they are copied while it computes the next ones.
+    """
+
+    def __init__(self, folder: str, index: Index, note: Callable[[dict[str, Tensor]], dict[str, Any]]) -> None:
+        self.folder, self.index, self.note = folder, index, note
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="shard")
+        self.pending: Future[None] | None = None
+        self.buffers: list[dict[str, Tensor]] = [{}, {}]
+        self.filled = 0
+        self.staging: Path | None = None
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.thread.shutdown(wait=True)
+            if kind is None:
+                self._wait()
+        finally:
+            if self.staging:
+                shutil.rmtree(self.staging, ignore_errors=True)
+
+    def add(self, tensors: dict[str, Tensor]) -> None:
+        """Add a batch of rows to the shard."""
+        buffer = self.buffers[0]
+        for name, tensor in tensors.items():
+            if name not in buffer:
+                shape = (self.index.rows_of_shard(0), *tensor.shape[1:])
+                buffer[name] = torch.empty(shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            buffer[name][self.filled : self.filled + len(tensor)].copy_(tensor, non_blocking=True)
+        self.filled += len(next(iter(tensors.values())))
+
+    def write(self, number: int) -> None:
+        """Commit the shard in the thread, after the one before."""
+        self._wait()
+        copied = None
+        if torch.cuda.is_available():
+            copied = torch.cuda.Event()
+            copied.record()
+        tensors = {name: tensor[: self.filled] for name, tensor in self.buffers[0].items()}
+        self.pending = self.thread.submit(self._commit, number, tensors, copied)
+        self.buffers.reverse()
+        self.filled = 0
+
+    def _wait(self) -> None:
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+    def _commit(self, number: int, tensors: dict[str, Tensor], copied: torch.cuda.Event | None) -> None:
+        if copied is not None:
+            copied.synchronize()
+        target = shard_folder(self.folder, number)
+        with storage.disk_errors(target):
+            if self.staging is None:
+                self.staging = storage.staging_folder(storage.join(self.folder, "shards"))
+            place = self.staging / shard_name(number)
+            place.mkdir()
+            entry, _ = write_tensors(place / FILE, tensors)
+            note = {"key": self.index.key, "rows_per_shard": self.index.rows_per_shard, **self.note(tensors)}
+            storage.publish(place, target, storage.upload(place, target, known={FILE: entry}), note)
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _check_room(folder: str, batch: dict[str, Tensor], missing: int) -> None:
+    """Refuse before anything is written what the disk cannot hold."""
+    if not storage.is_local(folder):
+        return
+    row = sum(tensor[0].nbytes for tensor in batch.values())
+    free = storage.free_bytes(folder)
+    if row * missing > free:
+        raise NotWritableError(
+            f"{folder}: storing {missing:,} rows needs {row * missing:,} bytes, and the disk has {free:,} free",
+            f"{free // row:,} rows fit: free some space, store fewer rows, run the teacher during the distillation instead "
+            "of storing its targets, or choose another folder",
+        )

@@ -1,0 +1,61 @@
+"""Files, and folders that are whole or invisible, on local disks and at any address that fsspec reaches."""
+
+from minitron.storage.addresses import absolute, filesystem, is_local, join, local_path
+from minitron.storage.copies import fetch, fetch_file
+from minitron.storage.files import (
+    MANIFEST,
+    create_bytes,
+    exists,
+    file_sizes,
+    names,
+    read_bytes,
+    read_json,
+    remove,
+    size,
+    write_bytes,
+    write_json,
+)
+from minitron.storage.folders import (
+    committed_folder,
+    is_committed,
+    manifest,
+    publish,
+    staging_folder,
+    upload,
+    verify,
+)
+from minitron.storage.hashing import fingerprint, sha256
+from minitron.storage.problems import access_errors, disk_errors, free_bytes
+
+__all__ = [
+    "MANIFEST",
+    "absolute",
+    "access_errors",
+    "committed_folder",
+    "create_bytes",
+    "disk_errors",
+    "exists",
+    "fetch",
+    "fetch_file",
+    "file_sizes",
+    "filesystem",
+    "fingerprint",
+    "free_bytes",
+    "is_committed",
+    "is_local",
+    "join",
+    "local_path",
+    "manifest",
+    "names",
+    "publish",
+    "read_bytes",
+    "read_json",
+    "remove",
+    "sha256",
+    "size",
+    "staging_folder",
+    "upload",
+    "verify",
+    "write_bytes",
+    "write_json",
+]

@@ -1,0 +1,152 @@
+"""Files and folders at any address: read, written atomically, listed and deleted."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from minitron.errors import StorageError
+from minitron.storage.addresses import filesystem, is_local, local_path
+from minitron.storage.problems import access_errors, disk_errors
+
+MANIFEST = "manifest.json"
+CONDITIONAL = ("s3", "gs", "gcs", "abfs", "az", "memory")  # schemes for which fsspec can create a file exclusively
+
+
+def exists(path: str) -> bool:
+    fs, inner = filesystem(path)
+    with access_errors(path):
+        return bool(fs.exists(inner))
+
+
+def read_bytes(path: str) -> bytes:
+    fs, inner = filesystem(path)
+    with access_errors(path):
+        try:
+            return bytes(fs.cat_file(inner))
+        except FileNotFoundError as error:
+            raise StorageError(f"{path}: no such file", "check the path") from error
+
+
+def read_json(path: str) -> Any:
+    data = read_bytes(path)
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{path}: not valid JSON ({error})", "delete the file and run again") from error
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Write a file atomically: a reader sees the old content or the new one."""
+    fs, inner = filesystem(path)
+    if is_local(path):
+        with _written(path, data) as temporary:
+            os.replace(temporary, local_path(path))
+    else:
+        with access_errors(path):
+            fs.pipe_file(inner, data)  # a put to an object store is atomic
+
+
+def create_bytes(path: str, data: bytes) -> bool:
+    """Write a file unless it exists; returns whether it was written. Of several concurrent calls with different `data`, one
+    succeeds.
+
+    Object stores use a conditional put (S3: If-None-Match). Raises StorageError for a scheme without one.
+    """
+    if is_local(path):
+        with _written(path, data) as temporary:
+            try:
+                os.link(temporary, local_path(path))
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+                    raise
+                raise StorageError(
+                    f"{path}: this file system has no hard links, which are needed to create a file only if it does not exist",
+                    "keep runs on another file system, or in an object store",
+                ) from error
+        return True
+    fs, inner = filesystem(path)
+    if path.split("://", 1)[0] not in CONDITIONAL:
+        raise StorageError(
+            f"{path}: this kind of storage cannot create a file only if it does not exist",
+            f"keep runs on a local folder or at one of {', '.join(f'{scheme}://' for scheme in CONDITIONAL)}",
+        )
+    with access_errors(path):
+        try:
+            fs.pipe_file(inner, data, mode="create")
+        except FileExistsError:
+            # drivers retry a put whose response was lost, and the second attempt finds the file of the first
+            return read_bytes(path) == data
+    return True
+
+
+@contextmanager
+def _written(path: str, data: bytes) -> Iterator[Path]:
+    """A temporary file with `data`, synced to disk in the folder of the local `path`; deleted on exit."""
+    target = local_path(path)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with disk_errors(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str, value: Any) -> None:
+    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def size(path: str) -> int:
+    """Bytes of all files below a folder; 0 if it does not exist."""
+    fs, inner = filesystem(path)
+    with access_errors(path):
+        return int(fs.du(inner)) if fs.exists(inner) else 0
+
+
+def names(path: str) -> list[str]:
+    """Current names of the files and folders directly in a folder, sorted; empty if it does not exist."""
+    fs, inner = filesystem(path)
+    fs.invalidate_cache()  # fsspec caches the listings of object stores
+    with access_errors(path):
+        try:
+            entries = fs.ls(inner, detail=False)
+        except FileNotFoundError:
+            return []
+    return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries)
+
+
+def file_sizes(path: str) -> dict[str, int]:
+    """Current sizes in bytes of all files below a folder, by their names relative to it, from one listing; empty if it does
+    not exist."""
+    fs, inner = filesystem(path)
+    fs.invalidate_cache()
+    root = str(fs._strip_protocol(inner)).rstrip("/") + "/"
+    with access_errors(path):
+        found = fs.find(inner, detail=True)
+    return {name[len(root) :]: int(entry["size"]) for name, entry in found.items() if name.startswith(root)}
+
+
+def remove(path: str) -> None:
+    """Delete a file or folder if it exists; a folder's manifest is deleted first, so that a partial folder is never trusted."""
+    fs, inner = filesystem(path)
+    with access_errors(path):
+        if not fs.exists(inner):
+            return
+        with suppress(FileNotFoundError):  # another process was faster
+            manifest = f"{inner.rstrip('/')}/{MANIFEST}"
+            if fs.isdir(inner) and fs.exists(manifest):
+                fs.rm_file(manifest)
+            fs.rm(inner, recursive=True)

@@ -1,0 +1,169 @@
+"""Folders that are published atomically.
+
+A folder is written under a temporary name on local disk, every file is hashed, and `manifest.json` (sizes and SHA-256)
+is published last. A folder without its manifest does not exist for a reader; nothing ever picks "the newest directory".
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+import uuid
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from minitron.errors import StorageError
+from minitron.names import check_name
+from minitron.storage.addresses import filesystem, is_local, join, local_path
+from minitron.storage.files import MANIFEST, exists, file_sizes, read_json, write_bytes
+from minitron.storage.hashing import sha256
+from minitron.storage.problems import access_errors, disk_errors
+from minitron.storage.ranges import check_entry
+
+
+@contextmanager
+def committed_folder(target: str, note: dict[str, Any] | None = None) -> Iterator[Path]:
+    """Yield a temporary local folder; on exit without an error, publish it at `target`, its manifest last.
+
+    note: JSON value stored in the manifest. If another process publishes `target` in the meantime, its folder is kept.
+    """
+    with disk_errors(target):
+        temporary = staging_folder(target)
+        try:
+            yield temporary
+            publish(temporary, target, upload(temporary, target), note)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def staging_folder(target: str) -> Path:
+    """A new temporary folder whose content `publish` will commit to `target`: next to a local target, else in the system's
+    temporary folder."""
+    parent = local_path(target).parent if is_local(target) else Path(tempfile.gettempdir())
+    parent.mkdir(parents=True, exist_ok=True)
+    name = target.rstrip("/").rsplit("/", 1)[-1]
+    _sweep(parent, name)
+    temporary = parent / f".{name}.{_owner()}.{uuid.uuid4().hex[:8]}.tmp"
+    temporary.mkdir()
+    return temporary
+
+
+def upload(
+    temporary: Path, target: str, pattern: str = "*", known: Mapping[str, dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """The manifest's entries of the files in a staging folder that match `pattern`; copies them to `target` unless it is local.
+
+    known: entries of files that were hashed while they were written. The files get the folder's permissions, because
+    safetensors writes files that only their owner can read.
+    """
+    known = known or {}
+    mode = temporary.stat().st_mode & 0o666  # as the umask sets it for new files
+    entries: dict[str, Any] = {}
+    for file in sorted(temporary.rglob(pattern)):
+        if file.is_file():
+            file.chmod(mode)
+            name = str(file.relative_to(temporary))
+            entries[name] = known.get(name) or {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    if not is_local(target):
+        fs, inner = filesystem(target)
+        with access_errors(target):
+            for name in entries:
+                fs.put_file(str(temporary / name), f"{inner}/{name}")
+    return entries
+
+
+def publish(temporary: Path, target: str, files: dict[str, Any], note: dict[str, Any] | None = None) -> None:
+    """Commit a staging folder whose files are uploaded, by writing the manifest."""
+    manifest = json.dumps({"files": files, "note": note or {}}, indent=1, sort_keys=True) + "\n"
+    if is_local(target):
+        (temporary / MANIFEST).write_text(manifest)
+        _publish(temporary, local_path(target))
+    else:
+        write_bytes(join(target, MANIFEST), manifest.encode())
+
+
+def _owner() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def _sweep(parent: Path, name: str) -> None:
+    """Delete staging folders for the same target left by killed processes of this machine."""
+    for folder in parent.glob(f".{glob.escape(name)}.*.tmp"):
+        host, _, pid = folder.name.removeprefix(f".{name}.").rsplit(".", 2)[0].rpartition("-")
+        if host == socket.gethostname() and pid.isdigit() and not _is_alive(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    if target.exists() and not (target / MANIFEST).exists():
+        shutil.rmtree(target)  # a folder without a manifest was being deleted
+    try:
+        os.rename(temporary, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+
+
+def is_committed(target: str) -> bool:
+    """Whether a folder was published completely."""
+    return exists(join(target, MANIFEST))
+
+
+def manifest(target: str) -> dict[str, Any]:
+    """The manifest of a committed folder: {"files": {name: {"bytes", "sha256"}}, "note": {...}}. Files that are read in
+    parts have "parts" as well (see `minitron.storage.ranges`).
+
+    Raises StorageError for one that names files outside the folder, or is not a manifest."""
+    path = join(target, MANIFEST)
+    value: dict[str, Any] = read_json(path)
+    try:
+        for name, entry in value["files"].items():
+            if check_name(name, path) == MANIFEST:
+                raise ValueError(name)
+            check_entry(entry)
+        if not isinstance(value.setdefault("note", {}), dict):
+            raise ValueError("note")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StorageError(f"{path}: not a manifest ({error!r})", f"delete {target} and run again") from error
+    return value
+
+
+def verify(target: str, *, hashes: bool = True, only: Collection[str] | None = None) -> None:
+    """Raise StorageError naming the first file that is missing, has another size, or (with `hashes`) is altered.
+
+    only: names of the files to look at, by default all.
+    """
+    fs, inner = filesystem(target)
+    remedy = f"delete {target} and run again"
+    sizes = file_sizes(target)
+    for name, expected in manifest(target)["files"].items():
+        if only is not None and name not in only:
+            continue
+        path = join(target, name)
+        if name not in sizes:
+            raise StorageError(f"{path}: missing", remedy)
+        if sizes[name] != expected["bytes"]:
+            raise StorageError(f"{path}: has {sizes[name]} bytes, but {expected['bytes']} were written", remedy)
+        if hashes:
+            with access_errors(target), fs.open(f"{inner}/{name}", "rb") as file:
+                actual = hashlib.file_digest(file, "sha256").hexdigest()
+            if actual != expected["sha256"]:
+                raise StorageError(f"{path}: SHA-256 is {actual}, expected {expected['sha256']}", remedy)

@@ -1,0 +1,64 @@
+"""What a disk, a server or a driver refuses, as StorageError with a remedy."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from safetensors import SafetensorError
+
+from minitron.errors import MinitronError, NotWritableError, StorageError, one_line
+from minitron.storage.addresses import is_local, local_path
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def access_errors(path: str) -> Iterator[None]:
+    """Turn errors of access into StorageError: missing permission, and any exception of a remote storage's driver, which has
+    its own types for a server that does not answer."""
+    try:
+        yield
+    except MinitronError:
+        raise
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in FULL  # the local disk, to which a copy is written
+        if full or (is_local(path) and not isinstance(error, PermissionError)):
+            raise
+        raise StorageError(
+            f"{path}: cannot be accessed ({one_line(error)})", "check the address, its permissions and the network"
+        ) from error
+
+
+@contextmanager
+def disk_errors(path: str) -> Iterator[None]:
+    """Turn errors of the operating system (disk full, no permission) into NotWritableError with a remedy."""
+    try:
+        yield
+    except SafetensorError as error:
+        if "os error" not in str(error):
+            raise
+        raise NotWritableError(f"{path}: {error}", "free some space, or choose another folder") from error
+    except OSError as error:
+        if error.errno in FULL:
+            free = free_bytes(path)
+            raise NotWritableError(
+                f"{path}: the disk is full ({free / 1e9:.2f} GB free)",
+                "free some space, or choose another folder",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            raise NotWritableError(
+                f"{path}: cannot be written ({error.strerror})",
+                "change its permissions, or choose another folder",
+            ) from error
+        raise
+
+
+def free_bytes(path: str) -> int:
+    """Free bytes on the disk that holds the nearest existing parent of a local path."""
+    folder = local_path(path)
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
