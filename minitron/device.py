@@ -1,4 +1,4 @@
-"""The device that models compute on, and its speed and dtype."""
+"""The device on which models compute, its speed, and the dtype that suits it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def gpu_bytes() -> int:
 
 
 def device_name() -> str:
-    """The name of `device()`, for a CPU with the number of torch threads."""
+    """The model name of `device()`; for a CPU also the number of torch threads."""
     cuda = device().type == "cuda"
     return processor() if cuda else f"{processor()} · threads {torch.get_num_threads()}"
 
 
 def processor() -> str:
-    """The model name of the GPU or CPU that `device()` is."""
+    """The model name of `device()`, without the number of threads."""
     if device().type == "cuda":
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
@@ -48,7 +48,7 @@ def compute_dtype(name: str = "auto") -> torch.dtype:
 
 @lru_cache
 def matmul_flops(dtype: torch.dtype) -> float:
-    """FLOP/s of a product of large square matrices on this process's device, measured for 0.2 s."""
+    """FLOP/s of products of large square matrices of `dtype` on `device()`, measured once per process for 0.2 s."""
     target = device()
     size = 8192 if target.type == "cuda" else 1024
     a = torch.ones(size, size, dtype=dtype, device=target)

@@ -1,4 +1,4 @@
-"""Files of a local folder, following symbolic links, of which the hub's cache consists."""
+"""Listing the files of a local folder; symbolic links, which the hub's cache consists of, are followed."""
 
 from __future__ import annotations
 

@@ -10,27 +10,27 @@ from minitron.distill.losses.chunked import CHUNK_TOKENS as LOSS_TOKENS
 from minitron.logits import CHUNK_TOKENS, most_tokens
 
 LIBRARIES = 600_000_000
-"""Of a process with Python, torch, transformers and Ray, before it loads anything."""
+"""Bytes of a process that has imported torch, transformers and Ray, without any model."""
 FLOAT = 4  # bytes of a float32
 
 
 @dataclass(frozen=True)
 class MainMemory:
-    """Bytes of one process at its peak, by what takes them."""
+    """Peak main memory of one process, bytes, by use."""
 
     libraries: int = LIBRARIES
     weights: int = 0
-    """Of the models that compute, in their own dtype."""
+    """Weights of the models that compute, in their dtype."""
     teacher: int = 0
-    """Of a teacher or its head beside the model that is trained."""
+    """Weights of the teacher, or of its head, next to the model in training."""
     optimizer: int = 0
     """float32 master weights and AdamW's two moments."""
     gradients: int = 0
     activations: int = 0
     logits: int = 0
-    """Chunks of logits of both models, and the gradient of the head."""
+    """Logits of one chunk of tokens of each model, and the gradient of the head."""
     checkpoint: int = 0
-    """The copy that is written while training goes on."""
+    """The copy of the training state that is written in the background."""
 
     @property
     def total(self) -> int:
@@ -38,14 +38,18 @@ class MainMemory:
 
 
 def weight_bytes(architecture: Architecture, value_bytes: int) -> int:
+    """Bytes of a model's weights with `value_bytes` bytes per parameter."""
     return architecture.num_parameters * value_bytes
 
 
 def forward_memory(
     models: list[Architecture], value_bytes: int, tokens: int, *, logits: int = 1, streams: int = 2
 ) -> MainMemory:
-    """Running one of several loaded models forward on batches of `tokens` tokens, with `logits` models' logits beside each
-    other, keeping `streams` hidden states of a batch."""
+    """Memory for the forward pass of one of several loaded models on batches of `tokens` tokens.
+
+    value_bytes: bytes per weight and activation. logits: number of models whose logits exist at the same time. streams: number
+    of hidden states [tokens, hidden_size] that are kept.
+    """
     widest = max(models, key=lambda model: model.num_parameters)
     return MainMemory(
         weights=sum(weight_bytes(model, value_bytes) for model in models),
@@ -65,29 +69,31 @@ def training_memory(
     measured: bool = False,
     workers: int = 1,
 ) -> MainMemory:
-    """One of `workers` processes that train `student` on a CPU, with models of `value_bytes` a value.
+    """Memory of one of `workers` processes that train `student` on CPUs; all parameters are trained.
 
-    teacher: what it is compared with; of its weights the head stays, or all with `whole_teacher`. measured: held-out rows
-    are measured in between. Gradients are those of all parameters.
+    seq_length: tokens per row. value_bytes: bytes per weight and activation. teacher: the teacher's architecture, if there is
+    one; only its head is kept in memory, or with `whole_teacher` the whole model. measured: whether held-out rows are scored
+    during the training.
     """
-    parameters, shards = student.num_parameters, workers if config.shard else 1
+    parameters = student.num_parameters
+    shards = workers if config.shard else 1
     inner = parameters - student.vocab_size * student.hidden_size
     weights = parameters * value_bytes
-    # the sums over micro-batches, and what one micro-batch adds
+    # the sum over micro-batches, and the gradient of one micro-batch
     gradients = FLOAT * parameters // shards + value_bytes * parameters
     head = student.vocab_size * student.hidden_size
     tokens = min(config.micro_batch_rows, config.batch_rows) * seq_length
     chunks = (2 if teacher else 1) * _chunk_bytes(student, CHUNK_TOKENS if measured else LOSS_TOKENS["cpu"])
-    of_teacher = 0
+    teacher_bytes = 0
     if teacher:
         kept = teacher.num_parameters if whole_teacher else teacher.vocab_size * teacher.hidden_size
-        of_teacher = kept * value_bytes
+        teacher_bytes = kept * value_bytes
     copy = 3 * FLOAT * parameters // workers if config.checkpoint_every else 0
     if shards > 1:
-        weights += FLOAT * head + value_bytes * inner // student.num_layers  # what is gathered
+        weights += FLOAT * head + value_bytes * inner // student.num_layers  # gathered: the head and one layer
     steady = MainMemory(
         weights=weights,
-        teacher=of_teacher,
+        teacher=teacher_bytes,
         optimizer=3 * FLOAT * parameters // shards,
         gradients=gradients,
         activations=_kept_bytes(student, tokens, value_bytes, config.activation_checkpointing),
@@ -105,16 +111,18 @@ def _chunk_bytes(architecture: Architecture, most: int) -> int:
 
 
 def _layer_bytes(architecture: Architecture, value_bytes: int) -> int:
-    """What a layer keeps of a token for the backward pass: two norms with their float32 copies, queries, keys and values
-    before and after rotation and repetition, attention's output, and four results in the MLP."""
+    """Bytes of activations that a layer keeps per token for the backward pass: two norms with their float32 copies, queries,
+    keys and values before and after rotary embedding and repetition over KV groups, attention's output, and four results in
+    the MLP."""
     width = architecture.intermediate_size * max(1, architecture.experts_per_token)
     heads = architecture.num_heads * architecture.head_dim
     return architecture.hidden_size * (2 * 2 * FLOAT + 4 * value_bytes) + value_bytes * (5 * heads + 4 * width)
 
 
 def _kept_bytes(architecture: Architecture, tokens: int, value_bytes: int, how: str) -> int:
-    """Of all layers, with activation checkpointing as `how` says."""
-    layer, stream = _layer_bytes(architecture, value_bytes), architecture.hidden_size * value_bytes
+    """Bytes of activations of all layers; `how`: the activation checkpointing, as in `DistillConfig`."""
+    layer = _layer_bytes(architecture, value_bytes)
+    stream = architecture.hidden_size * value_bytes
     if how == "none":
         return tokens * architecture.num_layers * layer
     width = architecture.intermediate_size * max(1, architecture.experts_per_token)

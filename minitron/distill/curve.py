@@ -1,4 +1,4 @@
-"""The training curve, kept with the checkpoints: whole however often and on whatever machines a training is resumed."""
+"""The training curve, stored with the checkpoints, so that it stays complete when a training is resumed on any machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PART = re.compile(r"(\d{8})-(\d{8})\.jsonl")
 
 @dataclass(frozen=True)
 class Point:
-    """The loss of one step, nats per token, and the divergence from the teacher in it where there is one."""
+    """One training step: its loss, nats per token, and its divergence from the teacher (None without a teacher)."""
 
     step: int
     loss: float
@@ -22,35 +22,39 @@ class Point:
 
 
 class Curve:
-    """The curve of one training whose checkpoints are in `checkpoints`; one process writes it.
+    """The curve of one training, written by one process. checkpoints: the folder of the training's checkpoints.
 
-    Object stores cannot append, so the points between two checkpoints are one JSON-lines file, named by the steps before its
-    first and up to its last. Raises StorageError for a file that cannot be read or written.
+    Object stores cannot append, so the points between two checkpoints are one JSON-lines file FIRST-LAST.jsonl with the points
+    of the steps FIRST + 1 to LAST. Raises StorageError for a file that cannot be read or written.
     """
 
     def __init__(self, checkpoints: str) -> None:
         self._folder = storage.join(checkpoints, "curve")
-        self._saved, self._points = 0, list[Point]()
+        self._saved = 0  # step up to which the points are on disk
+        self._points: list[Point] = []
 
     def resume(self, step: int) -> None:
-        """Go on after `step`: what was written of later steps, which are trained again, is deleted."""
+        """Continue after `step`. The points of later steps are deleted, because these steps are trained again."""
         for first, last in self._parts():
             if last > step:
                 storage.remove(self._path(first, last))
-        self._saved, self._points = step, []
+        self._saved = step
+        self._points = []
 
     def add(self, point: Point) -> None:
         self._points.append(point)
 
     def save(self, step: int) -> None:
-        """Write the points up to `step`; before the checkpoint of that step is committed, so that it is never without."""
+        """Write the points up to `step`. Call it before the checkpoint of that step is committed, so that every checkpoint has
+        its curve."""
         if step > self._saved:
             lines = "".join(json.dumps(asdict(point)) + "\n" for point in self._points)
             storage.write_bytes(self._path(self._saved, step), lines.encode())
-            self._saved, self._points = step, []
+            self._saved = step
+            self._points = []
 
     def points(self) -> list[Point]:
-        """All saved points, by step; each step once, also where a process that was given up wrote some of them again."""
+        """All saved points in the order of their steps. Each step occurs once, even if an abandoned process wrote it too."""
         points = {point.step: point for part in self._parts() for point in self._read(self._path(*part))}
         return [points[step] for step in sorted(points)]
 
@@ -71,5 +75,5 @@ class Curve:
 
 
 def read_curve(checkpoints: str) -> list[Point]:
-    """The curve of a training that has ended, from the folder of its checkpoints."""
+    """The curve of a finished training, from the folder of its checkpoints."""
     return Curve(checkpoints).points()

@@ -1,4 +1,4 @@
-"""Everything a distillation reads, by address: the same for every candidate, trial and worker."""
+"""Addresses of everything that a distillation reads; the same for every candidate, trial and worker."""
 
 from __future__ import annotations
 
@@ -23,9 +23,12 @@ from minitron.pruning.source import PruningSource
 
 @dataclass(frozen=True)
 class DistillInputs:
-    """Addresses of a teacher checkpoint, of packed rows, and of the teacher's stored targets on both splits: hidden states, or
-    for the training rows with `top_k` the top-k tokens. teacher_id: hash of the teacher's weights. dtype: "bfloat16" or
-    "float32", in which models compute. separate_documents: whether teacher and students keep the documents of a row apart."""
+    """Addresses of a teacher checkpoint, of packed rows, and of the teacher's stored targets for both splits.
+
+    The targets are final hidden states; for the training rows, if `top_k` is not 0, the teacher's top-k tokens. teacher_id:
+    hash of the teacher's weights. dtype: "bfloat16" or "float32", the dtype in which models compute. separate_documents:
+    whether tokens attend only to their own document of a row.
+    """
 
     teacher: str
     teacher_id: str
@@ -37,7 +40,7 @@ class DistillInputs:
     separate_documents: bool = False
 
     def load_teacher(self, target: torch.device | None = None) -> nn.Module:
-        """The teacher on a device, by default the first GPU, or the CPU if there is none."""
+        """The teacher on the device `target`, by default `minitron.device.device()`."""
         return load_model(storage.fetch(self.teacher), DTYPES[self.dtype]).to(target or device())
 
     def open_teacher(self) -> MetaModel:
@@ -45,43 +48,45 @@ class DistillInputs:
         return open_model(storage.fetch(self.teacher), DTYPES[self.dtype])
 
     def teacher_head(self) -> Head:
-        """The teacher's head on the device that models compute on; nothing else of the teacher is read."""
+        """The teacher's head on `minitron.device.device()`; the rest of the teacher is not read."""
         return read_head(storage.fetch(self.teacher), DTYPES[self.dtype]).to(device())
 
     def open_rows(self, split: Split) -> Rows:
+        """The packed rows of a split."""
         return Rows.open(self.rows, split)
 
     def targets_key(self, split: Split) -> str:
+        """The key of a split's stored targets (see `minitron.distill.teacher.stored.store_key`)."""
         top_k = self.top_k if split == "train" else 0
         rows = self.open_rows(split).fingerprint
         return store_key(self.teacher_id, rows, self.dtype, top_k, separate_documents=self.separate_documents)
 
     def documents(self) -> DocumentBoundaries | None:
-        """How to tell the documents that are kept apart; None if they are not."""
+        """The boundaries of the documents to separate; None if they are not separated."""
         return self.open_rows("train").boundaries if self.separate_documents else None
 
     def targets(self, teacher_head: Head) -> Targets:
-        """What is stored of the train rows."""
+        """The teacher's stored targets for the training rows."""
         if self.top_k:
             return TopKTeacher(self.train_targets, self.targets_key("train"))
         return StoredTeacher(self.train_targets, teacher_head, self.targets_key("train"))
 
     def heldout_teacher(self, teacher_head: Head) -> StoredTeacher | LiveTeacher:
-        """What held-out rows are compared with: their stored hidden states."""
+        """The teacher's stored final hidden states of the held-out rows."""
         return StoredTeacher(self.heldout_targets, teacher_head, self.targets_key("heldout"))
 
     def source(self, origin: PruningSource) -> tuple[nn.Module, Head]:
-        """What `origin` cuts students from, and the teacher's head."""
+        """The model from which students are pruned, and the teacher's head; they share weights if the model is the teacher."""
         source = origin.load()
         return source, Head.of(source) if origin.folder == self.teacher else self.teacher_head()
 
     def student(self, origin: PruningSource, architecture: Architecture) -> tuple[nn.Module, Head]:
-        """A student of `architecture`, cut from `origin`, and the teacher's head."""
+        """A student of `architecture`, pruned from `origin`, and the teacher's head."""
         source, head = self.source(origin)
         return origin.prune(source, architecture), head
 
     def heldout(self, model: nn.Module, teacher_head: Head, limit: int | None = None) -> HeldoutMetrics:
-        """Loss and KL to the teacher on the first `limit` held-out rows, by default all."""
+        """Loss of `model` and KL to the teacher on the first `limit` held-out rows (None: all)."""
         rows = self.open_rows("heldout")
         tokens = rows.take(range(min(limit or len(rows), len(rows))))
         targets = self.heldout_teacher(teacher_head)

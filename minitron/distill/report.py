@@ -1,4 +1,4 @@
-"""What a distillation says of its steps."""
+"""Reports on the steps of a distillation: losses, speed and times."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from minitron.distill.config import DistillConfig
 from minitron.distill.losses.objective import Objective
 from minitron.distill.utilisation import training_flops_per_token
 
-ASIDE = ("evaluation", "report")  # parts that are no training
+ASIDE = ("evaluation", "report")  # parts that do not count as training time
 # Names of metrics that differ from those of the report's fields.
 METRIC_NAMES = {
     "loss": "train_loss",
@@ -26,17 +26,17 @@ METRIC_NAMES = {
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step did. `loss` is the whole objective on the step's rows; its parts are None where they are not used."""
+    """One training step. `loss` is the whole objective on the step's rows; terms that the objective lacks are None."""
 
     step: int
     steps: int
     loss: float
     kl: float | None
-    """The divergence from the teacher that `Losses.logits` names, by default forward KL, nats per token."""
+    """Divergence from the teacher by the measure in `Losses.logits`, by default forward KL in nats per token."""
     cross_entropy: float | None
-    """Nats per token, before its weight."""
+    """Nats per token, not weighted."""
     intermediate: float | None
-    """L_is, before its weight."""
+    """L_is, not weighted."""
     learning_rate: float
     grad_norm: float
     tokens: int
@@ -44,31 +44,31 @@ class StepReport:
     utilisation: float
     """Model FLOP utilisation, see `minitron.distill.utilisation`."""
     seconds: dict[str, float]
-    """What a step took in each part since the last report, in `minitron.distill.timing.PARTS`; evaluations and checkpoints
-    are spread over the steps."""
+    """Seconds per step for each part in `minitron.distill.timing.PARTS`, averaged over the steps since the last report."""
     skipped: int
-    """Steps passed over so far because their loss or gradient was not finite."""
+    """Number of steps so far that were skipped because their loss or gradient was not finite."""
 
     @property
     def bound_by(self) -> str:
-        """The part that took longest."""
+        """The part of a step that takes longest."""
         return max(self.seconds, key=lambda part: self.seconds[part])
 
     def metrics(self) -> dict[str, float]:
-        """Every figure by the name that records and charts have for it: what is not used is left out, losses of the training
-        rows begin with "train_", seconds of the parts with "seconds_". A new field is in it by itself."""
+        """All fields as {metric name: value} for records and charts, without those that are None. Names of losses start with
+        "train_", names of the parts' seconds with "seconds_". New fields are included automatically."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("step", "steps", "seconds")}
         named = {METRIC_NAMES.get(name, name): value for name, value in values.items() if value is not None}
         return named | {f"seconds_{part}": value for part, value in self.seconds.items()}
 
 
 class Reporter:
-    """Makes the reports of one process, whose models compute in `dtype`, from step `done` on."""
+    """Creates the reports of one process. dtype: that of the models' computation. done: number of steps already done."""
 
     def __init__(
         self, objective: Objective, config: DistillConfig, seq_length: int, dtype: torch.dtype, done: int
     ) -> None:
-        self.objective, self.config = objective, config
+        self.objective = objective
+        self.config = config
         self.step_tokens = config.batch_rows * seq_length
         self.flops = training_flops_per_token(objective.student, objective.targets, seq_length)
         world = dist.get_world_size() if dist.is_initialized() else 1
@@ -77,8 +77,10 @@ class Reporter:
         objective.watch.restart()
 
     def report(self, done: int, parts: list[float], rate: float, norm: float, skipped: int) -> StepReport:
-        """The report after `done` steps of the last one's loss and its parts, as `Objective` gives them."""
-        steps, self.done = done - self.done, done
+        """The report on step `done`. parts: the loss and its terms as `Objective.forward` returns them. rate: learning rate.
+        norm: L2 norm of the gradient. skipped: number of steps skipped so far."""
+        steps = done - self.done
+        self.done = done
         seconds = {part: total / steps for part, total in self.objective.watch.seconds().items()}
         speed = self.step_tokens / sum(value for part, value in seconds.items() if part not in ASIDE)
         losses = self.objective.losses

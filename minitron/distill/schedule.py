@@ -1,8 +1,8 @@
-"""Learning rate as a pure function of the step: linear warm-up, then one of two ways down to the minimum.
+"""Learning-rate schedules as a pure function of the step: linear warm-up, then cosine decay or stable-decay.
 
-"cosine" is the papers' (arXiv 2408.11796). "wsd" stays at the peak and goes down in a straight line at the end
-(warm-up-stable-decay, arXiv 2404.06395 section 4; arXiv 2405.18392): until the decay begins its rates do not depend on the
-number of steps, so runs of different length can be compared.
+"cosine" is the schedule of the Minitron papers (arXiv 2408.11796). "wsd" (warm-up-stable-decay, arXiv 2404.06395 section 4;
+arXiv 2405.18392) stays at the peak and decays linearly at the end. Before the decay its rates do not depend on the number of
+steps, so that trainings of different lengths can be compared.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ def learning_rate(
     schedule: str = "cosine",
     decay_share: float = 0.2,
 ) -> float:
-    """Rate of step `step`, counted from 0; "wsd" decays in the last `decay_share` of the steps."""
+    """Learning rate of step `step`, counted from 0.
+
+    peak, minimum: the rates after warm-up and at the last step. schedule: one of SCHEDULES. decay_share: the share of the steps
+    in which "wsd" decays, 0 to 1.
+    """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     if schedule == "cosine":

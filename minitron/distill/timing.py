@@ -1,4 +1,4 @@
-"""Time of a training step by part."""
+"""Measurement of the time that each part of a training step takes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ PARTS = ("data", "teacher", "student", "loss", "optimizer", "checkpoint", "evalu
 
 
 class Stopwatch:
-    """Seconds by part, without a gap: each lap is the time since the one before.
+    """Seconds by part of a step. A lap is the time since the lap before it, so the laps add up to the whole time.
 
-    On a GPU laps are events in its stream that are read when the seconds are asked for, so that measuring never makes the
-    host wait in between; what the host does while the GPU is busy costs nothing and counts nothing.
+    On a GPU laps are CUDA events, read only by `seconds`, so that measuring does not make the host wait. Time that the host
+    spends while the GPU is busy is not counted separately.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -22,23 +22,24 @@ class Stopwatch:
         self.restart()
 
     def lap(self, part: str) -> None:
-        """Count the time since the last lap to `part`, one of `PARTS`."""
+        """Add the time since the last lap to `part`, one of `PARTS`."""
         self._laps.append(part)
         self._marks.append(self._mark())
 
     def restart(self) -> None:
-        """Forget all laps; the next one begins now."""
+        """Discard all laps and start the next one now."""
         self._laps: list[str] = []
         self._marks = [self._mark()]
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each part in `PARTS` up to the last lap since the last call; waits for the GPU."""
+        """Seconds of each part in `PARTS` from the previous call to the last lap; waits for the GPU."""
         if self.cuda:
             self._marks[-1].synchronize()
         totals = dict.fromkeys(PARTS, 0.0)
         for part, before, after in zip(self._laps, self._marks, self._marks[1:], strict=False):
             totals[part] += before.elapsed_time(after) / 1000 if self.cuda else after - before
-        self._laps, self._marks = [], self._marks[-1:]
+        self._laps = []
+        self._marks = self._marks[-1:]
         return totals
 
     def _mark(self) -> Any:

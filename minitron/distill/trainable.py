@@ -1,4 +1,4 @@
-"""Which parameters of a model a training moves: all, the norms, or low-rank adapters that are merged in afterwards."""
+"""Selection of the parameters to train: all, the norms, or low-rank adapters that are merged into the model afterwards."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from minitron.architecture import Architecture
+from minitron.arguments import check_model
 from minitron.errors import InputError
 
 METHODS = ("full", "norms", "lora")
@@ -17,14 +18,16 @@ METHODS = ("full", "norms", "lora")
 
 @contextmanager
 def trainable(model: nn.Module, method: str, *, lora_rank: int = 16) -> Iterator[nn.Module]:
-    """Within the block only the parameters of `method` require a gradient; afterwards adapters are merged and all do.
+    """Let only the parameters of `method` require a gradient inside the context. On exit adapters are merged into the model and
+    all parameters require a gradient again.
 
-    "norms" are the vectors that scale and shift activations; "lora" adds adapters of rank `lora_rank` to every matrix of the
-    layers through peft (arXiv 2106.09685). Raises InputError for another method, for lora without peft, and for lora on a
-    mixture of experts, whose experts are no Linear modules.
+    "full" trains all parameters, "norms" the weights and biases of the norms, "lora" adapters of rank `lora_rank` on every
+    Linear module of the layers, by peft (arXiv 2106.09685). Raises InputError for another method, for lora without peft, and
+    for lora on a mixture of experts, whose experts are not Linear modules.
     """
+    check_model("model", model)
     if method not in METHODS:
-        raise InputError(f"method: {method!r} is not a way to train", f"use one of {', '.join(METHODS)}")
+        raise InputError(f"method: {method!r} is not a training method", f"use one of {', '.join(METHODS)}")
     if method == "lora":
         with _lora(model, lora_rank) as adapted:
             yield adapted
@@ -41,11 +44,11 @@ def trainable(model: nn.Module, method: str, *, lora_rank: int = 16) -> Iterator
 
 
 def check_lora(architecture: Architecture) -> None:
-    """Raise InputError where adapters cannot be trained: without peft, or on a mixture of experts."""
+    """Raise InputError if adapters cannot be trained: without peft, or on a mixture of experts."""
     if importlib.util.find_spec("peft") is None:
         raise InputError("method: 'lora' needs the package peft", "pip install 'minitron[lora]'")
     if architecture.table.experts:
-        raise InputError("method: 'lora' does not reach the experts of a mixture", "use full or norms")
+        raise InputError("method: 'lora' cannot adapt the experts of a mixture-of-experts model", "use full or norms")
 
 
 @contextmanager

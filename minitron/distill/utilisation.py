@@ -1,11 +1,11 @@
 """Model FLOP utilisation of a distillation.
 
-utilisation = tokens per second · (F_teacher + (2 + t) · F_student) / (processes · peak FLOP/s of one's device)
+utilisation = tokens per second · (F_teacher + (2 + t) · F_student) / (processes · peak FLOP/s of one process's device)
 
-F is the FLOPs of one forward pass per token, `Architecture.flops_per_token`, the head included. The backward pass of the
-student takes F_student for the gradients of the activations and t · F_student for those of the weights, where t is the
-share of its parameters that is trained. Of a teacher whose hidden states are stored, only the head is run, and nothing of
-one whose top-k tokens are. What is computed a second time, as activation checkpointing does, does not count.
+F is the FLOPs per token of one forward pass, head included (`Architecture.flops_per_token`). The student's backward pass takes
+F_student for the gradients of the activations and t · F_student for those of the weights, where t is the share of its
+parameters that is trained. F_teacher is that of the head alone if the teacher's hidden states are stored, and 0 if its top-k
+tokens are. Recomputation by activation checkpointing is not counted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from minitron.distill.teacher.stored import StoredTeacher
 
 
 def training_flops_per_token(student: nn.Module, targets: Targets | None, seq_length: int) -> float:
-    """FLOPs that a token of a row of `seq_length` takes in student and teacher."""
+    """FLOPs of student and teacher per token in a training step, for rows of `seq_length` tokens."""
     sizes = [(p.numel(), p.requires_grad) for p in student.parameters()]
     trained = sum(size for size, trains in sizes if trains) / sum(size for size, _ in sizes)
     flops = (2 + trained) * Architecture.from_config(student.config).flops_per_token(seq_length)

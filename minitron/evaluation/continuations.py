@@ -1,8 +1,8 @@
-"""Log-likelihoods of continuations, each context computed once.
+"""Log-likelihoods of continuations that share contexts, with every context computed once.
 
-The answers to a multiple-choice question follow the same context: they lie in one row behind it, as branches that see the
-context and themselves but not each other, at the positions that they have behind the context alone. That is the same
-arithmetic as a row for each answer, without computing the context for each.
+The answers to a multiple-choice question follow the same context. They are concatenated after it in one row, as branches that
+attend to the context and to themselves but not to each other; each has the position ids that it would have directly after
+the context. The result is the same as with one row per answer.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from minitron.attention import takes_masks
 from minitron.logits import CHUNK_TOKENS, Head, log_softmax_, tokens_per_chunk
 from minitron.models import decoder_and_head
 
-MASK_BYTES = 256 << 20  # of a batch's attention mask, float32 [rows, 1, length, length]
+MASK_BYTES = 256 << 20  # largest attention mask of a batch, float32 [rows, 1, length, length]
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """Token ids of a text whose likelihood is asked for, and of what precedes it (at least one)."""
+    """Token ids of a text to score, and of the context before it (at least one token)."""
 
     context: list[int]
     tokens: list[int]
@@ -31,7 +31,7 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Answer:
-    """Sum of the tokens' log-probabilities, nats; and whether each is the likeliest at its position."""
+    """The score of a continuation: the sum of its tokens' log-probabilities in nats, and whether greedy decoding yields it."""
 
     log_likelihood: float
     greedy: bool
@@ -39,10 +39,11 @@ class Answer:
 
 @dataclass
 class _Row:
-    """A context and the inputs of what follows it, by the numbers of the continuations that read them."""
+    """A context and its continuations."""
 
     context: tuple[int, ...]
     branches: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
+    """Input tokens after the context (a continuation without its last token) -> indices of the continuations with them."""
 
     def __len__(self) -> int:
         return len(self.context) + sum(map(len, self.branches))
@@ -51,23 +52,24 @@ class _Row:
         return [*self.context, *(token for branch in self.branches for token in branch)]
 
     def positions(self) -> list[int]:
-        behind = len(self.context)
-        return [*range(behind), *(behind + i for branch in self.branches for i in range(len(branch)))]
+        first = len(self.context)
+        return [*range(first), *(first + i for branch in self.branches for i in range(len(branch)))]
 
     def visible(self, length: int) -> Tensor:
-        """bool [length, length]: which positions (columns) each one (rows) sees. Padding sees itself."""
-        seen = torch.eye(length, dtype=torch.bool)
-        behind = start = len(self.context)
-        seen[:behind, :behind] = torch.ones(behind, behind, dtype=torch.bool).tril()
+        """bool [length, length]: which positions (columns) each query position (rows) attends to. Padding attends to itself."""
+        mask = torch.eye(length, dtype=torch.bool)
+        context = len(self.context)
+        mask[:context, :context] = torch.ones(context, context, dtype=torch.bool).tril()
+        start = context
         for branch in self.branches:
             own = slice(start, start + len(branch))
-            seen[own, :behind] = True
-            seen[own, own] = torch.ones(len(branch), len(branch), dtype=torch.bool).tril()
+            mask[own, :context] = True
+            mask[own, own] = torch.ones(len(branch), len(branch), dtype=torch.bool).tril()
             start += len(branch)
-        return seen
+        return mask
 
-    def reading(self) -> Iterator[tuple[int, list[int]]]:
-        """(continuation, the positions in the row whose outputs predict its tokens)."""
+    def outputs(self) -> Iterator[tuple[int, list[int]]]:
+        """(index of a continuation, the positions in the row whose outputs predict its tokens)."""
         start = len(self.context)
         for branch, numbers in self.branches.items():
             for number in numbers:
@@ -75,16 +77,19 @@ class _Row:
             start += len(branch)
 
 
-def log_likelihoods(model: Any, asked: Sequence[Continuation], batch_rows: int) -> Iterator[tuple[int, Answer]]:
-    """(number in `asked`, answer) for each continuation, longest rows first; logits accumulate in float32.
+def log_likelihoods(model: Any, continuations: Sequence[Continuation], batch_rows: int) -> Iterator[tuple[int, Answer]]:
+    """Yield (index in `continuations`, answer) for each continuation, longest rows first; logits are accumulated in float32.
 
-    Continuations behind the same context share its row where the model's attention takes a mask and has no window shorter
-    than they are. At most `batch_rows` rows, and MASK_BYTES of masks, at a time.
+    Continuations of the same context share a row if the model's attention implementation accepts a mask and its sliding
+    window is at least as long. A batch has at most `batch_rows` rows and MASK_BYTES of attention mask.
     """
     decoder, _ = decoder_and_head(model)
     head = Head.of(model)
-    rows = sorted(_rows(asked, model.config), key=len, reverse=True)
-    for several in (True, False):  # apart, because rows without a mask may be longer than a window
+    rows = sorted(_rows(continuations, model.config), key=len, reverse=True)
+    for several in (
+        True,
+        False,
+    ):  # in separate batches, because rows without a mask may be longer than the sliding window
         alike = [row for row in rows if (len(row.branches) > 1) is several]
         while alike:
             longest = len(alike[0])
@@ -92,12 +97,12 @@ def log_likelihoods(model: Any, asked: Sequence[Continuation], batch_rows: int) 
             batch, alike = alike[:count], alike[count:]
             with torch.inference_mode():
                 hidden = _hidden(decoder, batch, longest, head.weight, masked=several)
-                yield from _batch_answers(hidden, batch, asked, head)
+                yield from _batch_answers(hidden, batch, continuations, head)
 
 
-def _rows(asked: Sequence[Continuation], config: Any) -> list[_Row]:
+def _rows(continuations: Sequence[Continuation], config: Any) -> list[_Row]:
     shared: dict[tuple[int, ...], _Row] = {}
-    for number, continuation in enumerate(asked):
+    for number, continuation in enumerate(continuations):
         context = tuple(continuation.context)
         row = shared.setdefault(context, _Row(context))
         row.branches.setdefault(tuple(continuation.tokens[:-1]), []).append(number)
@@ -115,10 +120,10 @@ def _rows(asked: Sequence[Continuation], config: Any) -> list[_Row]:
 
 
 def _hidden(decoder: Any, batch: list[_Row], length: int, weight: Tensor, *, masked: bool) -> Tensor:
-    """Final hidden states of the rows, [len(batch), length, hidden], padded on the right."""
+    """Final hidden states of the rows, [len(batch), length, hidden], in the model's dtype; rows are padded on the right."""
     padded = [row.ids() + [0] * (length - len(row)) for row in batch]
     ids = torch.tensor(padded, device=weight.device)
-    if not masked:  # causal attention sees nothing of what pads a row behind it
+    if not masked:  # causal attention ignores the padding on the right
         return decoder(input_ids=ids, use_cache=False).last_hidden_state
     visible = torch.stack([row.visible(length) for row in batch])[:, None].to(weight.device)
     mask = torch.zeros(visible.shape, dtype=weight.dtype, device=weight.device)
@@ -128,23 +133,26 @@ def _hidden(decoder: Any, batch: list[_Row], length: int, weight: Tensor, *, mas
 
 
 def _batch_answers(
-    hidden: Tensor, batch: list[_Row], asked: Sequence[Continuation], head: Head
+    hidden: Tensor, batch: list[_Row], continuations: Sequence[Continuation], head: Head
 ) -> Iterator[tuple[int, Answer]]:
-    numbers, places, targets = [], [], []
+    numbers: list[int] = []
+    positions: list[tuple[int, int]] = []  # (row, position in the row) of every output that is needed
+    tokens: list[int] = []
     for index, row in enumerate(batch):
-        for number, positions in row.reading():
+        for number, outputs in row.outputs():
             numbers.append(number)
-            places += [(index, position) for position in positions]
-            targets += asked[number].tokens
-    which, where = torch.tensor(places, device=hidden.device).T
-    wanted = torch.tensor(targets, device=hidden.device)
-    read, step = hidden[which, where], tokens_per_chunk(head.weight, CHUNK_TOKENS)
-    log_p, best = [], []
-    for part, tokens in zip(read.split(step), wanted.split(step), strict=True):
-        logits = log_softmax_(head.logits(part))
-        log_p.append(logits.gather(1, tokens[:, None])[:, 0].double())
-        best.append(logits.argmax(-1) == tokens)
-    sizes = [len(asked[number].tokens) for number in numbers]
-    parts = zip(numbers, torch.cat(log_p).split(sizes), torch.cat(best).split(sizes), strict=True)
-    for number, values, hits in parts:
-        yield number, Answer(float(values.sum()), bool(hits.all()))
+            positions += [(index, position) for position in outputs]
+            tokens += continuations[number].tokens
+    row_index, position_index = torch.tensor(positions, device=hidden.device).T
+    targets = torch.tensor(tokens, device=hidden.device)
+    chunk = tokens_per_chunk(head.weight, CHUNK_TOKENS)
+    log_probs: list[Tensor] = []
+    is_top: list[Tensor] = []
+    for states, target in zip(hidden[row_index, position_index].split(chunk), targets.split(chunk), strict=True):
+        logits = log_softmax_(head.logits(states))
+        log_probs.append(logits.gather(1, target[:, None])[:, 0].double())
+        is_top.append(logits.argmax(-1) == target)
+    sizes = [len(continuations[number].tokens) for number in numbers]
+    results = zip(numbers, torch.cat(log_probs).split(sizes), torch.cat(is_top).split(sizes), strict=True)
+    for number, values, top in results:
+        yield number, Answer(float(values.sum()), bool(top.all()))

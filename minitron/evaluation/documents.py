@@ -1,6 +1,6 @@
-"""Benchmark documents on this machine: finding them, naming their splits, reading them.
+"""Reading benchmark documents from local files: their location, splits and content.
 
-Files are read directly, so that nothing is downloaded, cached elsewhere or written beside them.
+Files are read directly; nothing is downloaded, cached or written.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _SHARD = re.compile(r"-\d+-of-\d+$")
 
 
 def locate(data: str) -> Path:
-    """The place on disk of `data`: a local path, or `package:NAME/inner/folder` inside an installed package.
+    """The file or folder that `data` names: a local path, or `package:NAME/inner/folder` inside an installed package.
 
-    The package is found without importing it. Raises InputError when the package or the place is missing.
+    The package is not imported. Raises InputError if the package or the path does not exist, or for a remote address.
     """
     if data.startswith(PACKAGE):
         return package_path(data)
@@ -33,29 +33,29 @@ def locate(data: str) -> Path:
         path = local_path(data)
         remedy = f"check the path, or give {FORMATS}"
     else:
-        raise InputError(f"{data}: benchmark documents are read from this machine", "copy them to a local folder first")
+        raise InputError(f"{data}: benchmark documents must be local files", "copy them to a local folder first")
     if not path.exists():
         raise InputError(f"{data}: no such file or folder", remedy)
     return path
 
 
 def documents_identity(data: str) -> list[list[str | int]]:
-    """Names (below a folder), sizes and modification times of the files at `data`, symbolic links followed: what changes when
-    its documents do, or the splits or subjects that they are of.
+    """[relative path, size in bytes, modification time in ns] of every file at `data`: changes when the documents, splits or
+    subjects change. Symbolic links are followed.
 
-    Raises StorageError for a link that leads nowhere."""
-    place = locate(data)
-    if place.is_file():
-        files = {place.name: place}
+    Raises InputError as `locate`, and StorageError for a dangling link."""
+    root = locate(data)
+    if root.is_file():
+        files = {root.name: root}
     else:
-        files = {str(path.relative_to(place)): path for path in map(Path, files_below(str(place)))}
+        files = {str(path.relative_to(root)): path for path in map(Path, files_below(str(root)))}
     return [[name, stat.st_size, stat.st_mtime_ns] for name in sorted(files) if (stat := file_stat(files[name]))]
 
 
 def find_splits(path: Path) -> dict[str, list[Path]]:
-    """The splits at `path`, each with its Arrow folder or its files; nothing is read but Arrow's small state files.
+    """{split name: its Arrow folder or its files} at `path`, without reading the documents.
 
-    Raises InputError when there is nothing that can be read.
+    Raises InputError if there are no files in a supported format.
     """
     if path.is_file():
         splits = {path.stem: [path]} if _is_data(path) else {}
@@ -69,42 +69,45 @@ def find_splits(path: Path) -> dict[str, list[Path]]:
             elif _is_data(inner):
                 splits.setdefault(_SHARD.sub("", inner.stem), []).append(inner)
     if not splits:
-        raise InputError(f"{path}: no benchmark documents there", f"give {FORMATS}")
+        raise InputError(f"{path}: contains no benchmark documents", f"give {FORMATS}")
     return splits
 
 
-def read_split(places: list[Path]) -> datasets.Dataset:
-    """All documents of one split, in memory. Raises InputError naming the file and line that cannot be read."""
+def read_split(paths: list[Path]) -> datasets.Dataset:
+    """All documents of one split, in memory; `paths` as `find_splits` returns them.
+
+    Raises InputError naming the file and line that cannot be read, and for a split without documents.
+    """
     import datasets
 
     parts = []
-    for place in places:
-        if place.is_dir():
-            parts.append(datasets.Dataset.load_from_disk(str(place), keep_in_memory=True))
-        elif place.suffix == ".parquet":
+    for path in paths:
+        if path.is_dir():
+            parts.append(datasets.Dataset.load_from_disk(str(path), keep_in_memory=True))
+        elif path.suffix == ".parquet":
             import pyarrow.parquet
 
-            parts.append(datasets.Dataset(pyarrow.parquet.read_table(place)))
+            parts.append(datasets.Dataset(pyarrow.parquet.read_table(path)))
         else:
-            parts.append(datasets.Dataset.from_list(_json_lines(place)))
+            parts.append(datasets.Dataset.from_list(_json_lines(path)))
     documents = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     if len(documents) == 0:
-        raise InputError(f"{places[0]}: no documents in it", "give a file with at least one document")
+        raise InputError(f"{paths[0]}: contains no documents", "give a file with at least one document")
     return documents
 
 
-def count_documents(places: list[Path]) -> int:
-    """How many documents a split has, without reading them where the format says it."""
+def count_documents(paths: list[Path]) -> int:
+    """Number of documents of a split; for parquet and jsonl they are not parsed."""
     total = 0
-    for place in places:
-        if place.suffix == ".parquet":
+    for path in paths:
+        if path.suffix == ".parquet":
             import pyarrow.parquet
 
-            total += pyarrow.parquet.read_metadata(place).num_rows
-        elif place.is_dir():
-            total += len(read_split([place]))
+            total += pyarrow.parquet.read_metadata(path).num_rows
+        elif path.is_dir():
+            total += len(read_split([path]))
         else:
-            with open(place, "rb") as lines:
+            with open(path, "rb") as lines:
                 total += sum(bool(line.strip()) for line in lines)
     return total
 

@@ -1,7 +1,7 @@
-"""Benchmark scores through lm-eval, on a model in memory.
+"""Benchmark scores of a model in memory, by lm-eval.
 
-The definitions, prompts and log-likelihoods are lm-eval's own, so scores compare with published ones. Its lower-level
-`evaluate` is called, not `simple_evaluate`: that one reseeds the process's random generators and runs shell commands.
+Task definitions, prompts and metrics are lm-eval's, so that scores can be compared with published ones. Its lower-level
+`evaluate` is called because `simple_evaluate` reseeds the process's random generators and runs shell commands.
 """
 
 from __future__ import annotations
@@ -41,28 +41,28 @@ from minitron.evaluation.tasks import Part, Task, build, check_settings, check_t
 
 log = logging.getLogger(__name__)
 
-OnFailure = Callable[[str, Exception], None]  # a task's name and what it raised
+OnFailure = Callable[[str, Exception], None]  # (a task's name, the exception that it raised)
 
 
 @dataclass(frozen=True)
 class Score:
-    """One benchmark's result. `value` and `stderr` are as lm-eval gives them, shares of 1 for accuracies; `shown_as` knows
-    the unit they are shown in."""
+    """The result of one benchmark. `value` and `stderr` are in lm-eval's scale (0 to 1 for an accuracy); `shown_as` is the
+    unit and format for tables."""
 
     task: str
     metric: str
-    """As in lm-eval's tables, for example "acc" or "acc_norm"; see `benchmarks.METRIC` for the choice."""
+    """lm-eval's name, for example "acc" or "acc_norm"; chosen by `minitron.evaluation.benchmarks.METRIC`."""
     value: float
     stderr: float | None
-    """Of the mean over documents; None with one document, or for a metric that is no mean over documents."""
+    """Standard error of the mean over documents; None for one document, or if the metric is not a mean over documents."""
     num_documents: int
     num_fewshot: int
     version: str
-    """lm-eval's version of the task definition; scores of different versions do not compare."""
+    """lm-eval's version of the task definition; scores of different versions cannot be compared."""
     split: str
     """The split whose documents were scored."""
     higher_is_better: bool | None
-    """As lm-eval says of the metric; false for a perplexity, None where neither it nor we know."""
+    """lm-eval's statement about the metric; False for a perplexity, None if unknown."""
 
     @property
     def shown_as(self) -> Metric:
@@ -81,17 +81,17 @@ def evaluate(
     on_failure: OnFailure | None = None,
     together: bool = False,
 ) -> dict[str, Score]:
-    """Score a transformers causal LM on each task, on its device and in its dtype; {task name: Score}.
+    """Score a transformers causal LM on each task, on its device and in its dtype: {task name: Score}.
 
     Log-softmax is computed in float32. A task uses its first `limit` documents, the same for every model. The model's training
-    mode, the tokenizer and the global random states are not changed. `progress(done, total)` counts documents. add_bos: as
-    for `minitron.data.pack`; every request starts as the rows packed with it do. Requests longer than the model's context
-    are truncated on the left, with a warning.
+    mode, the tokenizer and the global random states are not changed. `progress(done, total)` counts documents. add_bos: as in
+    `minitron.data.pack`; every request starts with the same special tokens as a packed row. Requests longer than the model's
+    context are truncated on the left, with a warning.
 
-    on_failure: called with the name and the error of a task that raises, which is then left out; out-of-memory errors are
-    always raised. together: all processes of torch.distributed make the same call, and a task that one of them cannot
-    prepare is left out by all. Raises InputError as `check_tasks` does, for documents without the fields that a task
-    reads, if `add_bos` is true and the tokenizer has no BOS token, and for arguments of the wrong type.
+    on_failure: called with the name and the exception of a task that fails; the result then lacks this task. Out-of-memory
+    errors are always raised. together: all processes of torch.distributed make the same call, and all leave out a task that
+    one of them cannot prepare. Raises InputError as `check_tasks`, for documents without the fields that a task reads, if
+    `add_bos` is true and the tokenizer has no BOS token, and for arguments of the wrong type.
     """
     check_model("model", model)
     check_tokenizer("tokenizer", tokenizer)
@@ -101,7 +101,7 @@ def evaluate(
         check_tasks(tasks)
     check_settings(tasks)
     if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}", "give 1 or more")
+        raise InputError(f"batch_size: {batch_size} is less than 1", "give 1 or more")
     with _quiet(), _same_random_state(), evaluating(model):
         work = _prepared(tasks, on_failure, together)
         sizes = [min(len(built.task_docs), task.limit or math.inf) for task, members in work for _, built in members]
@@ -125,7 +125,7 @@ def evaluate(
 def _prepared(
     tasks: Sequence[Task], on_failure: OnFailure | None, together: bool
 ) -> list[tuple[Task, list[tuple[Part, Any]]]]:
-    """Every task that can run, with its parts and their documents."""
+    """Every task that can run, with its definitions and their documents loaded."""
     errors: dict[str, Exception] = {}
     built: dict[str, list[tuple[Part, Any]]] = {}
     for task in tasks:
@@ -134,9 +134,9 @@ def _prepared(
     if together and dist.is_initialized():
         # the processes of a sharded model run every forward pass together
         kind = "cpu" if dist.get_backend() == "gloo" else "cuda"
-        lost = torch.tensor([task.name in errors for task in tasks], dtype=torch.int64, device=kind)
-        dist.all_reduce(lost)
-        for task, count in zip(tasks, lost.tolist(), strict=True):
+        failures = torch.tensor([task.name in errors for task in tasks], dtype=torch.int64, device=kind)
+        dist.all_reduce(failures)
+        for task, count in zip(tasks, failures.tolist(), strict=True):
             if count and task.name not in errors:
                 errors[task.name] = MinitronError(f"task {task.name!r}: {count} other processes could not prepare it")
     if on_failure is not None:
@@ -147,11 +147,11 @@ def _prepared(
 
 @contextmanager
 def _reported(task: Task, on_failure: OnFailure | None) -> Iterator[None]:
-    """Tells of what a task raises instead of raising it, where somebody listens."""
+    """Pass an exception of `task` to `on_failure` if it is given; otherwise raise it."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):
-        raise  # the model's own trouble
+        raise  # it concerns the model, not the task
     except Exception as error:
         if on_failure is None:
             raise
@@ -185,7 +185,7 @@ def _score(scorer: _Scorer, task: Task, name: str, split: str, built: Any) -> Sc
 
 
 def _pooled(name: str, members: list[Score]) -> Score:
-    """A group's score: the mean over all its documents, as lm-eval's weight_by_size."""
+    """The score of a group of tasks: the mean over all their documents (lm-eval's weight_by_size)."""
     total = sum(score.num_documents for score in members)
     known = [score.stderr for score in members if score.stderr is not None]
     variance = sum((s.num_documents / total * (s.stderr or 0.0)) ** 2 for s in members)
@@ -203,7 +203,7 @@ def _pooled(name: str, members: list[Score]) -> Score:
 
 
 class _Scorer(DocumentRequests):
-    """lm-eval's transformers backend, reporting documents as their requests are answered."""
+    """lm-eval's transformers backend, which reports progress in documents."""
 
     def __init__(
         self,
@@ -215,7 +215,7 @@ class _Scorer(DocumentRequests):
         progress: Callable[[int, int], None] | None,
     ) -> None:
         self.around = document_tokens(tokenizer, add_bos)
-        before = [*self.around.end, *self.around.begin]  # a text that no context precedes
+        before = [*self.around.end, *self.around.begin]  # tokens before a text without context
         super().__init__(
             pretrained=model,
             tokenizer=copy.deepcopy(tokenizer),  # lm-eval sets a padding token on the one it is given
@@ -223,15 +223,20 @@ class _Scorer(DocumentRequests):
             softmax_dtype="float32",
             prefix_token_id=before[-1] if before else None,
         )
-        self._progress, self._total, self._before, self._documents = progress, total, 0, 0
+        self._progress = progress
+        self._total = total  # documents of all tasks
+        self._before = 0  # documents of the tasks before the current one
+        self._documents = 0  # documents of the current task
         self.set_cache_hook(_Answered(self))
 
     def begin(self, documents: int) -> None:
+        """Start counting the next task, which has this number of documents."""
         self._before += self._documents
         self._documents = documents
 
     def _expect(self, requests: list[Any]) -> None:
-        self._expected, self._done = len(requests), 0
+        self._expected = len(requests)
+        self._done = 0
 
     def count_answer(self) -> None:
         before = self._documents * self._done // self._expected
@@ -247,7 +252,9 @@ class _Scorer(DocumentRequests):
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         self._expect(requests)
         answers: list[float] = []
-        for start in range(0, len(requests), self.batch_size):  # the parent answers all that it is given at its end
+        for start in range(
+            0, len(requests), self.batch_size
+        ):  # in batches: the parent reports nothing until it has all
             answers += super().loglikelihood_rolling(requests[start : start + self.batch_size], disable_tqdm=True)
         return answers
 
@@ -256,28 +263,28 @@ class _Scorer(DocumentRequests):
         return super().generate_until(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
-        """As the parent's, but each context is computed once for all that is asked behind it, and logits only where a
-        continuation is: [batch, length, vocabulary] in float32 does not fit beside a large model. Raises InputError for a
-        continuation that has no tokens, or more than the model takes."""
-        asked = []
+        """As the parent's, but every context is computed once for all of its continuations, and logits only for the tokens of
+        continuations, because float32 [batch, length, vocabulary] does not fit into memory with a large model. Raises
+        InputError for a continuation without tokens, or with more than the model's context."""
+        continuations = []
         for _text, context, tokens in requests:
             if not 0 < len(tokens) <= self.max_length:
                 raise InputError(
-                    f"an answer of {len(tokens):,} tokens, and the model takes 1 to {self.max_length:,}",
-                    "take its document out, or leave the task out",
+                    f"an answer has {len(tokens):,} tokens, but the model accepts 1 to {self.max_length:,}",
+                    "remove its document, or leave the task out",
                 )
             kept = self.cut_left(context + tokens, self.max_length + 1, needed=len(tokens))
-            asked.append(Continuation(kept[: -len(tokens)], tokens))
-        found: dict[int, tuple[float, bool]] = {}
-        for number, answer in log_likelihoods(self.model, asked, self.batch_size):
-            found[number] = answer.log_likelihood, answer.greedy
-            if requests[number][0] is not None:  # else a window of a document, whose answer is the parent's
-                self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
-        return [found[number] for number in range(len(requests))]
+            continuations.append(Continuation(kept[: -len(tokens)], tokens))
+        answers: dict[int, tuple[float, bool]] = {}
+        for number, answer in log_likelihoods(self.model, continuations, self.batch_size):
+            answers[number] = answer.log_likelihood, answer.greedy
+            if requests[number][0] is not None:  # None for a window of a rolling request, which is counted as a whole
+                self.cache_hook.add_partial("loglikelihood", requests[number][0], answers[number])
+        return [answers[number] for number in range(len(requests))]
 
 
 class _Answered(CacheHook):
-    """lm-eval tells its cache hook of every answered request; this one counts them and caches nothing."""
+    """lm-eval calls its cache hook for every answered request; this one counts them and caches nothing."""
 
     def __init__(self, scorer: _Scorer) -> None:
         super().__init__(None)
@@ -295,11 +302,12 @@ class _NoBar(tqdm):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No bars and notes from lm-eval and datasets meanwhile; `progress` speaks instead. Errors still show."""
+    """Silence progress bars and messages below error level of lm-eval and datasets inside the context."""
     modules = (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface)
     bars = [module.tqdm for module in modules]
     logger = logging.getLogger("lm_eval")
-    level, had_bars = logger.level, not datasets.are_progress_bars_disabled()
+    level = logger.level
+    had_bars = not datasets.are_progress_bars_disabled()
     for module in modules:
         module.tqdm = _NoBar
     logger.setLevel(logging.ERROR)
@@ -316,7 +324,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _same_random_state() -> Iterator[None]:
-    """Some task definitions draw from or seed the global generators; a training run around us must not notice."""
+    """Restore the global random states on exit: some task definitions use or seed them, which must not affect a training."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:

@@ -1,7 +1,7 @@
-"""Loss of a model on held-out rows, and its distance to a teacher on the same tokens.
+"""Loss of a model on held-out rows, and its KL divergence from a teacher on the same tokens.
 
-Candidates are compared by these numbers, so they are exact: logits in fp32 from the model's own final hidden states
-and head, means in float64, over every position that has a next token. No [tokens, vocabulary] tensor outlives a chunk.
+Candidates are ranked by these numbers, so they are computed precisely: float32 logits from the model's final hidden states
+and its head, and float64 means over every position that has a next token. Logits exist for one chunk of tokens at a time.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from minitron.arguments import check_model, check_rows
 from minitron.data import DocumentBoundaries
 from minitron.errors import InputError, NonFiniteError
 from minitron.evaluation.mode import evaluating
@@ -23,7 +24,7 @@ from minitron.models import final_hidden
 
 @dataclass(frozen=True)
 class HeldoutMetrics:
-    """Means over `tokens` predicted tokens; rows have equal length, so each is also the mean of its per-row values."""
+    """Means over `tokens` predicted tokens, which are also the means of the per-row values because rows have equal length."""
 
     loss: float
     """Next-token cross-entropy, nats per token."""
@@ -33,12 +34,13 @@ class HeldoutMetrics:
     """Share of positions where student and teacher rank the same token first; None without a teacher."""
     tokens: int
     per_row_loss: list[float]
-    """[num_rows], for paired statistics between models scored on the same rows."""
+    """[num_rows], nats per token; for paired comparisons of models on the same rows."""
     per_row_kl: list[float] | None
+    """[num_rows], nats per token; None without a teacher."""
 
 
 class TeacherTargets(TypedDict):
-    """What `heldout_metrics` needs to know of a teacher."""
+    """The arguments of `heldout_metrics` that describe a teacher."""
 
     teacher_hidden: Callable[[slice], Tensor]
     teacher_head: Head
@@ -46,15 +48,18 @@ class TeacherTargets(TypedDict):
 
 
 def teacher_targets(teacher_model: Any, rows: Tensor, documents: DocumentBoundaries | None = None) -> TeacherTargets:
-    """A live teacher's targets for `rows`: `heldout_metrics(student, rows, **teacher_targets(teacher, rows))`.
+    """Targets of a loaded teacher for `rows`: `heldout_metrics(student, rows, **teacher_targets(teacher, rows))`.
 
-    Hidden states [n, seq_length, hidden] are computed when asked for, in the teacher's dtype and on its device.
+    rows: int64 [num_rows, seq_length]. Final hidden states [n, seq_length, hidden] are computed on demand, in the teacher's
+    dtype and on its device. documents: as in `heldout_metrics`. Raises InputError for arguments of the wrong type.
     """
+    check_model("teacher_model", teacher_model)
+    check_rows("rows", rows)
     head = Head.of(teacher_model)
 
-    def hidden(which: slice) -> Tensor:
+    def hidden(batch: slice) -> Tensor:
         with torch.inference_mode(), evaluating(teacher_model):
-            return final_hidden(teacher_model, rows[which].to(head.weight.device), documents)
+            return final_hidden(teacher_model, rows[batch].to(head.weight.device), documents)
 
     return {"teacher_hidden": hidden, "teacher_head": head, "documents": documents}
 
@@ -70,22 +75,24 @@ def heldout_metrics(
     chunk_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> HeldoutMetrics:
-    """Score `model` on `rows`, int64 [num_rows, seq_length], every position predicting the next one.
+    """Next-token loss of `model` on `rows`, int64 [num_rows, seq_length], and its agreement with a teacher.
 
-    `teacher_hidden(slice of rows)` gives the teacher's final hidden states [n, seq_length, teacher_hidden_size] (after
-    the last norm) and `teacher_head` turns them into logits over the same vocabulary; both or neither. At most
-    `chunk_tokens` x vocabulary logits exist at a time, once for each model; by default 512 tokens', fewer where the
-    vocabulary is so large that they would take more than 128 MiB (on a GPU 512). `progress(done, total)` counts rows.
+    teacher_hidden: a function from a slice of row numbers to the teacher's final hidden states (after the last norm),
+    [n, seq_length, teacher_hidden_size]. teacher_head: its head, over the same vocabulary. Give both or neither. documents:
+    if given, tokens attend only to their own document; the teacher's hidden states must have been computed in the same way.
+    batch_rows: rows per forward pass. chunk_tokens: number of tokens whose float32 logits exist at a time, for each model; by
+    default 512, or fewer for a vocabulary so large that they would take more than 128 MiB (512 MiB on a GPU).
+    `progress(done, total)` counts rows.
 
-    With `documents` the rows' documents do not see each other; the teacher has to have seen them in the same way.
-    The model's training mode and the global random state are left as they were.
-    Raises InputError for rows or a head that do not fit the model, NonFiniteError naming the first row whose loss or KL
-    is NaN or infinite.
+    The model's training mode and the global random state are not changed. Raises InputError for rows or a head that do not
+    fit the model and for arguments of the wrong type, NonFiniteError naming the first row whose loss or KL is NaN or infinite.
     """
+    check_model("model", model)
+    check_rows("rows", rows, shortest=2)
     student_head = Head.of(model)
     _check(rows, student_head, teacher_hidden, teacher_head)
     device = student_head.weight.device
-    other_head = None if teacher_head is None else teacher_head.to(device)
+    head_on_device = None if teacher_head is None else teacher_head.to(device)
 
     num_rows, seq_length = rows.shape
     row_loss: list[float] = []
@@ -95,21 +102,22 @@ def heldout_metrics(
         # kept for all chunks: memory of this size goes back to the system when it is freed, and is slow to come again
         chunk_tokens = chunk_tokens or tokens_per_chunk(student_head.weight, CHUNK_TOKENS)
         shape = min(chunk_tokens, batch_rows * seq_length), len(student_head.weight)
-        own_space = torch.empty(shape, device=device)
-        other_space = None if other_head is None else torch.empty(shape, device=device)
+        student_buffer = torch.empty(shape, device=device)
+        teacher_buffer = None if head_on_device is None else torch.empty(shape, device=device)
         for start in range(0, num_rows, batch_rows):
-            which = slice(start, min(start + batch_rows, num_rows))
-            ids = rows[which].to(device)
+            batch = slice(start, min(start + batch_rows, num_rows))
+            ids = rows[batch].to(device)
             hidden = final_hidden(model, ids, documents)[:, :-1].flatten(0, 1)
             targets = ids[:, 1:].flatten()
-            other = None if teacher_hidden is None else _teacher_batch(teacher_hidden, which, seq_length, device)
-            loss, kl = [], []
+            theirs = None if teacher_hidden is None else _teacher_batch(teacher_hidden, batch, seq_length, device)
+            loss: list[Tensor] = []
+            kl: list[Tensor] = []
             for first in range(0, len(targets), chunk_tokens):
                 chunk = slice(first, first + chunk_tokens)
-                student_logits = student_head.logits(hidden[chunk], own_space)
+                student_logits = student_head.logits(hidden[chunk], student_buffer)
                 teacher_logits = None
-                if other is not None and other_head is not None:
-                    teacher_logits = other_head.logits(other[chunk], other_space)
+                if theirs is not None and head_on_device is not None:
+                    teacher_logits = head_on_device.logits(theirs[chunk], teacher_buffer)
                 for part in cache_slices(student_logits):
                     student = log_softmax_(student_logits[part])
                     loss.append(-student.gather(1, targets[chunk][part, None])[:, 0].double())
@@ -121,13 +129,14 @@ def heldout_metrics(
             if kl:
                 row_kl += torch.cat(kl).view(-1, seq_length - 1).mean(1).tolist()
             if progress is not None:
-                progress(which.stop, num_rows)
+                progress(batch.stop, num_rows)
 
     for name, values in (("loss", row_loss), ("KL", row_kl)):
         for row, value in enumerate(values):
             if not math.isfinite(value):
                 raise NonFiniteError(
-                    f"held-out row {row}: {name} is {value}", "the weights or hidden states are broken"
+                    f"held-out row {row}: {name} is {value}",
+                    "check the model's weights and the teacher's hidden states for values that are not finite",
                 )
     tokens = num_rows * (seq_length - 1)
     return HeldoutMetrics(
@@ -144,32 +153,29 @@ def _check(
     rows: Tensor, head: Head, teacher_hidden: Callable[[slice], Tensor] | None, teacher_head: Head | None
 ) -> None:
     vocabulary = head.weight.shape[0]
-    if rows.dtype != torch.int64 or rows.ndim != 2 or rows.shape[0] < 1 or rows.shape[1] < 2:
-        raise InputError(
-            f"rows: {rows.dtype} {list(rows.shape)}", "give token ids as int64 [num_rows, seq_length], seq_length >= 2"
-        )
+
     low, high = int(rows.min()), int(rows.max())
     if low < 0 or high >= vocabulary:
         raise InputError(
-            f"rows: token ids {low} to {high} where the model's vocabulary has {vocabulary}",
+            f"rows: token ids from {low} to {high}, but the model's vocabulary has {vocabulary} tokens",
             "tokenise the rows with the model's own tokenizer",
         )
     if (teacher_hidden is None) != (teacher_head is None):
         raise InputError("teacher_hidden and teacher_head: only one was given", "give both, or neither")
     if teacher_head is not None and teacher_head.weight.shape[0] != vocabulary:
         raise InputError(
-            f"teacher_head: vocabulary of {teacher_head.weight.shape[0]}, the model's has {vocabulary}",
-            "KL needs one vocabulary for both; use a teacher with the same tokenizer and head",
+            f"teacher_head: its vocabulary has {teacher_head.weight.shape[0]} tokens, but the model's has {vocabulary}",
+            "use a teacher with the same tokenizer and vocabulary",
         )
 
 
 def _teacher_batch(
-    teacher_hidden: Callable[[slice], Tensor], which: slice, seq_length: int, device: torch.device
+    teacher_hidden: Callable[[slice], Tensor], batch: slice, seq_length: int, device: torch.device
 ) -> Tensor:
-    hidden = teacher_hidden(which)
-    if hidden.shape[:2] != (which.stop - which.start, seq_length):
+    hidden = teacher_hidden(batch)
+    if hidden.shape[:2] != (batch.stop - batch.start, seq_length):
         raise InputError(
-            f"teacher_hidden: {list(hidden.shape)} for rows {which.start} to {which.stop} of {seq_length} tokens",
-            "store the teacher's hidden states for these same rows",
+            f"teacher_hidden: {list(hidden.shape)} for rows {batch.start} to {batch.stop} of {seq_length} tokens",
+            "give the teacher's hidden states of the same rows",
         )
     return hidden.to(device)[:, :-1].flatten(0, 1)

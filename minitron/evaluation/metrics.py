@@ -1,6 +1,6 @@
-"""What is known about a metric, as data: its unit, how it is written with its standard error, and which way is better.
+"""Properties of metrics: unit, number format, and whether higher is better.
 
-Every table, label and caption that shows a metric takes these from here.
+Every table, label and caption that shows a metric uses these.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ PLUS_MINUS = "±"
 
 @dataclass(frozen=True)
 class Metric:
-    """`unit` is what it is shown in, empty where it is a number in a scale of its own, such as a perplexity or BLEU. A
-    stored value times `scale` is in that unit. `digits` after the point; None for four significant ones.
-    `higher_is_better` is None where nobody says."""
+    """How to show a metric.
+
+    unit: empty for a number without unit, such as a perplexity or BLEU. scale: factor from a stored value to the unit. digits:
+    number of digits after the decimal point; None for four significant digits. higher_is_better: None if unknown.
+    """
 
     name: str
     unit: str = ""
@@ -26,11 +28,11 @@ class Metric:
 
     @property
     def title(self) -> str:
-        """Name and unit, for the head of a column or the start of a row."""
+        """Name and unit, for the heading of a column or row."""
         return f"{self.name}, {self.unit}" if self.unit else self.name
 
     def text(self, value: float, stderr: float | None = None) -> str:
-        """A value in the metric's unit, without its name, with its standard error where that is known."""
+        """A stored value in the metric's unit, with its standard error if given, without name and unit."""
         digits = self._digits(value) if self.digits is None else self.digits
         shown = f"{self.scale * value:,.{digits}f}"
         if stderr is None or math.isnan(stderr):
@@ -38,7 +40,7 @@ class Metric:
         return f"{shown} {PLUS_MINUS} {self.scale * stderr:,.{digits}f}"
 
     def sentence(self, value: float, stderr: float | None = None) -> str:
-        """As `text`, with the metric's name and unit, for where there is no head of a column."""
+        """As `text`, with the metric's name and unit."""
         return f"{self.name} {self.text(value, stderr)} {self.unit}".rstrip()
 
     def _digits(self, value: float) -> int:
@@ -51,10 +53,10 @@ KL = Metric("KL to the teacher", "nats per token", digits=3, higher_is_better=Fa
 AGREEMENT = Metric("same first token", "%", 100, 1, True)
 SPEED = Metric("speed", "tokens per second", digits=0, higher_is_better=True)
 
-# lm-eval's metrics that are shares of 1; many definitions add their own, whose names end or begin in these ways.
+# lm-eval's metrics with values from 0 to 1; many task definitions add their own, whose names match the pattern.
 _SHARES = {"acc", "f1", "em", "exact_match", "exact", "precision", "recall", "contains", "math_verify", "likelihood"}
 _SHARE = re.compile(r"^acc_|(_|^)(acc|accuracy|exact_match|f1|em|match)$|_rate$|^pass@|^pass_at_")
-# Tasks that give F1 and exact match out of 100 themselves (lm_eval/tasks/squadv2 and scrolls).
+# Tasks whose F1 and exact match are already percentages (lm_eval/tasks/squadv2 and scrolls).
 _OUT_OF_100 = ("squadv2", "scrolls_")
 _OWN_SCALE = {
     "bits_per_byte": Metric("bits_per_byte", "bits", higher_is_better=False),
@@ -67,7 +69,7 @@ _OWN_SCALE = {
 
 
 def task_metric(task: str, metric: str) -> Metric:
-    """What is known of lm-eval's `metric` of `task`; one that is not known is shown as lm-eval gives it, without a unit."""
+    """Properties of lm-eval's `metric` of `task`; an unknown metric has no unit and keeps lm-eval's scale."""
     if metric in _OWN_SCALE:
         return _OWN_SCALE[metric]
     if metric in _SHARES or _SHARE.search(metric):

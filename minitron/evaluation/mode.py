@@ -1,4 +1,4 @@
-"""Evaluation during a training run, without side effects on it."""
+"""Evaluation during a training without side effects on it."""
 
 from __future__ import annotations
 

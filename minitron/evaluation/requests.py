@@ -1,7 +1,7 @@
-"""lm-eval's requests as token ids that start as the packed rows of a model do.
+"""lm-eval's requests as token ids, with the same special tokens as packed rows.
 
-lm-eval's own backend leaves special tokens to the tokenizer: one that ends texts would end a question before its answer, a
-rolling request gets the beginning twice, and one that is cut loses it.
+lm-eval's own backend leaves special tokens to the tokenizer: an end-of-text token would then stand between a question and its
+answer, a rolling request would start with BOS twice, and a truncated request would lose BOS.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from minitron.data import DocumentTokens
 
 
 class DocumentRequests(HFLM):
-    """lm-eval's transformers backend; every request starts with the `begin` of `around`, once, also where it is cut from the
-    left. Without a `begin`, a text that nothing precedes follows an end-of-text token, as a document in a row does."""
+    """lm-eval's transformers backend, in which every request starts with the tokens `around.begin` exactly once, also if it is
+    truncated on the left. If `around.begin` is empty, a text without context follows an end-of-text token, like a document
+    in a packed row."""
 
     around: DocumentTokens
     cut = 0
-    """How many requests were cut."""
+    """Number of truncated requests."""
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any
@@ -38,19 +39,20 @@ class DocumentRequests(HFLM):
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 [len(strings), longest] token ids and their mask."""
+        """Token ids and attention mask, two int64 [len(strings), length of the longest]."""
         rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
-        shape = len(rows), max(map(len, rows))
-        ids = torch.full(shape, self.tokenizer.pad_token_id)
-        mask = torch.zeros(shape, dtype=torch.int64)
+        longest = max(map(len, rows))
+        ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
+        mask = torch.zeros((len(rows), longest), dtype=torch.int64)
         for number, row in enumerate(rows):
-            where = slice(shape[1] - len(row), None) if padding_side == "left" else slice(0, len(row))
-            ids[number, where] = torch.tensor(row)
-            mask[number, where] = 1
+            columns = slice(longest - len(row), None) if padding_side == "left" else slice(0, len(row))
+            ids[number, columns] = torch.tensor(row)
+            mask[number, columns] = 1
         return ids, mask
 
     def cut_left(self, ids: list[int], length: int, needed: int = 0) -> list[int]:
-        """At most `length` ids, the last ones; a `begin` in front stays there, unless the `needed` last leave it no room."""
+        """The last `length` ids. If `ids` starts with `around.begin`, the result does too, unless that would leave fewer than
+        the last `needed` ids."""
         if len(ids) <= length:
             return ids
         self.cut += 1
@@ -61,19 +63,19 @@ class DocumentRequests(HFLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         windows = [self._windows(request.args[0]) for request in requests]
-        pairs = [(None, context, tokens) for found in windows for context, tokens in found]
+        pairs = [(None, context, tokens) for of_request in windows for context, tokens in of_request]
         answers = iter(self._loglikelihood_tokens(pairs))
-        totals = [sum(next(answers)[0] for _ in found) for found in windows]
+        totals = [sum(next(answers)[0] for _ in of_request) for of_request in windows]
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def _windows(self, string: str) -> list[tuple[list[int], list[int]]]:
-        """(context, tokens to predict) that together predict every token of a text once."""
+        """Pairs (context, tokens to predict) that together predict every token of a text once."""
         begin = list(self.around.begin)
         ids = self.tok_encode(string)[len(begin) :]
-        # all but the first have a token of the text before them as well
-        found = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length - len(begin), context_len=1)
-        windows = [make_disjoint_window(window) for window in found]
-        before = [begin[:-1], *[begin] * (len(windows) - 1)]  # the first has the prefix token already
+        # the context of every window but the first is one token of the text
+        overlapping = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length - len(begin), context_len=1)
+        windows = [make_disjoint_window(window) for window in overlapping]
+        before = [begin[:-1], *[begin] * (len(windows) - 1)]  # the first window starts with the prefix token already
         return [([*first, *context], tokens) for first, (context, tokens) in zip(before, windows, strict=False)]

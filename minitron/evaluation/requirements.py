@@ -1,6 +1,6 @@
-"""What a benchmark needs besides a model, looked for before any work: packages, metrics, documents, room for an answer.
+"""Checks of a benchmark's requirements before any work: packages, metrics, documents, and context length for its answers.
 
-A stock definition names Python files of lm-eval's; they are read here and never run. Nothing is downloaded.
+The Python files that lm-eval's task definitions refer to are parsed and never run. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -16,56 +16,57 @@ from typing import Any
 
 from minitron.errors import InputError
 
-HUB_SECONDS = 5.0  # that the hub may take to say whether a data set is there
-ANSWER_TOKENS = 256  # lm-eval's default for a definition that does not say
+HUB_SECONDS = 5.0  # timeout of a request to the hub
+ANSWER_TOKENS = 256  # lm-eval's default length of a generated answer
 _INSTALLED_AS = {"sklearn": "scikit-learn", "PIL": "pillow", "bs4": "beautifulsoup4", "yaml": "pyyaml"}
 
 
 def runs_generated_code(config: dict[str, Any], root: Path) -> bool:
-    """Whether a definition executes what a model writes: it says so, or its metric does."""
+    """Whether a task executes code that the model generates, according to its definition or its metric."""
     return bool(config.get("unsafe_code")) or any("code_eval" in _metrics(file) for file in _modules(config, root))
 
 
 def check_packages(name: str, config: dict[str, Any], root: Path) -> None:
-    """Raise InputError for packages that the definition's Python files import and that are not installed."""
-    wanted = {package for file in _modules(config, root) for package in _imports(file)}
-    missing = sorted(package for package in wanted if find_spec(package) is None)
+    """Raise InputError if the definition's Python files import packages that are not installed."""
+    imported = {package for file in _modules(config, root) for package in _imports(file)}
+    missing = sorted(package for package in imported if find_spec(package) is None)
     if missing:
         raise InputError(
-            f"task {name!r}: lm-eval's definition needs {', '.join(missing)}, not installed here",
+            f"task {name!r}: lm-eval's definition needs {', '.join(missing)}, which is not installed",
             f"pip install {' '.join(_INSTALLED_AS.get(package, package) for package in missing)}",
         )
 
 
 def check_metrics(name: str, config: dict[str, Any], root: Path) -> None:
-    """Raise InputError for metrics of the package `evaluate`, whose code comes from the hub, that are not on this machine."""
+    """Raise InputError for metrics of the package `evaluate`, whose code is on the hub, that are neither in the local cache nor
+    on the hub."""
     listed = {str(each["metric"]) for each in config.get("metric_list") or () if each.get("hf_evaluate")}
     for metric in sorted(listed.union(*(_metrics(file) for file in _modules(config, root)))):
-        if Path(metric).exists():  # evaluate.load runs it in place of the hub's
+        if Path(metric).exists():  # evaluate.load would run this file instead of the hub's
             raise InputError(
                 f"task {name!r}: {metric!r} in the working folder would be run as the metric of that name",
-                "work in another folder, or rename it",
+                "change to another working directory, or rename it",
             )
         if not (_hub_home() / "modules/evaluate_modules/metrics" / f"evaluate-metric--{metric}").exists():
             _ask_hub(f"evaluate-metric/{metric}", "space", f"task {name!r}: the metric {metric!r}")
 
 
 def check_documents(name: str, config: dict[str, Any]) -> None:
-    """Raise InputError for a hub data set that is neither in the cache nor to be had."""
+    """Raise InputError for a hub dataset that is neither in the local cache nor on the hub."""
     path = str(config.get("dataset_path") or "")
     if "/" not in path or config.get("custom_dataset") or (config.get("dataset_kwargs") or {}).get("data_files"):
-        return  # made by lm-eval's own code
+        return  # lm-eval's code creates the documents
     cached = os.environ.get("HF_DATASETS_CACHE") or _hub_home() / "datasets"
     hub = os.environ.get("HF_HUB_CACHE") or _hub_home() / "hub"
     if (Path(cached) / path.replace("/", "___")).is_dir() or (
         Path(hub) / f"datasets--{path.replace('/', '--')}"
     ).is_dir():
         return
-    _ask_hub(path, "dataset", f"task {name!r}: its documents, the hub's {path},")
+    _ask_hub(path, "dataset", f"task {name!r}: its documents, the hub's dataset {path},")
 
 
 def check_room(name: str, config: dict[str, Any], longest: int | None) -> None:
-    """Raise InputError where an answer takes all `longest` tokens of the model, which leaves no room for a question."""
+    """Raise InputError if generated answers may fill the whole context of `longest` tokens, without room for the question."""
     if config.get("output_type") != "generate_until" or longest is None:
         return
     settings = config.get("generation_kwargs") or {}
@@ -73,34 +74,34 @@ def check_room(name: str, config: dict[str, Any], longest: int | None) -> None:
     tokens = next((settings[key] for key in keys if settings.get(key)), ANSWER_TOKENS)
     if int(tokens) >= longest:
         raise InputError(
-            f"task {name!r}: its answers may have {tokens} tokens, and the model takes {longest} with the question",
+            f"task {name!r}: its answers may have {tokens} tokens, but the model's context has {longest}, question included",
             "use a model with a longer context, or another task",
         )
 
 
 @lru_cache(maxsize=256)
 def _hub_problem(repository: str, kind: str) -> str:
-    """Why the hub does not give something; empty where it does."""
+    """Why a repository on the hub cannot be read; empty if it can."""
     if any(
         os.environ.get(f"HF_{part}_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE") for part in ("HUB", "DATASETS")
     ):
-        return "HF_HUB_OFFLINE is set, and they are not in the cache"
+        return "HF_HUB_OFFLINE is set, and the cache does not have it"
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, HTTPError
 
     try:
         HfApi().repo_info(repository, repo_type=kind, timeout=HUB_SECONDS)
     except (HTTPError, HFValidationError, OSError) as error:
-        return f"the hub says: {(str(error).strip().splitlines() or [type(error).__name__])[0][:200]}"
+        return f"the hub answers: {(str(error).strip().splitlines() or [type(error).__name__])[0][:200]}"
     return ""
 
 
 def _ask_hub(repository: str, kind: str, what: str) -> None:
     if problem := _hub_problem(repository, kind):
         raise InputError(
-            f"{what} cannot be had ({problem})",
-            "run once with a network so that the cache has it, or leave the task out"
-            + ("; `data:` names documents on this machine" if kind == "dataset" else ""),
+            f"{what} cannot be loaded ({problem})",
+            "run once with network access, which fills the cache, or leave the task out"
+            + ("; or give local documents as the task's data" if kind == "dataset" else ""),
         )
 
 
@@ -110,23 +111,23 @@ def _hub_home() -> Path:
 
 
 def _modules(config: Any, root: Path) -> set[Path]:
-    """The Python files that a definition names, with lm-eval's own that these import."""
-    waiting = list(_named(config, root))
-    found: set[Path] = set()
-    while waiting:
-        file = waiting.pop()
-        if file not in found and file.is_file():
-            found.add(file)
-            waiting += [
+    """The Python files that a definition refers to, and lm-eval's task modules that they import."""
+    pending = list(_named(config, root))
+    modules: set[Path] = set()
+    while pending:
+        file = pending.pop()
+        if file not in modules and file.is_file():
+            modules.add(file)
+            pending += [
                 root.parent.parent / f"{module.replace('.', '/')}.py"
                 for module in _imported_modules(file)
                 if module.startswith("lm_eval.tasks.")
             ]
-    return found
+    return modules
 
 
 def _named(config: Any, root: Path) -> Iterator[Path]:
-    # as read without functions: FOLDER/module.function, in a list, a table or alone
+    # a definition that is read without its functions has strings FOLDER/module.function instead, at any depth
     if isinstance(config, dict | list):
         for value in config.values() if isinstance(config, dict) else config:
             yield from _named(value, root)
@@ -136,15 +137,15 @@ def _named(config: Any, root: Path) -> Iterator[Path]:
 
 
 def _imports(file: Path) -> set[str]:
-    """Packages that a file imports, without Python's own, lm-eval's and the files beside it."""
+    """Packages that a file imports, without the standard library, lm-eval and the modules in the file's own folder."""
     packages = {module.split(".")[0] for module in _imported_modules(file)}
-    beside = {path.stem for path in file.parent.glob("*.py")}
-    return {p for p in packages if p not in sys.stdlib_module_names and p not in beside and p != "lm_eval"}
+    siblings = {path.stem for path in file.parent.glob("*.py")}
+    return {p for p in packages if p not in sys.stdlib_module_names and p not in siblings and p != "lm_eval"}
 
 
 @lru_cache(maxsize=256)
 def _imported_modules(file: Path) -> tuple[str, ...]:
-    """Modules imported as soon as the file is; not where a failure to is caught and does not matter."""
+    """Modules imported at module level, without optional ones (inside a `try` whose handlers do not raise)."""
     return tuple(_imported(ast.parse(file.read_text(encoding="utf-8")).body))
 
 
@@ -163,7 +164,7 @@ def _imported(body: list[ast.stmt]) -> Iterator[str]:
 
 @lru_cache(maxsize=256)
 def _metrics(file: Path) -> frozenset[str]:
-    """Names that a file gives to `evaluate.load`."""
+    """Names of metrics that a file loads with `evaluate.load`."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     names = {
         alias.asname or alias.name

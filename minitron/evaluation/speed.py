@@ -1,4 +1,4 @@
-"""Forward speed of models, measured in turns so that a machine's drift hits all of them alike."""
+"""Prefill speed of models, measured in alternation so that changes in the machine's speed affect all of them equally."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
+from minitron.arguments import check_model, check_type
 from minitron.errors import InputError
 from minitron.evaluation.mode import evaluating
 
 MIN_PASSES = 5
-MAX_PASSES = 200  # of a model so small that more would make its median no surer
+MAX_PASSES = 200  # more passes of a small model would not make its median more precise
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def throughput(
     seconds: float = 3.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Throughput:
-    """Prefill tokens per second of one model on its own device; see `interleaved_throughput`."""
+    """Prefill speed of one model on its device, tokens per second; arguments and errors as in `interleaved_throughput`."""
     models = {"model": model}
     return interleaved_throughput(
         models, seq_length=seq_length, batch_rows=batch_rows, seconds=seconds, progress=progress
@@ -54,15 +55,18 @@ def interleaved_throughput(
     seconds: float = 3.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Throughput]:
-    """Prefill tokens per second of each model, one pass each in turn (A B C A B C ...).
+    """Prefill speed of several models, tokens per second, with one pass of each in turn (A B C A B C ...): {name: Throughput}.
 
-    A pass is what a server does with a prompt: the whole decoder over random token ids [batch_rows, seq_length], and
-    the head at the last position alone. `seconds` is for each model, never fewer than 5 passes nor more than 200,
-    after two warm-up passes. Every model runs on its own device, in its own dtype; `progress(done, total)` counts rounds.
-    The global random state is left alone. Raises InputError when seq_length is beyond what a model takes.
+    A pass does what a server does with a prompt: the decoder over random token ids [batch_rows, seq_length], and the head at
+    the last position only. seconds: measuring time for each model, after two warm-up passes; at least 5 and at most 200
+    passes. Every model runs on its device and in its dtype. `progress(done, total)` counts rounds. The global random state is
+    not changed. Raises InputError for a seq_length that exceeds a model's context, and for arguments of the wrong type.
     """
+    check_type("models", models, Mapping, "a dict of names and models")
     if not models:
-        raise InputError("models: none given", "name at least one model")
+        raise InputError("models: empty", "give at least one model")
+    for name, model in models.items():
+        check_model(f"models[{name!r}]", model)
     if seq_length < 1 or batch_rows < 1 or seconds <= 0:
         raise InputError(
             f"seq_length {seq_length}, batch_rows {batch_rows}, seconds {seconds}", "each must be greater than zero"
@@ -70,7 +74,9 @@ def interleaved_throughput(
     for name, model in models.items():
         longest = getattr(model.config, "max_position_embeddings", None)
         if longest is not None and seq_length > longest:
-            raise InputError(f"seq_length {seq_length}: model {name!r} takes {longest} at most", "lower seq_length")
+            raise InputError(
+                f"seq_length: {seq_length} exceeds the context of model {name!r}, {longest} tokens", "lower seq_length"
+            )
 
     generator = torch.Generator().manual_seed(0)
     ids = {
@@ -78,7 +84,7 @@ def interleaved_throughput(
         for name, model in models.items()
     }
     for name, model in models.items():
-        _timed_pass(model, ids[name])  # first call: kernels chosen, memory allocated
+        _timed_pass(model, ids[name])  # the first call selects kernels and allocates memory
     one_round = sum(_timed_pass(model, ids[name]) for name, model in models.items())
     rounds = min(MAX_PASSES, max(MIN_PASSES, math.ceil(seconds * len(models) / one_round)))
 
@@ -101,7 +107,7 @@ def _timed_pass(model: Any, ids: torch.Tensor) -> float:
 
 
 def _wait(device: torch.device) -> None:
-    # An accelerator answers before it has finished; a clock read then would time the launch alone.
+    # Calls return before an accelerator has finished; without waiting, only the kernel launches would be timed.
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 

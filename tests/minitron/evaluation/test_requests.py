@@ -167,7 +167,7 @@ def test_an_answer_that_is_too_long_for_the_model_fails_its_task(student, tokeni
     documents = arc_documents(3)
     documents[1]["choices"]["text"][0] = 513 * "a"
     file = write_jsonl(tmp_path / "test.jsonl", documents)
-    with pytest.raises(InputError, match="an answer of 514 tokens, and the model takes 1 to 512"):
+    with pytest.raises(InputError, match="an answer has 514 tokens, but the model accepts 1 to 512"):
         evaluate(student, tokenizer, [Task("arc_easy", str(file))])
 
 

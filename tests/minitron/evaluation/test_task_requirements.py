@@ -27,7 +27,7 @@ def empty_cache(tmp_path, monkeypatch):
 def test_a_task_that_executes_generated_code_is_refused_and_its_own_code_not_loaded(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "code_eval.py").write_text("raise RuntimeError('run')\n")  # the file that evaluate.load would load
-    with pytest.raises(InputError, match="runs code that the model writes"):
+    with pytest.raises(InputError, match="runs code that the model generates"):
         check_tasks([Task(name, str(write_jsonl(tmp_path / "test.jsonl", [{"prompt": "a"}])))])
     assert not [module for module in sys.modules if module.startswith(f"lm_eval.tasks.{name.split('_')[0]}.")]
 
@@ -41,7 +41,7 @@ def test_packages_that_a_definition_imports_are_named_with_the_command(tmp_path,
     )
     task = Task("ifeval", str(write_jsonl(tmp_path / "train.jsonl", [{"prompt": "a"}])))
     check_tasks([task])
-    with pytest.raises(InputError, match="needs immutabledict, langdetect, not installed") as refusal:
+    with pytest.raises(InputError, match="needs immutabledict, langdetect, which is not installed") as refusal:
         check_requirements(task)
     assert refusal.value.remedy == "pip install immutabledict langdetect"
     assert "lm_eval.tasks.ifeval.utils" not in sys.modules
@@ -51,14 +51,14 @@ def test_more_few_shot_examples_than_there_are_documents_is_refused(tmp_path):
     write_jsonl(tmp_path / "test.jsonl", arc_documents(3))
     write_jsonl(tmp_path / "train.jsonl", arc_documents(8))
     check_tasks([Task("arc_easy", str(tmp_path), num_fewshot=8)])
-    with pytest.raises(InputError, match=r"num_fewshot is 20, and the split 'train' of .* has 8 examples") as refusal:
+    with pytest.raises(InputError, match=r"num_fewshot is 20, but the split 'train' of .* has 8 examples") as refusal:
         check_tasks([Task("arc_easy", str(tmp_path), num_fewshot=20)])
     assert "8 at most" in refusal.value.remedy
 
 
 def test_hub_documents_that_are_not_in_the_cache_are_refused(empty_cache):
     with pytest.raises(
-        InputError, match=r"the hub's allenai/ai2_arc, cannot be had \(HF_HUB_OFFLINE is set"
+        InputError, match=r"the hub's dataset allenai/ai2_arc, cannot be loaded \(HF_HUB_OFFLINE is set"
     ) as refusal:
         check_requirements(Task("arc_easy"))
     assert "`data:` names documents" in refusal.value.remedy
@@ -68,7 +68,7 @@ def test_hub_documents_that_are_not_in_the_cache_are_refused(empty_cache):
 
 def test_a_hub_metric_that_is_not_in_the_cache_is_refused(empty_cache, tmp_path, monkeypatch):
     documents = str(write_jsonl(tmp_path / "validation.jsonl", [{"question": "a"}]))
-    with pytest.raises(InputError, match="the metric 'rouge' cannot be had"):
+    with pytest.raises(InputError, match="the metric 'rouge' cannot be loaded"):
         check_requirements(Task("noticia", documents))
     (empty_cache / "modules/evaluate_modules/metrics/evaluate-metric--rouge").mkdir(parents=True)
     check_requirements(Task("noticia", documents))
@@ -81,7 +81,7 @@ def test_a_hub_metric_that_is_not_in_the_cache_is_refused(empty_cache, tmp_path,
 def test_answers_that_are_as_long_as_the_context_are_refused(tmp_path):
     task = Task("gsm8k", str(write_jsonl(tmp_path / "test.jsonl", [{"question": "a", "answer": "#### 1"}])))
     check_requirements(task, 257)
-    with pytest.raises(InputError, match="256 tokens, and the model takes 256"):
+    with pytest.raises(InputError, match="256 tokens, but the model's context has 256"):
         check_requirements(task, 256)
 
 
