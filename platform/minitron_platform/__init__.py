@@ -1,4 +1,4 @@
-"""The platform: recipes, the pipeline of stages, Ray Train, Ray jobs, MLflow, the registry and the command line."""
+"""Runs of recipes: the pipeline of stages on Ray, tracking and the model registry in MLflow, and the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the user sees while work goes on: one live line on a terminal, plain lines elsewhere, never silence."""
+"""Output for the user during a run: a live status line on a terminal, plain lines at regular intervals elsewhere."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-FILE_COLUMNS = 120  # of tables where the output is not a terminal
-HEARTBEAT_SECONDS = 8.0  # longest silence where the output is not a terminal
+FILE_COLUMNS = 120  # width of tables if the output is not a terminal
+HEARTBEAT_SECONDS = 8.0  # longest time without a line if the output is not a terminal
 
 
 class Console:
-    """Lines, tables and the state of the work at hand. `status` may be set from any thread."""
+    """Prints messages, tables and the status of the current work. All methods may be called from any thread."""
 
     def __init__(self) -> None:
         self.rich = RichConsole(highlight=False)
@@ -33,22 +33,25 @@ class Console:
         self._lock = threading.Lock()
 
     def say(self, message: str = "") -> None:
+        """Print a line with rich markup."""
         with self._lock:
             self._last_print = time.monotonic()
             self.rich.print(Text.from_markup(message), soft_wrap=True)
 
     def table(self, table: Table) -> None:
+        """Print a table."""
         with self._lock:
             self._last_print = time.monotonic()
             self.rich.print(table)
 
     def status(self, message: str | Callable[[], str]) -> None:
-        """What is being done now; a function is asked whenever it is shown."""
+        """Set the status of the current work. A function is called each time the status is shown."""
         self._status = message if callable(message) else lambda: message
 
     def counter(self, unit: str) -> Callable[[int, int], None]:
-        """A progress callback (done, total) that shows a count, a share and the time left."""
-        started, first = time.monotonic(), None
+        """A progress callback `(done, total)` that shows the count and the estimated time left as the status."""
+        started = time.monotonic()
+        first = None  # the first count reported: earlier items were finished before, and say nothing about the speed
 
         def update(done: int, total: int) -> None:
             nonlocal first
@@ -61,24 +64,25 @@ class Console:
 
     @contextmanager
     def working(self, name: str) -> Iterator[None]:
-        """Show `name` and its status until the block ends."""
-        self._name, self._since = name, time.monotonic()
+        """Show `name`, the status and the elapsed time until the block ends."""
+        self._name = name
+        self._since = time.monotonic()
         self.status("")
         stop = threading.Event()
         if self.rich.is_terminal:
             with Live(get_renderable=self._line, console=self.rich, refresh_per_second=5, transient=True):
                 yield
             return
-        beat = threading.Thread(target=self._beat, args=(stop,), daemon=True)
-        beat.start()
+        heartbeat = threading.Thread(target=self._print_heartbeats, args=(stop,), daemon=True)
+        heartbeat.start()
         try:
             yield
         finally:
             stop.set()
-            beat.join()
+            heartbeat.join()
 
     def elapsed(self) -> float:
-        """Seconds since the work at hand began."""
+        """Seconds since the current `working` block began."""
         return time.monotonic() - self._since
 
     def _text(self) -> str:
@@ -88,14 +92,14 @@ class Console:
     def _line(self) -> Spinner:
         return Spinner("dots", text=Text.from_markup(self._text(), overflow="ellipsis"))
 
-    def _beat(self, stop: threading.Event) -> None:
+    def _print_heartbeats(self, stop: threading.Event) -> None:
         while not stop.wait(0.5):
             if time.monotonic() - self._last_print > HEARTBEAT_SECONDS:
                 self.say(f"  … {self._text()}")
 
 
 def seconds(value: float) -> str:
-    """A duration as people say it: 8 s, 2 min 10 s, 1 h 05 min."""
+    """A duration as text: 8 s, 2 min 10 s, 1 h 05 min."""
     whole = round(value)
     if whole < 60:
         return f"{whole} s"

@@ -1,8 +1,9 @@
-"""One driver at a time: leases in the storage that all drivers share, kept alive by heartbeats.
+"""Mutual exclusion of drivers: leases in the storage that they share, kept alive by heartbeats.
 
-The holder writes a heartbeat every quarter of `MINITRON_LEASE_SECONDS` (60 by default). Another driver takes over when it has
-seen no new heartbeat for that long by its own clock, when the holder's process is gone from the same machine, or when its user
-says so. A holder that was taken over for dead finds a newer epoch at its next heartbeat or commit, and stops.
+The holder of a lease writes a heartbeat every quarter of `MINITRON_LEASE_SECONDS` (60 by default). Another driver takes the
+lease over if it has seen no new heartbeat for that time by its own clock, if the holder's process has ended on the same
+machine, or if its user asks for it (`--take-over`). A holder that is still alive sees the newer epoch at its next heartbeat or
+commit, and stops.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ DEFAULT_SECONDS = 60.0
 
 
 def lease_seconds() -> float:
-    """Seconds without a heartbeat after which a driver may be taken for dead. Raises InputError for what is not a number."""
+    """Seconds without a heartbeat after which a driver is assumed to be dead, from MINITRON_LEASE_SECONDS.
+
+    Raises InputError if the variable is not a number from 1 to 86400.
+    """
     text = os.environ.get(SECONDS, "").strip()
     try:
         seconds = float(text or DEFAULT_SECONDS)
@@ -44,70 +48,76 @@ def lease_seconds() -> float:
 
 @contextmanager
 def lease(
-    where: Locations, name: str, what: str, *, run: str, console: Console, take_over: str = ""
+    locations: Locations, name: str, what: str, *, run: str, console: Console, take_over: str = ""
 ) -> Iterator[Fence]:
-    """Hold the lease `name` of the storage inside the block, after waiting for whoever holds it.
+    """Hold the lease `name` of the storage inside the block; first waits until no other driver holds it.
 
-    what: the work, as messages name it. run: the key of the run that wants it. take_over: don't wait for another driver of
-    the same run, for this reason. Leaving the block gives the lease back. When the lease is lost inside it, SIGINT is
-    raised, so that work which blocks ends, and LeaseLostError leaves the block whatever else does.
+    what: name of the work, for messages. run: key of the run that needs the lease. take_over: if not empty, take the lease
+    from another driver of the same run without waiting; the text is the reason for messages.
+
+    The lease is released at the end of the block. If it is lost inside the block, the main thread gets SIGINT, which interrupts
+    blocking calls, and the block raises LeaseLostError in place of any other exception.
+    Raises StorageError for a storage without conditional writes, InputError for an invalid MINITRON_LEASE_SECONDS.
     """
-    folder = storage.join(where.storage, "leases", name)
-    _check_exclusive(where.storage)
+    folder = storage.join(locations.storage, "leases", name)
+    _check_conditional_writes(locations.storage)
     holder = Holder.this_process(run, lease_seconds())
     fence = Fence(folder, _acquire(folder, what, holder, console, take_over), what)
-    heart = _Heart(fence, holder.ttl)
-    heart.start()
+    heartbeat = _Heartbeat(fence, holder.ttl)
+    heartbeat.start()
     try:
         yield fence
     except BaseException as error:
-        if heart.lost is not None and error is not heart.lost:
-            raise heart.lost from error
+        if heartbeat.lost is not None and error is not heartbeat.lost:
+            raise heartbeat.lost from error
         raise
     finally:
-        heart.stop()
-        if heart.lost is None:
-            _give_back(fence)
-    if heart.lost is not None:
-        raise heart.lost
+        heartbeat.stop()
+        if heartbeat.lost is None:
+            _release(fence)
+    if heartbeat.lost is not None:
+        raise heartbeat.lost
 
 
-def _give_back(fence: Fence) -> None:
+def _release(fence: Fence) -> None:
     try:
         storage.write_bytes(fence.end_path, b"")
-    except StorageError as error:  # what ended the work matters more, and others see that this process is gone
-        log.warning("%s: not given back (%s)", fence.what, error.problem)
+    except StorageError as error:  # the error that ended the work matters more, and others see that this process ended
+        log.warning("%s: the lease was not released (%s)", fence.what, error.problem)
 
 
 def _acquire(folder: str, what: str, holder: Holder, console: Console, take_over: str) -> int:
-    """Wait until the lease is free, expired or to be taken over; the epoch that was acquired."""
-    said, seen, seen_at = 0, "", time.monotonic()
+    """Wait until the lease is free, has expired or may be taken over, and acquire it. Returns the new epoch."""
+    announced = 0  # the epoch that the user was told about
+    last_beat = ""
+    last_beat_at = time.monotonic()
     while True:
         epoch = newest_epoch(folder)
         current = read_holder(folder, epoch) if epoch else None
-        ended = storage.exists(Fence(folder, epoch, what).end_path)
+        released = storage.exists(Fence(folder, epoch, what).end_path)
         reason = ""
-        if current is not None and not ended:
+        if current is not None and not released:
             beat = f"{epoch} {_beat(Fence(folder, epoch, what))}"
-            if beat != seen:
-                seen, seen_at = beat, time.monotonic()
+            if beat != last_beat:
+                last_beat = beat
+                last_beat_at = time.monotonic()
             if current.is_gone():
-                reason = "its process is gone"
+                reason = "its process has ended"
             elif take_over and current.run == holder.run:
                 reason = take_over
-            elif time.monotonic() - seen_at > current.ttl:
-                reason = f"no sign of life for {current.ttl:g} s"
-        if current is None or ended or reason:
+            elif time.monotonic() - last_beat_at > current.ttl:
+                reason = f"no heartbeat for {current.ttl:g} s"
+        if current is None or released or reason:
             if create_epoch(folder, epoch + 1, holder):
                 if reason:
                     console.say(f"  [yellow]{escape(what)} taken over from {escape(str(current))}: {reason}[/]")
-                _clear(folder, epoch + 1)
+                _remove_earlier_epochs(folder, epoch + 1)
                 return epoch + 1
-            continue  # somebody else was faster
-        if said != epoch:
-            same = "; --take-over takes it from there" if current.run == holder.run else ""
-            console.say(f"  [yellow]{escape(what)} is going on: {escape(str(current))}. Waiting for it to end{same}[/]")
-            said = epoch
+            continue  # another driver was faster
+        if announced != epoch:
+            hint = "; use --take-over to take it from that driver" if current.run == holder.run else ""
+            console.say(f"  [yellow]{escape(what)} is held by {escape(str(current))}. Waiting for it to end{hint}[/]")
+            announced = epoch
         console.status(f"waiting for {escape(current.user)}@{escape(current.host)}, process {current.pid}")
         time.sleep(min(0.5 if storage.is_local(folder) else 2.0, current.ttl / 4))
 
@@ -116,42 +126,44 @@ def _beat(fence: Fence) -> str:
     try:
         return storage.read_bytes(fence.beat_path).decode(errors="replace")
     except StorageError:
-        return ""  # none yet
+        return ""  # there is none yet
 
 
-def _clear(folder: str, epoch: int) -> None:
-    """Remove what earlier epochs left."""
+def _remove_earlier_epochs(folder: str, epoch: int) -> None:
+    """Remove the files of all epochs before `epoch`."""
     for name in storage.names(folder):
         if name[:8].isdigit() and int(name[:8]) < epoch:
             storage.remove(storage.join(folder, name))
 
 
 @lru_cache
-def _check_exclusive(root: str) -> None:
-    """Refuse storage where two drivers could hold one lease, because it ignores conditions on what it is told to write."""
+def _check_conditional_writes(root: str) -> None:
+    """Raise StorageError for a storage that ignores conditions on writes, so that two drivers could hold the same lease."""
     probe = storage.join(root, "leases", f".probe-{os.urandom(8).hex()}")
     first = storage.create_bytes(probe, b"1")
     second = storage.create_bytes(probe, b"2")
     storage.remove(probe)
     if not first or second:
         raise StorageError(
-            f"{root}: this storage overwrites a file that it was told to create only if it is not there (If-None-Match)",
+            f"{root}: this storage overwrites an existing file although the write is conditional (If-None-Match)",
             "use storage with conditional writes: S3, GCS, Azure, MinIO of 2024-09 or newer, or a shared folder",
         )
 
 
-class _Heart(threading.Thread):
-    """Writes the heartbeats of one lease, and finds out when it was lost."""
+class _Heartbeat(threading.Thread):
+    """Writes the heartbeats of one lease, and notices if the lease is lost."""
 
     def __init__(self, fence: Fence, ttl: float) -> None:
         super().__init__(name="minitron-lease", daemon=True)
-        self.fence, self.interval = fence, ttl / 4
+        self.fence = fence
+        self.interval = ttl / 4
         self.lost: LeaseLostError | None = None
         self._in_main = threading.current_thread() is threading.main_thread()
         self._stop_now = threading.Event()
 
     def run(self) -> None:
-        beats, failing = 0, False
+        beats = 0
+        failing = False
         while True:
             beats += 1
             try:
@@ -162,7 +174,7 @@ class _Heart(threading.Thread):
                 self.lost = error
                 if self._in_main:
                     os.kill(os.getpid(), signal.SIGINT)
-                with suppress(StorageError):  # whoever holds it now clears it away in the end
+                with suppress(StorageError):  # the new holder removes it later
                     storage.remove(self.fence.beat_path)
                 return
             except (OSError, StorageError) as error:

@@ -1,4 +1,4 @@
-"""Where a run keeps things."""
+"""The locations of a run's data: storage, local folder and MLflow."""
 
 from __future__ import annotations
 
@@ -11,29 +11,38 @@ from minitron import storage
 
 @dataclass(frozen=True)
 class Locations:
-    """`storage` is any fsspec path, `local` a folder on this machine for records and reports."""
+    """Where runs keep their data."""
 
     storage: str
+    """An absolute local path, or an fsspec address such as s3://bucket/minitron."""
     local: str
+    """Folder on this machine for records, reports and logs; the storage itself if that is local."""
     tracking_uri: str
+    """MLflow's."""
 
     def stage(self, name: str, fingerprint: str) -> str:
+        """Folder of a stage's output, in the storage."""
         return storage.join(self.storage, "stages", name, fingerprint)
 
     def run(self, run_key: str) -> str:
+        """Folder of a run's report, in the storage."""
         return storage.join(self.storage, "runs", run_key)
 
     def local_run(self, run_key: str) -> str:
-        """The run's folder on this machine: its record, report and logs."""
+        """Folder of a run on this machine: its records, report and logs."""
         return storage.join(self.local, "runs", run_key)
 
     def spool(self, run_key: str) -> str:
+        """Folder of the run's records that are sent to MLflow; see `tracking.spool`."""
         return storage.join(self.local_run(run_key), "spool")
 
 
 def resolve_locations(storage_path: str | None = None, tracking_uri: str | None = None) -> Locations:
-    """Absolute locations from what the user gave; default: ./runs (or MINITRON_STORAGE), and SQLite inside it (or
-    MLFLOW_TRACKING_URI)."""
+    """Absolute locations from the user's arguments.
+
+    storage_path: default MINITRON_STORAGE, or ./runs. tracking_uri: default MLFLOW_TRACKING_URI, or a SQLite database in the
+    local folder. Raises InputError for an address whose file system is unknown or not installed.
+    """
     root = storage.absolute(storage_path or os.environ.get("MINITRON_STORAGE") or "runs")
     storage.filesystem(root)
     local = root if storage.is_local(root) else str(Path.home() / ".cache" / "minitron" / storage.fingerprint(root))

@@ -1,4 +1,4 @@
-"""One recipe carried out: every stage in order, each done once and recognised by its fingerprint afterwards."""
+"""Runs a recipe: every stage in order. A finished stage is recognised by its fingerprint and not repeated."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from minitron_platform.stages.stage import Stage, StageOutput
 from minitron_platform.stages.stage_records import Record, relative, write_record
 from minitron_platform.stages.targets import Targets
 from minitron_platform.tracking.flusher import Flusher
-from minitron_platform.tracking.spool import RunLog, read_events
+from minitron_platform.tracking.spool import RunLog, Status, read_events
 from minitron_search.memory import release_memory
 
-# Stages that compute for a while in this process, when one of those that need Ray comes next.
+# Stages that compute in this process before the first stage that needs Ray; Ray starts in the background meanwhile.
 BEFORE_RAY = (Calibrate.name, Targets.name)
 
 
@@ -50,15 +50,19 @@ def run(
     console: Console | None = None,
     planned: Plan | None = None,
 ) -> RunResult:
-    """Carry out `recipe`, doing only what is not done yet; returns the students, their figures and the report.
+    """Run `recipe` and return its students, their metrics and the report. Stages that are already finished are reused.
 
-    storage_path: any fsspec path (default ./runs or MINITRON_STORAGE). tracking_uri: MLflow's (default SQLite inside the
-    storage). address: a running Ray cluster (default: Ray starts in this process). until: the last stage to do, of the
-    family's first model where each has its own. take_over: if another driver carries out this run, take it from there instead
-    of waiting for it to end. planned: what `plan` returned for the same arguments; without it the recipe is planned first.
-    Killed at any point and called again, it goes on from the last finished stage, trial or checkpoint.
-    Raises what `plan` raises before anything starts, LeaseLostError when another driver took the run over, and MinitronError
-    for what the user can change.
+    storage_path: a folder or any fsspec address (default: MINITRON_STORAGE, or ./runs).
+    tracking_uri: MLflow's server or database (default: MLFLOW_TRACKING_URI, or SQLite in the storage).
+    address: a running Ray cluster (default: a private Ray on this machine).
+    until: name of the last stage to run; if each model of the family has its own, that of the first model.
+    take_over: if another driver is running this recipe, take the run over instead of waiting until it ends.
+    console: receives progress messages. planned: the result of `plan` for the same arguments; by default the recipe is planned
+    first.
+
+    A run that was killed resumes from the last finished stage, trial or checkpoint when it is called again.
+    Raises what `plan` raises before anything starts, LeaseLostError if another driver takes the run over, and other
+    MinitronErrors for problems that the user can fix.
     """
     names = stage_names()
     if until is not None and until not in names:
@@ -67,82 +71,85 @@ def run(
     if planned is None:
         with console.working("planning"):
             plan(recipe, storage_path=storage_path, tracking_uri=tracking_uri, address=address)
-    where = resolve_locations(storage_path, tracking_uri)
+    locations = resolve_locations(storage_path, tracking_uri)
     key = run_key(recipe)
-    with _alone(where, key, console, take_over) as fence, _closing(console) as stack:
-        storage.write_bytes(storage.join(where.local_run(key), "recipe.yaml"), recipe_yaml(recipe).encode())
-        flusher = stack.enter_context(Flusher(where.spool(key), where.tracking_uri, recipe.experiment))
-        ray = RayStart(stack, address, storage.join(where.local_run(key), "logs"))
+    with _run_lease(locations, key, console, take_over) as fence, _closing(console) as stack:
+        run_folder = locations.local_run(key)
+        storage.write_bytes(storage.join(run_folder, "recipe.yaml"), recipe_yaml(recipe).encode())
+        flusher = stack.enter_context(Flusher(locations.spool(key), locations.tracking_uri, recipe.experiment))
+        ray = RayStart(stack, address, storage.join(run_folder, "logs"))
         context = Context(
             recipe=recipe,
-            locations=where,
+            locations=locations,
             console=console,
             run_key=key,
             held=[fence],
             start_ray=ray.need,
             mlflow_run_id=lambda record: flusher.wait_for(record, timeout=30),
         )
-        parent = _Parent(context)
-        # a cluster without room is refused before the first stage that has work, not at the first that needs Ray
-        needed = until is None or names.index(until) >= names.index(Search.name)
+        run_record = _RunRecord(context)
+        needs_ray = until is None or names.index(until) >= names.index(Search.name)
 
         def before_work(name: str) -> None:
             if joins_cluster(address):
-                context.ensure_ray()
-            elif needed and name in BEFORE_RAY:
+                context.ensure_ray()  # already now, so that a cluster that is too small is refused before any work
+            elif needs_ray and name in BEFORE_RAY:
                 ray.ahead(context)
 
         try:
             context.auto_dtype = ray.auto_dtype(context)
             for stage, member in steps(recipe):
                 context.current = member
-                _stage(context, stage, parent, before_work)
+                _run_stage(context, stage, run_record, before_work)
                 if stage.name == until:
                     break
             else:
-                _report(context, parent)
+                _report(context, run_record)
         except BaseException as error:
-            if not _is_lost(fence):  # else the record belongs to the driver that goes on with it
-                parent.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            if not _is_lost(fence):  # otherwise the record belongs to the driver that continues the run
+                run_record.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
-        parent.end("FINISHED")
+        run_record.end("FINISHED")
     return RunResult(context)
 
 
 @contextmanager
-def _alone(where: Locations, key: str, console: Console, take_over: bool) -> Iterator[Fence]:
+def _run_lease(locations: Locations, key: str, console: Console, take_over: bool) -> Iterator[Fence]:
+    """Hold the lease of the run inside the block."""
     with ExitStack() as stack:
         with console.working("waiting"):
             reason = "as --take-over says" if take_over else ""
-            held = lease(where, f"run-{key}", f"run {key}", run=key, console=console, take_over=reason)
-            fence = stack.enter_context(held)
+            run_lease = lease(locations, f"run-{key}", f"run {key}", run=key, console=console, take_over=reason)
+            fence = stack.enter_context(run_lease)
         yield fence
 
 
 def _is_lost(fence: Fence) -> bool:
+    """Whether another driver has taken the lease over."""
     try:
         fence.check()
     except LeaseLostError:
         return True
-    except (OSError, StorageError):  # the storage is away: nobody can have taken it over through it
+    except (OSError, StorageError):  # the storage does not answer, so nobody can take the lease over through it
         return False
     return False
 
 
-def _report(context: Context, parent: _Parent) -> None:
+def _report(context: Context, run_record: _RunRecord) -> None:
+    """Write the report, and the final metrics to the run's record if that is open."""
     from minitron_platform.report.page import write_report
 
-    write_report(context, parent)
-    if parent.open:
+    write_report(context, run_record)
+    if run_record.open:
         for member in context.recipe.family:
             prefix = f"{member.model}." if len(context.recipe.family) > 1 else ""
             values = Evaluate().metrics(context.output(Evaluate, member))
-            parent.log.metrics({prefix + name: value for name, value in values.items()}, step=0)
+            run_record.log.metrics({prefix + name: value for name, value in values.items()}, step=0)
 
 
 @contextmanager
 def _closing(console: Console) -> Iterator[ExitStack]:
-    """A stack whose leaving, which waits for Ray and for what MLflow has not got yet, is shown."""
+    """An ExitStack that shows a status while it closes, which waits for Ray to stop and for MLflow to take all events."""
     stack = ExitStack()
     try:
         yield stack
@@ -154,8 +161,10 @@ def _closing(console: Console) -> Iterator[ExitStack]:
         stack.close()
 
 
-def _stage(context: Context, stage: Stage[Any], parent: _Parent, before_work: Callable[[str], None]) -> None:
-    console, name = context.console, stage.name
+def _run_stage(context: Context, stage: Stage[Any], run_record: _RunRecord, before_work: Callable[[str], None]) -> None:
+    """Run a stage, or reuse its output if it is finished, and record it."""
+    console = context.console
+    name = stage.name
     if stage.name == Calibrate.name and len(context.recipe.family) > 1:
         origin = context.recipe.origin(context.member)
         console.say(f"[bold]{escape(context.member.model)}[/], cut from {origin.model if origin else 'the teacher'}")
@@ -164,18 +173,18 @@ def _stage(context: Context, stage: Stage[Any], parent: _Parent, before_work: Ca
         folder = context.locations.stage(name, fingerprint)
         record = finished_record(context, stage, folder, console)
         reused = record is not None
-        log = parent.child(name)
+        log = run_record.stage_log(name)
         if record is None:
             before_work(name)
             log.start(context.title(name), parent=context.run_key, tags={"minitron.kind": "stage"})
             try:
                 with context.lease(f"{name}-{fingerprint}", f"stage {name}"):
-                    record = finished_record(context, stage, folder, console)  # by another run that was waited for
+                    record = finished_record(context, stage, folder, console)  # another run may have done it
                     reused = record is not None
                     if record is None:
-                        record = _carry_out(context, stage, folder, fingerprint)
+                        record = _compute(context, stage, folder, fingerprint)
             except BaseException as error:
-                if not _is_lost(context.held[0]):  # else, as with the run's own record
+                if not _is_lost(context.held[0]):  # otherwise the record belongs to the other driver, as above
                     log.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
                 raise
         context.finish(stage, record.output)
@@ -184,8 +193,8 @@ def _stage(context: Context, stage: Stage[Any], parent: _Parent, before_work: Ca
     console.say(f"[green]✓[/] [bold]{name:<10}[/] {escape(record.output.summary)} [dim]· {took}[/]")
 
 
-def _carry_out(context: Context, stage: Stage[Any], folder: str, fingerprint: str) -> Record:
-    """Do a stage and record it, unless somebody else has taken the run or the stage over meanwhile."""
+def _compute(context: Context, stage: Stage[Any], folder: str, fingerprint: str) -> Record:
+    """Run a stage and store its record. Raises LeaseLostError if another driver has taken over the run or the stage."""
     started = time.time()
     with context.named_errors(stage):
         output = stage.run(context, folder)
@@ -201,12 +210,13 @@ def _carry_out(context: Context, stage: Stage[Any], folder: str, fingerprint: st
 
 
 def _artifacts(output: StageOutput) -> Iterator[str]:
-    """What must be there for the output to be of use: files, and the manifests of committed folders."""
+    """The files that must exist for the output to be reused; a committed folder is represented by its manifest."""
     for path in output.artifacts():
         yield storage.join(path, storage.MANIFEST) if storage.is_committed(path) else path
 
 
 def _log_stage(context: Context, stage: Stage[Any], log: RunLog, record: Record, reused: bool) -> None:
+    """Write a stage's output to its MLflow record, unless it is there already."""
     if reused and is_finished(log):
         return
     if reused:
@@ -214,14 +224,14 @@ def _log_stage(context: Context, stage: Stage[Any], log: RunLog, record: Record,
     output = record.output
     stage.record(context, output)
     log.tags({"minitron.reused": reused, "minitron.fingerprint": output.fingerprint, "summary": output.summary})
-    shown = {k: v for k, v in dict(output).items() if isinstance(v, str | int) and k not in ("summary", "fingerprint")}
-    log.params({k: relative(context.locations.storage, v) if isinstance(v, str) else v for k, v in shown.items()})
+    params = {k: v for k, v in dict(output).items() if isinstance(v, str | int) and k not in ("summary", "fingerprint")}
+    log.params({k: relative(context.locations.storage, v) if isinstance(v, str) else v for k, v in params.items()})
     log.metrics({"seconds": record.seconds, **stage.metrics(output)}, step=0)
     log.end("FINISHED")
 
 
 def is_finished(log: RunLog) -> bool:
-    """Whether a record's last word is that its run finished."""
+    """Whether the last event of a record says that its run finished."""
     last = None
     for event, _ in read_events(log.path, 0) if log.path.exists() else ():
         if event and event["event"] in ("start", "end"):
@@ -229,21 +239,23 @@ def is_finished(log: RunLog) -> bool:
     return last is not None and last["event"] == "end" and last["status"] == "FINISHED"
 
 
-class _Parent:
-    """The record that all stages are shown under; opened by the first stage that has something to record."""
+class _RunRecord:
+    """The MLflow record of the whole run, parent of the stages' records. The first stage that records something opens it."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
         self.log = RunLog(context.locations.spool(context.run_key), context.run_key)
         self.open = False
 
-    def child(self, name: str) -> RunLog:
+    def stage_log(self, name: str) -> RunLog:
+        """The record of a stage; opens this record unless both are finished."""
         log = self.context.log(name)
         if not (is_finished(self.log) and is_finished(log)):
             self.reopen()
         return log
 
     def reopen(self) -> None:
+        """Start the record if it is not open."""
         if self.open:
             return
         recipe = self.context.recipe
@@ -253,7 +265,8 @@ class _Parent:
         self.log.params({"teacher": recipe.teacher.model, **documents, **sizes})
         self.open = True
 
-    def end(self, status: Any) -> None:
+    def end(self, status: Status) -> None:
+        """End the record with `status` if it is open."""
         if self.open:
             self.log.end(status)
             self.open = False

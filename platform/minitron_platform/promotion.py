@@ -1,4 +1,4 @@
-"""Promoting a registered model from Python."""
+"""`promote` for Python: promotes a version of a registered model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from minitron.errors import InputError
 from minitron_platform.locations import resolve_locations
 from minitron_platform.tracking import registry
 
-DATABASES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")  # that MLflow keeps a registry in
+TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")  # of MLflow servers and databases
 
 
 def promote(
@@ -17,15 +17,16 @@ def promote(
     alias: str = registry.CHAMPION,
     tracking_uri: str | None = None,
 ) -> registry.Promotion:
-    """Point `alias` at a version of `model`, by default the candidate, after its weights were verified: `minitron promote`.
+    """Point `alias` at a version of `model` after verifying its weights; the same as `minitron promote`.
 
-    where: the storage that the model was made in, a folder or any fsspec address, as `--storage`; or MLflow's server or
-    database. tracking_uri: MLflow's, if it is not in the storage.
-    Raises InputError for an unknown model, version or alias, StorageError for weights that are missing or altered.
+    where: the storage that the model was made in (a folder or an fsspec address, as `--storage`), or the address of MLflow's
+    server or database. version: by default the one with the alias `candidate`. tracking_uri: MLflow's address, if `where` is a
+    storage that does not contain MLflow's database.
+    Raises InputError for an unknown model or version and an invalid alias, StorageError for missing or altered weights.
     """
     if not isinstance(where, str) or not where:
-        raise InputError(f"where: {where!r}", "give the storage, such as 'runs', or MLflow's address")
-    if where.split("://")[0].split("+")[0] in DATABASES:
+        raise InputError(f"where: {where!r} is not an address", "give the storage, such as 'runs', or MLflow's address")
+    if where.split("://")[0].split("+")[0] in TRACKING_SCHEMES:
         return registry.promote(where, model, version=_text(version), alias=alias)
     locations = resolve_locations(where, tracking_uri)
     return registry.promote(

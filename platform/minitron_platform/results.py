@@ -1,4 +1,4 @@
-"""What `run` returns: the students of a family, their figures, and where the report is."""
+"""The result of `run`: the students of a family, their metrics and the report."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from minitron.errors import InputError
 from minitron_platform.stages.distill import Distill
 from minitron_platform.stages.evaluate import MODELS, Evaluate
 from minitron_platform.stages.register import Register
@@ -25,20 +26,21 @@ class Student:
     model: str
     """Its name in the recipe and in the registry."""
     version: str
-    """In the registry."""
+    """Its version in the registry."""
     path: str
-    """A plain transformers checkpoint folder."""
+    """Folder of a plain transformers checkpoint."""
     parameters: int
+    """Number of parameters."""
     kl: float
     """Held-out KL to the teacher, nats per token."""
 
 
 @dataclass(frozen=True, repr=False)
 class RunResult:
-    """A run as far as it went: all of it, or up to the stage that `until` named."""
+    """The result of a run that is complete, or that ended after the stage that `until` named."""
 
     state: RunState = field(repr=False)
-    """The outputs of all stages, see `output`."""
+    """The outputs of all finished stages; `output` reads them."""
 
     @property
     def run_key(self) -> str:
@@ -47,7 +49,7 @@ class RunResult:
 
     @property
     def students(self) -> tuple[Student, ...]:
-        """The models of the family that are registered, in the recipe's order."""
+        """The registered models of the family, in the recipe's order."""
         finished = [m for m in self.state.recipe.family if self.state.is_finished(Register, m)]
         return tuple(
             Student(
@@ -67,14 +69,16 @@ class RunResult:
 
     @property
     def report(self) -> Path | None:
-        """The run's report.html; None before the run is complete."""
+        """Path of the run's report.html; None if the run is not complete."""
         path = Path(self.state.locations.local_run(self.run_key)) / "report.html"
         return path if path.exists() else None
 
     @property
     def table(self) -> pd.DataFrame:
-        """Every figure of the final table, as stored: a row per model before and after its distillation, the teacher first;
-        KL and loss in nats per token, agreement and accuracies as shares of 1."""
+        """The metrics of the final table as numbers: a row for the teacher, then two per student, pruned and distilled.
+
+        KL and loss are in nats per token, agreement and accuracies between 0 and 1.
+        """
         import pandas as pd
 
         rows: dict[str, dict[str, float]] = {}
@@ -90,10 +94,26 @@ class RunResult:
         return pd.DataFrame.from_dict(rows, orient="index")
 
     def output(self, stage: type[Stage[T]], model: str | None = None) -> T:
-        """What a stage handed on, for example `result.output(Search, "smollm2-90m").ranking`; `model` is by default the
-        family's first."""
+        """The output of a finished stage, for example `result.output(Search, "smollm2-90m").ranking`.
+
+        stage: its class. model: name of a model of the family, by default the first; has no effect for stages that the family
+        shares. Raises InputError for an unknown model, and for a stage that is not finished.
+        """
+        if not (isinstance(stage, type) and issubclass(stage, Stage)):
+            raise InputError(
+                f"stage: {stage!r} is not a stage", "give its class, such as minitron_platform.stages.search.Search"
+            )
         members = {member.model: member for member in self.state.recipe.family}
-        return self.state.output(stage, members[model] if model else self.state.recipe.family[0])
+        name = next(iter(members)) if model is None else model
+        if name not in members:
+            raise InputError(f"model: {name!r} is not in the recipe's family", f"use one of {', '.join(members)}")
+        member = members[name] if stage.per_model else None
+        if not self.state.is_finished(stage, member):
+            title = f"{stage.name} of {name}" if member else stage.name
+            raise InputError(
+                f"stage {title} is not finished in this run", "run the recipe to that stage, or to its end"
+            )
+        return self.state.output(stage, member)
 
     def __repr__(self) -> str:
         students = ", ".join(

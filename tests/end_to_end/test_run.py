@@ -371,7 +371,7 @@ def test_ctrl_c_stops_a_search_and_says_how_to_resume(bench, finished):
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=90) == 130
     said = (bench / "interrupted.log").read_text()
-    assert "to go on from here: " in said
+    assert "stopped; to resume: " in said
     assert "Traceback" not in said
     assert not list((bench / "interrupted").glob("stages/search/*/stage.json"))
 
@@ -470,7 +470,7 @@ def test_a_second_process_waits_until_the_run_of_the_first_has_ended(bench, fini
     arguments = command("run", "recipe.yaml", "--storage", "runs")
     with lease(where, f"run-{key}", "the run", run=key, console=Console()):
         second = subprocess.Popen(arguments, cwd=bench, env=environment(), stdout=subprocess.PIPE, text=True)
-        waiting = next(line for line in second.stdout if "is going on" in line)
+        waiting = next(line for line in second.stdout if "is held by" in line)
         assert f"process {os.getpid()}" in waiting
         assert second.poll() is None
     assert sum("already done" in line for line in second.stdout) == len(STAGES)

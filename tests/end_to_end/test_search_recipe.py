@@ -242,6 +242,11 @@ def test_the_result_of_a_run_has_students_a_table_and_a_report(bench, searched):
     assert result.table.loc["tiny-student distilled", "kl"] == student.kl
     assert "wikitext word_perplexity" in result.table.columns
     assert result.report.name == "report.html"
+    assert result.output(Distill, "tiny-student").student == student.path
+    with pytest.raises(InputError, match=r"model: 'tiny-studnet' is not in the recipe's family\n.*use one of tiny-student"):
+        result.output(Distill, "tiny-studnet")
+    with pytest.raises(InputError, match=r"stage: 'distill' is not a stage"):
+        result.output("distill")
     assert (
         repr(result)
         == f"RunResult({result.run_key}: tiny-student version 1: {student.parameters:,} parameters, KL {student.kl:.3f})"

@@ -121,7 +121,7 @@ def test_the_lease_of_a_driver_without_heartbeats_is_taken_over_and_the_driver_n
         with pytest.raises(LeaseLostError, match=r"the work was taken over by .*, process \d+"):
             stalled.check()
     assert "taken over from alice@head-1, process 4711" in console.lines[-1]
-    assert "no sign of life for 1 s" in console.lines[-1]
+    assert "no heartbeat for 1 s" in console.lines[-1]
 
 
 def test_take_over_does_not_wait_and_works_for_the_same_run_alone(where):
@@ -178,7 +178,7 @@ def test_the_lease_of_a_killed_driver_is_taken_over_immediately(where, holder, m
     holder.wait()
     console = Said()
     with _hold(where, console):
-        assert "its process is gone" in console.lines[-1]
+        assert "its process has ended" in console.lines[-1]
 
 
 def test_a_driver_with_heartbeats_keeps_its_lease_for_any_time(where, holder):
@@ -227,7 +227,7 @@ def test_storage_that_ignores_conditional_writes_is_refused(tmp_path, monkeypatc
     fs = SimpleNamespace(pipe_file=lambda path, data, mode: None, exists=lambda path: False)
     monkeypatch.setattr("minitron.storage.files.filesystem", lambda path: (fs, path.split("://")[1]))
     with (
-        pytest.raises(StorageError, match="overwrites a file that it was told to create only if"),
+        pytest.raises(StorageError, match="overwrites an existing file although the write is conditional"),
         _hold(Locations(f"s3://{uuid.uuid4().hex}", str(tmp_path), "sqlite:///unused.db")),
     ):
         pass
@@ -272,7 +272,7 @@ def test_heartbeats_continue_while_the_storage_server_is_unreachable_and_an_erro
     )
     assert driver.returncode == 0, driver.stderr
     assert "s3://bucket/x/leases/work: cannot be accessed (EndpointConnectionError" in driver.stdout
-    assert "the work: not given back (s3://bucket/x/leases/work/00000001.end: cannot be accessed" in driver.stdout
+    assert "the work: the lease was not released (s3://bucket/x/leases/work/00000001.end: cannot" in driver.stdout
 
 
 def test_a_write_that_the_client_repeated_counts_as_successful(monkeypatch):

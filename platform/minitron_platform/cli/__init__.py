@@ -1,4 +1,4 @@
-"""The command line."""
+"""The command `minitron`."""
 
 from minitron_platform.cli.commands import main
 

@@ -1,4 +1,4 @@
-"""The command line: `minitron VERB RECIPE`."""
+"""The command `minitron` and its subcommands, except `importance` and `prune`."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from minitron_platform.cli.importance import importance
 from minitron_platform.cli.prune import prune
 from minitron_platform.console import Console, seconds
 
-STORAGE_HELP = "Where everything is kept: a folder or any fsspec address. [default: ./runs]"
-TRACKING_HELP = "MLflow server or database. [default: SQLite in the storage]"
-ADDRESS_HELP = "The cluster's Jobs address, http://HOST:8265."
-INSECURE_HELP = "Allow a plain address elsewhere without a token."
-TAKE_OVER_HELP = "Take the run from another driver that carries it out, instead of waiting for that one to end."
-LISTED = 40  # candidates that a plan shows
+STORAGE_HELP = "Folder or fsspec address for all results. [default: ./runs]"
+TRACKING_HELP = "Address of MLflow's server or database. [default: SQLite in the storage]"
+ADDRESS_HELP = "Address of the cluster's Ray Jobs API: http://HOST:8265."
+INSECURE_HELP = "Allow an unencrypted address of another machine without a token."
+TAKE_OVER_HELP = "If another driver is running this recipe, take the run over instead of waiting."
+MAX_CANDIDATES = 40  # that a plan lists for each model
+MAX_NOTES = 3  # that a plan lists
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 class _Group(click.Group):
-    """Prints what the user can mend as two lines and exits with 2; a bug keeps its stack trace."""
+    """Prints a MinitronError as problem and fix and exits with code 2. Other exceptions are bugs and keep their traceback."""
 
     def invoke(self, context: click.Context) -> Any:
         try:
@@ -38,11 +39,11 @@ class _Group(click.Group):
         except MinitronError as error:
             _fail(error)
         except KeyboardInterrupt:
-            click.echo(f"\nstopped; to go on from here: {_again()}", err=True)
+            click.echo(f"\nstopped; to resume: {_command_line()}", err=True)
             context.exit(130)
 
     def _location_option(self, context: click.Context) -> str:
-        """How the command that failed is told of another folder, if it is by an option."""
+        """End of the remedy for a folder that is not writable: names the option --storage if the command that failed has it."""
         command = self.get_command(context, context.invoked_subcommand or "")
         has_option = command is not None and any(parameter.name == "storage_path" for parameter in command.params)
         return " with --storage" if has_option else ""
@@ -57,12 +58,13 @@ def _fail(error: MinitronError) -> None:
     raise SystemExit(2)
 
 
-def _again() -> str:
+def _command_line() -> str:
+    """The command that the user typed."""
     return shlex.join([*shlex.split(_program()), *sys.argv[1:]])
 
 
 def _program() -> str:
-    """How to call this program from where the user is."""
+    """The command that starts this program in the user's shell."""
     if shutil.which("minitron"):
         return "minitron"
     if sys.argv[0].endswith("__main__.py"):
@@ -73,14 +75,15 @@ def _program() -> str:
 @click.group(cls=_Group, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="minitron")
 def main() -> None:
-    """Turn one large language model into a family of smaller ones.
+    """Turn one large language model into a family of smaller ones, by pruning and distillation.
 
-    A recipe says which teacher, text, size, search and evaluation; `minitron recipes` lists those that ship, and any YAML
-    file of yours works too.
+    A recipe is a YAML file that describes the teacher, the text, the sizes of the students, the search and the evaluation.
+    RECIPE is the path of such a file, or the name of a recipe that ships with Minitron (`minitron recipes` lists them).
     """
 
 
 def _recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The recipe argument, with the options of every command that reads one."""
     options = [
         click.argument("recipe"),
         click.option(
@@ -88,7 +91,7 @@ def _recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "overrides",
             multiple=True,
             metavar="KEY=VALUE",
-            help="Change a recipe key: --set distill.steps=50.",
+            help="Override a key of the recipe: --set distill.steps=50.",
         ),
         click.option("--storage", "storage_path", metavar="PATH", envvar="MINITRON_STORAGE", help=STORAGE_HELP),
         click.option("--tracking-uri", metavar="URI", envvar="MLFLOW_TRACKING_URI", help=TRACKING_HELP),
@@ -99,6 +102,8 @@ def _recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _tracking_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options for the location of MLflow; the command gets them as `locations`."""
+
     @click.option("--storage", "storage_path", metavar="PATH", envvar="MINITRON_STORAGE", help=STORAGE_HELP)
     @click.option("--tracking-uri", metavar="URI", envvar="MLFLOW_TRACKING_URI", help=TRACKING_HELP)
     @wraps(function)
@@ -111,7 +116,7 @@ def _tracking_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _known_stage(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
-    """Check a stage's name; only then, because the stages bring large libraries."""
+    """Check the name of a stage. The stages are imported only here, because they import large libraries."""
     if value is None:
         return None
     from minitron_platform.stages.order import stage_names
@@ -121,7 +126,7 @@ def _known_stage(context: click.Context, option: click.Parameter, value: str | N
 
 @main.command()
 def recipes() -> None:
-    """List the recipes that ship."""
+    """List the recipes that ship with Minitron."""
     from minitron_platform.recipes.load import load_recipe, shipped_recipes
 
     for name in shipped_recipes():
@@ -130,19 +135,21 @@ def recipes() -> None:
 
 @main.command()
 @_recipe_options
-@click.option("--address", metavar="ADDRESS", help="The Ray cluster of the run, which is not asked. [default: none]")
+@click.option("--address", metavar="ADDRESS", help="Ray cluster of the run; `plan` does not connect to it. [default: none]")
 def plan(
     recipe: str, overrides: tuple[str, ...], storage_path: str | None, tracking_uri: str | None, address: str | None
 ) -> None:
-    """Show what RECIPE will do and cost, and refuse what cannot work."""
+    """Show the stages of RECIPE, their cost and the candidates; refuse a recipe that cannot work."""
     console = Console()
     _show_plan(console, *_planned(console, recipe, overrides, storage_path, tracking_uri, address), candidates=True)
 
 
 @main.command()
 @_recipe_options
-@click.option("--address", metavar="ADDRESS", help="A running Ray cluster to use. [default: Ray starts here]")
-@click.option("--until", metavar="STAGE", callback=_known_stage, help="Stop after this stage, such as search.")
+@click.option(
+    "--address", metavar="ADDRESS", help="Address of a running Ray cluster. [default: a private Ray on this machine]"
+)
+@click.option("--until", metavar="STAGE", callback=_known_stage, help="Stop after this stage: --until search.")
 @click.option("--take-over", is_flag=True, help=TAKE_OVER_HELP)
 def run(
     recipe: str,
@@ -153,7 +160,7 @@ def run(
     until: str | None,
     take_over: bool,
 ) -> None:
-    """Carry out RECIPE here, going on from what is already done."""
+    """Run RECIPE on this machine. Finished stages are reused, interrupted ones are resumed."""
     import time
 
     started = time.monotonic()
@@ -164,8 +171,8 @@ def run(
     with console.working("starting"):
         from minitron_platform.pipeline import run as run_pipeline
         from minitron_platform.report.page import final_table
-        from minitron_platform.tracking.flusher import shown
-    done = run_pipeline(
+        from minitron_platform.tracking.flusher import redact
+    result = run_pipeline(
         loaded,
         storage_path=storage_path,
         tracking_uri=tracking_uri,
@@ -175,25 +182,24 @@ def run(
         console=console,
         planned=planned,
     )
-    if not done.is_complete:
+    if not result.is_complete:
         return
     console.say()
-    console.table(final_table(done.state))
+    console.table(final_table(result.state))
     program = _program()
-    options = (f" --storage {shlex.quote(storage_path)}" if storage_path else "") + (
-        f" --tracking-uri {shlex.quote(shown(tracking_uri))}" if tracking_uri else ""
-    )
-    students = done.students
+    options = f" --storage {shlex.quote(storage_path)}" if storage_path else ""
+    options += f" --tracking-uri {shlex.quote(redact(tracking_uri))}" if tracking_uri else ""
+    students = result.students
     console.say(f"\nThe student{'s' if len(students) > 1 else ''}, as plain transformers checkpoints:")
     for student in students:
         console.say(f"  [bold]{escape(student.path)}[/]")
-    console.say(f"The report:\n  [bold]{escape(str(done.report))}[/]")
-    console.say(f"Browse the experiment:\n  [bold]{escape(program + ' ui' + options)}[/]")
+    console.say(f"The report:\n  [bold]{escape(str(result.report))}[/]")
+    console.say(f"Open the experiment in MLflow:\n  [bold]{escape(program + ' ui' + options)}[/]")
     console.say("Promote a student:" if len(students) > 1 else "Promote the student:")
     for student in students:
-        chosen = f"{student.model} --version {student.version}"
-        console.say(f"  [bold]{escape(f'{program} promote {chosen}{options}')}[/]")
-    console.say(f"[dim]{seconds(time.monotonic() - started)} in all[/]")
+        arguments = f"{student.model} --version {student.version}"
+        console.say(f"  [bold]{escape(f'{program} promote {arguments}{options}')}[/]")
+    console.say(f"[dim]total time {seconds(time.monotonic() - started)}[/]")
 
 
 def _planned(
@@ -204,6 +210,7 @@ def _planned(
     tracking_uri: str | None,
     address: str | None = None,
 ) -> tuple[Any, Any]:
+    """The recipe and its plan."""
     from minitron_platform.recipes.load import load_recipe
 
     loaded = load_recipe(recipe, overrides)
@@ -214,10 +221,23 @@ def _planned(
 
 
 def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool) -> None:
-    from rich.table import Table
+    """Print a plan, with the candidates of every model if `candidates` is set."""
+    console.table(_cost_table(recipe, planned))
+    _show_resources(console, recipe, planned)
+    for warning in planned.warnings:
+        console.say(f"[yellow]warning  {escape(warning)}[/]")
+    console.say()
+    for note in planned.notes[:MAX_NOTES]:
+        console.say(f"[yellow]note[/]     {escape(note)}")
+    if len(planned.notes) > MAX_NOTES:
+        console.say(f"[yellow]note[/]     and {len(planned.notes) - MAX_NOTES} similar notes")
+    for member in recipe.family if candidates else ():
+        _show_candidates(console, recipe, member, planned)
 
-    from minitron.architecture import axes_present
-    from minitron_platform.tracking.flusher import shown
+
+def _cost_table(recipe: Any, planned: Any) -> Any:
+    """The stages with their estimated cost."""
+    from rich.table import Table
 
     sizes = " and ".join(f"{member.parameters / 1e6:,.1f}M" for member in recipe.family)
     table = Table(
@@ -248,16 +268,22 @@ def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool)
     table.add_section()
     table.add_row(
         "",
-        "in all",
+        "total",
         f"{sum(c.estimate.flops for c in planned.costs) / 1e12:,.1f}",
         f"{planned.bytes / 1e6:,.0f} MB",
         seconds(planned.seconds),
     )
-    console.table(table)
+    return table
+
+
+def _show_resources(console: Console, recipe: Any, planned: Any) -> None:
+    """Print where a run stores its data, and what it computes with."""
+    from minitron_platform.tracking.flusher import redact
+
     free = f" ({planned.free_bytes / 1e9:,.0f} GB free)" if planned.free_bytes is not None else ""
     console.say(f"storage  {escape(planned.locations.storage)}{free}")
-    console.say(f"mlflow   {escape(shown(planned.locations.tracking_uri))}")
-    console.say(f"compute  {planned.dtype}, {planned.flops_per_second / 1e9:,.0f} GFLOP/s measured here")
+    console.say(f"mlflow   {escape(redact(planned.locations.tracking_uri))}")
+    console.say(f"compute  {planned.dtype}, {planned.flops_per_second / 1e9:,.0f} GFLOP/s measured on this machine")
     console.say(f"resources  {planned.resources_text}")
     console.say(f"documents  {planned.documents_text}")
     for title, memory in planned.memory.items():
@@ -267,36 +293,38 @@ def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool)
         name = title if len(recipe.family) > 1 else title.split()[-1]
         console.say(f"each GPU {escape(name)}: {fit.memory}; {fit.settings}")
     for mode, teacher in planned.teacher_costs.items():
-        chosen = ", as the recipe says" if mode == recipe.targets.mode else ""
+        chosen = " (the recipe's choice)" if mode == recipe.targets.mode else ""
         console.say(
             f"teacher  {mode}: {teacher.rows:,} rows stored, {teacher.bytes / 1e6:,.1f} MB, "
             f"{teacher.stored_flops / 1e12:,.2f} TFLOP; {teacher.online_flops / 1e12:,.2f} TFLOP in the distillation{chosen}"
         )
-    for warning in planned.warnings:
-        console.say(f"[yellow]warning  {escape(warning)}[/]")
-    console.say()
-    for note in planned.notes[:3]:
-        console.say(f"[yellow]note[/]     {escape(note)}")
-    if len(planned.notes) > 3:
-        console.say(f"[yellow]note[/]     {len(planned.notes) - 3} more of the kind")
-    for member in recipe.family if candidates else ():
-        found = planned.candidates[member.model]
-        after = f", by what wins before {member.model}" if recipe.origin(member) else ""
-        drawn = " at random, for the sampler to improve on" if member.model in planned.sampled else ""
-        shapes = Table(title=f"{member.model}: {len(found)} candidates{drawn}{after}", title_justify="left")
-        axes = axes_present(found)
-        for title in (*(axis.heading for axis in axes), "parameters", "GFLOP/tok", "cache/tok"):
-            shapes.add_column(title, justify="right", no_wrap=True)
-        for a in found[:LISTED]:
-            shapes.add_row(
-                *(str(getattr(a, axis.name)) for axis in axes),
-                f"{a.num_parameters:,}",
-                f"{a.flops_per_token(recipe.data.seq_length) / 1e9:.3f}",
-                f"{a.kv_cache_bytes(1):,} B",
-            )
-        console.table(shapes)
-        if len(found) > LISTED:
-            console.say(f"and {len(found) - LISTED:,} more, down to {found[-1].num_parameters:,} parameters\n")
+
+
+def _show_candidates(console: Console, recipe: Any, member: Any, planned: Any) -> None:
+    """Print the candidates of one model of the family, the largest first."""
+    from rich.table import Table
+
+    from minitron.architecture import axes_present
+
+    candidates = planned.candidates[member.model]
+    sampled = " drawn at random (the search samples by score)" if member.model in planned.sampled else ""
+    origin = recipe.origin(member)
+    condition = f"; the winner for {origin.model} decides which of them remain" if origin else ""
+    table = Table(title=f"{member.model}: {len(candidates)} candidates{sampled}{condition}", title_justify="left")
+    axes = axes_present(candidates)
+    for title in (*(axis.heading for axis in axes), "parameters", "GFLOP/tok", "cache/tok"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for architecture in candidates[:MAX_CANDIDATES]:
+        table.add_row(
+            *(str(getattr(architecture, axis.name)) for axis in axes),
+            f"{architecture.num_parameters:,}",
+            f"{architecture.flops_per_token(recipe.data.seq_length) / 1e9:.3f}",
+            f"{architecture.kv_cache_bytes(1):,} B",
+        )
+    console.table(table)
+    if len(candidates) > MAX_CANDIDATES:
+        smallest = f"down to {candidates[-1].num_parameters:,} parameters"
+        console.say(f"and {len(candidates) - MAX_CANDIDATES:,} more, {smallest}\n")
 
 
 @main.command()
@@ -313,7 +341,7 @@ def submit(
     insecure: bool,
     take_over: bool,
 ) -> None:
-    """Run RECIPE as a job on a Ray cluster; it goes on when this terminal is gone."""
+    """Run RECIPE as a job on a Ray cluster. The job continues when this terminal is closed."""
     from minitron_platform.recipes.load import load_recipe
     from minitron_platform.submission import submit as submit_recipe
 
@@ -331,6 +359,7 @@ def submit(
 
 
 def _job_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of every command about submitted jobs."""
     for option in (
         click.option("--insecure", is_flag=True, help=INSECURE_HELP),
         click.option("--address", required=True, metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help=ADDRESS_HELP),
@@ -343,7 +372,7 @@ def _job_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.argument("job", required=False)
 @_job_options
 def status(job: str | None, address: str, insecure: bool) -> None:
-    """The state of JOB, or of every submitted run."""
+    """Show the state of JOB, or of all submitted runs."""
     from minitron_platform.cluster.jobs import status as job_status
 
     for row in job_status(address, job, insecure=insecure):
@@ -355,7 +384,7 @@ def status(job: str | None, address: str, insecure: bool) -> None:
 @click.option("--follow", "-f", is_flag=True, help="Keep printing until the job ends.")
 @_job_options
 def logs(job: str, follow: bool, address: str, insecure: bool) -> None:
-    """What JOB printed."""
+    """Print the output of JOB."""
     from minitron_platform.cluster.jobs import logs as job_logs
 
     for text in job_logs(address, job, follow, insecure=insecure):
@@ -366,7 +395,7 @@ def logs(job: str, follow: bool, address: str, insecure: bool) -> None:
 @click.argument("job")
 @_job_options
 def stop(job: str, address: str, insecure: bool) -> None:
-    """Stop JOB; submitting it again goes on from where it was."""
+    """Stop JOB. Submitting the same recipe again resumes it."""
     from minitron_platform.cluster.jobs import stop as stop_job
 
     click.echo(stop_job(address, job, insecure=insecure))
@@ -381,14 +410,14 @@ def models(locations: Any) -> None:
     from minitron.evaluation.metrics import KL, LOSS
     from minitron_platform.tracking.registry import models as registered
 
-    found = registered(locations.tracking_uri, locations.storage)
-    if not found:
+    versions = registered(locations.tracking_uri, locations.storage)
+    if not versions:
         click.echo(f"no models in {locations.tracking_uri}; `minitron run` registers one")
         return
     table = Table(caption=f"KL to the teacher and held-out loss in {KL.unit}", caption_justify="left")
     for title in ("model", "version", "parameters", "KL", "loss", "registered"):
         table.add_column(title, no_wrap=True)
-    for row in found:
+    for row in versions:
         table.add_row(
             row.name,
             row.version,
@@ -399,7 +428,7 @@ def models(locations: Any) -> None:
         )
     console = Console()
     console.table(table)
-    for row in found:
+    for row in versions:
         aliases = f" ({', '.join(row.aliases)})" if row.aliases else ""
         console.say(escape(f"{row.name} {row.version}{aliases}: {row.source}"))
         if row.tasks:
@@ -408,14 +437,14 @@ def models(locations: Any) -> None:
 
 @main.command()
 @click.argument("model")
-@click.option("--version", metavar="N", help="[default: the one under the alias 'candidate']")
+@click.option("--version", metavar="N", help="[default: the version with the alias 'candidate']")
 @click.option("--alias", default="champion", show_default=True)
 @_tracking_options
 def promote(locations: Any, model: str, version: str | None, alias: str) -> None:
-    """Point an alias of MODEL at a version, after checking its weights."""
+    """Point an alias of MODEL at a version, after verifying its weights."""
     from minitron_platform.tracking.registry import promote as promote_model
 
-    _say_promotion(
+    _print_promotion(
         promote_model(locations.tracking_uri, model, version=version, alias=alias, storage_root=locations.storage)
     )
 
@@ -425,13 +454,13 @@ def promote(locations: Any, model: str, version: str | None, alias: str) -> None
 @click.option("--alias", default="champion", show_default=True)
 @_tracking_options
 def rollback(locations: Any, model: str, alias: str) -> None:
-    """Point an alias of MODEL back at the version before."""
+    """Point an alias of MODEL back at its previous version, after verifying its weights."""
     from minitron_platform.tracking.registry import rollback as roll_back
 
-    _say_promotion(roll_back(locations.tracking_uri, model, alias=alias, storage_root=locations.storage))
+    _print_promotion(roll_back(locations.tracking_uri, model, alias=alias, storage_root=locations.storage))
 
 
-def _say_promotion(promotion: Any) -> None:
+def _print_promotion(promotion: Any) -> None:
     before = f" (was version {promotion.previous})" if promotion.previous else ""
     click.echo(f"{promotion.name}@{promotion.alias} is version {promotion.version}{before}")
 
@@ -439,10 +468,10 @@ def _say_promotion(promotion: Any) -> None:
 @main.command()
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=5000, show_default=True)
-@click.option("--insecure", is_flag=True, help="Allow a host other than this machine.")
+@click.option("--insecure", is_flag=True, help="Allow a host that other machines can reach.")
 @_tracking_options
 def ui(locations: Any, host: str, port: int, insecure: bool) -> None:
-    """Browse experiments and models in MLflow's pages."""
+    """Start MLflow's web interface for the experiments and models."""
     from minitron_platform.tracking.server import serve
 
     raise SystemExit(

@@ -1,4 +1,4 @@
-"""`minitron importance`: what a calibration found, and whether two agree."""
+"""`minitron importance`: shows the scores of a calibration, and compares those of two."""
 
 from __future__ import annotations
 
@@ -14,16 +14,22 @@ SCORES = click.Path(exists=True, path_type=Path)
 
 @click.group()
 def importance() -> None:
-    """Look at importance scores: a scores.safetensors file, or a storage folder (its newest calibration)."""
+    """Show or compare importance scores.
+
+    SCORES is a scores.safetensors file, or a storage folder, whose newest calibration is used.
+    """
 
 
 @importance.command()
 @click.argument("scores", type=SCORES)
 @click.option(
-    "--plot", metavar="FILE.png", type=click.Path(dir_okay=False, path_type=Path), help="Also draw the curves."
+    "--plot",
+    metavar="FILE.png",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also plot the scores to this file.",
 )
 def show(scores: Path, plot: Path | None) -> None:
-    """Which layers, heads, neurons and channels of SCORES matter."""
+    """Show which layers, heads, neurons and channels of SCORES are important."""
     from minitron.importance import ImportanceScores
     from minitron_platform.cli import importance_tables as tables
 
@@ -39,35 +45,41 @@ def show(scores: Path, plot: Path | None) -> None:
         from minitron_platform.cli.importance_plot import draw
 
         storage.write_bytes(str(plot), draw(loaded))
-        console.say(f"drawn in [bold]{escape(str(plot))}[/]")
+        console.say(f"plotted to [bold]{escape(str(plot))}[/]")
 
 
 @importance.command()
 @click.argument("first", type=SCORES)
 @click.argument("second", type=SCORES)
 def compare(first: Path, second: Path) -> None:
-    """Do two calibrations of one architecture rank alike? For example a teacher's before and after its correction."""
+    """Compare how FIRST and SECOND rank layers, heads, neurons and channels.
+
+    Both must be of the same architecture, for example the teacher before and after its correction.
+    """
     from minitron.importance import ImportanceScores
     from minitron_platform.cli import importance_tables as tables
 
     console = Console()
-    a, b = (ImportanceScores.load(scores_file(console, place)) for place in (first, second))
+    a, b = (ImportanceScores.load(scores_file(console, path)) for path in (first, second))
     console.table(tables.agreement(a, b))
     console.table(tables.block_agreement(a, b))
 
 
-def scores_file(console: Console, place: Path) -> Path:
-    """The scores file that a path means; the others of a folder are listed."""
+def scores_file(console: Console, path: Path) -> Path:
+    """The scores file at `path`: the file itself, or the newest one of a storage folder; prints the older ones.
+
+    Raises InputError for a folder without scores.
+    """
     from minitron.errors import InputError
 
-    if place.is_file():
-        return place
-    found = sorted(place.glob("stages/calibrate/*/scores.safetensors"), key=lambda file: file.stat().st_mtime)
-    if not found:
+    if path.is_file():
+        return path
+    files = sorted(path.glob("stages/calibrate/*/scores.safetensors"), key=lambda file: file.stat().st_mtime)
+    if not files:
         raise InputError(
-            f"{place}: no stages/calibrate/*/scores.safetensors in it",
-            "give a scores.safetensors file, or the storage folder of a run that has calibrated",
+            f"{path}: the folder has no stages/calibrate/*/scores.safetensors",
+            "give a scores.safetensors file, or the storage of a run that has finished its calibrate stage",
         )
-    for file in found[:-1]:
+    for file in files[:-1]:
         console.say(f"[dim]older: {escape(str(file))}[/]")
-    return found[-1]
+    return files[-1]

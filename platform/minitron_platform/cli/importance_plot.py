@@ -1,4 +1,4 @@
-"""Importance scores as a picture: blocks of layers above, single units below."""
+"""A plot of importance scores: blocks of layers in the upper row, single units in the lower row."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ from minitron.importance.compare import axes
 from minitron.importance.scores import ImportanceScores
 from minitron_platform.cli.importance_tables import measured, title
 
-GREEN, GREY, DARK = "#76b900", "#9aa5b1", "#52606d"
-UNITS = {"loss": "nats per token", "logit_error": "share of the logits' square", "cosine": ""}
+GREEN = "#76b900"
+GREY = "#9aa5b1"
+DARK = "#52606d"
+UNITS = {"loss": "nats per token", "logit_error": "relative squared error", "cosine": ""}
 
 
 def draw(scores: ImportanceScores) -> bytes:
-    """A PNG. Above: for every metric, a curve per block size over the first layer removed, its least marked. Below: heads,
-    neurons, experts and channels, sorted, relative to the best of their layer; a line per layer."""
+    """Plot `scores`; returns a PNG.
+
+    Upper row: a panel per metric, with a curve per block size over the first layer of the block; a dot marks the minimum.
+    Lower row: a panel each for heads, neurons, experts and channels, with a curve per layer of the scores in descending order,
+    divided by the highest.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -34,17 +40,17 @@ def draw(scores: ImportanceScores) -> bytes:
         for axis, (metric, sizes) in zip(
             upper.subplots(1, len(metrics), squeeze=False)[0], metrics.items(), strict=True
         ):
-            _blocks(axis, scores, metric, sizes)
+            _plot_blocks(axis, scores, metric, sizes)
         panels = lower.subplots(1, len(ranked), squeeze=False)[0]
         for axis, (name, values) in zip(panels, ranked.items(), strict=True):
-            _sorted(axis, name, values.numpy())
+            _plot_units(axis, name, values.numpy())
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=130)
         pyplot.close(figure)
     return buffer.getvalue()
 
 
-def _blocks(axis: Any, scores: ImportanceScores, metric: str, sizes: list[int]) -> None:
+def _plot_blocks(axis: Any, scores: ImportanceScores, metric: str, sizes: list[int]) -> None:
     for size, colour in zip(sizes, _shades(len(sizes)), strict=True):
         values = scores.blocks(size, metric)
         least = int(values.argmin())
@@ -58,16 +64,16 @@ def _blocks(axis: Any, scores: ImportanceScores, metric: str, sizes: list[int]) 
         )
         axis.plot(least, values[least], color=colour, marker="o", markersize=7)
     if metric in ("loss", "logit_error"):
-        _log_scale(axis)  # the first and the last layers tower over the others
+        _log_scale(axis)  # the first and the last layers score far higher than the others
     axis.set_title(title(metric), loc="left", fontsize=10)
     axis.set_xlabel("first layer removed")
     axis.set_ylabel(UNITS.get(metric, "accuracy"))
     axis.xaxis.get_major_locator().set_params(integer=True)
-    place = {"loc": "lower right", "bbox_to_anchor": (1, 0.98), "ncols": len(sizes)}  # beside the title, off the curves
-    axis.legend(frameon=False, handlelength=1, columnspacing=1, **place)
+    position = {"loc": "lower right", "bbox_to_anchor": (1, 0.98), "ncols": len(sizes)}  # beside the title
+    axis.legend(frameon=False, handlelength=1, columnspacing=1, **position)
 
 
-def _sorted(axis: Any, name: str, values: np.ndarray) -> None:
+def _plot_units(axis: Any, name: str, values: np.ndarray) -> None:
     curves = -np.sort(-values, axis=1)
     curves = curves / curves[:, :1].clip(min=np.finfo(np.float32).tiny)
     for curve, colour in zip(curves, _shades(len(curves)), strict=True):
@@ -90,8 +96,8 @@ def _log_scale(axis: Any) -> None:
 
 
 def _shades(count: int) -> list[Any]:
-    """Colours from dark grey to green."""
+    """`count` colours from dark grey to green."""
     from matplotlib.colors import LinearSegmentedColormap
 
     blend = LinearSegmentedColormap.from_list("minitron", [DARK, GREY, GREEN] if count > 1 else [GREEN, GREEN])
-    return [blend(place) for place in np.linspace(0, 1, count)]
+    return [blend(share) for share in np.linspace(0, 1, count)]

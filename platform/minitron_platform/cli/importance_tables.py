@@ -1,4 +1,4 @@
-"""Importance scores as tables for a terminal. Layers count from 0, as in a checkpoint's names."""
+"""Importance scores as tables for a terminal. Layers are numbered from 0, as in the checkpoint."""
 
 from __future__ import annotations
 
@@ -14,24 +14,27 @@ TITLES = {"loss": "loss without", "logit_error": "logit error without", "cosine"
 
 
 def title(metric: str) -> str:
-    """A metric's name for people."""
+    """Heading of a metric of removed layers."""
     return TITLES.get(metric, f"{metric.removeprefix('task:')} lost")
 
 
 def provenance(scores: ImportanceScores) -> str:
-    """What the scores were computed from, in one line."""
+    """A line that says which model, data and metrics the scores were computed with."""
     parts = [f"{key} {value}" for key, value in scores.provenance.items() if key != "layers"]
     for scoring in scores.provenance.get("layers", []):
         task = scoring["task"]
         limit = task["limit"] if task else scoring["rows"]
         measured_on = f"{limit or 'all'} {'documents' if task else 'rows'}"
         parts.append(f"layers by {task['name'] if task else scoring['metric']} ({measured_on})")
-    return " · ".join(parts) or "nothing is recorded of where they come from"
+    return " · ".join(parts) or "the file does not say what the scores were computed from"
 
 
 def measured(scores: ImportanceScores) -> list[tuple[str, int]]:
-    """Every metric with every block size that it is worth showing for: the cosine has them all, and is shown for the
-    sizes that another metric has, or else for powers of two."""
+    """The pairs (metric, block size) to show.
+
+    The cosine is known for every block size; it is shown for single layers and the sizes that another metric was measured for,
+    or for powers of two if there is no other metric.
+    """
     num_layers = len(scores.similarity) - 1
     sizes = {size for blocks in scores.removal.values() for size in blocks}
     powers = {2**power for power in range(num_layers.bit_length()) if 2**power <= max(1, num_layers // 2)}
@@ -40,7 +43,7 @@ def measured(scores: ImportanceScores) -> list[tuple[str, int]]:
 
 
 def layers(scores: ImportanceScores) -> Table:
-    """Every single layer by every metric, with its place in iterative removal."""
+    """The importance of every single layer by every metric, and the step at which iterative removal takes it."""
     table = _table("Single layers", "layer")
     metrics = [metric for metric, size in measured(scores) if size == 1]
     for metric in metrics:
@@ -56,13 +59,13 @@ def layers(scores: ImportanceScores) -> Table:
             value = float(scores.blocks(1, metric)[layer])
             cells += [_number(value), f"{math.exp(value):,.2f}"] if metric == "loss" else [_number(value)]
         for _, size, order in orders:
-            cells.append(f"{order.index(layer) // size + 1}." if layer in order else "stays")
+            cells.append(f"{order.index(layer) // size + 1}." if layer in order else "kept")
         table.add_row(*cells)
     return table
 
 
 def blocks(scores: ImportanceScores) -> Table:
-    """The least important contiguous block of every size that was measured, by every metric."""
+    """The least and the most important contiguous block, for every metric and block size."""
     table = _table("Least important blocks", "metric", "layers", "block", "importance", "most important")
     for metric, size in measured(scores):
         values = scores.blocks(size, metric)
@@ -78,19 +81,22 @@ def blocks(scores: ImportanceScores) -> Table:
 
 
 def units(scores: ImportanceScores) -> Table:
-    """How concentrated the scores of heads, neurons, channels and experts are."""
-    table = _table("Share of the total score in the better half", "axis", "units", "mean", "least", "most")
+    """How concentrated the scores of heads, neurons, channels and experts are: the upper half's share of the total score."""
+    table = _table("Share of the total score in the upper half", "axis", "units", "mean", "lowest", "highest")
     for name, values in axes(scores).items():
-        share = top_half_share(values[values.sum(dim=1) > 0])  # without experts that no token reached
+        share = top_half_share(values[values.sum(dim=1) > 0])  # experts that got no token have no scores
         row = [f"{100 * float(part):.1f} %" for part in (share.mean(), share.min(), share.max())]
         table.add_row(name, f"{values.shape[1]:,}", *(row if len(values) > 1 else [row[0], "", ""]))
     return table
 
 
 def agreement(first: ImportanceScores, second: ImportanceScores) -> Table:
-    """Rank correlation and overlap of the better half of every axis. Raises InputError for models of two shapes."""
+    """Rank correlation of two calibrations, and how many units of the upper half they have in common.
+
+    Raises InputError unless both are of the same architecture.
+    """
     check_comparable(first, second)
-    table = _table("Do they rank alike?", "axis", "Spearman, mean", "least", "better half in common, mean", "least")
+    table = _table("Agreement", "axis", "Spearman, mean", "lowest", "upper half in common, mean", "lowest")
     other = axes(second)
     for name, values in axes(first).items():
         _add_agreement(table, name, list(zip(values, other[name], strict=True)))
@@ -99,7 +105,7 @@ def agreement(first: ImportanceScores, second: ImportanceScores) -> Table:
 
 
 def _add_agreement(table: Table, name: str, pairs: list[tuple[Tensor, Tensor]]) -> None:
-    pairs = [(a, b) for a, b in pairs if a.any() and b.any()]  # without experts that no token reached
+    pairs = [(a, b) for a, b in pairs if a.any() and b.any()]  # experts that got no token have no scores
     ranks = [rank_correlation(a, b) for a, b in pairs]
     overlaps = [kept_overlap(a, b) for a, b in pairs]
     cells = [f"{sum(ranks) / len(ranks):.3f}", f"{min(ranks):.3f}"]
@@ -108,7 +114,7 @@ def _add_agreement(table: Table, name: str, pairs: list[tuple[Tensor, Tensor]]) 
 
 
 def block_agreement(first: ImportanceScores, second: ImportanceScores) -> Table:
-    """The least important block of every metric and size that both have measured, side by side."""
+    """The least important block of both calibrations, for every metric and block size that both have."""
     table = _table("Least important blocks", "metric", "layers", "first", "second", "same", "Spearman")
     for metric, size in measured(first):
         if (metric, size) not in measured(second):

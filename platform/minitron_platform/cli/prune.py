@@ -1,4 +1,4 @@
-"""`minitron prune`: a smaller checkpoint from a checkpoint and its importance scores."""
+"""`minitron prune`: prunes a checkpoint by its importance scores."""
 
 from __future__ import annotations
 
@@ -25,44 +25,51 @@ if TYPE_CHECKING:
 
 
 def _size_options(command: Callable[..., None]) -> Callable[..., None]:
-    """An option for the size of every axis."""
+    """Add an option for the size of every axis."""
     for axis in reversed(AXES):
         help_text = f"Number of {axis.plural} to keep."
         command = click.option(f"--{axis.name.replace('_', '-')}", type=int, metavar="N", help=help_text)(command)
     return command
 
 
-@click.command(short_help="Cut a smaller checkpoint out of MODEL.")
+@click.command(short_help="Prune MODEL to a smaller checkpoint.")
 @click.argument("model")
 @click.argument("out")
 @click.option("--revision", metavar="REV", help="Commit, branch or tag of a hub model. [default: the newest]")
 @click.option(
-    "--scores", required=True, metavar="FILE", help="Importance scores of MODEL, or the storage of the run they are in."
+    "--scores",
+    required=True,
+    metavar="FILE",
+    help="Importance scores of MODEL, or the storage of the run that computed them.",
 )
-@click.option("--like", metavar="NAME", help="The shape of a published Minitron, such as mn-minitron-8b.")
-@click.option("--parameters", type=float, metavar="N", help="The shape for about this many parameters: 4.5e9.")
+@click.option("--like", metavar="NAME", help="Use the shape of a published Minitron, such as mn-minitron-8b.")
+@click.option(
+    "--parameters", type=float, metavar="N", help="Choose a shape with about this number of parameters: 4.5e9."
+)
 @click.option(
     "--how",
     type=click.Choice(["width", "depth", "both"]),
-    help="What --parameters shrinks. [default: width]",
+    help="Dimensions that --parameters reduces. [default: width]",
 )
 @click.option(
     "--multiple",
     type=click.IntRange(1),
-    help="--parameters: widths are multiples of this. [default: 64]",
+    help="Widths that --parameters chooses are multiples of this. [default: 64]",
 )
 @_size_options
-@click.option("--layers", metavar="RANGES", help="Exactly these layers stay, counted from 0: 0-14,31.")
+@click.option("--layers", metavar="RANGES", help="Keep exactly these layers, numbered from 0: 0-14,31.")
 @click.option(
     "--depth",
     type=click.Choice(["contiguous", "scattered", "iterative"]),
-    help="How the scores choose layers. [default: contiguous]",
+    help="How layers are chosen by their scores. [default: contiguous]",
 )
-@click.option("--metric", metavar="NAME", help="The layer score to use. [default: loss where measured, else cosine]")
+@click.option(
+    "--metric", metavar="NAME", help="Layer score to use. [default: loss if it was measured, otherwise cosine]"
+)
 @click.option(
     "--merge-heads",
     type=click.Choice(["+1", "-1"]),
-    help="Merge removed query heads into kept ones, with this sign. [default: off]",
+    help="Add removed query heads to kept ones, with this sign. [default: off]",
 )
 def prune(
     model: str,
@@ -79,13 +86,13 @@ def prune(
     merge_heads: str | None,
     **sizes: int | None,
 ) -> None:
-    """Cut a smaller checkpoint out of MODEL and write it to OUT, a new folder.
+    """Prune MODEL to a smaller checkpoint and write it to OUT, a new folder.
 
     MODEL is a checkpoint folder, a hub name, a .gguf file or package:NAME/PATH. A folder or hub model is read and written
-    one tensor at a time, so it may be larger than memory; a .gguf file is loaded whole.
+    one tensor at a time, so it may be larger than the memory; a .gguf file is loaded as a whole.
 
-    The shape is given in one of three ways: sizes (--hidden-size 3072 --intermediate-size 9216, what is not named stays),
-    --parameters, or --like.
+    Give the new shape in one of three ways: by sizes (--hidden-size 3072 --intermediate-size 9216; sizes that are not given
+    do not change), by --parameters, or by --like.
 
     \b
     minitron prune ./Llama-3.1-8B ./4b --scores scores.safetensors --like llama-3.1-minitron-4b-width
@@ -96,15 +103,15 @@ def prune(
     console = Console()
     if storage.exists(out):
         raise InputError(f"{out} exists", "give a new folder, or delete it")
-    asked = Request(
-        {name: size for name, size in sizes.items() if size is not None},
-        parameters,
-        how,
-        multiple,
-        like,
-        None if layers is None else layer_numbers(layers),
-        depth,
-        metric,
+    request = Request(
+        sizes={name: size for name, size in sizes.items() if size is not None},
+        parameters=parameters,
+        how=how,
+        multiple=multiple,
+        like=like,
+        layers=None if layers is None else layer_numbers(layers),
+        depth=depth,
+        metric=metric,
     )
     file = local_scores(scores, console)
     console.say(f"scores  {escape(str(file))}")
@@ -113,37 +120,40 @@ def prune(
         from minitron.importance import ImportanceScores
         from minitron.models import check_contents, source_architecture
 
-        found = ImportanceScores.load(file)
+        loaded_scores = ImportanceScores.load(file)
         base, _ = source_architecture(local_model(model, revision, CONFIG))
-    check_scores(found, base, file)
-    target = asked.shape(base)
-    kept, chosen = asked.kept(found, base, target)
+    check_scores(loaded_scores, base, file)
+    target = request.shape(base)
+    kept, reason = request.layers_to_keep(loaded_scores, base, target)
     console.table(_shapes(base, target))
     if parameters:
-        console.say(f"{target.num_parameters / parameters - 1:+.1%} of the {parameters:,.0f} parameters asked for")
+        console.say(
+            f"{target.num_parameters / parameters - 1:+.1%} compared to the requested {parameters:,.0f} parameters"
+        )
     if len(kept) < base.num_layers:
-        console.say(f"layers kept: {ranges(kept)} ({escape(chosen)})")
+        console.say(f"layers kept: {ranges(kept)} ({escape(reason)})")
     for note in hardware_notes(base, target):
         console.say(f"[yellow]note[/]  {escape(note)}")
     check_contents(model, revision)
     with console.working("downloading"):
-        place = local_model(model, revision, HUB_FILES)
+        source = local_model(model, revision, HUB_FILES)
     sign = int(merge_heads or 0)
-    if place.endswith(".gguf"):
-        console.say(f"{escape(model)} is loaded whole, in float32")
-        _prune_in_memory(console, place, out, target, found, kept, sign)
+    if source.endswith(".gguf"):
+        console.say(f"{escape(model)} is loaded as a whole, in float32")
+        _prune_in_memory(console, source, out, target, loaded_scores, kept, sign)
     else:
-        console.say(f"{escape(place)} is read one tensor at a time")
+        console.say(f"{escape(source)} is read one tensor at a time")
         from minitron.pruning.streaming import prune_checkpoint
 
         with console.working("pruning"):
             count = console.counter("tensors")
-            prune_checkpoint(place, out, target, found, layers=kept, merge_heads=sign, progress=count)
+            prune_checkpoint(source, out, target, loaded_scores, layers=kept, merge_heads=sign, progress=count)
     console.say(f"[dim]{seconds(time.monotonic() - started)} · peak memory {_peak_gigabytes():.1f} GB[/]")
     console.say(f"The pruned model, a plain transformers checkpoint:\n  [bold]{escape(storage.absolute(out))}[/]")
 
 
 def _shapes(base: Architecture, target: Architecture) -> Table:
+    """The sizes of both architectures, and their ratio for those that differ."""
     table = Table()
     for title, side in (("", "left"), ("model", "right"), ("pruned", "right"), ("", "right")):
         table.add_column(title, justify=side)  # type: ignore[arg-type]
@@ -159,21 +169,23 @@ def _shapes(base: Architecture, target: Architecture) -> Table:
 def _prune_in_memory(
     console: Console, source: str, out: str, target: Architecture, scores: ImportanceScores, kept: list[int], sign: int
 ) -> None:
+    """Prune a model that has to be loaded as a whole. kept: its layers that are kept. sign: of merged heads; 0 for none."""
     from minitron.models import load_source, save_model
     from minitron.pruning import prune as prune_model
 
     with console.working("pruning"):
         console.status("loading")
         loaded, tokenizer = load_source(source)
-        console.status("cutting")
+        console.status("pruning")
         student = prune_model(loaded, target, scores, layers=kept, merge_heads=sign)
         console.status("writing")
         with storage.committed_folder(
             out, {"architecture": target.to_dict(), "layers": kept, "scores": scores.provenance}
-        ) as place:
-            save_model(student, tokenizer, place)
+        ) as folder:
+            save_model(student, tokenizer, folder)
 
 
 def _peak_gigabytes() -> float:
+    """The largest main memory that this process has used, in GB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9

@@ -1,4 +1,4 @@
-"""The shape and the layers that `minitron prune` is asked for."""
+"""The options of `minitron prune` that determine the shape of the pruned model and its layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """The options as they were given; None is an option left out. Raises InputError where two of them contradict."""
+    """The options as the user gave them; None for one that was left out. Raises InputError for options that conflict."""
 
     sizes: dict[str, int]
     parameters: float | None
@@ -31,58 +31,67 @@ class Request:
     def __post_init__(self) -> None:
         ways = self._ways()
         if len(ways) > 1:
-            raise InputError(f"{' and '.join(ways)} give the shape twice", "keep one of them")
+            raise InputError(f"{' and '.join(ways)} each determine the shape", "give only one of them")
         if not ways and self.layers is None:
             raise InputError(
-                "no shape is given",
-                "add --hidden-size and the like, --parameters N, --like NAME, or --layers RANGES",
+                "no option determines the shape",
+                "give sizes such as --hidden-size, or --parameters N, --like NAME or --layers RANGES",
             )
         if self.parameters is None:
-            self._refuse("without --parameters", "how", "multiple")
+            self._refuse("has no effect without --parameters", "how", "multiple")
         elif not 1 <= self.parameters < math.inf:
-            raise InputError(f"--parameters: {self.parameters} is no number of parameters", "give one such as 4.5e9")
+            raise InputError(
+                f"--parameters: {self.parameters} is not a valid number of parameters", "give a number such as 4.5e9"
+            )
         if self.layers is not None:
-            self._refuse("with --layers, which names the layers already", "depth", "metric")
+            self._refuse("has no effect with --layers", "depth", "metric")
 
     def _ways(self) -> list[str]:
-        """The options that give the shape, one text for each way."""
+        """The ways to determine the shape that were used, each as the options' names."""
         sizes = " ".join(f"--{name.replace('_', '-')}" for name in self.sizes)
-        named = {"--like": self.like, "--parameters": self.parameters, sizes: self.sizes or None}
-        return [option for option, value in named.items() if value is not None]
+        values = {"--like": self.like, "--parameters": self.parameters, sizes: self.sizes or None}
+        return [option for option, value in values.items() if value is not None]
 
     def _refuse(self, why: str, *names: str) -> None:
+        """Raise InputError if one of the options `names` was given."""
         for name in names:
             if getattr(self, name) is not None:
-                raise InputError(f"--{name}: {getattr(self, name)} {why} has no effect", f"leave --{name} out")
+                raise InputError(f"--{name}: {getattr(self, name)} {why}", f"leave --{name} out")
 
     def shape(self, base: Architecture) -> Architecture:
-        """The architecture to cut out of `base`. Raises InputError unless it and the listed layers fit inside `base`."""
+        """The architecture of the pruned model.
+
+        Raises InputError if it is larger than `base` in a dimension, or if a layer in --layers does not exist in `base`.
+        """
         from minitron.architecture.published import published
         from minitron.architecture.sizing import architecture_for
 
-        listed = self.layers
-        if listed is not None and listed[-1] >= base.num_layers:
+        layers = self.layers
+        if layers is not None and layers[-1] >= base.num_layers:
             raise InputError(
-                f"--layers: {listed[-1]} is no layer of this model, which has {base.num_layers}",
-                f"count from 0 to {base.num_layers - 1}",
+                f"--layers: the model has no layer {layers[-1]}, only {base.num_layers} layers",
+                f"use layers from 0 to {base.num_layers - 1}",
             )
         if self.like:
             target = published(self.like, base)
         elif self.parameters:
-            how, multiple = self.how or "width", self.multiple or 64
-            target = architecture_for(base, round(self.parameters), how=how, multiple=multiple)
+            target = architecture_for(
+                base, round(self.parameters), how=self.how or "width", multiple=self.multiple or 64
+            )
         else:
-            target = replace(base, **({"num_layers": len(listed)} if listed else {}) | self.sizes)  # type: ignore[arg-type]
-        if listed is not None and len(listed) != target.num_layers:
+            target = replace(base, **({"num_layers": len(layers)} if layers else {}) | self.sizes)  # type: ignore[arg-type]
+        if layers is not None and len(layers) != target.num_layers:
             raise InputError(
-                f"--layers: {ranges(listed)} are {len(listed)} layers, but {self._ways()[0]} leaves {target.num_layers}",
-                f"list {target.num_layers}, or leave one of the two out",
+                f"--layers: {ranges(layers)} are {len(layers)} layers, but {self._ways()[0]} keeps {target.num_layers}",
+                f"list {target.num_layers} layers, or leave one of the two options out",
             )
         target.check_inside(base)
         return target
 
-    def kept(self, scores: ImportanceScores, base: Architecture, target: Architecture) -> tuple[list[int], str]:
-        """(the layers that stay, how they were chosen). Raises InputError where the metric was not measured."""
+    def layers_to_keep(
+        self, scores: ImportanceScores, base: Architecture, target: Architecture
+    ) -> tuple[list[int], str]:
+        """The layers to keep, and how they were chosen. Raises InputError if the scores lack the requested metric."""
         from minitron.pruning.selection import kept_layers
 
         if self.layers is not None:
@@ -92,15 +101,15 @@ class Request:
         measured = [name for name, sizes in scores.removal.items() if size in sizes]
         metric = self.metric or ("loss" if depth == "iterative" or "loss" in measured else "cosine")
         kept = kept_layers(scores, base.num_layers, target.num_layers, how=depth, metric=metric)
-        chosen = f"{depth}, by {metric}"
+        reason = f"{depth}, by {metric}"
         if not self.metric and metric == "cosine":
-            chosen += f"; the loss without {size} layer{'s' if size > 1 else ''} was not measured"
-            chosen += f", for --metric there is {', '.join(measured)}" if measured else ""
-        return kept, chosen
+            reason += f"; the loss without {size} layer{'s' if size > 1 else ''} was not measured"
+            reason += f"; --metric also accepts {', '.join(measured)}" if measured else ""
+        return kept, reason
 
 
 def layer_numbers(text: str) -> list[int]:
-    """0-2,5 as [0, 1, 2, 5]. Raises InputError for anything else, and unless they ascend."""
+    """The layers in a text such as "0-2,5": [0, 1, 2, 5]. Raises InputError unless they are numbers in ascending order."""
     parts = text.replace(" ", "").split(",")
     numbers: list[int] = []
     for part in parts:
@@ -109,12 +118,14 @@ def layer_numbers(text: str) -> list[int]:
             raise InputError(f"--layers: {part!r} is not a layer or a range", "give layers such as 0-14,31")
         numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
     if not numbers or numbers != sorted(set(numbers)):
-        raise InputError(f"--layers: {text} does not ascend", "give every layer once, in order, such as 0-14,31")
+        raise InputError(
+            f"--layers: {text} is not in ascending order", "give every layer once, in order, such as 0-14,31"
+        )
     return numbers
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] as 0-2, 5."""
+    """Ascending numbers as text: [0, 1, 2, 5] as "0-2, 5"."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

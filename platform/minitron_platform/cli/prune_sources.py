@@ -1,4 +1,4 @@
-"""The model and the importance scores that `minitron prune` reads, as local files."""
+"""Locates the model and the importance scores for `minitron prune`, and downloads remote ones."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ if TYPE_CHECKING:
 
 CONFIG = ("config.json",)
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
-SAME_WEIGHTS_AGAIN = ("consolidated*", "original/*", "onnx/*")  # in other formats
+DUPLICATE_WEIGHTS = ("consolidated*", "original/*", "onnx/*")  # the same weights in other formats
 
 
 def local_model(model: str, revision: str | None, files: Sequence[str]) -> str:
-    """MODEL as a local folder or .gguf file. Of a hub model `files` are downloaded into the hub's own cache first."""
+    """Path of `model` as a local folder or .gguf file.
+
+    Downloads the files of a hub model that match the patterns `files` into the hub's cache. Raises InputError for a model that
+    does not exist or cannot be downloaded.
+    """
     from minitron.packages import PACKAGE, package_path
 
     path = Path(package_path(model)) if model.startswith(PACKAGE) else storage.local_path(model)
     if path.exists():
         if revision:
-            raise InputError(f"--revision: {revision} of {model}, which is local", "leave --revision out")
+            raise InputError(f"--revision: {revision} has no effect, because {model} is local", "leave --revision out")
         return str(path)
     if model.startswith((".", "/", "~")) or model.endswith(".gguf"):
         raise InputError(f"{model} does not exist", "give a checkpoint folder, a .gguf file or a hub name")
@@ -44,13 +48,13 @@ def _download(name: str, revision: str | None, files: Sequence[str]) -> str:
         with quiet_transformers():
             return str(
                 snapshot_download(
-                    name, revision=revision, allow_patterns=list(files), ignore_patterns=list(SAME_WEIGHTS_AGAIN)
+                    name, revision=revision, allow_patterns=list(files), ignore_patterns=list(DUPLICATE_WEIGHTS)
                 )
             )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, HTTPError, OSError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise InputError(
-            f"{name!r}{at} is no local folder or file, and cannot be downloaded from the hub ({_first_line(error)})",
+            f"{name!r}{at} is not a local folder or file, and cannot be downloaded from the hub ({_first_line(error)})",
             "check the path or the name, or connect to the network; for a gated model run `hf auth login`",
         ) from error
 
@@ -60,23 +64,26 @@ def _first_line(error: Exception) -> str:
 
 
 def local_scores(address: str, console: Console) -> Path:
-    """The file that --scores means: itself, a copy of a remote one, or the newest calibration of a local storage folder."""
+    """Local path of the scores file: `address` itself, a local copy if it is remote, or the newest one of a local storage.
+
+    Raises InputError for an address that does not exist, a remote folder, and a folder without scores.
+    """
     if not storage.exists(address):
         raise InputError(
-            f"--scores: {address} does not exist", "calibrate first: `minitron run RECIPE --until calibrate`"
+            f"--scores: {address} does not exist", "compute scores first: `minitron run RECIPE --until calibrate`"
         )
     if storage.is_local(address):
         return scores_file(console, storage.local_path(address))
     fs, inner = storage.filesystem(address)
     if fs.isdir(inner):
         raise InputError(
-            f"--scores: {address} is a remote folder", f"name the file: {address}/stages/calibrate/…/scores.safetensors"
+            f"--scores: {address} is a remote folder", f"give the file: {address}/stages/calibrate/…/scores.safetensors"
         )
     return storage.fetch_file(address)
 
 
 def check_scores(scores: ImportanceScores, base: Architecture, file: Path) -> None:
-    """Raise InputError unless `scores` have the shapes of a model of this architecture."""
+    """Raise InputError unless the tensors of `scores`, read from `file`, have the shapes of the architecture `base`."""
     layers, experts = base.num_layers, (base.num_experts,) if base.num_experts else ()
     expected = {
         "heads": (layers, base.num_heads),
@@ -90,7 +97,7 @@ def check_scores(scores: ImportanceScores, base: Architecture, file: Path) -> No
         actual = None if values is None else tuple(values.shape)
         if actual != shape:
             raise InputError(
-                f"--scores: {file} has {_sized(name, actual)} where this model has {_sized(name, shape)}",
+                f"--scores: {file} has {_sized(name, actual)}, but this model has {_sized(name, shape)}",
                 "give the scores that were computed for this model",
             )
 

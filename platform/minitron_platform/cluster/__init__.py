@@ -1,1 +1,1 @@
-"""Ray: a private one or a cluster, what must fit on it, and jobs that are sent to it."""
+"""Ray: a private session or a cluster, the resources that a run needs of it, and jobs submitted to it."""

@@ -1,7 +1,8 @@
-"""Runs as Ray jobs: submit, status, logs, stop, over the Jobs API of a cluster's head.
+"""Runs as Ray jobs: submit, status, logs and stop, over the Jobs API of a cluster's head.
 
-The driver runs on the cluster, so a run goes on when the terminal goes away. A job runs once and dies with its cluster;
-what a run has finished lies in its storage, and submitting it again resumes it under the next attempt number.
+The driver of the run is on the cluster, so the run does not need the terminal that submitted it. Ray does not restart a job
+that ended, or that was lost with its cluster. Finished work is in the storage; submitting the run again starts a new job, with
+the next attempt number, that resumes it.
 """
 
 from __future__ import annotations
@@ -36,45 +37,56 @@ RECIPE_FILE = "recipe.yaml"
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 SECRET = re.compile(r"TOKEN(?!IZ)|KEY|SECRET|PASSWORD", re.IGNORECASE)  # but not TOKENIZERS_PARALLELISM
 CREDENTIALS = re.compile(r"://[^/@\s:]*:[^/@\s]+@")
-CHATTY = (
+NOISY_LOGGERS = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
     "ray._private.runtime_env.packaging",
 )
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
-STOP_WAIT = 30.0  # seconds; Ray itself kills a driver 3 s after asking it to end
+STOP_WAIT = 30.0  # seconds; Ray kills a driver 3 s after SIGTERM
 
 
 @dataclass(frozen=True)
 class JobRow:
-    """One submitted run: times in Unix seconds, `code` the content hash of the packages that were sent."""
+    """A submitted run."""
 
     submission_id: str
     name: str
-    status: str  # PENDING RUNNING SUCCEEDED FAILED STOPPED
+    """Of the run."""
+    status: str
+    """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
     started: float | None
+    """Unix time in seconds."""
     ended: float | None
+    """Unix time in seconds."""
     message: str
+    """Ray's explanation of the status, its first line."""
     code: str
+    """Content hash of the packages that were sent."""
     version: str
+    """Of Minitron, where the run was submitted."""
 
     @property
     def is_active(self) -> bool:
+        """Whether the job is pending or running."""
         return self.status not in ENDED
 
     @property
     def work(self) -> str:
-        """What every attempt at the same work shares: the submission id without its attempt."""
+        """Identifies the recipe, settings and code; all attempts have it in common. The submission id without the attempt."""
         return self.submission_id.rsplit("-a", 1)[0]
 
     @property
     def attempt(self) -> int:
+        """Number of the attempt, from 1."""
         return int(self.submission_id.rsplit("-a", 1)[1])
 
 
 def entrypoint_for(recipe_file: str, options: Mapping[str, str], overrides: Sequence[str] = ()) -> str:
-    """The shell command of a run: option names without their dashes, an empty value for a flag, overrides as `a.b=c`,
-    everything quoted."""
+    """The shell command that runs a recipe.
+
+    options: values by option name without dashes; an empty value for a flag. overrides: `--set` arguments such as `a.b=c`.
+    """
     words = ["python", "-m", "minitron_platform", "run", recipe_file]
     for name, value in options.items():
         words += [f"--{name}", *filter(None, [value])]
@@ -97,22 +109,24 @@ def submit_text(
 ) -> str:
     """Start a run on the cluster and return its submission id, `<name>-<fingerprint>-a<attempt>`.
 
-    recipe_yaml: text of the recipe. It and the code are all that travels; data and models are found through storage.
-    overrides, options: `a.b=c` settings and long options (`{"storage": "s3://..."}`) of the run's command.
-    env: environment variables of the run, visible to everybody who sees the cluster's dashboard.
-    entrypoint: a shell command in place of the run's own; overrides and options are then its own affair.
-    insecure: allow an unencrypted address elsewhere without a token.
-    say: receives what there is to tell, one line at a time. Default: standard error.
+    recipe_yaml: text of the recipe. Only the recipe and the code are sent to the cluster, no data and no models.
+    name: name of the run.
+    address: of the cluster's Jobs API, http://HOST:8265.
+    overrides, options: `--set` arguments and long options (`{"storage": "s3://..."}`) of the run's command.
+    env: environment variables of the run, which everybody who can open the cluster's dashboard can read.
+    entrypoint: a shell command to run instead; overrides and options are not added to it.
+    insecure: allow an unencrypted address of another machine without a token.
+    say: receives messages for the user, one line at a time. Default: standard error.
 
-    The same work (recipe, settings, command, code) never runs twice at once: if it is pending or running, its id is
-    returned. If it has ended, the next attempt is started and resumes from storage.
-    Raises InputError for a bad name, address or a secret among the values, MinitronError if the head refuses or does
-    not answer.
+    The same work (recipe, settings, command, code) never runs twice at the same time: if it is pending or running, its id is
+    returned. If it has ended, the next attempt is started, which resumes it.
+    Raises InputError for an invalid name or address and for a secret in `env` or the command, MinitronError if the head refuses
+    or does not answer.
     """
     say = say or _to_stderr
     if not NAME.fullmatch(name):
         raise InputError(
-            f"name {name!r}: not a run name", "use up to 64 of a-z 0-9 . _ - and begin with a letter or digit"
+            f"name {name!r}: not a valid run name", "use at most 64 of a-z 0-9 . _ - and begin with a letter or digit"
         )
     command = entrypoint or entrypoint_for(RECIPE_FILE, options or {}, overrides)
     _refuse_secrets(command, env or {})
@@ -137,6 +151,7 @@ def submit_text(
 def _submit_once(
     client: JobSubmissionClient, name: str, work: str, job: Mapping[str, Any], say: Callable[[str], None]
 ) -> str:
+    """Submit the next attempt at `work` unless one is active; returns the submission id."""
     for _ in range(3):
         rows = _rows(client)
         for row in rows:
@@ -144,22 +159,26 @@ def _submit_once(
                 say(f"{row.submission_id} is already {row.status.lower()}; nothing was submitted")
                 return row.submission_id
             if row.is_active and row.name == name:
-                say(f"note: {row.submission_id}, of the same name but other content, is {row.status.lower()}")
+                say(f"note: another run with the name {name} is {row.status.lower()}: {row.submission_id}")
         attempt = 1 + max((row.attempt for row in rows if row.work == work), default=0)
         try:
             submission_id: str = client.submit_job(submission_id=f"{work}-a{attempt}", **job)
         except RuntimeError as error:
             if "already exists" not in str(error):
                 raise
-            continue  # somebody else submitted the same work since the list was read
+            continue  # another user has submitted the same work since the list was read
         return submission_id
     raise MinitronError(
-        f"{work}: attempt {attempt} exists but is not in the cluster's list", "submit under another name"
+        f"{work}: attempt {attempt} exists, but the cluster does not list it", "submit with another name"
     )
 
 
 def status(address: str, submission_id: str | None = None, *, insecure: bool = False) -> list[JobRow]:
-    """The runs on the cluster, newest first; with an id or a run's name, that one alone."""
+    """The submitted runs, newest first.
+
+    address, insecure: as for `submit_text`. submission_id: return only the run with this submission id or name.
+    Raises InputError for an id or name that does not identify one run, MinitronError if the head refuses or does not answer.
+    """
     client = _connect(address, insecure)
     with _head_errors(address):
         rows = _rows(client)
@@ -167,10 +186,10 @@ def status(address: str, submission_id: str | None = None, *, insecure: bool = F
 
 
 def logs(address: str, submission_id: str, follow: bool = False, *, insecure: bool = False) -> Iterator[str]:
-    """The run's output in pieces as they come; with `follow`, until the run ends.
+    """The output of a run, in pieces; with `follow`, new output as it comes until the run ends.
 
-    Following needs a thread without a running event loop. Raises MinitronError if the connection is lost before the
-    run ends.
+    `follow` needs a thread without a running event loop. Raises what `status` raises, and MinitronError if the connection is
+    lost before the run ends.
     """
     client = _connect(address, insecure)
     with _head_errors(address):
@@ -180,14 +199,14 @@ def logs(address: str, submission_id: str, follow: bool = False, *, insecure: bo
             state = client.get_job_status(row.submission_id).value
             if state not in ENDED:
                 raise MinitronError(
-                    f"{row.submission_id}: the log ended while the job is {state.lower()}", "ask for the logs again"
+                    f"{row.submission_id}: the log ended while the job is {state.lower()}", "run the command again"
                 )
         else:
             yield client.get_job_logs(row.submission_id)
 
 
 def stop(address: str, submission_id: str, *, insecure: bool = False) -> str:
-    """Stop the run, wait until it has ended (at most half a minute) and return its status."""
+    """Stop a run, wait until it has ended (at most 30 s) and return its status. Raises what `status` raises."""
     client = _connect(address, insecure)
     with _head_errors(address):
         row = _find(_rows(client), submission_id)
@@ -201,31 +220,35 @@ def stop(address: str, submission_id: str, *, insecure: bool = False) -> str:
 
 
 class _Client(JobSubmissionClient):
-    """Ray's client with an end to its patience: it has no timeouts of its own."""
+    """Ray's client with timeouts, of which it has none itself."""
 
     def _do_request(self, method: str, endpoint: str, **arguments: Any) -> Any:
-        # (connect, read) seconds; the first request of all only asks for the version
+        # (connect, read) in seconds; the first request is always the one for the version
         arguments.setdefault("timeout", (4, 8 if endpoint == "/api/version" else 60))
         return super()._do_request(method, endpoint, **arguments)
 
 
 def _connect(address: str, insecure: bool) -> JobSubmissionClient:
+    """A client for the Jobs API at `address`. Raises InputError for an address that is invalid or not safe to use."""
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise InputError(
             f"address {address!r}: not the address of a Jobs API",
-            "give the head's dashboard, http://HOST:8265 or https://HOST (ray:// and port 6379 serve other purposes)",
+            "give the address of the head's dashboard, http://HOST:8265 or https://HOST (not ray:// or port 6379)",
         )
     if parts.password is not None:
-        raise InputError(f"address at {parts.hostname}: holds a password", "give the token in RAY_AUTH_TOKEN_PATH")
+        raise InputError(
+            f"address of {parts.hostname}: contains a password",
+            "remove it, and set RAY_AUTH_TOKEN_PATH to the token's file",
+        )
     token = auth_token()
     if token is None and parts.scheme == "http" and not is_loopback(parts.hostname) and not insecure:
         raise InputError(
-            f"address {address!r}: no cluster token is set, and whoever reaches a head without one can run code on it",
+            f"address {address!r}: no cluster token is set, and without one everybody who reaches the head can run code on it",
             "set RAY_AUTH_TOKEN_PATH to the file with the cluster's token, or forward the port and use "
-            "http://127.0.0.1:8265; --insecure submits all the same",
+            "http://127.0.0.1:8265; to connect nevertheless, use --insecure",
         )
-    for logger in CHATTY:
+    for logger in NOISY_LOGGERS:
         logging.getLogger(logger).setLevel(logging.WARNING)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     with _head_errors(address), _without("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
@@ -234,33 +257,34 @@ def _connect(address: str, insecure: bool) -> JobSubmissionClient:
 
 @contextmanager
 def _without(*names: str) -> Iterator[None]:
-    # Ray lets these variables replace the address it is given; the one asked for, and checked, is the one to use.
-    taken = {name: os.environ.pop(name) for name in names if name in os.environ}
+    # Ray prefers the address in these variables to the one that it is given, which is the one that was checked.
+    removed = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
     finally:
-        os.environ.update(taken)
+        os.environ.update(removed)
 
 
 @contextmanager
 def _head_errors(address: str) -> Iterator[None]:
+    """Turn the errors of Ray's client into MinitronErrors."""
     try:
         yield
     except AuthenticationError as error:
-        given = "the token was refused" if auth_token() else "it asks for a token"
+        reason = "the head refused the token" if auth_token() else "the head requires a token"
         raise MinitronError(
-            f"{address}: {given}",
+            f"{address}: {reason}",
             "set RAY_AUTH_TOKEN_PATH to the file with the cluster's token (on the head: `ray get-auth-token`)",
         ) from error
-    except (OSError, aiohttp.ClientError) as error:  # requests' errors are OSErrors too
+    except (OSError, aiohttp.ClientError) as error:  # the errors of `requests` are OSErrors
         raise MinitronError(
             f"{address}: no answer ({type(error).__name__})",
-            "check that the head is up and that its dashboard port can be reached from here, forwarding it if need be",
+            "check that the head is running and that this machine can reach its dashboard port; forward it if necessary",
         ) from error
     except RuntimeError as error:
         raise MinitronError(
             f"{address}: {str(error).strip().splitlines()[0][:500]}",
-            "check that this is the dashboard of a Ray head of the version used here, and its logs",
+            "check that this is the dashboard of a Ray head with the same version of Ray as here, and its logs",
         ) from error
 
 
@@ -277,42 +301,45 @@ def _rows(client: JobSubmissionClient) -> list[JobRow]:
             version=job.metadata.get("minitron.version", ""),
         )
         for job in client.list_jobs()
-        if job.submission_id and "minitron.run" in (job.metadata or {})  # other people's jobs are theirs
+        if job.submission_id and "minitron.run" in (job.metadata or {})  # not jobs of other programs
     ]
     return sorted(rows, key=lambda row: row.started or time.time(), reverse=True)
 
 
-def _find(rows: Sequence[JobRow], wanted: str) -> JobRow:
-    """The job of that id, or of that run name: its active one, else the last attempt at its one piece of work."""
+def _find(rows: Sequence[JobRow], name: str) -> JobRow:
+    """The job with the submission id or run name `name`. For a run name, its only active job, or the last attempt if all of
+    its attempts are at the same work. Raises InputError if there is none or more than one."""
     for row in rows:
-        if row.submission_id == wanted:
+        if row.submission_id == name:
             return row
-    named = [row for row in rows if wanted in (row.name, row.work)]
+    named = [row for row in rows if name in (row.name, row.work)]
     active = [row for row in named if row.is_active]
     if len(active) == 1:
         return active[0]
     if named and not active and len({row.work for row in named}) == 1:
         return max(named, key=lambda row: row.attempt)
     known = ", ".join(f"{row.submission_id} ({row.status.lower()})" for row in (named or rows)) or "none"
-    problem = "names more than one job" if named else "no such job"
-    raise InputError(f"job {wanted!r}: {problem}", f"give one of: {known}")
+    problem = "more than one job has this name" if named else "no such job"
+    raise InputError(f"job {name!r}: {problem}", f"give one of: {known}")
 
 
 def _refuse_secrets(command: str, env: Mapping[str, str]) -> None:
+    """Raise InputError for what looks like a secret: Ray shows both on the dashboard."""
     for key, value in env.items():
         if SECRET.search(key) or CREDENTIALS.search(value):
             raise InputError(
-                f"environment variable {key}: looks like a secret, and a job's environment is shown on the dashboard",
+                f"environment variable {key}: looks like a secret, and the dashboard shows the environment of a job",
                 "set it on the cluster's nodes instead (a Kubernetes secret, or the environment of `ray start`)",
             )
     if CREDENTIALS.search(command):
         raise InputError(
-            "the job's command holds an address with a password, and it is shown on the dashboard",
-            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the store's own variables, on the cluster",
+            "the job's command contains an address with a password, and the dashboard shows the command",
+            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the variables of the storage, on the cluster's nodes",
         )
 
 
 def _sync(stream: AsyncIterator[str]) -> Iterator[str]:
+    """An asynchronous iterator as an ordinary one."""
     with asyncio.Runner() as runner:
         while (piece := runner.run(_next(stream))) is not None:
             yield piece

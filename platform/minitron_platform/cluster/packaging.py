@@ -1,7 +1,7 @@
-"""The code as content: the three packages as folders that Ray hashes, so that the code that runs is the code sent.
+"""Copies of the three packages that are sent to a cluster with a run, and a hash of their content.
 
-Ray names an uploaded directory by its content but a wheel by its file name, and would run a stale wheel of the same
-version; so directories are sent, from a checkout and from an installed wheel alike.
+They are sent as directories, whether they are installed from a checkout or a wheel: Ray identifies an uploaded directory by its
+content, but a wheel only by its file name, so that it would run an old wheel of the same version.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from pathlib import Path
 from minitron.storage import fingerprint, sha256
 
 PACKAGES = ("minitron", "minitron_search", "minitron_platform")
-DATA = ("clusters", "dashboards")  # beside the packages in a checkout, in minitron_platform/_data in a wheel
+DATA = ("clusters", "dashboards")  # at the root of a checkout, in minitron_platform/_data in a wheel
 
 
 def package_folder(package: str) -> Path:
-    """Where `package` is imported from, without importing it."""
+    """Folder that `package` would be imported from; does not import it."""
     spec = find_spec(package)
     assert spec is not None, f"{package} is one of our own packages"
     return Path(str(spec.origin)).resolve().parent
 
 
 def stage_code(target: Path) -> list[str]:
-    """Copy the three packages below `target`, laid out as the wheel lays them out; returns the three folders.
+    """Copy the three packages into `target` in the layout of the wheel; returns the three folders.
 
-    Copied first and hashed and sent afterwards, so that an edit made meanwhile cannot come between the two.
+    The copy is what is hashed and sent, so that an edit of the source in between has no effect.
     """
     staged = []
     for package in PACKAGES:
@@ -43,7 +43,7 @@ def stage_code(target: Path) -> list[str]:
 
 
 def code_hash(folders: Sequence[str]) -> str:
-    """Sixteen hexadecimal digits that name the content of the staged folders: every file's path and SHA-256."""
+    """Hash of the content of staged folders, of every file's path and SHA-256: 16 hexadecimal digits."""
     return fingerprint(
         {
             f"{Path(folder).name}/{file.relative_to(folder)}": sha256(file)

@@ -1,4 +1,4 @@
-"""Room for a recipe's processes on Ray: what they take of a private Ray or a cluster, and what that must have."""
+"""The resources that a recipe's processes need, and whether this machine or the connected cluster has them."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from minitron_platform.recipes.resources import ResolvedResources, resolve
 from minitron_platform.recipes.schema import Recipe
 from minitron_search.placement import max_concurrent_trials
 
-ANSWER_SECONDS = 30  # that a node has to say how much memory its GPUs have
-Node = dict[str, float]  # amounts by Ray's names
+ANSWER_SECONDS = 30  # time for a node to report the memory of its GPUs
+Node = dict[str, float]  # the resources of a node, by Ray's names
 
 
 def joins_cluster(address: str | None) -> bool:
-    """Whether a run with this `--address` uses a Ray that is there already, not a private one on this machine."""
+    """Whether a run with this `--address` joins a running Ray cluster instead of starting a private Ray."""
     return (address or os.environ.get("RAY_ADDRESS") or "local") != "local"
 
 
 def resources_here(recipe: Recipe, teacher: Architecture, value_bytes: int) -> ResolvedResources:
-    """What a run takes of this machine; `value_bytes` of a weight in the dtype that models compute in."""
+    """The recipe's resources on this machine. value_bytes: bytes per weight in the dtype that models compute in."""
     gpus, size = torch.cuda.device_count(), gpu_bytes()
     small = gpus > 0 and are_trials_small(recipe, teacher, value_bytes, size)
     return resolve(recipe, gpus, gpu_memory_bytes=size, small_trials=small)
 
 
 def resources_of_cluster(recipe: Recipe) -> ResolvedResources:
-    """Resources of a run on the connected cluster. Trials share no GPU unless the recipe says so."""
+    """The recipe's resources on the connected cluster. Trials do not share a GPU unless the recipe says so."""
     gpus = sum(int(node.get("GPU", 0)) for node in cluster_nodes())
     return resolve(recipe, gpus, gpu_memory_bytes=_cluster_gpu_bytes() if gpus else 0)
 
 
 def _cluster_gpu_bytes() -> int:
-    """Memory of the smallest GPU of the connected cluster, which each node's nvidia-smi is asked for; 0 if none answers."""
+    """Bytes of the smallest GPU of the connected cluster, as nvidia-smi on each node says; 0 if no node answers."""
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
-    ask = ray.remote(num_cpus=0)(_node_gpu_bytes)
+    remote = ray.remote(num_cpus=0)(_node_gpu_bytes)
     tasks = [
-        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote() for node in nodes
+        remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote() for node in nodes
     ]
     answered, _ = ray.wait(tasks, num_returns=len(tasks), timeout=ANSWER_SECONDS)
     sizes: list[int] = []
@@ -60,57 +60,62 @@ def _cluster_gpu_bytes() -> int:
 
 
 def _node_gpu_bytes() -> int:
-    """Memory of the smallest GPU of the node, without a context on it; 0 without nvidia-smi."""
+    """Bytes of the smallest GPU of this node, without creating a context on it; 0 without nvidia-smi."""
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]  # MiB
     try:
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=True)
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):
         return 0
-    return min((int(line) << 20 for line in asked.stdout.split() if line.isdigit()), default=0)
+    return min((int(line) << 20 for line in shown.stdout.split() if line.isdigit()), default=0)
 
 
 def cluster_nodes() -> list[Node]:
-    """The living nodes of the connected cluster."""
+    """Resources of the connected cluster's nodes that are alive."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def private_node(resources: ResolvedResources) -> Node:
-    """What a private Ray on this machine offers: every GPU, and a CPU slot per core but at least enough for one trial and for
-    all training workers."""
-    trial = resources.workers_per_trial * resources.cpus_per_trial
-    cpus = max(cores(), math.ceil(max(trial, resources.workers * resources.cpus_per_worker)))
+    """Resources of a private Ray on this machine: all GPUs, and a CPU slot per core, or more if one trial or all training
+    workers together need more."""
+    trial_cpus = resources.workers_per_trial * resources.cpus_per_trial
+    worker_cpus = resources.workers * resources.cpus_per_worker
+    cpus = max(cores(), math.ceil(max(trial_cpus, worker_cpus)))
     return {"CPU": cpus, "GPU": torch.cuda.device_count()}
 
 
 def trials_at_once(resources: ResolvedResources, nodes: Sequence[Node]) -> int:
-    """As many as there are slots for; main memory may have room for fewer."""
+    """Number of trials that the nodes have CPU and GPU slots for; the main memory may allow fewer."""
     return max_concurrent_trials(nodes, resources.trial_share, resources.workers_per_trial)
 
 
 def room_text(resources: ResolvedResources, nodes: Sequence[Node]) -> str:
-    """As in "1 GPU: 1 worker with 1 GPU, up to 4 trials at once with 0.25 GPU each"."""
-    gpus, trials = sum(int(node.get("GPU", 0)) for node in nodes), trials_at_once(resources, nodes)
-    there = counted(gpus, "GPU") if gpus else "no GPU"
-    workers, processes = counted(resources.workers, "worker"), counted(trials, "trial")
-    several = f" of {resources.workers_per_trial} workers" if resources.workers_per_trial > 1 else ""
+    """For example "1 GPU: 1 worker with 1 GPU, up to 4 trials at once with 0.25 GPU each"."""
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    num_trials = trials_at_once(resources, nodes)
+    available = counted(gpus, "GPU") if gpus else "no GPU"
+    workers = counted(resources.workers, "worker")
+    trials = counted(num_trials, "trial")
+    per_trial = f" of {resources.workers_per_trial} workers" if resources.workers_per_trial > 1 else ""
     return (
-        f"{there}: {workers} with {_taken(resources.worker_share, resources.workers)}, up to {processes} at once{several} "
-        f"with {_taken(resources.trial_share, trials * resources.workers_per_trial)}"
+        f"{available}: {workers} with {_share_text(resources.worker_share, resources.workers)}, "
+        f"up to {trials} at once{per_trial} "
+        f"with {_share_text(resources.trial_share, num_trials * resources.workers_per_trial)}"
     )
 
 
-def _taken(share: Node, processes: int) -> str:
+def _share_text(share: Node, processes: int) -> str:
+    """For example "0.25 GPU each"; `share` is what each process takes."""
     unit = "GPU" if "GPU" in share else "CPU"
     return counted(share[unit], unit) + (" each" if processes > 1 else "")
 
 
 def counted(amount: float, unit: str) -> str:
-    """As in "2 workers"."""
+    """For example "2 workers"."""
     return f"{amount:g} {unit}{'s' if amount > 1 else ''}"
 
 
 def check_cluster(resources: ResolvedResources) -> None:
-    """Raise InputError for what the connected cluster has no room for; Ray would wait for it for ever."""
+    """Raise InputError if the connected cluster is too small for a trial or the workers; Ray would wait forever instead."""
     nodes = cluster_nodes()
     cpus, gpus = cluster_cpus_gpus()
     for key, count_key, count, share in (
@@ -120,12 +125,12 @@ def check_cluster(resources: ResolvedResources) -> None:
         each_cpus, each_gpus = share["CPU"], share.get("GPU", 0)
         if not max_concurrent_trials(nodes, share):
             raise InputError(
-                f"resources: a {key} takes {each_cpus:g} CPUs and {each_gpus:g} GPUs, and no node of the cluster has as many",
+                f"resources: a {key} needs {each_cpus:g} CPUs and {each_gpus:g} GPUs, and no node of the cluster has that many",
                 f"lower resources.cpus_per_{key} or resources.gpus_per_{key}",
             )
         if not max_concurrent_trials(nodes, share, count):
             raise InputError(
-                f"resources.{count_key}: {count} take {count * each_cpus:g} CPUs and {count * each_gpus:g} GPUs at once, "
-                f"the cluster has {cpus:g} and {gpus:g}",
-                f"lower resources.{count_key} or what each takes, or use a larger cluster",
+                f"resources.{count_key}: {count} need {count * each_cpus:g} CPUs and {count * each_gpus:g} GPUs together, "
+                f"and the cluster has {cpus:g} and {gpus:g}",
+                f"lower resources.{count_key}, or the CPUs and GPUs of each, or use a larger cluster",
             )

@@ -19,7 +19,7 @@ from minitron_platform.stages.stage_records import INSIDE, relative
 from minitron_platform.stages.state import RunState
 from minitron_platform.stages.teacher import Teacher
 from minitron_platform.tracking import registry
-from minitron_platform.tracking.flusher import shown, sqlite_path
+from minitron_platform.tracking.flusher import redact, sqlite_path
 from minitron_platform.tracking.registry import TASK_TAG
 
 
@@ -87,7 +87,7 @@ class Register(Stage[RegisterOutput]):
         run_id = context.mlflow_run_id(context.run_key)
         if run_id is None:
             raise StorageError(
-                f"MLflow at {shown(context.locations.tracking_uri)} has not accepted the run's record within 30 s",
+                f"MLflow at {redact(context.locations.tracking_uri)} has not accepted the run's record within 30 s",
                 "check that the server answers, end other processes of this run that hang on this machine, and run again: only "
                 "this stage is left",
             )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from minitron.environment import environment_variables
 from minitron.errors import InputError
-from minitron_platform.tracking.flusher import create_database, prepare_mlflow, shown, sqlite_path
+from minitron_platform.tracking.flusher import create_database, prepare_mlflow, redact, sqlite_path
 from minitron_platform.tracking.sender import check_not_deleted
 
 TIMEOUT = "10"  # seconds that a server may take to answer
@@ -75,18 +75,18 @@ def _connect(tracking_uri: str) -> None:
     except ModuleNotFoundError as error:
         package = DRIVERS.get(error.name or "", error.name)
         raise InputError(
-            f"--tracking-uri {shown(tracking_uri)}: the Python package {error.name} is not installed",
+            f"--tracking-uri {redact(tracking_uri)}: the Python package {error.name} is not installed",
             f"pip install {package}",
         ) from error
     except sqlalchemy.exc.NoSuchModuleError as error:
         raise InputError(
-            f"--tracking-uri {shown(tracking_uri)}: {error}", "use postgresql://, mysql+pymysql:// or sqlite:///"
+            f"--tracking-uri {redact(tracking_uri)}: {error}", "use postgresql://, mysql+pymysql:// or sqlite:///"
         ) from error
     except sqlalchemy.exc.OperationalError as error:
         reason = str(error.orig)
         if any(word in reason.lower() for word in ("password", "access denied", "authentication", "does not exist")):
             raise InputError(
-                f"MLflow's database {shown(tracking_uri)} refuses the connection: {_line(reason)}",
+                f"MLflow's database {redact(tracking_uri)} refuses the connection: {_line(reason)}",
                 "check the user, password and name of the database in --tracking-uri",
             ) from error
         raise ConnectionError(_line(reason)) from error
@@ -104,12 +104,12 @@ def _ask(tracking_uri: str, experiment: str) -> str | None:
         reason = _line(str(error))
         if "database schema" in reason:
             raise InputError(
-                f"MLflow's database {shown(tracking_uri)} has tables of another version of MLflow",
-                f"copy it, then: mlflow db upgrade {shown(tracking_uri)}",
+                f"MLflow's database {redact(tracking_uri)} has tables of another version of MLflow",
+                f"copy it, then: mlflow db upgrade {redact(tracking_uri)}",
             ) from error
         if error.error_code in ("UNAUTHENTICATED", "PERMISSION_DENIED") or "401" in reason or "403" in reason:
             raise InputError(
-                f"MLflow at {shown(tracking_uri)} refuses this user: {shown(reason)}",
+                f"MLflow at {redact(tracking_uri)} refuses this user: {redact(reason)}",
                 "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
             ) from error
         return _away(tracking_uri, error)
@@ -120,7 +120,7 @@ def _ask(tracking_uri: str, experiment: str) -> str | None:
 
 def _away(tracking_uri: str, error: Exception) -> str:
     return (
-        f"MLflow at {shown(tracking_uri)} does not answer ({shown(_line(str(error)))}): records wait on this machine, "
+        f"MLflow at {redact(tracking_uri)} does not answer ({redact(_line(str(error)))}): records wait on this machine, "
         "and the model can't be registered before it does"
     )
 

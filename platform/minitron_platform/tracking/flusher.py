@@ -41,7 +41,7 @@ def prepare_mlflow(tracking_uri: str) -> None:
     """
     if not re.match(r"^(sqlite|postgresql|mysql|mssql)(\+\w+)?://|^https?://", tracking_uri):
         raise InputError(
-            f"MLflow tracking address {shown(tracking_uri)!r} is not supported",
+            f"MLflow tracking address {redact(tracking_uri)!r} is not supported",
             "use sqlite:///path/mlflow.db, http(s)://host:port, or a postgresql:// or mysql:// address",
         )
     for name, value in {
@@ -97,8 +97,8 @@ def create_database(tracking_uri: str) -> None:
             os.replace(f"{folder}/whole.db", path)
 
 
-def shown(tracking_uri: str) -> str:
-    """The address without the user and password it may carry, for messages."""
+def redact(tracking_uri: str) -> str:
+    """The address without a user and password that it may contain, for messages."""
     return re.sub(r"://[^/@]*@", "://", tracking_uri)
 
 
@@ -176,14 +176,14 @@ class Flusher:
                 try:
                     self._pass()
                     if failures:
-                        log.warning("MLflow at %s answers again", shown(self.tracking_uri))
+                        log.warning("MLflow at %s answers again", redact(self.tracking_uri))
                     failures = 0
                 except unreachable() as error:
                     failures += 1
                     if failures == 1:
                         reason = (str(error).splitlines() or [type(error).__name__])[0]
-                        where = shown(self.tracking_uri)
-                        log.warning("MLflow at %s: %.300s; events wait in %s", where, shown(reason), self.spool)
+                        where = redact(self.tracking_uri)
+                        log.warning("MLflow at %s: %.300s; events wait in %s", where, redact(reason), self.spool)
                 if last and (not failures or failures >= LAST_ATTEMPTS):
                     break
                 pause = min(self.interval * 2**failures, LONGEST_PAUSE) if failures else self.interval

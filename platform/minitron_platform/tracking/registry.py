@@ -26,7 +26,7 @@ from minitron.names import check_name
 from minitron.storage import MANIFEST, absolute, is_committed, is_local, join, local_path, manifest, read_bytes, verify
 from minitron_platform.tracking.aliases import check_alias
 from minitron_platform.tracking.check import check_database
-from minitron_platform.tracking.flusher import create_database, prepare_mlflow, shown, sqlite_path
+from minitron_platform.tracking.flusher import create_database, prepare_mlflow, redact, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -353,7 +353,7 @@ def _registry(tracking_uri: str) -> Iterator[MlflowClient]:
     try:
         check_database(tracking_uri)
     except ConnectionError as error:
-        raise MinitronError(f"MLflow at {shown(tracking_uri)}: {shown(str(error))}", remedy) from error
+        raise MinitronError(f"MLflow at {redact(tracking_uri)}: {redact(str(error))}", remedy) from error
     create_database(tracking_uri)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -362,9 +362,9 @@ def _registry(tracking_uri: str) -> Iterator[MlflowClient]:
         yield MlflowClient(tracking_uri, registry_uri=tracking_uri)
     except MlflowException as error:
         if error.error_code == "INVALID_PARAMETER_VALUE":
-            raise InputError(f"MLflow at {shown(tracking_uri)}: {error}", "change the value it names") from error
+            raise InputError(f"MLflow at {redact(tracking_uri)}: {error}", "change the value it names") from error
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
-        raise MinitronError(f"MLflow at {shown(tracking_uri)}: {shown(reason)}", remedy) from error
+        raise MinitronError(f"MLflow at {redact(tracking_uri)}: {redact(reason)}", remedy) from error
 
 
 def _check_name(name: str) -> None:

@@ -19,7 +19,7 @@ from urllib.error import URLError
 from minitron.errors import InputError, MinitronError
 from minitron.storage import disk_errors, is_local, local_path
 from minitron_platform.addresses import is_loopback
-from minitron_platform.tracking.flusher import create_database, prepare_mlflow, shown, sqlite_path
+from minitron_platform.tracking.flusher import create_database, prepare_mlflow, redact, sqlite_path
 
 START_SECONDS = 90.0  # MLflow imports, and on first use creates its tables
 STOP_SECONDS = 10.0
@@ -43,7 +43,7 @@ def serve(
     """
     prepare_mlflow(tracking_uri)
     if tracking_uri.startswith("http"):
-        say(f"MLflow is at {shown(tracking_uri)}")
+        say(f"MLflow is at {redact(tracking_uri)}")
         return 0
     if not insecure and not is_loopback(host):
         raise InputError(

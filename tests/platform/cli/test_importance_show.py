@@ -56,8 +56,8 @@ def test_the_newest_scores_of_a_storage_are_shown(storage, scores):
         row = next(line for line in result.output.splitlines() if line.startswith(f"│ {layer} "))
         cells = [cell.strip() for cell in row.strip("│").split("│")]
         order = scores.orders["loss"][1]
-        place = f"{order.index(layer) + 1}." if layer in order else "stays"
-        assert cells[2:] == [f"{loss[layer]:.4f}", f"{loss[layer].exp():,.2f}", place]
+        step = f"{order.index(layer) + 1}." if layer in order else "kept"
+        assert cells[2:] == [f"{loss[layer]:.4f}", f"{loss[layer].exp():,.2f}", step]
     start = int(scores.blocks(3, "logit_error").argmin())
     assert f"│ logit error without │ 3 │ {start}-{start + 2} │ {scores.blocks(3, 'logit_error')[start]:.4f}" in text
     share = top_half_share(scores.channels[None])
@@ -106,7 +106,7 @@ def test_comparing_calibrations_of_different_architectures_is_refused(storage):
 def test_a_folder_without_scores_is_refused(tmp_path):
     result, text = _run("show", tmp_path)
     assert result.exit_code == 2
-    assert "no stages/calibrate/*/scores.safetensors in it" in text
+    assert "the folder has no stages/calibrate/*/scores.safetensors" in text
 
 
 def test_rank_correlation_averages_tied_ranks():

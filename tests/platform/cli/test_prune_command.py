@@ -63,7 +63,7 @@ def test_prune_to_a_number_of_parameters(folder):
     result = call(folder, "--parameters", str(float(asked)), "--multiple", "16", out="parameters")
     assert result.exit_code == 0, result.output
     made = tiny.architecture(load_model(folder / "parameters"))
-    assert f"{made.num_parameters / asked - 1:+.1%} of the {asked:,} parameters asked for" in result.output
+    assert f"{made.num_parameters / asked - 1:+.1%} compared to the requested {asked:,} parameters" in result.output
     assert abs(made.num_parameters / asked - 1) < 0.05
     assert made.hidden_size % 16 == made.intermediate_size % 16 == 0
     result = call(folder, "--parameters", str(base.num_parameters * 0.81), "--how", "depth", out="deep")
@@ -100,7 +100,7 @@ def test_prune_prints_the_metric_by_which_layers_were_chosen(folder):
 
     assert said(3) == "layers kept: 0, 3-4 (contiguous, by loss)"
     assert said(4, "--metric", "logit_error") == "layers kept: 0-3 (contiguous, by logit_error)"
-    cosine = "by cosine; the loss without 1 layer was not measured, for --metric there is logit_error)"
+    cosine = "by cosine; the loss without 1 layer was not measured; --metric also accepts logit_error)"
     assert said(4).endswith(f"(contiguous, {cosine}")
     assert said(3, "--depth", "scattered").endswith(f"(scattered, {cosine}")
     assert said(2).endswith("(contiguous, by cosine; the loss without 3 layers was not measured)")
@@ -119,7 +119,7 @@ def test_prune_takes_the_newest_scores_of_a_storage(folder):
 def test_folders_without_scores_are_refused(folder):
     result = call(folder, "--num-layers", "4", "--scores", str(folder / "model"), out="refused")
     assert result.exit_code == 2
-    assert "no stages/calibrate/*/scores.safetensors in it" in " ".join(result.output.split())
+    assert "the folder has no stages/calibrate/*/scores.safetensors" in " ".join(result.output.split())
     with fsspec.open("memory://far/stages/calibrate/abc/scores.safetensors", "wb") as file:
         file.write((folder / "scores.safetensors").read_bytes())
     result = call(folder, "--num-layers", "4", "--scores", "memory://far", out="refused")
@@ -152,10 +152,10 @@ def test_prune_reads_the_given_revision_of_a_hub_model_from_the_cache(folder, tm
     check(folder, "hub", num_layers=4)
     result = pruned("newest")
     assert result.exit_code == 2
-    assert "where this model has neurons [5, 96]" in " ".join(result.output.split())
+    assert "but this model has neurons [5, 96]" in " ".join(result.output.split())
     result = pruned("none", "--revision", "v2")
     assert result.exit_code == 2
-    assert "'somebody/model' at revision 'v2' is no local folder" in " ".join(result.output.split())
+    assert "'somebody/model' at revision 'v2' is not a local folder" in " ".join(result.output.split())
 
 
 def test_prune_merges_heads_on_request(folder):
@@ -171,8 +171,8 @@ def test_prune_merges_heads_on_request(folder):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((), "no shape is given"),
-        (("--like", "minitron-4b", "--hidden-size", "64"), "--like and --hidden-size give the shape twice"),
+        ((), "no option determines the shape"),
+        (("--like", "minitron-4b", "--hidden-size", "64"), "--like and --hidden-size each determine the shape"),
         (
             ("--like", "mn-minitron-8b"),
             "pruned from Mistral NeMo 12B; this model differs from Mistral NeMo 12B in num_layers",
@@ -181,20 +181,20 @@ def test_prune_merges_heads_on_request(folder):
         (("--parameters", "1e12"), "parameters: 1,000,000,000,000"),
         (("--hidden-size", "512"), "hidden_size: 512 is larger than the model's 256"),
         (("--layers", "0-x"), "'0-x' is not a layer or a range"),
-        (("--layers", "3,1"), "does not ascend"),
-        (("--layers", "0-9"), "--layers: 9 is no layer of this model, which has 5"),
+        (("--layers", "3,1"), "is not in ascending order"),
+        (("--layers", "0-9"), "--layers: the model has no layer 9, only 5 layers"),
         (("--layers", ""), "'' is not a layer or a range"),
         (("--num-layers", "8"), "num_layers: 8 is larger than the model's 5"),
-        (("--num-layers", "3", "--layers", "0-1"), "--layers: 0-1 are 2 layers, but --num-layers leaves 3"),
-        (("--parameters", "2e6", "--layers", "0-1"), "--layers: 0-1 are 2 layers, but --parameters leaves 5"),
-        (("--parameters", "nan"), "--parameters: nan is no number of parameters"),
-        (("--parameters", "inf"), "--parameters: inf is no number of parameters"),
-        (("--parameters", "0"), "--parameters: 0.0 is no number of parameters"),
-        (("--num-layers", "4", "--how", "depth"), "--how: depth without --parameters has no effect"),
-        (("--like", "minitron-4b", "--multiple", "64"), "--multiple: 64 without --parameters has no effect"),
-        (("--layers", "0-3", "--depth", "contiguous"), "--depth: contiguous with --layers"),
-        (("--layers", "0-3", "--metric", "cosine"), "--metric: cosine with --layers"),
-        (("--num-layers", "4", "--revision", "v1"), "--revision: v1 of"),
+        (("--num-layers", "3", "--layers", "0-1"), "--layers: 0-1 are 2 layers, but --num-layers keeps 3"),
+        (("--parameters", "2e6", "--layers", "0-1"), "--layers: 0-1 are 2 layers, but --parameters keeps 5"),
+        (("--parameters", "nan"), "--parameters: nan is not a valid number of parameters"),
+        (("--parameters", "inf"), "--parameters: inf is not a valid number of parameters"),
+        (("--parameters", "0"), "--parameters: 0.0 is not a valid number of parameters"),
+        (("--num-layers", "4", "--how", "depth"), "--how: depth has no effect without --parameters"),
+        (("--like", "minitron-4b", "--multiple", "64"), "--multiple: 64 has no effect without --parameters"),
+        (("--layers", "0-3", "--depth", "contiguous"), "--depth: contiguous has no effect with --layers"),
+        (("--layers", "0-3", "--metric", "cosine"), "--metric: cosine has no effect with --layers"),
+        (("--num-layers", "4", "--revision", "v1"), "--revision: v1 has no effect"),
         (("--num-layers", "4", "--metric", "taste"), "taste"),
         (("--num-heads", "8", "--merge-heads", "+1"), "nothing to merge"),
         (("--num-layers", "4", "--scores", "nowhere.safetensors"), "nowhere.safetensors does not exist"),
@@ -211,12 +211,12 @@ def test_prune_refuses_invalid_options(folder, tmp_path, arguments, said):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"num_heads": 6}, "heads [5, 6] where this model has heads [5, 8]"),
-        ({"intermediate_size": 640}, "neurons [5, 640] where this model has neurons [5, 512]"),
-        ({"hidden_size": 64}, "channels [64] where this model has channels [256]"),
+        ({"num_heads": 6}, "heads [5, 6], but this model has heads [5, 8]"),
+        ({"intermediate_size": 640}, "neurons [5, 640], but this model has neurons [5, 512]"),
+        ({"hidden_size": 64}, "channels [64], but this model has channels [256]"),
         (
             {"family": "mixtral", "num_experts": 4, "experts_per_token": 2},
-            "neurons [5, 4, 512] where this model has neurons [5, 512]",
+            "neurons [5, 4, 512], but this model has neurons [5, 512]",
         ),
     ],
 )
@@ -237,7 +237,7 @@ def test_scores_without_experts_are_refused_for_a_mixture(tmp_path):
     replace(tiny.scores(tiny.architecture(model)), experts=None).save(tmp_path / "scores.safetensors")
     result = call(tmp_path, "--num-experts", "3")
     assert result.exit_code == 2
-    assert "no experts where this model has experts [5, 4]" in " ".join(result.output.split())
+    assert "no experts, but this model has experts [5, 4]" in " ".join(result.output.split())
 
 
 def test_an_existing_target_folder_is_refused(folder):
@@ -257,7 +257,7 @@ def test_a_missing_model_is_refused(folder):
         main, ["prune", "nobody/nothing", str(folder / "x"), "--scores", scores, "--num-layers", "4"]
     )
     assert result.exit_code == 2
-    assert "'nobody/nothing' is no local folder or file" in " ".join(result.output.split())
+    assert "'nobody/nothing' is not a local folder or file" in " ".join(result.output.split())
 
 
 def test_prune_works_as_a_program(folder):

@@ -196,8 +196,8 @@ def test_a_password_inside_an_address_never_enters_a_job() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "Run", "a/b", "../x", "a" * 65, "a b"])
-def test_invalid_job_names_are_refused(name: str) -> None:
-    with pytest.raises(InputError, match="not a run name"):
+def test_invalid_run_names_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match="not a valid run name"):
         submit(RECIPE, name=name, address="http://127.0.0.1:1")
 
 
@@ -222,13 +222,13 @@ def test_code_is_identified_by_its_content(tmp_path: Path) -> None:
 
 def test_a_wrong_or_missing_token_is_refused_with_a_remedy(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 64)
-    with pytest.raises(MinitronError, match="the token was refused") as refusal:
+    with pytest.raises(MinitronError, match="the head refused the token") as refusal:
         submit(RECIPE, name="run", address=head.address)
     assert "RAY_AUTH_TOKEN_PATH" in refusal.value.remedy
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
     monkeypatch.setenv("HOME", str(head.folder / "nobody"))
-    with pytest.raises(MinitronError, match="asks for a token"):
+    with pytest.raises(MinitronError, match="the head requires a token"):
         status(head.address)
 
 
