@@ -334,7 +334,7 @@ def _refuse_secrets(command: str, env: Mapping[str, str]) -> None:
     if CREDENTIALS.search(command):
         raise InputError(
             "the job's command contains an address with a password, and the dashboard shows the command",
-            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the variables of the storage, on the cluster's nodes",
+            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the storage's variables, on the cluster's nodes",
         )
 
 

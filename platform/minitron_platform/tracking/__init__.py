@@ -1,1 +1,1 @@
-"""Metrics on their way to MLflow, which may be slow or away, and the registry of models."""
+"""Tracking in MLflow: records of runs on disk, their transfer to MLflow in the background, and the model registry."""

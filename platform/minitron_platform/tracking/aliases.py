@@ -1,4 +1,4 @@
-"""What MLflow takes as the alias of a registered model."""
+"""MLflow's rules for the aliases of registered models."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ VERSION = re.compile(r"^[vV]\d+$")
 
 
 def check_alias(alias: str) -> str:
-    """`alias`, if MLflow takes it. Raises ValueError, which says why not."""
+    """Return `alias` if MLflow accepts it. Raises ValueError with the reason if it does not."""
     if not ALLOWED.fullmatch(alias):
-        raise ValueError("an alias has letters, digits, '_' and '-' only")
+        raise ValueError("an alias may only have letters, digits, '_' and '-'")
     if alias.lower() == "latest" or VERSION.fullmatch(alias):
-        raise ValueError("MLflow keeps `latest` and `v` with a number for itself")
+        raise ValueError("MLflow reserves `latest` and `v` followed by a number")
     return alias

@@ -1,4 +1,4 @@
-"""What would keep a run's results out of MLflow at its end, found before it starts."""
+"""Checks, before a run starts, that MLflow will accept its results."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from minitron.errors import InputError
 from minitron_platform.tracking.flusher import create_database, prepare_mlflow, redact, sqlite_path
 from minitron_platform.tracking.sender import check_not_deleted
 
-TIMEOUT = "10"  # seconds that a server may take to answer
-DRIVERS = {
+TIMEOUT = "10"  # seconds to wait for an answer of the server
+PACKAGES = {  # to install for a database driver, by its module
     "psycopg": "'psycopg[binary]'",
     "psycopg2": "psycopg2-binary",
     "MySQLdb": "mysqlclient",
@@ -22,11 +22,12 @@ DRIVERS = {
 
 
 def check_tracking(tracking_uri: str, experiment: str) -> str | None:
-    """A warning where MLflow does not answer now, which costs nothing if it does before the run ends; else None.
+    """Check MLflow's server or database. Returns a warning if it does not answer, otherwise None.
 
-    Raises InputError for what won't come right by itself: an unknown kind of address, a database driver that is not
-    installed, a file that is no database, tables of another version of MLflow, a password that is refused, an experiment that
-    was deleted. A SQLite file that is not there yet is made when it is needed; of it nothing is looked at.
+    Not answering is no error because it only has to answer by the end of the run. Raises InputError for problems that the user
+    must fix: an unsupported kind of address, a database driver that is not installed, a file that is not a database, tables of
+    another version of MLflow, a refused password, a deleted experiment. A SQLite file that does not exist yet is not checked;
+    the run creates it.
     """
     prepare_mlflow(tracking_uri)
     database = sqlite_path(tracking_uri)
@@ -35,15 +36,15 @@ def check_tracking(tracking_uri: str, experiment: str) -> str | None:
     try:
         check_database(tracking_uri)
     except ConnectionError as error:
-        return _away(tracking_uri, error)
+        return _no_answer(tracking_uri, error)
     create_database(tracking_uri)
-    return _ask(tracking_uri, experiment)
+    return _check_experiment(tracking_uri, experiment)
 
 
 def check_database(tracking_uri: str) -> None:
-    """Open the database that an address names, if it is one and there; of a server nothing is asked.
+    """Open the database at `tracking_uri`; does nothing for a server, or a SQLite file that does not exist.
 
-    Raises InputError for one that can't be opened, and ConnectionError where nothing answers.
+    Raises InputError for a database that cannot be opened, ConnectionError if it does not answer.
     """
     database = sqlite_path(tracking_uri)
     if database is None:
@@ -59,13 +60,13 @@ def _check_file(database: Path) -> None:
             store.execute("SELECT count(*) FROM sqlite_master")
     except sqlite3.DatabaseError as error:
         raise InputError(
-            f"MLflow's database {database} can't be opened ({error})",
-            "check its permissions, give another with --tracking-uri, or move it away to begin a new one",
+            f"MLflow's database {database} cannot be opened ({error})",
+            "check its permissions, give another one with --tracking-uri, or move it elsewhere to start with a new one",
         ) from error
 
 
 def _connect(tracking_uri: str) -> None:
-    """Connect once; MLflow itself would try again for minutes. Raises ConnectionError where nothing answers."""
+    """Connect once; MLflow itself would retry for minutes. Raises ConnectionError if the database does not answer."""
     import sqlalchemy
 
     arguments = {"connect_timeout": int(TIMEOUT)} if tracking_uri.startswith(("postgresql", "mysql")) else {}
@@ -73,7 +74,7 @@ def _connect(tracking_uri: str) -> None:
         with closing(sqlalchemy.create_engine(tracking_uri, connect_args=arguments).connect()):
             pass
     except ModuleNotFoundError as error:
-        package = DRIVERS.get(error.name or "", error.name)
+        package = PACKAGES.get(error.name or "", error.name)
         raise InputError(
             f"--tracking-uri {redact(tracking_uri)}: the Python package {error.name} is not installed",
             f"pip install {package}",
@@ -86,44 +87,45 @@ def _connect(tracking_uri: str) -> None:
         reason = str(error.orig)
         if any(word in reason.lower() for word in ("password", "access denied", "authentication", "does not exist")):
             raise InputError(
-                f"MLflow's database {redact(tracking_uri)} refuses the connection: {_line(reason)}",
-                "check the user, password and name of the database in --tracking-uri",
+                f"MLflow's database {redact(tracking_uri)} refuses the connection: {_first_line(reason)}",
+                "check the user, the password and the name of the database in --tracking-uri",
             ) from error
-        raise ConnectionError(_line(reason)) from error
+        raise ConnectionError(_first_line(reason)) from error
 
 
-def _ask(tracking_uri: str, experiment: str) -> str | None:
+def _check_experiment(tracking_uri: str, experiment: str) -> str | None:
+    """Look the experiment up. Returns a warning if MLflow does not answer; raises InputError as `check_tracking` does."""
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
     try:
         with environment_variables({"MLFLOW_HTTP_REQUEST_TIMEOUT": TIMEOUT}):
             client = MlflowClient(tracking_uri, registry_uri=tracking_uri)
-            found = client.get_experiment_by_name(experiment)
+            existing = client.get_experiment_by_name(experiment)
     except MlflowException as error:
-        reason = _line(str(error))
+        reason = _first_line(str(error))
         if "database schema" in reason:
             raise InputError(
                 f"MLflow's database {redact(tracking_uri)} has tables of another version of MLflow",
-                f"copy it, then: mlflow db upgrade {redact(tracking_uri)}",
+                f"make a copy of it, then run: mlflow db upgrade {redact(tracking_uri)}",
             ) from error
         if error.error_code in ("UNAUTHENTICATED", "PERMISSION_DENIED") or "401" in reason or "403" in reason:
             raise InputError(
                 f"MLflow at {redact(tracking_uri)} refuses this user: {redact(reason)}",
                 "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
             ) from error
-        return _away(tracking_uri, error)
-    if found is not None:
-        check_not_deleted(found)
+        return _no_answer(tracking_uri, error)
+    if existing is not None:
+        check_not_deleted(existing)
     return None
 
 
-def _away(tracking_uri: str, error: Exception) -> str:
+def _no_answer(tracking_uri: str, error: Exception) -> str:
     return (
-        f"MLflow at {redact(tracking_uri)} does not answer ({redact(_line(str(error)))}): records wait on this machine, "
-        "and the model can't be registered before it does"
+        f"MLflow at {redact(tracking_uri)} does not answer ({redact(_first_line(str(error)))}): records are kept on this "
+        "machine until it does, and models cannot be registered before"
     )
 
 
-def _line(text: str) -> str:
+def _first_line(text: str) -> str:
     return (text.strip().splitlines() or ["no reason given"])[0][:300]

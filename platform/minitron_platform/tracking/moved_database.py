@@ -1,7 +1,7 @@
-"""An MLflow database that was moved or copied with the storage it lies in: its addresses follow it.
+"""Updates the addresses in an MLflow database that was moved or copied together with its storage.
 
-MLflow keeps absolute addresses and offers no call to change them; without this, artifacts of a moved storage can't be opened,
-new ones are written where it was before, and registered models point at the old folder.
+MLflow stores absolute addresses and has no call to change them. Without an update, the artifacts of a moved storage cannot be
+opened, new ones are written to the old folder, and registered models point to it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-ARTIFACTS = "artifacts"  # the folder beside a database of ours that new experiments keep their artifacts in
+ARTIFACTS = "artifacts"  # folder beside our databases for the artifacts of new experiments
 ADDRESSES = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -25,11 +25,12 @@ ADDRESSES = (
 )
 
 
-def follow(database: Path) -> None:
-    """Rewrite the addresses of a SQLite store that lay in another folder before, in one transaction.
+def update_addresses(database: Path) -> None:
+    """Update the addresses in a SQLite database that was in another folder before, in one transaction.
 
-    Only where the artifacts lie beside it still: a database alone, such as a backup, keeps its addresses. Where it lay is known
-    from experiments whose artifacts came with it; what others keep in the same database stays, and so does what has not moved.
+    Nothing is changed unless the artifacts are beside the database; a copy of the database alone, such as a backup, keeps its
+    addresses. The former folder is known from experiments whose artifacts were moved with the database. Addresses outside that
+    folder do not change, nor those of files that were not moved.
     """
     here = str(database.parent)
     if not (database.parent / ARTIFACTS).is_dir():
@@ -39,34 +40,39 @@ def follow(database: Path) -> None:
         if "experiments" not in tables:
             return
         experiments = store.execute("SELECT name, artifact_location FROM experiments").fetchall()
-        for root in sorted({root for name, address in experiments if (root := _root(here, name, address))}):
-            if root == here or _is_same(root, here):
+        former_folders = {old for name, address in experiments if (old := _former_folder(here, name, address))}
+        for old in sorted(former_folders):
+            if old == here or _is_same_folder(old, here):
                 continue
             for table, column in ADDRESSES:
                 if table not in tables:
                     continue
-                below = f"substr({column}, 1, ?) = ?", (len(root) + 1, f"{root}/")
-                found = store.execute(f"SELECT DISTINCT {column} FROM {table} WHERE {below[0]}", below[1]).fetchall()
-                for (address,) in found:
-                    moved = here + address.removeprefix(root)
+                addresses = store.execute(
+                    f"SELECT DISTINCT {column} FROM {table} WHERE substr({column}, 1, ?) = ?", (len(old) + 1, f"{old}/")
+                ).fetchall()
+                for (address,) in addresses:
+                    moved = here + address.removeprefix(old)
                     if os.path.exists(moved) or not os.path.exists(address):
                         store.execute(f"UPDATE {table} SET {column} = ? WHERE {column} = ?", (moved, address))
-            log.warning("%s was moved here from %s: its addresses follow", database, root)
+            log.warning("%s was moved here from %s; the addresses in it were updated", database, old)
 
 
-def _root(here: str, experiment: str, address: str | None) -> str | None:
-    """Where a database now in the folder `here` lay when an experiment was made in it; None for experiments of others, which
-    are neither named as Minitron does it nor have artifacts here."""
-    root, found, below = (address or "").rpartition(f"/{ARTIFACTS}/")
-    ours = below == artifact_folder(experiment) or os.path.isdir(os.path.join(here, ARTIFACTS, below))
-    return root if found and root.startswith("/") and ours else None
+def _former_folder(here: str, experiment: str, address: str | None) -> str | None:
+    """The folder of a database, which is now in `here`, at the time when `experiment` was created in it.
+
+    address: the experiment's artifact location. None if it was not created by Minitron: its artifacts have another folder name,
+    and are not in `here`.
+    """
+    folder, separator, name = (address or "").rpartition(f"/{ARTIFACTS}/")
+    ours = name == artifact_folder(experiment) or os.path.isdir(os.path.join(here, ARTIFACTS, name))
+    return folder if separator and folder.startswith("/") and ours else None
 
 
-def _is_same(first: str, second: str) -> bool:
-    """Whether two paths are of one folder, as through a link."""
+def _is_same_folder(first: str, second: str) -> bool:
+    """Whether two paths lead to the same folder, for example through a link."""
     return os.path.exists(first) and os.path.samefile(first, second)
 
 
 def artifact_folder(experiment: str) -> str:
-    """The name of the folder of an experiment's artifacts."""
+    """Name of the folder for the artifacts of an experiment."""
     return re.sub(r"[^A-Za-z0-9._-]", "_", experiment)

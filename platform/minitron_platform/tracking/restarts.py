@@ -1,4 +1,4 @@
-"""Work that failed and was started again: a worker of a training, or a trial of a search."""
+"""Records of workers of a training and trials of a search that failed and were restarted."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from minitron_platform.tracking.spool import RunLog
 
 @dataclass(frozen=True)
 class Restart:
-    """`what` failed on `node` at `time` (UTC) for `reason`; it went on after `step` steps, with `left` restarts to spare.
-
-    `node` is empty if the failure came before it was known, `step` is None if the next failure came before it went on.
-    """
+    """One failure of a worker or trial, and its restart."""
 
     time: str
+    """Of the failure, in UTC."""
     what: str
+    """The worker or trial that failed."""
     node: str
+    """Where it ran; empty if it failed before that was known."""
     reason: str
     step: int | None
+    """The step that it resumed from; None if it failed again before it resumed."""
     left: int
+    """Number of restarts that are left."""
 
     def __str__(self) -> str:
         resumed = "not resumed" if self.step is None else f"resumed from step {self.step}"
@@ -30,28 +32,31 @@ class Restart:
 
 
 def failed_text(what: str, node: str, reason: str) -> str:
+    """A failure as text, for example "worker 1 on node-2: out of memory"."""
     return f"{what}{f' on {node}' if node else ''}: {reason}"
 
 
 def left_text(left: int) -> str:
+    """For example "1 restart left"."""
     return f"{max(0, left)} restart{'' if left == 1 else 's'} left"
 
 
 def now() -> str:
-    """UTC, to the second."""
+    """The current time in UTC, to the second."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
 
 
 def record_restart(log: RunLog, number: int, restart: Restart) -> None:
-    """Add the restart with this number, from 1, to a run's record: the metric `restarts`, and a tag that tells of it."""
+    """Add a restart to a run's record: the metric `restarts` and a tag. number: of the restart, from 1."""
     log.metrics({"restarts": number}, step=restart.step or 0)
     log.tags({f"minitron.restart.{number}": f"{restart.time} UTC: {restart}"})
 
 
 def read_restarts(path: str) -> list[Restart]:
-    """Restarts that `write_restarts` kept; none if there is no such file."""
+    """The restarts in a file that `write_restarts` wrote; empty if it does not exist."""
     return [Restart(**values) for values in storage.read_json(path)] if storage.exists(path) else []
 
 
 def write_restarts(path: str, restarts: Sequence[Restart]) -> None:
+    """Write restarts to a JSON file."""
     storage.write_json(path, [asdict(restart) for restart in restarts])

@@ -1,12 +1,12 @@
-"""The local record of every run, written before anything is sent to MLflow.
+"""Records of runs on the local disk, written before anything is sent to MLflow.
 
 A spool is a folder on the node's own disk with one append-only `<key>.jsonl` per run. A line is one event:
 
     {"t": 1767225600000, "event": "metrics", "step": 40, "values": {"loss": 2.5, "grad_norm": "nan"}}
 
-`t` is the time in milliseconds; NaN and infinities are strings, so that every line is plain JSON. Whole lines are
-appended with one write, so any process of the node may open the same run. What a killed process wrote is kept; what a
-power cut takes is what the operating system had not yet put on disk.
+`t` is the Unix time in milliseconds; NaN and infinities are strings, so that every line is standard JSON. Each line is appended
+with one write, so several processes of the node may write to the same file. If a process is killed, everything that it wrote is
+kept; a power failure loses what the operating system had not written to the disk yet.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from minitron.storage import is_local, local_path
 log = logging.getLogger(__name__)
 
 KEY = re.compile(r"^[A-Za-z0-9._-]+$")
-READ_BYTES = 4 << 20  # one read; also bounds what a pass of the sender holds in memory
-NAME_LENGTH = 250  # MLflow's limit for the name of a metric, parameter or tag
+READ_BYTES = 4 << 20  # of one read; bounds the memory of a pass of the sender
+NAME_LENGTH = 250  # MLflow's limit for the name of a metric, parameter or tag, in characters
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 class RunLog:
-    """One run's record, line by line. Holds no file open, and may be pickled to other processes of the node.
+    """Writes the record of one run. Keeps no file open, and can be pickled and sent to other processes of the node.
 
-    spool: the folder; key: the run's name in it and, as the tag `minitron.key`, in the MLflow experiment.
-    Writing never raises: when the disk refuses, one warning is logged and `lost` counts the events.
+    spool: the folder. key: identifies the run in the spool and, as the tag `minitron.key`, in the MLflow experiment.
+    The methods never raise: if the disk refuses a write, one warning is logged, and `lost` counts the events.
     Raises InputError for a key with other characters than letters, digits, dot, underscore and dash.
     """
 
@@ -47,33 +47,34 @@ class RunLog:
 
     @property
     def path(self) -> Path:
-        """The file of the record; it is there once something was written."""
+        """The file of the record; it exists once something was written."""
         return Path(self.spool) / f"{self.key}.jsonl"
 
     def start(self, name: str, parent: str | None = None, tags: Mapping[str, Any] | None = None) -> None:
-        """The run begins, or goes on after it ended. `parent` is the key of the run it is shown under."""
+        """Record that the run starts, or continues after it had ended. parent: key of its parent run in MLflow."""
         if parent is not None:
             check_key(parent)
         self._append({"event": "start", "name": name, "parent": parent, "tags": _strings(tags or {})})
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Settings of the run, as text. MLflow keeps the first value; a later one becomes a tag `changed.<name>`."""
+        """Record parameters of the run, as text. MLflow keeps the first value; a later one becomes the tag `changed.<name>`."""
         self._append({"event": "params", "values": _strings(values)})
 
     def metrics(self, values: Mapping[str, Any], step: int) -> None:
-        """Numbers at a step: anything float() takes."""
+        """Record numbers at a step; values are converted by float()."""
         numbers = {mlflow_name(name): _number(float(value)) for name, value in values.items()}
         self._append({"event": "metrics", "step": int(step), "values": numbers})
 
     def tags(self, values: Mapping[str, Any]) -> None:
-        """Labels of the run, stored as text; the last value counts."""
+        """Record tags of the run, as text; MLflow keeps the last value."""
         self._append({"event": "tags", "values": _strings(values)})
 
     def artifact(self, local_path: str, folder: str = "") -> None:
-        """A file or folder of this node to upload under `folder` of the artifacts; it must stay until it is sent."""
+        """Record a file or folder of this node as an artifact below `folder`. It must not be deleted before it is uploaded."""
         self._append({"event": "artifact", "path": os.path.abspath(local_path), "folder": folder})
 
     def end(self, status: Status = "FINISHED") -> None:
+        """Record that the run ended."""
         self._append({"event": "end", "status": status})
 
     def _append(self, event: dict[str, Any]) -> None:
@@ -84,9 +85,9 @@ class RunLog:
             try:
                 size = os.fstat(file).st_size
                 if size and os.pread(file, 1, size - 1) != b"\n":
-                    line = b"\n" + line  # somebody died in the middle of a line; ours must not be glued to it
+                    line = b"\n" + line  # another process was killed in the middle of a line
                 if os.write(file, line) != len(line):
-                    raise OSError("the disk took only a part of the line")
+                    raise OSError("the disk stored only a part of the line")
             finally:
                 os.close(file)
         except OSError as error:
@@ -96,13 +97,14 @@ class RunLog:
 
 
 def spool_folder(spool: str) -> Path:
-    """The local path of a spool. Raises InputError for an address: a spool is on the node's own disk."""
+    """The local path of a spool. Raises InputError for a remote address."""
     if not is_local(spool):
         raise InputError(f"spool {spool!r} is not a local folder", "give a folder on this machine's disk")
     return local_path(spool)
 
 
 def check_key(key: str) -> str:
+    """Return `key`, if it is a valid run key. Raises InputError if it is not."""
     if not KEY.match(key):
         raise InputError(
             f"run key {key!r} has characters that are not allowed", "use letters, digits, '.', '_' and '-'"
@@ -111,20 +113,18 @@ def check_key(key: str) -> str:
 
 
 def mlflow_name(name: str) -> str:
-    """`name` with what MLflow refuses in names replaced: `acc,none` of lm-eval becomes `acc_none`."""
+    """`name` with characters that MLflow does not allow in names replaced: lm-eval's `acc,none` becomes `acc_none`."""
     return re.sub(r"/+", "/", re.sub(r"[^\w.\- :/]", "_", name)).strip("/")[:NAME_LENGTH]
 
 
 def keys(spool: Path) -> list[str]:
-    """The runs of a spool, in order of their names."""
+    """The keys of the runs in a spool, sorted."""
     return sorted(path.stem for path in spool.glob("*.jsonl"))
 
 
 def read_events(path: Path, offset: int) -> Iterator[tuple[dict[str, Any] | None, int]]:
-    """Yield (event, the byte offset after its line) for the whole lines from `offset` on; a broken line yields None.
-
-    A last line that is not finished yet is left for the next call.
-    """
+    """Yield `(event, byte offset after its line)` for the complete lines from byte `offset` on; the event of a damaged line is
+    None. A last line without a line break is not read, because it is still being written."""
     with open(path, "rb") as file:
         file.seek(offset)
         rest = b""
@@ -137,7 +137,7 @@ def read_events(path: Path, offset: int) -> Iterator[tuple[dict[str, Any] | None
 
 
 def recorded_steps(log: RunLog, metric: str) -> set[int]:
-    """Steps at which a record has a metric."""
+    """The steps at which a record has the metric `metric`."""
     events = read_events(log.path, 0) if log.path.exists() else ()
     return {e["step"] for e, _ in events if e and e["event"] == "metrics" and metric in e["values"]}
 
@@ -145,7 +145,7 @@ def recorded_steps(log: RunLog, metric: str) -> set[int]:
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         event = json.loads(line)
-    except ValueError:  # cut JSON, or bytes that are not UTF-8
+    except ValueError:  # incomplete JSON, or not UTF-8
         return None
     return event if isinstance(event, dict) and "event" in event and "t" in event else None
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from mlflow import MlflowClient
 
-from minitron_platform.tracking.moved_database import follow
+from minitron_platform.tracking.moved_database import update_addresses
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def _addresses(folder):
 def test_addresses_of_moved_artifacts_are_updated_and_others_are_kept(store, tmp_path):
     before = _addresses(store)
     here = store.rename(tmp_path / "elsewhere")
-    follow(here / "mlflow.db")
+    update_addresses(here / "mlflow.db")
     assert _addresses(here) == before | {"tiny": f"{here}/artifacts/tiny", "1": f"{here}/student"}
 
 
@@ -54,7 +54,7 @@ def test_weights_that_were_not_moved_keep_their_address(store, tmp_path):
     here.mkdir()
     for part in ("mlflow.db", "artifacts"):
         (store / part).rename(here / part)
-    follow(here / "mlflow.db")
+    update_addresses(here / "mlflow.db")
     after = _addresses(here)
     assert after["tiny"] == f"{here}/artifacts/tiny"
     assert after["1"] == f"{store}/student"
@@ -64,6 +64,6 @@ def test_another_path_to_the_same_folder_is_not_a_move(store, tmp_path, caplog):
     before = _addresses(store)
     (tmp_path / "link").symlink_to(store)
     with caplog.at_level(logging.WARNING):
-        follow(tmp_path / "link" / "mlflow.db")
+        update_addresses(tmp_path / "link" / "mlflow.db")
     assert _addresses(store) == before
     assert caplog.text == ""

@@ -158,7 +158,7 @@ def test_errors_name_the_existing_models_and_versions(
     with pytest.raises(MinitronError, match=r"127\.0\.0\.1"):
         models(f"http://127.0.0.1:{free_port()}")
     (tmp_path / "text.db").write_text("not a database, but long enough to have a header " * 10)
-    with pytest.raises(InputError, match=r"text\.db can't be opened \(file is not a database\)"):
+    with pytest.raises(InputError, match=r"text\.db cannot be opened \(file is not a database\)"):
         models(f"sqlite:///{tmp_path}/text.db")
     monkeypatch.setitem(sys.modules, "psycopg2", None)
     with pytest.raises(InputError, match="psycopg2 is not installed"):

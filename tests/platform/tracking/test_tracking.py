@@ -127,7 +127,7 @@ def test_an_outage_of_mlflow_loses_no_metric_and_delays_nothing(
             assert runs(address)["run"].info.status == "FINISHED"
     said = [record.message for record in caplog.records if record.name == "minitron_platform.tracking.flusher"]
     assert len(said) == 2, said
-    assert "events wait in" in said[0]
+    assert "events are kept in" in said[0]
     assert "answers again" in said[1]
     assert slowest < 5  # seconds; the client itself would wait four minutes
 
@@ -298,7 +298,7 @@ def test_unusable_settings_are_refused_immediately(tmp_path: Path) -> None:
         RunLog("s3://bucket/spool", "run")
     with pytest.raises(InputError, match="mlruns"):
         prepare_mlflow(str(tmp_path / "mlruns"))
-    with pytest.raises(InputError, match="names no file"):
+    with pytest.raises(InputError, match="has no file name"):
         prepare_mlflow("sqlite:///:memory:")
     with pytest.raises(InputError) as refused:
         prepare_mlflow("oracle://user:hunter2@db/mlflow")
@@ -312,7 +312,7 @@ def test_a_database_is_created_again_if_its_creation_was_killed(tmp_path: Path) 
     maker = subprocess.Popen(
         [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     )
-    while not list(tmp_path.glob(".mlflow.db.*/made.db")):
+    while not list(tmp_path.glob(".mlflow.db.*/new.db")):
         assert maker.poll() is None
         time.sleep(0.01)
     maker.kill()

@@ -32,7 +32,7 @@ def test_a_valid_or_missing_database_passes(database):
 def test_plan_refuses_a_file_that_is_not_a_database(bench, tmp_path):
     (tmp_path / "mlflow.db").write_text("not a database, but long enough to have a header " * 10)
     recipe = load_recipe(str(bench / "recipe.yaml"))
-    with pytest.raises(InputError, match=r"mlflow\.db can't be opened \(file is not a database\)"):
+    with pytest.raises(InputError, match=r"mlflow\.db cannot be opened \(file is not a database\)"):
         plan(recipe, storage_path=str(tmp_path / "runs"), tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
 
 
