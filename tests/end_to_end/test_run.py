@@ -350,9 +350,11 @@ def test_a_search_with_halving_reports_how_early_the_order_was_known(bench, fini
     assert all(sentence in page for sentence in findings(SearchOutput.model_validate(whole)))
     assert all(f"{row['tau']:.2f}" in page for row in whole["stability"])
     (stops,) = [
-        sentence for sentence in findings(SearchOutput.model_validate(stopping)) if "stopped at a rung" in sentence
+        sentence
+        for sentence in findings(SearchOutput.model_validate(stopping))
+        if "stopped early at a rung" in sentence
     ]
-    assert f"2 were stopped at a rung, which saved {2 / 24:.0%}" in stops
+    assert f"2 were stopped early at a rung, which saved {2 / 24:.0%}" in stops
 
 
 def test_a_deleted_mlflow_database_is_filled_again(bench, finished):

@@ -1,1 +1,1 @@
-"""The table, the plots and the page that a run ends with."""
+"""The report of a finished run: the final table, the plots and the page."""

@@ -1,4 +1,4 @@
-"""The table, the picture and the page at the end of a run."""
+"""The final table of a run, its plots and report.html."""
 
 from __future__ import annotations
 
@@ -29,19 +29,20 @@ from minitron_platform.tracking.restarts import Restart
 from minitron_search.ranking import RankedCandidate, pareto
 from minitron_search.tau import SETTLED
 
-MOST_BARS = 25
-STANDINGS = {"distilled: the winner": "#76b900", "tied with the best": "#b5d99c", "behind": "#9aa5b1"}
+MAX_BARS = 25  # candidates in the plot of a search
+STANDING_COLOURS = {"distilled: the winner": "#76b900", "tied with the best": "#b5d99c", "behind": "#9aa5b1"}
+# Costs of a ranked candidate that KL is plotted against: field, divisor and label. Latency is only known if it is limited.
 COSTS = (
     ("parameters", 1e6, "million parameters"),
     ("flops_per_token", 1e9, "GFLOPs per token"),
     ("memory_bytes", 1e6, "MB of weights and KV cache"),
     ("latency_ms", 1, "ms to the first token"),
-)  # of the ranking; the last where it is limited
+)
 LABELS = {"pruned": "pruned only", "distilled": "distilled"}
 
 
 def _columns(state: RunState) -> list[tuple[str, Figures]]:
-    """Title and figures of every model: the teacher, then each of the family before and after its distillation."""
+    """Title and metrics of every column: the teacher, then each student before and after its distillation."""
     tables = {member.model: state.output(Evaluate, member).table for member in state.recipe.family}
     columns = [("teacher", next(iter(tables.values()))["teacher"])]
     for model, table in tables.items():
@@ -51,54 +52,54 @@ def _columns(state: RunState) -> list[tuple[str, Figures]]:
 
 
 def rows(state: RunState) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the final table, as text: a column per model, a row per figure."""
+    """Header and rows of the final table, as text: a column per model, a row per metric."""
     columns = _columns(state)
-    figures: list[tuple[str, Callable[[Figures], str]]] = [
-        ("parameters", lambda own: f"{own.parameters:,}"),
-        *((_row_title(metric), partial(_heldout, field, metric)) for field, metric in HELDOUT.items()),
-        *((_title(task, metric), partial(_task, task)) for task, metric in _benchmarks(state).items()),
-        (SPEED.unit, lambda own: SPEED.text(own.tokens_per_second)),
+    metrics: list[tuple[str, Callable[[Figures], str]]] = [
+        ("parameters", lambda figures: f"{figures.parameters:,}"),
+        *((_row_title(metric), partial(_heldout_text, field, metric)) for field, metric in HELDOUT.items()),
+        *((_task_title(task, metric), partial(_score_text, task)) for task, metric in _benchmarks(state).items()),
+        (SPEED.unit, lambda figures: SPEED.text(figures.tokens_per_second)),
     ]
     header = ["", *(title for title, _ in columns)]
-    return header, [[name, *[text(own) for _, own in columns]] for name, text in figures]
+    return header, [[name, *[text(figures) for _, figures in columns]] for name, text in metrics]
 
 
 def _row_title(metric: Metric) -> str:
-    """Without the unit that the caption gives."""
+    """Title of a held-out metric, without the unit if the caption has it."""
     return metric.name if metric.unit == KL.unit else metric.title
 
 
-def _heldout(field: str, metric: Metric, own: Figures) -> str:
-    return metric.text(getattr(own, field))
+def _heldout_text(field: str, metric: Metric, figures: Figures) -> str:
+    return metric.text(getattr(figures, field))
 
 
 def _benchmarks(state: RunState) -> dict[str, str | None]:
-    """The recipe's benchmarks with their metrics, which are not known where every model failed."""
-    known = {task: score.metric for _, own in _columns(state) for task, score in own.tasks.items()}
+    """The metric of each of the recipe's benchmarks; None if the benchmark failed for every model."""
+    known = {task: score.metric for _, figures in _columns(state) for task, score in figures.tasks.items()}
     return {task.name: known.get(task.name) for task in state.recipe.evaluate.tasks}
 
 
-def _task(task: str, own: Figures) -> str:
-    score = own.tasks.get(task)
+def _score_text(task: str, figures: Figures) -> str:
+    score = figures.tasks.get(task)
     return "failed" if score is None else score.shown_as.text(score.value, score.stderr)
 
 
-def _title(task: str, metric: str | None) -> str:
-    """A benchmark with its metric and unit; its name alone where an earlier version did not note the metric."""
+def _task_title(task: str, metric: str | None) -> str:
+    """Name of a benchmark with its metric and unit; without them if the metric is not known."""
     return f"{task} {task_metric(task, metric).title}" if metric else task
 
 
 def caption(state: RunState) -> str:
-    """What the table's figures are measured on, and why some are missing."""
-    columns = [own for _, own in _columns(state)]
-    scores = {task: score for own in columns for task, score in own.tasks.items()}
+    """Caption of the final table: what the metrics were measured on, and why benchmarks failed."""
+    columns = [figures for _, figures in _columns(state)]
+    scores = {task: score for figures in columns for task, score in figures.tasks.items()}
     tasks = [
         f"{name}: {score.metric}{' (lower is better)' if score.higher_is_better is False else ''}, "
         f"{score.num_fewshot}-shot, first {score.num_documents} documents of {score.split}"
         for name, score in scores.items()
     ]
-    failed = {task: reason for own in columns for task, reason in own.failures.items()}
-    failures = [f"{task} failed: {reason}" for task, reason in failed.items()]
+    reasons = {task: reason for figures in columns for task, reason in figures.failures.items()}
+    failures = [f"{task} failed: {reason}" for task, reason in reasons.items()]
     tokens = f"{columns[-1].heldout_tokens:,} held-out tokens"
     has_errors = any(score.stderr is not None for score in scores.values())
     errors = [f"{PLUS_MINUS} is the standard error"] if has_errors else []
@@ -106,9 +107,11 @@ def caption(state: RunState) -> str:
 
 
 def final_table(state: RunState) -> Table:
-    """The table for a terminal."""
+    """The final table, for a terminal."""
     header, body = rows(state)
-    table = Table(caption=caption(state), caption_justify="left", collapse_padding=True)  # two models fit 80 columns
+    table = Table(
+        caption=caption(state), caption_justify="left", collapse_padding=True
+    )  # so that two models fit into 80 columns
     for index, title in enumerate(header):
         table.add_column(title, justify="left" if index == 0 else "right")
     for row in body:
@@ -116,24 +119,27 @@ def final_table(state: RunState) -> Table:
     return table
 
 
-def write_report(context: Context, parent: Any) -> Path:
-    """Write report.html, report.png and results.json beside the run's record, once per result."""
+def write_report(context: Context, run_record: Any) -> Path:
+    """Write report.html, report.png and results.json to the run's local folder and to MLflow; returns the folder.
+
+    Does nothing if the report of these results exists. A remote storage gets a copy.
+    """
     folder = Path(context.locations.local_run(context.run_key))
     family = {model: _dumped(outputs) for model, outputs in context.family.items()}
     results = {"run": context.run_key, "stages": _dumped(context.shared), "family": family}
     text = json.dumps(results, indent=1, sort_keys=True)
     target = folder / "results.json"
-    if not parent.open and target.exists() and target.read_text() == text and (folder / "report.html").exists():
+    if not run_record.open and target.exists() and target.read_text() == text and (folder / "report.html").exists():
         return folder
     with context.console.working("report"):
         picture = draw(context)
         storage.write_bytes(str(folder / "report.png"), picture)
         storage.write_bytes(str(folder / "report.html"), page(context).encode())
         storage.write_bytes(str(target), text.encode())
-    if not parent.open:
-        parent.reopen()
+    if not run_record.open:
+        run_record.reopen()
     for name in ("report.html", "report.png", "results.json", "recipe.yaml"):
-        parent.log.artifact(str(folder / name))
+        run_record.log.artifact(str(folder / name))
         if not storage.is_local(context.locations.storage):
             storage.write_bytes(
                 storage.join(context.locations.run(context.run_key), name), (folder / name).read_bytes()
@@ -146,8 +152,8 @@ def _dumped(outputs: Mapping[str, StageOutput]) -> dict[str, Any]:
 
 
 def draw(context: Context) -> bytes:
-    """For each model of the family its search and its distillation, as a PNG: a bar per candidate, the training curve, and
-    KL against parameters, FLOPs, memory and, where it was measured, latency."""
+    """Plots of each model's search and distillation, as a PNG: a bar per candidate, the training curve, and KL against the
+    number of parameters, FLOPs, memory and, if it was measured, latency."""
     import io
 
     import matplotlib
@@ -179,14 +185,14 @@ def draw(context: Context) -> bytes:
 
 
 def _colour(candidate: RankedCandidate) -> str:
-    winner, tied, behind = STANDINGS.values()
+    winner, tied, behind = STANDING_COLOURS.values()
     return winner if candidate.winner else tied if candidate.tied else behind
 
 
 def _draw_search(axes: Any, ranking: Sequence[RankedCandidate], name: str) -> None:
     from matplotlib.patches import Patch
 
-    ordered = ranking[:MOST_BARS][::-1]
+    ordered = ranking[:MAX_BARS][::-1]
     positions = range(len(ordered))
     pruned = "#e4e7eb"
     colours = [_colour(candidate) for candidate in ordered]
@@ -196,13 +202,16 @@ def _draw_search(axes: Any, ranking: Sequence[RankedCandidate], name: str) -> No
     axes.set_xlabel(f"held-out {KL.title}")
     shown = f"best {len(ordered)} of " if len(ordered) < len(ranking) else ""
     axes.set_title(f"{name}search, {shown}{len(ranking)} candidates", loc="left", fontsize=10)
-    legend = {LABELS["pruned"]: pruned, **{text: colour for text, colour in STANDINGS.items() if colour in colours}}
+    legend = {
+        LABELS["pruned"]: pruned,
+        **{text: colour for text, colour in STANDING_COLOURS.items() if colour in colours},
+    }
     patches = [Patch(color=colour, label=text) for text, colour in legend.items()]
     axes.legend(handles=patches, frameon=False, loc="upper left", bbox_to_anchor=(-0.1, -0.14), ncols=4, handlelength=1)
 
 
 def _draw_pareto(axes: Any, ranking: Sequence[RankedCandidate], cost: str, unit: float, label: str, name: str) -> None:
-    """A point per candidate, and a line through those that none other beats in both."""
+    """A point per candidate, and a line through those of which no other is better in both KL and cost."""
     costs = [getattr(candidate, cost) / unit for candidate in ranking]
     kl = [candidate.kl for candidate in ranking]
     front = pareto(costs, kl)
@@ -234,55 +243,57 @@ def _draw_distillation(
 
 
 def _benchmark(candidate: RankedCandidate, task: str) -> str:
-    """A candidate's score on a task, empty where it has none."""
+    """A candidate's score on a task; empty if it has none."""
     score = candidate.score(task)
     return "" if score is None else score.shown_as.text(score.value, score.stderr)
 
 
 def _benchmark_titles(search: SearchOutput) -> dict[str, str]:
-    """The head of each benchmark's column."""
-    return {task: _title(task, search.metrics.get(task)) for task in search.benchmarks}
+    """Title of each benchmark's column."""
+    return {task: _task_title(task, search.metrics.get(task)) for task in search.benchmarks}
 
 
 def serving_text(search: SearchOutput) -> str:
-    """What memory and latency are of."""
+    """A sentence that says what memory and latency of the candidates refer to."""
     serving = search.serving
-    sequences = "a sequence" if serving.batch == 1 else f"{serving.batch} sequences"
-    text = f"Memory is weights and KV cache of {sequences} of {serving.context:,} tokens at 16 bits a value"
-    timed = search.ranking[0].latency_ms is not None
-    return f"{text}; latency the time to their first token, a median." if timed else f"{text}."
+    sequences = "one sequence" if serving.batch == 1 else f"{serving.batch} sequences"
+    text = f"Memory is that of the weights and the KV cache of {sequences} of {serving.context:,} tokens, at 16 bits per value"
+    has_latency = search.ranking[0].latency_ms is not None
+    return f"{text}; latency is the median time to their first token." if has_latency else f"{text}."
 
 
 def findings(search: SearchOutput) -> list[str]:
-    """What a search says about itself: how early its order was known, and what stopping early saved or would have."""
+    """Sentences about a search: how early its order was known, and how many steps early stopping saved or would have saved."""
     sentences = []
     if search.forward is not None:
         distilled = sum(candidate.distilled for candidate in search.forward)
         sentences.append(
-            f"{len(search.forward)} candidates were scored without training and {distilled} of them distilled."
+            f"{len(search.forward)} candidates were scored without training, and {distilled} of them were distilled."
         )
     if search.stopped:
         stopped = len(search.stopped)
-        sentences.append(f"{stopped} were stopped at a rung, which saved {search.saved:.0%} of the training steps.")
+        sentences.append(
+            f"{stopped} were stopped early at a rung, which saved {search.saved:.0%} of the training steps."
+        )
     if len(search.ranking) < 2:
         return sentences
     rows = {row.step: row for row in search.stability if row.measure.startswith("KL")}
-    threshold = f"Kendall's tau of at least {SETTLED:g} to the final order"
+    threshold = f"a Kendall's tau of at least {SETTLED:g} with the final order"
     if search.settled is None:
-        return [*sentences, f"No earlier measurement has a {threshold}: the order did not settle before the end."]
+        return [*sentences, f"No earlier measurement has {threshold}: the order was not known before the end."]
     row = rows[search.settled]
     when = f"from step {search.settled} on" if search.settled else "before any training"
-    sentences.append(f"The order had settled {when} ({threshold}).")
+    sentences.append(f"The order was known {when} ({threshold}).")
     if not search.stopped:
         sentences.append(
-            f"Stopping the worse half there would have saved {row.saved:.0%} of the training steps and cost "
+            f"Stopping the worse half at that point would have saved {row.saved:.0%} of the training steps and cost "
             f"{row.regret_kept:.3f} nats per token."
         )
     return sentences
 
 
 def restarts(state: RunState) -> list[tuple[str, Restart]]:
-    """Stage and restart of all work that failed and was started again."""
+    """All restarts of the run, with the name of the stage."""
     found = [(Correct.name, restart) for restart in state.output(Correct).restarts]
     for member in state.recipe.family:
         name = f" {member.model}" if len(state.recipe.family) > 1 else ""
@@ -292,7 +303,7 @@ def restarts(state: RunState) -> list[tuple[str, Restart]]:
 
 
 def page(context: Context) -> str:
-    """The run as one self-contained page."""
+    """The report as one self-contained HTML page."""
     import base64
 
     import jinja2

@@ -1,4 +1,4 @@
-"""Files that ship with the platform: beside the code in a checkout, inside the package in a wheel."""
+"""Finds files that ship with the platform: at the root of a checkout, or inside the installed package."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def data_folder(name: str) -> Path:
-    """The folder `clusters` or `dashboards`."""
+    """Path of a folder of shipped files. name: `clusters` or `dashboards`."""
     package = Path(__file__).parent.parent
     installed = package / "_data" / name
     return installed if installed.exists() else package.parent.parent / name

@@ -1,9 +1,9 @@
-"""The family in MLflow's model registry: register, promote, roll back, list.
+"""MLflow's model registry: register models, promote them, roll back, and list them.
 
-A version points at weights that stay where they were written, a folder committed by `minitron.storage`; the SHA-256 of
-its manifest is the tag `minitron.manifest_sha256`. A tracking server refuses folders of another machine, so there they
-are uploaded as an MLflow logged model. An alias never moves to weights that do not verify, and where it pointed before
-is kept in the registered model's tag `minitron.history.<alias>`.
+The weights of a version stay where they were written, in a folder that `minitron.storage` committed, and the version has its
+path; the SHA-256 of the folder's manifest is the tag `minitron.manifest_sha256`. A tracking server does not accept paths on
+another machine, so for a server local weights are uploaded as an MLflow logged model. An alias is only moved to a version whose
+weights pass verification; its earlier versions are in the registered model's tag `minitron.history.<alias>`.
 """
 
 from __future__ import annotations
@@ -35,27 +35,29 @@ log = logging.getLogger(__name__)
 
 MANIFEST_TAG = "minitron.manifest_sha256"
 HISTORY_TAG = "minitron.history."
-PATH_TAG = "minitron.storage_path"  # of the weights, below the root of the storage
-TASK_TAG = "minitron.task."  # and the benchmark's name: its score in words, such as "acc 47.5 ± 4.6 %"
-HISTORY_KEPT = 500  # promotions; MLflow's tags hold 100,000 characters
-CANDIDATE, CHAMPION = "candidate", "champion"
-# Files of gigabytes take long to store; prepare_mlflow lets other requests wait for seconds only.
+PATH_TAG = "minitron.storage_path"  # path of the weights relative to the storage
+TASK_TAG = "minitron.task."  # followed by a benchmark's name; the value is its score, such as "acc 47.5 ± 4.6 %"
+HISTORY_KEPT = 500  # promotions; a tag of MLflow has at most 100,000 characters
+CANDIDATE = "candidate"
+CHAMPION = "champion"
+# Uploads of several gigabytes take long; prepare_mlflow gives other requests a timeout of seconds.
 UPLOADING = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "1800", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5"}
 
 
 @dataclass(frozen=True)
 class Promotion:
-    """An alias that moved: `previous` is the version it pointed at before, None for the first."""
+    """An alias and the version that it points at now."""
 
     name: str
     version: str
     alias: str
     previous: str | None
+    """The version that it pointed at before; None if it is new."""
 
 
 @dataclass(frozen=True)
 class ModelRow:
-    """One registered version; numbers are None where the version has no such tag."""
+    """One registered version. Values that are not recorded for the version are None."""
 
     name: str
     version: str
@@ -63,10 +65,15 @@ class ModelRow:
     created: datetime
     parameters: int | None
     heldout_loss: float | None
+    """Nats per token."""
     heldout_kl: float | None
-    tasks: dict[str, str]  # scores in words by benchmark
+    """To the teacher, nats per token."""
+    tasks: dict[str, str]
+    """Scores by benchmark, as text such as "acc 47.5 ± 4.6 %"."""
     source: str
+    """Folder of the weights, or MLflow's address of an uploaded model."""
     run_id: str | None
+    """Of the MLflow run that registered it."""
 
 
 def register(
@@ -80,51 +87,64 @@ def register(
     alias: str = CANDIDATE,
     progress: Callable[[int, int], None] | None = None,
 ) -> str:
-    """Register the weights at `source` as a version of `name` under `alias`; returns the version.
+    """Register the weights in the folder `source` as a version of the model `name` and set `alias`; returns the version.
 
-    The same weights are one version of a name, whoever registers them and however often: a second call returns it, with its
-    tags brought up to date, and leaves the alias alone if a newer version has been registered meanwhile.
-    progress: (bytes uploaded, bytes), only for an upload.
-    Raises InputError for a name or alias that the registry does not take, before anything is made there, StorageError where
-    `source` is not a committed folder or is incomplete, and MinitronError, as every function here, where the registry is
-    away.
+    The same weights are registered only once: another call returns the existing version after updating its tags, and does not
+    move the alias if there is a newer version.
+    run_id: of the MLflow run that the version belongs to. progress: called with (bytes uploaded, total bytes) during an upload.
+    Raises InputError for a name or alias that MLflow does not allow, StorageError if `source` is not a committed folder or is
+    incomplete, and MinitronError if the registry does not answer.
     """
     _check_name(name)
     _check_alias(alias)
     source = absolute(source)
     if not is_committed(source):
-        raise StorageError(f"{source}: no {MANIFEST}", "give a folder of weights that minitron wrote")
+        raise StorageError(f"{source}: has no {MANIFEST}", "give a folder of weights that minitron wrote")
     verify(source, hashes=False)
     tags = {**tags, MANIFEST_TAG: _sha256(read_bytes(join(source, MANIFEST)))}
     with _registry(tracking_uri) as client:
         if not any(model.name == name for model in _registered(client)):
             _create_registered(client, name)
         versions = _versions(client, name)
-        found = _same_weights(versions, tags[MANIFEST_TAG])
-        if found:
-            version = str(found[0].version)
-            for tag in (tag for tag in tags if found[0].tags.get(tag) != str(tags[tag])):
+        existing = _same_weights(versions, tags[MANIFEST_TAG])
+        if existing:
+            version = str(existing[0].version)
+            for tag in (tag for tag in tags if existing[0].tags.get(tag) != str(tags[tag])):
                 client.set_model_version_tag(name, version, tag, tags[tag])
         else:
             model_id = None
             if tracking_uri.startswith("http") and is_local(source):
                 model_id = _upload(client, name, source, run_id, tags, progress)
-            place = source if model_id is None else f"models:/{model_id}"
-            made = client.create_model_version(
-                name, place, run_id=run_id, tags=tags, description=description, model_id=model_id
+            address = source if model_id is None else f"models:/{model_id}"
+            created = client.create_model_version(
+                name, address, run_id=run_id, tags=tags, description=description, model_id=model_id
             )
-            version = str(made.version)
+            version = str(created.version)
             first = str(_same_weights(_versions(client, name), tags[MANIFEST_TAG])[0].version)
-            if first != version:  # somebody else registered them at the same moment
+            if first != version:  # another process registered the same weights at the same moment
                 client.delete_model_version(name, version)
                 version = first
         if all(int(other.version) <= int(version) for other in versions):
-            client.set_registered_model_alias(name, alias, version)
+            _set_alias(client, name, alias, version)
     return version
 
 
+def _set_alias(client: MlflowClient, name: str, alias: str, version: str) -> None:
+    """Point an alias at a version, also if another process creates the alias at the same moment."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.set_registered_model_alias(name, alias, version)
+    except MlflowException as error:
+        if (
+            error.error_code != "BAD_REQUEST"
+        ):  # MLflow's code for a row that another process has inserted since it looked
+            raise
+        client.set_registered_model_alias(name, alias, version)
+
+
 def _same_weights(versions: list[Any], manifest_sha256: str) -> list[Any]:
-    """Versions of these weights, oldest first."""
+    """The versions with this manifest, oldest first."""
     same = [version for version in versions if version.tags.get(MANIFEST_TAG) == manifest_sha256]
     return sorted(same, key=lambda version: int(version.version))
 
@@ -132,44 +152,45 @@ def _same_weights(versions: list[Any], manifest_sha256: str) -> list[Any]:
 def promote(
     tracking_uri: str, name: str, *, version: str | None = None, alias: str = CHAMPION, storage_root: str | None = None
 ) -> Promotion:
-    """Point `alias` at `version`, by default the one under the alias `candidate`, after its weights were verified.
+    """Point `alias` at a version after verifying its weights.
 
-    storage_root: where the storage is now, if that was moved since the weights were registered.
-    Raises InputError for an alias that MLflow does not take, an unknown model, version or candidate and names what exists,
-    StorageError naming the file of the weights that is missing or altered.
+    version: by default the version with the alias `candidate`. storage_root: current location of the storage, in case it was
+    moved after the weights were registered.
+    Raises InputError for an alias that MLflow does not allow and for an unknown model or version, StorageError for a missing or
+    altered file of the weights, MinitronError if the registry does not answer.
     """
     _check_alias(alias)
     with _registry(tracking_uri) as client:
         model = _model(client, name)
         if version is None:
-            version = _under(model, CANDIDATE)
+            version = _aliased_version(model, CANDIDATE)
         return _move(client, model, str(version), alias, storage_root)
 
 
 def rollback(tracking_uri: str, name: str, *, alias: str = CHAMPION, storage_root: str | None = None) -> Promotion:
-    """Point `alias` at the version it pointed at before, after its weights were verified. May be repeated.
+    """Point `alias` back at its previous version after verifying the weights. Can be repeated.
 
-    Raises InputError where there is no previous version, and what promote() raises.
+    Raises InputError if there is no previous version, and what promote() raises.
     """
     with _registry(tracking_uri) as client:
         model = _model(client, name)
-        current = _under(model, alias)
-        earlier = _line(_history(model, alias), current)
+        current = _aliased_version(model, alias)
+        earlier = _earlier_versions(_history(model, alias), current)
         if not earlier:
             raise InputError(
-                f"model {name!r}: {alias!r} points at version {current} and never pointed at another",
-                f"promote the version that you want with: minitron promote {name} --version N",
+                f"model {name!r}: {alias!r} points at version {current} and has no previous version",
+                f"choose a version with: minitron promote {name} --version N",
             )
         return _move(client, model, earlier[-1], alias, storage_root, rolled_back=True)
 
 
 def has_version(tracking_uri: str, name: str, version: str) -> bool:
-    """Whether the registry has that version; taken for granted, with a warning, where the registry does not answer."""
+    """Whether the registry has a version. If it does not answer, a warning is logged and the result is True."""
     from mlflow.exceptions import MlflowException
 
     database = sqlite_path(tracking_uri)
     if database is not None and not database.exists():
-        return False  # opening it would create it
+        return False  # opening it would create the file
     try:
         with _registry(tracking_uri) as client:
             try:
@@ -179,31 +200,32 @@ def has_version(tracking_uri: str, name: str, version: str) -> bool:
                     raise
                 return False
     except MinitronError as error:
-        log.warning("%s version %s was not looked up: %s", name, version, error.problem)
+        log.warning("cannot check whether %s version %s is registered: %s", name, version, error.problem)
     return True
 
 
 def models(tracking_uri: str, storage_root: str | None = None) -> list[ModelRow]:
-    """All registered versions, by name and newest first; `storage_root` as in `promote`.
+    """All registered versions, sorted by name, then newest first. storage_root: as for `promote`.
 
-    Raises MinitronError where the registry is away."""
+    Raises MinitronError if the registry does not answer.
+    """
     database = sqlite_path(tracking_uri)
     if database is not None and not database.exists():
-        return []  # opening it would create it
+        return []  # opening it would create the file
     rows = []
     with _registry(tracking_uri) as client:
         for model in _registered(client):
             for version in sorted(_versions(client, model.name), key=lambda version: -int(version.version)):
-                number = version.tags.get
+                parameters = version.tags.get("minitron.parameters")
                 rows.append(
                     ModelRow(
                         name=model.name,
                         version=str(version.version),
                         aliases=tuple(sorted(a for a, v in model.aliases.items() if str(v) == str(version.version))),
                         created=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC),
-                        parameters=int(number("minitron.parameters")) if number("minitron.parameters") else None,
-                        heldout_loss=_float(number("minitron.heldout_loss")),
-                        heldout_kl=_float(number("minitron.heldout_kl")),
+                        parameters=int(parameters) if parameters else None,
+                        heldout_loss=_float(version.tags.get("minitron.heldout_loss")),
+                        heldout_kl=_float(version.tags.get("minitron.heldout_kl")),
                         tasks={
                             tag.removeprefix(TASK_TAG): text
                             for tag, text in sorted(version.tags.items())
@@ -219,64 +241,66 @@ def models(tracking_uri: str, storage_root: str | None = None) -> list[ModelRow]
 def _move(
     client: MlflowClient, model: Any, version: str, alias: str, storage_root: str | None, rolled_back: bool = False
 ) -> Promotion:
+    """Verify a version's weights, point the alias at it, and record that in the history of the alias."""
     existing = {str(each.version): each for each in _versions(client, model.name)}
     if version not in existing:
         known = ", ".join(sorted(existing, key=int)) or "none"
-        raise InputError(f"model {model.name!r} has no version {version!r}", f"choose one of its versions: {known}")
+        raise InputError(f"model {model.name!r} has no version {version!r}", f"choose one of: {known}")
     _verify_weights(client, existing[version], storage_root)
     current = model.aliases.get(alias)
     previous = None if current is None else str(current)
     if previous != version:
         entry = {"version": version, "time": datetime.now(UTC).isoformat(timespec="seconds"), "previous": previous}
         history = [*_history(model, alias), {**entry, "rollback": True} if rolled_back else entry][-HISTORY_KEPT:]
-        # In this order a process killed in between leaves an alias that still rolls back to the right version.
+        # In this order the alias can still be rolled back to the right version if the process is killed in between.
         if rolled_back:
             client.set_registered_model_tag(model.name, HISTORY_TAG + alias, json.dumps(history))
-        client.set_registered_model_alias(model.name, alias, version)
+        _set_alias(client, model.name, alias, version)
         if not rolled_back:
             client.set_registered_model_tag(model.name, HISTORY_TAG + alias, json.dumps(history))
     return Promotion(model.name, version, alias, previous)
 
 
 def _history(model: Any, alias: str) -> list[dict[str, Any]]:
+    """The recorded moves of an alias, oldest first."""
     history: list[dict[str, Any]] = json.loads(model.tags.get(HISTORY_TAG + alias, "[]"))
     return history
 
 
-def _line(history: list[dict[str, Any]], current: str) -> list[str]:
-    """The versions that an alias pointed at before `current`, oldest first; what was rolled back is not among them."""
-    line: list[str] = []
+def _earlier_versions(history: list[dict[str, Any]], current: str) -> list[str]:
+    """The versions that an alias pointed at before `current`, oldest first, without those that were rolled back."""
+    versions: list[str] = []
     for entry in history:
-        if entry["previous"] is not None and line[-1:] != [entry["previous"]]:
-            line.append(entry["previous"])  # somebody moved the alias by hand before
+        if entry["previous"] is not None and versions[-1:] != [entry["previous"]]:
+            versions.append(entry["previous"])  # the alias was moved without minitron
         if entry.get("rollback"):
-            while line and line[-1] != entry["version"]:
-                line.pop()
-        if line[-1:] != [entry["version"]]:
-            line.append(entry["version"])
-    while line and line[-1] == current:
-        line.pop()
-    return line
+            while versions and versions[-1] != entry["version"]:
+                versions.pop()
+        if versions[-1:] != [entry["version"]]:
+            versions.append(entry["version"])
+    while versions and versions[-1] == current:
+        versions.pop()
+    return versions
 
 
 def _weights(version: Any, storage_root: str | None) -> str:
-    """Where a version's weights are: in the storage as it lies now, else where they were registered."""
-    below = version.tags.get(PATH_TAG)
-    if storage_root is None or below is None:
+    """Location of a version's weights: in the storage at `storage_root` if they are there, else where they were registered."""
+    path = version.tags.get(PATH_TAG)
+    if storage_root is None or path is None:
         return str(version.source)
-    here = join(storage_root, check_name(below, f"model version {version.name} {version.version}"))
-    return here if here != version.source and is_committed(here) else str(version.source)
+    folder = join(storage_root, check_name(path, f"model version {version.name} {version.version}"))
+    return folder if folder != version.source and is_committed(folder) else str(version.source)
 
 
 def _verify_weights(client: MlflowClient, version: Any, storage_root: str | None) -> None:
-    """Raise StorageError naming the file of a version's weights that is missing or altered."""
-    where = f"version {version.version} of model {version.name!r}"
+    """Raise StorageError, with its name, for a file of a version's weights that is missing or altered."""
+    title = f"version {version.version} of model {version.name!r}"
     if version.source.startswith("models:/"):
         sizes, text = _uploaded(client, version.source.removeprefix("models:/"))
         for file, expected in json.loads(text)["files"].items():
             if sizes.get(file) != expected["bytes"]:
                 problem = (
-                    f"{where}: {file} has {sizes.get(file, 'no')} bytes in MLflow, {expected['bytes']} were uploaded"
+                    f"{title}: {file} has {sizes.get(file, 'no')} bytes in MLflow, {expected['bytes']} were uploaded"
                 )
                 raise StorageError(
                     problem, "delete the version and its logged model in MLflow, and register the weights again"
@@ -284,14 +308,14 @@ def _verify_weights(client: MlflowClient, version: Any, storage_root: str | None
     else:
         weights = _weights(version, storage_root)
         if not is_committed(weights):
-            raise StorageError(f"{where}: {weights} has no {MANIFEST}", "promote a version whose weights are there")
+            raise StorageError(f"{title}: {weights} has no {MANIFEST}", "promote a version whose weights exist")
         verify(weights)
         text = read_bytes(join(weights, MANIFEST))
     expected = version.tags.get(MANIFEST_TAG)
     if expected is not None and _sha256(text) != expected:
         raise StorageError(
-            f"{where}: the weights are not those that were registered",
-            "they were replaced; register what is there now, which makes a version of its own",
+            f"{title}: its weights were replaced after they were registered",
+            "register the new weights, which creates another version, and promote that",
         )
 
 
@@ -303,17 +327,21 @@ def _upload(
     tags: dict[str, str],
     progress: Callable[[int, int], None] | None,
 ) -> str:
-    """Upload a committed folder as a logged model, its manifest last; goes on where an earlier call was cut off."""
+    """Upload a committed folder as a logged model, its manifest last; returns the model's id.
+
+    Files that an earlier call uploaded before it was interrupted are not uploaded again.
+    """
     experiment = client.get_run(run_id).info.experiment_id if run_id else "0"
-    found = client.search_logged_models([experiment], f"tags.`{MANIFEST_TAG}` = '{tags[MANIFEST_TAG]}'")
-    model = found[0] if found else client.create_logged_model(experiment, name, source_run_id=run_id, tags=tags)
+    models = client.search_logged_models([experiment], f"tags.`{MANIFEST_TAG}` = '{tags[MANIFEST_TAG]}'")
+    model = models[0] if models else client.create_logged_model(experiment, name, source_run_id=run_id, tags=tags)
     if str(model.status) != "READY":
         files = {file: int(entry["bytes"]) for file, entry in manifest(source)["files"].items()}
-        total, done = sum(files.values()), 0
-        there = _sizes(client, model.model_id)
+        total = sum(files.values())
+        done = 0
+        uploaded = _sizes(client, model.model_id)
         with environment_variables(UPLOADING):
             for file, size in [*files.items(), (MANIFEST, -1)]:
-                if there.get(file) != size:
+                if uploaded.get(file) != size:
                     client.log_model_artifact(
                         model.model_id, str(local_path(source) / file), os.path.dirname(file) or None
                     )
@@ -325,7 +353,7 @@ def _upload(
 
 
 def _sizes(client: MlflowClient, model_id: str, folder: str | None = None) -> dict[str, int]:
-    """Bytes of each uploaded file, by its path."""
+    """Size in bytes of each uploaded file, by its path."""
     sizes: dict[str, int] = {}
     for entry in client.list_logged_model_artifacts(model_id, folder):
         if entry.is_dir:
@@ -347,9 +375,12 @@ def _uploaded(client: MlflowClient, model_id: str) -> tuple[dict[str, int], byte
 
 @contextmanager
 def _registry(tracking_uri: str) -> Iterator[MlflowClient]:
-    """A client; what MLflow refuses becomes an InputError, a registry that is away a MinitronError."""
+    """A client of the registry.
+
+    Raises InputError for values that MLflow rejects, MinitronError if the registry does not answer.
+    """
     prepare_mlflow(tracking_uri)
-    remedy = "check that the server runs and that the address is right"
+    remedy = "check that the server is running and that the address is correct"
     try:
         check_database(tracking_uri)
     except ConnectionError as error:
@@ -362,34 +393,38 @@ def _registry(tracking_uri: str) -> Iterator[MlflowClient]:
         yield MlflowClient(tracking_uri, registry_uri=tracking_uri)
     except MlflowException as error:
         if error.error_code == "INVALID_PARAMETER_VALUE":
-            raise InputError(f"MLflow at {redact(tracking_uri)}: {error}", "change the value it names") from error
+            raise InputError(f"MLflow at {redact(tracking_uri)}: {error}", "change the value in the message") from error
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise MinitronError(f"MLflow at {redact(tracking_uri)}: {redact(reason)}", remedy) from error
 
 
 def _check_name(name: str) -> None:
+    """Raise InputError for a model name that MLflow does not allow."""
     if not name or any(character in name for character in "/:'\"`"):
-        raise InputError(f"model name {name!r} is not allowed", "use a name without slashes, colons and quotes")
+        raise InputError(f"model name {name!r} is not allowed", "use a name without slashes, colons or quotes")
 
 
 def _check_alias(alias: str) -> None:
+    """Raise InputError for an alias that MLflow does not allow."""
     try:
         check_alias(alias)
     except ValueError as error:
-        raise InputError(f"alias {alias!r} is not allowed: {error}", "choose another, such as champion") from error
+        raise InputError(f"alias {alias!r} is not allowed: {error}", "choose another one, such as champion") from error
 
 
 def _create_registered(client: MlflowClient, name: str) -> None:
+    """Create a registered model, unless another process does at the same moment."""
     from mlflow.exceptions import MlflowException
 
     try:
         client.create_registered_model(name)
     except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":  # somebody else was faster
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
 
 
 def _model(client: MlflowClient, name: str) -> Any:
+    """A registered model. Raises InputError if there is none of that name."""
     _check_name(name)
     known = {model.name: model for model in _registered(client)}
     if name not in known:
@@ -399,7 +434,8 @@ def _model(client: MlflowClient, name: str) -> Any:
     return known[name]
 
 
-def _under(model: Any, alias: str) -> str:
+def _aliased_version(model: Any, alias: str) -> str:
+    """The version that an alias points at. Raises InputError if the model has no such alias."""
     if alias not in model.aliases:
         known = ", ".join(f"{name} (version {version})" for name, version in sorted(model.aliases.items()))
         raise InputError(
@@ -418,12 +454,15 @@ def _versions(client: MlflowClient, name: str) -> list[Any]:
 
 
 def _all_pages(page: Callable[[str | None], Any]) -> list[Any]:
-    found = page(None)
-    rows = list(found)
-    while found.token:
-        found = page(found.token)
-        rows.extend(found)
-    return rows
+    """The rows of all pages. page: returns the page of a token, the first page for None."""
+    rows: list[Any] = []
+    token = None
+    while True:
+        current = page(token)
+        rows.extend(current)
+        token = current.token
+        if not token:
+            return rows
 
 
 def _float(text: str | None) -> float | None:

@@ -1,4 +1,4 @@
-"""MLflow's own pages over the store of a run."""
+"""MLflow's web interface for the experiments and models of a storage."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from minitron.storage import disk_errors, is_local, local_path
 from minitron_platform.addresses import is_loopback
 from minitron_platform.tracking.flusher import create_database, prepare_mlflow, redact, sqlite_path
 
-START_SECONDS = 90.0  # MLflow imports, and on first use creates its tables
-STOP_SECONDS = 10.0
+START_SECONDS = 90.0  # longest start of the server: imports, and the tables of a new database
+STOP_SECONDS = 10.0  # after SIGTERM until SIGKILL
 
 
 def serve(
@@ -34,12 +34,13 @@ def serve(
     insecure: bool = False,
     say: Callable[[str], None] = print,
 ) -> int:
-    """Run MLflow's server over `tracking_uri` until Ctrl-C or SIGTERM; returns the exit code. Both end together.
+    """Run MLflow's server for the database `tracking_uri` until Ctrl-C or SIGTERM; returns the exit code.
 
-    artifact_root: folder or address where experiments made through this server keep their artifacts.
-    An http(s) tracking address has its own pages: its address is said, and nothing is started.
-    Raises InputError for a host other machines can reach without `insecure`, and for a port that is taken;
-    MinitronError with the end of the server's log where it does not start.
+    If `tracking_uri` is a server, it has a web interface already: its address is printed, and nothing is started.
+    artifact_root: folder or address for the artifacts of experiments that are created through this server.
+    host, port: that the server listens on. insecure: allow a host that other machines can reach. say: receives messages.
+    Raises InputError for a host that other machines can reach without `insecure`, and for a port that cannot be used,
+    MinitronError with the end of the server's log if it does not start.
     """
     prepare_mlflow(tracking_uri)
     if tracking_uri.startswith("http"):
@@ -47,8 +48,8 @@ def serve(
         return 0
     if not insecure and not is_loopback(host):
         raise InputError(
-            f"host {host!r} can be reached from other machines, and MLflow asks nobody for a password",
-            "keep 127.0.0.1 and tunnel to it with ssh -L, or pass --insecure",
+            f"host {host!r} can be reached from other machines, and MLflow does not ask for a password",
+            "use 127.0.0.1 with a tunnel (ssh -L), or add --insecure",
         )
     _check_free(host, port)
     create_database(tracking_uri)
@@ -64,10 +65,10 @@ def serve(
         store = tracking_uri if database is None else f"sqlite:///{database}"
         environment = {
             **os.environ,
-            "MLFLOW_BACKEND_STORE_URI": store,  # not an argument: it may hold a password, and ps shows arguments
+            "MLFLOW_BACKEND_STORE_URI": store,  # not as an argument, which `ps` would show with its password
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         }
-        # Its own session, so that one signal ends it and its workers however this process is ended.
+        # In its own session, so that one signal to the process group ends the server and its workers.
         server = subprocess.Popen(
             command,
             cwd=folder,
@@ -84,34 +85,36 @@ def serve(
                     output.seek(0)
                     tail = output.read().decode(errors="replace")[-2000:]
                     raise MinitronError(
-                        f"MLflow's server did not start:\n{tail}", "mend what its log names and try again"
+                        f"MLflow's server did not start:\n{tail}", "fix the problem in its log and try again"
                     )
-                say(f"MLflow is at {address}  (Ctrl-C ends it)")
+                say(f"MLflow is at {address}  (Ctrl-C stops it)")
                 return server.wait()
             except KeyboardInterrupt:
-                say("MLflow ended")
+                say("MLflow stopped")
                 return 0
             finally:
-                _end(server)
+                _stop(server)
 
 
 def _check_free(host: str, port: int) -> None:
+    """Raise InputError for a port that cannot be used."""
     try:
-        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, socket_address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(place)
+            probe.bind(socket_address)
     except OSError as error:
         raise InputError(
-            f"port {port} of {host} cannot be used: {error.strerror or error}", "choose another one with --port"
+            f"port {port} of {host} cannot be used: {error.strerror or error}", "choose another port with --port"
         ) from error
 
 
 def _wait_until_healthy(server: subprocess.Popen[bytes], address: str) -> bool:
+    """Wait until the server answers; False if it ends before, or takes longer than START_SECONDS."""
     deadline = time.monotonic() + START_SECONDS
     opener = urllib.request.build_opener(
         urllib.request.ProxyHandler({})
-    )  # a proxy knows nothing of this machine's ports
+    )  # without a proxy: the server is on this machine
     while time.monotonic() < deadline and server.poll() is None:
         try:
             with opener.open(f"{address}/health", timeout=5) as answer:
@@ -124,7 +127,7 @@ def _wait_until_healthy(server: subprocess.Popen[bytes], address: str) -> bool:
 
 @contextmanager
 def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Make SIGTERM end both processes as Ctrl-C does. Python lets only the main thread do that."""
+    """Make SIGTERM raise KeyboardInterrupt inside the block. Does nothing outside the main thread, where Python cannot."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -139,7 +142,7 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _end(server: subprocess.Popen[bytes]) -> None:
+def _stop(server: subprocess.Popen[bytes]) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(server.pid, number)

@@ -88,7 +88,7 @@ def test_promote_and_roll_back(uri: str, tmp_path: Path) -> None:
     assert promote(uri, NAME, version="3").previous == "2"
     assert [rollback(uri, NAME).version for _ in range(2)] == ["2", "1"]
     assert champion(uri) == ["1"]
-    with pytest.raises(InputError, match="version 1 and never pointed at another"):
+    with pytest.raises(InputError, match="version 1 and has no previous version"):
         rollback(uri, NAME)
 
 
@@ -122,7 +122,7 @@ def test_altered_weights_are_not_promoted(uri: str, tmp_path: Path) -> None:
     (tmp_path / "b" / "manifest.json").unlink()
     weights(tmp_path / "b", b"replaced, with a manifest that fits")
     assert (tmp_path / "b" / "manifest.json").read_bytes() != manifest
-    with pytest.raises(StorageError, match="not those that were registered"):
+    with pytest.raises(StorageError, match="replaced after they were registered"):
         promote(uri, NAME)
     assert champion(uri) == ["1"]
     add(uri, tmp_path / "c", "c")
@@ -141,7 +141,7 @@ def test_errors_name_the_existing_models_and_versions(
     add(uri, tmp_path / "a", "a")
     with pytest.raises(InputError, match=f"choose one of: {NAME}"):
         promote(uri, "other")
-    with pytest.raises(InputError, match="one of its versions: 1"):
+    with pytest.raises(InputError, match="choose one of: 1"):
         promote(uri, NAME, version="7")
     with pytest.raises(InputError, match=r"its aliases are: candidate \(version 1\)"):
         rollback(uri, NAME)
@@ -153,7 +153,7 @@ def test_errors_name_the_existing_models_and_versions(
     assert len(models(uri)) == 1  # nothing else was registered
     with pytest.raises(InputError, match="'a/b'"):
         register(uri, name="a/b", source=str(tmp_path / "a"), run_id=None, tags={})
-    with pytest.raises(StorageError, match=r"no manifest\.json"):
+    with pytest.raises(StorageError, match=r"has no manifest\.json"):
         register(uri, name=NAME, source=str(tmp_path), run_id=None, tags={})
     with pytest.raises(MinitronError, match=r"127\.0\.0\.1"):
         models(f"http://127.0.0.1:{free_port()}")
