@@ -243,7 +243,9 @@ def test_the_result_of_a_run_has_students_a_table_and_a_report(bench, searched):
     assert "wikitext word_perplexity" in result.table.columns
     assert result.report.name == "report.html"
     assert result.output(Distill, "tiny-student").student == student.path
-    with pytest.raises(InputError, match=r"model: 'tiny-studnet' is not in the recipe's family\n.*use one of tiny-student"):
+    with pytest.raises(
+        InputError, match=r"model: 'tiny-studnet' is not in the recipe's family\n.*use one of tiny-student"
+    ):
         result.output(Distill, "tiny-studnet")
     with pytest.raises(InputError, match=r"stage: 'distill' is not a stage"):
         result.output("distill")
