@@ -135,7 +135,9 @@ def recipes() -> None:
 
 @main.command()
 @_recipe_options
-@click.option("--address", metavar="ADDRESS", help="Ray cluster of the run; `plan` does not connect to it. [default: none]")
+@click.option(
+    "--address", metavar="ADDRESS", help="Ray cluster of the run; `plan` does not connect to it. [default: none]"
+)
 def plan(
     recipe: str, overrides: tuple[str, ...], storage_path: str | None, tracking_uri: str | None, address: str | None
 ) -> None:
