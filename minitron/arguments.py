@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minitron.errors import InputError
+
+_WORDS: dict[type, str] = {
+    Real: "a number",
+    Integral: "a whole number",
+    Mapping: "a dict",
+    str: "text",
+    Tensor: "a tensor",
+}
 
 
 def short_repr(value: Any) -> str:
@@ -19,11 +29,27 @@ def short_repr(value: Any) -> str:
     return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
 
 
-def check_type(name: str, value: Any, kind: type, description: str = "") -> None:
-    """Raise InputError naming the argument `name` unless `value` is a `kind`, in words a `description`."""
-    if not isinstance(value, kind):
-        wanted = description or f"a {kind.__name__}"
-        raise InputError(f"{name}: {short_repr(value)} is not {wanted}", f"give {wanted}")
+def check_type(name: str, value: Any, kind: type | tuple[type, ...], description: str = "") -> None:
+    """Raise InputError naming the argument `name` unless `value` is a `kind`; a bool is not accepted as a number.
+
+    description: the kind in words, by default its name with an article.
+    """
+    if isinstance(value, kind) and not (isinstance(value, bool) and kind in (Real, Integral)):
+        return
+    expected = description or _in_words(kind if isinstance(kind, type) else kind[0])
+    raise InputError(f"{name}: {short_repr(value)} is not {expected}", f"give {expected}")
+
+
+def check_types(name: str, values: Any, kind: type) -> None:
+    """Raise InputError naming the argument `name` unless `values` is a list, or another collection, of `kind`."""
+    if not isinstance(values, Collection) or isinstance(values, str | bytes):
+        raise InputError(f"{name}: {short_repr(values)} is not a list", f"give a list of {kind.__name__}")
+    for index, value in enumerate(values):
+        check_type(f"{name}.{index}", value, kind)
+
+
+def _in_words(kind: type) -> str:
+    return _WORDS.get(kind) or f"{'an' if kind.__name__[0] in 'AEIOUaeiou' else 'a'} {kind.__name__}"
 
 
 def check_model(name: str, value: Any) -> None:

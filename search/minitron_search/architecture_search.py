@@ -7,8 +7,8 @@ from functools import partial
 from numbers import Integral
 
 from minitron.architecture import Architecture
+from minitron.arguments import check_type, check_types
 from minitron.errors import InputError, MinitronError
-from minitron_search.arguments import check_type, check_types
 from minitron_search.distributed_trial import run_trial_on_workers
 from minitron_search.failures import table
 from minitron_search.halving import Halving, survivors

@@ -10,13 +10,14 @@ from typing import Any
 
 from minitron import storage
 from minitron.architecture import Architecture
+from minitron.arguments import check_type, check_types
 from minitron.device import DTYPES, device
 from minitron.errors import InputError, one_line
 from minitron.evaluation import Task
 from minitron.evaluation.documents import documents_identity
 from minitron.models import load_model, load_tokenizer
 from minitron.packages import PACKAGE
-from minitron_search.arguments import absolute_path, check_type, check_types
+from minitron_search.arguments import absolute_path
 from minitron_search.events import Report
 from minitron_search.pool import Pool
 from minitron_search.ranking import BenchmarkScore, RankedCandidate

@@ -14,8 +14,8 @@ from numbers import Real
 from typing import Literal
 
 from minitron.architecture import Architecture
+from minitron.arguments import check_type
 from minitron.errors import InputError
-from minitron_search.arguments import check_type
 from minitron_search.tau import SETTLED, kendall_tau
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import ray
 
 from minitron.architecture import Architecture
+from minitron.arguments import check_type
 from minitron.errors import InputError, MinitronError
-from minitron_search.arguments import absolute_path, check_type
+from minitron_search.arguments import absolute_path
 from minitron_search.events import Event, Report
 from minitron_search.placement import max_concurrent_trials
 from minitron_search.running_tune import RunningTune

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from numbers import Integral
 
 from minitron.architecture import Architecture
-from minitron_search.arguments import check_type, check_types
+from minitron.arguments import check_type, check_types
 from minitron_search.limits import Limits
 from minitron_search.space import MLP_RATIO, candidate, check_budget, check_space
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from numbers import Integral
 
+from minitron.arguments import check_type
 from minitron.distill import DistillConfig, Losses
 from minitron.distill.inputs import DistillInputs
 from minitron.pruning.source import PruningSource
-from minitron_search.arguments import absolute_path, check_type
+from minitron_search.arguments import absolute_path
 
 
 @dataclass(frozen=True)

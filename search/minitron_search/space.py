@@ -9,8 +9,8 @@ from dataclasses import replace
 from numbers import Real
 
 from minitron.architecture import PRUNABLE, Architecture
+from minitron.arguments import check_type, check_types
 from minitron.errors import InputError
-from minitron_search.arguments import check_type, check_types
 from minitron_search.limits import Limits
 
 MLP_RATIO = "mlp_ratio"

@@ -7,11 +7,19 @@ import torch
 from helpers import tiny
 
 import minitron
-from minitron import Architecture, estimate_importance, evaluate, prune
+from minitron import Architecture, estimate_importance, evaluate, linear_kl_div, prune
 from minitron.data import documents
 from minitron.distill import DistillConfig, distill
 from minitron.errors import InputError
-from minitron.evaluation import Task
+from minitron.evaluation import (
+    Task,
+    check_requirements,
+    check_tasks,
+    heldout_metrics,
+    interleaved_throughput,
+    teacher_targets,
+    throughput,
+)
 from minitron.pruning.selection import select
 
 PACKAGES = ("data", "distill", "evaluation", "importance", "pruning", "architecture", "families")
@@ -46,6 +54,7 @@ def test_a_wrong_type_is_refused_with_the_argument_and_the_expected_type(scored)
     model, scores = scored
     base = Architecture.from_config(model.config)
     config = DistillConfig(steps=1)
+    heads = torch.ones(3, 2)
     calls = {
         "model: 'gpt2' is not a transformers model": lambda: prune("gpt2", base, scores),
         "architecture: a dict is not an Architecture": lambda: prune(model, base.to_dict(), scores),
@@ -59,6 +68,15 @@ def test_a_wrong_type_is_refused_with_the_argument_and_the_expected_type(scored)
         "source: 'text' is not a TextSource": lambda: next(documents("text")),
         "rows: a Tensor is not Rows": lambda: distill(model, None, tiny.rows(), config),
         "student: './model' is not a transformers model": lambda: distill("./model", None, tiny.rows(), config),
+        "model: './model' is not a transformers model": lambda: heldout_metrics("./model", tiny.rows()),
+        "rows: None is not a tensor": lambda: heldout_metrics(model, None),
+        "teacher_model: None is not a transformers model": lambda: teacher_targets(None, tiny.rows()),
+        "models: a Llama.* is not a dict": lambda: interleaved_throughput(model),
+        r"models\['model'\]: None is not a transformers model": lambda: throughput(None),
+        "tasks: 'piqa' is not a Task": lambda: check_tasks(["piqa"]),
+        "task: 'mmlu' is not a Task": lambda: check_requirements("mmlu"),
+        "student_hidden: None is not a tensor": lambda: linear_kl_div(None, heads, tiny.rows(), heads),
+        "teacher_head: 'lm_head' is not a tensor or a Head": lambda: linear_kl_div(heads, heads, heads, "lm_head"),
     }
     for message, call in calls.items():
         with pytest.raises(InputError, match=message) as caught:

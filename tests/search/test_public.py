@@ -29,7 +29,6 @@ from minitron_search import (
     sample,
     score_all,
     search,
-    tuning,
 )
 from minitron_search.benchmarks import Benchmarks
 from minitron_search.events import Event, from_tune, to_tune
@@ -38,33 +37,31 @@ from minitron_search.trial_store import forward_score, rung_result, trial_folder
 BASE = Architecture(4, 64, 96, 8, 2, 8, 300, True)
 
 
-def test_dir_lists_the_public_names_and_former_modules_still_have_them():
+def test_dir_lists_the_public_names():
     assert dir(minitron_search) == sorted(minitron_search.__all__)
-    # `tuning` is the former module of both functions
-    assert minitron_search.search is architecture_search.search is tuning.search
-    assert tuning.score_all is score_all
+    assert minitron_search.search is architecture_search.search
 
 
 @pytest.mark.parametrize(
     ("call", "named"),
     [
-        (lambda: candidates({"num_layers": 4}, {}, 0, 1), "base: dict given"),
-        (lambda: candidates(BASE, ["num_layers"], 0, 1), "space: list given"),
-        (lambda: candidates(BASE, {"num_layers": 3}, 0, 1), "space.num_layers: int given"),
-        (lambda: candidates(BASE, {"num_layers": ["3"]}, 0, 1), "space.num_layers.0: str given"),
-        (lambda: candidates(BASE, {}, "0", 1), "low: str given"),
-        (lambda: Space(BASE, {}, 0, None), "high: NoneType given"),
-        (lambda: Space(BASE, {}, 0, 1, limits={"context": 1}), "limits: dict given"),
-        (lambda: sample(len, BASE, 3), "space: Architecture given"),
-        (lambda: Pool(None), "scratch: NoneType given"),
-        (lambda: Pool("x", share={"CPU": "1"}), "share.CPU: str given"),
+        (lambda: candidates({"num_layers": 4}, {}, 0, 1), "base: a dict is not an Architecture"),
+        (lambda: candidates(BASE, ["num_layers"], 0, 1), "space: a list is not a dict"),
+        (lambda: candidates(BASE, {"num_layers": 3}, 0, 1), "space.num_layers: 3 is not a list"),
+        (lambda: candidates(BASE, {"num_layers": ["3"]}, 0, 1), "space.num_layers.0: '3' is not a number"),
+        (lambda: candidates(BASE, {}, "0", 1), "low: '0' is not a number"),
+        (lambda: Space(BASE, {}, 0, None), "high: None is not a number"),
+        (lambda: Space(BASE, {}, 0, 1, limits={"context": 1}), "limits: a dict is not a Limits"),
+        (lambda: sample(len, BASE, 3), "space: an Architecture is not a Space"),
+        (lambda: Pool(None), "scratch: None is not text"),
+        (lambda: Pool("x", share={"CPU": "1"}), "share.CPU: '1' is not a number"),
         (lambda: Pool("x", workers=0), "workers: 0"),
-        (lambda: Pool("x", max_failures=True), "max_failures: bool given"),
+        (lambda: Pool("x", max_failures=True), "max_failures: True is not a whole number"),
         (lambda: Halving(keep=0), "keep: 0"),
-        (lambda: Halving(grace="late"), "grace: str given"),
-        (lambda: SearchTask(torch.ones(9999), None, None, None, "x"), "materials: Tensor given"),
-        (lambda: search(BASE, [BASE]), "task: Architecture given"),
-        (lambda: score_all("x", [BASE], Pool("x")), "task: str given"),
+        (lambda: Halving(grace="late"), "grace: 'late' is not a number"),
+        (lambda: SearchTask(torch.ones(9999), None, None, None, "x"), "materials: a Tensor is not a DistillInputs"),
+        (lambda: search(BASE, [BASE]), "task: an Architecture is not a SearchTask"),
+        (lambda: score_all("x", [BASE], Pool("x")), "task: 'x' is not a SearchTask"),
     ],
 )
 def test_a_wrong_argument_is_named(call, named):
@@ -79,12 +76,12 @@ def test_the_arguments_of_a_search_are_checked_before_anything_starts(made, tmp_
     materials, origin, found = made
     task = SearchTask(materials, origin, DistillConfig(steps=2), Losses(), str(tmp_path))
     for wrong, named in (
-        ({"architectures": BASE}, "architectures: Architecture given"),
-        ({"architectures": [str(BASE)]}, "architectures.0: str given"),
+        ({"architectures": BASE}, "architectures: an Architecture is not a list"),
+        ({"architectures": [str(BASE)]}, "architectures.0: '"),
         ({"architectures": []}, "architectures: the list is empty"),
-        ({"architectures": found, "forward_keep": "2"}, "forward_keep: str given"),
-        ({"architectures": found, "halving": 0.5}, "halving: float given"),
-        ({"architectures": found, "pool": "tune"}, "pool: str given"),
+        ({"architectures": found, "forward_keep": "2"}, "forward_keep: '2' is not a whole number"),
+        ({"architectures": found, "halving": 0.5}, "halving: 0.5 is not a Halving"),
+        ({"architectures": found, "pool": "tune"}, "pool: 'tune' is not a Pool"),
     ):
         with pytest.raises(InputError) as raised:
             search(task, **wrong)

@@ -1,4 +1,4 @@
-"""The loss on logits by PyTorch's own operations, on any device and in any dtype."""
+"""The loss on logits in PyTorch operations, for any device and dtype."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 from minitron.distill.losses import Losses
 from minitron.distill.losses.closed_form import ClosedForm, Teacher, results
-from minitron.distill.losses.divergences import IGNORED, cross_entropy_, divergence, forward_kl_to_best_
+from minitron.distill.losses.divergences import IGNORED, cross_entropy_, divergence, forward_kl_to_tokens_
 from minitron.logits import Head, cache_blocks, cache_slices, tokens_per_chunk
 
-CHUNK_TOKENS = {"cpu": 256, "cuda": 512}  # at most
+CHUNK_TOKENS = {"cpu": 256, "cuda": 512}  # largest number of tokens in a chunk
 
 
 class _Target(NamedTuple):
-    """A teacher's distribution at n tokens: logits [n, V], with their log-sum-exp [n] if it is known, or the
-    log-probabilities [n, k] of some `tokens` [n, k]."""
+    """A teacher's distributions at n tokens: logits [n, V], optionally with their log-sum-exp [n]; or log-probabilities
+    [n, k] of `tokens` [n, k]."""
 
     values: Tensor
     log_sum_exp: Tensor | None = None
@@ -38,8 +38,8 @@ def _target(teacher: Teacher, part: slice, top_k: int, out: Tensor | None) -> _T
 
 
 class ChunkedLogitLoss(ClosedForm):
-    """Of hidden states [N, d] and a head's weight [V, d]: the loss, the divergence of each token and the cross-entropy, as
-    `LogitLoss` has them; `labels` int64 [N], or None."""
+    """(loss, divergence of each token, cross-entropy), as in `LogitLoss`, from hidden states [N, d] and a head's weight [V, d];
+    labels: int64 [N] or None."""
 
     @staticmethod
     def forward(
@@ -55,35 +55,35 @@ class ChunkedLogitLoss(ClosedForm):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         hidden_grad = torch.empty(hidden.shape, dtype=weight.dtype, device=hidden.device) if need_hidden else None
         weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
-        soft = torch.zeros(tokens, dtype=torch.float32, device=hidden.device)
-        hard = torch.zeros_like(soft)
-        # kept for all chunks: memory of this size goes back to the system when it is freed, and is slow to come again
+        divergences = torch.zeros(tokens, dtype=torch.float32, device=hidden.device)
+        cross_entropies = torch.zeros_like(divergences)
+        # one buffer for all chunks: the allocator returns blocks of this size to the system, and allocating them again is slow
         chunk = tokens_per_chunk(weight, CHUNK_TOKENS[weight.device.type])
         shape = min(tokens, chunk), len(weight)
-        own_space = torch.empty(shape, device=weight.device)
-        other_space = torch.empty(shape, device=weight.device) if teacher is not None and teacher.head else None
-        rounded = _space_of_gradient(own_space, other_space, weight.dtype)
+        student_buffer = torch.empty(shape, device=weight.device)
+        teacher_buffer = torch.empty(shape, device=weight.device) if teacher is not None and teacher.head else None
+        rounded = _gradient_buffer(student_buffer, teacher_buffer, weight.dtype)
         labelled = 0 if labels is None else max(1, int((labels != IGNORED).sum()))
         for start in range(0, tokens, chunk):
             part = slice(start, start + chunk)
-            target = None if teacher is None else _target(teacher, part, losses.top_k, other_space)
-            logits = student.logits(hidden[part], own_space)
+            target = None if teacher is None else _target(teacher, part, losses.top_k, teacher_buffer)
+            logits = student.logits(hidden[part], student_buffer)
             gradient = rounded[: len(logits)]
             for rows in cache_slices(logits):
                 slope = student.slope(logits[rows])
                 own = None
                 if labels is not None:
                     own = logits[rows].clone() if target is not None else logits[rows]
-                    hard[part][rows] = cross_entropy_(own, labels[part][rows])
+                    cross_entropies[part][rows] = cross_entropy_(own, labels[part][rows])
                     own.mul_(losses.cross_entropy / labelled)
                 if target is not None:
-                    soft[part][rows] = _divergence_(logits[rows], target.rows(rows), losses, tokens)
+                    divergences[part][rows] = _divergence_(logits[rows], target.rows(rows), losses, tokens)
                     if own is not None:
                         logits[rows] += own
                 if isinstance(slope, Tensor) or slope != 1.0:
                     logits[rows] *= slope
-                if rounded is not own_space:
-                    # p_s - p_t in float32, then rounded once: the products lose no more than the operands' own precision
+                if rounded is not student_buffer:
+                    # p_s - p_t is computed in float32 and rounded once, to the dtype of the products' operands
                     gradient[rows] = logits[rows]
             if hidden_grad is not None:
                 torch.mm(gradient, weight, out=hidden_grad[part])
@@ -95,27 +95,31 @@ class ChunkedLogitLoss(ClosedForm):
             hidden_grad.to(hidden.dtype) if hidden_grad is not None else None,
             weight_grad.to(weight.dtype) if weight_grad is not None else None,
         )
-        return results(ctx, losses, soft, hard, max(1, labelled))
+        return results(ctx, losses, divergences, cross_entropies, max(1, labelled))
 
 
-def _space_of_gradient(own: Tensor, other: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Where the gradient of a chunk's logits is rounded to `dtype` [n, V]: in the front half of the teacher's logits, which
-    are spent row by row before it gets there; in memory of its own without them; not at all for float32."""
-    if dtype == own.dtype:
-        return own
-    if other is None or dtype.itemsize != 2:
-        return torch.empty(own.shape, dtype=dtype, device=own.device)
-    return other.view(dtype).flatten()[: own.numel()].view(own.shape)
+def _gradient_buffer(student: Tensor, teacher: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A buffer [n, V] in `dtype` for the gradient of a chunk's logits.
+
+    student, teacher: the buffers of the logits, float32 [n, V]. For float32 the gradient stays in the student's. For a 16-bit
+    dtype it uses the first half of the teacher's, whose rows are no longer needed when they are overwritten.
+    """
+    if dtype == student.dtype:
+        return student
+    if teacher is None or dtype.itemsize != 2:
+        return torch.empty(student.shape, dtype=dtype, device=student.device)
+    return teacher.view(dtype).flatten()[: student.numel()].view(student.shape)
 
 
 def _divergence_(student: Tensor, target: _Target, losses: Losses, tokens: int) -> Tensor:
-    """T² · D of each token, float32 [n]; the student's logits become its gradient divided by the number of tokens."""
-    temperature, teacher = losses.temperature, target.values
+    """T² · D of each token, float32 [n]; the student's logits are overwritten with its gradient divided by `tokens`."""
+    temperature = losses.temperature
+    teacher = target.values
     if temperature != 1.0:
         student.div_(temperature)
         teacher.div_(temperature)
     if target.tokens is not None:
-        loss = forward_kl_to_best_(student, teacher, target.tokens)
+        loss = forward_kl_to_tokens_(student, teacher, target.tokens)
     else:
         loss = divergence(losses.logits, losses.top_k)(student, teacher, target.log_sum_exp)
     student.mul_(temperature / tokens)

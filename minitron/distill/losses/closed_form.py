@@ -1,4 +1,4 @@
-"""What the ways to compute a loss on logits have in common: what goes in of a teacher, and what comes out."""
+"""The common base of the chunked and the fused loss on logits: the teacher's input, and the results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from minitron.logits import Head
 
 
 class Teacher(NamedTuple):
-    """Hidden states [N, d] and head, with the log-sum-exp [N] of their logits if it is known; or the likeliest tokens."""
+    """A teacher's distributions at N tokens: final hidden states [N, d] and head, optionally with the log-sum-exp [N] of the
+    logits; or its top-k tokens."""
 
     hidden: Tensor | None = None
     head: Head | None = None
@@ -22,23 +23,27 @@ class Teacher(NamedTuple):
 
 
 class ClosedForm(torch.autograd.Function):
-    """A loss of hidden states [N, d] and a head's weight [V, d] whose forward pass leaves their gradients in `ctx.gradients`,
-    and whose other inputs, four, have none."""
+    """A loss whose forward pass computes the gradients of its first two inputs, hidden states [N, d] and a head's weight
+    [V, d], and stores them in `ctx.gradients`; its other four inputs have no gradient."""
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("linear_logit_loss: backward was called twice; its gradients are kept for one call only")
-        ours, ctx.gradients = ctx.gradients, None
-        scaled = (None if gradient is None else gradient.mul_(gradients[0].to(gradient.dtype)) for gradient in ours)
+        stored = ctx.gradients
+        ctx.gradients = None  # they are scaled in place
+        scaled = (None if gradient is None else gradient.mul_(gradients[0].to(gradient.dtype)) for gradient in stored)
         return (*scaled, *(None,) * 4)
 
 
 def results(
     ctx: Any, losses: Losses, divergence: Tensor, cross_entropies: Tensor, labelled: Tensor | int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and its parts without a gradient: each token's `divergence` [N], T² included, as it came, and the mean of
-    the `cross_entropies` [N] over the `labelled` tokens, at least 1."""
+    """(loss, divergence, cross-entropy) as the three outputs of a `ClosedForm`; the last two have no gradient.
+
+    divergence: float32 [N], T² included; returned unchanged. cross_entropies: float32 [N]. labelled: number of tokens with a
+    label, at least 1, over which the cross-entropy is averaged.
+    """
     cross_entropy = cross_entropies.double().sum() / labelled
     loss = divergence.double().mean() + losses.cross_entropy * cross_entropy
     parts = divergence, cross_entropy.float()

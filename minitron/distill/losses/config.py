@@ -1,4 +1,4 @@
-"""Which losses a distillation minimises (arXiv 2407.14679 section 2.4)."""
+"""Choice of the losses that a distillation minimises (arXiv 2407.14679 section 2.4)."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ _MAP = re.compile(f"{_LAYER}:{_LAYER}")
 
 @dataclass(frozen=True)
 class Losses:
-    """L = L_logits + cross_entropy · L_CLM + alpha · L_is, a mean over tokens.
+    """The objective L = L_logits + cross_entropy · L_CLM + alpha · L_is, a mean over tokens.
 
-    L_is sums the intermediate losses that are switched on. They compare layers of teacher and student by maps
-    "teacher:student", each side a layer's number from 0 or counted from the end: "29:13", "last-2:last-2". Raises
-    InputError for values that make no objective.
+    L_is is the sum of the intermediate losses `hidden`, `embedding`, `attention` and `mlp_input`. They compare pairs of layers
+    "teacher:student"; each side is a layer number from 0, or counted from the end: "29:13", "last-2:last-2". Raises InputError
+    for invalid values, and for combinations that are not an objective.
     """
 
     logits: str = "forward_kl"
-    """L_logits between the next-token distributions: forward_kl, reverse_kl, jensen_shannon, mse, cosine; or none, which
-    leaves the cross-entropy and the intermediate losses."""
+    """L_logits, the divergence of the next-token distributions: "forward_kl", "reverse_kl", "jensen_shannon", "mse" or
+    "cosine"; "none" for an objective without it."""
     temperature: float = 1.0
-    """Divides both models' logits; L_logits is multiplied by its square, which keeps the gradient's scale."""
+    """Divides both models' logits. L_logits is multiplied by its square, so that the gradient keeps its scale."""
     cross_entropy: float = 0.0
-    """Weight of the cross-entropy with the text's own next token."""
+    """Weight of L_CLM, the cross-entropy with the next token of the text."""
     top_k: int = 0
-    """Forward KL to the teacher's most likely tokens alone, renormalised; 0 for the whole vocabulary."""
+    """Restrict forward KL to the teacher's `top_k` most likely tokens, renormalised; 0 for the whole vocabulary."""
     hidden: tuple[str, ...] = ()
-    """Maps of layers whose outputs are compared, as the next norm gives them."""
+    """Pairs of layers whose outputs are compared, after the norm that follows them."""
     hidden_loss: str = "cosine"
-    """Between hidden states, embeddings and MLP inputs: cosine (1 - cos) or mse."""
+    """The loss between hidden states, embeddings and MLP inputs: "cosine" (1 - cos) or "mse"."""
     embedding: bool = False
-    """Compare the embeddings of the tokens."""
+    """Whether the token embeddings are compared."""
     attention: tuple[str, ...] = ()
-    """Maps of layers whose query, key and value relations are compared (arXiv 2012.15828)."""
+    """Pairs of layers whose query, key and value relations are compared (MiniLMv2, arXiv 2012.15828)."""
     mlp_input: tuple[str, ...] = ()
-    """Maps of layers whose MLP inputs are compared."""
+    """Pairs of layers whose MLP inputs are compared."""
     alpha: float | None = None
-    """Weight of L_is; None for L_logits / L_is of each row, at every step."""
+    """Weight of L_is; None for L_logits / L_is of each row, recomputed at every step."""
 
     def __post_init__(self) -> None:
         _one_of("logits", self.logits, (*DIVERGENCES, "none"))
@@ -77,7 +77,7 @@ class Losses:
 
     @property
     def needs_live_teacher(self) -> bool:
-        """Whether more of the teacher is compared than its final hidden states."""
+        """Whether the losses need more of the teacher than its final hidden states."""
         return bool(self.hidden or self.embedding or self.attention or self.mlp_input)
 
 
@@ -87,11 +87,12 @@ def _one_of(key: str, value: str, names: tuple[str, ...]) -> None:
 
 
 def mapped_layers(text: str, teacher_layers: int, student_layers: int) -> tuple[int, int]:
-    """(teacher layer, student layer), from 0, of a map "teacher:student". Raises InputError for a layer that is not there."""
-    found = _MAP.fullmatch(text)
-    assert found is not None, text
+    """(teacher layer, student layer), counted from 0, of a pair "teacher:student". Raises InputError if a model has fewer
+    layers."""
+    match = _MAP.fullmatch(text)
+    assert match is not None, text
     numbers = []
-    for side, name, count in (("teacher", found[1], teacher_layers), ("student", found[2], student_layers)):
+    for side, name, count in (("teacher", match[1], teacher_layers), ("student", match[2], student_layers)):
         number = int(name) if name.isdigit() else count - 1 - int(name.removeprefix("last").removeprefix("-") or 0)
         if not 0 <= number < count:
             raise InputError(
@@ -102,11 +103,12 @@ def mapped_layers(text: str, teacher_layers: int, student_layers: int) -> tuple[
 
 
 def default_losses(student: Architecture, teacher: Architecture) -> tuple[Losses, str]:
-    """The losses that suit what was removed, and a sentence on why (arXiv 2407.14679, best practices 6 and 7)."""
+    """The losses that suit the number of removed layers, and the reason as a sentence (arXiv 2407.14679, best practices 6 and
+    7)."""
     removed = teacher.num_layers - student.num_layers
-    taken = f"{removed} of {teacher.num_layers} layers are removed"
+    reason = f"{removed} of {teacher.num_layers} layers are removed"
     if 3 * removed > teacher.num_layers:
         layer = f"last-{min(2, student.num_layers - 1)}"
         losses = Losses(hidden=(f"{layer}:{layer}",), embedding=True)
-        return losses, f"logits, hidden states and embeddings: {taken}, more than a third"
-    return Losses(), f"logits alone: {taken}, no more than a third"
+        return losses, f"logits, hidden states and embeddings: {reason}, more than a third"
+    return Losses(), f"logits alone: {reason}, no more than a third"

@@ -1,8 +1,8 @@
-"""How far a student's next-token distribution is from its teacher's, with the gradient in closed form.
+"""Divergences between a student's and a teacher's next-token distributions, with their gradients in closed form.
 
-Every function takes logits, float32 [n, V], of the student and the teacher (or the tokens), and works in place: it returns
-the loss of each token, float32 [n], leaves the gradient with respect to the student's logits in the student's, and spends
-the teacher's. `known` is the log-sum-exp of the teacher's logits, [n], where it need not be found again.
+Every function takes logits of the student and of the teacher, float32 [n, V], and returns the loss of each token, float32 [n].
+It works in place: afterwards the student's logits contain the gradient with respect to them, and the teacher's logits are
+overwritten. known: the log-sum-exp of the teacher's logits, [n], if already computed.
 Source: arXiv 2407.14679 section 2.4 (L_logits, a loss between the softmax probabilities p_t and p_s).
 """
 
@@ -18,12 +18,12 @@ from torch.nn import functional
 
 from minitron.logits import log_softmax_, softmax_
 
-IGNORED = -100  # the label of a token that has no next token
+IGNORED = -100  # the label of a token without a next token, as in PyTorch's cross_entropy
 Divergence = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def forward_kl_(student: Tensor, teacher: Tensor, known: Tensor | None) -> Tensor:
-    """KL(p_t || p_s), nats; gradient p_s - p_t. Every exponential is taken once."""
+    """KL(p_t || p_s), nats; gradient p_s - p_t. Every exponential is computed once."""
     ratio = teacher - student
     offset = softmax_(teacher, known) - softmax_(student)
     loss = torch.linalg.vecdot(teacher, ratio.sub_(offset[:, None]))  # log p_t / p_s = z_t - z_s - offset
@@ -31,14 +31,14 @@ def forward_kl_(student: Tensor, teacher: Tensor, known: Tensor | None) -> Tenso
     return loss
 
 
-def forward_kl_of_best_(student: Tensor, teacher: Tensor, known: Tensor | None, k: int) -> Tensor:
-    """`forward_kl_to_best_` of the teacher's `k` most likely tokens."""
-    return forward_kl_to_best_(student, *teacher.topk(k, dim=-1))
+def forward_kl_of_top_k_(student: Tensor, teacher: Tensor, known: Tensor | None, k: int) -> Tensor:
+    """`forward_kl_to_tokens_` for the teacher's `k` most likely tokens."""
+    return forward_kl_to_tokens_(student, *teacher.topk(k, dim=-1))
 
 
-def forward_kl_to_best_(student: Tensor, values: Tensor, tokens: Tensor) -> Tensor:
-    """KL(p_k || p_s), nats, where p_k is the softmax of `values` [n, k], the teacher's logits or log-probabilities of these
-    `tokens`, int64 [n, k]; gradient p_s - p_k."""
+def forward_kl_to_tokens_(student: Tensor, values: Tensor, tokens: Tensor) -> Tensor:
+    """KL(p_k || p_s), nats; gradient p_s - p_k. p_k is the softmax of `values` [n, k], the teacher's logits or
+    log-probabilities of `tokens`, int64 [n, k]."""
     log_softmax_(values)
     log_softmax_(student)
     probability = values.exp()
@@ -62,8 +62,8 @@ def jensen_shannon_(student: Tensor, teacher: Tensor, known: Tensor | None) -> T
     probability = teacher.exp()
     ratio = teacher.sub_(student)  # log p_t / p_s
     own = functional.softplus(ratio).neg_().add_(math.log(2))  # log p_s / m
-    of_teacher = torch.linalg.vecdot(probability, ratio.add_(own))
-    return _through_softmax_(student.exp_(), own.mul_(0.5)).add_(of_teacher, alpha=0.5)
+    teacher_term = torch.linalg.vecdot(probability, ratio.add_(own))  # KL(p_t || m)
+    return _through_softmax_(student.exp_(), own.mul_(0.5)).add_(teacher_term, alpha=0.5)
 
 
 def squared_error_(student: Tensor, teacher: Tensor, known: Tensor | None) -> Tensor:
@@ -77,7 +77,7 @@ def squared_error_(student: Tensor, teacher: Tensor, known: Tensor | None) -> Te
 
 
 def cosine_(student: Tensor, teacher: Tensor, known: Tensor | None) -> Tensor:
-    """1 - cos(p_s, p_t) = ½ |d|² with d = p_s / |p_s| - p_t / |p_t|, which does not cancel where both are close;
+    """1 - cos(p_s, p_t), computed as ½ |d|² with d = p_s / |p_s| - p_t / |p_t| to avoid cancellation for similar distributions;
     dL/dp_s = (d - L · p_s / |p_s|) / |p_s|."""
     softmax_(teacher, known)
     softmax_(student)
@@ -90,7 +90,7 @@ def cosine_(student: Tensor, teacher: Tensor, known: Tensor | None) -> Tensor:
 
 
 def cross_entropy_(student: Tensor, labels: Tensor) -> Tensor:
-    """-log p_s of the labels, int64 [n], nats; gradient p_s - onehot. Both are 0 where the label is -100."""
+    """-log p_s of the labels, int64 [n], nats; gradient p_s - onehot(label). Both are 0 for the label -100."""
     ignored = labels == IGNORED
     tokens = labels.masked_fill(ignored, 0)[:, None]
     loss = -log_softmax_(student).gather(1, tokens)[:, 0]
@@ -100,8 +100,8 @@ def cross_entropy_(student: Tensor, labels: Tensor) -> Tensor:
 
 
 def _through_softmax_(probability: Tensor, slope: Tensor) -> Tensor:
-    """Turn p into dL/dz for z with p = softmax(z), from slope = dL/dp (up to a constant): p · (slope - Σ p · slope).
-    Returns Σ p · slope."""
+    """Backward pass of a softmax: turn p = softmax(z) into dL/dz = p · (slope - Σ p · slope) in place, where slope is dL/dp
+    up to a constant. Returns Σ p · slope."""
     mean = torch.linalg.vecdot(probability, slope)
     probability.mul_(slope.sub_(mean[:, None]))
     return mean
@@ -117,5 +117,5 @@ DIVERGENCES: dict[str, Divergence] = {
 
 
 def divergence(name: str, top_k: int = 0) -> Divergence:
-    """The divergence of that name; with `top_k`, forward KL to the teacher's `top_k` best tokens."""
-    return partial(forward_kl_of_best_, k=top_k) if top_k else DIVERGENCES[name]
+    """The divergence with this name in DIVERGENCES; with `top_k`, forward KL to the teacher's `top_k` most likely tokens."""
+    return partial(forward_kl_of_top_k_, k=top_k) if top_k else DIVERGENCES[name]

@@ -1,4 +1,4 @@
-"""What a distillation minimises on a few rows: student, teacher and the losses between them."""
+"""The training objective of a distillation: student, teacher and the losses between them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from minitron.models import final_hidden, head_of
 
 
 class Objective(nn.Module):
-    """The losses of `student` against `targets`, which may be None where none of them compares with a teacher. A student on
-    the meta device will be read from `weights`.
+    """The objective `losses` of a student.
 
-    With `documents` the student keeps the documents of a row apart. Raises InputError for a missing teacher, for a stored one
-    where the losses need more than its final hidden states, and for a live one that keeps other documents apart.
+    targets: the teacher's outputs; None if the losses need no teacher. channels: the teacher's embedding channels that the
+    student kept, int64 [hidden], if known (see `IntermediateLosses`). documents: if given, tokens attend only to their own
+    document. weights: the weights of a student on the meta device. Raises InputError for a missing teacher, for stored
+    targets if the losses need more than the final hidden states, and for a live teacher with other `documents`.
     """
 
     def __init__(
@@ -40,12 +41,14 @@ class Objective(nn.Module):
         weights: Weights | None = None,
     ) -> None:
         super().__init__()
-        self.student, self.targets, self.losses = student, targets if losses.needs_teacher else None, losses
+        self.student = student
+        self.targets = targets if losses.needs_teacher else None
+        self.losses = losses
         self.documents = documents
         self.watch = watch or Stopwatch(head_of(student).device)
         self.intermediate: IntermediateLosses | None = None
         if losses.needs_teacher and targets is None:
-            raise InputError("targets: none, and the losses compare with a teacher", "give it, or use logits: none")
+            raise InputError("targets: none, but the losses need a teacher", "give targets, or use logits: none")
         if isinstance(targets, LiveTeacher) and targets.documents != documents:
             raise InputError(
                 f"documents: the teacher keeps {_apart(targets.documents)} apart, the student {_apart(documents)}",
@@ -54,22 +57,26 @@ class Objective(nn.Module):
         if losses.needs_live_teacher:
             if not isinstance(targets, LiveTeacher):
                 raise InputError(
-                    f"targets: a {type(targets).__name__} has the teacher's final hidden states alone, and the losses "
+                    f"targets: a {type(targets).__name__} has only the teacher's final hidden states, but the losses "
                     "hidden, embedding, attention and mlp_input need the teacher itself",
                     "give a LiveTeacher, or leave these losses out",
                 )
             self.intermediate = IntermediateLosses(student, targets.model, losses, channels, weights)
 
     def trained(self) -> list[tuple[str, nn.Parameter]]:
-        """What is trained: the student's parameters that require a gradient, and the projection."""
+        """(name, parameter) of everything that is trained: the student's parameters that require a gradient, and the projection
+        of the intermediate losses. Raises InputError if the student has none."""
         named = [(name, p) for name, p in self.student.named_parameters() if p.requires_grad]
         if not named:
-            raise InputError("the student has no parameter that requires a gradient", "unfreeze what is to be trained")
+            raise InputError("the student has no parameter that requires a gradient", "call requires_grad_(True) on it")
         return named + (list(self.intermediate.named_parameters("intermediate")) if self.intermediate else [])
 
     def forward(self, indices: Sequence[int], tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of the rows with these numbers and tokens, int64 [n, seq_length], as a scalar with a gradient; and its
-        parts without: float64 [4] of the loss, the divergence, the cross-entropy and L_is. All are means over the rows."""
+        """(loss, parts) of some rows. indices: their numbers; tokens: int64 [n, seq_length].
+
+        The loss is a scalar with a gradient. The parts, float64 [4] without a gradient, are the loss, the divergence, the
+        cross-entropy and L_is. All are means over the rows.
+        """
         teacher, teacher_outputs = self._teacher(indices, tokens)
         self.watch.lap("teacher")
         modules = self.intermediate.student_modules if self.intermediate else ()
@@ -86,7 +93,7 @@ class Objective(nn.Module):
         loss, intermediate = logits.loss, torch.zeros(len(tokens), device=tokens.device)
         if self.intermediate:
             intermediate = self.intermediate(outputs, teacher_outputs)
-            # of each row, so that neither the micro-batch nor the number of processes matters
+            # for each row, so that the result does not depend on the micro-batch size and the number of processes
             dynamic = dynamic_alpha(logits.divergence.view(tokens.shape).mean(dim=1), intermediate)
             alpha = dynamic if self.losses.alpha is None else self.losses.alpha
             loss = loss + (alpha * intermediate).mean()

@@ -196,7 +196,7 @@ def test_invalid_arguments_of_the_logit_loss_are_refused():
         linear_logit_loss(hidden, head, Losses())
     with pytest.raises(InputError, match="vocabulary has 20 tokens, the student's 30"):
         linear_logit_loss(hidden, head, Losses(), teacher_hidden=hidden, teacher_head=Head(torch.randn(20, 8)))
-    with pytest.raises(InputError, match="top_k: 31 of a vocabulary of 30"):
+    with pytest.raises(InputError, match="top_k: 31 is more than the vocabulary of 30 tokens"):
         linear_logit_loss(hidden, head, Losses(top_k=31), **teacher)
     with pytest.raises(InputError, match=r"cross_entropy: 0.5 without labels"):
         linear_logit_loss(hidden, head, Losses(cross_entropy=0.5), **teacher)
