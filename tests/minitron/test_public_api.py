@@ -1,12 +1,15 @@
 """The package's public functions: what they accept, what `dir` lists and what a repr shows."""
 
 import importlib
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import tiny
 
 import minitron
+import minitron_search
 from minitron import Architecture, estimate_importance, evaluate, linear_kl_div, prune
 from minitron.data import documents
 from minitron.distill import DistillConfig, distill
@@ -82,3 +85,10 @@ def test_a_wrong_type_is_refused_with_the_argument_and_the_expected_type(scored)
         with pytest.raises(InputError, match=message) as caught:
             call()
         assert caught.value.remedy
+
+
+def test_the_method_and_the_search_name_no_option_or_key_of_the_platform():
+    for folder in (Path(minitron.__file__).parent, Path(minitron_search.__file__).parent):
+        for file in folder.rglob("*.py"):
+            text = file.read_text()
+            assert not re.search(r"--storage|teacher\.model:|data\.kind", text), file

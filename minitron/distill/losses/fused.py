@@ -1,8 +1,7 @@
-"""The loss on logits on CUDA: cuBLAS multiplies, and between its products stands one kernel.
+"""The loss on logits on CUDA: matrix products by cuBLAS, and one Triton kernel between them.
 
-The logits of a chunk of tokens exist at a time, in float32. Their gradient is kept, rounded to bf16, for as many tokens as
-GRADIENT_BYTES hold: the two products that it enters are then large, and the head's gradient is written once and not once
-for each chunk.
+Logits exist for one chunk of tokens at a time, in float32. Their gradient is kept in bfloat16 for several chunks, up to
+GRADIENT_BYTES, so that its two matrix products are large and the head's gradient is not written once per chunk.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ from minitron.distill.losses.closed_form import ClosedForm, Teacher, results
 from minitron.distill.losses.divergences import IGNORED
 from minitron.logits import CACHE_ROWS, Head, log_softmax_, most_tokens
 
-CHUNK_TOKENS = 1024  # whose logits exist at a time, at most
-GRADIENT_TOKENS = 8192  # whose gradient of logits is kept, at most: more make the products no faster
+CHUNK_TOKENS = 1024  # largest number of tokens whose logits exist at a time
+GRADIENT_TOKENS = 8192  # largest number of tokens whose gradient is kept; more would not make the products faster
 GRADIENT_BYTES = 2 << 30
-BLOCK = 4096  # logits of a row that a program of the kernel reads at a time
-WARPS = 16  # of a program
+BLOCK = 4096  # number of logits of a row that a kernel program reads at a time
+WARPS = 16  # per kernel program
 
 
 def available(weight: Tensor) -> bool:
-    """Whether a head [V, d] is one for `FusedLogitLoss`: bf16, on CUDA, and Triton there, which torch brings on Linux.
+    """Whether `FusedLogitLoss` supports a head [V, d]: bfloat16, on CUDA, with Triton installed (part of torch on Linux).
 
-    The gradient of a single logit is below the range of float16.
+    float16 is not supported because the gradient of a single logit is below its range.
     """
     return weight.is_cuda and weight.dtype == torch.bfloat16 and _has_triton()
 
@@ -40,7 +39,7 @@ def _has_triton() -> bool:
 
 
 class FusedLogitLoss(ClosedForm):
-    """Takes and returns what `ChunkedLogitLoss` does."""
+    """The same inputs and outputs as `ChunkedLogitLoss`."""
 
     @staticmethod
     def forward(
@@ -75,14 +74,14 @@ class FusedLogitLoss(ClosedForm):
 
 
 def gradient_tokens(tokens: int, vocabulary: int) -> int:
-    """How many of the tokens have their gradient of logits kept at a time; it makes about equal parts of them."""
+    """Number of tokens whose gradient of logits is kept at a time; divides the tokens into parts of about equal size."""
     most = min(GRADIENT_TOKENS, GRADIENT_BYTES // (2 * vocabulary))
     parts = max(1, -(-tokens // max(CACHE_ROWS, most)))
     return CACHE_ROWS * max(1, -(-tokens // (CACHE_ROWS * parts)))
 
 
 def _plus_product(total: Tensor | None, gradient: Tensor, inputs: Tensor, alone: bool) -> Tensor:
-    """total + gradientᵀ · inputs [V, d] in float32, or, if no other part comes, in the dtype of both."""
+    """total + gradientᵀ · inputs, [V, d] in float32; `alone`: there is only one part, whose product keeps the operands' dtype."""
     wide: dict[str, Any] = {} if alone or inputs.dtype == torch.float32 else {"out_dtype": torch.float32}
     if total is None:
         return torch.mm(gradient.T, inputs, **wide)

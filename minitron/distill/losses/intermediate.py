@@ -22,7 +22,7 @@ NEGLIGIBLE = 1e-6  # an L_is below this is the rounding of 1 - cos
 
 @contextmanager
 def recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """The latest output of each named module of `model`, while the block runs."""
+    """Record the latest output of each named module of `model` inside the context: {name: output}."""
     outputs: dict[str, Tensor] = {}
 
     def hook(name: str) -> Any:
@@ -37,12 +37,12 @@ def recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tenso
 
 
 class IntermediateLosses(nn.Module):
-    """L_is of each row, the sum of the intermediate losses in `losses`.
+    """L_is of each row: the sum of the intermediate losses in `losses`.
 
-    Hidden states, always after a norm, embeddings and MLP inputs go through one linear `projection`, float32 [d_t, d_s],
-    which learns with the student. It starts as the identity, or as the teacher's `channels`, int64 [d_s], that the student
-    kept; where widths differ and these are not known, as the least-squares map between the models' embeddings.
-    Raises InputError for maps of layers that are not there and channels that do not fit.
+    The student's hidden states (after a norm), embeddings and MLP inputs are mapped to the teacher's width by one linear
+    `projection`, float32 [d_t, d_s], which is trained with the student. Its initial value is the identity, or selects the
+    teacher's `channels`, int64 [d_s], that the student kept. If the widths differ and no channels are given, it is the
+    least-squares map between the models' embeddings. Raises InputError for layers that do not exist and invalid channels.
     """
 
     projection: nn.Parameter | None
@@ -92,7 +92,7 @@ class IntermediateLosses(nn.Module):
         return {theirs for _, theirs in self.projected} | {name for _, theirs in self.related for name in theirs}
 
     def forward(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tensor:
-        """float32 [rows], from the outputs [rows, seq_length, …] of both models' modules."""
+        """L_is, float32 [rows]. student, teacher: {module name: output [rows, seq_length, …]} of the modules listed above."""
         losses = [self._distance(student[mine], teacher[theirs]) for mine, theirs in self.projected]
         for mine, theirs in self.related:
             of_student = torch.cat([student[name] for name in mine], dim=-1).split(self.widths[0], dim=-1)
@@ -109,7 +109,7 @@ class IntermediateLosses(nn.Module):
 
 
 def dynamic_alpha(logit_loss: Tensor, intermediate: Tensor) -> Tensor:
-    """α = L_logits / L_is of each row, [rows], without a gradient; 0 where L_is is nothing but rounding."""
+    """α = L_logits / L_is of each row, [rows], without a gradient; 0 if L_is is below NEGLIGIBLE."""
     value = intermediate.detach()
     return torch.where(value > NEGLIGIBLE, logit_loss / value.clamp_min(NEGLIGIBLE), 0.0)
 
