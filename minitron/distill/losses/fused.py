@@ -81,7 +81,7 @@ def gradient_tokens(tokens: int, vocabulary: int) -> int:
 
 
 def _plus_product(total: Tensor | None, gradient: Tensor, inputs: Tensor, alone: bool) -> Tensor:
-    """total + gradientᵀ · inputs, [V, d] in float32; `alone`: there is only one part, whose product keeps the operands' dtype."""
+    """total + gradientᵀ · inputs, [V, d] in float32; of a single part (`alone`), in the operands' dtype."""
     wide: dict[str, Any] = {} if alone or inputs.dtype == torch.float32 else {"out_dtype": torch.float32}
     if total is None:
         return torch.mm(gradient.T, inputs, **wide)
