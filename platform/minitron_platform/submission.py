@@ -1,4 +1,4 @@
-"""A recipe as a Ray job: what travels is the recipe with absolute paths, the code, and where everything is kept."""
+"""`submit`: runs a recipe as a Ray job on a cluster."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from urllib.parse import urlsplit
 from minitron import storage
 from minitron.errors import InputError
 from minitron_platform.addresses import is_loopback
-from minitron_platform.cluster.jobs import submit_text
+from minitron_platform.cluster.jobs import submit_text, to_stderr
 from minitron_platform.locations import resolve_locations
-from minitron_platform.recipes.consistency import check_consistency
+from minitron_platform.planning.submission_checks import check_submission
 from minitron_platform.recipes.load import recipe_yaml, with_absolute_paths
 from minitron_platform.recipes.schema import Recipe
+from minitron_platform.tracking.flusher import check_address
 
 
 def submit(
@@ -25,33 +26,45 @@ def submit(
     take_over: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> str:
-    """Start `recipe` on the cluster at `address` (its Jobs address, http://HOST:8265) and return the submission id.
+    """Start `recipe` as a job on a Ray cluster and return the submission id.
 
-    storage_path: a folder that the cluster's nodes share, or an address such as s3://…; tracking_uri: MLflow's. On a head
-    of this machine both have the defaults of `run`; elsewhere they must be given, because this machine's are not there.
-    insecure: allow an unencrypted address elsewhere without a token. take_over: as in `run`.
-    say: receives what there is to tell.
-    Raises InputError for what cannot work, MinitronError if the head refuses or does not answer.
+    Only the recipe and the code are sent. Local paths in the recipe are made absolute; they must exist on the cluster's nodes.
+
+    address: of the cluster's Jobs API, http://HOST:8265. For a head on this machine storage_path and tracking_uri have the
+    defaults of `run`; for another cluster they are required, because these defaults are on this machine.
+    storage_path: a folder that the cluster's nodes share, or an address such as s3://bucket/minitron.
+    tracking_uri: MLflow's server or database.
+    insecure: allow an unencrypted address of another machine without a token.
+    take_over: as for `run`.
+    say: receives messages for the user, one line at a time. Default: standard error.
+
+    Raises what `plan` raises for a recipe that cannot work, before anything is sent. What depends on the cluster (its memory,
+    disk and GPUs) and what this machine cannot read is checked by the job; `say` receives a line about the latter.
+    Raises InputError for an invalid address or location, MinitronError if the head refuses or does not answer.
     """
-    check_consistency(recipe)  # teacher and text may be where only the cluster can read them
-    where = resolve_locations(storage_path, tracking_uri)
-    options = {"storage": where.storage}
-    if tracking_uri is None and not storage.is_local(where.storage):
+    say = say or to_stderr
+    locations = resolve_locations(storage_path, tracking_uri)
+    options = {"storage": locations.storage}
+    if tracking_uri is None and not storage.is_local(locations.storage):
         raise InputError(
-            f"--tracking-uri: with storage at {where.storage} MLflow's default would be a file on the cluster's head",
+            f"--tracking-uri: with storage at {locations.storage}, the default would be a file on the cluster's head",
             "give the address of an MLflow server",
         )
+    if tracking_uri is not None:
+        check_address(tracking_uri)
     if is_loopback(urlsplit(address).hostname or ""):
-        options["tracking-uri"] = where.tracking_uri
+        options["tracking-uri"] = locations.tracking_uri
     else:
         if storage_path is None:
             raise InputError(
-                f"--storage: the default {where.storage} is on this machine, the cluster is at {address}",
+                f"--storage: the default {locations.storage} is on this machine, but the cluster is at {address}",
                 "give a folder that all its nodes share, or an address such as s3://bucket/minitron",
             )
         if tracking_uri is not None:
             options["tracking-uri"] = tracking_uri
     if take_over:
         options["take-over"] = ""
+    if unchecked := check_submission(recipe):
+        say(f"this machine cannot read {', '.join(unchecked)}; the job will check it")
     text = recipe_yaml(with_absolute_paths(recipe))
     return submit_text(text, name=recipe.name, address=address, options=options, insecure=insecure, say=say)

@@ -123,7 +123,7 @@ def submit_text(
     Raises InputError for an invalid name or address and for a secret in `env` or the command, MinitronError if the head refuses
     or does not answer.
     """
-    say = say or _to_stderr
+    say = say or to_stderr
     if not NAME.fullmatch(name):
         raise InputError(
             f"name {name!r}: not a valid run name", "use at most 64 of a-z 0-9 . _ - and begin with a letter or digit"
@@ -349,5 +349,6 @@ async def _next(stream: AsyncIterator[str]) -> str | None:
     return await anext(stream, None)
 
 
-def _to_stderr(line: str) -> None:
+def to_stderr(line: str) -> None:
+    """Print a message for the user to standard error."""
     print(line, file=sys.stderr)

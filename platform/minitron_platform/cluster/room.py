@@ -22,7 +22,7 @@ from minitron_platform.recipes.resources import ResolvedResources, resolve
 from minitron_platform.recipes.schema import Recipe
 from minitron_search.placement import max_concurrent_trials
 
-ANSWER_SECONDS = 30  # time for a node to report the memory of its GPUs
+ANSWER_SECONDS = 30  # longest wait for a node to report the memory of its GPUs
 Node = dict[str, float]  # the resources of a node, by Ray's names
 
 
@@ -33,7 +33,8 @@ def joins_cluster(address: str | None) -> bool:
 
 def resources_here(recipe: Recipe, teacher: Architecture, value_bytes: int) -> ResolvedResources:
     """The recipe's resources on this machine. value_bytes: bytes per weight in the dtype that models compute in."""
-    gpus, size = torch.cuda.device_count(), gpu_bytes()
+    gpus = torch.cuda.device_count()
+    size = gpu_bytes()
     small = gpus > 0 and are_trials_small(recipe, teacher, value_bytes, size)
     return resolve(recipe, gpus, gpu_memory_bytes=size, small_trials=small)
 
@@ -45,28 +46,28 @@ def resources_of_cluster(recipe: Recipe) -> ResolvedResources:
 
 
 def _cluster_gpu_bytes() -> int:
-    """Bytes of the smallest GPU of the connected cluster, as nvidia-smi on each node says; 0 if no node answers."""
+    """Memory of the smallest GPU of the connected cluster in bytes, from nvidia-smi on each node; 0 if no node answers."""
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
-    remote = ray.remote(num_cpus=0)(_node_gpu_bytes)
+    measure = ray.remote(num_cpus=0)(_node_gpu_bytes)
     tasks = [
-        remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote() for node in nodes
+        measure.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote() for node in nodes
     ]
     answered, _ = ray.wait(tasks, num_returns=len(tasks), timeout=ANSWER_SECONDS)
     sizes: list[int] = []
     for task in answered:
-        with suppress(RayError):  # a node that has gone has no GPU to count
+        with suppress(RayError):  # a node that has died has no GPU to count
             sizes.append(ray.get(task))
     return min(filter(None, sizes), default=0)
 
 
 def _node_gpu_bytes() -> int:
-    """Bytes of the smallest GPU of this node, without creating a context on it; 0 without nvidia-smi."""
+    """Memory of the smallest GPU of this node in bytes, without a CUDA context on it; 0 without nvidia-smi."""
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]  # MiB
     try:
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=True)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):
         return 0
-    return min((int(line) << 20 for line in shown.stdout.split() if line.isdigit()), default=0)
+    return min((int(line) << 20 for line in result.stdout.split() if line.isdigit()), default=0)
 
 
 def cluster_nodes() -> list[Node]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from uuid import uuid4
 
@@ -30,14 +30,24 @@ def check_recipe(recipe: Recipe, teacher: Architecture, max_seq_length: int | No
 
     max_seq_length: tokens that the teacher accepts; None for any number.
     """
-    _check_seq_length(recipe, max_seq_length)
     check_consistency(recipe)
+    check_text(recipe)
+    check_benchmark_names(benchmark_tasks(recipe))
+    check_with_teacher(recipe, teacher, max_seq_length)
+
+
+def check_text(recipe: Recipe) -> None:
+    """Raise InputError or StorageError if the recipe's text does not exist or cannot be read."""
     with named_by_key("data"):
         text_identity(text_source(recipe.data))
+
+
+def check_with_teacher(recipe: Recipe, teacher: Architecture, max_seq_length: int | None) -> None:
+    """Raise InputError for keys that contradict the teacher. max_seq_length: as for `check_recipe`."""
+    _check_seq_length(recipe, max_seq_length)
     if recipe.data.bos:
         tokenizer = source_tokenizer(recipe.teacher.model, recipe.teacher.revision)
         document_tokens(recipe.data, tokenizer_document_tokens(tokenizer))
-    _check_tasks(recipe)
     if recipe.correct and recipe.correct.method == "lora":
         check_lora(teacher)
 
@@ -82,13 +92,13 @@ def check_benchmarks(recipe: Recipe, max_seq_length: int | None, finished: Mappi
         for stage, key in task_keys.items()
         if any(stage not in finished.get(member.model, ()) for member in recipe.family)
     }
-    for key, task in _tasks(recipe):
+    for key, task in benchmark_tasks(recipe):
         if any(key.startswith(prefix) for prefix in unfinished):
             with named_by_key(key):
                 check_requirements(task, max_seq_length)
 
 
-def _tasks(recipe: Recipe) -> Iterator[tuple[str, Task]]:
+def benchmark_tasks(recipe: Recipe) -> Iterator[tuple[str, Task]]:
     """Every benchmark of the recipe with its key."""
     search_tasks = recipe.search.evaluate.tasks if recipe.search.evaluate else []
     for key, tasks in (("evaluate.tasks", recipe.evaluate.tasks), ("search.evaluate.tasks", search_tasks)):
@@ -98,9 +108,13 @@ def _tasks(recipe: Recipe) -> Iterator[tuple[str, Task]]:
         yield "calibrate.task", lm_eval_tasks([recipe.calibrate.task])[0]
 
 
-def _check_tasks(recipe: Recipe) -> None:
+def check_benchmark_names(tasks: Iterable[tuple[str, Task]]) -> None:
+    """Raise InputError for a benchmark that does not exist or cannot run as configured, and for one that is given twice.
+
+    tasks: each with its key in the recipe.
+    """
     seen: dict[str, str] = {}
-    for key, task in _tasks(recipe):
+    for key, task in tasks:
         with named_by_key(key):
             check_tasks([task])
         name = f"{key.rstrip('.0123456789')} {task.name}"

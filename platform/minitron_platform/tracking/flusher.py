@@ -31,6 +31,15 @@ LONGEST_PAUSE = 60.0  # seconds between attempts when MLflow does not answer
 LAST_ATTEMPTS = 3  # consecutive failed passes after which close() gives up
 
 
+def check_address(tracking_uri: str) -> None:
+    """Raise InputError for a tracking address that is neither a database nor a server."""
+    if not re.match(r"^(sqlite|postgresql|mysql|mssql)(\+\w+)?://|^https?://", tracking_uri):
+        raise InputError(
+            f"MLflow tracking address {redact(tracking_uri)!r} is not supported",
+            "use sqlite:///path/mlflow.db, http(s)://host:port, or a postgresql:// or mysql:// address",
+        )
+
+
 def prepare_mlflow(tracking_uri: str) -> None:
     """Set MLflow's environment variables for this process and its children, and create the folder of a SQLite database.
 
@@ -38,11 +47,7 @@ def prepare_mlflow(tracking_uri: str) -> None:
     requests short and without retries (a repeated "create run" could create two runs). Variables that are set already are kept.
     Raises InputError for an address that is neither a database nor a server, StorageError if the folder cannot be created.
     """
-    if not re.match(r"^(sqlite|postgresql|mysql|mssql)(\+\w+)?://|^https?://", tracking_uri):
-        raise InputError(
-            f"MLflow tracking address {redact(tracking_uri)!r} is not supported",
-            "use sqlite:///path/mlflow.db, http(s)://host:port, or a postgresql:// or mysql:// address",
-        )
+    check_address(tracking_uri)
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
