@@ -84,7 +84,8 @@ def local_scores(address: str, console: Console) -> Path:
 
 def check_scores(scores: ImportanceScores, base: Architecture, file: Path) -> None:
     """Raise InputError unless the tensors of `scores`, read from `file`, have the shapes of the architecture `base`."""
-    layers, experts = base.num_layers, (base.num_experts,) if base.num_experts else ()
+    layers = base.num_layers
+    experts = (base.num_experts,) if base.num_experts else ()
     expected = {
         "heads": (layers, base.num_heads),
         "neurons": (layers, *experts, base.intermediate_size),

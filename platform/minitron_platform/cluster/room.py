@@ -123,7 +123,8 @@ def check_cluster(resources: ResolvedResources) -> None:
         ("trial", "workers_per_trial", resources.workers_per_trial, resources.trial_share),
         ("worker", "workers", resources.workers, resources.worker_share),
     ):
-        each_cpus, each_gpus = share["CPU"], share.get("GPU", 0)
+        each_cpus = share["CPU"]
+        each_gpus = share.get("GPU", 0)
         if not max_concurrent_trials(nodes, share):
             raise InputError(
                 f"resources: a {key} needs {each_cpus:g} CPUs and {each_gpus:g} GPUs, and no node of the cluster has that many",
