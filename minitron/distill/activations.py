@@ -34,6 +34,12 @@ def final_norm(architecture: Architecture, value_bytes: int) -> int:
     return _norms(architecture, architecture.outer_parameters, value_bytes)
 
 
+def forward_per_token(architecture: Architecture, value_bytes: int) -> int:
+    """Bytes for a token, at the most at once, of a layer that runs without gradients, and its input."""
+    width = architecture.intermediate_size * max(1, architecture.experts_per_token)
+    return (3 * width + 4 * architecture.hidden_size) * value_bytes
+
+
 def backward_per_token(architecture: Architecture, value_bytes: int) -> int:
     """Bytes for a token, at the most at once, of gradients on their way through a layer."""
     experts = max(1, architecture.experts_per_token)

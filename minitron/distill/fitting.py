@@ -71,6 +71,7 @@ def fitting(
     node_processes: int = 0,
     value_bytes: int = 2,
     trained: float = 1.0,
+    compared: int = 0,
 ) -> Fit:
     """The fastest settings that fit in `room` bytes of each of `processes` GPUs, or those that come closest.
 
@@ -91,6 +92,7 @@ def fitting(
             gpu_bytes=gpu_bytes,
             value_bytes=value_bytes,
             trained=trained,
+            compared=compared,
         )
         fit = Fit(settings, kept, memory, room)
         if fit.fits:

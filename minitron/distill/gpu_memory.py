@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from minitron.architecture import Architecture
-from minitron.distill.activations import FLOAT, backward_per_token, final_norm, kept_per_token
+from minitron.distill.activations import FLOAT, backward_per_token, final_norm, forward_per_token, kept_per_token
 from minitron.distill.config import ADAMW_OFFLOAD, DistillConfig
 from minitron.distill.losses import chunked, fused
 from minitron.distill.sharding import STATE_BYTES, parts_of
@@ -14,6 +14,8 @@ from minitron.logits import most_tokens
 
 CONTEXT = 1_500_000_000
 """Of the CUDA context, the libraries' work spaces and NCCL."""
+COMPARED_BYTES = 16
+"""Of a value of a teacher's hidden state that is compared: it and its counterpart, and float32 copies and gradients."""
 TeacherKept = Literal["head", "whole", "sharded"]
 """What is on a GPU of the teacher: its head, with hidden states that are stored; all of it; or a part of its layers."""
 
@@ -43,7 +45,7 @@ class GpuMemory:
     start: int = 0
     """In all, while the models are loaded."""
     end: int = 0
-    """In all, while the trained model is gathered."""
+    """In all, while the trained model is written, of parts a tensor at a time."""
 
     @property
     def parts(self) -> dict[str, int]:
@@ -77,6 +79,7 @@ def gpu_memory(
     gpu_bytes: int = 0,
     value_bytes: int = 2,
     trained: float = 1.0,
+    compared: int = 0,
     triton: bool = True,
 ) -> GpuMemory:
     """Bytes of each of `processes` GPUs that train `student` on rows of `seq_length` tokens.
@@ -85,8 +88,9 @@ def gpu_memory(
     with, None for the next token alone; `teacher_kept` says what of it is on the GPU. source: another whole model beside.
     node_processes, gpu_bytes: processes on each node and memory of a GPU, which decide where copies are split inside nodes
     (see `parts_of`); by default all processes split one. value_bytes: of the dtype that models compute in.
-    trained: share of the parameters that is trained. triton: the loss on logits is the kernel's, which bfloat16 alone has.
-    The losses that compare layers are not counted, nor is compilation.
+    trained: share of the parameters that is trained.
+    triton: the loss on logits is the kernel's, which bfloat16 alone has.
+    compared: outputs within layers that losses compare with the teacher's, by a rough figure. Compilation is not counted.
     """
     parts = parts_of(STATE_BYTES * student.num_parameters, processes, node_processes, gpu_bytes)
     training = _Training(student, config, seq_length, processes, parts, value_bytes, trained)
@@ -97,10 +101,19 @@ def gpu_memory(
         state = replace(state, teacher=_teacher(teacher, teacher_kept, tokens, parts, value_bytes))
     if source is not None:
         state = replace(state, source=source.num_parameters * value_bytes)
+    state = replace(state, gradients=training.sums if training.micro_batches > 1 else 0)
+    in_teacher = state
+    if teacher is not None and teacher_kept != "head":
+        in_teacher = replace(
+            state,
+            activations=tokens * forward_per_token(teacher, value_bytes),
+            communication=2 * value_bytes * layer_parameters(teacher) if teacher_kept == "sharded" else 0,
+        )
     in_loss = replace(
         state,
-        gradients=training.sums if training.micro_batches > 1 else 0,
-        activations=training.kept,
+        activations=training.kept
+        + tokens * final_norm(student, value_bytes)
+        + tokens * compared * COMPARED_BYTES * (teacher.hidden_size if teacher else 0),
         logits=_loss_head(student, teacher, tokens, value_bytes, triton and value_bytes == 2),
         communication=training.gathered,
     )
@@ -115,8 +128,9 @@ def gpu_memory(
         gradients=training.sums + (0 if training.split else value_bytes * training.embedding),
         communication=training.gathered + training.reduced_last,
     )
-    step = max(in_loss, in_backward, at_the_end, key=lambda memory: memory.step)
-    return replace(step, start=state.step, end=state.step)
+    step = max(in_teacher, in_loss, in_backward, at_the_end, key=lambda memory: memory.step)
+    held = replace(state, gradients=0).step
+    return replace(step, start=held, end=held + (FLOAT * training.embedding if training.split else 0))
 
 
 @dataclass(frozen=True)
@@ -166,10 +180,9 @@ class _Training:
 
     @property
     def kept(self) -> int:
-        """All activations, when the forward pass has ended."""
+        """Activations of all layers, when the forward pass has ended."""
         layer = kept_per_token(self.student, self.value_bytes, self.config.activation_checkpointing)
-        outside = final_norm(self.student, self.value_bytes)
-        return self.tokens * (self.student.num_layers * layer + outside)
+        return self.tokens * self.student.num_layers * layer
 
     @property
     def in_layer(self) -> int:
@@ -195,18 +208,17 @@ class _Training:
 
     @property
     def reduced(self) -> int:
-        """Gradients of a layer and of the head before they are in parts."""
+        """Gradients of the head, and of the layer before in float32, until they are in parts."""
         if not self.split:
             return 0
-        layer = layer_parameters(self.student)
-        return self.value_bytes * (self.embedding + layer) + 2 * FLOAT * layer
+        return self.value_bytes * self.embedding + FLOAT * layer_parameters(self.student)
 
     @property
     def reduced_last(self) -> int:
-        """Gradients of the embedding and the head."""
+        """Gradients of the embedding and the head, one of them in float32."""
         if not self.split:
             return 0
-        return (2 * self.value_bytes + 2 * FLOAT) * self.embedding
+        return (2 * self.value_bytes + FLOAT) * self.embedding
 
 
 def _teacher(teacher: Architecture, kept: TeacherKept, tokens: int, parts: int, value_bytes: int) -> int:

@@ -9,11 +9,13 @@ from itertools import combinations
 from typing import Any
 
 from minitron.architecture import Architecture
+from minitron.distill import Losses
 from minitron.distill.blocks import ACTIVATION_CHECKPOINTING
 from minitron.distill.config import ADAMW_OFFLOAD, DistillConfig
 from minitron.distill.fitting import SHARE, Fit, fitting
 from minitron.distill.gpu_memory import TeacherKept
 from minitron.errors import InputError
+from minitron_platform.estimates.teacher import runs_live_teacher
 from minitron_platform.recipes.build import auto_settings, distill_config
 from minitron_platform.recipes.resources import TRIALS_PER_GPU, ResolvedResources, resolve
 from minitron_platform.recipes.schema import Member, Recipe, Training
@@ -55,6 +57,8 @@ class GpuTraining:
     """The model that candidates are pruned from, if a trial keeps it on the GPU."""
     trained: float = 1.0
     """Share of the parameters that is trained."""
+    compared: int = 0
+    """Number of outputs within layers that the losses compare."""
 
     @property
     def room(self) -> int:
@@ -77,6 +81,7 @@ class GpuTraining:
             gpu_bytes=self.gpu_bytes,
             value_bytes=self.value_bytes,
             trained=self.trained,
+            compared=self.compared,
         )
 
     def check(self, stage: str) -> Fit:
@@ -184,8 +189,7 @@ def distillation_on_gpus(
     student: Architecture,
     value_bytes: int,
     resources: ResolvedResources,
-    *,
-    live_teacher: bool,
+    losses: Losses,
 ) -> GpuTraining | None:
     """The full distillation of `member`; None on CPUs. `live_teacher`: whether the workers load the teacher too."""
     if not resources.gpus_per_worker:
@@ -201,7 +205,8 @@ def distillation_on_gpus(
         seq_length=recipe.data.seq_length,
         value_bytes=value_bytes,
         teacher=teacher,
-        teacher_kept=KEPT[recipe.targets.teacher] if live_teacher else ("head",),
+        teacher_kept=KEPT[recipe.targets.teacher] if runs_live_teacher(losses, recipe.targets.mode) else ("head",),
+        compared=len(losses.hidden) + len(losses.attention) + len(losses.mlp_input) + losses.embedding,
         **_settings(training),
     )
 

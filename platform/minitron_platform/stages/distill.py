@@ -100,7 +100,7 @@ class Distill(Stage[DistillOutput]):
                 largest,
                 outlook.value_bytes,
                 outlook.resources,
-                live_teacher=live_teacher,
+                outlook.losses[member.model],
             ),
         )
 
@@ -134,7 +134,7 @@ class Distill(Stage[DistillOutput]):
                 architecture,
                 DTYPES[teacher.dtype].itemsize,
                 resources,
-                live_teacher=runs_live_teacher(losses, recipe.targets.mode),
+                losses,
             )
             config, teacher_kept = training_settings(context, "distill", training, on_gpus)
             view = training_view(context, "distill", folder, training.steps)
