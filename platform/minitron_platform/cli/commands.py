@@ -141,7 +141,10 @@ def recipes() -> None:
 def plan(
     recipe: str, overrides: tuple[str, ...], storage_path: str | None, tracking_uri: str | None, address: str | None
 ) -> None:
-    """Show the stages of RECIPE, their cost and the candidates; refuse a recipe that cannot work."""
+    """Show what RECIPE costs, and check that it can work.
+
+    Lists the stages with their estimated cost, and the candidate architectures of every model.
+    """
     console = Console()
     _show_plan(console, *_planned(console, recipe, overrides, storage_path, tracking_uri, address), candidates=True)
 
@@ -439,11 +442,14 @@ def models(locations: Any) -> None:
 
 @main.command()
 @click.argument("model")
-@click.option("--version", metavar="N", help="[default: the version with the alias 'candidate']")
-@click.option("--alias", default="champion", show_default=True)
+@click.option("--version", metavar="N", help="Version to promote. [default: the one with the alias 'candidate']")
+@click.option("--alias", default="champion", show_default=True, help="Alias to move.")
 @_tracking_options
 def promote(locations: Any, model: str, version: str | None, alias: str) -> None:
-    """Point an alias of MODEL at a version, after verifying its weights."""
+    """Point an alias of MODEL at a version.
+
+    The weights of the version are verified first.
+    """
     from minitron_platform.tracking.registry import promote as promote_model
 
     _print_promotion(
@@ -453,10 +459,13 @@ def promote(locations: Any, model: str, version: str | None, alias: str) -> None
 
 @main.command()
 @click.argument("model")
-@click.option("--alias", default="champion", show_default=True)
+@click.option("--alias", default="champion", show_default=True, help="Alias to move.")
 @_tracking_options
 def rollback(locations: Any, model: str, alias: str) -> None:
-    """Point an alias of MODEL back at its previous version, after verifying its weights."""
+    """Point an alias of MODEL at its previous version.
+
+    The weights of the version are verified first.
+    """
     from minitron_platform.tracking.registry import rollback as roll_back
 
     _print_promotion(roll_back(locations.tracking_uri, model, alias=alias, storage_root=locations.storage))
@@ -468,8 +477,8 @@ def _print_promotion(promotion: Any) -> None:
 
 
 @main.command()
-@click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", default=5000, show_default=True)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=5000, show_default=True, help="Port to listen on.")
 @click.option("--insecure", is_flag=True, help="Allow a host that other machines can reach.")
 @_tracking_options
 def ui(locations: Any, host: str, port: int, insecure: bool) -> None:

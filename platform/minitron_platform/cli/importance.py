@@ -29,7 +29,7 @@ def importance() -> None:
     help="Also plot the scores to this file.",
 )
 def show(scores: Path, plot: Path | None) -> None:
-    """Show which layers, heads, neurons and channels of SCORES are important."""
+    """Show how important layers, heads, neurons and channels are."""
     from minitron.importance import ImportanceScores
     from minitron_platform.cli import importance_tables as tables
 
@@ -52,9 +52,9 @@ def show(scores: Path, plot: Path | None) -> None:
 @click.argument("first", type=SCORES)
 @click.argument("second", type=SCORES)
 def compare(first: Path, second: Path) -> None:
-    """Compare how FIRST and SECOND rank layers, heads, neurons and channels.
+    """Compare the rankings of two calibrations.
 
-    Both must be of the same architecture, for example the teacher before and after its correction.
+    FIRST and SECOND must be of the same architecture, for example the teacher before and after its correction.
     """
     from minitron.importance import ImportanceScores
     from minitron_platform.cli import importance_tables as tables
