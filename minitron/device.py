@@ -17,6 +17,11 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def random_devices() -> list[int]:
+    """The GPU whose random state this process uses, as torch.random.fork_rng takes it; by default that touches all GPUs."""
+    return [torch.cuda.current_device()] if torch.cuda.is_available() else []
+
+
 def gpu_bytes() -> int:
     """Memory in bytes of the GPU with the least memory; 0 without a GPU."""
     count = torch.cuda.device_count()

@@ -91,7 +91,7 @@ def training_memory(
     copy = 3 * FLOAT * parameters // workers if config.checkpoint_every else 0
     if shards > 1:
         weights += FLOAT * head + value_bytes * inner // student.num_layers  # gathered: the head and one layer
-    steady = MainMemory(
+    return MainMemory(
         weights=weights,
         teacher=teacher_bytes,
         optimizer=3 * FLOAT * parameters // shards,
@@ -100,10 +100,6 @@ def training_memory(
         logits=chunks + head * (FLOAT + value_bytes),
         checkpoint=copy,
     )
-    if teacher is None:
-        return steady
-    loading = MainMemory(weights=weight_bytes(student, value_bytes), teacher=weight_bytes(teacher, value_bytes))
-    return max(steady, loading, key=lambda memory: memory.total)
 
 
 def _chunk_bytes(architecture: Architecture, most: int) -> int:

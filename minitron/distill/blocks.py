@@ -1,4 +1,4 @@
-"""Activation checkpointing and compilation of the student's layers."""
+"""Activation checkpointing and compilation of layers."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ _KEPT = (
     "_scaled_dot_product_cudnn_attention",
 )
 
+GRAPHS = 64  # of one layer's code
+
 
 @contextmanager
 def running_blocks(
@@ -35,22 +37,71 @@ def running_blocks(
 
     activation_checkpointing: keep all activations of a layer ("none"), the results of matrix products and attention
     ("selective"), or only the layer's input ("full"); the rest is recomputed in the backward pass. compiled: compile every
-    layer except those with a module in `recorded`, whose outputs are read by hooks.
+    layer, for each shape of micro-batches, except those with a module in `recorded`, whose outputs are read by hooks. Without
+    gradients, as in evaluations, whose batches have many shapes, layers run as they are.
     """
-    prefix = Architecture.from_config(student.config).table.layers
-    layers = [(f"{prefix}.{name}", layer) for name, layer in student.get_submodule(prefix).named_children()]
-    for name, layer in layers:
-        forward: Callable[..., Any] = layer.forward
+
+    def wrapped(name: str, layer: nn.Module) -> Callable[..., Any]:
+        plain: Callable[..., Any] = layer.forward
+        forward = plain
         if activation_checkpointing != "none":
             forward = partial(_recomputed, forward, activation_checkpointing == "selective")
-        if compiled and not any(module.startswith(f"{name}.") for module in recorded):
-            forward = torch.compile(forward)
-        layer.forward = forward
+        if compiled and not _contains(name, recorded):
+            return partial(_with_gradients, _compiled(forward), plain)
+        return forward
+
+    with _replaced(student, wrapped), _many_graphs(compiled):
+        yield
+
+
+@contextmanager
+def compiled_blocks(teacher: nn.Module, *, recorded: Collection[str] = ()) -> Iterator[None]:
+    """Compile the layers of a teacher that is run on micro-batches inside the context, as `running_blocks` does."""
+
+    def wrapped(name: str, layer: nn.Module) -> Callable[..., Any]:
+        return layer.forward if _contains(name, recorded) else _compiled(layer.forward)
+
+    with _replaced(teacher, wrapped), _many_graphs(True):
+        yield
+
+
+@contextmanager
+def _replaced(model: nn.Module, wrapped: Callable[[str, nn.Module], Callable[..., Any]]) -> Iterator[None]:
+    """Inside the context each layer's forward is what `wrapped` makes of its name and the layer."""
+    prefix = Architecture.from_config(model.config).table.layers
+    layers = [(f"{prefix}.{name}", layer) for name, layer in model.get_submodule(prefix).named_children()]
+    for name, layer in layers:
+        layer.forward = wrapped(name, layer)
     try:
         yield
     finally:
         for _, layer in layers:
             del layer.forward
+
+
+def _contains(layer: str, modules: Collection[str]) -> bool:
+    return any(module.startswith(f"{layer}.") for module in modules)
+
+
+def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(forward, dynamic=False)  # micro-batches have two sizes at most
+
+
+@contextmanager
+def _many_graphs(compiled: bool) -> Iterator[None]:
+    """Let layers of a family, which share their code, have a graph for each model, kind of layer and size of micro-batch:
+    beyond PyTorch's limit of 8 they would run as they are, without a word that users see."""
+    if not compiled:
+        yield
+        return
+    from torch._dynamo import config
+
+    with config.patch(recompile_limit=GRAPHS):
+        yield
+
+
+def _with_gradients(compiled: Callable[..., Any], plain: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    return (compiled if torch.is_grad_enabled() else plain)(*arguments, **named)
 
 
 def _recomputed(forward: Callable[..., Any], selective: bool, *arguments: Any, **named: Any) -> Any:

@@ -35,7 +35,7 @@ class DistillConfig:
     activation_checkpointing: str = "none"
     """Activations of a layer that are recomputed in the backward pass instead of kept: "none", "selective" or "full"."""
     compile: bool = False
-    """Compile the student's layers, each by itself."""
+    """Compile the layers of the student and of a live teacher, each by itself."""
     optimizer: str = ADAMW
     """"adamw", or "adamw-offload": the same with float32 weights and moments in main memory, for a GPU that is short of it."""
     weight_decay: float = 0.0

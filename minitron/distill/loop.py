@@ -18,7 +18,7 @@ from minitron import storage
 from minitron.arguments import check_model, check_type
 from minitron.data import DocumentBoundaries, Rows, rows_for_step
 from minitron.device import device
-from minitron.distill.blocks import running_blocks
+from minitron.distill.blocks import compiled_blocks, running_blocks
 from minitron.distill.checkpoints import Checkpoints
 from minitron.distill.config import DistillConfig
 from minitron.distill.curve import Curve, Point
@@ -104,14 +104,18 @@ def distill(
         objective = Objective(working, targets, losses, channels, watch, documents, weights if sharded else None)
         if objective.intermediate:
             objective.intermediate.to(place)
+        compared = objective.intermediate
         stack.enter_context(
             running_blocks(
                 working,
                 activation_checkpointing=config.activation_checkpointing,
                 compiled=config.compile,
-                recorded=objective.intermediate.student_modules if objective.intermediate else (),
+                recorded=compared.student_modules if compared else (),
             )
         )
+        if config.compile and isinstance(objective.targets, LiveTeacher):
+            recorded = compared.teacher_modules if compared else ()
+            stack.enter_context(compiled_blocks(objective.targets.model, recorded=recorded))
         if world > 1:
             _start_alike(objective)
         if sharded:

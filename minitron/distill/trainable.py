@@ -11,6 +11,7 @@ from torch import nn
 
 from minitron.architecture import Architecture
 from minitron.arguments import check_model
+from minitron.device import random_devices
 from minitron.errors import InputError
 
 METHODS = ("full", "norms", "lora")
@@ -62,7 +63,7 @@ def _lora(model: nn.Module, rank: int) -> Iterator[nn.Module]:
     layers = model.get_submodule(table.layers)
     targets = sorted({name.rsplit(".", 1)[-1] for name, m in layers.named_modules() if isinstance(m, nn.Linear)})
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, lora_dropout=0.0)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=random_devices()):
         torch.manual_seed(0)  # every process starts from the same adapters
         adapters = LoraModel(model, config, "correction")
     try:

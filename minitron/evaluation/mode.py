@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from minitron.device import random_devices
+
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
@@ -27,7 +29,7 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
     """`evaluating`, and restore the random states of Python, numpy and torch on exit."""
     python, numbers = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(), evaluating(model):
+        with torch.random.fork_rng(devices=random_devices()), evaluating(model):
             yield
     finally:
         random.setstate(python)

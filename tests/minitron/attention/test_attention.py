@@ -150,7 +150,9 @@ def test_compiled_layers_have_one_graph_per_window_size_for_all_documents(family
         return aot_eager(graph, inputs)
 
     compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend=counting, fullgraph=True))
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: compile_(function, backend=counting, fullgraph=True, **options)
+    )
     torch._dynamo.reset()
     model = model_of(family, num_hidden_layers=4)
     with running_blocks(model, activation_checkpointing="none", compiled=True):

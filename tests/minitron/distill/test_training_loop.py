@@ -214,12 +214,14 @@ def test_a_trained_student_supports_gradients_like_any_other_model(material):
     assert all(parameter.grad is not None for parameter in student.parameters())
 
 
-def test_compiled_layers_train_the_same_student(material):
+def test_compiled_layers_train_the_same_student(material, monkeypatch):
+    compile_ = torch.compile  # without C++, whose compilation takes the time
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: compile_(forward, backend="aot_eager", **options))
     torch._dynamo.utils.counters.clear()
     options = {"targets": live_teacher(material), "losses": INTERMEDIATE, "channels": CHANNELS}
     config = replace(CONFIG, steps=3, activation_checkpointing="selective")
     compiled, _ = distil(material, replace(config, compile=True), **options)
-    # the losses use outputs inside all layers but one
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    # the losses use outputs inside all layers but one of the student and two of the teacher
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     eager, _ = distil(material, config, **options)
     assert [loss for _, loss in compiled] == pytest.approx([loss for _, loss in eager], rel=1e-4)
