@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from minitron import storage
 from minitron.architecture import Architecture
 from minitron.arguments import check_type
-from minitron.attention import row_arguments
+from minitron.attention import row_arguments, use_own_attention
 from minitron.checkpoints.contents import Difference, filled, is_harmless, refusal, untied_head
 from minitron.checkpoints.gguf import read_once
 from minitron.checkpoints.headers import (
@@ -220,6 +220,7 @@ def _filled_model(folder: str, where: str, **arguments: Any) -> Any:
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     if architecture.tied and head is not embedding:
         raise untied_head(architecture, where)
+    use_own_attention(model.config)
     return model
 
 
