@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from minitron.architecture import Architecture
 from minitron.data import DocumentBoundaries, Rows, Split
 from minitron.device import DTYPES, device
 from minitron.distill.teacher.live import LiveTeacher, Targets
+from minitron.distill.teacher.shards import Shards
 from minitron.distill.teacher.stored import StoredTeacher, store_key
 from minitron.distill.teacher.top_k import TopKTeacher
 from minitron.evaluation import HeldoutMetrics, heldout_metrics
@@ -19,6 +21,8 @@ from minitron.logits import Head
 from minitron.meta_models import MetaModel, open_model, read_head
 from minitron.models import load_model
 from minitron.pruning.source import PruningSource
+
+_open_once = lru_cache(maxsize=2)(Shards)
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,9 @@ class DistillInputs:
         return StoredTeacher(self.train_targets, teacher_head, self.targets_key("train"))
 
     def heldout_teacher(self, teacher_head: Head) -> StoredTeacher | LiveTeacher:
-        """The teacher's stored final hidden states of the held-out rows."""
-        return StoredTeacher(self.heldout_targets, teacher_head, self.targets_key("heldout"))
+        """The teacher's stored final hidden states of the held-out rows. A process opens the store once."""
+        key = self.targets_key("heldout")
+        return StoredTeacher(self.heldout_targets, teacher_head, key, open_store=_open_once)
 
     def source(self, origin: PruningSource) -> tuple[nn.Module, Head]:
         """The model from which students are pruned, and the teacher's head; they share weights if the model is the teacher."""
@@ -90,6 +95,7 @@ class DistillInputs:
         rows = self.open_rows("heldout")
         tokens = rows.take(range(min(limit or len(rows), len(rows))))
         targets = self.heldout_teacher(teacher_head)
+        targets.prefetch(range(len(tokens)))
         return heldout_metrics(
             model,
             tokens,

@@ -177,7 +177,9 @@ def distill(
             regular = config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps
             if curve and (regular or done == last):
                 curve.save(done)
-            if saver and (regular or done == until):
+            # also the last step of a sharded student: gathering and saving it can fail, and training need not be repeated
+            before_gathering = config.checkpoint_every and sharded and done == config.steps
+            if saver and (regular or before_gathering or done == until):
                 saver.save(done, state.tensors(), {"skipped": skipped})
                 watch.lap("checkpoint")
         del state  # the moments are not needed while a sharded student is gathered

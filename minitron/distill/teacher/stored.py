@@ -24,14 +24,15 @@ from minitron.models import final_hidden
 
 
 class StoredTeacher:
-    """Hidden states read back from a store that `store_hidden` completed; bit-equal to what was written.
+    """Hidden states read back from a store that `store_hidden` completed; bit-equal to what was written. open_store: how
+    folder and key are opened, for a store that several teachers share.
 
     Raises StorageError if the store is not complete, was made from another teacher or other rows, or is damaged.
     """
 
-    def __init__(self, folder: str, head: Head, key: str) -> None:
+    def __init__(self, folder: str, head: Head, key: str, *, open_store: Callable[[str, str], Shards] = Shards) -> None:
         self.head = head
-        self._shards = Shards(folder, key)
+        self._shards = open_store(folder, key)
 
     def batch(self, indices: Sequence[int], input_ids: Tensor) -> TeacherBatch:
         stored = self._take(indices, input_ids)

@@ -84,7 +84,7 @@ whole, heldout, student = t.train(folder)
 save_file(dict(student.named_parameters()), f"{out}-{until}-{rank}.safetensors")
 part, _, _ = t.train(folder, from_files=True, checkpoints=out, until=until)
 with Counting():
-    t.train(folder, replace(t.SHARDED, steps=1, batch_rows=6, evaluate_every=0))
+    t.train(folder, replace(t.SHARDED, steps=1, batch_rows=6, evaluate_every=0), checkpoints=f"{out}-last-{until}")
 counts = {name: count for name, count in sent.items() if name.startswith("c10d.")}
 # as on two nodes of one process each, with a copy of the student in either
 sharding.mesh_shape = lambda device, size: (2, 1)
