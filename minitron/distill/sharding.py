@@ -136,24 +136,6 @@ def _gpu_bytes(device: torch.device) -> int:
     return int(total)
 
 
-def fits_beside(model_bytes: int, student: nn.Module, device: torch.device, *, shard: bool) -> bool:
-    """Whether a model of this size fits whole on every process's GPU beside the training of `student`, with a third of what
-    is free left for activations and logits. True where there is no GPU.
-
-    The training takes STATE_BYTES for each parameter; with `shard` in parts.
-    """
-    if device.type != "cuda":
-        return True
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    training: float = state_bytes(student)
-    if shard and world > 1:
-        training /= mesh_shape(device, state_bytes(student))[-1]
-    free = torch.tensor(torch.cuda.mem_get_info(device)[0], device=device)
-    if world > 1:
-        dist.all_reduce(free, dist.ReduceOp.MIN)  # all decide alike
-    return model_bytes + training < 2 / 3 * int(free)
-
-
 def begin_micro_batch(objective: Any, *, last: bool) -> None:
     """Add up the gradients of the copies in other nodes in the last micro-batch of a step alone."""
     objective.set_requires_all_reduce(last)

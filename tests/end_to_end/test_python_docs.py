@@ -19,11 +19,13 @@ def test_the_snippets_of_the_python_docs_run(bench, tmp_path, monkeypatch, capsy
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    platform, method, searching = SNIPPETS
+    platform, method, memory, searching = SNIPPETS
     exec(compile(platform, "docs/python.md", "exec"), names)
     assert "RunResult(tiny-cpu-" in capsys.readouterr().out
     exec(compile(method, "docs/python.md", "exec"), names)
     assert (tmp_path / "student" / "model.safetensors").exists()
+    exec(compile(memory, "docs/python.md", "exec"), names)
+    assert "1.5 GB: context 1.5" in capsys.readouterr().out
     with ray_session(None, num_cpus=2):
         exec(compile(searching, "docs/python.md", "exec"), names)
     assert names["found"].winner in names["shapes"]

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -21,6 +22,7 @@ from minitron.distill import DistillConfig, LiveTeacher, Losses
 from minitron.distill.blocks import running_blocks
 from minitron.distill.losses import chunked, kernels
 from minitron.distill.losses.objective import Objective
+from minitron.distill.sharding import begin_micro_batch, shard_
 from minitron.distill.state import TrainingState
 from minitron.logits import Head
 
@@ -33,6 +35,7 @@ class LiveBytes(TorchDispatchMode):
         self.alive, self.part = 0, ""
         self.peaks: dict[str, int] = defaultdict(int)
         self._seen: dict[int, Any] = {}
+        self._sizes: dict[int, int] = {}
 
     def know(self, tensors: Any) -> int:
         """Count storages that were allocated before; returns their bytes."""
@@ -50,18 +53,35 @@ class LiveBytes(TorchDispatchMode):
         self.part = part
         self.peaks[part] = max(self.peaks[part], self.alive)
 
+    @contextmanager
+    def resized(self) -> Iterator[None]:
+        """Count what FSDP2 frees and takes again: it resizes the storages of gathered weights."""
+        resize = torch.UntypedStorage.resize_
+
+        def counted(storage: Any, size: int) -> None:
+            resize(storage, size)
+            self._count(storage)
+
+        torch.UntypedStorage.resize_ = counted  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+
     def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
+        self._count(tensor.untyped_storage())
+
+    def _count(self, storage: Any) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
-            return
 
         def gone(_: Any) -> None:
             del self._seen[key]
-            self.alive -= size
+            self.alive -= self._sizes.pop(key)
 
-        self._seen[key] = weakref.ref(storage, gone)
-        self.alive += size
+        if key not in self._seen:
+            self._seen[key] = weakref.ref(storage, gone)
+        self.alive += size - self._sizes.get(key, 0)
+        self._sizes[key] = size
         self.peaks[self.part] = max(self.peaks[self.part], self.alive)
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
@@ -171,6 +191,31 @@ def count_step(
             del loss
         counter.begin("optimizer")
         state.update(1e-4)
+    return counter
+
+
+def count_split_step(
+    student: Callable[[], nn.Module], teacher: nn.Module, config: DistillConfig, seq_length: int
+) -> LiveBytes:
+    """Two micro-batches of a student that `student` makes, its parts those of the first of many processes, as
+    `minitron.distill.sharding.shard_` makes them, on fake tensors; the head of `teacher` is beside."""
+    counter = LiveBytes()
+    with FakeTensorMode(allow_non_fake_inputs=True), counter, counter.resized():
+        made, like = student(), Head.of(teacher).weight
+        targets: Any = Stored(Head(torch.empty(like.shape, dtype=like.dtype)))
+        objective = Objective(made, targets, Losses(), None, counter)  # type: ignore[arg-type]
+        how = config.activation_checkpointing
+        with running_blocks(made, activation_checkpointing=how, compiled=False):
+            shard_(objective, torch.device("cpu"))
+            with TrainingState(objective.trained(), config):
+                counter.peaks.clear()  # of a student that is whole here before it is split
+                for last in (False, True):
+                    begin_micro_batch(objective, last=last)
+                    tokens = torch.zeros(config.micro_batch_rows, seq_length, dtype=torch.int64)
+                    counter.lap("data")
+                    loss, _ = objective([0] * config.micro_batch_rows, tokens)
+                    loss.backward()
+                    del loss
     return counter
 
 

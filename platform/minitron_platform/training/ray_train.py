@@ -26,7 +26,6 @@ from minitron.checkpoints.files import Checkpoint
 from minitron.device import DTYPES, device
 from minitron.distill import DistillConfig, LiveTeacher, Losses, distill
 from minitron.distill.inputs import DistillInputs
-from minitron.distill.sharding import fits_beside
 from minitron.distill.teacher.live import Targets
 from minitron.distill.trainable import trainable
 from minitron.errors import MinitronError, NonFiniteError, StorageError, one_line
@@ -294,12 +293,7 @@ def _start(task: TrainTask) -> tuple[nn.Module, Checkpoint | None, Targets | Non
         head = inputs.teacher_head()
         return student, weights, inputs.targets(head), head
     model, teacher_weights = inputs.open_teacher()
-    if task.teacher == "auto":
-        teacher_bytes = sum(parameter.nbytes for parameter in model.parameters())
-        shard = not fits_beside(teacher_bytes, student, device(), shard=task.config.shard)
-    else:
-        shard = task.teacher == "sharded"
-    documents = inputs.documents()
+    documents, shard = inputs.documents(), task.teacher == "sharded"
     teacher = LiveTeacher(model, documents=documents, shard=shard, device=device(), weights=teacher_weights)
     return student, weights, teacher, teacher.head
 

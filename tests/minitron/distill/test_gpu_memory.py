@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from helpers.meta_step import architecture, count_step, like_cuda, meta_model
+import torch.distributed as dist
+from helpers.meta_step import architecture, count_split_step, count_step, like_cuda, meta_model
 from helpers.tiny import FAMILIES, OWN
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from minitron.architecture import Architecture
-from minitron.distill import DistillConfig
+from minitron.distill import DistillConfig, sharding
 from minitron.distill.gpu_memory import CONTEXT, gpu_memory
 
 HEADS: dict[str, Any] = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
@@ -58,10 +62,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def named(name: str, layers: int) -> torch.nn.Module:
+def named(name: str, layers: int, device: str = "meta") -> torch.nn.Module:
     """A model of full width with `layers` layers, which are enough because all are alike."""
     family, sizes = MODELS[name]
-    return meta_model(family, sliding_window=None, **{**UNTIED, **sizes, "num_hidden_layers": layers})
+    return meta_model(family, device, sliding_window=None, **{**UNTIED, **sizes, "num_hidden_layers": layers})
 
 
 def config(rows: int, recompute: str, batch_rows: int = 1152) -> DistillConfig:
@@ -109,6 +113,49 @@ def test_the_estimated_activations_of_every_family_equal_the_counted_ones(family
         model = meta_model(family, num_hidden_layers=6, pad_token_id=0, eos_token_id=0, **sizes)
         counted = count_step(model, None, settings, 4096, micro_batches=1)
     estimate = gpu_memory(architecture(model), settings, 4096)
+    assert estimate.step - CONTEXT == pytest.approx(max(counted.peaks.values()), rel=0.08)
+
+
+def test_gradients_move_to_their_sums_as_soon_as_they_are_there():
+    with like_cuda():
+        student = named("llama-4.5b", 6)
+        peaks = count_step(student, None, config(1, "full"), 512).peaks
+    parameters = sum(parameter.numel() for parameter in student.parameters())
+    embedding = student.get_input_embeddings().weight.numel()
+    # weights, masters, moments and sums take 18 bytes a parameter; all gradients in bfloat16 beside them would take 20
+    assert peaks["backward"] < 18 * parameters + 2 * embedding + 0.5 * parameters
+
+
+@pytest.fixture
+def processes():
+    """A function that makes this process the first of many, which send nothing."""
+
+    def begin(count):
+        dist.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
+        return init_device_mesh("cpu", (count,))
+
+    yield begin
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "layers", "count", "rows", "recompute"),
+    [
+        ("llama-4.5b", "llama-8b", 6, 8, 1, "none"),
+        ("nemo-8b", "nemo-12b", 4, 8, 4, "full"),
+        ("llama-35b", "llama-70b", 4, 32, 1, "full"),
+    ],
+)
+def test_the_estimate_for_a_part_of_a_split_student_equals_the_counted_bytes(
+    processes, monkeypatch, student, teacher, layers, count, rows, recompute
+):
+    mesh = processes(count)
+    monkeypatch.setattr(sharding, "mesh_of", lambda device, size: mesh)
+    settings = replace(config(rows, recompute), shard=True)
+    with like_cuda():
+        other, own = named(teacher, layers), named(student, layers)
+        counted = count_split_step(lambda: named(student, layers, device="cpu"), other, settings, 8192)
+    estimate = gpu_memory(architecture(own), settings, 8192, teacher=architecture(other), processes=count)
     assert estimate.step - CONTEXT == pytest.approx(max(counted.peaks.values()), rel=0.08)
 
 

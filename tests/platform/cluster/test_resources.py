@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from contextlib import nullcontext
@@ -187,3 +188,6 @@ def test_a_private_ray_starts_early_and_has_the_gpus_that_trials_and_workers_req
     search = done.output(Search)
     assert len(search.ranking) == search.candidates == 2
     assert not search.failures
+    records = [json.loads(line) for line in done.state.log("search").path.read_text().splitlines()]
+    (settings,) = (record["values"] for record in records if "gpu_memory_estimate" in record.get("values", {}))
+    assert (settings["micro_batch_rows"], settings["teacher_kept"]) == ("2", "head")
