@@ -24,12 +24,13 @@ KERNELS = 128
 def use_own_attention(config: Any) -> None:
     """Let a model of this transformers config take masks of `minitron.attention`, and soft-cap where it should.
 
-    An implementation that was chosen by hand (FlashAttention, transformers' flex_attention) stays.
+    An implementation that was chosen by hand (FlashAttention, transformers' flex_attention) stays, and so does that of a model
+    with layers that are neither causal over all positions nor over a sliding window.
     """
     name = config._attn_implementation
     if name == "sdpa" and softcap_of(config):  # transformers 5.17 takes sdpa, which cannot
         name = "eager"
-    if name in WRAPPED:
+    if name in WRAPPED and _is_causal(config):
         _register()
         config._attn_implementation = PREFIX + name
 
@@ -47,6 +48,11 @@ def is_own(config: Any) -> bool:
 def softcap_of(config: Any) -> float | None:
     """Where attention scores are soft-capped, None if they are not. Gemma 3's config has the key, its layers ignore it."""
     return getattr(config, "attn_logit_softcapping", None) if config.model_type == "gemma2" else None
+
+
+def _is_causal(config: Any) -> bool:
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return kinds <= {"full_attention", "sliding_attention"} and not getattr(config, "use_bidirectional_attention", None)
 
 
 @lru_cache

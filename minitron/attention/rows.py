@@ -34,7 +34,7 @@ def row_arguments(
     masks, and with `documents` positions that begin anew in each, so that none sees another.
 
     kernel: by default the one for the tokens' device. Raises InputError for `documents` with an attention implementation
-    that was chosen by hand.
+    that was chosen by hand, and for layers of another kind than full and sliding.
     """
     config = model.config
     use_own_attention(config)
@@ -42,10 +42,10 @@ def row_arguments(
         if documents is None:
             return {}  # transformers' own masks
         raise InputError(
-            f"attention implementation {config._attn_implementation!r} cannot keep documents apart",
-            "load the model without attn_implementation",
+            f"{config.model_type} with attention implementation {config._attn_implementation!r} cannot keep documents apart",
+            "load the model without attn_implementation, or let the documents of a row attend to each other",
         )
-    kernel = kernel or ("flex" if input_ids.is_cuda else "dense")
+    kernel = kernel or chosen_kernel(input_ids.device)
     numbers = documents.numbers(input_ids) if documents else None
     dtype = next(model.parameters()).dtype
     masks = {

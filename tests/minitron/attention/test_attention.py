@@ -13,6 +13,7 @@ from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.flex_attention import create_block_mask
 
 from minitron.attention import interface, row_arguments, use_own_attention
+from minitron.attention import rows as row_attention
 from minitron.attention.masks import block_mask, dense_mask, visible
 from minitron.distill.blocks import running_blocks
 from minitron.errors import InputError
@@ -135,6 +136,7 @@ def test_on_cuda_no_tensor_has_all_pairs_of_positions_and_the_host_does_not_sync
 
     monkeypatch.setattr(interface, "_compiled", lambda: fused)
     monkeypatch.setattr(functional, "scaled_dot_product_attention", fused)
+    monkeypatch.setattr(row_attention, "chosen_kernel", lambda device: "flex")
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
     with torch.device("meta"):
         model = tiny.from_config(tiny.config(family, True, **WINDOW.get(family, {}), num_hidden_layers=2))
@@ -175,5 +177,15 @@ def test_an_explicit_attention_implementation_is_kept_and_cannot_separate_docume
     model, rows = model_of("llama", attn_implementation="flex_attention"), packed()
     assert row_arguments(model, rows) == {}
     assert model.config._attn_implementation == "flex_attention"
-    with pytest.raises(InputError, match="'flex_attention' cannot keep documents apart"):
+    with pytest.raises(InputError, match="llama with attention implementation 'flex_attention' cannot keep documents"):
+        final_hidden(model, rows, DOCUMENTS)
+
+
+def test_layers_that_see_what_follows_get_the_masks_of_transformers():
+    model, rows = model_of("gemma3_text", use_bidirectional_attention=True), packed()
+    assert torch.equal(final_hidden(model, rows), model.get_decoder()(rows).last_hidden_state)
+    assert not torch.equal(final_hidden(model, rows), final_hidden(model_of("gemma3_text"), rows))
+    with pytest.raises(
+        InputError, match="gemma3_text with attention implementation 'sdpa' cannot keep documents apart"
+    ):
         final_hidden(model, rows, DOCUMENTS)
