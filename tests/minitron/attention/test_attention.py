@@ -151,8 +151,7 @@ def test_on_cuda_no_tensor_has_all_pairs_of_positions_and_the_host_does_not_sync
     assert len(masks) == 4
 
 
-@pytest.mark.parametrize(("family", "kinds"), [("llama", 1), ("gemma3_text", 2)])
-def test_compiled_layers_have_one_graph_per_window_size_for_all_documents(family, kinds, flex_on_cpu, monkeypatch):
+def test_compiled_layers_have_one_graph_per_window_size_for_all_documents(flex_on_cpu, monkeypatch):
     graphs = []
 
     def counting(graph, inputs):
@@ -164,13 +163,13 @@ def test_compiled_layers_have_one_graph_per_window_size_for_all_documents(family
         torch, "compile", lambda function, **options: compile_(function, backend=counting, fullgraph=True, **options)
     )
     torch._dynamo.reset()
-    model = model_of(family, num_hidden_layers=4)
+    model = model_of("gemma3_text", num_hidden_layers=4)
     with running_blocks(model, activation_checkpointing="none", compiled=True):
         for seed in range(3):
             rows = packed(seed=seed)
             arguments = row_arguments(model, rows, DOCUMENTS, "flex")
             model.get_decoder()(rows, use_cache=False, **arguments).last_hidden_state.sum().backward()
-    assert len(graphs) == kinds
+    assert len(graphs) == 2  # of layers with a window and without
 
 
 def test_an_explicit_attention_implementation_is_kept_and_cannot_separate_documents():

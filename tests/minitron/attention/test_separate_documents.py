@@ -20,11 +20,6 @@ from minitron.importance import LayerScoring
 from minitron.logits import Head
 
 
-@pytest.fixture(scope="module")
-def material(tmp_path_factory):
-    return distilling.make_material(tmp_path_factory.mktemp("material"))
-
-
 def test_calibration_and_held_out_metrics_do_not_depend_on_which_documents_share_a_row():
     # two documents of 12 tokens, in one row or in two
     model, teacher = tiny.model(num_hidden_layers=3), tiny.model(seed=1)
