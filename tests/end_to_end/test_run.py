@@ -284,9 +284,8 @@ def test_an_online_teacher_is_stored_for_the_search_alone_and_a_killed_worker_is
         "resources.workers=2",
         "resources.workers_per_trial=2",
         f"resources.cpus_per_trial={os.cpu_count()}",
-        "evaluate.tasks=[{{name: arc_easy, data: {0}, limit: 10}}, {{name: hellaswag, data: {0}}}]".format(
-            bench / "arc.jsonl"
-        ),
+        # relative to the driver's working folder, which is not that of the workers
+        "evaluate.tasks=[{name: arc_easy, data: arc.jsonl, limit: 10}, {name: hellaswag, data: arc.jsonl}]",
     ]
     one = "family.0.space={num_layers: [4], hidden_size: [36], intermediate_size: [48]}"
     process = _start(bench, "online", *settings, one, until="distill")

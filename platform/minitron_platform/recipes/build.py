@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
+from minitron import storage
 from minitron.architecture import Architecture
 from minitron.attention import chosen_kernel
 from minitron.data import DocumentTokens, TextSource
@@ -19,6 +20,7 @@ from minitron.distill.fitting import CHOSEN
 from minitron.distill.losses import mapped_layers
 from minitron.evaluation import Task
 from minitron.importance import LayerScoring
+from minitron.packages import PACKAGE
 from minitron.pruning.source import PruningSource, Recalibration
 from minitron_platform.recipes import schema
 from minitron_platform.recipes.keys import named_by_key
@@ -56,8 +58,14 @@ def separates_documents(recipe: schema.Recipe) -> bool:
 
 
 def lm_eval_tasks(tasks: Iterable[schema.Task]) -> tuple[Task, ...]:
-    """The benchmarks to run."""
-    return tuple(Task(**task.model_dump()) for task in tasks)
+    """The benchmarks to run. Local paths are made absolute, because Ray's workers have working directories of their own."""
+    return tuple(_with_absolute_path(Task(**task.model_dump())) for task in tasks)
+
+
+def _with_absolute_path(task: Task) -> Task:
+    if not task.data or task.data.startswith(PACKAGE):
+        return task
+    return replace(task, data=storage.absolute(task.data))
 
 
 def layer_scoring(calibrate: schema.Calibrate, num_layers: int, depths: Collection[int]) -> LayerScoring:
