@@ -22,6 +22,7 @@ from minitron.distill.blocks import compiled_blocks, running_blocks
 from minitron.distill.checkpoints import Checkpoints
 from minitron.distill.config import DistillConfig
 from minitron.distill.curve import Curve, Point
+from minitron.distill.feeder import Feeder
 from minitron.distill.losses import Losses
 from minitron.distill.losses.objective import Objective
 from minitron.distill.report import Reporter, StepReport
@@ -122,6 +123,7 @@ def distill(
             assert weights is not None
             shard_(objective, place)
             read_(working, weights, dtype, place)
+        feeder = stack.enter_context(Feeder(rows, objective.targets, place))
         alike = sharded or (isinstance(objective.targets, LiveTeacher) and objective.targets.sharded)
         state = stack.enter_context(TrainingState(objective.trained(), config))
         saver = (
@@ -137,12 +139,13 @@ def distill(
         reporter = Reporter(objective, config, rows.seq_length, dtype, first) if report else None
         for step in range(first, last):
             indices = rows_for_step(len(rows), config.batch_rows, step, config.seed)
-            if objective.targets:
-                end = step + 1 == config.steps
-                following = [] if end else rows_for_step(len(rows), config.batch_rows, step + 1, config.seed)
-                objective.targets.prefetch([*indices[rank::world], *following[rank::world]])
             batches = _micro_batches(indices, config.micro_batch_rows, world, rank, alike=alike)
-            share = _forward_backward(objective, rows, batches)
+            following = []
+            if step + 1 < config.steps:
+                next_indices = rows_for_step(len(rows), config.batch_rows, step + 1, config.seed)
+                following = _micro_batches(next_indices, config.micro_batch_rows, world, rank, alike=alike)
+            feeder.expect([row for part, _ in (*batches, *following) for row in part])
+            share = _forward_backward(objective, feeder, batches, following[0][0] if following else None)
             rate = learning_rate(
                 step,
                 total_steps=config.steps,
@@ -207,18 +210,22 @@ def _micro_batches(
 
 def _forward_backward(
     objective: Objective,
-    rows: Rows,
+    feeder: Feeder,
     batches: list[tuple[Sequence[int], float]],
+    following: Sequence[int] | None,
 ) -> Tensor:
-    """Gradients of this process's share of the global mean loss, left in the state; returns that share of each part."""
-    place = next(objective.student.parameters()).device
-    total = torch.zeros(4, dtype=torch.float64, device=place)
+    """Gradients of this process's share of the global mean loss, left in the state; returns that share of each part.
+    following: the first rows of the next step."""
+    total = torch.zeros(4, dtype=torch.float64, device=feeder.device)
     for number, (part, share) in enumerate(batches, start=1):
+        last = number == len(batches)
         if isinstance(objective, FSDPModule):
-            begin_micro_batch(objective, last=number == len(batches))
-        tokens = rows.take(part).to(place)
-        objective.watch.lap("data")
-        loss, values = objective(part, tokens)
+            begin_micro_batch(objective, last=last)
+        tokens, stored = feeder.take(part, following if last else batches[number][0])
+        objective.watch.lap(
+            "data" if stored is None else "teacher"
+        )  # the teacher's states are nearly all of what is read
+        loss, values = objective(part, tokens, stored)
         (loss * share).backward()
         total += values * share
         objective.watch.lap("student")

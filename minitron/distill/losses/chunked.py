@@ -63,7 +63,9 @@ class ChunkedLogitLoss(ClosedForm):
         student_buffer = torch.empty(shape, device=weight.device)
         teacher_buffer = torch.empty(shape, device=weight.device) if teacher is not None and teacher.head else None
         rounded = _gradient_buffer(student_buffer, teacher_buffer, weight.dtype)
-        labelled = 0 if labels is None else max(1, int((labels != IGNORED).sum()))
+        # on the device, since the host would wait for it
+        labelled: Tensor | int = 1 if labels is None else (labels != IGNORED).sum().clamp(min=1)
+        label_weight = torch.full((), losses.cross_entropy, dtype=torch.float64, device=hidden.device) / labelled
         for start in range(0, tokens, chunk):
             part = slice(start, start + chunk)
             target = None if teacher is None else _target(teacher, part, losses.top_k, teacher_buffer)
@@ -75,7 +77,7 @@ class ChunkedLogitLoss(ClosedForm):
                 if labels is not None:
                     own = logits[rows].clone() if target is not None else logits[rows]
                     cross_entropies[part][rows] = cross_entropy_(own, labels[part][rows])
-                    own.mul_(losses.cross_entropy / labelled)
+                    own.mul_(label_weight)
                 if target is not None:
                     divergences[part][rows] = _divergence_(logits[rows], target.rows(rows), losses, tokens)
                     if own is not None:
@@ -95,7 +97,7 @@ class ChunkedLogitLoss(ClosedForm):
             hidden_grad.to(hidden.dtype) if hidden_grad is not None else None,
             weight_grad.to(weight.dtype) if weight_grad is not None else None,
         )
-        return results(ctx, losses, divergences, cross_entropies, max(1, labelled))
+        return results(ctx, losses, divergences, cross_entropies, labelled)
 
 
 def _gradient_buffer(student: Tensor, teacher: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -95,7 +95,7 @@ def cross_entropy_(student: Tensor, labels: Tensor) -> Tensor:
     tokens = labels.masked_fill(ignored, 0)[:, None]
     loss = -log_softmax_(student).gather(1, tokens)[:, 0]
     student.exp_().scatter_add_(1, tokens, student.new_full(tokens.shape, -1.0))
-    student[ignored] = 0.0
+    student.masked_fill_(ignored[:, None], 0.0)
     return loss.masked_fill_(ignored, 0.0)
 
 

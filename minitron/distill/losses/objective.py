@@ -71,13 +71,16 @@ class Objective(nn.Module):
             raise InputError("the student has no parameter that requires a gradient", "call requires_grad_(True) on it")
         return named + (list(self.intermediate.named_parameters("intermediate")) if self.intermediate else [])
 
-    def forward(self, indices: Sequence[int], tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss, parts) of some rows. indices: their numbers; tokens: int64 [n, seq_length].
+    def forward(
+        self, indices: Sequence[int], tokens: Tensor, stored: TeacherBatch | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(loss, parts) of some rows. indices: their numbers; tokens: int64 [n, seq_length]; stored: the teacher on them, if it
+        was read before.
 
         The loss is a scalar with a gradient. The parts, float64 [4] without a gradient, are the loss, the divergence, the
         cross-entropy and L_is. All are means over the rows.
         """
-        teacher, teacher_outputs = self._teacher(indices, tokens)
+        teacher, teacher_outputs = self._teacher(indices, tokens) if stored is None else (stored, {})
         self.watch.lap("teacher")
         modules = self.intermediate.student_modules if self.intermediate else ()
         with recorded(self.student, modules) as outputs:

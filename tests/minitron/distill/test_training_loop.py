@@ -166,7 +166,8 @@ def test_step_reports_have_the_time_of_each_part_and_the_flop_utilisation(materi
     distill(student, Slow(material, []), rows, config, report=reports.append)
     elapsed = time.perf_counter() - started
     assert [report.bound_by for report in reports] == ["teacher", "teacher"]
-    assert all(report.seconds["teacher"] >= 1.0 for report in reports)  # of two micro-batches
+    # two micro-batches, less what is read while the one before is computed
+    assert all(report.seconds["teacher"] >= 0.7 for report in reports)
     assert 4 * 1.0 < sum(2 * sum(report.seconds.values()) for report in reports) < elapsed
     own, other = (Architecture.from_config(model.config) for model in (student, load_teacher(material)))
     flops = 3 * own.flops_per_token(32) + 2 * other.vocab_size * other.hidden_size
