@@ -36,6 +36,8 @@ class DistillConfig:
     """Activations of a layer that are recomputed in the backward pass instead of kept: "none", "selective" or "full"."""
     compile: bool = False
     """Compile the layers of the student and of a live teacher, each by itself."""
+    deterministic: bool = False
+    """Use deterministic kernels on GPUs, which may be slower; CPUs always do."""
     optimizer: str = ADAMW
     """"adamw", or "adamw-offload": the same with float32 weights and moments in main memory, for a GPU that is short of it."""
     weight_decay: float = 0.0

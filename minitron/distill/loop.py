@@ -22,6 +22,7 @@ from minitron.distill.blocks import compiled_blocks, running_blocks
 from minitron.distill.checkpoints import Checkpoints
 from minitron.distill.config import DistillConfig
 from minitron.distill.curve import Curve, Point
+from minitron.distill.determinism import deterministic_kernels
 from minitron.distill.feeder import Feeder
 from minitron.distill.losses import Losses
 from minitron.distill.losses.objective import Objective
@@ -95,6 +96,8 @@ def distill(
     dtype = head_of(student).dtype
     watch = Stopwatch(place)
     with ExitStack() as stack:
+        if config.deterministic:
+            stack.enter_context(deterministic_kernels(place))
         working = student
         if sharded and weights is None:
             working, weights = stack.enter_context(working_copy(student)), InMemory(student)

@@ -140,10 +140,10 @@ def auto_settings(training: schema.Training) -> tuple[str, ...]:
 
 
 def training_values(training: schema.Training) -> dict[str, Any]:
-    """A training's values for fingerprints: with the values for CPUs instead of `auto`, and without `optimizer`. What is
-    left out changes the result only by rounding."""
+    """A training's values for fingerprints: with the values for CPUs instead of `auto`, and without `optimizer` and
+    `deterministic`. What is left out changes the result only by rounding."""
     config = distill_config(training)
-    values = training.model_dump(exclude={"optimizer"})
+    values = training.model_dump(exclude={"optimizer", "deterministic"})
     return values | {name: getattr(config, name) for name in auto_settings(training)}
 
 

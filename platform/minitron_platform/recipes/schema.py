@@ -148,6 +148,7 @@ class Training(_Section):
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     optimizer: Literal["adamw", "adamw-offload"] = "adamw"
     compile: bool = False
+    deterministic: bool = False
 
 
 class Correct(_Section):

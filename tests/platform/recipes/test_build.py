@@ -97,6 +97,7 @@ PAIRS = {
             "activation_checkpointing": "full",
             "optimizer": "adamw-offload",
             "compile": True,
+            "deterministic": True,
         },
         lambda recipe, section: build.distill_config(section),
         {"evaluate_tasks_every": "TrainTask.tasks_every"},
