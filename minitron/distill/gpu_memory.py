@@ -38,7 +38,7 @@ class GpuMemory:
     teacher: int = 0
     """Its weights, or its head and the hidden states of a micro-batch."""
     source: int = 0
-    """The model that candidates are cut from, which a trial keeps for the next."""
+    """The model that the student was cut from, where it stays for the next."""
     communication: int = 0
     """Layers that are gathered, and gradients on their way to those who hold the parts."""
     context: int = CONTEXT
@@ -74,6 +74,7 @@ def gpu_memory(
     teacher: Architecture | None = None,
     teacher_kept: TeacherKept = "head",
     source: Architecture | None = None,
+    source_kept: bool = False,
     processes: int = 1,
     node_processes: int = 0,
     gpu_bytes: int = 0,
@@ -85,7 +86,8 @@ def gpu_memory(
     """Bytes of each of `processes` GPUs that train `student` on rows of `seq_length` tokens.
 
     config: its batch, micro-batch, shard, activation_checkpointing and optimizer count. teacher: what the student is compared
-    with, None for the next token alone; `teacher_kept` says what of it is on the GPU. source: another whole model beside.
+    with, None for the next token alone; `teacher_kept` says what of it is on the GPU. source: the model that the student is
+    cut from here, at the start; with `source_kept` it stays.
     node_processes, gpu_bytes: processes on each node and memory of a GPU, which decide where copies are split inside nodes
     (see `parts_of`); by default all processes split one. value_bytes: of the dtype that models compute in.
     trained: share of the parameters that is trained.
@@ -99,8 +101,11 @@ def gpu_memory(
         inside = value_bytes * teacher.num_layers * layer_parameters(teacher)
         parts = parts_of(inside, processes, node_processes, gpu_bytes)
         state = replace(state, teacher=_teacher(teacher, teacher_kept, tokens, parts, value_bytes))
+    cutting = 0
     if source is not None:
-        state = replace(state, source=source.num_parameters * value_bytes)
+        size = source.num_parameters * value_bytes
+        cutting = size + student.num_parameters * value_bytes + state.teacher + CONTEXT
+        state = replace(state, source=size if source_kept else 0)
     state = replace(state, gradients=training.sums if training.micro_batches > 1 else 0)
     in_teacher = state
     if teacher is not None and teacher_kept != "head":
@@ -130,7 +135,7 @@ def gpu_memory(
     )
     step = max(in_teacher, in_loss, in_backward, at_the_end, key=lambda memory: memory.step)
     held = replace(state, gradients=0).step
-    return replace(step, start=held, end=held + (FLOAT * training.embedding if training.split else 0))
+    return replace(step, start=max(held, cutting), end=held + (FLOAT * training.embedding if training.split else 0))
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,9 @@ class GpuTraining:
     teacher_kept: tuple[TeacherKept, ...] = ("head",)
     """The parts of the teacher that a GPU may have; one of them is chosen by memory."""
     source: Architecture | None = None
-    """The model that candidates are pruned from, if a trial keeps it on the GPU."""
+    """The model that a trial prunes its candidate from, on the GPU."""
+    source_kept: bool = False
+    """Whether it stays there during the training."""
     trained: float = 1.0
     """Share of the parameters that is trained."""
     compared: int = 0
@@ -76,6 +78,7 @@ class GpuTraining:
             teacher=self.teacher,
             teacher_kept=self.teacher_kept,
             source=self.source,
+            source_kept=self.source_kept,
             processes=self.processes,
             node_processes=NODE_GPUS,
             gpu_bytes=self.gpu_bytes,
@@ -219,7 +222,7 @@ def trials_on_gpus(
     value_bytes: int,
     resources: ResolvedResources,
 ) -> GpuTraining | None:
-    """A trial of the search; None on CPUs. Each of its workers keeps `source`, the model that candidates are pruned from."""
+    """A trial of the search; None on CPUs. `source` is the model that candidates are pruned from."""
     if not resources.gpus_per_trial:
         return None
     return GpuTraining(
@@ -233,6 +236,8 @@ def trials_on_gpus(
         value_bytes=value_bytes,
         teacher=teacher,
         source=source,
+        # a worker that has scored candidates goes on with it to their trials; several workers start anew for each trial
+        source_kept=recipe.search.forward is not None and resources.workers_per_trial == 1,
         **_settings(recipe.search.training),
     )
 

@@ -116,6 +116,17 @@ def test_the_estimated_activations_of_every_family_equal_the_counted_ones(family
     assert estimate.step - CONTEXT == pytest.approx(max(counted.peaks.values()), rel=0.08)
 
 
+def test_a_trial_needs_its_source_at_the_start_and_longer_only_if_it_is_kept():
+    student = Architecture(4, 3072, 9216, 32, 8, 128, 128_256, tied=False)
+    large = Architecture(32, 4096, 14_336, 32, 8, 128, 128_256, tied=False)
+    settings = config(1, "full")
+    alone = gpu_memory(student, settings, 512, teacher=large)
+    cut, kept = (gpu_memory(student, settings, 512, teacher=large, source=large, source_kept=k) for k in (False, True))
+    assert (cut.step, kept.step) == (alone.step, alone.step + 2 * large.num_parameters)
+    assert cut.start == 2 * (large.num_parameters + student.num_parameters) + alone.teacher + CONTEXT
+    assert cut.peak == max(cut.step, cut.start)
+
+
 def test_gradients_move_to_their_sums_as_soon_as_they_are_there():
     with like_cuda():
         student = named("llama-4.5b", 6)
