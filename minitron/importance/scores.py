@@ -98,4 +98,7 @@ class ImportanceScores:
                     removal.setdefault(metric, {})[int(size)] = values
             return cls(**tensors, removal=removal, orders=orders, provenance=provenance)
         except (OSError, SafetensorError, TypeError, ValueError) as error:
-            raise StorageError(f"{path}: cannot be read as importance scores ({error})", "calibrate again") from error
+            raise StorageError(
+                f"{path}: cannot be read as importance scores ({error})",
+                "give a file that ImportanceScores.save or a calibration wrote; if it is one, it is damaged: calibrate again",
+            ) from error

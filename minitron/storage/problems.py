@@ -13,6 +13,9 @@ from minitron.errors import MinitronError, NotWritableError, StorageError, one_l
 from minitron.storage.addresses import is_local, local_path
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+# a parent is a file, the path is a folder, a parent is in /proc or on a share that is gone, a name is too long
+IMPOSSIBLE = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 @contextmanager
@@ -48,12 +51,13 @@ def disk_errors(path: str) -> Iterator[None]:
                 f"{path}: the disk is full ({free / 1e9:.2f} GB free)",
                 "free some space, or choose another folder",
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-            raise NotWritableError(
-                f"{path}: cannot be written ({error.strerror})",
-                "change its permissions, or choose another folder",
-            ) from error
-        raise
+        if error.errno in FORBIDDEN:
+            remedy = "change its permissions, or choose another folder"
+        elif error.errno in IMPOSSIBLE:
+            remedy = "choose another folder"
+        else:
+            raise
+        raise NotWritableError(f"{path}: cannot be written ({error.strerror})", remedy) from error
 
 
 def free_bytes(path: str) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minitron import storage
+from minitron_platform.arguments import check_optional_string, path_string
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,15 @@ class Locations:
         return storage.join(self.local_run(run_key), "spool")
 
 
-def resolve_locations(storage_path: str | None = None, tracking_uri: str | None = None) -> Locations:
+def resolve_locations(storage_path: str | Path | None = None, tracking_uri: str | None = None) -> Locations:
     """Absolute locations from the user's arguments.
 
     storage_path: default MINITRON_STORAGE, or ./runs. tracking_uri: default MLFLOW_TRACKING_URI, or a SQLite database in the
-    local folder. Raises InputError for an address whose file system is unknown or not installed.
+    local folder. Raises InputError for an address whose file system is unknown or not installed, and for a wrong type.
     """
+    check_optional_string("tracking_uri", tracking_uri)
+    if storage_path is not None:
+        storage_path = path_string("storage_path", storage_path)
     root = storage.absolute(storage_path or os.environ.get("MINITRON_STORAGE") or "runs")
     storage.filesystem(root)
     local = root if storage.is_local(root) else str(Path.home() / ".cache" / "minitron" / storage.fingerprint(root))

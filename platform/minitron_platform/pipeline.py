@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 
 from minitron import storage
+from minitron.arguments import check_type
 from minitron.errors import InputError, StorageError
 from minitron_platform.cluster.room import joins_cluster
 from minitron_platform.console import Console, seconds
@@ -18,7 +20,7 @@ from minitron_platform.leases import lease
 from minitron_platform.locations import Locations, resolve_locations
 from minitron_platform.planning.plan import Plan, plan
 from minitron_platform.recipes.build import separates_documents
-from minitron_platform.recipes.load import recipe_yaml
+from minitron_platform.recipes.load import check_recipe_type, recipe_yaml
 from minitron_platform.recipes.schema import Recipe
 from minitron_platform.results import RunResult
 from minitron_platform.stages.calibrate import Calibrate
@@ -42,7 +44,7 @@ BEFORE_RAY = (Calibrate.name, Targets.name)
 def run(
     recipe: Recipe,
     *,
-    storage_path: str | None = None,
+    storage_path: str | Path | None = None,
     tracking_uri: str | None = None,
     address: str | None = None,
     until: str | None = None,
@@ -65,6 +67,11 @@ def run(
     MinitronErrors for problems that the user can fix.
     """
     names = stage_names()
+    check_recipe_type(recipe)
+    if console is not None:
+        check_type("console", console, Console)
+    if planned is not None:
+        check_type("planned", planned, Plan, "the result of plan")
     if until is not None and until not in names:
         raise InputError(f"until: {until!r} is not a stage", f"use one of {', '.join(names)}")
     console = console or Console()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from minitron.arguments import check_type
 from minitron.errors import InputError
+from minitron_platform.arguments import check_optional_string, path_string
 from minitron_platform.locations import resolve_locations
 from minitron_platform.tracking import registry
 
@@ -10,7 +14,7 @@ TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")  
 
 
 def promote(
-    where: str,
+    where: str | Path,
     model: str,
     *,
     version: str | int | None = None,
@@ -24,8 +28,14 @@ def promote(
     storage that does not contain MLflow's database.
     Raises InputError for an unknown model or version and an invalid alias, StorageError for missing or altered weights.
     """
-    if not isinstance(where, str) or not where:
-        raise InputError(f"where: {where!r} is not an address", "give the storage, such as 'runs', or MLflow's address")
+    where = path_string("where", where)
+    if not where:
+        raise InputError("where: the address is empty", "give the storage, such as 'runs', or MLflow's address")
+    for name, value in (("model", model), ("alias", alias)):
+        check_type(name, value, str, "a string")
+    check_optional_string("tracking_uri", tracking_uri)
+    if version is not None:
+        check_type("version", version, (str, int), "a version, such as 3")
     if where.split("://")[0].split("+")[0] in TRACKING_SCHEMES:
         return registry.promote(where, model, version=_text(version), alias=alias)
     locations = resolve_locations(where, tracking_uri)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from minitron import storage
 from minitron.errors import InputError
-from minitron_platform.addresses import is_loopback
+from minitron_platform.addresses import check_jobs_address, is_loopback
 from minitron_platform.cluster.jobs import submit_text, to_stderr
 from minitron_platform.locations import resolve_locations
 from minitron_platform.planning.submission_checks import check_submission
-from minitron_platform.recipes.load import recipe_yaml, with_absolute_paths
+from minitron_platform.recipes.load import check_recipe_type, recipe_yaml, with_absolute_paths
 from minitron_platform.recipes.schema import Recipe
 from minitron_platform.tracking.flusher import check_address
 
@@ -20,7 +21,7 @@ def submit(
     recipe: Recipe,
     *,
     address: str,
-    storage_path: str | None = None,
+    storage_path: str | Path | None = None,
     tracking_uri: str | None = None,
     insecure: bool = False,
     take_over: bool = False,
@@ -42,6 +43,8 @@ def submit(
     disk and GPUs) and what this machine cannot read is checked by the job; `say` receives a line about the latter.
     Raises InputError for an invalid address or location, MinitronError if the head refuses or does not answer.
     """
+    check_recipe_type(recipe)
+    check_jobs_address(address)
     say = say or to_stderr
     locations = resolve_locations(storage_path, tracking_uri)
     options = {"storage": locations.storage}

@@ -29,7 +29,7 @@ from ray.job_submission import JobSubmissionClient
 from minitron import __version__
 from minitron.errors import InputError, MinitronError
 from minitron.storage import fingerprint
-from minitron_platform.addresses import is_loopback
+from minitron_platform.addresses import check_jobs_address, is_loopback
 from minitron_platform.cluster.packaging import code_hash, stage_code
 from minitron_platform.cluster.ray_session import auth_token
 
@@ -230,19 +230,10 @@ class _Client(JobSubmissionClient):
 
 def _connect(address: str, insecure: bool) -> JobSubmissionClient:
     """A client for the Jobs API at `address`. Raises InputError for an address that is invalid or not safe to use."""
+    check_jobs_address(address)
     parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InputError(
-            f"address {address!r}: not the address of a Jobs API",
-            "give the address of the head's dashboard, http://HOST:8265 or https://HOST (not ray:// or port 6379)",
-        )
-    if parts.password is not None:
-        raise InputError(
-            f"address of {parts.hostname}: contains a password",
-            "remove it, and set RAY_AUTH_TOKEN_PATH to the token's file",
-        )
     token = auth_token()
-    if token is None and parts.scheme == "http" and not is_loopback(parts.hostname) and not insecure:
+    if token is None and parts.scheme == "http" and not is_loopback(parts.hostname or "") and not insecure:
         raise InputError(
             f"address {address!r}: no cluster token is set, and without one everybody who reaches the head can run code on it",
             "set RAY_AUTH_TOKEN_PATH to the file with the cluster's token, or forward the port and use "

@@ -19,6 +19,7 @@ from ray._private.authentication import authentication_token_setup
 
 from minitron.environment import environment_variables
 from minitron.errors import InputError, MinitronError
+from minitron_platform.addresses import check_ray_address
 from minitron_platform.cluster.packaging import PACKAGES, package_folder, stage_code
 from minitron_search.private_ray import private_settings
 
@@ -89,11 +90,7 @@ def ray_session(
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS") or None
-    if address is not None and address.startswith(("http://", "https://")):
-        raise InputError(
-            f"Ray address {address!r}: this is the address of a Jobs API, which only accepts whole runs",
-            "use it with `minitron submit --address`, or unset RAY_ADDRESS to run on this machine",
-        )
+    check_ray_address(address)
     with environment_variables(QUIET):
         if address is None or address == "local":
             logging.getLogger("ray").setLevel(logging.ERROR)  # ray.init warns if it is called outside the main thread

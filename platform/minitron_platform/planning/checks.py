@@ -13,7 +13,7 @@ from minitron.architecture import Architecture
 from minitron.data import document_tokens as tokenizer_document_tokens
 from minitron.data import source_identity as text_identity
 from minitron.distill.trainable import check_lora
-from minitron.errors import InputError
+from minitron.errors import InputError, StorageError
 from minitron.evaluation import Task, check_requirements, check_tasks
 from minitron.models import source_tokenizer
 from minitron_platform.cluster.room import joins_cluster
@@ -74,8 +74,11 @@ def check_machine(resources: ResolvedResources, storage_path: str, address: str 
         _check_gpu_count(resources)
     # its own name: other drivers may check the same storage at this moment
     probe = storage.join(storage_path, f".writable-{uuid4().hex}")
-    storage.write_bytes(probe, b"")
-    storage.remove(probe)
+    try:
+        storage.write_bytes(probe, b"")
+        storage.remove(probe)
+    except StorageError as error:
+        raise type(error)(error.problem.replace(probe, storage_path), error.remedy) from error
 
 
 def check_benchmarks(recipe: Recipe, max_seq_length: int | None, finished: Mapping[str, set[str]]) -> None:

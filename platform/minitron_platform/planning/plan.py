@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from minitron.attention import chosen_kernel
 from minitron.device import compute_dtype, device, matmul_flops
 from minitron.distill.fitting import Fit
 from minitron.models import check_contents, source_architecture
+from minitron_platform.addresses import check_ray_address
 from minitron_platform.cluster.room import (
     joins_cluster,
     private_node,
@@ -30,6 +33,7 @@ from minitron_platform.planning.checks import check_benchmarks, check_machine, c
 from minitron_platform.recipes.build import distillation_losses, separates_documents
 from minitron_platform.recipes.candidates import family_candidates
 from minitron_platform.recipes.keys import named_by_key
+from minitron_platform.recipes.load import check_recipe_type
 from minitron_platform.recipes.resources import ResolvedResources, gpu_warnings, resolve
 from minitron_platform.recipes.schema import Member, Recipe
 from minitron_platform.stages.finished import finished_stages
@@ -118,7 +122,11 @@ class Plan:
 
 
 def plan(
-    recipe: Recipe, *, storage_path: str | None = None, tracking_uri: str | None = None, address: str | None = None
+    recipe: Recipe,
+    *,
+    storage_path: str | Path | None = None,
+    tracking_uri: str | None = None,
+    address: str | None = None,
 ) -> Plan:
     """Check everything about `recipe` that can be checked without carrying it out, and estimate what each stage costs.
 
@@ -128,6 +136,8 @@ def plan(
     Raises InputError or StorageError, naming the key or path and the remedy, for what cannot work: a missing teacher or text,
     a size that no candidate has, an unknown benchmark, a storage that cannot be written, too little disk or memory.
     """
+    check_recipe_type(recipe)
+    check_ray_address(address or os.environ.get("RAY_ADDRESS"))
     locations = resolve_locations(storage_path, tracking_uri)
     with named_by_key("teacher.model"):
         teacher, max_seq_length = source_architecture(recipe.teacher.model, recipe.teacher.revision)

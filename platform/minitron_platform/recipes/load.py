@@ -12,11 +12,21 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from minitron.arguments import short_repr
 from minitron.errors import InputError
 from minitron.packages import PACKAGE
 from minitron.storage import is_local, local_path
+from minitron_platform.arguments import check_strings, path_string
 from minitron_platform.recipes.keys import section_keys
 from minitron_platform.recipes.schema import Recipe
+
+_PLAIN = {  # by the type of pydantic's error, whose own message names Python classes or a regular expression
+    "model_type": "it should be a section of keys and values",
+    "dataclass_type": "it should be a section of keys and values",
+    "list_type": "it should be a list",
+    "tuple_type": "it should be a list",
+    "string_pattern_mismatch": "use at most 64 of a-z 0-9 . _ - and begin with a letter or digit",
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -42,12 +52,14 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a shipped recipe by its name, or a recipe file by its path, and apply `overrides` such as "distill.steps=50".
 
     Raises InputError, naming the file, the key, the value and a remedy, for a file that cannot be read and for values that
-    are not valid.
+    are not valid, and for arguments of the wrong type.
     """
+    name_or_path = path_string("name_or_path", name_or_path)
+    check_strings("overrides", overrides)
     shipped = shipped_recipes()
     path = shipped.get(name_or_path) or Path(name_or_path).expanduser()
     if not path.is_file():
@@ -72,6 +84,13 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise _first_error(path, values, error) from error
+
+
+def check_recipe_type(value: Any) -> None:
+    """Raise InputError unless `value` is a recipe, for example for the name of one."""
+    if not isinstance(value, Recipe):
+        name = short_repr(value) if isinstance(value, str) else "..."
+        raise InputError(f"recipe: {short_repr(value)} is not a recipe", f"give the result of load_recipe({name})")
 
 
 def recipe_yaml(recipe: Recipe) -> str:
@@ -165,7 +184,9 @@ def _first_error(path: Path, values: dict[str, Any], error: ValidationError) -> 
     if first["type"] == "missing":
         return InputError(f"{path}: {key}: missing{more}", "add the key; docs/recipes.md describes it")
     message = first["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
+    message = _PLAIN.get(first["type"], message)
+    if message[1:2].islower():  # not of "MLflow"
+        message = message[0].lower() + message[1:]
     message += "".join(f", or {e['ctx']['expected']}" for e in alternatives if e["type"] == "literal_error")
     if not first["loc"]:
         return InputError(f"{path}: family: {message}", "change the list of models")

@@ -179,7 +179,8 @@ def rollback(tracking_uri: str, name: str, *, alias: str = CHAMPION, storage_roo
         if not earlier:
             raise InputError(
                 f"model {name!r}: {alias!r} points at version {current} and has no previous version",
-                f"choose a version with: minitron promote {name} --version N",
+                f"choose a version with: minitron promote {name} --version N"
+                + (f" --alias {alias}" if alias != CHAMPION else ""),
             )
         return _move(client, model, earlier[-1], alias, storage_root, rolled_back=True)
 
@@ -428,9 +429,10 @@ def _model(client: MlflowClient, name: str) -> Any:
     _check_name(name)
     known = {model.name: model for model in _registered(client)}
     if name not in known:
-        raise InputError(
-            f"no model {name!r} is registered", f"choose one of: {', '.join(sorted(known)) or '(none yet)'}"
-        )
+        remedy = f"choose one of: {', '.join(sorted(known))}"
+        if not known:
+            remedy = "no model is registered there: check the storage and MLflow's address, or run a recipe first"
+        raise InputError(f"no model {name!r} is registered", remedy)
     return known[name]
 
 

@@ -98,6 +98,8 @@ def serve(
 
 def _check_free(host: str, port: int) -> None:
     """Raise InputError for a port that cannot be used."""
+    if not 0 < port < 65536:  # getaddrinfo takes its last 16 bits
+        raise InputError(f"port {port} does not exist", "choose one from 1 to 65535 with --port")
     try:
         family, kind, protocol, _, socket_address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:

@@ -67,7 +67,20 @@ BAD = {
         "distill of tiny-student: needs about",
         "lower distill.micro_batch_rows or resources.workers",
     ),
-    "storage that is a file": (["--storage", "text.jsonl"], "text.jsonl", "--storage"),
+    "storage that is a file": (
+        ["--storage", "text.jsonl"],
+        "text.jsonl: cannot",
+        "choose another folder with --storage",
+    ),
+    "storage that cannot be created": (
+        ["--storage", "/proc/x"],
+        "/proc/x: cannot",
+        "choose another folder with --storage",
+    ),
+    "no address of a cluster": (["--address", "clustr"], "'clustr'", "give HOST:6379"),
+    "a name with a slash": (["--set", "name=a/b"], "name: 'a/b'", "--set name="),
+    "a reserved alias": (["--set", "register.alias=latest"], "not valid: MLflow reserves", "--set register.alias"),
+    "a word for a section": (["--set", "register=x"], "'x' is not valid: it should be a section", "--set register"),
     "rows longer than the teacher takes": (["--set", "data.seq_length=5000"], "data.seq_length: 5000", "at most 2048"),
     "more calibration rows than rows": (["--set", "calibrate.rows=97"], "calibrate.rows: 97", "at most 96"),
     "no permission": (["--storage", "text.jsonl/runs"], "text.jsonl/runs", "--storage"),
@@ -123,3 +136,18 @@ def test_an_invalid_value_is_named_by_its_recipe_key(bench, override, key):
         load_recipe(str(bench / "recipe.yaml"), [override])
     assert f"recipe.yaml: {key}: " in refused.value.problem
     assert f"--set {key}=" in refused.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem", "remedy"),
+    [
+        (("ui", "--port", "99999", "--storage", "empty"), "port 99999", "--port"),
+        (("importance", "show", "text.jsonl"), "text.jsonl: cannot be read as importance scores", "give a file that"),
+        (("submit", "recipe.yaml", "--address", "127.0.0.1:8265"), "'127.0.0.1:8265'", "http://HOST:8265"),
+    ],
+)
+def test_an_argument_of_another_command_is_refused_with_the_remedy_for_it(bench, arguments, problem, remedy):
+    refused = minitron_here(*arguments, cwd=bench)
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert problem in refused.stderr
+    assert remedy in refused.stderr

@@ -136,7 +136,7 @@ def test_altered_weights_are_not_promoted(uri: str, tmp_path: Path) -> None:
 def test_errors_name_the_existing_models_and_versions(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(InputError, match="none yet"):
+    with pytest.raises(InputError, match="no model is registered there: check the storage"):
         promote(uri, NAME)
     add(uri, tmp_path / "a", "a")
     with pytest.raises(InputError, match=f"choose one of: {NAME}"):
