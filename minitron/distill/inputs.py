@@ -90,16 +90,21 @@ class DistillInputs:
         source, head = self.source(origin)
         return origin.prune(source, architecture), head
 
-    def heldout(self, model: nn.Module, teacher_head: Head, limit: int | None = None) -> HeldoutMetrics:
-        """Loss of `model` and KL to the teacher on the first `limit` held-out rows (None: all)."""
+    def heldout(
+        self, model: nn.Module, teacher_head: Head, limit: int | None = None, *, together: bool = False
+    ) -> HeldoutMetrics:
+        """Loss of `model` and KL to the teacher on the first `limit` held-out rows (None: all); together: by all processes of
+        torch.distributed, each a part."""
         rows = self.open_rows("heldout")
         tokens = rows.take(range(min(limit or len(rows), len(rows))))
         targets = self.heldout_teacher(teacher_head)
-        targets.prefetch(range(len(tokens)))
+        if not together:
+            targets.prefetch(range(len(tokens)))
         return heldout_metrics(
             model,
             tokens,
             teacher_hidden=lambda part: targets.hidden(range(part.start, part.stop), tokens[part]),
             teacher_head=teacher_head,
             documents=self.documents(),
+            together=together,
         )

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from minitron.arguments import check_model, check_rows
@@ -20,6 +21,8 @@ from minitron.errors import InputError, NonFiniteError
 from minitron.evaluation.mode import evaluating
 from minitron.logits import CHUNK_TOKENS, Head, cache_slices, log_softmax_, tokens_per_chunk
 from minitron.models import final_hidden
+
+BATCH_ROWS, BATCH_TOKENS = 4, 16_384  # of a forward pass, at most
 
 
 @dataclass(frozen=True)
@@ -71,18 +74,21 @@ def heldout_metrics(
     teacher_hidden: Callable[[slice], Tensor] | None = None,
     teacher_head: Head | None = None,
     documents: DocumentBoundaries | None = None,
-    batch_rows: int = 4,
+    batch_rows: int | None = None,
     chunk_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    together: bool = False,
 ) -> HeldoutMetrics:
     """Next-token loss of `model` on `rows`, int64 [num_rows, seq_length], and its agreement with a teacher.
 
     teacher_hidden: a function from a slice of row numbers to the teacher's final hidden states (after the last norm),
     [n, seq_length, teacher_hidden_size]. teacher_head: its head, over the same vocabulary. Give both or neither. documents:
     if given, tokens attend only to their own document; the teacher's hidden states must have been computed in the same way.
-    batch_rows: rows per forward pass. chunk_tokens: number of tokens whose float32 logits exist at a time, for each model; by
-    default 512, or fewer for a vocabulary so large that they would take more than 128 MiB (512 MiB on a GPU).
-    `progress(done, total)` counts rows.
+    batch_rows: rows per forward pass; by default 4, or as many as have 16,384 tokens if that is fewer. chunk_tokens: number
+    of tokens whose float32 logits exist at a time, for each model; by default 512, or fewer for a vocabulary so large that
+    they would take more than 128 MiB (512 MiB on a GPU). `progress(done, total)` counts rows. together: all processes of
+    torch.distributed call this alike and share the batches; each gets the metrics of all rows, which equal those of one
+    process bit for bit, since each batch is computed as a whole.
 
     The model's training mode and the global random state are not changed. Raises InputError for rows or a head that do not
     fit the model and for arguments of the wrong type, NonFiniteError naming the first row whose loss or KL is NaN or infinite.
@@ -95,23 +101,26 @@ def heldout_metrics(
     head_on_device = None if teacher_head is None else teacher_head.to(device)
 
     num_rows, seq_length = rows.shape
-    row_loss: list[float] = []
-    row_kl: list[float] = []
-    agreed = 0
+    batch_rows = batch_rows or max(1, min(BATCH_ROWS, BATCH_TOKENS // seq_length))
+    batches = [slice(start, min(start + batch_rows, num_rows)) for start in range(0, num_rows, batch_rows)]
+    world, rank = (dist.get_world_size(), dist.get_rank()) if together else (1, 0)
+    scores: list[_BatchScores] = []
     with torch.inference_mode(), evaluating(model):
         # kept for all chunks: memory of this size goes back to the system when it is freed, and is slow to come again
         chunk_tokens = chunk_tokens or tokens_per_chunk(student_head.weight, CHUNK_TOKENS)
         shape = min(chunk_tokens, batch_rows * seq_length), len(student_head.weight)
         student_buffer = torch.empty(shape, device=device)
         teacher_buffer = None if head_on_device is None else torch.empty(shape, device=device)
-        for start in range(0, num_rows, batch_rows):
-            batch = slice(start, min(start + batch_rows, num_rows))
+        for number in range(rank, world * -(-len(batches) // world), world):
+            # a process without a batch of its own repeats one: the layers of a sharded model are gathered by all together
+            batch = batches[number % len(batches)]
             ids = rows[batch].to(device)
             hidden = final_hidden(model, ids, documents)[:, :-1].flatten(0, 1)
             targets = ids[:, 1:].flatten()
             theirs = None if teacher_hidden is None else _teacher_batch(teacher_hidden, batch, seq_length, device)
             loss: list[Tensor] = []
             kl: list[Tensor] = []
+            agreed = 0
             for first in range(0, len(targets), chunk_tokens):
                 chunk = slice(first, first + chunk_tokens)
                 student_logits = student_head.logits(hidden[chunk], student_buffer)
@@ -125,12 +134,16 @@ def heldout_metrics(
                         teacher = log_softmax_(teacher_logits[part])
                         agreed += int((student.argmax(-1) == teacher.argmax(-1)).sum())
                         kl.append(torch.linalg.vecdot(teacher.exp(), teacher.sub_(student)).double())
-            row_loss += torch.cat(loss).view(-1, seq_length - 1).mean(1).tolist()
-            if kl:
-                row_kl += torch.cat(kl).view(-1, seq_length - 1).mean(1).tolist()
+            of_rows = [torch.cat(v).view(-1, seq_length - 1).mean(1).tolist() if v else [] for v in (loss, kl)]
+            if number < len(batches):
+                scores.append(_BatchScores(number, of_rows[0], of_rows[1], agreed))
             if progress is not None:
                 progress(batch.stop, num_rows)
 
+    scores = _of_all_processes(scores) if together else scores
+    row_loss = [value for batch_scores in scores for value in batch_scores.loss]
+    row_kl = [value for batch_scores in scores for value in batch_scores.kl]
+    agreed = sum(batch_scores.agreed for batch_scores in scores)
     for name, values in (("loss", row_loss), ("KL", row_kl)):
         for row, value in enumerate(values):
             if not math.isfinite(value):
@@ -147,6 +160,23 @@ def heldout_metrics(
         per_row_loss=row_loss,
         per_row_kl=row_kl if teacher_hidden is not None else None,
     )
+
+
+class _BatchScores(NamedTuple):
+    number: int
+    """Of the batch, from 0."""
+    loss: list[float]
+    """Of each of its rows."""
+    kl: list[float]
+    agreed: int
+    """Number of positions where student and teacher rank the same token first."""
+
+
+def _of_all_processes(scores: list[_BatchScores]) -> list[_BatchScores]:
+    """What all processes scored, in the order of batches."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, scores)
+    return sorted(batch for process in everyone for batch in process)
 
 
 def _check(

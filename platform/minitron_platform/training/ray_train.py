@@ -317,9 +317,10 @@ def _heldout_metrics(task: TrainTask, model: nn.Module, head: Head | None) -> di
     last two only if there is a teacher."""
     if head is None:
         rows = task.materials.open_rows("heldout")
-        metrics = heldout_metrics(model, rows.take(range(len(rows))), documents=task.materials.documents())
+        documents = task.materials.documents()
+        metrics = heldout_metrics(model, rows.take(range(len(rows))), documents=documents, together=True)
     else:
-        metrics = task.materials.heldout(model, head)
+        metrics = task.materials.heldout(model, head, together=True)
     return {f"heldout_{name}": value for name, value in vars(metrics).items() if isinstance(value, float)}
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers.distilling import (
     CHANNELS,
     CONFIG,
@@ -54,10 +55,16 @@ def train(folder, config=SHARDED, from_files=False, **options):
         channels=CHANNELS,
         key="k",
         report=lambda step: losses.update({step.step: step.loss}),
-        evaluate=lambda done, model: heldout.update({done: heldout_metrics(model, rows.take(range(8))).loss}),
+        evaluate=lambda done, model: heldout.update({done: _heldout(model, rows).loss}),
         **options,
     )
     return losses, heldout, student
+
+
+def _heldout(model, rows, together=None):
+    """On three batches, of which two processes have an unequal number."""
+    together = dist.is_initialized() if together is None else together
+    return heldout_metrics(model, rows.take(range(8)), batch_rows=3, together=together)
 
 
 WORKER = """
@@ -82,6 +89,12 @@ rank = int(os.environ["RANK"])
 dist.init_process_group("gloo", rank=rank, world_size=2)
 whole, heldout, student = t.train(folder)
 save_file(dict(student.named_parameters()), f"{out}-{until}-{rank}.safetensors")
+rows = t.Rows.open(str(folder / "rows"), "heldout")
+measured, runs = t._heldout(student, rows, together=False), []
+handle = student.get_decoder().register_forward_hook(lambda *_: runs.append(1))
+assert t._heldout(student, rows) == measured  # bit for bit
+assert len(runs) == 2  # of the three batches, or one of them and one more so that both take part in the same number
+handle.remove()
 part, _, _ = t.train(folder, from_files=True, checkpoints=out, until=until)
 with Counting():
     t.train(folder, replace(t.SHARDED, steps=1, batch_rows=6, evaluate_every=0), checkpoints=f"{out}-last-{until}")
