@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from minitron.architecture import Architecture
 from minitron.distill.config import DistillConfig
 from minitron.distill.losses.chunked import CHUNK_TOKENS as LOSS_TOKENS
+from minitron.distill.teacher.shards import READ_AHEAD_BYTES
+from minitron.distill.teacher.stored import stored_bytes
 from minitron.logits import CHUNK_TOKENS, most_tokens
 
 LIBRARIES = 600_000_000
@@ -31,6 +33,8 @@ class MainMemory:
     """Logits of one chunk of tokens of each model, and the gradient of the head."""
     checkpoint: int = 0
     """The copy of the training state that is written in the background."""
+    rows: int = 0
+    """Stored rows of the teacher that are read ahead, or that are being written."""
 
     @property
     def total(self) -> int:
@@ -84,8 +88,10 @@ def training_memory(
     head = student.vocab_size * student.hidden_size
     tokens = min(config.micro_batch_rows, config.batch_rows) * seq_length
     chunks = (2 if teacher else 1) * _chunk_bytes(student, CHUNK_TOKENS if measured else LOSS_TOKENS["cpu"])
-    teacher_bytes = 0
+    teacher_bytes = rows = 0
     if teacher:
+        row = stored_bytes(1, seq_length, teacher.hidden_size, value_bytes)
+        rows = min(READ_AHEAD_BYTES, 2 * row * -(-config.batch_rows // workers))  # of two steps
         kept = teacher.num_parameters if whole_teacher else teacher.vocab_size * teacher.hidden_size
         teacher_bytes = kept * value_bytes
     copy = 3 * FLOAT * parameters // workers if config.checkpoint_every else 0
@@ -99,6 +105,7 @@ def training_memory(
         activations=_kept_bytes(student, tokens, value_bytes, config.activation_checkpointing),
         logits=chunks + head * (FLOAT + value_bytes),
         checkpoint=copy,
+        rows=rows,
     )
 
 

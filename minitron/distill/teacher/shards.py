@@ -18,7 +18,7 @@ from minitron.errors import StorageError
 from minitron.storage.ranges import READERS, read_checked
 from minitron.storage.tensors import Slot, read_slots
 
-READ_AHEAD_BYTES = 512 << 20  # of rows that are read before they are taken
+READ_AHEAD_BYTES = 256 << 20  # of rows that are read before they are taken
 OPEN_SHARDS = 4096  # whose manifests are kept
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minitron.architecture import Architecture
+from minitron.distill.teacher.shard_writing import SHARD_BYTES
+from minitron.distill.teacher.stored import stored_bytes
 from minitron.errors import InputError
 from minitron.importance.estimate import BATCH_TOKENS
 from minitron.memory import MainMemory, forward_memory, training_memory
@@ -56,8 +58,10 @@ def correction_memory(recipe: Recipe, teacher: Architecture, value_bytes: int, w
 
 
 def targets_memory(recipe: Recipe, teacher: Architecture, value_bytes: int) -> ProcessMemory:
-    """Memory of the teacher's forward pass over all rows."""
-    return ProcessMemory(1, forward_memory([teacher], value_bytes, FORWARD_ROWS * recipe.data.seq_length))
+    """Memory of the teacher's forward pass over all rows, with two shards of their hidden states."""
+    each = forward_memory([teacher], value_bytes, FORWARD_ROWS * recipe.data.seq_length)
+    stored = stored_bytes(recipe.data.train_rows, recipe.data.seq_length, teacher.hidden_size, value_bytes)
+    return ProcessMemory(1, replace(each, rows=min(2 * SHARD_BYTES, stored)))
 
 
 def calibration_memory(recipe: Recipe, teacher: Architecture, value_bytes: int) -> ProcessMemory:

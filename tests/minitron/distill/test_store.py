@@ -216,7 +216,9 @@ def test_the_probability_outside_the_top_k_tokens_is_reported(material):
 def test_stored_top_k_tokens_are_refused_for_losses_on_all_logits(material):
     targets = TopKTeacher(str(material / "top"), "k")
     for losses in (Losses(), Losses(top_k=K + 1), Losses(logits="mse")):
-        with pytest.raises(InputError, match=f"top_k: {losses.top_k} with a teacher of which the 5 most likely"):
+        with pytest.raises(
+            InputError, match=f"top_k: {losses.top_k}, but the teacher's 5 most likely tokens are stored"
+        ):
             _objective_loss(material, targets, losses)
     with pytest.raises(InputError, match="k: 301 of a vocabulary of 300"):
         store_top_k(lambda: _teacher(material), _rows(material), str(material / "none"), 301, key="k")
