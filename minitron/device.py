@@ -10,6 +10,20 @@ from pathlib import Path
 import torch
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+# FLOP/s of dense bfloat16 products from NVIDIA's data sheets (read in November 2026; they print twice as much, "with sparsity"),
+# by the name that CUDA gives a GPU. A longer name comes before its beginning.
+DATASHEET_FLOPS = {
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA GH200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L40S": 362e12,
+}
 
 
 def device() -> torch.device:
@@ -56,7 +70,8 @@ def matmul_flops(dtype: torch.dtype) -> float:
     """FLOP/s of products of large square matrices of `dtype` on `device()`, measured once per process for 0.2 s."""
     target = device()
     size = 8192 if target.type == "cuda" else 1024
-    a = torch.ones(size, size, dtype=dtype, device=target)
+    # random values: a GPU needs less power for equal ones, and computes them faster than any training's
+    a = torch.randn(size, size, dtype=dtype, device=target, generator=torch.Generator(target).manual_seed(0))
     a @ a
     started = time.perf_counter()
     rounds = 0
@@ -66,6 +81,15 @@ def matmul_flops(dtype: torch.dtype) -> float:
         if a.is_cuda:
             torch.cuda.synchronize()
     return rounds * 2 * size**3 / (time.perf_counter() - started)
+
+
+def datasheet_flops(dtype: torch.dtype, name: str = "") -> float | None:
+    """FLOP/s of `dtype` by the data sheet of the device of this name, by default `device()`; None if it is not in
+    `DATASHEET_FLOPS`, has another dtype, or is a part of a GPU (MIG)."""
+    name = name or processor()
+    if dtype != torch.bfloat16 or "MIG" in name:
+        return None
+    return next((flops for beginning, flops in DATASHEET_FLOPS.items() if name.startswith(beginning)), None)
 
 
 def _cpu_has_bfloat16() -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.distributed as dist
 
-from minitron.device import matmul_flops
+from minitron.device import datasheet_flops, matmul_flops
 from minitron.distill.config import DistillConfig
 from minitron.distill.losses.objective import Objective
 from minitron.distill.utilisation import training_flops_per_token
@@ -20,6 +20,7 @@ METRIC_NAMES = {
     "cross_entropy": "train_cross_entropy",
     "intermediate": "train_intermediate",
     "utilisation": "flop_utilisation",
+    "datasheet_utilisation": "datasheet_flop_utilisation",
     "skipped": "skipped_steps",
 }
 
@@ -42,7 +43,9 @@ class StepReport:
     tokens: int
     tokens_per_second: float
     utilisation: float
-    """Model FLOP utilisation, see `minitron.distill.utilisation`."""
+    """Model FLOP utilisation of the measured peak, or of `DistillConfig.peak_flops`; see `minitron.distill.utilisation`."""
+    datasheet_utilisation: float | None
+    """The same of the peak in the GPU's data sheet; None if `minitron.device.DATASHEET_FLOPS` lacks it."""
     seconds: dict[str, float]
     """Seconds per step for each part in `minitron.distill.timing.PARTS`, averaged over the steps since the last report."""
     skipped: int
@@ -73,6 +76,8 @@ class Reporter:
         self.flops = training_flops_per_token(objective.student, objective.targets, seq_length)
         world = dist.get_world_size() if dist.is_initialized() else 1
         self.peak = world * (config.peak_flops or matmul_flops(dtype))
+        datasheet = datasheet_flops(dtype)
+        self.datasheet = datasheet and world * datasheet
         self.done = done
         objective.watch.restart()
 
@@ -97,6 +102,7 @@ class Reporter:
             tokens=done * self.step_tokens,
             tokens_per_second=speed,
             utilisation=speed * self.flops / self.peak,
+            datasheet_utilisation=speed * self.flops / self.datasheet if self.datasheet else None,
             seconds=seconds,
             skipped=skipped,
         )

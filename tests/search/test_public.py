@@ -130,6 +130,7 @@ def test_a_new_field_of_a_step_report_is_a_metric():
         "tokens",
         "tokens_per_second",
         "flop_utilisation",
+        "datasheet_flop_utilisation",
         "skipped_steps",
         "seconds_forward",
     }

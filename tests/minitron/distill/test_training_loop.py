@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minitron.architecture import Architecture
 from minitron.data import Rows, rows_for_step
+from minitron.device import datasheet_flops
 from minitron.distill import DistillConfig, StoredTeacher, distill
 from minitron.distill.schedule import learning_rate
 from minitron.errors import InputError, NonFiniteError
@@ -176,6 +177,33 @@ def test_step_reports_have_the_time_of_each_part_and_the_flop_utilisation(materi
     distill(pruned_student(material), live_teacher(material), rows, replace(config, steps=1), report=live.append)
     flops = 3 * own.flops_per_token(32) + other.flops_per_token(32)
     assert live[0].utilisation == pytest.approx(live[0].tokens_per_second * flops / 1e9)
+
+
+def test_step_reports_have_the_utilisation_of_the_data_sheets_peak_too(material, monkeypatch):
+    monkeypatch.setattr("minitron.device.processor", lambda: "NVIDIA H100 80GB HBM3")
+    reports, dtypes = [], (torch.bfloat16, torch.float32)
+    rows = Rows.open(str(material / "rows"), "train")
+    for dtype in dtypes:
+        student = pruned_student(material).to(dtype)
+        config = replace(CONFIG, steps=1, peak_flops=1e9)
+        distill(student, stored_teacher(material), rows, config, report=reports.append)
+    assert reports[0].datasheet_utilisation == pytest.approx(reports[0].utilisation * 1e9 / 989e12)
+    assert reports[1].datasheet_utilisation is None
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("AMD EPYC", None),
+    ],
+)
+def test_the_data_sheets_peak_follows_from_the_name_of_the_gpu(name, teraflops):
+    assert datasheet_flops(torch.bfloat16, name) == (teraflops and teraflops * 1e12)
 
 
 def test_activation_checkpointing_recomputes_and_does_not_change_the_result(material):
