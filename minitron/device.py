@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-# FLOP/s of dense bfloat16 products from NVIDIA's data sheets (read in November 2026; they print twice as much, "with sparsity"),
-# by the name that CUDA gives a GPU. A longer name comes before its beginning.
+# FLOP/s of dense bfloat16 products from NVIDIA's data sheets as of November 2026 (newer ones print the double, "with sparsity"),
+# by the beginning of the name that CUDA gives a GPU; a longer one comes first.
 DATASHEET_FLOPS = {
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100 NVL": 835e12,

@@ -5,8 +5,9 @@ utilisation = tokens per second · (F_teacher + (2 + t) · F_student) / (process
 F is the FLOPs per token of one forward pass, head included (`Architecture.flops_per_token`). The student's backward pass takes
 F_student for the gradients of the activations and t · F_student for those of the weights, where t is the share of its
 parameters that is trained. F_teacher is that of the head alone if the teacher's hidden states are stored, and 0 if its top-k
-tokens are. Recomputation by activation checkpointing is not counted. The peak is measured with products of large random matrices
-(about three quarters of the data sheet's on an H100) or, as most publications have it, that of the data sheet; both are reported.
+tokens are. Recomputation by activation checkpointing is not counted. Reports have the share of two peaks: one measured with
+products of large random matrices (about three quarters of the data sheet's on an H100), and that of the GPU's data sheet, which
+most publications use.
 """
 
 from __future__ import annotations
