@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-# FLOP/s of dense bfloat16 products from NVIDIA's data sheets as of November 2026 (newer ones print the double, "with sparsity"),
+# FLOP/s of dense bfloat16 products in NVIDIA's data sheets of November 2026 (newer ones print the double, "with sparsity"),
 # by the beginning of the name that CUDA gives a GPU; a longer one comes first.
 DATASHEET_FLOPS = {
     "NVIDIA H100 PCIe": 756e12,
