@@ -1,6 +1,6 @@
 """The files of a checkpoint: one for each process that writes, and a layout that says where every part of a tensor is.
 
-torch.distributed.checkpoint plans who writes and who reads which part; here the parts are put into files and taken out. A
+torch.distributed.checkpoint plans who writes and who reads which part; this module puts the parts into files and reads them. A
 process that resumes reads, and checks, only the byte ranges that its own parts are in.
 """
 

@@ -52,7 +52,7 @@ class Checkpoints:
         self.before_commit = before_commit or (lambda: None)
         several = dist.is_initialized() and dist.get_world_size() > 1
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-        # of its own, because training goes on meanwhile
+        # of its own, because training continues meanwhile
         self.group = dist.new_group(backend="gloo") if several else None
         self.copies: dict[str, Tensor] = {}
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_on_this_device())
@@ -85,7 +85,7 @@ class Checkpoints:
             pending.result()
 
     def save(self, step: int, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
-        """Commit `tensors` as the state after `step` steps, in the background, in place of what is there.
+        """Commit `tensors` as the state after `step` steps, in the background, replacing an earlier checkpoint of that step.
 
         DTensors are written in parts, each by who holds it; other tensors, the same in every process, are shared out.
         Returns when they are copied. The first of two saves is waited for.
@@ -165,25 +165,25 @@ class Checkpoints:
     def _write(self, step: int, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
         path = _path(self.folder, step)
         with storage.disk_errors(path):
-            place = self._place(path)
+            staging = self._staging_folder(path)
             try:
-                writer = PiecesWriter(place, self.rank)
+                writer = PiecesWriter(staging, self.rank)
                 try:
                     dcp.save(tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
                 except CheckpointException as error:
                     raise _first(error) from error
-                written = self._all(lambda: self._upload(place, path, writer.entries))
+                written = self._all(lambda: self._upload(staging, path, writer.entries))
                 everything = {name: entry for part in written for name, entry in part.items()}
-                self._all(lambda: self._commit(place, path, everything, note))
+                self._all(lambda: self._commit(staging, path, everything, note))
             finally:
                 if self.rank == 0 or not storage.is_local(path):
-                    shutil.rmtree(place, ignore_errors=True)
+                    shutil.rmtree(staging, ignore_errors=True)
 
-    def _upload(self, place: Path, path: str, entries: dict[str, Any]) -> dict[str, Any]:
-        uploaded = storage.upload(place, path, file_name(self.rank), known=entries)
-        return uploaded | (storage.upload(place, path, LAYOUT) if self.rank == 0 else {})
+    def _upload(self, staging: Path, path: str, entries: dict[str, Any]) -> dict[str, Any]:
+        uploaded = storage.upload(staging, path, file_name(self.rank), known=entries)
+        return uploaded | (storage.upload(staging, path, LAYOUT) if self.rank == 0 else {})
 
-    def _place(self, path: str) -> Path:
+    def _staging_folder(self, path: str) -> Path:
         """A folder to write to: one for all processes below a local path, else one for each."""
         local = storage.is_local(path)
 
@@ -194,21 +194,21 @@ class Checkpoints:
             return storage.staging_folder(path) if self.rank == 0 or not local else None
 
         def seen() -> None:
-            if place is None or not place.is_dir():
+            if staging is None or not staging.is_dir():
                 raise StorageError(
                     f"{path}: process {self.rank} does not see the folder that process 0 made there",
                     "use storage that all nodes share, for example s3://",
                 )
 
-        place = self._all(make)[0 if local else self.rank]
+        staging = self._all(make)[0 if local else self.rank]
         self._all(seen)
-        assert place is not None
-        return place
+        assert staging is not None
+        return staging
 
-    def _commit(self, place: Path, path: str, files: dict[str, Any], note: dict[str, Any]) -> None:
+    def _commit(self, staging: Path, path: str, files: dict[str, Any], note: dict[str, Any]) -> None:
         if self.rank == 0:
             self.before_commit()
-            storage.publish(place, path, files, note)
+            storage.publish(staging, path, files, note)
             for old in committed_steps(self.folder)[: -self.keep]:
                 storage.remove(_path(self.folder, old))
 

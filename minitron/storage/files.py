@@ -135,8 +135,8 @@ def file_sizes(path: str) -> dict[str, int]:
     fs.invalidate_cache()
     root = str(fs._strip_protocol(inner)).rstrip("/") + "/"
     with access_errors(path):
-        found = fs.find(inner, detail=True)
-    return {name[len(root) :]: int(entry["size"]) for name, entry in found.items() if name.startswith(root)}
+        listed = fs.find(inner, detail=True)
+    return {name[len(root) :]: int(entry["size"]) for name, entry in listed.items() if name.startswith(root)}
 
 
 def remove(path: str) -> None:

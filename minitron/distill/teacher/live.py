@@ -42,7 +42,7 @@ class Targets(Protocol):
         ...
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        """Rows that are wanted soon."""
+        """Prepare rows that will be needed soon."""
         ...
 
 
@@ -82,7 +82,7 @@ class LiveTeacher:
         return {"teacher_hidden": self.hidden(indices, input_ids).flatten(0, 1), "teacher_head": self.head}
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        """Nothing to do: it is run when it is asked."""
+        """Nothing to prepare: the model runs on each batch."""
 
     @torch.no_grad()
     def hidden(self, indices: Sequence[int], input_ids: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from minitron.errors import StorageError
 
 FILE = "rows.safetensors"
 INDEX = "index.json"
-ROWS_PER_SHARD = 64  # of stores that were begun before shards said how many rows they have
+ROWS_PER_SHARD = 64  # in stores written before the manifests of shards had the number of rows
 _COMMITTED = re.compile(rf"shard-(\d{{5,}})/{re.escape(storage.MANIFEST)}")
 
 

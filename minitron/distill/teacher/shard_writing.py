@@ -49,12 +49,12 @@ class Writing(TypedDict, total=False):
     batch_rows: int
     """Rows that the model is run on together, 4 by default."""
     shard_bytes: int
-    """About the size of a shard, 256 MiB by default; at least a batch. A store goes on with the shards it began with."""
+    """About the size of a shard, 256 MiB by default; at least a batch. A store that was begun keeps the size of its shards."""
     rank: int
     world: int
     """`world` processes write together, each with its `rank`; the last one completes the folder. 0 of 1 by default."""
     progress: Callable[[int, int], None] | None
-    """Is told how many of how many rows are computed."""
+    """Called with the number of computed rows and the number of all rows."""
 
 
 def write_shards(
@@ -70,13 +70,13 @@ def write_shards(
 
     `load` is called only if something is missing. `note` of a shard's tensors goes into its manifest. Of several processes
     each writes every `world`-th shard; whoever sees that all are there writes the index, which makes the folder complete.
-    A shard is written in a thread while the next one is computed. Object stores are asked for one listing, two files a
-    shard, and the index.
+    A shard is written in a thread while the next one is computed. Object stores get one request to list
+    the folder, two files for each shard, and the index.
     Raises StorageError for a folder that holds something else, and before the first shard if the disk is too small.
     """
     numbers, batch_rows = how.get("numbers"), how.get("batch_rows", 4)
     rank, world, progress = how.get("rank", 0), how.get("world", 1), how.get("progress")
-    wanted = range(len(rows)) if numbers is None else list(numbers)
+    chosen = range(len(rows)) if numbers is None else list(numbers)
     key = key_of_rows(key, numbers)
     files = storage.file_sizes(folder)
     if INDEX in files:
@@ -90,7 +90,7 @@ def write_shards(
         loaded = load()
         batches = round(how.get("shard_bytes", SHARD_BYTES) / (loaded.row_bytes * batch_rows))
         rows_per_shard = max(1, batches) * batch_rows
-    index = Index(key, len(wanted), rows_per_shard, None if numbers is None else list(wanted))
+    index = Index(key, len(chosen), rows_per_shard, None if numbers is None else list(chosen))
     everything = set(range(index.num_shards))
     mine = range(index.num_shards)[rank::world]
     missing = [number for number in mine if number not in committed]
@@ -101,7 +101,7 @@ def write_shards(
         device = next(loaded.model.parameters()).device
         with _Writer(folder, index, note) as writer:
             for number in missing:
-                part = wanted[number * rows_per_shard : (number + 1) * rows_per_shard]
+                part = chosen[number * rows_per_shard : (number + 1) * rows_per_shard]
                 for start in range(0, len(part), batch_rows):
                     batch = rows.take(part[start : start + batch_rows])
                     with torch.inference_mode():
@@ -189,12 +189,12 @@ class _Writer:
         with storage.disk_errors(target):
             if self.staging is None:
                 self.staging = storage.staging_folder(storage.join(self.folder, "shards"))
-            place = self.staging / shard_name(number)
-            place.mkdir()
-            entry, _ = write_tensors(place / FILE, tensors)
+            staged = self.staging / shard_name(number)
+            staged.mkdir()
+            entry, _ = write_tensors(staged / FILE, tensors)
             note = {"key": self.index.key, "rows_per_shard": self.index.rows_per_shard, **self.note(tensors)}
-            storage.publish(place, target, storage.upload(place, target, known={FILE: entry}), note)
-            shutil.rmtree(place, ignore_errors=True)
+            storage.publish(staged, target, storage.upload(staged, target, known={FILE: entry}), note)
+            shutil.rmtree(staged, ignore_errors=True)
 
 
 def _check_room(folder: str, batch: dict[str, Tensor], missing: int) -> None:

@@ -18,7 +18,7 @@ from minitron.errors import StorageError
 from minitron.storage.ranges import READERS, read_checked
 from minitron.storage.tensors import Slot, read_slots
 
-READ_AHEAD_BYTES = 256 << 20  # of rows that are read before they are taken
+READ_AHEAD_BYTES = 256 << 20  # of rows in memory before `take` needs them
 OPEN_SHARDS = 4096  # whose manifests are kept
 
 
@@ -54,8 +54,8 @@ class Shards:
         self._limit = 0
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="shards")
         self._lock = Lock()
-        self._waiting: deque[int] = deque()  # positions of rows that will be taken, in order
-        self._reading: dict[int, Future[dict[str, Tensor]]] = {}  # by position, until they are taken
+        self._waiting: deque[int] = deque()  # positions of rows to read, in order
+        self._reading: dict[int, Future[dict[str, Tensor]]] = {}  # by position, until `take` returns them
 
     def take(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """The tensors of the rows with these numbers, [len(indices), ...]. Raises IndexError for a row that is not there."""
@@ -71,7 +71,7 @@ class Shards:
         return {name: torch.stack([rows[position][name] for position in positions]) for name in rows[positions[0]]}
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        """Begin to read rows that will be taken in this order, in place of those of an earlier call."""
+        """Begin to read the rows with these numbers, in this order; replaces the rows of an earlier call."""
         positions = list(dict.fromkeys(self._position(index) for index in indices))
         with self._lock:
             for position in self._reading.keys() - set(positions):

@@ -25,6 +25,7 @@ from minitron.distill import (
     store_hidden,
     store_top_k,
 )
+from minitron.distill.inputs import DistillInputs
 from minitron.distill.losses.logits import linear_logit_loss
 from minitron.distill.losses.objective import Objective
 from minitron.distill.teacher.stored import store_key, stored_bytes
@@ -242,6 +243,31 @@ def test_distillation_prefetches_the_rows_of_the_next_step(material):
     distill(_teacher(material).requires_grad_(True), targets, _rows(material), config)
     assert [ahead[:4] for ahead in targets.ahead] == targets.read
     assert [ahead[4:] for ahead in targets.ahead[:-1]] == targets.read[1:]
+
+
+def test_a_process_opens_the_heldout_store_once(material, tmp_path, monkeypatch):
+    inputs = DistillInputs(
+        teacher=str(material / "teacher"),
+        teacher_id="t",
+        dtype="float32",
+        rows=str(material / "rows"),
+        train_targets=str(tmp_path / "train"),
+        heldout_targets=str(tmp_path / "heldout"),
+    )
+    rows = inputs.open_rows("heldout")
+    store_hidden(lambda: _teacher(material), rows, inputs.heldout_targets, key=inputs.targets_key("heldout"))
+    opened, original = [], storage.manifest
+
+    def manifest(folder):
+        opened.append(folder)
+        return original(folder)
+
+    monkeypatch.setattr(storage, "manifest", manifest)
+    teacher = _teacher(material)
+    metrics = [inputs.heldout(teacher, Head.of(teacher)) for _ in range(3)]
+    assert metrics[0] == metrics[1] == metrics[2]
+    assert metrics[0].kl == pytest.approx(0.0, abs=1e-5)
+    assert opened == [storage.join(inputs.heldout_targets, "shard-00000")]
 
 
 def test_the_key_of_a_store_depends_on_teacher_rows_dtype_and_kind():
