@@ -92,22 +92,22 @@ def distill(
         raise InputError(f"until: {until} without checkpoints", "say where the state at that step is to be saved")
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     sharded = config.shard and world > 1
-    place = device() if on_meta(student) else next(student.parameters()).device
+    compute_device = device() if on_meta(student) else next(student.parameters()).device
     dtype = head_of(student).dtype
-    watch = Stopwatch(place)
+    watch = Stopwatch(compute_device)
     with ExitStack() as stack:
         if config.deterministic:
-            stack.enter_context(deterministic_kernels(place))
+            stack.enter_context(deterministic_kernels(compute_device))
         working = student
         if sharded and weights is None:
             working, weights = stack.enter_context(working_copy(student)), InMemory(student)
         if weights is not None and not sharded:
-            read_(working, weights, dtype, place)
+            read_(working, weights, dtype, compute_device)
         # a step depends on weights and rows alone: no dropout, no noise on routers
         stack.enter_context(evaluating(working))
         objective = Objective(working, targets, losses, channels, watch, documents, weights if sharded else None)
         if objective.intermediate:
-            objective.intermediate.to(place)
+            objective.intermediate.to(compute_device)
         compared = objective.intermediate
         stack.enter_context(
             running_blocks(
@@ -124,9 +124,9 @@ def distill(
             _start_alike(objective)
         if sharded:
             assert weights is not None
-            shard_(objective, place)
-            read_(working, weights, dtype, place)
-        feeder = stack.enter_context(Feeder(rows, objective.targets, place))
+            shard_(objective, compute_device)
+            read_(working, weights, dtype, compute_device)
+        feeder = stack.enter_context(Feeder(rows, objective.targets, compute_device))
         alike = sharded or (isinstance(objective.targets, LiveTeacher) and objective.targets.sharded)
         state = stack.enter_context(TrainingState(objective.trained(), config))
         saver = (

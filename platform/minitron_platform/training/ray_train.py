@@ -276,12 +276,13 @@ def _worker(config: dict[str, Any]) -> MinitronError | None:
 
 
 def _start(task: TrainTask) -> tuple[nn.Module, Checkpoint | None, Targets | None, Head | None]:
-    """The model to train, the checkpoint that a sharded one is still to be read from, the teacher's outputs (None if no loss
-    needs them) and the teacher's head (None if the teacher itself is trained)."""
+    """The model to train, the checkpoint that it is still to be read from (None if it is in memory), the teacher's outputs
+    (None if no loss needs them) and the teacher's head (None if the teacher itself is trained)."""
     inputs = task.materials
     folder = storage.fetch(task.student or inputs.teacher)
     weights: Checkpoint | None = None
-    if task.config.shard and dist.get_world_size() > 1 and task.method != "lora":
+    sharded = task.config.shard and dist.get_world_size() > 1
+    if task.method != "lora" and (sharded or device().type == "cuda"):  # so that no worker has a copy in main memory
         student, weights = open_model(folder, DTYPES[inputs.dtype])
     else:
         student = load_model(folder, DTYPES[inputs.dtype]).to(device())
@@ -299,8 +300,8 @@ def _start(task: TrainTask) -> tuple[nn.Module, Checkpoint | None, Targets | Non
 
 
 def _save(task: TrainTask, model: nn.Module, weights: Checkpoint | None, folder: Path | None) -> None:
-    """Save the trained model to `folder`, which only the first process has. A sharded model, read from `weights`, is gathered
-    one tensor at a time, by all processes together."""
+    """Save the trained model to `folder`, which only the first process has. A model that was read from `weights` is
+    gathered one tensor at a time, by all processes together."""
     if weights is not None:
         write_model(model, weights, DTYPES[task.materials.dtype], folder)
     if folder is None:

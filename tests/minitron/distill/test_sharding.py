@@ -142,6 +142,7 @@ def test_a_sharded_student_trains_the_same_and_its_checkpoints_load_in_any_numbe
 ):
     pruned_student(material).save_pretrained(material / "student")
     alone, heldout, student = train(material)
+    assert train(material, from_files=True)[:2] == (alone, heldout)  # bit for bit
     out = tmp_path / "checkpoints"
     first = _two_processes(material, out, 5, free_port())
     written = load_model(f"{out}-5-0-result")

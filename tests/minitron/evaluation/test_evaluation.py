@@ -31,6 +31,7 @@ from minitron.evaluation import (
     throughput,
 )
 from minitron.evaluation.documents import locate
+from minitron.evaluation.mode import undisturbed
 from minitron.logits import Head
 
 
@@ -456,3 +457,13 @@ def test_throughput_with_a_sequence_longer_than_the_model_supports_is_refused(st
         throughput(student, seq_length=513)
     short = throughput(student, seq_length=4, batch_rows=1, seconds=60)
     assert (short.seq_length, short.passes) == (4, 200)  # not tens of thousands, which a minute would give
+
+
+def test_an_evaluation_puts_back_the_random_state_of_its_own_gpu_alone(monkeypatch):
+    seen, fork_rng = [], torch.random.fork_rng
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: (seen.append(devices), fork_rng(devices=[]))[1])
+    with undisturbed(torch.nn.Linear(1, 1)):
+        pass
+    assert seen == [[3]]
