@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from minitron import storage
 from minitron.architecture import Architecture
-from minitron.arguments import check_type
+from minitron.arguments import check_model, check_tokenizer, check_type
 from minitron.attention import row_arguments, use_own_attention
 from minitron.checkpoints.contents import Difference, filled, is_harmless, refusal, untied_head
 from minitron.checkpoints.gguf import read_once
@@ -155,6 +155,9 @@ def check_contents(source: str, revision: str | None = None) -> None:
 
 def _arguments(source: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     """Path or hub name, and further arguments, with which transformers' from_pretrained loads a source."""
+    check_type("source", source, str, "a model folder, a .gguf file or a hub name")
+    if revision is not None:
+        check_type("revision", revision, str)
     path = str(package_path(source)) if source.startswith(PACKAGE) else source
     if _looks_like_path(path):
         path = str(storage.local_path(path))
@@ -186,6 +189,7 @@ def load_source(source: str, revision: str | None = None, dtype: torch.dtype = t
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    check_type("dtype", dtype, torch.dtype, "a torch dtype")
     check_source(source)
     check_contents(source, revision)
     folder, arguments = _arguments(source, revision)
@@ -236,6 +240,8 @@ def source_tokenizer(source: str, revision: str | None = None) -> Any:
 
 def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """Write a transformers checkpoint to `folder`: config, safetensors, tokenizer."""
+    check_model("model", model)
+    check_tokenizer("tokenizer", tokenizer)
     make_plain(model.config)
     with quiet_transformers():
         model.save_pretrained(str(folder))  # type: ignore[operator]
@@ -252,6 +258,8 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Load a causal language model from a local checkpoint folder, in eval mode."""
+    check_type("folder", folder, (str, Path), "the path of a checkpoint folder")
+    check_type("dtype", dtype, torch.dtype, "a torch dtype")
     with quiet_transformers():
         model: nn.Module = _filled_model(
             str(folder), str(folder), dtype=dtype, trust_remote_code=False, local_files_only=True
@@ -261,6 +269,7 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Mod
 
 def load_tokenizer(folder: str | Path) -> Any:
     """Load the tokenizer of a local checkpoint folder."""
+    check_type("folder", folder, (str, Path), "the path of a checkpoint folder")
     from transformers import AutoTokenizer
 
     with quiet_transformers():

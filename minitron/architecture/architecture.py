@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from minitron.arguments import short_repr
+from minitron.arguments import check_types, short_repr
 from minitron.errors import InputError
 from minitron.families import Family, Parameter, family_of
 from minitron.families.config import LONGROPE, make_plain, read_config, write_config
@@ -239,12 +239,18 @@ class Architecture:
 
 def axes_present(architectures: Iterable[Architecture]) -> tuple[PrunableAxis, ...]:
     """The axes that any of these has, in the order of `AXES`."""
-    names = {name for architecture in architectures for name in architecture.sizes}
+    names = {name for architecture in _checked(architectures) for name in architecture.sizes}
     return tuple(axis for axis in AXES if axis.name in names)
 
 
 def axes_that_differ(architectures: Iterable[Architecture]) -> tuple[PrunableAxis, ...]:
     """The axes on which not all of these have the same size; those that they have, where all are alike."""
-    shapes = list(architectures)
+    shapes = _checked(architectures)
     differing = tuple(axis for axis in AXES if len({getattr(shape, axis.name) for shape in shapes}) > 1)
     return differing or axes_present(shapes)
+
+
+def _checked(architectures: Iterable[Architecture]) -> list[Architecture]:
+    shapes = list(architectures) if isinstance(architectures, Iterable) else architectures
+    check_types("architectures", shapes, Architecture)
+    return shapes

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 from minitron.architecture import Architecture
+from minitron.arguments import check_type
 
 
 def hardware_notes(base: Architecture, target: Architecture, *, tile: int = 64, alignment: int = 8) -> list[str]:
@@ -17,9 +18,12 @@ def hardware_notes(base: Architecture, target: Architecture, *, tile: int = 64, 
     tile: tile width of a matrix multiplication. alignment: the multiple that tensor cores need (8 for 16-bit types). Only
     dimensions that pruning changed are checked.
     """
-    notes = []
+    check_type("base", base, Architecture)
+    check_type("target", target, Architecture)
+    notes: list[str] = []
     for field in ("hidden_size", "intermediate_size"):
-        before, after = getattr(base, field), getattr(target, field)
+        before = getattr(base, field)
+        after = getattr(target, field)
         if after < before:
             notes += _misaligned(field, after, before, alignment) + _same_tiles(field, after, before, tile)
             if target.num_experts and after % alignment:
@@ -28,7 +32,8 @@ def hardware_notes(base: Architecture, target: Architecture, *, tile: int = 64, 
                     f'experts_implementation="eager", or take a multiple of {alignment}.'
                 )
     if target.num_heads < base.num_heads:
-        field, width = f"num_heads: {target.num_heads} x head_dim", target.num_heads * target.head_dim
+        field = f"num_heads: {target.num_heads} x head_dim"
+        width = target.num_heads * target.head_dim
         notes += _misaligned(field, width, base.num_heads * base.head_dim, alignment)
         if target.num_kv_heads == base.num_kv_heads:
             notes.append(
@@ -60,7 +65,8 @@ def _same_tiles(field: str, after: int, before: int, tile: int) -> list[str]:
 
 
 def _nearest(value: int, largest: int, multiple: int) -> str:
-    below, above = value // multiple * multiple, math.ceil(value / multiple) * multiple
+    below = value // multiple * multiple
+    above = math.ceil(value / multiple) * multiple
     return " or ".join(str(choice) for choice in (below, above) if 0 < choice <= largest) or f"keep {largest}"
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from minitron.architecture import Architecture
+from minitron.arguments import check_type
 from minitron.errors import InputError
 
 # The sizes that identify a base model; flags and tying are not compared.
@@ -82,6 +83,8 @@ def published(name: str, base: Architecture) -> Architecture:
 
     Raises InputError if there is no such model, or if `base` does not have the shape that it was pruned from.
     """
+    check_type("name", name, str)
+    check_type("base", base, Architecture)
     if name not in PUBLISHED:
         close = get_close_matches(name, PUBLISHED, n=1, cutoff=0.4)
         raise InputError(

@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from numbers import Integral, Real
 
 from minitron.architecture import Architecture
+from minitron.arguments import check_type
 from minitron.errors import InputError
 
 TOLERANCE = 0.05
@@ -27,6 +29,9 @@ def architecture_for(base: Architecture, parameters: int, *, how: str = "width",
     hidden size may change by up to a quarter, then the multiple is halved down to 1. Raises InputError naming the closest
     reachable number if `parameters` cannot be reached.
     """
+    check_type("base", base, Architecture)
+    check_type("parameters", parameters, Real)
+    check_type("multiple", multiple, Integral)
     if how not in HOW:
         raise InputError(f"how: {how!r} is not a way to shrink", f"use one of {', '.join(HOW)}")
     if multiple < 1:

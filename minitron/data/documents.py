@@ -91,6 +91,7 @@ def source_identity(source: TextSource) -> dict[str, Any]:
 
     Raises InputError or StorageError if the source does not exist or cannot be reached, or for a dangling link.
     """
+    check_type("source", source, TextSource)
     if source.kind == "python-docs":
         return {"kind": source.kind, **python_identity()}
     if source.kind == "hub":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minitron.arguments import check_type
+from minitron.arguments import check_tokenizer, check_type
 from minitron.data.documents import TextSource, documents, source_identity
 from minitron.data.rows import FORMAT, INDEX, Rows, Split, shard_name
 from minitron.data.special_tokens import DocumentTokens, document_tokens
@@ -30,12 +30,15 @@ SHARD_ROWS = 8192
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of everything that decides how text becomes ids: normaliser, vocabulary, merges, added tokens.
 
-    For a tokenizer without the `tokenizers` library behind it: class, vocabulary and special tokens.
+    For a tokenizer without the `tokenizers` library behind it: class, vocabulary and special tokens. Raises InputError for an
+    object that is not a tokenizer.
     """
+    check_tokenizer("tokenizer", tokenizer)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        name, vocabulary = type(tokenizer).__name__, tokenizer.get_vocab()
-        return fingerprint([name, vocabulary, {key: str(value) for key, value in tokenizer.special_tokens_map.items()}])
+        vocabulary = tokenizer.get_vocab()
+        special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
+        return fingerprint([type(tokenizer).__name__, vocabulary, special])
     state = json.loads(backend.to_str())
     # Calls to the tokenizer change these two, and packing uses neither.
     return fingerprint({key: value for key, value in state.items() if key not in ("truncation", "padding")})
@@ -77,6 +80,7 @@ def pack(
     early (with the number of rows it gave), and StorageError if `target` contains other rows.
     """
     check_type("source", source, TextSource)
+    check_type("target", target, str, "the path of a folder")
     around = document_tokens(tokenizer, add_bos)
     request = _request(source, tokenizer, around, seq_length, train_rows, heldout_rows, heldout_fraction, shard_rows)
     if not is_committed(target):

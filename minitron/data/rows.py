@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from minitron import storage
+from minitron.arguments import check_type
 from minitron.data.boundaries import DocumentBoundaries
 from minitron.errors import InputError, StorageError
 from minitron.storage import fetch, fingerprint, is_committed, join, read_json
@@ -54,6 +56,7 @@ class Rows:
         reads the whole folder. Raises StorageError naming a shard that is missing, truncated or altered, and InputError
         for a folder or split that does not exist.
         """
+        check_type("folder", folder, str, "the path of a folder")
         if not is_committed(folder):
             raise InputError(f"{folder}: contains no packed rows", "pack a corpus into it first")
         local = str(fetch(folder))
@@ -116,6 +119,9 @@ def rows_for_step(num_rows: int, batch_rows: int, step: int, seed: int) -> list[
     the same in every process, on every machine and with every numpy version: `RandomState`'s stream is frozen (NEP 19).
     Raises InputError for numbers out of range.
     """
+    numbers_given = {"num_rows": num_rows, "batch_rows": batch_rows, "step": step, "seed": seed}
+    for name, value in numbers_given.items():
+        check_type(name, value, Integral)
     if num_rows < 1 or batch_rows < 1 or step < 0 or seed < 0:
         raise InputError(
             f"num_rows {num_rows}, batch_rows {batch_rows}, step {step}, seed {seed}",
@@ -129,7 +135,8 @@ def rows_for_step(num_rows: int, batch_rows: int, step: int, seed: int) -> list[
 
 
 def rows_of_steps(num_rows: int, batch_rows: int, steps: int, seed: int) -> list[int]:
-    """The numbers of all rows used in the first `steps` steps, each once, ascending."""
+    """The numbers of all rows used in the first `steps` steps, each once, ascending. Raises InputError as `rows_for_step`."""
+    check_type("steps", steps, Integral)
     return sorted({row for step in range(steps) for row in rows_for_step(num_rows, batch_rows, step, seed)})
 
 

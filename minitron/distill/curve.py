@@ -7,6 +7,7 @@ import re
 from dataclasses import asdict, dataclass
 
 from minitron import storage
+from minitron.arguments import check_type
 from minitron.errors import StorageError
 
 _PART = re.compile(r"(\d{8})-(\d{8})\.jsonl")
@@ -76,4 +77,5 @@ class Curve:
 
 def read_curve(checkpoints: str) -> list[Point]:
     """The curve of a finished training, from the folder of its checkpoints."""
+    check_type("checkpoints", checkpoints, str, "the path of a folder")
     return Curve(checkpoints).points()

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from minitron.architecture import Architecture
+from minitron.arguments import check_type
 from minitron.distill.blocks import ACTIVATION_CHECKPOINTING
 from minitron.distill.config import ADAMW_OFFLOAD, DistillConfig
 from minitron.distill.gpu_memory import GpuMemory, TeacherKept, gpu_memory
@@ -79,6 +80,8 @@ def fitting(
     Of `config` the fields in `chosen`, some of `CHOSEN`, are free, and so is which of `teacher_kept` is. Otherwise as
     `gpu_memory`; `gpu_bytes` is a whole GPU's.
     """
+    check_type("student", student, Architecture)
+    check_type("config", config, DistillConfig, "a DistillConfig")
     best: Fit | None = None
     for settings, kept in _in_order(config, seq_length, chosen, teacher_kept, processes):
         memory = gpu_memory(

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from minitron.architecture import Architecture
+from minitron.arguments import check_type
 from minitron.distill.activations import FLOAT, backward_per_token, final_norm, forward_per_token, kept_per_token
 from minitron.distill.config import ADAMW_OFFLOAD, DistillConfig
 from minitron.distill.losses import chunked, fused
@@ -94,9 +95,12 @@ def gpu_memory(
     triton: the loss on logits is the kernel's, which bfloat16 alone has.
     compared: outputs within layers that losses compare with the teacher's, by a rough figure. Compilation is not counted.
     """
+    check_type("student", student, Architecture)
+    check_type("config", config, DistillConfig, "a DistillConfig")
     parts = parts_of(STATE_BYTES * student.num_parameters, processes, node_processes, gpu_bytes)
     training = _Training(student, config, seq_length, processes, parts, value_bytes, trained)
-    tokens, state = training.tokens, training.state
+    tokens = training.tokens
+    state = training.state
     if teacher is not None:
         inside = value_bytes * teacher.num_layers * layer_parameters(teacher)
         parts = parts_of(inside, processes, node_processes, gpu_bytes)

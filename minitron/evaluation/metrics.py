@@ -9,6 +9,8 @@ import math
 import re
 from dataclasses import dataclass
 
+from minitron.arguments import check_type
+
 PLUS_MINUS = "±"
 
 
@@ -70,6 +72,8 @@ _OWN_SCALE = {
 
 def task_metric(task: str, metric: str) -> Metric:
     """Properties of lm-eval's `metric` of `task`; an unknown metric has no unit and keeps lm-eval's scale."""
+    check_type("task", task, str)
+    check_type("metric", metric, str)
     if metric in _OWN_SCALE:
         return _OWN_SCALE[metric]
     if metric in _SHARES or _SHARE.search(metric):

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minitron.arguments import check_type
+from minitron.arguments import check_type, short_repr
 from minitron.errors import InputError
 from minitron.evaluation.benchmarks import GROUP, RENAMED_FIELDS
 from minitron.evaluation.documents import count_documents, find_splits, locate, read_split
@@ -83,6 +83,8 @@ def check_requirements(task: Task, longest: int | None = None) -> None:
 
 def check_settings(tasks: Sequence[Task]) -> None:
     """Raise InputError for invalid values and for a task that is given twice."""
+    if not isinstance(tasks, Sequence):
+        raise InputError(f"tasks: {short_repr(tasks)} is not a list", "give a list of Task")
     for task in tasks:
         check_type("tasks", task, Task)
     seen: set[str] = set()

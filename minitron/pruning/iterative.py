@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
 
 from minitron.architecture import PRUNABLE, Architecture
+from minitron.arguments import check_model, check_type
 from minitron.errors import InputError
 from minitron.importance import LayerScoring, estimate_importance
 from minitron.pruning.selection import kept_layers
@@ -33,8 +35,10 @@ def prune_in_steps(
 
     rows: packed tokens for `estimate_importance`, int64 [num_rows, seq_length]. calibration: its further arguments. layers:
     the metric by which every step chooses its contiguous block of layers to remove (default: cosine). merge_heads: as in
-    `prune`. Raises InputError if `architecture` does not fit inside the model or `steps` is not positive.
+    `prune`. Raises InputError if `architecture` does not fit inside the model, if `steps` is not positive, and for
+    arguments of the wrong type.
     """
+    check_model("model", model)
     current = Architecture.from_config(model.config)
     for shape in shapes_between(current, architecture, steps):
         removed = current.num_layers - shape.num_layers
@@ -51,6 +55,9 @@ def shapes_between(base: Architecture, target: Architecture, steps: int) -> Iter
 
     The last one is `target`; steps that change nothing are left out. Raises InputError as `prune_in_steps`.
     """
+    check_type("base", base, Architecture)
+    check_type("target", target, Architecture)
+    check_type("steps", steps, Integral)
     if steps < 1:
         raise InputError(f"steps: {steps} is not positive", "use 1 for pruning in a single step")
     target.check_inside(base)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from minitron.architecture import Architecture
+from minitron.arguments import check_type, check_types
 from minitron.errors import InputError
 from minitron.families.table import HEADS, HIDDEN, KV_HEADS, MLP
 from minitron.importance.scores import ImportanceScores
@@ -54,8 +56,11 @@ def select(
     once for the whole model; neurons, heads and experts for each layer, and neurons for each kept expert. Heads are ranked
     within their KV group, so that every group loses the same number; if KV groups are removed too, those with the lowest
     total score are removed completely (arXiv 2407.14679 section 2.2). Raises InputError if `target` does not fit inside
-    `base`, or if `layers` does not match both.
+    `base`, if `layers` does not match both, and for arguments of the wrong type.
     """
+    _check_scores(scores)
+    check_type("base", base, Architecture)
+    check_type("target", target, Architecture)
     target.check_inside(base)
     if layers is None:
         layers = kept_layers(scores, base.num_layers, target.num_layers)
@@ -84,8 +89,15 @@ def kept_layers(
     how: "contiguous" removes the least important block (arXiv 2408.11796 section 3); "scattered" removes the least important
     single layers, wherever they are; "iterative" removes the first layers of a measured removal order, the finest whose
     steps add up to the number to remove (default metric: "loss"). Raises InputError if `how` is unknown or its scores were
-    not measured.
+    not measured, and for arguments of the wrong type.
     """
+    _check_scores(scores)
+    check_type("num_layers", num_layers, Integral)
+    check_type("target", target, Integral)
+    if not 1 <= target <= num_layers:
+        raise InputError(
+            f"target: {target} is not between 1 and the model's {num_layers} layers", "keep at least one layer"
+        )
     if how not in HOW:
         raise InputError(f"how: {how!r} is not a way to choose layers", f"use one of {', '.join(HOW)}")
     count = num_layers - target
@@ -115,7 +127,12 @@ def _first_removed(scores: ImportanceScores, count: int, metric: str) -> list[in
     )
 
 
+def _check_scores(scores: ImportanceScores) -> None:
+    check_type("scores", scores, ImportanceScores, "ImportanceScores")
+
+
 def _check_layers(layers: Sequence[int], base: Architecture, target: Architecture) -> None:
+    check_types("layers", layers, int)
     if list(layers) != sorted(set(layers)) or any(not 0 <= index < base.num_layers for index in layers):
         raise InputError(
             f"layers: {list(layers)} are not distinct ascending indices below {base.num_layers}",

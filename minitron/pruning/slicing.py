@@ -34,7 +34,7 @@ def prune(
     inside the model, if `layers` does not match both, and for arguments of the wrong type.
     """
     check_model("model", model)
-    check_type("architecture", architecture, Architecture, "an Architecture")
+    check_type("architecture", architecture, Architecture)
     check_type("scores", scores, ImportanceScores, "ImportanceScores")
     base = Architecture.from_config(model.config)
     selection = select(scores, base, architecture, layers=layers)
@@ -59,8 +59,13 @@ def sliced_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (new name, new tensor) one at a time. `source` returns a tensor of the original by name.
 
-    Only the current tensor is in memory, so a model larger than memory can be sliced shard by shard.
+    Only the current tensor is in memory, so a model larger than memory can be sliced shard by shard. Raises InputError for
+    arguments of the wrong type.
     """
+    check_type("source", source, Callable, "a function from a tensor's name to the tensor")  # type: ignore[arg-type]
+    check_type("base", base, Architecture)
+    check_type("target", target, Architecture)
+    check_type("selection", selection, Selection)
     for parameter in base.outer_parameters:
         tensor = _cut(source(parameter.name), parameter.axes, selection, 0, base)
         yield parameter.name, _rescaled(parameter.name, tensor, base, target)

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from minitron.architecture import Architecture
+from minitron.arguments import check_type
 from minitron.distill.losses.divergences import DIVERGENCES
 from minitron.errors import InputError
 
@@ -105,6 +106,8 @@ def mapped_layers(text: str, teacher_layers: int, student_layers: int) -> tuple[
 def default_losses(student: Architecture, teacher: Architecture) -> tuple[Losses, str]:
     """The losses that suit the number of removed layers, and the reason as a sentence (arXiv 2407.14679, best practices 6 and
     7)."""
+    check_type("student", student, Architecture)
+    check_type("teacher", teacher, Architecture)
     removed = teacher.num_layers - student.num_layers
     reason = f"{removed} of {teacher.num_layers} layers are removed"
     if 3 * removed > teacher.num_layers:

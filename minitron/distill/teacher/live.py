@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from minitron.arguments import check_model
 from minitron.data import DocumentBoundaries
 from minitron.distill.sharding import shard_teacher_
 from minitron.logits import Head
@@ -64,6 +65,7 @@ class LiveTeacher:
         device: torch.device | None = None,
         weights: Weights | None = None,
     ) -> None:
+        check_model("model", model)
         self.documents = documents
         self.sharded = shard and dist.is_initialized() and dist.get_world_size() > 1
         device = device or next(model.parameters()).device

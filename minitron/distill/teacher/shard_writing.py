@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minitron import storage
+from minitron.arguments import check_type
 from minitron.data import Rows
 from minitron.distill.teacher.shard_format import (
     FILE,
@@ -74,7 +75,11 @@ def write_shards(
     the folder, two files for each shard, and the index.
     Raises StorageError for a folder that holds something else, and before the first shard if the disk is too small.
     """
-    numbers, batch_rows = how.get("numbers"), how.get("batch_rows", 4)
+    if not hasattr(rows, "take"):  # a tensor, or the folder's path
+        check_type("rows", rows, Rows, "Rows, as Rows.open(...) returns them")
+    check_type("folder", folder, str, "the path of a folder")
+    numbers = how.get("numbers")
+    batch_rows = how.get("batch_rows", 4)
     rank, world, progress = how.get("rank", 0), how.get("world", 1), how.get("progress")
     chosen = range(len(rows)) if numbers is None else list(numbers)
     key = key_of_rows(key, numbers)

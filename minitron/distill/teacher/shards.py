@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minitron import storage
+from minitron.arguments import check_type
 from minitron.distill.teacher.shard_format import FILE, INDEX, Index, check_key, key_of_rows, shard_folder
 from minitron.errors import StorageError
 from minitron.storage.ranges import READERS, read_checked
@@ -40,6 +41,8 @@ class Shards:
     """
 
     def __init__(self, folder: str, key: str) -> None:
+        check_type("folder", folder, str, "the path of a folder")
+        check_type("key", key, str)
         if not storage.exists(storage.join(folder, INDEX)):
             raise StorageError(f"{folder}: not completely written", "run what writes it again; it resumes where it was")
         self.folder = folder

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minitron import storage
+from minitron.arguments import check_type
 from minitron.data import DocumentBoundaries, Rows
 from minitron.distill.teacher.live import TeacherBatch
 from minitron.distill.teacher.shard_writing import RowModel, Writing, write_shards
@@ -31,6 +32,7 @@ class StoredTeacher:
     """
 
     def __init__(self, folder: str, head: Head, key: str, *, open_store: Callable[[str, str], Shards] = Shards) -> None:
+        check_type("head", head, Head)
         self.head = head
         self._shards = open_store(folder, key)
 

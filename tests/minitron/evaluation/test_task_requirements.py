@@ -61,7 +61,7 @@ def test_hub_documents_that_are_not_in_the_cache_are_refused(empty_cache):
         InputError, match=r"the hub's dataset allenai/ai2_arc, cannot be loaded \(HF_HUB_OFFLINE is set"
     ) as refusal:
         check_requirements(Task("arc_easy"))
-    assert "`data:` names documents" in refusal.value.remedy
+    assert "local documents as the task's data" in refusal.value.remedy
     (empty_cache / "datasets" / "allenai___ai2_arc").mkdir(parents=True)
     check_requirements(Task("arc_easy"))
 
@@ -88,5 +88,5 @@ def test_answers_that_are_as_long_as_the_context_are_refused(tmp_path):
 def test_plan_names_the_recipe_key_of_a_benchmark_that_cannot_run(bench, empty_cache):
     options = [f"evaluate.tasks=[{{name: arc_easy, data: {bench}/arc.jsonl}}, {{name: wikitext}}]"]
     recipe = load_recipe(str(bench / "recipe.yaml"), options)
-    with pytest.raises(InputError, match=r"evaluate.tasks\[1\]: task 'wikitext': its documents"):
+    with pytest.raises(InputError, match=r"evaluate\.tasks\.1: task 'wikitext': its documents"):
         plan(recipe, storage_path=str(bench / "unused"))
