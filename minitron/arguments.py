@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import fields
 from numbers import Integral, Real
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +52,35 @@ def check_types(name: str, values: Any, kind: type) -> None:
 
 def _in_words(kind: type) -> str:
     return _WORDS.get(kind) or f"{'an' if kind.__name__[0] in 'AEIOUaeiou' else 'a'} {kind.__name__}"
+
+
+def check_fields(settings: Any) -> None:
+    """Raise InputError naming the first field of the dataclass `settings` whose value does not have the annotated type.
+
+    Understood are str, bool, int, float (which an int is, too), Literal, tuple (which may be a list, as JSON gives it), other
+    classes, and unions with None. A bool is not accepted as a number.
+    """
+    hints = get_type_hints(type(settings))
+    for field in fields(settings):
+        _check_hint(field.name, getattr(settings, field.name), hints[field.name])
+
+
+def _check_hint(name: str, value: Any, hint: Any) -> None:
+    options = get_args(hint)
+    if get_origin(hint) is UnionType:
+        if value is None and NoneType in options:
+            return
+        hint = next(option for option in options if option is not NoneType)
+        options = get_args(hint)
+    if get_origin(hint) is Literal:
+        if not (isinstance(value, str) and value in options):
+            raise InputError(f"{name}: {short_repr(value)} is not supported", f"use one of {', '.join(options)}")
+    elif get_origin(hint) is tuple:
+        check_type(name, value, (tuple, list), "a tuple")
+        for index, item in enumerate(value):
+            _check_hint(f"{name}[{index}]", item, options[0])
+    else:
+        check_type(name, value, {int: Integral, float: Real}.get(hint, hint), "true or false" if hint is bool else "")
 
 
 def check_model(name: str, value: Any) -> None:

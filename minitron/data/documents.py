@@ -15,12 +15,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any, Literal, get_args
+from typing import IO, Any, Literal
 
 import fsspec
 from fsspec.utils import glob_translate, infer_compression
 
-from minitron.arguments import check_type
+from minitron.arguments import check_fields, check_type
 from minitron.data import hub
 from minitron.data.python_docs import python_documents, python_identity
 from minitron.errors import InputError, StorageError
@@ -43,7 +43,7 @@ class TextSource:
 
     kind: "python-docs", "text", "jsonl", "parquet" or "hub". path: a file, folder or glob at any fsspec address (text,
     jsonl, parquet), or the name of a dataset on the hub; unused for python-docs. key: the field or column with the text.
-    name, split, revision: configuration, split and revision of a dataset on the hub.
+    name, split, revision: configuration, split and revision of a dataset on the hub. Raises InputError for a wrong type.
     """
 
     kind: Kind
@@ -52,6 +52,9 @@ class TextSource:
     name: str | None = None
     split: str = "train"
     revision: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -211,8 +214,6 @@ def _label(source: TextSource) -> str:
 
 
 def _check_path(source: TextSource) -> None:
-    if source.kind not in get_args(Kind):
-        raise InputError(f"kind: {source.kind!r} is not supported", f"use one of {', '.join(get_args(Kind))}")
     if not source.path:
         raise InputError(f"path: empty, with kind {source.kind!r}", "set path to the address of the text")
 

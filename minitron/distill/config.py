@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from minitron.arguments import check_fields
 from minitron.distill.blocks import ACTIVATION_CHECKPOINTING
 from minitron.distill.schedule import SCHEDULES
 from minitron.errors import InputError
@@ -53,6 +54,7 @@ class DistillConfig:
     """FLOP/s of one process's device that the utilisation is a share of; 0 to measure a large matrix product."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.schedule not in SCHEDULES:
             raise InputError(f"schedule: {self.schedule!r}", f"use one of {', '.join(SCHEDULES)}")
         if self.activation_checkpointing not in ACTIVATION_CHECKPOINTING:

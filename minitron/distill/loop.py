@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from minitron import storage
-from minitron.arguments import check_model, check_type
+from minitron.arguments import check_model, check_type, short_repr
 from minitron.data import DocumentBoundaries, Rows, rows_for_step
 from minitron.device import device
 from minitron.distill.blocks import compiled_blocks, running_blocks
@@ -86,6 +86,13 @@ def distill(
     check_model("student", student)
     if not hasattr(rows, "take") or not hasattr(rows, "seq_length"):  # a tensor, or the folder's path
         check_type("rows", rows, Rows, "Rows, as Rows.open(...) returns them")
+    if targets is not None and not callable(getattr(targets, "batch", None)):
+        raise InputError(
+            f"targets: {short_repr(targets)} is not a teacher",
+            "give LiveTeacher(model) for a loaded model, or a StoredTeacher or TopKTeacher",
+        )
+    if documents is not None:
+        check_type("documents", documents, DocumentBoundaries)
     check_type("config", config, DistillConfig, "a DistillConfig")
     check_type("losses", losses, Losses, "Losses")
     if until is not None and not checkpoints:

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minitron.arguments import check_type, short_repr
+from minitron.arguments import check_fields, check_type, short_repr
 from minitron.errors import InputError
 from minitron.evaluation.benchmarks import GROUP, RENAMED_FIELDS
 from minitron.evaluation.documents import count_documents, find_splits, locate, read_split
@@ -44,6 +44,9 @@ class Task:
     data: str | None = None
     num_fewshot: int = 0
     limit: int | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ def prune(
     check_model("model", model)
     check_type("architecture", architecture, Architecture)
     check_type("scores", scores, ImportanceScores, "ImportanceScores")
+    check_type("merge_heads", merge_heads, Integral)
     base = Architecture.from_config(model.config)
     selection = select(scores, base, architecture, layers=layers)
     config = architecture.to_config(model.config, selection.layers)

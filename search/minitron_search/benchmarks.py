@@ -10,7 +10,7 @@ from typing import Any
 
 from minitron import storage
 from minitron.architecture import Architecture
-from minitron.arguments import check_type, check_types
+from minitron.arguments import check_fields, check_type, check_types
 from minitron.device import DTYPES, device
 from minitron.errors import InputError, one_line
 from minitron.evaluation import Task
@@ -42,7 +42,7 @@ class Benchmarks:
     add_bos: bool | None = None
 
     def __post_init__(self) -> None:
-        check_types("tasks", self.tasks, Task)
+        check_fields(self)
         object.__setattr__(self, "tasks", tuple(map(_with_absolute_path, self.tasks)))
         object.__setattr__(self, "tokenizer", absolute_path("tokenizer", self.tokenizer))
 

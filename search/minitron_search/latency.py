@@ -11,6 +11,7 @@ import torch
 
 from minitron import storage
 from minitron.architecture import Architecture
+from minitron.arguments import check_fields
 from minitron.device import DTYPES, device, device_name
 from minitron.errors import MinitronError
 from minitron.evaluation import interleaved_throughput
@@ -43,6 +44,7 @@ class Latency:
     threads: int = 1
 
     def __post_init__(self) -> None:
+        check_fields(self)
         object.__setattr__(self, "origin", absolute_path("origin", self.origin))
         object.__setattr__(self, "folder", absolute_path("folder", self.folder))
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minitron.architecture import Architecture
+from minitron.arguments import check_fields
 
 VALUE_BYTES = 2  # of a weight, key or value in inference: 16 bits
 
@@ -16,7 +17,7 @@ class Limits:
 
     `flops_per_token` counts a forward pass, `kv_cache_bytes` the keys and values of all sequences (every layer counted as
     attending to the whole context), `memory_bytes` weights and KV cache together. `latency_ms` is the time to the first
-    token, which is not calculated but measured, by `minitron_search.latency`.
+    token, which is not calculated but measured, by `minitron_search.latency`. Raises InputError for a wrong type.
     """
 
     context: int
@@ -25,6 +26,9 @@ class Limits:
     kv_cache_bytes: float | None = None
     memory_bytes: float | None = None
     latency_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def needs(self, architecture: Architecture) -> dict[str, int]:
         """What `architecture` costs in each quantity that can be calculated, by the name of the limit."""

@@ -30,6 +30,7 @@ from minitron.data import (
 from minitron.distill import (
     DistillConfig,
     LiveTeacher,
+    Losses,
     StoredTeacher,
     TopKTeacher,
     default_losses,
@@ -56,6 +57,7 @@ from minitron.models import load_source
 from minitron.pruning import sliced_tensors
 from minitron.pruning.iterative import prune_in_steps
 from minitron.pruning.selection import kept_layers, select
+from minitron_search import Limits
 
 PACKAGES = ("data", "distill", "evaluation", "importance", "pruning", "architecture", "families")
 
@@ -102,8 +104,30 @@ def valid(scored):
     return Valid(model, scores, Architecture.from_config(model.config))
 
 
+class RowsInMemory:
+    """Rows as `distill` needs them."""
+
+    seq_length = 16
+
+    def take(self, indices):
+        return tiny.rows()[list(indices)]
+
+
 # message: a call with one wrong argument
 WRONG_TYPES = {
+    "merge_heads: None is not a whole number": lambda v: prune(v.model, v.base, v.scores, merge_heads=None),
+    "targets: a Llama.* is not a teacher": lambda v: distill(v.model, v.model, RowsInMemory(), v.config),
+    "documents: 'rows' is not a DocumentBoundaries": lambda v: LiveTeacher(v.model, documents="rows"),
+    "hidden: '29:13' is not a tuple": lambda v: Losses(hidden="29:13"),
+    r"hidden\[0\]: 3 is not text": lambda v: Losses(hidden=(3,)),
+    "temperature: '2' is not a number": lambda v: Losses(temperature="2"),
+    "embedding: 'no' is not true or false": lambda v: Losses(embedding="no"),
+    "decay_share: None is not a number": lambda v: DistillConfig(steps=1, decay_share=None),
+    "steps: 2.5 is not a whole number": lambda v: DistillConfig(steps=2.5),
+    "kind: 'json' is not supported": lambda v: TextSource("json", "text.jsonl"),
+    "path: None is not text": lambda v: TextSource("jsonl", None),
+    "limit: '5' is not a whole number": lambda v: Task("arc_easy", limit="5"),
+    "latency_ms: '3' is not a number": lambda v: Limits(context=8, latency_ms="3"),
     "model: 'gpt2' is not a transformers model": lambda v: prune("gpt2", v.base, v.scores),
     "architecture: a dict is not an Architecture": lambda v: prune(v.model, v.base.to_dict(), v.scores),
     "scores: 'scores.safetensors' is not ImportanceScores": lambda v: prune(v.model, v.base, "scores.safetensors"),

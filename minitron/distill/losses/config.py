@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from minitron.architecture import Architecture
-from minitron.arguments import check_type
+from minitron.arguments import check_fields, check_type
 from minitron.distill.losses.divergences import DIVERGENCES
 from minitron.errors import InputError
 
@@ -47,6 +47,7 @@ class Losses:
     """Weight of L_is; None for L_logits / L_is of each row, recomputed at every step."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _one_of("logits", self.logits, (*DIVERGENCES, "none"))
         _one_of("hidden_loss", self.hidden_loss, HIDDEN_LOSSES)
         if not self.temperature > 0:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minitron.arguments import check_model
+from minitron.arguments import check_model, check_type
 from minitron.data import DocumentBoundaries
 from minitron.distill.sharding import shard_teacher_
 from minitron.logits import Head
@@ -66,6 +66,8 @@ class LiveTeacher:
         weights: Weights | None = None,
     ) -> None:
         check_model("model", model)
+        if documents is not None:
+            check_type("documents", documents, DocumentBoundaries)
         self.documents = documents
         self.sharded = shard and dist.is_initialized() and dist.get_world_size() > 1
         device = device or next(model.parameters()).device

@@ -156,9 +156,8 @@ def test_invalid_files_are_named(tmp_path: Path) -> None:
         ("text", "", "path: empty"),
         ("tsv", "latin.txt", "kind: 'tsv' is not supported"),
     ):
-        source = TextSource(kind, str(tmp_path / name) if name else "")  # type: ignore[arg-type]
         with pytest.raises((InputError, StorageError), match=problem):
-            list(documents(source))
+            list(documents(TextSource(kind, str(tmp_path / name) if name else "")))  # type: ignore[arg-type]
     for source in (TextSource("jsonl", str(tmp_path / "missing.jsonl")), TextSource("text", str(tmp_path / "empty"))):
         with pytest.raises(InputError):
             source_identity(source)
