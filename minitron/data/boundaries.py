@@ -14,8 +14,8 @@ from minitron.errors import InputError
 class DocumentBoundaries:
     """How documents follow each other in rows that `minitron.data.pack` wrote.
 
-    A document begins after every end-of-text token `end`, also one that its text spells out. `begin` are the tokens before a
-    document's text. Raises InputError where several of these are told from the end-of-text token by nothing.
+    A document begins after every end-of-text token `end`, also if the token is spelled out in a text. `begin` are the tokens
+    before a document's text. Raises InputError if there are several of these and the end-of-text token is among them.
     """
 
     end: int
@@ -32,9 +32,10 @@ class DocumentBoundaries:
         """Whether a document, or the row's part of one, starts at each token of [rows, seq_length]: bool of the same shape."""
         ends = input_ids == self.end
         if self.begin == (self.end,):
-            # One token begins and ends: in a row of them they take turns, and a row of tokens begins with what begins.
+            # The same token begins and ends documents: in a sequence of them, ends and beginnings alternate, and a row starts
+            # with a beginning.
             position = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-            before = position.masked_fill(ends, -1).cummax(dim=1).values  # the last token that is another one
+            before = position.masked_fill(ends, -1).cummax(dim=1).values  # position of the last other token
             ends = ends & ((position - before + (before < 0)) % 2 == 1)
         starts = ends.roll(1, dims=1)
         starts[:, 0] = True

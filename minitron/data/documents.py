@@ -292,7 +292,8 @@ def _belongs(relative: str, kind: Kind) -> bool:
 
 def _common_folder(paths: list[str]) -> str:
     """The deepest folder that contains all paths."""
-    first, last = min(paths).split("/")[:-1], max(paths).split("/")[:-1]
+    first = min(paths).split("/")[:-1]
+    last = max(paths).split("/")[:-1]
     shared = 0
     while shared < min(len(first), len(last)) and first[shared] == last[shared]:
         shared += 1

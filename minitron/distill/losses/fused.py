@@ -51,7 +51,8 @@ class FusedLogitLoss(ClosedForm):
         teacher: Teacher | None,
         labels: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens, inputs = len(hidden), hidden.to(weight.dtype)
+        tokens = len(hidden)
+        inputs = hidden.to(weight.dtype)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         hidden_grad = torch.empty_like(inputs) if need_hidden else None
         weight_grad: Tensor | None = None
@@ -89,8 +90,8 @@ def _plus_product(total: Tensor | None, gradient: Tensor, inputs: Tensor, alone:
 
 
 class _Target(NamedTuple):
-    """What the kernel reads of the teacher on some tokens: products [n, V] with what its head does to them, and their
-    log-sum-exp [n] if it is known; or the log-probabilities [n, k] of the likeliest `tokens` [n, k]."""
+    """The teacher's values for n tokens that the kernel reads: products of hidden states and head [n, V] and the log-sum-exp of
+    their logits [n], if it is known; or the log-probabilities [n, k] of the top-k `tokens` [n, k]."""
 
     products: Tensor | None = None
     log_sum_exp: Tensor | None = None
@@ -99,13 +100,18 @@ class _Target(NamedTuple):
 
 
 class _Logits:
-    """The logits of N hidden states of the student and its teacher, a chunk at a time, and what the kernel makes of them."""
+    """The logits of N hidden states of the student and its teacher, one chunk at a time, and the losses and gradients that the
+    kernel computes from them."""
 
     def __init__(
         self, hidden: Tensor, student: Head, losses: Losses, teacher: Teacher | None, labels: Tensor | None
     ) -> None:
-        tokens, vocabulary = len(hidden), len(student.weight)
-        self.hidden, self.student, self.losses, self.teacher = hidden, student, losses, teacher
+        tokens = len(hidden)
+        vocabulary = len(student.weight)
+        self.hidden = hidden
+        self.student = student
+        self.losses = losses
+        self.teacher = teacher
         self.labels = None if labels is None else labels.contiguous()
         self.divergence = torch.zeros(tokens, device=hidden.device)
         self.cross_entropies = torch.zeros_like(self.divergence)
@@ -116,19 +122,22 @@ class _Logits:
         self.other = torch.empty_like(self.own) if teacher is not None and teacher.head is not None else None
 
     def write_gradient(self, part: slice, space: Tensor) -> Tensor:
-        """The gradient of the products of a `part` of the tokens, in the first rows of `space`; notes these tokens' losses."""
-        start, stop = part.start, min(part.stop, len(self.hidden))
+        """The gradient of the products of a `part` of the tokens, in the first rows of `space`; stores these tokens' losses."""
+        start = part.start
+        stop = min(part.stop, len(self.hidden))
         for first in range(start, stop, self.chunk):
             rows = slice(first, min(first + self.chunk, stop))
             self._run_kernel(rows, space[first - start : rows.stop - start])
         return space[: stop - start]
 
     def _target(self, rows: slice) -> _Target:
-        teacher, k = self.teacher, self.losses.top_k
+        teacher = self.teacher
+        k = self.losses.top_k
         if teacher is None:
             return _Target()
         if teacher.top is not None:
-            values, tokens = teacher.top.log_probs[rows, :k].float(), teacher.top.tokens[rows, :k].contiguous()
+            values = teacher.top.log_probs[rows, :k].float()
+            tokens = teacher.top.tokens[rows, :k].contiguous()
         else:
             assert teacher.hidden is not None
             assert teacher.head is not None
@@ -141,10 +150,13 @@ class _Logits:
     def _run_kernel(self, rows: slice, gradient: Tensor) -> None:
         from minitron.distill.losses.kernels import logit_loss
 
-        student, losses, target = self.student, self.losses, self._target(rows)
+        student = self.student
+        losses = self.losses
+        target = self._target(rows)
         divergence = "none" if self.teacher is None else "top_k" if losses.top_k else losses.logits
         teacher = student if self.teacher is None or self.teacher.head is None else self.teacher.head
-        (count, vocabulary), best = gradient.shape, 1 if target.tokens is None else target.tokens.shape[1]
+        count, vocabulary = gradient.shape
+        best = 1 if target.tokens is None else target.tokens.shape[1]
         with torch.cuda.device_of(gradient):
             logit_loss[(count,)](
                 student.products(self.hidden[rows], self.own),

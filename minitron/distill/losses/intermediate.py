@@ -56,7 +56,8 @@ class IntermediateLosses(nn.Module):
         weights: Weights | None = None,
     ) -> None:
         super().__init__()
-        own, other = (Architecture.from_config(model.config) for model in (student, teacher))
+        own = Architecture.from_config(student.config)
+        other = Architecture.from_config(teacher.config)
         self.how = losses.hidden_loss
         self.projected: list[tuple[str, str]] = []  # (student's module, teacher's module)
         if losses.embedding:
@@ -72,7 +73,8 @@ class IntermediateLosses(nn.Module):
             theirs, mine = mapped_layers(text, other.num_layers, own.num_layers)
             self.related.append((_qkv(own, mine), _qkv(other, theirs)))
         self.widths = _qkv_widths(own), _qkv_widths(other)
-        heads, kv_heads = gcd(own.num_heads, other.num_heads), gcd(own.num_kv_heads, other.num_kv_heads)
+        heads = gcd(own.num_heads, other.num_heads)
+        kv_heads = gcd(own.num_kv_heads, other.num_kv_heads)
         self.relation_heads = heads, kv_heads, kv_heads
         self.projection = None
         if self.projected:
@@ -102,7 +104,8 @@ class IntermediateLosses(nn.Module):
 
     def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         assert self.projection is not None
-        mapped, teacher = functional.linear(student.float(), self.projection), teacher.float()
+        mapped = functional.linear(student.float(), self.projection)
+        teacher = teacher.float()
         if self.how == "mse":
             return (mapped - teacher).square().mean(dim=(1, 2))
         return (1 - functional.cosine_similarity(mapped, teacher, dim=-1)).mean(dim=1)
@@ -139,7 +142,8 @@ def _qkv_widths(model: Architecture) -> list[int]:
 def _start(
     student: Weights, teacher: nn.Module, own: Architecture, other: Architecture, channels: Tensor | None
 ) -> Tensor:
-    width, teacher_width = own.hidden_size, other.hidden_size
+    width = own.hidden_size
+    teacher_width = other.hidden_size
     if channels is not None:
         if channels.shape != (width,) or int(channels.min()) < 0 or int(channels.max()) >= teacher_width:
             raise InputError(

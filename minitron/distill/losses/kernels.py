@@ -2,11 +2,11 @@
 gradient of the student's products, without a copy of the logits.
 
 A row of products is read once for the log-sum-exp of its logits and once for the gradient, which is rounded as it is
-written: 18 bytes a logit for both models' float32 products and a bf16 gradient. Divergences whose gradient needs a sum over
-the vocabulary beside (all but forward KL) read a row once more, 26 bytes. Everything else stays in registers: each lane
-keeps a maximum and a sum of its own, which meet at the end of the row.
+written: 18 bytes per logit for both models' float32 products and a bf16 gradient. Divergences whose gradient also needs a sum
+over the vocabulary (all but forward KL) read a row once more: 26 bytes. Everything else stays in registers: each lane has its
+own maximum and sum, which are combined at the end of the row.
 
-Imported where CUDA is (`fused.available`), or to be interpreted with TRITON_INTERPRET=1.
+Imported only if CUDA is available (`fused.available`), or for Triton's interpreter with TRITON_INTERPRET=1.
 Source: online softmax, arXiv 1805.02867 algorithm 3; the divergences' gradients are those of `divergences`.
 """
 
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 IGNORED = tl.constexpr(-100)  # the label of a token that has no next token
-LOWEST = tl.constexpr(-1e30)  # the logit of what is not in the vocabulary: no probability, and no NaN in differences
+LOWEST = tl.constexpr(-1e30)  # logit beyond the vocabulary: its probability is 0, and differences are not NaN
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -23,18 +23,18 @@ def logit_loss(
     student,  # float32 [rows, size]: products hidden @ weight.T
     teacher,  # the same of the teacher; None for "none" and "top_k"
     known,  # float32 [rows]: log-sum-exp of the teacher's tempered logits, or None
-    best_log_probs,  # float32 [rows, best]: log-probabilities of the teacher's likeliest tokens, which sum to 1; or None
+    best_log_probs,  # float32 [rows, best]: log-probabilities of the teacher's top-k tokens, renormalised; or None
     best_tokens,  # int64 [rows, best]
     labels,  # int64 [rows], -100 for none; or None
-    label_weight,  # float32 [1]: of one labelled token's cross-entropy
-    gradient,  # [rows, size], any floating dtype: that of the weighted losses with respect to `student`
+    label_weight,  # float32 [1]: weight of one labelled token's cross-entropy
+    gradient,  # [rows, size], any floating dtype: gradient of the weighted losses with respect to `student`
     divergences,  # float32 [rows]: T² · D
     cross_entropies,  # float32 [rows]
     rows,
     size,
     best,
     temperature,
-    token_weight,  # of one token's divergence in the loss
+    token_weight,  # weight of one token's divergence in the loss
     student_scale,
     student_softcap,  # or None
     teacher_scale,
@@ -44,7 +44,7 @@ def logit_loss(
     BLOCK: tl.constexpr,
     BEST_BLOCK: tl.constexpr,
 ):
-    """Programs take the rows in turns. A token's z are logits, u = z / T."""
+    """Rows are distributed over the programs in turn. z are the logits of a token, u = z / T."""
     lane = tl.arange(0, BLOCK)
     blocks = tl.cdiv(size, BLOCK)
     stride = size.to(tl.int64)  # a chunk may have more than 2**31 logits
@@ -61,7 +61,7 @@ def logit_loss(
             else:
                 other_sum = tl.load(known + row)
 
-        # what the gradient needs of the whole row
+        # values of the whole row that the gradient needs
         mean, own_norm, other_norm = 0.0, 1.0, 1.0
         if DIVERGENCE == "reverse_kl" or DIVERGENCE == "jensen_shannon" or DIVERGENCE == "mse":
             # dD/du = p · (slope - Σ p · slope), and the probabilities sum to 1
@@ -98,7 +98,7 @@ def logit_loss(
 
         loss = tl.zeros([BLOCK], tl.float32)
         for block in range(0, blocks):
-            at = (blocks - 1 - block) * BLOCK + lane  # from the end, which the cache still has
+            at = (blocks - 1 - block) * BLOCK + lane  # from the end, which is still in the cache
             z = _logits(own, at, size, student_scale, student_softcap)
             slope = tl.zeros([BLOCK], tl.float32)
             p = z * sharpness - own_sum
@@ -116,7 +116,7 @@ def logit_loss(
         distance = tl.sum(loss, 0)
 
         if DIVERGENCE == "top_k":
-            tl.debug_barrier()  # these tokens' gradients were written as if the teacher gave them nothing
+            tl.debug_barrier()  # these tokens' gradients were written with a teacher probability of 0
             few = tl.arange(0, BEST_BLOCK)
             for begin in range(0, best, BEST_BLOCK):
                 chosen = begin + few < best
@@ -155,7 +155,7 @@ def _slope(logits, scale, softcap):
 
 @triton.jit
 def _log_sum_exp(products, size, scale, softcap, sharpness, BLOCK: tl.constexpr):
-    """log Σ exp(sharpness · z) over a row, in one pass with one exponential a logit."""
+    """log Σ exp(sharpness · z) over a row, in one pass with one exponential per logit."""
     lane = tl.arange(0, BLOCK)
     top = tl.full([BLOCK], LOWEST, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
@@ -170,9 +170,9 @@ def _log_sum_exp(products, size, scale, softcap, sharpness, BLOCK: tl.constexpr)
 
 @triton.jit
 def _divergence(log_p, log_q, mean, own_norm, other_norm, DIVERGENCE: tl.constexpr):
-    """What each token adds to the divergence of the student's p from the teacher's q, and its derivative dD/du.
+    """Each token's summand of the divergence of the student's p from the teacher's q, and the derivative dD/du.
 
-    mean is Σ p · dD/dp, for cosine the divergence itself; the norms are |p| and |q|, for cosine alone.
+    mean is Σ p · dD/dp, for cosine the divergence itself; the norms |p| and |q| are only used for cosine.
     """
     p, q = tl.exp(log_p), tl.exp(log_q)
     ratio = log_p - log_q

@@ -74,8 +74,8 @@ class Objective(nn.Module):
     def forward(
         self, indices: Sequence[int], tokens: Tensor, stored: TeacherBatch | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(loss, parts) of some rows. indices: their numbers; tokens: int64 [n, seq_length]; stored: the teacher on them, if it
-        was read before.
+        """(loss, parts) of some rows. indices: their numbers; tokens: int64 [n, seq_length]; stored: the teacher's outputs for
+        them, if they were already read.
 
         The loss is a scalar with a gradient. The parts, float64 [4] without a gradient, are the loss, the divergence, the
         cross-entropy and L_is. All are means over the rows.
@@ -93,7 +93,8 @@ class Objective(nn.Module):
             labels=functional.pad(tokens[:, 1:], (0, 1), value=IGNORED).flatten(),
             **teacher,
         )
-        loss, intermediate = logits.loss, torch.zeros(len(tokens), device=tokens.device)
+        loss = logits.loss
+        intermediate = torch.zeros(len(tokens), device=tokens.device)
         if self.intermediate:
             intermediate = self.intermediate(outputs, teacher_outputs)
             # for each row, so that the result does not depend on the micro-batch size and the number of processes

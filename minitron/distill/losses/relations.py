@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK_RELATIONS = 2**24  # relations that exist at a time, 64 MiB in float32, four times
+BLOCK_RELATIONS = 2**24  # relations that exist at a time: four tensors of 64 MiB in float32
 
 
 def relation_loss(student: Tensor, teacher: Tensor, heads: int, block_relations: int = BLOCK_RELATIONS) -> Tensor:
     """float32 [rows]: mean KL(teacher || student), nats, of the relations softmax(x xᵀ / √d) of queries, keys or values.
 
     student [rows, seq_length, w_s] and teacher [rows, seq_length, w_t] are cut into `heads` relation heads of width d. Each
-    position is related to every other, those after it included: nothing but the loss sees them. Differentiable in `student`
-    alone. Relations are computed for a few positions at a time, and their gradient with them, so that memory is float32
-    [rows, seq_length, w_s] and blocks of `block_relations`, at least seq_length, instead of [rows, heads, seq_length,
+    position is related to all others, also to later ones: only the loss uses these relations, not the model. Differentiable
+    only in `student`. Relations and their gradient are computed for a few positions at a time. The memory needed is float32
+    [rows, seq_length, w_s] and blocks of `block_relations` (at least seq_length) instead of [rows, heads, seq_length,
     seq_length].
     """
     loss: Tensor = _RelationLoss.apply(student, teacher.detach(), heads, block_relations)
@@ -29,17 +29,19 @@ class _RelationLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, heads: int, block_relations: int) -> Tensor:
         rows, seq_length, width = student.shape
-        own, other = _by_head(student, heads), _by_head(teacher, heads)
+        own = _by_head(student, heads)
+        other = _by_head(teacher, heads)
         divergence = own.new_zeros(len(own))
         gradient = torch.zeros_like(own) if ctx.needs_input_grad[0] else None
         for which, positions in _blocks(len(own), seq_length, block_relations):
             log_p = _log_relations(other[which], positions)
             log_q = _log_relations(own[which], positions)
-            p, q = log_p.exp(), log_q.exp()
+            p = log_p.exp()
+            q = log_q.exp()
             divergence[which] += log_p.sub_(log_q).mul_(p).sum(dim=(1, 2))
             if gradient is not None:
                 keys = own[which]
-                scores = q.sub_(p).div_(own.shape[-1] ** 0.5)  # d KL / d (x xᵀ), x standing on both sides
+                scores = q.sub_(p).div_(own.shape[-1] ** 0.5)  # d KL / d (x xᵀ); x is on both sides of the product
                 gradient[which, positions] += scores @ keys
                 gradient[which] += scores.transpose(1, 2) @ keys[:, positions]
         if gradient is not None:
@@ -69,8 +71,8 @@ def _log_relations(values: Tensor, positions: slice) -> Tensor:
 
 
 def _blocks(count: int, seq_length: int, block_relations: int) -> Iterator[tuple[slice, slice]]:
-    """(rows and heads, positions) of blocks that cover all of them, each of at most `block_relations` relations or of one
-    position's."""
+    """(rows and heads, positions) of blocks that cover all relations, each of at most `block_relations` relations or of one
+    position."""
     several = max(1, block_relations // seq_length**2)
     positions = min(seq_length, max(1, block_relations // seq_length)) if several == 1 else seq_length
     for first in range(0, count, several):
