@@ -1,8 +1,8 @@
-"""Attention functions for transformers that take, beside masks of its own, flex_attention's blocks and "plain causal".
+"""Attention functions for transformers that also accept flex_attention's block masks and "plain causal".
 
-transformers builds its masks in the model and asks the GPU about positions while it does (`find_packed_sequence_indices`).
-Here the caller gives the mask, and each layer goes by its kind, also when it is run again for the backward pass. Whatever
-else calls the model (generation, benchmarks with padding) gets transformers' own masks and functions.
+transformers builds its masks in the model and waits for the GPU while it does (`find_packed_sequence_indices`). Here the
+caller passes the mask, and each layer uses the one of its kind, also when it is recomputed in the backward pass. All other
+callers of the model (generation, benchmarks with padding) get transformers' own masks and functions.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 PREFIX = "minitron_"
-WRAPPED = ("sdpa", "eager")  # of transformers' implementations, those that are wrapped
-# Kernels that a process compiles: for teacher and student, with gradients and without, numbers of rows, kinds of masks.
+WRAPPED = ("sdpa", "eager")  # the implementations of transformers that are wrapped
+# Kernels that a process may compile: for teacher and student, with and without gradients, each number of rows and kind of mask.
 KERNELS = 128
 
 
 def use_own_attention(config: Any) -> None:
-    """Let a model of this transformers config take masks of `minitron.attention`, and soft-cap where it should.
+    """Let a model with this transformers config accept masks of `minitron.attention`, and apply its soft-capping.
 
-    An implementation that was chosen by hand (FlashAttention, transformers' flex_attention) stays, and so does that of a model
-    with layers that are neither causal over all positions nor over a sliding window.
+    The implementation is not changed if it was chosen explicitly (FlashAttention, transformers' flex_attention), or if the
+    model has layers that are neither causal over all positions nor over a sliding window.
     """
     name = config._attn_implementation
-    if name == "sdpa" and softcap_of(config):  # transformers 5.17 takes sdpa, which cannot
+    if name == "sdpa" and softcap_of(config):  # transformers 5.17 chooses sdpa, which does not soft-cap
         name = "eager"
     if name in WRAPPED and _is_causal(config):
         _register()
@@ -36,17 +36,17 @@ def use_own_attention(config: Any) -> None:
 
 
 def takes_masks(config: Any) -> bool:
-    """Whether the layers of a model of this transformers config take a dense mask from the caller."""
+    """Whether the layers of a model with this transformers config accept a dense mask from the caller."""
     return (config._attn_implementation or "").removeprefix(PREFIX) in WRAPPED
 
 
 def is_own(config: Any) -> bool:
-    """Whether `use_own_attention` is in force."""
+    """Whether `use_own_attention` changed the implementation."""
     return takes_masks(config) and config._attn_implementation.startswith(PREFIX)
 
 
 def softcap_of(config: Any) -> float | None:
-    """Where attention scores are soft-capped, None if they are not. Gemma 3's config has the key, its layers ignore it."""
+    """The value at which attention scores are soft-capped, or None. Gemma 3's config has the key, but its layers ignore it."""
     return getattr(config, "attn_logit_softcapping", None) if config.model_type == "gemma2" else None
 
 
@@ -66,7 +66,7 @@ def _register() -> None:
 
 
 def plain_causal(like: Tensor) -> Tensor:
-    """The mask of a layer whose positions see all before them: an empty one, which no model builds and no kernel reads."""
+    """The mask of a plainly causal layer: an empty tensor, with which models build no mask and kernels read none."""
     return like.new_empty((1, 1, 0, 0))
 
 
@@ -90,7 +90,7 @@ def _eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
 def _flex(
     query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float, softcap: float | None = None, **_: Any
 ) -> tuple[Tensor, None]:
-    """Attention of [rows, heads, seq_length, head_dim] by flex_attention: [rows, seq_length, heads, head_dim]."""
+    """Attention of [rows, heads, seq_length, head_dim] with flex_attention: [rows, seq_length, heads, head_dim]."""
 
     def capped(score: Tensor, row: Any, head: Any, position: Any, other: Any) -> Tensor:
         assert softcap is not None
@@ -112,5 +112,5 @@ def _flex(
 
 @lru_cache
 def _compiled() -> Any:
-    # fullgraph: too many kernels are an error; without it the rest would run unfused, with all scores in memory
+    # fullgraph: too many kernels are an error; without it further ones would run unfused, with all scores in memory
     return torch.compile(flex_attention, fullgraph=True, dynamic=False)

@@ -1,4 +1,4 @@
-"""Which positions of a row each position sees, as a dense mask or as blocks for flex_attention."""
+"""The positions of a row that each position attends to, as a dense mask or as a block mask for flex_attention."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-BLOCK = 128  # positions to a side of flex_attention's blocks, its default
+BLOCK = 128  # side length of flex_attention's blocks in positions, its default
 Visible = Callable[[Any, Any, Any, Any], Any]
 
 
 def visible(window: int | None, documents: Tensor | None) -> Visible:
-    """A flex_attention mask_mod: whether, in row and head, the position `query` sees `key`.
+    """A flex_attention mask_mod: whether the position `query` attends to `key`, for a row and head.
 
-    Causal; within the last `window` positions, itself among them; and within its document, by `documents`, int32 [rows,
+    Causal, within the last `window` positions including itself, and within its document, according to `documents`, int32 [rows,
     seq_length], as `DocumentBoundaries.numbers` gives them.
     """
 
@@ -32,7 +32,7 @@ def visible(window: int | None, documents: Tensor | None) -> Visible:
 
 
 def dense_mask(seq_length: int, window: int | None, documents: Tensor | None, device: torch.device) -> Tensor:
-    """bool [rows, 1, seq_length, seq_length], of one row without `documents`: True where the query sees the key."""
+    """bool [rows, 1, seq_length, seq_length], of one row without `documents`: True if the query attends to the key."""
     rows = torch.arange(1 if documents is None else len(documents), device=device)[:, None, None]
     position = torch.arange(seq_length, device=device)
     mask: Tensor = visible(window, documents)(rows, None, position[:, None], position[None, :])
@@ -40,26 +40,27 @@ def dense_mask(seq_length: int, window: int | None, documents: Tensor | None, de
 
 
 def block_mask(seq_length: int, window: int | None, documents: Tensor | None, device: torch.device) -> BlockMask:
-    """The same for flex_attention.
+    """The same mask for flex_attention.
 
-    What `create_block_mask` finds in every pair of positions is read from each block's corners, because documents are in
-    order: no tensor has more values than rows times blocks times blocks, and no value goes to the host.
+    `create_block_mask` checks every pair of positions; here the corners of each block suffice, because documents are in order:
+    no tensor has more than rows · blocks · blocks values, and no value is copied to the host.
     """
     first = torch.arange(0, seq_length, BLOCK, device=device)
     last = (first + BLOCK - 1).clamp(max=seq_length - 1)
-    nearest = visible(window, documents), first[:, None], last[None, :]  # of a block below the diagonal
-    farthest = visible(window, documents), last[:, None], first[None, :]
+    sees = visible(window, documents)
     rows = torch.arange(1 if documents is None else len(documents), device=device)[:, None, None]
-    some, every = (sees(rows, None, query, key).expand(len(rows), -1, -1) for sees, query, key in (nearest, farthest))
+    # in a block below the diagonal, the nearest pair of positions and the farthest one
+    some = sees(rows, None, first[:, None], last[None, :]).expand(len(rows), -1, -1)
+    every = sees(rows, None, last[:, None], first[None, :]).expand(len(rows), -1, -1)
     diagonal = torch.eye(len(first), dtype=torch.bool, device=device)
-    complete = last - first + 1 == BLOCK  # the kernel fills the last block up with positions that nothing sees
+    complete = last - first + 1 == BLOCK  # the kernel pads the last block with masked positions
     every = every & ~diagonal & complete[:, None] & complete[None, :]
     some = (some | diagonal) & ~every
     return BlockMask.from_kv_blocks(
         *_ordered(some),
         *_ordered(every),
         BLOCK_SIZE=BLOCK,
-        mask_mod=visible(window, documents),
+        mask_mod=sees,
         seq_lengths=(seq_length, seq_length),
     )
 

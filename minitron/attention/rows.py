@@ -1,8 +1,8 @@
-"""The one place that chooses how a model attends to packed rows.
+"""The choice of attention kernels and masks for packed rows.
 
-| positions see | CPU | CUDA |
+| positions attend to | CPU | CUDA |
 |---|---|---|
-| all before them | scaled_dot_product_attention, causal | the same: 1.5 times faster than flex_attention |
+| all earlier ones | scaled_dot_product_attention, causal | the same: 1.5 times faster than flex_attention |
 | a window, a document, soft-capped scores | scaled_dot_product_attention or eager, dense mask | flex_attention, no mask |
 """
 
@@ -19,22 +19,22 @@ from minitron.data.boundaries import DocumentBoundaries
 from minitron.errors import InputError
 
 Kernel = Literal["flex", "dense"]
-"""What computes attention that is more than plain causal: flex_attention, or a kernel with a mask of every pair."""
+"""Kernels for attention that is not plainly causal: flex_attention, or a kernel with a dense mask."""
 
 
 def chosen_kernel(device: torch.device) -> Kernel:
-    """flex_attention on CUDA. On CPUs it has no backward pass and holds all scores."""
+    """flex_attention on CUDA. On CPUs it has no backward pass and keeps all scores in memory."""
     return "flex" if device.type == "cuda" else "dense"
 
 
 def row_arguments(
     model: Any, input_ids: Tensor, documents: DocumentBoundaries | None = None, kernel: Kernel | None = None
 ) -> dict[str, Any]:
-    """Arguments with which a transformers model's decoder attends to rows, int64 [rows, seq_length], that have no padding:
-    masks, and with `documents` positions that begin anew in each, so that none sees another.
+    """Arguments for the decoder of a transformers model on rows without padding, int64 [rows, seq_length]: masks, and with
+    `documents` positions that restart in each document, so that documents do not attend to each other.
 
     kernel: by default the one for the tokens' device. Raises InputError for `documents` with an attention implementation
-    that was chosen by hand, and for layers of another kind than full and sliding.
+    that was chosen explicitly, and for layers with attention other than full and sliding.
     """
     config = model.config
     use_own_attention(config)
@@ -58,7 +58,7 @@ def row_arguments(
 
 
 def _windows(config: Any) -> dict[str, int | None]:
-    """The window of each kind of layer, None for all positions before; the kind is "" where all layers are alike."""
+    """The window of each kind of layer, None for all earlier positions; the kind is "" if all layers are of the same kind."""
     window = getattr(config, "sliding_window", None)
     if not getattr(config, "layer_types", None):
         return {"": window}

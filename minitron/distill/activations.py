@@ -1,6 +1,6 @@
-"""What the layers of a model keep of a token between the forward and the backward pass, from its architecture alone.
+"""The activations that layers keep for the backward pass, per token, from the architecture alone.
 
-Of autograd's saved tensors in transformers' layers as they are: a test counts them for every family.
+They are the tensors that autograd saves in transformers' layers; a test counts them for every family.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from minitron.architecture import Architecture
 from minitron.families.table import HEAD_DIM, HIDDEN, Parameter
 
 FLOAT = 4  # bytes of a float32
-# families whose rotary embedding joins a part that is rotated and one that is not: attention's output then has another
-# layout, and is copied
+# families whose rotary embedding concatenates a rotated and an unrotated part: attention's output then has another layout
+# and is copied
 JOINED_ROTARY = ("nemotron", "phi3")
 
 
 def kept_per_token(architecture: Architecture, value_bytes: int, activation_checkpointing: str) -> int:
-    """Bytes that one layer keeps of a token with one of `ACTIVATION_CHECKPOINTING`; value_bytes: of the dtype that it
+    """Bytes that one layer keeps per token with one of `ACTIVATION_CHECKPOINTING`; value_bytes: of the dtype that it
     computes in."""
     stream = architecture.hidden_size * value_bytes
     if activation_checkpointing == "full":
@@ -30,18 +30,18 @@ def kept_per_token(architecture: Architecture, value_bytes: int, activation_chec
 
 
 def final_norm(architecture: Architecture, value_bytes: int) -> int:
-    """Bytes that the norm before the head keeps of a token."""
+    """Bytes that the norm before the head keeps per token."""
     return _norms(architecture, architecture.outer_parameters, value_bytes)
 
 
 def forward_per_token(architecture: Architecture, value_bytes: int) -> int:
-    """Bytes for a token, at the most at once, of a layer that runs without gradients, and its input."""
+    """Peak bytes per token of a layer that runs without gradients, its input included."""
     width = architecture.intermediate_size * max(1, architecture.experts_per_token)
     return (3 * width + 4 * architecture.hidden_size) * value_bytes
 
 
 def backward_per_token(architecture: Architecture, value_bytes: int) -> int:
-    """Bytes for a token, at the most at once, of gradients on their way through a layer."""
+    """Peak bytes per token of gradients during the backward pass of a layer."""
     experts = max(1, architecture.experts_per_token)
     width = architecture.intermediate_size * experts * value_bytes
     hidden = architecture.hidden_size
@@ -54,31 +54,33 @@ def _products(architecture: Architecture, value_bytes: int) -> int:
     for parameter in architecture.layer_parameters:
         if len(parameter.axes) == 2:
             values += architecture.axis_size(parameter.axes[0])
-        elif len(parameter.axes) == 3:  # of all experts; those of a token are run
+        elif len(parameter.axes) == 3:  # all experts; each token is routed to some of them
             values += architecture.axis_size(parameter.axes[1]) * architecture.experts_per_token
     return values * value_bytes
 
 
 def _attention_output(architecture: Architecture, value_bytes: int) -> int:
-    """With the float32 log-sum-exp of each head."""
+    """The output of attention, with the float32 log-sum-exp of each head."""
     return architecture.num_heads * (architecture.head_dim * value_bytes + FLOAT)
 
 
 def _attention(architecture: Architecture, value_bytes: int) -> int:
-    """Rotated queries and keys, values, the output."""
-    queries, keys = (size * architecture.head_dim for size in (architecture.num_heads, architecture.num_kv_heads))
+    """Rotated queries and keys, values, and the output."""
+    queries = architecture.num_heads * architecture.head_dim
+    keys = architecture.num_kv_heads * architecture.head_dim
     values = queries + 2 * keys
     if len(architecture.table.qkv) == 1:
-        values += queries + keys  # the values are a part of the product for all three, which stays whole
+        values += queries + keys  # the values are a view of the fused product, which is kept as a whole
     if architecture.family in JOINED_ROTARY:
         values += queries
     return values * value_bytes + _attention_output(architecture, value_bytes)
 
 
 def _mlp(architecture: Architecture, value_bytes: int) -> int:
-    """Of a gated one both products, the activation and what goes into the last product; else the last two."""
-    table, width, hidden = architecture.table, architecture.intermediate_size, architecture.hidden_size
-    if table.experts:  # also what goes into an expert and what comes out, to be weighted
+    """Gated: both products, the activation and the input of the last product; otherwise only the last two."""
+    width = architecture.intermediate_size
+    hidden = architecture.hidden_size
+    if architecture.table.experts:  # also each expert's input, and its output before it is weighted
         return architecture.experts_per_token * (4 * width + 2 * hidden) * value_bytes
     into = sum(
         architecture.axis_size(p.axes[0])
@@ -89,10 +91,11 @@ def _mlp(architecture: Architecture, value_bytes: int) -> int:
 
 
 def _norms(architecture: Architecture, parameters: list[Parameter], value_bytes: int) -> int:
-    """What the norms among `parameters` keep. RMSNorms have their input in float32, and what they multiply with their weight
-    in the model's dtype, or in float32 where the weight is stored minus one; LayerNorms their input. Their output is kept if
-    it goes into a product."""
-    offset, total = architecture.table.norm_offset, 0
+    """What the norms among `parameters` keep. RMSNorms keep their input in float32, and what they multiply with their weight
+    in the model's dtype, or in float32 if the weight is stored minus one; LayerNorms keep their input. The output is kept if it
+    is the input of a matrix product."""
+    offset = architecture.table.norm_offset
+    total = 0
     biased = {p.name.removesuffix(".bias") for p in parameters if p.name.endswith("norm.bias")}
     into_products = {*architecture.table.norms, architecture.table.final_norm}
     for parameter in parameters:

@@ -12,37 +12,39 @@ from minitron.distill.config import ADAMW_OFFLOAD, DistillConfig
 from minitron.distill.gpu_memory import GpuMemory, TeacherKept, gpu_memory
 
 CHOSEN = ("micro_batch_rows", "activation_checkpointing", "shard")
-"""Fields of `DistillConfig` that change nothing about the result but its rounding, and can be left to the memory."""
+"""Fields of `DistillConfig` that change results only by rounding, and can be chosen according to the memory."""
 SHARE = 0.9
-"""Of a GPU's memory: the rest is lost to pieces that are too small to use."""
+"""Usable share of a GPU's memory; the rest is lost to fragmentation."""
 KEPT: dict[TeacherKept, str] = {
     "head": "the teacher's head",
     "whole": "the whole teacher",
     "sharded": "the teacher in parts",
 }
-BUSY_TOKENS, MOST_TOKENS = 8192, 16_384
-"""Of a micro-batch: as many keep a GPU busy; more than the second make it no faster."""
+BUSY_TOKENS = 8192
+"""Tokens of a micro-batch that keep a GPU busy."""
+MOST_TOKENS = 16_384
+"""Tokens of a micro-batch above which it does not become faster."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Settings for a GPU, and what they take of it."""
+    """Settings for a GPU, and the memory that they need."""
 
     config: DistillConfig
     teacher_kept: TeacherKept
     memory: GpuMemory
     room: int
-    """Bytes that the training may take."""
+    """Bytes that the training may use."""
 
     @property
     def values(self) -> dict[str, int | str | bool]:
-        """The settings that a GPU's memory bears on."""
+        """The settings that affect GPU memory."""
         values = {name: getattr(self.config, name) for name in (*CHOSEN, "optimizer")}
         return values | {"teacher_kept": self.teacher_kept}
 
     @property
     def settings(self) -> str:
-        """As in "micro_batch_rows 2, activation_checkpointing none, shard, optimizer adamw, the teacher's head"."""
+        """For example "micro_batch_rows 2, activation_checkpointing none, shard, optimizer adamw, the teacher's head"."""
         config = self.config
         parts = [
             f"micro_batch_rows {config.micro_batch_rows}",
@@ -75,10 +77,10 @@ def fitting(
     trained: float = 1.0,
     compared: int = 0,
 ) -> Fit:
-    """The fastest settings that fit in `room` bytes of each of `processes` GPUs, or those that come closest.
+    """The fastest settings that fit in `room` bytes of each of `processes` GPUs, or those that need the least.
 
-    Of `config` the fields in `chosen`, some of `CHOSEN`, are free, and so is which of `teacher_kept` is. Otherwise as
-    `gpu_memory`; `gpu_bytes` is a whole GPU's.
+    The fields of `config` in `chosen` (a subset of `CHOSEN`) and one of `teacher_kept` are chosen. The other arguments are
+    those of `gpu_memory`; `gpu_bytes` is the size of the whole GPU.
     """
     check_type("student", student, Architecture)
     check_type("config", config, DistillConfig, "a DistillConfig")
@@ -110,8 +112,8 @@ def fitting(
 def _in_order(
     config: DistillConfig, seq_length: int, chosen: Sequence[str], teacher_kept: Sequence[TeacherKept], processes: int
 ) -> Iterator[tuple[DistillConfig, TeacherKept]]:
-    """All combinations, the fastest first: micro-batches that keep a GPU busy, then as little as possible computed again, then
-    as little as possible gathered from others, then as many rows as possible."""
+    """All combinations, the fastest first: micro-batches that keep a GPU busy, then the least recomputation, then the least
+    communication, then the most rows."""
     rows = [config.micro_batch_rows]
     if "micro_batch_rows" in chosen:
         own = -(-config.batch_rows // processes)

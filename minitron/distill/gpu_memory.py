@@ -1,4 +1,4 @@
-"""Memory of a GPU that a training needs, from architectures and settings alone: bytes, by what takes them."""
+"""The GPU memory that a training needs, from architectures and settings alone: bytes of each item."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ from minitron.distill.sharding import STATE_BYTES, parts_of
 from minitron.logits import most_tokens
 
 CONTEXT = 1_500_000_000
-"""Of the CUDA context, the libraries' work spaces and NCCL."""
+"""Bytes of the CUDA context, the libraries' workspaces and NCCL."""
 COMPARED_BYTES = 16
-"""Of a value of a teacher's hidden state that is compared: it and its counterpart, and float32 copies and gradients."""
+"""Bytes per compared value of a teacher's hidden states: the value, the student's, float32 copies and gradients."""
 TeacherKept = Literal["head", "whole", "sharded"]
-"""What is on a GPU of the teacher: its head, with hidden states that are stored; all of it; or a part of its layers."""
+"""The part of the teacher on a GPU: its head (with stored hidden states), all of it, or a shard of its layers."""
 
 
 @dataclass(frozen=True)
 class GpuMemory:
-    """Bytes of one GPU when a training step needs the most, by what takes them; and what starting and ending need."""
+    """Bytes of each item on one GPU at the peak of a training step, and the totals at the start and at the end."""
 
     weights: int = 0
-    """Of the student, in the dtype that it computes in."""
+    """The student's weights, in the dtype that it computes in."""
     masters: int = 0
     """float32 master weights."""
     moments: int = 0
-    """AdamW's two, float32."""
+    """AdamW's two moments, float32."""
     gradients: int = 0
-    """The float32 sums, and what a micro-batch adds to them."""
+    """The float32 sums, and the gradients of one micro-batch."""
     activations: int = 0
     logits: int = 0
     """The loss head: chunks of logits of both models, their gradient, and that of the head."""
     teacher: int = 0
     """Its weights, or its head and the hidden states of a micro-batch."""
     source: int = 0
-    """The model that the student was cut from, where it stays for the next."""
+    """The model that the student was pruned from, if it remains for the next student."""
     communication: int = 0
-    """Layers that are gathered, and gradients on their way to those who hold the parts."""
+    """Gathered layers, and gradients before they are reduced to shards."""
     context: int = CONTEXT
     start: int = 0
-    """In all, while the models are loaded."""
+    """Total while the models are loaded."""
     end: int = 0
-    """In all, while the trained model is written, of parts a tensor at a time."""
+    """Total while the trained model is written; a sharded one is gathered one tensor at a time."""
 
     @property
     def parts(self) -> dict[str, int]:
-        """Of a step, those that are not 0, the largest first."""
+        """The items of a step that are not 0, the largest first."""
         sizes = {name: size for name, size in asdict(self).items() if name not in ("start", "end") and size}
         return dict(sorted(sizes.items(), key=lambda part: -part[1]))
 
@@ -63,7 +63,7 @@ class GpuMemory:
         return max(self.step, self.start, self.end)
 
     def __str__(self) -> str:
-        """As in "38.1 GB: gradients 18.0, weights 9.0, ..."; the parts in GB."""
+        """For example "38.1 GB: gradients 18.0, weights 9.0, ..."; the items in GB."""
         return f"{self.peak / 1e9:.1f} GB: " + ", ".join(f"{n} {size / 1e9:.1f}" for n, size in self.parts.items())
 
 
@@ -158,7 +158,7 @@ class _Training:
 
     @property
     def state(self) -> GpuMemory:
-        """What is there from the first step to the last."""
+        """What remains in memory from the first step to the last."""
         parameters = self.student.num_parameters
         mastered = 0 if self.config.optimizer == ADAMW_OFFLOAD else int(self.trained * FLOAT * parameters)
         if self.split:  # sharded parameters are their own masters, trained or not
@@ -167,7 +167,7 @@ class _Training:
 
     @property
     def rows(self) -> int:
-        """Of a micro-batch."""
+        """Rows of a micro-batch."""
         return min(self.config.micro_batch_rows, self._own_rows)
 
     @property
@@ -184,19 +184,20 @@ class _Training:
 
     @property
     def sums(self) -> int:
-        """Of the gradients of all micro-batches."""
+        """Bytes of the summed gradients of all micro-batches."""
         return int(self.trained * FLOAT * self.student.num_parameters) // (self.parts if self.split else 1)
 
     @property
     def kept(self) -> int:
-        """Activations of all layers, when the forward pass has ended."""
+        """Activations of all layers at the end of the forward pass."""
         layer = kept_per_token(self.student, self.value_bytes, self.config.activation_checkpointing)
         return self.tokens * self.student.num_layers * layer
 
     @property
     def in_layer(self) -> int:
-        """What the backward pass through one layer adds, with what it computes again."""
-        how, stream = self.config.activation_checkpointing, self.student.hidden_size * self.value_bytes
+        """What the backward pass through one layer adds, recomputed activations included."""
+        how = self.config.activation_checkpointing
+        stream = self.student.hidden_size * self.value_bytes
         again = 0
         if how != "none":
             all_of_it = kept_per_token(self.student, self.value_bytes, "none")
@@ -210,14 +211,14 @@ class _Training:
 
     @property
     def gathered(self) -> int:
-        """Of a student in parts: the head, and the layer that runs with the one after it."""
+        """Of a sharded student: the head, the running layer and the next one."""
         if not self.split:
             return 0
         return self.value_bytes * (self.embedding + 2 * layer_parameters(self.student))
 
     @property
     def reduced(self) -> int:
-        """Gradients of the head, and of the layer before in float32, until they are in parts."""
+        """Gradients of the head, and of the previous layer in float32, until they are reduced to shards."""
         if not self.split:
             return 0
         return self.value_bytes * self.embedding + FLOAT * layer_parameters(self.student)
@@ -251,9 +252,11 @@ def layer_parameters(architecture: Architecture) -> int:
 def _loss_head(
     student: Architecture, teacher: Architecture | None, tokens: int, value_bytes: int, fused_loss: bool
 ) -> int:
-    """The most that the loss on logits takes at once, with the gradients that it leaves."""
-    vocabulary, head = student.vocab_size, student.vocab_size * student.hidden_size
-    models, hidden = 2 if teacher else 1, tokens * student.hidden_size * value_bytes
+    """Peak of the loss on logits, including the gradients that it returns."""
+    vocabulary = student.vocab_size
+    head = vocabulary * student.hidden_size
+    models = 2 if teacher else 1
+    hidden = tokens * student.hidden_size * value_bytes
     if fused_loss:
         chunk = min(tokens, most_tokens(vocabulary, "cuda", fused.CHUNK_TOKENS))
         part = fused.gradient_tokens(tokens, vocabulary)
