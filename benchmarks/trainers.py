@@ -37,8 +37,9 @@ class Setup:
     steps: int
     batch_rows: int
     micro_batch_rows: int
-    recompute: bool
-    """Keep a layer's input alone for the backward pass (gradient checkpointing)."""
+    recompute: str
+    """What the backward pass computes again, as `DistillConfig.activation_checkpointing`."""
+    optimizer: str
     compile: bool
 
 
@@ -56,13 +57,14 @@ def _ours(materials: Materials, setup: Setup, stepped: Stepped, *, live: bool) -
         peak_lr=RATE,
         min_lr=RATE,
         warmup_steps=0,
-        activation_checkpointing="full" if setup.recompute else "none",
+        activation_checkpointing=setup.recompute,
+        optimizer=setup.optimizer,
         compile=setup.compile,
         seed=SEED,
     )
 
     def report(step: StepReport) -> None:
-        stepped({"loss": step.loss, "utilisation": step.utilisation, "parts": step.seconds})
+        stepped({"loss": step.loss, "parts": step.seconds})
 
     distill(materials.student(torch.bfloat16), targets, materials.rows(), config, report=report)
 
@@ -140,7 +142,7 @@ def _arguments(materials: Materials, setup: Setup) -> dict[str, Any]:
         "max_grad_norm": 1.0,
         "optim": "adamw_torch_fused",
         "bf16": True,
-        "gradient_checkpointing": setup.recompute,
+        "gradient_checkpointing": setup.recompute != "none",
         "torch_compile": setup.compile,
         "train_sampling_strategy": "sequential",
         "logging_strategy": "steps",
@@ -192,7 +194,7 @@ class Contender:
     run: Trainer
 
 
-OURS = "minitron, stored teacher"
+OURS, OURS_LIVE = "minitron, stored teacher", "minitron, live teacher"
 _COMMON = ("transformers.trainer", "transformers.models.llama.modeling_llama", "datasets")
 _PEERS: dict[str, tuple[str, str, Any]] = {
     "TRL GKD": ("trl", "trl.experimental.gkd.gkd_trainer", _trl_gkd),
@@ -203,7 +205,7 @@ _WEIGHTS = {"float32 masters": torch.float32, "bfloat16 alone": torch.bfloat16}
 
 CONTENDERS: dict[str, Contender] = {
     OURS: Contender("minitron", _COMMON, partial(_ours, live=False)),
-    "minitron, live teacher": Contender("minitron", _COMMON, partial(_ours, live=True)),
+    OURS_LIVE: Contender("minitron", _COMMON, partial(_ours, live=True)),
 } | {
     f"{name}, {kept}": Contender(package, (*_COMMON, module), partial(train, weights=dtype))
     for kept, dtype in _WEIGHTS.items()

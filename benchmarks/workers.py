@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,18 @@ from typing import Any
 
 from benchmarks.measure import memory_now, peak_memory, restart_peak, seconds_now
 
-OUT_OF_MEMORY = "out of memory"
+# of CUDA's allocator, and of the CPU's
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+
+
+class EndedEarly(Exception):
+    """A training ended before its last step."""
+
+    def __init__(self, log: Path, code: int) -> None:
+        end = "\n".join(log.read_text().splitlines()[-15:])
+        super().__init__(f"{log.name}: the training ended early, exit code {code}\n{end}")
+        killed = code == -signal.SIGKILL  # as the system does where main memory is short
+        self.out_of_memory = killed or any(words in end.lower() for words in _OUT_OF_MEMORY)
 
 
 class Finished(Exception):
@@ -48,7 +60,7 @@ class Turns:
 
 
 class Worker:
-    """In the measuring process: one training, warmed up when this returns. Raises RuntimeError if it ends early."""
+    """In the measuring process: one training, warmed up when this returns. Raises EndedEarly if it ends."""
 
     def __init__(self, command: list[str], log: Path) -> None:
         self.log = log
@@ -73,8 +85,6 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            self.process.wait()
-            end = "\n".join(self.log.read_text().splitlines()[-15:])
-            raise RuntimeError(f"{self.log}: the training ended early\n{end}")
+            raise EndedEarly(self.log, self.process.wait())
         answer: dict[str, Any] = json.loads(line)
         return answer
