@@ -5,8 +5,9 @@
 Gradients of SmolLM2-135M's own hidden states and head, in bfloat16 on text from the installed packages' documentation,
 are compared with those in float64, for students at three distances. Memory is measured in a process of its own for each
 loss, time in alternating rounds. On a CPU one thread is used and its processor time counts, which other work disturbs least.
-On a GPU hidden states and heads are random, with the shapes of Llama-3.1-8B and a student of 4.5B. Packages that are not
-installed are left out: pip install -e '.[bench]'.
+With --shapes hidden states and heads are random, with the sizes of "llama-3b" (3.2B into 2.0B), "llama-8b" (8B into 4.5B; on a
+GPU the default), "llama-70b" (70B into 35B) or "tiny", which only tries the command. Packages that are not installed are left
+out: pip install -e '.[bench]'.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ from benchmarks.measure import (
     seconds_now,
     spread,
 )
+from benchmarks.shapes import RANDOM
 from minitron.device import device
 
-TIMED = "2 layers dropped"
+TEXT, TIMED = "text", "2 layers dropped"
 FLOORS = {"products alone, float32 logits": True, "products alone, bfloat16 logits": False}
 WARM_UP_TOKENS = 256
 
@@ -48,6 +50,12 @@ WARM_UP_TOKENS = 256
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.loss_head", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shapes",
+        choices=(TEXT, *RANDOM),
+        default=TEXT if not on_gpu() else "llama-8b",
+        help="sizes of hidden states and heads",
     )
     parser.add_argument("--exact-tokens", type=int, help="tokens of the comparison with float64")
     parser.add_argument("--tokens", type=int, help="tokens of each timed call")
@@ -75,11 +83,12 @@ def main() -> None:
 def _tables(options: argparse.Namespace) -> Iterator[list[str]]:
     print(machine())
     losses = contenders()
-    if on_gpu():
-        pairs = ((f"{noise:.0%} noise", noisy_pair(options.exact_tokens or 1024, noise)) for noise in NOISES)
+    if options.shapes != TEXT:
+        exact_tokens = options.exact_tokens or 1024
+        pairs = ((f"{noise:.0%} noise", noisy_pair(options.shapes, exact_tokens, noise)) for noise in NOISES)
         yield _errors(losses, pairs)
-        material = random_pair(options.tokens or 8192)
-        yield _memory_here(losses, material)
+        material = random_pair(options.shapes, options.tokens or 8192)
+        yield (_memory_here if on_gpu() else _memory)(losses, material)
         yield _times(losses, material, options.rounds)
         return
     exact_tokens, tokens = options.exact_tokens or 512, options.tokens or 1024
@@ -198,7 +207,8 @@ def _times(losses: dict[str, Loss], material: Material, rounds: int) -> list[str
 
 
 def _size(material: Material) -> str:
-    return f"{len(material['hs']):,} tokens, vocabulary {len(material['ws']):,}"
+    widths = [material[name].shape[1] for name in ("ht", "hs")]
+    return f"{len(material['hs']):,} tokens, vocabulary {len(material['ws']):,}, widths {widths[0]:,} and {widths[1]:,}"
 
 
 def _seconds(work: Callable[[], object]) -> float:

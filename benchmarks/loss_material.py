@@ -1,5 +1,5 @@
-"""Hidden states and heads for the measurements of logit losses: of a small model on text, or random ones with the shapes of an
-8B teacher.
+"""Hidden states and heads for the measurements of logit losses: of a small model on text, or random ones with the
+sizes of `benchmarks.shapes.RANDOM`.
 
 Each is a dict of bfloat16 tensors on the device: hidden states `hs` and `ht` [tokens, d] and heads `ws` and `wt` [V, d] of a
 student and its teacher.
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.materials import MODEL
+from benchmarks.shapes import RANDOM
+from minitron.architecture import Architecture
 from minitron.data import TextSource, documents
 from minitron.device import device
 from minitron.logits import Head
@@ -21,7 +23,6 @@ Material = dict[str, Tensor]
 STUDENTS = {"0.4 % noise": (0.004, 0), "2 layers dropped": (0.0, 2), "8 layers dropped": (0.0, 8)}
 NOISES = (0.02, 0.3, 1.0)  # noise of the random students, relative to their teacher
 NOISE_SEED = 0
-STUDENT_WIDTH, TEACHER_WIDTH, VOCABULARY = 3072, 4096, 128_256  # Llama-3.1-8B to 4.5B
 LOGIT_DEVIATION = 3.0
 
 
@@ -60,25 +61,27 @@ def text_students(tokens: int) -> dict[str, Material]:
     return students
 
 
-def random_pair(tokens: int) -> Material:
-    """A student and a teacher with independent random values, with the shapes of 8B to 4.5B."""
+def random_pair(shapes: str, tokens: int) -> Material:
+    """A student and a teacher with independent random values, with the sizes of `RANDOM[shapes]`."""
     draw = torch.Generator(device()).manual_seed(NOISE_SEED)
-    hs, ws = _random_logits(tokens, STUDENT_WIDTH, draw)
-    ht, wt = _random_logits(tokens, TEACHER_WIDTH, draw)
+    teacher, student = RANDOM[shapes]
+    hs, ws = _random_logits(tokens, student, draw)
+    ht, wt = _random_logits(tokens, teacher, draw)
     return {name: tensor.bfloat16() for name, tensor in (("hs", hs), ("ws", ws), ("ht", ht), ("wt", wt))}
 
 
-def noisy_pair(tokens: int, noise: float) -> Material:
+def noisy_pair(shapes: str, tokens: int, noise: float) -> Material:
     """A teacher, and a student of the same width that is the teacher with `noise`, with less noise in the head."""
     draw = torch.Generator(device()).manual_seed(NOISE_SEED)
-    ht, wt = _random_logits(tokens, STUDENT_WIDTH, draw)
+    ht, wt = _random_logits(tokens, RANDOM[shapes][1], draw)
     hs = ht + noise * torch.randn(ht.shape, generator=draw, device=device())
     ws = wt + 0.3 * noise * wt.std() * torch.randn(wt.shape, generator=draw, device=device())
     return {name: tensor.bfloat16() for name, tensor in (("hs", hs), ("ws", ws), ("ht", ht), ("wt", wt))}
 
 
-def _random_logits(tokens: int, width: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+def _random_logits(tokens: int, shape: Architecture, draw: torch.Generator) -> tuple[Tensor, Tensor]:
     """Hidden states and a head whose logits have the standard deviation LOGIT_DEVIATION."""
+    width = shape.hidden_size
     hidden = torch.randn(tokens, width, generator=draw, device=device())
-    head = torch.randn(VOCABULARY, width, generator=draw, device=device())
+    head = torch.randn(shape.vocab_size, width, generator=draw, device=device())
     return hidden, head.mul_(LOGIT_DEVIATION / width**0.5)
