@@ -61,27 +61,29 @@ def distill(
 ) -> nn.Module:
     """Train `student` in place to match the teacher on `rows`, by default its next-token distribution by forward KL alone.
 
-    Only parameters that require a gradient are trained; working weights keep the student's dtype, master weights, AdamW's
-    moments and the sums of gradients are float32. There is no dropout. `channels`, int64 [hidden_size], are the teacher's
-    channels that the student kept; the intermediate losses start from them. With `documents`, such as `rows.boundaries`, the
-    student keeps the documents of a row apart, as `targets` has to do. With torch.distributed initialised every
-    process takes its share of each global batch and the gradients are summed. With `checkpoints`, the state is saved there
-    every `checkpoint_every` steps and the newest good one under `key` is resumed; the training curve is kept with them (see
-    `read_curve`). `before_commit` is called in process 0 before each checkpoint and may raise a MinitronError that forbids
-    it. `resumed` gets the number of steps done before, 0 for a new training. `evaluate` gets the steps done and
-    the student, in every process, every `evaluate_every` steps and after those in `evaluate_at`, before that step's
-    checkpoint; the random state is put back after it. With `until`, stops after that step of the same schedule and saves it,
-    so that a later call goes on from there.
+    Only parameters that require a gradient are trained. The student's weights keep their dtype; master weights, AdamW's
+    moments and the accumulated gradients are float32. There is no dropout. If torch.distributed is initialised, every process
+    takes its share of each global batch and the gradients are summed.
 
-    A `student` on the meta device (see `minitron.meta_models.open_model`) is read from `weights` onto the GPU, or into main
-    memory if there is none. With `config.shard` and several processes each reads its own rows, and the student that is
-    returned is still sharded, its parameters float32 DTensors, which `minitron.meta_models.write_model` saves; a student in
-    memory is whole again, in every process.
+    channels: int64 [hidden_size], the teacher's channels that the student kept; the intermediate losses start from them.
+    documents: for example `rows.boundaries`: the student does not attend from one document of a row to another. The teacher
+        of `targets` must do the same.
+    checkpoints: folder where the state is saved every `checkpoint_every` steps. The newest undamaged checkpoint under `key` is
+        resumed. The training curve is kept with them (see `read_curve`).
+    before_commit: called in process 0 before each checkpoint is committed; it may raise a MinitronError to prevent that.
+    resumed: called with the number of steps done before, 0 for a new training.
+    evaluate: called in every process with the number of steps done and the student, every `evaluate_every` steps and after the
+        steps in `evaluate_at`, before that step's checkpoint. The random state is restored afterwards.
+    until: stop after this step of the same schedule and save it, so that a later call continues from there.
+    weights: where a `student` on the meta device (see `minitron.meta_models.open_model`) is read from, onto the GPU or, without
+        one, into main memory. With `config.shard` and several processes, each process reads its own rows only. The returned
+        student is then still sharded: its parameters are float32 DTensors, which `minitron.meta_models.write_model` saves. A
+        student that was given in memory is whole again in every process.
 
-    Raises InputError for targets that do not suffice for `losses` and for a live teacher that keeps other documents apart, and
-    NonFiniteError, naming the step and its rows, when the loss or the gradient is not finite in more than
-    `max_skipped_steps` steps. These steps are logged, in `checkpoints` as `nonfinite-STEP.json` as well; they update nothing
-    and are not reported.
+    Raises InputError if `losses` need more than `targets` have or a live teacher separates other documents, and
+    NonFiniteError, which names the step and its rows, if the loss or the gradient is not finite in more than
+    `max_skipped_steps` steps. Such steps update nothing and are not reported; they are logged, and written to `checkpoints` as
+    `nonfinite-STEP.json`.
     """
     check_model("student", student)
     if not hasattr(rows, "take") or not hasattr(rows, "seq_length"):  # a tensor, or the folder's path
@@ -190,7 +192,7 @@ def distill(
             regular = config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps
             if curve and (regular or done == last):
                 curve.save(done)
-            # also the last step of a sharded student: gathering and saving it can fail, and training need not be repeated
+            # The last step of a sharded student is saved too: if gathering fails, the training is not repeated.
             before_gathering = config.checkpoint_every and sharded and done == config.steps
             if saver and (regular or before_gathering or done == until):
                 saver.save(done, state.tensors(), {"skipped": skipped})
@@ -200,8 +202,8 @@ def distill(
 
 
 def _start_alike(objective: Objective) -> None:
-    """Give every process what process 0 starts from: what is computed anew, a projection or adapters, may differ in its last
-    bits between machines. Weights on the meta device are read from one file by all."""
+    """Broadcast the initial values of trained parameters from process 0. Projections and adapters are computed in each process
+    and may differ in the last bits between machines. Weights on the meta device are read from the same file by all."""
     for _, parameter in objective.trained():
         if not parameter.is_meta:
             dist.broadcast(parameter.detach(), 0)
@@ -210,8 +212,8 @@ def _start_alike(objective: Objective) -> None:
 def _micro_batches(
     indices: list[int], size: int, world: int, rank: int, *, alike: bool
 ) -> list[tuple[Sequence[int], float]]:
-    """Rows of each of a process's micro-batches, and their share of the step's rows. With `alike` every process has the same
-    number of them; what is missing is filled with a row that does not count."""
+    """The rows of each micro-batch of a process, and their share of the step's rows. With `alike` every process has the same
+    number of micro-batches; a process that has too few repeats a row, with a share of 0."""
     own = indices[rank::world]
     count = math.ceil((math.ceil(len(indices) / world) if alike else len(own)) / size)
     parts = [own[number * size : (number + 1) * size] for number in range(count)]
@@ -224,17 +226,18 @@ def _forward_backward(
     batches: list[tuple[Sequence[int], float]],
     following: Sequence[int] | None,
 ) -> Tensor:
-    """Gradients of this process's share of the global mean loss, left in the state; returns that share of each part.
-    following: the first rows of the next step."""
+    """Compute the gradients of this process's share of the global mean loss; returns that share of each part of the loss.
+
+    following: the rows of the next step's first micro-batch.
+    """
     total = torch.zeros(4, dtype=torch.float64, device=feeder.device)
     for number, (part, share) in enumerate(batches, start=1):
         last = number == len(batches)
         if isinstance(objective, FSDPModule):
             begin_micro_batch(objective, last=last)
         tokens, stored = feeder.take(part, following if last else batches[number][0])
-        objective.watch.lap(
-            "data" if stored is None else "teacher"
-        )  # the teacher's states are nearly all of what is read
+        # nearly all bytes that are read are the teacher's states
+        objective.watch.lap("data" if stored is None else "teacher")
         loss, values = objective(part, tokens, stored)
         (loss * share).backward()
         total += values * share
@@ -243,7 +246,7 @@ def _forward_backward(
 
 
 def _resume(state: TrainingState, saver: Checkpoints) -> tuple[int, int]:
-    """Load the newest good checkpoint; the number of steps done, and how many of them were skipped."""
+    """Load the newest undamaged checkpoint. Returns the number of steps done and how many of them were skipped."""
     found = saver.load(state.tensors())
     if found is None:
         return 0, 0
@@ -253,7 +256,7 @@ def _resume(state: TrainingState, saver: Checkpoints) -> tuple[int, int]:
 
 
 def _not_finite(found: dict[str, Any], skipped: int, config: DistillConfig, folder: str | None) -> None:
-    """Keep the step's rows, and raise NonFiniteError if it is one too many."""
+    """Write down the step's rows. Raises NonFiniteError if more steps were skipped than `config` allows."""
     problem = "loss {loss} and gradient norm {grad_norm} at step {step}, rows {rows}".format(**found)
     if folder:
         storage.write_json(storage.join(folder, f"nonfinite-{found['step']:08d}.json"), found)

@@ -1,10 +1,10 @@
 """Models sharded over the processes with FSDP2. Each process holds a shard of the student's float32 master weights and
 optimizer moments, and of the teacher's layers.
 
-A layer's weights are gathered in the student's dtype when the layer runs, and its gradients are reduced in float32 into the
-shards after each micro-batch. So are the embedding and, together, the head, the final norm and whatever else is outside the
-layers; an embedding that is the head as well is among those. Models are split on the meta device: none is ever whole in a
-process (`minitron.meta_models` reads each process's rows).
+FSDP's units are each layer, the embedding, and a root with the head, the final norm, a tied embedding and all else outside
+the layers. A unit's weights are gathered in the student's dtype when it runs, and its gradients are reduced in float32 into
+the shards after each micro-batch. Models are split on the meta device, so that none is ever whole in a process;
+`minitron.meta_models` reads the rows of each process.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from minitron.meta_models import emptied
 from minitron.models import decoder_and_head, layers_of
 
 STATE_BYTES = 16
-"""Of a parameter that is trained: float32 master weight, gradient and two moments."""
+"""Bytes per trained parameter: float32 master weight, gradient and AdamW's two moments."""
 NODE_SHARE = 0.4
-"""Of a GPU's memory that a model which is split inside the node alone may take."""
+"""Share of a GPU's memory that a model may take if it is split inside each node only."""
 
 
 @contextmanager
 def working_copy(student: nn.Module) -> Iterator[nn.Module]:
-    """A copy of `student` on the meta device, to be sharded and filled from its weights; on leaving without an error they are
-    gathered back into `student`, in every process. Until then `student` waits in main memory."""
+    """A copy of `student` on the meta device, to be sharded and filled with its weights. `student` is in main memory meanwhile.
+    If the block ends without an error, the trained weights are gathered into `student` in every process."""
     device = next(student.parameters()).device
     working = emptied(student)
     student.to("cpu")
@@ -91,34 +91,34 @@ def shard_teacher_(model: nn.Module, device: torch.device) -> None:
 
 
 def state_bytes(student: nn.Module) -> int:
-    """Of a student in training, in all processes that it is split over together."""
+    """Bytes of a student's training state in all processes that share it together."""
     return STATE_BYTES * sum(parameter.numel() for parameter in student.parameters())
 
 
 def mesh_of(device: torch.device, size: int) -> DeviceMesh:
-    """The processes that a model whose state takes `size` bytes is split over, in the shape that `mesh_shape` gives."""
+    """The device mesh over which a model whose state takes `size` bytes is split (see `mesh_shape`)."""
     shape = mesh_shape(device, size)
     return init_device_mesh(device.type, shape, mesh_dim_names=("nodes", "shards")[-len(shape) :])
 
 
 def mesh_shape(device: torch.device, size: int) -> tuple[int, ...]:
-    """How a model whose state takes `size` bytes is split: (processes), over all of them; or (nodes, processes of a node), over
-    those of a node, with a copy in every node (HSDP), which sends little over the slow network between nodes."""
+    """Shape of the mesh over which a model whose state takes `size` bytes is split: (processes,) over all of them; or HSDP,
+    (nodes, processes per node), split inside a node with a copy in every node, which sends less between nodes."""
     world = dist.get_world_size()
     parts = parts_of(size, world, workers_per_node(device), _gpu_bytes(device))
     return (world,) if parts == world else (world // parts, parts)
 
 
 def parts_of(size: int, processes: int, node_processes: int, gpu_bytes: int) -> int:
-    """Over how many processes a model is split whose state takes `size` bytes: those of a node, each of which then has a copy
-    that little is sent of, where that leaves room on its GPUs; else all."""
+    """Number of processes over which a model whose state takes `size` bytes is split: those of one node if that leaves enough
+    memory on its GPUs, otherwise all."""
     several = 1 < node_processes < processes and processes % node_processes == 0
     return node_processes if several and size / node_processes <= NODE_SHARE * gpu_bytes else processes
 
 
 def workers_per_node(device: torch.device) -> int:
-    """The number of processes on each node, as Ray Train and torchrun say it, where it is the same on all and their ranks
-    are in order; else 0."""
+    """Number of processes per node, from the environment that Ray Train and torchrun set; 0 unless it is the same on every node
+    and the ranks of a node are consecutive."""
     local, number = int(os.environ.get("LOCAL_WORLD_SIZE", "0")), int(os.environ.get("LOCAL_RANK", "-1"))
     regular = bool(local) and dist.get_rank() % local == number and dist.get_world_size() % local == 0
     said = torch.tensor([local, -local, int(regular)], device=device)
@@ -137,7 +137,7 @@ def _gpu_bytes(device: torch.device) -> int:
 
 
 def begin_micro_batch(objective: Any, *, last: bool) -> None:
-    """Add up the gradients of the copies in other nodes in the last micro-batch of a step alone."""
+    """With HSDP, sum the gradients over the nodes in the last micro-batch of a step only."""
     objective.set_requires_all_reduce(last)
 
 

@@ -1,4 +1,4 @@
-"""Where a distillation gets its teacher from: from the model itself, or from what was stored of it."""
+"""The interface of a teacher in a distillation, and the teacher that is a model in memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TopK(NamedTuple):
 
 
 class TeacherBatch(TypedDict, total=False):
-    """What `linear_logit_loss` takes of a teacher on N tokens: hidden states and head, or the k best tokens."""
+    """The teacher's arguments of `linear_logit_loss` for N tokens: hidden states and head, or the k most likely tokens."""
 
     teacher_hidden: Tensor
     teacher_head: Head
@@ -39,7 +39,7 @@ class Targets(Protocol):
     """What a student is compared with."""
 
     def batch(self, indices: Sequence[int], input_ids: Tensor) -> TeacherBatch:
-        """The teacher on the rows with these numbers and tokens, int64 [n, seq_length]: N = n · seq_length tokens."""
+        """The teacher's outputs for the rows with these numbers and tokens, int64 [n, seq_length]; N = n · seq_length."""
         ...
 
     def prefetch(self, indices: Sequence[int]) -> None:
@@ -48,12 +48,13 @@ class Targets(Protocol):
 
 
 class LiveTeacher:
-    """A teacher in memory, run on every batch: no gradients, no buffers for them, no optimizer.
+    """A teacher in memory that runs on every batch, without gradients.
 
-    With `shard` and several processes its layers are split over them (FSDP2) and each is gathered while it runs; all
-    processes then ask for the same number of batches. What is outside the layers, the head among it, is in every process.
-    `device`: where it runs, by default where it is. A `model` on the meta device is read from `weights`, each process
-    its own rows; of one that is in main memory no more than these go to the device.
+    documents: its attention is restricted to the documents of a row.
+    shard: with several processes, split its layers over them (FSDP2); each layer is gathered while it runs. All processes must
+        then request the same number of batches. The head and all else outside the layers is in every process.
+    device: where it runs; by default, the device of `model`.
+    weights: where a `model` on the meta device is read from. Each process reads its own rows only.
     """
 
     def __init__(

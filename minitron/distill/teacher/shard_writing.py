@@ -1,4 +1,4 @@
-"""Rows of a teacher computed and stored, shard by shard, while the next are computed."""
+"""Compute a teacher's outputs for rows and store them in shards; a shard is written while the next one is computed."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ Compute = Callable[[Tensor], dict[str, Tensor]]
 
 
 class RowModel(NamedTuple):
-    """A model in memory, and what is stored of it: `compute` makes named tensors [n, ...], `row_bytes` bytes for a row, of
-    tokens, int64 [n, seq_length]."""
+    """A model in memory, and the function that computes what is stored: from tokens, int64 [n, seq_length], named tensors
+    [n, ...] that take `row_bytes` bytes per row."""
 
     model: nn.Module
     compute: Compute
@@ -43,17 +43,17 @@ class RowModel(NamedTuple):
 
 
 class Writing(TypedDict, total=False):
-    """How rows are stored."""
+    """Options of storing rows."""
 
     numbers: Sequence[int] | None
-    """Of these rows alone, ascending; all by default."""
+    """Numbers of the rows to store, ascending; by default all."""
     batch_rows: int
-    """Rows that the model is run on together, 4 by default."""
+    """Rows per forward pass, 4 by default."""
     shard_bytes: int
-    """About the size of a shard, 256 MiB by default; at least a batch. A store that was begun keeps the size of its shards."""
+    """Approximate size of a shard, 256 MiB by default, at least one batch. An unfinished store keeps its size of shards."""
     rank: int
     world: int
-    """`world` processes write together, each with its `rank`; the last one completes the folder. 0 of 1 by default."""
+    """`world` processes write together, each with its own `rank`; the last one completes the folder. By default rank 0 of 1."""
     progress: Callable[[int, int], None] | None
     """Called with the number of computed rows and the number of all rows."""
 
@@ -67,12 +67,11 @@ def write_shards(
     note: Callable[[dict[str, Tensor]], dict[str, Any]] = lambda tensors: {},
     **how: Unpack[Writing],
 ) -> int:
-    """Write what a model makes of every row that is not stored yet; returns how many rows it was run on here.
+    """Compute and write the rows that are not stored yet; returns the number of rows that the model ran on in this call.
 
-    `load` is called only if something is missing. `note` of a shard's tensors goes into its manifest. Of several processes
-    each writes every `world`-th shard; whoever sees that all are there writes the index, which makes the folder complete.
-    A shard is written in a thread while the next one is computed. Object stores get one request to list
-    the folder, two files for each shard, and the index.
+    `load` is called only if a shard is missing. `note` of a shard's tensors is stored in its manifest. Of several processes,
+    each writes every `world`-th shard; the process that finds all shards written writes the index, which makes the folder
+    complete. On an object store this takes one listing, two files for each shard, and the index.
     Raises StorageError for a folder that holds something else, and before the first shard if the disk is too small.
     """
     if not hasattr(rows, "take"):  # a tensor, or the folder's path
@@ -125,7 +124,7 @@ def write_shards(
 
 
 def _rows_per_shard(shard: str, key: str) -> int:
-    """How many rows the shards of a store have, by one of them."""
+    """Number of rows per shard of a store, from the manifest of one of them."""
     note = storage.manifest(shard)["note"]
     check_key(shard, note.get("key"), key)
     rows: int = note.get("rows_per_shard", ROWS_PER_SHARD)
@@ -135,9 +134,9 @@ def _rows_per_shard(shard: str, key: str) -> int:
 
 
 class _Writer:
-    """The shard that is being filled, and a thread that writes the one before.
+    """Collects the rows of a shard, and writes the previous shard in a thread.
 
-    Rows go to main memory that is reserved twice and used again; from a GPU they are copied while it computes the next ones.
+    Two buffers in main memory take turns. From a GPU, rows are copied while it computes the next ones.
     """
 
     def __init__(self, folder: str, index: Index, note: Callable[[dict[str, Tensor]], dict[str, Any]]) -> None:
@@ -203,7 +202,7 @@ class _Writer:
 
 
 def _check_room(folder: str, batch: dict[str, Tensor], missing: int) -> None:
-    """Refuse before anything is written what the disk cannot hold."""
+    """Raise NotWritableError, before anything is written, if the disk has too little space for the missing rows."""
     if not storage.is_local(folder):
         return
     row = sum(tensor[0].nbytes for tensor in batch.values())

@@ -1,4 +1,4 @@
-"""Rows read back from a store, each by its byte range and checked when it is read; no more of a shard is read than that."""
+"""Reads rows from a store. Only the byte range of a row is read, and it is verified when it is read."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from minitron.errors import StorageError
 from minitron.storage.ranges import READERS, read_checked
 from minitron.storage.tensors import Slot, read_slots
 
-READ_AHEAD_BYTES = 256 << 20  # of rows in memory before `take` needs them
-OPEN_SHARDS = 4096  # whose manifests are kept
+READ_AHEAD_BYTES = 256 << 20  # limit for rows in memory that `take` has not requested yet
+OPEN_SHARDS = 4096  # number of shards whose manifests are kept in memory
 
 
 class _Shard(NamedTuple):
-    """A shard that can be read. entry: the file's in its manifest."""
+    """A shard that can be read. entry: the entry of its file in the manifest."""
 
     path: str
     entry: dict[str, Any]
@@ -34,10 +34,10 @@ class _Shard(NamedTuple):
 class Shards:
     """A complete folder that `write_shards` wrote.
 
-    Rows are read in threads, from object stores by requests for their ranges, and checked against the SHA-256 that the
-    shard's manifest has of each. Shards that were written before rows had one are read whole and checked when they are first
-    used, remote ones once for this machine. Raises StorageError for a folder that is not complete, was made from another
-    teacher or other rows, or has a missing or altered row.
+    Rows are read in threads, from object stores by range requests, and verified by the SHA-256 of each row in the shard's
+    manifest. Shards of earlier versions, which have no SHA-256 per row, are verified whole when they are first used; remote
+    ones are copied to this machine once. Raises StorageError for a folder that is not complete, was made from another teacher
+    or other rows, or has a missing or altered row.
     """
 
     def __init__(self, folder: str, key: str) -> None:
@@ -61,7 +61,7 @@ class Shards:
         self._reading: dict[int, Future[dict[str, Tensor]]] = {}  # by position, until `take` returns them
 
     def take(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """The tensors of the rows with these numbers, [len(indices), ...]. Raises IndexError for a row that is not there."""
+        """The tensors of the rows with these numbers, [len(indices), ...]. Raises IndexError for a row that is not stored."""
         positions = [self._position(index) for index in indices]
         with self._lock:
             for position in positions:
@@ -83,13 +83,13 @@ class Shards:
         self._read_ahead()
 
     def notes(self) -> Iterator[dict[str, Any]]:
-        """What was noted of each shard when it was written."""
+        """The `note` of each shard, from its manifest."""
         folders = [shard_folder(self.folder, number) for number in range(self._index.num_shards)]
         for manifest in self._readers.map(storage.manifest, folders):
             yield manifest["note"]
 
     def _read_ahead(self) -> None:
-        """Have as many rows in memory, or on the way, as READ_AHEAD_BYTES allow."""
+        """Start reading as many rows as READ_AHEAD_BYTES allow."""
         with self._lock:
             first = self._waiting[0] if self._waiting else None
         if first is None:
@@ -103,7 +103,7 @@ class Shards:
                 self._reading[position] = self._readers.submit(self._read, position)
 
     def _position(self, row: int) -> int:
-        """Where a row is among those that are stored."""
+        """Index of a row among the stored rows."""
         if self._positions is None:
             if not 0 <= row < self.num_rows:
                 raise IndexError(f"row {row} of {self.folder}, which has rows 0 to {self.num_rows - 1}")

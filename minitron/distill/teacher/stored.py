@@ -1,8 +1,8 @@
-"""The teacher's final hidden states of rows, stored once and shared by everything that distils on them.
+"""The teacher's final hidden states of rows, stored once and read by all trials and distillations on these rows.
 
-The exact logits are rebuilt from a hidden state with the teacher's own head, so nothing is lost, at 2·hidden bytes per
-token in bfloat16 instead of 2·vocabulary. With each goes the log-sum-exp of its logits, so that the loss reads the
-teacher's vocabulary once.
+The exact logits are computed again from a hidden state with the teacher's own head, so nothing is lost. A token takes 2·hidden
+bytes in bfloat16 instead of 2·vocabulary. The log-sum-exp of the logits is stored too, so that the loss passes over the
+teacher's logits once.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from minitron.models import final_hidden
 
 
 class StoredTeacher:
-    """Hidden states read back from a store that `store_hidden` completed; bit-equal to what was written. open_store: how
-    folder and key are opened, for a store that several teachers share.
+    """Hidden states read from a store that `store_hidden` completed, bit-equal to what was written.
 
+    open_store: opens the folder for a key; several teachers can share an open store this way.
     Raises StorageError if the store is not complete, was made from another teacher or other rows, or is damaged.
     """
 
@@ -64,15 +64,17 @@ class StoredTeacher:
 
 
 def store_key(teacher_id: str, rows: str, dtype: str, top_k: int = 0, *, separate_documents: bool = False) -> str:
-    """The name of what is stored of one teacher's weights on one set of rows in one dtype: hidden states, or with `top_k`
-    the most likely tokens."""
+    """Fingerprint of the stored outputs of one teacher for one set of rows in one dtype: hidden states, or with `top_k` the
+    most likely tokens."""
     content = {"teacher": teacher_id, "rows": rows, "dtype": dtype, "top_k": top_k, "format": 2}
     return storage.fingerprint(content | ({"documents": "separate"} if separate_documents else {}))
 
 
 def stored_bytes(num_rows: int, seq_length: int, hidden_size: int, value_bytes: int, top_k: int = 0) -> int:
-    """What `store_hidden` writes, or with `top_k` `store_top_k`, without the files' headers; value_bytes: of one number of
-    the hidden states."""
+    """Bytes that `store_hidden` writes, or `store_top_k` if `top_k` is not 0, without the files' headers.
+
+    value_bytes: bytes of one number in the hidden states.
+    """
     return num_rows * seq_length * (8 * top_k if top_k else hidden_size * value_bytes + 4)
 
 
@@ -86,11 +88,11 @@ def store_hidden(
     **how: Unpack[Writing],
 ) -> int:
     """Write the hidden states of every row, and the log-sum-exp of their logits, float32 [rows, seq_length], in shards of
-    about 256 MiB; returns how many rows the teacher was run on here, now.
+    about 256 MiB; returns the number of rows that the teacher ran on in this call.
 
-    Shards that are already there are kept, so a killed run resumes where it was. `load_teacher` is called only if
-    something is missing. With `documents` the teacher keeps the documents of a row apart; `key` has to say so. `Writing`
-    says how: which rows, by how many processes.
+    Existing shards are kept, so that a killed run resumes. `load_teacher` is called only if a shard is missing. With
+    `documents` the teacher does not attend from one document of a row to another; `key` must reflect that. The other keyword
+    arguments are those of `Writing`.
     Raises StorageError for a folder that holds something else, and before writing, with the bytes needed and the rows that
     fit, when the disk is too small.
     """

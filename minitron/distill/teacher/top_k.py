@@ -1,6 +1,7 @@
-"""The teacher's most likely tokens of rows, stored: small where hidden states are too large to keep, and not exact.
+"""The teacher's most likely next tokens, stored for rows. They take less space than hidden states and are not exact.
 
-What is lost is the probability of all the other tokens: the student learns p_t cut off at k tokens and renormalised.
+The probability of all other tokens is lost: the student learns the teacher's distribution truncated to k tokens and
+renormalised.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from minitron.models import final_hidden
 
 
 class MassLost(NamedTuple):
-    """Probability of a token's distribution that is not among its k best."""
+    """Probability of a token's distribution outside its k most likely tokens."""
 
     mean: float
     worst: float
-    """Of any one token."""
+    """The largest of all tokens."""
 
 
 class TopKTeacher:
@@ -54,7 +55,7 @@ class TopKTeacher:
         self._shards.prefetch(indices)
 
     def mass_lost(self) -> MassLost:
-        """What the store leaves out, over all of its tokens."""
+        """The probability that the store leaves out, over all of its tokens."""
         notes = list(self._shards.notes())
         tokens = sum(note["tokens"] for note in notes)
         lost = math.fsum(note["lost"] for note in notes)
@@ -72,9 +73,9 @@ def store_top_k(
     **how: Unpack[Writing],
 ) -> int:
     """Write the `k` most likely next tokens, int32, and their log-probabilities, float32, both [rows, seq_length, k] and the
-    likeliest first: 8·k bytes per token. Otherwise as `store_hidden`; `TopKTeacher.mass_lost` says what it lost.
+    likeliest first: 8·k bytes per token. Otherwise like `store_hidden`; see `TopKTeacher.mass_lost` for what is lost.
 
-    Raises InputError for a `k` that the vocabulary does not have.
+    Raises InputError for a `k` below 1 or above the size of the vocabulary.
     """
 
     def load() -> RowModel:
