@@ -144,7 +144,7 @@ def test_add_bos_reaches_the_benchmarks_of_calibration_search_and_training(begun
     assert context.output(Data).train == data["false"][0]["train"]
     assert told
     assert set(told) == {False}
-    assert benchmarks(recipe, "").add_bos is False
+    assert benchmarks(recipe, "teacher").add_bos is False
 
     told.clear()
     folder = context.output(Teacher).folder

@@ -58,8 +58,13 @@ def separates_documents(recipe: schema.Recipe) -> bool:
 
 
 def lm_eval_tasks(tasks: Iterable[schema.Task]) -> tuple[Task, ...]:
-    """The benchmarks to run. Local paths are made absolute, because Ray's workers have working directories of their own."""
-    return tuple(_with_absolute_path(Task(**task.model_dump())) for task in tasks)
+    """The benchmarks to run."""
+    return tuple(Task(**task.model_dump()) for task in tasks)
+
+
+def worker_tasks(tasks: Iterable[schema.Task]) -> tuple[Task, ...]:
+    """The benchmarks to run in Ray's workers: with absolute paths, because workers have working directories of their own."""
+    return tuple(_with_absolute_path(task) for task in lm_eval_tasks(tasks))
 
 
 def _with_absolute_path(task: Task) -> Task:

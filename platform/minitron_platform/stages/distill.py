@@ -16,7 +16,7 @@ from minitron_platform.estimates.memory import distillation_memory
 from minitron_platform.estimates.outlook import MASTER_BYTES, Estimate, Outlook, training_flops
 from minitron_platform.estimates.teacher import runs_live_teacher
 from minitron_platform.recipes import schema
-from minitron_platform.recipes.build import distillation_losses, lm_eval_tasks, training_identity
+from minitron_platform.recipes.build import distillation_losses, training_identity, worker_tasks
 from minitron_platform.stages.base import pruning_base
 from minitron_platform.stages.calibrate import Calibrate
 from minitron_platform.stages.context import Context
@@ -154,7 +154,7 @@ class Distill(Stage[DistillOutput]):
                 online=recipe.targets.mode == "online",
                 teacher=TEACHER.get(teacher_kept, recipe.targets.teacher),
                 tasks_every=training.evaluate_tasks_every,
-                tasks=lm_eval_tasks(recipe.evaluate.tasks),
+                tasks=worker_tasks(recipe.evaluate.tasks),
                 tasks_batch_rows=recipe.evaluate.batch_rows,
                 add_bos=recipe.data.bos,
             )
