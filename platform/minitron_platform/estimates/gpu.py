@@ -173,14 +173,11 @@ def correction_on_gpus(
         return None
     return GpuTraining(
         key="correct.training" if recipe.correct.training else "distill",
-        workers_key="resources.workers",
-        processes=resources.workers,
-        share=min(1.0, resources.gpus_per_worker),
-        gpu_bytes=resources.gpu_memory_bytes,
         student=teacher,
         seq_length=recipe.data.seq_length,
         value_bytes=value_bytes,
         trained=1.0 if recipe.correct.method == "full" else 0.01,
+        **_workers(resources),
         **_settings(training),
     )
 
@@ -194,22 +191,19 @@ def distillation_on_gpus(
     resources: ResolvedResources,
     losses: Losses,
 ) -> GpuTraining | None:
-    """The full distillation of `member`; None on CPUs. `live_teacher`: whether the workers load the teacher too."""
+    """The full distillation of `member`; None on CPUs. `losses` decide with the recipe whether the workers load the teacher."""
     if not resources.gpus_per_worker:
         return None
     training = recipe.distillation(member)
     return GpuTraining(
         key=f"{recipe.key(member)}.distill" if member.distill else "distill",
-        workers_key="resources.workers",
-        processes=resources.workers,
-        share=min(1.0, resources.gpus_per_worker),
-        gpu_bytes=resources.gpu_memory_bytes,
         student=student,
         seq_length=recipe.data.seq_length,
         value_bytes=value_bytes,
         teacher=teacher,
         teacher_kept=KEPT[recipe.targets.teacher] if runs_live_teacher(losses, recipe.targets.mode) else ("head",),
         compared=len(losses.hidden) + len(losses.attention) + len(losses.mlp_input) + losses.embedding,
+        **_workers(resources),
         **_settings(training),
     )
 
@@ -248,6 +242,15 @@ def are_trials_small(recipe: Recipe, teacher: Architecture, value_bytes: int, gp
     small = replace(small, workers_per_trial=1, gpus_per_trial=1 / TRIALS_PER_GPU)
     training = trials_on_gpus(recipe, teacher, teacher, teacher, value_bytes, small)
     return training is not None and training.fit().fits
+
+
+def _workers(resources: ResolvedResources) -> dict[str, Any]:
+    return {
+        "workers_key": "resources.workers",
+        "processes": resources.workers,
+        "share": min(1.0, resources.gpus_per_worker),
+        "gpu_bytes": resources.gpu_memory_bytes,
+    }
 
 
 def _settings(training: Training) -> dict[str, Any]:
