@@ -11,10 +11,12 @@ from minitron.architecture import Architecture
 from minitron.data import Rows, rows_for_step
 from minitron.device import DTYPES, device
 from minitron.importance import ImportanceScores, LayerScoring
-from minitron.models import load_model
+from minitron.meta_models import FILE_BYTES
+from minitron.models import load_model, load_tokenizer, save_model, source_architecture
 from minitron.pruning.iterative import prune_in_steps
 from minitron.pruning.selection import kept_layers, select
 from minitron.pruning.slicing import prune
+from minitron.pruning.streaming import write_pruned
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,32 @@ class PruningSource:
         scores = self._scores()
         kept = self._layers(scores, base, architecture)
         return prune(model, architecture, scores, layers=kept, merge_heads=self.merge_heads)
+
+    def write_student(self, architecture: Architecture, target: str) -> None:
+        """Commit to `target` a checkpoint of the student, with the checkpoint's tokenizer, one tensor at a time: a process
+        needs about 2 GiB of main memory besides the largest tensor, and no GPU.
+
+        Weights, config and tokenizer are those of `prune`, saved by `minitron.models.save_model`; a large student has smaller
+        files. Iterative pruning loads the whole model, on the device that models compute on.
+        """
+        folder = storage.fetch(self.folder)
+        if self.recalibration:
+            student = self.prune(self.load(), architecture)
+            with storage.committed_folder(target) as local_folder:
+                save_model(student, load_tokenizer(folder), local_folder)
+            return
+        base, _ = source_architecture(str(folder))
+        scores = self._scores()
+        write_pruned(
+            folder,
+            target,
+            architecture,
+            scores,
+            layers=self._layers(scores, base, architecture),
+            merge_heads=self.merge_heads,
+            dtype=DTYPES[self.dtype],
+            shard_bytes=FILE_BYTES,
+        )
 
     def channels(self, base: Architecture, architecture: Architecture) -> Tensor | None:
         """The embedding channels of the checkpoint, of architecture `base`, that the student keeps: int64 [hidden], ascending.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,6 +52,7 @@ def prune_checkpoint(
     *,
     layers: Sequence[int] | None = None,
     merge_heads: int = 0,
+    dtype: torch.dtype | None = None,
     shard_bytes: int = 2**30,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
@@ -58,19 +60,47 @@ def prune_checkpoint(
 
     source: the folder of a transformers checkpoint in safetensors. target: a new folder, at any address that
     `minitron.storage` supports; it is published complete or not at all. layers, merge_heads: as in `prune`. At most one shard
-    of `shard_bytes`, one tensor of the original and its slice are in memory. Weights keep their dtype; tokenizer, generation
-    settings and licence are copied. `progress(done, total)` counts tensors. Raises InputError if `target` exists, if
-    `architecture` does not fit inside the model, if the checkpoint's tensors are not those of the model in config.json, and
-    for arguments of the wrong type.
+    of `shard_bytes`, one tensor of the original and its slice are in memory. Weights are first rounded to `dtype`, as a model
+    that is loaded in it, or keep theirs; tokenizer, generation settings and licence are copied. `progress(done, total)` counts
+    tensors. Raises InputError if `target` exists, if `architecture` does not fit inside the model, if the checkpoint's tensors
+    are not those of the model in config.json, and for arguments of the wrong type.
     """
+    address = str(target)
+    if storage.exists(address):
+        raise InputError(f"{address} exists", "give a new folder, or delete it")
+    write_pruned(
+        source,
+        address,
+        architecture,
+        scores,
+        layers=layers,
+        merge_heads=merge_heads,
+        dtype=dtype,
+        shard_bytes=shard_bytes,
+        progress=progress,
+    )
+
+
+def write_pruned(
+    source: str | Path,
+    address: str,
+    architecture: Architecture,
+    scores: ImportanceScores,
+    *,
+    layers: Sequence[int] | None = None,
+    merge_heads: int = 0,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = 2**30,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """`prune_checkpoint` to an `address` where there may be files of an earlier attempt that was not completed."""
     from transformers import AutoConfig
 
     check_type("architecture", architecture, Architecture, "an Architecture")
     check_type("scores", scores, ImportanceScores, "ImportanceScores")
+    if dtype is not None:
+        check_type("dtype", dtype, torch.dtype, "a torch dtype")
     folder = Path(source).expanduser()
-    address = str(target)
-    if storage.exists(address):
-        raise InputError(f"{address} exists", "give a new folder, or delete it")
     if not (folder / "config.json").exists():
         raise InputError(f"{folder} has no config.json", "give the folder of a transformers checkpoint")
     with quiet_transformers():
@@ -86,6 +116,9 @@ def prune_checkpoint(
     _check_tied(checkpoint, base)
     selection = select(scores, base, architecture, layers=layers)
     read: Callable[[str], Tensor] = checkpoint.tensor
+    if dtype is not None:
+        config.dtype = dtype
+        read = partial(_rounded, checkpoint, dtype)
     if merge_heads:
         read = merged_source(read, base, architecture, selection, scores, merge_heads)
     total = len(base.outer_parameters) + architecture.num_layers * len(base.layer_parameters)
@@ -100,6 +133,10 @@ def prune_checkpoint(
         writer.close()
         architecture.to_config(config, selection.layers).save_pretrained(str(staging))
         _copy(folder, staging)
+
+
+def _rounded(checkpoint: Checkpoint, dtype: torch.dtype, name: str) -> Tensor:
+    return checkpoint.tensor(name).to(dtype)
 
 
 def _check_tied(checkpoint: Checkpoint, base: Architecture) -> None:

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 from minitron import prune, storage
 from minitron.errors import InputError
 from minitron.importance import LayerScoring, estimate_importance
-from minitron.models import load_model
+from minitron.models import load_model, load_tokenizer, save_model
 from minitron.pruning.iterative import prune_in_steps, shapes_between
+from minitron.pruning.source import PruningSource
 from minitron.pruning.streaming import prune_checkpoint
 
 SMALLER = {"num_layers": 3, "hidden_size": 40, "intermediate_size": 33, "num_heads": 4}
@@ -247,3 +248,26 @@ def test_iterative_pruning_scores_the_model_again_before_each_step():
         prune(model, target, estimate_importance(model, rows)).state_dict()["lm_head.weight"],
     )
     assert tiny.architecture(model) == base
+
+
+@pytest.mark.parametrize(("family", "merge_heads"), [("llama", 1), ("gemma2", 0), ("qwen3_moe", 0)])
+def test_a_source_writes_the_files_of_a_student_that_is_pruned_in_memory_without_loading_the_model(
+    family, merge_heads, tmp_path, monkeypatch
+):
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    model, target, scores = on_disk(tmp_path / "float", family)  # in float32; the run computes in bfloat16
+    save_model(model, tiny.tokenizer(), teacher)
+    scores.save(tmp_path / "scores.safetensors")
+    target = replace(target, num_heads=6, hidden_size=48)
+    source = PruningSource(
+        str(teacher), str(tmp_path / "scores.safetensors"), "bfloat16", depth="scattered", merge_heads=merge_heads
+    )
+    (tmp_path / "expected").mkdir()
+    save_model(source.prune(source.load(), target), load_tokenizer(teacher), tmp_path / "expected")
+    monkeypatch.setattr(PruningSource, "load", None)
+    source.write_student(target, str(tmp_path / "student"))
+    files = storage.manifest(str(tmp_path / "student"))["files"]
+    assert {name: entry["sha256"] for name, entry in files.items()} == {
+        path.name: storage.sha256(path) for path in (tmp_path / "expected").iterdir()
+    }
