@@ -12,7 +12,8 @@ from minitron_platform.addresses import check_jobs_address, is_loopback
 from minitron_platform.cluster.jobs import submit_text, to_stderr
 from minitron_platform.locations import resolve_locations
 from minitron_platform.planning.submission_checks import check_submission
-from minitron_platform.recipes.load import check_recipe_type, recipe_yaml, with_absolute_paths
+from minitron_platform.recipes.load import check_recipe_type, recipe_yaml
+from minitron_platform.recipes.paths import with_absolute_paths
 from minitron_platform.recipes.schema import Recipe
 from minitron_platform.tracking.flusher import check_address
 

@@ -19,7 +19,8 @@ from minitron.errors import InputError
 from minitron.evaluation import evaluate, task_metric
 from minitron_platform import plan, run, submit
 from minitron_platform.estimates.outlook import Estimate
-from minitron_platform.recipes.load import load_recipe, with_absolute_paths
+from minitron_platform.recipes.load import load_recipe
+from minitron_platform.recipes.paths import with_absolute_paths
 from minitron_platform.stages import order
 from minitron_platform.stages.distill import Distill
 from minitron_platform.stages.evaluate import HELDOUT

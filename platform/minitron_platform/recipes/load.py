@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,36 +15,24 @@ from pydantic import ValidationError
 
 from minitron.arguments import short_repr
 from minitron.errors import InputError
-from minitron.packages import PACKAGE
-from minitron.storage import is_local, local_path
 from minitron_platform.arguments import check_strings, path_string
 from minitron_platform.recipes.keys import section_keys
+from minitron_platform.recipes.paths import anchor_paths
 from minitron_platform.recipes.schema import Recipe
+from minitron_platform.recipes.yaml_text import parse_value, read_yaml
 
+LONGEST_VALUE = 200  # characters of a value in an error
 _PLAIN = {  # by the type of pydantic's error, whose own message names Python classes or a regular expression
     "model_type": "it should be a section of keys and values",
     "dataclass_type": "it should be a section of keys and values",
     "list_type": "it should be a list",
     "tuple_type": "it should be a list",
+    "string_type": "it should be text: put it in quotes",
+    "int_type": "it should be a whole number",
+    "float_type": "it should be a number",
+    "finite_number": "it should be a finite number",
     "string_pattern_mismatch": "use at most 64 of a-z 0-9 . _ - and begin with a letter or digit",
 }
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 6e-4 and 9e7 as numbers and 29:13 as text; YAML 1.1 reads the former as text and the latter as a
-    time."""
-
-
-_NUMBERS = {
-    "tag:yaml.org,2002:int": r"^[-+]?(0|[1-9][0-9_]*)$",
-    "tag:yaml.org,2002:float": r"^[-+]?(\d[\d_]*(\.[\d_]*([eE][-+]?\d+)?|[eE][-+]?\d+)|\.\d+([eE][-+]?\d+)?|\.inf)$",
-}
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _tag, _pattern in _NUMBERS.items():
-    _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+0123456789."))
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -61,25 +50,19 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     name_or_path = path_string("name_or_path", name_or_path)
     check_strings("overrides", overrides)
     shipped = shipped_recipes()
-    path = shipped.get(name_or_path) or Path(name_or_path).expanduser()
-    if not path.is_file():
+    path = shipped.get(name_or_path) or Path(os.path.expanduser(name_or_path))
+    if not os.path.isfile(path):
         close = difflib.get_close_matches(name_or_path, shipped, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise InputError(
-            f"{name_or_path!r} is neither a recipe that ships ({', '.join(shipped)}) nor a file",
+            f"{short_repr(name_or_path)} is neither a recipe that ships ({', '.join(shipped)}) nor a file",
             f"{hint}see `minitron recipes`, or give the path of a YAML file",
         )
-    try:
-        values = yaml.load(path.read_text(), Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})", "check its permissions") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML ({_one_line(error)})", "fix the line that is named") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: contains no keys", "start from a recipe that ships: `minitron recipes`")
-    values = _without_aliases(values)
+    values = read_yaml(path)
+    anchor_paths(values, path.parent, str(path))
     for override in overrides:
         _apply_override(values, override)
+    anchor_paths(values, Path.cwd(), str(path))
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -98,45 +81,16 @@ def recipe_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(by_alias=True), sort_keys=False)
 
 
-def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """The recipe with its local paths made absolute, for a process with another working directory."""
-    values = recipe.model_dump(by_alias=True)
-    tasks = [*values["evaluate"]["tasks"], *filter(None, [values["calibrate"]["task"]])]
-    tasks += (values["search"]["evaluate"] or {"tasks": []})["tasks"]
-    paths = [(task, "data") for task in tasks]
-    if recipe.data.kind != "hub" or local_path(recipe.data.path).exists():
-        paths.append((values["data"], "path"))
-    if local_path(recipe.teacher.model).exists():  # otherwise it is a hub name
-        paths.append((values["teacher"], "model"))
-    for section, key in paths:
-        value = section[key]
-        if value and is_local(value) and not value.startswith(PACKAGE):
-            section[key] = str(local_path(value))
-    return Recipe.model_validate(values)
-
-
-def _without_aliases(values: Any) -> Any:
-    """A copy in which YAML aliases are separate objects, so that an override of one does not change the others."""
-    if isinstance(values, dict):
-        return {key: _without_aliases(value) for key, value in values.items()}
-    if isinstance(values, list):
-        return [_without_aliases(value) for value in values]
-    return values
-
-
 def _apply_override(values: dict[str, Any], override: str) -> None:
     """Change `values` as "KEY=VALUE" says; missing sections are created."""
     key, separator, text = override.partition("=")
-    if not separator or not re.fullmatch(r"\w+(\.\w+)*", key):
-        raise InputError(f"--set {override!r} is not KEY=VALUE", "write it as --set distill.steps=50")
+    if not separator or not re.fullmatch(r"\w+(\.\w+){0,9}", key, re.ASCII):
+        raise InputError(f"--set {short_repr(override)} is not KEY=VALUE", "write it as --set distill.steps=50")
     *parents, last = key.split(".")
     section: Any = values
     for parent in parents:
         section = _subsection(section, parent, key)
-    try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {override!r}: the value is not valid YAML ({_one_line(error)})", "quote it") from error
+    value = parse_value(text, f"--set {key}")
     if isinstance(section, list):
         section[_index(section, last, key)] = value
     elif isinstance(section, dict):
@@ -151,17 +105,15 @@ def _subsection(section: Any, name: str, key: str) -> Any:
         return section[_index(section, name, key)]
     if not isinstance(section, dict):
         raise InputError(f"--set {key}: there is no section above {name!r}", "see the recipe's keys in its file")
-    return section.setdefault(name, {})
+    if section.get(name) is None:  # left out, or null
+        section[name] = {}
+    return section[name]
 
 
 def _index(values: list[Any], text: str, key: str) -> int:
-    if not text.isdigit() or int(text) >= len(values):
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or int(text) >= len(values):
         raise InputError(f"--set {key}: {text!r} is not an index of a list of {len(values)}", "count from 0")
     return int(text)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _first_error(path: Path, values: dict[str, Any], error: ValidationError) -> InputError:
@@ -170,7 +122,8 @@ def _first_error(path: Path, values: dict[str, Any], error: ValidationError) -> 
     def key_of(detail: Any) -> str:
         return ".".join(str(part) for part in _keys(values, detail["loc"], missing=detail["type"] == "missing"))
 
-    first, *others = error.errors()
+    # a default that follows from another key cannot be computed while that one is not valid
+    first, *others = [detail for detail in error.errors() if detail["type"] != "default_factory_not_called"]
     key = key_of(first)
     value = first["input"]
     alternatives = [detail for detail in others if key_of(detail) == key]  # the other types of a union
@@ -190,7 +143,15 @@ def _first_error(path: Path, values: dict[str, Any], error: ValidationError) -> 
     message += "".join(f", or {e['ctx']['expected']}" for e in alternatives if e["type"] == "literal_error")
     if not first["loc"]:
         return InputError(f"{path}: family: {message}", "change the list of models")
-    return InputError(f"{path}: {key}: {value!r} is not valid: {message}{more}", f"change {key}, or --set {key}=…")
+    return InputError(
+        f"{path}: {key}: {_shown(value)} is not valid: {message}{more}", f"change {key}, or --set {key}=…"
+    )
+
+
+def _shown(value: Any) -> str:
+    """A value as Python writes it, unless that is long."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_VALUE else short_repr(value)
 
 
 def _keys(values: Any, location: tuple[int | str, ...], *, missing: bool) -> Iterator[int | str]:

@@ -6,11 +6,30 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from minitron_platform.recipes.numbers import (
+    AxisValue,
+    Cpus,
+    Gpus,
+    LearningRate,
+    Limit,
+    LowestRate,
+    ModelSize,
+    Nats,
+    Natural,
+    NormLimit,
+    Positive,
+    PositiveWeight,
+    Seed,
+    SeqLength,
+    Share,
+    Temperature,
+    Weight,
+    WeightDecay,
+    is_finite,
+)
 from minitron_platform.tracking.aliases import check_alias
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
-Positive = Annotated[int, Field(ge=1)]
-Limit = Annotated[float, Field(gt=0)]
 LONGEST_AXIS = 10_000  # values of a range; more than that is a mistake
 
 
@@ -41,10 +60,10 @@ class Data(_Section):
     name: str | None = None
     split: str = "train"
     revision: str | None = None
-    seq_length: Annotated[int, Field(ge=8)]
+    seq_length: SeqLength
     train_rows: Positive
     heldout_rows: Positive
-    heldout_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    heldout_fraction: Share | None = None
     add_bos: bool | Literal["auto"] = "auto"
     separate_documents: bool | Literal["auto"] = "auto"
 
@@ -59,7 +78,7 @@ class Task(_Section):
 
     name: str
     data: str | None = None
-    num_fewshot: Annotated[int, Field(ge=0)] = 0
+    num_fewshot: Natural = 0
     limit: Positive | None = None
 
 
@@ -94,15 +113,15 @@ class Losses(_Section):
     """
 
     logits: Literal["forward_kl", "reverse_kl", "jensen_shannon", "mse", "cosine", "none"] = "forward_kl"
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    cross_entropy: Annotated[float, Field(ge=0)] = 0.0
-    top_k: Annotated[int, Field(ge=0)] = 0
+    temperature: Temperature = 1.0
+    cross_entropy: Weight = 0.0
+    top_k: Natural = 0
     hidden: list[str] | Literal["auto"] = "auto"
     hidden_loss: Literal["cosine", "mse"] = "cosine"
     embedding: bool = False
     attention: list[str] = []
     mlp_input: list[str] = []
-    alpha: Annotated[float, Field(gt=0)] | None = None
+    alpha: PositiveWeight | None = None
 
 
 class Targets(_Section):
@@ -116,7 +135,7 @@ class Targets(_Section):
     """
 
     mode: Literal["stored", "online"] = "stored"
-    top_k: Annotated[int, Field(ge=0)] = 0
+    top_k: Natural = 0
     teacher: Literal["auto", "replicated", "sharded"] = "auto"
 
 
@@ -132,18 +151,18 @@ class Training(_Section):
     steps: Positive
     batch_rows: Positive
     micro_batch_rows: Positive | Literal["auto"] = "auto"
-    peak_lr: Annotated[float, Field(gt=0)]
-    min_lr: Annotated[float, Field(ge=0)]
-    warmup_steps: Annotated[int, Field(ge=0)]
+    peak_lr: LearningRate
+    min_lr: LowestRate = Field(default_factory=lambda given: given["peak_lr"] / 10)
+    warmup_steps: Natural = Field(default_factory=lambda given: given["steps"] // 10)
     schedule: Literal["cosine", "wsd"] = "cosine"
     decay_share: Annotated[float, Field(ge=0, le=1)] = 0.2
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    seed: int = 0
-    max_skipped_steps: Annotated[int, Field(ge=0)] = 0
-    checkpoint_every: Annotated[int, Field(ge=0)] = 0
-    evaluate_every: Annotated[int, Field(ge=0)] = 0
-    evaluate_tasks_every: Annotated[int, Field(ge=0)] = 0
+    weight_decay: WeightDecay = 0.0
+    clip_norm: NormLimit = 1.0
+    seed: Seed = 0
+    max_skipped_steps: Natural = 0
+    checkpoint_every: Natural = 0
+    evaluate_every: Natural = 0
+    evaluate_tasks_every: Natural = 0
     shard: bool | Literal["auto"] = "auto"
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     optimizer: Literal["adamw", "adamw-offload"] = "adamw"
@@ -164,7 +183,7 @@ class Correct(_Section):
     when: Literal["measured", "always"] = "measured"
     method: Literal["full", "norms", "lora"] = "full"
     lora_rank: Positive = 16
-    min_gain: Annotated[float, Field(ge=0)] = 0.01
+    min_gain: Nats = 0.01
     probe_steps: Positive | None = None
     training: Training | None = None
 
@@ -180,7 +199,7 @@ class Sampler(_Section):
     points and those that Optuna proposes from the scores so far. The same `seed` gives the same candidates."""
 
     candidates: Positive
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
 
 class Benchmarked(_Section):
@@ -195,7 +214,7 @@ class Halving(_Section):
     continues. With `grace: stable`, at every rung whose ranking agrees with that of the measurement before it (Kendall's
     tau of at least 0.9)."""
 
-    keep: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    keep: Share = 0.5
     grace: Annotated[float, Field(ge=0, lt=1)] | Literal["stable"] = 0.75
 
 
@@ -209,7 +228,7 @@ class Search(_Section):
     """
 
     heldout_rows: Positive | None = None
-    rungs: list[Annotated[float, Field(gt=0, lt=1)]] = [0.5, 0.75]
+    rungs: Annotated[list[Share], Field(max_length=100)] = [0.5, 0.75]
     sampler: Sampler | None = None
     forward: Forward | None = None
     halving: Halving | None = None
@@ -224,15 +243,15 @@ def _values(given: Any) -> Any:
     if set(given) != {"from", "to", "step"}:
         raise ValueError("a range needs the keys from, to and step, and no others")
     first, last, step = given["from"], given["to"], given["step"]
-    if not all(isinstance(value, int | float) for value in (first, last, step)):
-        raise ValueError("from, to and step must be numbers")
+    if not all(is_finite(value) for value in (first, last, step)):
+        raise ValueError("from, to and step must be finite numbers")
     if step <= 0 or last < first or (last - first) / step >= LONGEST_AXIS:
         raise ValueError(f"a range must go up from `from` to `to`, in at most {LONGEST_AXIS:,} steps")
     count = int((last - first) / step + 1e-9) + 1
     return [round(first + index * step, 9) for index in range(count)]
 
 
-Values = Annotated[list[int | float], BeforeValidator(_values)]
+Values = Annotated[list[AxisValue], Field(max_length=LONGEST_AXIS), BeforeValidator(_values)]
 
 
 class Limits(_Section):
@@ -259,7 +278,7 @@ class Member(_Section):
 
     model: Annotated[str, Field(pattern=NAME)]
     start: Literal["teacher", "previous"] = "teacher"
-    parameters: Positive
+    parameters: ModelSize
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.05
     space: dict[str, Values]
     points: list[dict[str, Positive]] = []
@@ -285,13 +304,13 @@ class Resources(_Section):
     together. `auto` depends on the available GPUs, see `minitron_platform.recipes.resources`."""
 
     workers_per_trial: Positive = 1
-    cpus_per_trial: Annotated[float, Field(gt=0)] = 1
-    gpus_per_trial: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    cpus_per_trial: Cpus = 1
+    gpus_per_trial: Gpus | Literal["auto"] = "auto"
     workers: Positive | Literal["auto"] = "auto"
-    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
-    gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    cpus_per_worker: Cpus = 1
+    gpus_per_worker: Gpus | Literal["auto"] = "auto"
     gpu_memory_bytes: Limit | Literal["auto"] = "auto"
-    max_failures: Annotated[int, Field(ge=0)] = 3
+    max_failures: Natural = 3
 
 
 class Recipe(_Section):
@@ -299,7 +318,7 @@ class Recipe(_Section):
 
     name: Annotated[str, Field(pattern=NAME)]
     description: str = ""
-    experiment: Annotated[str, Field(pattern=NAME)]
+    experiment: Annotated[str, Field(pattern=NAME, default_factory=lambda given: given["name"])]
     teacher: Teacher
     data: Data
     correct: Correct | None = None
@@ -309,7 +328,7 @@ class Recipe(_Section):
     targets: Targets = Targets()
     search: Search
     distill: Training
-    evaluate: Evaluate
+    evaluate: Evaluate = Evaluate()
     register_as: Register = Field(alias="register", default=Register())
     resources: Resources = Resources()
 

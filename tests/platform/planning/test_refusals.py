@@ -15,7 +15,7 @@ BAD = {
     "wrong type": (["--set", "distill.steps=many"], "distill.steps: 'many'", "--set distill.steps"),
     "neither a number nor auto": (
         ["--set", "resources.workers=many"],
-        "resources.workers: 'many' is not valid: input should be a valid integer, or 'auto'",
+        "resources.workers: 'many' is not valid: it should be a whole number, or 'auto'",
         "--set resources.workers",
     ),
     "target above the teacher": (
@@ -56,12 +56,12 @@ BAD = {
     ),
     "missing text": (["--set", "data.path=/nowhere/text.jsonl"], "/nowhere/text.jsonl", ""),
     "missing teacher": (["--set", "teacher.model=./nowhere"], "./nowhere", "model folder"),
-    "unreadable teacher": (["--set", "teacher.model=broken"], "'broken' cannot be read", "checkpoint"),
+    "unreadable teacher": (["--set", "teacher.model=broken"], "broken' cannot be read", "checkpoint"),
     "missing package": (["--set", "teacher.model=package:nowhere_at_all/x.gguf"], "nowhere_at_all", "install"),
     "unknown task": (["--set", "evaluate.tasks.0.name=arc_eazy"], "arc_eazy", "arc_easy"),
     "warm-up too long": (["--set", "distill.warmup_steps=24"], "distill.warmup_steps: 24", "fewer"),
     "no such stage": (["--until", "prune"], "'prune' is not one of", "calibrate"),
-    "too little room": (["--set", "data.train_rows=99000000000000"], "GB free", "--storage"),
+    "too little room": (["--set", "data.train_rows=990000000000"], "GB free", "--storage"),
     "too little memory": (
         ["--set", "distill.batch_rows=1000000", "--set", "distill.micro_batch_rows=1000000"],
         "distill of tiny-student: needs about",
