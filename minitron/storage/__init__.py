@@ -25,10 +25,12 @@ from minitron.storage.folders import (
     verify,
 )
 from minitron.storage.hashing import fingerprint, sha256
+from minitron.storage.private import PRIVATE, lock_file
 from minitron.storage.problems import access_errors, disk_errors, free_bytes
 
 __all__ = [
     "MANIFEST",
+    "PRIVATE",
     "absolute",
     "access_errors",
     "committed_folder",
@@ -45,6 +47,7 @@ __all__ = [
     "is_local",
     "join",
     "local_path",
+    "lock_file",
     "manifest",
     "names",
     "publish",

@@ -14,6 +14,7 @@ from pathlib import Path
 from minitron.errors import InputError
 from minitron.storage.files import MANIFEST, remove
 from minitron.storage.folders import manifest
+from minitron.storage.private import lock_file
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ IN_USE_SECONDS = 3600  # whoever was given a copy has opened its files by then
 def locked(copy: Path, *, wait: bool = True) -> Iterator[bool]:
     """Within the block no other process changes this copy; false if it is locked by another and `wait` is false."""
     copy.parent.mkdir(parents=True, exist_ok=True)
-    with open(copy.with_name(f".{copy.name}.lock"), "wb") as file:
+    with lock_file(copy.with_name(f".{copy.name}.lock")) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

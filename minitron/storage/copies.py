@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
+import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,9 @@ from minitron.errors import StorageError
 from minitron.names import check_name, inside
 from minitron.storage.addresses import filesystem, is_local, join, local_path
 from minitron.storage.cache_room import locked, make_room
-from minitron.storage.files import MANIFEST, read_bytes, remove, write_bytes
+from minitron.storage.files import MANIFEST, read_bytes, read_json, remove, write_bytes
 from minitron.storage.folders import committed_folder, is_committed, manifest
-from minitron.storage.hashing import fingerprint
+from minitron.storage.hashing import fingerprint, sha256
 from minitron.storage.problems import access_errors
 
 log = logging.getLogger(__name__)
@@ -24,9 +27,10 @@ log = logging.getLogger(__name__)
 def fetch(target: str, cache: str | None = None) -> Path:
     """A committed folder as a local path: the folder itself, or a verified copy of a remote one under `cache`.
 
-    cache: default the user's (`minitron.cache`). Of several processes one copies and the others wait for it. File sizes of a
-    copy are checked each time, SHA-256 when it is made. Before it is made, older copies are deleted as `make_room` says. Raises
-    StorageError for a manifest that names files outside the folder, before anything is written.
+    cache: default the user's (`minitron.cache`). Of several processes one copies and the others wait for it. SHA-256 is checked
+    when a copy is made, and again for a file that is not the one that was checked (see `_is_whole`); a damaged copy is made
+    again. Before it is made, older copies are deleted as `make_room` says. Raises StorageError for a manifest that names files
+    outside the folder, before anything is written.
     """
     if is_local(target):
         return local_path(target)
@@ -41,6 +45,7 @@ def fetch(target: str, cache: str | None = None) -> Path:
         if not is_committed(str(copy)):
             make_room(folder, sum(entry["bytes"] for entry in files.values()))
             _copy(target, copy, files)
+            _note_checked(copy, _states(copy, files))
         os.utime(copy / MANIFEST)  # when it was last used
     return copy
 
@@ -64,10 +69,51 @@ def _same_files(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _is_whole(copy: Path, files: dict[str, Any]) -> bool:
-    """Whether a copy has all files of a manifest with their sizes."""
+    """Whether a copy has the content of all files of a manifest, and all are this user's own.
+
+    The operating system's numbers for each file (size, inode, times of the last writing and change) are noted beside
+    the copy when its SHA-256 is checked. Only files with other numbers are hashed again. No program can set the last of them.
+    """
     if not _same_files(manifest(str(copy))["files"], files):
         return False
-    return all((copy / name).is_file() and (copy / name).stat().st_size == files[name]["bytes"] for name in files)
+    states = _states(copy, files)
+    if any(states.get(name, [None])[0] != entry["bytes"] for name, entry in files.items()):
+        return False
+    known = _checked(copy)
+    if any(sha256(copy / name) != files[name]["sha256"] for name, state in states.items() if known.get(name) != state):
+        return False
+    if known != states:
+        _note_checked(copy, states)
+    return True
+
+
+def _states(copy: Path, files: dict[str, Any]) -> dict[str, list[int]]:
+    """[size, inode, time of last writing, of last change] of each regular file of this user; others are left out."""
+    states = {}
+    for name in files:
+        with suppress(OSError, StorageError):  # missing, or a link that leads out of the copy
+            status = inside(copy, name, str(copy)).lstat()
+            if stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid():
+                states[name] = [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+    return states
+
+
+def _checked_path(copy: Path) -> str:
+    return str(copy.with_name(f".{copy.name}.checked.json"))
+
+
+def _checked(copy: Path) -> dict[str, Any]:
+    """The states of a copy's files when their SHA-256 was checked; empty if it was not, or if nobody knows."""
+    path = _checked_path(copy)
+    with suppress(StorageError):  # an earlier version's copy, or a damaged note: everything is hashed
+        value = read_json(path)
+        if isinstance(value, dict) and os.lstat(path).st_uid == os.getuid():
+            return value
+    return {}
+
+
+def _note_checked(copy: Path, states: dict[str, list[int]]) -> None:
+    write_bytes(_checked_path(copy), json.dumps(states).encode(), private=True)
 
 
 def fetch_file(path: str, cache: str | None = None) -> Path:

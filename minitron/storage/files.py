@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +15,7 @@ from typing import Any
 
 from minitron.errors import StorageError
 from minitron.storage.addresses import filesystem, is_local, local_path
+from minitron.storage.private import PRIVATE, write_new
 from minitron.storage.problems import access_errors, disk_errors
 
 MANIFEST = "manifest.json"
@@ -42,11 +45,14 @@ def read_json(path: str) -> Any:
         raise StorageError(f"{path}: not valid JSON ({error})", "delete the file and run again") from error
 
 
-def write_bytes(path: str, data: bytes) -> None:
-    """Write a file atomically: a reader sees the old content or the new one."""
+def write_bytes(path: str, data: bytes, *, private: bool = False) -> None:
+    """Write a file atomically: a reader sees the old content or the new one. A link at `path` is replaced, not followed.
+
+    private: a local file can be read by its owner alone, whatever the umask.
+    """
     fs, inner = filesystem(path)
     if is_local(path):
-        with _written(path, data) as temporary:
+        with _written(path, data, PRIVATE if private else 0o666) as temporary:
             os.replace(temporary, local_path(path))
     else:
         with access_errors(path):
@@ -89,17 +95,14 @@ def create_bytes(path: str, data: bytes) -> bool:
 
 
 @contextmanager
-def _written(path: str, data: bytes) -> Iterator[Path]:
+def _written(path: str, data: bytes, mode: int = 0o666) -> Iterator[Path]:
     """A temporary file with `data`, synced to disk in the folder of the local `path`; deleted on exit."""
     target = local_path(path)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     with disk_errors(path):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            write_new(temporary, data, mode)
             yield temporary
         finally:
             temporary.unlink(missing_ok=True)
@@ -140,7 +143,12 @@ def file_sizes(path: str) -> dict[str, int]:
 
 
 def remove(path: str) -> None:
-    """Delete a file or folder if it exists; a folder's manifest is deleted first, so that a partial folder is never trusted."""
+    """Delete a file or folder if it exists, of a link the link alone. A partly deleted folder is never trusted: a local one is
+    renamed first, of another the manifest is deleted first."""
+    if is_local(path):
+        with access_errors(path), suppress(FileNotFoundError):  # there is none, or another process was faster
+            _remove_local(local_path(path))
+        return
     fs, inner = filesystem(path)
     with access_errors(path):
         if not fs.exists(inner):
@@ -150,3 +158,17 @@ def remove(path: str) -> None:
             if fs.isdir(inner) and fs.exists(manifest):
                 fs.rm_file(manifest)
             fs.rm(inner, recursive=True)
+
+
+def _remove_local(path: Path) -> None:
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+        return
+    doomed = temporary_name(path)  # what a killed process leaves of it is deleted with its staging folders
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def temporary_name(target: Path) -> Path:
+    """A new name beside `target` that contains this machine and process, by which later ones know that it can be deleted."""
+    return target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")

@@ -16,14 +16,14 @@ import socket
 import tempfile
 import uuid
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from minitron.errors import StorageError
 from minitron.names import check_name
 from minitron.storage.addresses import filesystem, is_local, join, local_path
-from minitron.storage.files import MANIFEST, exists, file_sizes, read_json, write_bytes
+from minitron.storage.files import MANIFEST, exists, file_sizes, read_json, temporary_name, write_bytes
 from minitron.storage.hashing import sha256
 from minitron.storage.problems import access_errors, disk_errors
 from minitron.storage.ranges import check_entry
@@ -33,9 +33,15 @@ from minitron.storage.ranges import check_entry
 def committed_folder(target: str, note: dict[str, Any] | None = None) -> Iterator[Path]:
     """Yield a temporary local folder; on exit without an error, publish it at `target`, its manifest last.
 
-    note: JSON value stored in the manifest. If another process publishes `target` in the meantime, its folder is kept.
+    note: JSON value stored in the manifest. If another process publishes `target` in the meantime, its folder is kept. Raises
+    StorageError for a local folder that is there already, is not empty and has no manifest: nobody knows whose it is.
     """
     with disk_errors(target):
+        if is_local(target) and _is_foreign(local_path(target)):
+            raise StorageError(
+                f"{target}: exists, but has no {MANIFEST}: it is not a folder that was written completely",
+                "delete it if it is of no use, or give another folder",
+            )
         temporary = staging_folder(target)
         try:
             yield temporary
@@ -46,13 +52,14 @@ def committed_folder(target: str, note: dict[str, Any] | None = None) -> Iterato
 
 def staging_folder(target: str) -> Path:
     """A new temporary folder whose content `publish` will commit to `target`: next to a local target, else in the system's
-    temporary folder."""
-    parent = local_path(target).parent if is_local(target) else Path(tempfile.gettempdir())
+    temporary folder, where only its owner may look into it."""
+    local = is_local(target)
+    parent = local_path(target).parent if local else Path(tempfile.gettempdir())
     parent.mkdir(parents=True, exist_ok=True)
     name = target.rstrip("/").rsplit("/", 1)[-1]
     _sweep(parent, name)
-    temporary = parent / f".{name}.{_owner()}.{uuid.uuid4().hex[:8]}.tmp"
-    temporary.mkdir()
+    temporary = temporary_name(parent / name)
+    temporary.mkdir(mode=0o777 if local else 0o700)
     return temporary
 
 
@@ -90,16 +97,15 @@ def publish(temporary: Path, target: str, files: dict[str, Any], note: dict[str,
         write_bytes(join(target, MANIFEST), manifest.encode())
 
 
-def _owner() -> str:
-    return f"{socket.gethostname()}-{os.getpid()}"
-
-
 def _sweep(parent: Path, name: str) -> None:
-    """Delete staging folders for the same target left by killed processes of this machine."""
+    """Delete staging folders for the same target left by killed processes of this user on this machine."""
     for folder in parent.glob(f".{glob.escape(name)}.*.tmp"):
         host, _, pid = folder.name.removeprefix(f".{name}.").rsplit(".", 2)[0].rpartition("-")
-        if host == socket.gethostname() and pid.isdigit() and not _is_alive(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
+        if host != socket.gethostname() or not pid.isdigit() or _is_alive(int(pid)):
+            continue
+        with suppress(FileNotFoundError):
+            if folder.lstat().st_uid == os.getuid():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_alive(pid: int) -> bool:
@@ -113,13 +119,23 @@ def _is_alive(pid: int) -> bool:
 
 
 def _publish(temporary: Path, target: Path) -> None:
-    if target.exists() and not (target / MANIFEST).exists():
-        shutil.rmtree(target)  # a folder without a manifest was being deleted
     try:
         os.rename(temporary, target)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
+        if _is_foreign(target):
+            kept = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}")
+            os.rename(temporary, kept)
+            raise StorageError(
+                f"{target}: someone else has made this folder meanwhile; the result is in {kept}",
+                f"delete {target} or move it, and run again",
+            ) from error
+
+
+def _is_foreign(target: Path) -> bool:
+    """Whether a local folder has files, but no manifest."""
+    return target.is_dir() and not (target / MANIFEST).exists() and any(target.iterdir())
 
 
 def is_committed(target: str) -> bool:

@@ -82,7 +82,7 @@ def run(
     key = run_key(recipe)
     with _run_lease(locations, key, console, take_over) as fence, _closing(console) as stack:
         run_folder = locations.local_run(key)
-        storage.write_bytes(storage.join(run_folder, "recipe.yaml"), recipe_yaml(recipe).encode())
+        storage.write_bytes(storage.join(run_folder, "recipe.yaml"), recipe_yaml(recipe).encode(), private=True)
         flusher = stack.enter_context(Flusher(locations.spool(key), locations.tracking_uri, recipe.experiment))
         ray = RayStart(stack, address, storage.join(run_folder, "logs"))
         context = Context(

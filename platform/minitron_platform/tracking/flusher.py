@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 from minitron.errors import InputError, StorageError
-from minitron.storage import disk_errors
+from minitron.storage import PRIVATE, disk_errors, lock_file
 from minitron_platform.tracking.moved_database import ARTIFACTS, update_addresses
 from minitron_platform.tracking.sender import STATE, Sender, Sent, unreachable
 from minitron_platform.tracking.spool import keys, read_events, spool_folder
@@ -70,7 +70,7 @@ def prepare_mlflow(tracking_uri: str) -> None:
 
 def create_database(tracking_uri: str) -> None:
     """Create a SQLite database with MLflow's tables atomically if it does not exist, or update the addresses in one that was
-    moved. Does nothing for other databases and servers.
+    moved. Its owner alone can read a new one. Does nothing for other databases and servers.
 
     MLflow creates the tables one by one in the file itself, and cannot use a file in which that was interrupted.
     Raises StorageError if the tables cannot be created.
@@ -84,7 +84,7 @@ def create_database(tracking_uri: str) -> None:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    with disk_errors(str(path)), open(path.with_name(f".{path.name}.lock"), "w") as lock:
+    with disk_errors(str(path)), lock_file(path.with_name(f".{path.name}.lock")) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if path.exists():
             return  # another process was faster
@@ -100,6 +100,7 @@ def create_database(tracking_uri: str) -> None:
                     f"{path}: MLflow's tables cannot be created ({error})",
                     "free some disk space, or give another location",
                 ) from error
+            os.chmod(f"{folder}/complete.db", PRIVATE)
             os.replace(f"{folder}/complete.db", path)
 
 
@@ -136,7 +137,7 @@ class Flusher:
         self.experiment = experiment
         self.interval = interval
         with disk_errors(str(self.spool)):
-            self.spool.mkdir(parents=True, exist_ok=True)
+            self.spool.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._sender: Sender | None = None
         self._new_run_id = threading.Condition()
         self._wake = threading.Event()
@@ -223,7 +224,7 @@ class Flusher:
     @contextmanager
     def _spool_lock(self) -> Iterator[bool]:
         """Hold the lock of the spool, which the system releases when a process is killed. Yields False after `close`."""
-        with open(self.spool / ".lock", "w") as file:
+        with lock_file(self.spool / ".lock") as file:
             warned = False
             while True:
                 try:

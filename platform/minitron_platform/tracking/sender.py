@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron.errors import StorageError
+from minitron.names import check_name
 from minitron.storage import read_json, write_json
 from minitron_platform.tracking.moved_database import artifact_folder
 from minitron_platform.tracking.spool import KEY, keys, read_events
@@ -291,6 +292,9 @@ class Sender:
         if not os.path.exists(event["path"]):
             self._refuse(key, 1, f"artifact {event['path']} no longer exists")
             return True
+        if not is_uploadable(event["path"], event["folder"], self.spool.parent):
+            self._refuse(key, 1, f"artifact {event['path']} is not in {self.spool.parent}, and is not uploaded")
+            return True
         try:
             upload(run_id, event["path"], event["folder"] or None)
         except unreachable() as error:
@@ -334,6 +338,20 @@ class Sender:
         if key not in self._warned:
             self._warned.add(key)
             log.warning("run %r: %.500s", key, reason)
+
+
+def is_uploadable(path: str, folder: str, run_folder: Path) -> bool:
+    """Whether an artifact that a spool names may be uploaded: a file, or a folder of files, that is in the run's folder after
+    links are resolved. On a shared disk others may be able to write to a spool.
+
+    folder: of the artifact in MLflow.
+    """
+    files = [Path(path), *(Path(path).rglob("*") if os.path.isdir(path) else ())]
+    try:
+        check_name(folder or ".artifacts", path)
+    except StorageError:
+        return False
+    return all(file.resolve().is_relative_to(run_folder.resolve()) for file in files)
 
 
 def experiment_of(client: Any, name: str, artifacts: str | None) -> Any:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minitron.errors import InputError
-from minitron.storage import is_local, local_path
+from minitron.storage import PRIVATE, is_local, local_path
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +80,8 @@ class RunLog:
     def _append(self, event: dict[str, Any]) -> None:
         line = json.dumps({"t": time.time_ns() // 1_000_000, **event}, allow_nan=False).encode() + b"\n"
         try:
-            os.makedirs(self.spool, exist_ok=True)
-            file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            os.makedirs(self.spool, mode=0o700, exist_ok=True)
+            file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, PRIVATE)
             try:
                 size = os.fstat(file).st_size
                 if size and os.pread(file, 1, size - 1) != b"\n":

@@ -230,6 +230,30 @@ def test_an_invalid_event_does_not_stop_the_others(spool: str, uri: str) -> None
     assert points(uri, runs(uri)["run"], "loss") == [(1, 3.0), (2, 2.0)]
 
 
+def test_a_spool_uploads_nothing_from_outside_the_runs_folder_and_only_its_owner_reads_it(
+    spool: str, uri: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Others may write to a spool on a shared disk, and MLflow's artifacts are read by all."""
+    from mlflow import MlflowClient
+
+    secret = tmp_path_factory.mktemp("home") / "id_rsa"
+    secret.write_text("private")
+    (tmp_path / "link.txt").symlink_to(secret)
+    (tmp_path / "report.html").write_text("report")
+    run = RunLog(spool, "run")
+    run.start("run")
+    for path, folder in ((secret, ""), (tmp_path / "link.txt", ""), (tmp_path / "report.html", "../../outside")):
+        run.artifact(str(path), folder)
+    run.artifact(str(tmp_path / "report.html"))
+    flusher = flush(spool, uri)
+    assert flusher.refused() == 3
+    uploaded = MlflowClient(uri).list_artifacts(flusher.run_ids()["run"])
+    assert [file.path for file in uploaded] == ["report.html"]
+    private = [Path(spool) / "run.jsonl", Path(spool) / ".lock", Path(uri.removeprefix("sqlite:///"))]
+    assert {path.stat().st_mode & 0o777 for path in private} == {0o600}
+    assert Path(spool).stat().st_mode & 0o777 == 0o700
+
+
 def test_a_run_that_was_deleted_in_mlflow_stays_deleted_until_it_starts_again(spool: str, uri: str) -> None:
     from mlflow import MlflowClient
 
