@@ -138,15 +138,45 @@ def recipes() -> None:
 @click.option(
     "--address", metavar="ADDRESS", help="Ray cluster of the run; `plan` does not connect to it. [default: none]"
 )
+@click.option("--gpus", type=int, metavar="N", help="Plan for a cluster of N GPUs. [default: the GPUs of this machine]")
+@click.option("--gpus-per-node", type=int, default=8, show_default=True, metavar="N", help="GPUs of each of its nodes.")
+@click.option("--gpu", default="H100", show_default=True, metavar="NAME", help="Their model: H100, H200, A100, ...")
+@click.option(
+    "--utilisation",
+    type=float,
+    default=0.3,
+    show_default=True,
+    metavar="SHARE",
+    help="Share of the FLOP/s in their data sheet that models reach.",
+)
+@click.option("--price", type=float, metavar="AMOUNT", help="Price of a GPU for an hour, in your currency.")
 def plan(
-    recipe: str, overrides: tuple[str, ...], storage_path: str | None, tracking_uri: str | None, address: str | None
+    recipe: str,
+    overrides: tuple[str, ...],
+    storage_path: str | None,
+    tracking_uri: str | None,
+    address: str | None,
+    gpus: int | None,
+    gpus_per_node: int,
+    gpu: str,
+    utilisation: float,
+    price: float | None,
 ) -> None:
     """Show what RECIPE costs, and check that it can work.
 
-    Lists the stages with their estimated cost, and the candidate architectures of every model.
+    Lists the stages with their estimated cost, and the candidate architectures of every model. With --gpus, simulates the
+    stages on a cluster: how long each takes there, how long the GPUs wait, and what bounds it.
     """
     console = Console()
-    _show_plan(console, *_planned(console, recipe, overrides, storage_path, tracking_uri, address), candidates=True)
+    if price is not None:
+        overrides = (*overrides, f"resources.price_per_gpu_hour={price}")
+    cluster = None
+    if gpus is not None:
+        from minitron_platform.planning.cluster import assumed_cluster
+
+        cluster = assumed_cluster(gpus, gpus_per_node, gpu=gpu, utilisation=utilisation)
+    loaded, planned = _planned(console, recipe, overrides, storage_path, tracking_uri, address, cluster)
+    _show_plan(console, loaded, planned, candidates=True)
 
 
 @main.command()
@@ -214,6 +244,7 @@ def _planned(
     storage_path: str | None,
     tracking_uri: str | None,
     address: str | None = None,
+    cluster: Any = None,
 ) -> tuple[Any, Any]:
     """The recipe and its plan."""
     from minitron_platform.recipes.load import load_recipe
@@ -222,12 +253,18 @@ def _planned(
     with console.working("planning"):
         from minitron_platform.planning.plan import plan as make_plan
 
-        return loaded, make_plan(loaded, storage_path=storage_path, tracking_uri=tracking_uri, address=address)
+        planned = make_plan(
+            loaded, storage_path=storage_path, tracking_uri=tracking_uri, address=address, cluster=cluster
+        )
+        return loaded, planned
 
 
 def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool) -> None:
     """Print a plan, with the candidates of every model if `candidates` is set."""
+    from minitron_platform.cli.cluster_plan import show_cluster_plan
+
     console.table(_cost_table(recipe, planned))
+    show_cluster_plan(console, planned)
     _show_resources(console, recipe, planned)
     for warning in planned.warnings:
         console.say(f"[yellow]warning  {escape(warning)}[/]")
@@ -288,7 +325,8 @@ def _show_resources(console: Console, recipe: Any, planned: Any) -> None:
     free = f" ({planned.free_bytes / 1e9:,.0f} GB free)" if planned.free_bytes is not None else ""
     console.say(f"storage  {escape(planned.locations.storage)}{free}")
     console.say(f"mlflow   {escape(redact(planned.locations.tracking_uri))}")
-    console.say(f"compute  {planned.dtype}, {planned.flops_per_second / 1e9:,.0f} GFLOP/s measured on this machine")
+    measured = f", {planned.flops_per_second / 1e9:,.0f} GFLOP/s measured on this machine"
+    console.say(f"compute  {planned.dtype}{'' if planned.cluster else measured}")
     console.say(f"resources  {planned.resources_text}")
     console.say(f"documents  {planned.documents_text}")
     for title, memory in planned.memory.items():
@@ -317,7 +355,8 @@ def _show_candidates(console: Console, recipe: Any, member: Any, planned: Any) -
     condition = f"; the winner for {origin.model} decides which of them remain" if origin else ""
     table = Table(title=f"{member.model}: {len(candidates)} candidates{sampled}{condition}", title_justify="left")
     axes = axes_present(candidates)
-    for title in (*(axis.heading for axis in axes), "parameters", "GFLOP/tok", "cache/tok"):
+    on_cluster = ("trial GPU-h", "distill GPU-h") if planned.cluster else ()
+    for title in (*(axis.heading for axis in axes), "parameters", "GFLOP/tok", "cache/tok", *on_cluster):
         table.add_column(title, justify="right", no_wrap=True)
     for architecture in candidates[:MAX_CANDIDATES]:
         table.add_row(
@@ -325,6 +364,7 @@ def _show_candidates(console: Console, recipe: Any, member: Any, planned: Any) -
             f"{architecture.num_parameters:,}",
             f"{architecture.flops_per_token(recipe.data.seq_length) / 1e9:.3f}",
             f"{architecture.kv_cache_bytes(1):,} B",
+            *(f"{hours:,.2f}" for hours in (planned.candidate_gpu_hours(member, architecture) if on_cluster else ())),
         )
     console.table(table)
     if len(candidates) > MAX_CANDIDATES:

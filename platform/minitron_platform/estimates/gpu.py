@@ -17,10 +17,9 @@ from minitron.distill.gpu_memory import TeacherKept
 from minitron.errors import InputError
 from minitron_platform.estimates.teacher import runs_live_teacher
 from minitron_platform.recipes.build import auto_settings, distill_config
-from minitron_platform.recipes.resources import TRIALS_PER_GPU, ResolvedResources, resolve
+from minitron_platform.recipes.resources import NODE_GPUS, TRIALS_PER_GPU, ResolvedResources, resolve
 from minitron_platform.recipes.schema import Member, Recipe, Training
 
-NODE_GPUS = 8  # assumed per node before the cluster is known
 MAX_WORKERS = 64  # that a remedy suggests
 TEACHER: dict[TeacherKept | None, str] = {"whole": "replicated", "sharded": "sharded"}
 KEPT: dict[str, tuple[TeacherKept, ...]] = {
@@ -61,6 +60,8 @@ class GpuTraining:
     """Share of the parameters that is trained."""
     compared: int = 0
     """Number of outputs within layers that the losses compare."""
+    node_gpus: int = NODE_GPUS
+    """GPUs of a node."""
 
     @property
     def room(self) -> int:
@@ -80,7 +81,7 @@ class GpuTraining:
             source=self.source,
             source_kept=self.source_kept,
             processes=self.processes,
-            node_processes=NODE_GPUS,
+            node_processes=self.node_gpus,
             gpu_bytes=self.gpu_bytes,
             value_bytes=self.value_bytes,
             trained=self.trained,
@@ -225,6 +226,7 @@ def trials_on_gpus(
         processes=resources.workers_per_trial,
         share=min(1.0, resources.gpus_per_trial),
         gpu_bytes=resources.gpu_memory_bytes,
+        node_gpus=resources.gpus_per_node,
         student=student,
         seq_length=recipe.data.seq_length,
         value_bytes=value_bytes,
@@ -250,6 +252,7 @@ def _workers(resources: ResolvedResources) -> dict[str, Any]:
         "processes": resources.workers,
         "share": min(1.0, resources.gpus_per_worker),
         "gpu_bytes": resources.gpu_memory_bytes,
+        "node_gpus": resources.gpus_per_node,
     }
 
 

@@ -9,6 +9,7 @@ from minitron.distill import Losses
 from minitron_platform.estimates.gpu import GpuTraining
 from minitron_platform.estimates.memory import ProcessMemory
 from minitron_platform.estimates.teacher import TeacherCost
+from minitron_platform.estimates.work import Part
 from minitron_platform.recipes.candidates import MemberCandidates
 from minitron_platform.recipes.resources import ResolvedResources
 from minitron_platform.recipes.schema import Member, Recipe
@@ -63,6 +64,13 @@ class Estimate:
     """Main memory on CPUs; None if it is negligible."""
     gpu: GpuTraining | None = None
     """A training on GPUs."""
+    parts: tuple[Part, ...] = ()
+    """How the workers of a cluster share the work; by default one of them does it."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that models read."""
+        return sum(part.tokens for part in self.parts)
 
 
 def head_flops(architecture: Architecture) -> int:

@@ -16,7 +16,6 @@ from minitron.distill.trainable import check_lora
 from minitron.errors import InputError, StorageError
 from minitron.evaluation import Task, check_requirements, check_tasks
 from minitron.models import source_tokenizer
-from minitron_platform.cluster.room import joins_cluster
 from minitron_platform.estimates.teacher import check_targets
 from minitron_platform.recipes.build import distillation_losses, document_tokens, lm_eval_tasks, text_source
 from minitron_platform.recipes.consistency import check_consistency
@@ -67,10 +66,10 @@ def check_outcomes(recipe: Recipe, teacher: Architecture, candidates: Mapping[st
         distillation_losses(recipe, replace(teacher, num_layers=depth), teacher)
 
 
-def check_machine(resources: ResolvedResources, storage_path: str, address: str | None) -> None:
-    """Raise InputError for GPUs that this machine does not have, unless `address` is another cluster's, and StorageError for
-    a storage that cannot be written."""
-    if not joins_cluster(address):
+def check_machine(resources: ResolvedResources, storage_path: str, *, elsewhere: bool) -> None:
+    """Raise InputError for GPUs that this machine does not have, unless trials and workers run `elsewhere`, and StorageError
+    for a storage that cannot be written."""
+    if not elsewhere:
         _check_gpu_count(resources)
     # its own name: other drivers may check the same storage at this moment
     probe = storage.join(storage_path, f".writable-{uuid4().hex}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,9 +28,13 @@ from minitron_platform.cluster.room import (
 from minitron_platform.estimates.gpu import GpuTraining
 from minitron_platform.estimates.memory import ProcessMemory, check_memory, machine_memory
 from minitron_platform.estimates.outlook import Estimate, Outlook
+from minitron_platform.estimates.phases import distillation_flops, trial_flops
 from minitron_platform.estimates.teacher import MODES, TeacherCost, disk_full_error, teacher_cost
+from minitron_platform.estimates.work import Alone
 from minitron_platform.locations import Locations, resolve_locations
 from minitron_platform.planning.checks import check_benchmarks, check_machine, check_outcomes, check_recipe
+from minitron_platform.planning.cluster import WORKER_START, Cluster, assumed_cluster, cluster_here
+from minitron_platform.planning.simulation import simulate
 from minitron_platform.recipes.build import distillation_losses, separates_documents
 from minitron_platform.recipes.candidates import family_candidates
 from minitron_platform.recipes.keys import named_by_key
@@ -56,9 +61,13 @@ class Cost:
     """The model of the family that it is for; empty if the family shares the stage."""
     estimate: Estimate
     seconds: float
-    """Rough duration at the measured speed of this machine."""
+    """Rough duration on the cluster, or at the measured speed of this machine."""
     done: bool
     """Whether the storage already has its output."""
+    busy: float = 0.0
+    """GPU-seconds of computing on the cluster; 0 without one."""
+    bound: str = ""
+    """What takes the longest on the cluster; empty without one."""
 
     @property
     def title(self) -> str:
@@ -99,6 +108,10 @@ class Plan:
     """`resources` as a sentence."""
     documents_text: str
     """Whether the documents of a row attend to each other, as a sentence."""
+    outlook: Outlook
+    """What the estimates are based on."""
+    cluster: Cluster | None = None
+    """The GPUs that the times are for; None for the CPUs of this machine."""
 
     @property
     def bytes(self) -> int:
@@ -118,7 +131,32 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Estimated time for the stages that are not done yet."""
-        return sum(cost.seconds for cost in self.costs if not cost.done)
+        start = WORKER_START if self.cluster and not all(cost.done for cost in self.costs) else 0.0
+        return start + sum(cost.seconds for cost in self.costs if not cost.done)
+
+    @property
+    def gpu_hours(self) -> float:
+        """Hours of all GPUs of the cluster, whether they compute or not, for the stages that are not done yet."""
+        return self.seconds * self.cluster.gpus / 3600 if self.cluster else 0.0
+
+    def candidate_gpu_hours(self, member: Member, candidate: Architecture) -> tuple[float, float]:
+        """Hours that a GPU of the cluster computes for the trial of `candidate`, if no rung stops it, and for its full
+        distillation, if it wins."""
+        assert self.cluster is not None
+        flops = trial_flops(self.outlook, member, candidate), distillation_flops(self.outlook, member, candidate)
+        return flops[0] / self.cluster.gpu_flops / 3600, flops[1] / self.cluster.gpu_flops / 3600
+
+    @property
+    def idle_share(self) -> float:
+        """Share of `gpu_hours` in which GPUs do not compute."""
+        busy = sum(cost.busy for cost in self.costs if not cost.done) / 3600
+        return 1 - busy / self.gpu_hours if self.gpu_hours else 0.0
+
+    @property
+    def price(self) -> float | None:
+        """Price of `gpu_hours`; None unless the recipe says what a GPU costs."""
+        price = self.recipe.resources.price_per_gpu_hour
+        return None if price is None or self.cluster is None else self.gpu_hours * price
 
 
 def plan(
@@ -127,11 +165,14 @@ def plan(
     storage_path: str | Path | None = None,
     tracking_uri: str | None = None,
     address: str | None = None,
+    cluster: Cluster | None = None,
 ) -> Plan:
     """Check everything about `recipe` that can be checked without carrying it out, and estimate what each stage costs.
 
     storage_path: any fsspec path (default ./runs or MINITRON_STORAGE). tracking_uri: MLflow's (default SQLite inside the
-    storage). address: a running Ray cluster (default: Ray starts on this machine).
+    storage). address: a running Ray cluster (default: Ray starts on this machine). cluster: GPUs to plan for that need not be
+    here, see `minitron_platform.planning.cluster.assumed_cluster` (default: those of this machine or, with an address, those
+    that the recipe names).
 
     Raises InputError or StorageError, naming the key or path and the remedy, for what cannot work: a missing teacher or text,
     a size that no candidate has, an unknown benchmark, a storage that cannot be written, too little disk or memory.
@@ -142,19 +183,26 @@ def plan(
     with named_by_key("teacher.model"):
         teacher, max_seq_length = source_architecture(recipe.teacher.model, recipe.teacher.revision)
         check_contents(recipe.teacher.model, recipe.teacher.revision)
-    dtype = compute_dtype(recipe.teacher.dtype)
+    # auto means bfloat16 on GPUs
+    dtype = compute_dtype("bfloat16" if cluster and recipe.teacher.dtype == "auto" else recipe.teacher.dtype)
     value_bytes = dtype.itemsize
-    uses_cluster = joins_cluster(address)
-    resources = resolve(recipe, 0) if uses_cluster else resources_here(recipe, teacher, value_bytes)
+    given = cluster is not None
+    uses_cluster = given or joins_cluster(address)
+    if cluster:
+        resources = replace(resolve(recipe, cluster.gpus), gpus_per_node=cluster.gpus_per_node)
+        cluster.check(resources)
+    else:
+        resources = resolve(recipe, 0) if uses_cluster else resources_here(recipe, teacher, value_bytes)
     check_recipe(recipe, teacher, max_seq_length)
     family = family_candidates(recipe, teacher)
     candidates = {model: allowed.architectures for model, allowed in family.items()}
     check_outcomes(recipe, teacher, candidates)
     losses = {model: distillation_losses(recipe, shapes[0], teacher)[0] for model, shapes in candidates.items()}
-    check_machine(resources, locations.storage, address)
+    check_machine(resources, locations.storage, elsewhere=uses_cluster)
     tracking_warning = check_tracking(locations.tracking_uri, recipe.experiment)
     speed = matmul_flops(dtype)
-    finished, bytes_written = finished_stages(recipe, locations)
+    cluster = cluster or _known_gpus(resources, speed, uses_cluster)
+    finished, bytes_written = finished_stages(recipe, locations, dtype)
     check_benchmarks(recipe, max_seq_length, {model: set(stages) for model, stages in finished.family.items()})
     teacher_costs = {mode: teacher_cost(recipe, teacher, losses, value_bytes, mode) for mode in MODES}
     outlook = Outlook(
@@ -165,16 +213,20 @@ def plan(
         losses=losses,
         teacher_cost=teacher_costs[recipe.targets.mode],
         value_bytes=value_bytes,
-        concurrent_trials=_concurrent_trials(resources),
+        concurrent_trials=_concurrent_trials(resources, cluster),
     )
-    costs = [_cost(stage, member, outlook, finished, speed) for stage, member in steps(recipe)]
+    costs = [_cost(stage, member, outlook, finished, speed, cluster) for stage, member in steps(recipe)]
     costs.sort(key=lambda cost: cost.model != "")  # shared stages first
     on_gpus = torch.cuda.is_available() or resources.uses_gpus
     free = storage.free_bytes(locations.storage) if storage.is_local(locations.storage) else None
     warnings = [tracking_warning] if tracking_warning else []
     for cost, training in _gpu_trainings(costs):
         training.check(f"{cost.stage} of {cost.model}" if cost.model else cost.stage)
-    if uses_cluster:
+    if given:
+        assert cluster is not None
+        warnings += gpu_warnings(recipe, resources, cluster.gpus, dtype)
+        resources_text = room_text(resources, cluster.node_list)
+    elif uses_cluster:
         resources_text = (
             "those of the cluster, reported once it is joined; times, memory and dtype here assume none of its GPUs"
         )
@@ -203,6 +255,8 @@ def plan(
         resources=resources,
         resources_text=resources_text,
         documents_text=_documents_text(recipe),
+        outlook=outlook,
+        cluster=cluster,
     )
     if free is not None and free + bytes_written < result.bytes:
         missing = {} if Targets.name in finished.shared else teacher_costs
@@ -229,15 +283,39 @@ def _documents_text(recipe: Recipe) -> str:
     )
 
 
-def _cost(stage: Stage[Any], member: Member | None, outlook: Outlook, finished: RunState, speed: float) -> Cost:
+def _known_gpus(resources: ResolvedResources, flops: float, elsewhere: bool) -> Cluster | None:
+    """The GPUs of this machine, each with `flops` FLOP/s, or those that the recipe needs `elsewhere`; None if trials or workers
+    have none."""
+    if not (resources.gpus_per_trial and resources.gpus_per_worker):
+        return None
+    if not elsewhere:
+        return cluster_here(torch.cuda.device_count(), flops, EFFICIENCY)
+    workers = resources.workers * resources.gpus_per_worker
+    trial = resources.workers_per_trial * resources.gpus_per_trial
+    return assumed_cluster(math.ceil(max(workers, trial)))
+
+
+def _cost(
+    stage: Stage[Any],
+    member: Member | None,
+    outlook: Outlook,
+    finished: RunState,
+    speed: float,
+    cluster: Cluster | None,
+) -> Cost:
     estimate = stage.estimate(outlook, member)
-    return Cost(
+    cost = Cost(
         stage=stage.name,
         model=member.model if member else "",
         estimate=estimate,
         seconds=estimate.flops / (speed * EFFICIENCY) + estimate.start_up_seconds,
         done=finished.is_finished(stage, member),
     )
+    if cluster is None:
+        return cost
+    parts = estimate.parts or (Alone(flops=estimate.flops),)
+    time = simulate(parts, estimate.start_up_seconds, cluster, outlook.resources)
+    return replace(cost, seconds=time.seconds, busy=time.busy, bound=time.bound)
 
 
 def _memories(costs: list[Cost], on_gpus: bool) -> list[tuple[Cost, ProcessMemory]]:
@@ -251,8 +329,8 @@ def _gpu_trainings(costs: list[Cost]) -> list[tuple[Cost, GpuTraining]]:
     return [(cost, cost.estimate.gpu) for cost in costs if cost.estimate.gpu is not None and not cost.done]
 
 
-def _concurrent_trials(resources: ResolvedResources) -> int:
-    """Number of trials that run at the same time on this machine. If it lacks the GPUs that they need, because those are a
-    cluster's, its CPUs are counted instead."""
-    nodes = [private_node(resources)]
+def _concurrent_trials(resources: ResolvedResources, cluster: Cluster | None) -> int:
+    """Number of trials that run at the same time on the cluster or on this machine. If it lacks the GPUs that they need,
+    because those are another cluster's, its CPUs are counted instead."""
+    nodes = cluster.node_list if cluster else [private_node(resources)]
     return trials_at_once(resources, nodes) or trials_at_once(replace(resources, gpus_per_trial=0), nodes)

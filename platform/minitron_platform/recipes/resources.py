@@ -10,6 +10,7 @@ from minitron_platform.recipes.schema import Recipe
 
 TRIALS_PER_GPU = 4  # of small candidates; a single one leaves the GPU idle half of the time
 CPU_WORKERS = 2  # training workers on a machine without a GPU
+NODE_GPUS = 8  # assumed per node before the cluster is known
 GPU_MEMORY_BYTES = 80_000_000_000  # assumed if a GPU's memory is unknown; that of an H100
 
 
@@ -25,6 +26,7 @@ class ResolvedResources:
     gpus_per_worker: float
     max_failures: int
     gpu_memory_bytes: int = GPU_MEMORY_BYTES
+    gpus_per_node: int = NODE_GPUS
 
     @property
     def uses_gpus(self) -> bool:

@@ -19,6 +19,7 @@ from minitron_platform.recipes.numbers import (
     NormLimit,
     Positive,
     PositiveWeight,
+    Price,
     Seed,
     SeqLength,
     Share,
@@ -301,7 +302,8 @@ class Register(_Section):
 
 class Resources(_Section):
     """CPUs and GPUs of each worker of a trial and of each worker of the full distillation, which `workers` of them do
-    together. `auto` depends on the available GPUs, see `minitron_platform.recipes.resources`."""
+    together. `auto` depends on the available GPUs, see `minitron_platform.recipes.resources`. `price_per_gpu_hour` is only
+    shown by `plan`."""
 
     workers_per_trial: Positive = 1
     cpus_per_trial: Cpus = 1
@@ -311,6 +313,7 @@ class Resources(_Section):
     gpus_per_worker: Gpus | Literal["auto"] = "auto"
     gpu_memory_bytes: Limit | Literal["auto"] = "auto"
     max_failures: Natural = 3
+    price_per_gpu_hour: Price | None = None
 
 
 class Recipe(_Section):

@@ -22,6 +22,7 @@ from minitron.models import load_model, load_tokenizer
 from minitron.pruning.selection import kept_layers
 from minitron_platform.estimates.memory import calibration_memory
 from minitron_platform.estimates.outlook import Estimate, Outlook
+from minitron_platform.estimates.phases import calibration_parts
 from minitron_platform.recipes import schema
 from minitron_platform.recipes.build import layer_metric, layer_scoring, separates_documents
 from minitron_platform.stages.base import pruning_base
@@ -75,6 +76,7 @@ class Calibrate(Stage[CalibrateOutput]):
             flops=base.flops_per_token(seq_length) * seq_length * (settings.rows + passes),
             bytes=4 * base.num_layers * base.intermediate_size,
             memory=calibration_memory(outlook.recipe, outlook.teacher, outlook.value_bytes),
+            parts=calibration_parts(outlook, base, passes),
         )
 
     def run(self, context: Context, folder: str) -> CalibrateOutput:

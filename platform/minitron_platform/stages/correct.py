@@ -18,6 +18,7 @@ from minitron.models import load_model
 from minitron_platform.estimates.gpu import correction_on_gpus
 from minitron_platform.estimates.memory import correction_memory
 from minitron_platform.estimates.outlook import MASTER_BYTES, Estimate, Outlook
+from minitron_platform.estimates.phases import correction_parts
 from minitron_platform.recipes import schema
 from minitron_platform.recipes.build import separates_documents, training_identity
 from minitron_platform.stages.context import Context
@@ -84,12 +85,14 @@ class Correct(Stage[CorrectOutput]):
         # the probe always writes a checkpoint; those of norms and adapters are negligible
         checkpoints = 3 * MASTER_BYTES if settings.method == "full" else 0
         memory = correction_memory(recipe, teacher, outlook.value_bytes, outlook.resources.workers)
+        gpu = correction_on_gpus(recipe, teacher, outlook.value_bytes, outlook.resources)
         return Estimate(
             f"{settings.method}, at most {tokens:,} tokens, {settings.when}",
             flops=3.0 * tokens * teacher.flops_per_token(recipe.data.seq_length),
             bytes=(checkpoints + 2 * outlook.value_bytes) * teacher.num_parameters,
             memory=memory,
-            gpu=correction_on_gpus(recipe, teacher, outlook.value_bytes, outlook.resources),
+            gpu=gpu,
+            parts=correction_parts(outlook, gpu),
         )
 
     def run(self, context: Context, folder: str) -> CorrectOutput:

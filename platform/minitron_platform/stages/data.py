@@ -10,6 +10,7 @@ from minitron.device import DTYPES, device
 from minitron.evaluation.beginning import BosLosses, bos_losses
 from minitron.models import load_model, load_tokenizer
 from minitron_platform.estimates.outlook import Estimate, Outlook
+from minitron_platform.estimates.phases import data_parts
 from minitron_platform.recipes import schema
 from minitron_platform.recipes.build import document_tokens, text_source
 from minitron_platform.stages.context import Context
@@ -61,7 +62,10 @@ class Data(Stage[DataOutput]):
         data = outlook.recipe.data
         rows = data.train_rows + data.heldout_rows
         return Estimate(
-            f"{rows:,} rows of {data.seq_length} tokens", bytes=rows * data.seq_length * 4, start_up_seconds=15
+            f"{rows:,} rows of {data.seq_length} tokens",
+            bytes=rows * data.seq_length * 4,
+            start_up_seconds=15,
+            parts=data_parts(outlook),
         )
 
     def run(self, context: Context, folder: str) -> DataOutput:

@@ -14,6 +14,7 @@ from minitron.pruning.source import PruningSource
 from minitron_platform.estimates.gpu import TEACHER, distillation_on_gpus
 from minitron_platform.estimates.memory import distillation_memory
 from minitron_platform.estimates.outlook import MASTER_BYTES, Estimate, Outlook, training_flops
+from minitron_platform.estimates.phases import distillation_parts
 from minitron_platform.estimates.teacher import runs_live_teacher
 from minitron_platform.recipes import schema
 from minitron_platform.recipes.build import distillation_losses, training_identity, worker_tasks
@@ -78,6 +79,15 @@ class Distill(Stage[DistillOutput]):
         live_teacher = runs_live_teacher(outlook.losses[member.model], recipe.targets.mode)
         teacher_flops = outlook.teacher.flops_per_token(recipe.data.seq_length) * tokens if live_teacher else 0
         checkpoints = 3 * MASTER_BYTES if training.checkpoint_every else 0
+        gpu = distillation_on_gpus(
+            recipe,
+            member,
+            outlook.teacher,
+            largest,
+            outlook.value_bytes,
+            outlook.resources,
+            outlook.losses[member.model],
+        )
         return Estimate(
             f"{tokens:,} tokens on {workers} worker{'s' if workers > 1 else ''}"
             + (", running the teacher" if live_teacher else ""),
@@ -93,15 +103,8 @@ class Distill(Stage[DistillOutput]):
                 workers=workers,
                 live_teacher=live_teacher,
             ),
-            gpu=distillation_on_gpus(
-                recipe,
-                member,
-                outlook.teacher,
-                largest,
-                outlook.value_bytes,
-                outlook.resources,
-                outlook.losses[member.model],
-            ),
+            gpu=gpu,
+            parts=distillation_parts(outlook, member, largest, gpu),
         )
 
     def run(self, context: Context, folder: str) -> DistillOutput:

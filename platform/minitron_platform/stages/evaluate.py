@@ -21,6 +21,7 @@ from minitron.logits import Head
 from minitron.models import load_model, load_tokenizer
 from minitron_platform.estimates.memory import evaluation_memory
 from minitron_platform.estimates.outlook import DOCUMENT_TOKENS, Estimate, Outlook
+from minitron_platform.estimates.phases import evaluation_parts
 from minitron_platform.recipes import schema
 from minitron_platform.recipes.build import lm_eval_tasks
 from minitron_platform.stages.base import pruning_base
@@ -118,6 +119,7 @@ class Evaluate(Stage[EvaluateOutput]):
             flops=outlook.teacher.flops_per_token(seq_length) * models * tokens,
             start_up_seconds=10,
             memory=evaluation_memory(recipe, outlook.teacher, outlook.largest(member), outlook.value_bytes),
+            parts=evaluation_parts(outlook, ([outlook.teacher] * (models - 2)) + [outlook.largest(member)] * 2),
         )
 
     def run(self, context: Context, folder: str) -> EvaluateOutput:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from rich.markup import escape
 
 from minitron import storage
@@ -47,10 +48,10 @@ def finished_record(state: RunState, stage: Stage[Any], folder: str, console: Co
     return record if stage.is_valid(state, record.output) else None
 
 
-def finished_stages(recipe: Recipe, locations: Locations) -> tuple[RunState, int]:
+def finished_stages(recipe: Recipe, locations: Locations, dtype: torch.dtype) -> tuple[RunState, int]:
     """The state of `recipe` in `locations` up to the first stage that is not finished, and the bytes that this stage has
-    already written."""
-    state = RunState(recipe, locations, run_key(recipe))
+    already written. dtype: that models of the run compute in."""
+    state = RunState(recipe, locations, run_key(recipe), auto_dtype=dtype)
     for stage, member in steps(recipe):
         state.current = member
         folder = locations.stage(stage.name, state.fingerprint(stage))

@@ -10,6 +10,7 @@ from minitron.device import DTYPES
 from minitron_platform.estimates.gpu import trials_on_gpus
 from minitron_platform.estimates.memory import search_memory, trial_memory
 from minitron_platform.estimates.outlook import DOCUMENT_TOKENS, MASTER_BYTES, Estimate, Outlook, head_flops
+from minitron_platform.estimates.phases import search_parts
 from minitron_platform.recipes import build, schema
 from minitron_platform.recipes.build import logit_losses, training_identity
 from minitron_platform.recipes.candidates import CandidateSpace
@@ -118,6 +119,7 @@ class Search(Stage[SearchOutput]):
             gpu=trials_on_gpus(
                 recipe, outlook.teacher, outlook.base(member), largest, outlook.value_bytes, outlook.resources
             ),
+            parts=search_parts(outlook, member),
         )
 
     def run(self, context: Context, folder: str) -> SearchOutput:

@@ -19,6 +19,7 @@ from minitron.distill.teacher.stored import stored_bytes
 from minitron.pruning.source import PruningSource
 from minitron_platform.estimates.memory import targets_memory
 from minitron_platform.estimates.outlook import Estimate, Outlook
+from minitron_platform.estimates.phases import targets_parts
 from minitron_platform.recipes import build, schema
 from minitron_platform.stages.base import pruning_base
 from minitron_platform.stages.calibrate import Calibrate
@@ -71,6 +72,7 @@ class Targets(Stage[TargetsOutput]):
             flops=cost.stored_flops,
             bytes=cost.bytes,
             memory=targets_memory(outlook.recipe, outlook.teacher, outlook.value_bytes),
+            parts=targets_parts(outlook),
         )
 
     def run(self, context: Context, folder: str) -> TargetsOutput:

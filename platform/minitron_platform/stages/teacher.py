@@ -10,6 +10,7 @@ from minitron.checkpoints.identity import checkpoint_identity
 from minitron.data import DocumentTokens, document_tokens
 from minitron.models import load_source, load_tokenizer, save_model, source_identity
 from minitron_platform.estimates.outlook import Estimate, Outlook
+from minitron_platform.estimates.phases import teacher_parts
 from minitron_platform.recipes.schema import Member, Recipe
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.stage import ArtifactPath, Stage, StageOutput
@@ -51,7 +52,10 @@ class Teacher(Stage[TeacherOutput]):
     def estimate(self, outlook: Outlook, member: Member | None) -> Estimate:
         parameters = outlook.teacher.num_parameters
         return Estimate(
-            f"{parameters / 1e6:,.1f}M parameters", bytes=parameters * outlook.value_bytes, start_up_seconds=20
+            f"{parameters / 1e6:,.1f}M parameters",
+            bytes=parameters * outlook.value_bytes,
+            start_up_seconds=20,
+            parts=teacher_parts(outlook),
         )
 
     def run(self, context: Context, folder: str) -> TeacherOutput:

@@ -1,0 +1,119 @@
+"""The cluster that a plan is made for, and what is assumed of it. Nothing here is measured unless it says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from minitron.device import DATASHEET_FLOPS, datasheet_flops
+from minitron.errors import InputError
+from minitron_platform.cluster.room import Node, trials_at_once
+from minitron_platform.estimates.phases import TOKENS_PER_CPU_SECOND
+from minitron_platform.recipes.resources import NODE_GPUS, ResolvedResources
+
+GPU = "H100"
+UTILISATION = 0.3  # of the data sheet's FLOP/s, as one H100 had in whole steps of a 3B model; below 1B it is much less
+STORAGE_BYTES = 2e9  # per second and node, reading or writing
+INSIDE_BYTES = 300e9  # per second that a GPU sends to others of its node (NVLink)
+BETWEEN_BYTES = 40e9  # per second that a GPU sends to other nodes (a network card of 400 Gbit/s for each)
+WORKER_START = 60.0  # seconds until a group of workers has started
+TRIAL_START = 5.0  # seconds of a trial before it computes, besides reading the model
+MAX_GPUS = 100_000
+NODE_CPUS = 1_000_000  # enough for everything: what counts are the GPUs
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster of equal GPUs.
+
+    Raises InputError for numbers that cannot be."""
+
+    gpus: int
+    gpus_per_node: int = NODE_GPUS
+    gpu_flops: float = 0.0
+    """FLOP/s that a GPU reaches."""
+    speed_text: str = ""
+    """Where `gpu_flops` comes from."""
+
+    def __post_init__(self) -> None:
+        for name, count in (("gpus", self.gpus), ("gpus-per-node", self.gpus_per_node)):
+            if not 1 <= count <= MAX_GPUS:
+                raise InputError(f"{name}: {count}", f"give a number from 1 to {MAX_GPUS:,}")
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes; the last may have fewer GPUs."""
+        return -(-self.gpus // self.gpus_per_node)
+
+    @property
+    def node_list(self) -> list[Node]:
+        """The nodes as Ray lists them, with more CPUs than anything needs."""
+        sizes = [min(self.gpus_per_node, self.gpus - first) for first in range(0, self.gpus, self.gpus_per_node)]
+        return [{"CPU": NODE_CPUS, "GPU": size} for size in sizes]
+
+    def check(self, resources: ResolvedResources) -> None:
+        """Raise InputError if trials and workers need more GPUs than there are, or none."""
+        needed = resources.workers * (resources.gpus_per_worker or 1)
+        if needed > self.gpus:
+            raise InputError(
+                f"resources.workers: {resources.workers} need {needed:g} GPUs, and --gpus says {self.gpus}",
+                "lower resources.workers or leave it out, or give more with --gpus",
+            )
+        for key, each in (("trial", resources.gpus_per_trial), ("worker", resources.gpus_per_worker)):
+            if not each:
+                raise InputError(
+                    f"resources.gpus_per_{key}: without a GPU for each {key}, a cluster of GPUs cannot be planned",
+                    f"leave resources.gpus_per_{key} out and use no more workers than GPUs, or leave --gpus out",
+                )
+        if not trials_at_once(resources, self.node_list):
+            needed = resources.workers_per_trial * resources.gpus_per_trial
+            raise InputError(
+                f"resources.workers_per_trial: a trial needs {needed:g} GPUs, {resources.gpus_per_trial:g} of them on "
+                f"one node, and there are {self.gpus} on nodes of {self.gpus_per_node}",
+                "lower resources.workers_per_trial or gpus_per_trial, or give more with --gpus",
+            )
+
+    def assumptions(self) -> list[str]:
+        """What the times rest on, one sentence each."""
+        return [
+            self.speed_text,
+            f"storage: {STORAGE_BYTES / 1e9:g} GB/s per node; one CPU of each worker tokenises "
+            f"{TOKENS_PER_CPU_SECOND:,} tokens/s",
+            f"GPUs send {INSIDE_BYTES / 1e9:g} GB/s inside a node and {BETWEEN_BYTES / 1e9:g} GB/s to other nodes, while they "
+            "compute",
+            f"starting the workers takes {WORKER_START:g} s, a trial {TRIAL_START:g} s; nothing fails; measurements during the "
+            "distillation are not counted",
+        ]
+
+
+def assumed_cluster(
+    gpus: int,
+    gpus_per_node: int = NODE_GPUS,
+    *,
+    gpu: str = GPU,
+    utilisation: float = UTILISATION,
+) -> Cluster:
+    """A cluster of GPUs that this machine does not have.
+
+    gpu: name in `minitron.device.DATASHEET_FLOPS`, without "NVIDIA". utilisation: share of its FLOP/s that models reach.
+    """
+    peak = datasheet_flops(torch.bfloat16, f"NVIDIA {gpu}")
+    if peak is None:
+        names = ", ".join(name.removeprefix("NVIDIA ") for name in DATASHEET_FLOPS)
+        raise InputError(f"gpu: no FLOP/s are known of {gpu!r}", f"use one of {names}")
+    if not 0 < utilisation <= 1:
+        raise InputError(f"utilisation: {utilisation:g}", "give a share above 0, up to 1")
+    text = (
+        f"models reach {utilisation:.0%} of the {peak / 1e12:g} TFLOP/s in the data sheet of an {gpu} in bfloat16 (small "
+        "models reach less)"
+    )
+    return Cluster(gpus, gpus_per_node, peak * utilisation, text)
+
+
+def cluster_here(gpus: int, flops: float, efficiency: float) -> Cluster:
+    """The GPUs of this machine, of which matrix products have measured `flops`."""
+    text = (
+        f"models reach {efficiency:.0%} of the {flops / 1e12:,.0f} TFLOP/s of matrix products on a GPU of this machine"
+    )
+    return Cluster(gpus, gpus, flops * efficiency, text)

@@ -1,0 +1,171 @@
+"""The plan of a run on a cluster of GPUs: simulated times, idle GPUs, what bounds them, prices, and what is refused."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from helpers.command import minitron_here
+
+from minitron.architecture import Architecture
+from minitron.architecture.published import BASES
+from minitron.errors import InputError
+from minitron_platform import load_recipe, plan
+from minitron_platform.cluster.room import trials_at_once
+from minitron_platform.estimates.outlook import Outlook
+from minitron_platform.estimates.teacher import teacher_cost
+from minitron_platform.estimates.work import Alone, DataParallel, Split, Trials
+from minitron_platform.planning.cluster import TRIAL_START, Cluster, assumed_cluster
+from minitron_platform.planning.simulation import simulate
+from minitron_platform.recipes.build import distillation_losses
+from minitron_platform.recipes.candidates import family_candidates
+from minitron_platform.recipes.resources import resolve
+from minitron_platform.stages.order import steps
+
+NEMOTRON = "nemotron-15b-8b-4b-h100x8"
+AUTO = ["resources.workers=auto", "resources.gpus_per_worker=auto"]
+LONG = ["distill.steps=1_000_000", "distill.batch_rows=4096", "distill.checkpoint_every=0"]
+FLOPS = 1e12  # of a GPU in the tests of single parts
+
+
+def simulated(gpus, overrides=()):
+    """The time of every stage of a shipped recipe on a cluster of this size, and all GPU-seconds of computing."""
+    recipe = load_recipe(NEMOTRON, [*AUTO, *overrides])
+    teacher = Architecture(**BASES["Nemotron-4 15B"], tied=False)
+    cluster, resources = assumed_cluster(gpus), resolve(recipe, gpus)
+    family = family_candidates(recipe, teacher)
+    losses = {model: distillation_losses(recipe, own.architectures[0], teacher)[0] for model, own in family.items()}
+    outlook = Outlook(
+        recipe=recipe,
+        resources=resources,
+        teacher=teacher,
+        family=family,
+        losses=losses,
+        teacher_cost=teacher_cost(recipe, teacher, losses, 2, recipe.targets.mode),
+        value_bytes=2,
+        concurrent_trials=trials_at_once(resources, cluster.node_list),
+    )
+    estimates = {
+        f"{member.model if member else ''} {s.name}".strip(): s.estimate(outlook, member) for s, member in steps(recipe)
+    }
+    times = {title: simulate(e.parts, e.start_up_seconds, cluster, resources) for title, e in estimates.items()}
+    return times, sum(time.busy for time in times.values())
+
+
+def test_a_larger_cluster_is_faster_until_the_rows_of_a_step_and_the_candidates_are_used_up():
+    (on_8, busy), (on_64, busy_64), (on_512, busy_512) = (simulated(gpus) for gpus in (8, 64, 512))
+    assert busy == pytest.approx(busy_64) == pytest.approx(busy_512)  # the work is the same
+    for title in ("nemotron-8b search", "nemotron-8b distill", "targets"):
+        assert on_8[title].seconds > 2 * on_64[title].seconds > 2 * on_512[title].seconds
+        assert on_8[title].bound == "GPU compute"
+    assert on_512["nemotron-8b distill"].bound == "288 rows in a step"
+    assert on_512["nemotron-8b search"].bound == "17 candidates, room for 64 at once"
+    assert on_512["teacher"] == on_8["teacher"]  # one worker does it
+    # 288 rows on 64 workers: some have 5 rows and some 4, so that the others wait
+    work = on_8["nemotron-8b distill"].seconds * 8 / 64
+    assert on_64["nemotron-8b distill"].seconds == pytest.approx(work * 5 / 4.5, rel=0.01)
+
+
+def test_more_workers_of_a_recipe_are_faster():
+    seconds = [simulated(64, [f"resources.workers={n}"])[0]["nemotron-8b distill"].seconds for n in (8, 32, 64)]
+    assert seconds[0] > 3 * seconds[1] > 3 * seconds[2]
+
+
+def small(part, gpus=4, **resources):
+    """The time of one part on nodes of 2 GPUs, without start-up."""
+    recipe = load_recipe(
+        NEMOTRON, [*AUTO, "resources.workers_per_trial=1", *(f"resources.{k}={v}" for k, v in resources.items())]
+    )
+    return simulate([part], 0, Cluster(gpus, 2, FLOPS), resolve(recipe, gpus))
+
+
+def test_trials_start_as_soon_as_there_is_room_and_the_longest_may_come_last():
+    work = (0.1, 0.1, 0.1, 0.1, 0.6)
+    time = small(Trials(flops=10 * FLOPS, shares=work, workers=1, gpus=1))
+    assert time.seconds == pytest.approx(1 + TRIAL_START + 6 + TRIAL_START)
+    assert time.bound == "5 candidates, room for 4 at once"
+    assert time.busy == pytest.approx(10)
+    shared = small(Trials(flops=10 * FLOPS, shares=work, workers=1, gpus=0.5))
+    assert shared.seconds == pytest.approx(12 + TRIAL_START)  # room for 8, each at half of the speed
+    pairs = small(Trials(flops=10 * FLOPS, shares=work, workers=2, gpus=1, balance=0.5))
+    # two at once, as fast as one GPU: 1, 1 | 1, 1 | 6
+    assert pairs.seconds == pytest.approx(1 + 1 + 6 + 3 * TRIAL_START)
+
+
+@pytest.mark.parametrize(
+    ("part", "seconds", "bound"),
+    [
+        (Alone(flops=6 * FLOPS), 6, "one worker"),
+        (Alone(reads=10_000_000_000), 5, "storage, one worker"),
+        (Split(items=100, flops=8 * FLOPS), 2, "GPU compute"),
+        (Split(items=3, flops=9 * FLOPS), 3, "3 rows or documents"),
+        (Split(items=5, flops=5 * FLOPS), 2, "GPU compute"),  # one of four has two
+        (Split(items=100, flops=8 * FLOPS, cpu_seconds=40), 10, "CPUs"),
+        (Split(items=100, flops=8 * FLOPS, reads_per_node=40_000_000_000), 22, "storage"),
+        (Split(items=100, flops=8 * FLOPS, writes=40_000_000_000), 10, "storage"),
+        (DataParallel(flops=80 * FLOPS, steps=10, batch_rows=8), 20, "GPU compute"),
+        (DataParallel(flops=80 * FLOPS, steps=10, batch_rows=2), 40, "2 rows in a step"),
+        (DataParallel(flops=8 * FLOPS, steps=10, batch_rows=8, between_bytes=40e9), 10, "network between GPUs"),
+    ],
+)
+def test_each_kind_of_work_is_bounded_by_what_takes_longest(part, seconds, bound):
+    time = small(part)
+    assert (time.seconds, time.bound) == (pytest.approx(seconds), bound)
+    assert time.busy == pytest.approx(part.flops / FLOPS)
+
+
+def test_the_command_simulates_a_cluster_and_says_what_it_assumes(bench):
+    told = minitron_here(
+        "plan", "recipe.yaml", "--gpus", 16, "--gpus-per-node", 4, "--price", 3, "--utilisation", 0.2, "--set",
+        "teacher.dtype=auto", "--storage", "planned", cwd=bench,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr
+    assert "on 16 GPUs, 4 per node" in told.stdout
+    assert "Simulated, not measured. It assumes:" in told.stdout
+    assert "models reach 20% of the 989 TFLOP/s in the data sheet of an H100" in told.stdout
+    assert "up to 16 trials at once" in told.stdout
+    assert "compute  bfloat16" in told.stdout
+    assert re.search(r"│ distill +│ start-up +│ +3,072 │ +20 s │ +0.1 │ 100% │ +0.27", told.stdout)
+    assert "distill GPU-h" in told.stdout
+
+
+def test_a_plan_for_a_cluster_has_its_gpu_hours_and_price(bench):
+    recipe = load_recipe(str(bench / "recipe.yaml"), ["resources.price_per_gpu_hour=2"])
+    planned = plan(recipe, storage_path=bench / "planned", cluster=assumed_cluster(4))
+    assert planned.gpu_hours == pytest.approx(4 * planned.seconds / 3600)
+    assert planned.price == pytest.approx(2 * planned.gpu_hours)
+    assert 0.99 < planned.idle_share < 1
+    assert plan(recipe, storage_path=bench / "planned").price is None  # no GPUs
+
+
+def test_the_gpus_that_a_recipe_names_for_a_cluster_decide_the_time(bench):
+    def hours(workers):
+        settings = {"workers": workers, "gpus_per_worker": 1, "gpus_per_trial": 1}
+        overrides = [f"resources.{key}={value}" for key, value in settings.items()]
+        recipe = load_recipe(str(bench / "recipe.yaml"), [*overrides, *LONG])
+        planned = plan(recipe, storage_path=bench / "planned", address="10.0.0.1:6379")
+        return {cost.stage: cost.seconds for cost in planned.costs}["distill"]
+
+    assert hours(1) > 3 * hours(4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cluster", "refusal"),
+    [
+        (["resources.workers=8"], {"gpus": 4}, r"resources.workers: 8 need 8 GPUs, and --gpus says 4"),
+        (["resources.gpus_per_trial=0"], {"gpus": 4}, r"resources.gpus_per_trial: without a GPU for each trial"),
+        (
+            ["resources.gpus_per_trial=4"],
+            {"gpus": 4, "gpus_per_node": 2},
+            r"a trial needs 4 GPUs, 4 of them on one node",
+        ),
+        ([], {"gpus": 0}, r"gpus: 0\n.*give a number from 1 to 100,000"),
+        ([], {"gpus": 1, "gpus_per_node": 0}, r"gpus-per-node: 0\n.*give a number from 1"),
+        ([], {"gpus": 1, "utilisation": 40}, r"utilisation: 40\n.*give a share above 0, up to 1"),
+        ([], {"gpus": 1, "gpu": "Z9"}, r"gpu: no FLOP/s are known of 'Z9'\n.*H100"),
+    ],
+)
+def test_a_cluster_that_cannot_be_is_refused(bench, overrides, cluster, refusal):
+    recipe = load_recipe(str(bench / "recipe.yaml"), overrides)
+    with pytest.raises(InputError, match=refusal):
+        plan(recipe, storage_path=bench / "planned", cluster=assumed_cluster(**cluster))
