@@ -20,9 +20,9 @@ from minitron.architecture import Architecture
 from minitron.checkpoints.contents import filled
 from minitron.checkpoints.files import Checkpoint, ShardWriter
 from minitron.checkpoints.headers import read_headers
+from minitron.checkpoints.reading import quiet_transformers, read_config
 from minitron.families.config import make_plain
 from minitron.logits import Head
-from minitron.models import quiet_transformers
 
 FILE_BYTES = 2 << 30
 """Of a file that is written. Its tensors wait in main memory until it is full."""
@@ -92,10 +92,7 @@ def read_head(folder: str | Path, dtype: torch.dtype) -> Head:
 
 
 def _opened(folder: str | Path) -> tuple[Any, Checkpoint]:
-    from transformers import AutoConfig
-
-    with quiet_transformers():
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    config = read_config(str(folder), str(folder), trust_remote_code=False, local_files_only=True)
     headers = filled(read_headers(Path(folder)), Architecture.from_config(config), str(folder))
     return config, Checkpoint(Path(folder), headers)
 

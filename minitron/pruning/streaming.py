@@ -17,9 +17,10 @@ from minitron.arguments import check_type
 from minitron.checkpoints.contents import filled, untied_head
 from minitron.checkpoints.files import Checkpoint, ShardWriter
 from minitron.checkpoints.headers import check_no_adapter, read_headers
+from minitron.checkpoints.reading import read_config
 from minitron.errors import InputError
 from minitron.importance.scores import ImportanceScores
-from minitron.models import NOT_THE_TOKENIZERS, quiet_transformers
+from minitron.models import NOT_THE_TOKENIZERS
 from minitron.pruning.head_merging import merged_source
 from minitron.pruning.selection import select
 from minitron.pruning.slicing import sliced_tensors
@@ -94,8 +95,6 @@ def write_pruned(
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """`prune_checkpoint` to an `address` where there may be files of an earlier attempt that was not completed."""
-    from transformers import AutoConfig
-
     check_type("architecture", architecture, Architecture, "an Architecture")
     check_type("scores", scores, ImportanceScores, "ImportanceScores")
     if dtype is not None:
@@ -103,8 +102,7 @@ def write_pruned(
     folder = Path(source).expanduser()
     if not (folder / "config.json").exists():
         raise InputError(f"{folder} has no config.json", "give the folder of a transformers checkpoint")
-    with quiet_transformers():
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    config = read_config(str(folder), str(folder), trust_remote_code=False, local_files_only=True)
     if getattr(config, "quantization_config", None):
         raise InputError(
             f"{folder} contains quantised weights (quantization_config in config.json), which cannot be sliced",
