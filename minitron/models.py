@@ -164,10 +164,8 @@ def load_source(source: str, revision: str | None = None, dtype: torch.dtype = t
         config = read_config(folder, source, **arguments)
         method = method_of(config, source)
         tokenizer = read_tokenizer(folder, source, **arguments)
-        if config._attn_implementation != "eager":
-            arguments["attn_implementation"] = (
-                "sdpa"  # transformers' default; another in config.json may need a package
-            )
+        if config._attn_implementation not in (None, *WRAPPED):  # it may need a package: use transformers' default
+            arguments["attn_implementation"] = "eager" if softcap_of(config) else "sdpa"
         with readable(repr(source)), quiet_transformers():
             model = _filled_model(folder, source, dtype=dtype, **arguments, **load_arguments(method))
     not_finite = [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]

@@ -142,7 +142,7 @@ def test_an_invalid_value_is_named_by_its_recipe_key(bench, override, key):
 @pytest.mark.parametrize(
     ("arguments", "problem", "remedy"),
     [
-        (("ui", "--port", "99999", "--storage", "empty"), "port 99999", "--port"),
+        (("ui", "--storage", "empty"), "empty/mlflow.db: there is no MLflow database", "check the storage"),
         (("importance", "show", "text.jsonl"), "text.jsonl: cannot be read as importance scores", "give a file that"),
         (("submit", "recipe.yaml", "--address", "127.0.0.1:8265"), "'127.0.0.1:8265'", "http://HOST:8265"),
     ],
