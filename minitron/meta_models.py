@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from minitron.architecture import Architecture
+from minitron.checkpoints.companions import check_links
 from minitron.checkpoints.contents import filled
 from minitron.checkpoints.files import Checkpoint, ShardWriter
 from minitron.checkpoints.headers import read_headers
@@ -165,6 +166,7 @@ def write_model(model: nn.Module, weights: Checkpoint, dtype: torch.dtype, folde
     make_plain(config)
     config.save_pretrained(str(folder))
     if (weights.folder / GENERATION).exists():
+        check_links(weights.folder)
         shutil.copyfile(weights.folder / GENERATION, folder / GENERATION)
 
 

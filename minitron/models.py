@@ -13,6 +13,7 @@ from minitron import storage
 from minitron.architecture import Architecture
 from minitron.arguments import check_model, check_tokenizer, check_type
 from minitron.attention import WRAPPED, row_arguments, softcap_of, use_own_attention
+from minitron.checkpoints.companions import check_links
 from minitron.checkpoints.contents import Difference, filled, is_harmless, refusal, untied_head
 from minitron.checkpoints.gguf import read_once
 from minitron.checkpoints.headers import (
@@ -39,7 +40,8 @@ NOT_THE_TOKENIZERS = ("auto_map", "is_local", "local_files_only")
 
 
 def check_source(source: str) -> None:
-    """Raise InputError if a model source is a missing file or package; hub names are only checked when they are loaded."""
+    """Raise InputError if a model source is a missing file or package, or a folder with links that lead out of it (see
+    `minitron.checkpoints.companions`); hub names are only checked when they are loaded."""
     check_type("source", source, str, "a model folder, a .gguf file or a hub name")
     if source.startswith(PACKAGE):
         package_path(source)
@@ -51,6 +53,7 @@ def check_source(source: str) -> None:
             raise InputError(f"{source} has no config.json", "give the folder of a transformers checkpoint")
         if path.is_dir():
             check_not_pointers(path)
+            check_links(path)
 
 
 def is_local_source(source: str) -> bool:
@@ -244,6 +247,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     check_type("folder", folder, (str, Path), "the path of a checkpoint folder")
     from transformers import AutoTokenizer
 
+    check_links(Path(folder))
     with quiet_transformers():
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
 
