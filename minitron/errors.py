@@ -44,5 +44,9 @@ class NotWritableError(StorageError):
     """A disk that is full, or a folder that this user may not write to: another location helps."""
 
 
+class MissingFileError(StorageError):
+    """A file that does not exist."""
+
+
 class NonFiniteError(MinitronError):
     """A loss or gradient became NaN or infinite."""

@@ -17,7 +17,7 @@ import torch
 from minitron import storage
 from minitron.arguments import check_type
 from minitron.data.boundaries import DocumentBoundaries
-from minitron.errors import InputError, StorageError
+from minitron.errors import InputError, MissingFileError, StorageError
 from minitron.storage import fetch, fingerprint, is_committed, join, read_json
 
 Split = Literal["train", "heldout"]
@@ -57,9 +57,12 @@ class Rows:
         for a folder or split that does not exist.
         """
         check_type("folder", folder, str, "the path of a folder")
-        if not is_committed(folder):
+        try:
+            local = str(fetch(folder))
+        except MissingFileError:
+            local = ""
+        if not local or not is_committed(local):
             raise InputError(f"{folder}: contains no packed rows", "pack a corpus into it first")
-        local = str(fetch(folder))
         storage.verify(local, hashes=verify)
         index = read_json(join(local, INDEX))
         if index.get("format") != FORMAT:

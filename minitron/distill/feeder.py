@@ -46,9 +46,10 @@ class Feeder:
         self._reader.shutdown(cancel_futures=True)
 
     def expect(self, indices: Sequence[int]) -> None:
-        """Tell the targets which rows are needed soon."""
+        """Tell the targets which rows are needed soon; those that are being loaded already are not read again."""
         if self.targets is not None:
-            self._reader.submit(self.targets.prefetch, indices)
+            loading = self._next[0] if self._next else []
+            self._reader.submit(self.targets.prefetch, [index for index in indices if index not in loading])
 
     def take(self, indices: Sequence[int], following: Sequence[int] | None) -> MicroBatch:
         """The rows with these numbers; starts to read the `following` ones, which the next call takes."""

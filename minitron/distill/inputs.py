@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,8 +57,19 @@ class DistillInputs:
         return read_head(storage.fetch(self.teacher), DTYPES[self.dtype]).to(device())
 
     def open_rows(self, split: Split) -> Rows:
-        """The packed rows of a split."""
-        return Rows.open(self.rows, split)
+        """The packed rows of a split, opened once."""
+        if split not in self._opened:
+            self._opened[split] = Rows.open(self.rows, split)
+        return self._opened[split]
+
+    @cached_property
+    def _opened(self) -> dict[Split, Rows]:
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            field.name: getattr(self, field.name) for field in fields(self)
+        }  # whoever gets it opens the rows itself
 
     def targets_key(self, split: Split) -> str:
         """The key of a split's stored targets (see `minitron.distill.teacher.stored.store_key`)."""

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from minitron.errors import StorageError
+from minitron.errors import MissingFileError, StorageError
 from minitron.storage.addresses import filesystem, is_local, local_path
 from minitron.storage.private import PRIVATE, write_new
 from minitron.storage.problems import access_errors, disk_errors
@@ -29,16 +29,35 @@ def exists(path: str) -> bool:
 
 
 def read_bytes(path: str) -> bytes:
+    data = read_bytes_if_exists(path)
+    if data is None:
+        raise MissingFileError(f"{path}: no such file", "check the path")
+    return data
+
+
+def read_bytes_if_exists(path: str) -> bytes | None:
+    """The content of a file; None if it does not exist. One request to an object store either way, where `exists` takes two
+    for a missing file."""
     fs, inner = filesystem(path)
+    whole = {"max_concurrency": 1} if path.startswith("s3://") else {}  # otherwise s3fs asks for the size first
     with access_errors(path):
         try:
-            return bytes(fs.cat_file(inner))
-        except FileNotFoundError as error:
-            raise StorageError(f"{path}: no such file", "check the path") from error
+            return bytes(fs.cat_file(inner, **whole))
+        except FileNotFoundError:
+            return None
 
 
 def read_json(path: str) -> Any:
-    data = read_bytes(path)
+    return _json(path, read_bytes(path))
+
+
+def read_json_if_exists(path: str) -> Any | None:
+    """As `read_json`; None if the file does not exist."""
+    data = read_bytes_if_exists(path)
+    return None if data is None else _json(path, data)
+
+
+def _json(path: str, data: bytes) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:

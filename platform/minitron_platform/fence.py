@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -73,7 +74,7 @@ class Fence:
 
     def check(self) -> None:
         """Raise LeaseLostError if another driver has taken the lease over, StorageError if the storage does not answer."""
-        newest = newest_epoch(self.folder)
+        newest = newest_epoch(storage.names(self.folder))
         if newest == self.epoch:
             return
         holder = read_holder(self.folder, newest) if newest else None
@@ -90,7 +91,7 @@ class Fence:
     @cached_property
     def end_path(self) -> str:
         """File that exists once the holder has released the lease."""
-        return storage.join(self.folder, f"{self.epoch:08d}.end")
+        return storage.join(self.folder, end_name(self.epoch))
 
 
 def epoch_path(folder: str, epoch: int) -> str:
@@ -98,9 +99,14 @@ def epoch_path(folder: str, epoch: int) -> str:
     return storage.join(folder, f"{epoch:08d}.json")
 
 
-def newest_epoch(folder: str) -> int:
-    """The highest epoch of a lease; 0 if nobody has ever held it."""
-    return max((int(match.group(1)) for name in storage.names(folder) if (match := EPOCH.match(name))), default=0)
+def end_name(epoch: int) -> str:
+    """Name of the file that exists once the holder of an epoch has released the lease."""
+    return f"{epoch:08d}.end"
+
+
+def newest_epoch(names: Iterable[str]) -> int:
+    """The highest epoch of a lease, from the names of its files; 0 if nobody has ever held it."""
+    return max((int(match.group(1)) for name in names if (match := EPOCH.match(name))), default=0)
 
 
 def read_holder(folder: str, epoch: int) -> Holder | None:
@@ -109,11 +115,8 @@ def read_holder(folder: str, epoch: int) -> Holder | None:
     Raises StorageError for a file that is not a lease, or cannot be read.
     """
     path = epoch_path(folder, epoch)
-    try:
-        value = storage.read_json(path)
-    except StorageError:
-        if storage.exists(path):
-            raise
+    value = storage.read_json_if_exists(path)
+    if value is None:
         return None
     match value:
         case {"user": str(), "host": str(), "pid": int(), "process": str(), "run": str()}:

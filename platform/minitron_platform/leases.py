@@ -22,7 +22,7 @@ from rich.markup import escape
 from minitron import storage
 from minitron.errors import InputError, StorageError
 from minitron_platform.console import Console
-from minitron_platform.fence import Fence, Holder, LeaseLostError, create_epoch, newest_epoch, read_holder
+from minitron_platform.fence import Fence, Holder, LeaseLostError, create_epoch, end_name, newest_epoch, read_holder
 from minitron_platform.locations import Locations
 
 log = logging.getLogger(__name__)
@@ -92,9 +92,10 @@ def _acquire(folder: str, what: str, holder: Holder, console: Console, take_over
     last_beat = ""
     last_beat_at = time.monotonic()
     while True:
-        epoch = newest_epoch(folder)
+        files = storage.names(folder)
+        epoch = newest_epoch(files)
         current = read_holder(folder, epoch) if epoch else None
-        released = storage.exists(Fence(folder, epoch, what).end_path)
+        released = end_name(epoch) in files
         reason = ""
         if current is not None and not released:
             beat = f"{epoch} {_beat(Fence(folder, epoch, what))}"
@@ -111,7 +112,8 @@ def _acquire(folder: str, what: str, holder: Holder, console: Console, take_over
             if create_epoch(folder, epoch + 1, holder):
                 if reason:
                     console.say(f"  [yellow]{escape(what)} taken over from {escape(str(current))}: {reason}[/]")
-                _remove_earlier_epochs(folder, epoch + 1)
+                if epoch:
+                    _remove_earlier_epochs(folder, epoch + 1)
                 return epoch + 1
             continue  # another driver was faster
         if announced != epoch:
@@ -123,10 +125,7 @@ def _acquire(folder: str, what: str, holder: Holder, console: Console, take_over
 
 
 def _beat(fence: Fence) -> str:
-    try:
-        return storage.read_bytes(fence.beat_path).decode(errors="replace")
-    except StorageError:
-        return ""  # there is none yet
+    return (storage.read_bytes_if_exists(fence.beat_path) or b"").decode(errors="replace")  # there may be none yet
 
 
 def _remove_earlier_epochs(folder: str, epoch: int) -> None:

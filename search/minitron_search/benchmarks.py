@@ -140,5 +140,5 @@ def _benchmark(task: SearchTask, benchmarks: Benchmarks, architecture: Architect
 
 def _scores(path: str) -> dict[str, Any]:
     """A candidate's stored scores by task name, as the values of `minitron.evaluation.Score`."""
-    scores: dict[str, Any] = storage.read_json(path) if storage.exists(path) else {}
+    scores: dict[str, Any] = storage.read_json_if_exists(path) or {}
     return scores

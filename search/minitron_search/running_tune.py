@@ -6,6 +6,7 @@ Starting a worker takes seconds, and each new worker reads the model that candid
 from __future__ import annotations
 
 import logging
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -54,13 +55,14 @@ class RunningTune:
     """A Tune run that lasts from the first call of `run` until `close`.
 
     Up to `max_concurrent_trials` trials run at a time, each with `resources`. A trial that raises or whose worker dies is
-    restarted up to `max_failures` times. `scratch` is a folder that all nodes share; it is deleted.
+    restarted up to `max_failures` times. `scratch` is a folder for Tune's own files, which is deleted. Only this process needs
+    it, because trials report no files: instead of a remote one, a temporary folder of this machine is used.
     """
 
     def __init__(
         self, scratch: str, resources: Mapping[str, float], max_concurrent_trials: int, max_failures: int
     ) -> None:
-        self.scratch = scratch
+        self.scratch = scratch if storage.is_local(scratch) else ""
         self.resources = dict(resources)
         self.max_concurrent_trials = max_concurrent_trials
         self.max_failures = max_failures
@@ -107,7 +109,10 @@ class RunningTune:
     def _fit(self) -> None:
         # A run resumes from the results and checkpoints of its trials, not from Tune's experiment state, which would have to
         # be unpickled. So Tune's folder is deleted.
-        storage.remove(self.scratch)  # left by a run that was killed
+        if self.scratch:
+            storage.remove(self.scratch)  # left by a run that was killed
+        else:
+            self.scratch = tempfile.mkdtemp(prefix="minitron-tune-")
         patch_oom_as_actor_error()
         keep_workers()
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # every error is passed to `on_event`

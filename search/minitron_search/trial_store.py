@@ -158,10 +158,11 @@ def _rung_file(step: int) -> str:
 
 def _read(folder: str, architecture: Architecture, name: str, parse: Callable[[dict[str, Any]], T]) -> T | None:
     path = storage.join(trial_folder(folder, architecture), name)
-    if not storage.exists(path):
+    values = storage.read_json_if_exists(path)
+    if values is None:
         return None
     try:
-        return parse(storage.read_json(path))
+        return parse(values)
     except (KeyError, TypeError) as error:
         raise MinitronError(
             f"{path}: not a trial's file ({type(error).__name__}: {error})", "delete the file and run again"

@@ -68,7 +68,7 @@ def _elsewhere(where, ttl, run="run-1"):
     """Acquire the lease as a driver on another machine; returns its fence."""
     folder = storage.join(where.storage, "leases", "work")
     holder = replace(Holder.this_process(run, ttl), user="alice", host="head-1", pid=4711)
-    epoch = newest_epoch(folder) + 1
+    epoch = newest_epoch(storage.names(folder)) + 1
     assert create_epoch(folder, epoch, holder)
     return Fence(folder, epoch, "the work")
 

@@ -71,9 +71,11 @@ class Index:
 
     @classmethod
     def read(cls, folder: str) -> Index:
-        """Raises StorageError for a file that is missing or is not an index."""
+        """Raises StorageError for a store that is not complete, and for a file that is not an index."""
         path = storage.join(folder, INDEX)
-        value = storage.read_json(path)
+        value = storage.read_json_if_exists(path)
+        if value is None:
+            raise StorageError(f"{folder}: not completely written", "run what writes it again; it resumes where it was")
         try:
             index = cls(value["key"], value["num_rows"], value["rows_per_shard"], value.get("numbers"))
             counts = index.num_rows, index.rows_per_shard

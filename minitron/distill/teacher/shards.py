@@ -14,12 +14,13 @@ from torch import Tensor
 
 from minitron import storage
 from minitron.arguments import check_type
-from minitron.distill.teacher.shard_format import FILE, INDEX, Index, check_key, key_of_rows, shard_folder
+from minitron.distill.teacher.shard_format import FILE, Index, check_key, key_of_rows, shard_folder
 from minitron.errors import StorageError
 from minitron.storage.ranges import READERS, read_checked
 from minitron.storage.tensors import Slot, read_slots
 
 READ_AHEAD_BYTES = 256 << 20  # limit for rows in memory that `take` has not requested yet
+BLOCK_BYTES = 8 << 20  # limit for consecutive rows that are read by one request
 OPEN_SHARDS = 4096  # number of shards whose manifests are kept in memory
 
 
@@ -29,6 +30,13 @@ class _Shard(NamedTuple):
     path: str
     entry: dict[str, Any]
     slots: dict[str, Slot]
+
+
+class _Block(NamedTuple):
+    """A row of consecutive rows that are read together, and its place among them."""
+
+    rows: Future[list[dict[str, Tensor]]]
+    offset: int
 
 
 class Shards:
@@ -43,8 +51,6 @@ class Shards:
     def __init__(self, folder: str, key: str) -> None:
         check_type("folder", folder, str, "the path of a folder")
         check_type("key", key, str)
-        if not storage.exists(storage.join(folder, INDEX)):
-            raise StorageError(f"{folder}: not completely written", "run what writes it again; it resumes where it was")
         self.folder = folder
         self._index = Index.read(folder)
         self.key = key_of_rows(key, self._index.numbers)
@@ -54,22 +60,23 @@ class Shards:
         self._positions = None if numbers is None else {number: position for position, number in enumerate(numbers)}
         self._opened = lru_cache(OPEN_SHARDS)(self._open)
         self._opening = Lock()
-        self._limit = 0
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="shards")
         self._lock = Lock()
         self._waiting: deque[int] = deque()  # positions of rows to read, in order
-        self._reading: dict[int, Future[dict[str, Tensor]]] = {}  # by position, until `take` returns them
+        self._row_bytes = 0
+        self._reading: dict[int, _Block] = {}  # by position, until `take` returns them
 
     def take(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """The tensors of the rows with these numbers, [len(indices), ...]. Raises IndexError for a row that is not stored."""
         positions = [self._position(index) for index in indices]
+        self._measure_row(positions[0])
         with self._lock:
-            for position in positions:
-                if position not in self._reading:
-                    self._reading[position] = self._readers.submit(self._read, position)
-            futures = {position: self._reading.pop(position) for position in dict.fromkeys(positions)}
-            self._waiting = deque(position for position in self._waiting if position not in futures)
-        rows = {position: future.result() for position, future in futures.items()}
+            missing = deque(position for position in dict.fromkeys(positions) if position not in self._reading)
+            while missing:
+                self._read_block(missing, len(missing))
+            blocks = {position: self._reading.pop(position) for position in dict.fromkeys(positions)}
+            self._waiting = deque(position for position in self._waiting if position not in blocks)
+        rows = {position: block.rows.result()[block.offset] for position, block in blocks.items()}
         self._read_ahead()
         return {name: torch.stack([rows[position][name] for position in positions]) for name in rows[positions[0]]}
 
@@ -77,8 +84,11 @@ class Shards:
         """Begin to read the rows with these numbers, in this order; replaces the rows of an earlier call."""
         positions = list(dict.fromkeys(self._position(index) for index in indices))
         with self._lock:
-            for position in self._reading.keys() - set(positions):
-                self._reading.pop(position).cancel()
+            unwanted = [self._reading.pop(position) for position in self._reading.keys() - set(positions)]
+            wanted = {block.rows for block in self._reading.values()}
+            for block in unwanted:
+                if block.rows not in wanted:
+                    block.rows.cancel()
             self._waiting = deque(position for position in positions if position not in self._reading)
         self._read_ahead()
 
@@ -94,13 +104,30 @@ class Shards:
             first = self._waiting[0] if self._waiting else None
         if first is None:
             return
-        if not self._limit:
-            slots = self._shard(first // self._index.rows_per_shard).slots.values()
-            self._limit = max(1, READ_AHEAD_BYTES // max(1, sum(slot.rows(0, 1).nbytes for slot in slots)))
+        self._measure_row(first)
+        limit = READ_AHEAD_BYTES // self._row_bytes
         with self._lock:
-            while self._waiting and len(self._reading) < self._limit:
-                position = self._waiting.popleft()
-                self._reading[position] = self._readers.submit(self._read, position)
+            while self._waiting and len(self._reading) < max(1, limit):
+                self._read_block(self._waiting, limit - len(self._reading))
+
+    def _read_block(self, waiting: deque[int], limit: int) -> None:
+        """Start reading the first of the `waiting` rows and those that follow it in its shard, at most `limit`; takes them out
+        of `waiting`."""
+        first = waiting.popleft()
+        rest = self._index.rows_per_shard - first % self._index.rows_per_shard  # of its shard
+        limit = min(limit, rest, BLOCK_BYTES // self._row_bytes)
+        count = 1
+        while count < limit and waiting and waiting[0] == first + count:
+            waiting.popleft()
+            count += 1
+        rows = self._readers.submit(self._read, first, count)
+        self._reading |= {first + offset: _Block(rows, offset) for offset in range(count)}
+
+    def _measure_row(self, position: int) -> None:
+        """Set `_row_bytes`, from the shard of this row."""
+        if not self._row_bytes:
+            slots = self._shard(position // self._index.rows_per_shard).slots.values()
+            self._row_bytes = max(1, sum(slot.rows(0, 1).nbytes for slot in slots))
 
     def _position(self, row: int) -> int:
         """Index of a row among the stored rows."""
@@ -112,12 +139,14 @@ class Shards:
             raise IndexError(f"row {row} of {self.folder}, which has {self.num_rows} rows, this one not among them")
         return self._positions[row]
 
-    def _read(self, position: int) -> dict[str, Tensor]:
-        number, row = divmod(position, self._index.rows_per_shard)
+    def _read(self, first: int, count: int) -> list[dict[str, Tensor]]:
+        """`count` consecutive rows of a shard."""
+        number, row = divmod(first, self._index.rows_per_shard)
         shard = self._shard(number)
-        slots = {name: slot.rows(row, row + 1) for name, slot in shard.slots.items()}
+        slots = {name: slot.rows(row, row + count) for name, slot in shard.slots.items()}
         data = read_checked(shard.path, shard.entry, [(slot.start, slot.end) for slot in slots.values()])
-        return {name: slot.tensor(value)[0] for (name, slot), value in zip(slots.items(), data, strict=True)}
+        tensors = {name: slot.tensor(value) for (name, slot), value in zip(slots.items(), data, strict=True)}
+        return [{name: tensor[offset] for name, tensor in tensors.items()} for offset in range(count)]
 
     def _shard(self, number: int) -> _Shard:
         with self._opening:  # one thread opens a shard, the others wait for it

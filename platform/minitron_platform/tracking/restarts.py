@@ -54,7 +54,7 @@ def record_restart(log: RunLog, number: int, restart: Restart) -> None:
 
 def read_restarts(path: str) -> list[Restart]:
     """The restarts in a file that `write_restarts` wrote; empty if it does not exist."""
-    return [Restart(**values) for values in storage.read_json(path)] if storage.exists(path) else []
+    return [Restart(**values) for values in storage.read_json_if_exists(path) or ()]
 
 
 def write_restarts(path: str, restarts: Sequence[Restart]) -> None:
