@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from minitron.architecture import Architecture
+from minitron.checkpoints.companions import check_links
 from minitron.checkpoints.contents import filled
 from minitron.checkpoints.files import Checkpoint, ShardWriter
 from minitron.checkpoints.headers import read_headers
+from minitron.checkpoints.reading import quiet_transformers, read_config
 from minitron.families.config import make_plain
 from minitron.logits import Head
-from minitron.models import quiet_transformers
 
 FILE_BYTES = 2 << 30
 """Of a file that is written. Its tensors wait in main memory until it is full."""
@@ -92,10 +93,7 @@ def read_head(folder: str | Path, dtype: torch.dtype) -> Head:
 
 
 def _opened(folder: str | Path) -> tuple[Any, Checkpoint]:
-    from transformers import AutoConfig
-
-    with quiet_transformers():
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    config = read_config(str(folder), str(folder), trust_remote_code=False, local_files_only=True)
     headers = filled(read_headers(Path(folder)), Architecture.from_config(config), str(folder))
     return config, Checkpoint(Path(folder), headers)
 
@@ -168,6 +166,7 @@ def write_model(model: nn.Module, weights: Checkpoint, dtype: torch.dtype, folde
     make_plain(config)
     config.save_pretrained(str(folder))
     if (weights.folder / GENERATION).exists():
+        check_links(weights.folder)
         shutil.copyfile(weights.folder / GENERATION, folder / GENERATION)
 
 

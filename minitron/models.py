@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from minitron import storage
 from minitron.architecture import Architecture
 from minitron.arguments import check_model, check_tokenizer, check_type
-from minitron.attention import row_arguments, use_own_attention
+from minitron.attention import WRAPPED, row_arguments, softcap_of, use_own_attention
+from minitron.checkpoints.companions import check_links
 from minitron.checkpoints.contents import Difference, filled, is_harmless, refusal, untied_head
 from minitron.checkpoints.gguf import read_once
 from minitron.checkpoints.headers import (
@@ -27,7 +24,10 @@ from minitron.checkpoints.headers import (
     hub_headers,
     read_headers,
 )
+from minitron.checkpoints.pickles import check_pickles
 from minitron.checkpoints.quantised import as_ordinary, check_blocks, load_arguments, method_of, plain_model
+from minitron.checkpoints.reading import check_not_pointers, quiet_transformers, read_config, readable
+from minitron.checkpoints.tokenizer_files import read_tokenizer
 from minitron.data.boundaries import DocumentBoundaries
 from minitron.errors import InputError
 from minitron.families import family_of
@@ -39,37 +39,25 @@ from minitron.packages import PACKAGE, package_path
 NOT_THE_TOKENIZERS = ("auto_map", "is_local", "local_files_only")
 
 
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence progress bars and warnings of transformers and the hub while a model is loaded or saved."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with redirect_stderr(io.StringIO()):  # the GGUF reader's progress bar cannot be disabled
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def check_source(source: str) -> None:
-    """Raise InputError if a model source is a missing file or package; hub names are only checked when they are loaded."""
+    """Raise InputError if a model source is a missing file or package, or a folder with links that lead out of it (see
+    `minitron.checkpoints.companions`); hub names are only checked when they are loaded."""
     check_type("source", source, str, "a model folder, a .gguf file or a hub name")
     if source.startswith(PACKAGE):
         package_path(source)
-    elif _looks_like_path(source):
+    elif is_local_source(source):
         path = storage.local_path(source)
         if not path.exists():
             raise InputError(f"{source} does not exist", "give a model folder, a .gguf file or a hub name")
-        if path.is_dir() and not (path / "config.json").exists():
+        if path.is_dir() and not (path / "config.json").is_file():
             raise InputError(f"{source} has no config.json", "give the folder of a transformers checkpoint")
+        if path.is_dir():
+            check_not_pointers(path)
+            check_links(path)
 
 
-def _looks_like_path(source: str) -> bool:
+def is_local_source(source: str) -> bool:
+    """Whether a model source is a path on this machine, not the name of a model on the hub."""
     return source.startswith((".", "/", "~")) or source.endswith(".gguf") or Path(source).exists()
 
 
@@ -79,7 +67,7 @@ def source_identity(source: str, revision: str | None = None) -> dict[str, Any]:
     check_source(source)
     if source.startswith(PACKAGE):
         path = package_path(source)
-    elif _looks_like_path(source):
+    elif is_local_source(source):
         path = storage.local_path(source)
     else:
         return {"hub": source, "revision": _hub_commit(source, revision)}
@@ -117,12 +105,9 @@ def source_architecture(source: str, revision: str | None = None) -> tuple[Archi
 
     Raises InputError as `load_source` does.
     """
-    from transformers import AutoConfig
-
     check_source(source)
     folder, arguments = _arguments(source, revision)
-    with _readable(source), quiet_transformers():
-        config = AutoConfig.from_pretrained(folder, **arguments)
+    config = read_config(folder, source, **arguments)
     return Architecture.from_config(config), getattr(config, "max_position_embeddings", None)
 
 
@@ -131,19 +116,18 @@ def check_contents(source: str, revision: str | None = None) -> None:
 
     `load_source` checks the rest, and everything for a source without safetensors.
     """
-    from transformers import AutoConfig
-
     folder, arguments = _arguments(source, revision)
     if "gguf_file" in arguments:
         return
-    with _readable(source), quiet_transformers():
-        config = AutoConfig.from_pretrained(folder, **arguments)
+    config = read_config(folder, source, **arguments)
     method = method_of(config, source)
-    if not _looks_like_path(folder):
+    if not is_local_source(folder):
         headers = hub_headers(folder, revision)
     else:
         check_no_adapter(Path(folder))
         pickled = has_pickles(Path(folder)) and not has_safetensors(Path(folder))
+        if pickled:
+            check_pickles(Path(folder))
         headers = None if pickled else read_headers(Path(folder))
     if headers is None:
         return
@@ -159,7 +143,7 @@ def _arguments(source: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     if revision is not None:
         check_type("revision", revision, str)
     path = str(package_path(source)) if source.startswith(PACKAGE) else source
-    if _looks_like_path(path):
+    if is_local_source(path):
         path = str(storage.local_path(path))
     arguments: dict[str, Any] = {"trust_remote_code": False}
     if revision:
@@ -169,35 +153,24 @@ def _arguments(source: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     return path, arguments
 
 
-@contextmanager
-def _readable(source: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"{source!r} cannot be read as a transformers model ({reason})",
-            "give a complete checkpoint folder, a .gguf file, or a hub name that this machine can reach",
-        ) from error
-
-
 def load_source(source: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
     """The model and tokenizer of a GGUF file, a local folder, `package:NAME/FILE`, or a hub name.
 
     A quantised model is dequantised. Raises InputError if the source cannot be read, if its tensors are not those of the model
     in its config, if a weight is not finite, or if its family is not supported.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     check_type("dtype", dtype, torch.dtype, "a torch dtype")
     check_source(source)
     check_contents(source, revision)
     folder, arguments = _arguments(source, revision)
-    with _readable(source), quiet_transformers(), read_once():
-        config = AutoConfig.from_pretrained(folder, **arguments)
+    with read_once():
+        config = read_config(folder, source, **arguments)
         method = method_of(config, source)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
-        model = _filled_model(folder, source, dtype=dtype, **arguments, **load_arguments(method))
+        tokenizer = read_tokenizer(folder, source, **arguments)
+        if config._attn_implementation not in (None, *WRAPPED):  # it may need a package: use transformers' default
+            arguments["attn_implementation"] = "eager" if softcap_of(config) else "sdpa"
+        with readable(repr(source)), quiet_transformers():
+            model = _filled_model(folder, source, dtype=dtype, **arguments, **load_arguments(method))
     not_finite = [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
     if not_finite:
         raise InputError(
@@ -211,13 +184,18 @@ def _filled_model(folder: str, where: str, **arguments: Any) -> Any:
     """Load a causal language model. Raises InputError unless the checkpoint has every parameter and nothing else."""
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
+    arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # mismatched ones are refused below
+    model, info = AutoModelForCausalLM.from_pretrained(folder, **arguments)
     if getattr(model, "_hf_peft_config_loaded", False):  # for hub models the headers do not show adapters
         raise has_adapters(where)
     architecture = Architecture.from_config(model.config)
     difference = Difference(
         missing=tuple(info["missing_keys"]),
         unexpected=tuple(name for name in info["unexpected_keys"] if not is_harmless(name)),
+        shapes=tuple(
+            f"{name} is {list(stored)}, not {list(expected)}"
+            for name, stored, expected in sorted(info["mismatched_keys"])
+        ),
     )
     if difference:
         raise refusal(difference, architecture, where)
@@ -230,12 +208,9 @@ def _filled_model(folder: str, where: str, **arguments: Any) -> Any:
 
 def source_tokenizer(source: str, revision: str | None = None) -> Any:
     """The tokenizer of a model source, without its model. Raises InputError as `load_source` does."""
-    from transformers import AutoTokenizer
-
     check_source(source)
     folder, arguments = _arguments(source, revision)
-    with _readable(source), quiet_transformers():
-        return AutoTokenizer.from_pretrained(folder, **arguments)
+    return read_tokenizer(folder, source, **arguments)
 
 
 def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
@@ -272,6 +247,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     check_type("folder", folder, (str, Path), "the path of a checkpoint folder")
     from transformers import AutoTokenizer
 
+    check_links(Path(folder))
     with quiet_transformers():
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
 

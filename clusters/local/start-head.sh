@@ -7,7 +7,8 @@
 #
 # The token is the one of RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, else ~/.ray/auth_token, created if missing.
 # Dashboard and Jobs API listen on 127.0.0.1 alone. Ray's own ports are on the machine's address, even if told 127.0.0.1;
-# they ask for the token.
+# they ask for the token. Ray lets every user of the machine into its session folder, which has the logs and the code that jobs
+# run, so it is put inside a folder that only you can enter: /tmp/minitron-ray-UID, or $MINITRON_RAY_FOLDER (at most 42 bytes).
 set -euo pipefail
 
 # The checkout's own environment first, where `make run` made one: jobs start `python` from the head's PATH.
@@ -22,4 +23,12 @@ umask 077
 
 ray get-auth-token --generate >/dev/null
 
-exec ray start --head --port 6379 --dashboard-host 127.0.0.1 --dashboard-port 8265 "$@"
+folder="${MINITRON_RAY_FOLDER:-/tmp/minitron-ray-$(id -u)}"
+mkdir -p "$folder"
+if [ ! -O "$folder" ] || [[ "$(ls -ld "$folder")" != drwx------* ]]; then
+  echo "error: $folder is a link, or is not yours alone" >&2
+  echo "  fix: chmod 700 it if it is yours; otherwise set MINITRON_RAY_FOLDER to a folder of your own" >&2
+  exit 2
+fi
+
+exec ray start --head --temp-dir "$folder/r" --port 6379 --dashboard-host 127.0.0.1 --dashboard-port 8265 "$@"

@@ -95,15 +95,28 @@ def _files(folder: Path) -> list[str]:
             f"{folder}: no {SINGLE} and no {INDEX}{note}",
             "convert it: load it with transformers and save_pretrained, which writes safetensors",
         )
+    return indexed_files(index)
+
+
+def indexed_files(index: Path) -> list[str]:
+    """The files that a checkpoint's index names, sorted. Raises InputError for an index that is damaged and for a file that is
+    not beside it."""
     if index.stat().st_size > INDEX_BYTES:
         raise InputError(f"{index}: too large for an index ({index.stat().st_size:,} bytes)", "download it again")
     try:
-        files = sorted({str(file) for file in json.loads(index.read_text())["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        contents = json.loads(index.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise damaged(index, error) from error
-    for file in files:
-        if Path(file).name != file or not (folder / file).exists():
-            raise InputError(f"{folder}: {INDEX} names {file!r}, which is missing", "download or copy it again")
+    shards = contents.get("weight_map") if isinstance(contents, dict) else None
+    if not isinstance(shards, dict) or not shards:
+        raise InputError(f"{index}: has no weight_map of tensors and their files", "download or copy it again")
+    files = sorted({str(file) for file in shards.values()})
+    missing = [file for file in files if Path(file).name != file or not (index.parent / file).is_file()]
+    if missing:
+        raise InputError(
+            f"{index}: of the {len(files)} files that it names, {len(missing)} are missing, such as {missing[0]!r}",
+            "download or copy them again",
+        )
     return files
 
 

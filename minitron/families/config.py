@@ -32,7 +32,7 @@ def read_config(config: PretrainedConfig) -> dict[str, Any]:
     text = getattr(config, "text_config", None)
     if text is not None:
         raise InputError(
-            f"model type {config.model_type!r} wraps the text model {text.model_type!r}; only text models can be pruned",
+            f"model type {config.model_type!r} wraps the text model {_type_of(text)!r}; only text models can be pruned",
             "save its text model as a checkpoint of its own, as docs/adding-a-family.md shows, and give that",
         )
     family = family_of(config.model_type)
@@ -45,18 +45,30 @@ def read_config(config: PretrainedConfig) -> dict[str, Any]:
             )
     numbers = {field: getattr(config, name, None) for field, name in _names(family).items()}
     heads = numbers["num_heads"]
+    head_dim = getattr(config, "head_dim", None)
+    if not head_dim and config.hidden_size % heads:
+        raise InputError(
+            f"hidden_size: {config.hidden_size} is not a multiple of num_attention_heads = {heads}, and the config has no "
+            "head_dim",
+            "add head_dim to config.json, or correct the two",
+        )
     flags = [flag for flag in family.flags if getattr(config, flag, False)]
     if family.longrope_in_hidden and (config.rope_parameters or {}).get("rope_type") == LONGROPE:
         flags.append(LONGROPE)
     return {
         **numbers,
         "num_kv_heads": numbers["num_kv_heads"] or heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "head_dim": head_dim or config.hidden_size // heads,
         "vocab_size": config.vocab_size,
         "tied": bool(config.tie_word_embeddings),
         "family": config.model_type,
         "flags": tuple(flags),
     }
+
+
+def _type_of(config: Any) -> Any:
+    """The model type of a config inside another one, which is a dict in configs of unusual classes."""
+    return config.get("model_type") if isinstance(config, Mapping) else config.model_type
 
 
 def write_config(config: PretrainedConfig, family: Family, fields: Mapping[str, Any]) -> None:

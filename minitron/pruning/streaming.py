@@ -14,32 +14,17 @@ from torch import Tensor
 from minitron import storage
 from minitron.architecture import Architecture
 from minitron.arguments import check_type
+from minitron.checkpoints.companions import check_links, companions
 from minitron.checkpoints.contents import filled, untied_head
 from minitron.checkpoints.files import Checkpoint, ShardWriter
 from minitron.checkpoints.headers import check_no_adapter, read_headers
+from minitron.checkpoints.reading import read_config
 from minitron.errors import InputError
 from minitron.importance.scores import ImportanceScores
-from minitron.models import NOT_THE_TOKENIZERS, quiet_transformers
+from minitron.models import NOT_THE_TOKENIZERS
 from minitron.pruning.head_merging import merged_source
 from minitron.pruning.selection import select
 from minitron.pruning.slicing import sliced_tensors
-
-# Files copied to the pruned checkpoint besides weights and config: tokenizer, generation settings, licence.
-COPIED = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
@@ -94,8 +79,6 @@ def write_pruned(
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """`prune_checkpoint` to an `address` where there may be files of an earlier attempt that was not completed."""
-    from transformers import AutoConfig
-
     check_type("architecture", architecture, Architecture, "an Architecture")
     check_type("scores", scores, ImportanceScores, "ImportanceScores")
     if dtype is not None:
@@ -103,8 +86,8 @@ def write_pruned(
     folder = Path(source).expanduser()
     if not (folder / "config.json").exists():
         raise InputError(f"{folder} has no config.json", "give the folder of a transformers checkpoint")
-    with quiet_transformers():
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    check_links(folder)
+    config = read_config(str(folder), str(folder), trust_remote_code=False, local_files_only=True)
     if getattr(config, "quantization_config", None):
         raise InputError(
             f"{folder} contains quantised weights (quantization_config in config.json), which cannot be sliced",
@@ -148,12 +131,10 @@ def _check_tied(checkpoint: Checkpoint, base: Architecture) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    for pattern in COPIED:
-        for file in source.glob(pattern):
-            if file.is_file():
-                copy = target / file.relative_to(source)
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, copy)
+    for file in companions(source):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
     settings = target / TOKENIZER_CONFIG
     if settings.exists():
         values = storage.read_json(str(settings))

@@ -523,8 +523,10 @@ def _print_promotion(promotion: Any) -> None:
 @_tracking_options
 def ui(locations: Any, host: str, port: int, insecure: bool) -> None:
     """Start MLflow's web interface for the experiments and models."""
+    from minitron_platform.tracking.flusher import check_exists
     from minitron_platform.tracking.server import serve
 
+    check_exists(locations.tracking_uri)
     raise SystemExit(
         serve(locations.tracking_uri, locations.local, host=host, port=port, insecure=insecure, say=click.echo)
     )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from minitron.errors import InputError
 from minitron.storage import fingerprint, sha256
 
 PACKAGES = ("minitron", "minitron_search", "minitron_platform")
@@ -27,19 +28,34 @@ def package_folder(package: str) -> Path:
 def stage_code(target: Path) -> list[str]:
     """Copy the three packages into `target` in the layout of the wheel; returns the three folders.
 
-    The copy is what is hashed and sent, so that an edit of the source in between has no effect.
+    The copy is what is hashed and sent, so that an edit of the source in between has no effect. Raises InputError for a link
+    in a package that leads out of it: the file that it leads to would be sent.
     """
     staged = []
     for package in PACKAGES:
         source = package_folder(package)
         copy = target / package
-        shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        _copy(source, copy)
         if package == "minitron_platform" and not (copy / "_data").exists():
             for name in DATA:
                 if (source.parents[1] / name).is_dir():
-                    shutil.copytree(source.parents[1] / name, copy / "_data" / name)
+                    _copy(source.parents[1] / name, copy / "_data" / name)
         staged.append(str(copy))
     return staged
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a folder without caches and hidden files."""
+    unwanted = shutil.ignore_patterns("__pycache__", ".*")
+
+    def ignore(folder: str, names: list[str]) -> set[str]:
+        ignored = unwanted(folder, names)
+        for path in (Path(folder, name) for name in names if name not in ignored):
+            if path.is_symlink() and not path.resolve().is_relative_to(source):
+                raise InputError(f"{path}: a link out of the package, which is sent to the cluster", "delete the link")
+        return ignored
+
+    shutil.copytree(source, target, ignore=ignore)
 
 
 def code_hash(folders: Sequence[str]) -> str:

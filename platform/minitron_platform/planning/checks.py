@@ -10,12 +10,13 @@ import torch
 
 from minitron import storage
 from minitron.architecture import Architecture
+from minitron.checkpoints.tokenizer_files import check_tokenizer_fits
 from minitron.data import document_tokens as tokenizer_document_tokens
 from minitron.data import source_identity as text_identity
 from minitron.distill.trainable import check_lora
 from minitron.errors import InputError, StorageError
 from minitron.evaluation import Task, check_requirements, check_tasks
-from minitron.models import source_tokenizer
+from minitron.models import is_local_source, source_tokenizer
 from minitron_platform.estimates.teacher import check_targets
 from minitron_platform.recipes.build import distillation_losses, document_tokens, lm_eval_tasks, text_source
 from minitron_platform.recipes.consistency import check_consistency
@@ -33,6 +34,7 @@ def check_recipe(recipe: Recipe, teacher: Architecture, max_seq_length: int | No
     check_text(recipe)
     check_benchmark_names(benchmark_tasks(recipe))
     check_with_teacher(recipe, teacher, max_seq_length)
+    _check_tokenizer(recipe, teacher)
 
 
 def check_text(recipe: Recipe) -> None:
@@ -43,12 +45,26 @@ def check_text(recipe: Recipe) -> None:
 
 def check_with_teacher(recipe: Recipe, teacher: Architecture, max_seq_length: int | None) -> None:
     """Raise InputError for keys that contradict the teacher. max_seq_length: as for `check_recipe`."""
+    if recipe.teacher.revision and is_local_source(recipe.teacher.model):
+        raise InputError(
+            f"teacher.revision: {recipe.teacher.revision} has no effect, because {recipe.teacher.model} is on this machine",
+            "leave teacher.revision out",
+        )
     _check_seq_length(recipe, max_seq_length)
     if recipe.data.bos:
         tokenizer = source_tokenizer(recipe.teacher.model, recipe.teacher.revision)
         document_tokens(recipe.data, tokenizer_document_tokens(tokenizer))
     if recipe.correct and recipe.correct.method == "lora":
         check_lora(teacher)
+
+
+def _check_tokenizer(recipe: Recipe, teacher: Architecture) -> None:
+    """Raise InputError for a tokenizer that cannot be read or is not the teacher's. That of a GGUF file takes seconds to read;
+    the stage checks it."""
+    model = recipe.teacher.model
+    if not model.endswith(".gguf"):
+        with named_by_key("teacher.model"):
+            check_tokenizer_fits(source_tokenizer(model, recipe.teacher.revision), teacher.vocab_size, model)
 
 
 def check_outcomes(recipe: Recipe, teacher: Architecture, candidates: Mapping[str, list[Architecture]]) -> None:

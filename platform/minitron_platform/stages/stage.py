@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -42,9 +42,20 @@ class StageOutput(BaseModel):
     def artifacts(self) -> Iterator[str]:
         """The files and folders that the output refers to."""
         for name, field in type(self).model_fields.items():
-            is_artifact = any(isinstance(metadata, _Artifact) for metadata in field.metadata)
-            if is_artifact and (path := getattr(self, name)):
+            if _is_path(field.metadata) and (path := getattr(self, name)):
                 yield path
+
+    def paths(self) -> Iterator[str]:
+        """All paths of the output: the artifacts, and files whose field may be None, without which it is of use, too."""
+        yield from self.artifacts()
+        for name, field in type(self).model_fields.items():
+            optional = any(_is_path(getattr(option, "__metadata__", ())) for option in get_args(field.annotation))
+            if optional and (path := getattr(self, name)):
+                yield path
+
+
+def _is_path(metadata: Iterable[Any]) -> bool:
+    return any(isinstance(value, _Artifact) for value in metadata)
 
 
 class StudentOutput(StageOutput):

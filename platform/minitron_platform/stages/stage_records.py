@@ -60,24 +60,29 @@ def read_record(root: str, folder: str, output: type[StageOutput]) -> Record | N
     matches = (_ABSOLUTE.match(text) for text in _texts(written))
     old_root = next((match["root"] for match in matches if match), root)
 
+    def leads_out(inner: str) -> StorageError:
+        return StorageError(f"{path}: {inner[:200]!r} leads out of the storage", f"delete {folder}, run again")
+
     def present_path(text: str) -> str:
         for start in (INSIDE, f"{old_root}/"):
             if text.startswith(start):
                 inner = text.removeprefix(start)
                 # no further checks, because messages that begin with a path are stored in the same form
                 if ".." in inner.split("/"):
-                    raise StorageError(
-                        f"{path}: {inner[:200]!r} leads out of the storage", f"delete {folder}, run again"
-                    )
+                    raise leads_out(inner)
                 return storage.join(root, inner)
         return text
 
     record = _map_texts(written, present_path)
     try:
-        return Record(output.model_validate(record["outputs"]), record["seconds"], record["artifacts"])
+        found = output.model_validate(record["outputs"])
     except ValidationError as error:
         log.warning("%s: %s, so the stage runs again", path, _first_problem(error))
         return None
+    for inner in (*found.paths(), *record["artifacts"]):
+        if not inner.startswith(f"{root}/"):
+            raise leads_out(inner)
+    return Record(found, record["seconds"], record["artifacts"])
 
 
 def _first_problem(error: ValidationError) -> str:

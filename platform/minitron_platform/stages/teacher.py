@@ -7,6 +7,7 @@ from typing import Any
 from minitron import storage
 from minitron.architecture import Architecture
 from minitron.checkpoints.identity import checkpoint_identity
+from minitron.checkpoints.tokenizer_files import check_tokenizer_fits
 from minitron.data import DocumentTokens, document_tokens
 from minitron.models import load_source, load_tokenizer, save_model, source_identity
 from minitron_platform.estimates.outlook import Estimate, Outlook
@@ -67,6 +68,7 @@ class Teacher(Stage[TeacherOutput]):
         if not storage.is_committed(target):
             context.console.status(f"reading {teacher.model}")
             model, tokenizer = load_source(teacher.model, teacher.revision, dtype)
+            check_tokenizer_fits(tokenizer, Architecture.from_config(model.config).vocab_size, teacher.model)
             context.console.status("writing it as safetensors")
             with storage.committed_folder(target) as local_folder:
                 save_model(model, tokenizer, local_folder)

@@ -119,6 +119,15 @@ def sqlite_path(tracking_uri: str) -> Path | None:
     return Path(path).absolute()
 
 
+def check_exists(tracking_uri: str) -> None:
+    """Raise InputError for a SQLite database that does not exist; opening it would create it."""
+    path = sqlite_path(tracking_uri)
+    if path is not None and not path.exists():
+        raise InputError(
+            f"{path}: there is no MLflow database", "check the storage and MLflow's address, or run a recipe"
+        )
+
+
 class Flusher:
     """Keeps an MLflow experiment up to date with a spool, from a background thread.
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,10 +22,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minitron.arguments import short_repr
 from minitron.environment import environment_variables
 from minitron.errors import InputError, MinitronError, StorageError
 from minitron.names import check_name
 from minitron.storage import MANIFEST, absolute, is_committed, is_local, join, local_path, manifest, read_bytes, verify
+from minitron_platform.tracking.alias_history import HISTORY_TAG, earlier_versions, moves_of
 from minitron_platform.tracking.aliases import check_alias
 from minitron_platform.tracking.check import check_database
 from minitron_platform.tracking.flusher import create_database, prepare_mlflow, redact, sqlite_path
@@ -34,7 +38,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MANIFEST_TAG = "minitron.manifest_sha256"
-HISTORY_TAG = "minitron.history."
 PATH_TAG = "minitron.storage_path"  # path of the weights relative to the storage
 TASK_TAG = "minitron.task."  # followed by a benchmark's name; the value is its score, such as "acc 47.5 ± 4.6 %"
 HISTORY_KEPT = 500  # promotions; a tag of MLflow has at most 100,000 characters
@@ -102,7 +105,7 @@ def register(
         raise StorageError(f"{source}: has no {MANIFEST}", "give a folder of weights that minitron wrote")
     verify(source, hashes=False)
     tags = {**tags, MANIFEST_TAG: _sha256(read_bytes(join(source, MANIFEST)))}
-    with _registry(tracking_uri) as client:
+    with _registry(tracking_uri, create=True) as client:
         if not any(model.name == name for model in _registered(client)):
             _create_registered(client, name)
         versions = _versions(client, name)
@@ -170,15 +173,22 @@ def promote(
 def rollback(tracking_uri: str, name: str, *, alias: str = CHAMPION, storage_root: str | None = None) -> Promotion:
     """Point `alias` back at its previous version after verifying the weights. Can be repeated.
 
-    Raises InputError if there is no previous version, and what promote() raises.
+    If the alias's version was deleted, the one before it is the previous version. Raises InputError if there is none, and what
+    promote() raises.
     """
     with _registry(tracking_uri) as client:
         model = _model(client, name)
-        current = _aliased_version(model, alias)
-        earlier = _earlier_versions(_history(model, alias), current)
+        moves = moves_of(model, alias)
+        # MLflow removes an alias together with its version
+        current = "" if alias not in model.aliases and moves else _aliased_version(model, alias)
+        existing = {str(version.version) for version in _versions(client, name)}
+        earlier = earlier_versions(moves, current)
+        for deleted in [version for version in earlier if version not in existing]:
+            log.warning("%s version %s was deleted, and is left out", name, deleted)
+        earlier = [version for version in earlier if version in existing and version != current]
         if not earlier:
             raise InputError(
-                f"model {name!r}: {alias!r} points at version {current} and has no previous version",
+                f"model {name!r}: {alias!r} points at version {current or 'none'} and has no previous version",
                 f"choose a version with: minitron promote {name} --version N"
                 + (f" --alias {alias}" if alias != CHAMPION else ""),
             )
@@ -212,21 +222,20 @@ def models(tracking_uri: str, storage_root: str | None = None) -> list[ModelRow]
     """
     database = sqlite_path(tracking_uri)
     if database is not None and not database.exists():
-        return []  # opening it would create the file
+        return []
     rows = []
     with _registry(tracking_uri) as client:
         for model in _registered(client):
             for version in sorted(_versions(client, model.name), key=lambda version: -int(version.version)):
-                parameters = version.tags.get("minitron.parameters")
                 rows.append(
                     ModelRow(
                         name=model.name,
                         version=str(version.version),
                         aliases=tuple(sorted(a for a, v in model.aliases.items() if str(v) == str(version.version))),
                         created=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC),
-                        parameters=int(parameters) if parameters else None,
-                        heldout_loss=_float(version.tags.get("minitron.heldout_loss")),
-                        heldout_kl=_float(version.tags.get("minitron.heldout_kl")),
+                        parameters=None if (size := _number(version, "minitron.parameters")) is None else round(size),
+                        heldout_loss=_number(version, "minitron.heldout_loss"),
+                        heldout_kl=_number(version, "minitron.heldout_kl"),
                         tasks={
                             tag.removeprefix(TASK_TAG): text
                             for tag, text in sorted(version.tags.items())
@@ -252,7 +261,7 @@ def _move(
     previous = None if current is None else str(current)
     if previous != version:
         entry = {"version": version, "time": datetime.now(UTC).isoformat(timespec="seconds"), "previous": previous}
-        history = [*_history(model, alias), {**entry, "rollback": True} if rolled_back else entry][-HISTORY_KEPT:]
+        history = [*moves_of(model, alias), {**entry, "rollback": True} if rolled_back else entry][-HISTORY_KEPT:]
         # In this order the alias can still be rolled back to the right version if the process is killed in between.
         if rolled_back:
             client.set_registered_model_tag(model.name, HISTORY_TAG + alias, json.dumps(history))
@@ -260,28 +269,6 @@ def _move(
         if not rolled_back:
             client.set_registered_model_tag(model.name, HISTORY_TAG + alias, json.dumps(history))
     return Promotion(model.name, version, alias, previous)
-
-
-def _history(model: Any, alias: str) -> list[dict[str, Any]]:
-    """The recorded moves of an alias, oldest first."""
-    history: list[dict[str, Any]] = json.loads(model.tags.get(HISTORY_TAG + alias, "[]"))
-    return history
-
-
-def _earlier_versions(history: list[dict[str, Any]], current: str) -> list[str]:
-    """The versions that an alias pointed at before `current`, oldest first, without those that were rolled back."""
-    versions: list[str] = []
-    for entry in history:
-        if entry["previous"] is not None and versions[-1:] != [entry["previous"]]:
-            versions.append(entry["previous"])  # the alias was moved without minitron
-        if entry.get("rollback"):
-            while versions and versions[-1] != entry["version"]:
-                versions.pop()
-        if versions[-1:] != [entry["version"]]:
-            versions.append(entry["version"])
-    while versions and versions[-1] == current:
-        versions.pop()
-    return versions
 
 
 def _weights(version: Any, storage_root: str | None) -> str:
@@ -296,6 +283,8 @@ def _weights(version: Any, storage_root: str | None) -> str:
 def _verify_weights(client: MlflowClient, version: Any, storage_root: str | None) -> None:
     """Raise StorageError, with its name, for a file of a version's weights that is missing or altered."""
     title = f"version {version.version} of model {version.name!r}"
+    if not version.source:
+        raise StorageError(f"{title}: the registry has no location of its weights", "promote another version")
     if version.source.startswith("models:/"):
         sizes, text = _uploaded(client, version.source.removeprefix("models:/"))
         for file, expected in json.loads(text)["files"].items():
@@ -375,11 +364,17 @@ def _uploaded(client: MlflowClient, model_id: str) -> tuple[dict[str, int], byte
 
 
 @contextmanager
-def _registry(tracking_uri: str) -> Iterator[MlflowClient]:
-    """A client of the registry.
+def _registry(tracking_uri: str, *, create: bool = False) -> Iterator[MlflowClient]:
+    """A client of the registry. create: whether a SQLite database that does not exist is created.
 
-    Raises InputError for values that MLflow rejects, MinitronError if the registry does not answer.
+    Raises InputError for values that MLflow rejects and for a database that does not exist, MinitronError if the registry does
+    not answer.
     """
+    database = sqlite_path(tracking_uri)
+    if database is not None and not create and not database.is_file():
+        raise InputError(
+            f"{database}: there is no MLflow database", "check the storage and MLflow's address, or run a recipe"
+        )
     prepare_mlflow(tracking_uri)
     remedy = "check that the server is running and that the address is correct"
     try:
@@ -426,7 +421,6 @@ def _create_registered(client: MlflowClient, name: str) -> None:
 
 def _model(client: MlflowClient, name: str) -> Any:
     """A registered model. Raises InputError if there is none of that name."""
-    _check_name(name)
     known = {model.name: model for model in _registered(client)}
     if name not in known:
         remedy = f"choose one of: {', '.join(sorted(known))}"
@@ -452,7 +446,10 @@ def _registered(client: MlflowClient) -> list[Any]:
 
 
 def _versions(client: MlflowClient, name: str) -> list[Any]:
-    return _all_pages(lambda token: client.search_model_versions(f"name = '{name}'", page_token=token))
+    # MLflow's filters cannot contain every name that it accepts
+    condition = f"name = '{name}'" if re.fullmatch(r"[\w .-]+", name) else None
+    versions = _all_pages(lambda token: client.search_model_versions(condition, page_token=token))
+    return [version for version in versions if version.name == name]
 
 
 def _all_pages(page: Callable[[str | None], Any]) -> list[Any]:
@@ -467,8 +464,19 @@ def _all_pages(page: Callable[[str | None], Any]) -> list[Any]:
             return rows
 
 
-def _float(text: str | None) -> float | None:
-    return None if text is None else float(text)
+def _number(version: Any, tag: str) -> float | None:
+    """The number in a tag; None, with a warning, for one that somebody else has written."""
+    text = version.tags.get(tag)
+    try:
+        number = None if text is None else float(text)
+    except ValueError:
+        number = math.nan
+    if number is not None and not math.isfinite(number):
+        log.warning(
+            "%s version %s: the tag %s is not a number: %s", version.name, version.version, tag, short_repr(text)
+        )
+        return None
+    return number
 
 
 def _sha256(data: bytes) -> str:

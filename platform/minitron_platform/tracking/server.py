@@ -42,7 +42,6 @@ def serve(
     Raises InputError for a host that other machines can reach without `insecure`, and for a port that cannot be used,
     MinitronError with the end of the server's log if it does not start.
     """
-    prepare_mlflow(tracking_uri)
     if tracking_uri.startswith("http"):
         say(f"MLflow is at {redact(tracking_uri)}")
         return 0
@@ -52,6 +51,7 @@ def serve(
             "use 127.0.0.1 with a tunnel (ssh -L), or add --insecure",
         )
     _check_free(host, port)
+    prepare_mlflow(tracking_uri)
     create_database(tracking_uri)
     if is_local(artifact_root):
         artifact_root = str(local_path(artifact_root))

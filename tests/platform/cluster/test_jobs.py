@@ -22,6 +22,7 @@ import pytest
 from helpers.command import run_minitron
 
 from minitron.errors import InputError, MinitronError
+from minitron_platform.cluster import packaging
 from minitron_platform.cluster.jobs import entrypoint_for, logs, status, stop
 from minitron_platform.cluster.jobs import submit_text as submit
 from minitron_platform.cluster.packaging import PACKAGES, code_hash, package_folder, stage_code
@@ -29,6 +30,7 @@ from minitron_platform.cluster.packaging import PACKAGES, code_hash, package_fol
 ROOT = Path(__file__).resolve().parents[3]
 RECIPE = "teacher: tiny\nname: café\n"
 TOKEN = "0123456789abcdef" * 4
+PLACES = {"minitron": ".", "minitron_search": "search", "minitron_platform": "platform"}
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
@@ -68,13 +70,14 @@ def head() -> Iterator[Head]:
             [
                 *(str(ROOT / "clusters/local/start-head.sh"), "--block", "--port", gcs, "--dashboard-port", dashboard),
                 *("--dashboard-agent-listen-port", agent, "--ray-client-server-port", client),
-                *("--num-cpus", "2", "--temp-dir", f"{folder}/ray"),
+                *("--num-cpus", "2"),
             ],
             env={
                 **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
                 "PATH": python_path(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"],
                 "HOME": folder,
                 "RAY_AUTH_TOKEN_PATH": f"{folder}/token",
+                "MINITRON_RAY_FOLDER": f"{folder}/ray",
             },
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
@@ -140,7 +143,7 @@ class Checkout:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Checkout:
-    for package, place in {"minitron": ".", "minitron_search": "search", "minitron_platform": "platform"}.items():
+    for package, place in PLACES.items():
         shutil.copytree(package_folder(package), tmp_path / place / package)
     return Checkout(tmp_path)
 
@@ -206,6 +209,43 @@ def test_a_missing_token_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/no/such/file")
     with pytest.raises(InputError, match="RAY_AUTH_TOKEN_PATH=/no/such/file"):
         status("http://127.0.0.1:1")
+
+
+def test_a_head_keeps_its_session_where_no_other_user_can_enter(tmp_path: Path) -> None:
+    """Ray gives its session folder, with the code of jobs, the mode 0777."""
+    (tmp_path / "checkout/clusters/local").mkdir(parents=True)
+    script = shutil.copy(ROOT / "clusters/local/start-head.sh", tmp_path / "checkout/clusters/local")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/ray").write_text('#!/bin/sh\n[ "$1" = start ] && echo "$@"\n exit 0')
+    (tmp_path / "bin/ray").chmod(0o755)
+
+    def start(folder: Path) -> subprocess.CompletedProcess[str]:
+        environment = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "MINITRON_RAY_FOLDER": str(folder)}
+        return subprocess.run([script], env=environment, capture_output=True, text=True)
+
+    started = start(tmp_path / "new")
+    assert f"--temp-dir {tmp_path}/new/r" in started.stdout, started.stderr
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+    assert start(tmp_path / "new").returncode == 0
+    (tmp_path / "link").symlink_to(tmp_path / "new")
+    (tmp_path / "planted").mkdir()
+    (tmp_path / "planted").chmod(0o777)
+    for planted in ("link", "planted"):
+        refused = start(tmp_path / planted)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert "is not yours alone" in refused.stderr
+
+
+def test_a_link_out_of_a_package_is_not_sent_to_a_cluster(checkout: Checkout, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "id_rsa").write_text("private")
+    (checkout.root / "minitron" / "helper.py").symlink_to(tmp_path / "id_rsa")
+    monkeypatch.setattr(packaging, "package_folder", lambda package: checkout.root / PLACES[package] / package)
+    with pytest.raises(InputError, match=r"helper\.py: a link out of the package"):
+        stage_code(tmp_path / "sent")
+    (checkout.root / "minitron" / "helper.py").unlink()
+    (checkout.root / "minitron" / "helper.py").symlink_to("files.py")
+    staged = Path(stage_code(tmp_path / "again")[0])
+    assert not (staged / "helper.py").is_symlink()
 
 
 def test_code_is_identified_by_its_content(tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ BAD = {
     ),
     "missing text": (["--set", "data.path=/nowhere/text.jsonl"], "/nowhere/text.jsonl", ""),
     "missing teacher": (["--set", "teacher.model=./nowhere"], "./nowhere", "model folder"),
-    "unreadable teacher": (["--set", "teacher.model=broken"], "broken' cannot be read", "checkpoint"),
+    "unreadable teacher": (["--set", "teacher.model=broken"], "broken: config.json cannot be read", "config.json"),
+    "a revision of a folder": (["--set", "teacher.revision=main"], "teacher.revision: main has no effect", "leave"),
     "missing package": (["--set", "teacher.model=package:nowhere_at_all/x.gguf"], "nowhere_at_all", "install"),
     "unknown task": (["--set", "evaluate.tasks.0.name=arc_eazy"], "arc_eazy", "arc_easy"),
     "warm-up too long": (["--set", "distill.warmup_steps=24"], "distill.warmup_steps: 24", "fewer"),
@@ -141,7 +142,7 @@ def test_an_invalid_value_is_named_by_its_recipe_key(bench, override, key):
 @pytest.mark.parametrize(
     ("arguments", "problem", "remedy"),
     [
-        (("ui", "--port", "99999", "--storage", "empty"), "port 99999", "--port"),
+        (("ui", "--storage", "empty"), "empty/mlflow.db: there is no MLflow database", "check the storage"),
         (("importance", "show", "text.jsonl"), "text.jsonl: cannot be read as importance scores", "give a file that"),
         (("submit", "recipe.yaml", "--address", "127.0.0.1:8265"), "'127.0.0.1:8265'", "http://HOST:8265"),
     ],

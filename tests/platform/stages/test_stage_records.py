@@ -18,6 +18,7 @@ STAGE = "stages/distill/0123456789abcdef"
 class Output(StageOutput):
     failures: dict[str, str] = Field(default_factory=dict)
     student: ArtifactPath = ""
+    curve: ArtifactPath | None = None
 
 
 def _record(**outputs):
@@ -52,11 +53,24 @@ def test_the_required_paths_of_an_output_are_its_path_fields(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "student", ["storage:../etc", "storage:stages/../../etc", "/old/stages/distill/0123456789abcdef/../../../../etc"]
+    "outputs",
+    [
+        {"student": "storage:../etc"},
+        {"student": "storage:stages/../../etc"},
+        {"student": "/old/stages/distill/0123456789abcdef/../../../../etc"},
+        {"student": "/home/someone"},
+        {"student": "s3://another-bucket/model"},
+        {"student": "relative"},
+        {"curve": "/home/someone/curve.json"},
+        {"artifacts": ["/home/someone"]},
+    ],
+    ids=str,
 )
-def test_a_record_with_paths_outside_the_storage_is_refused(tmp_path, student):
+def test_a_record_with_paths_outside_the_storage_is_refused(tmp_path, outputs):
     folder = f"{tmp_path}/{STAGE}"
-    storage.write_json(f"{folder}/{RECORD}", _record(student=student))
+    record = _record(**{name: value for name, value in outputs.items() if name != "artifacts"})
+    record["artifacts"] = outputs.get("artifacts", [])
+    storage.write_json(f"{folder}/{RECORD}", record)
     with pytest.raises(StorageError, match=r"stage.json: .* leads out of the storage"):
         read_record(str(tmp_path), folder, Output)
 

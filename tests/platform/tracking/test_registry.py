@@ -10,10 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from helpers.mlflow_server import free_port, mlflow_server
 
 from minitron.errors import InputError, MinitronError, StorageError
 from minitron.storage import committed_folder
+from minitron_platform.cli.commands import main
 from minitron_platform.tracking.registry import models, promote, register, rollback
 from minitron_platform.tracking.server import serve
 
@@ -213,3 +215,60 @@ def test_the_ui_refuses_other_machines_and_ports_in_use(uri: str, tmp_path: Path
     said: list[str] = []
     assert serve("http://tracking.example:5000", str(tmp_path), say=said.append) == 0
     assert said == ["MLflow is at http://tracking.example:5000"]
+
+
+def test_models_and_tags_that_others_wrote_are_listed_and_can_be_promoted(uri: str, tmp_path: Path, caplog) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    weights(tmp_path / "a")
+    for name in ("bob's model", 'the "other" model', "Modèle %_\\"):
+        client.create_registered_model(name)
+        tags = {"minitron.parameters": "many", "minitron.heldout_kl": "nan", "minitron.heldout_loss": "2.5"}
+        client.create_model_version(name, str(tmp_path / "a"), tags=tags)
+        assert promote(uri, name, version="1").version == "1"
+    client.create_registered_model("empty")
+    rows = models(uri)
+    assert [row.name for row in rows] == sorted(["bob's model", 'the "other" model', "Modèle %_\\"])
+    assert {(row.parameters, row.heldout_kl, row.heldout_loss) for row in rows} == {(None, None, 2.5)}
+    assert "the tag minitron.parameters is not a number: 'many'" in caplog.text
+
+
+@pytest.mark.parametrize("history", ["not JSON", "3", '[{"version": 1}]', "[" * 10_000, '["1"]'])
+def test_a_history_that_is_none_is_left_out_and_reported(uri: str, tmp_path: Path, history: str, caplog) -> None:
+    from mlflow import MlflowClient
+
+    for key in ("a", "b"):
+        add(uri, tmp_path / key, key)
+    promote(uri, NAME, version="1")
+    MlflowClient(uri).set_registered_model_tag(NAME, "minitron.history.champion", history)
+    with pytest.raises(InputError, match="has no previous version"):
+        rollback(uri, NAME)
+    assert "is not a history of moves" in caplog.text
+    promote(uri, NAME, version="2")
+    assert rollback(uri, NAME).version == "1"
+
+
+def test_a_version_that_was_deleted_while_it_was_champion_is_rolled_back_from(uri: str, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    for key in ("a", "b", "c"):
+        add(uri, tmp_path / key, key)
+        promote(uri, NAME)
+    client = MlflowClient(uri)
+    client.delete_model_version(NAME, "3")
+    assert champion(uri) == []
+    client.delete_model_version(NAME, "2")
+    assert rollback(uri, NAME).version == "1"
+    with pytest.raises(InputError, match="has no previous version"):
+        rollback(uri, NAME)
+
+
+def test_a_mistyped_storage_is_refused_and_creates_nothing(tmp_path: Path) -> None:
+    runner = CliRunner()
+    for command in (["promote", NAME], ["rollback", NAME], ["ui"], ["models"]):
+        done = runner.invoke(main, [*command, "--storage", str(tmp_path / "mistyped")])
+        if command != ["models"]:
+            assert done.exit_code == 2
+        assert f"{tmp_path}/mistyped/mlflow.db" in done.output
+        assert not list(tmp_path.iterdir())

@@ -1,0 +1,56 @@
+"""The files beside a checkpoint's weights and config, which a pruned checkpoint gets a copy of: tokenizer, licence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from minitron.errors import InputError
+
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+def companions(folder: Path) -> Iterator[Path]:
+    """The companion files of the checkpoint in `folder`. Raises InputError as `check_links` does."""
+    for pattern in COMPANIONS:
+        for file in folder.glob(pattern):
+            if file.is_file():
+                _check_link(folder, file)
+                yield file
+
+
+def check_links(folder: Path) -> None:
+    """Raise InputError for a config or companion file that is a link to a file outside the model: what a stranger's link leads
+    to, such as a private key, would become part of what is made from the model.
+
+    Links into the blobs of the same model in the hub's cache are accepted, and those of weights, which are read as tensors
+    alone.
+    """
+    if (folder / "config.json").exists():
+        _check_link(folder, folder / "config.json")
+    for _ in companions(folder):
+        pass
+
+
+def _check_link(folder: Path, file: Path) -> None:
+    target, root = file.resolve(), folder.resolve()
+    blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else root
+    if not (target.is_relative_to(root) or target.is_relative_to(blobs)):
+        raise InputError(
+            f"{file}: a link to {target}, which is not part of the model",
+            "if the model needs this file, replace the link by a copy; otherwise delete the link",
+        )
