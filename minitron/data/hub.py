@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ def commit(path: str, revision: str | None) -> str:
 
     Raises InputError if there is no such dataset or revision, StorageError if the hub cannot be reached or a link is dangling.
     """
-    if Path(path).is_dir():
+    if is_local_folder(path):
         files = sorted(Path(file) for file in files_below(path))
         stats = {str(file.relative_to(path)): stat for file in files if (stat := file_stat(file))}
         return fingerprint([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()])
@@ -39,16 +40,46 @@ def commit(path: str, revision: str | None) -> str:
         raise _unreachable(path, error) from error
 
 
-def rows(path: str, name: str | None, split: str, revision: str | None) -> Iterator[dict[str, Any]]:
+def is_local_folder(path: str) -> bool:
+    """Whether a dataset is a folder on this machine in the layout of the hub."""
+    return Path(path).is_dir()
+
+
+def num_shards(path: str, name: str | None, split: str, revision: str | None) -> int:
+    """Number of shards, mostly files, that a split consists of; nothing is downloaded but their names. Raises as `rows`."""
+    with _named_errors(path, name, split, revision):
+        return int(_stream(path, name, split, revision).num_shards)
+
+
+def rows(
+    path: str, name: str | None, split: str, revision: str | None, shard: tuple[int, int] = (0, 1)
+) -> Iterator[dict[str, Any]]:
     """Stream the rows of one split in the dataset's order, without downloading it first.
 
-    Raises InputError for an unknown dataset, configuration or split, StorageError when the hub cannot be reached.
+    shard: (number, number of all): a contiguous share of the rows; the number of all is 1, or that of `num_shards`.
+    Raises InputError for an unknown dataset, configuration or split, and for rows that do not have the types of the first
+    ones; StorageError when the hub cannot be reached.
     """
+    with _named_errors(path, name, split, revision):
+        stream = _stream(path, name, split, revision)
+        if shard[1] > 1:
+            stream = stream.shard(num_shards=shard[1], index=shard[0], contiguous=True)
+        yield from stream
+
+
+def _stream(path: str, name: str | None, split: str, revision: str | None) -> Any:
     import datasets
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # no telemetry
+    return datasets.load_dataset(path, name, split=split, revision=revision, streaming=True)
+
+
+@contextmanager
+def _named_errors(path: str, name: str | None, split: str, revision: str | None) -> Iterator[None]:
+    import datasets
+
     try:
-        yield from datasets.load_dataset(path, name, split=split, revision=revision, streaming=True)
+        yield
     except (datasets.exceptions.DatasetsError, ValueError) as error:
         raise InputError(
             f"hub dataset {path!r}, name {name!r}, split {split!r}, revision {revision!r}: {error}",

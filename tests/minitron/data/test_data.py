@@ -18,9 +18,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from minitron.data.documents import Document, TextSource, documents, source_identity
+from minitron.data.documents import Document, documents
 from minitron.data.packing import pack, tokenizer_identity
 from minitron.data.rows import Rows, rows_for_step
+from minitron.data.source_files import source_identity
+from minitron.data.sources import TextSource
 from minitron.errors import InputError, StorageError
 from minitron.storage import manifest
 
@@ -271,7 +273,7 @@ def test_a_source_with_too_little_text_is_refused_with_the_amount_that_it_has(
     one.write_text("the quick brown fox " * 1000)
     with pytest.raises(InputError, match=r"0 of 5 (train|heldout) rows") as error:
         pack(TextSource("text", str(one)), tokenizer, str(tmp_path / "rows"), **(sizes | {"train_rows": 5}))
-    assert "more and shorter documents" in error.value.remedy
+    assert "divide the text into documents" in error.value.remedy
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "one.txt"], "no partial files"
 
 

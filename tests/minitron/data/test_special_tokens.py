@@ -157,7 +157,7 @@ def test_add_bos_overrides_the_tokenizer_and_changes_the_identity_of_the_rows(
 def test_a_long_document_gets_one_beginning_and_so_does_each_of_its_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minitron.data.packing.LONGEST_PIECE", 1000)  # the document is tokenised in pieces
+    monkeypatch.setattr("minitron.data.tokenising.LONGEST_PIECE", 1000)  # the document is tokenised in pieces
     tokenizer = _begun()
     text = "".join(f"line {number}\n" for number in range(1000))
     (tmp_path / "long.txt").write_text(f"{BEGIN}{text}")

@@ -1,0 +1,180 @@
+"""Packing in parts, in any number of processes and after interruptions, gives the rows of packing in one go."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from helpers import tiny
+
+from minitron.data import InParts, TextSource, pack, part_files, parts, tokenising
+from minitron.data.in_parts import in_this_process
+from minitron.data.part_files import tokenise_part
+from minitron.errors import InputError
+from minitron.storage import manifest, read_json
+
+SIZES = {"seq_length": 24, "train_rows": 400, "heldout_rows": 40, "heldout_fraction": None, "shard_rows": 64}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    made = tiny.tokenizer()
+    made.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}<eos>"
+    return made
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of texts in several forms; a tenth of the documents occur twice."""
+    folder = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(0)
+    for name in ("web", "code", "held"):
+        (folder / name).mkdir()
+        texts = tiny.texts(400, seed=len(name))
+        texts = [text if draw.random() > 0.1 else draw.choice(texts[:20]) for text in texts]
+        for start in range(0, len(texts), 150):
+            rows = [{"text": text} if draw.random() > 0.1 else {"text": None} for text in texts[start : start + 150]]
+            lines = [json.dumps(row) for row in rows]
+            (folder / name / f"{start}.jsonl").write_text("\n".join(lines) + "\n" * (start % 2))
+    texts = tiny.texts(600, seed=9)
+    table = pyarrow.table({"chat": [[{"role": "user", "content": text}] for text in texts]})
+    pyarrow.parquet.write_table(table, folder / "chat.parquet", row_group_size=50)
+    long = ["\n".join(tiny.texts(40, seed=seed)) for seed in range(12)]
+    (folder / "long.txt").write_text("\n\n".join([*long, *texts]))
+    return folder
+
+
+def _cases(folder: Path) -> dict[str, tuple[list[TextSource], dict[str, Any]]]:
+    web = TextSource("jsonl", f"{folder}/web", on_missing="skip", min_characters=150)
+    code = TextSource("jsonl", f"{folder}/code", on_missing="skip", weight=0.25)
+    held = TextSource("jsonl", f"{folder}/held/0.jsonl", on_missing="skip")
+    return {
+        "lines": ([web], {}),
+        "beginning of sequence": ([web], {"add_bos": True}),
+        "without duplicates": ([web], {"drop_duplicates": True, "train_rows": 300}),
+        "blend": ([web, code], {"drop_duplicates": True}),
+        "held-out text of its own": ([web], {"heldout": held}),
+        "chats in parquet": ([TextSource("parquet", f"{folder}/chat.parquet", messages="chat")], {}),
+        "long documents": ([TextSource("text", f"{folder}/long.txt", separator="blank-line")], {}),
+        "hub": ([TextSource("hub", f"{folder}/web", on_missing="skip")], {}),
+    }
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts, files, batches and pieces so small that there are many of each."""
+    monkeypatch.setattr(parts, "PART_BYTES", 2500)
+    monkeypatch.setattr(part_files, "BLOCK_TOKENS", 700)
+    monkeypatch.setattr(tokenising, "BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr(tokenising, "LONGEST_PIECE", 1500)
+
+
+@pytest.mark.parametrize("name", _cases(Path()))
+def test_parts_give_the_same_rows(
+    corpus: Path, tokenizer: Any, tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    sources, options = _cases(corpus)[name]
+    options = SIZES | options
+    with ThreadPoolExecutor(3) as pool:
+
+        def run(function: Any, common: Any, jobs: Any) -> Iterator[Any]:
+            ahead = list(jobs)  # more than needed, in another order of completion
+            yield from pool.map(lambda part: function(common, part), ahead)
+
+        counts = {}
+        for way, in_parts in {
+            "one go": None,
+            "one process": InParts(f"{tmp_path}/parts", in_this_process),
+            "three": InParts(f"memory://{tmp_path}/parts", run),
+        }.items():
+            pack(sources, tokenizer, f"{tmp_path}/{way}", in_parts=in_parts, **options)
+            counts[way] = manifest(f"{tmp_path}/{way}")["files"]
+            monkeypatch.setattr(tokenising, "BATCH_CHARACTERS", 3333)
+    assert counts["one go"] == counts["one process"] == counts["three"]
+    assert not (tmp_path / "parts").exists(), "parts are deleted once the rows are written"
+
+
+def test_a_blend_has_the_shares_of_its_weights(corpus: Path, tokenizer: Any, tmp_path: Path) -> None:
+    sources, options = _cases(corpus)["blend"]
+    rows = pack(sources, tokenizer, str(tmp_path / "rows"), **(SIZES | options))
+    tokens = [source["tokens"] for source in rows.index["sources"]]
+    assert sum(source["train"] + source["heldout"] for source in tokens) == 440 * 24
+    longest = 1 + max(len(tokenizer(text)["input_ids"]) for text in tiny.texts(400, seed=3) + tiny.texts(400, seed=4))
+    assert tokens[0]["train"] == pytest.approx(0.8 * 400 * 24, abs=longest)
+    assert rows.index["left_out"]["duplicates"] > 5
+    assert rows.index["left_out"]["missing"] > 5
+
+
+def test_held_out_text_of_its_own_is_in_no_training_row(tokenizer: Any, tmp_path: Path) -> None:
+    texts = tiny.texts(60, seed=3)
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    (tmp_path / "held.jsonl").write_text("\n".join(json.dumps({"text": f" {text}\n"}) for text in texts[:5]))
+    source, held = (TextSource("jsonl", f"{tmp_path}/{name}.jsonl") for name in ("train", "held"))
+    count = sum(1 + len(tokenizer(text)["input_ids"]) for text in texts[:5])
+    sizes = {"seq_length": 16, "train_rows": 100, "heldout_rows": count // 16}
+    rows = pack(source, tokenizer, str(tmp_path / "rows"), heldout=held, **sizes)
+    assert rows.index["left_out"] == {"in_heldout": 5}
+    found = str(rows.take(range(len(rows))).flatten().tolist())
+    ids = [str(tokenizer(text)["input_ids"])[1:-1] for text in texts]
+    assert ids[5] in found
+    assert not any(text in found for text in ids[:5])
+    with pytest.raises(InputError, match=r"the held-out text ends after \d+ of 900 held-out rows") as error:
+        pack(source, tokenizer, str(tmp_path / "more"), heldout=held, **(sizes | {"heldout_rows": 900}))
+    assert "lower heldout_rows to" in error.value.remedy
+
+
+def _pack_until_killed(corpus: Path, tokenizer: Any, target: str, calls: Path, limit: int) -> None:
+    """Pack in parts, and note each part that is tokenised; the process kills itself when it has begun `limit` parts."""
+    source, options = _cases(corpus)["lines"]
+
+    def run(function: Any, common: Any, jobs: Any) -> Iterator[Any]:
+        for part in jobs:
+            if function is tokenise_part and part_files.finished_part(common, part) is None:
+                with calls.open("a") as file:
+                    file.write(f"{part}\n")
+                if len(calls.read_text().splitlines()) == limit:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            yield function(common, part)
+
+    pack(source, tokenizer, target, in_parts=InParts(f"{target}-parts", run), **(SIZES | options))
+
+
+def test_finished_parts_are_not_tokenised_again_after_a_kill(
+    corpus: Path, tokenizer: Any, tmp_path: Path, small_parts: None
+) -> None:
+    calls, target = tmp_path / "calls", str(tmp_path / "rows")
+    arguments = (corpus, tokenizer, target, calls)
+    killed = multiprocessing.get_context("fork").Process(target=_pack_until_killed, args=(*arguments, 6))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    _pack_until_killed(*arguments, limit=-1)
+    begun = calls.read_text().splitlines()
+    assert len(begun) > 8
+    assert sorted(begun) == sorted([*set(begun), begun[5]]), "only the part that was interrupted is done twice"
+    source, options = _cases(corpus)["lines"]
+    pack(source, tokenizer, str(tmp_path / "undisturbed"), **(SIZES | options))
+    assert manifest(target)["files"] == manifest(str(tmp_path / "undisturbed"))["files"]
+
+
+def test_an_error_in_text_that_is_not_needed_stops_nothing(tokenizer: Any, tmp_path: Path, small_parts: None) -> None:
+    lines = [json.dumps({"text": text}) for text in tiny.texts(100)]
+    (tmp_path / "text.jsonl").write_text("\n".join([*lines, "not JSON", *lines]))
+    source = TextSource("jsonl", f"{tmp_path}/text.jsonl")
+    sizes = {"seq_length": 24, "train_rows": 100, "heldout_rows": 5}
+    for name, in_parts in (("one", None), ("parts", InParts(f"{tmp_path}/kept"))):
+        pack(source, tokenizer, f"{tmp_path}/{name}", in_parts=in_parts, **sizes)
+        with pytest.raises(InputError, match=r"text\.jsonl, line 101: not JSON"):
+            pack(source, tokenizer, f"{tmp_path}/{name}-more", in_parts=in_parts, **(sizes | {"train_rows": 900}))
+    assert manifest(f"{tmp_path}/one")["files"] == manifest(f"{tmp_path}/parts")["files"]
+    assert read_json(f"{tmp_path}/one/index.json")["splits"]["train"]["rows"] == 100
