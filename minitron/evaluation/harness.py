@@ -13,7 +13,7 @@ import random
 import statistics
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ from minitron.data import document_tokens
 from minitron.errors import InputError, MinitronError
 from minitron.evaluation.benchmarks import FILTER, METRIC
 from minitron.evaluation.continuations import Continuation, log_likelihoods
+from minitron.evaluation.generated_code import guarded_metrics
 from minitron.evaluation.metrics import Metric, task_metric
 from minitron.evaluation.mode import evaluating
 from minitron.evaluation.requests import DocumentRequests
@@ -161,7 +162,15 @@ def _reported(task: Task, on_failure: OnFailure | None) -> Iterator[None]:
 def _score(scorer: _Scorer, task: Task, name: str, split: str, built: Any) -> Score:
     scorer.begin(min(len(built.task_docs), task.limit or len(built.task_docs)))
     # Standard errors are computed below from the documents' values; lm-eval would bootstrap for some metrics.
-    results = run_harness(scorer, {"tasks": {name: built}}, limit=task.limit, bootstrap_iters=0, log_samples=True)
+    with guarded_metrics() if task.allow_code else nullcontext():
+        results = run_harness(
+            scorer,
+            {"tasks": {name: built}},
+            limit=task.limit,
+            bootstrap_iters=0,
+            log_samples=True,
+            confirm_run_unsafe_code=task.allow_code,  # in a sandbox, see `build`
+        )
     metrics = [key for key in built.aggregation() if any(k.startswith(f"{key},") for k in results["results"][name])]
     metric = METRIC[task.name] if METRIC.get(task.name) in metrics else metrics[0]
     filters = [key.split(",", 1)[1] for key in results["results"][name] if key.startswith(f"{metric},")]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,14 +21,9 @@ ANSWER_TOKENS = 256  # lm-eval's default length of a generated answer
 _INSTALLED_AS = {"sklearn": "scikit-learn", "PIL": "pillow", "bs4": "beautifulsoup4", "yaml": "pyyaml"}
 
 
-def runs_generated_code(config: dict[str, Any], root: Path) -> bool:
-    """Whether a task executes code that the model generates, according to its definition or its metric."""
-    return bool(config.get("unsafe_code")) or any("code_eval" in _metrics(file) for file in _modules(config, root))
-
-
 def check_packages(name: str, config: dict[str, Any], root: Path) -> None:
     """Raise InputError if the definition's Python files import packages that are not installed."""
-    imported = {package for file in _modules(config, root) for package in _imports(file)}
+    imported = {package for file in modules(config, root) for package in _imports(file)}
     missing = sorted(package for package in imported if find_spec(package) is None)
     if missing:
         raise InputError(
@@ -37,18 +32,22 @@ def check_packages(name: str, config: dict[str, Any], root: Path) -> None:
         )
 
 
-def check_metrics(name: str, config: dict[str, Any], root: Path) -> None:
+def check_metrics(name: str, metrics: Sequence[str]) -> None:
     """Raise InputError for metrics of the package `evaluate`, whose code is on the hub, that are neither in the local cache nor
     on the hub."""
-    listed = {str(each["metric"]) for each in config.get("metric_list") or () if each.get("hf_evaluate")}
-    for metric in sorted(listed.union(*(_metrics(file) for file in _modules(config, root)))):
-        if Path(metric).exists():  # evaluate.load would run this file instead of the hub's
-            raise InputError(
-                f"task {name!r}: {metric!r} in the working folder would be run as the metric of that name",
-                "change to another working directory, or rename it",
-            )
+    for metric in metrics:
+        check_metric_file(metric)
         if not (_hub_home() / "modules/evaluate_modules/metrics" / f"evaluate-metric--{metric}").exists():
             _ask_hub(f"evaluate-metric/{metric}", "space", f"task {name!r}: the metric {metric!r}")
+
+
+def check_metric_file(metric: str) -> None:
+    """Raise InputError for a file in the working folder that `evaluate.load` would run instead of the hub's metric."""
+    if Path(metric).exists():
+        raise InputError(
+            f"{metric!r} in the working folder would be run as the metric of that name",
+            "change to another working directory, or rename it",
+        )
 
 
 def check_documents(name: str, config: dict[str, Any]) -> None:
@@ -110,20 +109,20 @@ def _hub_home() -> Path:
     return Path(os.environ.get("HF_HOME") or Path(cache) / "huggingface")
 
 
-def _modules(config: Any, root: Path) -> set[Path]:
+def modules(config: Any, root: Path) -> set[Path]:
     """The Python files that a definition refers to, and lm-eval's task modules that they import."""
     pending = list(_named(config, root))
-    modules: set[Path] = set()
+    known: set[Path] = set()
     while pending:
         file = pending.pop()
-        if file not in modules and file.is_file():
-            modules.add(file)
+        if file not in known and file.is_file():
+            known.add(file)
             pending += [
                 root.parent.parent / f"{module.replace('.', '/')}.py"
                 for module in _imported_modules(file)
                 if module.startswith("lm_eval.tasks.")
             ]
-    return modules
+    return known
 
 
 def _named(config: Any, root: Path) -> Iterator[Path]:
@@ -132,8 +131,30 @@ def _named(config: Any, root: Path) -> Iterator[Path]:
         for value in config.values() if isinstance(config, dict) else config:
             yield from _named(value, root)
     elif isinstance(config, str) and config.startswith(f"{root}{os.sep}") and "\n" not in config:
-        folder, _, function = config.rpartition(os.sep)
-        yield Path(folder) / f"{function.rpartition('.')[0].replace('.', '/')}.py"
+        yield named_function(config, root)[0]
+
+
+def named_function(name: str, root: Path) -> tuple[Path, str]:
+    """The file and the name of a function that a definition refers to. name: FOLDER/module.function.
+
+    As lm-eval resolves it: a module beside the definition, otherwise one of lm-eval's package with its full name.
+    """
+    folder, _, qualified = name.rpartition(os.sep)
+    module, _, function = qualified.rpartition(".")
+    file = Path(folder) / f"{module.replace('.', os.sep)}.py"
+    if not file.exists() and module.startswith("lm_eval."):
+        file = root.parent.parent / f"{module.replace('.', os.sep)}.py"
+    return file, function
+
+
+def check_functions(name: str, config: dict[str, Any], root: Path) -> None:
+    """Raise InputError for a definition whose Python functions are not in lm-eval's package: lm-eval would import a module of
+    that name from anywhere, also from the working folder."""
+    for file in set(_named(config, root)):
+        if not (file.is_file() and file.resolve().is_relative_to(root)):
+            raise InputError(
+                f"task {name!r}: its definition refers to {file}, which is not in lm-eval's package", "leave it out"
+            )
 
 
 def _imports(file: Path) -> set[str]:
@@ -163,7 +184,7 @@ def _imported(body: list[ast.stmt]) -> Iterator[str]:
 
 
 @lru_cache(maxsize=256)
-def _metrics(file: Path) -> frozenset[str]:
+def loaded_metrics(file: Path) -> frozenset[str]:
     """Names of metrics that a file loads with `evaluate.load`."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     names = {

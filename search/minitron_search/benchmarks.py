@@ -49,7 +49,7 @@ class Benchmarks:
     def identity(self) -> dict[str, Any]:
         """Everything besides the model that determines its scores."""
         return {
-            "tasks": [asdict(task) for task in self.tasks],
+            "tasks": [{k: v for k, v in asdict(task).items() if k != "allow_code"} for task in self.tasks],
             "documents": [documents_identity(task.data) for task in self.tasks if task.data],
             "lm_eval": version("lm_eval"),
             **({} if self.add_bos is None else {"add_bos": self.add_bos}),

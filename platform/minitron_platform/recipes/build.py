@@ -57,14 +57,14 @@ def separates_documents(recipe: schema.Recipe) -> bool:
     return chosen_kernel(device()) == "flex" and not on_cpus
 
 
-def lm_eval_tasks(tasks: Iterable[schema.Task]) -> tuple[Task, ...]:
-    """The benchmarks to run."""
-    return tuple(Task(**task.model_dump()) for task in tasks)
+def lm_eval_tasks(tasks: Iterable[schema.Task], allow_code: bool = False) -> tuple[Task, ...]:
+    """The benchmarks to run. allow_code: the recipe's `evaluate.allow_code`."""
+    return tuple(Task(**task.model_dump(), allow_code=allow_code) for task in tasks)
 
 
-def worker_tasks(tasks: Iterable[schema.Task]) -> tuple[Task, ...]:
+def worker_tasks(evaluate: schema.Evaluate) -> tuple[Task, ...]:
     """The benchmarks to run in Ray's workers: with absolute paths, because workers have working directories of their own."""
-    return tuple(_with_absolute_path(task) for task in lm_eval_tasks(tasks))
+    return tuple(_with_absolute_path(task) for task in lm_eval_tasks(evaluate.tasks, evaluate.allow_code))
 
 
 def _with_absolute_path(task: Task) -> Task:
@@ -209,7 +209,7 @@ def benchmarks(recipe: schema.Recipe, tokenizer: str) -> Benchmarks | None:
     if evaluate is None:
         return None
     return Benchmarks(
-        tasks=lm_eval_tasks(evaluate.tasks),
+        tasks=lm_eval_tasks(evaluate.tasks, recipe.evaluate.allow_code),
         keep=evaluate.keep,
         tokenizer=tokenizer,
         batch_rows=recipe.evaluate.batch_rows,

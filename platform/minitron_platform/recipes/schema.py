@@ -288,10 +288,12 @@ class Member(_Section):
 
 
 class Evaluate(_Section):
-    """The final evaluation: lm-eval tasks, and the number of requests in a batch."""
+    """The final evaluation: lm-eval tasks, and the number of requests in a batch. `allow_code`: allow tasks that run programs
+    which the model writes, in a sandbox, and tasks whose metric is Python code from the hub."""
 
     tasks: list[Task] = []
     batch_rows: Positive = 8
+    allow_code: bool = False
 
 
 class Register(_Section):

@@ -157,7 +157,7 @@ class Distill(Stage[DistillOutput]):
                 online=recipe.targets.mode == "online",
                 teacher=TEACHER.get(teacher_kept, recipe.targets.teacher),
                 tasks_every=training.evaluate_tasks_every,
-                tasks=worker_tasks(recipe.evaluate.tasks),
+                tasks=worker_tasks(recipe.evaluate),
                 tasks_batch_rows=recipe.evaluate.batch_rows,
                 add_bos=recipe.data.bos,
             )

@@ -178,7 +178,7 @@ class Evaluate(Stage[EvaluateOutput]):
 def _settings(state: RunState) -> dict[str, Any]:
     """Everything that a model's measurements depend on besides the model."""
     return {
-        "evaluate": state.recipe.evaluate.model_dump(exclude={"batch_rows"}),
+        "evaluate": state.recipe.evaluate.model_dump(exclude={"batch_rows", "allow_code"}),
         "documents": [documents_identity(task.data) for task in state.recipe.evaluate.tasks if task.data],
         "lm_eval": version("lm_eval"),
     }
@@ -204,7 +204,7 @@ def _quality(context: Context, name: str, models: dict[str, nn.Module], folder: 
             **_settings(context),
         }
         path = storage.join(context.locations.storage, "quality", f"{storage.fingerprint(key)}.json")
-    tasks = lm_eval_tasks(context.recipe.evaluate.tasks)
+    tasks = lm_eval_tasks(context.recipe.evaluate.tasks, context.recipe.evaluate.allow_code)
     quality = _read_quality(path)
     results = []  # for the console
     if quality is None:

@@ -113,7 +113,7 @@ PAIRS = {
         {"name": "arc_challenge", "data": "folder", "num_fewshot": 5, "limit": 10},
         lambda recipe, section: build.lm_eval_tasks([section])[0],
         {},
-        {},
+        {"allow_code": "evaluate.allow_code, for all tasks"},
     ),
     "data": Pair(
         schema.Data,

@@ -1,0 +1,152 @@
+"""Benchmarks that execute or evaluate what a model has written: which they are, and their scoring in a sandbox.
+
+Such a definition of lm-eval runs its model's programs itself, with a metric whose code it downloads (`code_eval`), with `exec`
+or `eval`, or it gives answers to a parser of formulas. All its scoring functions are called in a `Sandbox`.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from minitron.errors import InputError, MinitronError
+from minitron.evaluation.requirements import check_metric_file, loaded_metrics, modules, named_function
+from minitron.evaluation.sandbox import Limits, Sandbox, StoppedError
+
+CODE_METRIC = "code_eval"
+_PARSERS = {"sympy", "math_verify", "latex2sympy2", "latex2sympy2_extended"}
+GRADER_SECONDS = 60.0  # longest grading of one document; lm-eval's graders stop sooner by themselves
+# What is graded instead of an answer whose grading failed: a program that fails, and a text without an answer.
+NO_PROGRAM = "raise SystemExit('stopped')"
+NO_ANSWER = ""
+
+
+def runs_generated_code(config: dict[str, Any], root: Path) -> bool:
+    """Whether a task executes or evaluates what the model generates, according to its definition or its Python files."""
+    return bool(config.get("unsafe_code")) or any(_runs_code(file) for file in modules(config, root))
+
+
+def hub_metrics(config: dict[str, Any], root: Path) -> list[str]:
+    """The metrics of the package `evaluate` that a task loads: Python code from the hub. `code_eval` is not among them."""
+    listed = {str(each["metric"]) for each in config.get("metric_list") or () if each.get("hf_evaluate")}
+    return sorted(listed.union(*(loaded_metrics(file) for file in modules(config, root))) - {CODE_METRIC})
+
+
+def sandboxed(task: str, config: dict[str, Any], named: dict[str, Any], root: Path) -> dict[str, Any]:
+    """The definition `config` with its scoring functions called in a sandbox.
+
+    named: the same definition with names of functions instead of the functions. Raises InputError without a sandbox.
+    """
+    if "class" in config:
+        raise InputError(
+            f"task {task!r}: it scores with a class of its own, which cannot run in the sandbox", "leave it out"
+        )
+    sandbox = Sandbox(Limits(), [root])
+    sandbox.start()
+    changed = dict(config)
+    if "process_results" in named:
+        grade = _Scoring(task, sandbox, *named_function(named["process_results"], root))
+
+        def process_results(document: dict[str, Any], results: list[Any]) -> Any:
+            return grade(Arguments((document, results)), Arguments((document, [NO_ANSWER for _ in results])))
+
+        changed["process_results"] = process_results
+    changed["metric_list"] = [
+        {**entry, "metric": _metric(task, sandbox, by_name["metric"], root)} if callable(entry["metric"]) else entry
+        for entry, by_name in zip(config.get("metric_list") or (), named.get("metric_list") or (), strict=True)
+    ]
+    return changed
+
+
+def _metric(task: str, sandbox: Sandbox, name: str, root: Path) -> Callable[..., Any]:
+    """A metric of a task that is computed in the sandbox. It has the name of the function that computes it."""
+    file, function = named_function(name, root)
+    score = _Scoring(task, sandbox, file, function)
+
+    def metric(*, references: list[Any], predictions: list[Any], **settings: Any) -> Any:
+        given = {"references": references, "predictions": predictions, **settings}
+        none = [[NO_PROGRAM for _ in each] if isinstance(each, list) else NO_PROGRAM for each in predictions]
+        return score(Arguments((), given), Arguments((), {**given, "predictions": none}))
+
+    metric.__name__ = function
+    return metric
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Arguments of a call."""
+
+    positional: tuple[Any, ...] = ()
+    keywords: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """A scoring function of a task, which is called in the sandbox."""
+
+    task: str
+    sandbox: Sandbox
+    file: Path
+    function: str
+
+    def __call__(self, given: Arguments, without_answer: Arguments) -> Any:
+        """The result for `given`; that for `without_answer` if the answer made the function fail, or was stopped."""
+        try:
+            return self._call(given)
+        except StoppedError:
+            try:
+                return self._call(without_answer)
+            except StoppedError as error:
+                raise MinitronError(f"task {self.task!r}: its scoring fails in the sandbox: {error.problem}") from error
+
+    def _call(self, arguments: Arguments) -> Any:
+        return self.sandbox.call(
+            self.file, self.function, *arguments.positional, seconds=GRADER_SECONDS, **arguments.keywords
+        )
+
+
+@contextmanager
+def guarded_metrics() -> Iterator[None]:
+    """Inside the context `evaluate.load` runs no file of the working folder, and nothing at all for `code_eval`, which
+    definitions of lm-eval load and try when they are imported."""
+    import evaluate
+
+    load = evaluate.load
+
+    def guarded(path: str, *arguments: Any, **keywords: Any) -> Any:
+        if path == CODE_METRIC:
+            return SimpleNamespace(compute=_never)
+        check_metric_file(path)
+        return load(path, *arguments, **keywords)
+
+    evaluate.load = guarded
+    try:
+        yield
+    finally:
+        evaluate.load = load
+
+
+def _never(**_: Any) -> tuple[dict[str, float], dict[str, Any]]:
+    """code_eval's result for programs that were not run."""
+    return {"pass@1": 0.0}, {}
+
+
+@lru_cache(maxsize=256)
+def _runs_code(file: Path) -> bool:
+    """Whether a file loads code_eval, calls `eval` or `exec`, or imports a parser of formulas."""
+    if CODE_METRIC in loaded_metrics(file):
+        return True
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec"):
+            return True
+        if isinstance(node, ast.Import) and any(alias.name.split(".")[0] in _PARSERS for alias in node.names):
+            return True
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in _PARSERS:
+            return True
+    return False

@@ -1,0 +1,201 @@
+"""Calls scoring functions inside the sandbox; `minitron.evaluation.sandbox` starts it as `python -I worker.py SETTINGS`.
+
+Only the standard library is imported here. SETTINGS is JSON, see `Sandbox`. Requests are lines of JSON on standard input,
+{"file", "function", "arguments", "keywords"}; each is answered with a line on standard output: {"value": …} or {"problem": …}.
+
+Every call runs in a child process, and so does every program that a model has written. When a call ends, all processes that
+it started are killed and its files are deleted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import json
+import math
+import os
+import resource
+import select
+import shutil
+import signal
+import sys
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+ANSWER_BYTES = 1 << 20  # longest result of a call
+FILE_BYTES = 10_000_000  # largest file
+OPEN_FILES = 128
+SET_DUMPABLE = 4  # Linux: prctl's PR_SET_DUMPABLE
+Function = Callable[..., Any]
+
+
+def main(settings: dict[str, Any]) -> None:
+    _limit(settings)
+    sys.path += settings["packages"]
+    sys.modules["evaluate"] = _metrics(settings["seconds"])
+    with os.fdopen(os.dup(0), encoding="utf-8") as requests, os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
+        with open(os.devnull, "r+b") as null:
+            os.dup2(null.fileno(), 0)
+            os.dup2(null.fileno(), 1)
+        answers.write("ready\n")
+        answers.flush()
+        modules: dict[str, types.ModuleType] = {}
+        for line in requests:
+            answers.write(json.dumps(_call(json.loads(line), modules)) + "\n")
+            answers.flush()
+
+
+def _limit(settings: dict[str, Any]) -> None:
+    """Limit this process and its children, and give up root's rights."""
+    for limit, value in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, FILE_BYTES),
+        (resource.RLIMIT_NOFILE, OPEN_FILES),
+        (resource.RLIMIT_AS, settings["memory_bytes"]),
+        (resource.RLIMIT_NPROC, settings["processes"]),
+    ):
+        resource.setrlimit(limit, (value, value))
+    if settings["user"] is not None:
+        os.setgroups([])
+        os.setresgid(settings["user"], settings["user"], settings["user"])
+        os.setresuid(settings["user"], settings["user"], settings["user"])
+    # No other process of this user can then read or change this one's memory and files.
+    ctypes.CDLL(None).prctl(SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def _call(request: dict[str, Any], modules: dict[str, types.ModuleType]) -> dict[str, Any]:
+    """The answer to a request. modules: the loaded ones by file."""
+    try:
+        function = _function(request["file"], request["function"], modules)
+    except Exception as error:  # noqa: BLE001, the other side raises it
+        return {"problem": f"{type(error).__name__}: {error}"}
+
+    def work() -> bytes:
+        try:
+            return json.dumps({"value": function(*request["arguments"], **request["keywords"])}).encode()
+        except BaseException as error:  # noqa: BLE001, the other side raises it
+            return json.dumps({"problem": f"{type(error).__name__}: {error}"[:1000]}).encode()
+
+    text = _in_child(work, request["seconds"], ANSWER_BYTES)
+    _clean_up()
+    try:
+        answer = json.loads(text)
+    except ValueError:
+        answer = None
+    return answer if isinstance(answer, dict) else {"problem": "it was stopped, or it ended the process"}
+
+
+def _function(file: str, name: str, modules: dict[str, types.ModuleType]) -> Function:
+    if file not in modules:
+        spec = importlib.util.spec_from_file_location(f"graded_{len(modules)}", file)
+        if spec is None or spec.loader is None:
+            raise ImportError(file)
+        module = importlib.util.module_from_spec(spec)
+        sys.path.insert(0, os.path.dirname(file))
+        spec.loader.exec_module(module)
+        modules[file] = module
+    function: Function = getattr(modules[file], name)
+    return function
+
+
+def _in_child(work: Callable[[], bytes], seconds: float, most: int) -> bytes:
+    """The bytes that `work` returns in a child process, at most `most`; what there is of them after `seconds`."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.dup2(0, 2)
+            os.dup2(write, 3)
+            os.closerange(4, OPEN_FILES)  # also those on which the other processes talk
+            data = work()
+            while data:
+                data = data[os.write(3, data) :]
+        finally:
+            os._exit(0)
+    os.close(write)
+    deadline = time.monotonic() + seconds
+    received = b""
+    while (
+        len(received) <= most and (left := deadline - time.monotonic()) > 0 and select.select([read], [], [], left)[0]
+    ):
+        part = os.read(read, 1 << 16)
+        if not part:
+            break
+        received += part
+    os.close(read)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return received
+
+
+def _clean_up() -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(-1, signal.SIGKILL)  # everything in the sandbox but this process
+    while True:  # orphans belong to the sandbox's first process, children of this one must be waited for
+        try:
+            os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            break
+    for entry in os.scandir("/tmp"):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path, ignore_errors=True)
+        else:
+            os.unlink(entry.path)
+
+
+def _metrics(seconds: float) -> types.ModuleType:
+    """A stand-in for the package `evaluate`, whose metrics are Python files that it downloads. It has `code_eval`."""
+    module = types.ModuleType("evaluate")
+
+    def load(name: str, *_: Any, **__: Any) -> Any:
+        if name != "code_eval":
+            raise ImportError(f"the metric {name!r} is not available in the sandbox")
+        return types.SimpleNamespace(compute=compute)
+
+    def compute(
+        *, references: list[str], predictions: list[list[str]], k: list[int] | int = 1, **_: Any
+    ) -> tuple[dict[str, float], dict[int, list[tuple[int, dict[str, Any]]]]]:
+        """As the metric of that name: the share of problems that one of k programs solves, and every program's result."""
+        results: dict[int, list[tuple[int, dict[str, Any]]]] = {}
+        for problem, (programs, test) in enumerate(zip(predictions, references, strict=True)):
+            results[problem] = []
+            for number, program in enumerate(programs):
+                passed = _passes(f"{program}\n{test}", seconds)
+                results[problem].append((number, {"passed": passed}))
+        scores = {}
+        for count in [k] if isinstance(k, int) else k:
+            solved = [[result["passed"] for _, result in each] for each in results.values()]
+            if all(len(each) >= count for each in solved):
+                scores[f"pass@{count}"] = sum(_pass_at(count, each) for each in solved) / len(solved)
+        return scores, results
+
+    module.load = load  # type: ignore[attr-defined]
+    return module
+
+
+def _pass_at(k: int, solved: list[bool]) -> float:
+    """Unbiased estimate of the probability that one of k programs is right (Chen et al., arXiv 2107.03374, section 2.1)."""
+    wrong = len(solved) - sum(solved)
+    return 1.0 - math.comb(wrong, k) / math.comb(len(solved), k)
+
+
+def _passes(program: str, seconds: float) -> bool:
+    """Whether a program ends by itself, without an exception, within a time."""
+
+    def work() -> bytes:
+        cpu = math.ceil(seconds)
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
+        try:
+            exec(compile(program, "<program>", "exec"), {})
+        except BaseException:  # noqa: BLE001, whatever it is, the program has failed
+            return b""
+        return b"passed"
+
+    return _in_child(work, seconds, 6) == b"passed"
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,198 @@
+"""Programs that a model writes run in a sandbox, if the user allows it, and reach nothing outside.
+
+Where bubblewrap is not installed or not allowed, nothing runs: an attack is then refused instead of stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+
+import pytest
+from helpers.evaluating import byte_tokenizer, tiny_model, write_jsonl
+
+from minitron.errors import InputError
+from minitron.evaluation import Task, evaluate
+from minitron.evaluation.requests import DocumentRequests
+from minitron.evaluation.sandbox import Limits, Sandbox, StoppedError, check_sandbox
+from minitron_platform import plan
+from minitron_platform.recipes.load import load_recipe
+
+RUNS_PROGRAMS = """
+import evaluate
+def solved(program):
+    return evaluate.load("code_eval").compute(references=[""], predictions=[[program]], k=[1])[0]["pass@1"]
+"""
+
+# Each ends without an exception only if the attack succeeds.
+ATTACKS = {
+    "an endless loop": "while True: pass",
+    "a loop that ignores signals": "import signal, time\nsignal.signal(15, 1)\nsignal.signal(24, 1)\nwhile True: time.sleep(9)",
+    "a fork bomb": "import os, time\nfor _ in range(40):\n    if os.fork() == 0: time.sleep(60)",
+    "threads": "import threading, time\nfor _ in range(40): threading.Thread(target=time.sleep, args=[60]).start()",
+    "10 GB of memory": "bytearray(10 << 30)",
+    "100 MB of files": "for n in range(20): open(f'/tmp/{{n}}', 'wb').write(bytes(5_000_000))",
+    "memory as a file": "open('/dev/shm/a', 'w').write('a')",
+    "reading a file outside": "open({secret!r}).read()",
+    "writing a file outside": "open({secret!r}, 'w').write('replaced')",
+    "a new file beside the system's": "open('/usr/planted', 'w')",
+    "a socket": "import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=2)",
+    "the environment": "import os\nos.environ['MINITRON_TEST_SECRET']",
+    "the environment of the process that started it": "open('/proc/1/environ').read().index('MINITRON_TEST_SECRET')",
+    "the memory of the process that counts": "import os\nopen(f'/proc/{{os.getppid()}}/mem', 'rb+')",
+    "processes outside": "import os\nos.kill({pid}, 0)",
+    "the rights of root": "import os\nos.setuid(0)",
+    "an early end that looks like success": "import os\nos._exit(0)",
+    "the end of the process that counts": "import os\nos.kill(os.getppid(), 9)",
+    "the end of everything": "import os\nos.kill(-1, 9)",
+    "endless output": "while True: print('a' * 9999)",
+}
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory):
+    """Calls a file that runs programs, each of them for half a second at most: whether one was solved."""
+    file = tmp_path_factory.mktemp("runner") / "runner.py"
+    file.write_text(RUNS_PROGRAMS)
+    file.parent.chmod(0o755)  # root's sandbox has the rights of another user
+    sandbox = Sandbox(Limits(seconds=0.5), [file.parent])
+    yield lambda program: sandbox.call(file, "solved", program)
+    sandbox.stop()
+
+
+def has_sandbox() -> bool:
+    try:
+        check_sandbox()
+    except InputError:
+        return False
+    return True
+
+
+def escapes(run, program: str) -> bool:
+    """Whether a program that a sandbox should stop ends well. Without a sandbox it does not run."""
+    try:
+        return run(program) == 1.0
+    except (StoppedError, InputError):
+        return False
+
+
+def test_a_program_runs_or_is_refused_with_the_package_to_install(runner):
+    if has_sandbox():
+        assert runner("open('/tmp/mine', 'w').write('a')") == 1.0
+        assert runner("assert sum([1, 2]) == 4") == 0.0
+        assert runner("assert not __import__('os').path.exists('/tmp/mine')") == 1.0  # what the first one left is gone
+    else:
+        with pytest.raises(InputError, match="there is no sandbox") as refused:
+            runner("pass")
+        assert "apt-get install bubblewrap" in refused.value.remedy
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_is_stopped_and_the_next_program_runs_as_before(name, runner, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINITRON_TEST_SECRET", "secret")
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        attack = ATTACKS[name].format(secret=str(secret), port=server.getsockname()[1], pid=os.getpid())
+        assert not escapes(runner, attack)
+    assert secret.read_text() == "secret"
+    assert escapes(runner, "pass") == has_sandbox()
+
+
+def humaneval(folder) -> Task:
+    documents = [
+        {
+            "task_id": str(n),
+            "prompt": "def add(a, b):\n",
+            "test": "def check(f):\n    assert f(1, 2) == 3",
+            "entry_point": "add",
+        }
+        for n in range(3)
+    ]
+    return Task("humaneval", str(write_jsonl(folder / "documents" / "test.jsonl", documents)))
+
+
+def planted(folder, monkeypatch) -> None:
+    """A working folder with the file that `evaluate.load("code_eval")` runs, and with modules named as lm-eval's."""
+    monkeypatch.chdir(folder)
+    for name in ("code_eval", "utils"):
+        (folder / f"{name}.py").write_text(f"open({str(folder / 'executed')!r}, 'w')\n")
+
+
+def test_humaneval_is_scored_in_the_sandbox_and_no_file_of_the_working_folder_runs(tmp_path, monkeypatch):
+    planted(tmp_path, monkeypatch)
+    answers = ["    return a + b\n", "    import os; os._exit(0)\n", "    return a - b\n"]
+    monkeypatch.setattr(
+        DocumentRequests, "generate_until", lambda self, requests, **_: [answers[r.doc_id] for r in requests]
+    )
+    task = Task("humaneval", humaneval(tmp_path).data, allow_code=True)
+    if has_sandbox():
+        score = evaluate(tiny_model(0), byte_tokenizer(), [task])["humaneval"]
+        assert (score.metric, score.num_documents) == ("pass@1", 3)
+        assert score.value == pytest.approx(1 / 3)
+    else:
+        with pytest.raises(InputError, match="there is no sandbox"):
+            evaluate(tiny_model(0), byte_tokenizer(), [task])
+    assert not (tmp_path / "executed").exists()
+
+
+def test_formulas_and_programs_that_a_grader_evaluates_run_in_the_sandbox(tmp_path, monkeypatch):
+    """cruxeval executes assertions itself, with a guard that a program can walk around."""
+    outside = tmp_path / "outside"
+    answers = ["f(1) == 1", f"f(1) == (open({str(outside)!r}, 'w').close() or 1)"]
+    monkeypatch.setattr(
+        DocumentRequests, "generate_until", lambda self, requests, **_: [answers[r.doc_id] for r in requests]
+    )
+    documents = [{"id": str(n), "code": "def f(x):\n    return x", "input": "1", "output": "1"} for n in range(2)]
+    data = str(write_jsonl(tmp_path / "test.jsonl", documents))
+    task = Task("cruxeval_output", data, allow_code=True)
+    if has_sandbox():
+        assert evaluate(tiny_model(0), byte_tokenizer(), [task])[task.name].value == 0.5
+    else:
+        with pytest.raises(InputError, match="there is no sandbox"):
+            evaluate(tiny_model(0), byte_tokenizer(), [task])
+    assert not outside.exists()
+
+
+@pytest.mark.parametrize("name", ["humaneval", "mbpp", "cruxeval_output", "minerva_math_algebra", "noticia"])
+def test_without_allow_code_nothing_is_run_and_no_module_of_the_task_loaded(name, tmp_path, monkeypatch):
+    """Programs, formulas, and metrics whose code is on the hub."""
+    planted(tmp_path, monkeypatch)
+    before = set(sys.modules)
+    with pytest.raises(InputError, match=rf"task '{name}': (it runs code|its metric '\w+' is Python code)") as refused:
+        evaluate(tiny_model(0), byte_tokenizer(), [Task(name, humaneval(tmp_path).data)])
+    assert "allow_code: true" in refused.value.remedy
+    assert not {
+        module for module in set(sys.modules) - before if module.startswith("lm_eval.tasks.") and "utils" in module
+    }
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_definition_that_names_a_function_outside_lm_eval_is_refused(tmp_path, monkeypatch):
+    """lm-eval imports a module that is not beside the definition from anywhere, also from the working folder."""
+    planted(tmp_path, monkeypatch)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    tasks = tmp_path / "lm_eval" / "tasks"
+    (tasks / "own").mkdir(parents=True)
+    (tasks / "own" / "own.yaml").write_text(
+        "task: own\noutput_type: generate_until\nprocess_docs: !function code_eval.run\n"
+    )
+    monkeypatch.setattr("minitron.evaluation.tasks.tasks_folder", lambda: tasks)
+    sys.modules["minitron.evaluation.tasks"]._definitions.cache_clear()
+    with pytest.raises(InputError, match="which is not in lm-eval's package"):
+        evaluate(tiny_model(0), byte_tokenizer(), [Task("own", allow_code=True)])
+    sys.modules["minitron.evaluation.tasks"]._definitions.cache_clear()
+    assert not (tmp_path / "executed").exists()
+
+
+def test_plan_refuses_a_recipe_with_a_code_task_until_it_allows_code(bench, tmp_path):
+    tasks = f"evaluate.tasks=[{{name: humaneval, data: {humaneval(tmp_path).data}}}]"
+    with pytest.raises(InputError, match=r"evaluate\.tasks\.0: task 'humaneval': it runs code"):
+        plan(load_recipe(str(bench / "recipe.yaml"), [tasks]), storage_path=str(tmp_path / "unused"))
+    recipe = load_recipe(str(bench / "recipe.yaml"), [tasks, "evaluate.allow_code=true"])
+    if has_sandbox():
+        assert plan(recipe, storage_path=str(tmp_path / "unused")).seconds > 0
+    else:
+        with pytest.raises(InputError, match=r"evaluate\.tasks\.0: there is no sandbox"):
+            plan(recipe, storage_path=str(tmp_path / "unused"))
