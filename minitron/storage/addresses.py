@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import fsspec
@@ -10,10 +11,33 @@ from fsspec.core import url_to_fs
 from minitron.errors import StorageError
 
 SCHEMES = ("file", "local", "memory", "s3", "gs", "gcs", "abfs", "az", "hf")
+REMOTE = tuple(scheme for scheme in SCHEMES if scheme not in ("file", "local", "memory"))  # with a bucket or repository
+
+
+def check_address(path: str) -> None:
+    """Raise StorageError for an address that fsspec would read as another one than is meant."""
+    scheme, separator, inner = path.partition("://")
+    mistyped = next((known for known in REMOTE if path.startswith(f"{known}:")), None)
+    if mistyped and not separator:
+        corrected = f"{mistyped}://{path.removeprefix(mistyped).lstrip(':/')}"
+        raise StorageError(
+            f"{path!r}: an address of {mistyped} has two slashes", f"write {corrected}, or ./{path} for a folder"
+        )
+    if scheme in REMOTE and separator and not inner.split("/")[0]:
+        raise StorageError(f"{path!r}: names no bucket", f"write {scheme}://BUCKET/FOLDER")
+    if "::" in path:
+        raise StorageError(
+            f"{path!r}: '::' chains several addresses, which is not supported",
+            "give one address, without '::' in its names",
+        )
+    if "\0" in path:
+        raise StorageError(f"{path!r}: contains a null character", "remove it")
 
 
 def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The filesystem of `path` and the path inside it. Raises StorageError for unsupported schemes and missing drivers."""
+    """The filesystem of `path` and the path inside it. Raises StorageError for unsupported schemes, missing drivers, and what
+    `check_address` refuses."""
+    check_address(path)
     scheme = path.split("://", 1)[0] if "://" in path else "file"
     if scheme not in SCHEMES:
         raise StorageError(f"{path!r}: scheme {scheme!r} is not allowed", f"use one of {', '.join(SCHEMES)}")
@@ -33,7 +57,8 @@ def is_local(path: str) -> bool:
 
 def local_path(path: str) -> Path:
     """The local path of a plain path or file:// address."""
-    return Path(path.split("://", 1)[1] if "://" in path else path).expanduser().absolute()
+    # not Path.expanduser, which raises RuntimeError for a user that does not exist
+    return Path(os.path.expanduser(path.split("://", 1)[1] if "://" in path else path)).absolute()
 
 
 def absolute(path: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from minitron.arguments import check_type
 from minitron.errors import InputError
@@ -22,8 +22,8 @@ def is_loopback(host: str) -> bool:
 def check_jobs_address(address: Any) -> None:
     """Raise InputError unless `address` is one of a Ray Jobs API, http://HOST:8265 or https://HOST, without a password."""
     check_type("address", address, str, "the address of a Jobs API, such as http://HOST:8265")
-    parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    parts = _split(address)
+    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
         raise InputError(
             f"address {address!r}: not the address of a Jobs API",
             "give the address of the head's dashboard, http://HOST:8265 or https://HOST (not ray:// or port 6379)",
@@ -33,6 +33,16 @@ def check_jobs_address(address: Any) -> None:
             f"address of {parts.hostname}: contains a password",
             "remove it, and set RAY_AUTH_TOKEN_PATH to the token's file",
         )
+
+
+def _split(address: str) -> SplitResult | None:
+    """The parts of an address; None for one that has none, such as a port that is not a number."""
+    try:
+        parts = urlsplit(address)
+        _ = parts.port, parts.hostname  # computed, and checked, here
+    except ValueError:
+        return None
+    return parts
 
 
 def check_ray_address(address: Any) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from minitron import storage
+from minitron.errors import InputError
 from minitron_platform.arguments import check_optional_string, path_string
+
+NOT_IN_A_DATABASE_ADDRESS = re.compile(r"\?|%[0-9A-Fa-f]{2}")  # SQLAlchemy ends the path there, or decodes it
 
 
 @dataclass(frozen=True)
@@ -42,14 +46,22 @@ def resolve_locations(storage_path: str | Path | None = None, tracking_uri: str 
     """Absolute locations from the user's arguments.
 
     storage_path: default MINITRON_STORAGE, or ./runs. tracking_uri: default MLFLOW_TRACKING_URI, or a SQLite database in the
-    local folder. Raises InputError for an address whose file system is unknown or not installed, and for a wrong type.
+    local folder. Raises InputError or StorageError for an address that cannot be one, or whose file system is unknown or not
+    installed, and for a wrong type.
     """
     check_optional_string("tracking_uri", tracking_uri)
     if storage_path is not None:
         storage_path = path_string("storage_path", storage_path)
-    root = storage.absolute(storage_path or os.environ.get("MINITRON_STORAGE") or "runs")
-    storage.filesystem(root)
+    given = str(storage_path or os.environ.get("MINITRON_STORAGE") or "runs")
+    storage.filesystem(given)
+    root = storage.absolute(given)
     local = root if storage.is_local(root) else str(Path.home() / ".cache" / "minitron" / storage.fingerprint(root))
     local = str(storage.local_path(local))
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{local}/mlflow.db"
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri and (match := NOT_IN_A_DATABASE_ADDRESS.search(local)):
+        raise InputError(
+            f"storage {local!r}: contains {match[0]!r}, which means something else in the address of MLflow's database",
+            "give another folder, or the address of an MLflow server with --tracking-uri",
+        )
+    uri = uri or f"sqlite:///{local}/mlflow.db"
     return Locations(str(storage.local_path(root)) if storage.is_local(root) else root, local, uri)

@@ -12,6 +12,7 @@ import pytest
 
 from minitron import storage
 from minitron.errors import StorageError
+from minitron_platform.locations import resolve_locations
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -112,11 +113,38 @@ def test_unsupported_schemes_are_refused(path):
         storage.filesystem(path)
 
 
+@pytest.mark.parametrize(
+    ("path", "problem", "remedy"),
+    [
+        ("s3://", "names no bucket", "s3://BUCKET/FOLDER"),
+        ("s3:///folder", "names no bucket", "s3://BUCKET/FOLDER"),
+        ("s3:/bucket/x", "has two slashes", "write s3://bucket/x"),
+        ("gs:bucket", "has two slashes", "write gs://bucket"),
+        ("simplecache::s3://bucket/x", "chains several addresses", "without '::'"),
+        ("runs::2", "chains several addresses", "without '::'"),
+        ("a\0b", "contains a null character", "remove it"),
+    ],
+)
+def test_an_address_that_would_be_read_as_another_one_is_refused(path, problem, remedy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for use in (storage.filesystem, storage.exists, resolve_locations):
+        with pytest.raises(StorageError, match=problem) as refused:
+            use(path)
+        assert remedy in refused.value.remedy
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_home_folder_of_nobody_is_an_ordinary_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert storage.local_path("~nobody-of-this-name/x") == tmp_path / "~nobody-of-this-name" / "x"
+
+
 FULL = """
 import resource, sys, torch
 from safetensors.torch import save_file
 from minitron import storage
 from minitron.errors import StorageError
+from minitron_platform.locations import resolve_locations
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # as if the disk were full after 100 kB
 address = sys.argv[1]
 writers = {

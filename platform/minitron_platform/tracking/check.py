@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import quote
 
 from minitron.environment import environment_variables
 from minitron.errors import InputError
@@ -12,6 +13,7 @@ from minitron_platform.tracking.flusher import create_database, prepare_mlflow, 
 from minitron_platform.tracking.sender import check_not_deleted
 
 TIMEOUT = "10"  # seconds to wait for an answer of the server
+LOCK_SECONDS = 10.0  # to wait for another process that writes to a SQLite database
 PACKAGES = {  # to install for a database driver, by its module
     "psycopg": "'psycopg[binary]'",
     "psycopg2": "psycopg2-binary",
@@ -56,9 +58,12 @@ def check_database(tracking_uri: str) -> None:
 
 def _check_file(database: Path) -> None:
     try:
-        with closing(sqlite3.connect(f"file:{database}?mode=rw", uri=True)) as store:
+        address = f"file:{quote(str(database))}?mode=rw"
+        with closing(sqlite3.connect(address, uri=True, timeout=LOCK_SECONDS)) as store:
             store.execute("SELECT count(*) FROM sqlite_master")
     except sqlite3.DatabaseError as error:
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
+            raise ConnectionError(f"{database} is locked by another process") from error
         raise InputError(
             f"MLflow's database {database} cannot be opened ({error})",
             "check its permissions, give another one with --tracking-uri, or move it elsewhere to start with a new one",
@@ -82,6 +87,11 @@ def _connect(tracking_uri: str) -> None:
     except sqlalchemy.exc.NoSuchModuleError as error:
         raise InputError(
             f"--tracking-uri {redact(tracking_uri)}: {error}", "use postgresql://, mysql+pymysql:// or sqlite:///"
+        ) from error
+    except (sqlalchemy.exc.ArgumentError, ValueError) as error:
+        raise InputError(
+            f"--tracking-uri {redact(tracking_uri)}: not an address of a database",
+            "use postgresql://USER:PASSWORD@HOST:PORT/NAME",
         ) from error
     except sqlalchemy.exc.OperationalError as error:
         reason = str(error.orig)

@@ -16,6 +16,7 @@ from helpers.mlflow_server import free_port, mlflow_server
 from minitron.errors import InputError, MinitronError, StorageError
 from minitron.storage import committed_folder
 from minitron_platform.cli.commands import main
+from minitron_platform.locations import resolve_locations
 from minitron_platform.tracking.registry import models, promote, register, rollback
 from minitron_platform.tracking.server import serve
 
@@ -262,6 +263,24 @@ def test_a_version_that_was_deleted_while_it_was_champion_is_rolled_back_from(ur
     assert rollback(uri, NAME).version == "1"
     with pytest.raises(InputError, match="has no previous version"):
         rollback(uri, NAME)
+
+
+@pytest.mark.parametrize("name", ["a b#c", "100%", "it's", "[1]*", "é;&="])
+def test_mlflows_database_is_in_the_storage_whatever_its_name(tmp_path: Path, empty_database: Path, name: str) -> None:
+    locations = resolve_locations(tmp_path / name)
+    (tmp_path / name).mkdir()
+    shutil.copy(empty_database, tmp_path / name)
+    add(locations.tracking_uri, tmp_path / name / "a", "a")
+    assert [row.version for row in models(locations.tracking_uri, locations.storage)] == ["1"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_storage_whose_name_would_end_the_address_of_mlflows_database_is_refused(tmp_path: Path) -> None:
+    for name, part in (("runs?x=1", r"'\?'"), ("a%20b", "'%20'")):
+        with pytest.raises(InputError, match=f"contains {part}") as refused:
+            resolve_locations(tmp_path / name)
+    assert "--tracking-uri" in refused.value.remedy
+    assert resolve_locations(tmp_path / "runs?x=1", "http://127.0.0.1:5000").storage == f"{tmp_path}/runs?x=1"
 
 
 def test_a_mistyped_storage_is_refused_and_creates_nothing(tmp_path: Path) -> None:

@@ -7,14 +7,17 @@ import shutil
 import sqlite3
 import sys
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from helpers.mlflow_server import free_port
 
-from minitron.errors import InputError, StorageError
+from minitron.errors import InputError, MinitronError, StorageError
 from minitron_platform import load_recipe, plan
+from minitron_platform.addresses import check_jobs_address
 from minitron_platform.tracking.check import check_tracking
+from minitron_platform.tracking.registry import promote
 
 
 @pytest.fixture
@@ -34,6 +37,36 @@ def test_plan_refuses_a_file_that_is_not_a_database(bench, tmp_path):
     recipe = load_recipe(str(bench / "recipe.yaml"))
     with pytest.raises(InputError, match=r"mlflow\.db cannot be opened \(file is not a database\)"):
         plan(recipe, storage_path=str(tmp_path / "runs"), tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+
+
+def test_a_folder_in_the_place_of_the_database_is_refused(tmp_path):
+    (tmp_path / "mlflow.db").mkdir()
+    with pytest.raises(InputError, match=r"mlflow\.db cannot be opened \(unable to open database file\)"):
+        check_tracking(f"sqlite:///{tmp_path}/mlflow.db", "tiny")
+
+
+def test_a_database_that_another_process_writes_to_is_a_warning_for_a_run_and_an_error_for_a_promotion(
+    database, monkeypatch
+):
+    monkeypatch.setattr("minitron_platform.tracking.check.LOCK_SECONDS", 0.1)
+    uri = f"sqlite:///{database}"
+    with closing(sqlite3.connect(database, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        assert "is locked by another process" in check_tracking(uri, "tiny")
+        with pytest.raises(MinitronError, match="is locked by another process"):
+            promote(uri, "tiny")
+
+
+@pytest.mark.parametrize("uri", ["postgresql://user@host:port/name", "mysql+pymysql://[::1", "sqlite+x://"])
+def test_an_address_that_is_none_is_refused(uri):
+    with pytest.raises(InputError):
+        check_tracking(uri, "tiny")
+
+
+@pytest.mark.parametrize("address", ["http://[::1", "http://host:port", "http://:8265", "https://host:99999"])
+def test_an_address_of_a_jobs_api_that_is_none_is_refused(address):
+    with pytest.raises(InputError, match="not the address of a Jobs API"):
+        check_jobs_address(address)
 
 
 def test_tables_of_another_mlflow_version_are_refused_with_the_command_that_upgrades_them(database):
