@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minitron.arguments import check_model, check_rows, check_type
+from minitron.checkpoints.sample import model_sample
 from minitron.data import DocumentBoundaries
 from minitron.errors import InputError
 from minitron.evaluation.mode import evaluating
@@ -16,7 +17,7 @@ from minitron.importance.aggregate import AGGREGATIONS
 from minitron.importance.collector import Collector
 from minitron.importance.distributed import own_batches, own_share, sum_over_processes
 from minitron.importance.layers import LayerScoring, score_layers
-from minitron.importance.scores import ImportanceScores
+from minitron.importance.scores import WEIGHTS, ImportanceScores
 from minitron.models import layers_of
 
 Progress = Callable[[int, int], None]
@@ -76,6 +77,7 @@ def estimate_importance(
             raise InputError(
                 f"tokenizer: missing, but layers are scored on {scoring.task.name}", "give the model's tokenizer"
             )
+    weights = model_sample(model)
     batch_rows = batch_rows or max(1, BATCH_TOKENS // rows.shape[1])
     total = len(own_share(rows)) + sum(scoring.passes(num_layers, len(rows)) for scoring in scorings)
     done = 0
@@ -122,6 +124,7 @@ def estimate_importance(
         removal={metric: blocks for metric, blocks in removal.items() if blocks},
         orders=orders,
         provenance={
+            WEIGHTS: weights,
             "rows": len(rows),
             "seq_length": rows.shape[1],
             "batch_aggregation": batch_aggregation,

@@ -15,6 +15,8 @@ from torch import Tensor
 from minitron.errors import InputError, StorageError
 from minitron.storage import write_bytes
 
+WEIGHTS = "weights"  # key of the provenance: the sample of the model's weights, see `minitron.checkpoints.sample`
+
 
 @dataclass(frozen=True)
 class ImportanceScores:

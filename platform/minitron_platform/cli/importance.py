@@ -70,16 +70,25 @@ def scores_file(console: Console, path: Path) -> Path:
 
     Raises InputError for a folder without scores.
     """
+    newest, *others = calibrations(path)
+    for file in others:
+        console.say(f"[dim]older: {escape(str(file))}[/]")
+    return newest
+
+
+def calibrations(path: Path) -> list[Path]:
+    """The scores files at `path`: the file itself, or those of a storage folder, the newest first.
+
+    Raises InputError for a folder without scores.
+    """
     from minitron.errors import InputError
 
     if path.is_file():
-        return path
-    files = sorted(path.glob("stages/calibrate/*/scores.safetensors"), key=lambda file: file.stat().st_mtime)
+        return [path]
+    files = sorted(path.glob("stages/calibrate/*/scores.safetensors"), key=lambda file: -file.stat().st_mtime)
     if not files:
         raise InputError(
             f"{path}: the folder has no stages/calibrate/*/scores.safetensors",
             "give a scores.safetensors file, or the storage of a run that has finished its calibrate stage",
         )
-    for file in files[:-1]:
-        console.say(f"[dim]older: {escape(str(file))}[/]")
-    return files[-1]
+    return files

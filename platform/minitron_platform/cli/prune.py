@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,7 +17,16 @@ from minitron import storage
 from minitron.architecture import AXES
 from minitron.errors import InputError
 from minitron_platform.cli.prune_request import Request, layer_numbers, ranges
-from minitron_platform.cli.prune_sources import CONFIG, HUB_FILES, check_scores, local_model, local_scores
+from minitron_platform.cli.prune_sources import (
+    CONFIG,
+    HUB_FILES,
+    check_outside,
+    check_same_model,
+    choose_scores,
+    local_model,
+    local_scores,
+    sample_of,
+)
 from minitron_platform.console import Console, seconds
 
 if TYPE_CHECKING:
@@ -71,6 +81,7 @@ def _size_options(command: Callable[..., None]) -> Callable[..., None]:
     type=click.Choice(["+1", "-1"]),
     help="Add removed query heads to kept ones, with this sign. [default: off]",
 )
+@click.option("--allow-other-scores", is_flag=True, help="Accept scores of a model of this shape with other weights.")
 def prune(
     model: str,
     out: str,
@@ -84,6 +95,7 @@ def prune(
     depth: str | None,
     metric: str | None,
     merge_heads: str | None,
+    allow_other_scores: bool,
     **sizes: int | None,
 ) -> None:
     """Prune MODEL to a smaller checkpoint and write it to OUT, a new folder.
@@ -103,6 +115,7 @@ def prune(
     console = Console()
     if storage.exists(out):
         raise InputError(f"{out} exists", "give a new folder, or delete it")
+    check_outside(model, out)
     request = Request(
         sizes={name: size for name, size in sizes.items() if size is not None},
         parameters=parameters,
@@ -113,16 +126,19 @@ def prune(
         depth=depth,
         metric=metric,
     )
-    file = local_scores(scores, console)
-    console.say(f"scores  {escape(str(file))}")
+    files = local_scores(scores)
     with console.working("reading"):
         from minitron.architecture.hardware import hardware_notes
-        from minitron.importance import ImportanceScores
         from minitron.models import check_contents, source_architecture
 
-        loaded_scores = ImportanceScores.load(file)
-        base, _ = source_architecture(local_model(model, revision, CONFIG))
-    check_scores(loaded_scores, base, file)
+        config = local_model(model, revision, CONFIG)
+        base, _ = source_architecture(config)
+        check_contents(model, revision)
+        loaded_scores, file = choose_scores(files, base, sample_of(config))
+    console.say(f"scores  {escape(str(file))}")
+    for other in files:
+        if other != file:
+            console.say(f"[dim]not used: {escape(str(other))}[/]")
     target = request.shape(base)
     kept, reason = request.layers_to_keep(loaded_scores, base, target)
     console.table(_shapes(base, target))
@@ -134,14 +150,21 @@ def prune(
         console.say(f"layers kept: {ranges(kept)} ({escape(reason)})")
     for note in hardware_notes(base, target):
         console.say(f"[yellow]note[/]  {escape(note)}")
-    check_contents(model, revision)
     with console.working("downloading"):
         source = local_model(model, revision, HUB_FILES)
+
+    def compare(sample: str) -> None:
+        if note := check_same_model(loaded_scores, sample, file, allow_other=allow_other_scores):
+            console.say(f"[yellow]note[/]  {escape(note)}")
+
     sign = int(merge_heads or 0)
     if source.endswith(".gguf"):
         console.say(f"{escape(model)} is loaded as a whole, in float32")
-        _prune_in_memory(console, source, out, target, loaded_scores, kept, sign)
+        _prune_in_memory(console, source, out, target, loaded_scores, kept, sign, compare)
     else:
+        from minitron.checkpoints.sample import checkpoint_sample
+
+        compare(checkpoint_sample(Path(source)))
         console.say(f"{escape(source)} is read one tensor at a time")
         from minitron.pruning.streaming import prune_checkpoint
 
@@ -167,15 +190,25 @@ def _shapes(base: Architecture, target: Architecture) -> Table:
 
 
 def _prune_in_memory(
-    console: Console, source: str, out: str, target: Architecture, scores: ImportanceScores, kept: list[int], sign: int
+    console: Console,
+    source: str,
+    out: str,
+    target: Architecture,
+    scores: ImportanceScores,
+    kept: list[int],
+    sign: int,
+    compare: Callable[[str], None],
 ) -> None:
-    """Prune a model that has to be loaded as a whole. kept: its layers that are kept. sign: of merged heads; 0 for none."""
+    """Prune a model that has to be loaded as a whole. kept: its layers that are kept. sign: of merged heads; 0 for none.
+    compare: refuses the sample of another model's weights."""
+    from minitron.checkpoints.sample import model_sample
     from minitron.models import load_source, save_model
     from minitron.pruning import prune as prune_model
 
     with console.working("pruning"):
         console.status("loading")
         loaded, tokenizer = load_source(source)
+        compare(model_sample(loaded))
         console.status("pruning")
         student = prune_model(loaded, target, scores, layers=kept, merge_heads=sign)
         console.status("writing")

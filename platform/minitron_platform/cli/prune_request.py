@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from minitron.arguments import short_repr
 from minitron.errors import InputError
 
 if TYPE_CHECKING:
     from minitron.architecture import Architecture
     from minitron.importance import ImportanceScores
+
+MOST_LAYERS = 10_000  # no model has as many
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,10 @@ class Request:
 
         Raises InputError if it is larger than `base` in a dimension, or if a layer in --layers does not exist in `base`.
         """
+        with named_by_option({*self.sizes, "parameters"}):
+            return self._shape(base)
+
+    def _shape(self, base: Architecture) -> Architecture:
         from minitron.architecture.published import published
         from minitron.architecture.sizing import architecture_for
 
@@ -108,18 +116,34 @@ class Request:
         return kept, reason
 
 
+@contextmanager
+def named_by_option(names: Collection[str]) -> Iterator[None]:
+    """Write an InputError that begins with one of the fields `names`, such as "hidden_size: ...", with the option's name."""
+    try:
+        yield
+    except InputError as error:
+        field, colon, rest = error.problem.partition(": ")
+        if not colon or field not in names:
+            raise
+        raise InputError(f"--{field.replace('_', '-')}: {rest}", error.remedy) from error
+
+
 def layer_numbers(text: str) -> list[int]:
     """The layers in a text such as "0-2,5": [0, 1, 2, 5]. Raises InputError unless they are numbers in ascending order."""
     parts = text.replace(" ", "").split(",")
     numbers: list[int] = []
     for part in parts:
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part, re.ASCII)
         if not match:
-            raise InputError(f"--layers: {part!r} is not a layer or a range", "give layers such as 0-14,31")
-        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+            raise InputError(f"--layers: {short_repr(part)} is not a layer or a range", "give layers such as 0-14,31")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first or last > MOST_LAYERS:
+            raise InputError(f"--layers: {part} is not a range of layers", f"go up, and to {MOST_LAYERS:,} at most")
+        numbers += range(first, last + 1)
     if not numbers or numbers != sorted(set(numbers)):
         raise InputError(
-            f"--layers: {text} is not in ascending order", "give every layer once, in order, such as 0-14,31"
+            f"--layers: {short_repr(text)} is not in ascending order",
+            "give every layer once, in order, such as 0-14,31",
         )
     return numbers
 

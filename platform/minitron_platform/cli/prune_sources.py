@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from minitron import storage
 from minitron.errors import InputError
-from minitron_platform.cli.importance import scores_file
-from minitron_platform.console import Console
+from minitron_platform.cli.importance import calibrations
 
 if TYPE_CHECKING:
     from minitron.architecture import Architecture
@@ -63,8 +62,27 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def local_scores(address: str, console: Console) -> Path:
-    """Local path of the scores file: `address` itself, a local copy if it is remote, or the newest one of a local storage.
+def check_outside(model: str, out: str) -> None:
+    """Raise InputError for a target inside the folder of the model, which transformers would read as part of it."""
+    if not (storage.is_local(model) and storage.is_local(out)):
+        return
+    source = storage.local_path(model).resolve()
+    target = storage.local_path(out).resolve()
+    if source.is_dir() and target.is_relative_to(source):
+        raise InputError(f"{out} is inside the model's folder {model}", "give a folder outside it")
+
+
+def sample_of(model: str) -> str | None:
+    """The sample of the weights in a local folder; None for a .gguf file and for a folder without weights."""
+    from minitron.checkpoints.headers import has_safetensors
+    from minitron.checkpoints.sample import checkpoint_sample
+
+    folder = Path(model)
+    return checkpoint_sample(folder) if folder.is_dir() and has_safetensors(folder) else None
+
+
+def local_scores(address: str) -> list[Path]:
+    """Local paths of scores files: `address` itself, a local copy if it is remote, or those of a local storage, newest first.
 
     Raises InputError for an address that does not exist, a remote folder, and a folder without scores.
     """
@@ -73,13 +91,63 @@ def local_scores(address: str, console: Console) -> Path:
             f"--scores: {address} does not exist", "compute scores first: `minitron run RECIPE --until calibrate`"
         )
     if storage.is_local(address):
-        return scores_file(console, storage.local_path(address))
+        return calibrations(storage.local_path(address))
     fs, inner = storage.filesystem(address)
     if fs.isdir(inner):
         raise InputError(
             f"--scores: {address} is a remote folder", f"give the file: {address}/stages/calibrate/…/scores.safetensors"
         )
-    return storage.fetch_file(address)
+    return [Path(storage.fetch_file(address))]
+
+
+def choose_scores(files: Sequence[Path], base: Architecture, sample: str | None) -> tuple[ImportanceScores, Path]:
+    """The newest scores of the model with the architecture `base`, and their file.
+
+    sample: of the model's weights; None if it is not known yet. Scores with this sample come before those that record none, and
+    scores with another one are last. Raises InputError if no file's scores have the shapes of `base`.
+    """
+    from minitron.importance import ImportanceScores
+
+    fitting: list[tuple[ImportanceScores, Path]] = []
+    problem: InputError | None = None
+    for file in files:
+        scores = ImportanceScores.load(file)
+        try:
+            check_scores(scores, base, file)
+        except InputError as error:
+            problem = problem or error
+        else:
+            fitting.append((scores, file))
+    if not fitting:
+        assert problem is not None
+        raise problem
+    return min(fitting, key=lambda each: _distance(each[0], sample))
+
+
+def _distance(scores: ImportanceScores, sample: str | None) -> int:
+    """0 for scores of the model with this sample, 1 if that is not known, 2 for those of another model."""
+    from minitron.importance.scores import WEIGHTS
+
+    recorded = scores.provenance.get(WEIGHTS)
+    if sample is None or recorded is None:
+        return 1
+    return 0 if recorded == sample else 2
+
+
+def check_same_model(scores: ImportanceScores, sample: str, file: Path, *, allow_other: bool) -> str | None:
+    """Raise InputError for scores that were computed on a model with other weights than those of `sample`.
+
+    Returns a note if that is not known, or allowed by `allow_other`.
+    """
+    distance = _distance(scores, sample)
+    if distance == 1:
+        return f"{file} does not record the model that it was computed on; only its shapes were compared"
+    if distance == 2 and not allow_other:
+        raise InputError(
+            f"--scores: {file} was computed on a model of this shape with other weights",
+            "give the scores that were computed for this model, or add --allow-other-scores",
+        )
+    return f"{file} was computed on a model with other weights" if distance == 2 else None
 
 
 def check_scores(scores: ImportanceScores, base: Architecture, file: Path) -> None:

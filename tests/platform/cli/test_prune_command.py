@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -13,7 +14,8 @@ from click.testing import CliRunner
 from helpers import tiny
 from helpers.command import run_minitron
 
-from minitron import prune
+from minitron import estimate_importance, prune
+from minitron.checkpoints.sample import checkpoint_sample, model_sample
 from minitron.models import load_model
 from minitron_platform.cli.commands import main
 
@@ -178,13 +180,16 @@ def test_prune_merges_heads_on_request(folder):
             "pruned from Mistral NeMo 12B; this model differs from Mistral NeMo 12B in num_layers",
         ),
         (("--like", "minitron-9b"), "did you mean minitron-"),
-        (("--parameters", "1e12"), "parameters: 1,000,000,000,000"),
-        (("--hidden-size", "512"), "hidden_size: 512 is larger than the model's 256"),
+        (("--parameters", "1e12"), "--parameters: 1,000,000,000,000"),
+        (("--hidden-size", "512"), "--hidden-size: 512 is larger than the model's 256"),
         (("--layers", "0-x"), "'0-x' is not a layer or a range"),
+        (("--layers", "0-9999999999"), "--layers: '0-9999999999' is not a layer or a range"),
+        (("--layers", "0-999999999"), "--layers: 0-999999999 is not a range of layers"),
+        (("--layers", "3-1,4"), "--layers: 3-1 is not a range of layers"),
         (("--layers", "3,1"), "is not in ascending order"),
         (("--layers", "0-9"), "--layers: the model has no layer 9, only 5 layers"),
         (("--layers", ""), "'' is not a layer or a range"),
-        (("--num-layers", "8"), "num_layers: 8 is larger than the model's 5"),
+        (("--num-layers", "8"), "--num-layers: 8 is larger than the model's 5"),
         (("--num-layers", "3", "--layers", "0-1"), "--layers: 0-1 are 2 layers, but --num-layers keeps 3"),
         (("--parameters", "2e6", "--layers", "0-1"), "--layers: 0-1 are 2 layers, but --parameters keeps 5"),
         (("--parameters", "nan"), "--parameters: nan is not a valid number of parameters"),
@@ -229,6 +234,58 @@ def test_scores_of_another_model_are_refused(folder, tmp_path, changes, said):
     assert result.exit_code == 2
     assert said in " ".join(result.output.split())
     assert not (tmp_path / "refused").exists()
+
+
+@pytest.fixture(scope="module")
+def brothers(folder, tmp_path_factory):
+    """Two models of one shape, base and tuned, the scores of each in a storage, and a smaller model with newer scores there."""
+    runs = tmp_path_factory.mktemp("brothers")
+    tuned = load_model(folder / "model")
+    with torch.no_grad():
+        tuned.model.layers[1].self_attn.q_proj.weight[0] *= 1.05
+    tuned.save_pretrained(runs / "tuned")
+    tiny.tokenizer().save_pretrained(runs / "tuned")
+    others = {"base": load_model(folder / "model"), "tuned": tuned, "smaller": tiny.model("mistral")}
+    for age, (name, model) in enumerate(others.items()):
+        file = runs / "stages/calibrate" / name / "scores.safetensors"
+        file.parent.mkdir(parents=True)
+        estimate_importance(model, tiny.rows(2)).save(file)
+        os.utime(file, (age, age))
+    return runs
+
+
+def test_scores_of_a_storage_are_chosen_by_the_model(folder, brothers):
+    for name, model in (("base", folder / "model"), ("tuned", brothers / "tuned")):
+        result = call(folder, "--num-layers", "4", "--scores", str(brothers), out=brothers / f"{name}-out", model=model)
+        assert result.exit_code == 0, result.output
+        assert f"scores {brothers}/stages/calibrate/{name}/scores.safetensors" in " ".join(result.output.split())
+        assert "note" not in result.output.replace("KV", "")
+
+
+def test_scores_of_a_model_of_the_same_shape_are_refused_unless_allowed(folder, brothers):
+    scores = ("--scores", str(brothers / "stages/calibrate/base/scores.safetensors"))
+    target = brothers / "refused"
+    result = call(folder, "--num-layers", "4", *scores, out=target, model=brothers / "tuned")
+    assert result.exit_code == 2
+    assert "base/scores.safetensors was computed on a model of this shape with other weights" in result.output
+    assert not target.exists()
+    result = call(folder, "--num-layers", "4", *scores, "--allow-other-scores", out=target, model=brothers / "tuned")
+    assert result.exit_code == 0, result.output
+    assert "was computed on a model with other weights" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_has_the_same_sample_in_every_dtype(tmp_path, dtype):
+    model = tiny.model("qwen3_moe", tied=False).to(dtype)
+    model.save_pretrained(tmp_path)
+    assert checkpoint_sample(tmp_path) == model_sample(model) == model_sample(model.float())
+
+
+def test_a_target_inside_the_model_is_refused(folder):
+    result = call(folder, "--num-layers", "4", out="model/pruned")
+    assert result.exit_code == 2
+    assert "is inside the model's folder" in result.output
+    assert not (folder / "model/pruned").exists()
 
 
 def test_scores_without_experts_are_refused_for_a_mixture(tmp_path):
