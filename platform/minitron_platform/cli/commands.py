@@ -6,7 +6,6 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import click
@@ -15,11 +14,11 @@ from rich.markup import escape
 from minitron import __version__
 from minitron.errors import MinitronError, NotWritableError
 from minitron_platform.cli.importance import importance
+from minitron_platform.cli.models import UNVERIFIED_HELP, models
+from minitron_platform.cli.options import STORAGE_HELP, TRACKING_HELP, tracking_options
 from minitron_platform.cli.prune import prune
 from minitron_platform.console import Console, seconds
 
-STORAGE_HELP = "Folder or fsspec address for all results. [default: ./runs]"
-TRACKING_HELP = "Address of MLflow's server or database. [default: SQLite in the storage]"
 ADDRESS_HELP = "Address of the cluster's Ray Jobs API: http://HOST:8265."
 INSECURE_HELP = "Allow an unencrypted address of another machine without a token."
 TAKE_OVER_HELP = "If another driver is running this recipe, take the run over instead of waiting."
@@ -99,20 +98,6 @@ def _recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(options):
         function = option(function)
     return function
-
-
-def _tracking_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options for the location of MLflow; the command gets them as `locations`."""
-
-    @click.option("--storage", "storage_path", metavar="PATH", envvar="MINITRON_STORAGE", help=STORAGE_HELP)
-    @click.option("--tracking-uri", metavar="URI", envvar="MLFLOW_TRACKING_URI", help=TRACKING_HELP)
-    @wraps(function)
-    def wrapped(storage_path: str | None, tracking_uri: str | None, **rest: Any) -> Any:
-        from minitron_platform.locations import resolve_locations
-
-        return function(locations=resolve_locations(storage_path, tracking_uri), **rest)
-
-    return wrapped
 
 
 def _known_stage(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
@@ -447,60 +432,34 @@ def stop(job: str, address: str, insecure: bool) -> None:
 
 
 @main.command()
-@_tracking_options
-def models(locations: Any) -> None:
-    """List the registered models."""
-    from rich.table import Table
-
-    from minitron.evaluation.metrics import KL, LOSS
-    from minitron_platform.tracking.registry import models as registered
-
-    versions = registered(locations.tracking_uri, locations.storage)
-    if not versions:
-        click.echo(f"no models in {locations.tracking_uri}; `minitron run` registers one")
-        return
-    table = Table(caption=f"KL to the teacher and held-out loss in {KL.unit}", caption_justify="left")
-    for title in ("model", "version", "parameters", "KL", "loss", "registered"):
-        table.add_column(title, no_wrap=True)
-    for row in versions:
-        table.add_row(
-            row.name,
-            row.version,
-            f"{row.parameters / 1e6:,.1f}M" if row.parameters else "",
-            KL.text(row.heldout_kl) if row.heldout_kl is not None else "",
-            LOSS.text(row.heldout_loss) if row.heldout_loss is not None else "",
-            f"{row.created:%Y-%m-%d %H:%M}",
-        )
-    console = Console()
-    console.table(table)
-    for row in versions:
-        aliases = f" ({', '.join(row.aliases)})" if row.aliases else ""
-        console.say(escape(f"{row.name} {row.version}{aliases}: {row.source}"))
-        if row.tasks:
-            console.say(escape(f"  {' · '.join(f'{task} {score}' for task, score in row.tasks.items())}"))
-
-
-@main.command()
 @click.argument("model")
 @click.option("--version", metavar="N", help="Version to promote. [default: the one with the alias 'candidate']")
 @click.option("--alias", default="champion", show_default=True, help="Alias to move.")
-@_tracking_options
-def promote(locations: Any, model: str, version: str | None, alias: str) -> None:
+@click.option("--unverified", is_flag=True, help=UNVERIFIED_HELP)
+@tracking_options
+def promote(locations: Any, model: str, version: str | None, alias: str, unverified: bool) -> None:
     """Point an alias of MODEL at a version.
 
-    The weights of the version are verified first.
+    The content of its weights is compared first with what was registered.
     """
     from minitron_platform.tracking.registry import promote as promote_model
 
     _print_promotion(
-        promote_model(locations.tracking_uri, model, version=version, alias=alias, storage_root=locations.storage)
+        promote_model(
+            locations.tracking_uri,
+            model,
+            version=version,
+            alias=alias,
+            storage_root=locations.storage,
+            unverified=unverified,
+        )
     )
 
 
 @main.command()
 @click.argument("model")
 @click.option("--alias", default="champion", show_default=True, help="Alias to move.")
-@_tracking_options
+@tracking_options
 def rollback(locations: Any, model: str, alias: str) -> None:
     """Point an alias of MODEL at its previous version.
 
@@ -520,7 +479,7 @@ def _print_promotion(promotion: Any) -> None:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=5000, show_default=True, help="Port to listen on.")
 @click.option("--insecure", is_flag=True, help="Allow a host that other machines can reach.")
-@_tracking_options
+@tracking_options
 def ui(locations: Any, host: str, port: int, insecure: bool) -> None:
     """Start MLflow's web interface for the experiments and models."""
     from minitron_platform.tracking.flusher import check_exists
@@ -533,6 +492,7 @@ def ui(locations: Any, host: str, port: int, insecure: bool) -> None:
 
 
 main.add_command(importance)
+main.add_command(models)
 main.add_command(prune)
 
 

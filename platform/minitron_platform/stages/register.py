@@ -21,6 +21,7 @@ from minitron_platform.stages.teacher import Teacher
 from minitron_platform.tracking import registry
 from minitron_platform.tracking.flusher import redact, sqlite_path
 from minitron_platform.tracking.registry import TASK_TAG
+from minitron_platform.tracking.version_weights import PATH_TAG
 
 
 class RegisterOutput(StageOutput):
@@ -65,7 +66,7 @@ class Register(Stage[RegisterOutput]):
             "minitron.version": minitron.__version__,
             "minitron.recipe": context.recipe.name,
             "minitron.run": context.run_key,
-            registry.PATH_TAG: relative(context.locations.storage, distilled.student).removeprefix(INSIDE),
+            PATH_TAG: relative(context.locations.storage, distilled.student).removeprefix(INSIDE),
             "minitron.teacher": context.recipe.teacher.model,
             "minitron.teacher_sha256": json.dumps(teacher.sha256, sort_keys=True),
             "minitron.teacher_corrected": str(context.output(Correct).corrected),

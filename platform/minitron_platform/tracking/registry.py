@@ -14,31 +14,33 @@ import logging
 import math
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron.arguments import short_repr
 from minitron.environment import environment_variables
 from minitron.errors import InputError, MinitronError, StorageError
-from minitron.names import check_name
 from minitron.storage import MANIFEST, absolute, is_committed, is_local, join, local_path, manifest, read_bytes, verify
 from minitron_platform.tracking.alias_history import HISTORY_TAG, earlier_versions, moves_of
 from minitron_platform.tracking.aliases import check_alias
 from minitron_platform.tracking.check import check_database
 from minitron_platform.tracking.flusher import create_database, prepare_mlflow, redact, sqlite_path
+from minitron_platform.tracking.version_weights import (
+    MANIFEST_TAG,
+    check_weights,
+    copy_weights,
+    location,
+    uploaded_sizes,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
 
-MANIFEST_TAG = "minitron.manifest_sha256"
-PATH_TAG = "minitron.storage_path"  # path of the weights relative to the storage
 TASK_TAG = "minitron.task."  # followed by a benchmark's name; the value is its score, such as "acc 47.5 ± 4.6 %"
 HISTORY_KEPT = 500  # promotions; a tag of MLflow has at most 100,000 characters
 CANDIDATE = "candidate"
@@ -153,12 +155,19 @@ def _same_weights(versions: list[Any], manifest_sha256: str) -> list[Any]:
 
 
 def promote(
-    tracking_uri: str, name: str, *, version: str | None = None, alias: str = CHAMPION, storage_root: str | None = None
+    tracking_uri: str,
+    name: str,
+    *,
+    version: str | None = None,
+    alias: str = CHAMPION,
+    storage_root: str | None = None,
+    unverified: bool = False,
 ) -> Promotion:
-    """Point `alias` at a version after verifying its weights.
+    """Point `alias` at a version after comparing the content of its weights with what was registered.
 
     version: by default the version with the alias `candidate`. storage_root: current location of the storage, in case it was
-    moved after the weights were registered.
+    moved after the weights were registered. unverified: allow a version whose tag with the SHA-256 of the registered weights is
+    missing; anybody who can write to the registry can delete it.
     Raises InputError for an alias that MLflow does not allow and for an unknown model or version, StorageError for a missing or
     altered file of the weights, MinitronError if the registry does not answer.
     """
@@ -167,7 +176,7 @@ def promote(
         model = _model(client, name)
         if version is None:
             version = _aliased_version(model, CANDIDATE)
-        return _move(client, model, str(version), alias, storage_root)
+        return _move(client, model, str(version), alias, storage_root, unverified=unverified)
 
 
 def rollback(tracking_uri: str, name: str, *, alias: str = CHAMPION, storage_root: str | None = None) -> Promotion:
@@ -241,7 +250,7 @@ def models(tracking_uri: str, storage_root: str | None = None) -> list[ModelRow]
                             for tag, text in sorted(version.tags.items())
                             if tag.startswith(TASK_TAG)
                         },
-                        source=_weights(version, storage_root),
+                        source=location(version, storage_root),
                         run_id=version.run_id or None,
                     )
                 )
@@ -249,14 +258,17 @@ def models(tracking_uri: str, storage_root: str | None = None) -> list[ModelRow]
 
 
 def _move(
-    client: MlflowClient, model: Any, version: str, alias: str, storage_root: str | None, rolled_back: bool = False
+    client: MlflowClient,
+    model: Any,
+    version: str,
+    alias: str,
+    storage_root: str | None,
+    *,
+    rolled_back: bool = False,
+    unverified: bool = False,
 ) -> Promotion:
     """Verify a version's weights, point the alias at it, and record that in the history of the alias."""
-    existing = {str(each.version): each for each in _versions(client, model.name)}
-    if version not in existing:
-        known = ", ".join(sorted(existing, key=int)) or "none"
-        raise InputError(f"model {model.name!r} has no version {version!r}", f"choose one of: {known}")
-    _verify_weights(client, existing[version], storage_root)
+    check_weights(client, _version(client, model.name, version), storage_root, unverified=unverified)
     current = model.aliases.get(alias)
     previous = None if current is None else str(current)
     if previous != version:
@@ -271,42 +283,38 @@ def _move(
     return Promotion(model.name, version, alias, previous)
 
 
-def _weights(version: Any, storage_root: str | None) -> str:
-    """Location of a version's weights: in the storage at `storage_root` if they are there, else where they were registered."""
-    path = version.tags.get(PATH_TAG)
-    if storage_root is None or path is None:
-        return str(version.source)
-    folder = join(storage_root, check_name(path, f"model version {version.name} {version.version}"))
-    return folder if folder != version.source and is_committed(folder) else str(version.source)
+def pull(
+    tracking_uri: str,
+    name: str,
+    target: str,
+    *,
+    version: str | None = None,
+    alias: str = CHAMPION,
+    storage_root: str | None = None,
+    unverified: bool = False,
+) -> str:
+    """Copy the weights of a version to the folder `target`, after comparing their content with what was registered; returns
+    the version.
+
+    version: by default the version that `alias` points at. storage_root, unverified: as for `promote`. Raises InputError for
+    an unknown model, version or alias and for a folder that is not empty, StorageError for altered or missing weights.
+    """
+    if is_local(target) and local_path(target).exists() and any(local_path(target).iterdir()):
+        raise InputError(f"{target}: there are files in it", "give a new folder")
+    with _registry(tracking_uri) as client:
+        model = _model(client, name)
+        version = version or _aliased_version(model, alias)
+        copy_weights(client, _version(client, name, version), storage_root, target, unverified=unverified)
+        return version
 
 
-def _verify_weights(client: MlflowClient, version: Any, storage_root: str | None) -> None:
-    """Raise StorageError, with its name, for a file of a version's weights that is missing or altered."""
-    title = f"version {version.version} of model {version.name!r}"
-    if not version.source:
-        raise StorageError(f"{title}: the registry has no location of its weights", "promote another version")
-    if version.source.startswith("models:/"):
-        sizes, text = _uploaded(client, version.source.removeprefix("models:/"))
-        for file, expected in json.loads(text)["files"].items():
-            if sizes.get(file) != expected["bytes"]:
-                problem = (
-                    f"{title}: {file} has {sizes.get(file, 'no')} bytes in MLflow, {expected['bytes']} were uploaded"
-                )
-                raise StorageError(
-                    problem, "delete the version and its logged model in MLflow, and register the weights again"
-                )
-    else:
-        weights = _weights(version, storage_root)
-        if not is_committed(weights):
-            raise StorageError(f"{title}: {weights} has no {MANIFEST}", "promote a version whose weights exist")
-        verify(weights)
-        text = read_bytes(join(weights, MANIFEST))
-    expected = version.tags.get(MANIFEST_TAG)
-    if expected is not None and _sha256(text) != expected:
-        raise StorageError(
-            f"{title}: its weights were replaced after they were registered",
-            "register the new weights, which creates another version, and promote that",
-        )
+def _version(client: MlflowClient, name: str, version: str) -> Any:
+    """A registered version. Raises InputError if there is none of that number."""
+    existing = {str(each.version): each for each in _versions(client, name)}
+    if version not in existing:
+        known = ", ".join(sorted(existing, key=int)) or "none"
+        raise InputError(f"model {name!r} has no version {version!r}", f"choose one of: {known}")
+    return existing[version]
 
 
 def _upload(
@@ -328,7 +336,7 @@ def _upload(
         files = {file: int(entry["bytes"]) for file, entry in manifest(source)["files"].items()}
         total = sum(files.values())
         done = 0
-        uploaded = _sizes(client, model.model_id)
+        uploaded = uploaded_sizes(client, model.model_id)
         with environment_variables(UPLOADING):
             for file, size in [*files.items(), (MANIFEST, -1)]:
                 if uploaded.get(file) != size:
@@ -340,27 +348,6 @@ def _upload(
                     progress(done, total)
         client.finalize_logged_model(model.model_id, "READY")
     return str(model.model_id)
-
-
-def _sizes(client: MlflowClient, model_id: str, folder: str | None = None) -> dict[str, int]:
-    """Size in bytes of each uploaded file, by its path."""
-    sizes: dict[str, int] = {}
-    for entry in client.list_logged_model_artifacts(model_id, folder):
-        if entry.is_dir:
-            sizes.update(_sizes(client, model_id, entry.path))
-        else:
-            sizes[entry.path] = entry.file_size
-    return sizes
-
-
-def _uploaded(client: MlflowClient, model_id: str) -> tuple[dict[str, int], bytes]:
-    """The sizes of an uploaded model's files, and its manifest."""
-    from mlflow.artifacts import download_artifacts
-
-    with tempfile.TemporaryDirectory() as folder:
-        address = f"{client.get_logged_model(model_id).artifact_location}/{MANIFEST}"
-        path = download_artifacts(address, dst_path=folder, tracking_uri=client.tracking_uri)
-        return _sizes(client, model_id), Path(path).read_bytes()
 
 
 @contextmanager

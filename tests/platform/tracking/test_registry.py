@@ -14,10 +14,10 @@ from click.testing import CliRunner
 from helpers.mlflow_server import free_port, mlflow_server
 
 from minitron.errors import InputError, MinitronError, StorageError
-from minitron.storage import committed_folder
+from minitron.storage import committed_folder, manifest, verify
 from minitron_platform.cli.commands import main
 from minitron_platform.locations import resolve_locations
-from minitron_platform.tracking.registry import models, promote, register, rollback
+from minitron_platform.tracking.registry import models, promote, pull, register, rollback
 from minitron_platform.tracking.server import serve
 
 NAME = "tiny-family"
@@ -122,7 +122,7 @@ def test_altered_weights_are_not_promoted(uri: str, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=str(file)):
         promote(uri, NAME)
     manifest = (tmp_path / "b" / "manifest.json").read_bytes()
-    (tmp_path / "b" / "manifest.json").unlink()
+    shutil.rmtree(tmp_path / "b")
     weights(tmp_path / "b", b"replaced, with a manifest that fits")
     assert (tmp_path / "b" / "manifest.json").read_bytes() != manifest
     with pytest.raises(StorageError, match="replaced after they were registered"):
@@ -196,13 +196,66 @@ def test_a_server_gets_the_weights_uploaded(tmp_path: Path, monkeypatch: pytest.
         (row,) = models(address)
         assert (row.run_id, row.aliases) == (run_id, ("candidate", "champion"))
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)  # models:/ addresses are resolved there
+        assert pull(address, NAME, str(tmp_path / "pulled")) == "1"
+        assert manifest(str(tmp_path / "pulled"))["files"] == manifest(source)["files"]
+        verify(str(tmp_path / "pulled"))
         got = download_artifacts(f"models:/{NAME}@champion")
         assert (Path(got) / "model.safetensors").read_bytes() == b"w" * 100_000
         assert (Path(got) / "tokenizer" / "vocab.json").read_text() == "{}"
         (stored,) = (tmp_path / "served").rglob("model.safetensors")
+        stored.write_bytes(b"x" * 100_000)
+        for use in (lambda: promote(address, NAME), lambda: pull(address, NAME, str(tmp_path / "new"))):
+            with pytest.raises(StorageError, match=r"version 1 of model 'tiny-family': model\.safetensors: SHA-256 is"):
+                use()
+        assert not (tmp_path / "new").exists()
+        (listed,) = (tmp_path / "served").rglob("manifest.json")
+        listed.write_text(listed.read_text().replace("model.safetensors", "../../planted"))
+        with pytest.raises(StorageError, match="weights were replaced"):
+            pull(address, NAME, str(tmp_path / "new"))
+        client.delete_model_version_tag(NAME, "1", "minitron.manifest_sha256")  # as any client can
+        with pytest.raises(StorageError, match=r"does not say which weights were registered"):
+            pull(address, NAME, str(tmp_path / "new"))
+        with pytest.raises(StorageError, match=r"planted"):
+            pull(address, NAME, str(tmp_path / "new"), unverified=True)
+        listed.write_bytes((tmp_path / "weights" / "manifest.json").read_bytes())
         stored.write_bytes(b"cut")
         with pytest.raises(StorageError, match=r"model\.safetensors has 3 bytes"):
-            promote(address, NAME)
+            promote(address, NAME, unverified=True)
+
+
+def test_a_version_whose_recorded_hash_was_deleted_is_promoted_only_unverified(uri: str, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    add(uri, tmp_path / "a", "a")
+    MlflowClient(uri).delete_model_version_tag(NAME, "1", "minitron.manifest_sha256")
+    with pytest.raises(StorageError, match="does not say which weights were registered") as refused:
+        promote(uri, NAME)
+    assert "--unverified" in refused.value.remedy
+    assert champion(uri) == []
+    assert promote(uri, NAME, unverified=True).version == "1"
+
+
+def test_models_pull_copies_and_compares_the_weights_of_an_alias(uri: str, tmp_path: Path) -> None:
+    add(uri, tmp_path / "a", "a")
+    promote(uri, NAME)
+    add(uri, tmp_path / "b", "b")
+    out = tmp_path / "out"
+
+    def command(*arguments: str) -> str:
+        answer = CliRunner().invoke(main, ["models", "pull", *arguments, "--tracking-uri", uri])
+        assert (answer.exit_code == 0) == (answer.stderr == ""), answer.output
+        return answer.output
+
+    assert command(NAME, str(out)) == f"{NAME} version 1, verified, is in {out}\n"
+    assert command(f"{NAME}@candidate", str(tmp_path / "two")).startswith(f"{NAME} version 2")
+    assert (out / "model.safetensors").read_bytes() == b"a"
+    assert (tmp_path / "two" / "model.safetensors").read_bytes() == b"b"
+    assert "there are files in it" in command(NAME, str(out))
+    (tmp_path / "a" / "model.safetensors").write_bytes(b"x")
+    assert "SHA-256 is" in command(NAME, str(tmp_path / "altered"))
+    assert not (tmp_path / "altered").exists()
+    listing = CliRunner().invoke(main, ["models", "--tracking-uri", uri])
+    assert f"{NAME} 1 (champion)" in listing.output
 
 
 def test_the_ui_refuses_other_machines_and_ports_in_use(uri: str, tmp_path: Path) -> None:
@@ -227,7 +280,7 @@ def test_models_and_tags_that_others_wrote_are_listed_and_can_be_promoted(uri: s
         client.create_registered_model(name)
         tags = {"minitron.parameters": "many", "minitron.heldout_kl": "nan", "minitron.heldout_loss": "2.5"}
         client.create_model_version(name, str(tmp_path / "a"), tags=tags)
-        assert promote(uri, name, version="1").version == "1"
+        assert promote(uri, name, version="1", unverified=True).version == "1"
     client.create_registered_model("empty")
     rows = models(uri)
     assert [row.name for row in rows] == sorted(["bob's model", 'the "other" model', "Modèle %_\\"])

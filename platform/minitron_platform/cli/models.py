@@ -1,0 +1,84 @@
+"""The command `minitron models`: lists the registered models, and copies their weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from rich.markup import escape
+
+from minitron.errors import InputError
+from minitron_platform.cli.options import tracking_options
+from minitron_platform.console import Console
+
+UNVERIFIED_HELP = "Allow a version that does not say which weights were registered."
+
+
+@click.group(invoke_without_command=True)
+@tracking_options
+def models(locations: Any) -> None:
+    """List the registered models."""
+    context = click.get_current_context()
+    if context.invoked_subcommand:
+        for option in ("storage_path", "tracking_uri"):
+            if context.get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE:
+                raise InputError("an option before the subcommand", f"write it after {context.invoked_subcommand}")
+        return
+    from rich.table import Table
+
+    from minitron.evaluation.metrics import KL, LOSS
+    from minitron_platform.tracking.registry import models as registered
+
+    versions = registered(locations.tracking_uri, locations.storage)
+    if not versions:
+        click.echo(f"no models in {locations.tracking_uri}; `minitron run` registers one")
+        return
+    table = Table(caption=f"KL to the teacher and held-out loss in {KL.unit}", caption_justify="left")
+    for title in ("model", "version", "parameters", "KL", "loss", "registered"):
+        table.add_column(title, no_wrap=True)
+    for row in versions:
+        table.add_row(
+            row.name,
+            row.version,
+            f"{row.parameters / 1e6:,.1f}M" if row.parameters else "",
+            KL.text(row.heldout_kl) if row.heldout_kl is not None else "",
+            LOSS.text(row.heldout_loss) if row.heldout_loss is not None else "",
+            f"{row.created:%Y-%m-%d %H:%M}",
+        )
+    console = Console()
+    console.table(table)
+    for row in versions:
+        aliases = f" ({', '.join(row.aliases)})" if row.aliases else ""
+        console.say(escape(f"{row.name} {row.version}{aliases}: {row.source}"))
+        if row.tasks:
+            console.say(escape(f"  {' · '.join(f'{task} {score}' for task, score in row.tasks.items())}"))
+
+
+@models.command()
+@click.argument("model", metavar="MODEL@ALIAS")
+@click.argument("folder", type=click.Path())
+@click.option("--version", metavar="N", help="Version to copy. [default: the one that the alias points at]")
+@click.option("--unverified", is_flag=True, help=UNVERIFIED_HELP)
+@tracking_options
+def pull(locations: Any, model: str, folder: str, version: str | None, unverified: bool) -> None:
+    """Copy the weights of a registered model to FOLDER.
+
+    MODEL@ALIAS is such as smollm2-90m@champion, which MODEL alone means too. The content of every file is compared with what
+    was registered.
+    """
+    from minitron_platform.tracking.registry import CHAMPION
+    from minitron_platform.tracking.registry import pull as pull_model
+
+    name, alias = model.rsplit("@", 1) if "@" in model else (model, "")
+    if version and alias:
+        raise InputError(f"{model!r} --version {version}: an alias and a version", "give one of them")
+    pulled = pull_model(
+        locations.tracking_uri,
+        name,
+        folder,
+        version=version,
+        alias=alias or CHAMPION,
+        storage_root=locations.storage,
+        unverified=unverified,
+    )
+    click.echo(f"{name} version {pulled}, verified, is in {folder}")

@@ -1,0 +1,166 @@
+"""The weights of a registered version: where they are, whether they are those that were registered, and copies of them.
+
+A version's weights are a committed folder (`minitron.storage`) or a logged model that was uploaded from one. The registry has
+the SHA-256 of its manifest, and the manifest that of every file, so that the content of all files is compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minitron.errors import StorageError
+from minitron.names import check_name, inside
+from minitron.storage import (
+    MANIFEST,
+    access_errors,
+    committed_folder,
+    filesystem,
+    is_committed,
+    join,
+    manifest,
+    read_bytes,
+    sha256,
+    verify,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+MANIFEST_TAG = "minitron.manifest_sha256"
+PATH_TAG = "minitron.storage_path"  # path of the weights relative to the storage
+UPLOADED = "models:/"  # how the address of a logged model starts
+
+
+def location(version: Any, storage_root: str | None) -> str:
+    """Location of a version's weights: in the storage at `storage_root` if they are there, else where they were registered."""
+    path = version.tags.get(PATH_TAG)
+    if storage_root is None or path is None:
+        return str(version.source)
+    folder = join(storage_root, check_name(path, f"model version {version.name} {version.version}"))
+    return folder if folder != version.source and is_committed(folder) else str(version.source)
+
+
+def check_weights(client: MlflowClient, version: Any, storage_root: str | None, *, unverified: bool = False) -> None:
+    """Raise StorageError, with its name, for a file of a version's weights that is missing or altered, and for a version that
+    does not say what was registered, unless `unverified`."""
+    with _source(client, version, storage_root, unverified) as source:
+        if isinstance(source, str):
+            verify(source)
+            return
+        for name in source.files:
+            with tempfile.TemporaryDirectory() as folder:
+                source.copy(name, Path(folder) / "file")
+
+
+def copy_weights(
+    client: MlflowClient, version: Any, storage_root: str | None, target: str, *, unverified: bool = False
+) -> None:
+    """Copy a version's weights to the folder `target`. Raises StorageError as `check_weights`; nothing is written then."""
+    with _source(client, version, storage_root, unverified) as source:
+        files = manifest(source)["files"] if isinstance(source, str) else source.files
+        with committed_folder(target) as folder:
+            for name, expected in files.items():
+                path = inside(folder, name, f"{title(version)}: {MANIFEST}")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if isinstance(source, str):
+                    fs, inner = filesystem(source)
+                    with access_errors(source):
+                        fs.get_file(f"{inner}/{name}", str(path))
+                    _compare(join(source, name), path, expected)
+                else:
+                    source.copy(name, path)
+
+
+def title(version: Any) -> str:
+    return f"version {version.version} of model {version.name!r}"
+
+
+@contextmanager
+def _source(
+    client: MlflowClient, version: Any, storage_root: str | None, unverified: bool
+) -> Iterator[str | UploadedWeights]:
+    """The committed folder, or the uploaded model, whose manifest is the registered one."""
+    expected = version.tags.get(MANIFEST_TAG)
+    if not version.source:
+        raise StorageError(f"{title(version)}: the registry has no location of its weights", "choose another version")
+    if expected is None and not unverified:
+        raise StorageError(
+            f"{title(version)}: the registry does not say which weights were registered, the tag {MANIFEST_TAG} is missing",
+            "register them again, or add --unverified if you know that nobody has replaced them",
+        )
+    if version.source.startswith(UPLOADED):
+        with tempfile.TemporaryDirectory() as folder:
+            yield UploadedWeights(client, version, Path(folder), expected)
+        return
+    weights = location(version, storage_root)
+    if not is_committed(weights):
+        raise StorageError(
+            f"{title(version)}: {weights} has no {MANIFEST}",
+            "choose a version whose weights exist, or name the storage that they are in",
+        )
+    _check_manifest(version, read_bytes(join(weights, MANIFEST)), expected)
+    yield weights
+
+
+def _check_manifest(version: Any, text: bytes, expected: str | None) -> None:
+    if expected is not None and hashlib.sha256(text).hexdigest() != expected:
+        raise StorageError(
+            f"{title(version)}: its weights were replaced after they were registered",
+            "register the new weights, which creates another version, and choose that",
+        )
+
+
+def _compare(name: str, path: Path, expected: dict[str, Any]) -> None:
+    """Raise StorageError for a copied file with another content than the manifest says."""
+    actual = sha256(path)
+    if actual != expected["sha256"]:
+        raise StorageError(f"{name}: SHA-256 is {actual}, expected {expected['sha256']}", "register the weights again")
+
+
+class UploadedWeights:
+    """A logged model. Its manifest, of the SHA-256 `expected` if that is known, is downloaded to `folder`."""
+
+    def __init__(self, client: MlflowClient, version: Any, folder: Path, expected: str | None) -> None:
+        self._client = client
+        self._title = title(version)
+        model_id = version.source.removeprefix(UPLOADED)
+        self._address = client.get_logged_model(model_id).artifact_location
+        self._sizes = uploaded_sizes(client, model_id)
+        path = self._download(MANIFEST, folder)
+        _check_manifest(version, path.read_bytes(), expected)
+        self.files: dict[str, dict[str, Any]] = manifest(str(path.parent))["files"]
+
+    def copy(self, name: str, target: Path) -> None:
+        """Download a file. Raises StorageError if its content is not what the manifest says."""
+        expected = self.files[name]
+        if self._sizes.get(name) != expected["bytes"]:
+            raise StorageError(
+                f"{self._title}: {name} has {self._sizes.get(name, 'no')} bytes in MLflow, {expected['bytes']} were uploaded",
+                "delete the version and its logged model in MLflow, and register the weights again",
+            )
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            os.replace(self._download(name, Path(folder)), target)
+        _compare(f"{self._title}: {name}", target, expected)
+
+    def _download(self, name: str, folder: Path) -> Path:
+        from mlflow.artifacts import download_artifacts
+
+        tracking_uri = self._client.tracking_uri
+        return Path(download_artifacts(f"{self._address}/{name}", dst_path=str(folder), tracking_uri=tracking_uri))
+
+
+def uploaded_sizes(client: MlflowClient, model_id: str, folder: str | None = None) -> dict[str, int]:
+    """Size in bytes of each file of a logged model, by its path."""
+    sizes: dict[str, int] = {}
+    for entry in client.list_logged_model_artifacts(model_id, folder):
+        if entry.is_dir:
+            sizes.update(uploaded_sizes(client, model_id, entry.path))
+        else:
+            sizes[entry.path] = entry.file_size
+    return sizes
