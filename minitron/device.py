@@ -42,6 +42,11 @@ def gpu_bytes() -> int:
     return min((int(torch.cuda.get_device_properties(number).total_memory) for number in range(count)), default=0)
 
 
+def compute_capability() -> tuple[int, int] | None:
+    """The lowest CUDA compute capability of the GPUs; None without a GPU."""
+    return min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())), default=None)
+
+
 def device_name() -> str:
     """The model name of `device()`; for a CPU also the number of torch threads."""
     cuda = device().type == "cuda"

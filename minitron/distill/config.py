@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from minitron.arguments import check_fields
 from minitron.distill.blocks import ACTIVATION_CHECKPOINTING
+from minitron.distill.fp8 import FP8
 from minitron.distill.schedule import SCHEDULES
 from minitron.errors import InputError
 
@@ -37,6 +38,9 @@ class DistillConfig:
     """Activations of a layer that are recomputed in the backward pass instead of kept: "none", "selective" or "full"."""
     compile: bool = False
     """Compile the layers of the student and of a live teacher, each by itself."""
+    fp8: str = "none"
+    """Products of the layers' linear modules in FP8, also of a live teacher: "none", or with one scale per tensor or row,
+    "tensorwise" or "rowwise". On CPUs they are emulated."""
     deterministic: bool = False
     """Use deterministic kernels on GPUs, which may be slower; CPUs always do."""
     optimizer: str = ADAMW
@@ -62,6 +66,8 @@ class DistillConfig:
                 f"activation_checkpointing: {self.activation_checkpointing!r}",
                 f"use one of {', '.join(ACTIVATION_CHECKPOINTING)}",
             )
+        if self.fp8 not in FP8:
+            raise InputError(f"fp8: {self.fp8!r}", f"use one of {', '.join(FP8)}")
         if self.optimizer not in OPTIMIZERS:
             raise InputError(f"optimizer: {self.optimizer!r}", f"use one of {', '.join(OPTIMIZERS)}")
         if self.optimizer == ADAMW_OFFLOAD and self.shard:

@@ -24,6 +24,7 @@ from minitron.distill.config import DistillConfig
 from minitron.distill.curve import Curve, Point
 from minitron.distill.determinism import deterministic_kernels
 from minitron.distill.feeder import Feeder
+from minitron.distill.fp8 import capability_of, check_fp8, fp8_linears
 from minitron.distill.losses import Losses
 from minitron.distill.losses.objective import Objective
 from minitron.distill.report import Reporter, StepReport
@@ -80,10 +81,10 @@ def distill(
         student is then still sharded: its parameters are float32 DTensors, which `minitron.meta_models.write_model` saves. A
         student that was given in memory is whole again in every process.
 
-    Raises InputError if `losses` need more than `targets` have or a live teacher separates other documents, and
-    NonFiniteError, which names the step and its rows, if the loss or the gradient is not finite in more than
-    `max_skipped_steps` steps. Such steps update nothing and are not reported; they are logged, and written to `checkpoints` as
-    `nonfinite-STEP.json`.
+    Raises InputError if `losses` need more than `targets` have, a live teacher separates other documents, or FP8 is not
+    possible (see `minitron.distill.fp8.check_fp8`). Raises NonFiniteError, which names the step and its rows, if the loss or
+    the gradient is not finite in more than `max_skipped_steps` steps. Such steps update nothing and are not reported; they are
+    logged, and written to `checkpoints` as `nonfinite-STEP.json`.
     """
     check_model("student", student)
     if not hasattr(rows, "take") or not hasattr(rows, "seq_length"):  # a tensor, or the folder's path
@@ -103,6 +104,8 @@ def distill(
     sharded = config.shard and world > 1
     compute_device = device() if on_meta(student) else next(student.parameters()).device
     dtype = head_of(student).dtype
+    if config.fp8 != "none":
+        check_fp8(dtype, rows.seq_length, capability_of(compute_device))
     watch = Stopwatch(compute_device)
     with ExitStack() as stack:
         if config.deterministic:
@@ -118,6 +121,9 @@ def distill(
         if objective.intermediate:
             objective.intermediate.to(compute_device)
         compared = objective.intermediate
+        stack.enter_context(fp8_linears(working, config.fp8, compute_device, with_gradients=True))
+        if isinstance(objective.targets, LiveTeacher):
+            stack.enter_context(fp8_linears(objective.targets.model, config.fp8, compute_device, with_gradients=False))
         stack.enter_context(
             running_blocks(
                 working,

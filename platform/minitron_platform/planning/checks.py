@@ -13,13 +13,14 @@ from minitron.architecture import Architecture
 from minitron.checkpoints.tokenizer_files import check_tokenizer_fits
 from minitron.data import document_tokens as tokenizer_document_tokens
 from minitron.data import source_identity as text_identity
+from minitron.distill.fp8 import check_fp8
 from minitron.distill.trainable import check_lora
 from minitron.errors import InputError, StorageError
 from minitron.evaluation import Task, check_requirements, check_tasks
 from minitron.models import is_local_source, source_tokenizer
 from minitron_platform.estimates.teacher import check_targets
 from minitron_platform.recipes.build import distillation_losses, document_tokens, lm_eval_tasks, text_source
-from minitron_platform.recipes.consistency import check_consistency
+from minitron_platform.recipes.consistency import check_consistency, trainings
 from minitron_platform.recipes.keys import named_by_key
 from minitron_platform.recipes.resources import ResolvedResources
 from minitron_platform.recipes.schema import Recipe
@@ -80,6 +81,15 @@ def check_outcomes(recipe: Recipe, teacher: Architecture, candidates: Mapping[st
         )
     for depth in sorted({shape.num_layers for shapes in candidates.values() for shape in shapes}):
         distillation_losses(recipe, replace(teacher, num_layers=depth), teacher)
+
+
+def check_fp8_trainings(recipe: Recipe, dtype: torch.dtype | None, capability: tuple[int, int] | None) -> list[str]:
+    """The keys of trainings with FP8 products. Raises InputError where `minitron.distill.fp8.check_fp8` does."""
+    keys = [key for key, training in trainings(recipe).items() if training.fp8 != "none"]
+    for key in keys:
+        with named_by_key(key):
+            check_fp8(dtype, recipe.data.seq_length, capability)
+    return [f"{key}.fp8" for key in keys]
 
 
 def check_machine(resources: ResolvedResources, storage_path: str, *, elsewhere: bool) -> None:

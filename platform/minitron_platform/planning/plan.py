@@ -14,7 +14,7 @@ from minitron import storage
 from minitron.architecture import Architecture
 from minitron.architecture.hardware import hardware_notes
 from minitron.attention import chosen_kernel
-from minitron.device import compute_dtype, device, matmul_flops
+from minitron.device import compute_capability, compute_dtype, device, matmul_flops
 from minitron.distill.fitting import Fit
 from minitron.models import check_contents, source_architecture
 from minitron_platform.addresses import check_ray_address
@@ -32,7 +32,13 @@ from minitron_platform.estimates.phases import distillation_flops, trial_flops
 from minitron_platform.estimates.teacher import MODES, TeacherCost, disk_full_error, teacher_cost
 from minitron_platform.estimates.work import Alone
 from minitron_platform.locations import Locations, resolve_locations
-from minitron_platform.planning.checks import check_benchmarks, check_machine, check_outcomes, check_recipe
+from minitron_platform.planning.checks import (
+    check_benchmarks,
+    check_fp8_trainings,
+    check_machine,
+    check_outcomes,
+    check_recipe,
+)
 from minitron_platform.planning.cluster import WORKER_START, Cluster, assumed_cluster, cluster_here
 from minitron_platform.planning.simulation import simulate
 from minitron_platform.recipes.build import distillation_losses, separates_documents
@@ -199,6 +205,9 @@ def plan(
     check_outcomes(recipe, teacher, candidates)
     losses = {model: distillation_losses(recipe, shapes[0], teacher)[0] for model, shapes in candidates.items()}
     check_machine(resources, locations.storage, elsewhere=uses_cluster)
+    known = given or not uses_cluster or recipe.teacher.dtype != "auto"
+    capability = compute_capability() if resources.uses_gpus and not uses_cluster else None
+    in_fp8 = check_fp8_trainings(recipe, dtype if known else None, capability)
     tracking_warning = check_tracking(locations.tracking_uri, recipe.experiment)
     speed = matmul_flops(dtype)
     cluster = cluster or _known_gpus(resources, speed, uses_cluster)
@@ -237,6 +246,8 @@ def plan(
         for cost, memory in _memories(costs, on_gpus):
             check_memory(f"{cost.stage} of {cost.model}" if cost.model else cost.stage, memory, available)
         warnings += gpu_warnings(recipe, resources, torch.cuda.device_count(), dtype)
+        if in_fp8 and not resources.uses_gpus:
+            warnings.append(f"{in_fp8[0]}: CPUs emulate FP8, which is slower than bfloat16; results are those of FP8")
         resources_text = room_text(resources, [private_node(resources)])
     result = Plan(
         recipe=recipe,

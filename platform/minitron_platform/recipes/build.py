@@ -145,10 +145,11 @@ def auto_settings(training: schema.Training) -> tuple[str, ...]:
 
 
 def training_values(training: schema.Training) -> dict[str, Any]:
-    """A training's values for fingerprints: with the values for CPUs instead of `auto`, and without `optimizer` and
-    `deterministic`. What is left out changes the result only by rounding."""
+    """A training's values for fingerprints: with the values for CPUs instead of `auto`, and without `optimizer`,
+    `deterministic` and `fp8: none`, which earlier versions did not have. What is left out changes the result only by
+    rounding."""
     config = distill_config(training)
-    values = training.model_dump(exclude={"optimizer", "deterministic"})
+    values = training.model_dump(exclude={"optimizer", "deterministic", *(["fp8"] if training.fp8 == "none" else [])})
     return values | {name: getattr(config, name) for name in auto_settings(training)}
 
 

@@ -11,7 +11,7 @@ def check_consistency(recipe: Recipe) -> None:
     """Raise InputError, naming the key, its value and a remedy, for keys of `recipe` that contradict each other."""
     _check_sampler(recipe)
     _check_row_counts(recipe)
-    for key, training in _trainings(recipe).items():
+    for key, training in trainings(recipe).items():
         _check_training(key, training)
         _check_benchmarks_during_training(recipe, key, training)
     _check_search_training(recipe)
@@ -21,7 +21,7 @@ def check_consistency(recipe: Recipe) -> None:
     _check_gpu_fractions(recipe)
 
 
-def _trainings(recipe: Recipe) -> dict[str, Training]:
+def trainings(recipe: Recipe) -> dict[str, Training]:
     """Every training of the recipe by its key."""
     trainings = {"search.training": recipe.search.training, "distill": recipe.distill}
     trainings |= {f"{recipe.key(member)}.distill": member.distill for member in recipe.family if member.distill}

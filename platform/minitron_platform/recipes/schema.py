@@ -168,6 +168,7 @@ class Training(_Section):
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     optimizer: Literal["adamw", "adamw-offload"] = "adamw"
     compile: bool = False
+    fp8: Literal["none", "tensorwise", "rowwise"] = "none"
     deterministic: bool = False
 
 

@@ -61,6 +61,11 @@ BAD = {
     "missing package": (["--set", "teacher.model=package:nowhere_at_all/x.gguf"], "nowhere_at_all", "install"),
     "unknown task": (["--set", "evaluate.tasks.0.name=arc_eazy"], "arc_eazy", "arc_easy"),
     "warm-up too long": (["--set", "distill.warmup_steps=24"], "distill.warmup_steps: 24", "fewer"),
+    "FP8 in a run that computes in float32": (
+        ["--set", "distill.fp8=rowwise"],
+        "distill.fp8: models that compute in float32",
+        "bfloat16",
+    ),
     "no such stage": (["--until", "prune"], "'prune' is not one of", "calibrate"),
     "too little room": (["--set", "data.train_rows=990000000000"], "GB free", "--storage"),
     "too little memory": (

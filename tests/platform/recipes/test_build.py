@@ -97,6 +97,7 @@ PAIRS = {
             "activation_checkpointing": "full",
             "optimizer": "adamw-offload",
             "compile": True,
+            "fp8": "rowwise",
             "deterministic": True,
         },
         lambda recipe, section: build.distill_config(section),
