@@ -29,6 +29,7 @@ from minitron.storage.folders import (
 from minitron.storage.hashing import fingerprint, sha256
 from minitron.storage.private import PRIVATE, lock_file
 from minitron.storage.problems import access_errors, disk_errors, free_bytes
+from minitron.storage.redaction import redact, secret_in
 
 __all__ = [
     "MANIFEST",
@@ -57,7 +58,9 @@ __all__ = [
     "read_bytes_if_exists",
     "read_json",
     "read_json_if_exists",
+    "redact",
     "remove",
+    "secret_in",
     "sha256",
     "size",
     "staging_folder",

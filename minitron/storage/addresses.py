@@ -9,29 +9,39 @@ import fsspec
 from fsspec.core import url_to_fs
 
 from minitron.errors import StorageError
+from minitron.storage.redaction import STORAGES, Address, redact
 
-SCHEMES = ("file", "local", "memory", "s3", "gs", "gcs", "abfs", "az", "hf")
-REMOTE = tuple(scheme for scheme in SCHEMES if scheme not in ("file", "local", "memory"))  # with a bucket or repository
+SCHEMES = ("file", "local", *STORAGES)
+REMOTE = tuple(scheme for scheme in STORAGES if scheme != "memory")  # with a bucket or repository
 
 
 def check_address(path: str) -> None:
-    """Raise StorageError for an address that fsspec would read as another one than is meant."""
+    """Raise StorageError for an address that fsspec would read as another one than is meant, or that may hold a secret."""
     scheme, separator, inner = path.partition("://")
     mistyped = next((known for known in REMOTE if path.startswith(f"{known}:")), None)
     if mistyped and not separator:
+        shown = path if not set("@?") & set(path) else f"{mistyped}:…"
         corrected = f"{mistyped}://{path.removeprefix(mistyped).lstrip(':/')}"
         raise StorageError(
-            f"{path!r}: an address of {mistyped} has two slashes", f"write {corrected}, or ./{path} for a folder"
+            f"{shown!r}: an address of {mistyped} has two slashes",
+            f"write {redact(corrected)}, or ./{shown} for a folder",
         )
     if scheme in REMOTE and separator and not inner.split("/")[0]:
         raise StorageError(f"{path!r}: names no bucket", f"write {scheme}://BUCKET/FOLDER")
     if "::" in path:
         raise StorageError(
-            f"{path!r}: '::' chains several addresses, which is not supported",
+            f"{redact(path)!r}: '::' chains several addresses, which is not supported",
             "give one address, without '::' in its names",
         )
     if "\0" in path:
-        raise StorageError(f"{path!r}: contains a null character", "remove it")
+        raise StorageError(f"{redact(path)!r}: contains a null character", "remove it")
+    address = Address.parse(path) if separator else None
+    if address and scheme in STORAGES and (address.user or address.query):
+        raise StorageError(
+            f"{address}: has a user or parameters, which may be secrets, and addresses are shown and recorded",
+            "remove them, and set the storage's own environment variables or files, such as AWS_ACCESS_KEY_ID or "
+            "~/.aws/credentials",
+        )
 
 
 def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -40,13 +50,15 @@ def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     check_address(path)
     scheme = path.split("://", 1)[0] if "://" in path else "file"
     if scheme not in SCHEMES:
-        raise StorageError(f"{path!r}: scheme {scheme!r} is not allowed", f"use one of {', '.join(SCHEMES)}")
+        raise StorageError(f"{redact(path)!r}: scheme {scheme!r} is not allowed", f"use one of {', '.join(SCHEMES)}")
     try:
         fs, inner = url_to_fs(path)
     except ImportError as error:
         raise StorageError(
             f"{path!r}: {error}", "install the fsspec driver it names, for example s3fs or gcsfs"
         ) from error
+    if type(fs) is not fsspec.get_filesystem_class(scheme):
+        raise StorageError(f"{path!r}: opened as {fs.protocol}, not as {scheme}", f"use one of {', '.join(SCHEMES)}")
     return fs, inner
 
 

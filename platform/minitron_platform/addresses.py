@@ -9,6 +9,9 @@ from urllib.parse import SplitResult, urlsplit
 
 from minitron.arguments import check_type
 from minitron.errors import InputError
+from minitron.storage import redact
+
+JOBS_API = re.compile(r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d{1,5})?(/[\w./-]*)?")
 
 
 def is_loopback(host: str) -> bool:
@@ -20,19 +23,40 @@ def is_loopback(host: str) -> bool:
 
 
 def check_jobs_address(address: Any) -> None:
-    """Raise InputError unless `address` is one of a Ray Jobs API, http://HOST:8265 or https://HOST, without a password."""
+    """Raise InputError unless `address` is one of a Ray Jobs API, http://HOST:8265 or https://HOST, without user and query,
+    which may be secrets."""
     check_type("address", address, str, "the address of a Jobs API, such as http://HOST:8265")
-    parts = _split(address)
-    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+    if "@" in address or "?" in address:
+        raise InputError(
+            f"address {redact(address)!r}: was given with a user or a query, and addresses are shown and logged",
+            "give http://HOST:8265 or https://HOST alone, and set RAY_AUTH_TOKEN_PATH to the token's file",
+        )
+    if not JOBS_API.fullmatch(address) or _split(address) is None:
         raise InputError(
             f"address {address!r}: not the address of a Jobs API",
             "give the address of the head's dashboard, http://HOST:8265 or https://HOST (not ray:// or port 6379)",
         )
-    if parts.password is not None:
+
+
+def check_token_address(address: str, token: str | None, *, insecure: bool) -> None:
+    """Raise InputError for an address of a Jobs API to which nothing private can be sent: http to another machine.
+
+    token: the cluster's, if there is one. insecure: the user accepts it.
+    """
+    parts = urlsplit(address)
+    if insecure or parts.scheme == "https" or is_loopback(parts.hostname or ""):
+        return
+    if token is None:
         raise InputError(
-            f"address of {parts.hostname}: contains a password",
-            "remove it, and set RAY_AUTH_TOKEN_PATH to the token's file",
+            f"address {address!r}: no cluster token is set, and without one everybody who reaches the head can run code on it",
+            "set RAY_AUTH_TOKEN_PATH to the file with the cluster's token, or forward the port and use "
+            "http://127.0.0.1:8265; to connect nevertheless, use --insecure",
         )
+    raise InputError(
+        f"address {address!r}: the cluster's token would be sent to another machine without encryption",
+        "use https://, or forward the port (ssh -L 8265:127.0.0.1:8265 HEAD) and use http://127.0.0.1:8265; in a network where "
+        "nobody can listen, use --insecure",
+    )
 
 
 def _split(address: str) -> SplitResult | None:
@@ -50,6 +74,11 @@ def check_ray_address(address: Any) -> None:
     if address is None:
         return
     check_type("address", address, str, "the address of a Ray cluster, such as HOST:6379")
+    if "@" in address or "?" in address:
+        raise InputError(
+            f"Ray address {redact(address)!r}: was given with a user or a query, and addresses are shown and logged",
+            "give HOST:6379 or ray://HOST:10001 alone, and set RAY_AUTH_TOKEN_PATH to the token's file",
+        )
     if address.startswith(("http://", "https://")):
         raise InputError(
             f"Ray address {address!r}: this is the address of a Jobs API, which only accepts whole runs",

@@ -36,7 +36,7 @@ def submit(
     defaults of `run`; for another cluster they are required, because these defaults are on this machine.
     storage_path: a folder that the cluster's nodes share, or an address such as s3://bucket/minitron.
     tracking_uri: MLflow's server or database.
-    insecure: allow an unencrypted address of another machine without a token.
+    insecure: allow an unencrypted address of another machine.
     take_over: as for `run`.
     say: receives messages for the user, one line at a time. Default: standard error.
 

@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from minitron import __version__
 from minitron.errors import MinitronError, NotWritableError
+from minitron.storage import redact
 from minitron_platform.cli.importance import importance
 from minitron_platform.cli.models import UNVERIFIED_HELP, models
 from minitron_platform.cli.options import STORAGE_HELP, TRACKING_HELP, tracking_options
@@ -20,7 +21,7 @@ from minitron_platform.cli.prune import prune
 from minitron_platform.console import Console, seconds
 
 ADDRESS_HELP = "Address of the cluster's Ray Jobs API: http://HOST:8265."
-INSECURE_HELP = "Allow an unencrypted address of another machine without a token."
+INSECURE_HELP = "Allow an unencrypted address of another machine."
 TAKE_OVER_HELP = "If another driver is running this recipe, take the run over instead of waiting."
 MAX_CANDIDATES = 40  # that a plan lists for each model
 MAX_NOTES = 3  # that a plan lists
@@ -58,8 +59,8 @@ def _fail(error: MinitronError) -> None:
 
 
 def _command_line() -> str:
-    """The command that the user typed."""
-    return shlex.join([*shlex.split(_program()), *sys.argv[1:]])
+    """The command that the user typed, without secrets in addresses."""
+    return shlex.join([*shlex.split(_program()), *map(redact, sys.argv[1:])])
 
 
 def _program() -> str:
@@ -191,7 +192,6 @@ def run(
     with console.working("starting"):
         from minitron_platform.pipeline import run as run_pipeline
         from minitron_platform.report.page import final_table
-        from minitron_platform.tracking.flusher import redact
     result = run_pipeline(
         loaded,
         storage_path=storage_path,
@@ -305,8 +305,6 @@ def _cost_table(recipe: Any, planned: Any) -> Any:
 
 def _show_resources(console: Console, recipe: Any, planned: Any) -> None:
     """Print where a run stores its data, and what it computes with."""
-    from minitron_platform.tracking.flusher import redact
-
     free = f" ({planned.free_bytes / 1e9:,.0f} GB free)" if planned.free_bytes is not None else ""
     console.say(f"storage  {escape(planned.locations.storage)}{free}")
     console.say(f"mlflow   {escape(redact(planned.locations.tracking_uri))}")

@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
 from ray.exceptions import AuthenticationError
@@ -28,15 +27,14 @@ from ray.job_submission import JobSubmissionClient
 
 from minitron import __version__
 from minitron.errors import InputError, MinitronError
-from minitron.storage import fingerprint
-from minitron_platform.addresses import check_jobs_address, is_loopback
+from minitron.storage import fingerprint, secret_in
+from minitron_platform.addresses import check_jobs_address, check_token_address
 from minitron_platform.cluster.packaging import code_hash, stage_code
 from minitron_platform.cluster.ray_session import auth_token
 
 RECIPE_FILE = "recipe.yaml"
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 SECRET = re.compile(r"TOKEN(?!IZ)|KEY|SECRET|PASSWORD", re.IGNORECASE)  # but not TOKENIZERS_PARALLELISM
-CREDENTIALS = re.compile(r"://[^/@\s:]*:[^/@\s]+@")
 NOISY_LOGGERS = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
@@ -115,7 +113,7 @@ def submit_text(
     overrides, options: `--set` arguments and long options (`{"storage": "s3://..."}`) of the run's command.
     env: environment variables of the run, which everybody who can open the cluster's dashboard can read.
     entrypoint: a shell command to run instead; overrides and options are not added to it.
-    insecure: allow an unencrypted address of another machine without a token.
+    insecure: allow an unencrypted address of another machine.
     say: receives messages for the user, one line at a time. Default: standard error.
 
     The same work (recipe, settings, command, code) never runs twice at the same time: if it is pending or running, its id is
@@ -231,14 +229,8 @@ class _Client(JobSubmissionClient):
 def _connect(address: str, insecure: bool) -> JobSubmissionClient:
     """A client for the Jobs API at `address`. Raises InputError for an address that is invalid or not safe to use."""
     check_jobs_address(address)
-    parts = urlsplit(address)
     token = auth_token()
-    if token is None and parts.scheme == "http" and not is_loopback(parts.hostname or "") and not insecure:
-        raise InputError(
-            f"address {address!r}: no cluster token is set, and without one everybody who reaches the head can run code on it",
-            "set RAY_AUTH_TOKEN_PATH to the file with the cluster's token, or forward the port and use "
-            "http://127.0.0.1:8265; to connect nevertheless, use --insecure",
-        )
+    check_token_address(address, token, insecure=insecure)
     for logger in NOISY_LOGGERS:
         logging.getLogger(logger).setLevel(logging.WARNING)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -317,15 +309,16 @@ def _find(rows: Sequence[JobRow], name: str) -> JobRow:
 def _refuse_secrets(command: str, env: Mapping[str, str]) -> None:
     """Raise InputError for what looks like a secret: Ray shows both on the dashboard."""
     for key, value in env.items():
-        if SECRET.search(key) or CREDENTIALS.search(value):
+        if SECRET.search(key) or secret_in(value):
             raise InputError(
                 f"environment variable {key}: looks like a secret, and the dashboard shows the environment of a job",
                 "set it on the cluster's nodes instead (a Kubernetes secret, or the environment of `ray start`)",
             )
-    if CREDENTIALS.search(command):
+    if secret := secret_in(command):
         raise InputError(
-            "the job's command contains an address with a password, and the dashboard shows the command",
-            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the storage's variables, on the cluster's nodes",
+            f"the job's command contains an address with {secret}, and the dashboard shows the command",
+            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, PGPASSWORD, or the storage's variables, on the "
+            "cluster's nodes",
         )
 
 

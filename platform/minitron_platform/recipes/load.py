@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from minitron.arguments import short_repr
 from minitron.errors import InputError
+from minitron.storage import secret_in
 from minitron_platform.arguments import check_strings, path_string
 from minitron_platform.recipes.keys import section_keys
 from minitron_platform.recipes.paths import anchor_paths
@@ -63,6 +64,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     for override in overrides:
         _apply_override(values, override)
     anchor_paths(values, Path.cwd(), str(path))
+    _check_secrets(values, f"{path}: ")
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -74,6 +76,19 @@ def check_recipe_type(value: Any) -> None:
     if not isinstance(value, Recipe):
         name = short_repr(value) if isinstance(value, str) else "..."
         raise InputError(f"recipe: {short_repr(value)} is not a recipe", f"give the result of load_recipe({name})")
+    _check_secrets(value.model_dump(by_alias=True))
+
+
+def _check_secrets(values: Any, file: str = "", key: str = "") -> None:
+    """Raise InputError for an address with a secret: a run stores its recipe, and a job sends it."""
+    if isinstance(values, dict | list | tuple):
+        for name, value in values.items() if isinstance(values, dict) else enumerate(values):
+            _check_secrets(value, file, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, str) and (secret := secret_in(values)):
+        raise InputError(
+            f"{file}{key}: an address with {secret}, and recipes are stored with their runs",
+            "remove it from the address, and set the environment variables or files of that storage",
+        )
 
 
 def recipe_yaml(recipe: Recipe) -> str:

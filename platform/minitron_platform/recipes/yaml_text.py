@@ -22,6 +22,8 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 6e-4 and 9e7 as numbers and 29:13 as text, where YAML 1.1 reads text and a time, and that refuses a
     key which a section has twice."""
 
+    merged = 0  # keys of all sections with a << key
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         lines: dict[str, int] = {}
         for key, _ in node.value:
@@ -34,6 +36,18 @@ class _Loader(yaml.SafeLoader):
                 )
             lines[key.value] = key.start_mark.line + 1
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merge the sections of `<<` keys into a section. Lists of sections are refused: a few levels of them are billions of
+        keys."""
+        for key, value in node.value:
+            if key.tag == "tag:yaml.org,2002:merge" and isinstance(value, yaml.SequenceNode):
+                raise yaml.MarkedYAMLError(problem="<< merges one section, not a list", problem_mark=key.start_mark)
+        merges = any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value)
+        super().flatten_mapping(node)
+        self.merged += len(node.value) if merges else 0
+        if self.merged > MOST_VALUES:
+            raise yaml.MarkedYAMLError(problem="<< merges too many keys", problem_mark=node.start_mark)
 
 
 _NUMBERS = {

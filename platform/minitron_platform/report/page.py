@@ -24,7 +24,6 @@ from minitron_platform.stages.search import Search
 from minitron_platform.stages.search_output import SearchOutput
 from minitron_platform.stages.stage import StageOutput
 from minitron_platform.stages.state import RunState
-from minitron_platform.tracking.flusher import redact
 from minitron_platform.tracking.restarts import Restart
 from minitron_search.ranking import RankedCandidate, pareto
 from minitron_search.tau import SETTLED
@@ -330,5 +329,5 @@ def page(context: Context) -> str:
         restarts=restarts(context),
         findings={model: findings(search) for model, search in searches.items()},
         origins={m.model: o.model for m in context.recipe.family if (o := context.recipe.origin(m))},
-        tracking_uri=redact(context.locations.tracking_uri),
+        tracking_uri=storage.redact(context.locations.tracking_uri),
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import minitron
 from minitron.errors import StorageError
+from minitron.storage import redact
 from minitron_platform.estimates.outlook import Estimate, Outlook
 from minitron_platform.recipes import schema
 from minitron_platform.stages.context import Context
@@ -19,7 +20,7 @@ from minitron_platform.stages.stage_records import INSIDE, relative
 from minitron_platform.stages.state import RunState
 from minitron_platform.stages.teacher import Teacher
 from minitron_platform.tracking import registry
-from minitron_platform.tracking.flusher import redact, sqlite_path
+from minitron_platform.tracking.flusher import sqlite_path
 from minitron_platform.tracking.registry import TASK_TAG
 from minitron_platform.tracking.version_weights import PATH_TAG
 

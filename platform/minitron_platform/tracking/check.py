@@ -9,7 +9,8 @@ from urllib.parse import quote
 
 from minitron.environment import environment_variables
 from minitron.errors import InputError
-from minitron_platform.tracking.flusher import create_database, prepare_mlflow, redact, sqlite_path
+from minitron.storage import redact
+from minitron_platform.tracking.flusher import create_database, prepare_mlflow, sqlite_path
 from minitron_platform.tracking.sender import check_not_deleted
 
 TIMEOUT = "10"  # seconds to wait for an answer of the server

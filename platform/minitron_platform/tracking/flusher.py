@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 from minitron.errors import InputError, StorageError
-from minitron.storage import PRIVATE, disk_errors, lock_file
+from minitron.storage import PRIVATE, disk_errors, lock_file, redact
 from minitron_platform.tracking.moved_database import ARTIFACTS, update_addresses
 from minitron_platform.tracking.sender import STATE, Sender, Sent, unreachable
 from minitron_platform.tracking.spool import keys, read_events, spool_folder
@@ -102,11 +102,6 @@ def create_database(tracking_uri: str) -> None:
                 ) from error
             os.chmod(f"{folder}/complete.db", PRIVATE)
             os.replace(f"{folder}/complete.db", path)
-
-
-def redact(tracking_uri: str) -> str:
-    """The address without a user and password that it may contain, for messages."""
-    return re.sub(r"://[^/@]*@", "://", tracking_uri)
 
 
 def sqlite_path(tracking_uri: str) -> Path | None:

@@ -23,11 +23,22 @@ from typing import TYPE_CHECKING, Any
 from minitron.arguments import short_repr
 from minitron.environment import environment_variables
 from minitron.errors import InputError, MinitronError, StorageError
-from minitron.storage import MANIFEST, absolute, is_committed, is_local, join, local_path, manifest, read_bytes, verify
+from minitron.storage import (
+    MANIFEST,
+    absolute,
+    is_committed,
+    is_local,
+    join,
+    local_path,
+    manifest,
+    read_bytes,
+    redact,
+    verify,
+)
 from minitron_platform.tracking.alias_history import HISTORY_TAG, earlier_versions, moves_of
 from minitron_platform.tracking.aliases import check_alias
 from minitron_platform.tracking.check import check_database
-from minitron_platform.tracking.flusher import create_database, prepare_mlflow, redact, sqlite_path
+from minitron_platform.tracking.flusher import create_database, prepare_mlflow, sqlite_path
 from minitron_platform.tracking.version_weights import (
     MANIFEST_TAG,
     check_weights,
@@ -376,7 +387,9 @@ def _registry(tracking_uri: str, *, create: bool = False) -> Iterator[MlflowClie
         yield MlflowClient(tracking_uri, registry_uri=tracking_uri)
     except MlflowException as error:
         if error.error_code == "INVALID_PARAMETER_VALUE":
-            raise InputError(f"MLflow at {redact(tracking_uri)}: {error}", "change the value in the message") from error
+            raise InputError(
+                f"MLflow at {redact(tracking_uri)}: {redact(str(error))}", "change the value in the message"
+            ) from error
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise MinitronError(f"MLflow at {redact(tracking_uri)}: {redact(reason)}", remedy) from error
 

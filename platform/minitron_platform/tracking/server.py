@@ -17,9 +17,9 @@ from types import FrameType
 from urllib.error import URLError
 
 from minitron.errors import InputError, MinitronError
-from minitron.storage import disk_errors, is_local, local_path
+from minitron.storage import disk_errors, is_local, local_path, redact
 from minitron_platform.addresses import is_loopback
-from minitron_platform.tracking.flusher import create_database, prepare_mlflow, redact, sqlite_path
+from minitron_platform.tracking.flusher import create_database, prepare_mlflow, sqlite_path
 
 START_SECONDS = 90.0  # longest start of the server: imports, and the tables of a new database
 STOP_SECONDS = 10.0  # after SIGTERM until SIGKILL

@@ -169,10 +169,19 @@ def test_addresses_that_are_not_of_the_jobs_api_are_refused(address: str) -> Non
 
 
 @pytest.mark.usefixtures("without_token")
-def test_a_remote_head_without_authentication_is_refused_unless_allowed() -> None:
+def test_an_unencrypted_head_on_another_machine_is_refused_unless_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = f"http://0.0.0.0:{free_ports(1)[0]}"  # not a loopback address, and nothing listens there
     with pytest.raises(InputError, match="no cluster token"):
         submit(RECIPE, name="run", address=elsewhere)
+    with monkeypatch.context() as token:
+        token.setenv("RAY_AUTH_TOKEN", TOKEN)
+        with pytest.raises(InputError, match="without encryption") as refusal:
+            submit(RECIPE, name="run", address=elsewhere)
+        assert TOKEN not in str(refusal.value)
+        with pytest.raises(MinitronError, match="no answer"):
+            submit(RECIPE, name="run", address=elsewhere.replace("http", "https"))
+        with pytest.raises(MinitronError, match="no answer"):
+            submit(RECIPE, name="run", address=elsewhere, insecure=True)
     with pytest.raises(MinitronError, match="no answer"):
         submit(RECIPE, name="run", address=elsewhere, insecure=True)
 
@@ -192,10 +201,30 @@ def test_secret_settings_never_enter_a_job(key: str) -> None:
     assert "hunter2" not in str(refusal.value)
 
 
-def test_a_password_inside_an_address_never_enters_a_job() -> None:
-    with pytest.raises(InputError, match="password") as refusal:
-        submit(RECIPE, name="run", address="http://127.0.0.1:1", options={"tracking-uri": "http://me:hunter2@mlflow"})
-    assert "hunter2" not in str(refusal.value)
+SECRET_ADDRESSES = (
+    "http://me:hunter2@mlflow",
+    "postgresql://me:h@unter2@db/mlflow",
+    "postgresql://me:h/hunter2@db/mlflow",
+    "postgresql://db/mlflow?user=me&password=hunter2",
+    "s3://key:hunter2@bucket/runs",
+    "az://container@account.dfs.core.windows.net/runs?sig=hunter2",
+)
+
+
+@pytest.mark.parametrize("address", SECRET_ADDRESSES)
+def test_a_secret_inside_an_address_never_enters_a_job(address: str) -> None:
+    for arguments in (
+        {"options": {"tracking-uri": address}},
+        {"overrides": [f"data.path={address}"]},
+        {"env": {"STORE": address}},
+    ):
+        with pytest.raises(InputError, match="dashboard shows") as refusal:
+            submit(RECIPE, name="run", address="http://127.0.0.1:1", **arguments)
+        assert "unter2" not in str(refusal.value)
+    for jobs_api in (address, f"http://127.0.0.1:1/?token={'hunter2'}"):
+        with pytest.raises(InputError, match=r"Jobs API|with a user or a query") as refusal:
+            submit(RECIPE, name="run", address=jobs_api)
+        assert "unter2" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("name", ["", "Run", "a/b", "../x", "a" * 65, "a b"])

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from minitron.errors import InputError
+from minitron_platform.planning.plan import plan
 from minitron_platform.recipes.load import load_recipe
 from minitron_platform.recipes.schema import Recipe
 
@@ -63,6 +64,13 @@ MULTIPLYING = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
 )
 
 
+MERGING = "a: &a {k: 1}\n" + "".join(  # 10^20 keys
+    f"{name}: &{name} {{<<: [{', '.join(['*' + before] * 10**4)}]}}\n"
+    for before, name in zip("abcde", "bcdef", strict=True)
+)
+CHAIN = "a0: &a0 {k: 1}\n" + "".join(f"a{n}: &a{n} {{<<: *a{n - 1}, k{n}: 1}}\n" for n in range(1, 900))
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
@@ -71,6 +79,8 @@ MULTIPLYING = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
         ("a: &a\n  b: *a\n", "an alias that contains itself"),
         ("a: " + "[" * 40 + "]" * 40, "more than 32 levels of sections"),
         (MULTIPLYING, "more than 200,000 values"),
+        (MERGING, "<< merges one section, not a list"),
+        (CHAIN, "<< merges too many keys"),
         ("'two words': 1\n", "'two words' is not a key"),
         ("a: \x07\n", "not valid YAML"),
         ("- a\n", "contains no keys"),
@@ -151,3 +161,17 @@ def test_every_number_has_bounds():
         if not (BELOW & bounds.keys() and ABOVE & bounds.keys())
     }
     assert unbounded == {"clip_norm"}  # infinite: gradients are not clipped
+
+
+@pytest.mark.parametrize("key", ["data.path", "teacher.model", "evaluate.tasks.0.data"])
+def test_an_address_with_a_secret_is_refused_before_the_recipe_is_stored(bench, key):
+    recipe = load_recipe(bench / "recipe.yaml")
+    section, name = key.rsplit(".", 1)
+    address = "s3://key:hunter2@bucket/file"
+    with pytest.raises(InputError, match=f"{key}: an address with a password") as refused:
+        load_recipe(bench / "recipe.yaml", [f"{key}={address}"])
+    assert "hunter2" not in str(refused.value)
+    if section == "data":  # a recipe that was made in Python
+        changed = recipe.model_copy(update={section: recipe.data.model_copy(update={name: address})})
+        with pytest.raises(InputError, match=r"^data\.path: an address with a password"):
+            plan(changed)

@@ -1,0 +1,76 @@
+"""Addresses lead where they say, and show no secrets."""
+
+from __future__ import annotations
+
+import fsspec
+import pytest
+
+from minitron import storage
+from minitron.data import TextSource, documents
+from minitron.errors import StorageError
+from minitron.storage import redact, secret_in
+
+
+@pytest.fixture
+def internal():
+    """A file that a chain leads to; a server in the internal network in the attack."""
+    fs, _ = fsspec.url_to_fs("memory://internal")
+    fs.pipe_file("/internal/secret.txt", b"secret")
+    return "memory://internal/secret.txt"
+
+
+CHAINS = [
+    "simplecache::{internal}",
+    "reference::{internal}",
+    "zip://secret.txt::{internal}",
+    "memory://x::{internal}",
+    "filecache::http://169.254.169.254/latest/meta-data",
+    "git::/etc",
+    "dir::file:///etc",
+]
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_an_address_inside_another_is_refused(internal, chain):
+    address = chain.format(internal=internal)
+    for read in (storage.exists, storage.read_bytes, lambda path: list(documents(TextSource("text", path)))):
+        with pytest.raises(StorageError, match="chains several addresses"):
+            read(address)
+
+
+def test_an_address_that_fsspec_opens_with_another_driver_is_refused(internal, monkeypatch):
+    monkeypatch.setattr("minitron.storage.addresses.url_to_fs", lambda path: fsspec.url_to_fs(internal))
+    with pytest.raises(StorageError, match="opened as memory, not as hf"):
+        storage.filesystem("hf://datasets/a/b")
+
+
+@pytest.mark.parametrize(
+    ("address", "shown", "secret"),
+    [
+        ("http://me:hunter2@host:5000/x", "http://host:5000/x", "a password"),
+        ("http://me:hunter2@2@host/x", "http://host/x", "a password"),
+        ("http://me:2/hunter2@host/x", "http://host/x", "a password"),
+        ("http://me:2?hunter2@host/x", "http://host/x", "a password"),
+        ("http://host/x?password=hunter2", "http://host/x", "the parameter 'password'"),
+        ("http://host/x#hunter2", "http://host/x", ""),
+        ("postgresql+psycopg2://me:hunter2@db/mlflow?sslmode=require", "postgresql+psycopg2://db/mlflow", "a password"),
+        ("postgresql://db/mlflow?user=a@b&password=hunter2", None, "the parameter 'password'"),
+        ("postgresql://me@db/mlflow?sslmode=require", "postgresql://db/mlflow", ""),
+        ("s3://key:hunter2@bucket/x", "s3://bucket/x", "a password"),
+        ("s3://key:hunter2/2@bucket/x", "s3://bucket/x", "a password"),
+        ("az://container@account/x?sig=hunter2", "az://container@account/x", "the parameter 'sig'"),
+        ("hf://datasets/user/name@branch/part-?.jsonl", "hf://datasets/user/name@branch/part-?.jsonl", ""),
+        ("s3://bucket/a@b/part-?.jsonl", "s3://bucket/a@b/part-?.jsonl", ""),
+        ("sqlite:////runs/a@b/mlflow.db", "sqlite:////runs/a@b/mlflow.db", ""),
+    ],
+)
+def test_user_and_query_of_an_address_are_not_shown(address, shown, secret):
+    text = redact(f"MLflow at {address} refuses: see {address}")
+    assert "hunter2" not in text
+    if shown:
+        assert text == f"MLflow at {shown} refuses: see {shown}"
+    assert secret_in(f"run --storage {address}") == secret
+    if address.startswith(("s3", "az")) and "hunter2" in address:
+        with pytest.raises(StorageError, match="may be secrets") as refused:
+            storage.filesystem(address)
+        assert "hunter2" not in str(refused.value)
