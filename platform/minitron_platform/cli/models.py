@@ -8,6 +8,7 @@ import click
 from rich.markup import escape
 
 from minitron.errors import InputError
+from minitron.storage import redact
 from minitron_platform.cli.options import tracking_options
 from minitron_platform.console import Console
 
@@ -31,7 +32,7 @@ def models(locations: Any) -> None:
 
     versions = registered(locations.tracking_uri, locations.storage)
     if not versions:
-        click.echo(f"no models in {locations.tracking_uri}; `minitron run` registers one")
+        click.echo(f"no models in {redact(locations.tracking_uri)}; `minitron run` registers one")
         return
     table = Table(caption=f"KL to the teacher and held-out loss in {KL.unit}", caption_justify="left")
     for title in ("model", "version", "parameters", "KL", "loss", "registered"):
