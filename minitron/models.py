@@ -58,7 +58,7 @@ def check_source(source: str) -> None:
 
 def is_local_source(source: str) -> bool:
     """Whether a model source is a path on this machine, not the name of a model on the hub."""
-    return source.startswith((".", "/", "~")) or source.endswith(".gguf") or Path(source).exists()
+    return source.startswith((".", "/", "~")) or source.endswith(".gguf") or os.path.exists(source)
 
 
 def source_identity(source: str, revision: str | None = None) -> dict[str, Any]:
@@ -70,20 +70,20 @@ def source_identity(source: str, revision: str | None = None) -> dict[str, Any]:
     elif is_local_source(source):
         path = storage.local_path(source)
     else:
-        return {"hub": source, "revision": _hub_commit(source, revision)}
+        return {"hub": source, "revision": _on_hub(source, revision)[0]}
     if path.is_file():
         return {"file": path.name, "sha256": storage.sha256(path)}
     stats = [(p.name, stat) for p in sorted(path.iterdir()) if (stat := file_stat(p))]
     return {"folder": str(path), "files": [[name, s.st_size, s.st_mtime_ns] for name, s in stats]}
 
 
-def _hub_commit(name: str, revision: str | None) -> str:
-    """The commit of a hub model, or of the copy in the local cache if the hub cannot be reached."""
+def _on_hub(name: str, revision: str | None) -> tuple[str, bool]:
+    """The commit of a hub model, or of the copy in the local cache if the hub cannot be reached; and whether it can."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return str(HfApi().model_info(name, revision=revision, timeout=30).sha)
+        return str(HfApi().model_info(name, revision=revision, timeout=30).sha), True
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise InputError(
             f"no model {name!r} with revision {revision!r} on the hub, or you have no access to it",
@@ -92,7 +92,7 @@ def _hub_commit(name: str, revision: str | None) -> str:
     except (HTTPError, OSError) as error:
         cached = try_to_load_from_cache(name, "config.json", revision=revision or "main")
         if isinstance(cached, str):
-            return Path(cached).parent.name
+            return Path(cached).parent.name, False
         raise InputError(
             f"{name!r} is not a local folder or file, and the hub cannot be reached",
             "check the path or the name, or connect to the network",
@@ -148,6 +148,8 @@ def _arguments(source: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     arguments: dict[str, Any] = {"trust_remote_code": False}
     if revision:
         arguments["revision"] = revision
+    if not is_local_source(path) and not _on_hub(path, revision)[1]:
+        arguments["local_files_only"] = True  # transformers would retry every file for 25 s
     if path.endswith(".gguf"):
         path, arguments["gguf_file"] = os.path.split(path)
     return path, arguments

@@ -191,3 +191,15 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_by_plan(folder, 
     with pytest.raises(InputError, match=r"^teacher\.model: .* 2 tokens beyond .* vocabulary of 300 \('<new>' = 300, "):
         plan(recipe, storage_path=tmp_path / "runs")
     check_tokenizer_fits(words, 302, "")
+
+
+def test_a_name_that_is_no_folder_is_refused_at_once_where_the_hub_does_not_answer(monkeypatch):
+    def no_retries(seconds: float) -> None:
+        raise AssertionError(f"waits {seconds} s before it asks again")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", no_retries)
+    for name in ("nothing-here", "nobody/nothing-here", "x" * 5000):
+        with pytest.raises(InputError, match=r"and the hub cannot be reached|no model"):
+            source_architecture(name)
