@@ -24,9 +24,10 @@ from minitron.storage.problems import access_errors
 log = logging.getLogger(__name__)
 
 
-def fetch(target: str, cache: str | None = None) -> Path:
+def fetch(target: str, cache: str | None = None, *, weights: bool = True) -> Path:
     """A committed folder as a local path: the folder itself, or a verified copy of a remote one under `cache`.
 
+    weights: whether a copy has safetensors files too; a tokenizer needs none.
     cache: default the user's (`minitron.cache`). Of several processes one copies and the others wait for it. SHA-256 is checked
     when a copy is made, and again for a file that is not the one that was checked (see `_is_whole`); a damaged copy is made
     again. Before it is made, older copies are deleted as `make_room` says. Raises StorageError for a manifest that names files
@@ -36,8 +37,10 @@ def fetch(target: str, cache: str | None = None) -> Path:
         return local_path(target)
     expected = manifest(target)
     files = expected["files"]
+    if not weights:
+        files = {name: entry for name, entry in files.items() if not name.endswith(".safetensors")}
     folder = Path(cache or cache_folder())
-    copy = folder / fingerprint([target, expected])
+    copy = folder / fingerprint([target, expected, *([] if weights else ["without weights"])])
     with locked(copy):
         if is_committed(str(copy)) and not _is_whole(copy, files):
             log.warning("%s: damaged copy of %s, copying it again", copy, target)

@@ -35,6 +35,7 @@ from minitron_platform.stages.stage_records import Record, relative, write_recor
 from minitron_platform.stages.targets import Targets
 from minitron_platform.tracking.flusher import Flusher
 from minitron_platform.tracking.spool import RunLog, Status, read_events
+from minitron_platform.workers.workers import Workers
 from minitron_search.memory import release_memory
 
 # Stages that compute in this process before the first stage that needs Ray; Ray starts in the background meanwhile.
@@ -85,6 +86,12 @@ def run(
         storage.write_bytes(storage.join(run_folder, "recipe.yaml"), recipe_yaml(recipe).encode(), private=True)
         flusher = stack.enter_context(Flusher(locations.spool(key), locations.tracking_uri, recipe.experiment))
         ray = RayStart(stack, address, storage.join(run_folder, "logs"))
+        workers = Workers(
+            console,
+            start_ray=lambda: context.ensure_ray(),
+            computes_here=ray.computes_here,
+            scratch=storage.join(locations.run(key), "workers"),
+        )
         context = Context(
             recipe=recipe,
             locations=locations,
@@ -92,6 +99,7 @@ def run(
             run_key=key,
             held=[fence],
             start_ray=ray.need,
+            workers=workers,
             mlflow_run_id=lambda record: flusher.wait_for(record, timeout=30),
         )
         run_record = _RunRecord(context)
@@ -116,6 +124,8 @@ def run(
             if not _is_lost(fence):  # otherwise the record belongs to the driver that continues the run
                 run_record.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
+        finally:
+            workers.close()
         run_record.end("FINISHED")
     return RunResult(context)
 

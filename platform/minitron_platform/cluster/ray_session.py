@@ -21,6 +21,7 @@ from minitron.environment import environment_variables
 from minitron.errors import InputError, MinitronError
 from minitron_platform.addresses import check_ray_address
 from minitron_platform.cluster.packaging import PACKAGES, package_folder, stage_code
+from minitron_platform.workers.workers import SEAT
 from minitron_search.private_ray import private_settings
 
 # Ray appends "/session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store" to its folder, and the path of a socket may
@@ -67,6 +68,7 @@ def ray_session(
     num_gpus: int | None = None,
     memory: int | None = None,
     object_store_memory: int | None = None,
+    seats: int = 0,
     temp_dir: str | None = None,
     keep_logs: str | None = None,
 ) -> Iterator[None]:
@@ -78,6 +80,7 @@ def ray_session(
     num_cpus: number of CPU slots that the private Ray has at least, even if the machine has fewer cores.
     num_gpus: number of GPUs that it has; by default those that Ray detects.
     memory, object_store_memory: bytes for workers and for the object store; by default Ray's shares of the free memory.
+    seats: number of workers of a private Ray that wait while others have its CPUs, see `minitron_platform.workers`.
     keep_logs: folder for the output of the private Ray's workers if the block ends with an error.
     temp_dir: folder for the private Ray's sockets and logs, at most 44 bytes long. By default a temporary folder that is
         deleted at the end.
@@ -101,6 +104,7 @@ def ray_session(
                     num_gpus=num_gpus,
                     object_store_memory=object_store_memory,
                     _memory=memory,
+                    resources={SEAT: seats} if seats else None,
                     include_dashboard=False,
                     log_to_driver=False,
                     logging_level=logging.ERROR,

@@ -109,9 +109,9 @@ def distillation_memory(
 
 
 def evaluation_memory(recipe: Recipe, teacher: Architecture, largest: Architecture, value_bytes: int) -> ProcessMemory:
-    """Memory of the evaluation, which loads the teacher, the pruned and the distilled student at once."""
+    """Memory of the evaluation, which times the teacher and a student in turns."""
     tokens = max(FORWARD_ROWS, recipe.evaluate.batch_rows) * recipe.data.seq_length
-    return ProcessMemory(1, forward_memory([teacher, largest, largest], value_bytes, tokens, logits=2))
+    return ProcessMemory(1, forward_memory([teacher, largest], value_bytes, tokens, logits=2))
 
 
 def trial_memory(recipe: Recipe, teacher: Architecture, largest: Architecture, value_bytes: int) -> MainMemory:

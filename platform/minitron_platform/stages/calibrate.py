@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from minitron import storage
 from minitron.data import Rows, rows_for_step
 from minitron.device import DTYPES, device
 from minitron.evaluation.documents import documents_identity
-from minitron.importance import ImportanceScores, estimate_importance
+from minitron.importance import ImportanceScores, LayerScoring, estimate_importance
 from minitron.models import load_model, load_tokenizer
 from minitron.pruning.selection import kept_layers
 from minitron_platform.estimates.memory import calibration_memory
@@ -31,6 +32,7 @@ from minitron_platform.stages.data import Data
 from minitron_platform.stages.stage import ArtifactPath, Stage, StageOutput
 from minitron_platform.stages.state import RunState
 from minitron_platform.stages.teacher import Teacher
+from minitron_platform.workers.worker import Worker
 
 
 class CalibrateOutput(StageOutput):
@@ -84,28 +86,23 @@ class Calibrate(Stage[CalibrateOutput]):
         model_folder, model_id = _model_to_score(context)
         teacher = context.output(Teacher)
         target = storage.join(folder, "scores.safetensors")
-        context.console.status("loading the model")
-        model = load_model(storage.fetch(model_folder), DTYPES[teacher.dtype]).to(device())
-        rows = Rows.open(context.output(Data).folder, "train")
         num_layers = pruning_base(context).architecture.num_layers
         depths = _depths(context)
-        scores = estimate_importance(
-            model,
-            calibration_rows(settings, rows),
-            batch_aggregation=settings.batch_aggregation,
-            sequence_aggregation=settings.sequence_aggregation,
-            neurons=settings.neurons,
-            layers=layer_scoring(settings, num_layers, depths),
-            tokenizer=load_tokenizer(storage.fetch(teacher.folder)) if settings.task else None,
+        scoring = _Scoring(
+            model=model_folder,
+            model_id=model_id,
+            tokenizer=teacher.folder,
+            dtype=teacher.dtype,
+            rows=context.output(Data).folder,
+            separate_documents=separates_documents(context.recipe),
             add_bos=context.recipe.data.bos,
-            documents=rows.boundaries if separates_documents(context.recipe) else None,
-            progress=context.console.counter("row passes"),
+            settings=settings,
+            layers=layer_scoring(settings, num_layers, depths),
+            target=target,
         )
-        scores.provenance.update(model=model_id, rows_id=rows.fingerprint)
-        with tempfile.TemporaryDirectory() as temporary_folder:
-            file = Path(temporary_folder) / "scores.safetensors"
-            scores.save(file)
-            storage.write_bytes(target, file.read_bytes())
+        if not storage.exists(target):
+            context.workers.compute(_score, scoring)
+        scores = ImportanceScores.load(storage.fetch_file(target))
         removed: dict[str, list[int]] = {}
         for depth in depths:
             kept = kept_layers(scores, num_layers, depth, how=settings.depth, metric=layer_metric(settings))
@@ -118,6 +115,52 @@ class Calibrate(Stage[CalibrateOutput]):
             summary=f"{settings.rows} rows"
             + (f" · least important layers by {settings.layers}: {least_important}" if least_important else ""),
         )
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """What is scored, on what and how."""
+
+    model: str
+    """Checkpoint folder."""
+    model_id: str
+    tokenizer: str
+    """Checkpoint folder of its tokenizer."""
+    dtype: str
+    rows: str
+    """Folder of the packed rows."""
+    separate_documents: bool
+    add_bos: bool | None
+    settings: schema.Calibrate
+    layers: LayerScoring
+    target: str
+    """File that the scores are written to."""
+
+
+def _score(task: _Scoring, worker: Worker) -> None:
+    """Score the model, each process on its share of the rows, and write the scores."""
+    settings = task.settings
+    worker.progress.status("loading the model")
+    model = load_model(storage.fetch(task.model), DTYPES[task.dtype]).to(device())
+    rows = Rows.open(task.rows, "train")
+    scores = estimate_importance(
+        model,
+        calibration_rows(settings, rows),
+        batch_aggregation=settings.batch_aggregation,
+        sequence_aggregation=settings.sequence_aggregation,
+        neurons=settings.neurons,
+        layers=task.layers,
+        tokenizer=load_tokenizer(storage.fetch(task.tokenizer, weights=False)) if settings.task else None,
+        add_bos=task.add_bos,
+        documents=rows.boundaries if task.separate_documents else None,
+        progress=worker.progress.counter("row passes"),
+    )
+    if worker.is_first:
+        scores.provenance.update(model=task.model_id, rows_id=rows.fingerprint)
+        with tempfile.TemporaryDirectory() as temporary_folder:
+            file = Path(temporary_folder) / "scores.safetensors"
+            scores.save(file)
+            storage.write_bytes(task.target, file.read_bytes())
 
 
 def _model_to_score(state: RunState) -> tuple[str, str]:

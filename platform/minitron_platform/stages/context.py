@@ -12,6 +12,7 @@ from minitron_platform.leases import lease
 from minitron_platform.recipes.resources import ResolvedResources
 from minitron_platform.stages.state import RunState
 from minitron_platform.tracking.spool import RunLog
+from minitron_platform.workers.workers import Workers
 
 
 @dataclass(kw_only=True)
@@ -21,6 +22,7 @@ class Context(RunState):
     console: Console
     start_ray: Callable[[Context], ResolvedResources]
     """Starts Ray or joins a cluster on the first call; see `ensure_ray`."""
+    workers: Workers
     mlflow_run_id: Callable[[str], str | None]
     """Waits for the ID of the MLflow run of a record, by the record's key; None if MLflow has not answered in time."""
     held: list[Fence] = field(default_factory=list)

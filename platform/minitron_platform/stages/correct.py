@@ -13,7 +13,7 @@ from minitron.data import Rows
 from minitron.device import DTYPES, device
 from minitron.distill import Losses
 from minitron.distill.inputs import DistillInputs
-from minitron.evaluation import heldout_metrics
+from minitron.evaluation import HeldoutMetrics, heldout_metrics
 from minitron.models import load_model
 from minitron_platform.estimates.gpu import correction_on_gpus
 from minitron_platform.estimates.memory import correction_memory
@@ -29,7 +29,8 @@ from minitron_platform.stages.teacher import Teacher, TeacherOutput, weight_hash
 from minitron_platform.stages.trainings import restarts_of, training_settings, training_view
 from minitron_platform.tracking.restarts import Restart
 from minitron_platform.training.curves import complete_record
-from minitron_platform.training.ray_train import TrainTask, train_on_ray
+from minitron_platform.training.train import TrainTask, train
+from minitron_platform.workers.worker import Worker
 
 CURVE = "curve.json"
 
@@ -160,6 +161,25 @@ def _unchanged(
 
 
 @dataclass(frozen=True)
+class _Measurement:
+    """A checkpoint to measure on the held-out rows in the folder `rows`."""
+
+    checkpoint: str
+    dtype: str
+    rows: str
+    separate_documents: bool
+
+
+def _heldout(task: _Measurement, worker: Worker) -> HeldoutMetrics:
+    """Held-out loss, by all processes together."""
+    worker.progress.status("measuring the held-out loss")
+    model = load_model(storage.fetch(task.checkpoint), DTYPES[task.dtype]).to(device())
+    rows = Rows.open(task.rows, "heldout")
+    documents = rows.boundaries if task.separate_documents else None
+    return heldout_metrics(model, rows.take(range(len(rows))), documents=documents, together=worker.count > 1)
+
+
+@dataclass(frozen=True)
 class _Correction:
     """A correction in the stage's `folder`. Each of its parts has a name, under which models and losses are stored."""
 
@@ -178,13 +198,13 @@ class _Correction:
         """Held-out loss of a checkpoint in nats per token; measured once and stored."""
         path = self._loss_file(name)
         if not storage.exists(path):
-            self.context.console.status("measuring the held-out loss")
-            dtype = DTYPES[self.context.output(Teacher).dtype]
-            model = load_model(storage.fetch(checkpoint), dtype).to(device())
-            rows = Rows.open(self.context.output(Data).folder, "heldout")
-            documents = rows.boundaries if separates_documents(self.context.recipe) else None
-            metrics = heldout_metrics(model, rows.take(range(len(rows))), documents=documents)
-            storage.write_json(path, asdict(metrics))
+            measurement = _Measurement(
+                checkpoint=checkpoint,
+                dtype=self.context.output(Teacher).dtype,
+                rows=self.context.output(Data).folder,
+                separate_documents=separates_documents(self.context.recipe),
+            )
+            storage.write_json(path, asdict(self.context.workers.compute(_heldout, measurement)))
         return float(storage.read_json(path)["loss"])
 
     def remove(self, name: str) -> None:
@@ -224,9 +244,8 @@ class _Correction:
             curve=storage.join(self.folder, CURVE),
             result=target,
             key=self.folder.rsplit("/", 1)[-1],
-            threads=max(1, int(context.recipe.resources.cpus_per_worker)),
             method=self.settings.method,
             lora_rank=self.settings.lora_rank,
             until=until,
         )
-        train_on_ray(task, resources, view.event, scratch=storage.join(self.folder, "ray"))
+        context.workers.train(train, task, view.event)

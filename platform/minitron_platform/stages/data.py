@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from minitron import storage
 from minitron.data import DocumentTokens, Rows, pack, source_identity
@@ -17,6 +20,7 @@ from minitron_platform.stages.context import Context
 from minitron_platform.stages.stage import ArtifactPath, Stage, StageOutput
 from minitron_platform.stages.state import RunState
 from minitron_platform.stages.teacher import Teacher
+from minitron_platform.workers.worker import Worker
 
 # the part of the held-out rows that the teacher is measured on with and without a BOS token
 PROBE_ROWS = 4
@@ -72,7 +76,7 @@ class Data(Stage[DataOutput]):
         data = context.recipe.data
         target = storage.join(folder, "rows")
         context.console.status("reading text")
-        tokenizer = load_tokenizer(storage.fetch(context.output(Teacher).folder))
+        tokenizer = load_tokenizer(storage.fetch(context.output(Teacher).folder, weights=False))
         rows = pack(
             text_source(data),
             tokenizer,
@@ -117,11 +121,27 @@ def _bos_losses(context: Context, heldout: Rows, special_tokens: DocumentTokens)
     """The teacher's loss on the beginnings of some held-out rows; None if its tokenizer has no BOS token."""
     if not special_tokens.begin and special_tokens.bos is None:
         return None
-    context.console.status("measuring the teacher with and without BOS")
     teacher = context.output(Teacher)
-    model = load_model(storage.fetch(teacher.folder), DTYPES[teacher.dtype]).to(device())
     rows = heldout.take(range(min(PROBE_ROWS, len(heldout))))[:, :PROBE_TOKENS]
-    return bos_losses(model, rows, special_tokens)
+    probe = _Probe(teacher.folder, teacher.dtype, rows, special_tokens)
+    return context.workers.compute(_measure, probe, everywhere=False)
+
+
+@dataclass(frozen=True)
+class _Probe:
+    teacher: str
+    """Checkpoint folder."""
+    dtype: str
+    rows: Tensor = field(repr=False)
+    """int64 [PROBE_ROWS, PROBE_TOKENS], or fewer."""
+    special_tokens: DocumentTokens
+
+
+def _measure(task: _Probe, worker: Worker) -> BosLosses | None:
+    """The teacher's loss with and without a BOS token."""
+    worker.progress.status("measuring the teacher with and without BOS")
+    model = load_model(storage.fetch(task.teacher), DTYPES[task.dtype]).to(device())
+    return bos_losses(model, task.rows, task.special_tokens)
 
 
 def _warn_of_worse_choice(context: Context, losses: BosLosses, special_tokens: DocumentTokens) -> None:

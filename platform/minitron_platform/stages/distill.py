@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from minitron import storage
@@ -30,7 +30,8 @@ from minitron_platform.stages.teacher import Teacher, weight_hashes
 from minitron_platform.stages.trainings import restarts_of, training_settings, training_view
 from minitron_platform.tracking.restarts import Restart
 from minitron_platform.training.curves import complete_record, write_curve
-from minitron_platform.training.ray_train import TrainTask, train_on_ray
+from minitron_platform.training.train import TrainTask, train
+from minitron_platform.workers.worker import Worker
 
 
 class DistillOutput(StudentOutput):
@@ -119,15 +120,18 @@ class Distill(Stage[DistillOutput]):
         student = storage.join(folder, "student")
         curve = storage.join(folder, "curve.json")
         checkpoints = storage.join(folder, "checkpoints")
+        if not storage.is_committed(student):
+            context.console.status("starting Ray")
+            context.workers.ahead()
         if not storage.is_committed(pruned):
-            context.console.status("pruning")
-            _save_pruned(source, architecture, inputs.teacher, pruned)
+            pruning = _Pruning(source, architecture, inputs.teacher, pruned)
+            # iterative pruning measures the model again before each step, in all processes together
+            context.workers.compute(_prune, pruning, everywhere=source.recalibration is not None)
         channels = None
         if losses.needs_live_teacher and source.folder == inputs.teacher:
             # of a student that is pruned from another student, it is not known which of the teacher's channels it kept
             channels = source.channels(context.output(Teacher).architecture, architecture)
         if not storage.is_committed(student):
-            context.console.status("starting Ray")
             resources = context.ensure_ray()
             teacher = context.output(Teacher)
             on_gpus = distillation_on_gpus(
@@ -151,7 +155,6 @@ class Distill(Stage[DistillOutput]):
                 curve=curve,
                 result=student,
                 key=folder.rsplit("/", 1)[-1],
-                threads=max(1, int(recipe.resources.cpus_per_worker)),
                 student=pruned,
                 channels=channels,
                 online=recipe.targets.mode == "online",
@@ -161,7 +164,7 @@ class Distill(Stage[DistillOutput]):
                 tasks_batch_rows=recipe.evaluate.batch_rows,
                 add_bos=recipe.data.bos,
             )
-            train_on_ray(task, resources, view.event, scratch=storage.join(folder, "ray"))
+            context.workers.train(train, task, view.event)
             context.console.status("")
         if not storage.exists(curve):  # an earlier version wrote it after the student, and was killed in between
             write_curve(checkpoints, curve)
@@ -193,8 +196,20 @@ def _losses(state: RunState) -> tuple[Losses, str]:
     return distillation_losses(state.recipe, state.output(Search).winner, state.output(Teacher).architecture)
 
 
-def _save_pruned(source: PruningSource, architecture: Architecture, teacher: str, target: str) -> None:
-    """Prune `source` to `architecture` and commit it to `target`, with the tokenizer of the checkpoint `teacher`."""
-    model = source.prune(source.load(), architecture)
-    with storage.committed_folder(target) as local_folder:
-        save_model(model, load_tokenizer(storage.fetch(teacher)), local_folder)
+@dataclass(frozen=True)
+class _Pruning:
+    source: PruningSource
+    architecture: Architecture
+    tokenizer: str
+    """Checkpoint folder of the tokenizer."""
+    target: str
+    """Folder that the pruned checkpoint is committed to."""
+
+
+def _prune(task: _Pruning, worker: Worker) -> None:
+    """Prune the model and commit it."""
+    worker.progress.status("pruning")
+    model = task.source.prune(task.source.load(), task.architecture)
+    if worker.is_first:
+        with storage.committed_folder(task.target) as local_folder:
+            save_model(model, load_tokenizer(storage.fetch(task.tokenizer, weights=False)), local_folder)

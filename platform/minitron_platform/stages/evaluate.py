@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from minitron import storage
 from minitron.device import DTYPES, device
+from minitron.distill.inputs import DistillInputs
 from minitron.errors import one_line
 from minitron.evaluation import Score, Task, evaluate, interleaved_throughput
 from minitron.evaluation.documents import documents_identity
@@ -23,17 +24,18 @@ from minitron_platform.estimates.memory import evaluation_memory
 from minitron_platform.estimates.outlook import DOCUMENT_TOKENS, Estimate, Outlook
 from minitron_platform.estimates.phases import evaluation_parts
 from minitron_platform.recipes import schema
-from minitron_platform.recipes.build import lm_eval_tasks
+from minitron_platform.recipes.build import worker_tasks
 from minitron_platform.stages.base import pruning_base
 from minitron_platform.stages.calibrate import Calibrate
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.correct import Correct
-from minitron_platform.stages.data import Data
 from minitron_platform.stages.distill import Distill
 from minitron_platform.stages.stage import Stage, StageOutput
 from minitron_platform.stages.state import RunState
 from minitron_platform.stages.targets import Targets, distill_inputs
 from minitron_platform.stages.teacher import Teacher
+from minitron_platform.workers.worker import Worker
+from minitron_search.memory import release_memory
 
 MODELS = ("teacher", "pruned", "distilled")
 
@@ -123,28 +125,39 @@ class Evaluate(Stage[EvaluateOutput]):
         )
 
     def run(self, context: Context, folder: str) -> EvaluateOutput:
-        dtype = DTYPES[context.output(Teacher).dtype]
         distilled = context.output(Distill)
         folders = {
             "teacher": context.output(Correct).folder,
             "pruned": distilled.pruned,
             "distilled": distilled.student,
         }
-        models: dict[str, nn.Module] = {}
-        for name, checkpoint in folders.items():
-            context.console.status(f"loading the {name} model")
-            models[name] = load_model(storage.fetch(checkpoint), dtype).to(device())
-        qualities = {name: _quality(context, name, models, folder) for name in MODELS}
-        speeds = _speeds(context, models, storage.join(folder, "throughput.json"))
-        table = {
-            name: Figures(
-                **dict(qualities[name]),
-                tokens_per_second=speeds[name]["tokens_per_second"],
-                tokens_per_second_spread=speeds[name]["spread"],
-                parameters=models[name].num_parameters(),  # type: ignore[operator]
+        stored = {name: _quality_path(context, name, folder) for name in MODELS}
+        speeds = storage.join(folder, "throughput.json")
+        evaluation = _Evaluation(
+            inputs=distill_inputs(context),
+            tokenizer=context.output(Teacher).folder,
+            models=folders,
+            stored=stored,
+            speeds=speeds,
+            tasks=worker_tasks(context.recipe.evaluate),
+            batch_rows=context.recipe.evaluate.batch_rows,
+            add_bos=context.recipe.data.bos,
+        )
+        if not (storage.exists(speeds) and all(_is_complete(path, evaluation.tasks) for path in stored.values())):
+            context.workers.compute(_evaluate, evaluation)
+        seconds = storage.read_json(speeds)
+        table = {}
+        for name in MODELS:
+            quality = _read_quality(stored[name])
+            assert quality is not None
+            # a pruned student and what it is distilled to have the same shapes
+            speed = seconds.get(name) or seconds["distilled"]
+            table[name] = Figures(
+                **dict(quality),
+                tokens_per_second=speed["tokens_per_second"],
+                tokens_per_second_spread=speed["spread"],
+                parameters=context.output(Teacher).parameters if name == "teacher" else distilled.parameters,
             )
-            for name in MODELS
-        }
         pruned_kl = KL.text(table["pruned"].kl)
         distilled_kl = KL.text(table["distilled"].kl)
         output = EvaluateOutput(table=table, summary=f"KL to the teacher: pruned {pruned_kl}, distilled {distilled_kl}")
@@ -184,49 +197,106 @@ def _settings(state: RunState) -> dict[str, Any]:
     }
 
 
-def _speeds(context: Context, models: dict[str, nn.Module], path: str) -> dict[str, Any]:
-    """Throughput of each model; measured once and stored."""
-    if not storage.exists(path):
-        context.console.status("measuring throughput")
-        speeds = interleaved_throughput(models, seq_length=context.output(Data).seq_length, batch_rows=4, seconds=4.0)
-        storage.write_json(path, {name: asdict(speed) for name, speed in speeds.items()})
-    measured: dict[str, Any] = storage.read_json(path)
-    return measured
+def _quality_path(context: Context, name: str, folder: str) -> str:
+    """File of the measurements of model `name`; the family shares those of the teacher."""
+    if name != "teacher":
+        return storage.join(folder, f"{name}.json")
+    key = {
+        "targets": context.output(Targets).fingerprint,
+        "version": Evaluate.version,
+        **_settings(context),
+    }
+    return storage.join(context.locations.storage, "quality", f"{storage.fingerprint(key)}.json")
 
 
-def _quality(context: Context, name: str, models: dict[str, nn.Module], folder: str) -> Quality:
+@dataclass(frozen=True)
+class _Evaluation:
+    inputs: DistillInputs
+    tokenizer: str
+    """Checkpoint folder of the tokenizer."""
+    models: dict[str, str]
+    """Checkpoint folder by name."""
+    stored: dict[str, str]
+    """File of each model's measurements, by name."""
+    speeds: str
+    """File of the throughputs."""
+    tasks: tuple[Task, ...]
+    batch_rows: int
+    add_bos: bool | None
+
+    def load(self, name: str) -> nn.Module:
+        """A model, on this process's device."""
+        return load_model(storage.fetch(self.models[name]), DTYPES[self.inputs.dtype]).to(device())
+
+
+def _evaluate(task: _Evaluation, worker: Worker) -> None:
+    """Measure what is not stored yet: one model after the other, by all processes together, and then the throughputs."""
+    for name, path in task.stored.items():
+        if not _is_complete(path, task.tasks):
+            _measure(task, worker, name, path)
+            release_memory()
+    if worker.is_first and not storage.exists(task.speeds):
+        worker.progress.status("measuring throughput")
+        models = {name: task.load(name) for name in ("teacher", "distilled")}
+        seq_length = task.inputs.open_rows("heldout").seq_length
+        speeds = interleaved_throughput(models, seq_length=seq_length, batch_rows=4, seconds=4.0)
+        storage.write_json(task.speeds, {name: asdict(speed) for name, speed in speeds.items()})
+
+
+def _measure(task: _Evaluation, worker: Worker, name: str, path: str) -> None:
     """Held-out metrics and benchmark scores of model `name`; what is stored already is not measured again."""
-    path = storage.join(folder, f"{name}.json")
-    if name == "teacher":  # shared by the whole family
-        key = {
-            "targets": context.output(Targets).fingerprint,
-            "version": Evaluate.version,
-            **_settings(context),
-        }
-        path = storage.join(context.locations.storage, "quality", f"{storage.fingerprint(key)}.json")
-    tasks = lm_eval_tasks(context.recipe.evaluate.tasks, context.recipe.evaluate.allow_code)
+    worker.progress.status(f"loading the {name} model")
+    model = task.load(name)
+    together = worker.count > 1
     quality = _read_quality(path)
-    results = []  # for the console
+    results = []  # for the user
     if quality is None:
-        context.console.status(f"{name}: held-out rows")
-        heldout = distill_inputs(context).heldout(models[name], Head.of(models["teacher"]))
+        worker.progress.status(f"{name}: held-out rows")
+        head = Head.of(model) if name == "teacher" else task.inputs.teacher_head()
+        heldout = task.inputs.heldout(model, head, together=together)
         quality = Quality(
             **{field: getattr(heldout, field) for field in HELDOUT},
             heldout_tokens=heldout.tokens,
         )
-        storage.write_json(path, quality.model_dump(mode="json"))
+        if worker.is_first:
+            storage.write_json(path, quality.model_dump(mode="json"))
         results = [f"loss {LOSS.text(quality.loss)}", f"KL {KL.text(quality.kl)}"]
-    missing = [task for task in tasks if task.name not in quality.tasks]
+    missing = [one for one in task.tasks if one.name not in quality.tasks]
     if missing:
-        scores, failures = _scores(context, name, models[name], missing)
+        worker.progress.status(f"{name}: preparing benchmarks")
+        failures: dict[str, str] = {}
+
+        def on_failure(benchmark: str, error: Exception) -> None:
+            failures[benchmark] = one_line(error)
+            worker.progress.say(
+                f"  [yellow]{name}: {benchmark} failed and is left out: {escape(failures[benchmark])}[/]"
+            )
+
+        scores = evaluate(
+            model,
+            load_tokenizer(storage.fetch(task.tokenizer, weights=False)),
+            missing,
+            batch_size=task.batch_rows,
+            add_bos=task.add_bos,
+            progress=worker.progress.counter("documents"),
+            on_failure=on_failure,
+            together=together,
+        )
         all_scores = quality.tasks | scores
-        ordered = {task.name: all_scores[task.name] for task in tasks if task.name in all_scores}
+        ordered = {one.name: all_scores[one.name] for one in task.tasks if one.name in all_scores}
         quality = quality.model_copy(update={"tasks": ordered, "failures": failures})
-        storage.write_json(path, quality.model_dump(mode="json"))
-        results += [f"{task} {score.shown_as.sentence(score.value, score.stderr)}" for task, score in scores.items()]
-    if results:
-        context.console.say(f"  {name}: {' · '.join(results)}")
-    return quality
+        if worker.is_first:
+            storage.write_json(path, quality.model_dump(mode="json"))
+        results += [
+            f"{benchmark} {score.shown_as.sentence(score.value, score.stderr)}" for benchmark, score in scores.items()
+        ]
+    worker.progress.say(f"  {name}: {' · '.join(results)}")
+
+
+def _is_complete(path: str, tasks: Sequence[Task]) -> bool:
+    """Whether the file has all measurements of a model."""
+    quality = _read_quality(path)
+    return quality is not None and all(task.name in quality.tasks for task in tasks)
 
 
 def _read_quality(path: str) -> Quality | None:
@@ -237,26 +307,3 @@ def _read_quality(path: str) -> Quality | None:
         return Quality.model_validate(storage.read_json(path))
     except ValidationError:
         return None
-
-
-def _scores(
-    context: Context, name: str, model: nn.Module, tasks: Sequence[Task]
-) -> tuple[dict[str, Score], dict[str, str]]:
-    """Scores by task, and the reasons of the failed tasks, which are printed too."""
-    context.console.status(f"{name}: preparing benchmarks")
-    failures: dict[str, str] = {}
-
-    def on_failure(task: str, error: Exception) -> None:
-        failures[task] = one_line(error)
-        context.console.say(f"  [yellow]{name}: {task} failed and is left out: {escape(failures[task])}[/]")
-
-    scores = evaluate(
-        model,
-        load_tokenizer(storage.fetch(context.output(Teacher).folder)),
-        tasks,
-        batch_size=context.recipe.evaluate.batch_rows,
-        add_bos=context.recipe.data.bos,
-        progress=context.console.counter("documents"),
-        on_failure=on_failure,
-    )
-    return scores, failures

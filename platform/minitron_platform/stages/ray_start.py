@@ -42,6 +42,11 @@ class RayStart:
         self.resources: ResolvedResources | None = None
         self.private: _PrivateRay | None = None
 
+    def computes_here(self) -> bool:
+        """Whether this process computes with models where one process is enough: it is on the machine that has all devices, and
+        there is at most one GPU."""
+        return not joins_cluster(self.address) and torch.cuda.device_count() <= 1
+
     def auto_dtype(self, context: Context) -> torch.dtype | None:
         """Compute dtype for `teacher.dtype: auto`; None for that of this machine.
 
@@ -117,6 +122,7 @@ class _PrivateRay:
             num_gpus=int(node["GPU"]),
             memory=free_memory - object_store_memory,
             object_store_memory=object_store_memory,
+            seats=resources.workers,
             keep_logs=logs,
         )
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:

@@ -136,6 +136,7 @@ class Search(Stage[SearchOutput]):
         schedule = SearchSchedule(recipe.search)
         context.console.status("starting Ray")
         resources = context.ensure_ray()
+        context.workers.make_room()
         value_bytes = DTYPES[context.output(Teacher).dtype].itemsize
         largest = max(space.candidates, key=lambda a: a.num_parameters)
         on_gpus = trials_on_gpus(recipe, teacher, base, largest, value_bytes, resources)

@@ -6,15 +6,17 @@ teacher itself, only those training rows that the search reads are stored.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from minitron import storage
-from minitron.data import rows_of_steps
+from minitron.data import Split, rows_of_steps
 from minitron.device import DTYPES
 from minitron.distill import TopKTeacher, store_hidden, store_top_k
 from minitron.distill.inputs import DistillInputs
+from minitron.distill.teacher.shard_writing import Writing
 from minitron.distill.teacher.stored import stored_bytes
 from minitron.pruning.source import PruningSource
 from minitron_platform.estimates.memory import targets_memory
@@ -29,6 +31,7 @@ from minitron_platform.stages.data import Data
 from minitron_platform.stages.stage import ArtifactPath, Stage, StageOutput
 from minitron_platform.stages.state import RunState
 from minitron_platform.stages.teacher import Teacher
+from minitron_platform.workers.worker import Worker
 
 
 class TargetsOutput(StageOutput):
@@ -84,42 +87,16 @@ class Targets(Stage[TargetsOutput]):
         train = inputs.open_rows("train")
         heldout = inputs.open_rows("heldout")
         train_rows = rows_of_steps(len(train), *search_steps) if search_steps else None
-        num_train = len(train) if train_rows is None else len(train_rows)
-        num_rows = num_train + len(heldout)
-        hidden_size = context.output(Teacher).architecture.hidden_size
-        value_bytes = DTYPES[context.output(Teacher).dtype].itemsize
-        size = stored_bytes(num_train, train.seq_length, hidden_size, value_bytes, top_k)
-        size += stored_bytes(len(heldout), train.seq_length, hidden_size, value_bytes)
+        num_rows = (len(train) if train_rows is None else len(train_rows)) + len(heldout)
         rows_text = f"{num_rows:,} rows" + (
             "" if train_rows is None else " (of the training rows, only those that the search reads)"
         )
-        teacher: list[nn.Module] = []
-
-        def load_once() -> nn.Module:
-            if not teacher:
-                context.console.say(f"  storing the teacher's outputs on {rows_text}, {size / 1e6:,.0f} MB")
-                context.console.status("loading the teacher")
-                teacher.append(inputs.load_teacher())
-            return teacher[0]
-
-        computed = store_hidden(
-            load_once,
-            heldout,
-            heldout_folder,
-            key=inputs.targets_key("heldout"),
-            documents=inputs.documents(),
-            progress=context.console.counter("heldout rows"),
-        )
-        options: dict[str, Any] = {
-            "key": inputs.targets_key("train"),
-            "documents": inputs.documents(),
-            "progress": context.console.counter("train rows"),
-            "numbers": train_rows,
-        }
-        if top_k:
-            computed += store_top_k(load_once, train, train_folder, top_k, **options)
-        else:
-            computed += store_hidden(load_once, train, train_folder, **options)
+        hidden_size = context.output(Teacher).architecture.hidden_size
+        value_bytes = DTYPES[context.output(Teacher).dtype].itemsize
+        size = stored_bytes(num_rows - len(heldout), train.seq_length, hidden_size, value_bytes, top_k)
+        size += stored_bytes(len(heldout), train.seq_length, hidden_size, value_bytes)
+        storing = _Storing(inputs, train_rows, f"storing the teacher's outputs on {rows_text}, {size / 1e6:,.0f} MB")
+        computed = context.workers.compute(_store, storing)
         output = TargetsOutput(
             train=train_folder,
             heldout=heldout_folder,
@@ -145,6 +122,46 @@ class Targets(Stage[TargetsOutput]):
         """Probability that the top-k tokens leave out."""
         lost = {"mass_lost_mean": output.mass_lost_mean, "mass_lost_worst": output.mass_lost_worst}
         return {name: value for name, value in lost.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class _Storing:
+    inputs: DistillInputs
+    train_rows: list[int] | None
+    """Numbers of the training rows to store; None for all."""
+    announcement: str
+    """Line for the user before the teacher runs."""
+
+
+def _store(task: _Storing, worker: Worker) -> int:
+    """Store the teacher's outputs that are missing, each process its share; returns the number of rows it ran on."""
+    inputs = task.inputs
+    teacher: list[nn.Module] = []
+
+    def load_once() -> nn.Module:
+        if not teacher:
+            worker.progress.say(f"  {task.announcement}")
+            worker.progress.status("loading the teacher")
+            teacher.append(inputs.load_teacher())
+        return teacher[0]
+
+    computed = 0
+    splits: tuple[tuple[Split, str], ...] = (("heldout", inputs.heldout_targets), ("train", inputs.train_targets))
+    for split, folder in splits:
+        rows = inputs.open_rows(split)
+        numbers = task.train_rows if split == "train" else None
+        how: Writing = {
+            "numbers": numbers,
+            "rank": worker.rank,
+            "world": worker.count,
+            "progress": worker.progress.counter(f"{split} rows"),
+        }
+        key, documents = inputs.targets_key(split), inputs.documents()
+        if split == "train" and inputs.top_k:
+            computed += store_top_k(load_once, rows, folder, inputs.top_k, key=key, documents=documents, **how)
+        else:
+            computed += store_hidden(load_once, rows, folder, key=key, documents=documents, **how)
+    return worker.total(computed)
 
 
 def _search_steps(state: RunState) -> list[int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from minitron import storage
@@ -9,6 +10,7 @@ from minitron.architecture import Architecture
 from minitron.checkpoints.identity import checkpoint_identity
 from minitron.checkpoints.tokenizer_files import check_tokenizer_fits
 from minitron.data import DocumentTokens, document_tokens
+from minitron.device import DTYPES
 from minitron.models import load_source, load_tokenizer, save_model, source_identity
 from minitron_platform.estimates.outlook import Estimate, Outlook
 from minitron_platform.estimates.phases import teacher_parts
@@ -16,6 +18,7 @@ from minitron_platform.recipes.schema import Member, Recipe
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.stage import ArtifactPath, Stage, StageOutput
 from minitron_platform.stages.state import RunState
+from minitron_platform.workers.worker import Worker
 
 
 class TeacherOutput(StageOutput):
@@ -60,32 +63,51 @@ class Teacher(Stage[TeacherOutput]):
         )
 
     def run(self, context: Context, folder: str) -> TeacherOutput:
-        from transformers import AutoConfig
-
         teacher = context.recipe.teacher
-        target = storage.join(folder, "model")
-        dtype = context.compute_dtype
-        if not storage.is_committed(target):
-            context.console.status(f"reading {teacher.model}")
-            model, tokenizer = load_source(teacher.model, teacher.revision, dtype)
-            check_tokenizer_fits(tokenizer, Architecture.from_config(model.config).vocab_size, teacher.model)
-            context.console.status("writing it as safetensors")
-            with storage.committed_folder(target) as local_folder:
-                save_model(model, tokenizer, local_folder)
-        context.console.status("hashing its weights")
-        local = storage.fetch(target)
-        architecture = Architecture.from_config(AutoConfig.from_pretrained(str(local), trust_remote_code=False))
-        tokenizer = load_tokenizer(local)
-        return TeacherOutput(
-            folder=target,
-            id=checkpoint_identity(local, tokenizer),
-            sha256=weight_hashes(target),
-            dtype=str(dtype).removeprefix("torch."),
-            architecture=architecture,
-            parameters=architecture.num_parameters,
-            document=document_tokens(tokenizer),
-            summary=f"{architecture.num_parameters / 1e6:.1f}M parameters · {architecture}",
+        conversion = _Conversion(
+            model=teacher.model,
+            revision=teacher.revision,
+            dtype=str(context.compute_dtype).removeprefix("torch."),
+            target=storage.join(folder, "model"),
         )
+        return context.workers.compute(_convert, conversion, everywhere=False)
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    model: str
+    """A name on the hub, a folder or a file."""
+    revision: str | None
+    dtype: str
+    target: str
+    """Folder that the checkpoint is committed to."""
+
+
+def _convert(task: _Conversion, worker: Worker) -> TeacherOutput:
+    """Convert the model unless that is done, and identify it."""
+    from transformers import AutoConfig
+
+    if not storage.is_committed(task.target):
+        worker.progress.status(f"reading {task.model}")
+        model, tokenizer = load_source(task.model, task.revision, DTYPES[task.dtype])
+        check_tokenizer_fits(tokenizer, Architecture.from_config(model.config).vocab_size, task.model)
+        worker.progress.status("writing it as safetensors")
+        with storage.committed_folder(task.target) as local_folder:
+            save_model(model, tokenizer, local_folder)
+    worker.progress.status("hashing its weights")
+    local = storage.fetch(task.target)
+    architecture = Architecture.from_config(AutoConfig.from_pretrained(str(local), trust_remote_code=False))
+    tokenizer = load_tokenizer(local)
+    return TeacherOutput(
+        folder=task.target,
+        id=checkpoint_identity(local, tokenizer),
+        sha256=weight_hashes(task.target),
+        dtype=task.dtype,
+        architecture=architecture,
+        parameters=architecture.num_parameters,
+        document=document_tokens(tokenizer),
+        summary=f"{architecture.num_parameters / 1e6:.1f}M parameters · {architecture}",
+    )
 
 
 def weight_hashes(checkpoint: str) -> dict[str, str]:

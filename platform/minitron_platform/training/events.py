@@ -1,18 +1,11 @@
-"""Events that the workers of a training and Ray Train's controller send to the driver."""
+"""Events that the workers of a training send to the driver, besides those of `minitron_platform.workers`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class WorkerStarted:
-    """A worker has started."""
-
-    rank: int
-    node: str
-    """Host name and address of its node."""
+from minitron_platform.workers.calls import WorkersFailed, WorkerStarted
 
 
 @dataclass(frozen=True)
@@ -36,15 +29,6 @@ class Tagged:
     """Tags for the run; a later value of a tag replaces an earlier one."""
 
     values: dict[str, str]
-
-
-@dataclass(frozen=True)
-class WorkersFailed:
-    """Workers died or raised an error."""
-
-    ranks: tuple[int, ...]
-    """Workers that failed first, without those that failed only because they lost the connection to these."""
-    reason: str
 
 
 Event = WorkerStarted | Resumed | Measured | Tagged | WorkersFailed

@@ -18,7 +18,8 @@ from minitron_platform.tracking.restarts import (
     write_restarts,
 )
 from minitron_platform.tracking.spool import RunLog
-from minitron_platform.training.events import Event, Measured, Resumed, Tagged, WorkersFailed, WorkerStarted
+from minitron_platform.training.events import Event, Measured, Resumed, Tagged
+from minitron_platform.workers.calls import WorkersFailed, WorkerStarted
 
 RESTARTS = "restarts.json"  # in the stage's folder
 

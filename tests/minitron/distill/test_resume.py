@@ -39,7 +39,7 @@ from minitron.distill.checkpoints import Checkpoints, committed_steps
 from minitron.distill.inputs import DistillInputs
 from minitron.distill.state import TrainingState
 from minitron.evaluation import Task
-from minitron_platform.training.ray_train import TrainTask, task_metrics
+from minitron_platform.training.train import TrainTask, task_metrics
 
 # 5 rows for 2 processes: unequal parts
 STEPS = replace(CONFIG, steps=10, batch_rows=5, micro_batch_rows=1, checkpoint_every=2)

@@ -16,7 +16,7 @@ from minitron.distill.teacher.stored import stored_bytes
 from minitron.errors import InputError, StorageError
 from minitron.models import load_model
 from minitron_platform import load_recipe, plan
-from minitron_platform.training.ray_train import TrainTask, _start
+from minitron_platform.training.train import TrainTask, _start
 
 
 def _plan(bench, tmp_path, *overrides):

@@ -1,24 +1,17 @@
-"""A training on Ray Train, a student's distillation or the teacher's correction, by any number of workers.
+"""A training by any number of workers: a student's distillation or the teacher's correction.
 
 The batch is a global one, so the number of workers changes the result only by rounding.
 """
 
 from __future__ import annotations
 
-import logging
-import signal
-import socket
-import threading
-import uuid
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from ray.exceptions import RayError
 from torch import Tensor, nn
 
 from minitron import storage
@@ -28,16 +21,15 @@ from minitron.distill import DistillConfig, LiveTeacher, Losses, distill
 from minitron.distill.inputs import DistillInputs
 from minitron.distill.teacher.live import Targets
 from minitron.distill.trainable import trainable
-from minitron.errors import MinitronError, NonFiniteError, StorageError, one_line
+from minitron.errors import MinitronError, NonFiniteError, one_line
 from minitron.evaluation import Task, heldout_metrics
 from minitron.logits import Head
 from minitron.meta_models import open_model, write_model
 from minitron.models import load_model, load_tokenizer, save_model, save_tokenizer
 from minitron_platform.fence import Fence, LeaseLostError
-from minitron_platform.recipes.resources import ResolvedResources
 from minitron_platform.training.curves import write_curve
-from minitron_platform.training.events import Event, Measured, OnEvent, Resumed, Tagged, WorkersFailed, WorkerStarted
-from minitron_search.failures import first_cause, reason
+from minitron_platform.training.events import Measured, Resumed, Tagged
+from minitron_platform.workers.worker import Worker
 
 
 @dataclass(frozen=True)
@@ -56,8 +48,6 @@ class TrainTask:
     """Folder that the trained model is committed to."""
     key: str
     """Identity of the training; only checkpoints with the same key are resumed."""
-    threads: int
-    """CPU threads of a worker."""
     student: str | None = None
     """Folder of the model to train; without it the teacher itself is trained, on the next token alone."""
     channels: Tensor | None = field(default=None, repr=False)
@@ -86,143 +76,26 @@ class TrainTask:
             fence.check()
 
 
-def train_on_ray(task: TrainTask, resources: ResolvedResources, on_event: OnEvent, scratch: str) -> None:
-    """Train with `resources.workers` processes; the model is committed when this returns.
+def train(task: TrainTask, worker: Worker) -> MinitronError | None:
+    """Train in all workers together; the model is committed when this returns. A training that was interrupted continues from
+    its last checkpoint.
 
-    When a worker dies, all are restarted from the last checkpoint, up to `max_failures` times.
-
-    on_event: called in a thread of this process with every event of the workers. scratch: folder for Ray Train's own files,
-    which is deleted.
-
-    Raises NonFiniteError if the loss is not finite, LeaseLostError if another driver has taken over, StorageError if a
-    checkpoint cannot be written, and MinitronError if workers failed too often.
+    Sends `minitron_platform.training.events`. Returns, instead of raising it, an error that every process has and that a
+    restart would not fix: the loss is not finite (NonFiniteError), or another driver has taken over (LeaseLostError). Raises
+    StorageError if a checkpoint cannot be written.
     """
-    import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-
-    from minitron_search.torch_trainer import TorchTrainer
-
-    logging.getLogger("ray.train").setLevel(logging.ERROR)
-    events = _queue()
-    listener = threading.Thread(target=_listen, args=(events, on_event), daemon=True)
-    listener.start()
-    # A new name each time, so that Ray Train does not resume from a snapshot of its own instead of the verified checkpoints.
-    trainer = TorchTrainer(
-        _worker,
-        # By reference: Ray Train's controller reads this too, and would import the training's code before it starts a worker.
-        train_loop_config={"task": ray.put(task), "events": events},
-        scaling_config=ScalingConfig(
-            num_workers=resources.workers,
-            use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker=resources.worker_share,
-        ),
-        run_config=RunConfig(
-            name=f"train-{uuid.uuid4().hex[:8]}",
-            storage_path=scratch,
-            failure_config=FailureConfig(max_failures=resources.max_failures),
-            callbacks=[_failures(events)],
-        ),
-    )
-    storage.remove(scratch)  # of a run that was killed
-    on_interrupt = signal.getsignal(signal.SIGINT)
-    try:
-        result = trainer.fit()
-    except TrainingFailedError as error:
-        raise _cause(getattr(error, "worker_failures", {0: error})) from error
-    except SystemExit as error:
-        raise KeyboardInterrupt from error  # Ray Train raises it on Ctrl-C
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, on_interrupt)  # Ray Train leaves its own handler behind
-        with suppress(RayError):  # if Ray is gone, there are no more events
-            events.put(None)
-        listener.join()
-        events.shutdown(force=True)
-        with suppress(OSError, StorageError):  # Ray Train may still write there; the next run removes the rest
-            storage.remove(scratch)
-    if result.return_value:
-        raise result.return_value
-
-
-def _cause(failures: dict[int, Exception]) -> MinitronError:
-    """The error of the workers that failed first, for the user."""
-    ranks, cause = first_cause(failures)
-    if isinstance(cause, MinitronError):
-        return cause
-    return MinitronError(
-        f"the training failed too often, the last time in worker {', '.join(map(str, ranks))}: {reason(cause)}",
-        "run again to continue from the last checkpoint; resources.max_failures is the number of failures allowed",
-    )
-
-
-def _queue() -> Any:
-    """A queue on this node for events from the workers and Ray Train's controller.
-
-    `ray.train.report` is not used, because it is a barrier that waits for the controller's next poll, about two seconds per
-    step.
-    """
-    import ray
-    from ray.util.queue import Queue
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-
-
-def _listen(events: Any, on_event: OnEvent) -> None:
-    with suppress(RayError):  # Ray was shut down
-        for event in iter(events.get, None):
-            on_event(event)
-
-
-def _failures(events: Any) -> Any:
-    """A callback that reports failed workers; Ray Train calls it in the controller's process."""
-    from ray.train import UserCallback
-
-    class Failures(UserCallback):
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            ranks, cause = first_cause(worker_exceptions)
-            with suppress(RayError):
-                events.put(WorkersFailed(tuple(ranks), reason(cause)))
-
-    return Failures()
-
-
-def _worker(config: dict[str, Any]) -> MinitronError | None:
-    """One process of the training. Returns, instead of raising it, an error that every process has and that a restart would
-    not fix: the loss is not finite, or another driver has taken over."""
-    import ray
-
-    task: TrainTask = ray.get(config["task"])
-    with suppress(RayError):
-        node = f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
-        config["events"].put(WorkerStarted(dist.get_rank(), node))
-    if not torch.cuda.is_available():
-        torch.set_num_threads(task.threads)
     model, weights, targets, head = _start(task)
     rows = task.materials.open_rows("train")
     every = task.tasks_every
     task_steps = range(every, task.config.steps + 1, every) if every else ()
-    is_first = dist.get_rank() == 0  # the process that sends events and writes the result
-    unconfirmed = list[Any]()  # events that may not have arrived yet
     failed_benchmarks: set[str] = set()  # those that were reported; each is reported once
 
-    def wait_for_events() -> None:
-        with suppress(RayError):  # lost events do not stop the training
-            ray.get(unconfirmed)
-        unconfirmed.clear()
-
-    def send(event: Event) -> None:
-        if is_first:
-            wait_for_events()  # so that at most one event is lost if a process dies
-            unconfirmed.append(config["events"].actor.put.remote(event))
-
     def send_metrics(metrics: dict[str, float], step: int) -> None:
-        send(Measured(metrics, step))
+        worker.send(Measured(metrics, step))
 
     def on_benchmark_failure(name: str, error: Exception) -> None:
         if name not in failed_benchmarks:
-            send(Tagged({f"minitron.failed.{name}": one_line(error)}))
+            worker.send(Tagged({f"minitron.failed.{name}": one_line(error)}))
         failed_benchmarks.add(name)
 
     def evaluate(step: int, student: nn.Module) -> None:
@@ -249,7 +122,7 @@ def _worker(config: dict[str, Any]) -> MinitronError | None:
                 checkpoints=task.checkpoints,
                 key=task.key,
                 before_commit=task.check_fences,
-                resumed=lambda step: send(Resumed(step)),
+                resumed=lambda step: worker.send(Resumed(step)),
                 report=lambda report: send_metrics(report.metrics(), report.step),
                 evaluate=evaluate,
                 evaluate_at=task_steps,
@@ -258,21 +131,20 @@ def _worker(config: dict[str, Any]) -> MinitronError | None:
             )
     except (NonFiniteError, LeaseLostError) as error:
         return error
-    wait_for_events()
     lost = None
-    if is_first:
+    if worker.is_first:
         try:
             task.check_fences()
             write_curve(task.checkpoints, task.curve)
         except LeaseLostError as error:
             lost = error
-    outcome = [lost]
-    dist.broadcast_object_list(outcome)
-    if outcome[0] is None:
-        with storage.committed_folder(task.result) if is_first else nullcontext() as folder:
+    may_commit = torch.tensor(lost is None, device=device())
+    dist.broadcast(may_commit, src=0)
+    if may_commit:
+        with storage.committed_folder(task.result) if worker.is_first else nullcontext() as folder:
             _save(task, model, weights, folder)
     dist.barrier()
-    return outcome[0]
+    return lost
 
 
 def _start(task: TrainTask) -> tuple[nn.Module, Checkpoint | None, Targets | None, Head | None]:
@@ -306,7 +178,7 @@ def _save(task: TrainTask, model: nn.Module, weights: Checkpoint | None, folder:
         write_model(model, weights, DTYPES[task.materials.dtype], folder)
     if folder is None:
         return
-    tokenizer = load_tokenizer(storage.fetch(task.materials.teacher))
+    tokenizer = load_tokenizer(storage.fetch(task.materials.teacher, weights=False))
     if weights is None:
         save_model(model, tokenizer, folder)
     else:
@@ -332,7 +204,7 @@ def task_metrics(task: TrainTask, model: nn.Module, failed: Callable[[str, Excep
     """
     from minitron.evaluation import evaluate
 
-    tokenizer = load_tokenizer(storage.fetch(task.materials.teacher))
+    tokenizer = load_tokenizer(storage.fetch(task.materials.teacher, weights=False))
     scores = evaluate(
         model,
         tokenizer,

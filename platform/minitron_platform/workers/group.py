@@ -1,0 +1,143 @@
+"""A group of processes of Ray Train that runs one function after another.
+
+The processes start once and serve all stages of a run: their start, imports and process group take longer than many a stage.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+
+from minitron import storage
+from minitron.errors import MinitronError, StorageError
+from minitron_platform.workers.calls import GroupEnded, Returned, start_calls
+from minitron_platform.workers.failure_policy import CallFailurePolicy
+from minitron_platform.workers.serve import serve
+from minitron_platform.workers.worker import Worker
+from minitron_search.failures import first_cause, reason
+from minitron_search.torch_trainer import TorchTrainer
+
+CLOSE_SECONDS = 30  # longest wait for workers to end by themselves
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+class WorkerGroup:
+    """`count` processes, each with `share` of Ray's resources and `threads` threads on CPUs.
+
+    scratch: folder that all nodes share, for Ray Train's own files; it is deleted when the group closes.
+    """
+
+    def __init__(self, count: int, share: dict[str, float], *, threads: int, max_failures: int, scratch: str) -> None:
+        self.calls = start_calls(max_failures)
+        self.scratch = scratch
+        logging.getLogger("ray.train").setLevel(logging.ERROR)
+        storage.remove(scratch)  # of a run that was killed
+        trainer = TorchTrainer(
+            serve,
+            train_loop_config={"calls": self.calls, "threads": threads},
+            scaling_config=ScalingConfig(
+                num_workers=count, use_gpu=share.get("GPU", 0) > 0, resources_per_worker=dict(share)
+            ),
+            # A new name each time, so that Ray Train does not resume from a snapshot of its own.
+            run_config=RunConfig(
+                name=f"workers-{uuid.uuid4().hex[:8]}",
+                storage_path=scratch,
+                failure_config=FailureConfig(max_failures=max_failures),
+            ),
+            failure_policy=CallFailurePolicy(FailureConfig(max_failures=max_failures), self.calls),
+        )
+        thread = ThreadPoolExecutor(1, thread_name_prefix="workers")
+        self._ended = thread.submit(trainer.fit)
+        self._ended.add_done_callback(self._report_end)
+        thread.shutdown(wait=False)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the group can take a call."""
+        return not self._ended.done()
+
+    def run(
+        self,
+        function: Callable[[Task, Worker], Result],
+        task: Task,
+        on_event: Callable[[Any], None],
+        *,
+        everywhere: bool = True,
+    ) -> Result:
+        """Call `function(task, worker)` in every process, or only in the first one; returns what the first one returns.
+
+        `function` must be defined in a module of this project. It must bear to be called again for the same task, because all
+        processes are restarted if one of them fails, up to `max_failures` times. on_event: called with the events of the
+        processes.
+
+        Raises a MinitronError that the function returned or raised, and MinitronError if the workers failed too often; in
+        the last two cases the group has ended.
+        """
+        content = ray.put((function, task))
+        try:
+            ray.get(self.calls.start.remote([content], everywhere))
+            while True:
+                match ray.get(self.calls.get.remote()):
+                    case Returned(result):
+                        break
+                    case GroupEnded():
+                        raise self._failure()
+                    case event:
+                        on_event(event)
+        except RayError as error:  # Ray has stopped
+            raise self._failure() from error
+        except BaseException:
+            self._kill()
+            raise
+        value = result[0]
+        if isinstance(value, MinitronError):
+            raise value
+        return value
+
+    def close(self) -> None:
+        """End the workers and free their resources."""
+        with suppress(RayError):
+            ray.get(self.calls.stop.remote())
+        wait([self._ended], CLOSE_SECONDS)
+        if self.is_open:
+            self._kill()
+        with suppress(RayError):
+            ray.kill(self.calls)
+        with suppress(OSError, StorageError):  # Ray Train may still write there; the next run removes the rest
+            storage.remove(self.scratch)
+
+    def _report_end(self, ended: Future[Any]) -> None:
+        with suppress(RayError):  # Ray has stopped, which the caller of `run` sees by itself
+            ray.get(self.calls.put.remote(GroupEnded()))
+
+    def _kill(self) -> None:
+        """End the workers in the middle of a call."""
+        with suppress(RayError):
+            ray.get(self.calls.stop.remote())
+            for worker in ray.get(self.calls.handles.remote()):
+                ray.kill(worker)
+        wait([self._ended], CLOSE_SECONDS)
+
+    def _failure(self) -> BaseException:
+        """The error that ended the group, for the user."""
+        wait([self._ended], CLOSE_SECONDS)
+        error = self._ended.exception() if self._ended.done() else None
+        if not isinstance(error, TrainingFailedError):
+            return error or MinitronError("the workers have ended without a reason", "run again to continue")
+        ranks, cause = first_cause(getattr(error, "worker_failures", {0: error}))
+        if isinstance(cause, MinitronError):
+            return cause
+        return MinitronError(
+            f"the workers failed too often, the last time worker {', '.join(map(str, ranks))}: {reason(cause)}",
+            "run again to continue from what is finished; resources.max_failures is the number of failures allowed",
+        )

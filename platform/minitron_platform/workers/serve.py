@@ -1,0 +1,43 @@
+"""The function that Ray Train runs in every process of a group of workers: it takes one call after another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+
+from minitron_platform.workers.calls import Call, WorkerStarted, node_name, sender
+from minitron_platform.workers.worker import SentProgress, Worker
+from minitron_search.memory import release_memory
+
+
+def serve(config: dict[str, Any]) -> None:
+    """Run the calls of `config["calls"]` until there are none."""
+    calls = config["calls"]
+    rank, count = dist.get_rank(), dist.get_world_size()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(config["threads"])
+    if rank == 0:
+        ray.get(calls.begin.remote(count))
+    dist.barrier()  # so that no process joins or answers before the actor knows of the new group
+    this_actor = ray.get_runtime_context().current_actor
+    ray.get(calls.join.remote(WorkerStarted(rank, node_name()), [this_actor]))
+    send = sender(calls, rank)
+    number = 0
+    while (call := ray.get(calls.next.remote(number))) is not None:
+        number = call.number
+        processes = count if call.everywhere else 1
+        result = _run(call, Worker(rank, processes, SentProgress(send, processes), send))
+        release_memory()
+        ray.get(calls.answer.remote(number, rank, [result]))
+
+
+def _run(call: Call, worker: Worker) -> Any:
+    """What this process returns from a call. The function and its task are local, so that their memory is freed."""
+    if not (call.everywhere or worker.is_first):
+        return None
+    function, task = ray.get(call.content[0])
+    result = function(task, worker)
+    return result if worker.is_first else None
