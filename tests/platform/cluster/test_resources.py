@@ -144,6 +144,7 @@ def test_on_a_cluster_with_gpus_models_compute_in_bfloat16_whatever_the_head_nod
     node = {"CPU": 8.0, "GPU": 1.0}
     monkeypatch.setattr(device, "_cpu_has_bfloat16", lambda: False)
     monkeypatch.setattr(ray_start, "ray_session", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(ray_start.RayStart, "computes_here", lambda self: True)  # there is no Ray
     monkeypatch.setattr(ray_start, "cluster_nodes", lambda: [node])
     monkeypatch.setattr(room, "cluster_nodes", lambda: [node])
     monkeypatch.setattr(room, "_cluster_gpu_bytes", lambda: 80_000_000_000)
