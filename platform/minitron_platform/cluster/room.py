@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import TypeVar
 
 import ray
 import torch
@@ -14,7 +15,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from minitron.architecture import Architecture
-from minitron.device import gpu_bytes
+from minitron.device import compute_dtype, gpu_bytes
 from minitron.errors import InputError
 from minitron_platform.cluster.ray_session import cluster_cpus_gpus, cores
 from minitron_platform.estimates.gpu import are_trials_small
@@ -22,7 +23,8 @@ from minitron_platform.recipes.resources import ResolvedResources, resolve
 from minitron_platform.recipes.schema import Recipe
 from minitron_search.placement import max_concurrent_trials
 
-ANSWER_SECONDS = 30  # longest wait for a node to report the memory of its GPUs
+ANSWER_SECONDS = 30  # longest wait for nodes to report their devices
+Result = TypeVar("Result")
 Node = dict[str, float]  # the resources of a node, by Ray's names
 
 
@@ -47,17 +49,28 @@ def resources_of_cluster(recipe: Recipe) -> ResolvedResources:
 
 def _cluster_gpu_bytes() -> int:
     """Memory of the smallest GPU of the connected cluster in bytes, from nvidia-smi on each node; 0 if no node answers."""
-    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
-    measure = ray.remote(num_cpus=0)(_node_gpu_bytes)
+    return min(filter(None, _on_nodes(_node_gpu_bytes, "GPU")), default=0)
+
+
+def cluster_cpu_dtype() -> torch.dtype:
+    """The dtype that suits the CPUs of all nodes of the connected cluster that offer CPUs."""
+    dtypes = set(_on_nodes(compute_dtype, "CPU"))
+    return torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
+
+
+def _on_nodes(function: Callable[[], Result], resource: str) -> list[Result]:
+    """What `function` returns on every node of the connected cluster that has `resource`, without those that do not answer."""
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get(resource)]
+    remote = ray.remote(num_cpus=0)(function)
     tasks = [
-        measure.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote() for node in nodes
+        remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote() for node in nodes
     ]
-    answered, _ = ray.wait(tasks, num_returns=len(tasks), timeout=ANSWER_SECONDS)
-    sizes: list[int] = []
+    answered, _ = ray.wait(tasks, num_returns=len(tasks), timeout=ANSWER_SECONDS) if tasks else ([], [])
+    results = []
     for task in answered:
-        with suppress(RayError):  # a node that has died has no GPU to count
-            sizes.append(ray.get(task))
-    return min(filter(None, sizes), default=0)
+        with suppress(RayError):  # a node that has died
+            results.append(ray.get(task))
+    return results
 
 
 def _node_gpu_bytes() -> int:

@@ -18,6 +18,7 @@ from minitron.device import DTYPES, compute_dtype
 from minitron_platform.cluster.ray_session import ray_session
 from minitron_platform.cluster.room import (
     check_cluster,
+    cluster_cpu_dtype,
     cluster_nodes,
     joins_cluster,
     private_node,
@@ -50,14 +51,20 @@ class RayStart:
     def auto_dtype(self, context: Context) -> torch.dtype | None:
         """Compute dtype for `teacher.dtype: auto`; None for that of this machine.
 
-        On a cluster, trials and workers may have GPUs though this machine, the head node, has none. Joins the cluster to know.
+        On a cluster it is that of the nodes that trials and workers run on, whatever this machine has. Joins the cluster to
+        know.
         """
         if context.recipe.teacher.dtype != "auto" or not joins_cluster(self.address):
             return None
-        if compute_dtype() == torch.bfloat16 or not self.need(context).uses_gpus:
-            return None
-        context.console.say("  dtype: bfloat16, because the cluster's GPUs compute; this machine's CPU is slow in it")
-        return torch.bfloat16
+        on_gpus = self.need(context).uses_gpus
+        dtype = torch.bfloat16 if on_gpus else cluster_cpu_dtype()
+        if dtype != compute_dtype():
+            devices = "GPUs compute" if on_gpus else "CPUs compute"
+            context.console.say(
+                f"  dtype: {str(dtype).removeprefix('torch.')}, because the cluster's {devices}; this machine's own would be "
+                f"{str(compute_dtype()).removeprefix('torch.')}"
+            )
+        return dtype
 
     def ahead(self, context: Context) -> None:
         """Begin to start a private Ray without waiting for it. The teacher stage must be finished."""
