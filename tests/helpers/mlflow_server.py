@@ -14,7 +14,8 @@ from pathlib import Path
 SERVE = """
 import sys
 from minitron_platform.tracking.server import serve
-sys.exit(serve(sys.argv[1], sys.argv[2], port=int(sys.argv[3]), say=lambda line: print(line, flush=True)))
+database, folder, port, auth = sys.argv[1:]
+sys.exit(serve(database, folder, port=int(port), auth=auth == "auth", say=lambda line: print(line, flush=True)))
 """
 
 
@@ -30,15 +31,17 @@ def free_port() -> int:
 
 
 @contextmanager
-def mlflow_server(folder: Path, port: int) -> Iterator[str]:
-    """Serve `folder`/mlflow.db on `port`; yields the address when the server is ready."""
+def mlflow_server(folder: Path, port: int, *, auth: bool = False) -> Iterator[str]:
+    """Serve `folder`/mlflow.db on `port`; yields the printed link when the server is ready: the address, with a password if it
+    asks for one."""
     command = [sys.executable, "-c", SERVE, f"sqlite:///{folder}/mlflow.db", str(folder / "served"), str(port)]
+    command.append("auth" if auth else "open")
     server = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
         lines = [server.stdout.readline(), server.stdout.readline()]
-        assert f"http://127.0.0.1:{port}" in lines[1], lines
-        yield f"http://127.0.0.1:{port}"
+        assert f"127.0.0.1:{port}" in lines[1], lines
+        yield lines[1].split()[3]
     finally:
         server.send_signal(signal.SIGTERM)
         assert server.wait(30) == 0

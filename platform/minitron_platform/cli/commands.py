@@ -477,15 +477,27 @@ def _print_promotion(promotion: Any) -> None:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=5000, show_default=True, help="Port to listen on.")
 @click.option("--insecure", is_flag=True, help="Allow a host that other machines can reach.")
+@click.option("--no-auth", is_flag=True, help="Ask for no password: every user of this machine reads your files.")
 @tracking_options
-def ui(locations: Any, host: str, port: int, insecure: bool) -> None:
-    """Start MLflow's web interface for the experiments and models."""
+def ui(locations: Any, host: str, port: int, insecure: bool, no_auth: bool) -> None:
+    """Start MLflow's web interface for the experiments and models.
+
+    The link that it prints contains your password, which is kept in your cache folder.
+    """
     from minitron_platform.tracking.flusher import check_exists
     from minitron_platform.tracking.server import serve
 
     check_exists(locations.tracking_uri)
     raise SystemExit(
-        serve(locations.tracking_uri, locations.local, host=host, port=port, insecure=insecure, say=click.echo)
+        serve(
+            locations.tracking_uri,
+            locations.local,
+            host=host,
+            port=port,
+            insecure=insecure,
+            auth=not no_auth,
+            say=click.echo,
+        )
     )
 
 

@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from urllib.error import URLError
 
@@ -20,6 +21,7 @@ from minitron.errors import InputError, MinitronError
 from minitron.storage import disk_errors, is_local, local_path, redact
 from minitron_platform.addresses import is_loopback
 from minitron_platform.tracking.flusher import create_database, prepare_mlflow, sqlite_path
+from minitron_platform.tracking.ui_password import USER, auth_settings, read_password
 
 START_SECONDS = 90.0  # longest start of the server: imports, and the tables of a new database
 STOP_SECONDS = 10.0  # after SIGTERM until SIGKILL
@@ -32,13 +34,16 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 5000,
     insecure: bool = False,
+    auth: bool = True,
     say: Callable[[str], None] = print,
 ) -> int:
     """Run MLflow's server for the database `tracking_uri` until Ctrl-C or SIGTERM; returns the exit code.
 
     If `tracking_uri` is a server, it has a web interface already: its address is printed, and nothing is started.
     artifact_root: folder or address for the artifacts of experiments that are created through this server.
-    host, port: that the server listens on. insecure: allow a host that other machines can reach. say: receives messages.
+    host, port: that the server listens on. insecure: allow a host that other machines can reach. auth: ask for the user's
+    password (see `ui_password`); without, every user of the machine can read whatever this one can. say: receives messages, of
+    which the one that the server is ready contains the password.
     Raises InputError for a host that other machines can reach without `insecure`, and for a port that cannot be used,
     MinitronError with the end of the server's log if it does not start.
     """
@@ -47,7 +52,7 @@ def serve(
         return 0
     if not insecure and not is_loopback(host):
         raise InputError(
-            f"host {host!r} can be reached from other machines, and MLflow does not ask for a password",
+            f"host {host!r} can be reached from other machines, and passwords and data would be sent unencrypted",
             "use 127.0.0.1 with a tunnel (ssh -L), or add --insecure",
         )
     _check_free(host, port)
@@ -60,7 +65,8 @@ def serve(
     database = sqlite_path(tracking_uri)
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     command += ["--artifacts-destination", artifact_root]
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    where = f"{f'[{host}]' if ':' in host else host}:{port}"
+    address = link = f"http://{where}"
     with tempfile.TemporaryDirectory(prefix="minitron-ui-") as folder, open(f"{folder}/log", "w+b") as output:
         store = tracking_uri if database is None else f"sqlite:///{database}"
         environment = {
@@ -68,6 +74,11 @@ def serve(
             "MLFLOW_BACKEND_STORE_URI": store,  # not as an argument, which `ps` would show with its password
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         }
+        if auth:
+            password = read_password()
+            environment |= auth_settings(Path(folder), password)
+            command += ["--app-name", "basic-auth"]
+            link = f"http://{USER}:{password}@{where}"
         # In its own session, so that one signal to the process group ends the server and its workers.
         server = subprocess.Popen(
             command,
@@ -87,7 +98,7 @@ def serve(
                     raise MinitronError(
                         f"MLflow's server did not start:\n{tail}", "fix the problem in its log and try again"
                     )
-                say(f"MLflow is at {address}  (Ctrl-C stops it)")
+                say(f"MLflow is at {link}  (Ctrl-C stops it)")
                 return server.wait()
             except KeyboardInterrupt:
                 say("MLflow stopped")

@@ -6,10 +6,13 @@ import json
 import shutil
 import socket
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import SplitResult, urlsplit
 
 import pytest
+import requests
 from click.testing import CliRunner
 from helpers.mlflow_server import free_port, mlflow_server
 
@@ -19,6 +22,7 @@ from minitron_platform.cli.commands import main
 from minitron_platform.locations import resolve_locations
 from minitron_platform.tracking.registry import models, promote, pull, register, rollback
 from minitron_platform.tracking.server import serve
+from minitron_platform.tracking.ui_password import read_password
 
 NAME = "tiny-family"
 
@@ -168,59 +172,114 @@ def test_errors_name_the_existing_models_and_versions(
         promote("postgresql+psycopg2://user:secret@host/mlflow", NAME)
 
 
-def test_a_server_gets_the_weights_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    port = free_port()
+@pytest.fixture(scope="module")
+def protected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SplitResult, Path]]:
+    """The link that `minitron ui` prints, and the folder of its artifacts."""
+    folder = tmp_path_factory.mktemp("ui")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        with mlflow_server(folder, free_port(), auth=True) as link:
+            yield urlsplit(link), folder
+
+
+def test_the_ui_asks_everybody_for_the_password_that_its_owner_alone_can_read(
+    protected: tuple[SplitResult, Path],
+) -> None:
+    link, folder = protected
+    (file,) = (folder / "cache").rglob("ui-password")
+    assert (file.stat().st_mode & 0o777, file.read_text()) == (0o600, link.password)
+    address = f"http://{link.hostname}:{link.port}"
+    whole_disk = {"name": "root", "artifact_location": "file:///"}  # whose files MLflow would then serve
+    requests_of_others = [
+        ("GET", "/", None),
+        ("POST", "/api/2.0/mlflow/experiments/create", whole_disk),
+        ("GET", "/api/2.0/mlflow-artifacts/artifacts", None),
+        ("GET", "/get-artifact?path=passwd&run_uuid=0", None),
+        ("POST", "/graphql", {"query": "{__typename}"}),
+        ("POST", "/v1/traces", {}),
+    ]
+    for method, path, body in requests_of_others:
+        for guess in (None, ("admin", "password"), (link.username, "")):
+            assert requests.request(method, address + path, json=body, auth=guess).status_code == 401, path
+    mine = (str(link.username), str(link.password))
+    assert "<html" in requests.get(f"{address}/", auth=mine).text
+    assert requests.post(f"{address}/graphql", json={"query": "{__typename}"}, auth=mine).status_code == 200
+    experiments = requests.get(f"{address}/ajax-api/2.0/mlflow/experiments/search?max_results=9", auth=mine).json()
+    assert [each["name"] for each in experiments["experiments"]] == ["Default"]
+
+
+def test_a_password_that_others_can_read_or_wrote_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = read_password()
+    assert read_password() == made
+    file = tmp_path / "minitron" / "ui-password"
+    file.chmod(0o640)
+    with pytest.raises(StorageError, match="not a password that only you know"):
+        read_password()
+    file.rename(tmp_path / "moved")
+    (tmp_path / "moved").chmod(0o600)
+    file.symlink_to(tmp_path / "moved")
+    with pytest.raises(StorageError, match="not a password that only you know"):
+        read_password()
+
+
+def test_a_server_gets_the_weights_uploaded(
+    protected: tuple[SplitResult, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link, served = protected
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", str(link.username))
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", str(link.password))
+    address = f"http://{link.hostname}:{link.port}"
     source = weights(tmp_path / "weights", b"w" * 100_000)
     steps: list[tuple[int, int]] = []
-    with mlflow_server(tmp_path, port) as address:
-        from mlflow import MlflowClient
-        from mlflow.artifacts import download_artifacts
+    from mlflow import MlflowClient
+    from mlflow.artifacts import download_artifacts
 
-        client = MlflowClient(address)
-        run_id = client.create_run(client.create_experiment("family")).info.run_id
+    client = MlflowClient(address)
+    run_id = client.create_run(client.create_experiment("family")).info.run_id
 
-        def once() -> str:
-            return register(
-                address,
-                name=NAME,
-                source=source,
-                run_id=run_id,
-                tags={},
-                progress=lambda done, total: steps.append((done, total)),
-            )
+    def once() -> str:
+        return register(
+            address,
+            name=NAME,
+            source=source,
+            run_id=run_id,
+            tags={},
+            progress=lambda done, total: steps.append((done, total)),
+        )
 
-        assert once() == "1"
-        assert steps[-1] == (100_002, 100_002)
-        assert once() == "1"
-        assert promote(address, NAME).version == "1"
-        (row,) = models(address)
-        assert (row.run_id, row.aliases) == (run_id, ("candidate", "champion"))
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)  # models:/ addresses are resolved there
-        assert pull(address, NAME, str(tmp_path / "pulled")) == "1"
-        assert manifest(str(tmp_path / "pulled"))["files"] == manifest(source)["files"]
-        verify(str(tmp_path / "pulled"))
-        got = download_artifacts(f"models:/{NAME}@champion")
-        assert (Path(got) / "model.safetensors").read_bytes() == b"w" * 100_000
-        assert (Path(got) / "tokenizer" / "vocab.json").read_text() == "{}"
-        (stored,) = (tmp_path / "served").rglob("model.safetensors")
-        stored.write_bytes(b"x" * 100_000)
-        for use in (lambda: promote(address, NAME), lambda: pull(address, NAME, str(tmp_path / "new"))):
-            with pytest.raises(StorageError, match=r"version 1 of model 'tiny-family': model\.safetensors: SHA-256 is"):
-                use()
-        assert not (tmp_path / "new").exists()
-        (listed,) = (tmp_path / "served").rglob("manifest.json")
-        listed.write_text(listed.read_text().replace("model.safetensors", "../../planted"))
-        with pytest.raises(StorageError, match="weights were replaced"):
-            pull(address, NAME, str(tmp_path / "new"))
-        client.delete_model_version_tag(NAME, "1", "minitron.manifest_sha256")  # as any client can
-        with pytest.raises(StorageError, match=r"does not say which weights were registered"):
-            pull(address, NAME, str(tmp_path / "new"))
-        with pytest.raises(StorageError, match=r"planted"):
-            pull(address, NAME, str(tmp_path / "new"), unverified=True)
-        listed.write_bytes((tmp_path / "weights" / "manifest.json").read_bytes())
-        stored.write_bytes(b"cut")
-        with pytest.raises(StorageError, match=r"model\.safetensors has 3 bytes"):
-            promote(address, NAME, unverified=True)
+    assert once() == "1"
+    assert steps[-1] == (100_002, 100_002)
+    assert once() == "1"
+    assert promote(address, NAME).version == "1"
+    (row,) = models(address)
+    assert (row.run_id, row.aliases) == (run_id, ("candidate", "champion"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)  # models:/ addresses are resolved there
+    assert pull(address, NAME, str(tmp_path / "pulled")) == "1"
+    assert manifest(str(tmp_path / "pulled"))["files"] == manifest(source)["files"]
+    verify(str(tmp_path / "pulled"))
+    got = download_artifacts(f"models:/{NAME}@champion")
+    assert (Path(got) / "model.safetensors").read_bytes() == b"w" * 100_000
+    assert (Path(got) / "tokenizer" / "vocab.json").read_text() == "{}"
+    (stored,) = (served / "served").rglob("model.safetensors")
+    stored.write_bytes(b"x" * 100_000)
+    for use in (lambda: promote(address, NAME), lambda: pull(address, NAME, str(tmp_path / "new"))):
+        with pytest.raises(StorageError, match=r"version 1 of model 'tiny-family': model\.safetensors: SHA-256 is"):
+            use()
+    assert not (tmp_path / "new").exists()
+    (listed,) = (served / "served").rglob("manifest.json")
+    listed.write_text(listed.read_text().replace("model.safetensors", "../../planted"))
+    with pytest.raises(StorageError, match="weights were replaced"):
+        pull(address, NAME, str(tmp_path / "new"))
+    client.delete_model_version_tag(NAME, "1", "minitron.manifest_sha256")  # as any client can
+    with pytest.raises(StorageError, match=r"does not say which weights were registered"):
+        pull(address, NAME, str(tmp_path / "new"))
+    with pytest.raises(StorageError, match=r"planted"):
+        pull(address, NAME, str(tmp_path / "new"), unverified=True)
+    listed.write_bytes((tmp_path / "weights" / "manifest.json").read_bytes())
+    stored.write_bytes(b"cut")
+    with pytest.raises(StorageError, match=r"model\.safetensors has 3 bytes"):
+        promote(address, NAME, unverified=True)
 
 
 def test_a_version_whose_recorded_hash_was_deleted_is_promoted_only_unverified(uri: str, tmp_path: Path) -> None:
