@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from minitron.errors import InputError
+from minitron.errors import InputError, one_line
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -18,6 +18,7 @@ PICKLES = (
     "pytorch_model.bin.index.json",
 )  # read by transformers if there are no safetensors
 ADAPTER = "adapter_config.json"  # peft's; transformers adds the adapters in the same folder to the model
+LONGEST_REASON = 250
 INDEX_BYTES = 2**28  # twice the size of an index of a million tensors
 
 
@@ -121,7 +122,7 @@ def indexed_files(index: Path) -> list[str]:
 
 
 def damaged(file: Path, error: Exception) -> InputError:
-    return InputError(f"{file}: cannot be read ({error})", "download or copy it again")
+    return InputError(f"{file}: cannot be read ({one_line(error, LONGEST_REASON)})", "download or copy it again")
 
 
 def hub_headers(name: str, revision: str | None) -> dict[str, Header] | None:

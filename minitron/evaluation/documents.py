@@ -5,8 +5,12 @@ Files are read directly; nothing is downloaded, cached or written.
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import json
 import re
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +22,11 @@ from minitron.storage import is_local, local_path
 if TYPE_CHECKING:
     import datasets
 
-FORMATS = "an Arrow folder (Dataset.save_to_disk), or .jsonl or .parquet files named by split, for example test.jsonl"
+FORMATS = (
+    "an Arrow folder (Dataset.save_to_disk), or files named by split, such as test.jsonl, test.jsonl.gz or test.parquet"
+)
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+LONGEST_REASON = 250
 _SHARD = re.compile(r"-\d+-of-\d+$")
 
 
@@ -58,7 +66,7 @@ def find_splits(path: Path) -> dict[str, list[Path]]:
     Raises InputError if there are no files in a supported format.
     """
     if path.is_file():
-        splits = {path.stem: [path]} if _is_data(path) else {}
+        splits = {_split_name(path): [path]} if _is_data(path) else {}
     elif (path / "state.json").is_file():
         splits = {_arrow_split(path): [path]}
     else:
@@ -67,7 +75,7 @@ def find_splits(path: Path) -> dict[str, list[Path]]:
             if (inner / "state.json").is_file():
                 splits[inner.name] = [inner]
             elif _is_data(inner):
-                splits.setdefault(_SHARD.sub("", inner.stem), []).append(inner)
+                splits.setdefault(_split_name(inner), []).append(inner)
     if not splits:
         raise InputError(f"{path}: contains no benchmark documents", f"give {FORMATS}")
     return splits
@@ -79,18 +87,16 @@ def read_split(paths: list[Path]) -> datasets.Dataset:
     Raises InputError naming the file and line that cannot be read, and for a split without documents.
     """
     import datasets
+    import pyarrow
 
-    parts = []
-    for path in paths:
-        if path.is_dir():
-            parts.append(datasets.Dataset.load_from_disk(str(path), keep_in_memory=True))
-        elif path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            parts.append(datasets.Dataset(pyarrow.parquet.read_table(path)))
-        else:
-            parts.append(datasets.Dataset.from_list(_json_lines(path)))
-    documents = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    parts = [_read(path) for path in paths]
+    try:
+        documents = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    except (ValueError, pyarrow.ArrowException) as error:
+        raise InputError(
+            f"{paths[0].parent}: its {len(paths)} files of one split have different fields ({error})",
+            "give files with the same fields",
+        ) from error
     if len(documents) == 0:
         raise InputError(f"{paths[0]}: contains no documents", "give a file with at least one document")
     return documents
@@ -107,27 +113,66 @@ def count_documents(paths: list[Path]) -> int:
         elif path.is_dir():
             total += len(read_split([path]))
         else:
-            with open(path, "rb") as lines:
-                total += sum(bool(line.strip()) for line in lines)
+            total += sum(bool(line.strip()) for line in _lines(path))
     return total
 
 
 def _is_data(path: Path) -> bool:
-    return path.is_file() and path.suffix in (".jsonl", ".parquet")
+    return path.is_file() and path.name.endswith(SUFFIXES)
+
+
+def _split_name(path: Path) -> str:
+    """The split that a file belongs to: "test" for test.jsonl.gz and for test-00000-of-00002.parquet."""
+    ending = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), "")
+    return _SHARD.sub("", path.name.removesuffix(ending))
 
 
 def _arrow_split(folder: Path) -> str:
     return json.loads((folder / "state.json").read_text()).get("_split") or folder.name
 
 
+def _read(path: Path) -> datasets.Dataset:
+    import datasets
+    import pyarrow.parquet
+
+    try:
+        if path.is_dir():
+            return datasets.Dataset.load_from_disk(str(path), keep_in_memory=True)
+        if path.suffix == ".parquet":
+            return datasets.Dataset(pyarrow.parquet.read_table(path))
+        return datasets.Dataset.from_list(_json_lines(path))
+    except (pyarrow.ArrowException, ValueError, TypeError, KeyError, OverflowError, OSError) as error:
+        raise InputError(
+            f"{path}: its documents cannot be read as one table ({' '.join(str(error).split())[:LONGEST_REASON]})",
+            "give every document the same fields, each with values of one type",
+        ) from error
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, which may be compressed by gzip. Raises InputError if that is damaged."""
+    if path.suffix != ".gz":
+        with open(path, "rb") as lines:
+            yield from lines
+        return
+    try:
+        with gzip.open(path, "rb") as unpacked:
+            yield from unpacked
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be unpacked ({error})", "copy or download it again") from error
+
+
 def _json_lines(path: Path) -> list[dict]:
     documents = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
+    for number, line in enumerate(_lines(path), start=1):
+        text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if not text.strip():
             continue
         try:
-            document = json.loads(line)
-        except json.JSONDecodeError as error:
+            document = json.loads(text)
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # ValueError: also bytes that are not UTF-8, a number of 5,000 digits
             raise InputError(
                 f"{path}, line {number}: not JSON ({error})", "write one JSON object on each line"
             ) from error

@@ -67,8 +67,8 @@ def read_config(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _type_of(config: Any) -> Any:
-    """The model type of a config inside another one, which is a dict in configs of unusual classes."""
-    return config.get("model_type") if isinstance(config, Mapping) else config.model_type
+    """The model type of a config inside another one, which is whatever config.json has in configs of unusual classes."""
+    return config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
 
 
 def write_config(config: PretrainedConfig, family: Family, fields: Mapping[str, Any]) -> None:

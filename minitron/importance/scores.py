@@ -12,9 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from minitron.errors import InputError, StorageError
+from minitron.errors import InputError, StorageError, one_line
 from minitron.storage import write_bytes
 
+LONGEST_REASON = 250
 WEIGHTS = "weights"  # key of the provenance: the sample of the model's weights, see `minitron.checkpoints.sample`
 
 
@@ -98,9 +99,39 @@ class ImportanceScores:
                     orders.setdefault(metric, {})[int(size)] = values.tolist()
                 else:
                     removal.setdefault(metric, {})[int(size)] = values
-            return cls(**tensors, removal=removal, orders=orders, provenance=provenance)
-        except (OSError, SafetensorError, TypeError, ValueError) as error:
+            scores = cls(**tensors, removal=removal, orders=orders, provenance=provenance)
+            scores._check()
+            return scores
+        except (OSError, SafetensorError, TypeError, ValueError, RecursionError) as error:
             raise StorageError(
-                f"{path}: cannot be read as importance scores ({error})",
+                f"{path}: cannot be read as importance scores ({one_line(error, LONGEST_REASON)})",
                 "give a file that ImportanceScores.save or a calibration wrote; if it is one, it is damaged: calibrate again",
             ) from error
+
+    def _check(self) -> None:
+        """Raise ValueError unless shapes and types are those that the attributes document; a file may have any."""
+        if not isinstance(self.provenance, dict):
+            raise ValueError("its provenance is not an object of keys and values")
+        ranks = {"heads": (2,), "neurons": (2, 3), "channels": (1,), "similarity": (2,), "experts": (2,)}
+        for name, allowed in ranks.items():
+            tensor = getattr(self, name)
+            if tensor is not None and not (tensor.is_floating_point() and tensor.ndim in allowed and tensor.numel()):
+                raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}")
+        layers = len(self.heads)
+        if self.similarity.shape != (layers + 1, layers + 1) or len(self.neurons) != layers:
+            raise ValueError(f"its tensors are not all of {layers} layers")
+        for metric, sizes in self.removal.items():
+            for size, values in sizes.items():
+                if not (values.is_floating_point() and values.shape == (layers - size + 1,) and 0 < size <= layers):
+                    raise ValueError(f"removal/{metric}/{size} is {values.dtype} {list(values.shape)}")
+        for metric, sequences in self.orders.items():
+            for size, order in sequences.items():
+                if not _is_order(order, layers) or size < 1:
+                    raise ValueError(f"orders/{metric}/{size} is not an order of layers")
+
+
+def _is_order(order: Any, layers: int) -> bool:
+    """Whether `order` lists distinct layers of a model with `layers` layers."""
+    if not isinstance(order, list) or not all(isinstance(layer, int) and 0 <= layer < layers for layer in order):
+        return False
+    return len(set(order)) == len(order)

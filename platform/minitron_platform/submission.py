@@ -26,6 +26,7 @@ def submit(
     tracking_uri: str | None = None,
     insecure: bool = False,
     take_over: bool = False,
+    resume: str = "",
     say: Callable[[str], None] | None = None,
 ) -> str:
     """Start `recipe` as a job on a Ray cluster and return the submission id.
@@ -38,6 +39,7 @@ def submit(
     tracking_uri: MLflow's server or database.
     insecure: allow an unencrypted address of another machine.
     take_over: as for `run`.
+    resume: the command that submits it again, which the job prints when it is stopped.
     say: receives messages for the user, one line at a time. Default: standard error.
 
     Raises what `plan` raises for a recipe that cannot work, before anything is sent. What depends on the cluster (its memory,
@@ -71,4 +73,6 @@ def submit(
     if unchecked := check_submission(recipe):
         say(f"this machine cannot read {', '.join(unchecked)}; the job will check it")
     text = recipe_yaml(with_absolute_paths(recipe))
-    return submit_text(text, name=recipe.name, address=address, options=options, insecure=insecure, say=say)
+    return submit_text(
+        text, name=recipe.name, address=address, options=options, resume=resume, insecure=insecure, say=say
+    )

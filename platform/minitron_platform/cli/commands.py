@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import sys
@@ -59,7 +60,9 @@ def _fail(error: MinitronError) -> None:
 
 
 def _command_line() -> str:
-    """The command that the user typed, without secrets in addresses."""
+    """The command that the user typed, or typed to submit this job, without secrets in addresses."""
+    if resume := os.environ.get("MINITRON_RESUME"):
+        return resume
     return shlex.join([*shlex.split(_program()), *map(redact, sys.argv[1:])])
 
 
@@ -111,12 +114,16 @@ def _known_stage(context: click.Context, option: click.Parameter, value: str | N
 
 
 @main.command()
-def recipes() -> None:
-    """List the recipes that ship with Minitron."""
-    from minitron_platform.recipes.load import load_recipe, shipped_recipes
+@click.argument("name", required=False)
+def recipes(name: str | None) -> None:
+    """List the recipes that ship with Minitron, or print the file of one: minitron recipes minimal > mine.yaml."""
+    from minitron_platform.recipes.load import load_recipe, shipped_recipe, shipped_recipes
 
-    for name in shipped_recipes():
-        click.echo(f"{name:<28}{load_recipe(name).description}")
+    if name is not None:
+        click.echo(shipped_recipe(name).read_text(encoding="utf-8"), nl=False)
+        return
+    for each in shipped_recipes():
+        click.echo(f"{each:<28}{load_recipe(each).description}")
 
 
 @main.command()
@@ -318,11 +325,12 @@ def _show_resources(console: Console, recipe: Any, planned: Any) -> None:
     for title, fit in planned.gpu_memory.items():
         name = title if len(recipe.family) > 1 else title.split()[-1]
         console.say(f"each GPU {escape(name)}: {fit.memory}; {fit.settings}")
-    for mode, teacher in planned.teacher_costs.items():
-        chosen = " (the recipe's choice)" if mode == recipe.targets.mode else ""
+    chosen = recipe.targets.mode
+    for mode, teacher in sorted(planned.teacher_costs.items(), key=lambda item: item[0] != chosen):
+        title = f"teacher  {mode}" if mode == chosen else f"  or, with targets.mode={mode}"
         console.say(
-            f"teacher  {mode}: {teacher.rows:,} rows stored, {teacher.bytes / 1e6:,.1f} MB, "
-            f"{teacher.stored_flops / 1e12:,.2f} TFLOP; {teacher.online_flops / 1e12:,.2f} TFLOP in the distillation{chosen}"
+            f"{title}: {teacher.rows:,} rows stored, {teacher.bytes / 1e6:,.1f} MB, "
+            f"{teacher.stored_flops / 1e12:,.2f} TFLOP; {teacher.online_flops / 1e12:,.2f} TFLOP in the distillation"
         )
 
 
@@ -380,6 +388,7 @@ def submit(
         tracking_uri=tracking_uri,
         insecure=insecure,
         take_over=take_over,
+        resume=_command_line(),
         say=lambda line: click.echo(line, err=True),
     )
     click.echo(submission)
@@ -424,9 +433,12 @@ def logs(job: str, follow: bool, address: str, insecure: bool) -> None:
 @_job_options
 def stop(job: str, address: str, insecure: bool) -> None:
     """Stop JOB. Submitting the same recipe again resumes it."""
+    from minitron_platform.cluster.jobs import status as job_status
     from minitron_platform.cluster.jobs import stop as stop_job
 
     click.echo(stop_job(address, job, insecure=insecure))
+    if resume := job_status(address, job, insecure=insecure)[0].resume:
+        click.echo(f"to resume: {resume}", err=True)
 
 
 @main.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from rich.table import Table
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from minitron.importance.compare import axes, check_comparable, kept_overlap, rank_correlation, top_half_share
 from minitron.importance.scores import ImportanceScores
 
+LONGEST_PART = 120  # characters of one entry of the provenance
 TITLES = {"loss": "loss without", "logit_error": "logit error without", "cosine": "1 - cosine"}
 
 
@@ -20,13 +22,21 @@ def title(metric: str) -> str:
 
 def provenance(scores: ImportanceScores) -> str:
     """A line that says which model, data and metrics the scores were computed with."""
-    parts = [f"{key} {value}" for key, value in scores.provenance.items() if key != "layers"]
-    for scoring in scores.provenance.get("layers", []):
-        task = scoring["task"]
-        limit = task["limit"] if task else scoring["rows"]
-        measured_on = f"{limit or 'all'} {'documents' if task else 'rows'}"
-        parts.append(f"layers by {task['name'] if task else scoring['metric']} ({measured_on})")
+    parts = [f"{key} {value}"[:LONGEST_PART] for key, value in scores.provenance.items() if key != "layers"]
+    scorings = scores.provenance.get("layers")
+    for scoring in scorings if isinstance(scorings, list) else []:
+        parts += _scoring_part(scoring)
     return " · ".join(parts) or "the file does not say what the scores were computed from"
+
+
+def _scoring_part(scoring: Any) -> list[str]:
+    """How layers were scored, as text; nothing for what another program wrote there."""
+    task = scoring.get("task") if isinstance(scoring, dict) else None
+    if isinstance(task, dict):
+        return [f"layers by {task.get('name')} ({task.get('limit') or 'all'} documents)"[:LONGEST_PART]]
+    if isinstance(scoring, dict) and "metric" in scoring:
+        return [f"layers by {scoring['metric']} ({scoring.get('rows') or 'all'} rows)"[:LONGEST_PART]]
+    return []
 
 
 def measured(scores: ImportanceScores) -> list[tuple[str, int]]:

@@ -33,6 +33,7 @@ from minitron_platform.cluster.packaging import code_hash, stage_code
 from minitron_platform.cluster.ray_session import auth_token
 
 RECIPE_FILE = "recipe.yaml"
+RESUME_VARIABLE = "MINITRON_RESUME"  # environment variable with the command that resumes this process's run
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 SECRET = re.compile(r"TOKEN(?!IZ)|KEY|SECRET|PASSWORD", re.IGNORECASE)  # but not TOKENIZERS_PARALLELISM
 NOISY_LOGGERS = (
@@ -63,6 +64,8 @@ class JobRow:
     """Content hash of the packages that were sent."""
     version: str
     """Of Minitron, where the run was submitted."""
+    resume: str = ""
+    """The command that submitted it, which submits it again; empty if it was submitted from Python."""
 
     @property
     def is_active(self) -> bool:
@@ -102,6 +105,7 @@ def submit_text(
     options: Mapping[str, str] | None = None,
     env: Mapping[str, str] | None = None,
     entrypoint: str | None = None,
+    resume: str = "",
     insecure: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> str:
@@ -114,6 +118,7 @@ def submit_text(
     env: environment variables of the run, which everybody who can open the cluster's dashboard can read.
     entrypoint: a shell command to run instead; overrides and options are not added to it.
     insecure: allow an unencrypted address of another machine.
+    resume: the command that submits it again, which the job prints when it is stopped.
     say: receives messages for the user, one line at a time. Default: standard error.
 
     The same work (recipe, settings, command, code) never runs twice at the same time: if it is pending or running, its id is
@@ -136,11 +141,16 @@ def submit_text(
         (work_dir / RECIPE_FILE).write_text(recipe_yaml)
         code = code_hash(packages)
         work = f"{name}-{fingerprint([recipe_yaml, list(overrides), command, dict(env or {}), code])[:8]}"
-        environment = {"MLFLOW_DISABLE_TELEMETRY": "true", **(env or {})}
+        environment = {"MLFLOW_DISABLE_TELEMETRY": "true", RESUME_VARIABLE: resume, **(env or {})}
         job = {
             "entrypoint": command,
             "runtime_env": {"py_modules": packages, "working_dir": str(work_dir), "env_vars": environment},
-            "metadata": {"minitron.run": name, "minitron.code": code, "minitron.version": __version__},
+            "metadata": {
+                "minitron.run": name,
+                "minitron.code": code,
+                "minitron.version": __version__,
+                "minitron.resume": resume,
+            },
         }
         with _head_errors(address):
             return _submit_once(client, name, work, job, say)
@@ -282,6 +292,7 @@ def _rows(client: JobSubmissionClient) -> list[JobRow]:
             message=(job.message or "").split(", last available logs")[0].split("\n")[0],
             code=job.metadata.get("minitron.code", ""),
             version=job.metadata.get("minitron.version", ""),
+            resume=job.metadata.get("minitron.resume", ""),
         )
         for job in client.list_jobs()
         if job.submission_id and "minitron.run" in (job.metadata or {})  # not jobs of other programs

@@ -42,6 +42,14 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
+def shipped_recipe(name: str) -> Path:
+    """Path of the recipe of this name that is part of the package. Raises InputError if there is none."""
+    shipped = shipped_recipes()
+    if name not in shipped:
+        raise InputError(f"{short_repr(name)} is not a recipe that ships", f"use one of {', '.join(shipped)}")
+    return shipped[name]
+
+
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a shipped recipe by its name, or a recipe file by its path, and apply `overrides` such as "distill.steps=50".
 

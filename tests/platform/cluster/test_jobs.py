@@ -124,13 +124,16 @@ class Checkout:
 
     root: Path
 
-    def submit(self, address: str, name: str, entrypoint: str) -> tuple[str, str]:
+    def submit(self, address: str, name: str, entrypoint: str, resume: str = "") -> tuple[str, str]:
         """Submit `entrypoint` as a job; returns the submission id and the standard error."""
         client = "import sys; from minitron_platform.cluster.jobs import submit_text as submit; "
-        client += f"print(submit({RECIPE!r}, name=sys.argv[1], address=sys.argv[2], entrypoint=sys.argv[3]))"
+        client += (
+            f"name, address, entrypoint, resume = sys.argv[1:]; print(submit({RECIPE!r}, name=name, address=address, "
+        )
+        client += "entrypoint=entrypoint, resume=resume))"
         paths = [self.root, self.root / "search", self.root / "platform"]
         sent = subprocess.run(
-            [sys.executable, "-c", client, name, address, entrypoint],
+            [sys.executable, "-c", client, name, address, entrypoint, resume],
             # RAY_ADDRESS would send Ray's own client to another cluster
             env={**os.environ, "PYTHONPATH": python_path(*paths), "RAY_ADDRESS": "http://127.0.0.1:1"},
             cwd=self.root,
@@ -305,12 +308,14 @@ def test_a_job_runs_once_at_a_time_and_can_be_followed_and_stopped_by_its_name(
     as_user: Head, checkout: Checkout
 ) -> None:
     address = as_user.address
-    work = {"address": address, "name": "sleeper", "entrypoint": "echo begun; cat recipe.yaml; sleep 600"}
+    entrypoint = 'echo begun; cat recipe.yaml; echo "to resume: $MINITRON_RESUME"; sleep 600'
+    typed = "minitron submit mine.yaml --set a=b"
+    work = {"address": address, "name": "sleeper", "entrypoint": entrypoint, "resume": typed}
     first, said = checkout.submit(**work)
     assert first.startswith("sleeper-")
     assert first.endswith("-a1")
     assert said == ""
-    again, said = checkout.submit(**work)
+    again, said = checkout.submit(**work | {"resume": "minitron submit ./mine.yaml --set a=b"})
     assert again == first
     assert "nothing was submitted" in said
 
@@ -323,6 +328,8 @@ def test_a_job_runs_once_at_a_time_and_can_be_followed_and_stopped_by_its_name(
     follower.join(timeout=30)
     assert not follower.is_alive()
     assert "café" in "".join(lines)
+    assert f"to resume: {typed}" in "".join(lines)
+    assert status(address, "sleeper")[0].resume == typed
 
     second, said = checkout.submit(**work)
     assert second == first.removesuffix("-a1") + "-a2"
