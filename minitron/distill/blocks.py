@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,9 @@ _KEPT = (
 )
 
 GRAPHS = 64  # of one layer's code
+GRAPHS_OF_A_SHAPE = 8  # at most, of kinds of layers, sizes of micro-batches, and settings
+
+_shapes: set[Architecture] = set()  # of the models whose layers this process has compiled
 
 
 @contextmanager
@@ -51,7 +55,7 @@ def running_blocks(
             return partial(_with_gradients, _compiled(forward), plain)
         return forward
 
-    with _replaced(student, wrapped), _many_graphs(compiled):
+    with _replaced(student, wrapped), _many_graphs(student if compiled else None):
         yield
 
 
@@ -62,7 +66,7 @@ def compiled_blocks(teacher: nn.Module, *, recorded: Collection[str] = ()) -> It
     def wrapped(name: str, layer: nn.Module) -> Callable[..., Any]:
         return layer.forward if _contains(name, recorded) else _compiled(layer.forward)
 
-    with _replaced(teacher, wrapped), _many_graphs(True):
+    with _replaced(teacher, wrapped), _many_graphs(teacher):
         yield
 
 
@@ -89,14 +93,24 @@ def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def _many_graphs(compiled: bool) -> Iterator[None]:
+def _many_graphs(compiled: nn.Module | None) -> Iterator[None]:
     """Let layers of a family, which share their code, have a graph for each model, kind of layer and size of micro-batch:
-    beyond PyTorch's limit of 8 they would run as they are, without a word that users see."""
-    if not compiled:
+    beyond PyTorch's limit of 8 they would run as they are, without a word that users see.
+
+    Models whose layers have the same sizes share graphs, also one after the other, as the candidates of a search. All graphs
+    are dropped before those of further sizes would reach the limit.
+    """
+    if compiled is None:
         yield
         return
+    import torch._dynamo
     from torch._dynamo import config
 
+    shape = replace(Architecture.from_config(compiled.config), num_layers=1)
+    if shape not in _shapes and len(_shapes) >= max(1, GRAPHS // GRAPHS_OF_A_SHAPE):
+        torch._dynamo.reset()
+        _shapes.clear()
+    _shapes.add(shape)
     with config.patch(recompile_limit=GRAPHS):
         yield
 

@@ -11,8 +11,9 @@ from minitron.distill.blocks import ACTIVATION_CHECKPOINTING
 from minitron.distill.config import ADAMW_OFFLOAD, DistillConfig
 from minitron.distill.gpu_memory import GpuMemory, TeacherKept, gpu_memory
 
-CHOSEN = ("micro_batch_rows", "activation_checkpointing", "shard")
-"""Fields of `DistillConfig` that change results only by rounding, and can be chosen according to the memory."""
+CHOSEN = ("micro_batch_rows", "activation_checkpointing", "shard", "compile")
+"""Fields of `DistillConfig` that change results only by rounding, and can be chosen: `compile` by the length of the training,
+the others according to the memory."""
 SHARE = 0.9
 """Usable share of a GPU's memory; the rest is lost to fragmentation."""
 KEPT: dict[TeacherKept, str] = {
@@ -24,6 +25,9 @@ BUSY_TOKENS = 8192
 """Tokens of a micro-batch that keep a GPU busy."""
 MOST_TOKENS = 16_384
 """Tokens of a micro-batch above which it does not become faster."""
+LAYERS_TO_COMPILE = 40_000
+"""Layers, in all micro-batches of a process, from which on their compilation pays: about 40 s at 1 ms that a compiled layer
+saves. Both figures are assumed, not measured."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Fit:
             f"activation_checkpointing {config.activation_checkpointing}",
             "shard" if config.shard else "no shard",
             f"optimizer {config.optimizer}",
+            *(["compile"] if config.compile else []),
         ]
         return ", ".join([*parts, KEPT[self.teacher_kept]] if self.memory.teacher else parts)
 
@@ -85,7 +90,7 @@ def fitting(
     check_type("student", student, Architecture)
     check_type("config", config, DistillConfig, "a DistillConfig")
     best: Fit | None = None
-    for settings, kept in _in_order(config, seq_length, chosen, teacher_kept, processes):
+    for settings, kept in _in_order(config, seq_length, chosen, teacher_kept, processes, student.num_layers):
         memory = gpu_memory(
             student,
             settings,
@@ -110,7 +115,12 @@ def fitting(
 
 
 def _in_order(
-    config: DistillConfig, seq_length: int, chosen: Sequence[str], teacher_kept: Sequence[TeacherKept], processes: int
+    config: DistillConfig,
+    seq_length: int,
+    chosen: Sequence[str],
+    teacher_kept: Sequence[TeacherKept],
+    processes: int,
+    num_layers: int,
 ) -> Iterator[tuple[DistillConfig, TeacherKept]]:
     """All combinations, the fastest first: micro-batches that keep a GPU busy, then the least recomputation, then the least
     communication, then the most rows."""
@@ -131,7 +141,14 @@ def _in_order(
                 for split in shard:
                     for number in group:
                         settings = replace(config, micro_batch_rows=number, activation_checkpointing=how, shard=split)
+                        if "compile" in chosen:
+                            settings = replace(settings, compile=_compiled(settings, num_layers, processes))
                         yield settings, kept
+
+
+def _compiled(config: DistillConfig, num_layers: int, processes: int) -> bool:
+    micro_batches = -(-config.batch_rows // (processes * config.micro_batch_rows))
+    return config.fp8 != "none" or config.steps * micro_batches * num_layers >= LAYERS_TO_COMPILE
 
 
 def _halved(number: int) -> list[int]:

@@ -76,8 +76,8 @@ class TrainingState:
         scale = (self.config.clip_norm / (norm + 1e-6)).clamp(
             max=1.0
         )  # as clip_grad_norm_, for gradients of no parameter
-        for gradient in gradients:
-            (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(scale)
+        local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+        torch._foreach_mul_(local, scale)  # a small model on a GPU waits for each kernel to be launched
         return parts, float(norm)
 
     def _gradient(self, index: int) -> Tensor:
@@ -110,7 +110,7 @@ class TrainingState:
         self.optimizer.step()
         for index in indices:
             self.masters[index].grad = None
-            self._round(index)
+        self._round(indices)
 
     def clear(self) -> None:
         """Forget the gradients."""
@@ -118,10 +118,11 @@ class TrainingState:
         self._sums = [None] * len(self.named)
 
     @torch.no_grad()
-    def _round(self, index: int) -> None:
-        master, (_, parameter) = self.masters[index], self.named[index]
-        if master is not parameter:
-            parameter.copy_(master)
+    def _round(self, indices: range | list[int]) -> None:
+        own = [(self.named[index][1], self.masters[index]) for index in indices]
+        working = [parameter.detach() for parameter, master in own if master is not parameter]
+        if working:
+            torch._foreach_copy_(working, [master for parameter, master in own if master is not parameter])
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, float32, the tensors themselves."""
@@ -137,6 +138,6 @@ class TrainingState:
 
     def restored(self, updates: int) -> None:
         """Go on with what was read into `tensors`, the state after that many updates."""
-        for index, master in enumerate(self.masters):
+        for master in self.masters:
             self.optimizer.state[master]["step"].fill_(float(updates))
-            self._round(index)
+        self._round(range(len(self.masters)))

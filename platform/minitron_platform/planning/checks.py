@@ -13,6 +13,7 @@ from minitron.architecture import Architecture
 from minitron.checkpoints.tokenizer_files import check_tokenizer_fits
 from minitron.data import document_tokens as tokenizer_document_tokens
 from minitron.data import source_identity as text_identity
+from minitron.device import compute_capability
 from minitron.distill.fp8 import check_fp8
 from minitron.distill.trainable import check_lora
 from minitron.errors import InputError, StorageError
@@ -83,9 +84,11 @@ def check_outcomes(recipe: Recipe, teacher: Architecture, candidates: Mapping[st
         distillation_losses(recipe, replace(teacher, num_layers=depth), teacher)
 
 
-def check_fp8_trainings(recipe: Recipe, dtype: torch.dtype | None, capability: tuple[int, int] | None) -> list[str]:
-    """The keys of trainings with FP8 products. Raises InputError where `minitron.distill.fp8.check_fp8` does."""
+def check_fp8_trainings(recipe: Recipe, dtype: torch.dtype | None, *, gpus_here: bool) -> list[str]:
+    """The keys of trainings with FP8 products. Raises InputError where `minitron.distill.fp8.check_fp8` does; gpus_here: they
+    run on this machine's GPUs."""
     keys = [key for key, training in trainings(recipe).items() if training.fp8 != "none"]
+    capability = compute_capability() if keys and gpus_here else None
     for key in keys:
         with named_by_key(key):
             check_fp8(dtype, recipe.data.seq_length, capability)

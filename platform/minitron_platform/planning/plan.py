@@ -14,7 +14,7 @@ from minitron import storage
 from minitron.architecture import Architecture
 from minitron.architecture.hardware import hardware_notes
 from minitron.attention import chosen_kernel
-from minitron.device import compute_capability, compute_dtype, device, matmul_flops
+from minitron.device import compute_dtype, device, matmul_flops
 from minitron.distill.fitting import Fit
 from minitron.models import check_contents, source_architecture
 from minitron_platform.addresses import check_ray_address
@@ -206,8 +206,8 @@ def plan(
     losses = {model: distillation_losses(recipe, shapes[0], teacher)[0] for model, shapes in candidates.items()}
     check_machine(resources, locations.storage, elsewhere=uses_cluster)
     known = given or not uses_cluster or recipe.teacher.dtype != "auto"
-    capability = compute_capability() if resources.uses_gpus and not uses_cluster else None
-    in_fp8 = check_fp8_trainings(recipe, dtype if known else None, capability)
+    gpus_here = resources.uses_gpus and not uses_cluster
+    in_fp8 = check_fp8_trainings(recipe, dtype if known else None, gpus_here=gpus_here)
     tracking_warning = check_tracking(locations.tracking_uri, recipe.experiment)
     speed = matmul_flops(dtype)
     cluster = cluster or _known_gpus(resources, speed, uses_cluster)

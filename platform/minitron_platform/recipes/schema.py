@@ -146,7 +146,7 @@ class Training(_Section):
     The learning rate warms up linearly, then follows a cosine or `wsd`, which decays in the last share `decay_share` of the
     steps. `evaluate_every`: steps between measurements on the held-out rows; `evaluate_tasks_every`: between runs of the
     tasks of `evaluate`; `checkpoint_every`: between checkpoints; 0 for never. `shard`: split weights and optimizer state
-    over the workers. `auto` chooses by the memory of the GPUs (`minitron.distill.fitting`).
+    over the workers. `auto` chooses for GPUs (`minitron.distill.fitting`): `compile` for long trainings, the others by memory.
     """
 
     steps: Positive
@@ -167,7 +167,7 @@ class Training(_Section):
     shard: bool | Literal["auto"] = "auto"
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     optimizer: Literal["adamw", "adamw-offload"] = "adamw"
-    compile: bool = False
+    compile: bool | Literal["auto"] = "auto"
     fp8: Literal["none", "tensorwise", "rowwise"] = "none"
     deterministic: bool = False
 

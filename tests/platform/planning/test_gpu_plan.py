@@ -23,6 +23,7 @@ from minitron_platform.stages.finished import run_key
 
 LLAMA, NEMOTRON = "llama-3.1-8b-to-4b-h100x8", "nemotron-15b-8b-4b-h100x8"
 BASE = {LLAMA: "Llama 3.1 8B", NEMOTRON: "Nemotron-4 15B"}
+VALUES = ("micro_batch_rows=4", "activation_checkpointing=none", "shard=false")
 README = Path(__file__).parents[3] / "README.md"
 AUTO = [f"search.training.{key}=auto" for key in ("micro_batch_rows", "activation_checkpointing", "shard")]
 
@@ -129,12 +130,25 @@ def test_a_plan_for_a_cluster_says_which_gpus_it_assumes(bench, tmp_path):
     assert re.search(r"each GPU distill: 1\.5 GB: context 1\.5.*; micro_batch_rows 2, activation", told.stdout)
 
 
+def test_layers_are_compiled_on_gpus_in_trainings_that_are_long_enough_or_multiply_in_fp8():
+    def compiled(*overrides):
+        training = trainings(LLAMA, ["distill.compile=auto", "distill.warmup_steps=1", *overrides])
+        fit = next(training for what, training in training.items() if what.endswith("distill")).fit()
+        assert ("compile" in fit.settings) == fit.values["compile"] == fit.config.compile
+        return fit.config.compile
+
+    assert compiled("distill.steps=1000")
+    assert not compiled("distill.steps=10", "distill.batch_rows=64")
+    assert compiled("distill.steps=10", "distill.batch_rows=64", "distill.fp8=rowwise")
+    assert not compiled("distill.steps=1000", "distill.compile=false")
+
+
 def test_what_is_left_to_the_memory_keeps_the_names_of_runs_and_stages(bench):
     def recipe(*overrides):
         return load_recipe(str(bench / "recipe.yaml"), overrides)
 
-    said = [f"distill.{text}" for text in ("micro_batch_rows=4", "activation_checkpointing=none", "shard=false")]
-    free = [f"distill.{key}=auto" for key in ("micro_batch_rows", "activation_checkpointing", "shard")]
+    said = [f"distill.{text}" for text in (*VALUES, "compile=false")]
+    free = [f"distill.{key}=auto" for key in ("micro_batch_rows", "activation_checkpointing", "shard", "compile")]
     assert training_identity(recipe(*said).distill) == training_identity(recipe(*free).distill)
     assert "optimizer" not in training_identity(recipe().distill)
     assert run_key(recipe(*said)) == run_key(recipe(*free)) == run_key(recipe(*free, "distill.optimizer=adamw-offload"))
