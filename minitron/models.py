@@ -125,16 +125,19 @@ def check_contents(source: str, revision: str | None = None) -> None:
         headers = hub_headers(folder, revision)
     else:
         check_no_adapter(Path(folder))
-        pickled = has_pickles(Path(folder)) and not has_safetensors(Path(folder))
-        if pickled:
+        if _is_pickled(folder):
             check_pickles(Path(folder))
-        headers = None if pickled else read_headers(Path(folder))
-    if headers is None:
-        return
+            return
+        headers = read_headers(Path(folder))
     if method == "fp8":
         check_blocks(headers, config, source)
     ordinary, quantised = as_ordinary(headers, method)
     filled(ordinary, Architecture.from_config(config), source, quantised)
+
+
+def _is_pickled(folder: str) -> bool:
+    """Whether the weights of a local folder are only in .bin files, which torch reads as tensors and nothing else."""
+    return is_local_source(folder) and has_pickles(Path(folder)) and not has_safetensors(Path(folder))
 
 
 def _arguments(source: str, revision: str | None) -> tuple[str, dict[str, Any]]:
@@ -169,6 +172,8 @@ def load_source(source: str, revision: str | None = None, dtype: torch.dtype = t
         config = read_config(folder, source, **arguments)
         method = method_of(config, source)
         tokenizer = read_tokenizer(folder, source, **arguments)
+        if "gguf_file" not in arguments:
+            arguments["use_safetensors"] = not _is_pickled(folder)
         if config._attn_implementation not in (None, *WRAPPED):  # it may need a package: use transformers' default
             arguments["attn_implementation"] = "eager" if softcap_of(config) else "sdpa"
         with readable(repr(source)), quiet_transformers():
@@ -237,9 +242,13 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Mod
     """Load a causal language model from a local checkpoint folder, in eval mode."""
     check_type("folder", folder, (str, Path), "the path of a checkpoint folder")
     check_type("dtype", dtype, torch.dtype, "a torch dtype")
+    local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    config = read_config(str(folder), str(folder), **local)
+    if config._attn_implementation not in (None, *WRAPPED):  # as in load_source
+        config._attn_implementation = None
     with quiet_transformers():
         model: nn.Module = _filled_model(
-            str(folder), str(folder), dtype=dtype, trust_remote_code=False, local_files_only=True
+            str(folder), str(folder), config=config, dtype=dtype, use_safetensors=True, **local
         )
     return model.eval()
 

@@ -125,11 +125,11 @@ def damaged(file: Path, error: Exception) -> InputError:
     return InputError(f"{file}: cannot be read ({one_line(error, LONGEST_REASON)})", "download or copy it again")
 
 
-def hub_headers(name: str, revision: str | None) -> dict[str, Header] | None:
+def hub_headers(name: str, revision: str | None) -> dict[str, Header]:
     """As `read_headers`, for a model on the hub: from the local cache if it has the weights, otherwise from the headers of the
-    files on the hub. None for a model without safetensors.
+    files on the hub.
 
-    Raises InputError if the weights are not in the cache and the hub cannot be reached.
+    Raises InputError for a model without safetensors, and if the weights are not in the cache and the hub cannot be reached.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HTTPError, NotASafetensorsRepoError, SafetensorsParsingError
@@ -145,8 +145,12 @@ def hub_headers(name: str, revision: str | None) -> dict[str, Header] | None:
                 break  # the index is in the cache, but not all of its files
     try:
         metadata = HfApi().get_safetensors_metadata(name, revision=revision)
-    except NotASafetensorsRepoError:
-        return None
+    except NotASafetensorsRepoError as error:
+        raise InputError(
+            f"{name}: has no safetensors on the hub; files of other formats are pickles, which can run code",
+            "use another revision (for many models refs/pr/1 or another pull request has safetensors), or convert it: load it "
+            "with transformers and save_pretrained",
+        ) from error
     except SafetensorsParsingError as error:
         raise InputError(f"{name}: the safetensors files cannot be read ({error})", "use another revision") from error
     except (HTTPError, OSError) as error:

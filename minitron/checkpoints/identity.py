@@ -30,11 +30,10 @@ def checkpoint_identity(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str
 
     Not included: the split into files, versions, paths, chat templates, and the machine that wrote it.
     """
-    from transformers import AutoConfig
-
+    from minitron.checkpoints.reading import read_config
     from minitron.data import tokenizer_identity
 
-    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    config = read_config(str(folder), str(folder), trust_remote_code=False, local_files_only=True)
     return fingerprint(
         {
             "weights": weights_identity(folder),

@@ -14,6 +14,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from minitron.arguments import short_repr
+from minitron.checkpoints.gguf_header import check_gguf
+from minitron.checkpoints.limits import CONFIG_BYTES, check_limits
 from minitron.errors import InputError
 
 if TYPE_CHECKING:
@@ -93,19 +95,29 @@ def read_config(folder: str, where: str, **arguments: Any) -> PretrainedConfig:
     """The config of a checkpoint folder, a hub model or, with the argument `gguf_file`, a GGUF file.
 
     where: its name in errors. Raises InputError for a config that transformers cannot read, and for values with which the model
-    could not be built or run.
+    could not be built or run. Sizes are checked before transformers builds anything from them.
     """
     from transformers import AutoConfig, PretrainedConfig
 
     is_folder = "gguf_file" not in arguments and Path(folder).is_dir()
+    if "gguf_file" in arguments:
+        check_gguf(Path(folder, arguments["gguf_file"]))
+    elif is_folder:
+        _check_bytes(Path(folder, "config.json"))
     subject, remedy = (f"{where}: config.json", CORRECT) if is_folder else (f"{where!r}", COMPLETE)
     with readable(subject, remedy), quiet_transformers():
         if "gguf_file" not in arguments:
             values, _ = PretrainedConfig.get_config_dict(folder, **arguments)
             _check_values(values, where)
+            check_limits(values, where)
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, **arguments)
     check_config(config, where)
     return config
+
+
+def _check_bytes(file: Path) -> None:
+    if file.is_file() and file.stat().st_size > CONFIG_BYTES:
+        raise InputError(f"{file}: {file.stat().st_size:,} bytes are too many for a config", COMPLETE)
 
 
 def _check_values(values: Any, where: str) -> None:

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from minitron.checkpoints.gguf_header import check_gguf
 from minitron.checkpoints.reading import quiet_transformers, readable
 from minitron.errors import InputError
 
@@ -24,7 +25,9 @@ def read_tokenizer(folder: str, where: str, **arguments: Any) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if "gguf_file" not in arguments and Path(folder).is_dir():
+    if "gguf_file" in arguments:
+        check_gguf(Path(folder, arguments["gguf_file"]))
+    elif Path(folder).is_dir():
         _check_files(Path(folder), where)
     with readable(f"{where}: the tokenizer", "copy or download the tokenizer's files again"), quiet_transformers():
         return AutoTokenizer.from_pretrained(folder, **arguments)

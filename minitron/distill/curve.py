@@ -62,7 +62,7 @@ class Curve:
     def _read(self, path: str) -> list[Point]:
         try:
             return [Point(**json.loads(line)) for line in storage.read_bytes(path).splitlines()]
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise StorageError(
                 f"{path}: not a part of a training curve ({error})", "delete it and run again"
             ) from error

@@ -12,6 +12,7 @@ import torch
 from minitron import storage
 from minitron.architecture import Architecture
 from minitron.arguments import check_fields
+from minitron.checkpoints.reading import read_config
 from minitron.device import DTYPES, device, device_name
 from minitron.errors import MinitronError
 from minitron.evaluation import interleaved_throughput
@@ -116,10 +117,8 @@ def _measure(latency: Latency, architectures: Sequence[Architecture]) -> list[fl
 
 
 def _config(folder: str) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    with quiet_transformers():
-        return AutoConfig.from_pretrained(storage.fetch(folder), trust_remote_code=False, local_files_only=True)
+    local = str(storage.fetch(folder))
+    return read_config(local, local, trust_remote_code=False, local_files_only=True)
 
 
 def _random_model(config: PretrainedConfig, architecture: Architecture, dtype: str) -> PreTrainedModel:

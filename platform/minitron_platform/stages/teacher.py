@@ -8,6 +8,7 @@ from typing import Any
 from minitron import storage
 from minitron.architecture import Architecture
 from minitron.checkpoints.identity import checkpoint_identity
+from minitron.checkpoints.reading import read_config
 from minitron.checkpoints.tokenizer_files import check_tokenizer_fits
 from minitron.data import DocumentTokens, document_tokens
 from minitron.device import DTYPES
@@ -85,8 +86,6 @@ class _Conversion:
 
 def _convert(task: _Conversion, worker: Worker) -> TeacherOutput:
     """Convert the model unless that is done, and identify it."""
-    from transformers import AutoConfig
-
     if not storage.is_committed(task.target):
         worker.progress.status(f"reading {task.model}")
         model, tokenizer = load_source(task.model, task.revision, DTYPES[task.dtype])
@@ -96,7 +95,7 @@ def _convert(task: _Conversion, worker: Worker) -> TeacherOutput:
             save_model(model, tokenizer, local_folder)
     worker.progress.status("hashing its weights")
     local = storage.fetch(task.target)
-    architecture = Architecture.from_config(AutoConfig.from_pretrained(str(local), trust_remote_code=False))
+    architecture = Architecture.from_config(read_config(str(local), str(local), local_files_only=True))
     tokenizer = load_tokenizer(local)
     return TeacherOutput(
         folder=task.target,

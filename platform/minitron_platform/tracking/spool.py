@@ -145,7 +145,7 @@ def recorded_steps(log: RunLog, metric: str) -> set[int]:
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         event = json.loads(line)
-    except ValueError:  # incomplete JSON, or not UTF-8
+    except (ValueError, RecursionError):  # incomplete JSON, or not UTF-8
         return None
     return event if isinstance(event, dict) and "event" in event and "t" in event else None
 

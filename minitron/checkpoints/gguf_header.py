@@ -1,0 +1,131 @@
+"""A check of a GGUF file's header before the package gguf reads it, which believes every count and length in it.
+
+The format: github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from minitron.checkpoints.limits import LARGEST_SIZE, MOST_EXPERTS, MOST_LAYERS
+from minitron.errors import InputError
+
+MAGIC = b"GGUF"
+STRING, ARRAY = 8, 9
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
+"""struct's format of a value, by GGUF's number of its type."""
+MOST_ELEMENTS = (
+    10_000_000  # of all arrays; gguf makes an object of hundreds of bytes of each. A vocabulary has 1,000,000
+)
+MOST_TENSORS = 1_000_000
+MOST_DIMENSIONS = 8  # gguf has 4
+LEAST_PAIR = 8 + 4 + 1  # bytes of a key and a value: length, type, value
+LEAST_TENSOR = 8 + 4 + 4 + 8  # bytes of a tensor's entry: length, dimensions, type, offset
+LIMITS = {
+    ".block_count": MOST_LAYERS,
+    ".expert_count": MOST_EXPERTS,
+    ".embedding_length": LARGEST_SIZE,
+    ".feed_forward_length": LARGEST_SIZE,
+    ".vocab_size": LARGEST_SIZE,
+    ".attention.head_count": LARGEST_SIZE,
+    ".attention.head_count_kv": LARGEST_SIZE,
+}
+"""By the end of a key."""
+
+
+class _Lie(Exception):
+    """A count or length that the file cannot have."""
+
+
+def check_gguf(path: Path) -> None:
+    """Raise InputError unless `path` is a GGUF file whose counts, lengths and offsets lie inside it and can be a model's."""
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            _Header(data).check()
+    except (_Lie, struct.error, ValueError) as error:  # ValueError: an empty file cannot be mapped
+        raise InputError(f"{path}: is not a whole GGUF file ({error})", "download or copy it again") from error
+
+
+class _Header:
+    """Walks through a header. Every read is checked by struct, which refuses to read beyond the end."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.position = data, len(MAGIC)
+        if data[: len(MAGIC)] != MAGIC:
+            raise _Lie("it does not begin with GGUF")
+        self.order = "<"
+        if struct.unpack_from("<I", data, self.position)[0] & 0xFFFF == 0:
+            self.order = ">"  # the version in the other byte order
+        self.read("I")
+        self.elements = 0
+
+    def read(self, kind: str) -> int:
+        [value] = struct.unpack_from(self.order + kind, self.data, self.position)
+        self.position += struct.calcsize(self.order + kind)
+        return int(value) if kind not in "fd" else 0
+
+    def skip(self, count: int, size: int) -> None:
+        if count * size > len(self.data) - self.position:
+            raise _Lie(f"{count:,} values of {size} bytes at byte {self.position:,} of {len(self.data):,}")
+        self.position += count * size
+
+    def string(self) -> bytes:
+        length = self.read("Q")
+        start = self.position
+        self.skip(length, 1)
+        return self.data[start : self.position] if length <= 2**16 else b""
+
+    def check(self) -> None:
+        tensors, pairs = self.read("Q"), self.read("Q")
+        room = len(self.data) - self.position
+        if tensors > MOST_TENSORS or tensors * LEAST_TENSOR + pairs * LEAST_PAIR > room:
+            raise _Lie(f"{tensors:,} tensors and {pairs:,} keys in {len(self.data):,} bytes")
+        for _ in range(pairs):
+            key = self.string().decode(errors="replace")
+            for value in self._values(self.read("I"), nested=False):
+                self._check_size(key, value)
+        for _ in range(tensors):
+            self._check_tensor()
+
+    def _values(self, kind: int, *, nested: bool) -> Iterator[int]:
+        """The whole numbers of a value; those of other types are skipped."""
+        if kind in SCALARS:
+            yield self.read(SCALARS[kind])
+        elif kind == STRING:
+            self.string()
+        elif kind == ARRAY and not nested:
+            inner, count = self.read("I"), self.read("Q")
+            self.elements += count
+            if self.elements > MOST_ELEMENTS:
+                raise _Lie(f"arrays of more than {MOST_ELEMENTS:,} values")
+            if inner in SCALARS:
+                start, size = self.position, struct.calcsize(self.order + SCALARS[inner])
+                self.skip(count, size)
+                if count <= MOST_LAYERS and SCALARS[inner] not in "fd":  # such as one size for each layer
+                    yield from struct.unpack_from(f"{self.order}{count}{SCALARS[inner]}", self.data, start)
+                return
+            for _ in range(count):
+                yield from self._values(inner, nested=True)
+        else:
+            raise _Lie(f"a value of type {kind}")
+
+    def _check_size(self, key: str, value: int) -> None:
+        limit = next((limit for end, limit in LIMITS.items() if key.endswith(end)), None)
+        if limit is not None and value > limit:
+            raise _Lie(f"{key[:100]} is {value:,}; the largest that is possible is {limit:,}")
+
+    def _check_tensor(self) -> None:
+        name = self.string().decode(errors="replace")[:100]
+        dimensions = self.read("I")
+        if dimensions > MOST_DIMENSIONS:
+            raise _Lie(f"tensor {name!r} has {dimensions:,} dimensions")
+        shape = [self.read("Q") for _ in range(dimensions)]
+        self.read("I")
+        offset = self.read("Q")
+        # a weight has one bit at least
+        if offset > len(self.data) or math.prod(shape) > 8 * len(self.data):
+            raise _Lie(f"tensor {name!r} of shape {shape} from byte {offset:,} in {len(self.data):,} bytes")
