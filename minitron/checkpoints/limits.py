@@ -62,10 +62,10 @@ def check_limits(values: Any, where: str) -> None:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether an implementation is one that transformers contains: no name of a repository such as org/name."""
-    if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
-    return value is None or (isinstance(value, str) and (value == "" or value.isidentifier()))
+    """Whether an implementation is not the name of a repository, such as org/name."""
+    if isinstance(value, dict | list):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, str) or value == "" or value.isidentifier()
 
 
 def _entries(values: Any) -> Iterator[tuple[str, Any]]:
