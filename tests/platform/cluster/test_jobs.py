@@ -15,11 +15,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import s3fs
 from helpers.command import run_minitron
+from helpers.s3_server import s3_server
+from ray.util.state import list_actors, list_nodes
 
 from minitron.errors import InputError, MinitronError
 from minitron_platform.cluster import packaging
@@ -57,49 +61,71 @@ class Head:
     address: str
     token_path: str
     folder: Path
+    """Home of the head's processes; those of the other node have "node" inside it."""
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
-    """A head started by the shipped script, in its own process group and folder."""
-    with tempfile.TemporaryDirectory(prefix="mj-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+def s3() -> Iterator[dict[str, str]]:
+    with s3_server() as settings:
+        yield settings
+
+
+@pytest.fixture(scope="module")
+def head(s3: dict[str, str]) -> Iterator[Head]:
+    """A head without CPUs for others, started by the shipped script, and a node with two CPUs. Each has a home of its own, and
+    is in a process group of its own."""
+    with (
+        tempfile.TemporaryDirectory(prefix="mj-", dir="/tmp", ignore_cleanup_errors=True) as folder,
+        ExitStack() as stack,
+    ):
         (Path(folder) / "token").write_text(TOKEN)
-        gcs, dashboard, agent, client = free_ports(4)
-        log = Path(folder) / "head.log"
-        process = subprocess.Popen(
-            [
-                *(str(ROOT / "clusters/local/start-head.sh"), "--block", "--port", gcs, "--dashboard-port", dashboard),
-                *("--dashboard-agent-listen-port", agent, "--ray-client-server-port", client),
-                *("--num-cpus", "2"),
-            ],
-            env={
-                **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
-                "PATH": python_path(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"],
-                "HOME": folder,
-                "RAY_AUTH_TOKEN_PATH": f"{folder}/token",
-                "MINITRON_RAY_FOLDER": f"{folder}/ray",
-            },
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        gcs, dashboard, agent, client, node_agent = free_ports(5)
+
+        def start(name: str, home: Path, *command: str) -> Callable[[], None]:
+            """Start a process that ends with the fixture; returns a function that checks that it runs."""
+            home.mkdir(exist_ok=True)
+            log = home / f"{name}.log"
+            process = subprocess.Popen(
+                command,
+                env={
+                    **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+                    **s3,
+                    "PATH": python_path(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"],
+                    "HOME": str(home),
+                    "RAY_AUTH_MODE": "token",
+                    "RAY_AUTH_TOKEN_PATH": f"{folder}/token",
+                    "MINITRON_RAY_FOLDER": f"{folder}/ray",
+                },
+                stdout=log.open("w"),
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            stack.callback(process.wait)
+            stack.callback(os.killpg, process.pid, signal.SIGKILL)
+
+            def check() -> None:
+                assert process.poll() is None, log.read_text()
+
+            return check
+
+        script = [str(ROOT / "clusters/local/start-head.sh"), "--block", "--port", gcs, "--dashboard-port", dashboard]
+        ports = ["--dashboard-agent-listen-port", agent, "--ray-client-server-port", client]
+        check = start("head", Path(folder), *script, *ports, "--num-cpus", "0")
         head = Head(f"http://127.0.0.1:{dashboard}", f"{folder}/token", Path(folder))
-        try:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("RAY_AUTH_TOKEN_PATH", head.token_path)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RAY_AUTH_TOKEN_PATH", head.token_path)
 
-                def answers() -> bool:
-                    assert process.poll() is None, log.read_text()
-                    try:
-                        return status(head.address) == []
-                    except MinitronError:
-                        return False
+            def answers() -> bool:
+                check()
+                try:
+                    return status(head.address) == []
+                except MinitronError:
+                    return False
 
-                wait_until(answers, "the head answers")
-            yield head
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            wait_until(answers, "the head answers")
+        own = ["--dashboard-agent-listen-port", node_agent, "--num-cpus", "2"]
+        start("node", head.folder / "node", "ray", "start", "--block", "--address", f"127.0.0.1:{gcs}", *own)
+        yield head
 
 
 @pytest.fixture
@@ -441,22 +467,40 @@ def test_a_local_run_has_a_private_ray_that_leaves_nothing_behind(end: str, tmp_
         driver.wait()
 
 
-def test_a_recipe_runs_as_a_job_and_its_results_are_in_storage(as_user: Head, bench: Path, tmp_path: Path) -> None:
+def test_a_recipe_runs_as_a_job_on_a_cluster_whose_head_loads_no_model(
+    as_user: Head, s3: dict[str, str], bench: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def minitron(*arguments: str) -> str:
         done = run_minitron(*arguments, cwd=bench)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    files = s3fs.S3FileSystem()
+    files.mkdir("runs")
     # relative paths are relative to the folder of the submitter, not of the job
     settings = ["--set", "teacher.model=./teacher", "--set", "data.path=text.jsonl", "--set", "distill.steps=6"]
+    tracking = ["--tracking-uri", f"sqlite:///{as_user.folder}/mlflow.db"]
     sent = minitron(
-        "submit", "recipe.yaml", "--address", as_user.address, "--storage", str(tmp_path / "runs"), *settings
+        "submit", "recipe.yaml", "--address", as_user.address, "--storage", "s3://runs", *settings, *tracking
     )
     job = sent.strip().splitlines()[-1]
     printed = minitron("logs", job, "--address", as_user.address, "--follow")
     assert "SUCCEEDED" in minitron("status", job, "--address", as_user.address), printed
     for stage in ("teacher", "search", "distill", "register"):
         assert f"✓ {stage}" in printed
-    (results,) = (tmp_path / "runs" / "runs").glob("*/results.json")
-    table = json.loads(results.read_text())["family"]["tiny-student"]["evaluate"]["table"]
+    (results,) = files.glob("runs/runs/*/results.json")
+    table = json.loads(files.cat(results))["family"]["tiny-student"]["evaluate"]["table"]
     assert table["distilled"]["kl"] < table["pruned"]["kl"]
+
+    # Ray's records: trials and the workers of all stages ran on the other node
+    heads = {node.node_id: node.is_head_node for node in list_nodes(address=as_user.address)}
+    actors = list_actors(address=as_user.address, filters=[("job_id", "!=", "")], limit=1000, detail=True)
+    ran_on_head = {actor.class_name for actor in actors if actor.node_id and heads[actor.node_id]}
+    elsewhere = {actor.class_name for actor in actors if actor.node_id and not heads[actor.node_id]}
+    assert {"RayTrainWorker", "ImplicitFunc"} <= elsewhere
+    assert not {"RayTrainWorker", "ImplicitFunc"} & ran_on_head
+    # the driver did not even copy a model's weights to its node
+    assert list((as_user.folder / "node" / ".cache").rglob("*.safetensors"))
+    assert not list((as_user.folder / ".cache").rglob("*.safetensors"))
