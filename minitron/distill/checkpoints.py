@@ -42,14 +42,22 @@ class Checkpoints:
     `key` names what is trained; a checkpoint of something else is never resumed from. The newest `keep` are kept. Used as a
     context, leaving it waits until the last one is committed. Where several processes write to a local path, all must see
     it. `before_commit` is called in process 0 before anything there is changed, and may raise a MinitronError that forbids
-    it. Failures to write are raised as StorageError by the next call, in every process.
+    it. `saved` is called in process 0, in another thread, with the step of each that was committed. Failures to write are
+    raised as StorageError by the next call, in every process.
     """
 
     def __init__(
-        self, folder: str, *, key: str, keep: int = 2, before_commit: Callable[[], None] | None = None
+        self,
+        folder: str,
+        *,
+        key: str,
+        keep: int = 2,
+        before_commit: Callable[[], None] | None = None,
+        saved: Callable[[int], None] | None = None,
     ) -> None:
         self.folder, self.key, self.keep = folder, key, keep
         self.before_commit = before_commit or (lambda: None)
+        self.saved = saved or (lambda step: None)
         several = dist.is_initialized() and dist.get_world_size() > 1
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
         # of its own, because training continues meanwhile
@@ -175,6 +183,8 @@ class Checkpoints:
                 written = self._all(lambda: self._upload(staging, path, writer.entries))
                 everything = {name: entry for part in written for name, entry in part.items()}
                 self._all(lambda: self._commit(staging, path, everything, note))
+                if self.rank == 0:
+                    self.saved(step)
             finally:
                 if self.rank == 0 or not storage.is_local(path):
                     shutil.rmtree(staging, ignore_errors=True)

@@ -53,6 +53,8 @@ def distill(
     checkpoints: str | None = None,
     key: str = "",
     before_commit: Callable[[], None] | None = None,
+    saved: Callable[[int], None] | None = None,
+    save_now: Callable[[], bool] | None = None,
     resumed: Callable[[int], None] | None = None,
     report: Callable[[StepReport], None] | None = None,
     evaluate: Callable[[int, nn.Module], None] | None = None,
@@ -72,6 +74,9 @@ def distill(
     checkpoints: folder where the state is saved every `checkpoint_every` steps. The newest undamaged checkpoint under `key` is
         resumed. The training curve is kept with them (see `read_curve`).
     before_commit: called in process 0 before each checkpoint is committed; it may raise a MinitronError to prevent that.
+    saved: called in process 0, in another thread, with the step of each checkpoint that was committed.
+    save_now: asked in every process after each step; once one process says so, for example because its node is about to be
+        taken away, all save a checkpoint and wait until it is committed.
     resumed: called with the number of steps done before, 0 for a new training.
     evaluate: called in every process with the number of steps done and the student, every `evaluate_every` steps and after the
         steps in `evaluate_at`, before that step's checkpoint. The random state is restored afterwards.
@@ -145,7 +150,9 @@ def distill(
         alike = sharded or (isinstance(objective.targets, LiveTeacher) and objective.targets.sharded)
         state = stack.enter_context(TrainingState(objective.trained(), config))
         saver = (
-            stack.enter_context(Checkpoints(checkpoints, key=key, before_commit=before_commit)) if checkpoints else None
+            stack.enter_context(Checkpoints(checkpoints, key=key, before_commit=before_commit, saved=saved))
+            if checkpoints
+            else None
         )
         first, skipped = _resume(state, saver) if saver else (0, 0)
         curve = Curve(checkpoints) if checkpoints and rank == 0 else None
@@ -155,6 +162,7 @@ def distill(
             resumed(first)
         last = config.steps if until is None else min(until, config.steps)
         reporter = Reporter(objective, config, rows.seq_length, dtype, first) if report else None
+        hurried = False  # whether a checkpoint was saved because of `save_now`
         for step in range(first, last):
             indices = rows_for_step(len(rows), config.batch_rows, step, config.seed)
             batches = _micro_batches(indices, config.micro_batch_rows, world, rank, alike=alike)
@@ -173,13 +181,17 @@ def distill(
                 schedule=config.schedule,
                 decay_share=config.decay_share,
             )
-            parts, norm = state.reduce(share)
+            if save_now and save_now():
+                share[-1] = 1.0
+            summed, norm = state.reduce(share)
+            *parts, requests = summed.tolist()
+            hurry = bool(requests) and not hurried
             finite = math.isfinite(parts[0]) and math.isfinite(norm)
             if finite:
                 state.update(rate)
             else:
                 skipped += 1
-                found = {"step": step, "rows": indices, "loss": float(parts[0]), "grad_norm": norm}
+                found = {"step": step, "rows": indices, "loss": parts[0], "grad_norm": norm}
                 _not_finite(found, skipped, config, checkpoints if rank == 0 else None)
             state.clear()
             watch.lap("optimizer")
@@ -191,17 +203,20 @@ def distill(
                 watch.lap("evaluation")
             due = finite and (done % config.report_every == 0 or done == config.steps)
             if due and curve:
-                curve.add(Point(done, float(parts[0]), None if losses.logits == "none" else float(parts[1])))
+                curve.add(Point(done, parts[0], None if losses.logits == "none" else parts[1]))
             if due and report and reporter:
-                report(reporter.report(done, parts.tolist(), rate, norm, skipped))
+                report(reporter.report(done, parts, rate, norm, skipped))
                 watch.lap("report")
             regular = config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps
-            if curve and (regular or done == last):
+            if curve and (regular or hurry or done == last):
                 curve.save(done)
             # The last step of a sharded student is saved too: if gathering fails, the training is not repeated.
             before_gathering = config.checkpoint_every and sharded and done == config.steps
-            if saver and (regular or before_gathering or done == until):
+            if saver and (regular or before_gathering or hurry or done == until):
                 saver.save(done, state.tensors(), {"skipped": skipped})
+                if hurry:
+                    saver.wait()
+                    hurried = True
                 watch.lap("checkpoint")
         del state  # the moments are not needed while a sharded student is gathered
     return student.eval()
@@ -232,11 +247,12 @@ def _forward_backward(
     batches: list[tuple[Sequence[int], float]],
     following: Sequence[int] | None,
 ) -> Tensor:
-    """Compute the gradients of this process's share of the global mean loss; returns that share of each part of the loss.
+    """Compute the gradients of this process's share of the global mean loss; returns that share of each part of the loss, and
+    a zero: float64 [5].
 
     following: the rows of the next step's first micro-batch.
     """
-    total = torch.zeros(4, dtype=torch.float64, device=feeder.device)
+    total = torch.zeros(5, dtype=torch.float64, device=feeder.device)
     for number, (part, share) in enumerate(batches, start=1):
         last = number == len(batches)
         if isinstance(objective, FSDPModule):
@@ -246,7 +262,7 @@ def _forward_backward(
         objective.watch.lap("data" if stored is None else "teacher")
         loss, values = objective(part, tokens, stored)
         (loss * share).backward()
-        total += values * share
+        total[:-1] += values * share
         objective.watch.lap("student")
     return total
 

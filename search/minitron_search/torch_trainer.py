@@ -13,17 +13,24 @@ from ray.train.torch import TorchTrainer as RayTorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.failure_handling import FailurePolicy
-from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, ScalingPolicy
 
 from minitron_search.private_ray import is_private
 
 
 class TorchTrainer(RayTorchTrainer):
-    """failure_policy: decides about restarts instead of Ray Train's own policy."""
+    """failure_policy, scaling_policy: decide about restarts and the number of workers instead of Ray Train's own."""
 
-    def __init__(self, *arguments: Any, failure_policy: FailurePolicy | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        failure_policy: FailurePolicy | None = None,
+        scaling_policy: ScalingPolicy | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(*arguments, **options)
         self._failure_policy = failure_policy
+        self._scaling_policy = scaling_policy
 
     def _create_default_callbacks(self) -> list[Any]:
         unused = (DatasetsCallback, PlacementGroupCleanerCallback) if is_private() else DatasetsCallback
@@ -32,7 +39,9 @@ class TorchTrainer(RayTorchTrainer):
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         if self._failure_policy is not None:
             options["failure_policy"] = self._failure_policy
-        if is_private():
+        if self._scaling_policy is not None:
+            options["scaling_policy"] = self._scaling_policy
+        elif is_private():
             options["scaling_policy"] = _NoAutoscaler(self.scaling_config)
         return super()._initialize_and_run_controller(**options)
 

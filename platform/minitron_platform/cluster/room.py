@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import TypeVar
 
 import ray
@@ -38,7 +39,11 @@ def resources_here(recipe: Recipe, teacher: Architecture, value_bytes: int) -> R
     gpus = torch.cuda.device_count()
     size = gpu_bytes()
     small = gpus > 0 and are_trials_small(recipe, teacher, value_bytes, size)
-    return resolve(recipe, gpus, gpu_memory_bytes=size, small_trials=small)
+    resources = resolve(recipe, gpus, gpu_memory_bytes=size, small_trials=small)
+    if resources.least_workers and resources.gpus_per_worker:  # this machine does not grow
+        room = int(gpus / resources.gpus_per_worker)
+        resources = replace(resources, workers=max(resources.least_workers, min(resources.workers, room)))
+    return resources
 
 
 def resources_of_cluster(recipe: Recipe) -> ResolvedResources:
@@ -134,7 +139,7 @@ def check_cluster(resources: ResolvedResources) -> None:
     cpus, gpus = cluster_cpus_gpus()
     for key, count_key, count, share in (
         ("trial", "workers_per_trial", resources.workers_per_trial, resources.trial_share),
-        ("worker", "workers", resources.workers, resources.worker_share),
+        ("worker", "workers", resources.least_workers or resources.workers, resources.worker_share),
     ):
         each_cpus = share["CPU"]
         each_gpus = share.get("GPU", 0)

@@ -249,7 +249,8 @@ def are_trials_small(recipe: Recipe, teacher: Architecture, value_bytes: int, gp
 def _workers(resources: ResolvedResources) -> dict[str, Any]:
     return {
         "workers_key": "resources.workers",
-        "processes": resources.workers,
+        "processes": resources.least_workers
+        or resources.workers,  # each has the more memory to hold, the fewer there are
         "share": min(1.0, resources.gpus_per_worker),
         "gpu_bytes": resources.gpu_memory_bytes,
         "node_gpus": resources.gpus_per_node,

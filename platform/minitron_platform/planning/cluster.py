@@ -54,10 +54,11 @@ class Cluster:
 
     def check(self, resources: ResolvedResources) -> None:
         """Raise InputError if trials and workers need more GPUs than there are, or none."""
-        needed = resources.workers * (resources.gpus_per_worker or 1)
+        workers = resources.least_workers or resources.workers
+        needed = workers * (resources.gpus_per_worker or 1)
         if needed > self.gpus:
             raise InputError(
-                f"resources.workers: {resources.workers} need {needed:g} GPUs, and --gpus says {self.gpus}",
+                f"resources.workers: {workers} need {needed:g} GPUs, and --gpus says {self.gpus}",
                 "lower resources.workers or leave it out, or give more with --gpus",
             )
         for key, each in (("trial", resources.gpus_per_trial), ("worker", resources.gpus_per_worker)):

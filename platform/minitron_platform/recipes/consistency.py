@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from minitron.errors import InputError
-from minitron_platform.recipes.schema import Recipe, Training
+from minitron_platform.recipes.schema import Recipe, Training, WorkerRange
 from minitron_platform.recipes.search_schedule import SearchSchedule
 
 
@@ -158,9 +158,10 @@ def _check_gpu_fractions(recipe: Recipe) -> None:
                 f"resources.{gpus_key}: {gpus:g} is not a whole number of GPUs",
                 "use a whole number, or a fraction below 1 for processes that share a GPU",
             )
-        if workers != "auto" and workers > 1:
+        most = workers.max if isinstance(workers, WorkerRange) else workers
+        if most != "auto" and most > 1:
             raise InputError(
-                f"resources.{gpus_key}: {gpus:g} with resources.{workers_key}: {workers}, but NCCL does not let workers that "
+                f"resources.{gpus_key}: {gpus:g} with resources.{workers_key}: {most}, but NCCL does not let workers that "
                 "train together share a GPU",
                 f"use resources.{gpus_key}=1, or resources.{workers_key}=1",
             )

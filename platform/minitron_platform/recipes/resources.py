@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minitron_platform.recipes.schema import Recipe
+from minitron_platform.recipes.schema import Recipe, WorkerRange
 
 TRIALS_PER_GPU = 4  # of small candidates; a single one leaves the GPU idle half of the time
 CPU_WORKERS = 2  # training workers on a machine without a GPU
@@ -25,6 +25,8 @@ class ResolvedResources:
     cpus_per_worker: float
     gpus_per_worker: float
     max_failures: int
+    least_workers: int | None = None
+    """Smallest number of workers that go on after a loss; None if the number does not change."""
     gpu_memory_bytes: int = GPU_MEMORY_BYTES
     gpus_per_node: int = NODE_GPUS
 
@@ -54,10 +56,16 @@ def resolve(recipe: Recipe, gpus: int, *, gpu_memory_bytes: int = 0, small_trial
     than rows in a step.
     """
     given = recipe.resources
-    workers = _auto_workers(recipe, gpus) if given.workers == "auto" else given.workers
+    least_workers = None
+    if given.workers == "auto":
+        workers = _auto_workers(recipe, gpus)
+    elif isinstance(given.workers, WorkerRange):
+        workers, least_workers = given.workers.max, given.workers.min
+    else:
+        workers = given.workers
     gpus_per_worker = given.gpus_per_worker
     if gpus_per_worker == "auto":
-        gpus_per_worker = 1 if workers <= gpus else 0
+        gpus_per_worker = 1 if (least_workers or workers) <= gpus else 0
     gpus_per_trial = given.gpus_per_trial
     if gpus_per_trial == "auto" and given.workers_per_trial > gpus:
         gpus_per_trial = 0
@@ -71,6 +79,7 @@ def resolve(recipe: Recipe, gpus: int, *, gpu_memory_bytes: int = 0, small_trial
         cpus_per_worker=given.cpus_per_worker,
         gpus_per_worker=gpus_per_worker,
         max_failures=given.max_failures,
+        least_workers=least_workers,
         gpu_memory_bytes=int(
             (gpu_memory_bytes or GPU_MEMORY_BYTES) if given.gpu_memory_bytes == "auto" else given.gpu_memory_bytes
         ),

@@ -303,6 +303,19 @@ class Register(_Section):
     alias: Annotated[str, AfterValidator(check_alias)] = "candidate"
 
 
+class WorkerRange(_Section):
+    """A number of workers that follows the cluster: as many as it has room for, at least `min` and at most `max`."""
+
+    min: Positive
+    max: Positive
+
+    @model_validator(mode="after")
+    def _check_order(self) -> WorkerRange:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is more than max {self.max}")
+        return self
+
+
 class Resources(_Section):
     """CPUs and GPUs of each worker of a trial and of each worker of the full distillation, which `workers` of them do
     together. `auto` depends on the available GPUs, see `minitron_platform.recipes.resources`. `price_per_gpu_hour` is only
@@ -311,7 +324,7 @@ class Resources(_Section):
     workers_per_trial: Positive = 1
     cpus_per_trial: Cpus = 1
     gpus_per_trial: Gpus | Literal["auto"] = "auto"
-    workers: Positive | Literal["auto"] = "auto"
+    workers: Positive | WorkerRange | Literal["auto"] = "auto"
     cpus_per_worker: Cpus = 1
     gpus_per_worker: Gpus | Literal["auto"] = "auto"
     gpu_memory_bytes: Limit | Literal["auto"] = "auto"

@@ -122,6 +122,8 @@ def train(task: TrainTask, worker: Worker) -> MinitronError | None:
                 checkpoints=task.checkpoints,
                 key=task.key,
                 before_commit=task.check_fences,
+                saved=lambda step: worker.resumable(),
+                save_now=worker.is_leaving,
                 resumed=lambda step: worker.send(Resumed(step)),
                 report=lambda report: send_metrics(report.metrics(), report.step),
                 evaluate=evaluate,

@@ -74,12 +74,15 @@ class _Calls:
         self.workers: dict[int, tuple[WorkerStarted, Any]] = {}
         self.returned: set[int] = set()  # ranks that have returned from the present call
         self.result: Any = None
+        self.busy = False  # whether a call is in progress
+        self.nothing_to_lose = False  # whether a checkpoint was committed since the controller asked
 
     # for the driver
 
     async def start(self, content: list[Any], everywhere: bool) -> None:
         """Begin a call; the one before it has returned."""
         self.failures = 0
+        self.busy, self.nothing_to_lose = True, False
         self.returned.clear()
         number = self.call.number + 1 if self.call else 1
         for started, _ in self.workers.values():
@@ -135,13 +138,22 @@ class _Calls:
             self.result = result
         if len(self.returned) == self.size:
             self.events.put_nowait(Returned(self.result))
-            self.result = None
+            self.busy, self.result = False, None
+
+    async def resumable(self) -> None:
+        """A restart would lose nothing now."""
+        self.nothing_to_lose = True
 
     # for Ray Train's controller
 
-    async def may_restart(self, event: WorkersFailed, retryable: bool) -> bool:
-        """Count a failure of the workers, and decide whether they are restarted."""
-        self.failures += 1
+    async def may_resize(self) -> bool:
+        """Whether the group may be restarted with another number of workers now: between calls, or just after a checkpoint."""
+        now, self.nothing_to_lose = self.nothing_to_lose or not self.busy, False
+        return now
+
+    async def may_restart(self, event: WorkersFailed, retryable: bool, counts: bool) -> bool:
+        """Whether the workers are restarted after a failure, which counts unless their node was taken away."""
+        self.failures += counts
         self.workers.clear()
         if self.stopped:
             return False

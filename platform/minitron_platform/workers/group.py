@@ -19,42 +19,59 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from minitron import storage
 from minitron.errors import MinitronError, StorageError
 from minitron_platform.workers.calls import GroupEnded, Returned, start_calls
-from minitron_platform.workers.failure_policy import CallFailurePolicy
+from minitron_platform.workers.policies import CallFailurePolicy, CallScalingPolicy
 from minitron_platform.workers.serve import serve
 from minitron_platform.workers.worker import Worker
 from minitron_search.failures import first_cause, reason
 from minitron_search.torch_trainer import TorchTrainer
 
 CLOSE_SECONDS = 30  # longest wait for workers to end by themselves
+RESIZE_SECONDS = 10.0  # between two looks at the room that the cluster has for more workers
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
 class WorkerGroup:
-    """`count` processes, each with `share` of Ray's resources and `threads` threads on CPUs.
+    """At most `count` processes and at least `least`, each with `share` of Ray's resources and `threads` threads on CPUs.
 
     scratch: folder that all nodes share, for Ray Train's own files; it is deleted when the group closes.
     """
 
-    def __init__(self, count: int, share: dict[str, float], *, threads: int, max_failures: int, scratch: str) -> None:
+    def __init__(
+        self,
+        count: int,
+        share: dict[str, float],
+        *,
+        threads: int,
+        max_failures: int,
+        scratch: str,
+        least: int | None = None,
+    ) -> None:
         self.calls = start_calls(max_failures)
         self.scratch = scratch
         logging.getLogger("ray.train").setLevel(logging.ERROR)
         storage.remove(scratch)  # of a run that was killed
+        elastic = least is not None and least < count
+        scaling = ScalingConfig(
+            num_workers=(least, count) if elastic else count,
+            use_gpu=share.get("GPU", 0) > 0,
+            resources_per_worker=dict(share),
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+        )
+        failures = FailureConfig(max_failures=max_failures)
         trainer = TorchTrainer(
             serve,
             train_loop_config={"calls": self.calls, "threads": threads},
-            scaling_config=ScalingConfig(
-                num_workers=count, use_gpu=share.get("GPU", 0) > 0, resources_per_worker=dict(share)
-            ),
+            scaling_config=scaling,
             # A new name each time, so that Ray Train does not resume from a snapshot of its own.
             run_config=RunConfig(
                 name=f"workers-{uuid.uuid4().hex[:8]}",
                 storage_path=scratch,
-                failure_config=FailureConfig(max_failures=max_failures),
+                failure_config=failures,
             ),
-            failure_policy=CallFailurePolicy(FailureConfig(max_failures=max_failures), self.calls),
+            failure_policy=CallFailurePolicy(failures, self.calls),
+            scaling_policy=CallScalingPolicy(scaling, self.calls) if elastic else None,
         )
         thread = ThreadPoolExecutor(1, thread_name_prefix="workers")
         self._ended = thread.submit(trainer.fit)

@@ -28,6 +28,14 @@ class Progress(Protocol):
         """A progress callback `(done, total)`."""
 
 
+def _nothing() -> None:
+    pass
+
+
+def _never() -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Worker:
     """A process that runs a function, alone or together with others in one process group of torch.distributed."""
@@ -38,6 +46,10 @@ class Worker:
     progress: Progress
     send: Callable[[object], None]
     """Sends an event to the driver, if this is the first process; those of other processes are dropped."""
+    resumable: Callable[[], None] = _nothing
+    """Says that a restart would lose nothing now, so that the group may be restarted with more processes."""
+    is_leaving: Callable[[], bool] = _never
+    """Whether the node of one of the processes is about to be taken away."""
 
     def total(self, number: int) -> int:
         """The sum of the numbers of all processes, each of which calls this."""

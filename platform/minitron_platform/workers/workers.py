@@ -88,6 +88,7 @@ class Workers:
                 threads=max(1, int(resources.cpus_per_worker)),
                 max_failures=resources.max_failures,
                 scratch=self.scratch,
+                least=resources.least_workers,
             )
         return self._group
 

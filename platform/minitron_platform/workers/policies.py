@@ -1,0 +1,67 @@
+"""Decisions in Ray Train's controller: whether failed workers are restarted, and when the number of workers changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.train import FailureConfig, ScalingConfig
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+    ScalingDecision,
+)
+from ray.train.v2._internal.execution.worker_group.poll import _is_preempted_actor
+from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
+
+from minitron_platform.workers.calls import WorkersFailed
+from minitron_search.failures import NOT_RETRYABLE, first_cause, reason
+
+
+class CallFailurePolicy(DefaultFailurePolicy):
+    """Counts failures for each call, not for all of them. calls: the actor of `minitron_platform.workers.calls`."""
+
+    def __init__(self, failure_config: FailureConfig, calls: Any) -> None:
+        super().__init__(failure_config)
+        self.calls = calls
+
+    def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        """Restart the workers unless the error would come again, or they have failed too often during the present call. A node
+        that was taken away is no failure."""
+        error = training_failed_error
+        if isinstance(error, PreemptionError):
+            event, retryable, counts = WorkersFailed((), "a node is taken away"), True, False
+        elif isinstance(error, WorkerGroupError):
+            ranks, cause = first_cause(error.worker_failures)
+            event, retryable = WorkersFailed(tuple(ranks), reason(cause)), not isinstance(cause, NOT_RETRYABLE)
+            counts = not any(map(_is_preempted_actor, error.worker_failures.values()))
+        else:
+            return super().make_decision(error)
+        try:
+            restart = ray.get(self.calls.may_restart.remote(event, retryable, counts))
+        except RayError:  # the driver has ended
+            restart = False
+        return FailureDecision.RETRY if restart else FailureDecision.RAISE
+
+
+class CallScalingPolicy(ElasticScalingPolicy):
+    """As many workers as the cluster has room for, between a least and a largest number. A running group is restarted with
+    more of them only when that loses no work: between calls, and when a checkpoint has been committed."""
+
+    def __init__(self, scaling_config: ScalingConfig, calls: Any) -> None:
+        super().__init__(scaling_config)
+        self.calls = calls
+        self._wanted: ScalingDecision = NoopDecision()
+
+    def make_decision_for_running_worker_group(self, *arguments: Any, **state: Any) -> ScalingDecision:
+        """Ray's decision, as soon as it loses no work."""
+        decision = super().make_decision_for_running_worker_group(*arguments, **state)
+        if isinstance(decision, ResizeDecision):
+            self._wanted = decision
+        if isinstance(self._wanted, ResizeDecision) and ray.get(self.calls.may_resize.remote()):
+            wanted, self._wanted = self._wanted, NoopDecision()
+            return wanted
+        return NoopDecision()
