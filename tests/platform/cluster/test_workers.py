@@ -1,0 +1,209 @@
+"""The group of workers that serves all stages of a run, on a cluster of a head and two nodes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+import torch.distributed as dist
+from ray import cloudpickle
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray.cluster_utils import Cluster
+
+from minitron.errors import InputError, MinitronError
+from minitron_platform.cluster import ray_session as local_ray
+from minitron_platform.workers import group as group_module
+from minitron_platform.workers.calls import WorkersFailed, WorkerStarted
+from minitron_platform.workers.group import WorkerGroup
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the functions below are called with. folder: where they leave files."""
+
+    folder: str
+    fail: str = ""
+
+    def file(self, name):
+        return Path(self.folder, name)
+
+
+def identify(job, worker):
+    """(process, rank, number of processes) of the first process."""
+    total = torch.tensor(worker.rank + 1)
+    if worker.count > 1:
+        dist.all_reduce(total)
+    job.file(f"{os.getpid()}").write_text(str(worker.rank))
+    worker.send(("seen", int(total)))
+    worker.progress.counter("rows")(1, 2)
+    return os.getpid(), worker.rank, worker.count
+
+
+def fail(job, worker):
+    """Fails as `job.fail` says; each attempt leaves a file."""
+    job.file(f"attempt-{len(list(Path(job.folder).glob('attempt-*')))}").touch()
+    if job.fail == "input":
+        raise InputError("rows: none", "give some")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def work(job, worker):
+    """Ends when there is a file `end`, and says so to all processes. Tells when it can be interrupted, if there is a file
+    `saved`, and whether its node is being taken away."""
+    job.file(f"began-{worker.count}-{worker.rank}-{time.time_ns()}").touch()
+    done = torch.zeros(2)
+    while not done[0]:
+        time.sleep(0.05)
+        done = torch.tensor([float(job.file("end").exists()), float(worker.is_leaving())])
+        if worker.count > 1:
+            dist.all_reduce(done)
+        if done[1] and worker.is_first:
+            job.file("hurried").touch()
+        if worker.is_first and job.file("saved").exists():
+            worker.resumable()
+    return worker.count
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A cluster with a head that computes nothing and two nodes for one worker each."""
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="mt-", dir="/tmp") as folder:
+        # the token of this process's private Rays, because Ray keeps the first token that it reads
+        settings = {**local_ray._private_settings(), "RAY_TMPDIR": folder, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1"}
+        settings["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "0.5"
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        head = {"num_cpus": 0, "include_dashboard": False}
+        quick = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000}
+        made = Cluster(initialize_head=True, head_node_args={**head, "_system_config": quick})
+        try:
+            for _ in range(2):
+                made.add_node(num_cpus=1)
+            ray.init(address=made.address, log_to_driver=False)
+            yield made
+        finally:
+            ray.shutdown()
+            made.shutdown()
+
+
+def _group(folder, **options):
+    given = {"threads": 1, "max_failures": 1, "scratch": str(folder / "ray")} | options
+    return WorkerGroup(2, {"CPU": 1.0}, **given)
+
+
+def _wait_until(condition, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_the_same_processes_serve_one_call_after_another(cluster, tmp_path):
+    group = _group(tmp_path)
+    job = Job(str(tmp_path))
+    events = []
+    process, rank, count = group.run(identify, job, events.append)
+    assert (rank, count) == (0, 2)
+    assert ("seen", 3) in events
+    assert {event.rank for event in events if isinstance(event, WorkerStarted)} == {0, 1}
+    processes = {path.name: path.read_text() for path in tmp_path.iterdir() if path.name.isdigit()}
+    assert set(processes.values()) == {"0", "1"}
+
+    # only the first of them, and a failure of one call does not count for the next
+    assert group.run(identify, job, events.append, everywhere=False) == (process, 0, 1)
+    for number in (1, 2):
+        events.clear()
+        path = tmp_path / f"killed-{number}"
+        path.mkdir()
+        with pytest.raises(MinitronError, match="failed too often") if number == 2 else _dies_once(path):
+            group.run(fail if number == 2 else die_once, Job(str(path)), events.append, everywhere=False)
+        failures = [event for event in events if isinstance(event, WorkersFailed)]
+        assert len(failures) == number
+        assert all(event.ranks == (0,) and "killed" in event.reason for event in failures)
+    assert not group.is_open
+    group.close()
+    assert not (tmp_path / "ray").exists()
+
+
+def die_once(job, worker):
+    """Dies in the first attempt."""
+    if not job.file("died").exists():
+        job.file("died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "went on"
+
+
+class _dies_once:
+    """Nothing is raised, and the function has died once."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        assert (self.path / "died").exists()
+
+
+def test_an_error_of_the_input_is_not_tried_again(cluster, tmp_path):
+    group = _group(tmp_path)
+    with pytest.raises(InputError, match="rows: none"):
+        group.run(fail, Job(str(tmp_path), "input"), lambda event: None, everywhere=False)
+    assert len(list(tmp_path.glob("attempt-*"))) == 1
+    group.close()
+
+
+def test_a_group_shrinks_with_the_cluster_grows_at_a_checkpoint_and_hears_of_nodes_that_leave(
+    cluster, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(group_module, "RESIZE_SECONDS", 1.0)
+    group = _group(tmp_path, least=1)
+    job = Job(str(tmp_path))
+    results, events = [], []
+    caller = threading.Thread(target=lambda: results.append(group.run(work, job, events.append)))
+    caller.start()
+    try:
+        _wait_until(lambda: len(list(tmp_path.glob("began-2-*"))) == 2)
+        lost = sorted(cluster.worker_nodes, key=lambda node: node.node_id)[0]
+        cluster.remove_node(lost, allow_graceful=False)
+        _wait_until(lambda: list(tmp_path.glob("began-1-0-*")))
+        assert [type(event) for event in events if isinstance(event, WorkersFailed)] == [WorkersFailed]
+
+        added = cluster.add_node(num_cpus=1)
+        (tmp_path / "saved").touch()  # from now on a restart would lose nothing
+        _wait_until(lambda: len(list(tmp_path.glob("began-2-*"))) == 4)
+        grown = sorted(int(path.name.rsplit("-", 1)[1]) for path in tmp_path.glob("began-2-*"))[2]
+        assert grown > (tmp_path / "saved").stat().st_mtime_ns
+        assert len([event for event in events if isinstance(event, WorkersFailed)]) == 1  # growing is no failure
+
+        drain(added.node_id)
+        _wait_until(lambda: (tmp_path / "hurried").exists())
+    finally:
+        (tmp_path / "end").touch()
+        caller.join(60)
+    assert len(results) == 1
+    group.close()
+
+
+def drain(node):
+    """Announce that a node will be taken away in a minute, as a cloud does."""
+    from ray._private.worker import global_worker
+    from ray.core.generated import autoscaler_pb2
+
+    deadline = int((time.time() + 60) * 1000)
+    accepted, why = global_worker.gcs_client.drain_node(
+        node, autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "spot", deadline
+    )
+    assert accepted, why
