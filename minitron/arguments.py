@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import fields
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ def check_fields(settings: Any) -> None:
     """Raise InputError naming the first field of the dataclass `settings` whose value does not have the annotated type.
 
     Understood are str, bool, int, float (which an int is, too), Literal, tuple (which may be a list, as JSON gives it), other
-    classes, and unions with None. A bool is not accepted as a number.
+    classes, and unions of one of them with None or a Literal. A bool is not accepted as a number.
     """
     hints = get_type_hints(type(settings))
     for field in fields(settings):
@@ -67,8 +67,9 @@ def check_fields(settings: Any) -> None:
 
 def _check_hint(name: str, value: Any, hint: Any) -> None:
     options = get_args(hint)
-    if get_origin(hint) is UnionType:
-        if value is None and NoneType in options:
+    if get_origin(hint) in (UnionType, Union):
+        words = [word for option in options if get_origin(option) is Literal for word in get_args(option)]
+        if (value is None and NoneType in options) or (isinstance(value, str) and value in words):
             return
         hint = next(option for option in options if option is not NoneType)
         options = get_args(hint)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from minitron.attention import takes_masks
+from minitron.evaluation.batches import BatchRows, rows_of_batch
 from minitron.logits import CHUNK_TOKENS, Head, log_softmax_, tokens_per_chunk
 from minitron.models import decoder_and_head
 
@@ -77,11 +78,14 @@ class _Row:
             start += len(branch)
 
 
-def log_likelihoods(model: Any, continuations: Sequence[Continuation], batch_rows: int) -> Iterator[tuple[int, Answer]]:
+def log_likelihoods(
+    model: Any, continuations: Sequence[Continuation], batch_rows: BatchRows
+) -> Iterator[tuple[int, Answer]]:
     """Yield (index in `continuations`, answer) for each continuation, longest rows first; logits are accumulated in float32.
 
     Continuations of the same context share a row if the model's attention implementation accepts a mask and its sliding
-    window is at least as long. A batch has at most `batch_rows` rows and MASK_BYTES of attention mask.
+    window is at least as long. A batch has at most `batch_rows` rows (see `minitron.evaluation.batches`) and MASK_BYTES of
+    attention mask. Padding and other rows change a result by rounding at most.
     """
     decoder, _ = decoder_and_head(model)
     head = Head.of(model)
@@ -93,7 +97,9 @@ def log_likelihoods(model: Any, continuations: Sequence[Continuation], batch_row
         alike = [row for row in rows if (len(row.branches) > 1) is several]
         while alike:
             longest = len(alike[0])
-            count = min(batch_rows, max(1, MASK_BYTES // (4 * longest**2))) if several else batch_rows
+            count = rows_of_batch(batch_rows, longest, head.weight.device)
+            if several:
+                count = min(count, max(1, MASK_BYTES // (4 * longest**2)))
             batch, alike = alike[:count], alike[count:]
             with torch.inference_mode():
                 hidden = _hidden(decoder, batch, longest, head.weight, masked=several)
@@ -153,6 +159,8 @@ def _batch_answers(
         log_probs.append(logits.gather(1, target[:, None])[:, 0].double())
         is_top.append(logits.argmax(-1) == target)
     sizes = [len(continuations[number].tokens) for number in numbers]
-    results = zip(numbers, torch.cat(log_probs).split(sizes), torch.cat(is_top).split(sizes), strict=True)
+    # one copy from the GPU for the whole batch
+    values_by_answer, tops = torch.cat(log_probs).cpu().split(sizes), torch.cat(is_top).cpu().split(sizes)
+    results = zip(numbers, values_by_answer, tops, strict=True)
     for number, values, top in results:
         yield number, Answer(float(values.sum()), bool(top.all()))

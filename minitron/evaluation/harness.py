@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import datasets
@@ -29,9 +30,11 @@ from lm_eval.api.model import CacheHook
 from lm_eval.evaluator import evaluate as run_harness
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from minitron.architecture import Architecture
 from minitron.arguments import check_model, check_tokenizer, check_type
 from minitron.data import document_tokens
 from minitron.errors import InputError, MinitronError
+from minitron.evaluation.batches import CPU_ROWS, BatchRows, generated_rows
 from minitron.evaluation.benchmarks import FILTER, METRIC
 from minitron.evaluation.continuations import Continuation, log_likelihoods
 from minitron.evaluation.generated_code import guarded_metrics
@@ -76,7 +79,7 @@ def evaluate(
     tokenizer: Any,
     tasks: Sequence[Task],
     *,
-    batch_size: int = 8,
+    batch_size: BatchRows = 8,
     add_bos: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
     on_failure: OnFailure | None = None,
@@ -85,7 +88,8 @@ def evaluate(
     """Score a transformers causal LM on each task, on its device and in its dtype: {task name: Score}.
 
     Log-softmax is computed in float32. A task uses its first `limit` documents, the same for every model. The model's training
-    mode, the tokenizer and the global random states are not changed. `progress(done, total)` counts documents. add_bos: as in
+    mode, the tokenizer and the global random states are not changed. `progress(done, total)` counts documents. batch_size:
+    requests in a batch, or "auto" (see `minitron.evaluation.batches`); it changes results by rounding at most. add_bos: as in
     `minitron.data.pack`; every request starts with the same special tokens as a packed row. Requests longer than the model's
     context are truncated on the left, with a warning.
 
@@ -101,8 +105,10 @@ def evaluate(
     if on_failure is None:
         check_tasks(tasks)
     check_settings(tasks)
-    if batch_size < 1:
-        raise InputError(f"batch_size: {batch_size} is less than 1", "give 1 or more")
+    if batch_size != "auto":
+        check_type("batch_size", batch_size, Integral, "a number, or auto")
+        if batch_size < 1:
+            raise InputError(f"batch_size: {batch_size} is less than 1", "give 1 or more, or auto")
     with _quiet(), _same_random_state(), evaluating(model):
         work = _prepared(tasks, on_failure, together)
         sizes = [min(len(built.task_docs), task.limit or math.inf) for task, members in work for _, built in members]
@@ -218,19 +224,24 @@ class _Scorer(DocumentRequests):
         self,
         model: Any,
         tokenizer: Any,
-        batch_size: int,
+        batch_size: BatchRows,
         add_bos: bool | None,
         total: int,
         progress: Callable[[int, int], None] | None,
     ) -> None:
         self.around = document_tokens(tokenizer, add_bos)
+        self._batch_rows = batch_size
         before = [*self.around.end, *self.around.begin]  # tokens before a text without context
         super().__init__(
             pretrained=model,
             tokenizer=copy.deepcopy(tokenizer),  # lm-eval sets a padding token on the one it is given
-            batch_size=batch_size,
+            batch_size=CPU_ROWS if batch_size == "auto" else batch_size,
             softmax_dtype="float32",
             prefix_token_id=before[-1] if before else None,
+        )
+        # of texts that are generated, and of rolling requests
+        self.batch_size_per_gpu = generated_rows(
+            batch_size, Architecture.from_config(model.config), self.max_length, self.device
         )
         self._progress = progress
         self._total = total  # documents of all tasks
@@ -285,7 +296,7 @@ class _Scorer(DocumentRequests):
             kept = self.cut_left(context + tokens, self.max_length + 1, needed=len(tokens))
             continuations.append(Continuation(kept[: -len(tokens)], tokens))
         answers: dict[int, tuple[float, bool]] = {}
-        for number, answer in log_likelihoods(self.model, continuations, self.batch_size):
+        for number, answer in log_likelihoods(self.model, continuations, self._batch_rows):
             answers[number] = answer.log_likelihood, answer.greedy
             if requests[number][0] is not None:  # None for a window of a rolling request, which is counted as a whole
                 self.cache_hook.add_partial("loglikelihood", requests[number][0], answers[number])

@@ -14,6 +14,7 @@ from minitron.arguments import check_fields, check_type, check_types
 from minitron.device import DTYPES, device
 from minitron.errors import InputError, one_line
 from minitron.evaluation import Task
+from minitron.evaluation.batches import BatchRows
 from minitron.evaluation.documents import documents_identity
 from minitron.models import load_model, load_tokenizer
 from minitron.packages import PACKAGE
@@ -38,7 +39,7 @@ class Benchmarks:
     tasks: tuple[Task, ...]
     keep: int
     tokenizer: str
-    batch_rows: int = 8
+    batch_rows: BatchRows = 8
     add_bos: bool | None = None
 
     def __post_init__(self) -> None:

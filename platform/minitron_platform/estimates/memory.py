@@ -11,6 +11,7 @@ from minitron.architecture import Architecture
 from minitron.distill.teacher.shard_writing import SHARD_BYTES
 from minitron.distill.teacher.stored import stored_bytes
 from minitron.errors import InputError
+from minitron.evaluation.batches import CPU_ROWS
 from minitron.importance.estimate import BATCH_TOKENS
 from minitron.memory import MainMemory, forward_memory, training_memory
 from minitron_platform.recipes.build import distill_config
@@ -110,7 +111,8 @@ def distillation_memory(
 
 def evaluation_memory(recipe: Recipe, teacher: Architecture, largest: Architecture, value_bytes: int) -> ProcessMemory:
     """Memory of the evaluation, which times the teacher and a student in turns."""
-    tokens = max(FORWARD_ROWS, recipe.evaluate.batch_rows) * recipe.data.seq_length
+    given = recipe.evaluate.batch_rows
+    tokens = max(FORWARD_ROWS, CPU_ROWS if given == "auto" else given) * recipe.data.seq_length
     return ProcessMemory(1, forward_memory([teacher, largest], value_bytes, tokens, logits=2))
 
 

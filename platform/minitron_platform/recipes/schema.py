@@ -293,7 +293,7 @@ class Evaluate(_Section):
     which the model writes, in a sandbox, and tasks whose metric is Python code from the hub."""
 
     tasks: list[Task] = []
-    batch_rows: Positive = 8
+    batch_rows: Positive | Literal["auto"] = "auto"
     allow_code: bool = False
 
 

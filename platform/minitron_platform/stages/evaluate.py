@@ -16,6 +16,7 @@ from minitron.device import DTYPES, device
 from minitron.distill.inputs import DistillInputs
 from minitron.errors import one_line
 from minitron.evaluation import Score, Task, evaluate, interleaved_throughput
+from minitron.evaluation.batches import BatchRows
 from minitron.evaluation.documents import documents_identity
 from minitron.evaluation.metrics import AGREEMENT, KL, LOSS, Metric
 from minitron.logits import Head
@@ -221,7 +222,7 @@ class _Evaluation:
     speeds: str
     """File of the throughputs."""
     tasks: tuple[Task, ...]
-    batch_rows: int
+    batch_rows: BatchRows
     add_bos: bool | None
 
     def load(self, name: str) -> nn.Module:

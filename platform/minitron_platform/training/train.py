@@ -23,6 +23,7 @@ from minitron.distill.teacher.live import Targets
 from minitron.distill.trainable import trainable
 from minitron.errors import MinitronError, NonFiniteError, one_line
 from minitron.evaluation import Task, heldout_metrics
+from minitron.evaluation.batches import BatchRows
 from minitron.logits import Head
 from minitron.meta_models import open_model, write_model
 from minitron.models import load_model, load_tokenizer, save_model, save_tokenizer
@@ -59,7 +60,7 @@ class TrainTask:
     tasks_every: int = 0
     """Steps between runs of `tasks`; 0 for never."""
     tasks: tuple[Task, ...] = ()
-    tasks_batch_rows: int = 8
+    tasks_batch_rows: BatchRows = 8
     add_bos: bool | None = None
     """Whether requests of `tasks` begin with a BOS token; None follows the tokenizer."""
     method: str = "full"

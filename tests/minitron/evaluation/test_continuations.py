@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 import torch
 from helpers import tiny
 
+from minitron.evaluation import batches, continuations
 from minitron.evaluation.continuations import Continuation, log_likelihoods
 
 
@@ -58,6 +60,35 @@ def test_answers_that_share_a_context_score_like_separate_rows_in_every_family(f
             assert found[number].log_likelihood == pytest.approx(log_likelihood, rel=2e-5, abs=2e-5)
             assert found[number].greedy is greedy
     assert found[len(asked) - 1].greedy
+
+
+def test_on_a_gpu_batches_have_a_number_of_tokens_and_answers_score_the_same(monkeypatch):
+    model = tiny.model("llama")
+    asked = _questions() + [Continuation([token], [token + 1, token + 2]) for token in range(40)]
+    shapes = []
+    model.model.register_forward_pre_hook(
+        lambda *call: shapes.append(tuple(call[2]["input_ids"].shape)), with_kwargs=True
+    )
+    eights, passes = dict(log_likelihoods(model, asked, "auto")), len(shapes)
+    assert max(rows for rows, _ in shapes) == 8
+    shapes.clear()
+    on_gpu = partial(batches.rows_of_batch, device=torch.device("cuda"))
+    monkeypatch.setattr(batches, "BATCH_TOKENS", 128)
+    monkeypatch.setattr(continuations, "rows_of_batch", lambda rows, longest, _: on_gpu(rows, longest))
+    by_tokens = dict(log_likelihoods(model, asked, "auto"))
+    assert max(rows * length for rows, length in shapes) <= 128
+    assert len(shapes) == passes // 2
+    for number, answer in eights.items():
+        assert by_tokens[number].log_likelihood == pytest.approx(answer.log_likelihood, rel=1e-6, abs=1e-6)
+        assert by_tokens[number].greedy is answer.greedy
+
+
+def test_texts_are_generated_together_as_far_as_their_cache_fits():
+    architecture = tiny.architecture(tiny.model())  # 960 bytes a token
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [batches.generated_rows("auto", architecture, 1 << bits, gpu) for bits in (10, 17, 30)] == [64, 34, 1]
+    assert batches.generated_rows("auto", architecture, 1 << 16, cpu) == 8
+    assert batches.generated_rows(3, architecture, 1 << 16, gpu) == 3
 
 
 def test_a_context_is_computed_once(monkeypatch):
