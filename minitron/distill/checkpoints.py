@@ -32,7 +32,7 @@ from minitron.distill.checkpoint_files import LAYOUT, PiecesReader, PiecesWriter
 from minitron.errors import MinitronError, StorageError
 
 log = logging.getLogger(__name__)
-_STEP = re.compile(r"step-(\d{8})")
+_MANIFEST = re.compile(rf"step-(\d{{8}})/{re.escape(storage.MANIFEST)}")
 T = TypeVar("T")
 
 
@@ -270,8 +270,8 @@ def _first(error: CheckpointException) -> BaseException:
 
 def committed_steps(folder: str) -> list[int]:
     """Steps with a committed checkpoint, ascending."""
-    steps = sorted(int(match[1]) for name in storage.names(folder) if (match := _STEP.fullmatch(name)))
-    return [step for step in steps if storage.is_committed(_path(folder, step))]
+    names = storage.file_sizes(folder)  # one listing, where each manifest alone would be another request
+    return sorted(int(match[1]) for name in names if (match := _MANIFEST.fullmatch(name)))
 
 
 def _path(folder: str, step: int) -> str:

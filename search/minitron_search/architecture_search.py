@@ -17,8 +17,9 @@ from minitron_search.ranking import rank, reason, winner_of
 from minitron_search.results import ScoredCandidate, SearchResult, StoppedCandidate
 from minitron_search.search_task import SearchTask
 from minitron_search.stability import stability
-from minitron_search.trial import finished_result, run_trial, score
-from minitron_search.trial_store import drop_checkpoints, forward_score, rung_result
+from minitron_search.stored_trials import StoredTrials
+from minitron_search.trial import run_trial, score
+from minitron_search.trial_store import drop_checkpoints
 
 Stopped = dict[Architecture, int]  # the rung, in steps, at which each candidate was stopped
 
@@ -71,6 +72,7 @@ def _search(
     trial = partial(run_trial, task)
     if pool.workers > 1:
         trial = partial(run_trial_on_workers, task, workers=pool.workers, share=pool.share, scratch=pool.scratch)
+    stored = StoredTrials(task.folder)
     failures: dict[Architecture, str] = {}
     forward: list[ScoredCandidate] | None = None
     if forward_keep is not None:
@@ -82,12 +84,14 @@ def _search(
     last = 0
     for rung in stop_rungs:
         assert halving is not None
-        failures |= pool.run(partial(trial, until=rung), remaining, partial(rung_result, task.folder, step=rung))
-        if halving.should_stop(_measured(task, remaining, last), _measured(task, remaining, rung)):
-            remaining = _stop_worse(task, remaining, rung, halving.keep, stopped)
+        measured = partial(_is_measured, stored, rung)
+        failures |= pool.run(partial(trial, until=rung), remaining, measured, refresh=stored.refresh)
+        if halving.should_stop(stored.rung_kl(remaining, last), stored.rung_kl(remaining, rung)):
+            remaining = _stop_worse(stored, remaining, rung, halving.keep, stopped)
         last = rung
-    failures |= pool.run(trial, remaining, partial(finished_result, task))
-    results = [result for a in remaining if (result := finished_result(task, a)) is not None]
+    finished = partial(_is_finished, stored, task)
+    failures |= pool.run(trial, remaining, finished, refresh=stored.refresh)
+    results = list(stored.results(remaining, task.rungs).values())
     if not results:
         raise MinitronError(f"no candidate of the search finished{table(failures)}", "fix the cause and run again")
     ranking = rank(results, task.materials.open_rows("heldout").seq_length)
@@ -96,7 +100,7 @@ def _search(
         winner=winner_of(ranking).architecture,
         reason=reason(ranking),
         failures=failures,
-        stopped=_stopped_candidates(task, stopped),
+        stopped=_stopped_candidates(stored, stopped),
         forward=forward,
         stability=stability(results, task.rungs, halving.keep if halving else Halving.keep),
         saved=_saved(len(results), stopped, steps),
@@ -112,9 +116,10 @@ def score_all(
     `workers` per trial. Raises InputError for an argument of the wrong type.
     """
     _check(task, architectures, pool=pool, may_be_empty=True)
-    failures = pool.single_process().run(partial(score, task), architectures, partial(forward_score, task.folder))
-    scores = {a: measured.kl for a in architectures if (measured := forward_score(task.folder, a)) is not None}
-    return scores, failures
+    stored = StoredTrials(task.folder)
+    measured = partial(_is_measured, stored, 0)
+    failures = pool.single_process().run(partial(score, task), architectures, measured, refresh=stored.refresh)
+    return stored.rung_kl(architectures, 0), failures
 
 
 def _check(
@@ -150,34 +155,34 @@ def _ordered_scores(
     return [ScoredCandidate(a, kl_undistilled=scores[a], distilled=a in chosen) for a in ordered]
 
 
+def _is_measured(stored: StoredTrials, step: int, architecture: Architecture) -> bool:
+    return bool(stored.rung_kl([architecture], step))
+
+
+def _is_finished(stored: StoredTrials, task: SearchTask, architecture: Architecture) -> bool:
+    return bool(stored.results([architecture], task.rungs))
+
+
 def _stop_worse(
-    task: SearchTask, remaining: list[Architecture], rung: int, keep: float, stopped: Stopped
+    stored: StoredTrials, remaining: list[Architecture], rung: int, keep: float, stopped: Stopped
 ) -> list[Architecture]:
     """The candidates that continue after a rung, in the same order; the others are added to `stopped` and their checkpoints
     deleted."""
-    measured = _measured(task, remaining, rung)
+    measured = stored.rung_kl(remaining, rung)
     best = set(survivors(measured, keep))
     for architecture in remaining:
         if architecture in measured.keys() - best:
             stopped[architecture] = rung
-            drop_checkpoints(task.folder, architecture)
+            drop_checkpoints(stored.folder, architecture)
     return [architecture for architecture in remaining if architecture in best]
 
 
-def _measured(task: SearchTask, remaining: list[Architecture], step: int) -> dict[Architecture, float]:
-    """Held-out KL after `step` steps of every candidate that was measured there."""
-    measured = {a: rung_result(task.folder, a, step) if step else forward_score(task.folder, a) for a in remaining}
-    return {a: result.kl for a, result in measured.items() if result is not None}
-
-
-def _stopped_candidates(task: SearchTask, stopped: Stopped) -> list[StoppedCandidate]:
-    candidates = []
-    for architecture, rung in stopped.items():
-        before = forward_score(task.folder, architecture)
-        at_rung = rung_result(task.folder, architecture, rung)
-        assert before is not None
-        assert at_rung is not None
-        candidates.append(StoppedCandidate(architecture, kl_undistilled=before.kl, step=rung, kl=at_rung.kl))
+def _stopped_candidates(stored: StoredTrials, stopped: Stopped) -> list[StoppedCandidate]:
+    before = stored.rung_kl(stopped, 0)
+    candidates = [
+        StoppedCandidate(a, kl_undistilled=before[a], step=rung, kl=stored.rung_kl([a], rung)[a])
+        for a, rung in stopped.items()
+    ]
     return sorted(candidates, key=lambda candidate: (-candidate.step, candidate.kl))
 
 

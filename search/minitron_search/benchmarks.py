@@ -24,6 +24,7 @@ from minitron_search.pool import Pool
 from minitron_search.ranking import BenchmarkScore, RankedCandidate
 from minitron_search.results import SearchResult
 from minitron_search.search_task import SearchTask
+from minitron_search.stored_trials import StoredTrials
 from minitron_search.trial import run_trial
 from minitron_search.trial_store import trial_folder, weights
 
@@ -85,8 +86,7 @@ def benchmark_best(
         best,
         lambda architecture: len(_scores(paths[architecture])) == len(benchmarks.tasks),
     )
-    for architecture in architectures:
-        storage.remove(weights(task.folder, architecture))
+    StoredTrials(task.folder).drop_weights(architectures)
     ranking = [
         _with_scores(candidate, benchmarks, paths[candidate.architecture])
         if candidate.architecture in paths

@@ -85,13 +85,20 @@ class Pool:
         return replace(self, scratch=f"{self.scratch}-whole", share={**self.share, "GPU": 1}, _running=None)
 
     def run(
-        self, work: Work, architectures: Sequence[Architecture], done: Callable[[Architecture], object]
+        self,
+        work: Work,
+        architectures: Sequence[Architecture],
+        done: Callable[[Architecture], object],
+        *,
+        refresh: Callable[[], object] = lambda: None,
     ) -> dict[Architecture, str]:
         """Run `work` for every architecture for which `done` returns false or None; returns the reason of each that failed.
 
+        `refresh` is called before `done` is asked about all architectures, so that it may look at many of them at once.
         Raises StorageError if the storage cannot be used, which is not a candidate's fault, InputError if the cluster cannot
         hold even one trial, and MinitronError if Tune was stopped.
         """
+        refresh()
         waiting = [architecture for architecture in architectures if not done(architecture)]
         if not waiting:
             return {}
@@ -101,10 +108,11 @@ class Pool:
             work_by_key = {key: partial(work, architecture) for key, architecture in by_key.items()}
             tune = pool._running.tune()
             failed = tune.run(work_by_key, lambda key, event: self._forward(by_key[key], event))
+            refresh()
             failures = {a: failed[key] for key, a in by_key.items() if key in failed and not done(a)}
             if crowded_out := [by_key[key] for key in by_key if key in tune.crowded_out]:
                 pool.release_workers()  # kept workers still hold parts of the GPUs
-                failures |= self._on_whole_gpus().run(work, crowded_out, done)
+                failures |= self._on_whole_gpus().run(work, crowded_out, done, refresh=refresh)
         stopped = [str(a) for a in waiting if not done(a) and a not in failures]
         if stopped:
             raise MinitronError(

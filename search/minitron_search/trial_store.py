@@ -5,6 +5,7 @@ Measurements and results are JSON: `undistilled.json`, `rung-STEP.json`, `result
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
@@ -14,6 +15,10 @@ from minitron.architecture import Architecture
 from minitron.errors import MinitronError
 
 T = TypeVar("T")
+
+FORWARD_FILE = "undistilled.json"
+RESULT_FILE = "result.json"
+WEIGHTS = "weights"
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class TrialResult:
     kl: float
     loss: float
     top1_agreement: float
-    per_row_kl: tuple[float, ...] = field(repr=False)
+    per_row_kl: Sequence[float] = field(repr=False)
     tokens: int
     config: dict[str, Any] = field(repr=False)
     seconds: float
@@ -79,7 +84,8 @@ class TrialResult:
     def to_dict(self) -> dict[str, Any]:
         values = {name: value for name, value in vars(self).items() if name != "rung_kl"}
         rungs = [{"step": step, "kl": kl} for step, kl in self.rung_kl.items()]
-        return {**values, "architecture": self.architecture.to_dict(), "rungs": rungs}
+        per_row_kl = list(self.per_row_kl)
+        return {**values, "architecture": self.architecture.to_dict(), "rungs": rungs, "per_row_kl": per_row_kl}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrialResult:
@@ -92,7 +98,7 @@ class TrialResult:
             kl=values["kl"],
             loss=values["loss"],
             top1_agreement=values["top1_agreement"],
-            per_row_kl=tuple(values["per_row_kl"]),
+            per_row_kl=array("d", values["per_row_kl"]),  # a quarter of the memory of a tuple
             tokens=values["tokens"],
             config=values["config"],
             seconds=values["seconds"],
@@ -112,30 +118,30 @@ def trial_folder(folder: str, architecture: Architecture) -> str:
 def trial_result(folder: str, architecture: Architecture, rungs: Sequence[int] = ()) -> TrialResult | None:
     """The result of a finished trial; None if there is none, or if the trial was not measured at all of `rungs` and has to be
     repeated. Raises MinitronError for a file that is not a trial's."""
-    result = _read(folder, architecture, "result.json", TrialResult.from_dict)
+    result = _read(folder, architecture, RESULT_FILE, TrialResult.from_dict)
     return result if result is not None and result.rung_kl.keys() >= set(rungs) else None
 
 
 def write_result(folder: str, result: TrialResult) -> None:
-    storage.write_json(storage.join(trial_folder(folder, result.architecture), "result.json"), result.to_dict())
+    storage.write_json(storage.join(trial_folder(folder, result.architecture), RESULT_FILE), result.to_dict())
 
 
 def rung_result(folder: str, architecture: Architecture, step: int) -> RungResult | None:
     """A candidate's measurement after `step` steps, or None. Raises MinitronError for a file that is not a trial's."""
-    return _read(folder, architecture, _rung_file(step), RungResult.from_dict)
+    return _read(folder, architecture, rung_file(step), RungResult.from_dict)
 
 
 def write_rung(folder: str, architecture: Architecture, result: RungResult) -> None:
-    storage.write_json(storage.join(trial_folder(folder, architecture), _rung_file(result.step)), result.to_dict())
+    storage.write_json(storage.join(trial_folder(folder, architecture), rung_file(result.step)), result.to_dict())
 
 
 def forward_score(folder: str, architecture: Architecture) -> ForwardScore | None:
     """A candidate's measurement before any training, or None. Raises MinitronError for a file that is not a trial's."""
-    return _read(folder, architecture, "undistilled.json", ForwardScore.from_dict)
+    return _read(folder, architecture, FORWARD_FILE, ForwardScore.from_dict)
 
 
 def write_forward_score(folder: str, architecture: Architecture, score: ForwardScore) -> None:
-    storage.write_json(storage.join(trial_folder(folder, architecture), "undistilled.json"), score.to_dict())
+    storage.write_json(storage.join(trial_folder(folder, architecture), FORWARD_FILE), score.to_dict())
 
 
 def checkpoints(folder: str, architecture: Architecture) -> str:
@@ -149,10 +155,15 @@ def drop_checkpoints(folder: str, architecture: Architecture) -> None:
 
 def weights(folder: str, architecture: Architecture) -> str:
     """The folder of a trial's distilled student, a plain transformers checkpoint without tokenizer."""
-    return storage.join(trial_folder(folder, architecture), "weights")
+    return storage.join(trial_folder(folder, architecture), WEIGHTS)
 
 
-def _rung_file(step: int) -> str:
+def drop_weights(folder: str, architecture: Architecture) -> None:
+    storage.remove(weights(folder, architecture))
+
+
+def rung_file(step: int) -> str:
+    """The name of the file with a candidate's measurement after `step` steps."""
     return f"rung-{step:06d}.json"
 
 

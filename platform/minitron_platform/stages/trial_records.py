@@ -31,15 +31,8 @@ from minitron_search.events import (
 from minitron_search.ranking import RankedCandidate
 from minitron_search.results import StoppedCandidate
 from minitron_search.search_task import SearchTask
-from minitron_search.trial import finished_result
-from minitron_search.trial_store import (
-    TrialResult,
-    checkpoints,
-    forward_score,
-    rung_result,
-    trial_key,
-    trial_result,
-)
+from minitron_search.stored_trials import StoredTrials
+from minitron_search.trial_store import TrialResult, checkpoints, trial_key
 
 MAX_SHOWN = 4  # trials in the status line
 
@@ -49,6 +42,7 @@ def record_trials(context: Context, output: SearchOutput) -> None:
     failures = {candidate.architecture: candidate.reason for candidate in output.failures}
     stopped = {candidate.architecture: candidate for candidate in output.stopped}
     ranked = {candidate.architecture: candidate for candidate in output.ranking}
+    results = StoredTrials(output.trials).results(output.architectures)
     for architecture in output.architectures:
         log = _start_record(context, architecture)
         if architecture in failures:
@@ -57,7 +51,7 @@ def record_trials(context: Context, output: SearchOutput) -> None:
         elif architecture in stopped:
             _record_stopped(log, stopped[architecture], _step_tokens(context))
             log.end("FINISHED")
-        elif result := trial_result(output.trials, architecture):
+        elif result := results.get(architecture):
             _record_result(log, result, ranked.get(architecture), _step_tokens(context))
             log.end("FINISHED")
         else:
@@ -144,9 +138,10 @@ class TrialsView:
         self.last_kl: dict[Architecture, float] = {}
         # step, KL and candidate of the best measurement: a later step counts more, then a lower KL
         self.best: tuple[int, float, Architecture] | None = None
-        self.steps_done = {a: _stored_steps(task, a) for a in candidates}
+        stored = StoredTrials(task.folder)
+        self.steps_done = _stored_steps(stored, task, candidates)
         self.finished = min(to_end, sum(step == self.steps for step in self.steps_done.values()))
-        self.scored = sum(forward_score(task.folder, a) is not None for a in candidates) if scoring else 0
+        self.scored = len(stored.forward(candidates)) if scoring else 0
         # time of the first progress of this process, and the steps that were done before it
         self.first_progress: tuple[float, int] | None = None
         self.console.status(self._status)
@@ -279,9 +274,11 @@ class TrialsView:
         return seconds_per_step * max(0, self.planned - steps)
 
 
-def _stored_steps(task: SearchTask, architecture: Architecture) -> int:
-    """Steps of a candidate's trial that earlier runs finished."""
-    if finished_result(task, architecture) is not None:
-        return task.config.steps
-    reached = (rung for rung in task.rungs if rung_result(task.folder, architecture, rung) is not None)
-    return max(reached, default=0)
+def _stored_steps(
+    stored: StoredTrials, task: SearchTask, candidates: Sequence[Architecture]
+) -> dict[Architecture, int]:
+    """Steps of the candidates' trials that earlier runs finished."""
+    steps = dict.fromkeys(candidates, 0)
+    for rung in task.rungs:
+        steps |= dict.fromkeys(stored.rung_kl(candidates, rung), rung)
+    return steps | dict.fromkeys(stored.results(candidates, task.rungs), task.config.steps)
