@@ -312,8 +312,11 @@ def _cost_table(recipe: Any, planned: Any) -> Any:
 
 def _show_resources(console: Console, recipe: Any, planned: Any) -> None:
     """Print where a run stores its data, and what it computes with."""
+    from minitron import storage
+
     free = f" ({planned.free_bytes / 1e9:,.0f} GB free)" if planned.free_bytes is not None else ""
-    console.say(f"storage  {escape(planned.locations.storage)}{free}")
+    requests = "" if storage.is_local(planned.locations.storage) else f" (about {planned.requests:,} requests)"
+    console.say(f"storage  {escape(planned.locations.storage)}{free}{requests}")
     console.say(f"mlflow   {escape(redact(planned.locations.tracking_uri))}")
     measured = f", {planned.flops_per_second / 1e9:,.0f} GFLOP/s measured on this machine"
     console.say(f"compute  {planned.dtype}{'' if planned.cluster else measured}")

@@ -8,6 +8,7 @@ from minitron.architecture import Architecture
 from minitron.distill import Losses
 from minitron_platform.estimates.gpu import GpuTraining
 from minitron_platform.estimates.memory import ProcessMemory
+from minitron_platform.estimates.requests import STAGE
 from minitron_platform.estimates.teacher import TeacherCost
 from minitron_platform.estimates.work import Part
 from minitron_platform.recipes.candidates import MemberCandidates
@@ -71,6 +72,11 @@ class Estimate:
     def tokens(self) -> int:
         """Tokens that models read."""
         return sum(part.tokens for part in self.parts)
+
+    @property
+    def requests(self) -> int:
+        """Requests to the storage if it is an object store, without heartbeats."""
+        return STAGE + sum(part.requests for part in self.parts)
 
 
 def head_flops(architecture: Architecture) -> int:

@@ -8,6 +8,13 @@ from collections.abc import Sequence
 from minitron.architecture import Architecture
 from minitron_platform.estimates.gpu import GpuTraining
 from minitron_platform.estimates.outlook import DOCUMENT_TOKENS, MASTER_BYTES, Outlook, head_flops
+from minitron_platform.estimates.requests import (
+    TRIAL,
+    checkpoint_requests,
+    model_requests,
+    rows_requests,
+    store_requests,
+)
 from minitron_platform.estimates.teacher import TOKEN_BYTES, runs_live_teacher
 from minitron_platform.estimates.traffic import step_traffic
 from minitron_platform.estimates.work import Alone, DataParallel, Part, Split, Trials
@@ -23,7 +30,7 @@ TASK_DOCUMENTS = 1000  # assumed of a benchmark without `limit`
 def teacher_parts(outlook: Outlook) -> tuple[Part, ...]:
     """One worker converts the checkpoint."""
     size = _bytes(outlook, outlook.teacher)
-    return (Alone(reads=size, writes=size),)
+    return (Alone(reads=size, writes=size, requests=2 * model_requests(size)),)  # written, and read again to be hashed
 
 
 def data_parts(outlook: Outlook) -> tuple[Part, ...]:
@@ -31,10 +38,15 @@ def data_parts(outlook: Outlook) -> tuple[Part, ...]:
     data = outlook.recipe.data
     rows = data.train_rows + data.heldout_rows
     tokens = rows * data.seq_length
-    cpu_seconds = tokens / TOKENS_PER_CPU_SECOND
+    size = TOKEN_BYTES * tokens
     return (
         Split(
-            items=rows, tokens=tokens, cpu_seconds=cpu_seconds, reads=TOKEN_BYTES * tokens, writes=TOKEN_BYTES * tokens
+            items=rows,
+            tokens=tokens,
+            cpu_seconds=tokens / TOKENS_PER_CPU_SECOND,
+            reads=size,
+            writes=size,
+            requests=2 * model_requests(size),
         ),
     )
 
@@ -55,7 +67,8 @@ def calibration_parts(outlook: Outlook, base: Architecture, passes: float) -> tu
     rows = recipe.calibrate.rows
     tokens = int((rows + passes) * recipe.data.seq_length)
     flops = base.flops_per_token(recipe.data.seq_length) * tokens
-    return (Split(items=rows, flops=flops, tokens=tokens, reads_per_node=_bytes(outlook, base)),)
+    requests = _fetch_requests(outlook, base)
+    return (Split(items=rows, flops=flops, tokens=tokens, reads_per_node=_bytes(outlook, base), requests=requests),)
 
 
 def targets_parts(outlook: Outlook) -> tuple[Part, ...]:
@@ -68,6 +81,7 @@ def targets_parts(outlook: Outlook) -> tuple[Part, ...]:
             tokens=cost.rows * outlook.recipe.data.seq_length,
             reads_per_node=_bytes(outlook, outlook.teacher),
             writes=cost.bytes,
+            requests=_fetch_requests(outlook, outlook.teacher) + store_requests(cost.bytes),
         ),
     )
 
@@ -111,7 +125,8 @@ def distillation_parts(
     teacher = outlook.teacher.flops_per_token(seq_length) if live else head_flops(outlook.teacher)
     flops = 3 * student.flops_per_token(seq_length) + teacher
     stored = 0 if live else _stored_row(outlook)
-    pruning = Alone(reads=_bytes(outlook, outlook.base(member)), writes=_bytes(outlook, student))
+    size = _bytes(outlook, outlook.base(member)), _bytes(outlook, student)
+    pruning = Alone(reads=size[0], writes=size[1], requests=sum(map(model_requests, size)))
     return pruning, _training(outlook, recipe.distillation(member), student, flops, gpu, live=live, row_bytes=stored)
 
 
@@ -153,12 +168,16 @@ def _training(
     checkpoints = training.steps // training.checkpoint_every if training.checkpoint_every else 0
     inside, between = step_traffic(gpu, live) if gpu else (0.0, 0.0)
     models = [student, outlook.teacher] if live else [student]
+    checkpoint = MASTER_BYTES * student.num_parameters
+    requests = checkpoints * checkpoint_requests(checkpoint, outlook.resources.workers)
+    requests += rows_requests(rows, row_bytes) + model_requests(_bytes(outlook, student))
     return DataParallel(
         flops=tokens * token_flops,
         tokens=tokens,
         reads_per_node=sum(_bytes(outlook, model) for model in models),
         reads=rows * row_bytes,
-        writes=checkpoints * MASTER_BYTES * student.num_parameters + _bytes(outlook, student),
+        writes=checkpoints * checkpoint + _bytes(outlook, student),
+        requests=requests + sum(_fetch_requests(outlook, model) for model in models),
         steps=training.steps,
         batch_rows=training.batch_rows,
         inside_bytes=inside,
@@ -176,6 +195,8 @@ def _heldout(outlook: Outlook, models: Sequence[Architecture]) -> Split:
         flops=sum(tokens * (model.flops_per_token(data.seq_length) + head) for model in models),
         tokens=tokens * len(models),
         reads_per_node=sum(_bytes(outlook, model) for model in models),
+        requests=sum(_fetch_requests(outlook, model) for model in models)
+        + len(models) * rows_requests(data.heldout_rows, _stored_row(outlook), consecutive=True),
     )
 
 
@@ -184,7 +205,9 @@ def _scoring(outlook: Outlook, member: Member, shapes: Sequence[Architecture]) -
     rows = _search_heldout_rows(outlook)
     tokens = rows * outlook.recipe.data.seq_length * len(shapes)
     read = rows * _stored_row(outlook) * len(shapes)
-    return _trials(outlook, flops, tokens, reads=read, base=_bytes(outlook, outlook.base(member)), alone=True)
+    requests = len(shapes) * (TRIAL // 2 + rows_requests(rows, _stored_row(outlook), consecutive=True))
+    base = _bytes(outlook, outlook.base(member))
+    return _trials(outlook, flops, tokens, reads=read, base=base, alone=True, requests=requests)
 
 
 def _round(outlook: Outlook, member: Member, shapes: Sequence[Architecture], first: int, last: int) -> Trials:
@@ -203,6 +226,14 @@ def _round(outlook: Outlook, member: Member, shapes: Sequence[Architecture], fir
     ]
     measured = measurements * _search_heldout_rows(outlook)
     waits = MASTER_BYTES if schedule.halving and last < schedule.steps else 0  # each keeps a checkpoint while it waits
+    every = training.checkpoint_every
+    checkpoints = last // every - first // every if every else int(waits > 0)
+    row = _stored_row(outlook)
+    trial_requests = TRIAL + rows_requests(rows, row) + rows_requests(measured, row, consecutive=True)
+    written = [
+        checkpoints * checkpoint_requests(MASTER_BYTES * shape.num_parameters, outlook.resources.workers_per_trial)
+        for shape in shapes
+    ]
     return _trials(
         outlook,
         flops,
@@ -211,6 +242,7 @@ def _round(outlook: Outlook, member: Member, shapes: Sequence[Architecture], fir
         + (MASTER_BYTES if first else 0) * sum(shape.num_parameters for shape in shapes),
         writes=waits * sum(shape.num_parameters for shape in shapes),
         base=_bytes(outlook, outlook.base(member)),
+        requests=len(shapes) * trial_requests + sum(written),
     )
 
 
@@ -223,6 +255,7 @@ def _trials(
     writes: int = 0,
     base: int = 0,
     alone: bool = False,
+    requests: int = 0,
 ) -> Trials:
     """flops: of each trial. base: bytes of the model that candidates are pruned from. alone: each runs in one process."""
     resources = outlook.resources
@@ -235,6 +268,7 @@ def _trials(
         reads_per_node=base,
         reads=reads,
         writes=writes,
+        requests=requests,
         shares=tuple(each / total for each in flops),
         workers=workers,
         gpus=resources.gpus_per_trial,
@@ -257,6 +291,15 @@ def _search_heldout_rows(outlook: Outlook) -> int:
 def _stored_row(outlook: Outlook) -> int:
     """Bytes of what is stored of the teacher for a row."""
     return outlook.teacher_cost.bytes // outlook.teacher_cost.rows
+
+
+def _fetch_requests(outlook: Outlook, model: Architecture) -> int:
+    """Every node with workers reads `model` once."""
+    return _worker_nodes(outlook) * model_requests(_bytes(outlook, model))
+
+
+def _worker_nodes(outlook: Outlook) -> int:
+    return math.ceil(outlook.resources.workers / outlook.resources.gpus_per_node)
 
 
 def _bytes(outlook: Outlook, model: Architecture) -> int:

@@ -19,6 +19,8 @@ class Part:
     """All else that is read from the storage, by all workers together."""
     writes: int = 0
     """What is written to the storage, by all workers together."""
+    requests: int = 0
+    """Requests to the storage if it is an object store."""
 
 
 @dataclass(frozen=True, kw_only=True)
