@@ -27,7 +27,7 @@ from minitron.storage.folders import (
     verify,
 )
 from minitron.storage.hashing import fingerprint, sha256
-from minitron.storage.private import PRIVATE, lock_file
+from minitron.storage.private import PRIVATE, lock_file, write_new
 from minitron.storage.problems import access_errors, disk_errors, free_bytes
 from minitron.storage.redaction import redact, secret_in
 
@@ -68,4 +68,5 @@ __all__ = [
     "verify",
     "write_bytes",
     "write_json",
+    "write_new",
 ]

@@ -20,7 +20,7 @@ from functools import lru_cache
 from rich.markup import escape
 
 from minitron import storage
-from minitron.errors import InputError, StorageError
+from minitron.errors import InputError, MinitronError, StorageError
 from minitron_platform.console import Console
 from minitron_platform.fence import Fence, Holder, LeaseLostError, create_epoch, end_name, newest_epoch, read_holder
 from minitron_platform.locations import Locations
@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 
 SECONDS = "MINITRON_LEASE_SECONDS"
 DEFAULT_SECONDS = 60.0
+
+
+class LeaseHeldError(MinitronError):
+    """Another driver holds the lease and is alive."""
 
 
 def lease_seconds() -> float:
@@ -48,12 +52,20 @@ def lease_seconds() -> float:
 
 @contextmanager
 def lease(
-    locations: Locations, name: str, what: str, *, run: str, console: Console, take_over: str = ""
+    locations: Locations,
+    name: str,
+    what: str,
+    *,
+    run: str,
+    console: Console,
+    take_over: str = "",
+    wait: bool = True,
 ) -> Iterator[Fence]:
     """Hold the lease `name` of the storage inside the block; first waits until no other driver holds it.
 
     what: name of the work, for messages. run: key of the run that needs the lease. take_over: if not empty, take the lease
-    from another driver of the same run without waiting; the text is the reason for messages.
+    from another driver of the same run without waiting; the text is the reason for messages. wait: if false, raise
+    LeaseHeldError as soon as the holder is seen to be alive.
 
     The lease is released at the end of the block. If it is lost inside the block, the main thread gets SIGINT, which interrupts
     blocking calls, and the block raises LeaseLostError in place of any other exception.
@@ -62,7 +74,7 @@ def lease(
     folder = storage.join(locations.storage, "leases", name)
     _check_conditional_writes(locations.storage)
     holder = Holder.this_process(run, lease_seconds())
-    fence = Fence(folder, _acquire(folder, what, holder, console, take_over), what)
+    fence = Fence(folder, _acquire(folder, what, holder, console, take_over, wait), what)
     heartbeat = _Heartbeat(fence, holder.ttl)
     heartbeat.start()
     try:
@@ -86,7 +98,7 @@ def _release(fence: Fence) -> None:
         log.warning("%s: the lease was not released (%s)", fence.what, error.problem)
 
 
-def _acquire(folder: str, what: str, holder: Holder, console: Console, take_over: str) -> int:
+def _acquire(folder: str, what: str, holder: Holder, console: Console, take_over: str, wait: bool) -> int:
     """Wait until the lease is free, has expired or may be taken over, and acquire it. Returns the new epoch."""
     announced = 0  # the epoch that the user was told about
     last_beat = ""
@@ -100,6 +112,8 @@ def _acquire(folder: str, what: str, holder: Holder, console: Console, take_over
         if current is not None and not released:
             beat = f"{epoch} {_beat(Fence(folder, epoch, what))}"
             if beat != last_beat:
+                if last_beat and not wait:
+                    raise LeaseHeldError(f"{what} is held by {current}", "wait until it ends")
                 last_beat = beat
                 last_beat_at = time.monotonic()
             if current.is_gone():
@@ -116,7 +130,7 @@ def _acquire(folder: str, what: str, holder: Holder, console: Console, take_over
                     _remove_earlier_epochs(folder, epoch + 1)
                 return epoch + 1
             continue  # another driver was faster
-        if announced != epoch:
+        if announced != epoch and wait:
             hint = "; use --take-over to take it from that driver" if current.run == holder.run else ""
             console.say(f"  [yellow]{escape(what)} is held by {escape(str(current))}. Waiting for it to end{hint}[/]")
             announced = epoch

@@ -38,7 +38,11 @@ class Locations:
         return storage.join(self.local, "runs", run_key)
 
     def spool(self, run_key: str) -> str:
-        """Folder of the run's records that are sent to MLflow; see `tracking.spool`."""
+        """Folder of the run's records that are sent to MLflow, in the storage; see `tracking.spool`."""
+        return storage.join(self.run(run_key), "spool")
+
+    def older_spool(self, run_key: str) -> str:
+        """Folder on this machine where earlier versions kept the run's records."""
         return storage.join(self.local_run(run_key), "spool")
 
 

@@ -33,8 +33,9 @@ from minitron_platform.stages.search import Search
 from minitron_platform.stages.stage import Stage, StageOutput
 from minitron_platform.stages.stage_records import Record, relative, write_record
 from minitron_platform.stages.targets import Targets
+from minitron_platform.tracking.events import Status
 from minitron_platform.tracking.flusher import Flusher
-from minitron_platform.tracking.spool import RunLog, Status, read_events
+from minitron_platform.tracking.spool import RunLog, Spool
 from minitron_platform.workers.workers import Workers
 from minitron_search.memory import release_memory
 
@@ -84,7 +85,10 @@ def run(
     with _run_lease(locations, key, console, take_over) as fence, _closing(console) as stack:
         run_folder = locations.local_run(key)
         storage.write_bytes(storage.join(run_folder, "recipe.yaml"), recipe_yaml(recipe).encode(), private=True)
-        flusher = stack.enter_context(Flusher(locations.spool(key), locations.tracking_uri, recipe.experiment))
+        spool = Spool(locations.spool(key), experiment=recipe.experiment, older=locations.older_spool(key))
+        stack.callback(spool.close)
+        flusher = stack.enter_context(Flusher(spool, locations.tracking_uri, recipe.experiment))
+        stack.callback(lambda: console.status(flusher.text))  # while the flusher closes
         ray = RayStart(stack, address, storage.join(run_folder, "logs"))
         workers = Workers(
             console,
@@ -100,6 +104,7 @@ def run(
             held=[fence],
             start_ray=ray.need,
             workers=workers,
+            spool=spool,
             mlflow_run_id=lambda record: flusher.wait_for(record, timeout=30),
         )
         run_record = _RunRecord(context)
@@ -122,7 +127,8 @@ def run(
                 _report(context, run_record)
         except BaseException as error:
             if not _is_lost(fence):  # otherwise the record belongs to the driver that continues the run
-                run_record.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+                run_record.end(_end_status(error))
+                spool.end_open("KILLED")  # trials
             raise
         finally:
             workers.close()
@@ -139,6 +145,11 @@ def _run_lease(locations: Locations, key: str, console: Console, take_over: bool
             run_lease = lease(locations, f"run-{key}", f"run {key}", run=key, console=console, take_over=reason)
             fence = stack.enter_context(run_lease)
         yield fence
+
+
+def _end_status(error: BaseException) -> Status:
+    """MLflow's status of what `error` has ended: KILLED if somebody stopped it, by Ctrl-C or SIGTERM."""
+    return "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED"
 
 
 def _is_lost(fence: Fence) -> bool:
@@ -160,8 +171,9 @@ def _report(context: Context, run_record: _RunRecord) -> None:
     if run_record.open:
         for member in context.recipe.family:
             prefix = f"{member.model}." if len(context.recipe.family) > 1 else ""
-            values = Evaluate().metrics(context.output(Evaluate, member))
-            run_record.log.metrics({prefix + name: value for name, value in values.items()}, step=0)
+            evaluated = context.output(Evaluate, member)
+            values = {prefix + name: value for name, value in Evaluate().metrics(evaluated).items()}
+            run_record.log.metrics(values, step=0, of=evaluated.fingerprint)
 
 
 @contextmanager
@@ -193,7 +205,7 @@ def _run_stage(context: Context, stage: Stage[Any], run_record: _RunRecord, befo
         log = run_record.stage_log(name)
         if record is None:
             before_work(name)
-            log.start(context.title(name), parent=context.run_key, tags={"minitron.kind": "stage"})
+            log.start(context.title(name), parent=context.run_key, tags={"minitron.kind": "stage"}, of=fingerprint)
             try:
                 with context.lease(f"{name}-{fingerprint}", f"stage {name}"):
                     record = finished_record(context, stage, folder, console)  # another run may have done it
@@ -202,7 +214,7 @@ def _run_stage(context: Context, stage: Stage[Any], run_record: _RunRecord, befo
                         record = _compute(context, stage, folder, fingerprint)
             except BaseException as error:
                 if not _is_lost(context.held[0]):  # otherwise the record belongs to the other driver, as above
-                    log.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+                    log.end(_end_status(error))
                 raise
         context.finish(stage, record.output)
         _log_stage(context, stage, log, record, reused)
@@ -234,26 +246,19 @@ def _artifacts(output: StageOutput) -> Iterator[str]:
 
 def _log_stage(context: Context, stage: Stage[Any], log: RunLog, record: Record, reused: bool) -> None:
     """Write a stage's output to its MLflow record, unless it is there already."""
-    if reused and is_finished(log):
+    if reused and log.is_finished:
         return
-    if reused:
-        log.start(context.title(stage.name), parent=context.run_key, tags={"minitron.kind": "stage"})
     output = record.output
+    if reused:
+        tags = {"minitron.kind": "stage"}
+        log.start(context.title(stage.name), parent=context.run_key, tags=tags, of=output.fingerprint)
     stage.record(context, output)
     log.tags({"minitron.reused": reused, "minitron.fingerprint": output.fingerprint, "summary": output.summary})
     params = {k: v for k, v in dict(output).items() if isinstance(v, str | int) and k not in ("summary", "fingerprint")}
     log.params({k: relative(context.locations.storage, v) if isinstance(v, str) else v for k, v in params.items()})
     log.metrics({"seconds": record.seconds, **stage.metrics(output)}, step=0)
     log.end("FINISHED")
-
-
-def is_finished(log: RunLog) -> bool:
-    """Whether the last event of a record says that its run finished."""
-    last = None
-    for event, _ in read_events(log.path, 0) if log.path.exists() else ():
-        if event and event["event"] in ("start", "end"):
-            last = event
-    return last is not None and last["event"] == "end" and last["status"] == "FINISHED"
+    context.spool.flush()
 
 
 class _RunRecord:
@@ -261,13 +266,13 @@ class _RunRecord:
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self.log = RunLog(context.locations.spool(context.run_key), context.run_key)
+        self.log = context.spool.record(context.run_key)
         self.open = False
 
     def stage_log(self, name: str) -> RunLog:
         """The record of a stage; opens this record unless both are finished."""
         log = self.context.log(name)
-        if not (is_finished(self.log) and is_finished(log)):
+        if not (self.log.is_finished and log.is_finished):
             self.reopen()
         return log
 

@@ -82,7 +82,7 @@ def test_rows_begin_with_bos_like_the_tokenizers_texts_and_the_teachers_loss_is_
     assert outputs["loss_with_bos"] < outputs["loss_without_bos"] - 0.3
     assert f"begin with BOS (the teacher's loss {outputs['loss_with_bos']:.3f}" in said
     assert "worse" not in said
-    record = "".join(path.read_text() for path in begun.glob("runs/runs/*/spool/*.data.jsonl"))
+    record = "".join(path.read_text() for path in begun.glob("runs/runs/*/spool/*.jsonl"))
     metrics = [json.loads(line).get("values", {}) for line in record.splitlines()]
     assert outputs["loss_with_bos"] in [values.get("loss_with_bos") for values in metrics]
 

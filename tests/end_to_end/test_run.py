@@ -440,8 +440,9 @@ def test_killed_runs_resume_and_give_the_same_student_bit_for_bit(bench, finishe
     assert all(path.stat().st_mtime_ns == written for path, written in results.items())
     # the distillation resumed from its checkpoint, not from the start
     (key,) = [path.parent.name for path in found("runs/*/results.json")]
-    log = bench / "killed" / "runs" / key / "spool" / f"{key}.distill.jsonl"
-    events = [json.loads(line) for line in log.read_text().splitlines()]
+    written = sorted((bench / "killed" / "runs" / key / "spool").glob("*.jsonl"))
+    lines = [json.loads(line) for path in written for line in path.read_text().splitlines()]
+    events = [event for event in lines if event.get("key") == f"{key}.distill"]
     steps = [e["step"] for e in events if e["event"] == "metrics" and "learning_rate" in e["values"]]
     assert steps[0] in range(5, DISTILL_STEPS, 4)
     assert steps[-1] == DISTILL_STEPS

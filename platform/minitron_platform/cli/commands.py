@@ -445,6 +445,20 @@ def stop(job: str, address: str, insecure: bool) -> None:
 
 
 @main.command()
+@tracking_options
+def sync(locations: Any) -> None:
+    """Send to MLflow the records of runs that it lacks.
+
+    Records are kept in the storage until MLflow has them: those of runs that ended while it did not answer, or whose machine
+    was lost, are sent by this command from any machine.
+    """
+    from minitron_platform.tracking.sync import sync as sync_records
+
+    sent = sync_records(locations, Console())
+    click.echo(f"{sent:,} records sent" if sent else "MLflow has all records")
+
+
+@main.command()
 @click.argument("model")
 @click.option("--version", metavar="N", help="Version to promote. [default: the one with the alias 'candidate']")
 @click.option("--alias", default="champion", show_default=True, help="Alias to move.")

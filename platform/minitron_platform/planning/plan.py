@@ -215,7 +215,7 @@ def plan(
     known = given or not uses_cluster or recipe.teacher.dtype != "auto"
     gpus_here = resources.uses_gpus and not uses_cluster
     in_fp8 = check_fp8_trainings(recipe, dtype if known else None, gpus_here=gpus_here)
-    tracking_warning = check_tracking(locations.tracking_uri, recipe.experiment)
+    tracking_warning = check_tracking(locations.tracking_uri, recipe.experiment, recipe.tracking)
     speed = matmul_flops(dtype)
     cluster = cluster or _known_gpus(resources, speed, uses_cluster)
     finished, bytes_written = finished_stages(recipe, locations, dtype)

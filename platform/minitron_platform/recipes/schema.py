@@ -349,6 +349,7 @@ class Recipe(_Section):
     distill: Training
     evaluate: Evaluate = Evaluate()
     register_as: Register = Field(alias="register", default=Register())
+    tracking: Literal["required", "best-effort"] | None = None
     resources: Resources = Resources()
 
     def distillation(self, member: Member) -> Training:

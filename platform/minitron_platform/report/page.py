@@ -138,11 +138,10 @@ def write_report(context: Context, run_record: Any) -> Path:
     if not run_record.open:
         run_record.reopen()
     for name in ("report.html", "report.png", "results.json", "recipe.yaml"):
-        run_record.log.artifact(str(folder / name))
+        stored = storage.join(context.locations.run(context.run_key), name)
         if not storage.is_local(context.locations.storage):
-            storage.write_bytes(
-                storage.join(context.locations.run(context.run_key), name), (folder / name).read_bytes()
-            )
+            storage.write_bytes(stored, (folder / name).read_bytes())
+        run_record.log.artifact(stored)
     return folder
 
 

@@ -11,7 +11,7 @@ from minitron_platform.fence import Fence
 from minitron_platform.leases import lease
 from minitron_platform.recipes.resources import ResolvedResources
 from minitron_platform.stages.state import RunState
-from minitron_platform.tracking.spool import RunLog
+from minitron_platform.tracking.spool import RunLog, Spool
 from minitron_platform.workers.workers import Workers
 
 
@@ -23,6 +23,8 @@ class Context(RunState):
     start_ray: Callable[[Context], ResolvedResources]
     """Starts Ray or joins a cluster on the first call; see `ensure_ray`."""
     workers: Workers
+    spool: Spool
+    """The records of the run and its parts."""
     mlflow_run_id: Callable[[str], str | None]
     """Waits for the ID of the MLflow run of a record, by the record's key; None if MLflow has not answered in time."""
     held: list[Fence] = field(default_factory=list)
@@ -55,4 +57,4 @@ class Context(RunState):
     def log(self, part: str) -> RunLog:
         """The record of a stage or trial of this run; `part` is its name."""
         prefix = f"{self.current.model}." if self.current and len(self.recipe.family) > 1 else ""
-        return RunLog(self.locations.spool(self.run_key), f"{self.run_key}.{prefix}{part}")
+        return self.spool.record(f"{self.run_key}.{prefix}{part}")

@@ -19,8 +19,8 @@ from minitron_platform.stages.state import RunState
 
 
 def run_key(recipe: Recipe) -> str:
-    """Name of a run: the recipe's name, and a fingerprint of the whole recipe except its description and resources."""
-    content = recipe.model_dump(by_alias=True, exclude={"resources", "description"})
+    """Name of a run: the recipe's name, and a fingerprint of the recipe except its description, resources and tracking."""
+    content = recipe.model_dump(by_alias=True, exclude={"resources", "description", "tracking"})
     content["distill"] = training_values(recipe.distill)
     content["search"]["training"] = training_values(recipe.search.training)
     for member, values in zip(recipe.family, content["family"], strict=True):

@@ -206,7 +206,7 @@ class TrialsView:
         """Store the latest traceback of a trial in the run's folder and in MLflow."""
         if trace:
             name = f"trial-{trial_key(architecture)}.txt"
-            path = storage.join(self.context.locations.local_run(self.context.run_key), name)
+            path = storage.join(self.context.locations.run(self.context.run_key), name)
             storage.write_bytes(path, trace.encode())
             self.logs[architecture].artifact(path)
 

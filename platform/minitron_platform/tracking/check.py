@@ -8,30 +8,50 @@ from pathlib import Path
 from urllib.parse import quote
 
 from minitron.environment import environment_variables
-from minitron.errors import InputError
+from minitron.errors import InputError, StorageError
 from minitron.storage import redact
 from minitron_platform.tracking.flusher import create_database, prepare_mlflow, sqlite_path
-from minitron_platform.tracking.sender import check_not_deleted
+from minitron_platform.tracking.mlflow_runs import check_not_deleted
 
 TIMEOUT = "10"  # seconds to wait for an answer of the server
 LOCK_SECONDS = 10.0  # to wait for another process that writes to a SQLite database
-PACKAGES = {  # to install for a database driver, by its module
-    "psycopg": "'psycopg[binary]'",
-    "psycopg2": "psycopg2-binary",
-    "MySQLdb": "mysqlclient",
-    "pymysql": "pymysql",
-    "pyodbc": "pyodbc",
+REMEDIES = {  # for a database driver that is not installed, by its module
+    "psycopg": "pip install 'minitron[postgres]'",
+    "psycopg2": "pip install 'minitron[postgres]', and write postgresql+psycopg:// in the address",
+    "MySQLdb": "pip install pymysql, and write mysql+pymysql:// in the address",
 }
+CONSEQUENCE = (
+    "records are kept in the storage until `minitron sync` or the next run sends them, and no model can be registered"
+)
+REQUIRED = "required"
+BEST_EFFORT = "best-effort"
 
 
-def check_tracking(tracking_uri: str, experiment: str) -> str | None:
-    """Check MLflow's server or database. Returns a warning if it does not answer, otherwise None.
+def check_tracking(tracking_uri: str, experiment: str, policy: str | None = None) -> str | None:
+    """Check MLflow's server or database. Returns a warning if there is a problem that the run can go on with, otherwise None.
 
-    Not answering is no error because it only has to answer by the end of the run. Raises InputError for problems that the user
-    must fix: an unsupported kind of address, a database driver that is not installed, a file that is not a database, tables of
-    another version of MLflow, a refused password, a deleted experiment. A SQLite file that does not exist yet is not checked;
-    the run creates it.
+    policy: None goes on if MLflow does not answer, because it only has to answer by the end of the run, and refuses what the
+    user must fix: an unsupported kind of address, a database driver that is not installed, a file that is not a database,
+    tables of another version of MLflow, a refused password, a deleted experiment. "required" refuses both, "best-effort"
+    goes on with both.
+    Raises InputError or StorageError for what is refused. A SQLite file that does not exist yet is not checked; the run creates
+    it.
     """
+    try:
+        problem = _problem(tracking_uri, experiment)
+    except (InputError, StorageError) as error:
+        if policy != BEST_EFFORT:
+            raise
+        return f"{error.problem}: {CONSEQUENCE}. To fix it: {error.remedy}"
+    if problem is None:
+        return None
+    if policy == REQUIRED:
+        raise InputError(problem, "start it or correct its address, or leave out `tracking: required`")
+    return f"{problem}: {CONSEQUENCE}"
+
+
+def _problem(tracking_uri: str, experiment: str) -> str | None:
+    """The problem if MLflow does not answer, None if everything is well; raises InputError for what the user must fix."""
     prepare_mlflow(tracking_uri)
     database = sqlite_path(tracking_uri)
     if database is not None and not database.exists():
@@ -80,10 +100,9 @@ def _connect(tracking_uri: str) -> None:
         with closing(sqlalchemy.create_engine(tracking_uri, connect_args=arguments).connect()):
             pass
     except ModuleNotFoundError as error:
-        package = PACKAGES.get(error.name or "", error.name)
         raise InputError(
             f"--tracking-uri {redact(tracking_uri)}: the Python package {error.name} is not installed",
-            f"pip install {package}",
+            REMEDIES.get(error.name or "", f"pip install {error.name}"),
         ) from error
     except sqlalchemy.exc.NoSuchModuleError as error:
         raise InputError(
@@ -132,10 +151,7 @@ def _check_experiment(tracking_uri: str, experiment: str) -> str | None:
 
 
 def _no_answer(tracking_uri: str, error: Exception) -> str:
-    return (
-        f"MLflow at {redact(tracking_uri)} does not answer ({redact(_first_line(str(error)))}): records are kept on this "
-        "machine until it does, and models cannot be registered before"
-    )
+    return f"MLflow at {redact(tracking_uri)} does not answer ({redact(_first_line(str(error)))})"
 
 
 def _first_line(text: str) -> str:

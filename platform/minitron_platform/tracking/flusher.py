@@ -1,7 +1,7 @@
 """Sends a run's records to MLflow in the background, without delaying the run.
 
 `Flusher` runs the passes of sender.py in a thread of the driver. If the tracking server is down, slow or full, the run
-continues and no metric is lost: events that are not sent stay in the spool, on disk, until the next pass or the next run.
+continues and no metric is lost: events that are not sent stay in the spool, in the storage, until the next pass or run.
 """
 
 from __future__ import annotations
@@ -14,21 +14,27 @@ import shutil
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+import time
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 
 from minitron.errors import InputError, StorageError
 from minitron.storage import PRIVATE, disk_errors, lock_file, redact
+from minitron_platform.fence import LeaseLostError
+from minitron_platform.tracking.mlflow_runs import AnsweredClient
 from minitron_platform.tracking.moved_database import ARTIFACTS, update_addresses
-from minitron_platform.tracking.sender import STATE, Sender, Sent, unreachable
-from minitron_platform.tracking.spool import keys, read_events, spool_folder
+from minitron_platform.tracking.sender import Sender, count_events, unreachable
+from minitron_platform.tracking.sent import known_offsets
+from minitron_platform.tracking.spool import Spool
 
 log = logging.getLogger(__name__)
 
 LONGEST_PAUSE = 60.0  # seconds between attempts when MLflow does not answer
-LAST_ATTEMPTS = 3  # consecutive failed passes after which close() gives up
+LAST_ATTEMPTS = 8  # consecutive passes without any answer after which close() gives up
+LAST_PAUSE = 3.0  # longest pause between those passes, in seconds
+PATIENCE = 60.0  # seconds without any accepted record after which close() gives up
+STOP_PATIENCE = 5.0  # the same if the user has stopped the run
 
 
 def check_address(tracking_uri: str) -> None:
@@ -54,6 +60,7 @@ def prepare_mlflow(tracking_uri: str) -> None:
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     }.items():
@@ -126,43 +133,49 @@ def check_exists(tracking_uri: str) -> None:
 class Flusher:
     """Keeps an MLflow experiment up to date with a spool, from a background thread.
 
-    spool: folder of RunLog files. tracking_uri, experiment: MLflow's address and the experiment to send them to. interval:
-    seconds between passes.
-    Only one Flusher sends at a time: another one on the same spool, in any process of this machine, waits until the first ends.
-    The constructor raises what prepare_mlflow raises; afterwards no error of MLflow reaches the caller.
-    MLflow runs that exist already, also of a driver that was killed, are found by the tag `minitron.key`, so each key of the
-    spool is one MLflow run of the experiment.
+    tracking_uri, experiment: MLflow's address, and the experiment that gets the records. interval: seconds between passes.
+    Only the process that may write to the spool may send it: the driver that holds the run's lease.
+    No error of MLflow reaches the caller. MLflow runs that exist already, also of a driver that was killed, are found by their
+    tag `minitron.key`, so each key of the spool is one MLflow run of the experiment.
     """
 
-    def __init__(self, spool: str, tracking_uri: str, experiment: str, interval: float = 2.0) -> None:
-        prepare_mlflow(tracking_uri)
-        self.spool = spool_folder(spool)
+    def __init__(self, spool: Spool, tracking_uri: str, experiment: str, interval: float = 2.0) -> None:
+        self.spool = spool
         self.tracking_uri = tracking_uri
         self.experiment = experiment
         self.interval = interval
-        with disk_errors(str(self.spool)):
-            self.spool.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._client: AnsweredClient | None = None
         self._sender: Sender | None = None
+        self._left = 0  # events to send when close() began
+        self._wanted: set[str] = set()  # keys whose runs wait_for() waits for
         self._new_run_id = threading.Condition()
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._abandon = threading.Event()
         self._thread = threading.Thread(target=self._work, name="minitron-mlflow", daemon=True)
+        spool.on_durable = self._wake.set
         self._thread.start()
 
     def __enter__(self) -> Flusher:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if unsent := self.close():
-            log.warning("%d events in %s are not sent yet; the next run sends them", unsent, self.spool)
+        patience = STOP_PATIENCE if isinstance(error, KeyboardInterrupt | SystemExit) else PATIENCE
+        if unsent := self.close(0 if isinstance(error, LeaseLostError) else patience):
+            log.warning(
+                "%d records in %s are not in MLflow yet; `minitron sync` or the next run sends them, from any machine",
+                unsent,
+                self.spool.folder,
+            )
 
     def run_ids(self) -> dict[str, str]:
         """The known MLflow run ids by key."""
-        return {} if self._sender is None else dict(self._sender.sent.runs)
+        return {} if self._sender is None else dict(self._sender.runs.ids)
 
     def wait_for(self, key: str, timeout: float) -> str | None:
-        """The MLflow run id of `key`; None if MLflow has not created the run after `timeout` seconds."""
+        """The MLflow run id of `key`; None if MLflow has not answered after `timeout` seconds, or has no such run."""
+        self.spool.flush()
+        self._wanted.add(key)
         self._wake.set()
         with self._new_run_id:
             self._new_run_id.wait_for(lambda: key in self.run_ids() or not self._thread.is_alive(), timeout)
@@ -172,47 +185,86 @@ class Flusher:
         """Number of events that MLflow rejects for good, such as metrics of a deleted run; the first of each run is logged."""
         return 0 if self._sender is None else self._sender.refused
 
-    def close(self, timeout: float = 30.0) -> int:
-        """Send the remaining events, for at most `timeout` seconds; returns the number of events that are still unsent."""
+    def sent(self) -> int:
+        """Number of events that this process has sent."""
+        return 0 if self._sender is None else self._sender.finished
+
+    def text(self) -> str:
+        """What is left to be sent, for a status line while closing."""
+        finished = 0 if self._sender is None else self._sender.finished
+        left = self._left - finished
+        return f"{left:,} records to MLflow at {redact(self.tracking_uri)}" if left > 0 else ""
+
+    def close(self, patience: float = PATIENCE) -> int:
+        """Send the remaining events; returns the number of events that are still unsent.
+
+        Waits as long as MLflow accepts something every `patience` seconds.
+        """
+        self.spool.flush()
+        self._left = self._unsent() + (0 if self._sender is None else self._sender.finished)
         self._closing.set()
         self._wake.set()
-        self._thread.join(timeout)
-        self._abandon.set()
-        sent = self._sender.sent if self._sender is not None else Sent(self.spool / STATE)
-        offsets = {key: sent.offsets.get(key, 0) for key in keys(self.spool)}
-        return sum(1 for key, offset in offsets.items() for _ in read_events(self.spool / f"{key}.jsonl", offset))
+        accepted, since = self._accepted(), time.monotonic()
+        try:
+            while self._thread.is_alive() and time.monotonic() - since < patience:
+                self._thread.join(0.1)
+                if self._accepted() != accepted:
+                    accepted, since = self._accepted(), time.monotonic()
+        finally:
+            self._abandon.set()
+        return self._unsent()
+
+    def _accepted(self) -> int:
+        """Number of requests that MLflow has accepted."""
+        return 0 if self._sender is None else self._sender.accepted
+
+    def _answered(self) -> int:
+        """Number of requests that MLflow has answered."""
+        return 0 if self._client is None else self._client.answered
+
+    def _unsent(self) -> int:
+        if self._sender is not None:
+            return self._sender.unsent()
+        return count_events(self.spool, known_offsets(self.spool.folder))
 
     def _work(self) -> None:
         failures = 0
-        with self._spool_lock() as locked:
-            while locked and not self._abandon.is_set():
-                last = self._closing.is_set()  # read before the pass, so that the last pass sends all earlier events
-                try:
-                    self._pass()
-                    if failures:
-                        log.warning("MLflow at %s answers again", redact(self.tracking_uri))
-                    failures = 0
-                except unreachable() as error:
-                    failures += 1
-                    if failures == 1:
-                        reason = (str(error).splitlines() or [type(error).__name__])[0]
-                        address = redact(self.tracking_uri)
-                        log.warning("MLflow at %s: %.300s; events are kept in %s", address, redact(reason), self.spool)
-                if last and (not failures or failures >= LAST_ATTEMPTS):
-                    break
-                pause = min(self.interval * 2**failures, LONGEST_PAUSE) if failures else self.interval
-                self._wake.wait(min(pause, 0.5) if last else pause)
+        while not self._abandon.is_set():
+            last = self._closing.is_set()  # read before the pass, so that the last pass sends all earlier events
+            answered = self._answered()
+            try:
+                self._pass(last)
+                if failures:
+                    log.warning("MLflow at %s answers again", redact(self.tracking_uri))
+                failures = 0
+            except unreachable() as error:
+                if not failures:
+                    reason = (str(error).splitlines() or [type(error).__name__])[0]
+                    address = redact(self.tracking_uri)
+                    log.warning(
+                        "MLflow at %s: %.300s; records are kept in %s", address, redact(reason), self.spool.folder
+                    )
+                failures = 1 if self._answered() > answered else failures + 1
+            if last and (not failures or failures >= LAST_ATTEMPTS):
+                break
+            pause = min(self.interval * 2**failures, LONGEST_PAUSE) if failures else self.interval
+            if failures:
+                self._closing.wait(pause) if not last else self._abandon.wait(min(pause, LAST_PAUSE))
+            else:
+                self._wake.wait(pause)
                 self._wake.clear()
-        with self._new_run_id:
-            self._new_run_id.notify_all()
+        self._notify_waiting()
 
-    def _pass(self) -> None:
+    def _pass(self, last: bool) -> None:
         if self._sender is None:
+            prepare_mlflow(self.tracking_uri)
             create_database(self.tracking_uri)
+            self._client = self._client or AnsweredClient(self.tracking_uri)
             database = sqlite_path(self.tracking_uri)
             artifacts = None if database is None else str(database.parent / ARTIFACTS)
             self._sender = Sender(
                 self.spool,
+                self._client,
                 self.tracking_uri,
                 self.experiment,
                 artifacts=artifacts,
@@ -220,26 +272,13 @@ class Flusher:
                 on_run_id=self._notify_waiting,
             )
         self._sender.send_all()
+        for key in list(self._wanted):
+            self._sender.runs.find(key)
+            self._wanted.discard(key)
+        self._notify_waiting()
+        if last:
+            self._sender.sent.save()
 
     def _notify_waiting(self) -> None:
         with self._new_run_id:
             self._new_run_id.notify_all()
-
-    @contextmanager
-    def _spool_lock(self) -> Iterator[bool]:
-        """Hold the lock of the spool, which the system releases when a process is killed. Yields False after `close`."""
-        with lock_file(self.spool / ".lock") as file:
-            warned = False
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    if not warned:
-                        log.warning("another process is sending %s to MLflow; this one waits until it ends", self.spool)
-                    warned = True
-                else:
-                    yield True
-                    return
-                if self._closing.wait(0.5):
-                    yield False
-                    return

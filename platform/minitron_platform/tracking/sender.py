@@ -1,38 +1,37 @@
-"""Sends the new events of a spool to MLflow: the events of each run in order, parent runs before their children.
+"""Sends the new events of a spool to MLflow: several runs at a time, parents before their children, in large requests.
 
-The position in each file is saved in `<spool>/.sent.json` after every batch. If the process dies between sending and saving,
-the batch is sent again, which changes nothing: runs are found by the tag `minitron.key`, parameters and tags are the same, and
-metrics have the time of their event, so that MLflow recognises them (the primary key of its metrics table is run, name, time,
-step and value).
+The events that were read are gathered per run and sent until MLflow has accepted all of them; then their position is saved. If
+the process dies before that, they are sent again, which changes nothing: runs are found by their key, parameters and tags are
+the same, and a metric point has the time of its event, so that MLflow recognises it (the primary key of its metrics table is
+run, name, time, step and value).
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import sys
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
-from minitron.errors import StorageError
+from minitron import storage
+from minitron.errors import MinitronError, StorageError
 from minitron.names import check_name
-from minitron.storage import read_json, write_json
-from minitron_platform.tracking.moved_database import artifact_folder
-from minitron_platform.tracking.spool import KEY, keys, read_events
+from minitron.storage import is_local
+from minitron_platform.tracking.changes import Call, Changes, changed
+from minitron_platform.tracking.events import Event
+from minitron_platform.tracking.mlflow_runs import MlflowRuns, experiment_of
+from minitron_platform.tracking.sent import Sent
+from minitron_platform.tracking.spool import Spool
 
 log = logging.getLogger(__name__)
 
-STATE = ".sent.json"
-KEY_TAG = "minitron.key"
-# MLflow accepts 1000 entities, 100 parameters, 100 tags and 1 MB in a request.
-METRICS_PER_CALL = 800
-PARAMS_PER_CALL = 50
-TAGS_PER_CALL = 50
-PARAM_LENGTH = 6000  # MLflow's limit, in characters
-TAG_LENGTH = 8000  # MLflow's limit, in characters
+AT_ONCE = 8  # requests to a server at the same time; SQLite has one writer
+WINDOW = 5000  # events that are read before they are sent
 ARTIFACT_ATTEMPTS = 3  # failed uploads of an artifact, while MLflow answers, after which it is given up
 PERMANENT_ERRORS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")  # a retry would fail as well
 # Errors of databases and artifact stores that MLflow passes on; looked up in those of the modules that are imported.
@@ -45,106 +44,30 @@ DRIVER_ERRORS = (
     ("google.api_core.exceptions", "GoogleAPIError"),
     ("sqlalchemy.exc", "SQLAlchemyError"),
 )
-Call = tuple[list[Any], list[Any], list[Any]]  # metrics, params, tags of one log_batch
 
 
 def unreachable() -> tuple[type[Exception], ...]:
-    """The exception types of a tracking server, database or artifact store that does not answer.
+    """The exception types of a tracking server, database or artifact store that does not answer, or cannot be used.
 
-    The errors of `requests` are OSErrors.
+    The errors of `requests` are OSErrors, ImportError is that of a driver that is not installed, MinitronError of an address.
     """
     from mlflow.exceptions import MlflowException
 
     loaded = [(sys.modules[module], name) for module, name in DRIVER_ERRORS if module in sys.modules]
-    return (MlflowException, OSError, StorageError, *(getattr(module, name) for module, name in loaded))
-
-
-class Sent:
-    """How much of a spool is in MLflow: the byte offset and the MLflow run id of each key, saved in a JSON file.
-
-    `store` identifies the experiment that they belong to.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self.file = str(file)
-        self.store: list[Any] = []
-        self.offsets: dict[str, int] = {}
-        self.runs: dict[str, str] = {}
-        if file.exists():
-            try:
-                state = read_json(self.file)
-                self.store, self.offsets, self.runs = state["store"], state["offsets"], state["runs"]
-            except (StorageError, KeyError, TypeError) as error:
-                log.warning(
-                    "%s cannot be read, so all events are sent again (this changes nothing in MLflow): %s", file, error
-                )
-
-    def belongs_to(self, store: list[Any]) -> None:
-        """Start again from the beginning if the spool was sent to another experiment or database before."""
-        if self.store != store:
-            self.store = store
-            self.offsets = {}
-            self.runs = {}
-
-    def save(self) -> None:
-        """Write the file."""
-        write_json(self.file, {"store": self.store, "offsets": dict(self.offsets), "runs": dict(self.runs)})
-
-
-@dataclass
-class Batch:
-    """Events of one run that are sent together."""
-
-    end: int  # byte offset after the last event
-    events: int = 0
-    metrics: list[tuple[str, float, int, int]] = field(default_factory=list)  # name, value, time in ms, step
-    params: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-
-    def add(self, event: dict[str, Any], end: int) -> None:
-        """Add an event with metrics, params or tags. end: byte offset after it."""
-        self.end = end
-        self.events += 1
-        if event["event"] == "tags":
-            self.tags.update(event["values"])
-        elif event["event"] == "params":
-            for name, value in event["values"].items():
-                if self.params.setdefault(name, value) != value:
-                    self.tags[f"changed.{name}"] = value
-        else:
-            for name, written in event["values"].items():
-                value = float(written)
-                if math.isinf(value):  # MLflow would store it in SQLite as 1.8e308
-                    self.tags[f"{name}.nonfinite"] = f"{value} at step {event['step']}"
-                else:
-                    self.metrics.append((name, value, event["t"], event["step"]))
-
-    def full(self) -> bool:
-        """Whether the batch should be sent before more is added."""
-        return len(self.metrics) >= METRICS_PER_CALL or len(self.params) + len(self.tags) >= PARAMS_PER_CALL
-
-    def calls(self) -> Iterator[Call]:
-        """The batch as MLflow entities, in pieces that fit into one request each."""
-        from mlflow.entities import Metric, Param, RunTag
-
-        metrics = [Metric(*metric) for metric in self.metrics]
-        params = [Param(name, value[:PARAM_LENGTH]) for name, value in self.params.items()]
-        tags = [RunTag(name, value[:TAG_LENGTH]) for name, value in self.tags.items()]
-        while metrics or params or tags:
-            yield metrics[:METRICS_PER_CALL], params[:PARAMS_PER_CALL], tags[:TAGS_PER_CALL]
-            metrics, params, tags = metrics[METRICS_PER_CALL:], params[PARAMS_PER_CALL:], tags[TAGS_PER_CALL:]
+    return (MlflowException, OSError, MinitronError, ImportError, *(getattr(module, name) for module, name in loaded))
 
 
 class Sender:
     """Sends the new events of a spool to an experiment; each call of `send_all` is one pass.
 
-    artifacts: artifact location of a new experiment; None for the server's default. stop: called between events; if it returns
-    True, the pass ends. on_run_id: called when the MLflow id of a run becomes known.
+    client: an MlflowClient of `tracking_uri`. artifacts: artifact location of a new experiment; None for the server's default.
+    stop: called between requests; if it returns True, the pass ends. on_run_id: called when the MLflow id of a run is known.
     """
 
     def __init__(
         self,
-        spool: Path,
+        spool: Spool,
+        client: Any,
         tracking_uri: str,
         experiment: str,
         *,
@@ -152,174 +75,216 @@ class Sender:
         stop: Callable[[], bool],
         on_run_id: Callable[[], None],
     ) -> None:
-        from mlflow import MlflowClient
-
         self.spool = spool
         self.stop = stop
         self.on_run_id = on_run_id
+        self.remote = tracking_uri.startswith("http")
+        self.at_once = 1 if tracking_uri.startswith("sqlite") else AT_ONCE
         self.refused = 0  # number of events that MLflow rejected for good
+        self.accepted = 0  # number of requests that MLflow has accepted
+        self.finished = 0  # number of events that are in MLflow, or were refused
         self._warned: set[str] = set()  # keys of runs with a warning about a rejected event
-        self._attempts: dict[
-            tuple[str, int], int
-        ] = {}  # failed uploads, by key and byte offset of the artifact's event
-        self._reason = ""  # of the last rejected call
-        self.client = MlflowClient(tracking_uri)
+        self._attempts: dict[tuple[str, str, int], int] = {}  # failed uploads, by key, path and time
+        self._pending: dict[str, Changes] = {}
+        self.client = client
         mlflow_experiment = experiment_of(self.client, experiment, artifacts)
-        self.experiment_id: str = mlflow_experiment.experiment_id
-        self.sent = Sent(spool / STATE)
-        self.sent.belongs_to([experiment, mlflow_experiment.experiment_id, mlflow_experiment.creation_time])
+        recipe = spool.folder.split("/")[-2]
+        self._creating_parent = threading.Lock()
+        self.runs = MlflowRuns(self.client, mlflow_experiment.experiment_id, prefix=recipe)
+        self.sent = Sent(spool.folder, [experiment, mlflow_experiment.experiment_id, mlflow_experiment.creation_time])
+        self._read = dict(self.sent.offsets)
 
     def send_all(self) -> None:
-        """Run one pass over all runs. Raises one of unreachable() if MLflow or an artifact store does not answer."""
-        failures: list[Exception] = []
-        visited: set[str] = set()
-        for key in keys(self.spool):
-            self._send(key, visited, failures)
-        if failures:
-            raise failures[0]
+        """Send everything that is durable. Raises one of unreachable() if MLflow or an artifact store does not answer."""
+        self._gather()
+        while self._pending and not self.stop():
+            failures: list[Exception] = []
+            for level in list(self._levels()):
+                with ThreadPoolExecutor(min(self.at_once, len(level))) as pool:
+                    failed = list(filter(None, pool.map(self._attempt, level)))
+                failures += failed
+                if len(failed) == len(level):
+                    break
+            if failures:
+                raise failures[0]
+            self._settle()
+            self._gather()
+        self._settle()
 
-    def _send(self, key: str, visited: set[str], failures: list[Exception]) -> None:
-        """Send the new events of a run, those of its parent first.
+    def _settle(self) -> None:
+        """Note the new position once everything that was read is in MLflow."""
+        if not self._pending:
+            self.runs.remove_doubles()
+            self.sent.offsets = dict(self._read)
+            self.sent.save_at_times()
 
-        visited: keys of the runs that this pass has sent, or is sending. failures: receives the errors of artifacts that the
-        next pass uploads again.
-        """
-        path = self.spool / f"{key}.jsonl"
-        if key in visited or not path.exists():
-            return
-        visited.add(key)
-        if path.stat().st_size < self.sent.offsets.get(key, 0):
-            self.sent.offsets[key] = 0  # the file was deleted and written anew
-        batch = Batch(self.sent.offsets.get(key, 0))
-        for event, end in read_events(path, batch.end):
-            if self.stop():
+    def unsent(self) -> int:
+        """Number of events that are not in MLflow."""
+        waiting = sum(changes.events for changes in self._pending.values())
+        return waiting + count_events(self.spool, self._read)
+
+    def _gather(self) -> None:
+        """Read new events, up to WINDOW of them that wait."""
+        waiting = sum(changes.events for changes in self._pending.values())
+        for event, part, offset in self.spool.unsent(self._read):
+            if waiting >= WINDOW:
                 return
+            self._read[part] = offset
             if event is None:
-                self._refuse(key, 1, f"the line of {path} that ends at byte {end} is not an event")
-                batch.end = end
-                continue
-            if event["event"] in ("metrics", "params", "tags"):
-                self._run(key, event["t"])
-                batch.add(event, end)
-                if batch.full():
-                    batch = self._commit(key, batch)
-                continue
-            batch = self._commit(key, batch)
-            if event["event"] == "start":
-                parent = event["parent"]
-                if parent is not None:
-                    self._send(parent, visited, failures)
-                    if parent not in self.sent.runs and self._find(parent) is None:
-                        return  # the start of the parent is not in the spool yet
-                self._start(key, event)
-            elif event["event"] == "end":
-                run_id = self._run(key, event["t"])
-                if not self._call(self.client.set_terminated, run_id, event["status"], event["t"]):
-                    self._refuse(key, 1, f"MLflow rejected the end of the run: {self._reason}")
-            elif not self._upload(key, event, end, failures):
-                return
-            batch = self._commit(key, Batch(end))
-        self._commit(key, batch)
+                self._refuse(
+                    "", 1, f"the line of {part} in {self.spool.folder} that ends at byte {offset} is not an event"
+                )
+            elif event["event"] != "session":
+                key = event["key"]
+                self._pending.setdefault(key, Changes(key, event["t"])).add(event)
+                waiting += 1
 
-    def _commit(self, key: str, batch: Batch) -> Batch:
-        """Send a batch, save the new position, and return an empty batch that starts there."""
-        if batch.events:
-            self._log(key, batch)
-        if batch.end != self.sent.offsets.get(key, 0):
-            self.sent.offsets[key] = batch.end
-            self.sent.save()
-        return Batch(batch.end)
+    def _levels(self) -> Iterator[list[str]]:
+        """The keys that wait, parents before their children; those of one list can be sent at the same time."""
+        depths: dict[str, int] = {}
 
-    def _log(self, key: str, batch: Batch) -> None:
-        """Send a batch. If MLflow rejects a request, its entities are sent one by one, so that only invalid ones are lost."""
-        run_id = self.sent.runs[key]
-        for call in batch.calls():
-            if self._call(self.client.log_batch, run_id, *call):
-                continue
-            if self._is_gone(run_id):
-                self._refuse(key, batch.events, f"run {run_id} was deleted in MLflow; its new events are not sent")
-                return
-            for name, single, alternative in _one_by_one(call):
-                accepted = self._call(self.client.log_batch, run_id, *single)
-                if not accepted and not (alternative and self._call(self.client.log_batch, run_id, *alternative)):
-                    self._refuse(key, 1, f"MLflow rejected {name!r}: {self._reason}")
+        def depth(key: str) -> int:
+            if key not in depths:
+                depths[key] = 0  # ends a circle
+                parent = self._pending[key].parent
+                depths[key] = depth(parent) + 1 if parent in self._pending else 0
+            return depths[key]
 
-    def _start(self, key: str, event: dict[str, Any]) -> None:
-        """Create the run; if it exists, set its status to running."""
-        run_id = self.sent.runs.get(key)
-        if run_id is None or self._is_gone(run_id):
-            run_id = self._find(key)
+        for level in range(max(map(depth, self._pending), default=-1) + 1):
+            yield [key for key in self._pending if depth(key) == level]
+
+    def _attempt(self, key: str) -> Exception | None:
+        """Send what waits of a run; returns the error if MLflow does not answer."""
+        if self.stop():
+            return None
+        try:
+            changes = self._pending[key]
+            if self._send(changes):
+                del self._pending[key]
+                self.finished += changes.events
+        except unreachable() as error:
+            return error
+        return None
+
+    def _send(self, changes: Changes) -> bool:
+        """Send the changes of a run; False if the next pass must go on."""
+        run_id = self._started(changes)
+        while call := changes.call():
+            if self.stop():
+                return False
+            if not self._log(changes, run_id, call):
+                return True  # the run was deleted
+            changes.done(call)
+        while changes.artifacts:
+            self._upload(changes.key, run_id, changes.artifacts[0])
+            del changes.artifacts[0]
+        if changes.end is not None:
+            end = changes.end
+            if reason := self._rejected(self.client.set_terminated, run_id, end["status"], end["t"]):
+                self._refuse(changes.key, 1, f"MLflow rejected the end of the run: {reason}")
+        return True
+
+    def _started(self, changes: Changes) -> str:
+        """The MLflow run of `changes`: created if there is none, set to running if it starts again."""
+        key, start = changes.key, changes.start
+        run_id = self.runs.find(key)
+        if start is None:
+            return run_id or self._create(key, key, changes.time_ms, {})
+        if start.get("parent") is not None:
+            with self._creating_parent:  # which several children may lack
+                parent = self.runs.find(start["parent"]) or self._create(
+                    start["parent"], start["parent"], start["t"], {}
+                )
+            changes.tags["mlflow.parentRunId"] = parent
+        if run_id is not None and self._is_gone(run_id):
+            self.runs.forget(key)
+            run_id = self.runs.find(key)
         if run_id is None:
-            run_id = self._create(key, event["name"], event["t"])
+            run_id = self._create(key, start["name"], changes.time_ms, changes.tags)
         else:
-            self.client.update_run(run_id, status="RUNNING", name=event["name"])
-            self._remember(key, run_id)
-        tags = dict(event["tags"])
-        if event["parent"] is not None:
-            tags["mlflow.parentRunId"] = self.sent.runs.get(event["parent"]) or self._find(event["parent"])
-        self._log(key, Batch(0, events=1, tags=tags))
-
-    def _run(self, key: str, time_ms: int) -> str:
-        """The MLflow run id of `key`. If no start of the run was recorded, a run without name and parent is created."""
-        run_id = self.sent.runs.get(key) or self._find(key) or self._create(key, key, time_ms)
-        if key not in self.sent.runs:
-            self._remember(key, run_id)
+            self.client.update_run(run_id, status="RUNNING", name=start["name"])
+            self.accepted += 1
+        changes.start = None
         return run_id
 
-    def _create(self, key: str, name: str, time_ms: int) -> str:
-        """Create a run that started at `time_ms` (Unix time in milliseconds); returns its MLflow id."""
-        run = self.client.create_run(self.experiment_id, start_time=time_ms, tags={KEY_TAG: key}, run_name=name)
-        self._remember(key, run.info.run_id)
-        return str(run.info.run_id)
-
-    def _find(self, key: str) -> str | None:
-        """The id of an existing MLflow run with this key, or None."""
-        if not KEY.match(key):
-            return None
-        runs = self.client.search_runs([self.experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=10)
-        # There are two if the server created one although the request timed out; every process must choose the same one.
-        return min((str(run.info.run_id) for run in runs), default=None)
-
-    def _remember(self, key: str, run_id: str) -> None:
-        self.sent.runs[key] = run_id
-        self.sent.save()
+    def _create(self, key: str, name: str, time_ms: int, tags: dict[str, str]) -> str:
+        """Create a run; removes from `tags` what it was created with."""
+        first = dict(list(tags.items())[:20])
+        run_id = self.runs.create(key, name, time_ms, first)
+        for tag in first:
+            del tags[tag]
+        self.accepted += 1
         self.on_run_id()
+        return run_id
 
-    def _upload(self, key: str, event: dict[str, Any], end: int, failures: list[Exception]) -> bool:
-        """Upload an artifact. False if the next pass must try again; until then no later event of this run is sent."""
-        run_id = self._run(key, event["t"])
-        upload = self.client.log_artifacts if os.path.isdir(event["path"]) else self.client.log_artifact
-        if not os.path.exists(event["path"]):
-            self._refuse(key, 1, f"artifact {event['path']} no longer exists")
+    def _log(self, changes: Changes, run_id: str, call: Call) -> bool:
+        """Send a batch, in smaller ones if MLflow rejects it, so that only what is invalid is lost; False for a deleted run."""
+        reason = self._rejected(self.client.log_batch, run_id, call.metrics, call.params, call.tags)
+        if not reason:
             return True
-        if not is_uploadable(event["path"], event["folder"], self.spool.parent):
-            self._refuse(key, 1, f"artifact {event['path']} is not in {self.spool.parent}, and is not uploaded")
-            return True
+        if self._is_gone(run_id):
+            self._refuse(
+                changes.key, changes.events, f"run {run_id} was deleted in MLflow; its new events are not sent"
+            )
+            return False
+        if len(call) > 1:
+            return all(self._log(changes, run_id, half) for half in call.halves())
+        if call.params:
+            from mlflow.entities import RunTag
+
+            param = call.params[0]
+            if not self._rejected(self.client.log_batch, run_id, [], [], [RunTag(changed(param.key), param.value)]):
+                return True
+        (entity,) = (*call.metrics, *call.params, *call.tags)
+        self._refuse(changes.key, 1, f"MLflow rejected {entity.key!r}: {reason}")
+        return True
+
+    def _upload(self, key: str, run_id: str, event: Event) -> None:
+        """Upload an artifact. Raises one of unreachable() if the next pass must try again."""
+        run_folder = self.spool.folder.rsplit("/", 1)[0]
+        path = event["path"]
+        if "://" not in path and not os.path.isabs(path):
+            path = storage.join(run_folder, path)
+        if not is_uploadable(path, event["folder"], run_folder):
+            self._refuse(key, 1, f"artifact {path} is not in {run_folder}, and is not uploaded")
+            return
+        if not storage.exists(path):
+            self._refuse(key, 1, f"artifact {path} no longer exists")
+            return
         try:
-            upload(run_id, event["path"], event["folder"] or None)
+            with _local_copy(path) as local:
+                upload = self.client.log_artifacts if os.path.isdir(local) else self.client.log_artifact
+                upload(run_id, local, event["folder"] or None)
+            self.accepted += 1
         except unreachable() as error:
             self.client.get_run(
                 run_id
             )  # raises if MLflow itself does not answer, which is not counted as a failed attempt
-            self._attempts[key, end] = self._attempts.get((key, end), 0) + 1
-            if self._attempts[key, end] < ARTIFACT_ATTEMPTS:
-                failures.append(error)
-                return False
-            self._refuse(key, 1, f"artifact {event['path']} cannot be uploaded: {error}")
-        return True
+            attempt = (key, path, event["t"])
+            self._attempts[attempt] = self._attempts.get(attempt, 0) + 1
+            if self._attempts[attempt] < ARTIFACT_ATTEMPTS:
+                raise
+            self._refuse(key, 1, f"artifact {path} cannot be uploaded: {error}")
 
-    def _call(self, function: Callable[..., Any], *arguments: Any) -> bool:
-        """Call MLflow; False if it rejects the arguments for good."""
+    def _rejected(self, function: Callable[..., Any], *arguments: Any) -> str:
+        """Call MLflow; returns the reason if it rejects the arguments for good, otherwise an empty text."""
         from mlflow.exceptions import MlflowException
 
         try:
             function(*arguments)
         except MlflowException as error:
-            if error.error_code not in PERMANENT_ERRORS:
+            if not self._is_permanent(error):
                 raise
-            self._reason = str(error)
-            return False
-        return True
+            return str(error)
+        self.accepted += 1
+        return ""
+
+    def _is_permanent(self, error: Any) -> bool:
+        """Whether MLflow itself says that a request can never succeed; a proxy's page that says "not found" can pass."""
+        from mlflow.exceptions import RestException
+
+        said_by_mlflow = isinstance(error, RestException) if self.remote else True
+        return said_by_mlflow and error.error_code in PERMANENT_ERRORS
 
     def _is_gone(self, run_id: str) -> bool:
         """Whether the run was deleted in MLflow."""
@@ -328,7 +293,7 @@ class Sender:
         try:
             return bool(self.client.get_run(run_id).info.lifecycle_stage == "deleted")
         except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST" or not self._is_permanent(error):
                 raise
             return True
 
@@ -340,57 +305,36 @@ class Sender:
             log.warning("run %r: %.500s", key, reason)
 
 
-def is_uploadable(path: str, folder: str, run_folder: Path) -> bool:
-    """Whether an artifact that a spool names may be uploaded: a file, or a folder of files, that is in the run's folder after
-    links are resolved. On a shared disk others may be able to write to a spool.
+def is_uploadable(path: str, folder: str, run_folder: str) -> bool:
+    """Whether an artifact that a spool names may be uploaded: a file, or a local folder of files, that is in the run's folder
+    after links are resolved. On a shared disk others may be able to write to a spool.
 
     folder: of the artifact in MLflow.
     """
-    files = [Path(path), *(Path(path).rglob("*") if os.path.isdir(path) else ())]
     try:
         check_name(folder or ".artifacts", path)
+        if not is_local(path):
+            return check_name(path.removeprefix(f"{run_folder}/"), path) != path
     except StorageError:
         return False
-    return all(file.resolve().is_relative_to(run_folder.resolve()) for file in files)
+    local = storage.local_path(path)
+    files = [local, *(local.rglob("*") if local.is_dir() else ())]
+    return all(file.resolve().is_relative_to(storage.local_path(run_folder).resolve()) for file in files)
 
 
-def experiment_of(client: Any, name: str, artifacts: str | None) -> Any:
-    """The MLflow experiment `name`, which is created if it does not exist.
-
-    artifacts: artifact location of a new experiment, None for MLflow's default. Raises StorageError for a deleted experiment.
-    """
-    from mlflow.exceptions import MlflowException
-
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        location = None if artifacts is None else f"{artifacts}/{artifact_folder(name)}"
-        try:
-            # the kind decides which of its two menus MLflow's web page shows
-            kind = {"mlflow.experimentKind": "custom_model_development"}
-            client.create_experiment(name, artifact_location=location, tags=kind)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver was faster
-                raise
-        experiment = client.get_experiment_by_name(name)
-    check_not_deleted(experiment)
-    return experiment
+def count_events(spool: Spool, offsets: dict[str, int]) -> int:
+    """Number of durable events of a spool after the given offsets."""
+    return sum(1 for event, _, _ in spool.unsent(offsets) if event is not None and event["event"] != "session")
 
 
-def check_not_deleted(experiment: Any) -> None:
-    """Raise StorageError for an experiment that was deleted in MLflow; the remedy is the command that restores it."""
-    if experiment.lifecycle_stage == "deleted":
-        restore = f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
-        raise StorageError(f"experiment {experiment.name!r} was deleted in MLflow", f"restore it with: {restore}")
-
-
-def _one_by_one(call: Call) -> Iterator[tuple[str, Call, Call | None]]:
-    """Split a call into one per entity: its name, the call, and the call to make if MLflow rejects that one.
-
-    MLflow does not change the value of a parameter; a different value is sent as a tag instead.
-    """
-    from mlflow.entities import RunTag
-
-    metrics, params, tags = call
-    yield from ((metric.key, ([metric], [], []), None) for metric in metrics)
-    yield from ((p.key, ([], [p], []), ([], [], [RunTag(f"changed.{p.key}"[:250], p.value)])) for p in params)
-    yield from ((tag.key, ([], [], [tag]), None) for tag in tags)
+@contextmanager
+def _local_copy(path: str) -> Iterator[str]:
+    """A local path with the content of a file; a copy in a temporary folder if it is remote."""
+    if is_local(path):
+        yield str(storage.local_path(path))
+        return
+    with tempfile.TemporaryDirectory(prefix="minitron-artifact-") as folder:
+        copy = os.path.join(folder, path.rsplit("/", 1)[-1])
+        with open(copy, "wb") as file:
+            file.write(storage.read_bytes(path))
+        yield copy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from minitron import storage
 from minitron.distill import read_curve
-from minitron_platform.tracking.spool import RunLog, recorded_steps
+from minitron_platform.tracking.spool import RunLog
 
 
 def write_curve(checkpoints: str, path: str) -> None:
@@ -22,10 +22,9 @@ def write_curve(checkpoints: str, path: str) -> None:
 
 
 def complete_record(log: RunLog, path: str, tokens_per_step: int) -> None:
-    """Add the steps of the curve at `path` that a record lacks, because another run trained them or the record was lost."""
+    """Add the steps of the curve at `path` to a record. Those that it lacks, because another run trained them or they were lost
+    with the driver, take their place in it; the others are in it already."""
     curve = storage.read_json(path)
-    recorded = recorded_steps(log, "train_loss")
     for index, step in enumerate(curve["step"]):
-        if step not in recorded:
-            values = {name: curve[name][index] for name in ("train_loss", "train_kl") if curve[name]}
-            log.metrics({**values, "tokens": step * tokens_per_step}, step=step)
+        values = {name: curve[name][index] for name in ("train_loss", "train_kl") if curve[name]}
+        log.metrics({**values, "tokens": step * tokens_per_step}, step=step)

@@ -9,27 +9,19 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.mlflow_server import environment, free_port, mlflow_server
+from helpers.mlflow_server import environment, free_port
 
 from minitron.errors import InputError
 from minitron_platform.tracking.flusher import Flusher, prepare_mlflow
-from minitron_platform.tracking.spool import RunLog
+from minitron_platform.tracking.spool import RunLog, Spool
 
 EXPERIMENT = "tiny family"
-
-
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with MLflow's tables, whose creation takes a second or more; most tests copy it."""
-    file = tmp_path_factory.mktemp("store") / "mlflow.db"
-    Flusher(str(file.parent / "spool"), f"sqlite:///{file}", "another experiment").close(60)
-    return file
 
 
 @pytest.fixture
@@ -45,8 +37,10 @@ def new_uri(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def spool(tmp_path: Path) -> str:
-    return str(tmp_path / "spool")
+def spool(tmp_path: Path) -> Iterator[Spool]:
+    spool = Spool(str(tmp_path / "spool"))
+    yield spool
+    spool.close()
 
 
 def runs(uri: str) -> dict[str, Any]:
@@ -66,19 +60,19 @@ def points(uri: str, run: Any, name: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in MlflowClient(uri).get_metric_history(run.info.run_id, name)]
 
 
-def flush(spool: str, uri: str) -> Flusher:
+def flush(spool: Spool, uri: str) -> Flusher:
     flusher = Flusher(spool, uri, EXPERIMENT, interval=0.2)
-    assert flusher.close(60) == 0
+    assert flusher.close() == 0
     return flusher
 
 
-def test_children_are_nested_and_everything_arrives(spool: str, uri: str, tmp_path: Path) -> None:
+def test_children_are_nested_and_everything_arrives(spool: Spool, uri: str, tmp_path: Path) -> None:
     (tmp_path / "card.md").write_text("card")
     with Flusher(spool, uri, EXPERIMENT, interval=0.2) as flusher:
-        child = RunLog(spool, "a-trial")  # sorts before its parent, and starts before it
+        child = spool.record("a-trial")  # sorts before its parent, and starts before it
         child.start("trial 1", parent="search")
         child.metrics({"lm/acc,none": 0.5, "kl": math.nan, "loss": math.inf}, step=3)
-        parent = RunLog(spool, "search")
+        parent = spool.record("search")
         parent.start("the search", tags={"gpus": 8})
         parent.params({"lr": 1e-4, "long": "x" * 9000})
         parent.artifact(str(tmp_path / "card.md"), "cards")
@@ -95,64 +89,33 @@ def test_children_are_nested_and_everything_arrives(spool: str, uri: str, tmp_pa
     assert tags["loss.nonfinite"] == "inf at step 3"
     assert by_key["search"].data.params == {"lr": "0.0001", "long": "x" * 6000}
     assert (by_key["search"].info.status, by_key["search"].data.tags["gpus"]) == ("RUNNING", "8")
+    assert by_key["search"].info.run_name == "the search"
     stored = Path(by_key["search"].info.artifact_uri) / "cards" / "card.md"
     assert stored.read_text() == "card"
     assert stored.is_relative_to(tmp_path / "store")
 
 
-def test_an_outage_of_mlflow_loses_no_metric_and_delays_nothing(
-    spool: str, uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    port = free_port()
-    address = f"http://127.0.0.1:{port}"
-    run = RunLog(spool, "run")
-    with Flusher(spool, address, EXPERIMENT, interval=0.2) as flusher:
-        run.start("run")
-        run.params({"seed": 1})
-        slowest = 0.0
-        for step in range(1500):
-            began = time.perf_counter()
-            run.metrics({"loss": 1 / (step + 1), "lr": 0.5}, step)
-            slowest = max(slowest, time.perf_counter() - began)
-        assert flusher.wait_for("run", 1.0) is None
-        with mlflow_server(tmp_path / "store", port):
-            assert flusher.wait_for("run", 60) is not None
-            run.end()
-            assert flusher.close(60) == 0
-            assert points(address, runs(address)["run"], "loss") == [(s, 1 / (s + 1)) for s in range(1500)]
-            assert len(points(address, runs(address)["run"], "lr")) == 1500
-            (Path(spool) / ".sent.json").unlink()  # as after a crash between sending and committing
-            flush(spool, address)
-            assert len(points(address, runs(address)["run"], "loss")) == 1500
-            assert runs(address)["run"].info.status == "FINISHED"
-    said = [record.message for record in caplog.records if record.name == "minitron_platform.tracking.flusher"]
-    assert len(said) == 2, said
-    assert "events are kept in" in said[0]
-    assert "answers again" in said[1]
-    assert slowest < 5  # seconds; the client itself would wait four minutes
-
-
-def test_unsent_events_are_counted_and_sent_by_the_next_run(spool: str, uri: str) -> None:
-    run = RunLog(spool, "run")
+def test_unsent_events_are_counted_and_sent_by_the_next_run(spool: Spool, uri: str) -> None:
+    run = spool.record("run")
     run.start("run")
     run.metrics({"loss": 1.0}, 1)
     down = Flusher(spool, f"http://127.0.0.1:{free_port()}", EXPERIMENT, interval=0.1)
-    assert down.close(30) == 2
-    flush(spool, uri)
+    assert down.close() == 2
+    flush(Spool(spool.folder), uri)
     assert points(uri, runs(uri)["run"], "loss") == [(1, 1.0)]
 
 
-def test_a_rerun_sends_nothing_and_a_restart_continues_the_same_run(spool: str, uri: str) -> None:
-    run = RunLog(spool, "run")
+def test_a_rerun_sends_nothing_and_a_restart_continues_the_same_run(spool: Spool, uri: str) -> None:
+    run = spool.record("run")
     run.start("run")
     run.params({"lr": 1, "seed": 7})
     run.metrics({"loss": 2.0}, 1)
     run.end("FAILED")
     first = flush(spool, uri).run_ids()
     assert runs(uri)["run"].info.status == "FAILED"
-    state = (Path(spool) / ".sent.json").stat().st_mtime_ns
-    flush(spool, uri)
-    assert (Path(spool) / ".sent.json").stat().st_mtime_ns == state
+    files = {path: path.stat().st_mtime_ns for path in Path(spool.folder).iterdir()}
+    flush(Spool(spool.folder), uri)
+    assert {path: path.stat().st_mtime_ns for path in Path(spool.folder).iterdir()} == files
 
     run.start("run, again")
     run.params({"lr": 2, "seed": 7})
@@ -166,72 +129,81 @@ def test_a_rerun_sends_nothing_and_a_restart_continues_the_same_run(spool: str, 
 
 
 DRIVER = """
-import sys, time
-from minitron_platform.tracking.spool import RunLog
+import sys
+from minitron_platform.tracking.spool import Spool
 from minitron_platform.tracking.flusher import Flusher
-spool, uri = sys.argv[1:]
+folder, uri, first = sys.argv[1:]
+spool = Spool(folder)
 flusher = Flusher(spool, uri, "tiny family", interval=0.05)
-parent, child = RunLog(spool, "search"), RunLog(spool, "trial")
+parent, child = spool.record("search"), spool.record("trial")
 parent.start("search")
 child.start("trial", parent="search")
-for step in range(int(sys.stdin.readline())):
-    child.metrics({"loss": float(step)}, step)
-    time.sleep(0.002)
+for step in range(int(first), int(first) + 100):
+    child.metrics({"loss": float(step), "seconds": float(first)}, step)
 flusher.wait_for("trial", 60)
 print("sent", flush=True)
 while True:
     step += 1
-    child.metrics({"loss": float(step)}, step)
+    child.metrics({"loss": float(step), "seconds": float(first)}, step)
 """
 
 
-def test_there_is_one_run_per_key_after_a_driver_was_killed(spool: str, uri: str) -> None:
-    for _ in range(2):
+def test_steps_that_a_killed_driver_recorded_and_the_next_repeats_are_in_mlflow_once(spool: Spool, uri: str) -> None:
+    for first in (0, 50):  # the second driver trains again from step 50
         driver = subprocess.Popen(
-            [sys.executable, "-c", DRIVER, spool, uri],
+            [sys.executable, "-c", DRIVER, spool.folder, uri, str(first)],
             env=environment(),
-            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        assert driver.stdin is not None
         assert driver.stdout is not None
-        driver.stdin.write("100\n")
-        driver.stdin.flush()
         assert driver.stdout.readline() == "sent\n"
-        time.sleep(0.3)
         os.kill(driver.pid, signal.SIGKILL)
         driver.wait()
-    with open(f"{spool}/trial.jsonl", "ab") as file:
+    (second,) = sorted(Path(spool.folder).glob("000002.*.jsonl"))[-1:]
+    with open(second, "ab") as file:
         file.write(b'{"t": 5, "event": "met')  # killed in the middle of a line
-    RunLog(spool, "trial").end()
-    state = json.loads((Path(spool) / ".sent.json").read_text())
-    state["offsets"]["trial"] = state["offsets"]["trial"] // 2  # killed before the commit: the batch goes out twice
-    state["offsets"]["trial"] = (Path(spool) / "trial.jsonl").read_bytes().index(b"\n", state["offsets"]["trial"]) + 1
-    (Path(spool) / ".sent.json").write_text(json.dumps(state))
-    flusher = flush(spool, uri)
-    assert flusher.refused() == 1  # only the incomplete line
+    for state in Path(spool.folder).glob("sent-*.json"):
+        state.unlink()  # killed before the position was saved: everything is sent again
+    after = Spool(spool.folder)
+    after.record("trial").end()
+    flusher = flush(after, uri)
+    assert flusher.refused() == 0
     by_key = runs(uri)
     assert sorted(by_key) == ["search", "trial"]
     assert by_key["trial"].info.status == "FINISHED"
     assert by_key["trial"].data.tags["mlflow.parentRunId"] == by_key["search"].info.run_id
-    lines = (Path(spool) / "trial.jsonl").read_text().splitlines()
-    written = [json.loads(line)["step"] for line in lines if '"metrics"' in line]
-    assert sorted(step for step, _ in points(uri, by_key["trial"], "loss")) == sorted(written)
+    written = points(uri, by_key["trial"], "loss")
+    assert len(written) > 150
+    assert written == [(step, float(step)) for step in range(len(written))]
+    assert [first for _, first in points(uri, by_key["trial"], "seconds")][:101] == [0.0] * 101
 
 
-def test_an_invalid_event_does_not_stop_the_others(spool: str, uri: str) -> None:
-    run = RunLog(spool, "run")
+def test_steps_that_are_recorded_late_are_in_mlflow_in_order(spool: Spool, uri: str) -> None:
+    run = spool.record("run")
+    run.start("run", of="this work")
+    for step in (1, 2, 5, 6, 3, 4, 2):
+        run.metrics({"loss": float(step)}, step)
+    flush(spool, uri)
+    assert points(uri, runs(uri)["run"], "loss") == [(step, float(step)) for step in range(1, 7)]
+    run.start("run", of="this work, changed")  # what is measured now is new
+    run.metrics({"loss": 0.5}, 2)
+    flush(spool, uri)
+    assert (2, 0.5) in points(uri, runs(uri)["run"], "loss")
+
+
+def test_an_invalid_event_does_not_stop_the_others(spool: Spool, uri: str) -> None:
+    run = spool.record("run")
     run.start("run")
     run.metrics({"loss": 3.0, "a/../b": 1.0}, 1)  # MLflow refuses this name
-    run.artifact(f"{spool}/never-written")
+    run.artifact(f"{spool.folder}/never-written")
     run.metrics({"loss": 2.0}, 2)
     assert flush(spool, uri).refused() == 2
     assert points(uri, runs(uri)["run"], "loss") == [(1, 3.0), (2, 2.0)]
 
 
 def test_a_spool_uploads_nothing_from_outside_the_runs_folder_and_only_its_owner_reads_it(
-    spool: str, uri: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    spool: Spool, uri: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Others may write to a spool on a shared disk, and MLflow's artifacts are read by all."""
     from mlflow import MlflowClient
@@ -240,7 +212,7 @@ def test_a_spool_uploads_nothing_from_outside_the_runs_folder_and_only_its_owner
     secret.write_text("private")
     (tmp_path / "link.txt").symlink_to(secret)
     (tmp_path / "report.html").write_text("report")
-    run = RunLog(spool, "run")
+    run = spool.record("run")
     run.start("run")
     for path, folder in ((secret, ""), (tmp_path / "link.txt", ""), (tmp_path / "report.html", "../../outside")):
         run.artifact(str(path), folder)
@@ -249,77 +221,125 @@ def test_a_spool_uploads_nothing_from_outside_the_runs_folder_and_only_its_owner
     assert flusher.refused() == 3
     uploaded = MlflowClient(uri).list_artifacts(flusher.run_ids()["run"])
     assert [file.path for file in uploaded] == ["report.html"]
-    private = [Path(spool) / "run.jsonl", Path(spool) / ".lock", Path(uri.removeprefix("sqlite:///"))]
+    private = [*Path(spool.folder).iterdir(), Path(uri.removeprefix("sqlite:///"))]
     assert {path.stat().st_mode & 0o777 for path in private} == {0o600}
-    assert Path(spool).stat().st_mode & 0o777 == 0o700
+    assert Path(spool.folder).stat().st_mode & 0o777 == 0o700
 
 
-def test_a_run_that_was_deleted_in_mlflow_stays_deleted_until_it_starts_again(spool: str, uri: str) -> None:
+def test_a_run_that_was_deleted_in_mlflow_stays_deleted_until_it_starts_again(spool: Spool, uri: str) -> None:
     from mlflow import MlflowClient
 
-    run = RunLog(spool, "run")
+    run = spool.record("run")
     run.start("run")
-    deleted = flush(spool, uri).run_ids()["run"]
+    first = Flusher(spool, uri, EXPERIMENT, interval=0.1)
+    deleted = first.wait_for("run", 60)
     MlflowClient(uri).delete_run(deleted)
     run.metrics({"loss": 2.0}, 1)
-    assert flush(spool, uri).refused() == 1
+    assert first.close() == 0
+    assert first.refused() == 1
     run.start("run")
     run.metrics({"loss": 1.0}, 2)
     assert flush(spool, uri).run_ids()["run"] != deleted
     assert points(uri, runs(uri)["run"], "loss") == [(2, 1.0)]
 
 
-def test_a_deleted_database_is_filled_again(spool: str, uri: str, tmp_path: Path) -> None:
-    run = RunLog(spool, "run")
+def test_a_deleted_database_is_filled_again(spool: Spool, uri: str, empty_database: Path) -> None:
+    run = spool.record("run")
     run.start("run")
     run.metrics({"loss": 1.0}, 1)
     flush(spool, uri)
-    other = f"sqlite:///{tmp_path}/other/mlflow.db"
-    flush(spool, other)
-    assert points(other, runs(other)["run"], "loss") == [(1, 1.0)]
+    file = Path(uri.removeprefix("sqlite:///"))
+    file.unlink()
+    shutil.copy(empty_database, file)
+    flush(spool, uri)
+    assert points(uri, runs(uri)["run"], "loss") == [(1, 1.0)]
 
 
-def test_two_drivers_create_one_database_and_one_run(spool: str, new_uri: str) -> None:
-    RunLog(spool, "run").start("run")
-    code = "import sys; from minitron_platform.tracking.flusher import Flusher; print(Flusher(*sys.argv[1:]).close(60))"
-    command = [sys.executable, "-c", code, spool, new_uri, EXPERIMENT]
-    drivers = [subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    other = subprocess.Popen([*command[:3], f"{spool}-2", *command[4:]], env=environment(), stdout=subprocess.PIPE)
-    for driver in [*drivers, other]:
+def test_two_drivers_create_one_database(spool: Spool, new_uri: str) -> None:
+    code = """
+import sys
+from minitron_platform.tracking.flusher import Flusher
+from minitron_platform.tracking.spool import Spool
+spool = Spool(sys.argv[1])
+spool.record(sys.argv[3]).start("run")
+print(Flusher(spool, sys.argv[2], "tiny family").close(60))
+"""
+    drivers = [
+        subprocess.Popen([sys.executable, "-c", code, f"{spool.folder}-{n}", new_uri, f"run-{n}"], env=environment())
+        for n in range(2)
+    ]
+    for driver in drivers:
         driver.communicate(timeout=120)
         assert driver.returncode == 0
-    flush(spool, new_uri)
-    assert list(runs(new_uri)) == ["run"]
+    assert sorted(runs(new_uri)) == ["run-0", "run-1"]
 
 
-def test_lines_of_concurrent_writers_are_not_mixed(spool: str) -> None:
-    def write(writer: int) -> None:
-        for step in range(200):
-            RunLog(spool, "run").metrics({f"loss{writer}": 1.0}, step)
+def test_a_driver_whose_run_was_taken_over_sends_nothing_that_the_other_records_too(spool: Spool, uri: str) -> None:
+    first = spool.record("run")
+    first.start("run")
+    with Flusher(spool, uri, EXPERIMENT, interval=0.05) as flusher:
+        for step in range(100):
+            first.metrics({"loss": 1.0}, step)
+        assert flusher.wait_for("run", 60)
+        other = Spool(spool.folder)
+        second = other.record("run")
+        with Flusher(other, uri, EXPERIMENT, interval=0.05):
+            for step in range(100, 200):
+                second.metrics({"loss": 2.0}, step)
+                first.metrics({"loss": 1.0}, step)  # it has not noticed yet
+            spool.flush()
+            assert spool.fenced
+        second.end()
+        other.close()
+    last = Spool(spool.folder)
+    flush(last, uri)
+    expected = [(step, 1.0 if step < 100 else 2.0) for step in range(200)]
+    assert points(uri, runs(uri)["run"], "loss") == expected
+    assert last.status("run") == "FINISHED"
 
-    threads = [threading.Thread(target=write, args=(writer,)) for writer in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    lines = [line for line in (Path(spool) / "run.jsonl").read_text().splitlines() if line]
-    assert len([json.loads(line) for line in lines]) == 800
 
-
-def test_a_spool_that_cannot_be_written_does_not_stop_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_spool_that_cannot_be_written_does_not_stop_the_run(
+    tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "spool").write_text("a file where the folder should be")
-    run = RunLog(str(tmp_path / "spool"), "run")
+    spool = Spool(str(tmp_path / "spool"))
+    run = spool.record("run")
     run.start("run")
     run.metrics({"loss": 1.0}, 1)
-    assert run.lost == 2
-    assert len(caplog.records) == 1
+    assert len([record for record in caplog.records if "cannot be written" in record.message]) == 1
+    (tmp_path / "spool").unlink()
+    flush(spool, uri)
+    assert points(uri, runs(uri)["run"], "loss") == [(1, 1.0)]
+
+
+def test_records_of_an_earlier_version_are_moved_into_the_spool(tmp_path: Path, uri: str) -> None:
+    older = tmp_path / "home" / "spool"
+    older.mkdir(parents=True)
+    lines = [
+        {"t": 1000, "event": "start", "name": "run", "parent": None, "tags": {}},
+        {"t": 1001, "event": "metrics", "step": 1, "values": {"loss": 3.0, "grad_norm": "nan"}},
+        {"t": 1002, "event": "metrics", "step": 2, "values": {"loss": 2.0}},
+        {"t": 1003, "event": "metrics", "step": 2, "values": {"loss": 2.0}},  # it recorded some points twice
+        {"t": 1004, "event": "end", "status": "FINISHED"},
+    ]
+    text = [json.dumps(line).encode() + b"\n" for line in lines]
+    (older / "tiny-12345678.jsonl").write_bytes(b"".join(text))
+    (older / ".sent.json").write_text(
+        json.dumps({"store": ["x", "1", 2], "offsets": {"tiny-12345678": len(text[0])}, "runs": {}})
+    )
+    spool = Spool(str(tmp_path / "storage" / "spool"), older=str(older))
+    assert list(older.iterdir()) == []
+    assert spool.record("tiny-12345678").is_finished
+    flush(spool, uri)
+    flush(Spool(spool.folder, older=str(older)), uri)
+    run = runs(uri)["tiny-12345678"]
+    assert points(uri, run, "loss") == [(1, 3.0), (2, 2.0)]
+    assert (run.info.status, run.info.start_time, run.info.end_time) == ("FINISHED", 1000, 1004)
 
 
 def test_unusable_settings_are_refused_immediately(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="'a/b'"):
-        RunLog(str(tmp_path), "a/b")
-    with pytest.raises(InputError, match="s3://"):
-        RunLog("s3://bucket/spool", "run")
+        RunLog(Spool(str(tmp_path)), "a/b")
     with pytest.raises(InputError, match="mlruns"):
         prepare_mlflow(str(tmp_path / "mlruns"))
     with pytest.raises(InputError, match="has no file name"):
@@ -342,6 +362,7 @@ def test_a_database_is_created_again_if_its_creation_was_killed(tmp_path: Path) 
     maker.kill()
     maker.wait()
     assert not (tmp_path / "mlflow.db").exists()
-    with Flusher(str(tmp_path / "spool"), uri, "experiment") as flusher:
-        RunLog(str(tmp_path / "spool"), "run").start("run")
+    spool = Spool(str(tmp_path / "spool"))
+    with Flusher(spool, uri, "experiment") as flusher:
+        spool.record("run").start("run")
         assert flusher.wait_for("run", timeout=60)

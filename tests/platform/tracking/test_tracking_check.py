@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import re
 import shutil
 import sqlite3
 import sys
@@ -16,6 +17,7 @@ from helpers.mlflow_server import free_port
 from minitron.errors import InputError, MinitronError, StorageError
 from minitron_platform import load_recipe, plan
 from minitron_platform.addresses import check_jobs_address
+from minitron_platform.stages.finished import run_key
 from minitron_platform.tracking.check import check_tracking
 from minitron_platform.tracking.registry import promote
 
@@ -88,25 +90,26 @@ def test_a_deleted_experiment_is_refused_with_the_command_that_restores_it(datab
 
 
 @pytest.mark.parametrize(
-    ("driver", "package"), [("psycopg2", "psycopg2-binary"), ("psycopg", "'psycopg[binary]'"), ("pymysql", "pymysql")]
+    ("driver", "remedy"),
+    [
+        ("psycopg2", "pip install 'minitron[postgres]', and write postgresql+psycopg:// in the address"),
+        ("psycopg", "pip install 'minitron[postgres]'"),
+        ("pymysql", "pip install pymysql"),
+    ],
 )
-def test_a_missing_database_driver_is_named_with_its_package(monkeypatch, driver, package):
+def test_a_missing_database_driver_is_named_with_its_package(monkeypatch, driver, remedy):
     monkeypatch.setitem(sys.modules, driver, None)
     scheme = "mysql" if driver == "pymysql" else "postgresql"
     with pytest.raises(InputError, match=f"package {driver} is not installed") as refused:
         check_tracking(f"{scheme}+{driver}://user:secret@127.0.0.1/mlflow", "tiny")
-    assert refused.value.remedy == f"pip install {package}"
+    assert refused.value.remedy == remedy
     assert "secret" not in str(refused.value)
 
 
-def test_an_unreachable_server_is_a_warning(bench, tmp_path):
-    uri = f"http://127.0.0.1:{free_port()}"
-    planned = plan(load_recipe(str(bench / "recipe.yaml")), storage_path=str(tmp_path), tracking_uri=uri)
-    (warning,) = planned.warnings
-    assert f"MLflow at {uri} does not answer" in warning
+@pytest.fixture(scope="module")
+def guarded():
+    """The address of a server that refuses everybody."""
 
-
-def test_a_server_that_refuses_the_password_is_an_error():
     class Refuses(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(401)
@@ -117,7 +120,51 @@ def test_a_server_that_refuses_the_password_is_an_error():
 
     with http.server.HTTPServer(("127.0.0.1", 0), Refuses) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        with pytest.raises(InputError, match="refuses this user") as refused:
-            check_tracking(f"http://127.0.0.1:{server.server_port}", "tiny")
+        yield f"http://user:secret@127.0.0.1:{server.server_port}"
         server.shutdown()
-    assert "MLFLOW_TRACKING_PASSWORD" in refused.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason", "remedy"),
+    [
+        ("password", "refuses this user", "MLFLOW_TRACKING_PASSWORD"),
+        ("scheme", "is not supported", "use sqlite:///"),
+        ("driver", r"package psycopg2? is not installed", "minitron[postgres]"),
+        ("away", "does not answer", "start it or correct its address"),
+    ],
+)
+def test_the_recipe_decides_whether_a_run_starts_without_mlflow(
+    bench, tmp_path, monkeypatch, guarded, problem, reason, remedy
+):
+    for driver in ("psycopg", "psycopg2"):  # which of them is the default depends on SQLAlchemy's version
+        monkeypatch.setitem(sys.modules, driver, None)
+    uri = {
+        "password": guarded,
+        "scheme": "oracle://user:secret@127.0.0.1/mlflow",
+        "driver": "postgresql://user:secret@127.0.0.1/mlflow",
+        "away": f"http://user:secret@127.0.0.1:{free_port()}",
+    }[problem]
+
+    def planned(*settings):
+        recipe = load_recipe(str(bench / "recipe.yaml"), settings)
+        return plan(recipe, storage_path=str(tmp_path), tracking_uri=uri).warnings
+
+    with pytest.raises(InputError, match=reason) as refused:
+        planned("tracking=required")
+    assert remedy in refused.value.remedy
+    assert "secret" not in str(refused.value)
+    (warning,) = planned("tracking=best-effort")
+    assert re.search(reason, warning)
+    assert "minitron sync" in warning
+    assert "secret" not in warning
+    if problem == "away":
+        assert list(planned()) == [warning]
+    else:
+        assert remedy in warning
+        with pytest.raises(InputError, match=reason):
+            planned()
+
+
+def test_the_tracking_of_a_recipe_does_not_change_its_run(bench):
+    keys = {run_key(load_recipe(str(bench / "recipe.yaml"), settings)) for settings in ((), ("tracking=required",))}
+    assert len(keys) == 1

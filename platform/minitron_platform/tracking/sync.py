@@ -1,0 +1,91 @@
+"""`minitron sync`: sends to MLflow the records in a storage that it lacks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+from rich.markup import escape
+
+from minitron import storage
+from minitron.errors import InputError, MinitronError, StorageError
+from minitron.storage import redact
+from minitron_platform.console import Console
+from minitron_platform.leases import LeaseHeldError, lease
+from minitron_platform.locations import Locations
+from minitron_platform.tracking.check import REQUIRED, check_tracking
+from minitron_platform.tracking.flusher import Flusher
+from minitron_platform.tracking.spool import Spool
+
+
+def sync(locations: Locations, console: Console) -> int:
+    """Send the records of every run in the storage that MLflow lacks; returns how many were sent.
+
+    Runs whose driver is alive are left to it. What a run left open because its driver was killed is ended as KILLED; the next
+    driver of the run continues it. Raises InputError for a storage without records, MinitronError if MLflow does not take
+    everything, and what `check_tracking` raises.
+    """
+    sent, unsent = 0, 0
+    keys = run_keys(locations)
+    if not keys:
+        raise InputError(f"{locations.storage}: there are no records of runs", "check --storage")
+    for key in keys:
+        with console.working(key):
+            try:
+                with lease(locations, f"run-{key}", f"run {key}", run=key, console=console, wait=False):
+                    run_sent, run_unsent = _sync_run(locations, key, console)
+            except LeaseHeldError as held:
+                console.say(f"{escape(held.problem)}, which sends its records itself")
+                continue
+        sent += run_sent
+        unsent += run_unsent
+    if unsent:
+        raise MinitronError(
+            f"{unsent:,} records are not in MLflow yet; they stay in {locations.storage}",
+            "check that MLflow answers, and run the command again",
+        )
+    return sent
+
+
+def run_keys(locations: Locations) -> list[str]:
+    """The runs that have records in the storage, or on this machine from an earlier version."""
+    runs = storage.join(locations.storage, "runs")
+    older = storage.join(locations.local, "runs")
+    names = {*storage.names(runs), *storage.names(older)}
+    return sorted(
+        key for key in names if any(storage.names(where(key)) for where in (locations.spool, locations.older_spool))
+    )
+
+
+def _sync_run(locations: Locations, key: str, console: Console) -> tuple[int, int]:
+    """Send the records of one run; returns how many were sent, and how many are left."""
+    spool = Spool(locations.spool(key), older=locations.older_spool(key))
+    try:
+        experiment = spool.experiment or _experiment_of_recipe(locations, key)
+        if not experiment:
+            console.say(f"[yellow]{escape(key)}: nothing says which experiment it belongs to, so it is left out[/]")
+            return 0, 0
+        check_tracking(locations.tracking_uri, experiment, REQUIRED)
+        spool.end_open("KILLED")
+        flusher = Flusher(spool, locations.tracking_uri, experiment)
+        console.status(flusher.text)
+        left = flusher.close()
+        sent = flusher.sent()
+    finally:
+        spool.close()
+    if sent or left:
+        unsent = f", {left:,} are left" if left else ""
+        console.say(f"{escape(key)}: {sent:,} records sent to {escape(redact(locations.tracking_uri))}{unsent}")
+    return sent, left
+
+
+def _experiment_of_recipe(locations: Locations, key: str) -> str:
+    """The experiment in the recipe that an earlier version kept with its records; empty if there is none."""
+    path = storage.join(locations.local_run(key), "recipe.yaml")
+    if not storage.exists(path):
+        return ""
+    try:
+        recipe: Any = yaml.safe_load(storage.read_bytes(path))
+        return str(recipe["experiment"])
+    except (yaml.YAMLError, StorageError, KeyError, TypeError):
+        return ""
