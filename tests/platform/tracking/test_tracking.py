@@ -99,7 +99,7 @@ def test_unsent_events_are_counted_and_sent_by_the_next_run(spool: Spool, uri: s
     run = spool.record("run")
     run.start("run")
     run.metrics({"loss": 1.0}, 1)
-    down = Flusher(spool, f"http://127.0.0.1:{free_port()}", EXPERIMENT, interval=0.1)
+    down = Flusher(spool, f"http://127.0.0.1:{free_port()}", EXPERIMENT, interval=0.005)
     assert down.close() == 2
     flush(Spool(spool.folder), uri)
     assert points(uri, runs(uri)["run"], "loss") == [(1, 1.0)]
