@@ -6,14 +6,17 @@ command line prints both and exits with 2; any other exception is a bug and keep
 
 from __future__ import annotations
 
+from minitron.text import printable
+
 
 class MinitronError(Exception):
-    """A problem in the user's input: `problem` names the file or key and the value, `remedy` says what to do."""
+    """A problem in the user's input: `problem` names the file or key and the value, `remedy` says what to do. Both can be shown
+    on a terminal, whatever the file contained."""
 
     def __init__(self, problem: str, remedy: str = "") -> None:
-        super().__init__(problem)
-        self.problem = problem
-        self.remedy = remedy
+        self.problem = printable(problem)
+        self.remedy = printable(remedy)
+        super().__init__(self.problem)
 
     def __str__(self) -> str:
         return f"{self.problem}\n  remedy: {self.remedy}" if self.remedy else self.problem
@@ -29,7 +32,7 @@ def one_line(error: BaseException, longest: int = 400) -> str:
         parts = [error.problem, error.remedy]
     else:
         parts = [f"{type(error).__name__}: {error}" if str(error) else type(error).__name__]
-    return "; ".join(" ".join(part.split())[:longest] for part in parts if part)
+    return "; ".join(" ".join(printable(part).split())[:longest] for part in parts if part)
 
 
 class InputError(MinitronError):

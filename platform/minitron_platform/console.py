@@ -2,28 +2,70 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import click
 from rich.console import Console as RichConsole
+from rich.console import ConsoleOptions, RenderableType
+from rich.errors import MarkupError
 from rich.live import Live
 from rich.markup import escape
+from rich.segment import Segment
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from minitron.text import printable
+
 FILE_COLUMNS = 120  # width of tables if the output is not a terminal
 HEARTBEAT_SECONDS = 8.0  # longest time without a line if the output is not a terminal
+STYLES = ("bold", "dim", "green", "yellow")  # that our messages use; names in them may contain other markup
+
+
+class _Terminal(RichConsole):
+    """Shows control characters in texts as visible characters, and texts in tables as they are, without markup."""
+
+    def __init__(self) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
+def _from_markup(message: str, **options: Any) -> Text:
+    """A text of our styles alone: no links, and nothing that a name with brackets could break."""
+    try:
+        text = Text.from_markup(message, emoji=False, **options)
+    except MarkupError:
+        return Text(message, **options)
+    text.spans = [span for span in text.spans if span.style in STYLES]
+    return text
+
+
+class PrintableFormatter(logging.Formatter):
+    """Formats log records as `echo` prints texts."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def echo(text: str, *, err: bool = False) -> None:
+    """Print a line that may contain texts of files, registries or other machines."""
+    click.echo(printable(text), err=err)
 
 
 class Console:
     """Prints messages, tables and the status of the current work. All methods may be called from any thread."""
 
     def __init__(self) -> None:
-        self.rich = RichConsole(highlight=False)
+        self.rich = _Terminal()
         if not self.rich.is_terminal and "COLUMNS" not in os.environ:
             self.rich.width = FILE_COLUMNS
         self._status: Callable[[], str] = str
@@ -33,10 +75,10 @@ class Console:
         self._lock = threading.Lock()
 
     def say(self, message: str = "") -> None:
-        """Print a line with rich markup."""
+        """Print a line with rich markup of the STYLES."""
         with self._lock:
             self._last_print = time.monotonic()
-            self.rich.print(Text.from_markup(message), soft_wrap=True)
+            self.rich.print(_from_markup(message), soft_wrap=True)
 
     def table(self, table: Table) -> None:
         """Print a table."""
@@ -90,7 +132,7 @@ class Console:
         return f"{self._name}  {escape(status)}{' · ' if status else ''}{seconds(self.elapsed())}"
 
     def _line(self) -> Spinner:
-        return Spinner("dots", text=Text.from_markup(self._text(), overflow="ellipsis"))
+        return Spinner("dots", text=_from_markup(self._text(), overflow="ellipsis"))
 
     def _print_heartbeats(self, stop: threading.Event) -> None:
         while not stop.wait(0.5):

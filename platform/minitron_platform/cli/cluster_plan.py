@@ -39,7 +39,7 @@ def _table(planned: Plan) -> Any:
         table.add_column(title, justify="right", no_wrap=True)
     for cost in planned.costs:
         title = cost.title if len(planned.recipe.family) > 1 else cost.stage
-        table.add_row(escape(title), *_row(cost, cluster.gpus, price))
+        table.add_row(title, *_row(cost, cluster.gpus, price))
     table.add_section()
     total = [seconds(planned.seconds), f"{planned.gpu_hours:,.1f}", f"{planned.idle_share:.0%}"]
     if planned.price is not None:

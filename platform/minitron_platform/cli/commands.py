@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import shutil
@@ -15,11 +16,12 @@ from rich.markup import escape
 from minitron import __version__
 from minitron.errors import MinitronError, NotWritableError
 from minitron.storage import redact
+from minitron.text import printable_log
 from minitron_platform.cli.importance import importance
 from minitron_platform.cli.models import UNVERIFIED_HELP, models
 from minitron_platform.cli.options import STORAGE_HELP, TRACKING_HELP, tracking_options
 from minitron_platform.cli.prune import prune
-from minitron_platform.console import Console, seconds
+from minitron_platform.console import Console, PrintableFormatter, echo, seconds
 
 ADDRESS_HELP = "Address of the cluster's Ray Jobs API: http://HOST:8265."
 INSECURE_HELP = "Allow an unencrypted address of another machine."
@@ -40,7 +42,7 @@ class _Group(click.Group):
         except MinitronError as error:
             _fail(error)
         except KeyboardInterrupt:
-            click.echo(f"\nstopped; to resume: {_command_line()}", err=True)
+            echo(f"\nstopped; to resume: {_command_line()}", err=True)
             context.exit(130)
 
     def _location_option(self, context: click.Context) -> str:
@@ -83,6 +85,8 @@ def main() -> None:
     A recipe is a YAML file that describes the teacher, the text, the sizes of the students, the search and the evaluation.
     RECIPE is the path of such a file, or the name of a recipe that ships with Minitron (`minitron recipes` lists them).
     """
+    if logging.lastResort:  # prints the warnings of all libraries
+        logging.lastResort.setFormatter(PrintableFormatter())
 
 
 def _recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,7 +127,7 @@ def recipes(name: str | None) -> None:
         click.echo(shipped_recipe(name).read_text(encoding="utf-8"), nl=False)
         return
     for each in shipped_recipes():
-        click.echo(f"{each:<28}{load_recipe(each).description}")
+        echo(f"{each:<28}{load_recipe(each).description}")
 
 
 @main.command()
@@ -272,6 +276,7 @@ def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool)
 def _cost_table(recipe: Any, planned: Any) -> Any:
     """The stages with their estimated cost."""
     from rich.table import Table
+    from rich.text import Text
 
     sizes = " and ".join(f"{member.parameters / 1e6:,.1f}M" for member in recipe.family)
     table = Table(
@@ -290,7 +295,7 @@ def _cost_table(recipe: Any, planned: Any) -> Any:
     for cost in planned.costs:
         if cost.model != model and len(recipe.family) > 1:
             table.add_section()
-            table.add_row("", f"[bold]{escape(cost.model)}[/]")
+            table.add_row("", Text(cost.model, "bold"))
         model = cost.model
         table.add_row(
             cost.stage,
@@ -392,10 +397,10 @@ def submit(
         insecure=insecure,
         take_over=take_over,
         resume=_command_line(),
-        say=lambda line: click.echo(line, err=True),
+        say=lambda line: echo(line, err=True),
     )
-    click.echo(submission)
-    click.echo(f"follow it: {_program()} logs {submission} --address {address} --follow", err=True)
+    echo(submission)
+    echo(f"follow it: {_program()} logs {submission} --address {address} --follow", err=True)
 
 
 def _job_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -416,7 +421,7 @@ def status(job: str | None, address: str, insecure: bool) -> None:
     from minitron_platform.cluster.jobs import status as job_status
 
     for row in job_status(address, job, insecure=insecure):
-        click.echo(f"{row.submission_id:<48}{row.status:<12}{row.message or ''}")
+        echo(f"{row.submission_id:<48}{row.status:<12}{row.message or ''}")
 
 
 @main.command()
@@ -428,7 +433,7 @@ def logs(job: str, follow: bool, address: str, insecure: bool) -> None:
     from minitron_platform.cluster.jobs import logs as job_logs
 
     for text in job_logs(address, job, follow, insecure=insecure):
-        click.echo(text, nl=False)
+        click.echo(printable_log(text), nl=False)
 
 
 @main.command()
@@ -439,9 +444,9 @@ def stop(job: str, address: str, insecure: bool) -> None:
     from minitron_platform.cluster.jobs import status as job_status
     from minitron_platform.cluster.jobs import stop as stop_job
 
-    click.echo(stop_job(address, job, insecure=insecure))
+    echo(stop_job(address, job, insecure=insecure))
     if resume := job_status(address, job, insecure=insecure)[0].resume:
-        click.echo(f"to resume: {resume}", err=True)
+        echo(f"to resume: {resume}", err=True)
 
 
 @main.command()
@@ -499,7 +504,7 @@ def rollback(locations: Any, model: str, alias: str) -> None:
 
 def _print_promotion(promotion: Any) -> None:
     before = f" (was version {promotion.previous})" if promotion.previous else ""
-    click.echo(f"{promotion.name}@{promotion.alias} is version {promotion.version}{before}")
+    echo(f"{promotion.name}@{promotion.alias} is version {promotion.version}{before}")
 
 
 @main.command()
@@ -525,7 +530,7 @@ def ui(locations: Any, host: str, port: int, insecure: bool, no_auth: bool) -> N
             port=port,
             insecure=insecure,
             auth=not no_auth,
-            say=click.echo,
+            say=echo,
         )
     )
 

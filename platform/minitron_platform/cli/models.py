@@ -10,7 +10,7 @@ from rich.markup import escape
 from minitron.errors import InputError
 from minitron.storage import redact
 from minitron_platform.cli.options import tracking_options
-from minitron_platform.console import Console
+from minitron_platform.console import Console, echo
 
 UNVERIFIED_HELP = "Allow a version that does not say which weights were registered."
 
@@ -32,7 +32,7 @@ def models(locations: Any) -> None:
 
     versions = registered(locations.tracking_uri, locations.storage)
     if not versions:
-        click.echo(f"no models in {redact(locations.tracking_uri)}; `minitron run` registers one")
+        echo(f"no models in {redact(locations.tracking_uri)}; `minitron run` registers one")
         return
     table = Table(caption=f"KL to the teacher and held-out loss in {KL.unit}", caption_justify="left")
     for title in ("model", "version", "parameters", "KL", "loss", "registered"):
@@ -82,4 +82,4 @@ def pull(locations: Any, model: str, folder: str, version: str | None, unverifie
         storage_root=locations.storage,
         unverified=unverified,
     )
-    click.echo(f"{name} version {pulled}, verified, is in {folder}")
+    echo(f"{name} version {pulled}, verified, is in {folder}")

@@ -28,6 +28,7 @@ from ray.job_submission import JobSubmissionClient
 from minitron import __version__
 from minitron.errors import InputError, MinitronError
 from minitron.storage import fingerprint, secret_in
+from minitron.text import printable
 from minitron_platform.addresses import check_jobs_address, check_token_address
 from minitron_platform.cluster.packaging import code_hash, stage_code
 from minitron_platform.cluster.ray_session import auth_token
@@ -346,4 +347,4 @@ async def _next(stream: AsyncIterator[str]) -> str | None:
 
 def to_stderr(line: str) -> None:
     """Print a message for the user to standard error."""
-    print(line, file=sys.stderr)
+    print(printable(line), file=sys.stderr)

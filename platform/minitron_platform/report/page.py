@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from minitron import storage
 from minitron.evaluation import task_metric
 from minitron.evaluation.metrics import KL, LOSS, PLUS_MINUS, SPEED, Metric
+from minitron.text import printable
 from minitron_platform.report.shipped_files import data_folder
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.correct import Correct
@@ -27,6 +28,9 @@ from minitron_platform.stages.state import RunState
 from minitron_platform.tracking.restarts import Restart
 from minitron_search.ranking import RankedCandidate, pareto
 from minitron_search.tau import SETTLED
+
+if TYPE_CHECKING:
+    import jinja2
 
 MAX_BARS = 25  # candidates in the plot of a search
 STANDING_COLOURS = {"distilled: the winner": "#76b900", "tied with the best": "#b5d99c", "behind": "#9aa5b1"}
@@ -300,15 +304,24 @@ def restarts(state: RunState) -> list[tuple[str, Restart]]:
     return found
 
 
+def _shown(value: Any) -> Any:
+    # not of what the template itself has made, which is escaped already
+    return printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
+
+
+def environment() -> jinja2.Environment:
+    """Jinja's settings for the page: every text is escaped, and has no control characters."""
+    import jinja2
+
+    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_shown)
+
+
 def page(context: Context) -> str:
     """The report as one self-contained HTML page."""
     import base64
 
-    import jinja2
-
     header, body = rows(context)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string((data_folder("dashboards") / "report.html.j2").read_text())
+    template = environment().from_string((data_folder("dashboards") / "report.html.j2").read_text())
     folder = Path(context.locations.local_run(context.run_key))
     searches = {member.model: context.output(Search, member) for member in context.recipe.family}
     return template.render(

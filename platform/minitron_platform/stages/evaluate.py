@@ -270,7 +270,7 @@ def _measure(task: _Evaluation, worker: Worker, name: str, path: str) -> None:
         def on_failure(benchmark: str, error: Exception) -> None:
             failures[benchmark] = one_line(error)
             worker.progress.say(
-                f"  [yellow]{name}: {benchmark} failed and is left out: {escape(failures[benchmark])}[/]"
+                f"  [yellow]{name}: {escape(benchmark)} failed and is left out: {escape(failures[benchmark])}[/]"
             )
 
         scores = evaluate(
@@ -291,7 +291,7 @@ def _measure(task: _Evaluation, worker: Worker, name: str, path: str) -> None:
         results += [
             f"{benchmark} {score.shown_as.sentence(score.value, score.stderr)}" for benchmark, score in scores.items()
         ]
-    worker.progress.say(f"  {name}: {' · '.join(results)}")
+    worker.progress.say(f"  {name}: {escape(' · '.join(results))}")
 
 
 def _is_complete(path: str, tasks: Sequence[Task]) -> bool:
