@@ -45,6 +45,8 @@ def check_source(source: str) -> None:
     check_type("source", source, str, "a model folder, a .gguf file or a hub name")
     if source.startswith(PACKAGE):
         package_path(source)
+    elif is_remote_source(source):
+        storage.uploaded_hashes(source)
     elif is_local_source(source):
         path = storage.local_path(source)
         if not path.exists():
@@ -61,12 +63,20 @@ def is_local_source(source: str) -> bool:
     return source.startswith((".", "/", "~")) or source.endswith(".gguf") or os.path.exists(source)
 
 
+def is_remote_source(source: str) -> bool:
+    """Whether a model source is in remote storage (see `minitron.storage.uploads`)."""
+    return not source.startswith(PACKAGE) and not storage.is_local(source)
+
+
 def source_identity(source: str, revision: str | None = None) -> dict[str, Any]:
     """A JSON value that changes when a model source changes, cheap to compute: SHA-256 of a single file, sizes and times of a
-    folder's files, name and commit on the hub. Raises InputError if the hub cannot be reached."""
+    folder's files, SHA-256 of those in remote storage, name and commit on the hub. Raises InputError if the hub cannot be
+    reached."""
     check_source(source)
     if source.startswith(PACKAGE):
         path = package_path(source)
+    elif is_remote_source(source):
+        return {"uploaded": storage.uploaded_hashes(source)}
     elif is_local_source(source):
         path = storage.local_path(source)
     else:
@@ -106,7 +116,7 @@ def source_architecture(source: str, revision: str | None = None) -> tuple[Archi
     Raises InputError as `load_source` does.
     """
     check_source(source)
-    folder, arguments = _arguments(source, revision)
+    folder, arguments = _arguments(source, revision, weights=False)
     config = read_config(folder, source, **arguments)
     return Architecture.from_config(config), getattr(config, "max_position_embeddings", None)
 
@@ -114,8 +124,10 @@ def source_architecture(source: str, revision: str | None = None) -> tuple[Archi
 def check_contents(source: str, revision: str | None = None) -> None:
     """Raise InputError unless the tensors of a model source have the names, shapes and dtypes of the model in its config.
 
-    `load_source` checks the rest, and everything for a source without safetensors.
+    `load_source` checks the rest, and everything for a source without safetensors or in remote storage.
     """
+    if is_remote_source(source):
+        return
     folder, arguments = _arguments(source, revision)
     if "gguf_file" in arguments:
         return
@@ -140,12 +152,15 @@ def _is_pickled(folder: str) -> bool:
     return is_local_source(folder) and has_pickles(Path(folder)) and not has_safetensors(Path(folder))
 
 
-def _arguments(source: str, revision: str | None) -> tuple[str, dict[str, Any]]:
-    """Path or hub name, and further arguments, with which transformers' from_pretrained loads a source."""
+def _arguments(source: str, revision: str | None, *, weights: bool = True) -> tuple[str, dict[str, Any]]:
+    """Path or hub name, and further arguments, with which transformers' from_pretrained loads a source. weights: whether
+    the weights of a remote one are copied to this machine too."""
     check_type("source", source, str, "a model folder, a .gguf file or a hub name")
     if revision is not None:
         check_type("revision", revision, str)
     path = str(package_path(source)) if source.startswith(PACKAGE) else source
+    if is_remote_source(source):
+        path = str(storage.uploaded_copy(source, weights=weights))
     if is_local_source(path):
         path = str(storage.local_path(path))
     arguments: dict[str, Any] = {"trust_remote_code": False}
@@ -159,7 +174,7 @@ def _arguments(source: str, revision: str | None) -> tuple[str, dict[str, Any]]:
 
 
 def load_source(source: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
-    """The model and tokenizer of a GGUF file, a local folder, `package:NAME/FILE`, or a hub name.
+    """The model and tokenizer of a GGUF file, a local folder, `package:NAME/FILE`, remote storage, or a hub name.
 
     A quantised model is dequantised. Raises InputError if the source cannot be read, if its tensors are not those of the model
     in its config, if a weight is not finite, or if its family is not supported.
@@ -168,6 +183,8 @@ def load_source(source: str, revision: str | None = None, dtype: torch.dtype = t
     check_source(source)
     check_contents(source, revision)
     folder, arguments = _arguments(source, revision)
+    if is_remote_source(source):
+        check_contents(folder)
     with read_once():
         config = read_config(folder, source, **arguments)
         method = method_of(config, source)
@@ -216,7 +233,7 @@ def _filled_model(folder: str, where: str, **arguments: Any) -> Any:
 def source_tokenizer(source: str, revision: str | None = None) -> Any:
     """The tokenizer of a model source, without its model. Raises InputError as `load_source` does."""
     check_source(source)
-    folder, arguments = _arguments(source, revision)
+    folder, arguments = _arguments(source, revision, weights=False)
     return read_tokenizer(folder, source, **arguments)
 
 

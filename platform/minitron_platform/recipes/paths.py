@@ -23,7 +23,7 @@ def anchor_paths(values: dict[str, Any], folder: Path, source: str) -> None:
     the recipe's file. Raises InputError for a path that does not exist in `folder`, but in the current folder.
     """
     here = Path.cwd()
-    for section, key, name in _path_keys(values):
+    for section, key, name in recipe_paths(values):
         text = section[key]
         if not _is_relative(text):
             continue
@@ -41,7 +41,7 @@ def anchor_paths(values: dict[str, Any], folder: Path, source: str) -> None:
 def with_absolute_paths(recipe: Recipe) -> Recipe:
     """The recipe with its local paths made absolute, for a process with another working directory."""
     values = recipe.model_dump(by_alias=True)
-    for section, key, name in _path_keys(values):
+    for section, key, name in recipe_paths(values):
         text = section[key]
         may_be_on_the_hub = name == "teacher.model" or (name == "data.path" and section["kind"] == "hub")
         if is_local(text) and not text.startswith(PACKAGE) and (_exists(local_path(text)) or not may_be_on_the_hub):
@@ -49,7 +49,7 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def _path_keys(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
+def recipe_paths(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
     """(section, key, full name) of every path in `values`, which need not be valid yet."""
     for *parents, key in PATHS:
         section = _section(values, parents)

@@ -483,13 +483,22 @@ def test_a_recipe_runs_as_a_job_on_a_cluster_whose_head_loads_no_model(
     settings = ["--set", "teacher.model=./teacher", "--set", "data.path=text.jsonl", "--set", "distill.steps=6"]
     tracking = ["--tracking-uri", f"sqlite:///{as_user.folder}/mlflow.db"]
     sent = minitron(
-        "submit", "recipe.yaml", "--address", as_user.address, "--storage", "s3://runs", *settings, *tracking
+        "submit",
+        "recipe.yaml",
+        "--address",
+        as_user.address,
+        "--storage",
+        "s3://runs",
+        *settings,
+        *tracking,
+        "--upload",
     )
     job = sent.strip().splitlines()[-1]
     printed = minitron("logs", job, "--address", as_user.address, "--follow")
     assert "SUCCEEDED" in minitron("status", job, "--address", as_user.address), printed
     for stage in ("teacher", "search", "distill", "register"):
         assert f"✓ {stage}" in printed
+    assert files.exists(files.glob("runs/uploads/*/teacher/model.safetensors")[0])
     (results,) = files.glob("runs/runs/*/results.json")
     table = json.loads(files.cat(results))["family"]["tiny-student"]["evaluate"]["table"]
     assert table["distilled"]["kl"] < table["pruned"]["kl"]

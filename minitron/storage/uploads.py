@@ -1,0 +1,56 @@
+"""Files of a user's machine in storage that other machines read: committed folders named by their content."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from minitron.errors import InputError
+from minitron.storage.addresses import join
+from minitron.storage.copies import fetch
+from minitron.storage.folders import committed_folder, is_committed, manifest
+from minitron.storage.hashing import fingerprint, sha256
+
+
+def upload_files(files: Mapping[str, Path], root: str) -> str:
+    """Copy files to the folder below `root` that is named by their content, unless they are there; returns its address.
+
+    files: local path by path inside the folder.
+    """
+    hashes = {name: sha256(path) for name, path in files.items()}
+    target = join(root, fingerprint(hashes))
+    if not is_committed(target):
+        with committed_folder(target) as folder:
+            for name, path in files.items():
+                copy = folder / name
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+    return target
+
+
+def uploaded_copy(address: str, *, weights: bool = True) -> Path:
+    """The local path of an uploaded file or folder, copied to this machine and verified. weights: whether safetensors files are
+    copied too. Raises InputError if it was not uploaded."""
+    folder, inner = _parts(address)
+    return fetch(folder, weights=weights) / inner
+
+
+def uploaded_hashes(address: str) -> dict[str, str]:
+    """SHA-256 of every file of the committed folder that an uploaded file or folder is in, by path. Raises InputError if it
+    was not uploaded."""
+    return {name: entry["sha256"] for name, entry in manifest(_parts(address)[0])["files"].items()}
+
+
+def _parts(address: str) -> tuple[str, str]:
+    """(committed folder, path inside it): the address is the folder itself or directly inside it."""
+    address = address.rstrip("/")
+    if is_committed(address):
+        return address, ""
+    folder, name = address.rsplit("/", 1)
+    if is_committed(folder):
+        return folder, name
+    raise InputError(
+        f"{address}: not uploaded by minitron, and not a folder that it wrote",
+        "give the path on your machine together with --upload, which copies it there",
+    )

@@ -1,0 +1,65 @@
+"""`--upload`: the local teacher, texts and benchmark documents of a recipe are copied to the storage that a cluster reads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from glob import has_magic, iglob
+from pathlib import Path
+
+from minitron import storage
+from minitron.packages import PACKAGE
+from minitron_platform.recipes.paths import recipe_paths
+from minitron_platform.recipes.schema import Recipe
+
+
+def with_uploads(recipe: Recipe, root: str, say: Callable[[str], None]) -> Recipe:
+    """The recipe with the addresses of copies in place of local paths that exist on this machine.
+
+    Copies are below `root`/uploads, in folders that are named by their content, so that nothing is uploaded twice. Paths inside
+    installed packages stay as they are. say: receives a line for each path.
+    """
+    values = recipe.model_dump(by_alias=True)
+    for section, key, name in recipe_paths(values):
+        text = section[key]
+        if text.startswith(PACKAGE) or not storage.is_local(text):
+            continue
+        if found := _files(str(storage.local_path(text))):
+            inner, files = found
+            size = sum(path.stat().st_size for path in files.values())
+            say(f"uploading {name}: {text}, {len(files)} file{'s' if len(files) > 1 else ''}, {size / 1e6:,.1f} MB")
+            folder = storage.upload_files(files, storage.join(root, "uploads"))
+            section[key] = storage.join(folder, inner)
+    return Recipe.model_validate(values)
+
+
+def _files(path: str) -> tuple[str, dict[str, Path]] | None:
+    """(path inside the upload that stands for `path`, local file by path inside it) of a file, a folder or a glob; None if it
+    does not exist."""
+    if os.path.isfile(path):
+        name = os.path.basename(path)
+        return name, {name: Path(path)}
+    if os.path.isdir(path):
+        name = os.path.basename(os.path.normpath(path))
+        return name, _below(path, name)
+    if not has_magic(path):
+        return None
+    fixed = Path(*Path(path).parts[: _first_magic(path)])
+    files = {f"files/{Path(match).relative_to(fixed)}": Path(match) for match in iglob(path, recursive=True)}
+    files = {name: file for name, file in files.items() if file.is_file()}
+    return (f"files/{Path(path).relative_to(fixed)}", files) if files else None
+
+
+def _below(folder: str, name: str) -> dict[str, Path]:
+    files = {}
+    for parent, _, names in os.walk(folder):
+        for file in names:
+            path = Path(parent, file)
+            if path.is_file():
+                files[f"{name}/{path.relative_to(folder)}"] = path
+    return files
+
+
+def _first_magic(path: str) -> int:
+    """Number of the first part of a path that has a wildcard."""
+    return next(number for number, part in enumerate(Path(path).parts) if has_magic(part))
