@@ -375,6 +375,13 @@ def test_ctrl_c_stops_a_search_and_says_how_to_resume(bench, finished):
     assert "stopped; to resume: " in said
     assert "Traceback" not in said
     assert not list((bench / "interrupted").glob("stages/search/*/stage.json"))
+    client = MlflowClient(f"sqlite:///{bench}/interrupted/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    status = {run.info.run_name: run.info.status for run in runs}
+    assert status.pop("search") == "KILLED"
+    assert status.pop(next(name for name in status if name.startswith("tiny"))) == "KILLED"  # the whole run
+    assert {status[name] for name in ("data", "calibrate", "targets")} == {"FINISHED"}
+    assert "RUNNING" not in status.values(), status
 
 
 def _start(bench, storage, *settings, until="register"):

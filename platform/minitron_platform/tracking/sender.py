@@ -78,7 +78,6 @@ class Sender:
         self.spool = spool
         self.stop = stop
         self.on_run_id = on_run_id
-        self.remote = tracking_uri.startswith("http")
         self.at_once = 1 if tracking_uri.startswith("sqlite") else AT_ONCE
         self.refused = 0  # number of events that MLflow rejected for good
         self.accepted = 0  # number of requests that MLflow has accepted
@@ -273,18 +272,11 @@ class Sender:
         try:
             function(*arguments)
         except MlflowException as error:
-            if not self._is_permanent(error):
+            if error.error_code not in PERMANENT_ERRORS:
                 raise
             return str(error)
         self.accepted += 1
         return ""
-
-    def _is_permanent(self, error: Any) -> bool:
-        """Whether MLflow itself says that a request can never succeed; a proxy's page that says "not found" can pass."""
-        from mlflow.exceptions import RestException
-
-        said_by_mlflow = isinstance(error, RestException) if self.remote else True
-        return said_by_mlflow and error.error_code in PERMANENT_ERRORS
 
     def _is_gone(self, run_id: str) -> bool:
         """Whether the run was deleted in MLflow."""
@@ -293,7 +285,7 @@ class Sender:
         try:
             return bool(self.client.get_run(run_id).info.lifecycle_stage == "deleted")
         except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST" or not self._is_permanent(error):
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return True
 
