@@ -1,7 +1,7 @@
 """From text to fixed-length rows of token ids: `documents` reads, `packing` writes, `rows` reads back."""
 
 from minitron.data.boundaries import DocumentBoundaries
-from minitron.data.documents import Document, documents
+from minitron.data.documents import Document, check_chat_template, check_first_row, documents
 from minitron.data.in_parts import InParts
 from minitron.data.packing import pack, tokenizer_identity
 from minitron.data.rows import Rows, Split, rows_for_step, rows_of_steps
@@ -17,6 +17,8 @@ __all__ = [
     "Rows",
     "Split",
     "TextSource",
+    "check_chat_template",
+    "check_first_row",
     "document_tokens",
     "documents",
     "pack",

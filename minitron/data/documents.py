@@ -7,7 +7,7 @@ that the first documents are a fair sample and a reader may stop early.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from minitron.arguments import check_type
@@ -19,7 +19,7 @@ from minitron.data.python_docs import python_documents
 from minitron.data.readers import READERS
 from minitron.data.sources import TextSource
 from minitron.errors import InputError
-from minitron.storage import filesystem
+from minitron.storage import filesystem, is_local
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,19 @@ def documents(source: TextSource, tokenizer: Any = None) -> Iterator[Document]:
         yield document
     if empty:
         raise no_text(source, left_out)
+
+
+def check_first_row(source: TextSource) -> None:
+    """Raise what `documents` raises for the first row of a source of files on this machine, for example if it has no field
+    `key`. Other sources, and chats, are not read."""
+    if source.kind in ("jsonl", "csv", "parquet") and source.messages is None and is_local(source.path):
+        part = whole(source)
+        next(_file_texts(source, replace(part, files=part.files[:1]), RowText(source)), None)
+
+
+def check_chat_template(source: TextSource, tokenizer: Any) -> None:
+    """Raise InputError if a source contains chats and the tokenizer has no template for them."""
+    RowText(source, tokenizer)
 
 
 def no_text(source: TextSource, left_out: LeftOut) -> InputError:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minitron.arguments import check_tokenizer, check_type, check_types
-from minitron.data.fields import RowText
+from minitron.data.documents import check_chat_template
 from minitron.data.in_parts import InParts, pack_in_parts
 from minitron.data.merging import Chunks, Layout, write_rows
 from minitron.data.parts import whole
@@ -99,7 +99,7 @@ def pack(
     if heldout is not None:
         check_type("heldout", heldout, TextSource)
     for one in [*sources, *([heldout] if heldout else [])]:
-        RowText(one, tokenizer)  # refuses chats without a template before anything is read
+        check_chat_template(one, tokenizer)
     around = document_tokens(tokenizer, add_bos)
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     layout = Layout(

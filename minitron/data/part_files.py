@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from minitron.data.hub import is_local_folder
 from minitron.data.parts import Part
 from minitron.data.source_files import source_identity
 from minitron.data.tokenising import PIECE, SPLITS, Chunk, Tokenising, tokenise
 from minitron.errors import InputError, MinitronError, StorageError
-from minitron.storage import exists, fingerprint, join, read_bytes, read_json, write_bytes, write_json
+from minitron.storage import (
+    absolute,
+    exists,
+    fingerprint,
+    is_local,
+    join,
+    read_bytes,
+    read_json,
+    write_bytes,
+    write_json,
+)
 
 FORMAT = 1
 BLOCK_TOKENS = 2**22  # tokens in a file, so that large parts take little memory
@@ -54,6 +65,9 @@ class PartJob:
         """tokenizer: its identity."""
         around = [list(how.around.begin), list(how.around.end)]
         settings = [FORMAT, PIECE.descr, source_identity(how.source), tokenizer, around, how.heldout_fraction]
+        source = how.source
+        if is_local(source.path) and (source.kind != "hub" or is_local_folder(source.path)):
+            how = replace(how, source=replace(source, path=absolute(source.path)))  # workers have other working folders
         return cls(how, folder, number, fingerprint([*settings, how.dtype.str]))
 
 

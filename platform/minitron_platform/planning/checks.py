@@ -11,6 +11,7 @@ import torch
 from minitron import storage
 from minitron.architecture import Architecture
 from minitron.checkpoints.tokenizer_files import check_tokenizer_fits
+from minitron.data import TextSource, check_chat_template, check_first_row
 from minitron.data import document_tokens as tokenizer_document_tokens
 from minitron.data import source_identity as text_identity
 from minitron.device import compute_capability
@@ -20,7 +21,7 @@ from minitron.errors import InputError, StorageError
 from minitron.evaluation import Task, check_requirements, check_tasks
 from minitron.models import is_local_source, source_tokenizer
 from minitron_platform.estimates.teacher import check_targets
-from minitron_platform.recipes.build import distillation_losses, document_tokens, lm_eval_tasks, text_source
+from minitron_platform.recipes.build import all_text_sources, distillation_losses, document_tokens, lm_eval_tasks
 from minitron_platform.recipes.consistency import check_consistency, trainings
 from minitron_platform.recipes.keys import named_by_key
 from minitron_platform.recipes.resources import ResolvedResources
@@ -41,8 +42,15 @@ def check_recipe(recipe: Recipe, teacher: Architecture, max_seq_length: int | No
 
 def check_text(recipe: Recipe) -> None:
     """Raise InputError or StorageError if the recipe's text does not exist or cannot be read."""
-    with named_by_key("data"):
-        text_identity(text_source(recipe.data))
+    for key, source in all_text_sources(recipe.data).items():
+        check_source_text(key, source)
+
+
+def check_source_text(key: str, source: TextSource) -> None:
+    """Raise InputError or StorageError, naming the recipe key `key`, if a text does not exist or cannot be read."""
+    with named_by_key(key):
+        text_identity(source)
+        check_first_row(source)
 
 
 def check_with_teacher(recipe: Recipe, teacher: Architecture, max_seq_length: int | None) -> None:
@@ -56,6 +64,10 @@ def check_with_teacher(recipe: Recipe, teacher: Architecture, max_seq_length: in
     if recipe.data.bos:
         tokenizer = source_tokenizer(recipe.teacher.model, recipe.teacher.revision)
         document_tokens(recipe.data, tokenizer_document_tokens(tokenizer))
+    for key, source in all_text_sources(recipe.data).items():
+        if source.messages is not None:
+            with named_by_key(key):
+                check_chat_template(source, source_tokenizer(recipe.teacher.model, recipe.teacher.revision))
     if recipe.correct and recipe.correct.method == "lora":
         check_lora(teacher)
 

@@ -9,6 +9,7 @@ from huggingface_hub.errors import HTTPError
 
 from minitron import storage
 from minitron.architecture import Architecture
+from minitron.data import TextSource
 from minitron.errors import InputError, StorageError
 from minitron.models import check_contents, check_source, source_architecture
 from minitron.packages import PACKAGE, package_path
@@ -16,9 +17,10 @@ from minitron_platform.planning.checks import (
     benchmark_tasks,
     check_benchmark_names,
     check_outcomes,
-    check_text,
+    check_source_text,
     check_with_teacher,
 )
+from minitron_platform.recipes.build import all_text_sources
 from minitron_platform.recipes.candidates import family_candidates
 from minitron_platform.recipes.consistency import check_consistency
 from minitron_platform.recipes.keys import named_by_key
@@ -51,22 +53,29 @@ def _check_benchmarks(recipe: Recipe) -> list[str]:
 
 
 def _check_text(recipe: Recipe) -> list[str]:
-    path = recipe.data.path
-    unchecked = [f"data.path: {path}"]
-    if not storage.is_local(path):
-        return unchecked  # the credentials may only be on the cluster
-    if recipe.data.kind == "hub":
+    return [
+        f"{key}.path: {source.path}"
+        for key, source in all_text_sources(recipe.data).items()
+        if not _is_text_checked(f"{key}.path", key, source)
+    ]
+
+
+def _is_text_checked(path_key: str, key: str, source: TextSource) -> bool:
+    """Whether a text could be checked here. Raises InputError or StorageError for one that is here, but cannot be read."""
+    if not storage.is_local(source.path):
+        return False  # the credentials may only be on the cluster
+    if source.kind == "hub":
         try:
-            check_text(recipe)
+            check_source_text(key, source)
         except (InputError, StorageError) as error:
             if not _is_unreachable(error):
                 raise
-            return unchecked
-        return []
-    if path and not _exists_here("data.path", path):
-        return unchecked
-    check_text(recipe)
-    return []
+            return False
+        return True
+    if source.path and not _exists_here(path_key, source.path):
+        return False
+    check_source_text(key, source)
+    return True
 
 
 def _check_teacher(recipe: Recipe) -> list[str]:

@@ -34,9 +34,36 @@ if TYPE_CHECKING:
 INTERMEDIATE = {"hidden", "hidden_loss", "embedding", "attention", "mlp_input", "alpha"}
 
 
-def text_source(data: schema.Data) -> TextSource:
-    """The text to pack."""
-    return TextSource(**data.model_dump(include={field.name for field in fields(TextSource)}))
+def text_sources(data: schema.Data) -> dict[str, TextSource]:
+    """The texts to pack, by their recipe keys. Raises InputError for keys of one that contradict each other."""
+    sections: dict[str, schema.WeightedText | schema.Data] = {"data": data}
+    if data.sources:
+        sections = {f"data.sources.{number}": source for number, source in enumerate(data.sources)}
+    return {key: _text_source(key, section) for key, section in sections.items()}
+
+
+def heldout_source(data: schema.Data) -> TextSource | None:
+    """The text of the held-out rows; None if they are taken from the text of the training rows. Raises as `text_sources`."""
+    return _text_source("data.heldout", data.heldout) if data.heldout else None
+
+
+def all_text_sources(data: schema.Data) -> dict[str, TextSource]:
+    """`text_sources` and `heldout_source`."""
+    heldout = heldout_source(data)
+    return text_sources(data) | ({"data.heldout": heldout} if heldout else {})
+
+
+def _text_source(key: str, section: schema.HeldoutText | schema.WeightedText | schema.Data) -> TextSource:
+    with named_by_key(key):
+        return TextSource(**section.model_dump(include={field.name for field in fields(TextSource)}))
+
+
+def data_values(data: schema.Data) -> dict[str, Any]:
+    """The section's values for fingerprints. Keys that were added later are left out unless they are used, so that what was
+    finished before keeps its fingerprint."""
+    first = {"path", "key", "name", "split", "revision", "kind", "seq_length", "train_rows", "heldout_rows"}
+    values = data.model_dump(include={*first, "heldout_fraction"})
+    return values | data.model_dump(exclude=set(values), exclude_defaults=True)
 
 
 def document_tokens(data: schema.Data, tokens: DocumentTokens) -> DocumentTokens:

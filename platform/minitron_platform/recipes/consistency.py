@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from minitron.errors import InputError
-from minitron_platform.recipes.schema import Recipe, Training, WorkerRange
+from minitron_platform.recipes.build import all_text_sources
+from minitron_platform.recipes.schema import Data, HeldoutText, Recipe, Training, WorkerRange
 from minitron_platform.recipes.search_schedule import SearchSchedule
 
 
@@ -11,6 +12,7 @@ def check_consistency(recipe: Recipe) -> None:
     """Raise InputError, naming the key, its value and a remedy, for keys of `recipe` that contradict each other."""
     _check_sampler(recipe)
     _check_row_counts(recipe)
+    _check_text(recipe.data)
     for key, training in trainings(recipe).items():
         _check_training(key, training)
         _check_benchmarks_during_training(recipe, key, training)
@@ -109,6 +111,24 @@ def _check_row_counts(recipe: Recipe) -> None:
     ):
         if rows > available:
             raise InputError(f"{key}: {rows} is more than {available_key} = {available}", f"use at most {available}")
+
+
+def _check_text(data: Data) -> None:
+    if not data.sources:
+        if data.kind is None:
+            raise InputError("data.kind: missing", "name the kind of text, or several texts as data.sources")
+    else:
+        given = [
+            name for name in (*HeldoutText.model_fields,) if getattr(data, name) != Data.model_fields[name].default
+        ]
+        if given:
+            raise InputError(f"data.{given[0]}: given beside data.sources", "move it into the entries of data.sources")
+    if data.heldout and data.heldout_fraction is not None:
+        raise InputError(
+            f"data.heldout_fraction: {data.heldout_fraction}, but data.heldout names the held-out text",
+            "leave one of them out",
+        )
+    all_text_sources(data)
 
 
 def _check_sampler(recipe: Recipe) -> None:

@@ -12,7 +12,8 @@ from minitron.packages import PACKAGE
 from minitron.storage import is_local, local_path
 from minitron_platform.recipes.schema import Recipe
 
-PATHS = (("teacher", "model"), ("data", "path"))
+PATHS = (("teacher", "model"), ("data", "path"), ("data", "heldout", "path"))
+TEXTS = ("data", "sources")  # each with a key `path`
 TASKS = (("calibrate", "task"), ("search", "evaluate", "tasks"), ("evaluate", "tasks"))  # each with a key `data`
 
 
@@ -43,7 +44,7 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     values = recipe.model_dump(by_alias=True)
     for section, key, name in recipe_paths(values):
         text = section[key]
-        may_be_on_the_hub = name == "teacher.model" or (name == "data.path" and section["kind"] == "hub")
+        may_be_on_the_hub = name == "teacher.model" or (key == "path" and section["kind"] == "hub")
         if is_local(text) and not text.startswith(PACKAGE) and (_exists(local_path(text)) or not may_be_on_the_hub):
             section[key] = str(local_path(text))
     return Recipe.model_validate(values)
@@ -55,12 +56,12 @@ def recipe_paths(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, 
         section = _section(values, parents)
         if isinstance(section, dict) and section.get(key) and isinstance(section[key], str):
             yield section, key, ".".join([*parents, key])
-    for keys in TASKS:
-        tasks = _section(values, keys)
-        for index, task in enumerate(tasks if isinstance(tasks, list) else [tasks]):
-            if isinstance(task, dict) and task.get("data") and isinstance(task["data"], str):
-                number = [str(index)] if isinstance(tasks, list) else []
-                yield task, "data", ".".join([*keys, *number, "data"])
+    for keys, key in ((TEXTS, "path"), *((task, "data") for task in TASKS)):
+        entries = _section(values, keys)
+        for index, entry in enumerate(entries if isinstance(entries, list) else [entries]):
+            if isinstance(entry, dict) and entry.get(key) and isinstance(entry[key], str):
+                number = [str(index)] if isinstance(entries, list) else []
+                yield entry, key, ".".join([*keys, *number, key])
 
 
 def _section(values: Any, keys: tuple[str, ...] | list[str]) -> Any:

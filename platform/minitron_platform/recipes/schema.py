@@ -47,20 +47,51 @@ class Teacher(_Section):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
 
 
-class Data(_Section):
-    """The text, packed once into rows of `seq_length` tokens. `path` may be any fsspec path.
+TextKind = Literal["python-docs", "text", "jsonl", "csv", "parquet", "hub"]
+
+
+class _Text(_Section):
+    """Where text is and which part of it is used; see `minitron.data.TextSource`."""
+
+    path: str = ""
+    key: str = "text"
+    template: str | None = None
+    messages: str | None = None
+    separator: str | None = None
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    on_missing: Literal["error", "skip"] = "error"
+    min_characters: Natural = 0
+    max_characters: Positive | None = None
+
+
+class HeldoutText(_Text):
+    """The text of the held-out rows."""
+
+    kind: TextKind
+
+
+class WeightedText(_Text):
+    """One of several texts; `weight` is its share of the tokens in relation to the weights of the others."""
+
+    kind: TextKind
+    weight: PositiveWeight = 1.0
+
+
+class Data(_Text):
+    """The text, packed once into rows of `seq_length` tokens: one text, which the keys from `kind` on describe, or several
+    `sources`. `path` may be any fsspec path.
 
     `add_bos`: whether a beginning-of-sequence token precedes every document, and starts every row and benchmark request;
     `auto` follows the teacher's tokenizer. `separate_documents`: whether attention is restricted to the tokens of the same
     document, in all models and stages; `auto`: if models run on GPUs.
     """
 
-    kind: Literal["python-docs", "text", "jsonl", "parquet", "hub"]
-    path: str = ""
-    key: str = "text"
-    name: str | None = None
-    split: str = "train"
-    revision: str | None = None
+    kind: TextKind | None = None
+    sources: list[WeightedText] = []
+    heldout: HeldoutText | None = None
+    drop_duplicates: bool = False
     seq_length: SeqLength
     train_rows: Positive
     heldout_rows: Positive

@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+from pydantic import Field
 from torch import Tensor
 
 from minitron import storage
-from minitron.data import DocumentTokens, Rows, pack, source_identity
+from minitron.data import DocumentTokens, InParts, Rows, pack, source_identity
 from minitron.device import DTYPES, device
 from minitron.evaluation.beginning import BosLosses, bos_losses
 from minitron.models import load_model, load_tokenizer
+from minitron_platform.cluster.ray_session import cores
+from minitron_platform.console import seconds
 from minitron_platform.estimates.outlook import Estimate, Outlook
 from minitron_platform.estimates.phases import data_parts
 from minitron_platform.recipes import schema
-from minitron_platform.recipes.build import document_tokens, text_source
+from minitron_platform.recipes.build import data_values, document_tokens, heldout_source, text_sources
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.stage import ArtifactPath, Stage, StageOutput
 from minitron_platform.stages.state import RunState
 from minitron_platform.stages.teacher import Teacher
+from minitron_platform.workers.parts import busy, run_parts
 from minitron_platform.workers.worker import Worker
 
 # the part of the held-out rows that the teacher is measured on with and without a BOS token
 PROBE_ROWS = 4
 PROBE_TOKENS = 128
+TASK_TOKENS = 50_000_000  # the start of Ray and of its workers takes as long as a minute of tokenising
+REASONS = {  # why documents are not in the rows
+    "missing": "without text",
+    "length": "too short or too long",
+    "duplicates": "duplicates",
+    "in_heldout": "that are held out",
+}
 WARNING_MARGIN = 0.1  # nats per token by which the worse choice is worse before there is a warning
 
 
@@ -41,6 +54,10 @@ class DataOutput(StageOutput):
     loss_with_bos: float | None = None
     """The teacher's loss on some held-out rows in nats per token; None if its tokenizer has no BOS token."""
     loss_without_bos: float | None = None
+    source_tokens: tuple[int, ...] = ()
+    """Tokens of each of several sources."""
+    left_out: dict[str, int] = Field(default_factory=dict)
+    """Number of documents that are not in the rows, by reason, see `minitron.data.pack`."""
 
 
 class Data(Stage[DataOutput]):
@@ -52,12 +69,16 @@ class Data(Stage[DataOutput]):
     def inputs(self, state: RunState) -> dict[str, Any]:
         data = state.recipe.data
         special_tokens = _special_tokens(state)
+        identities = [source_identity(source) for source in text_sources(data).values()]
+        heldout = heldout_source(data)
+        values = data_values(data)
+        for key in ("add_bos", "separate_documents"):  # the effect of the first is in the two last entries
+            values.pop(key, None)
         return {
             "teacher": state.output(Teacher).id,
-            "source": source_identity(text_source(data)),
-            "data": data.model_dump(
-                exclude={"add_bos", "separate_documents"}
-            ),  # its effect is in the two entries below
+            "source": identities[0] if len(identities) == 1 else identities,
+            **({"heldout": source_identity(heldout)} if heldout else {}),
+            "data": values,
             "begin": list(special_tokens.begin),
             "end": list(special_tokens.end),
         }
@@ -73,21 +94,8 @@ class Data(Stage[DataOutput]):
         )
 
     def run(self, context: Context, folder: str) -> DataOutput:
-        data = context.recipe.data
         target = storage.join(folder, "rows")
-        context.console.status("reading text")
-        tokenizer = load_tokenizer(storage.fetch(context.output(Teacher).folder, weights=False))
-        rows = pack(
-            text_source(data),
-            tokenizer,
-            target,
-            seq_length=data.seq_length,
-            train_rows=data.train_rows,
-            heldout_rows=data.heldout_rows,
-            heldout_fraction=data.heldout_fraction,
-            add_bos=data.bos,
-            progress=context.console.counter("tokens"),
-        )
+        rows = _packed(context, target, storage.join(folder, "parts"))
         heldout = Rows.open(target, "heldout")
         special_tokens = _special_tokens(context)
         losses = _bos_losses(context, heldout, special_tokens)
@@ -102,14 +110,79 @@ class Data(Stage[DataOutput]):
             heldout_tokens=len(heldout) * rows.seq_length,
             loss_with_bos=losses.with_bos if losses else None,
             loss_without_bos=losses.without_bos if losses else None,
+            source_tokens=tuple(tokens for _, tokens in _source_tokens(rows)),
+            left_out=rows.index.get("left_out", {}),
             summary=f"{len(rows):,} training and {len(heldout):,} held-out rows of {rows.seq_length} tokens"
+            + _text_summary(rows)
             + (_bos_text(losses, special_tokens) if losses else ""),
         )
 
     def metrics(self, output: DataOutput) -> dict[str, float]:
-        """The teacher's loss with and without BOS, in nats per token."""
+        """The teacher's loss with and without BOS, in nats per token; tokens of each of several sources; documents that
+        are not in the rows, by reason."""
         losses = {"loss_with_bos": output.loss_with_bos, "loss_without_bos": output.loss_without_bos}
-        return {name: loss for name, loss in losses.items() if loss is not None}
+        counts = {f"tokens.source_{number}": tokens for number, tokens in enumerate(output.source_tokens)}
+        counts |= {f"left_out.{reason}": count for reason, count in output.left_out.items()}
+        return {name: loss for name, loss in losses.items() if loss is not None} | counts
+
+
+def _packed(context: Context, target: str, parts: str) -> Rows:
+    """The training rows, packed into `target`. parts: folder for finished parts of the text."""
+    data = context.recipe.data
+    started = time.monotonic()
+    new = not storage.is_committed(target)
+    context.console.status("reading text")
+    rows = pack(
+        list(text_sources(data).values()),
+        load_tokenizer(storage.fetch(context.output(Teacher).folder, weights=False)),
+        target,
+        seq_length=data.seq_length,
+        train_rows=data.train_rows,
+        heldout_rows=data.heldout_rows,
+        heldout_fraction=data.heldout_fraction,
+        heldout=heldout_source(data),
+        add_bos=data.bos,
+        drop_duplicates=data.drop_duplicates,
+        in_parts=_in_parts(context, parts),
+        progress=context.console.counter("tokens"),
+    )
+    if new:
+        tokens = (data.train_rows + data.heldout_rows) * data.seq_length
+        took = time.monotonic() - started
+        context.console.say(f"  packed {tokens:,} tokens in {seconds(took)}, {tokens / took:,.0f} tokens/s")
+    return rows
+
+
+def _in_parts(context: Context, folder: str) -> InParts | None:
+    """How to divide the text: into tasks of Ray on a cluster, or if there is so much text that they take less time than
+    this process would alone; None for all in this process."""
+    data = context.recipe.data
+    tokens = (data.train_rows + data.heldout_rows) * data.seq_length
+    only_here = all(source.kind == "python-docs" for source in text_sources(data).values())
+    here = context.workers.computes_here()
+    if only_here or (tokens < TASK_TOKENS and here):
+        return None
+    if here and cores() == 1:
+        return InParts(folder)
+    resources = context.ensure_ray()
+    if busy():
+        context.workers.make_room()
+    return InParts(folder, partial(run_parts, max_failures=resources.max_failures, say=context.console.say))
+
+
+def _text_summary(rows: Rows) -> str:
+    """The shares of several sources, and the documents that are not in the rows."""
+    text = ""
+    if sources := _source_tokens(rows):
+        total = sum(tokens for _, tokens in sources)
+        text += " · " + ", ".join(f"{name} {tokens:,} tokens ({tokens / total:.1%})" for name, tokens in sources)
+    left_out = [f"{count:,} {REASONS[reason]}" for reason, count in rows.index.get("left_out", {}).items()]
+    return text + (f" · left out: {', '.join(left_out)}" if left_out else "")
+
+
+def _source_tokens(rows: Rows) -> list[tuple[str, int]]:
+    """(name, tokens in all rows) of each of several sources."""
+    return [(source["source"], sum(source["tokens"].values())) for source in rows.index.get("sources", [])]
 
 
 def _special_tokens(state: RunState) -> DocumentTokens:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from minitron import storage
 from minitron_platform.console import Console
 from minitron_platform.locations import Locations
-from minitron_platform.recipes.build import training_values
+from minitron_platform.recipes.build import data_values, training_values
 from minitron_platform.recipes.schema import Recipe
 from minitron_platform.stages.order import steps
 from minitron_platform.stages.stage import Stage
@@ -27,10 +27,7 @@ def run_key(recipe: Recipe) -> str:
         values["distill"] = training_values(member.distill) if member.distill else None
     if recipe.correct and recipe.correct.training:
         content["correct"]["training"] = training_values(recipe.correct.training)
-    if recipe.data.bos is None:
-        del content["data"]["add_bos"]  # this key and the next were added later, and earlier runs keep their names
-    if recipe.data.separate_documents == "auto":
-        del content["data"]["separate_documents"]
+    content["data"] = data_values(recipe.data)
     return f"{recipe.name}-{storage.fingerprint(content)[:8]}"
 
 

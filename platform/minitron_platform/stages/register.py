@@ -10,6 +10,7 @@ from minitron.errors import StorageError
 from minitron.storage import redact
 from minitron_platform.estimates.outlook import Estimate, Outlook
 from minitron_platform.recipes import schema
+from minitron_platform.recipes.build import text_sources
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.correct import Correct
 from minitron_platform.stages.data import Data
@@ -75,7 +76,7 @@ class Register(Stage[RegisterOutput]):
             "minitron.losses": json.dumps(distilled.losses, sort_keys=True),
             "minitron.architecture": json.dumps(distilled.architecture.to_dict(), sort_keys=True),
             "minitron.parameters": str(distilled.parameters),
-            "minitron.data": f"{context.recipe.data.kind} {context.recipe.data.path}".strip(),
+            "minitron.data": ", ".join(source.label for source in text_sources(context.recipe.data).values()),
             "minitron.data_sha256": context.output(Data).train,
             "minitron.tokens": str(distilled.tokens),
             "minitron.heldout_loss": f"{figures.loss:.6f}",
