@@ -28,6 +28,8 @@ def run_key(recipe: Recipe) -> str:
     if recipe.correct and recipe.correct.training:
         content["correct"]["training"] = training_values(recipe.correct.training)
     content["data"] = data_values(recipe.data)
+    if not recipe.evaluate.allow_code:
+        del content["evaluate"]["allow_code"]  # it was added later, and earlier runs keep their names
     return f"{recipe.name}-{storage.fingerprint(content)[:8]}"
 
 

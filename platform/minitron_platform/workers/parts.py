@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ from ray.exceptions import (
 )
 
 from minitron.errors import MinitronError
+from minitron_platform.workers import part_call
 from minitron_search.failures import cause
 
 DEATHS = (WorkerCrashedError, NodeDiedError, OutOfMemoryError, LocalRayletDiedError, ObjectLostError)
@@ -56,7 +56,7 @@ def run_parts(
     of the part, and MinitronError if workers have died too often.
     """
     content = [ray.put((function, common))]  # in a list, so that Ray does not resolve it for each task
-    call = ray.remote(_call).options(num_cpus=cpus, max_retries=0, scheduling_strategy="SPREAD")
+    task_call = ray.remote(part_call.call).options(num_cpus=cpus, max_retries=0, scheduling_strategy="SPREAD")
     coming = enumerate(parts)
     running: dict[Any, _Task] = {}
     finished: dict[int, Result] = {}
@@ -71,7 +71,7 @@ def run_parts(
                 number, part = next(coming, (-1, None))
                 more = number >= 0
                 if more:
-                    running[call.remote(content, part)] = _Task(number, part)
+                    running[task_call.remote(content, part)] = _Task(number, part)
             if not running:
                 return
             for reference in _wait(list(running), cpus, say):
@@ -80,7 +80,7 @@ def run_parts(
                     finished[task.number] = ray.get(reference)
                 except DEATHS as error:
                     _count_death(task, error, max_failures, say)
-                    running[call.remote(content, task.part)] = task
+                    running[task_call.remote(content, task.part)] = task
     except RayTaskError as error:
         raise cause(error) from error
     finally:
@@ -120,18 +120,3 @@ def _count_death(task: _Task, error: BaseException, max_failures: int, say: Call
             "look at the node's memory and disk; resources.max_failures allows more failures",
         ) from error
     say(f"  [yellow]part {task.number}: {why}, running it again ({task.failures} of {max_failures} failures)[/]")
-
-
-_kept: dict[str, Any] = {}  # in a worker: the function and what its parts have in common
-
-
-def _call(content: list[Any], part: Any) -> Any:
-    """In a worker: run one part."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each task has its own CPU
-    (reference,) = content
-    key = reference.hex()
-    if key not in _kept:
-        _kept.clear()
-        _kept[key] = ray.get(reference)
-    function, common = _kept[key]
-    return function(common, part)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import pytest
+from helpers.part_work import work
 
 from minitron.data import InParts, parts
+from minitron.environment import environment_variables
 from minitron.errors import InputError, MinitronError
 from minitron_platform import load_recipe, run
 from minitron_platform.cluster.ray_session import ray_session
@@ -21,22 +21,10 @@ from minitron_platform.workers.parts import run_parts
 
 @pytest.fixture(scope="module", autouse=True)
 def session():
-    with ray_session(None, num_cpus=2):
+    helpers = str(Path(__file__).parents[2])  # workers import the work from there
+    path = os.pathsep.join([helpers, *filter(None, [os.environ.get("PYTHONPATH")])])
+    with environment_variables({"PYTHONPATH": path}), ray_session(None, num_cpus=2):
         yield
-
-
-def _work(folder, part):
-    """Note the call; part 1 kills its worker twice, parts from 100 on wait, part 7 raises an error."""
-    calls = Path(folder, f"{part}")
-    count = len(calls.read_text()) if calls.exists() else 0
-    calls.write_text("x" * (count + 1))
-    if part == 1 and count < 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if part == 7:
-        raise InputError("part 7 is wrong", "correct it")
-    if part >= 100:
-        time.sleep(600)
-    return part * part
 
 
 def test_results_are_in_order_and_a_part_whose_worker_dies_is_run_again(tmp_path):
@@ -48,37 +36,31 @@ def test_results_are_in_order_and_a_part_whose_worker_dies_is_run_again(tmp_path
             begun.append(number)
             yield number
 
-    results = run_parts(_work, str(tmp_path), numbers(), max_failures=2, say=said.append)
+    results = run_parts(work, str(tmp_path), numbers(), max_failures=1, say=said.append)
     assert next(results) == 0
     assert len(begun) <= 5, "not many more parts are started than results were taken"
     assert list(results) == [1, 4, 9, 16, 25, 36]
-    assert [text for text in said if "part 1" in text] == said
-    assert "1 of 2 failures" in said[0]
-    assert "2 of 2 failures" in said[1]
-    assert {path.name: len(path.read_text()) for path in tmp_path.iterdir()} == {
-        str(number): 3 if number == 1 else 1 for number in range(7)
-    }
+    assert len(said) == 1
+    assert "part 1: its worker or node died, running it again (1 of 1 failures)" in said[0]
+    calls = {path.name: len(path.read_text()) for path in tmp_path.iterdir()}
+    assert calls == {str(number): 2 if number == 1 else 1 for number in range(7)}
 
 
 def test_an_error_ends_all_parts_and_too_many_deaths_are_one(tmp_path):
-    started = time.monotonic()
     with pytest.raises(InputError, match="part 7 is wrong") as error:
-        list(run_parts(_work, str(tmp_path), [7, *range(100, 120)], max_failures=0, say=print))
+        list(run_parts(work, str(tmp_path), [7, 100, 101], max_failures=0, say=print))
     assert error.value.remedy == "correct it"
     with pytest.raises(MinitronError, match="part 0 failed 1 times: its worker or node died"):
-        list(run_parts(_work, str(tmp_path), [1, *range(100, 120)], max_failures=0, say=print))
-    assert list(run_parts(_work, str(tmp_path), [2, 3], max_failures=0, say=print)) == [4, 9], "the CPUs are free again"
-    assert time.monotonic() - started < 120
+        list(run_parts(work, str(tmp_path), [1], max_failures=0, say=print))
+    assert list(run_parts(work, str(tmp_path), [2, 3], max_failures=0, say=print)) == [4, 9], "both CPUs are free again"
 
 
 def test_tasks_of_ray_pack_the_rows_that_one_process_packs(bench, tmp_path, empty_database, monkeypatch, capsys):
     lines = (bench / "text.jsonl").read_text().splitlines()
     for name, part in (("a", lines[::2]), ("b", [*lines[1::2], lines[0], json.dumps({"text": None})])):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(part))
-    texts = [
-        {"kind": "jsonl", "path": f"{tmp_path}/{name}.jsonl", "weight": w, "on_missing": "skip"}
-        for name, w in ("a1", "b1")
-    ]
+    paths = [f"{tmp_path}/{name}.jsonl" for name in "ab"]
+    texts = [{"kind": "jsonl", "path": path, "weight": 0.5, "on_missing": "skip"} for path in paths]
     recipe = load_recipe(
         str(bench / "recipe.yaml"),
         [f"data.sources={json.dumps(texts)}", "data.kind=null", "data.path=''", "data.drop_duplicates=true"],
@@ -98,4 +80,4 @@ def test_tasks_of_ray_pack_the_rows_that_one_process_packs(bench, tmp_path, empt
     output = capsys.readouterr().out
     assert "tokens/s" in output
     assert "a.jsonl" in output
-    assert "(50." in output
+    assert "tokens (5" in output

@@ -1,0 +1,22 @@
+"""What a task of `run_parts` does in its worker; it imports nothing that takes long."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import ray
+
+_kept: dict[str, Any] = {}  # the function and what its parts have in common, of the last call
+
+
+def call(content: list[Any], part: Any) -> Any:
+    """Run one part. content: a reference to (function, common)."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each task has its own CPU
+    (reference,) = content
+    key = reference.hex()
+    if key not in _kept:
+        _kept.clear()
+        _kept[key] = ray.get(reference)
+    function, common = _kept[key]
+    return function(common, part)

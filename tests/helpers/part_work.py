@@ -1,0 +1,25 @@
+"""Work for `minitron_platform.workers.parts` that can be counted, and that fails as its part says."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from minitron.errors import InputError
+
+
+def work(folder: str, part: int) -> int:
+    """The square of `part`; the call is noted in a file. Part 1 kills its first worker, part 7 raises an error, and parts from
+    100 on take until they are cancelled."""
+    calls = Path(folder, f"{part}")
+    count = len(calls.read_text()) if calls.exists() else 0
+    calls.write_text("x" * (count + 1))
+    if part == 1 and count < 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if part == 7:
+        raise InputError("part 7 is wrong", "correct it")
+    if part >= 100:
+        time.sleep(600)
+    return part * part
