@@ -12,7 +12,7 @@ from typing import get_args
 
 from pydantic import BaseModel
 
-from minitron_platform.recipes.schema import Recipe, Task, Training
+from minitron_platform.recipes.schema import HeldoutText, Recipe, Task, Training, WeightedText
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,12 +75,14 @@ def test_every_key_of_a_recipe_is_documented():
         for name, field in model.model_fields.items():
             key = prefix + (field.alias or name)
             inner = next((a for a in (field.annotation, *get_args(field.annotation)) if isinstance(a, type)), None)
-            if inner and issubclass(inner, BaseModel) and inner not in (Training, Task):
+            if inner and issubclass(inner, BaseModel) and inner not in (Training, Task, HeldoutText, WeightedText):
                 yield from keys(inner, f"{key}.")
             else:
                 yield key
 
     found = set(keys(Recipe)) | {f"distill.{name}" for name in Training.model_fields}
+    found |= {f"data.{name}" for name in HeldoutText.model_fields}
+    assert WeightedText.model_fields.keys() - HeldoutText.model_fields.keys() == {"weight"}
     assert len(found) > 50
     assert [key for key in sorted(found) if f"`{key}`" not in page] == []
     assert [name for name in Task.model_fields if f"`{name}`" not in page] == []

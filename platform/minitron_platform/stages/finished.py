@@ -30,6 +30,8 @@ def run_key(recipe: Recipe) -> str:
     content["data"] = data_values(recipe.data)
     if not recipe.evaluate.allow_code:
         del content["evaluate"]["allow_code"]  # it was added later, and earlier runs keep their names
+    if recipe.evaluate.batch_rows == "auto":
+        content["evaluate"]["batch_rows"] = 8  # the default of earlier runs
     return f"{recipe.name}-{storage.fingerprint(content)[:8]}"
 
 
