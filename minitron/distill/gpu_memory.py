@@ -88,7 +88,7 @@ def gpu_memory(
 
     config: its batch, micro-batch, shard, activation_checkpointing and optimizer count. teacher: what the student is compared
     with, None for the next token alone; `teacher_kept` says what of it is on the GPU. source: the model that the student is
-    cut from here, at the start; with `source_kept` it stays.
+    cut from here, at the start; with `source_kept` it stays. A sharded student is cut elsewhere, one tensor at a time.
     node_processes, gpu_bytes: processes on each node and memory of a GPU, which decide where copies are split inside nodes
     (see `parts_of`); by default all processes split one. value_bytes: of the dtype that models compute in.
     trained: share of the parameters that is trained.
@@ -106,7 +106,7 @@ def gpu_memory(
         parts = parts_of(inside, processes, node_processes, gpu_bytes)
         state = replace(state, teacher=_teacher(teacher, teacher_kept, tokens, parts, value_bytes))
     cutting = 0
-    if source is not None:
+    if source is not None and not training.split:
         size = source.num_parameters * value_bytes
         cutting = size + student.num_parameters * value_bytes + state.teacher + CONTEXT
         state = replace(state, source=size if source_kept else 0)

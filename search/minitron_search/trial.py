@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -17,10 +16,7 @@ from minitron import storage
 from minitron.architecture import Architecture
 from minitron.distill import distill
 from minitron.distill.checkpoints import committed_steps
-from minitron.distill.inputs import DistillInputs
 from minitron.logits import Head
-from minitron.models import quiet_transformers
-from minitron.pruning.source import PruningSource
 from minitron_search.events import Finished, Paused, Progress, Report, RungReached, Scored, Started, Undistilled
 from minitron_search.search_task import SearchTask
 from minitron_search.trial_store import (
@@ -38,6 +34,7 @@ from minitron_search.trial_store import (
     write_result,
     write_rung,
 )
+from minitron_search.trial_student import is_rank_zero, source, trial_student
 
 T = TypeVar("T")
 
@@ -50,8 +47,8 @@ def finished_result(task: SearchTask, architecture: Architecture) -> TrialResult
 def score(task: SearchTask, architecture: Architecture, report: Report) -> None:
     """Prune the candidate and store its exact held-out KL without training it; `report` gets a `Scored`."""
     _use_threads(task)
-    source, teacher_head = _source(task.materials, task.origin)
-    measured = _forward_score(task, architecture, lambda: task.origin.prune(source, architecture), teacher_head)
+    origin, teacher_head = source(task.materials, task.origin)
+    measured = _forward_score(task, architecture, lambda: task.origin.prune(origin, architecture), teacher_head)
     report(Scored(os.getpid(), measured.kl, measured.loss))
 
 
@@ -88,8 +85,9 @@ def train(task: SearchTask, architecture: Architecture, report: Report, *, until
     materials = task.materials
     steps = task.config.steps
     report(Started(os.getpid()))
-    student, teacher_head = materials.student(task.origin, architecture)
-    before = _forward_score(task, architecture, lambda: student, teacher_head)
+    student = trial_student(task, architecture)
+    teacher_head = student.teacher_head
+    before = _forward_score(task, architecture, student.untrained, teacher_head)
     report(Undistilled(before.kl, before.loss))
 
     def measure(step: int, model: nn.Module) -> None:
@@ -98,7 +96,7 @@ def train(task: SearchTask, architecture: Architecture, report: Report, *, until
         report(RungReached(step, rung.kl, rung.loss))
 
     distill(
-        student,
+        student.model,
         materials.targets(teacher_head),
         materials.open_rows("train"),
         task.config,
@@ -110,11 +108,12 @@ def train(task: SearchTask, architecture: Architecture, report: Report, *, until
         evaluate=measure,
         evaluate_at=task.rungs,
         until=until,
+        weights=student.weights,
     )
     if until is not None:
         report(Paused(until))
         return
-    after = materials.heldout(student, teacher_head, task.heldout_rows)
+    after = materials.heldout(student.trained(), teacher_head, task.heldout_rows)
     assert after.kl is not None
     assert after.top1_agreement is not None
     assert after.per_row_kl is not None
@@ -133,10 +132,9 @@ def train(task: SearchTask, architecture: Architecture, report: Report, *, until
         config=asdict(task.config),
         seconds=time.perf_counter() - started,
     )
-    if _is_rank_zero():
-        if task.keep_weights:
-            _save_weights(student, weights(task.folder, architecture))
+    if is_rank_zero():
         write_result(task.folder, result)
+    student.finish()
     report(Finished(steps, after.kl, after.loss))
 
 
@@ -146,18 +144,6 @@ def _start_over_if_rungs_were_passed(task: SearchTask, architecture: Architectur
     saved = committed_steps(checkpoints(task.folder, architecture))
     if missing and saved and saved[-1] >= missing[0]:
         drop_checkpoints(task.folder, architecture)
-
-
-def _save_weights(student: nn.Module, target: str) -> None:
-    if not storage.is_committed(target):
-        with storage.committed_folder(target) as folder, quiet_transformers():
-            student.save_pretrained(str(folder))  # type: ignore[operator]
-
-
-@lru_cache(maxsize=1)
-def _source(materials: DistillInputs, origin: PruningSource) -> tuple[nn.Module, Head]:
-    """The model that candidates are pruned from and the teacher's head; cached for a worker's next candidate."""
-    return materials.source(origin)
 
 
 def _use_threads(task: SearchTask) -> None:
@@ -175,7 +161,7 @@ def _forward_score(
     metrics = task.materials.heldout(student(), teacher_head, task.heldout_rows)
     assert metrics.kl is not None
     measured = ForwardScore(metrics.kl, metrics.loss)
-    if _is_rank_zero():
+    if is_rank_zero():
         write_forward_score(task.folder, architecture, measured)
     return measured
 
@@ -191,7 +177,7 @@ def _rung_result(
     assert metrics.kl is not None
     assert metrics.per_row_kl is not None
     measured = RungResult(step, metrics.kl, metrics.loss, tuple(metrics.per_row_kl))
-    if _is_rank_zero():
+    if is_rank_zero():
         write_rung(task.folder, architecture, measured)
     return measured
 
@@ -203,8 +189,3 @@ def _from_rank_zero(stored: T | None) -> T | None:
     box = [stored]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def _is_rank_zero() -> bool:
-    """Whether this process is the one that writes, of all that train together."""
-    return not dist.is_initialized() or dist.get_rank() == 0

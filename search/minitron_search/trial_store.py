@@ -153,6 +153,11 @@ def drop_checkpoints(folder: str, architecture: Architecture) -> None:
     storage.remove(checkpoints(folder, architecture))
 
 
+def pruned(folder: str, architecture: Architecture) -> str:
+    """The folder of a candidate before its distillation, while several processes train it in parts."""
+    return storage.join(trial_folder(folder, architecture), "pruned")
+
+
 def weights(folder: str, architecture: Architecture) -> str:
     """The folder of a trial's distilled student, a plain transformers checkpoint without tokenizer."""
     return storage.join(trial_folder(folder, architecture), WEIGHTS)

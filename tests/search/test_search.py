@@ -11,10 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers.searching import CONFIG, RUNGS, json_files, search_task
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from minitron import Architecture, storage
 from minitron.errors import InputError, NonFiniteError, StorageError
+from minitron.models import layers_of
+from minitron.pruning.source import PruningSource
 from minitron_platform.cluster.ray_session import ray_session
 from minitron_search import search
 from minitron_search.events import (
@@ -36,6 +40,7 @@ from minitron_search.stability import settled, stability
 from minitron_search.tau import kendall_tau
 from minitron_search.trial import run_trial
 from minitron_search.trial_store import TrialResult, trial_key, trial_result
+from minitron_search.trial_student import trial_student
 
 
 def _pool(folder, **options):
@@ -308,7 +313,19 @@ def test_two_workers_with_a_sharded_student_train_like_one(made, to_the_end, tmp
     assert ours.rung_kl == pytest.approx(theirs.rung_kl, rel=1e-4)
     # only rank 0 reports, in order
     assert [event.step for event in events if isinstance(event, Progress)] == list(range(1, 9))
-    assert not list(tmp_path.glob("*/checkpoints"))
+    assert not [path for name in ("checkpoints", "pruned", "weights") for path in tmp_path.glob(f"*/{name}")]
+
+
+def test_a_process_that_shares_a_student_has_neither_it_nor_its_source_in_memory(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(PruningSource, "load", None)
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    try:
+        student = trial_student(search_task(made, tmp_path, config=replace(CONFIG, shard=True)), made[2][-1])
+        assert all(parameter.is_meta for parameter in student.model.parameters())
+        layers = list(layers_of(student.untrained()).parameters())
+        assert sum(p.to_local().numel() for p in layers) < sum(p.numel() for p in layers) / 6
+    finally:
+        dist.destroy_process_group()
 
 
 def test_halving_without_a_rung_after_the_grace_period_is_refused(made, tmp_path):

@@ -25,7 +25,7 @@ from minitron.errors import MinitronError, NonFiniteError, one_line
 from minitron.evaluation import Task, heldout_metrics
 from minitron.evaluation.batches import BatchRows
 from minitron.logits import Head
-from minitron.meta_models import open_model, write_model
+from minitron.meta_models import open_model, read_, write_model
 from minitron.models import load_model, load_tokenizer, save_model, save_tokenizer
 from minitron_platform.fence import Fence, LeaseLostError
 from minitron_platform.training.curves import write_curve
@@ -157,8 +157,11 @@ def _start(task: TrainTask) -> tuple[nn.Module, Checkpoint | None, Targets | Non
     folder = storage.fetch(task.student or inputs.teacher)
     weights: Checkpoint | None = None
     sharded = task.config.shard and dist.get_world_size() > 1
-    if task.method != "lora" and (sharded or device().type == "cuda"):  # so that no worker has a copy in main memory
+    adapted = task.method == "lora"  # adapters are added to weights that have been read
+    if (sharded and not adapted) or device().type == "cuda":  # so that no worker has a copy in main memory
         student, weights = open_model(folder, DTYPES[inputs.dtype])
+        if adapted:
+            read_(student, weights, DTYPES[inputs.dtype], device())
     else:
         student = load_model(folder, DTYPES[inputs.dtype]).to(device())
     if task.student is None:

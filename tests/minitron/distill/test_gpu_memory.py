@@ -125,6 +125,9 @@ def test_a_trial_needs_its_source_at_the_start_and_longer_only_if_it_is_kept():
     assert (cut.step, kept.step) == (alone.step, alone.step + 2 * large.num_parameters)
     assert cut.start == 2 * (large.num_parameters + student.num_parameters) + alone.teacher + CONTEXT
     assert cut.peak == max(cut.step, cut.start)
+    split = replace(settings, shard=True)
+    estimates = [gpu_memory(student, split, 512, teacher=large, source=s, processes=8) for s in (None, large)]
+    assert estimates[0] == estimates[1]  # read from a file
 
 
 def test_gradients_move_to_their_sums_as_soon_as_they_are_there():
