@@ -163,8 +163,8 @@ class Flusher:
         patience = STOP_PATIENCE if isinstance(error, KeyboardInterrupt | SystemExit) else PATIENCE
         if unsent := self.close(0 if isinstance(error, LeaseLostError) else patience):
             log.warning(
-                "%d records in %s are not in MLflow yet; `minitron sync` or the next run sends them, from any machine",
-                unsent,
+                "%s not in MLflow yet, but in %s: `minitron sync` or the next run sends the rest, from any machine",
+                "1 record is" if unsent == 1 else f"{unsent:,} records are",
                 self.spool.folder,
             )
 

@@ -148,9 +148,9 @@ class RemotePart:
     def __init__(self, folder: str, name: str) -> None:
         self.name = name
         self.path = storage.join(folder, name)
-        self.content = b""
+        self.content = bytearray()
         if name.endswith(".000001.jsonl"):  # it was created with the session
-            self.content = storage.read_bytes(self.path)
+            self.content += storage.read_bytes(self.path)
 
     @property
     def size(self) -> int:
@@ -162,7 +162,7 @@ class RemotePart:
 
     def sync(self) -> int:
         """Make what was added durable; returns the size that is durable. Raises StorageError if that fails."""
-        content = self.content
+        content = bytes(self.content)
         storage.write_bytes(self.path, content)
         return len(content)
 

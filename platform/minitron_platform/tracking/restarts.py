@@ -47,8 +47,11 @@ def now() -> str:
 
 
 def record_restart(log: RunLog, number: int, restart: Restart) -> None:
-    """Add a restart to a run's record: the metric `restarts` and a tag. number: of the restart, from 1."""
-    log.metrics({"restarts": number}, step=restart.step or 0)
+    """Add a restart to a run's record: the metric `restarts` and a tag. number: of the restart, from 1.
+
+    The metric's step is the number too: several restarts may resume from one step of the training, and a step has one value.
+    """
+    log.metrics({"restarts": number}, step=number)
     log.tags({f"minitron.restart.{number}": f"{restart.time} UTC: {restart}"})
 
 

@@ -293,7 +293,7 @@ class Spool:
         with self._lock:
             part = self._part
         if isinstance(part, RemotePart) and part.name == name:
-            return part.content[start:end]
+            return bytes(part.content[start:end])
         return storage.read_bytes(storage.join(self.folder, name))[start:end]
 
 

@@ -119,11 +119,11 @@ def test_closing_waits_as_long_as_a_slow_server_takes_records(
     flusher = Flusher(spool, proxy.address, "slow", interval=0.05)
     spool.record("tiny-1").start("tiny-1")
     assert flusher.wait_for("tiny-1", 30)
-    proxy.set(["pass"], delay=0.25)
+    proxy.set(["pass"], delay=0.15)
     record(spool, "tiny-1")
     began = time.monotonic()
-    assert flusher.close(patience=2) == 0
-    assert time.monotonic() - began > 2.5
+    assert flusher.close(patience=1.5) == 0
+    assert time.monotonic() - began > 1.6
     check(proxy, "slow", "tiny-1")
 
 

@@ -20,6 +20,7 @@ from helpers.mlflow_server import environment, free_port
 
 from minitron.errors import InputError
 from minitron_platform.tracking.flusher import Flusher, prepare_mlflow
+from minitron_platform.tracking.restarts import Restart, record_restart
 from minitron_platform.tracking.spool import RunLog, Spool
 
 EXPERIMENT = "tiny family"
@@ -198,6 +199,19 @@ def test_steps_that_are_recorded_late_are_in_mlflow_in_order(
     assert (2, 0.5) in points(uri, runs(uri)["run"], "loss")
 
 
+def test_restarts_from_the_same_step_are_all_counted(spool: Spool, uri: str) -> None:
+    run = spool.record("run")
+    run.start("run")
+    for number in (1, 2):
+        record_restart(
+            run, number, Restart("2026-01-01 00:00:00", "worker 1", "node", "killed", step=4, left=3 - number)
+        )
+    flush(spool, uri)
+    data = runs(uri)["run"].data
+    assert data.metrics["restarts"] == 2
+    assert {"minitron.restart.1", "minitron.restart.2"} <= set(data.tags)
+
+
 def test_an_invalid_event_does_not_stop_the_others(spool: Spool, uri: str) -> None:
     run = spool.record("run")
     run.start("run")
@@ -353,6 +367,21 @@ def test_unusable_settings_are_refused_immediately(tmp_path: Path) -> None:
     with pytest.raises(InputError) as refused:
         prepare_mlflow("oracle://user:hunter2@db/mlflow")
     assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize("address", ["oracle://user:hunter2@db/mlflow", "mysql+pymysql://user:hunter2@db/mlflow"])
+def test_records_are_kept_if_the_address_is_wrong_or_its_driver_is_missing(
+    spool: Spool, address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run with `tracking: best-effort` goes on with them."""
+    monkeypatch.setitem(sys.modules, "pymysql", None)
+    spool.record("run").start("run")
+    with Flusher(spool, address, EXPERIMENT, interval=0.001) as flusher:
+        assert flusher.wait_for("run", 0.1) is None
+    said = " ".join(record.message for record in caplog.records)
+    assert f"1 record is not in MLflow yet, but in {spool.folder}" in said
+    assert "minitron sync" in said
+    assert "hunter2" not in said
 
 
 def test_a_database_is_created_again_if_its_creation_was_killed(tmp_path: Path) -> None:
