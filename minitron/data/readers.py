@@ -76,19 +76,15 @@ def _between(blocks: Iterator[str], separator: re.Pattern[str], path: str) -> It
 
 def read_json(file: io.BufferedReader, path: str, source: TextSource, text: RowText, within: Range) -> Texts:
     """JSON lines, or one array of JSON objects. Only lines in UTF-8 are divided; the first range reads anything else."""
-    beginning = file.peek(64)[:64] if not within.start else _beginning(file)
+    beginning = file.peek(256)[:256] if not within.start else _beginning(file)
     encoding, mark = encoding_of(beginning)
-    if encoding != "utf-8":
-        if within.start:
-            return
-        lines: Iterator[tuple[int, str]] = _text_lines(file, encoding, mark, path)
-    elif beginning[mark:].lstrip().startswith(b"["):
-        if within.start:
-            return
+    is_array = beginning[mark:].decode(encoding, "ignore").lstrip().startswith("[")
+    if within.start and (is_array or encoding != "utf-8"):
+        return
+    if is_array:
         yield from _array(_decoded(file, path), text, path)
         return
-    else:
-        lines = _utf8_lines(file, path, within)
+    lines = _utf8_lines(file, path, within) if encoding == "utf-8" else _text_lines(file, encoding, mark, path)
     for number, line in lines:
         if not line.strip():
             continue
@@ -98,7 +94,7 @@ def read_json(file: io.BufferedReader, path: str, source: TextSource, text: RowT
 
 def _beginning(file: io.BufferedReader) -> bytes:
     file.seek(0)
-    return file.read(64)
+    return file.read(256)
 
 
 @dataclass(frozen=True)
