@@ -9,13 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minitron.evaluation.harness import Score as Score
     from minitron.evaluation.harness import evaluate as evaluate
     from minitron.evaluation.heldout import HeldoutMetrics as HeldoutMetrics
     from minitron.evaluation.heldout import heldout_metrics as heldout_metrics
     from minitron.evaluation.heldout import teacher_targets as teacher_targets
     from minitron.evaluation.metrics import Metric as Metric
     from minitron.evaluation.metrics import task_metric as task_metric
+    from minitron.evaluation.scores import Score as Score
     from minitron.evaluation.speed import Throughput as Throughput
     from minitron.evaluation.speed import interleaved_throughput as interleaved_throughput
     from minitron.evaluation.speed import throughput as throughput
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from minitron.evaluation.tasks import check_tasks as check_tasks
 
 _PUBLIC = {
-    "Score": "harness",
+    "Score": "scores",
     "evaluate": "harness",
     "HeldoutMetrics": "heldout",
     "heldout_metrics": "heldout",

@@ -14,7 +14,6 @@ import statistics
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
@@ -38,40 +37,15 @@ from minitron.evaluation.batches import CPU_ROWS, BatchRows, generated_rows
 from minitron.evaluation.benchmarks import FILTER, METRIC
 from minitron.evaluation.continuations import Continuation, log_likelihoods
 from minitron.evaluation.generated_code import guarded_metrics
-from minitron.evaluation.metrics import Metric, task_metric
+from minitron.evaluation.metrics import task_metric
 from minitron.evaluation.mode import evaluating
 from minitron.evaluation.requests import DocumentRequests
+from minitron.evaluation.scores import Score
 from minitron.evaluation.tasks import Part, Task, build, check_settings, check_tasks, parts
 
 log = logging.getLogger(__name__)
 
 OnFailure = Callable[[str, Exception], None]  # (a task's name, the exception that it raised)
-
-
-@dataclass(frozen=True)
-class Score:
-    """The result of one benchmark. `value` and `stderr` are in lm-eval's scale (0 to 1 for an accuracy); `shown_as` is the
-    unit and format for tables."""
-
-    task: str
-    metric: str
-    """lm-eval's name, for example "acc" or "acc_norm"; chosen by `minitron.evaluation.benchmarks.METRIC`."""
-    value: float
-    stderr: float | None
-    """Standard error of the mean over documents; None for one document, or if the metric is not a mean over documents."""
-    num_documents: int
-    num_fewshot: int
-    version: str
-    """lm-eval's version of the task definition; scores of different versions cannot be compared."""
-    split: str
-    """The split whose documents were scored."""
-    higher_is_better: bool | None
-    """lm-eval's statement about the metric; False for a perplexity, None if unknown."""
-
-    @property
-    def shown_as(self) -> Metric:
-        """Unit and format of `value` and `stderr`."""
-        return task_metric(self.task, self.metric)
 
 
 def evaluate(

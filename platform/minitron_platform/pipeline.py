@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from minitron import storage
 from minitron.arguments import check_type
+from minitron.device import compute_dtype
 from minitron.errors import InputError, StorageError
 from minitron_platform.cluster.room import joins_cluster
 from minitron_platform.console import Console, seconds
@@ -26,7 +27,7 @@ from minitron_platform.results import RunResult
 from minitron_platform.stages.calibrate import Calibrate
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.evaluate import Evaluate
-from minitron_platform.stages.finished import finished_record, run_key
+from minitron_platform.stages.finished import finished_record, is_finished, run_key
 from minitron_platform.stages.order import stage_names, steps
 from minitron_platform.stages.ray_start import RayStart
 from minitron_platform.stages.search import Search
@@ -62,7 +63,7 @@ def run(
     until: name of the last stage to run; if each model of the family has its own, that of the first model.
     take_over: if another driver is running this recipe, take the run over instead of waiting until it ends.
     console: receives progress messages. planned: the result of `plan` for the same arguments; by default the recipe is planned
-    first.
+    first, unless all of its stages are finished.
 
     A run that was killed resumes from the last finished stage, trial or checkpoint when it is called again.
     Raises what `plan` raises before anything starts, LeaseLostError if another driver takes the run over, and other
@@ -77,7 +78,7 @@ def run(
     if until is not None and until not in names:
         raise InputError(f"until: {until!r} is not a stage", f"use one of {', '.join(names)}")
     console = console or Console()
-    if planned is None:
+    if planned is None and not has_run(recipe, storage_path, tracking_uri, address):
         with console.working("planning"):
             plan(recipe, storage_path=storage_path, tracking_uri=tracking_uri, address=address)
     locations = resolve_locations(storage_path, tracking_uri)
@@ -134,6 +135,18 @@ def run(
             workers.close()
         run_record.end("FINISHED")
     return RunResult(context)
+
+
+def has_run(
+    recipe: Recipe, storage_path: str | Path | None = None, tracking_uri: str | None = None, address: str | None = None
+) -> bool:
+    """Whether all stages of `recipe` are finished, so that there is nothing to plan. The arguments are those of `run`.
+
+    False for a run on a cluster, whose GPUs decide the dtype and are not known yet.
+    """
+    if joins_cluster(address):
+        return False
+    return is_finished(recipe, resolve_locations(storage_path, tracking_uri), compute_dtype(recipe.teacher.dtype))
 
 
 @contextmanager

@@ -486,6 +486,25 @@ def test_a_second_process_waits_until_the_run_of_the_first_has_ended(bench, fini
     assert second.wait(timeout=60) == 0
 
 
+SEEN = """
+import sys
+from minitron_platform.cli.commands import main
+try:
+    main(sys.argv[1:])
+except SystemExit as stop:
+    assert not stop.code
+print("imported:", *{"mlflow", "lm_eval", "datasets", "matplotlib"} & set(sys.modules))
+"""
+
+
+def test_a_run_with_nothing_to_do_plans_nothing_and_imports_neither_mlflow_nor_lm_eval(bench, finished):
+    arguments = [sys.executable, "-c", SEEN, "run", "recipe.yaml", "--storage", "runs"]
+    again = subprocess.run(arguments, cwd=bench, env=environment(), capture_output=True, text=True, timeout=100)
+    assert sum("already done" in line for line in again.stdout.splitlines()) == len(STAGES), again.stdout + again.stderr
+    assert again.stdout.splitlines()[-1] == "imported:"
+    assert "rough time" not in again.stdout
+
+
 def test_the_shipped_recipes_are_listed_and_valid(tmp_path):
     listed = minitron_here("recipes", cwd=tmp_path)
     assert listed.returncode == 0

@@ -34,7 +34,7 @@ ODD = (
     *("s3://", "s3:/x", "a::b", "package:", "package:os/x", "package:..", "{}", "[", "!!python/none", "*a", "&a", "<<"),
     *([], {}, [[]], [None], [1, "a"], {"": 0}, {"a": {"b": []}}),
 )
-odd = st.sampled_from(ODD) | st.recursive(
+odd = st.sampled_from(ODD).map(copy.deepcopy) | st.recursive(  # copied, because a further change may be inside it
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,

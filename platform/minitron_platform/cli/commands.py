@@ -175,7 +175,10 @@ def plan(
         from minitron_platform.planning.cluster import assumed_cluster
 
         cluster = assumed_cluster(gpus, gpus_per_node, gpu=gpu, utilisation=utilisation)
-    loaded, planned = _planned(console, recipe, overrides, storage_path, tracking_uri, address, cluster)
+    from minitron_platform.recipes.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    planned = _planned(console, loaded, storage_path, tracking_uri, address, cluster)
     _show_plan(console, loaded, planned, candidates=True)
 
 
@@ -203,11 +206,21 @@ def run(
     started = time.monotonic()
     console = Console()
     console.say(f"[bold]Minitron {__version__}[/]  {escape(recipe)}")
-    loaded, planned = _planned(console, recipe, overrides, storage_path, tracking_uri, address, upload=upload)
-    _show_plan(console, loaded, planned, candidates=False)
+    from minitron_platform.recipes.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    if upload:
+        loaded = _uploaded(console, loaded, storage_path, tracking_uri)
     with console.working("starting"):
+        from minitron_platform.pipeline import has_run
         from minitron_platform.pipeline import run as run_pipeline
         from minitron_platform.report.page import final_table
+
+        finished = has_run(loaded, storage_path, tracking_uri, address)
+    planned = None
+    if not finished:
+        planned = _planned(console, loaded, storage_path, tracking_uri, address)
+        _show_plan(console, loaded, planned, candidates=False)
     result = run_pipeline(
         loaded,
         storage_path=storage_path,
@@ -238,34 +251,28 @@ def run(
     console.say(f"[dim]total time {seconds(time.monotonic() - started)}[/]")
 
 
+def _uploaded(console: Console, recipe: Any, storage_path: str | None, tracking_uri: str | None) -> Any:
+    """The recipe with its local files copied to the storage."""
+    from minitron_platform.locations import resolve_locations
+    from minitron_platform.uploads import with_uploads
+
+    root = resolve_locations(storage_path, tracking_uri).storage
+    return with_uploads(recipe, root, lambda line: console.say(escape(line)))
+
+
 def _planned(
     console: Console,
-    recipe: str,
-    overrides: tuple[str, ...],
+    recipe: Any,
     storage_path: str | None,
     tracking_uri: str | None,
     address: str | None = None,
     cluster: Any = None,
-    *,
-    upload: bool = False,
-) -> tuple[Any, Any]:
-    """The recipe and its plan. upload: copy its local files to the storage, and plan with the copies."""
-    from minitron_platform.recipes.load import load_recipe
-
-    loaded = load_recipe(recipe, overrides)
-    if upload:
-        from minitron_platform.locations import resolve_locations
-        from minitron_platform.uploads import with_uploads
-
-        root = resolve_locations(storage_path, tracking_uri).storage
-        loaded = with_uploads(loaded, root, lambda line: console.say(escape(line)))
+) -> Any:
+    """The plan of a recipe."""
     with console.working("planning"):
         from minitron_platform.planning.plan import plan as make_plan
 
-        planned = make_plan(
-            loaded, storage_path=storage_path, tracking_uri=tracking_uri, address=address, cluster=cluster
-        )
-        return loaded, planned
+        return make_plan(recipe, storage_path=storage_path, tracking_uri=tracking_uri, address=address, cluster=cluster)
 
 
 def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool) -> None:

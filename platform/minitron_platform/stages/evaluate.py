@@ -15,7 +15,7 @@ from minitron import storage
 from minitron.device import DTYPES, device
 from minitron.distill.inputs import DistillInputs
 from minitron.errors import one_line
-from minitron.evaluation import Score, Task, evaluate, interleaved_throughput
+from minitron.evaluation import Score, Task, interleaved_throughput
 from minitron.evaluation.batches import BatchRows
 from minitron.evaluation.documents import documents_identity
 from minitron.evaluation.metrics import AGREEMENT, KL, LOSS, Metric
@@ -232,6 +232,7 @@ class _Evaluation:
 
 def _evaluate(task: _Evaluation, worker: Worker) -> None:
     """Measure what is not stored yet: one model after the other, by all processes together, and then the throughputs."""
+
     for name, path in task.stored.items():
         if not _is_complete(path, task.tasks):
             _measure(task, worker, name, path)
@@ -246,6 +247,8 @@ def _evaluate(task: _Evaluation, worker: Worker) -> None:
 
 def _measure(task: _Evaluation, worker: Worker, name: str, path: str) -> None:
     """Held-out metrics and benchmark scores of model `name`; what is stored already is not measured again."""
+    from minitron.evaluation import evaluate  # imports lm-eval
+
     worker.progress.status(f"loading the {name} model")
     model = task.load(name)
     together = worker.count > 1

@@ -12,7 +12,7 @@ from minitron_platform.console import Console
 from minitron_platform.locations import Locations
 from minitron_platform.recipes.build import data_values, training_values
 from minitron_platform.recipes.schema import Recipe
-from minitron_platform.stages.order import steps
+from minitron_platform.stages.order import stage_names, steps
 from minitron_platform.stages.stage import Stage
 from minitron_platform.stages.stage_records import Record, read_record
 from minitron_platform.stages.state import RunState
@@ -47,6 +47,17 @@ def finished_record(state: RunState, stage: Stage[Any], folder: str, console: Co
             console.say(f"  [yellow]{escape(missing[0])} is missing: running the stage again[/]")
         return None
     return record if stage.is_valid(state, record.output) else None
+
+
+def is_finished(recipe: Recipe, locations: Locations, dtype: torch.dtype) -> bool:
+    """Whether every stage of `recipe` is finished in `locations`. dtype: that models of the run compute in.
+
+    A storage where nothing is finished is seen at once; no model is read and no Ray started.
+    """
+    if not storage.exists(storage.join(locations.storage, "stages", stage_names()[-1])):
+        return False
+    state, _ = finished_stages(recipe, locations, dtype)
+    return all(state.is_finished(stage, member) for stage, member in steps(recipe))
 
 
 def finished_stages(recipe: Recipe, locations: Locations, dtype: torch.dtype) -> tuple[RunState, int]:

@@ -14,11 +14,14 @@ import logging
 import math
 import os
 import re
+import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from minitron.arguments import short_repr
 from minitron.environment import environment_variables
@@ -54,6 +57,7 @@ log = logging.getLogger(__name__)
 
 TASK_TAG = "minitron.task."  # followed by a benchmark's name; the value is its score, such as "acc 47.5 ± 4.6 %"
 HISTORY_KEPT = 500  # promotions; a tag of MLflow has at most 100,000 characters
+DELETED = "Deleted_Internal"  # the stage of versions that were deleted, in MLflow's database
 CANDIDATE = "candidate"
 CHAMPION = "champion"
 # Uploads of several gigabytes take long; prepare_mlflow gives other requests a timeout of seconds.
@@ -217,11 +221,13 @@ def rollback(tracking_uri: str, name: str, *, alias: str = CHAMPION, storage_roo
 
 def has_version(tracking_uri: str, name: str, version: str) -> bool:
     """Whether the registry has a version. If it does not answer, a warning is logged and the result is True."""
-    from mlflow.exceptions import MlflowException
-
     database = sqlite_path(tracking_uri)
     if database is not None and not database.exists():
         return False  # opening it would create the file
+    if database is not None and _is_listed(database, name, version):
+        return True
+    from mlflow.exceptions import MlflowException
+
     try:
         with _registry(tracking_uri) as client:
             try:
@@ -233,6 +239,20 @@ def has_version(tracking_uri: str, name: str, version: str) -> bool:
     except MinitronError as error:
         log.warning("cannot check whether %s version %s is registered: %s", name, version, error.problem)
     return True
+
+
+def _is_listed(database: Path, name: str, version: str) -> bool:
+    """Whether a SQLite database lists a version that was not deleted. False also for one that cannot be read: MLflow, whose
+    import takes seconds, is asked then."""
+    try:
+        with closing(sqlite3.connect(f"file:{quote(str(database))}?mode=ro", uri=True)) as store:
+            found = store.execute(
+                "SELECT 1 FROM model_versions WHERE name = ? AND version = ? AND current_stage <> ?",
+                (name, int(version), DELETED),
+            )
+            return found.fetchone() is not None
+    except (sqlite3.Error, ValueError):
+        return False
 
 
 def models(tracking_uri: str, storage_root: str | None = None) -> list[ModelRow]:
