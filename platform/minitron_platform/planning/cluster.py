@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -51,6 +51,13 @@ class Cluster:
         """The nodes as Ray lists them, with more CPUs than anything needs."""
         sizes = [min(self.gpus_per_node, self.gpus - first) for first in range(0, self.gpus, self.gpus_per_node)]
         return [{"CPU": NODE_CPUS, "GPU": size} for size in sizes]
+
+    def fitted(self, resources: ResolvedResources) -> ResolvedResources:
+        """`resources` on this cluster: of a range of workers, as many as have a GPU."""
+        workers = resources.workers
+        if resources.least_workers and resources.gpus_per_worker:
+            workers = max(resources.least_workers, min(workers, int(self.gpus / resources.gpus_per_worker)))
+        return replace(resources, workers=workers, gpus_per_node=self.gpus_per_node)
 
     def check(self, resources: ResolvedResources) -> None:
         """Raise InputError if trials and workers need more GPUs than there are, or none."""

@@ -202,7 +202,7 @@ def plan(
     given = cluster is not None
     uses_cluster = given or joins_cluster(address)
     if cluster:
-        resources = replace(resolve(recipe, cluster.gpus), gpus_per_node=cluster.gpus_per_node)
+        resources = cluster.fitted(resolve(recipe, cluster.gpus))
         cluster.check(resources)
     else:
         resources = resolve(recipe, 0) if uses_cluster else resources_here(recipe, teacher, value_bytes)

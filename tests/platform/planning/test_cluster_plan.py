@@ -71,6 +71,13 @@ def test_more_workers_of_a_recipe_are_faster():
     assert seconds[0] > 3 * seconds[1] > 3 * seconds[2]
 
 
+def test_of_a_range_of_workers_as_many_work_as_there_are_gpus(bench):
+    recipe = load_recipe(str(bench / "recipe.yaml"), ["resources.workers={min: 1, max: 4}"])
+    for gpus, workers in ((2, 2), (8, 4)):
+        planned = plan(recipe, storage_path=bench / "planned", cluster=assumed_cluster(gpus))
+        assert planned.resources.workers == workers
+
+
 def small(part, gpus=4, **resources):
     """The time of one part on nodes of 2 GPUs, without start-up."""
     recipe = load_recipe(
