@@ -91,8 +91,7 @@ class Register(Stage[RegisterOutput]):
         if run_id is None:
             raise StorageError(
                 f"MLflow at {redact(context.locations.tracking_uri)} has not accepted the run's record within 30 s",
-                "check that the server answers, end other processes of this run that hang on this machine, and run again: only "
-                "this stage is left",
+                "check that the server answers, and run again: only this stage is left",
             )
         version = registry.register(
             context.locations.tracking_uri,

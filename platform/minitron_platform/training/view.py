@@ -58,6 +58,8 @@ class TrainingView:
                 if "tokens_per_second" in event.values:
                     self._report_first_step()
                     self.latest = self._progress(event.values, event.step)
+                else:
+                    self.log.spool.hurry()  # a held-out loss or a benchmark; the curve has the rest
             case Tagged():
                 self.log.tags(event.values)
             case WorkersFailed():

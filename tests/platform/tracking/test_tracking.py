@@ -176,9 +176,9 @@ def test_steps_that_a_killed_driver_recorded_and_the_next_repeats_are_in_mlflow_
     assert by_key["trial"].info.status == "FINISHED"
     assert by_key["trial"].data.tags["mlflow.parentRunId"] == by_key["search"].info.run_id
     written = points(uri, by_key["trial"], "loss")
-    assert len(written) > 150
+    assert len(written) >= 150
     assert written == [(step, float(step)) for step in range(len(written))]
-    assert [first for _, first in points(uri, by_key["trial"], "seconds")][:101] == [0.0] * 101
+    assert [first for _, first in points(uri, by_key["trial"], "seconds")][:100] == [0.0] * 100
 
 
 def test_steps_that_are_recorded_late_are_in_mlflow_in_order(
