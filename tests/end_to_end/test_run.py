@@ -178,6 +178,16 @@ def test_the_student_is_registered_with_its_lineage_and_can_be_promoted(bench, f
     assert client.get_model_version_by_alias("tiny-student", "champion").version == version.version
 
 
+def test_the_recipe_the_records_and_the_database_of_a_run_are_their_owners_alone(bench, finished):
+    files = [
+        bench / "runs" / "mlflow.db",
+        *bench.glob("runs/runs/*/recipe.yaml"),
+        *bench.glob("runs/runs/*/spool/*.jsonl"),
+    ]
+    assert len(files) >= 3
+    assert {file.stat().st_mode & 0o077 for file in files} == {0}
+
+
 def test_running_again_repeats_nothing(bench, finished):
     before = {p: p.stat().st_mtime_ns for p in (bench / "runs" / "stages").rglob("*") if p.is_file()}
     again = run_minitron("run", "recipe.yaml", "--storage", "runs", cwd=bench)

@@ -60,6 +60,16 @@ def test_a_console_shows_control_characters_and_markup_of_texts_as_text(console)
     assert "http://evil" not in shown.replace(LINK, "")
 
 
+def test_markup_in_a_message_is_neither_a_link_nor_blinks(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    console = Console()
+    console.rich.file = io.StringIO()
+    console.say(f"[bold]name[/] {LINK}")
+    shown = console.rich.file.getvalue()
+    assert shown == "\x1b[1mname\x1b[0m click\n"
+
+
 def test_names_in_a_models_files_do_not_reach_the_terminal_as_they_are(tmp_path):
     model = tiny.model()
     model.save_pretrained(tmp_path)
@@ -84,6 +94,18 @@ def test_what_jobs_and_registries_say_is_shown_as_text(monkeypatch):
         assert result.exit_code == 0, result.output
         assert is_safe(result.output.replace("\x1b[32mgreen\x1b[0m", "")), command
     assert "\x1b[32mgreen" in CliRunner().invoke(commands.main, ["logs", "job", "--address", "x"], color=True).output
+
+
+def test_the_command_that_resumes_a_run_is_shown_without_secrets(monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    address = "postgresql://me:hunter2@db/mlflow"
+    monkeypatch.setattr("sys.argv", ["minitron", "recipes", "--tracking-uri", address])
+    monkeypatch.setattr("minitron_platform.recipes.load.shipped_recipes", interrupt)
+    result = CliRunner().invoke(commands.main, ["recipes"])
+    assert result.exit_code == 130
+    assert "recipes --tracking-uri postgresql://db/mlflow" in result.output
 
 
 def test_warnings_are_logged_as_text():
