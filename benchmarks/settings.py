@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from benchmarks.shapes import fit
 from minitron.architecture import Architecture
 from minitron.distill import DistillConfig
-from minitron.distill.config import OPTIMIZERS
+from minitron.distill.config import ADAMW, ADAMW_OFFLOAD
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _ours(
     wanted: Wanted, teacher: Architecture, student: Architecture, seq_length: int, gpu_bytes: int, live: bool
 ) -> list[Settings]:
     """The fit by the estimate, and what takes less for the case that the estimate is too low."""
-    optimizers: Sequence[str] = [wanted.optimizer] if wanted.optimizer else OPTIMIZERS
+    optimizers: Sequence[str] = [wanted.optimizer] if wanted.optimizer else (ADAMW, ADAMW_OFFLOAD)
     tries: list[Settings] = []
     for optimizer in optimizers:
         config = DistillConfig(

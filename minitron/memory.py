@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from minitron.architecture import Architecture
-from minitron.distill.config import DistillConfig
+from minitron.distill.config import ADAMW_8BIT, DistillConfig
 from minitron.distill.losses.chunked import CHUNK_TOKENS as LOSS_TOKENS
+from minitron.distill.low_bit import MOMENT_BYTES
 from minitron.distill.teacher.shards import READ_AHEAD_BYTES
 from minitron.distill.teacher.stored import stored_bytes
 from minitron.logits import CHUNK_TOKENS, most_tokens
@@ -94,13 +95,14 @@ def training_memory(
         rows = min(READ_AHEAD_BYTES, 2 * row * -(-config.batch_rows // workers))  # of two steps
         kept = teacher.num_parameters if whole_teacher else teacher.vocab_size * teacher.hidden_size
         teacher_bytes = kept * value_bytes
-    copy = 3 * FLOAT * parameters // workers if config.checkpoint_every else 0
+    moment = MOMENT_BYTES if config.optimizer == ADAMW_8BIT else FLOAT
+    copy = int((FLOAT + 2 * moment) * parameters) // workers if config.checkpoint_every else 0
     if shards > 1:
         weights += FLOAT * head + value_bytes * inner // student.num_layers  # gathered: the head and one layer
     return MainMemory(
         weights=weights,
         teacher=teacher_bytes,
-        optimizer=3 * FLOAT * parameters // shards,
+        optimizer=int((FLOAT + 2 * moment) * parameters) // shards,
         gradients=gradients,
         activations=_kept_bytes(student, tokens, value_bytes, config.activation_checkpointing),
         logits=chunks + head * (FLOAT + value_bytes),

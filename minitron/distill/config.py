@@ -10,8 +10,10 @@ from minitron.distill.fp8 import FP8
 from minitron.distill.schedule import SCHEDULES
 from minitron.errors import InputError
 
-ADAMW, ADAMW_OFFLOAD = "adamw", "adamw-offload"
-OPTIMIZERS = (ADAMW, ADAMW_OFFLOAD)
+ADAMW, ADAMW_OFFLOAD, ADAMW_8BIT = "adamw", "adamw-offload", "adamw-8bit"
+OPTIMIZERS = (ADAMW, ADAMW_OFFLOAD, ADAMW_8BIT)
+ON_WHOLE_STUDENTS = (ADAMW_OFFLOAD, ADAMW_8BIT)
+"""Optimizers that do not work with `shard`, which splits the same state over the processes."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class DistillConfig:
     deterministic: bool = False
     """Use deterministic kernels on GPUs, which may be slower; CPUs always do."""
     optimizer: str = ADAMW
-    """"adamw", or "adamw-offload": the same with float32 weights and moments in main memory, for a GPU that is short of it."""
+    """"adamw"; "adamw-offload": the same with float32 weights and moments in main memory, for a GPU that is short of it; or
+    "adamw-8bit": with moments of 8 bits."""
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float = 1.0
@@ -70,9 +73,10 @@ class DistillConfig:
             raise InputError(f"fp8: {self.fp8!r}", f"use one of {', '.join(FP8)}")
         if self.optimizer not in OPTIMIZERS:
             raise InputError(f"optimizer: {self.optimizer!r}", f"use one of {', '.join(OPTIMIZERS)}")
-        if self.optimizer == ADAMW_OFFLOAD and self.shard:
+        if self.optimizer in ON_WHOLE_STUDENTS and self.shard:
             raise InputError(
-                f"optimizer: {ADAMW_OFFLOAD} with shard, which splits the same over the processes", "use one of the two"
+                f"optimizer: {self.optimizer} with shard, which splits the same over the processes",
+                "use one of the two",
             )
         if not 0 <= self.decay_share <= 1:
             raise InputError(f"decay_share: {self.decay_share} is no share of the steps", "use 0 to 1")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from minitron.architecture import Architecture
 from minitron.arguments import check_type
 from minitron.distill.blocks import ACTIVATION_CHECKPOINTING
-from minitron.distill.config import ADAMW_OFFLOAD, DistillConfig
+from minitron.distill.config import ON_WHOLE_STUDENTS, DistillConfig
 from minitron.distill.gpu_memory import GpuMemory, TeacherKept, gpu_memory
 
 CHOSEN = ("micro_batch_rows", "activation_checkpointing", "shard", "compile")
@@ -133,7 +133,7 @@ def _in_order(
         recompute = ACTIVATION_CHECKPOINTING
     shard = [config.shard]
     if "shard" in chosen:
-        shard = [False, True] if processes > 1 and config.optimizer != ADAMW_OFFLOAD else [False]
+        shard = [False, True] if processes > 1 and config.optimizer not in ON_WHOLE_STUDENTS else [False]
     busy = [n for n in rows if n * seq_length >= BUSY_TOKENS] or rows[:1]
     for group in (busy, [n for n in rows if n not in busy]):
         for how in recompute:

@@ -8,8 +8,9 @@ from typing import Literal
 from minitron.architecture import Architecture
 from minitron.arguments import check_type
 from minitron.distill.activations import FLOAT, backward_per_token, final_norm, forward_per_token, kept_per_token
-from minitron.distill.config import ADAMW_OFFLOAD, DistillConfig
+from minitron.distill.config import ADAMW_8BIT, ADAMW_OFFLOAD, DistillConfig
 from minitron.distill.losses import chunked, fused
+from minitron.distill.low_bit import MOMENT_BYTES
 from minitron.distill.sharding import STATE_BYTES, parts_of
 from minitron.logits import most_tokens
 
@@ -30,7 +31,7 @@ class GpuMemory:
     masters: int = 0
     """float32 master weights."""
     moments: int = 0
-    """AdamW's two moments, float32."""
+    """AdamW's two moments, in float32 or 8 bits."""
     gradients: int = 0
     """The float32 sums, and the gradients of one micro-batch."""
     activations: int = 0
@@ -163,7 +164,10 @@ class _Training:
         mastered = 0 if self.config.optimizer == ADAMW_OFFLOAD else int(self.trained * FLOAT * parameters)
         if self.split:  # sharded parameters are their own masters, trained or not
             return GpuMemory(masters=FLOAT * parameters // self.parts, moments=2 * mastered // self.parts)
-        return GpuMemory(weights=self.value_bytes * parameters, masters=mastered, moments=2 * mastered)
+        moments = 2 * mastered
+        if self.config.optimizer == ADAMW_8BIT:
+            moments = int(moments * MOMENT_BYTES / FLOAT)
+        return GpuMemory(weights=self.value_bytes * parameters, masters=mastered, moments=moments)
 
     @property
     def rows(self) -> int:

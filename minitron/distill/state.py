@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from minitron.distill.config import ADAMW_OFFLOAD, DistillConfig
+from minitron.distill.config import ADAMW_8BIT, ADAMW_OFFLOAD, DistillConfig
+from minitron.distill.low_bit import adamw_8bit, moment_parts
 
 
 class TrainingState:
@@ -27,15 +28,19 @@ class TrainingState:
         self.named = named
         self.offloaded = config.optimizer == ADAMW_OFFLOAD
         self.masters = [p if isinstance(p, DTensor) else self._master(p) for _, p in named]
-        self.optimizer = torch.optim.AdamW(
-            self.masters, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True
-        )
-        for master in self.masters:
-            self.optimizer.state[master] = {
-                "step": torch.zeros((), device=master.device),
-                "exp_avg": torch.zeros_like(master),
-                "exp_avg_sq": torch.zeros_like(master),
-            }
+        self.optimizer: torch.optim.Optimizer
+        if config.optimizer == ADAMW_8BIT:
+            self.optimizer = adamw_8bit(self.masters, config.betas, config.weight_decay)
+        else:
+            self.optimizer = torch.optim.AdamW(
+                self.masters, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True
+            )
+            for master in self.masters:
+                self.optimizer.state[master] = {
+                    "step": torch.zeros((), device=master.device),
+                    "exp_avg": torch.zeros_like(master),
+                    "exp_avg_sq": torch.zeros_like(master),
+                }
         self._sums: list[Tensor | None] = [None] * len(named)  # float32, on the devices of the working weights
 
     def _master(self, parameter: nn.Parameter) -> Tensor:
@@ -94,7 +99,10 @@ class TrainingState:
     def update(self, rate: float) -> None:
         """Step with the reduced gradients at this learning rate, and round the new weights into the working model."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            if isinstance(group["lr"], Tensor):  # torchao's
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
         if self.offloaded:  # so that one gradient at a time is in main memory
             for index in range(len(self.masters)):
                 self._step([index])
@@ -125,15 +133,13 @@ class TrainingState:
             torch._foreach_copy_(working, [master for parameter, master in own if master is not parameter])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on, float32, the tensors themselves."""
+        """Everything that the next step depends on, the tensors themselves: float32, and the codes of moments of 8 bits."""
         tensors: dict[str, Tensor] = {}
         for master, (name, _) in zip(self.masters, self.named, strict=True):
             moments = self.optimizer.state[master]
-            tensors |= {
-                f"master.{name}": master.detach(),
-                f"exp_avg.{name}": moments["exp_avg"],
-                f"exp_avg_sq.{name}": moments["exp_avg_sq"],
-            }
+            tensors[f"master.{name}"] = master.detach()
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors |= {f"{moment}.{name}{part}": tensor for part, tensor in moment_parts(moments[moment])}
         return tensors
 
     def restored(self, updates: int) -> None:

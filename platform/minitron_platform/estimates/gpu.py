@@ -11,7 +11,7 @@ from typing import Any
 from minitron.architecture import Architecture
 from minitron.distill import Losses
 from minitron.distill.blocks import ACTIVATION_CHECKPOINTING
-from minitron.distill.config import ADAMW_OFFLOAD, DistillConfig
+from minitron.distill.config import ADAMW_OFFLOAD, ON_WHOLE_STUDENTS, DistillConfig
 from minitron.distill.fitting import SHARE, Fit, fitting
 from minitron.distill.gpu_memory import TeacherKept
 from minitron.errors import InputError
@@ -115,7 +115,7 @@ class GpuTraining:
                     changed = self
                     for _, change in (*workers, *some):
                         changed = change(changed)
-                    if changed.config.shard and changed.config.optimizer == ADAMW_OFFLOAD:
+                    if changed.config.shard and changed.config.optimizer in ON_WHOLE_STUDENTS:
                         continue
                     fit = changed.fit()
                     if fit.fits:

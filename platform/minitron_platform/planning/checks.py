@@ -15,7 +15,9 @@ from minitron.data import TextSource, check_chat_template, check_first_row
 from minitron.data import document_tokens as tokenizer_document_tokens
 from minitron.data import source_identity as text_identity
 from minitron.device import compute_capability
+from minitron.distill.config import ADAMW_8BIT
 from minitron.distill.fp8 import check_fp8
+from minitron.distill.low_bit import check_low_bit
 from minitron.distill.trainable import check_lora
 from minitron.errors import InputError, StorageError
 from minitron.evaluation import Task, check_requirements, check_tasks
@@ -34,6 +36,7 @@ def check_recipe(recipe: Recipe, teacher: Architecture, max_seq_length: int | No
     max_seq_length: tokens that the teacher accepts; None for any number.
     """
     check_consistency(recipe)
+    check_optimizers(recipe)
     check_text(recipe)
     check_benchmark_names(benchmark_tasks(recipe))
     check_with_teacher(recipe, teacher, max_seq_length)
@@ -94,6 +97,14 @@ def check_outcomes(recipe: Recipe, teacher: Architecture, candidates: Mapping[st
         )
     for depth in sorted({shape.num_layers for shapes in candidates.values() for shape in shapes}):
         distillation_losses(recipe, replace(teacher, num_layers=depth), teacher)
+
+
+def check_optimizers(recipe: Recipe) -> None:
+    """Raise InputError for an optimizer whose package is not installed."""
+    for key, training in trainings(recipe).items():
+        if training.optimizer == ADAMW_8BIT:
+            with named_by_key(key):
+                check_low_bit()
 
 
 def check_fp8_trainings(recipe: Recipe, dtype: torch.dtype | None, *, gpus_here: bool) -> list[str]:

@@ -16,6 +16,7 @@ from minitron.attention import chosen_kernel
 from minitron.data import DocumentTokens, TextSource
 from minitron.device import device
 from minitron.distill import DistillConfig, Losses, default_losses
+from minitron.distill.config import ADAMW_8BIT
 from minitron.distill.fitting import CHOSEN
 from minitron.distill.losses import mapped_layers
 from minitron.evaluation import Task
@@ -172,11 +173,15 @@ def auto_settings(training: schema.Training) -> tuple[str, ...]:
 
 
 def training_values(training: schema.Training) -> dict[str, Any]:
-    """A training's values for fingerprints: with the values for CPUs instead of `auto`, and without `optimizer`,
-    `deterministic` and `fp8: none`, which earlier versions did not have. What is left out changes the result only by
-    rounding."""
+    """A training's values for fingerprints: with the values for CPUs instead of `auto`, and without `deterministic`,
+    `fp8: none`, which earlier versions did not have, and optimizers that compute the same. What is left out changes the
+    result only by rounding."""
     config = distill_config(training)
-    values = training.model_dump(exclude={"optimizer", "deterministic", *(["fp8"] if training.fp8 == "none" else [])})
+    values = training.model_dump(exclude={"deterministic"})
+    if training.fp8 == "none":
+        del values["fp8"]
+    if training.optimizer != ADAMW_8BIT:
+        del values["optimizer"]
     return values | {name: getattr(config, name) for name in auto_settings(training)}
 
 

@@ -197,7 +197,7 @@ class Training(_Section):
     evaluate_tasks_every: Natural = 0
     shard: bool | Literal["auto"] = "auto"
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
-    optimizer: Literal["adamw", "adamw-offload"] = "adamw"
+    optimizer: Literal["adamw", "adamw-offload", "adamw-8bit"] = "adamw"
     compile: bool | Literal["auto"] = "auto"
     fp8: Literal["none", "tensorwise", "rowwise"] = "none"
     deterministic: bool = False
