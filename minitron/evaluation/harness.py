@@ -91,7 +91,7 @@ def evaluate(
         for task, members in work:
             with _reported(task, on_failure):
                 own = [_score(scorer, task, part.name, part.scored, built) for part, built in members]
-                scores[task.name] = own[0] if len(own) == 1 else _pooled(task.name, own)
+                scores[task.key] = own[0] if len(own) == 1 else _pooled(task.name, own)
             if scorer.cut:
                 log.warning(
                     "%s: %d requests exceed the model's %d tokens; they were cut from the left",
@@ -111,19 +111,19 @@ def _prepared(
     built: dict[str, list[tuple[Part, Any]]] = {}
     for task in tasks:
         with _reported(task, None if on_failure is None else errors.__setitem__):
-            built[task.name] = [(part, build(task, part)) for part in parts(task)]
+            built[task.key] = [(part, build(task, part)) for part in parts(task)]
     if together and dist.is_initialized():
         # the processes of a sharded model run every forward pass together
         kind = "cpu" if dist.get_backend() == "gloo" else "cuda"
-        failures = torch.tensor([task.name in errors for task in tasks], dtype=torch.int64, device=kind)
+        failures = torch.tensor([task.key in errors for task in tasks], dtype=torch.int64, device=kind)
         dist.all_reduce(failures)
         for task, count in zip(tasks, failures.tolist(), strict=True):
-            if count and task.name not in errors:
-                errors[task.name] = MinitronError(f"task {task.name!r}: {count} other processes could not prepare it")
+            if count and task.key not in errors:
+                errors[task.key] = MinitronError(f"task {task.name!r}: {count} other processes could not prepare it")
     if on_failure is not None:
         for name, error in errors.items():
             on_failure(name, error)
-    return [(task, built[task.name]) for task in tasks if task.name not in errors]
+    return [(task, built[task.key]) for task in tasks if task.key not in errors]
 
 
 @contextmanager
@@ -136,7 +136,7 @@ def _reported(task: Task, on_failure: OnFailure | None) -> Iterator[None]:
     except Exception as error:
         if on_failure is None:
             raise
-        on_failure(task.name, error)
+        on_failure(task.key, error)
 
 
 def _score(scorer: _Scorer, task: Task, name: str, split: str, built: Any) -> Score:

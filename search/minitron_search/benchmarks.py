@@ -28,6 +28,8 @@ from minitron_search.stored_trials import StoredTrials
 from minitron_search.trial import run_trial
 from minitron_search.trial_store import trial_folder, weights
 
+NOT_THE_SCORE = ("allow_code", "label")  # fields of a task that do not change its score
+
 
 @dataclass(frozen=True)
 class Benchmarks:
@@ -51,7 +53,7 @@ class Benchmarks:
     def identity(self) -> dict[str, Any]:
         """Everything besides the model that determines its scores."""
         return {
-            "tasks": [{k: v for k, v in asdict(task).items() if k != "allow_code"} for task in self.tasks],
+            "tasks": [{k: v for k, v in asdict(task).items() if k not in NOT_THE_SCORE} for task in self.tasks],
             "documents": [documents_identity(task.data) for task in self.tasks if task.data],
             "lm_eval": version("lm_eval"),
             **({} if self.add_bos is None else {"add_bos": self.add_bos}),
@@ -105,7 +107,7 @@ def _with_absolute_path(task: Task) -> Task:
 
 def _with_scores(candidate: RankedCandidate, benchmarks: Benchmarks, path: str) -> RankedCandidate:
     scores = _scores(path)
-    known = [(task.name, scores[task.name]) for task in benchmarks.tasks if task.name in scores]
+    known = [(task.key, scores[task.key]) for task in benchmarks.tasks if task.key in scores]
     return replace(
         candidate,
         benchmarks=tuple(
@@ -124,7 +126,7 @@ def _benchmark(task: SearchTask, benchmarks: Benchmarks, architecture: Architect
     path = benchmarks.path(task.folder, architecture)
     failed: dict[str, Exception] = {}
     known = _scores(path)
-    missing = [benchmark for benchmark in benchmarks.tasks if benchmark.name not in known]
+    missing = [benchmark for benchmark in benchmarks.tasks if benchmark.key not in known]
     scores = evaluate(
         model,
         tokenizer,

@@ -171,10 +171,11 @@ def check_benchmark_names(tasks: Iterable[tuple[str, Task]]) -> None:
     for key, task in tasks:
         with named_by_key(key):
             check_tasks([task])
-        name = f"{key.rstrip('.0123456789')} {task.name}"
+        name = f"{key.rstrip('.0123456789')} {task.name} {task.num_fewshot}"
         if name in seen:
             raise InputError(
-                f"{key}: task {task.name!r} is also {seen[name]}", "give each task once; scores are kept by name"
+                f"{key}: task {task.name!r} is also {seen[name]}",
+                "give each task once with the same num_fewshot; scores are kept by both",
             )
         seen[name] = key
 

@@ -86,8 +86,16 @@ def separates_documents(recipe: schema.Recipe) -> bool:
 
 
 def lm_eval_tasks(tasks: Iterable[schema.Task], allow_code: bool = False) -> tuple[Task, ...]:
-    """The benchmarks to run. allow_code: the recipe's `evaluate.allow_code`."""
-    return tuple(Task(**task.model_dump(), allow_code=allow_code) for task in tasks)
+    """The benchmarks to run. allow_code: the recipe's `evaluate.allow_code`.
+
+    The first of those with one name keeps it for its score; the others are named by their number of examples, too.
+    """
+    made: list[Task] = []
+    for task in tasks:
+        repeated = any(other.name == task.name for other in made)
+        label = f"{task.name}_{task.num_fewshot}shot" if repeated else None
+        made.append(Task(**task.model_dump(), allow_code=allow_code, label=label))
+    return tuple(made)
 
 
 def worker_tasks(evaluate: schema.Evaluate) -> tuple[Task, ...]:

@@ -15,6 +15,7 @@ from minitron import storage
 from minitron.evaluation import task_metric
 from minitron.evaluation.metrics import KL, LOSS, PLUS_MINUS, SPEED, Metric
 from minitron.text import printable
+from minitron_platform.recipes.build import lm_eval_tasks
 from minitron_platform.report.shipped_files import data_folder
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.correct import Correct
@@ -79,7 +80,7 @@ def _heldout_text(field: str, metric: Metric, figures: Figures) -> str:
 def _benchmarks(state: RunState) -> dict[str, str | None]:
     """The metric of each of the recipe's benchmarks; None if the benchmark failed for every model."""
     known = {task: score.metric for _, figures in _columns(state) for task, score in figures.tasks.items()}
-    return {task.name: known.get(task.name) for task in state.recipe.evaluate.tasks}
+    return {task.key: known.get(task.key) for task in lm_eval_tasks(state.recipe.evaluate.tasks)}
 
 
 def _score_text(task: str, figures: Figures) -> str:

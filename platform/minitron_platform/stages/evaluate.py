@@ -265,7 +265,7 @@ def _measure(task: _Evaluation, worker: Worker, name: str, path: str) -> None:
         if worker.is_first:
             storage.write_json(path, quality.model_dump(mode="json"))
         results = [f"loss {LOSS.text(quality.loss)}", f"KL {KL.text(quality.kl)}"]
-    missing = [one for one in task.tasks if one.name not in quality.tasks]
+    missing = [one for one in task.tasks if one.key not in quality.tasks]
     if missing:
         worker.progress.status(f"{name}: preparing benchmarks")
         failures: dict[str, str] = {}
@@ -287,7 +287,7 @@ def _measure(task: _Evaluation, worker: Worker, name: str, path: str) -> None:
             together=together,
         )
         all_scores = quality.tasks | scores
-        ordered = {one.name: all_scores[one.name] for one in task.tasks if one.name in all_scores}
+        ordered = {one.key: all_scores[one.key] for one in task.tasks if one.key in all_scores}
         quality = quality.model_copy(update={"tasks": ordered, "failures": failures})
         if worker.is_first:
             storage.write_json(path, quality.model_dump(mode="json"))
@@ -300,7 +300,7 @@ def _measure(task: _Evaluation, worker: Worker, name: str, path: str) -> None:
 def _is_complete(path: str, tasks: Sequence[Task]) -> bool:
     """Whether the file has all measurements of a model."""
     quality = _read_quality(path)
-    return quality is not None and all(task.name in quality.tasks for task in tasks)
+    return quality is not None and all(task.key in quality.tasks for task in tasks)
 
 
 def _read_quality(path: str) -> Quality | None:

@@ -204,7 +204,7 @@ class Search(Stage[SearchOutput]):
             saved=result.saved,
             failures=tuple(FailedCandidate(architecture, reason) for architecture, reason in result.failures.items()),
             restarts=tuple(view.restarts),
-            benchmarks=tuple(task.name for task in benchmarks.tasks) if benchmarks else (),
+            benchmarks=tuple(task.key for task in benchmarks.tasks) if benchmarks else (),
             serving=serving,
             candidates=len(candidates),
             architectures=tuple(architecture for architecture in candidates if architecture not in skipped),

