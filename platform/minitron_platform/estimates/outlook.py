@@ -10,7 +10,7 @@ from minitron_platform.estimates.gpu import GpuTraining
 from minitron_platform.estimates.memory import ProcessMemory
 from minitron_platform.estimates.requests import STAGE
 from minitron_platform.estimates.teacher import TeacherCost
-from minitron_platform.estimates.work import Part
+from minitron_platform.estimates.work import Part, Split
 from minitron_platform.recipes.candidates import MemberCandidates
 from minitron_platform.recipes.resources import ResolvedResources
 from minitron_platform.recipes.schema import Member, Recipe
@@ -67,6 +67,11 @@ class Estimate:
     """A training on GPUs."""
     parts: tuple[Part, ...] = ()
     """How the workers of a cluster share the work; by default one of them does it."""
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Time on one CPU for work without models, which all CPUs share."""
+        return sum(part.cpu_seconds for part in self.parts if isinstance(part, Split))
 
     @property
     def tokens(self) -> int:

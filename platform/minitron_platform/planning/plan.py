@@ -18,6 +18,7 @@ from minitron.device import compute_dtype, device, matmul_flops
 from minitron.distill.fitting import Fit
 from minitron.models import check_contents, source_architecture
 from minitron_platform.addresses import check_ray_address
+from minitron_platform.cluster.ray_session import cores
 from minitron_platform.cluster.room import (
     joins_cluster,
     private_node,
@@ -326,7 +327,7 @@ def _cost(
         stage=stage.name,
         model=member.model if member else "",
         estimate=estimate,
-        seconds=estimate.flops / (speed * EFFICIENCY) + estimate.start_up_seconds,
+        seconds=estimate.flops / (speed * EFFICIENCY) + estimate.start_up_seconds + estimate.cpu_seconds / cores(),
         done=finished.is_finished(stage, member),
     )
     if cluster is None:

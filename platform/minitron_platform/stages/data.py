@@ -19,6 +19,7 @@ from minitron_platform.cluster.ray_session import cores
 from minitron_platform.console import seconds
 from minitron_platform.estimates.outlook import Estimate, Outlook
 from minitron_platform.estimates.phases import data_parts
+from minitron_platform.estimates.teacher import TOKEN_BYTES
 from minitron_platform.recipes import schema
 from minitron_platform.recipes.build import data_values, document_tokens, heldout_source, text_sources
 from minitron_platform.stages.context import Context
@@ -86,9 +87,11 @@ class Data(Stage[DataOutput]):
     def estimate(self, outlook: Outlook, member: schema.Member | None) -> Estimate:
         data = outlook.recipe.data
         rows = data.train_rows + data.heldout_rows
+        tokens = rows * data.seq_length
+        kept = 2 if tokens >= TASK_TOKENS else 1  # parts are kept until the rows are written
         return Estimate(
             f"{rows:,} rows of {data.seq_length} tokens",
-            bytes=rows * data.seq_length * 4,
+            bytes=kept * tokens * TOKEN_BYTES,
             start_up_seconds=15,
             parts=data_parts(outlook),
         )

@@ -16,6 +16,7 @@ from minitron.distill.teacher.stored import stored_bytes
 from minitron.errors import InputError, StorageError
 from minitron.models import load_model
 from minitron_platform import load_recipe, plan
+from minitron_platform.cluster.ray_session import cores
 from minitron_platform.training.train import TrainTask, _start
 
 
@@ -48,6 +49,15 @@ def test_a_plan_shows_the_costs_of_both_modes(planned):
     assert more == pytest.approx(either["online"].online_flops)
     top = planned("targets.top_k=5", "losses.hidden=[]").teacher_costs["stored"]
     assert top.bytes == 96 * 32 * 5 * 8 + stored_bytes(16, 32, 48, 4)
+
+
+def test_a_plan_knows_what_a_billion_tokens_of_text_take(planned, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(10**15, 0, 10**15))
+    rows = 10**9 // 32 - 16
+    cost = next(cost for cost in planned(f"data.train_rows={rows}").costs if cost.stage == "data")
+    assert cost.estimate.bytes == 8 * 10**9, "tokens of 4 bytes, in parts and in rows"
+    assert cost.seconds == pytest.approx(10**9 / 300_000 / cores(), rel=0.1)
 
 
 def test_a_disk_that_is_too_small_is_refused_with_the_settings_that_fit(planned, monkeypatch):
