@@ -4,6 +4,7 @@
 
 Every trial has its files (the measurement before training, two rungs, the result) in a folder. The driver lists and reads them,
 ranks the candidates, measures the stability of the ranking, and writes the output of the stage and the record of every trial.
+Then it takes the events of 64 trials that train at once.
 The memory is this process's resident memory beyond what it had before; the time is wall time.
 """
 
@@ -14,21 +15,29 @@ import gc
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import machine, memory_now, peak_memory, restart_peak
 from minitron.architecture import Architecture
+from minitron.distill import DistillConfig, Losses
+from minitron.distill.inputs import DistillInputs
+from minitron.pruning.source import PruningSource
 from minitron_platform import load_recipe
 from minitron_platform.console import Console
 from minitron_platform.locations import resolve_locations
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.search_output import SearchOutput
 from minitron_platform.stages.stage_records import Record, read_record, write_record
-from minitron_platform.stages.trial_records import record_trials
+from minitron_platform.stages.trial_records import TrialsView, record_trials
+from minitron_platform.tracking.spool import Spool
+from minitron_platform.workers.workers import Workers
+from minitron_search.events import Finished, Progress, Started
 from minitron_search.limits import Limits
 from minitron_search.ranking import rank, reason, winner_of
+from minitron_search.search_task import SearchTask
 from minitron_search.stability import settled, stability
 from minitron_search.stored_trials import StoredTrials
 from minitron_search.trial_store import (
@@ -43,6 +52,8 @@ from minitron_search.trial_store import (
 RUNGS = (200, 300)
 STEPS = 400
 SEQ_LENGTH = 4096
+AT_ONCE = 64
+METRICS = dict.fromkeys(("train_loss", "train_kl", "learning_rate", "grad_norm", "tokens_per_second"), 1.5)
 
 
 def architectures(count: int) -> list[Architecture]:
@@ -96,6 +107,7 @@ class Driver:
             "rank, stability": self.rank,
             "write and read the stage's output": self.store,
             "records for MLflow": self.record,
+            f"{STEPS * AT_ONCE:,} events of {AT_ONCE} trials at once": self.events,
         }
 
     def read(self) -> None:
@@ -132,22 +144,53 @@ class Driver:
         assert record is not None
         assert record.output == self.output
 
+    def events(self) -> None:
+        """What trials report while they train: every step of each of AT_ONCE, in turn, and their ends."""
+        folder = f"{self.storage}/events"
+        inputs = DistillInputs(
+            teacher="t", teacher_id="t", dtype="bfloat16", rows="r", train_targets="t", heldout_targets="h"
+        )
+        config = DistillConfig(steps=STEPS, batch_rows=32, peak_lr=1e-4, min_lr=1e-5, warmup_steps=1)
+        task = SearchTask(inputs, PruningSource("b", "s", "bfloat16"), config, Losses(), folder, rungs=RUNGS)
+        candidates = self.made[:AT_ONCE]
+        planned = STEPS * AT_ONCE
+        with self._context() as context:
+            view = TrialsView(context, task, candidates, scoring=False, to_end=AT_ONCE, planned=planned)
+            for architecture in candidates:
+                view.event(architecture, Started(1))
+            for step in range(1, STEPS + 1):
+                for architecture in candidates:
+                    view.event(architecture, Progress(step, METRICS))
+            for architecture in candidates:
+                view.event(architecture, Finished(STEPS, 1.0, 2.0))
+
     def record(self) -> None:
         assert self.output is not None
+        with self._context() as context:
+            record_trials(context, self.output)
+
+    @contextmanager
+    def _context(self) -> Iterator[Context]:
         recipe = load_recipe("smollm2-135m-cpu")
-        context = Context(
+        locations = resolve_locations(self.storage)
+        console = Console()
+        console.say = lambda message="": None  # type: ignore[method-assign]
+        spool = Spool(locations.spool("many-trials"))
+        yield Context(
             recipe=recipe,
-            locations=resolve_locations(self.storage),
-            console=Console(),
+            locations=locations,
+            console=console,
             run_key="many-trials",
             current=recipe.family[0],
             start_ray=_no_ray,
+            workers=Workers(console, start_ray=_no_ray, computes_here=lambda: True, scratch=""),
+            spool=spool,
             mlflow_run_id=lambda record: None,
         )
-        record_trials(context, self.output)
+        spool.close()
 
 
-def _no_ray(context: Context) -> Any:
+def _no_ray(*_: Any) -> Any:
     raise NotImplementedError
 
 

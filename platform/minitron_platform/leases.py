@@ -103,14 +103,23 @@ def _acquire(folder: str, what: str, holder: Holder, console: Console, take_over
     announced = 0  # the epoch that the user was told about
     last_beat = ""
     last_beat_at = time.monotonic()
+    current: Holder | None = None
+    known = 0  # the epoch of `current`
+    next_look = 0.0  # when to read the heartbeat, which changes every quarter of its time to live
     while True:
         files = storage.names(folder)
         epoch = newest_epoch(files)
-        current = read_holder(folder, epoch) if epoch else None
+        if epoch != known or current is None:
+            current = read_holder(folder, epoch) if epoch else None
+            known, next_look = epoch, 0.0
         released = end_name(epoch) in files
         reason = ""
         if current is not None and not released:
-            beat = f"{epoch} {_beat(Fence(folder, epoch, what))}"
+            now = time.monotonic()
+            beat = last_beat
+            if now >= next_look or now - last_beat_at > current.ttl:
+                beat = f"{epoch} {_beat(Fence(folder, epoch, what))}"
+                next_look = now + current.ttl / 8
             if beat != last_beat:
                 if last_beat and not wait:
                     raise LeaseHeldError(f"{what} is held by {current}", "wait until it ends")

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import uuid
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
@@ -338,3 +339,26 @@ def test_drivers_that_check_the_same_storage_do_not_disturb_each_other(s3):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: check_machine(None, root, elsewhere=True), range(64)))
     assert not storage.exists(root)
+
+
+def test_a_driver_that_waits_lists_the_lease_and_reads_little_else(where, monkeypatch):
+    _elsewhere(where, ttl=60)
+    asked, waited = Counter(), []
+    for name in ("names", "read_bytes_if_exists"):
+        method = getattr(storage, name)
+
+        def counted(path, name=name, method=method):
+            asked[name] += 1
+            return method(path)
+
+        monkeypatch.setattr(storage, name, counted)
+
+    def sleep(seconds):
+        waited.append(seconds)
+        if len(waited) == 20:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    with pytest.raises(KeyboardInterrupt), _hold(where):
+        pass
+    assert (asked["names"], asked["read_bytes_if_exists"]) == (20, 1)  # the heartbeat is looked at every 7.5 s
