@@ -10,7 +10,7 @@ from minitron.errors import StorageError
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/minitron, by default ~/.cache/minitron; created with mode 0700.
+    """$XDG_CACHE_HOME/minitron, by default ~/.cache/minitron; with mode 0700, because models may be private.
 
     Raises StorageError for a folder that another user owns or may write to, because its content could be forged.
     """
@@ -25,4 +25,6 @@ def cache_folder() -> Path:
         raise StorageError(f"{folder}: belongs to user {status.st_uid}, not to you", remedy)
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise StorageError(f"{folder}: other users may write to it", f"chmod go-w {folder}, or {remedy}")
+    if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        folder.chmod(0o700)
     return folder
