@@ -9,6 +9,7 @@ import math
 import mmap
 import struct
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from minitron.checkpoints.limits import LARGEST_SIZE, MOST_EXPERTS, MOST_LAYERS
@@ -37,16 +38,30 @@ LIMITS = {
 """By the end of a key."""
 
 
-class _Lie(Exception):
+class _InvalidHeader(Exception):
     """A count or length that the file cannot have."""
 
 
 def check_gguf(path: Path) -> None:
-    """Raise InputError unless `path` is a GGUF file whose counts, lengths and offsets lie inside it and can be a model's."""
+    """Raise InputError unless `path` is a GGUF file whose counts, lengths and offsets lie inside it and can be a model's.
+
+    A file that has not changed since is not looked at again: a vocabulary takes tenths of a second.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})", "check the path and its permissions") from error
+    _check(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@lru_cache(maxsize=8)
+def _check(path: Path, *_: int) -> None:
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             _Header(data).check()
-    except (_Lie, struct.error, ValueError) as error:  # ValueError: an empty file cannot be mapped
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})", "check its permissions") from error
+    except (_InvalidHeader, struct.error, ValueError) as error:  # ValueError: an empty file cannot be mapped
         raise InputError(f"{path}: is not a whole GGUF file ({error})", "download or copy it again") from error
 
 
@@ -56,7 +71,7 @@ class _Header:
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.position = data, len(MAGIC)
         if data[: len(MAGIC)] != MAGIC:
-            raise _Lie("it does not begin with GGUF")
+            raise _InvalidHeader("it does not begin with GGUF")
         self.order = "<"
         if struct.unpack_from("<I", data, self.position)[0] & 0xFFFF == 0:
             self.order = ">"  # the version in the other byte order
@@ -70,7 +85,7 @@ class _Header:
 
     def skip(self, count: int, size: int) -> None:
         if count * size > len(self.data) - self.position:
-            raise _Lie(f"{count:,} values of {size} bytes at byte {self.position:,} of {len(self.data):,}")
+            raise _InvalidHeader(f"{count:,} values of {size} bytes at byte {self.position:,} of {len(self.data):,}")
         self.position += count * size
 
     def string(self) -> bytes:
@@ -83,7 +98,7 @@ class _Header:
         tensors, pairs = self.read("Q"), self.read("Q")
         room = len(self.data) - self.position
         if tensors > MOST_TENSORS or tensors * LEAST_TENSOR + pairs * LEAST_PAIR > room:
-            raise _Lie(f"{tensors:,} tensors and {pairs:,} keys in {len(self.data):,} bytes")
+            raise _InvalidHeader(f"{tensors:,} tensors and {pairs:,} keys in {len(self.data):,} bytes")
         for _ in range(pairs):
             key = self.string().decode(errors="replace")
             for value in self._values(self.read("I"), nested=False):
@@ -101,7 +116,7 @@ class _Header:
             inner, count = self.read("I"), self.read("Q")
             self.elements += count
             if self.elements > MOST_ELEMENTS:
-                raise _Lie(f"arrays of more than {MOST_ELEMENTS:,} values")
+                raise _InvalidHeader(f"arrays of more than {MOST_ELEMENTS:,} values")
             if inner in SCALARS:
                 start, size = self.position, struct.calcsize(self.order + SCALARS[inner])
                 self.skip(count, size)
@@ -111,21 +126,21 @@ class _Header:
             for _ in range(count):
                 yield from self._values(inner, nested=True)
         else:
-            raise _Lie(f"a value of type {kind}")
+            raise _InvalidHeader(f"a value of type {kind}")
 
     def _check_size(self, key: str, value: int) -> None:
         limit = next((limit for end, limit in LIMITS.items() if key.endswith(end)), None)
         if limit is not None and value > limit:
-            raise _Lie(f"{key[:100]} is {value:,}; the largest that is possible is {limit:,}")
+            raise _InvalidHeader(f"{key[:100]} is {value:,}; the largest that is possible is {limit:,}")
 
     def _check_tensor(self) -> None:
         name = self.string().decode(errors="replace")[:100]
         dimensions = self.read("I")
         if dimensions > MOST_DIMENSIONS:
-            raise _Lie(f"tensor {name!r} has {dimensions:,} dimensions")
+            raise _InvalidHeader(f"tensor {name!r} has {dimensions:,} dimensions")
         shape = [self.read("Q") for _ in range(dimensions)]
         self.read("I")
         offset = self.read("Q")
         # a weight has one bit at least
         if offset > len(self.data) or math.prod(shape) > 8 * len(self.data):
-            raise _Lie(f"tensor {name!r} of shape {shape} from byte {offset:,} in {len(self.data):,} bytes")
+            raise _InvalidHeader(f"tensor {name!r} of shape {shape} from byte {offset:,} in {len(self.data):,} bytes")
