@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyarrow
 import pyarrow.parquet
@@ -18,8 +19,8 @@ import pytest
 from helpers import tiny
 
 from minitron.data import InParts, TextSource, pack, part_files, parts, tokenising
+from minitron.data.documents import LeftOut, part_documents
 from minitron.data.in_parts import in_this_process
-from minitron.data.part_files import tokenise_part
 from minitron.errors import InputError
 from minitron.storage import manifest, read_json
 
@@ -104,6 +105,19 @@ def test_parts_give_the_same_rows(
     assert not (tmp_path / "parts").exists(), "parts are deleted once the rows are written"
 
 
+@pytest.mark.parametrize("length", [99, 100, 101, 7000])
+def test_ranges_of_a_file_have_each_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    monkeypatch.setattr(parts, "PART_BYTES", 2500)  # ranges begin with a line, near one, and inside long ones
+    lines = [json.dumps({"text": f"{number:{length - 14}}"}) for number in range(60)]
+    assert {len(line) + 1 for line in lines} == {length}
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    source = TextSource("jsonl", f"{tmp_path}/a.jsonl")
+    divided = list(parts.source_parts(source))
+    found = [document.text for part in divided for document in part_documents(source, part, None, LeftOut())]
+    assert len(divided) > 2
+    assert [int(text) for text in found] == list(range(60))
+
+
 def test_a_blend_has_the_shares_of_its_weights(corpus: Path, tokenizer: Any, tmp_path: Path) -> None:
     sources, options = _cases(corpus)["blend"]
     rows = pack(sources, tokenizer, str(tmp_path / "rows"), **(SIZES | options))
@@ -135,18 +149,17 @@ def test_held_out_text_of_its_own_is_in_no_training_row(tokenizer: Any, tmp_path
 
 def _pack_until_killed(corpus: Path, tokenizer: Any, target: str, calls: Path, limit: int) -> None:
     """Pack in parts, and note each part that is tokenised; the process kills itself when it has begun `limit` parts."""
-    source, options = _cases(corpus)["lines"]
+    sources, options = _cases(corpus)["lines"]
 
-    def run(function: Any, common: Any, jobs: Any) -> Iterator[Any]:
-        for part in jobs:
-            if function is tokenise_part and part_files.finished_part(common, part) is None:
-                with calls.open("a") as file:
-                    file.write(f"{part}\n")
-                if len(calls.read_text().splitlines()) == limit:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            yield function(common, part)
+    def counted(how: Any, part: Any) -> Iterator[Any]:
+        with calls.open("a") as file:
+            file.write(f"{part}\n")
+        if len(calls.read_text().splitlines()) == limit:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return tokenising.tokenise(how, part)
 
-    pack(source, tokenizer, target, in_parts=InParts(f"{target}-parts", run), **(SIZES | options))
+    with mock.patch.object(part_files, "tokenise", counted):
+        pack(sources, tokenizer, target, in_parts=InParts(f"{target}-parts"), **(SIZES | options))
 
 
 def test_finished_parts_are_not_tokenised_again_after_a_kill(
