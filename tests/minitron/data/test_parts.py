@@ -108,7 +108,7 @@ def test_parts_give_the_same_rows(
 @pytest.mark.parametrize("length", [99, 100, 101, 7000])
 def test_ranges_of_a_file_have_each_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
     monkeypatch.setattr(parts, "PART_BYTES", 2500)  # ranges begin with a line, near one, and inside long ones
-    lines = [json.dumps({"text": f"{number:{length - 14}}"}) for number in range(60)]
+    lines = [json.dumps({"text": f"{number:{length - 13}}"}) for number in range(60)]
     assert {len(line) + 1 for line in lines} == {length}
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     source = TextSource("jsonl", f"{tmp_path}/a.jsonl")
