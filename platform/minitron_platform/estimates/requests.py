@@ -13,6 +13,7 @@ MODEL_FILES = 6  # of a checkpoint besides the parts of its weights: config, tok
 TRIAL = 40  # reading inputs, measurements, result, and looking for what is done
 CHECKPOINT = 10  # besides its files: listing, fencing, the manifest, the curve, deleting an earlier one
 HEARTBEATS_PER_HOUR = 2 * 2 * 240  # of the leases of the run and of a stage: writing and checking every 15 s
+RECORDS_PER_HOUR = 3 * 720  # of the run: writing, listing, and the position in MLflow, every 5 s
 TENSORS = 2  # of a stored row, each read by a request of its own
 
 

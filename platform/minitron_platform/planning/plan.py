@@ -30,7 +30,7 @@ from minitron_platform.estimates.gpu import GpuTraining
 from minitron_platform.estimates.memory import ProcessMemory, check_memory, machine_memory
 from minitron_platform.estimates.outlook import Estimate, Outlook
 from minitron_platform.estimates.phases import distillation_flops, trial_flops
-from minitron_platform.estimates.requests import HEARTBEATS_PER_HOUR
+from minitron_platform.estimates.requests import HEARTBEATS_PER_HOUR, RECORDS_PER_HOUR
 from minitron_platform.estimates.teacher import MODES, TeacherCost, disk_full_error, teacher_cost
 from minitron_platform.estimates.work import Alone
 from minitron_platform.locations import Locations, resolve_locations
@@ -146,7 +146,7 @@ class Plan:
     def requests(self) -> int:
         """Requests to the storage for the stages that are not done yet, if it is an object store, heartbeats included."""
         work = sum(cost.estimate.requests for cost in self.costs if not cost.done)
-        return work + math.ceil(HEARTBEATS_PER_HOUR * self.seconds / 3600)
+        return work + math.ceil((HEARTBEATS_PER_HOUR + RECORDS_PER_HOUR) * self.seconds / 3600)
 
     @property
     def gpu_hours(self) -> float:
