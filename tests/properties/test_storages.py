@@ -57,7 +57,7 @@ LINES = b"".join(json.dumps({"text": f"a text {n}", "more": [n]}).encode() + b"\
 
 @given(
     content=damaged(LINES) | st.binary(max_size=60) | changed(ROWS).map(_as_lines),
-    kind=st.sampled_from(("text", "jsonl")),
+    kind=st.sampled_from(("text", "jsonl", "csv")),
     packed=st.booleans(),
     key=st.sampled_from(("text", "more", "", "a.b")),
 )
