@@ -294,10 +294,13 @@ def _show_plan(console: Console, recipe: Any, planned: Any, *, candidates: bool)
 
 
 def _cost_table(recipe: Any, planned: Any) -> Any:
-    """The stages with their estimated cost."""
+    """The stages with their estimated cost; requests if the storage is an object store."""
     from rich.table import Table
     from rich.text import Text
 
+    from minitron import storage
+
+    is_remote = not storage.is_local(planned.locations.storage)
     sizes = " and ".join(f"{member.parameters / 1e6:,.1f}M" for member in recipe.family)
     table = Table(
         title=f"{recipe.name}: {planned.teacher.num_parameters / 1e6:,.1f}M to {sizes}",
@@ -308,6 +311,7 @@ def _cost_table(recipe: Any, planned: Any) -> Any:
         ("what", "left"),
         ("TFLOP", "right"),
         ("disk", "right"),
+        *([("requests", "right")] if is_remote else []),
         ("rough time", "right"),
     ):
         table.add_column(title, justify=side)  # type: ignore[arg-type]
@@ -322,6 +326,7 @@ def _cost_table(recipe: Any, planned: Any) -> Any:
             cost.estimate.what,
             f"{cost.estimate.flops / 1e12:,.1f}" if cost.estimate.flops else "",
             f"{cost.estimate.bytes / 1e6:,.0f} MB" if cost.estimate.bytes > 1e5 else "",
+            *([f"{cost.estimate.requests:,}"] if is_remote else []),
             "already done" if cost.done else seconds(cost.seconds),
         )
     table.add_section()
@@ -330,6 +335,7 @@ def _cost_table(recipe: Any, planned: Any) -> Any:
         "total",
         f"{sum(c.estimate.flops for c in planned.costs) / 1e12:,.1f}",
         f"{planned.bytes / 1e6:,.0f} MB",
+        *([f"{planned.requests:,}"] if is_remote else []),
         seconds(planned.seconds),
     )
     return table

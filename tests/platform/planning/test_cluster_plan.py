@@ -136,6 +136,20 @@ def test_the_command_simulates_a_cluster_and_says_what_it_assumes(bench):
     assert "distill GPU-h" in told.stdout
 
 
+def test_requests_are_shown_for_an_object_store_and_heartbeats_are_in_the_total(bench):
+    told = minitron_here("plan", "recipe.yaml", "--storage", "memory://planned", cwd=bench)
+    assert told.returncode == 0, told.stderr
+    requests = [
+        int(count.replace(",", "")) for count in re.findall(r"│ +([\d,]+) │ +[\w. ]+ │$", told.stdout, re.MULTILINE)
+    ]
+    *stages, total = requests
+    assert len(stages) == 9
+    assert sum(stages) < total < 1.2 * sum(stages)
+    assert f"storage  memory://planned (about {total:,} requests)" in told.stdout
+    local = minitron_here("plan", "recipe.yaml", "--storage", "planned", cwd=bench)
+    assert "requests" not in local.stdout
+
+
 def test_a_plan_for_a_cluster_has_its_gpu_hours_and_price(bench):
     recipe = load_recipe(str(bench / "recipe.yaml"), ["resources.price_per_gpu_hour=2"])
     planned = plan(recipe, storage_path=bench / "planned", cluster=assumed_cluster(4))
