@@ -7,6 +7,7 @@ the context. The result is the same as with one row per answer.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from minitron.attention import takes_masks
 from minitron.evaluation.batches import BatchRows, rows_of_batch
 from minitron.logits import CHUNK_TOKENS, Head, log_softmax_, tokens_per_chunk
 from minitron.models import decoder_and_head
+from minitron.processes import all_rows, all_succeed, check_same, dealt
 
 MASK_BYTES = 256 << 20  # largest attention mask of a batch, float32 [rows, 1, length, length]
 
@@ -79,17 +81,49 @@ class _Row:
 
 
 def log_likelihoods(
-    model: Any, continuations: Sequence[Continuation], batch_rows: BatchRows
+    model: Any, continuations: Sequence[Continuation], batch_rows: BatchRows, *, together: bool = False
 ) -> Iterator[tuple[int, Answer]]:
     """Yield (index in `continuations`, answer) for each continuation, longest rows first; logits are accumulated in float32.
 
     Continuations of the same context share a row if the model's attention implementation accepts a mask and its sliding
     window is at least as long. A batch has at most `batch_rows` rows (see `minitron.evaluation.batches`) and MASK_BYTES of
-    attention mask. Padding and other rows change a result by rounding at most.
+    attention mask. Padding and other rows change a result by rounding at most. together: all processes of torch.distributed
+    call this alike and share the batches, which are those of one process; each yields its own answers first and then those
+    of the others.
     """
     decoder, _ = decoder_and_head(model)
     head = Head.of(model)
-    rows = sorted(_rows(continuations, model.config), key=len, reverse=True)
+    own: list[tuple[int, Answer]] = []
+    check_same("the requests", _content(continuations), together)
+    with all_succeed(together):
+        batches = _batches(continuations, model.config, batch_rows, head.weight.device)
+        for (batch, masked), counts in dealt(batches, model, together=together):
+            with torch.inference_mode():
+                hidden = _hidden(decoder, batch, head.weight, masked=masked)
+                answers = list(_batch_answers(hidden, batch, continuations, head))
+            if counts:
+                own += answers
+                yield from answers
+    values = [[number, answer.log_likelihood, answer.greedy] for number, answer in own]
+    mine = {number for number, _ in own}
+    for number, log_likelihood, greedy in all_rows(
+        torch.tensor(values, dtype=torch.float64).view(-1, 3), together
+    ).tolist():
+        if int(number) not in mine:
+            yield int(number), Answer(log_likelihood, bool(greedy))
+
+
+def _content(continuations: Sequence[Continuation]) -> bytes:
+    """Equal for equal continuations."""
+    return b"".join(array("q", [-1, *each.context, -1, *each.tokens]).tobytes() for each in continuations)
+
+
+def _batches(
+    continuations: Sequence[Continuation], config: Any, batch_rows: BatchRows, device: torch.device
+) -> list[tuple[list[_Row], bool]]:
+    """(rows of a batch, the longest first; whether they need a mask)."""
+    rows = sorted(_rows(continuations, config), key=len, reverse=True)
+    batches = []
     for several in (
         True,
         False,
@@ -97,13 +131,12 @@ def log_likelihoods(
         alike = [row for row in rows if (len(row.branches) > 1) is several]
         while alike:
             longest = len(alike[0])
-            count = rows_of_batch(batch_rows, longest, head.weight.device)
+            count = rows_of_batch(batch_rows, longest, device)
             if several:
                 count = min(count, max(1, MASK_BYTES // (4 * longest**2)))
-            batch, alike = alike[:count], alike[count:]
-            with torch.inference_mode():
-                hidden = _hidden(decoder, batch, longest, head.weight, masked=several)
-                yield from _batch_answers(hidden, batch, continuations, head)
+            batches.append((alike[:count], several))
+            alike = alike[count:]
+    return batches
 
 
 def _rows(continuations: Sequence[Continuation], config: Any) -> list[_Row]:
@@ -125,8 +158,10 @@ def _rows(continuations: Sequence[Continuation], config: Any) -> list[_Row]:
     ]
 
 
-def _hidden(decoder: Any, batch: list[_Row], length: int, weight: Tensor, *, masked: bool) -> Tensor:
-    """Final hidden states of the rows, [len(batch), length, hidden], in the model's dtype; rows are padded on the right."""
+def _hidden(decoder: Any, batch: list[_Row], weight: Tensor, *, masked: bool) -> Tensor:
+    """Final hidden states of the rows, the longest of which is the first, [len(batch), its length, hidden], in the model's
+    dtype; rows are padded on the right."""
+    length = len(batch[0])
     padded = [row.ids() + [0] * (length - len(row)) for row in batch]
     ids = torch.tensor(padded, device=weight.device)
     if not masked:  # causal attention ignores the padding on the right

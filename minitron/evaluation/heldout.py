@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from minitron.arguments import check_model, check_rows
@@ -21,6 +20,7 @@ from minitron.errors import InputError, NonFiniteError
 from minitron.evaluation.mode import evaluating
 from minitron.logits import CHUNK_TOKENS, Head, cache_slices, log_softmax_, tokens_per_chunk
 from minitron.models import final_hidden
+from minitron.processes import all_rows, dealt
 
 BATCH_ROWS, BATCH_TOKENS = 4, 16_384  # of a forward pass, at most
 
@@ -103,17 +103,15 @@ def heldout_metrics(
     num_rows, seq_length = rows.shape
     batch_rows = batch_rows or max(1, min(BATCH_ROWS, BATCH_TOKENS // seq_length))
     batches = [slice(start, min(start + batch_rows, num_rows)) for start in range(0, num_rows, batch_rows)]
-    world, rank = (dist.get_world_size(), dist.get_rank()) if together else (1, 0)
-    scores: list[_BatchScores] = []
+    # of each row: its number, loss and KL; of the last row of a batch also the positions of the batch with the same first token
+    scores: list[list[float]] = []
     with torch.inference_mode(), evaluating(model):
         # kept for all chunks: memory of this size goes back to the system when it is freed, and is slow to come again
         chunk_tokens = chunk_tokens or tokens_per_chunk(student_head.weight, CHUNK_TOKENS)
         shape = min(chunk_tokens, batch_rows * seq_length), len(student_head.weight)
         student_buffer = torch.empty(shape, device=device)
         teacher_buffer = None if head_on_device is None else torch.empty(shape, device=device)
-        for number in range(rank, world * -(-len(batches) // world), world):
-            # a process without a batch of its own repeats one: the layers of a sharded model are gathered by all together
-            batch = batches[number % len(batches)]
+        for batch, counts in dealt(batches, model, together=together):
             ids = rows[batch].to(device)
             hidden = final_hidden(model, ids, documents)[:, :-1].flatten(0, 1)
             targets = ids[:, 1:].flatten()
@@ -134,16 +132,17 @@ def heldout_metrics(
                         teacher = log_softmax_(teacher_logits[part])
                         agreed += int((student.argmax(-1) == teacher.argmax(-1)).sum())
                         kl.append(torch.linalg.vecdot(teacher.exp(), teacher.sub_(student)).double())
-            of_rows = [torch.cat(v).view(-1, seq_length - 1).mean(1).tolist() if v else [] for v in (loss, kl)]
-            if number < len(batches):
-                scores.append(_BatchScores(number, of_rows[0], of_rows[1], agreed))
+            if counts:
+                means = [torch.cat(values).view(-1, seq_length - 1).mean(1).tolist() for values in (loss, kl) if values]
+                of_batch = zip(range(batch.start, batch.stop), *means, strict=True)
+                scores += [[*of_row, *[0.0] * (2 - len(means)), 0.0] for of_row in of_batch]
+                scores[-1][-1] = agreed
             if progress is not None:
                 progress(batch.stop, num_rows)
 
-    scores = _of_all_processes(scores) if together else scores
-    row_loss = [value for batch_scores in scores for value in batch_scores.loss]
-    row_kl = [value for batch_scores in scores for value in batch_scores.kl]
-    agreed = sum(batch_scores.agreed for batch_scores in scores)
+    of_all = sorted(all_rows(torch.tensor(scores, dtype=torch.float64).view(-1, 4), together).tolist())
+    row_loss, row_kl = [row[1] for row in of_all], [row[2] for row in of_all] if teacher_hidden else []
+    agreed = int(sum(row[3] for row in of_all))
     for name, values in (("loss", row_loss), ("KL", row_kl)):
         for row, value in enumerate(values):
             if not math.isfinite(value):
@@ -160,23 +159,6 @@ def heldout_metrics(
         per_row_loss=row_loss,
         per_row_kl=row_kl if teacher_hidden is not None else None,
     )
-
-
-class _BatchScores(NamedTuple):
-    number: int
-    """Of the batch, from 0."""
-    loss: list[float]
-    """Of each of its rows."""
-    kl: list[float]
-    agreed: int
-    """Number of positions where student and teacher rank the same token first."""
-
-
-def _of_all_processes(scores: list[_BatchScores]) -> list[_BatchScores]:
-    """What all processes scored, in the order of batches."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, scores)
-    return sorted(batch for process in everyone for batch in process)
 
 
 def _check(

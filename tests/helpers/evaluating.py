@@ -55,6 +55,22 @@ def arc_documents(count: int, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
+def pages(count: int, words: int) -> list[dict[str, Any]]:
+    draw = random.Random(3)
+    return [{"page": " ".join(draw.choices(WORDS, k=words + number))} for number in range(count)]
+
+
+def sums(count: int) -> list[dict[str, Any]]:
+    draw = random.Random(5)
+    return [
+        {
+            "question": f"How many {draw.choice(WORDS)}s are {n} and {n + 1}?",
+            "answer": f"{n} + {n + 1}\n#### {2 * n + 1}",
+        }
+        for n in range(count)
+    ]
+
+
 def write_jsonl(path: Path, documents: list[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(document) + "\n" for document in documents))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
-import random
 
 import pytest
 import torch
-from helpers.evaluating import WORDS, arc_documents, byte_tokenizer, tiny_model, write_jsonl
+from helpers.evaluating import arc_documents, byte_tokenizer, pages, sums, tiny_model, write_jsonl
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -16,22 +15,6 @@ from lm_eval.tasks import TaskManager
 from minitron.errors import InputError, one_line
 from minitron.evaluation import Task, evaluate, task_metric
 from minitron.evaluation.tasks import parts, read_definition
-
-
-def pages(count, words):
-    draw = random.Random(3)
-    return [{"page": " ".join(draw.choices(WORDS, k=words + number))} for number in range(count)]
-
-
-def sums(count):
-    draw = random.Random(5)
-    return [
-        {
-            "question": f"How many {draw.choice(WORDS)}s are {n} and {n + 1}?",
-            "answer": f"{n} + {n + 1}\n#### {2 * n + 1}",
-        }
-        for n in range(count)
-    ]
 
 
 def by_lm_eval(model, tokenizer, task, file, limit=None):

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from helpers import tiny
-from helpers.command import ROOT
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -277,30 +274,6 @@ def test_a_model_with_bypassed_layers_equals_the_smaller_model_and_is_restored(f
     assert torch.equal(_logits(model, prompt), before)
     assert torch.equal(model.generate(prompt, **arguments), tiny.model(family).generate(prompt, **arguments))
     assert model.config.to_dict() == config
-
-
-def test_two_processes_give_the_scores_of_one(bench, tmp_path):
-    """For every family, with rows that do not divide evenly, and with a process that gets no rows."""
-    arguments = [sys.executable, "-m", "helpers.calibrate_together", str(bench), str(tmp_path)]
-    others = [subprocess.Popen([*arguments, str(rank), "2"], cwd=ROOT / "tests") for rank in (0, 1)]
-    subprocess.run([*arguments, "0", "1"], check=True, cwd=ROOT / "tests")
-    assert [other.wait(timeout=300) for other in others] == [0, 0]
-    alone = sorted(tmp_path.glob("*.0of1"))
-    assert len(alone) == len(tiny.FAMILIES) + 2
-    for file in alone:
-        one = ImportanceScores.load(file)
-        first, second = (ImportanceScores.load(file.with_suffix(f".{rank}of2")) for rank in (0, 1))
-        assert first.orders == second.orders == one.orders
-        for name in ("heads", "neurons", "channels", "similarity", "experts"):
-            values = [getattr(scores, name) for scores in (one, first, second)]
-            if values[0] is not None:
-                assert torch.equal(values[1], values[2])
-                assert torch.allclose(values[0], values[1], rtol=1e-5, atol=1e-6), (file.name, name)
-        assert {m: set(sizes) for m, sizes in one.removal.items()} == {m: set(s) for m, s in first.removal.items()}
-        for metric, sizes in one.removal.items():
-            for size, values in sizes.items():
-                assert torch.equal(first.blocks(size, metric), second.blocks(size, metric))
-                assert torch.allclose(values, first.blocks(size, metric), rtol=1e-5, atol=1e-6)
 
 
 def test_calibration_removes_its_hooks_and_restores_the_training_mode():
