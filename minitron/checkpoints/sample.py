@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from minitron.architecture import Architecture
 from minitron.checkpoints.contents import filled
@@ -21,10 +22,16 @@ VALUES = 256  # of each parameter, the first ones
 def model_sample(model: nn.Module) -> str:
     """A hash of the first values of every parameter of a model, 16 hexadecimal digits.
 
-    The values are rounded to bfloat16, so that a model has the same sample in float32, float16 and bfloat16.
+    The values are rounded to bfloat16, so that a model has the same sample in float32, float16 and bfloat16. All processes of
+    a sharded model call this.
     """
     parameters = dict(model.named_parameters())
-    return _hash(Architecture.from_config(model.config), lambda name, rows: parameters[name].detach()[:rows])
+
+    def first_rows(name: str, rows: int) -> Tensor:
+        values = parameters[name].detach()
+        return (values.full_tensor() if isinstance(values, DTensor) else values)[:rows]
+
+    return _hash(Architecture.from_config(model.config), first_rows)
 
 
 def checkpoint_sample(folder: Path) -> str:

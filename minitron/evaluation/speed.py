@@ -14,6 +14,7 @@ import torch
 from minitron.arguments import check_model, check_type
 from minitron.errors import InputError
 from minitron.evaluation.mode import evaluating
+from minitron.processes import is_sharded, largest
 
 MIN_PASSES = 5
 MAX_PASSES = 200  # more passes of a small model would not make its median more precise
@@ -59,7 +60,8 @@ def interleaved_throughput(
 
     A pass does what a server does with a prompt: the decoder over random token ids [batch_rows, seq_length], and the head at
     the last position only. seconds: measuring time for each model, after two warm-up passes; at least 5 and at most 200
-    passes. Every model runs on its device and in its dtype. `progress(done, total)` counts rounds. The global random state is
+    passes. Every model runs on its device and in its dtype. If one is sharded, all its processes call this, and the speed is
+    that of one of them. `progress(done, total)` counts rounds. The global random state is
     not changed. Raises InputError for a seq_length that exceeds a model's context, and for arguments of the wrong type.
     """
     check_type("models", models, Mapping, "a dict of names and models")
@@ -87,6 +89,8 @@ def interleaved_throughput(
         _timed_pass(model, ids[name])  # the first call selects kernels and allocates memory
     one_round = sum(_timed_pass(model, ids[name]) for name, model in models.items())
     rounds = min(MAX_PASSES, max(MIN_PASSES, math.ceil(seconds * len(models) / one_round)))
+    if any(is_sharded(model) for model in models.values()):
+        rounds = largest([rounds])[0]
 
     times: dict[str, list[float]] = {name: [] for name in models}
     for done in range(1, rounds + 1):

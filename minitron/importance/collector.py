@@ -50,6 +50,7 @@ class Collector:
         self.cosines = torch.zeros(count + 1, count + 1, dtype=torch.float64, device=device)
         self.stream: list[Tensor] = []  # residual stream before each layer, and after the last
         self.shape = torch.Size()  # of the current batch
+        self.counts = True  # whether what the current batch gives is added
         self.handles: list[Any] = []
         for index, layer in enumerate(layers):
             self._on_input(layer.get_submodule(table.head_input), self._heads(index))
@@ -65,12 +66,14 @@ class Collector:
         self._on_input(final, self.stream.append)
         self._on_output(final, self._units(self.channels, -1))
 
-    def forward(self, batch: Tensor) -> None:
-        """Run the model on rows, int64 [n, seq_length], on the model's device, and add what the hooks measure."""
+    def forward(self, batch: Tensor, *, counts: bool = True) -> None:
+        """Run the model on rows, int64 [n, seq_length], on the model's device, and if it counts add what the hooks measure."""
         self.stream.clear()
         self.shape = batch.shape
+        self.counts = counts
         final_hidden(self.model, batch, self.documents)
-        self.cosines += cosine_sums(self.stream)
+        if counts:
+            self.cosines += cosine_sums(self.stream)
         self.stream.clear()
 
     def remove(self) -> None:
@@ -80,16 +83,22 @@ class Collector:
 
     def _on_input(self, module: nn.Module, collect: Callable[[Tensor], None]) -> None:
         def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            collect(arguments[0] if arguments else keywords["hidden_states"])
+            if self.counts:
+                collect(arguments[0] if arguments else keywords["hidden_states"])
 
         self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _on_output(self, module: nn.Module, collect: Callable[[Tensor], None]) -> None:
-        self.handles.append(module.register_forward_hook(lambda _module, _arguments, output: collect(output)))
+        def hook(_: nn.Module, _arguments: tuple[Any, ...], output: Tensor) -> None:
+            if self.counts:
+                collect(output)
+
+        self.handles.append(module.register_forward_hook(hook))
 
     def _on_routed(self, module: nn.Module, layer: int) -> None:
         def hook(_: nn.Module, arguments: tuple[Tensor, Tensor, Tensor]) -> None:
-            self._routed(layer, module, *arguments)
+            if self.counts:
+                self._routed(layer, module, *arguments)
 
         self.handles.append(module.register_forward_pre_hook(hook))
 

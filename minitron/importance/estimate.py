@@ -19,6 +19,7 @@ from minitron.importance.distributed import own_batches, own_share, sum_over_pro
 from minitron.importance.layers import LayerScoring, score_layers
 from minitron.importance.scores import WEIGHTS, ImportanceScores
 from minitron.models import layers_of
+from minitron.processes import is_sharded
 
 Progress = Callable[[int, int], None]
 BATCH_TOKENS = 4096
@@ -54,8 +55,9 @@ def estimate_importance(
     x d values in the model's dtype, a few times the widest activation of a batch in float32, and the float32 logits of 512
     tokens a few times. batch_rows: rows per batch; by default about 4,096 tokens, at least one row.
 
-    If torch.distributed is initialised, every process takes its share of the same `rows`, and all return the same scores.
-    `progress(done, total)` counts rows of this process over all passes, and evaluations of a task.
+    If torch.distributed is initialised, every process takes its share of the same `rows`, and all return the same scores; the
+    model may be sharded over them. `progress(done, total)` counts rows of this process over all passes, and evaluations of
+    a task.
     Raises InputError for an unknown aggregation, family or metric, for something else than a model, and for empty rows.
     """
     check_model("model", model)
@@ -79,7 +81,7 @@ def estimate_importance(
             )
     weights = model_sample(model)
     batch_rows = batch_rows or max(1, BATCH_TOKENS // rows.shape[1])
-    total = len(own_share(rows)) + sum(scoring.passes(num_layers, len(rows)) for scoring in scorings)
+    total = len(own_share(rows)) + sum(scoring.passes(num_layers, len(rows), is_sharded(model)) for scoring in scorings)
     done = 0
 
     def advance(count: int) -> None:
@@ -95,9 +97,10 @@ def estimate_importance(
     )
     try:
         with torch.no_grad(), evaluating(model):
-            for batch in own_batches(rows, batch_rows):
-                collector.forward(batch.to(collector.cosines.device))
-                advance(len(batch))
+            for batch, counts in own_batches(rows, batch_rows, model):
+                collector.forward(batch.to(collector.cosines.device), counts=counts)
+                if counts:
+                    advance(len(batch))
             collector.remove()
             for scoring in scorings:
                 blocks, order = score_layers(

@@ -16,6 +16,7 @@ from minitron.importance.distributed import own_share, sum_over_processes
 from minitron.importance.removal import ROW_METRICS, removal_scores
 from minitron.importance.view import without_layers
 from minitron.models import layers_of
+from minitron.processes import is_sharded
 
 if TYPE_CHECKING:
     from minitron.evaluation import Task
@@ -85,13 +86,13 @@ class LayerScoring:
             return []
         return [left for left in range(num_layers, self.keep, -self.iterative) if left - self.iterative >= self.keep]
 
-    def passes(self, num_layers: int, num_rows: int) -> int:
+    def passes(self, num_layers: int, num_rows: int, sharded: bool = False) -> int:
         """Total that this process reports to `advance` for `num_rows` calibration rows: its rows times the positions, or its
-        evaluations of a task."""
+        evaluations of a task, which are all of them for a sharded model."""
         one_pass = sum(num_layers - size + 1 for size in self.sizes) if self.metric != "cosine" else 0
         positions = [one_pass, *(left - self.iterative + 1 for left in self.rounds(num_layers))]
         if self.metric == "task":
-            return sum(len(own_share(range(count))) for count in [1, *positions])
+            return sum(count if sharded else len(own_share(range(count))) for count in [1, *positions])
         return sum(positions) * len(own_share(range(min(num_rows, self.rows or num_rows))))
 
     def to_dict(self) -> dict[str, Any]:
@@ -144,12 +145,14 @@ def _task_measure(model: nn.Module, tokenizer: Any, add_bos: bool | None, task: 
     from minitron.evaluation import evaluate
 
     all_layers = set(range(len(layers_of(model))))
+    sharded = is_sharded(model)  # all processes then evaluate the same layers together
 
     def quality(remainders: Sequence[Sequence[int]]) -> Tensor:
         values = torch.zeros(len(remainders), dtype=torch.float64, device=next(model.parameters()).device)
-        for index in own_share(range(len(remainders))):
+        everything = range(len(remainders))
+        for index in everything if sharded else own_share(everything):
             with without_layers(model, all_layers - set(remainders[index])):
-                score = evaluate(model, tokenizer, [task], add_bos=add_bos)[task.name]
+                score = evaluate(model, tokenizer, [task], add_bos=add_bos, together=sharded)[task.name]
             if score.higher_is_better is None:
                 raise InputError(
                     f"task {task.name!r}: it is not known whether a higher {score.metric} is better",
@@ -157,7 +160,7 @@ def _task_measure(model: nn.Module, tokenizer: Any, add_bos: bool | None, task: 
                 )
             values[index] = score.value if score.higher_is_better else -score.value
             advance(1)
-        return sum_over_processes(values)
+        return values if sharded else sum_over_processes(values)
 
     whole = quality([sorted(all_layers)])
 

@@ -47,31 +47,35 @@ def removal_scores(
     scale = torch.zeros((), dtype=torch.float64, device=device)
     # the layers before the first gap run on the same inputs as in the whole model
     unchanged = next((position for position, index in enumerate(kept) if position != index), len(kept))
-    for batch in own_batches(rows, batch_rows):
-        batch = batch.to(device)
+    for own, counts in own_batches(rows, batch_rows, model):
+        batch = own.to(device)
+        weight = float(counts)
         stream, arguments, whole = _record(model, layers, norm, batch, documents)
         stream = stream[: unchanged + 1]
         for index in kept[unchanged:]:
             stream.append(layers[index](stream[-1], **arguments[index]))
         if metric == "cosine":
-            scale += batch.numel()
+            scale += weight * batch.numel()
             cosines = cosine_sums(stream)
         elif metric == "loss":
-            scale += batch[:, 1:].numel()
+            scale += weight * batch[:, 1:].numel()
         else:
-            scale += sum(part.square().sum(dtype=torch.float64) for part in head.chunks(whole.flatten(0, 1)))
+            scale += weight * sum(part.square().sum(dtype=torch.float64) for part in head.chunks(whole.flatten(0, 1)))
         for size, values in totals.items():
             if metric == "cosine":
-                values += batch.numel() - torch.diagonal(cosines, offset=size)
-                advance(len(batch) * len(values))
+                values += weight * (batch.numel() - torch.diagonal(cosines, offset=size))
+                if counts:
+                    advance(len(batch) * len(values))
                 continue
             for start in range(len(values)):
                 hidden = stream[start]
                 for index in kept[start + size :]:
                     hidden = layers[index](hidden, **arguments[index])
                 hidden = norm(hidden)
-                values[start] += _loss_sum(head, hidden, batch) if metric == "loss" else _error_sum(head, hidden, whole)
-                advance(len(batch))
+                change = _loss_sum(head, hidden, batch) if metric == "loss" else _error_sum(head, hidden, whole)
+                values[start] += weight * change
+                if counts:
+                    advance(len(batch))
     sum_over_processes(scale)
     return {size: sum_over_processes(values) / scale for size, values in totals.items()}
 

@@ -1,4 +1,4 @@
-"""Calibrate and evaluate models, in one of several processes if run: BENCH FOLDER RANK WORLD -> FOLDER/NAME.RANKofWORLD."""
+"""Calibrate and evaluate models, in one of several processes if run: BENCH MATERIAL FOLDER RANK WORLD -> files in FOLDER."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from helpers import tiny
 from helpers.evaluating import arc_documents, byte_tokenizer, pages, sums, tiny_model, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitron import estimate_importance
-from minitron.evaluation import Task, evaluate
+from minitron.data import Rows
+from minitron.distill import store_hidden
+from minitron.distill.loading import load_split
+from minitron.evaluation import Task, evaluate, heldout_metrics, teacher_targets
 from minitron.importance import LayerScoring
+from minitron.models import layers_of
 
 SCORINGS = [LayerScoring(sizes=(2,)), LayerScoring("logit_error", sizes=(1,), iterative=2, rows=3)]
 
@@ -52,13 +57,50 @@ def evaluate_all(model, folder: Path) -> dict:
     return {"scores": {name: asdict(score) for name, score in scores.items()}, "passes": len(passes), "counts": counts}
 
 
+def measure_all(model, material: Path, folder: Path, store: Path) -> dict:
+    """Importance, outputs, loss and benchmarks of the teacher in the folder `material`, in uneven parts."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    words = AutoTokenizer.from_pretrained(material / "teacher")
+    rows = Rows.open(str(material / "rows"), "train")
+    folder.mkdir()
+    task = Task("arc_easy", str(write_jsonl(folder / "arc" / "test.jsonl", arc_documents(3))))
+    layers = [*SCORINGS, LayerScoring("task", sizes=(4,), task=task)]
+    calibrate(f"{folder}/scores", model, rows.take(range(5)), layers=layers, tokenizer=words, batch_rows=2)
+    bytes_of_8_rows = 8 * 32 * (4 * 48 + 4)
+    stored = store_hidden(
+        lambda: model, rows, str(store), key="k", rank=rank, world=world, shard_bytes=bytes_of_8_rows, numbers=range(20)
+    )
+    heldout = heldout_metrics(
+        model, rows.take(range(5)), **teacher_targets(model, rows.take(range(5))), batch_rows=2, together=world > 1
+    )
+    generation = Task("gsm8k", str(write_jsonl(folder / "sums" / "test.jsonl", sums(3))))
+    scores = evaluate(model, words, [task, generation], batch_size=1, together=world > 1)
+    return {
+        "heldout": asdict(heldout),
+        "scores": {name: asdict(score) for name, score in scores.items()},
+        "rows": stored,
+    }
+
+
 def main() -> None:
-    bench, folder, rank, world = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    bench, material, folder = map(Path, sys.argv[1:4])
+    rank, world = int(sys.argv[4]), int(sys.argv[5])
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     out = f"{folder}/{{}}.{rank}of{world}"
     calibrate_all(bench, out)
     result = evaluate_all(tiny_model(1), folder / f"documents-{rank}of{world}")
     Path(out.format("evaluate.json")).write_text(json.dumps(result))
+    split = load_split(material / "teacher", torch.float32)
+    held = [(parameter.to_local().nbytes, parameter.nbytes) for parameter in layers_of(split).parameters()]
+    assert sum(own for own, _ in held) < 0.6 * sum(whole for _, whole in held)
+    result = measure_all(split, material, folder / f"split-{rank}of{world}", folder / "split-store")
+    Path(out.format("split.json")).write_text(json.dumps(result))
+    mixture = tiny.model("mixtral", seed=3)
+    if rank == 0:
+        mixture.save_pretrained(folder / "mixture")
+    dist.barrier()
+    split = load_split(folder / "mixture", torch.float32)
+    calibrate(out.format("split-mixture"), split, tiny.rows(3), layers=SCORINGS[0], batch_rows=1)
     dist.destroy_process_group()
 
 

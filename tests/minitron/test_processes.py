@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from helpers import tiny
 from helpers.command import ROOT
 from helpers.evaluating import tiny_model
-from helpers.measure_together import calibrate_all, evaluate_all
+from helpers.measure_together import SCORINGS, calibrate_all, evaluate_all, measure_all
 
-from minitron import ImportanceScores
+from minitron import ImportanceScores, estimate_importance
+from minitron.models import load_model
 
 
 @pytest.fixture(scope="module")
-def together(bench, tmp_path_factory):
+def together(bench, material, tmp_path_factory):
     """A folder with what each of two processes measured."""
     folder = tmp_path_factory.mktemp("together")
-    arguments = [sys.executable, "-m", "helpers.measure_together", str(bench), str(folder)]
+    arguments = [sys.executable, "-m", "helpers.measure_together", str(bench), str(material), str(folder)]
     processes = [subprocess.Popen([*arguments, str(rank), "2"], cwd=ROOT / "tests") for rank in (0, 1)]
     assert [process.wait(timeout=300) for process in processes] == [0, 0]
     return folder
@@ -35,16 +37,39 @@ def test_two_processes_calibrate_like_one(bench, together, tmp_path):
         one = ImportanceScores.load(file)
         first, second = (ImportanceScores.load(together / f"{file.name}.{rank}of2") for rank in (0, 1))
         assert first.orders == second.orders == one.orders
-        for name in ("heads", "neurons", "channels", "similarity", "experts"):
-            values = [getattr(scores, name) for scores in (one, first, second)]
-            if values[0] is not None:
-                assert torch.equal(values[1], values[2])
-                assert torch.allclose(values[0], values[1], rtol=1e-5, atol=1e-6), (file.name, name)
-        assert {m: set(sizes) for m, sizes in one.removal.items()} == {m: set(s) for m, s in first.removal.items()}
-        for metric, sizes in one.removal.items():
-            for size, values in sizes.items():
-                assert torch.equal(first.blocks(size, metric), second.blocks(size, metric))
-                assert torch.allclose(values, first.blocks(size, metric), rtol=1e-5, atol=1e-6)
+        _same_importance(one, first)
+        _same_importance(first, second, exactly=True)
+
+
+def _same_importance(first, other, *, exactly=False):
+    same = torch.equal if exactly else partial(torch.allclose, rtol=1e-5, atol=1e-6)
+    for name in ("heads", "neurons", "channels", "similarity", "experts"):
+        if getattr(first, name) is not None:
+            assert same(getattr(first, name), getattr(other, name)), name
+    assert first.orders == other.orders
+    assert {m: set(sizes) for m, sizes in first.removal.items()} == {m: set(s) for m, s in other.removal.items()}
+    for metric, sizes in first.removal.items():
+        for size, values in sizes.items():
+            assert same(values, other.blocks(size, metric))
+
+
+def test_a_model_that_is_split_over_two_processes_is_measured_like_a_whole_one(material, together, tmp_path):
+    """Its importance, stored outputs, held-out metrics, and answers and texts of benchmarks, each in uneven parts."""
+    alone = measure_all(load_model(material / "teacher"), material, tmp_path / "alone", tmp_path / "store")
+    results = [json.loads((together / f"split.json.{rank}of2").read_text()) for rank in (0, 1)]
+    for rank, result in enumerate(results):
+        _same_importance(
+            ImportanceScores.load(together / f"split-{rank}of2" / "scores"),
+            ImportanceScores.load(tmp_path / "alone" / "scores"),
+        )
+        assert result["scores"] == json.loads(json.dumps(alone["scores"]))  # to the last digit
+        assert result["heldout"] == json.loads(json.dumps(alone["heldout"]))
+    assert [result["rows"] for result in results] == [12, 8]  # of three shards
+    for number in range(3):
+        file = f"shard-0000{number}/rows.safetensors"
+        assert (together / "split-store" / file).read_bytes() == (tmp_path / "store" / file).read_bytes()
+    mixture = estimate_importance(tiny.model("mixtral", seed=3), tiny.rows(3), layers=SCORINGS[0])
+    _same_importance(ImportanceScores.load(together / "split-mixture.1of2"), mixture)
 
 
 def test_two_processes_share_the_requests_of_benchmarks_and_score_like_one(together, tmp_path):

@@ -26,9 +26,12 @@ from minitron.distill.teacher.shard_format import (
     shard_name,
 )
 from minitron.errors import NotWritableError, StorageError
+from minitron.processes import is_sharded, largest, world_size
 from minitron.storage.tensors import write_tensors
 
 SHARD_BYTES = 256 << 20
+SMALL_SHARD_BYTES = 4 << 20
+"""Shards are not made smaller so that each process has one."""
 
 Compute = Callable[[Tensor], dict[str, Tensor]]
 
@@ -50,10 +53,12 @@ class Writing(TypedDict, total=False):
     batch_rows: int
     """Rows per forward pass, 4 by default."""
     shard_bytes: int
-    """Approximate size of a shard, 256 MiB by default, at least one batch. An unfinished store keeps its size of shards."""
+    """Approximate size of a shard, at least one batch; by default 256 MiB, or less if there would be too few shards for `world`
+    processes. An unfinished store keeps its size of shards."""
     rank: int
     world: int
-    """`world` processes write together, each with its own `rank`; the last one completes the folder. By default rank 0 of 1."""
+    """`world` processes write together, each with its own `rank`; the last one completes the folder. By default rank 0 of 1.
+    All processes of a torch.distributed group may share a sharded model, if all call alike."""
     progress: Callable[[int, int], None] | None
     """Called with the number of computed rows and the number of all rows."""
 
@@ -69,9 +74,10 @@ def write_shards(
 ) -> int:
     """Compute and write the rows that are not stored yet; returns the number of rows that the model ran on in this call.
 
-    `load` is called only if a shard is missing. `note` of a shard's tensors is stored in its manifest. Of several processes,
-    each writes every `world`-th shard; the process that finds all shards written writes the index, which makes the folder
-    complete. On an object store this takes one listing, two files for each shard, and the index.
+    `load` is called only if a shard is missing, in this process or in another one of a torch.distributed group. `note` of a
+    shard's tensors is stored in its manifest. Of several processes, each writes every `world`-th shard; the process that finds
+    all shards written writes the index, which makes the folder complete. On an object store this takes one listing, two files
+    for each shard, and the index.
     Raises StorageError for a folder that holds something else, and before the first shard if the disk is too small.
     """
     if not hasattr(rows, "take"):  # a tensor, or the folder's path
@@ -92,15 +98,19 @@ def write_shards(
         rows_per_shard = _rows_per_shard(shard_folder(folder, min(committed)), key)
     else:
         loaded = load()
-        batches = round(how.get("shard_bytes", SHARD_BYTES) / (loaded.row_bytes * batch_rows))
+        shard_bytes = how.get("shard_bytes") or default_shard_bytes(loaded.row_bytes * len(chosen), world)
+        batches = round(shard_bytes / (loaded.row_bytes * batch_rows))
         rows_per_shard = max(1, batches) * batch_rows
     index = Index(key, len(chosen), rows_per_shard, None if numbers is None else list(chosen))
     everything = set(range(index.num_shards))
     mine = range(index.num_shards)[rank::world]
     missing = [number for number in mine if number not in committed]
+    in_group = world > 1 and world_size() == world
+    passes = sum(-(-index.rows_of_shard(number) // batch_rows) for number in missing)
+    most = largest([passes], in_group)[0]  # also waits until all processes have listed the folder
     total, computed = index.rows_of(mine), 0
     done = total - index.rows_of(missing)
-    if missing:
+    if most:
         loaded = loaded or load()
         device = next(loaded.model.parameters()).device
         with _Writer(folder, index, note) as writer:
@@ -117,10 +127,19 @@ def write_shards(
                     if progress:
                         progress(done + computed, total)
                 writer.write(number)
+        if is_sharded(loaded.model):
+            for _ in range(passes, most):  # its layers are gathered by all processes together
+                with torch.inference_mode():
+                    loaded.compute(rows.take(chosen[:batch_rows]).to(device))
     committed = committed_shards(storage.file_sizes(folder)) if world > 1 else committed | set(missing)
     if everything <= committed:
         index.write(folder)
     return computed
+
+
+def default_shard_bytes(total: int, world: int) -> int:
+    """Approximate size of the shards of a store of `total` bytes that `world` processes write."""
+    return SHARD_BYTES if world == 1 else min(SHARD_BYTES, max(SMALL_SHARD_BYTES, total // world))
 
 
 def _rows_per_shard(shard: str, key: str) -> int:

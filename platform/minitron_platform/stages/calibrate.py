@@ -16,10 +16,9 @@ from torch import Tensor
 
 from minitron import storage
 from minitron.data import Rows, rows_for_step
-from minitron.device import DTYPES, device
 from minitron.evaluation.documents import documents_identity
 from minitron.importance import ImportanceScores, LayerScoring, estimate_importance
-from minitron.models import load_model, load_tokenizer
+from minitron.models import load_tokenizer
 from minitron.pruning.selection import kept_layers
 from minitron_platform.estimates.memory import calibration_memory
 from minitron_platform.estimates.outlook import Estimate, Outlook
@@ -32,6 +31,7 @@ from minitron_platform.stages.data import Data
 from minitron_platform.stages.stage import ArtifactPath, Stage, StageOutput
 from minitron_platform.stages.state import RunState
 from minitron_platform.stages.teacher import Teacher
+from minitron_platform.workers import models
 from minitron_platform.workers.worker import Worker
 
 
@@ -141,7 +141,7 @@ def _score(task: _Scoring, worker: Worker) -> None:
     """Score the model, each process on its share of the rows, and write the scores."""
     settings = task.settings
     worker.progress.status("loading the model")
-    model = load_model(storage.fetch(task.model), DTYPES[task.dtype]).to(device())
+    model = models.load(worker, task.model, task.dtype)
     rows = Rows.open(task.rows, "train")
     scores = estimate_importance(
         model,

@@ -10,11 +10,10 @@ from typing import Any
 
 from minitron import storage
 from minitron.data import Rows
-from minitron.device import DTYPES, device
+from minitron.device import DTYPES
 from minitron.distill import Losses
 from minitron.distill.inputs import DistillInputs
 from minitron.evaluation import HeldoutMetrics, heldout_metrics
-from minitron.models import load_model
 from minitron_platform.estimates.gpu import correction_on_gpus
 from minitron_platform.estimates.memory import correction_memory
 from minitron_platform.estimates.outlook import MASTER_BYTES, Estimate, Outlook
@@ -30,6 +29,7 @@ from minitron_platform.stages.trainings import restarts_of, training_settings, t
 from minitron_platform.tracking.restarts import Restart
 from minitron_platform.training.curves import complete_record
 from minitron_platform.training.train import TrainTask, train
+from minitron_platform.workers import models
 from minitron_platform.workers.worker import Worker
 
 CURVE = "curve.json"
@@ -173,7 +173,7 @@ class _Measurement:
 def _heldout(task: _Measurement, worker: Worker) -> HeldoutMetrics:
     """Held-out loss, by all processes together."""
     worker.progress.status("measuring the held-out loss")
-    model = load_model(storage.fetch(task.checkpoint), DTYPES[task.dtype]).to(device())
+    model = models.load(worker, task.checkpoint, task.dtype)
     rows = Rows.open(task.rows, "heldout")
     documents = rows.boundaries if task.separate_documents else None
     return heldout_metrics(model, rows.take(range(len(rows))), documents=documents, together=worker.count > 1)

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from minitron import storage
 from minitron.data import DocumentTokens, InParts, Rows, pack, source_identity
-from minitron.device import DTYPES, device
 from minitron.evaluation.beginning import BosLosses, bos_losses
-from minitron.models import load_model, load_tokenizer
+from minitron.models import load_tokenizer
 from minitron_platform.cluster.ray_session import cores
 from minitron_platform.console import seconds
 from minitron_platform.estimates.outlook import Estimate, Outlook
@@ -26,6 +25,7 @@ from minitron_platform.stages.context import Context
 from minitron_platform.stages.stage import ArtifactPath, Stage, StageOutput
 from minitron_platform.stages.state import RunState
 from minitron_platform.stages.teacher import Teacher
+from minitron_platform.workers import models
 from minitron_platform.workers.parts import busy, run_parts
 from minitron_platform.workers.worker import Worker
 
@@ -200,7 +200,7 @@ def _bos_losses(context: Context, heldout: Rows, special_tokens: DocumentTokens)
     teacher = context.output(Teacher)
     rows = heldout.take(range(min(PROBE_ROWS, len(heldout))))[:, :PROBE_TOKENS]
     probe = _Probe(teacher.folder, teacher.dtype, rows, special_tokens)
-    return context.workers.compute(_measure, probe, everywhere=False)
+    return context.workers.compute(_measure, probe)
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class _Probe:
 def _measure(task: _Probe, worker: Worker) -> BosLosses | None:
     """The teacher's loss with and without a BOS token."""
     worker.progress.status("measuring the teacher with and without BOS")
-    model = load_model(storage.fetch(task.teacher), DTYPES[task.dtype]).to(device())
+    model = models.load(worker, task.teacher, task.dtype)
     return bos_losses(model, task.rows, task.special_tokens)
 
 

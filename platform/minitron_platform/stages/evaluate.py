@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -12,7 +12,6 @@ from rich.markup import escape
 from torch import nn
 
 from minitron import storage
-from minitron.device import DTYPES, device
 from minitron.distill.inputs import DistillInputs
 from minitron.errors import one_line
 from minitron.evaluation import Score, Task, interleaved_throughput
@@ -20,7 +19,7 @@ from minitron.evaluation.batches import BatchRows
 from minitron.evaluation.documents import documents_identity
 from minitron.evaluation.metrics import AGREEMENT, KL, LOSS, Metric
 from minitron.logits import Head
-from minitron.models import load_model, load_tokenizer
+from minitron.models import load_tokenizer
 from minitron_platform.estimates.memory import evaluation_memory
 from minitron_platform.estimates.outlook import DOCUMENT_TOKENS, Estimate, Outlook
 from minitron_platform.estimates.phases import evaluation_parts
@@ -35,6 +34,7 @@ from minitron_platform.stages.stage import Stage, StageOutput
 from minitron_platform.stages.state import RunState
 from minitron_platform.stages.targets import Targets, distill_inputs
 from minitron_platform.stages.teacher import Teacher
+from minitron_platform.workers import models
 from minitron_platform.workers.worker import Worker
 from minitron_search.memory import release_memory
 
@@ -225,9 +225,9 @@ class _Evaluation:
     batch_rows: BatchRows
     add_bos: bool | None
 
-    def load(self, name: str) -> nn.Module:
-        """A model, on this process's device."""
-        return load_model(storage.fetch(self.models[name]), DTYPES[self.inputs.dtype]).to(device())
+    def load(self, worker: Worker, name: str) -> nn.Module:
+        """A model, on this process's device, or its part of one that is split over the workers."""
+        return models.load(worker, self.models[name], self.inputs.dtype)
 
 
 def _evaluate(task: _Evaluation, worker: Worker) -> None:
@@ -237,11 +237,22 @@ def _evaluate(task: _Evaluation, worker: Worker) -> None:
         if not _is_complete(path, task.tasks):
             _measure(task, worker, name, path)
             release_memory()
-    if worker.is_first and not storage.exists(task.speeds):
-        worker.progress.status("measuring throughput")
-        models = {name: task.load(name) for name in ("teacher", "distilled")}
-        seq_length = task.inputs.open_rows("heldout").seq_length
-        speeds = interleaved_throughput(models, seq_length=seq_length, batch_rows=4, seconds=4.0)
+    if not storage.exists(task.speeds):
+        _measure_speeds(task, worker)
+
+
+def _measure_speeds(task: _Evaluation, worker: Worker) -> None:
+    """Measure the throughputs, in the first process; in all of them if a model does not fit on a GPU."""
+    worker.progress.status("measuring throughput")
+    names = ("teacher", "distilled")
+    if models.fit(worker, [task.models[name] for name in names], task.inputs.dtype):
+        if not worker.is_first:
+            return
+        worker = replace(worker, count=1)
+    seq_length = task.inputs.open_rows("heldout").seq_length
+    loaded = {name: task.load(worker, name) for name in names}
+    speeds = interleaved_throughput(loaded, seq_length=seq_length, batch_rows=4, seconds=4.0)
+    if worker.is_first:
         storage.write_json(task.speeds, {name: asdict(speed) for name, speed in speeds.items()})
 
 
@@ -250,7 +261,7 @@ def _measure(task: _Evaluation, worker: Worker, name: str, path: str) -> None:
     from minitron.evaluation import evaluate  # imports lm-eval
 
     worker.progress.status(f"loading the {name} model")
-    model = task.load(name)
+    model = task.load(worker, name)
     together = worker.count > 1
     quality = _read_quality(path)
     results = []  # for the user

@@ -31,6 +31,7 @@ from minitron_platform.stages.data import Data
 from minitron_platform.stages.stage import ArtifactPath, Stage, StageOutput
 from minitron_platform.stages.state import RunState
 from minitron_platform.stages.teacher import Teacher
+from minitron_platform.workers import models
 from minitron_platform.workers.worker import Worker
 
 
@@ -142,7 +143,7 @@ def _store(task: _Storing, worker: Worker) -> int:
         if not teacher:
             worker.progress.say(f"  {task.announcement}")
             worker.progress.status("loading the teacher")
-            teacher.append(inputs.load_teacher())
+            teacher.append(models.load(worker, inputs.teacher, inputs.dtype))
         return teacher[0]
 
     computed = 0

@@ -1,0 +1,49 @@
+"""Models that several processes load: whole in each if they fit on its GPU, otherwise with their layers split over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from minitron.device import device
+from minitron.distill.sharding import shard_teacher_
+from minitron.meta_models import open_model, read_
+from minitron.models import load_model, source_architecture
+from minitron.processes import largest, world_size
+
+FREE_SHARE = 0.8
+"""Share of a GPU's free memory that weights may take; the rest is for activations and logits."""
+
+
+def fit_whole(folders: Sequence[str | Path], dtype: torch.dtype) -> bool:
+    """Whether the models of these local checkpoint folders fit together on the GPU of every process; always true on CPUs, and
+    for a process alone. All processes of torch.distributed call this alike."""
+    if device().type != "cuda" or world_size() == 1:
+        return True
+    needed = sum(source_architecture(str(folder))[0].num_parameters for folder in folders) * dtype.itemsize
+    free, _ = torch.cuda.mem_get_info()
+    return largest([needed > FREE_SHARE * free]) == [0]
+
+
+def load_split(folder: str | Path, dtype: torch.dtype) -> nn.Module:
+    """The model of a local checkpoint folder, to be run forward only, with its layers split over all processes of
+    torch.distributed, which call this alike. No process ever has the whole model.
+
+    All processes then have to make equally many forward passes: each layer is gathered by all of them while it runs. The head
+    and all else outside the layers is in every process. Raises InputError as `open_model` does.
+    """
+    target = device()
+    model, weights = open_model(folder, dtype)
+    model.requires_grad_(False)
+    shard_teacher_(model, target)
+    read_(model, weights, dtype, target)
+    return model
+
+
+def load_together(folder: str | Path, dtype: torch.dtype) -> nn.Module:
+    """The model of a local checkpoint folder in eval mode on `minitron.device.device()`, whole if it fits and otherwise as
+    `load_split` loads it. All processes of torch.distributed call this alike."""
+    return load_model(folder, dtype).to(device()) if fit_whole([folder], dtype) else load_split(folder, dtype)
