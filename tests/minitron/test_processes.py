@@ -15,6 +15,8 @@ from helpers.evaluating import tiny_model
 from helpers.measure_together import SCORINGS, calibrate_all, evaluate_all, measure_all
 
 from minitron import ImportanceScores, estimate_importance
+from minitron.distill import loading
+from minitron.distill.teacher.shard_writing import default_shard_bytes
 from minitron.models import load_model
 
 
@@ -79,3 +81,21 @@ def test_two_processes_share_the_requests_of_benchmarks_and_score_like_one(toget
         assert result["scores"] == json.loads(json.dumps(alone["scores"]))  # to the last digit
         assert result["counts"][-1] == [21, 21]
     assert sum(result["passes"] for result in results) == alone["passes"]
+
+
+def test_models_are_split_if_they_take_more_than_four_fifths_of_the_free_memory_of_any_gpu(material, monkeypatch):
+    size = 4 * sum(parameter.numel() for parameter in load_model(material / "teacher").parameters())
+    monkeypatch.setattr(loading, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(loading, "world_size", lambda: 2)
+    for free, others, whole in ((1.3 * size, 0, True), (1.2 * size, 0, False), (1.3 * size, 1, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (int(free), int(2 * free)))
+        monkeypatch.setattr(loading, "largest", lambda own, others=others: [max(*own, others)])
+        assert loading.fit_whole([material / "teacher"], torch.float32) is whole
+    monkeypatch.setattr(loading, "world_size", lambda: 1)
+    assert loading.fit_whole([material / "teacher"], torch.float32)
+
+
+def test_a_small_store_has_a_shard_for_each_process():
+    assert default_shard_bytes(10 << 30, 1) == default_shard_bytes(10 << 30, 8) == 256 << 20
+    assert default_shard_bytes(512 << 20, 8) == 64 << 20
+    assert default_shard_bytes(1 << 20, 8) == 4 << 20

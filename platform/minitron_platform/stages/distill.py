@@ -9,7 +9,6 @@ from minitron import storage
 from minitron.architecture import Architecture
 from minitron.device import DTYPES
 from minitron.distill import Losses
-from minitron.models import load_tokenizer, save_model
 from minitron.pruning.source import PruningSource
 from minitron_platform.estimates.gpu import TEACHER, distillation_on_gpus
 from minitron_platform.estimates.memory import distillation_memory
@@ -124,7 +123,7 @@ class Distill(Stage[DistillOutput]):
             context.console.status("starting Ray")
             context.workers.ahead()
         if not storage.is_committed(pruned):
-            pruning = _Pruning(source, architecture, inputs.teacher, pruned)
+            pruning = _Pruning(source, architecture, pruned)
             # iterative pruning measures the model again before each step, in all processes together
             context.workers.compute(_prune, pruning, everywhere=source.recalibration is not None)
         channels = None
@@ -200,16 +199,14 @@ def _losses(state: RunState) -> tuple[Losses, str]:
 class _Pruning:
     source: PruningSource
     architecture: Architecture
-    tokenizer: str
-    """Checkpoint folder of the tokenizer."""
     target: str
     """Folder that the pruned checkpoint is committed to."""
 
 
 def _prune(task: _Pruning, worker: Worker) -> None:
-    """Prune the model and commit it."""
+    """Prune the model and commit it, tensor by tensor. All processes run the steps of iterative pruning."""
     worker.progress.status("pruning")
-    model = task.source.prune(task.source.load(), task.architecture)
     if worker.is_first:
-        with storage.committed_folder(task.target) as local_folder:
-            save_model(model, load_tokenizer(storage.fetch(task.tokenizer, weights=False)), local_folder)
+        task.source.write_student(task.architecture, task.target)
+    else:
+        task.source.prune(task.source.load(), task.architecture)
