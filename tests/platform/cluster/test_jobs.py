@@ -124,6 +124,8 @@ def head(s3: dict[str, str]) -> Iterator[Head]:
 
             wait_until(answers, "the head answers")
         own = ["--dashboard-agent-listen-port", node_agent, "--num-cpus", "2"]
+        # otherwise it would delete the files of jobs that do not run on it from the head's folder
+        own += ["--temp-dir", f"{folder}/node/ray"]
         start("node", head.folder / "node", "ray", "start", "--block", "--address", f"127.0.0.1:{gcs}", *own)
         yield head
 
