@@ -157,15 +157,14 @@ def _packed(context: Context, target: str, parts: str) -> Rows:
 
 
 def _in_parts(context: Context, folder: str) -> InParts | None:
-    """How to divide the text: into tasks of Ray on a cluster, or if there is so much text that they take less time than
-    this process would alone; None for all in this process."""
+    """How to divide the text: into tasks of Ray if there is so much of it that they take less time than this process would
+    alone; None for all in this process."""
     data = context.recipe.data
     tokens = (data.train_rows + data.heldout_rows) * data.seq_length
     only_here = all(source.kind == "python-docs" for source in text_sources(data).values())
-    here = context.workers.computes_here()
-    if only_here or (tokens < TASK_TOKENS and here):
+    if only_here or tokens < TASK_TOKENS:
         return None
-    if here and cores() == 1:
+    if context.workers.computes_here() and cores() == 1:
         return InParts(folder)
     resources = context.ensure_ray()
     if busy():
