@@ -156,7 +156,6 @@ def test_add_bos_reaches_the_benchmarks_of_calibration_search_and_training(begun
         curve="",
         result="",
         key="",
-        threads=1,
         tasks=lm_eval_tasks([recipe.calibrate.task]),
         add_bos=recipe.data.bos,
     )

@@ -72,7 +72,7 @@ def scores(folder, model):
     """The scores of a student on that benchmark."""
     materials = DistillInputs(str(folder / "teacher"), "t", "float32", str(folder / "rows"), "", "")
     task = TrainTask(
-        materials, STEPS, Losses(), "", "", "", "k", 1, tasks=(Task("arc_easy", data=str(folder / "arc.jsonl")),)
+        materials, STEPS, Losses(), "", "", "", "k", tasks=(Task("arc_easy", data=str(folder / "arc.jsonl")),)
     )
     return task_metrics(task, model, lambda name, error: pytest.fail(f"{name}: {error}"))
 

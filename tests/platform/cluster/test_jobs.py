@@ -14,16 +14,17 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import s3fs
 from helpers.command import run_minitron
 from helpers.s3_server import s3_server
-from ray.util.state import list_actors, list_nodes
 
 from minitron.errors import InputError, MinitronError
 from minitron_platform.cluster import packaging
@@ -469,6 +470,16 @@ def test_a_local_run_has_a_private_ray_that_leaves_nothing_behind(end: str, tmp_
         driver.wait()
 
 
+def _state(head: Head, what: str) -> list[dict[str, Any]]:
+    """Records of Ray's state API."""
+    request = urllib.request.Request(
+        f"{head.address}/api/v0/{what}?limit=1000&detail=1", headers={"Authorization": f"Bearer {TOKEN}"}
+    )
+    with urllib.request.urlopen(request) as answer:
+        records: list[dict[str, Any]] = json.load(answer)["data"]["result"]["result"]
+    return records
+
+
 def test_a_recipe_runs_as_a_job_on_a_cluster_whose_head_loads_no_model(
     as_user: Head, s3: dict[str, str], bench: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -506,10 +517,10 @@ def test_a_recipe_runs_as_a_job_on_a_cluster_whose_head_loads_no_model(
     assert table["distilled"]["kl"] < table["pruned"]["kl"]
 
     # Ray's records: trials and the workers of all stages ran on the other node
-    heads = {node.node_id: node.is_head_node for node in list_nodes(address=as_user.address)}
-    actors = list_actors(address=as_user.address, filters=[("job_id", "!=", "")], limit=1000, detail=True)
-    ran_on_head = {actor.class_name for actor in actors if actor.node_id and heads[actor.node_id]}
-    elsewhere = {actor.class_name for actor in actors if actor.node_id and not heads[actor.node_id]}
+    heads = {node["node_id"]: node["is_head_node"] for node in _state(as_user, "nodes")}
+    actors = [actor for actor in _state(as_user, "actors") if actor["node_id"]]
+    ran_on_head = {actor["class_name"] for actor in actors if heads[actor["node_id"]]}
+    elsewhere = {actor["class_name"] for actor in actors if not heads[actor["node_id"]]}
     assert {"RayTrainWorker", "ImplicitFunc"} <= elsewhere
     assert not {"RayTrainWorker", "ImplicitFunc"} & ran_on_head
     # the driver did not even copy a model's weights to its node

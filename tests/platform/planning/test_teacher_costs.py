@@ -127,7 +127,7 @@ def test_a_worker_starts_with_the_teacher_of_its_task(material, tmp_path):
         reads = DistillInputs(
             str(material / "teacher"), "t", "float32", str(material / "rows"), str(tmp_path), "", top_k
         )
-        task = TrainTask(reads, CONFIG, Losses(top_k=top_k), "", "", "", "k", 1, student=reads.teacher, **options)
+        task = TrainTask(reads, CONFIG, Losses(top_k=top_k), "", "", "", "k", student=reads.teacher, **options)
         return _start(task)
 
     rows = Rows.open(str(material / "rows"), "train")
