@@ -46,7 +46,7 @@ def test_a_range_in_a_recipe_is_the_list_of_its_values(bench):
         ({"from": 5, "to": 2, "step": 1}, "must go up"),
         ({"from": 2, "to": 5, "step": 0}, "must go up"),
         ({"from": 1, "to": 9e9, "step": 1}, "at most"),
-        ({"from": "a", "to": 5, "step": 1}, "must be numbers"),
+        ({"from": "a", "to": 5, "step": 1}, "must be finite numbers"),
     ],
 )
 def test_an_invalid_range_is_refused_and_its_key_named(bench, given, said):
