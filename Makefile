@@ -15,7 +15,7 @@ FAST := $(addprefix tests/,minitron/attention minitron/data/test_data.py minitro
   end_to_end/test_run.py::test_the_student_loads_without_minitron_and_gives_the_same_logits \
   end_to_end/test_run.py::test_mlflow_shows_the_run_its_stages_and_the_trials_below_the_search)
 
-.PHONY: run test test-lowest lint fuzz locks clean
+.PHONY: run test test-lowest lint fuzz locks clean secrets audit
 
 run: $(VENV)/.installed  ## SmolLM2-135M to about 90M parameters, on this machine
 	$(BIN)/minitron run smollm2-135m-cpu
@@ -32,6 +32,15 @@ lint: $(VENV)/.installed  ## style, types, and the one-way imports
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# What looks like a secret and is none: the tests' passwords, the versions of a database, hashes of stages.
+secrets: $(VENV)/.installed  ## no password, key or token is in the tree
+	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --exclude-secrets '^(test|secret|hunter2|repo|PASSWORD)$$' \
+	  --exclude-lines 'alembic_version' --exclude-files '^tests/platform/stages/test_identity\.py$$'
+
+# pip-audit has no data of its own: it asks PyPI about every package, which CI's machine cannot reach. Before a release.
+audit: $(VENV)/.installed  ## no locked version has a known vulnerability; needs the internet
+	$(BIN)/uv tool run pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Minitron needs Python 3.11 to 3.13: make PYTHON=/path/to/python3.11")'

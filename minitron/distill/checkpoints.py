@@ -28,8 +28,9 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor
 
 from minitron import storage
+from minitron.collectives import gather_results
 from minitron.distill.checkpoint_files import LAYOUT, PiecesReader, PiecesWriter, file_name
-from minitron.errors import MinitronError, StorageError
+from minitron.errors import StorageError
 
 log = logging.getLogger(__name__)
 _MANIFEST = re.compile(rf"step-(\d{{8}})/{re.escape(storage.MANIFEST)}")
@@ -197,23 +198,23 @@ class Checkpoints:
         """A folder to write to: one for all processes below a local path, else one for each."""
         local = storage.is_local(path)
 
-        def make() -> Path | None:
+        def make() -> str | None:
             if self.rank == 0:
                 self.before_commit()
                 storage.remove(path)  # a damaged one that was passed over
-            return storage.staging_folder(path) if self.rank == 0 or not local else None
+            return str(storage.staging_folder(path)) if self.rank == 0 or not local else None
 
         def seen() -> None:
-            if staging is None or not staging.is_dir():
+            if not folder or not Path(folder).is_dir():
                 raise StorageError(
                     f"{path}: process {self.rank} does not see the folder that process 0 made there",
                     "use storage that all nodes share, for example s3://",
                 )
 
-        staging = self._all(make)[0 if local else self.rank]
+        folder = self._all(make)[0 if local else self.rank]
         self._all(seen)
-        assert staging is not None
-        return staging
+        assert folder is not None
+        return Path(folder)
 
     def _commit(self, staging: Path, path: str, files: dict[str, Any], note: dict[str, Any]) -> None:
         if self.rank == 0:
@@ -223,20 +224,8 @@ class Checkpoints:
                 storage.remove(_path(self.folder, old))
 
     def _all(self, work: Callable[[], T]) -> list[T]:
-        """What `work` gives in every process; a failure anywhere is raised everywhere."""
-        value, failure = None, None
-        try:
-            value = work()
-        except (OSError, MinitronError) as error:
-            failure = error
-        results: list[Any] = [(value, failure)]
-        if self.group is not None:
-            results = [None] * self.world
-            dist.all_gather_object(results, (value, failure), group=self.group)
-        for _, failure in results:
-            if failure is not None:
-                raise failure
-        return [value for value, _ in results]
+        """What `work` gives in every process, JSON values; a failure anywhere is raised everywhere."""
+        return [work()] if self.group is None else gather_results(work, self.group)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from ray.train.v2._internal.execution.failure_handling import FailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, ScalingPolicy
 
 from minitron_search.private_ray import is_private
+from minitron_search.process_group import NarrowTorchConfig
 
 
 class TorchTrainer(RayTorchTrainer):
@@ -28,7 +29,7 @@ class TorchTrainer(RayTorchTrainer):
         scaling_policy: ScalingPolicy | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(*arguments, **options)
+        super().__init__(*arguments, torch_config=NarrowTorchConfig(), **options)
         self._failure_policy = failure_policy
         self._scaling_policy = scaling_policy
 

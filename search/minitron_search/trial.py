@@ -14,6 +14,7 @@ from torch import nn
 
 from minitron import storage
 from minitron.architecture import Architecture
+from minitron.collectives import gather_json
 from minitron.distill import distill
 from minitron.distill.checkpoints import committed_steps
 from minitron.logits import Head
@@ -36,7 +37,7 @@ from minitron_search.trial_store import (
 )
 from minitron_search.trial_student import is_rank_zero, source, trial_student
 
-T = TypeVar("T")
+T = TypeVar("T", ForwardScore, RungResult)
 
 
 def finished_result(task: SearchTask, architecture: Architecture) -> TrialResult | None:
@@ -155,7 +156,7 @@ def _forward_score(
     task: SearchTask, architecture: Architecture, student: Callable[[], nn.Module], teacher_head: Head
 ) -> ForwardScore:
     """The stored score before training, or a new one of `student()`."""
-    stored = _from_rank_zero(forward_score(task.folder, architecture))
+    stored = _from_rank_zero(forward_score(task.folder, architecture), ForwardScore)
     if stored is not None:
         return stored
     metrics = task.materials.heldout(student(), teacher_head, task.heldout_rows)
@@ -170,7 +171,7 @@ def _rung_result(
     task: SearchTask, architecture: Architecture, step: int, student: nn.Module, teacher_head: Head
 ) -> RungResult:
     """The stored measurement after `step` steps, or a new one of `student`."""
-    stored = _from_rank_zero(rung_result(task.folder, architecture, step))
+    stored = _from_rank_zero(rung_result(task.folder, architecture, step), RungResult)
     if stored is not None:
         return stored
     metrics = task.materials.heldout(student, teacher_head, task.heldout_rows)
@@ -182,10 +183,9 @@ def _rung_result(
     return measured
 
 
-def _from_rank_zero(stored: T | None) -> T | None:
+def _from_rank_zero(stored: T | None, kind: type[T]) -> T | None:
     """What rank 0 has read, in every process, so that either all of them measure or none does."""
     if not dist.is_initialized():
         return stored
-    box = [stored]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    values = gather_json(stored.to_dict() if stored is not None and is_rank_zero() else None)[0]
+    return None if values is None else kind.from_dict(values)

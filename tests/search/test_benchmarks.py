@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
+import ray
 from helpers.searching import json_files, search_task
 
 from minitron import storage
@@ -25,6 +29,20 @@ from minitron_search.trial_store import trial_result, weights
 def ray_here():
     with ray_session(None, num_cpus=2):
         yield
+
+
+def test_a_private_ray_listens_at_the_loopback_interface_alone(ray_here):
+    """Its control store, agents, metrics and workers ask for a token, but nobody else should even reach them."""
+    assert ray.get(ray.remote(num_cpus=0)(lambda: os.getpid()).remote()) != os.getpid()
+    listening = {}
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            for each in process.net_connections("tcp"):
+                if each.status == psutil.CONN_LISTEN:
+                    listening[each.laddr.ip] = process.name()
+    assert {"gcs_server", "raylet"} <= {process.name() for process in psutil.Process().children()}
+    assert set(listening) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, listening
+    assert listening
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import ray
+from ray._private import ray_constants
 from ray._private.authentication import authentication_token_setup
 
 from minitron.environment import environment_variables
@@ -76,7 +77,7 @@ def ray_session(
 
     address: of a running cluster ("auto", "host:6379", "ray://host:10001"). None uses the cluster in RAY_ADDRESS, which Ray
         sets inside a job; if that is not set either, a private Ray is started on this machine, without dashboard, telemetry
-        and log lines on the terminal, and with a token of its own.
+        and log lines on the terminal, with a token of its own, and at the loopback interface alone.
     num_cpus: number of CPU slots that the private Ray has at least, even if the machine has fewer cores.
     num_gpus: number of GPUs that it has; by default those that Ray detects.
     memory, object_store_memory: bytes for workers and for the object store; by default Ray's shares of the free memory.
@@ -98,18 +99,19 @@ def ray_session(
         if address is None or address == "local":
             logging.getLogger("ray").setLevel(logging.ERROR)  # ray.init warns if it is called outside the main thread
             with _private_folder(temp_dir) as folder, environment_variables(_private_settings()):
-                ray.init(
-                    address="local",
-                    num_cpus=max(cores(), num_cpus or 0),
-                    num_gpus=num_gpus,
-                    object_store_memory=object_store_memory,
-                    _memory=memory,
-                    resources={SEAT: seats} if seats else None,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    _temp_dir=folder,
-                )
+                with _at_loopback():
+                    ray.init(
+                        address="local",
+                        num_cpus=max(cores(), num_cpus or 0),
+                        num_gpus=num_gpus,
+                        object_store_memory=object_store_memory,
+                        _memory=memory,
+                        resources={SEAT: seats} if seats else None,
+                        include_dashboard=False,
+                        log_to_driver=False,
+                        logging_level=logging.ERROR,
+                        _temp_dir=folder,
+                    )
                 try:
                     yield
                 except BaseException:
@@ -191,6 +193,20 @@ def _private_settings() -> dict[str, str]:
     if paths:
         settings["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
     return settings
+
+
+@contextmanager
+def _at_loopback() -> Iterator[None]:
+    """A Ray that starts inside the context has one node, whose processes listen on the loopback interface alone.
+
+    Ray does so by itself on macOS and Windows; on Linux it would listen on all interfaces.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextmanager

@@ -1,0 +1,74 @@
+"""The process group of Ray Train's workers, which listens no wider than it must.
+
+torch.distributed's store, where the processes find each other, asks for no password, and by itself listens on all network
+interfaces of the first worker's node. Here it listens on the loopback interface if all workers are on one node, and so do the
+connections for gradients unless GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME is set; else at that node's address in the cluster.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+from typing import Any
+
+import ray
+import torch.distributed as dist
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
+
+LOOPBACK = "127.0.0.1"
+_listening: list[socket.socket] = []  # of the first worker, from `listen` to `join`
+
+
+class NarrowTorchConfig(TorchConfig):
+    """Ray Train's configuration of the process group, with NCCL on GPUs and Gloo on CPUs."""
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _Backend
+
+
+class _Backend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        on_gpus = worker_group.get_resources_per_worker().get("GPU", 0) > 0
+        addresses = worker_group.execute(ray.util.get_node_ip_address)
+        address = LOOPBACK if len(set(addresses)) == 1 else addresses[0]
+        port = worker_group.execute_single(0, listen, address)
+        worker_group.execute(_set_torch_distributed_env_vars)
+        joins = [
+            worker_group.execute_single_async(
+                rank,
+                join,
+                "nccl" if on_gpus else "gloo",
+                rank,
+                len(addresses),
+                (address, port),
+                backend_config.timeout_s,
+            )
+            for rank in range(len(addresses))
+        ]
+        ray.get(joins)
+
+
+def listen(address: str) -> int:
+    """Open the store's socket at `address` in the first process; returns its port. `join` takes it."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    _listening.append(socket.create_server((address, 0), family=family))
+    return int(_listening[-1].getsockname()[1])
+
+
+def join(backend: str, rank: int, world: int, store: tuple[str, int], timeout_s: float) -> None:
+    """Make this process one of the group. store: address and port of the first process's store."""
+    if store[0] == LOOPBACK:
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, _loopback_interface())
+    timeout = timedelta(seconds=timeout_s)
+    descriptor = _listening.pop().detach() if rank == 0 else None
+    tcp_store = dist.TCPStore(*store, world, rank == 0, timeout, master_listen_fd=descriptor)
+    dist.init_process_group(backend, store=tcp_store, rank=rank, world_size=world, timeout=timeout)
+
+
+def _loopback_interface() -> str:
+    """The name of the loopback interface: lo on Linux, lo0 on macOS."""
+    return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "lo")
