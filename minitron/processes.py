@@ -6,7 +6,7 @@ Without an initialised process group, or for work that is not shared (`together`
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -73,10 +73,15 @@ def largest(numbers: Sequence[int], together: bool = True) -> list[int]:
     return values.tolist()
 
 
-def check_same(what: str, content: bytes, together: bool) -> None:
+def check_same(what: str, content: Iterable[bytes], together: bool) -> None:
     """Raise MinitronError in every process unless all have the same content."""
-    number = int.from_bytes(hashlib.sha256(content).digest()[:7], "big")
-    high, low = largest([number, -number], together)
+    if world_size(together) == 1:
+        return
+    digest = hashlib.sha256()
+    for part in content:
+        digest.update(part)
+    number = int.from_bytes(digest.digest()[:7], "big")
+    high, low = largest([number, -number])
     if high != -low:
         raise MinitronError(f"{what} differ between the processes", "give all processes the same files and settings")
 
@@ -88,7 +93,10 @@ def all_rows(own: Tensor, together: bool) -> Tensor:
     target, was = _device(), own.device
     sizes = [torch.zeros(1, dtype=torch.int64, device=target) for _ in range(world_size())]
     dist.all_gather(sizes, torch.tensor([len(own)], device=target))
-    padded = torch.zeros((max(map(int, sizes)), *own.shape[1:]), dtype=own.dtype, device=target)
+    longest = max(map(int, sizes))
+    if not longest:
+        return own
+    padded = torch.zeros((longest, *own.shape[1:]), dtype=own.dtype, device=target)
     padded[: len(own)] = own
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
@@ -98,12 +106,7 @@ def all_rows(own: Tensor, together: bool) -> Tensor:
 def from_first(content: bytes, together: bool) -> bytes:
     """The content of the first process, in all of them."""
     mine = content if own_rank(together) == 0 else b""
-    return bytes(
-        all_rows(torch.frombuffer(bytearray(mine), dtype=torch.uint8) if mine else _NOTHING, together).tolist()
-    )
-
-
-_NOTHING = torch.empty(0, dtype=torch.uint8)
+    return bytes(all_rows(torch.tensor(list(mine), dtype=torch.uint8), together).tolist())
 
 
 def _device() -> torch.device:

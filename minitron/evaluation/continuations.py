@@ -113,9 +113,9 @@ def log_likelihoods(
             yield int(number), Answer(log_likelihood, bool(greedy))
 
 
-def _content(continuations: Sequence[Continuation]) -> bytes:
+def _content(continuations: Sequence[Continuation]) -> Iterator[bytes]:
     """Equal for equal continuations."""
-    return b"".join(array("q", [-1, *each.context, -1, *each.tokens]).tobytes() for each in continuations)
+    return (array("q", [-1, *each.context, -1, *each.tokens]).tobytes() for each in continuations)
 
 
 def _batches(

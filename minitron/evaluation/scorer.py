@@ -93,7 +93,7 @@ class Scorer(DocumentRequests):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """As the parent's, of which each call answers one batch."""
         self._expect(len(requests))
-        check_same("the requests", "\0".join(str(request.args) for request in requests).encode(), self.together)
+        check_same("the requests", (f"{request.args}\0".encode() for request in requests), self.together)
         answers: dict[int, str] = {}
         cut = self.cut
         with all_succeed(self.together):

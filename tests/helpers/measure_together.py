@@ -90,6 +90,16 @@ def main() -> None:
     calibrate_all(bench, out)
     result = evaluate_all(tiny_model(1), folder / f"documents-{rank}of{world}")
     Path(out.format("evaluate.json")).write_text(json.dumps(result))
+    others = Task("arc_easy", str(write_jsonl(folder / f"others-{rank}" / "test.jsonl", arc_documents(3, seed=rank))))
+    failed: dict[str, str] = {}
+    evaluate(
+        tiny_model(1),
+        byte_tokenizer(),
+        [others],
+        together=True,
+        on_failure=lambda *each: failed.update([map(str, each)]),
+    )
+    Path(out.format("failed.json")).write_text(json.dumps(failed))
     split = load_split(material / "teacher", torch.float32)
     held = [(parameter.to_local().nbytes, parameter.nbytes) for parameter in layers_of(split).parameters()]
     assert sum(own for own, _ in held) < 0.6 * sum(whole for _, whole in held)

@@ -83,6 +83,12 @@ def test_two_processes_share_the_requests_of_benchmarks_and_score_like_one(toget
     assert sum(result["passes"] for result in results) == alone["passes"]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_requests_that_differ_between_processes_fail_their_task_in_all_of_them(together, rank):
+    failed = json.loads((together / f"failed.json.{rank}of2").read_text())
+    assert "the requests differ between the processes" in failed["arc_easy"]
+
+
 def test_models_are_split_if_they_take_more_than_four_fifths_of_the_free_memory_of_any_gpu(material, monkeypatch):
     size = 4 * sum(parameter.numel() for parameter in load_model(material / "teacher").parameters())
     monkeypatch.setattr(loading, "device", lambda: torch.device("cuda"))
