@@ -524,5 +524,5 @@ def test_a_recipe_runs_as_a_job_on_a_cluster_whose_head_loads_no_model(
     assert {"RayTrainWorker", "ImplicitFunc"} <= elsewhere
     assert not {"RayTrainWorker", "ImplicitFunc"} & ran_on_head
     # the driver did not even copy a model's weights to its node
-    assert list((as_user.folder / "node" / ".cache").rglob("*.safetensors"))
-    assert not list((as_user.folder / ".cache").rglob("*.safetensors"))
+    assert list((as_user.folder / "node" / ".cache").rglob("model*.safetensors"))
+    assert not list((as_user.folder / ".cache").rglob("model*.safetensors"))
