@@ -21,8 +21,8 @@ run: $(VENV)/.installed  ## SmolLM2-135M to about 90M parameters, on this machin
 	$(BIN)/minitron run smollm2-135m-cpu
 
 # In the order of their names: that of xdist leaves the files with few tests, which are the long ones, for the end.
-test: $(VENV)/.installed  ## the tests, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: $(VENV)/.installed  ## the tests, three files at a time
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-lowest: $(LOWEST)/.installed  ## a fast part of them with the lowest versions that pyproject.toml allows
 	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(FAST)

@@ -206,14 +206,19 @@ def test_a_changed_recipe_repeats_only_the_stages_that_depend_on_the_change(benc
     assert _reused(changed) == STAGES.index("evaluate")
 
 
+def _diverging(section):
+    """Settings with which each step makes every weight a thousand times as large."""
+    return [f"--set={section}.{key}" for key in ("peak_lr=10", "min_lr=10", "weight_decay=100")]
+
+
 def test_a_run_that_diverges_stops_and_names_the_step(bench, finished):
-    steep = ["--set", "distill.peak_lr=1e30", "--set", "distill.min_lr=1e30"]
+    steep = _diverging("distill")
     stopped = run_minitron("run", "recipe.yaml", "--storage", "runs", *steep, cwd=bench)
     assert stopped.returncode == 2, stopped.stdout + stopped.stderr
     assert "at step" in stopped.stderr
     assert "learning rate" in stopped.stderr
     assert _reused(stopped) == STAGES.index("distill")
-    steep = ["--set", "search.training.peak_lr=1e30", "--set", "search.training.min_lr=1e30"]
+    steep = _diverging("search.training")
     stopped = run_minitron("run", "recipe.yaml", "--storage", "runs", *steep, cwd=bench)
     assert stopped.returncode == 2, stopped.stdout + stopped.stderr
     said = stopped.stderr.splitlines()

@@ -279,7 +279,7 @@ def test_a_failed_benchmark_does_not_affect_the_others_and_is_retried_alone(benc
     def hub_is_away(*_, **__):
         raise ConnectionError("the hub is away")
 
-    monkeypatch.setattr("minitron_platform.stages.evaluate.evaluate", noted)
+    monkeypatch.setattr("minitron.evaluation.evaluate", noted)
     monkeypatch.setattr(datasets, "load_dataset", hub_is_away)
     first = _outputs(run(recipe, storage_path=str(storage)))
     table = first["evaluate"]["table"]

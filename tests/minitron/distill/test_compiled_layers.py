@@ -35,6 +35,7 @@ def graphs(monkeypatch):
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=counting, **options))
     torch._dynamo.reset()
+    monkeypatch.setattr(blocks, "_shapes", set())  # without those of tests before
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         yield made
 

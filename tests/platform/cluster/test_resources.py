@@ -147,6 +147,7 @@ def test_on_a_cluster_with_gpus_models_compute_in_bfloat16_whatever_the_head_nod
     monkeypatch.setattr(ray_start.RayStart, "computes_here", lambda self: True)  # there is no Ray
     monkeypatch.setattr(ray_start, "cluster_nodes", lambda: [node])
     monkeypatch.setattr(room, "cluster_nodes", lambda: [node])
+    monkeypatch.setattr(ray_start, "cluster_cpu_dtype", lambda: torch.float32)
     monkeypatch.setattr(room, "_cluster_gpu_bytes", lambda: 80_000_000_000)
     monkeypatch.setattr(room, "cluster_cpus_gpus", lambda: (node["CPU"], node["GPU"]))
     (tmp_path / "runs").mkdir()
@@ -189,6 +190,7 @@ def test_a_private_ray_starts_early_and_has_the_gpus_that_trials_and_workers_req
     search = done.output(Search)
     assert len(search.ranking) == search.candidates == 2
     assert not search.failures
-    records = [json.loads(line) for line in done.state.log("search").path.read_text().splitlines()]
+    parts = (tmp_path / "runs" / "runs").glob("*/spool/*.jsonl")
+    records = [json.loads(line) for part in parts for line in part.read_text().splitlines()]
     (settings,) = (record["values"] for record in records if "gpu_memory_estimate" in record.get("values", {}))
     assert (settings["micro_batch_rows"], settings["teacher_kept"]) == ("2", "head")
