@@ -8,8 +8,9 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,19 @@ def read_bytes_if_exists(path: str) -> bytes | None:
     """The content of a file; None if it does not exist. One request to an object store either way, where `exists` takes two
     for a missing file."""
     fs, inner = filesystem(path)
-    whole = {"max_concurrency": 1} if path.startswith("s3://") else {}  # otherwise s3fs asks for the size first
+    # otherwise newer versions of s3fs ask for the size first
+    whole = {"max_concurrency": 1} if "max_concurrency" in _arguments(fs, "_cat_file") else {}
     with access_errors(path):
         try:
             return bytes(fs.cat_file(inner, **whole))
         except FileNotFoundError:
             return None
+
+
+def _arguments(fs: Any, method: str) -> Collection[str]:
+    """The names of the arguments of a file system's method, which depend on its kind and version; none without it."""
+    function = getattr(fs, method, None)
+    return signature(function).parameters if function else ()
 
 
 def read_json(path: str) -> Any:
