@@ -6,6 +6,7 @@ import io
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,12 +54,17 @@ def quiet_transformers() -> Iterator[None]:
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    # transformers imports torchao where it is installed, which warns of its own use of torch
+    pytree = getLogger("torch.utils._pytree")
+    level = pytree.level
+    pytree.setLevel(ERROR)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         with redirect_stderr(io.StringIO()):  # the GGUF reader's progress bar cannot be disabled
             yield
     finally:
+        pytree.setLevel(level)
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
