@@ -19,9 +19,14 @@ _ERRORS = {
 }
 
 
+def exchange_device(group: Any = None) -> torch.device:
+    """Where tensors are that the processes of the group exchange."""
+    return torch.device("cpu") if "gloo" in dist.get_backend(group) else torch.device("cuda")
+
+
 def gather_json(value: Any, group: Any = None) -> list[Any]:
     """`value`, a JSON value, of every process of the group, in the order of their ranks. Floats keep all their bits."""
-    device = torch.device("cpu") if "gloo" in dist.get_backend(group) else torch.device("cuda")
+    device = exchange_device(group)
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     world = dist.get_world_size(group)
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]

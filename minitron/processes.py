@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from minitron.collectives import exchange_device
 from minitron.errors import MinitronError
 
 Item = TypeVar("Item")
@@ -68,9 +69,18 @@ def largest(numbers: Sequence[int], together: bool = True) -> list[int]:
     """The maximum of each number over the processes."""
     if world_size(together) == 1:
         return list(numbers)
-    values = torch.tensor(list(numbers), dtype=torch.int64, device=_device())
+    values = torch.tensor(list(numbers), dtype=torch.int64, device=exchange_device())
     dist.all_reduce(values, dist.ReduceOp.MAX)
     return values.tolist()
+
+
+def total(number: int, together: bool = True) -> int:
+    """The sum of the processes' numbers."""
+    if world_size(together) == 1:
+        return number
+    numbers = torch.tensor(number, device=exchange_device())
+    dist.all_reduce(numbers)
+    return int(numbers)
 
 
 def check_same(what: str, content: Iterable[bytes], together: bool) -> None:
@@ -90,7 +100,7 @@ def all_rows(own: Tensor, together: bool) -> Tensor:
     """The rows [n, ...] of all processes one after another, in the order of their ranks; n may differ."""
     if world_size(together) == 1:
         return own
-    target, was = _device(), own.device
+    target, was = exchange_device(), own.device
     sizes = [torch.zeros(1, dtype=torch.int64, device=target) for _ in range(world_size())]
     dist.all_gather(sizes, torch.tensor([len(own)], device=target))
     longest = max(map(int, sizes))
@@ -107,8 +117,3 @@ def from_first(content: bytes, together: bool) -> bytes:
     """The content of the first process, in all of them."""
     mine = content if own_rank(together) == 0 else b""
     return bytes(all_rows(torch.tensor(list(mine), dtype=torch.uint8), together).tolist())
-
-
-def _device() -> torch.device:
-    """Where tensors are that the processes exchange."""
-    return torch.device("cpu" if dist.get_backend() == "gloo" else "cuda")

@@ -34,7 +34,7 @@ BLOCK_TOKENS = 2**22  # tokens in a file, so that large parts take little memory
 
 @dataclass(frozen=True)
 class PartTokens:
-    """A finished part: `blocks` files in a folder, named by `name`, with so many tokens of each split.
+    """A finished part: `blocks` files in a folder, named by `name`, with the number of tokens of each split.
 
     failure: kind of error, problem and remedy, if the part could be read only up to an error; the next run reads it again.
     """

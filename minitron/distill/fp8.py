@@ -56,9 +56,9 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
 def fp8_linears(model: nn.Module, scaling: str, device: torch.device, *, with_gradients: bool) -> Iterator[None]:
     """Inside the context the linear modules of the model's layers multiply in FP8 with one of `FP8`, on a CPU emulated.
 
-    Modules with a dimension that is no multiple of `MULTIPLE` do not, nor do low-rank adapters, the experts of a mixture, and
-    all modules outside the layers, such as the head. with_gradients: only while gradients are computed, so that evaluations run
-    in the model's own dtype, as the saved model will.
+    Modules with a dimension that is not a multiple of `MULTIPLE` do not, nor do low-rank adapters, the experts of a mixture,
+    and all modules outside the layers, such as the head. with_gradients: only while gradients are computed, so that
+    evaluations run in the model's own dtype, as the saved model will.
     """
     linears = [] if scaling == "none" else [module for layer in layers_of(model) for module in _linears(layer)]
     config = _config(scaling, emulate=device.type != "cuda") if linears else None

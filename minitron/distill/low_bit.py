@@ -25,7 +25,7 @@ def check_low_bit() -> None:
 def adamw_8bit(masters: Sequence[Tensor], betas: tuple[float, float], weight_decay: float) -> Optimizer:
     """The optimizer of these tensors, with a learning rate of 0 and moments that are 0.
 
-    Tensors of fewer than 4,096 values, or whose number of values is no multiple of 256, keep moments in float32.
+    Tensors of fewer than 4,096 values, or whose number of values is not a multiple of 256, keep moments in float32.
     """
     check_low_bit()
     from torchao.optim import AdamW8bit

@@ -7,7 +7,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +14,10 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+from helpers.cluster import two_nodes
 from helpers.searching import json_files, search_task
-from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-from ray.cluster_utils import Cluster
 from ray.exceptions import OutOfMemoryError, RayActorError
 
-from minitron_platform.cluster import ray_session as local_ray
 from minitron_search import search
 from minitron_search.events import Failed, Progress, Retried, Started
 from minitron_search.pool import Pool
@@ -48,23 +45,8 @@ def undisturbed(made, candidates, tmp_path_factory):
 @pytest.fixture(scope="module")
 def cluster():
     """A cluster with a head that runs no trials and two nodes that run one each."""
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="mt-", dir="/tmp") as folder:
-        # the token of this process's private Rays, because Ray keeps the first token that it reads
-        settings = {**local_ray._private_settings(), "RAY_TMPDIR": folder}
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-        head = {"num_cpus": 0, "include_dashboard": False}
-        quick = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000}
-        made = Cluster(initialize_head=True, head_node_args={**head, "_system_config": quick})
-        try:
-            for _ in range(2):
-                made.add_node(num_cpus=1)
-            ray.init(address=made.address, log_to_driver=False)
-            yield made
-        finally:
-            ray.shutdown()
-            made.shutdown()
+    with two_nodes() as made:
+        yield made
 
 
 def _long(made, folder):

@@ -18,6 +18,7 @@ from minitron.distill import TopKTeacher, store_hidden, store_top_k
 from minitron.distill.inputs import DistillInputs
 from minitron.distill.teacher.shard_writing import Writing
 from minitron.distill.teacher.stored import stored_bytes
+from minitron.processes import total
 from minitron.pruning.source import PruningSource
 from minitron_platform.estimates.memory import targets_memory
 from minitron_platform.estimates.outlook import Estimate, Outlook
@@ -162,7 +163,7 @@ def _store(task: _Storing, worker: Worker) -> int:
             computed += store_top_k(load_once, rows, folder, inputs.top_k, key=key, documents=documents, **how)
         else:
             computed += store_hidden(load_once, rows, folder, key=key, documents=documents, **how)
-    return worker.total(computed)
+    return total(computed, worker.count > 1)
 
 
 def _search_steps(state: RunState) -> list[int] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from minitron_platform.workers.calls import WorkersFailed, WorkerStarted
@@ -32,4 +31,3 @@ class Tagged:
 
 
 Event = WorkerStarted | Resumed | Measured | Tagged | WorkersFailed
-OnEvent = Callable[[Event], None]

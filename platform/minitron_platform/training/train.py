@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -27,6 +26,7 @@ from minitron.evaluation.batches import BatchRows
 from minitron.logits import Head
 from minitron.meta_models import open_model, read_, write_model
 from minitron.models import load_model, load_tokenizer, save_model, save_tokenizer
+from minitron.processes import largest
 from minitron_platform.fence import Fence, LeaseLostError
 from minitron_platform.training.curves import write_curve
 from minitron_platform.training.events import Measured, Resumed, Tagged
@@ -141,9 +141,7 @@ def train(task: TrainTask, worker: Worker) -> MinitronError | None:
             write_curve(task.checkpoints, task.curve)
         except LeaseLostError as error:
             lost = error
-    may_commit = torch.tensor(lost is None, device=device())
-    dist.broadcast(may_commit, src=0)
-    if may_commit:
+    if largest([lost is not None]) == [0]:
         with storage.committed_folder(task.result) if worker.is_first else nullcontext() as folder:
             _save(task, model, weights, folder)
     dist.barrier()

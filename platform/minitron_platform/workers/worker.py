@@ -7,11 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-import torch.distributed as dist
-
-from minitron.device import device
-
 COUNT_SECONDS = 0.5  # shortest time between two counts that a worker sends to the driver
 
 
@@ -51,14 +46,6 @@ class Worker:
     is_leaving: Callable[[], bool] = _never
     """Whether the node of one of the processes is about to be taken away."""
 
-    def total(self, number: int) -> int:
-        """The sum of the numbers of all processes, each of which calls this."""
-        if self.count == 1:
-            return number
-        numbers = torch.tensor(number, device=device())
-        dist.all_reduce(numbers)
-        return int(numbers)
-
     @property
     def is_first(self) -> bool:
         """Whether this is the process that sends events and writes results that all have."""
@@ -81,7 +68,7 @@ class StatusChanged:
 
 @dataclass(frozen=True)
 class Counted:
-    """So many items of `unit` are done."""
+    """Progress: `done` of `total` items of `unit`."""
 
     done: int
     total: int

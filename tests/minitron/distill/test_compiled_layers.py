@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import tiny
-from torch._dynamo.backends.debugging import aot_eager
+from helpers.graphs import counted_graphs
 
 from minitron.distill import DistillConfig, LiveTeacher, Losses, blocks, distill
 from minitron.evaluation import heldout_metrics
@@ -25,16 +25,8 @@ class RandomRows:
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """The graphs that are made; without C++, whose compilation takes the time."""
-    made = []
-
-    def counting(graph, inputs):
-        made.append(graph)
-        return aot_eager(graph, inputs)
-
-    compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=counting, **options))
-    torch._dynamo.reset()
+    """The graphs that are made."""
+    made = counted_graphs(monkeypatch)
     monkeypatch.setattr(blocks, "_shapes", set())  # without those of tests before
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         yield made

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import tiny
-from torch._dynamo.backends.debugging import aot_eager
+from helpers.graphs import counted_graphs
 
 from minitron.distill import DistillConfig, LiveTeacher, Losses, distill
 from minitron.distill.fp8 import check_fp8, fp8_linears
@@ -78,15 +78,7 @@ def test_a_student_trained_with_fp8_comes_as_close_to_its_teacher_and_is_measure
 
 
 def test_compiled_layers_with_fp8_share_a_graph_and_recompute_the_same(monkeypatch):
-    graphs = []
-
-    def counting(graph, inputs):
-        graphs.append(graph)
-        return aot_eager(graph, inputs)
-
-    compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=counting, **options))
-    torch._dynamo.reset()
+    graphs = counted_graphs(monkeypatch)
     config = replace(CONFIG, steps=2, fp8="rowwise")
     compiled = distilled(replace(config, compile=True, activation_checkpointing="selective"), losses=NEXT_TOKEN)
     assert compiled == distilled(config, losses=NEXT_TOKEN)

@@ -5,22 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import ray
 import torch
 import torch.distributed as dist
+from helpers.cluster import two_nodes
 from ray import cloudpickle
-from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-from ray.cluster_utils import Cluster
 
 from minitron.errors import InputError, MinitronError
-from minitron_platform.cluster import ray_session as local_ray
 from minitron_platform.workers import group as group_module
 from minitron_platform.workers.calls import WorkersFailed, WorkerStarted
 from minitron_platform.workers.group import WorkerGroup
@@ -77,24 +73,9 @@ def work(job, worker):
 def cluster():
     """A cluster with a head that computes nothing and two nodes for one worker each."""
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="mt-", dir="/tmp") as folder:
-        # the token of this process's private Rays, because Ray keeps the first token that it reads
-        settings = {**local_ray._private_settings(), "RAY_TMPDIR": folder, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1"}
-        settings["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "0.5"
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-        head = {"num_cpus": 0, "include_dashboard": False}
-        quick = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000}
-        made = Cluster(initialize_head=True, head_node_args={**head, "_system_config": quick})
-        try:
-            for _ in range(2):
-                made.add_node(num_cpus=1)
-            ray.init(address=made.address, log_to_driver=False)
-            yield made
-        finally:
-            ray.shutdown()
-            made.shutdown()
+    watch = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
+    with two_nodes(**watch) as made:
+        yield made
 
 
 def _group(folder, **options):
