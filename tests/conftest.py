@@ -16,6 +16,11 @@ os.environ.update(
 )
 
 
+def pytest_make_parametrize_id(val, argname):
+    """Bytes are not part of a test's name: those of a packed file hold the time, and each pytest worker has its own."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture
 def free_port():
     """A function that returns a free port of the loopback address."""

@@ -44,3 +44,8 @@ def test_no_test_imports_another_test_or_a_private_name_of_a_helper():
     imports = [(str(path), *names) for path, file in FILES.items() for names in _imports(file)]
     assert len(imports) > 500
     assert [found for found in imports if _is_of_a_test_or_private(*found[1:])] == []
+
+
+def test_the_names_of_tests_are_the_same_in_every_process(request):
+    """Those of xdist compare them before the first test: a name with a packed file's bytes, and so the time, ends the run."""
+    assert [item.nodeid for item in request.session.items if "\\x" in item.nodeid] == []
