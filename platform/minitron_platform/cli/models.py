@@ -9,10 +9,8 @@ from rich.markup import escape
 
 from minitron.errors import InputError
 from minitron.storage import redact
-from minitron_platform.cli.options import tracking_options
+from minitron_platform.cli.options import UNVERIFIED_HELP, tracking_options
 from minitron_platform.console import Console, echo
-
-UNVERIFIED_HELP = "Allow a version that does not say which weights were registered."
 
 
 @click.group(invoke_without_command=True)
