@@ -16,7 +16,7 @@ from minitron.evaluation import task_metric
 from minitron.evaluation.metrics import KL, LOSS, PLUS_MINUS, SPEED, Metric
 from minitron.text import printable
 from minitron_platform.recipes.build import lm_eval_tasks
-from minitron_platform.report.shipped_files import data_folder
+from minitron_platform.shipped_files import data_folder
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.correct import Correct
 from minitron_platform.stages.data import Data
