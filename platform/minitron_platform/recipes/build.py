@@ -85,8 +85,10 @@ def separates_documents(recipe: schema.Recipe) -> bool:
     return chosen_kernel(device()) == "flex" and not on_cpus
 
 
-def lm_eval_tasks(tasks: Iterable[schema.Task], allow_code: bool = False) -> tuple[Task, ...]:
-    """The benchmarks to run. allow_code: the recipe's `evaluate.allow_code`.
+def lm_eval_tasks(
+    tasks: Iterable[schema.Task], allow_code: bool = False, folder: str | None = None
+) -> tuple[Task, ...]:
+    """The benchmarks to run. allow_code: the recipe's `evaluate.allow_code`. folder: its `evaluate.task_folder`.
 
     The first of those with one name keeps it for its score; the others are named by their number of examples, too.
     """
@@ -94,19 +96,18 @@ def lm_eval_tasks(tasks: Iterable[schema.Task], allow_code: bool = False) -> tup
     for task in tasks:
         repeated = any(other.name == task.name for other in made)
         label = f"{task.name}_{task.num_fewshot}shot" if repeated else None
-        made.append(Task(**task.model_dump(), allow_code=allow_code, label=label))
+        made.append(Task(**task.model_dump(), allow_code=allow_code, label=label, folder=folder))
     return tuple(made)
 
 
 def worker_tasks(evaluate: schema.Evaluate) -> tuple[Task, ...]:
     """The benchmarks to run in Ray's workers: with absolute paths, because workers have working directories of their own."""
-    return tuple(_with_absolute_path(task) for task in lm_eval_tasks(evaluate.tasks, evaluate.allow_code))
+    tasks = lm_eval_tasks(evaluate.tasks, evaluate.allow_code, evaluate.task_folder)
+    return tuple(replace(task, data=_absolute(task.data), folder=_absolute(task.folder)) for task in tasks)
 
 
-def _with_absolute_path(task: Task) -> Task:
-    if not task.data or task.data.startswith(PACKAGE):
-        return task
-    return replace(task, data=storage.absolute(task.data))
+def _absolute(path: str | None) -> str | None:
+    return path if path is None or path.startswith(PACKAGE) else storage.absolute(path)
 
 
 def layer_scoring(calibrate: schema.Calibrate, num_layers: int, depths: Collection[int]) -> LayerScoring:
@@ -250,7 +251,7 @@ def benchmarks(recipe: schema.Recipe, tokenizer: str) -> Benchmarks | None:
     if evaluate is None:
         return None
     return Benchmarks(
-        tasks=lm_eval_tasks(evaluate.tasks, recipe.evaluate.allow_code),
+        tasks=lm_eval_tasks(evaluate.tasks, recipe.evaluate.allow_code, recipe.evaluate.task_folder),
         keep=evaluate.keep,
         tokenizer=tokenizer,
         batch_rows=recipe.evaluate.batch_rows,

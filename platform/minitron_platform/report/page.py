@@ -99,7 +99,7 @@ def caption(state: RunState) -> str:
     scores = {task: score for figures in columns for task, score in figures.tasks.items()}
     tasks = [
         f"{name}: {score.metric}{' (lower is better)' if score.higher_is_better is False else ''}, "
-        f"{score.num_fewshot}-shot, first {score.num_documents} documents of {score.split}"
+        f"{score.settings}"
         for name, score in scores.items()
     ]
     reasons = {task: reason for figures in columns for task, reason in figures.failures.items()}

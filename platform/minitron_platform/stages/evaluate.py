@@ -22,7 +22,7 @@ from minitron.logits import Head
 from minitron.models import load_tokenizer
 from minitron_platform.estimates.memory import evaluation_memory
 from minitron_platform.estimates.outlook import DOCUMENT_TOKENS, Estimate, Outlook
-from minitron_platform.estimates.phases import evaluation_parts
+from minitron_platform.estimates.phases import benchmark_documents, evaluation_parts
 from minitron_platform.recipes import schema
 from minitron_platform.recipes.build import worker_tasks
 from minitron_platform.stages.base import pruning_base
@@ -114,7 +114,7 @@ class Evaluate(Stage[EvaluateOutput]):
         recipe = outlook.recipe
         seq_length = recipe.data.seq_length
         models = 3 if member is recipe.family[0] else 2  # the family shares the teacher's evaluation
-        documents = sum(task.limit or 1000 for task in recipe.evaluate.tasks)
+        documents = benchmark_documents(recipe.evaluate.tasks)
         tokens = documents * DOCUMENT_TOKENS + recipe.data.heldout_rows * seq_length
         tasks = ", ".join(task.name for task in recipe.evaluate.tasks) or "held-out rows only"
         return Estimate(
@@ -192,10 +192,10 @@ class Evaluate(Stage[EvaluateOutput]):
 def _settings(state: RunState) -> dict[str, Any]:
     """Everything that a model's measurements depend on besides the model."""
     return {
-        "evaluate": state.recipe.evaluate.model_dump(exclude={"batch_rows", "allow_code"}),
+        "evaluate": state.recipe.evaluate.model_dump(exclude={"batch_rows", "allow_code", "prompts"}),
         "documents": [documents_identity(task.data) for task in state.recipe.evaluate.tasks if task.data],
         "lm_eval": version("lm_eval"),
-    }
+    } | ({"task_folder": documents_identity(folder)} if (folder := state.recipe.evaluate.task_folder) else {})
 
 
 def _quality_path(context: Context, name: str, folder: str) -> str:
