@@ -98,8 +98,7 @@ def caption(state: RunState) -> str:
     columns = [figures for _, figures in _columns(state)]
     scores = {task: score for figures in columns for task, score in figures.tasks.items()}
     tasks = [
-        f"{name}: {score.metric}{' (lower is better)' if score.higher_is_better is False else ''}, "
-        f"{score.settings}"
+        f"{name}: {score.metric}{' (lower is better)' if score.higher_is_better is False else ''}, {score.settings}"
         for name, score in scores.items()
     ]
     reasons = {task: reason for figures in columns for task, reason in figures.failures.items()}
