@@ -17,6 +17,7 @@ from pathlib import Path
 import ray
 from ray._private import ray_constants
 from ray._private.authentication import authentication_token_setup
+from ray._private.node import Node
 
 from minitron.environment import environment_variables
 from minitron.errors import InputError, MinitronError
@@ -35,6 +36,9 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a worker with num_gpus=0 sees no GPU
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+
+# methods that start what a private Ray does not need
+UNUSED = ("start_monitor", "start_log_monitor", "start_api_server")
 
 _local_token = ""
 
@@ -99,7 +103,7 @@ def ray_session(
         if address is None or address == "local":
             logging.getLogger("ray").setLevel(logging.ERROR)  # ray.init warns if it is called outside the main thread
             with _private_folder(temp_dir) as folder, environment_variables(_private_settings()):
-                with _at_loopback():
+                with _one_small_node():
                     ray.init(
                         address="local",
                         num_cpus=max(cores(), num_cpus or 0),
@@ -196,17 +200,29 @@ def _private_settings() -> dict[str, str]:
 
 
 @contextmanager
-def _at_loopback() -> Iterator[None]:
-    """A Ray that starts inside the context has one node, whose processes listen on the loopback interface alone.
+def _one_small_node() -> Iterator[None]:
+    """A Ray that starts inside the context has one node, whose processes listen on the loopback interface alone and are only
+    those that a run needs.
 
-    Ray does so by itself on macOS and Windows; on Linux it would listen on all interfaces.
+    Ray listens there by itself on macOS and Windows; on Linux it would listen on all interfaces. It would also start a
+    process that adds nodes, one that copies the workers' output to the driver, and the server of a dashboard without pages:
+    together a third of its start.
     """
-    before = ray_constants.ENABLE_RAY_CLUSTER
+    before = {name: getattr(Node, name) for name in UNUSED}
+    at_all_interfaces = ray_constants.ENABLE_RAY_CLUSTER
+    for name in UNUSED:
+        setattr(Node, name, _nothing)
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
+        ray_constants.ENABLE_RAY_CLUSTER = at_all_interfaces
+        for name, method in before.items():
+            setattr(Node, name, method)
+
+
+def _nothing(node: Node, **options: object) -> None:
+    """Instead of starting a process."""
 
 
 @contextmanager
