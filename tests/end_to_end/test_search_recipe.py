@@ -60,7 +60,7 @@ def _outputs(result):
 
 
 @pytest.fixture(scope="module")
-def searched(bench):
+def searched(bench, ray_here):
     """The outputs of the student's stages, and the storage."""
     storage = bench / "all"
     context = run(_recipe(bench, 60_000), storage_path=str(storage))

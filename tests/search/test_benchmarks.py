@@ -16,19 +16,12 @@ from helpers.searching import json_files, search_task
 from minitron import storage
 from minitron.evaluation import Task, evaluate
 from minitron.models import load_tokenizer
-from minitron_platform.cluster.ray_session import ray_session
 from minitron_search import search
 from minitron_search.benchmarks import Benchmarks, benchmark_best
 from minitron_search.latency import Latency
 from minitron_search.pool import Pool
 from minitron_search.trial import run_trial
 from minitron_search.trial_store import trial_result, weights
-
-
-@pytest.fixture(scope="module")
-def ray_here():
-    with ray_session(None, num_cpus=2):
-        yield
 
 
 def test_a_private_ray_listens_at_the_loopback_interface_alone(ray_here):
