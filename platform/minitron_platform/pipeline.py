@@ -20,7 +20,6 @@ from minitron_platform.fence import Fence, LeaseLostError
 from minitron_platform.leases import lease
 from minitron_platform.locations import Locations, resolve_locations
 from minitron_platform.planning.plan import Plan, plan
-from minitron_platform.recipes.build import separates_documents
 from minitron_platform.recipes.load import check_recipe_type, recipe_yaml
 from minitron_platform.recipes.schema import Recipe
 from minitron_platform.results import RunResult
@@ -118,7 +117,7 @@ def run(
                 ray.ahead(context)
 
         try:
-            context.auto_dtype = ray.auto_dtype(context)
+            ray.choose_devices(context)
             for stage, member in steps(recipe):
                 context.current = member
                 _run_stage(context, stage, run_record, before_work)
@@ -296,7 +295,7 @@ class _RunRecord:
         recipe = self.context.recipe
         self.log.start(self.context.run_key, tags={"minitron.kind": "run", "minitron.recipe": recipe.name})
         sizes = {f"target_parameters.{member.model}": member.parameters for member in recipe.family}
-        documents = {"separate_documents": separates_documents(recipe)}
+        documents = {"separate_documents": self.context.separate_documents}
         self.log.params({"teacher": recipe.teacher.model, **documents, **sizes})
         self.open = True
 

@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from minitron import storage
 from minitron.architecture import Architecture
 from minitron.attention import chosen_kernel
@@ -76,13 +78,17 @@ def document_tokens(data: schema.Data, tokens: DocumentTokens) -> DocumentTokens
         return tokens.chosen(data.bos)
 
 
-def separates_documents(recipe: schema.Recipe) -> bool:
+def separates_documents(recipe: schema.Recipe, on_gpus: bool | None = None) -> bool:
     """Whether attention is restricted to the tokens of the same document; `auto`: if models run on GPUs, where that is
-    faster."""
+    faster.
+
+    on_gpus: whether a cluster's workers run on GPUs; None if models run on this machine's device.
+    """
     if recipe.data.separate_documents != "auto":
         return recipe.data.separate_documents
-    on_cpus = 0 in (recipe.resources.gpus_per_trial, recipe.resources.gpus_per_worker)
-    return chosen_kernel(device()) == "flex" and not on_cpus
+    if 0 in (recipe.resources.gpus_per_trial, recipe.resources.gpus_per_worker):
+        return False
+    return chosen_kernel(device() if on_gpus is None else torch.device("cuda" if on_gpus else "cpu")) == "flex"
 
 
 def lm_eval_tasks(

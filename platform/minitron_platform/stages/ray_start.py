@@ -48,15 +48,21 @@ class RayStart:
         there is at most one GPU."""
         return not joins_cluster(self.address) and torch.cuda.device_count() <= 1
 
-    def auto_dtype(self, context: Context) -> torch.dtype | None:
-        """Compute dtype for `teacher.dtype: auto`; None for that of this machine.
+    def choose_devices(self, context: Context) -> None:
+        """Tell the run on what its models compute, where the recipe leaves to that what they compute.
 
-        On a cluster it is that of the nodes that trials and workers run on, whatever this machine has. Joins the cluster to
+        On a cluster it is what the nodes have that trials and workers run on, whatever this machine has. Joins the cluster to
         know.
         """
-        if context.recipe.teacher.dtype != "auto" or not joins_cluster(self.address):
-            return None
-        on_gpus = self.need(context).uses_gpus
+        recipe = context.recipe
+        if not joins_cluster(self.address) or "auto" not in (recipe.teacher.dtype, recipe.data.separate_documents):
+            return
+        context.on_gpus = self.need(context).uses_gpus
+        if recipe.teacher.dtype == "auto":
+            context.auto_dtype = self._cluster_dtype(context, context.on_gpus)
+
+    def _cluster_dtype(self, context: Context, on_gpus: bool) -> torch.dtype:
+        """The dtype for `teacher.dtype: auto`; says so if it is not that of this machine."""
         dtype = torch.bfloat16 if on_gpus else cluster_cpu_dtype()
         if dtype != compute_dtype():
             devices = "GPUs compute" if on_gpus else "CPUs compute"
