@@ -13,6 +13,7 @@ import yaml
 from helpers.command import minitron_here
 from helpers.tiny import texts
 from mlflow.tracking import MlflowClient
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitron.architecture import Architecture
 from minitron.errors import InputError
@@ -27,6 +28,7 @@ from minitron_platform.stages.evaluate import HELDOUT
 from minitron_platform.stages.stage import Stage, StageOutput
 
 SCORED, DISTILLED, BENCHMARKED = 8, 3, 2
+PROMPTS = ["the model reads a row", "stone cloud"]
 
 
 def _recipe(bench, latency_ms):
@@ -47,7 +49,7 @@ def _recipe(bench, latency_ms):
         (bench / "pages.jsonl").write_text(pages)
     perplexity = {"name": "wikitext", "data": str(bench / "pages.jsonl")}
     values["search"]["evaluate"]["tasks"] = [*values["evaluate"]["tasks"], perplexity]
-    values["evaluate"] = {"tasks": [perplexity]}
+    values["evaluate"] = {"tasks": [perplexity], "prompts": PROMPTS}
     values["resources"] = {"workers": 1}
     (bench / "all.yaml").write_text(yaml.safe_dump(values))
     return load_recipe(str(bench / "all.yaml"))
@@ -85,6 +87,20 @@ def test_the_sampled_candidates_are_scored_and_the_best_distilled(searched):
     assert any((a["hidden_size"], a["intermediate_size"]) == (42, 77) for a in distilled)  # the point
     best = sorted(found["forward"], key=lambda row: row["kl_undistilled"])[: DISTILLED - 1]
     assert all(row["architecture"] in distilled for row in best)
+
+
+def test_the_prompts_are_completed_by_the_teacher_and_the_student_before_and_after_its_distillation(searched):
+    outputs, _ = searched
+    completions = outputs["evaluate"]["completions"]
+    assert completions["prompts"] == PROMPTS
+    assert list(completions["texts"]) == ["teacher", "pruned", "distilled"]
+    folder = outputs["distill"]["student"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    for prompt, text in zip(PROMPTS, completions["texts"]["distilled"], strict=True):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        expected = model.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=tokenizer.eos_token_id)[0]
+        assert text == tokenizer.decode(expected[ids.shape[1] :], skip_special_tokens=True)
+    assert len({tuple(texts) for texts in completions["texts"].values()}) > 1
 
 
 def test_measurements_are_in_the_ranking_the_report_and_mlflow(searched):

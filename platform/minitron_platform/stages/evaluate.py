@@ -20,6 +20,7 @@ from minitron.evaluation.documents import documents_identity
 from minitron.evaluation.metrics import AGREEMENT, KL, LOSS, Metric
 from minitron.logits import Head
 from minitron.models import load_tokenizer
+from minitron.processes import is_sharded
 from minitron_platform.estimates.memory import evaluation_memory
 from minitron_platform.estimates.outlook import DOCUMENT_TOKENS, Estimate, Outlook
 from minitron_platform.estimates.phases import benchmark_documents, evaluation_parts
@@ -39,6 +40,7 @@ from minitron_platform.workers.worker import Worker
 from minitron_search.memory import release_memory
 
 MODELS = ("teacher", "pruned", "distilled")
+COMPLETION_TOKENS = 64  # longest completion of a prompt
 
 
 class Quality(BaseModel):
@@ -84,9 +86,21 @@ class Figures(Quality):
         return {name: getattr(self, name) for name in names}
 
 
+class Completions(BaseModel):
+    """How each of `MODELS` continues the recipe's `evaluate.prompts`, by the most probable token each time."""
+
+    model_config = ConfigDict(frozen=True)
+
+    prompts: list[str]
+    texts: dict[str, list[str]]
+    """By model, a text for each prompt, without the prompt."""
+
+
 class EvaluateOutput(StageOutput):
     table: dict[str, Figures]
     """Measurements of each of `MODELS`."""
+    completions: Completions | None = None
+    """None if the recipe has no prompts."""
 
     @property
     def failures(self) -> dict[str, str]:
@@ -107,6 +121,7 @@ class Evaluate(Stage[EvaluateOutput]):
             "base": pruning_base(state).id,
             "scores": state.output(Calibrate).id,
             **_settings(state),
+            **({"prompts": state.recipe.evaluate.prompts} if state.recipe.evaluate.prompts else {}),
         }
 
     def estimate(self, outlook: Outlook, member: schema.Member | None) -> Estimate:
@@ -143,8 +158,10 @@ class Evaluate(Stage[EvaluateOutput]):
             tasks=worker_tasks(context.recipe.evaluate),
             batch_rows=context.recipe.evaluate.batch_rows,
             add_bos=context.recipe.data.bos,
+            prompts=tuple(context.recipe.evaluate.prompts),
+            completed={name: storage.join(folder, f"completions-{name}.json") for name in MODELS},
         )
-        if not (storage.exists(speeds) and all(_is_complete(path, evaluation.tasks) for path in stored.values())):
+        if not evaluation.is_finished():
             context.workers.compute(_evaluate, evaluation)
         seconds = storage.read_json(speeds)
         table = {}
@@ -161,7 +178,11 @@ class Evaluate(Stage[EvaluateOutput]):
             )
         pruned_kl = KL.text(table["pruned"].kl)
         distilled_kl = KL.text(table["distilled"].kl)
-        output = EvaluateOutput(table=table, summary=f"KL to the teacher: pruned {pruned_kl}, distilled {distilled_kl}")
+        output = EvaluateOutput(
+            table=table,
+            completions=evaluation.completions(),
+            summary=f"KL to the teacher: pruned {pruned_kl}, distilled {distilled_kl}",
+        )
         if not output.failures:
             return output
         failed = f"failed, to be tried again by the next run: {', '.join(output.failures)}"
@@ -224,6 +245,22 @@ class _Evaluation:
     tasks: tuple[Task, ...]
     batch_rows: BatchRows
     add_bos: bool | None
+    prompts: tuple[str, ...]
+    completed: dict[str, str]
+    """File of each model's completions of the prompts, by name."""
+
+    def is_finished(self) -> bool:
+        """Whether everything is stored."""
+        completed = not self.prompts or all(map(storage.exists, self.completed.values()))
+        measured = storage.exists(self.speeds) and all(_is_complete(path, self.tasks) for path in self.stored.values())
+        return completed and measured
+
+    def completions(self) -> Completions | None:
+        """The stored completions; None without prompts."""
+        if not self.prompts:
+            return None
+        texts = {name: storage.read_json(path) for name, path in self.completed.items()}
+        return Completions(prompts=list(self.prompts), texts=texts)
 
     def load(self, worker: Worker, name: str) -> nn.Module:
         """A model, on this process's device, or its part of one that is split over the workers."""
@@ -236,6 +273,9 @@ def _evaluate(task: _Evaluation, worker: Worker) -> None:
     for name, path in task.stored.items():
         if not _is_complete(path, task.tasks):
             _measure(task, worker, name, path)
+            release_memory()
+        if task.prompts and not storage.exists(task.completed[name]):
+            _complete(task, worker, name)
             release_memory()
     if not storage.exists(task.speeds):
         _measure_speeds(task, worker)
@@ -254,6 +294,22 @@ def _measure_speeds(task: _Evaluation, worker: Worker) -> None:
     speeds = interleaved_throughput(loaded, seq_length=seq_length, batch_rows=4, seconds=4.0)
     if worker.is_first:
         storage.write_json(task.speeds, {name: asdict(speed) for name, speed in speeds.items()})
+
+
+def _complete(task: _Evaluation, worker: Worker, name: str) -> None:
+    """Write how model `name` continues the prompts."""
+    from minitron.evaluation.generation import Sampling, complete
+
+    worker.progress.status(f"{name}: completing prompts")
+    model = task.load(worker, name)
+    split = worker.count > 1 and is_sharded(model)
+    if not (split or worker.is_first):
+        return
+    tokenizer = load_tokenizer(storage.fetch(task.tokenizer, weights=False))
+    sampling = Sampling(max_new_tokens=COMPLETION_TOKENS)
+    texts = [complete(model, tokenizer, each, sampling, add_bos=task.add_bos, in_step=split) for each in task.prompts]
+    if worker.is_first:
+        storage.write_json(task.completed[name], texts)
 
 
 def _measure(task: _Evaluation, worker: Worker, name: str, path: str) -> None:
