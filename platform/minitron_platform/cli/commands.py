@@ -10,6 +10,8 @@ import click
 from minitron import __version__
 from minitron.errors import MinitronError, NotWritableError
 from minitron_platform.cli.cluster import cluster
+from minitron_platform.cli.compare import compare
+from minitron_platform.cli.evaluate import evaluate
 from minitron_platform.cli.importance import importance
 from minitron_platform.cli.jobs import logs, status, stop
 from minitron_platform.cli.models import models
@@ -76,6 +78,8 @@ main.add_command(status)
 main.add_command(logs)
 main.add_command(stop)
 main.add_command(cluster)
+main.add_command(evaluate)
+main.add_command(compare)
 main.add_command(sync)
 main.add_command(promote)
 main.add_command(rollback)
