@@ -12,6 +12,7 @@ from minitron.errors import MinitronError, NotWritableError
 from minitron_platform.cli.cluster import cluster
 from minitron_platform.cli.compare import compare
 from minitron_platform.cli.evaluate import evaluate
+from minitron_platform.cli.generate import chat, generate
 from minitron_platform.cli.importance import importance
 from minitron_platform.cli.jobs import logs, status, stop
 from minitron_platform.cli.models import models
@@ -80,6 +81,8 @@ main.add_command(stop)
 main.add_command(cluster)
 main.add_command(evaluate)
 main.add_command(compare)
+main.add_command(generate)
+main.add_command(chat)
 main.add_command(sync)
 main.add_command(promote)
 main.add_command(rollback)
