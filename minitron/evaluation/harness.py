@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import random
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
@@ -23,20 +21,29 @@ import lm_eval.api.task
 import lm_eval.models.huggingface
 import numpy as np
 import torch
-from lm_eval.api.metrics import mean
 from lm_eval.evaluator import evaluate as run_harness
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from minitron.arguments import check_model, check_tokenizer, check_type
 from minitron.errors import InputError, MinitronError
 from minitron.evaluation.batches import BatchRows
-from minitron.evaluation.benchmarks import FILTER, METRIC
 from minitron.evaluation.generated_code import guarded_metrics
-from minitron.evaluation.metrics import task_metric
 from minitron.evaluation.mode import evaluating
 from minitron.evaluation.scorer import Scorer
-from minitron.evaluation.scores import Score
-from minitron.evaluation.tasks import Part, Task, build, check_settings, check_tasks, parts
+from minitron.evaluation.scores import Evaluated, Score
+from minitron.evaluation.scoring import evaluated, pooled
+from minitron.evaluation.tasks import (
+    Part,
+    Task,
+    build,
+    by_size,
+    check_settings,
+    check_tasks,
+    is_group,
+    parts,
+    scored_documents,
+)
+from minitron.evaluation.templates import sandboxed_templates
 from minitron.processes import from_first, largest, own_rank, world_size
 
 log = logging.getLogger(__name__)
@@ -69,6 +76,35 @@ def evaluate(
     grades the answers. Raises InputError as `check_tasks`, for documents without the fields that a task reads, if `add_bos`
     is true and the tokenizer has no BOS token, and for arguments of the wrong type.
     """
+    results = evaluate_documents(
+        model,
+        tokenizer,
+        tasks,
+        batch_size=batch_size,
+        add_bos=add_bos,
+        progress=progress,
+        on_failure=on_failure,
+        together=together,
+    )
+    return {name: result.score for name, result in results.items()}
+
+
+def evaluate_documents(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    *,
+    batch_size: BatchRows = 8,
+    add_bos: bool | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    on_failure: OnFailure | None = None,
+    together: bool = False,
+    samples: int = 0,
+) -> dict[str, Evaluated]:
+    """As `evaluate`, with all metrics of each task and the result of each document: {task name: Evaluated}.
+
+    samples: number of documents of each task, the worst first, that are kept with the prompt and the model's answer.
+    """
     check_model("model", model)
     check_tokenizer("tokenizer", tokenizer)
     for task in tasks:
@@ -80,15 +116,20 @@ def evaluate(
         check_type("batch_size", batch_size, Integral, "a number, or auto")
         if batch_size < 1:
             raise InputError(f"batch_size: {batch_size} is less than 1", "give 1 or more, or auto")
-    with _quiet(), _usual_random_state(), evaluating(model):
+    if any(task.chat_template for task in tasks) and not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            "chat_template: the model's tokenizer has no chat template", "give an instruct model, or leave it out"
+        )
+    with _quiet(), sandboxed_templates(), _usual_random_state(), evaluating(model):
         work = _prepared(tasks, on_failure, together)
-        sizes = [min(len(built.task_docs), task.limit or math.inf) for task, members in work for _, built in members]
-        scorer = Scorer(model, tokenizer, batch_size, add_bos, int(sum(sizes)), progress, together)
-        scores = {}
+        sizes = [scored_documents(task.limit, len(built.task_docs)) for task, members in work for _, built in members]
+        scorer = Scorer(model, tokenizer, batch_size, add_bos, sum(sizes), progress, together)
+        results = {}
         for task, members in work:
             with _reported(task, on_failure):
-                own = [_shared_score(scorer, task, part, built) for part, built in members]
-                scores[task.key] = own[0] if len(own) == 1 else _pooled(task.name, own)
+                own = {part.name: _shared(scorer, task, part, built, samples) for part, built in members}
+                whole = is_group(task)
+                results[task.key] = pooled(task.name, own, samples, by_size=by_size(task)) if whole else own[task.name]
             if scorer.cut:
                 log.warning(
                     "%s: %d requests exceed the model's %d tokens; they were cut from the left",
@@ -97,7 +138,7 @@ def evaluate(
                     scorer.max_length,
                 )
                 scorer.cut = 0
-    return scores
+    return results
 
 
 def _prepared(
@@ -136,10 +177,10 @@ class _AllAnsweredError(Exception):
     """Ends lm-eval's evaluation in a process that does not grade."""
 
 
-def _shared_score(scorer: Scorer, task: Task, part: Part, built: Any) -> Score:
-    """The score of a task, in every process. All answer its requests; the first one grades the answers."""
+def _shared(scorer: Scorer, task: Task, part: Part, built: Any, samples: int) -> Evaluated:
+    """The result of a task, in every process. All answer its requests; the first one grades the answers."""
     if world_size(scorer.together) == 1:
-        return _score(scorer, task, part.name, part.scored, built)
+        return _evaluated(scorer, task, part, built, samples)
     if own_rank() > 0:
 
         def stop() -> None:
@@ -149,7 +190,7 @@ def _shared_score(scorer: Scorer, task: Task, part: Part, built: Any) -> Score:
     result = b""
     try:
         with suppress(_AllAnsweredError):
-            result = json.dumps(asdict(_score(scorer, task, part.name, part.scored, built))).encode()
+            result = json.dumps(asdict(_evaluated(scorer, task, part, built, samples))).encode()
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception:
@@ -158,58 +199,26 @@ def _shared_score(scorer: Scorer, task: Task, part: Part, built: Any) -> Score:
     result = from_first(result, together=True)
     if not result:
         raise MinitronError(f"task {task.name!r} failed in the first process", "its log says why")
-    return Score(**json.loads(result))
+    return Evaluated.from_dict(json.loads(result))
 
 
-def _score(scorer: Scorer, task: Task, name: str, split: str, built: Any) -> Score:
-    scorer.begin(min(len(built.task_docs), task.limit or len(built.task_docs)))
+def _evaluated(scorer: Scorer, task: Task, part: Part, built: Any, samples: int) -> Evaluated:
+    limit = scored_documents(task.limit, len(built.task_docs))
+    scorer.begin(limit)
     # Standard errors are computed below from the documents' values; lm-eval would bootstrap for some metrics.
     with guarded_metrics() if task.allow_code else nullcontext():
         results = run_harness(
             scorer,
-            {"tasks": {name: built}},
-            limit=task.limit,
+            {"tasks": {part.name: built}},
+            limit=limit,
             bootstrap_iters=0,
             log_samples=True,
+            apply_chat_template=task.chat_template,
+            fewshot_as_multiturn=task.chat_template,
             confirm_run_unsafe_code=task.allow_code,  # in a sandbox, see `build`
         )
-    metrics = [key for key in built.aggregation() if any(k.startswith(f"{key},") for k in results["results"][name])]
-    metric = METRIC[task.name] if METRIC.get(task.name) in metrics else metrics[0]
-    filters = [key.split(",", 1)[1] for key in results["results"][name] if key.startswith(f"{metric},")]
-    chosen = FILTER[task.name] if FILTER.get(task.name) in filters else filters[0]
-    values = [sample[metric] for sample in results["samples"][name] if sample["filter"] == chosen]
-    is_mean = built.aggregation()[metric] is mean
-    higher_is_better = built.higher_is_better()[metric]
-    if higher_is_better is None:
-        higher_is_better = task_metric(name, metric).higher_is_better
-    return Score(
-        task=name,
-        metric=metric,
-        value=float(results["results"][name][f"{metric},{chosen}"]),
-        stderr=statistics.stdev(map(float, values)) / math.sqrt(len(values)) if is_mean and len(values) > 1 else None,
-        num_documents=len(values),
-        num_fewshot=task.num_fewshot,
-        version=str(results["versions"][name]),
-        split=split,
-        higher_is_better=higher_is_better,
-    )
-
-
-def _pooled(name: str, members: list[Score]) -> Score:
-    """The score of a group of tasks: the mean over all their documents (lm-eval's weight_by_size)."""
-    total = sum(score.num_documents for score in members)
-    known = [score.stderr for score in members if score.stderr is not None]
-    variance = sum((s.num_documents / total * (s.stderr or 0.0)) ** 2 for s in members)
-    return Score(
-        task=name,
-        metric=members[0].metric,
-        value=sum(score.value * score.num_documents for score in members) / total,
-        stderr=math.sqrt(variance) if len(known) == len(members) else None,
-        num_documents=total,
-        num_fewshot=members[0].num_fewshot,
-        version=members[0].version,
-        split=members[0].split,
-        higher_is_better=members[0].higher_is_better,
+    return evaluated(
+        task.name, part.name, built, results, split=part.scored, num_fewshot=task.num_fewshot, samples=samples
     )
 
 

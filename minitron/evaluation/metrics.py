@@ -74,6 +74,8 @@ def task_metric(task: str, metric: str) -> Metric:
     """Properties of lm-eval's `metric` of `task`; an unknown metric has no unit and keeps lm-eval's scale."""
     check_type("task", task, str)
     check_type("metric", metric, str)
+    if task == "xlsum_en" and metric == "rougeL":
+        return Metric(metric, "%", 100, 1, True)
     if metric in _OWN_SCALE:
         return _OWN_SCALE[metric]
     if metric in _SHARES or _SHARE.search(metric):

@@ -21,13 +21,16 @@ ANSWER_TOKENS = 256  # lm-eval's default length of a generated answer
 _INSTALLED_AS = {"sklearn": "scikit-learn", "PIL": "pillow", "bs4": "beautifulsoup4", "yaml": "pyyaml"}
 
 
-def check_packages(name: str, config: dict[str, Any], root: Path) -> None:
-    """Raise InputError if the definition's Python files import packages that are not installed."""
-    imported = {package for file in modules(config, root) for package in _imports(file)}
+def check_packages(name: str, config: dict[str, Any], roots: Sequence[Path]) -> None:
+    """Raise InputError if the definition's Python files import packages that are not installed.
+
+    roots: here and below, folders that definitions and their Python files may be in; the first is that of lm-eval's tasks.
+    """
+    imported = {package for file in modules(config, roots) for package in _imports(file)}
     missing = sorted(package for package in imported if find_spec(package) is None)
     if missing:
         raise InputError(
-            f"task {name!r}: lm-eval's definition needs {', '.join(missing)}, which is not installed",
+            f"task {name!r}: its definition needs {', '.join(missing)}, which is not installed",
             f"pip install {' '.join(_INSTALLED_AS.get(package, package) for package in missing)}",
         )
 
@@ -109,32 +112,32 @@ def _hub_home() -> Path:
     return Path(os.environ.get("HF_HOME") or Path(cache) / "huggingface")
 
 
-def modules(config: Any, root: Path) -> set[Path]:
+def modules(config: Any, roots: Sequence[Path]) -> set[Path]:
     """The Python files that a definition refers to, and lm-eval's task modules that they import."""
-    pending = list(_named(config, root))
+    pending = list(_named(config, roots))
     known: set[Path] = set()
     while pending:
         file = pending.pop()
         if file not in known and file.is_file():
             known.add(file)
             pending += [
-                root.parent.parent / f"{module.replace('.', '/')}.py"
+                roots[0].parent.parent / f"{module.replace('.', '/')}.py"
                 for module in _imported_modules(file)
                 if module.startswith("lm_eval.tasks.")
             ]
     return known
 
 
-def _named(config: Any, root: Path) -> Iterator[Path]:
+def _named(config: Any, roots: Sequence[Path]) -> Iterator[Path]:
     # a definition that is read without its functions has strings FOLDER/module.function instead, at any depth
     if isinstance(config, dict | list):
         for value in config.values() if isinstance(config, dict) else config:
-            yield from _named(value, root)
-    elif isinstance(config, str) and config.startswith(f"{root}{os.sep}") and "\n" not in config:
-        yield named_function(config, root)[0]
+            yield from _named(value, roots)
+    elif isinstance(config, str) and "\n" not in config and any(config.startswith(f"{r}{os.sep}") for r in roots):
+        yield named_function(config, roots)[0]
 
 
-def named_function(name: str, root: Path) -> tuple[Path, str]:
+def named_function(name: str, roots: Sequence[Path]) -> tuple[Path, str]:
     """The file and the name of a function that a definition refers to. name: FOLDER/module.function.
 
     As lm-eval resolves it: a module beside the definition, otherwise one of lm-eval's package with its full name.
@@ -143,17 +146,22 @@ def named_function(name: str, root: Path) -> tuple[Path, str]:
     module, _, function = qualified.rpartition(".")
     file = Path(folder) / f"{module.replace('.', os.sep)}.py"
     if not file.exists() and module.startswith("lm_eval."):
-        file = root.parent.parent / f"{module.replace('.', os.sep)}.py"
+        file = roots[0].parent.parent / f"{module.replace('.', os.sep)}.py"
     return file, function
 
 
-def check_functions(name: str, config: dict[str, Any], root: Path) -> None:
-    """Raise InputError for a definition whose Python functions are not in lm-eval's package: lm-eval would import a module of
-    that name from anywhere, also from the working folder."""
-    for file in set(_named(config, root)):
-        if not (file.is_file() and file.resolve().is_relative_to(root)):
+def check_functions(name: str, config: dict[str, Any], roots: Sequence[Path], *, allow_own: bool) -> None:
+    """Raise InputError for a definition whose Python functions are not in `roots`: lm-eval would import a module of that name
+    from anywhere, also from the working folder. allow_own: allow functions of the roots that are neither lm-eval's nor ours."""
+    for file in set(_named(config, roots)):
+        if not (file.is_file() and any(file.resolve().is_relative_to(root) for root in roots)):
             raise InputError(
                 f"task {name!r}: its definition refers to {file}, which is not in lm-eval's package", "leave it out"
+            )
+        if not (allow_own or any(file.resolve().is_relative_to(root) for root in roots[:2])):
+            raise InputError(
+                f"task {name!r}: its definition runs the Python code in {file}",
+                "if you trust that code, allow it with allow_code: true; otherwise leave the task out",
             )
 
 

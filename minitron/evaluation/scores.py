@@ -1,8 +1,10 @@
-"""The result of a benchmark. Apart from the harness, which imports lm-eval: that takes seconds."""
+"""The result of a benchmark and of its documents. Apart from the harness, which imports lm-eval: that takes seconds."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from minitron.evaluation.metrics import Metric, task_metric
 
@@ -17,7 +19,8 @@ class Score:
     """lm-eval's name, for example "acc" or "acc_norm"; chosen by `minitron.evaluation.benchmarks.METRIC`."""
     value: float
     stderr: float | None
-    """Standard error of the mean over documents; None for one document, or if the metric is not a mean over documents."""
+    """Standard error of the mean over documents, which takes into account which of them belong together (`num_clusters`); None
+    for one document, or if the metric is not a mean over documents."""
     num_documents: int
     num_fewshot: int
     version: str
@@ -26,8 +29,112 @@ class Score:
     """The split whose documents were scored."""
     higher_is_better: bool | None
     """lm-eval's statement about the metric; False for a perplexity, None if unknown."""
+    num_available: int | None = None
+    """Number of documents of the split, of which the first `num_documents` were scored; None in results of earlier versions."""
+    num_clusters: int | None = None
+    """Number of groups of documents that belong together, such as subjects or the questions on one passage; None if each
+    document is on its own."""
 
     @property
     def shown_as(self) -> Metric:
         """Unit and format of `value` and `stderr`."""
         return task_metric(self.task, self.metric)
+
+    @property
+    def documents(self) -> str:
+        """The documents that were scored, in words: "first 40 of 1,172 documents of test"."""
+        if self.num_available is None:
+            return f"first {self.num_documents:,} documents of {self.split}"
+        if self.num_available == self.num_documents:
+            return f"all {self.num_documents:,} documents of {self.split}"
+        return f"first {self.num_documents:,} of {self.num_available:,} documents of {self.split}"
+
+    @property
+    def settings(self) -> str:
+        """What the score was measured on, in words, with the limit: "5-shot, first 40 of 1,172 documents of test"."""
+        clusters = f", ± by {self.num_clusters:,} groups of them" if self.num_clusters else ""
+        return f"{self.num_fewshot}-shot, {self.documents}{clusters}"
+
+
+@dataclass(frozen=True)
+class MetricValue:
+    """One of the metrics of a benchmark, in lm-eval's scale."""
+
+    metric: str
+    filter: str
+    """lm-eval's name of the way in which answers are extracted; "none" if there is only one."""
+    value: float
+    stderr: float | None
+    higher_is_better: bool | None
+
+
+@dataclass(frozen=True)
+class DocumentResult:
+    """The result of one document."""
+
+    id: str
+    """Name of the task's part, such as a subject of MMLU, and the document's number in its split."""
+    hash: str
+    """SHA-256 of the document, hexadecimal; equal for the same document in another evaluation."""
+    cluster: str
+    """Equal for documents that belong together; otherwise the id."""
+    values: dict[str, float]
+    """By "METRIC,FILTER", for metrics that are a number for each document."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A document with what the model answered, to be read."""
+
+    id: str
+    value: float
+    """Of the benchmark's main metric."""
+    prompt: str
+    target: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The result of one benchmark, with those of its documents."""
+
+    score: Score
+    filter: str
+    """Of the score's metric."""
+    metrics: tuple[MetricValue, ...]
+    documents: tuple[DocumentResult, ...]
+    samples: tuple[Sample, ...] = ()
+    """As many as were requested, the worst first."""
+
+    @property
+    def main(self) -> str:
+        """Key of the score's metric in the values of a document."""
+        return f"{self.score.metric},{self.filter}"
+
+    def values(self) -> list[float] | None:
+        """The score's metric of each document; None if it is not a number for each document."""
+        if any(self.main not in document.values for document in self.documents):
+            return None
+        return [document.values[self.main] for document in self.documents]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Evaluated:
+        """The inverse of `dataclasses.asdict`."""
+        return cls(
+            score=Score(**values["score"]),
+            filter=values["filter"],
+            metrics=tuple(MetricValue(**each) for each in values["metrics"]),
+            documents=tuple(DocumentResult(**each) for each in values["documents"]),
+            samples=tuple(Sample(**each) for each in values["samples"]),
+        )
+
+
+def worst_first(samples: Sequence[Sample], count: int, *, higher_is_better: bool | None) -> tuple[Sample, ...]:
+    """The `count` samples with the worst values, in the order of the documents if values are equal."""
+    sign = -1 if higher_is_better is False else 1
+    return tuple(sorted(samples, key=lambda sample: sign * sample.value)[:count])
+
+
+def renamed(document: DocumentResult, part: str, cluster: str | None = None) -> DocumentResult:
+    """A document of a part of a benchmark as one of the whole."""
+    return replace(document, id=f"{part}/{document.id}", cluster=cluster or f"{part}/{document.cluster}")

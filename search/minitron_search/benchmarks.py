@@ -28,8 +28,6 @@ from minitron_search.stored_trials import StoredTrials
 from minitron_search.trial import run_trial
 from minitron_search.trial_store import trial_folder, weights
 
-NOT_THE_SCORE = ("allow_code", "label")  # fields of a task that do not change its score
-
 
 @dataclass(frozen=True)
 class Benchmarks:
@@ -53,7 +51,7 @@ class Benchmarks:
     def identity(self) -> dict[str, Any]:
         """Everything besides the model that determines its scores."""
         return {
-            "tasks": [{k: v for k, v in asdict(task).items() if k not in NOT_THE_SCORE} for task in self.tasks],
+            "tasks": [task.settings() for task in self.tasks],
             "documents": [documents_identity(task.data) for task in self.tasks if task.data],
             "lm_eval": version("lm_eval"),
             **({} if self.add_bos is None else {"add_bos": self.add_bos}),
@@ -100,9 +98,10 @@ def benchmark_best(
 
 
 def _with_absolute_path(task: Task) -> Task:
-    if not task.data or task.data.startswith(PACKAGE):
-        return task
-    return replace(task, data=absolute_path(f"tasks.{task.name}.data", task.data))
+    def absolute(name: str, path: str | None) -> str | None:
+        return absolute_path(f"tasks.{task.name}.{name}", path) if path and not path.startswith(PACKAGE) else path
+
+    return replace(task, data=absolute("data", task.data), folder=absolute("folder", task.folder))
 
 
 def _with_scores(candidate: RankedCandidate, benchmarks: Benchmarks, path: str) -> RankedCandidate:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import tiny
-from helpers.command import run_minitron
+from helpers.command import minitron_here
 from mlflow import MlflowClient
 
 from minitron_platform.stages.search_output import SearchOutput
@@ -19,7 +19,7 @@ EXPERTS = {2, 3}
 
 
 @pytest.fixture(scope="module")
-def mixture(bench):
+def mixture(bench, ray_here):
     """The output of `minitron plan`, that of `minitron run`, and the storage."""
     teacher = bench / "mixture"
     tokenizer = tiny.tokenizer()
@@ -40,9 +40,9 @@ def mixture(bench):
     values["search"]["training"] |= {"steps": 2, "warmup_steps": 1}
     values["distill"] |= {"steps": 2, "warmup_steps": 1}
     (bench / "mixture.yaml").write_text(yaml.safe_dump(values))
-    planned = run_minitron("plan", "mixture.yaml", "--storage", "mixture-runs", cwd=bench)
+    planned = minitron_here("plan", "mixture.yaml", "--storage", "mixture-runs", cwd=bench)
     assert planned.returncode == 0, planned.stderr
-    finished = run_minitron("run", "mixture.yaml", "--storage", "mixture-runs", cwd=bench)
+    finished = minitron_here("run", "mixture.yaml", "--storage", "mixture-runs", cwd=bench)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return planned.stdout, finished.stdout, bench / "mixture-runs"
 
@@ -117,7 +117,7 @@ def test_running_again_reads_the_finished_trials(mixture, bench):
     before = {path: path.stat().st_mtime_ns for path in storage.glob("trials/*/*/*.json")}
     (record,) = storage.glob("stages/search/*/stage.json")
     record.unlink()
-    again = run_minitron("run", "mixture.yaml", "--storage", "mixture-runs", "--until", "search", cwd=bench)
+    again = minitron_here("run", "mixture.yaml", "--storage", "mixture-runs", "--until", "search", cwd=bench)
     assert again.returncode == 0, again.stdout + again.stderr
     assert {path: path.stat().st_mtime_ns for path in storage.glob("trials/*/*/*.json")} == before
     output = SearchOutput.model_validate(_stored(storage))

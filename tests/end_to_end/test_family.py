@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.command import minitron_here, run_minitron
+from helpers.command import minitron_here
 from helpers.documents import one_by_one
 from mlflow import MlflowClient
 from safetensors.torch import load_file
@@ -52,7 +52,7 @@ def family(bench):
         correct=_correction(),
         calibrate={"rows": 16, "layers": "logit_error", "depth": "scattered", "layer_rows": 4},
     )
-    result = run_minitron("run", recipe, "--storage", "family", cwd=bench)
+    result = minitron_here("run", recipe, "--storage", "family", cwd=bench)
     assert result.returncode == 0, result.stdout + result.stderr
     (path,) = (bench / "family" / "runs").glob("*/results.json")
     return result, json.loads(path.read_text())

@@ -13,6 +13,7 @@ import yaml
 from helpers.command import minitron_here
 from helpers.tiny import texts
 from mlflow.tracking import MlflowClient
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitron.architecture import Architecture
 from minitron.errors import InputError
@@ -27,6 +28,7 @@ from minitron_platform.stages.evaluate import HELDOUT
 from minitron_platform.stages.stage import Stage, StageOutput
 
 SCORED, DISTILLED, BENCHMARKED = 8, 3, 2
+PROMPTS = ["the model reads a row", "stone cloud"]
 
 
 def _recipe(bench, latency_ms):
@@ -47,7 +49,7 @@ def _recipe(bench, latency_ms):
         (bench / "pages.jsonl").write_text(pages)
     perplexity = {"name": "wikitext", "data": str(bench / "pages.jsonl")}
     values["search"]["evaluate"]["tasks"] = [*values["evaluate"]["tasks"], perplexity]
-    values["evaluate"] = {"tasks": [perplexity]}
+    values["evaluate"] = {"tasks": [perplexity], "prompts": PROMPTS}
     values["resources"] = {"workers": 1}
     (bench / "all.yaml").write_text(yaml.safe_dump(values))
     return load_recipe(str(bench / "all.yaml"))
@@ -60,7 +62,7 @@ def _outputs(result):
 
 
 @pytest.fixture(scope="module")
-def searched(bench):
+def searched(bench, ray_here):
     """The outputs of the student's stages, and the storage."""
     storage = bench / "all"
     context = run(_recipe(bench, 60_000), storage_path=str(storage))
@@ -85,6 +87,20 @@ def test_the_sampled_candidates_are_scored_and_the_best_distilled(searched):
     assert any((a["hidden_size"], a["intermediate_size"]) == (42, 77) for a in distilled)  # the point
     best = sorted(found["forward"], key=lambda row: row["kl_undistilled"])[: DISTILLED - 1]
     assert all(row["architecture"] in distilled for row in best)
+
+
+def test_the_prompts_are_completed_by_the_teacher_and_the_student_before_and_after_its_distillation(searched):
+    outputs, _ = searched
+    completions = outputs["evaluate"]["completions"]
+    assert completions["prompts"] == PROMPTS
+    assert list(completions["texts"]) == ["teacher", "pruned", "distilled"]
+    folder = outputs["distill"]["student"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    for prompt, text in zip(PROMPTS, completions["texts"]["distilled"], strict=True):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        expected = model.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=tokenizer.eos_token_id)[0]
+        assert text == tokenizer.decode(expected[ids.shape[1] :], skip_special_tokens=True)
+    assert len({tuple(texts) for texts in completions["texts"].values()}) > 1
 
 
 def test_measurements_are_in_the_ranking_the_report_and_mlflow(searched):
@@ -304,8 +320,7 @@ def test_a_failed_benchmark_does_not_affect_the_others_and_is_retried_alone(benc
     again = second["evaluate"]["table"]
     assert all(not row["failures"] for row in again.values())
     assert again["distilled"]["tasks"].keys() == {"wikitext", "arc_easy"}
-    assert table["distilled"]["tokens_per_second"] is None  # not timed unless the recipe says so
-    assert "tokens per second" not in page
+    assert again["distilled"]["tokens_per_second"] == table["distilled"]["tokens_per_second"]
     assert second["register"]["version"] == first["register"]["version"]
     version = client.get_model_version("tiny-student", first["register"]["version"])
     assert version.tags["minitron.task.arc_easy"].startswith("acc ")
@@ -315,8 +330,4 @@ def test_a_failed_benchmark_does_not_affect_the_others_and_is_retried_alone(benc
 
     asked.clear()
     assert _outputs(run(recipe, storage_path=str(storage))) == second
-    values["evaluate"]["throughput"] = True
-    timed = _outputs(run(type(recipe).model_validate(values), storage_path=str(storage)))
-    assert all(row["tokens_per_second"] > 0 for row in timed["evaluate"]["table"].values())
-    assert "tokens per second" in html.unescape(results.read_text())
     assert asked == []

@@ -32,12 +32,13 @@ def run_minitron(*arguments, cwd, timeout=500):
     )
 
 
-def minitron_here(*arguments, cwd):
-    """Like `run_minitron` but in this process, which saves the seconds of the imports: for tests of the output."""
+def minitron_here(*arguments, cwd, typed=None):
+    """Like `run_minitron` but in this process, which saves the seconds of the imports: for tests of the output. typed: the
+    lines of its input."""
     from minitron_platform.cli.commands import main
 
     with contextlib.chdir(cwd), mock.patch.dict(os.environ, environment(), clear=True):
-        done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        done = CliRunner().invoke(main, [str(argument) for argument in arguments], input=typed)
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
     return SimpleNamespace(returncode=done.exit_code, stdout=done.stdout, stderr=done.stderr)

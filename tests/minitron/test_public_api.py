@@ -126,7 +126,7 @@ WRONG_TYPES = {
     "steps: 2.5 is not a whole number": lambda v: DistillConfig(steps=2.5),
     "kind: 'json' is not supported": lambda v: TextSource("json", "text.jsonl"),
     "path: None is not text": lambda v: TextSource("jsonl", None),
-    "limit: '5' is not a whole number": lambda v: Task("arc_easy", limit="5"),
+    "limit: '5' is not a number": lambda v: Task("arc_easy", limit="5"),
     "latency_ms: '3' is not a number": lambda v: Limits(context=8, latency_ms="3"),
     "model: 'gpt2' is not a transformers model": lambda v: prune("gpt2", v.base, v.scores),
     "architecture: a dict is not an Architecture": lambda v: prune(v.model, v.base.to_dict(), v.scores),

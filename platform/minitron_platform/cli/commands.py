@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from minitron import __version__
 from minitron.errors import MinitronError, NotWritableError
+from minitron_platform.cli.cluster import cluster
+from minitron_platform.cli.compare import compare
+from minitron_platform.cli.evaluate import evaluate
+from minitron_platform.cli.generate import chat, generate
 from minitron_platform.cli.importance import importance
 from minitron_platform.cli.jobs import logs, status, stop
 from minitron_platform.cli.models import models
@@ -21,7 +25,6 @@ from minitron_platform.cli.run import run
 from minitron_platform.cli.submit import submit
 from minitron_platform.cli.tracking import sync, ui
 from minitron_platform.console import PrintableFormatter, echo
-from minitron_platform.stopping import INTERRUPTED, TerminatedError, stopped_by_sigterm
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -31,16 +34,14 @@ class _Group(click.Group):
 
     def invoke(self, context: click.Context) -> Any:
         try:
-            with stopped_by_sigterm():
-                return super().invoke(context)
+            return super().invoke(context)
         except NotWritableError as error:
             _fail(type(error)(error.problem, f"{error.remedy}{self._location_option(context)}"))
         except MinitronError as error:
             _fail(error)
         except KeyboardInterrupt:
-            _stopped(INTERRUPTED)
-        except TerminatedError as error:
-            _stopped(error.code)
+            echo(f"\nstopped; to resume: {command_line()}", err=True)
+            context.exit(130)
 
     def _location_option(self, context: click.Context) -> str:
         """End of the remedy for a folder that is not writable: names the option --storage if the command that failed has it."""
@@ -56,11 +57,6 @@ def _fail(error: MinitronError) -> None:
         click.secho("  fix: ", fg="green", bold=True, nl=False, err=True)
         click.echo(error.remedy, err=True)
     raise SystemExit(2)
-
-
-def _stopped(exit_code: Any) -> NoReturn:
-    echo(f"\nstopped; to resume: {command_line()}", err=True)
-    raise SystemExit(exit_code)
 
 
 @click.group(cls=_Group, context_settings=CONTEXT)
@@ -82,6 +78,11 @@ main.add_command(submit)
 main.add_command(status)
 main.add_command(logs)
 main.add_command(stop)
+main.add_command(cluster)
+main.add_command(evaluate)
+main.add_command(compare)
+main.add_command(generate)
+main.add_command(chat)
 main.add_command(sync)
 main.add_command(promote)
 main.add_command(rollback)

@@ -6,12 +6,10 @@ import logging
 import os
 import secrets
 import shutil
-import signal
 import site
 import socket
 import subprocess
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +17,7 @@ from pathlib import Path
 import ray
 from ray._private import ray_constants
 from ray._private.authentication import authentication_token_setup
+from ray._private.node import Node
 
 from minitron.environment import environment_variables
 from minitron.errors import InputError, MinitronError
@@ -37,6 +36,9 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a worker with num_gpus=0 sees no GPU
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+
+# methods that start what a private Ray does not need
+UNUSED = ("start_monitor", "start_log_monitor", "start_api_server")
 
 _local_token = ""
 
@@ -101,7 +103,7 @@ def ray_session(
         if address is None or address == "local":
             logging.getLogger("ray").setLevel(logging.ERROR)  # ray.init warns if it is called outside the main thread
             with _private_folder(temp_dir) as folder, environment_variables(_private_settings()):
-                with _at_loopback(), _signals_kept():
+                with _one_small_node():
                     ray.init(
                         address="local",
                         num_cpus=max(cores(), num_cpus or 0),
@@ -170,8 +172,7 @@ def _join(address: str) -> None:
         if IN_A_JOB not in os.environ:
             runtime_env = {"py_modules": stage_code(Path(folder)), "env_vars": dict(QUIET)}
         try:
-            with _signals_kept():
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=runtime_env)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=runtime_env)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise MinitronError(
                 f"Ray at {address!r} cannot be joined: {str(error).strip().splitlines()[0]}",
@@ -199,35 +200,29 @@ def _private_settings() -> dict[str, str]:
 
 
 @contextmanager
-def _at_loopback() -> Iterator[None]:
-    """A Ray that starts inside the context has one node, whose processes listen on the loopback interface alone.
+def _one_small_node() -> Iterator[None]:
+    """A Ray that starts inside the context has one node, whose processes listen on the loopback interface alone and are only
+    those that a run needs.
 
-    Ray does so by itself on macOS and Windows; on Linux it would listen on all interfaces.
+    Ray listens there by itself on macOS and Windows; on Linux it would listen on all interfaces. It would also start a
+    process that adds nodes, one that copies the workers' output to the driver, and the server of a dashboard without pages:
+    together a third of its start.
     """
-    before = ray_constants.ENABLE_RAY_CLUSTER
+    before = {name: getattr(Node, name) for name in UNUSED}
+    at_all_interfaces = ray_constants.ENABLE_RAY_CLUSTER
+    for name in UNUSED:
+        setattr(Node, name, _nothing)
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
+        ray_constants.ENABLE_RAY_CLUSTER = at_all_interfaces
+        for name, method in before.items():
+            setattr(Node, name, method)
 
 
-@contextmanager
-def _signals_kept() -> Iterator[None]:
-    """A Ray that is joined inside the context leaves SIGTERM to the handler of this program, if it has one.
-
-    Ray would replace it. It would also print a C++ stack at SIGTERM, and abort the program three seconds later although it is
-    closing; with that goes the C++ stack of a crash of this process, of which Python prints its own. Workers keep both.
-    """
-    handler = signal.getsignal(signal.SIGTERM)
-    before = ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER
-    ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True
-    try:
-        yield
-    finally:
-        ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = before
-        if threading.current_thread() is threading.main_thread() and handler not in (None, signal.SIG_DFL):
-            signal.signal(signal.SIGTERM, handler)
+def _nothing(node: Node, **options: object) -> None:
+    """Instead of starting a process."""
 
 
 @contextmanager

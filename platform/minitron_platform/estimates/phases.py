@@ -108,7 +108,7 @@ def search_parts(outlook: Outlook, member: Member) -> tuple[Part, ...]:
         last = rung
     if benchmarks := search.evaluate:
         best = _evenly(left, min(benchmarks.keep, len(left)))
-        documents = _documents(benchmarks.tasks)
+        documents = benchmark_documents(benchmarks.tasks)
         tokens = documents * DOCUMENT_TOKENS
         flops = [tokens * shape.flops_per_token(outlook.recipe.data.seq_length) for shape in best]
         parts.append(_trials(outlook, flops, tokens * len(best), reads=sum(_bytes(outlook, shape) for shape in best)))
@@ -132,7 +132,7 @@ def distillation_parts(
 
 def evaluation_parts(outlook: Outlook, models: Sequence[Architecture]) -> tuple[Part, ...]:
     """Benchmarks and held-out rows of `models`, one after the other."""
-    documents = _documents(outlook.recipe.evaluate.tasks)
+    documents = benchmark_documents(outlook.recipe.evaluate.tasks)
     seq_length = outlook.recipe.data.seq_length
     tokens = documents * DOCUMENT_TOKENS
     parts: list[Part] = [_heldout(outlook, models)]
@@ -306,8 +306,10 @@ def _bytes(outlook: Outlook, model: Architecture) -> int:
     return model.num_parameters * outlook.value_bytes
 
 
-def _documents(tasks: Sequence[Task]) -> int:
-    return sum(task.limit or TASK_DOCUMENTS for task in tasks)
+def benchmark_documents(tasks: Sequence[Task]) -> int:
+    """Number of documents of benchmarks; TASK_DOCUMENTS for each without a limit."""
+    limits = [TASK_DOCUMENTS if task.limit is None else task.limit for task in tasks]
+    return sum(math.ceil(limit * TASK_DOCUMENTS) if limit < 1 else int(limit) for limit in limits)
 
 
 def _evenly(shapes: Sequence[Architecture], count: int) -> list[Architecture]:

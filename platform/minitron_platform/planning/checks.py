@@ -156,7 +156,7 @@ def benchmark_tasks(recipe: Recipe) -> Iterator[tuple[str, Task]]:
     """Every benchmark of the recipe with its key."""
     search_tasks = recipe.search.evaluate.tasks if recipe.search.evaluate else []
     for key, tasks in (("evaluate.tasks", recipe.evaluate.tasks), ("search.evaluate.tasks", search_tasks)):
-        for index, task in enumerate(lm_eval_tasks(tasks, recipe.evaluate.allow_code)):
+        for index, task in enumerate(lm_eval_tasks(tasks, recipe.evaluate.allow_code, recipe.evaluate.task_folder)):
             yield f"{key}.{index}", task
     if recipe.calibrate.task:
         yield "calibrate.task", lm_eval_tasks([recipe.calibrate.task])[0]

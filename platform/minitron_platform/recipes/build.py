@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from minitron import storage
 from minitron.architecture import Architecture
 from minitron.attention import chosen_kernel
@@ -76,17 +78,23 @@ def document_tokens(data: schema.Data, tokens: DocumentTokens) -> DocumentTokens
         return tokens.chosen(data.bos)
 
 
-def separates_documents(recipe: schema.Recipe) -> bool:
+def separates_documents(recipe: schema.Recipe, on_gpus: bool | None = None) -> bool:
     """Whether attention is restricted to the tokens of the same document; `auto`: if models run on GPUs, where that is
-    faster."""
+    faster.
+
+    on_gpus: whether a cluster's workers run on GPUs; None if models run on this machine's device.
+    """
     if recipe.data.separate_documents != "auto":
         return recipe.data.separate_documents
-    on_cpus = 0 in (recipe.resources.gpus_per_trial, recipe.resources.gpus_per_worker)
-    return chosen_kernel(device()) == "flex" and not on_cpus
+    if 0 in (recipe.resources.gpus_per_trial, recipe.resources.gpus_per_worker):
+        return False
+    return chosen_kernel(device() if on_gpus is None else torch.device("cuda" if on_gpus else "cpu")) == "flex"
 
 
-def lm_eval_tasks(tasks: Iterable[schema.Task], allow_code: bool = False) -> tuple[Task, ...]:
-    """The benchmarks to run. allow_code: the recipe's `evaluate.allow_code`.
+def lm_eval_tasks(
+    tasks: Iterable[schema.Task], allow_code: bool = False, folder: str | None = None
+) -> tuple[Task, ...]:
+    """The benchmarks to run. allow_code: the recipe's `evaluate.allow_code`. folder: its `evaluate.task_folder`.
 
     The first of those with one name keeps it for its score; the others are named by their number of examples, too.
     """
@@ -94,19 +102,18 @@ def lm_eval_tasks(tasks: Iterable[schema.Task], allow_code: bool = False) -> tup
     for task in tasks:
         repeated = any(other.name == task.name for other in made)
         label = f"{task.name}_{task.num_fewshot}shot" if repeated else None
-        made.append(Task(**task.model_dump(), allow_code=allow_code, label=label))
+        made.append(Task(**task.model_dump(), allow_code=allow_code, label=label, folder=folder))
     return tuple(made)
 
 
 def worker_tasks(evaluate: schema.Evaluate) -> tuple[Task, ...]:
     """The benchmarks to run in Ray's workers: with absolute paths, because workers have working directories of their own."""
-    return tuple(_with_absolute_path(task) for task in lm_eval_tasks(evaluate.tasks, evaluate.allow_code))
+    tasks = lm_eval_tasks(evaluate.tasks, evaluate.allow_code, evaluate.task_folder)
+    return tuple(replace(task, data=_absolute(task.data), folder=_absolute(task.folder)) for task in tasks)
 
 
-def _with_absolute_path(task: Task) -> Task:
-    if not task.data or task.data.startswith(PACKAGE):
-        return task
-    return replace(task, data=storage.absolute(task.data))
+def _absolute(path: str | None) -> str | None:
+    return path if path is None or path.startswith(PACKAGE) else storage.absolute(path)
 
 
 def layer_scoring(calibrate: schema.Calibrate, num_layers: int, depths: Collection[int]) -> LayerScoring:
@@ -250,7 +257,7 @@ def benchmarks(recipe: schema.Recipe, tokenizer: str) -> Benchmarks | None:
     if evaluate is None:
         return None
     return Benchmarks(
-        tasks=lm_eval_tasks(evaluate.tasks, recipe.evaluate.allow_code),
+        tasks=lm_eval_tasks(evaluate.tasks, recipe.evaluate.allow_code, recipe.evaluate.task_folder),
         keep=evaluate.keep,
         tokenizer=tokenizer,
         batch_rows=recipe.evaluate.batch_rows,

@@ -19,6 +19,7 @@ def check_consistency(recipe: Recipe) -> None:
     _check_search_training(recipe)
     _check_calibration(recipe)
     _check_probe(recipe)
+    _check_benchmarks(recipe)
     _check_workers_per_trial(recipe)
     _check_gpu_fractions(recipe)
 
@@ -100,6 +101,15 @@ def _check_probe(recipe: Recipe) -> None:
             f"correct.probe_steps: {correct.probe_steps} is inside the {training.warmup_steps} warm-up steps",
             "use more steps, or leave it out",
         )
+
+
+def _check_benchmarks(recipe: Recipe) -> None:
+    for key in ("data", "limit"):  # which become those of the tasks
+        if getattr(recipe.evaluate, key) is not None:
+            raise InputError(
+                f"evaluate.{key}: {getattr(recipe.evaluate, key)}, but there are no evaluate.tasks and no evaluate.suite",
+                "name a suite or tasks, or leave it out",
+            )
 
 
 def _check_row_counts(recipe: Recipe) -> None:

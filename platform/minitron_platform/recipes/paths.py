@@ -12,7 +12,13 @@ from minitron.packages import PACKAGE
 from minitron.storage import is_local, local_path
 from minitron_platform.recipes.schema import Recipe
 
-PATHS = (("teacher", "model"), ("data", "path"), ("data", "heldout", "path"))
+PATHS = (
+    ("teacher", "model"),
+    ("data", "path"),
+    ("data", "heldout", "path"),
+    ("evaluate", "data"),
+    ("evaluate", "task_folder"),
+)
 TEXTS = ("data", "sources")  # each with a key `path`
 TASKS = (("calibrate", "task"), ("search", "evaluate", "tasks"), ("evaluate", "tasks"))  # each with a key `data`
 

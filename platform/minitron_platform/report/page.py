@@ -16,7 +16,7 @@ from minitron.evaluation import task_metric
 from minitron.evaluation.metrics import KL, LOSS, PLUS_MINUS, SPEED, Metric
 from minitron.text import printable
 from minitron_platform.recipes.build import lm_eval_tasks
-from minitron_platform.report.shipped_files import data_folder
+from minitron_platform.shipped_files import data_folder
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.correct import Correct
 from minitron_platform.stages.data import Data
@@ -62,15 +62,10 @@ def rows(state: RunState) -> tuple[list[str], list[list[str]]]:
         ("parameters", lambda figures: f"{figures.parameters:,}"),
         *((_row_title(metric), partial(_heldout_text, field, metric)) for field, metric in HELDOUT.items()),
         *((_task_title(task, metric), partial(_score_text, task)) for task, metric in _benchmarks(state).items()),
+        (SPEED.unit, lambda figures: SPEED.text(figures.tokens_per_second)),
     ]
-    if any(figures.tokens_per_second is not None for _, figures in columns):
-        metrics.append((SPEED.unit, _speed_text))
     header = ["", *(title for title, _ in columns)]
     return header, [[name, *[text(figures) for _, figures in columns]] for name, text in metrics]
-
-
-def _speed_text(figures: Figures) -> str:
-    return "" if figures.tokens_per_second is None else SPEED.text(figures.tokens_per_second)
 
 
 def _row_title(metric: Metric) -> str:
@@ -103,8 +98,7 @@ def caption(state: RunState) -> str:
     columns = [figures for _, figures in _columns(state)]
     scores = {task: score for figures in columns for task, score in figures.tasks.items()}
     tasks = [
-        f"{name}: {score.metric}{' (lower is better)' if score.higher_is_better is False else ''}, "
-        f"{score.num_fewshot}-shot, first {score.num_documents} documents of {score.split}"
+        f"{name}: {score.metric}{' (lower is better)' if score.higher_is_better is False else ''}, {score.settings}"
         for name, score in scores.items()
     ]
     reasons = {task: reason for figures in columns for task, reason in figures.failures.items()}

@@ -24,7 +24,7 @@ from minitron_platform.estimates.memory import calibration_memory
 from minitron_platform.estimates.outlook import Estimate, Outlook
 from minitron_platform.estimates.phases import calibration_parts
 from minitron_platform.recipes import schema
-from minitron_platform.recipes.build import layer_metric, layer_scoring, separates_documents
+from minitron_platform.recipes.build import layer_metric, layer_scoring
 from minitron_platform.stages.base import pruning_base
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.data import Data
@@ -94,7 +94,7 @@ class Calibrate(Stage[CalibrateOutput]):
             tokenizer=teacher.folder,
             dtype=teacher.dtype,
             rows=context.output(Data).folder,
-            separate_documents=separates_documents(context.recipe),
+            separate_documents=context.separate_documents,
             add_bos=context.recipe.data.bos,
             settings=settings,
             layers=layer_scoring(settings, num_layers, depths),

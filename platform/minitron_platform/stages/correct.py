@@ -19,7 +19,7 @@ from minitron_platform.estimates.memory import correction_memory
 from minitron_platform.estimates.outlook import MASTER_BYTES, Estimate, Outlook
 from minitron_platform.estimates.phases import correction_parts
 from minitron_platform.recipes import schema
-from minitron_platform.recipes.build import separates_documents, training_identity
+from minitron_platform.recipes.build import training_identity
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.data import Data
 from minitron_platform.stages.stage import ArtifactPath, Stage, StageOutput
@@ -202,7 +202,7 @@ class _Correction:
                 checkpoint=checkpoint,
                 dtype=self.context.output(Teacher).dtype,
                 rows=self.context.output(Data).folder,
-                separate_documents=separates_documents(self.context.recipe),
+                separate_documents=self.context.separate_documents,
             )
             storage.write_json(path, asdict(self.context.workers.compute(_heldout, measurement)))
         return float(storage.read_json(path)["loss"])
@@ -235,7 +235,7 @@ class _Correction:
                 rows=context.output(Data).folder,
                 train_targets="",
                 heldout_targets="",
-                separate_documents=separates_documents(context.recipe),
+                separate_documents=context.separate_documents,
             ),
             config=config,
             losses=Losses(logits="none", cross_entropy=1.0),

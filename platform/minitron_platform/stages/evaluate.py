@@ -20,9 +20,10 @@ from minitron.evaluation.documents import documents_identity
 from minitron.evaluation.metrics import AGREEMENT, KL, LOSS, Metric
 from minitron.logits import Head
 from minitron.models import load_tokenizer
+from minitron.processes import is_sharded
 from minitron_platform.estimates.memory import evaluation_memory
 from minitron_platform.estimates.outlook import DOCUMENT_TOKENS, Estimate, Outlook
-from minitron_platform.estimates.phases import evaluation_parts
+from minitron_platform.estimates.phases import benchmark_documents, evaluation_parts
 from minitron_platform.recipes import schema
 from minitron_platform.recipes.build import worker_tasks
 from minitron_platform.stages.base import pruning_base
@@ -39,6 +40,7 @@ from minitron_platform.workers.worker import Worker
 from minitron_search.memory import release_memory
 
 MODELS = ("teacher", "pruned", "distilled")
+COMPLETION_TOKENS = 64  # longest completion of a prompt
 
 
 class Quality(BaseModel):
@@ -74,20 +76,31 @@ class Figures(Quality):
     """All measurements of one model: a column of the final table."""
 
     parameters: int
-    tokens_per_second: float | None = None
-    """None unless the recipe says `evaluate.throughput`."""
-    tokens_per_second_spread: float | None = None
+    tokens_per_second: float
+    tokens_per_second_spread: float
 
     @property
     def numbers(self) -> dict[str, float]:
         """All measurements except the benchmarks, by field."""
-        names = ("parameters", *HELDOUT, *(["tokens_per_second"] if self.tokens_per_second is not None else []))
+        names = ("parameters", *HELDOUT, "tokens_per_second")
         return {name: getattr(self, name) for name in names}
+
+
+class Completions(BaseModel):
+    """How each of `MODELS` continues the recipe's `evaluate.prompts`, by the most probable token each time."""
+
+    model_config = ConfigDict(frozen=True)
+
+    prompts: list[str]
+    texts: dict[str, list[str]]
+    """By model, a text for each prompt, without the prompt."""
 
 
 class EvaluateOutput(StageOutput):
     table: dict[str, Figures]
     """Measurements of each of `MODELS`."""
+    completions: Completions | None = None
+    """None if the recipe has no prompts."""
 
     @property
     def failures(self) -> dict[str, str]:
@@ -108,6 +121,7 @@ class Evaluate(Stage[EvaluateOutput]):
             "base": pruning_base(state).id,
             "scores": state.output(Calibrate).id,
             **_settings(state),
+            **({"prompts": state.recipe.evaluate.prompts} if state.recipe.evaluate.prompts else {}),
         }
 
     def estimate(self, outlook: Outlook, member: schema.Member | None) -> Estimate:
@@ -115,11 +129,11 @@ class Evaluate(Stage[EvaluateOutput]):
         recipe = outlook.recipe
         seq_length = recipe.data.seq_length
         models = 3 if member is recipe.family[0] else 2  # the family shares the teacher's evaluation
-        documents = sum(task.limit or 1000 for task in recipe.evaluate.tasks)
+        documents = benchmark_documents(recipe.evaluate.tasks)
         tokens = documents * DOCUMENT_TOKENS + recipe.data.heldout_rows * seq_length
-        tasks = [task.name for task in recipe.evaluate.tasks] or ["held-out rows only"]
+        tasks = ", ".join(task.name for task in recipe.evaluate.tasks) or "held-out rows only"
         return Estimate(
-            ", ".join([f"{models} models", *tasks, *(["throughput"] if recipe.evaluate.throughput else [])]),
+            f"{models} models, {tasks}",
             flops=outlook.teacher.flops_per_token(seq_length) * models * tokens,
             start_up_seconds=10,
             memory=evaluation_memory(recipe, outlook.teacher, outlook.largest(member), outlook.value_bytes),
@@ -134,7 +148,7 @@ class Evaluate(Stage[EvaluateOutput]):
             "distilled": distilled.student,
         }
         stored = {name: _quality_path(context, name, folder) for name in MODELS}
-        speeds = storage.join(folder, "throughput.json") if context.recipe.evaluate.throughput else None
+        speeds = storage.join(folder, "throughput.json")
         evaluation = _Evaluation(
             inputs=distill_inputs(context),
             tokenizer=context.output(Teacher).folder,
@@ -144,26 +158,31 @@ class Evaluate(Stage[EvaluateOutput]):
             tasks=worker_tasks(context.recipe.evaluate),
             batch_rows=context.recipe.evaluate.batch_rows,
             add_bos=context.recipe.data.bos,
+            prompts=tuple(context.recipe.evaluate.prompts),
+            completed={name: storage.join(folder, f"completions-{name}.json") for name in MODELS},
         )
-        timed = speeds is None or storage.exists(speeds)
-        if not (timed and all(_is_complete(path, evaluation.tasks) for path in stored.values())):
+        if not evaluation.is_finished():
             context.workers.compute(_evaluate, evaluation)
-        measured = storage.read_json(speeds) if speeds else {}
+        seconds = storage.read_json(speeds)
         table = {}
         for name in MODELS:
             quality = _read_quality(stored[name])
             assert quality is not None
             # a pruned student and what it is distilled to have the same shapes
-            speed = measured.get(name) or measured.get("distilled", {})
+            speed = seconds.get(name) or seconds["distilled"]
             table[name] = Figures(
                 **dict(quality),
-                tokens_per_second=speed.get("tokens_per_second"),
-                tokens_per_second_spread=speed.get("spread"),
+                tokens_per_second=speed["tokens_per_second"],
+                tokens_per_second_spread=speed["spread"],
                 parameters=context.output(Teacher).parameters if name == "teacher" else distilled.parameters,
             )
         pruned_kl = KL.text(table["pruned"].kl)
         distilled_kl = KL.text(table["distilled"].kl)
-        output = EvaluateOutput(table=table, summary=f"KL to the teacher: pruned {pruned_kl}, distilled {distilled_kl}")
+        output = EvaluateOutput(
+            table=table,
+            completions=evaluation.completions(),
+            summary=f"KL to the teacher: pruned {pruned_kl}, distilled {distilled_kl}",
+        )
         if not output.failures:
             return output
         failed = f"failed, to be tried again by the next run: {', '.join(output.failures)}"
@@ -187,18 +206,17 @@ class Evaluate(Stage[EvaluateOutput]):
         return values
 
     def is_valid(self, state: RunState, output: EvaluateOutput) -> bool:
-        """Whether no benchmark failed, and the throughput is known if the recipe wants it; the stage runs only for these."""
-        timed = all(figures.tokens_per_second is not None for figures in output.table.values())
-        return not output.failures and (timed or not state.recipe.evaluate.throughput)
+        """Whether no benchmark failed; the stage runs only the failed ones again."""
+        return not output.failures
 
 
 def _settings(state: RunState) -> dict[str, Any]:
     """Everything that a model's measurements depend on besides the model."""
     return {
-        "evaluate": state.recipe.evaluate.model_dump(exclude={"batch_rows", "allow_code", "throughput"}),
+        "evaluate": state.recipe.evaluate.model_dump(exclude={"batch_rows", "allow_code", "prompts"}),
         "documents": [documents_identity(task.data) for task in state.recipe.evaluate.tasks if task.data],
         "lm_eval": version("lm_eval"),
-    }
+    } | ({"task_folder": documents_identity(folder)} if (folder := state.recipe.evaluate.task_folder) else {})
 
 
 def _quality_path(context: Context, name: str, folder: str) -> str:
@@ -222,11 +240,27 @@ class _Evaluation:
     """Checkpoint folder by name."""
     stored: dict[str, str]
     """File of each model's measurements, by name."""
-    speeds: str | None
-    """File of the throughputs; None if they are not measured."""
+    speeds: str
+    """File of the throughputs."""
     tasks: tuple[Task, ...]
     batch_rows: BatchRows
     add_bos: bool | None
+    prompts: tuple[str, ...]
+    completed: dict[str, str]
+    """File of each model's completions of the prompts, by name."""
+
+    def is_finished(self) -> bool:
+        """Whether everything is stored."""
+        completed = not self.prompts or all(map(storage.exists, self.completed.values()))
+        measured = storage.exists(self.speeds) and all(_is_complete(path, self.tasks) for path in self.stored.values())
+        return completed and measured
+
+    def completions(self) -> Completions | None:
+        """The stored completions; None without prompts."""
+        if not self.prompts:
+            return None
+        texts = {name: storage.read_json(path) for name, path in self.completed.items()}
+        return Completions(prompts=list(self.prompts), texts=texts)
 
     def load(self, worker: Worker, name: str) -> nn.Module:
         """A model, on this process's device, or its part of one that is split over the workers."""
@@ -234,17 +268,20 @@ class _Evaluation:
 
 
 def _evaluate(task: _Evaluation, worker: Worker) -> None:
-    """Measure what is not stored yet: one model after the other, by all processes together, then the throughputs."""
+    """Measure what is not stored yet: one model after the other, by all processes together, and then the throughputs."""
 
     for name, path in task.stored.items():
         if not _is_complete(path, task.tasks):
             _measure(task, worker, name, path)
             release_memory()
-    if task.speeds is not None and not storage.exists(task.speeds):
-        _measure_speeds(task, task.speeds, worker)
+        if task.prompts and not storage.exists(task.completed[name]):
+            _complete(task, worker, name)
+            release_memory()
+    if not storage.exists(task.speeds):
+        _measure_speeds(task, worker)
 
 
-def _measure_speeds(task: _Evaluation, path: str, worker: Worker) -> None:
+def _measure_speeds(task: _Evaluation, worker: Worker) -> None:
     """Measure the throughputs, in the first process; in all of them if a model does not fit on a GPU."""
     worker.progress.status("measuring throughput")
     names = ("teacher", "distilled")
@@ -256,7 +293,23 @@ def _measure_speeds(task: _Evaluation, path: str, worker: Worker) -> None:
     loaded = {name: task.load(worker, name) for name in names}
     speeds = interleaved_throughput(loaded, seq_length=seq_length, batch_rows=4, seconds=4.0)
     if worker.is_first:
-        storage.write_json(path, {name: asdict(speed) for name, speed in speeds.items()})
+        storage.write_json(task.speeds, {name: asdict(speed) for name, speed in speeds.items()})
+
+
+def _complete(task: _Evaluation, worker: Worker, name: str) -> None:
+    """Write how model `name` continues the prompts."""
+    from minitron.evaluation.generation import Sampling, complete
+
+    worker.progress.status(f"{name}: completing prompts")
+    model = task.load(worker, name)
+    split = worker.count > 1 and is_sharded(model)
+    if not (split or worker.is_first):
+        return
+    tokenizer = load_tokenizer(storage.fetch(task.tokenizer, weights=False))
+    sampling = Sampling(max_new_tokens=COMPLETION_TOKENS)
+    texts = [complete(model, tokenizer, each, sampling, add_bos=task.add_bos, in_step=split) for each in task.prompts]
+    if worker.is_first:
+        storage.write_json(task.completed[name], texts)
 
 
 def _measure(task: _Evaluation, worker: Worker, name: str, path: str) -> None:

@@ -28,7 +28,6 @@ def run_key(recipe: Recipe) -> str:
     if recipe.correct and recipe.correct.training:
         content["correct"]["training"] = training_values(recipe.correct.training)
     content["data"] = data_values(recipe.data)
-    del content["evaluate"]["throughput"]  # earlier runs always measured it
     if not recipe.evaluate.allow_code:
         del content["evaluate"]["allow_code"]  # it was added later, and earlier runs keep their names
     if recipe.evaluate.batch_rows == "auto":

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from types import TracebackType
+from typing import Any
 
 import torch
 from ray._private.utils import estimate_available_memory, resolve_object_store_memory
@@ -45,15 +48,21 @@ class RayStart:
         there is at most one GPU."""
         return not joins_cluster(self.address) and torch.cuda.device_count() <= 1
 
-    def auto_dtype(self, context: Context) -> torch.dtype | None:
-        """Compute dtype for `teacher.dtype: auto`; None for that of this machine.
+    def choose_devices(self, context: Context) -> None:
+        """Tell the run on what its models compute, where the recipe leaves to that what they compute.
 
-        On a cluster it is that of the nodes that trials and workers run on, whatever this machine has. Joins the cluster to
+        On a cluster it is what the nodes have that trials and workers run on, whatever this machine has. Joins the cluster to
         know.
         """
-        if context.recipe.teacher.dtype != "auto" or not joins_cluster(self.address):
-            return None
-        on_gpus = self.need(context).uses_gpus
+        recipe = context.recipe
+        if not joins_cluster(self.address) or "auto" not in (recipe.teacher.dtype, recipe.data.separate_documents):
+            return
+        context.on_gpus = self.need(context).uses_gpus
+        if recipe.teacher.dtype == "auto":
+            context.auto_dtype = self._cluster_dtype(context, context.on_gpus)
+
+    def _cluster_dtype(self, context: Context, on_gpus: bool) -> torch.dtype:
+        """The dtype for `teacher.dtype: auto`; says so if it is not that of this machine."""
         dtype = torch.bfloat16 if on_gpus else cluster_cpu_dtype()
         if dtype != compute_dtype():
             devices = "GPUs compute" if on_gpus else "CPUs compute"
@@ -129,6 +138,8 @@ class _PrivateRay:
             seats=resources.workers,
             keep_logs=logs,
         )
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, _exit)  # Ray does so itself only if the main thread starts it
         self.started = threading.Event()
         self.ending = threading.Event()
         self.run_failed = False
@@ -155,3 +166,7 @@ class _PrivateRay:
             self.ending.wait()
             if self.run_failed:
                 raise _RunFailedError
+
+
+def _exit(number: int, frame: Any) -> None:
+    sys.exit(number)

@@ -10,7 +10,7 @@ from minitron.device import DTYPES
 from minitron_platform.estimates.gpu import trials_on_gpus
 from minitron_platform.estimates.memory import search_memory, trial_memory
 from minitron_platform.estimates.outlook import DOCUMENT_TOKENS, MASTER_BYTES, Estimate, Outlook, head_flops
-from minitron_platform.estimates.phases import search_parts
+from minitron_platform.estimates.phases import benchmark_documents, search_parts
 from minitron_platform.recipes import build, schema
 from minitron_platform.recipes.build import logit_losses, training_identity
 from minitron_platform.recipes.candidates import CandidateSpace
@@ -106,7 +106,7 @@ class Search(Stage[SearchOutput]):
         benchmark_flops = 0.0
         if benchmarks := recipe.search.evaluate:
             disk_bytes += outlook.value_bytes * largest.num_parameters * distilled  # all keep their weights to the end
-            documents = min(benchmarks.keep, distilled) * sum(task.limit or 1000 for task in benchmarks.tasks)
+            documents = min(benchmarks.keep, distilled) * benchmark_documents(benchmarks.tasks)
             benchmark_flops = documents * DOCUMENT_TOKENS * mean_flops
         return Estimate(
             _work_text(outlook, member, distilled, schedule.steps * step_tokens),

@@ -28,6 +28,8 @@ class RunState:
     run_key: str
     auto_dtype: torch.dtype | None = None
     """Compute dtype for `teacher.dtype: auto` if models run elsewhere than on this machine; None for this machine's."""
+    on_gpus: bool | None = None
+    """Whether models run on GPUs of a cluster; None if they run on this machine's device."""
     current: Member | None = None
     """The model whose stages are running; None during a stage that the family shares."""
     shared: dict[str, StageOutput] = field(default_factory=dict)
@@ -41,6 +43,11 @@ class RunState:
         if self.recipe.teacher.dtype == "auto" and self.auto_dtype is not None:
             return self.auto_dtype
         return compute_dtype(self.recipe.teacher.dtype)
+
+    @property
+    def separate_documents(self) -> bool:
+        """Whether the documents of a row do not attend to each other."""
+        return separates_documents(self.recipe, self.on_gpus)
 
     @property
     def member(self) -> Member:
@@ -84,7 +91,7 @@ class RunState:
     def attention(self) -> dict[str, Any]:
         """The setting of attention that models' outputs on rows depend on, as inputs of a stage. Empty if the documents of
         a row attend to each other, as in storages of versions that had no such setting."""
-        return {"documents": "separate"} if separates_documents(self.recipe) else {}
+        return {"documents": "separate"} if self.separate_documents else {}
 
     def title(self, name: str) -> str:
         """The name of a stage or trial, followed by the current model if the family has several."""

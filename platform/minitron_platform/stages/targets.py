@@ -192,7 +192,7 @@ def _distill_inputs(state: RunState, train_targets: str, heldout_targets: str) -
         train_targets=train_targets,
         heldout_targets=heldout_targets,
         top_k=state.recipe.targets.top_k,
-        separate_documents=build.separates_documents(state.recipe),
+        separate_documents=state.separate_documents,
     )
 
 
@@ -204,5 +204,5 @@ def pruning_source(state: RunState) -> PruningSource:
         scores=state.output(Calibrate).scores,
         dtype=state.output(Teacher).dtype,
         rows=state.output(Data).folder,
-        separate_documents=build.separates_documents(state.recipe),
+        separate_documents=state.separate_documents,
     )

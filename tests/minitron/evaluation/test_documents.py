@@ -6,6 +6,7 @@ import codecs
 import gzip
 import json
 
+import pyarrow
 import pytest
 
 from minitron.errors import InputError
@@ -21,6 +22,7 @@ LINES = b'{"a": 1}\n\n{"a": 2}'
         ("test.jsonl", LINES.replace(b"\n", b"\r\n")),
         ("test.jsonl.gz", gzip.compress(codecs.BOM_UTF8 + LINES)),
         ("test-00000-of-00001.jsonl.gz", gzip.compress(LINES)),
+        ("test.jsonl.zst", pyarrow.compress(codecs.BOM_UTF8 + LINES, "zstd", asbytes=True)),
     ],
 )
 def test_a_byte_order_mark_and_compression_change_nothing(tmp_path, name, content):
@@ -54,11 +56,14 @@ def test_documents_that_are_none_are_refused_by_file_and_line(tmp_path, case):
 
 def test_a_file_that_is_cut_off_and_files_of_other_fields_are_refused(tmp_path):
     (tmp_path / "test.jsonl.gz").write_bytes(gzip.compress(b"{}\n" * 1000)[:-9])
+    (tmp_path / "test.jsonl.zst").write_bytes(pyarrow.compress(b"{}\n" * 1000, "zstd", asbytes=True)[:-9])
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     (tmp_path / "b.jsonl").write_text(json.dumps({"b": [1]}))
     (tmp_path / "c.jsonl").write_text(json.dumps({"b": "x"}))
     with pytest.raises(InputError, match=r"test\.jsonl\.gz: cannot be unpacked"):
         read_split([tmp_path / "test.jsonl.gz"])
+    with pytest.raises(InputError, match=r"test\.jsonl\.zst: cannot be unpacked"):
+        read_split([tmp_path / "test.jsonl.zst"])
     with pytest.raises(InputError, match=r"a\.parquet: its documents cannot be read"):
         read_split([tmp_path / "a.parquet"])
     with pytest.raises(InputError, match="different fields"):

@@ -16,6 +16,7 @@ from minitron.errors import InputError
 from minitron.evaluation import Task, evaluate
 from minitron.evaluation.requests import DocumentRequests
 from minitron.evaluation.sandbox import Limits, Sandbox, StoppedError, check_sandbox
+from minitron.evaluation.task_index import stock
 from minitron_platform import plan
 from minitron_platform.recipes.load import load_recipe
 
@@ -178,11 +179,12 @@ def test_a_definition_that_names_a_function_outside_lm_eval_is_refused(tmp_path,
     (tasks / "own" / "own.yaml").write_text(
         "task: own\noutput_type: generate_until\nprocess_docs: !function code_eval.run\n"
     )
-    monkeypatch.setattr("minitron.evaluation.tasks.tasks_folder", lambda: tasks)
-    sys.modules["minitron.evaluation.tasks"]._definitions.cache_clear()
+    monkeypatch.setattr("minitron.evaluation.task_index.tasks_folder", lambda: tasks)
+    monkeypatch.setattr("minitron.evaluation.own_tasks.tasks_folder", lambda: tasks)
+    stock.cache_clear()
     with pytest.raises(InputError, match="which is not in lm-eval's package"):
         evaluate(tiny_model(0), byte_tokenizer(), [Task("own", allow_code=True)])
-    sys.modules["minitron.evaluation.tasks"]._definitions.cache_clear()
+    stock.cache_clear()
     assert not (tmp_path / "executed").exists()
 
 

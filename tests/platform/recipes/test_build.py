@@ -111,10 +111,14 @@ PAIRS = {
     "task": Pair(
         schema.Task,
         TASK,
-        {"name": "arc_challenge", "data": "folder", "num_fewshot": 5, "limit": 10},
+        {"name": "arc_challenge", "data": "folder", "num_fewshot": 5, "limit": 10, "chat_template": True},
         lambda recipe, section: build.lm_eval_tasks([section])[0],
         {},
-        {"allow_code": "evaluate.allow_code, for all tasks", "label": "follows from the tasks before it"},
+        {
+            "allow_code": "evaluate.allow_code, for all tasks",
+            "folder": "evaluate.task_folder, for all tasks",
+            "label": "follows from the tasks before it",
+        },
     ),
     "data": Pair(
         schema.Data,

@@ -27,6 +27,10 @@ def test_documents_are_kept_apart_where_models_run_on_gpus(bench, monkeypatch, o
     assert build.separates_documents(recipe) == on_cpu
     monkeypatch.setattr(build, "device", lambda: torch.device("cuda"))
     assert build.separates_documents(recipe) == on_gpu
+    # on a cluster its workers' devices count, whatever the driver has
+    assert build.separates_documents(recipe, on_gpus=False) == on_cpu
+    monkeypatch.setattr(build, "device", lambda: torch.device("cpu"))
+    assert build.separates_documents(recipe, on_gpus=True) == on_gpu
 
 
 def test_a_run_keeps_its_name_unless_the_key_is_given(bench):

@@ -7,6 +7,6 @@ from pathlib import Path
 
 def data_folder(name: str) -> Path:
     """Path of a folder of shipped files. name: `clusters` or `dashboards`."""
-    package = Path(__file__).parent.parent
+    package = Path(__file__).parent
     installed = package / "_data" / name
-    return installed if installed.exists() else package.parent.parent / name
+    return installed if installed.exists() else package.parents[1] / name

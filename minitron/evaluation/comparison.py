@@ -1,0 +1,169 @@
+"""Comparisons of models on the same documents: paired differences, which of them are real, and how many documents others take.
+
+A difference is the mean of the documents' differences. Its standard error is that of these differences, with documents that
+belong together as clusters. It is far smaller than the scores' standard errors suggest, as models are right on the same
+documents.
+Sources: Miller 2024, arXiv 2411.00640, section 4; Holm 1979, Scandinavian Journal of Statistics 6.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+
+from scipy import stats
+
+from minitron.errors import InputError
+from minitron.evaluation.result_file import ModelResults
+from minitron.evaluation.scores import DocumentResult, Evaluated
+from minitron.evaluation.uncertainty import standard_error
+
+CONFIDENCE = 0.95
+POWER = 0.8  # chance that the stated number of documents shows a difference of the size that was measured
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The score of `model` minus that of `reference` on one task, in lm-eval's scale."""
+
+    task: str
+    reference: str
+    model: str
+    value: float
+    stderr: float | None
+    """Standard error of the paired difference; None if it cannot be estimated."""
+    interval: tuple[float, float] | None
+    """95 % confidence, of this difference alone."""
+    p_value: float | None
+    """Probability of a difference as large as this if there is none."""
+    adjusted: float | None
+    """`p_value` corrected for the number of differences that are compared (Holm)."""
+    num_documents: int
+    """That both models were scored on."""
+    needed: int | None
+    """Documents with which a difference of this size is real with a chance of 80 %; None if it is real, or zero."""
+    num_available: int | None
+    """Documents of the benchmark's split."""
+
+    @property
+    def is_real(self) -> bool:
+        """Whether it is significant at 5 % after the correction."""
+        return self.adjusted is not None and self.adjusted < 1 - CONFIDENCE
+
+
+def compare(results: Sequence[ModelResults]) -> list[Difference]:
+    """The differences of all models to the first one, on every task that both have, corrected for their number.
+
+    Raises InputError if fewer than two models are given, if they have no task in common, or if a task was run with other
+    settings or on other documents.
+    """
+    if len(results) < 2:
+        raise InputError(f"{len(results)} model to compare", "give at least two")
+    reference, *others = results
+    found = [
+        _difference(task, reference.model, model.model, reference.tasks[task], model.tasks[task])
+        for model in others
+        for task in reference.tasks
+        if task in model.tasks
+    ]
+    if not found:
+        raise InputError("the models have no task in common", "evaluate them on the same tasks")
+    return _corrected(found)
+
+
+def _difference(task: str, reference: str, model: str, first: Evaluated, second: Evaluated) -> Difference:
+    _check_settings(task, reference, model, first, second)
+    pairs = _pairs(task, reference, model, first, second)
+    differences = [after.values[first.main] - before.values[first.main] for before, after in pairs]
+    clusters = [before.cluster for before, _ in pairs]
+    value = math.fsum(differences) / len(differences)
+    stderr = standard_error(differences, clusters)
+    groups = len(set(clusters))
+    interval = None
+    if stderr is not None:
+        reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, groups - 1)) * stderr
+        interval = value - reach, value + reach
+    return Difference(
+        task=task,
+        reference=reference,
+        model=model,
+        value=value,
+        stderr=stderr,
+        interval=interval,
+        p_value=_p_value(differences, value, stderr, groups),
+        adjusted=None,
+        num_documents=len(pairs),
+        needed=None,
+        num_available=second.score.num_available,
+    )
+
+
+def _check_settings(task: str, reference: str, model: str, first: Evaluated, second: Evaluated) -> None:
+    for name in ("metric", "version", "num_fewshot", "split"):
+        one, other = getattr(first.score, name), getattr(second.score, name)
+        if one != other:
+            raise InputError(
+                f"task {task!r}: {reference} has {name} {one}, but {model} has {other}",
+                "evaluate both with the same settings",
+            )
+    for name, result in ((reference, first), (model, second)):
+        if result.values() is None or not math.isclose(
+            math.fsum(result.values() or ()) / len(result.documents), result.score.value, abs_tol=1e-6
+        ):
+            raise InputError(
+                f"task {task!r}: {first.score.metric} of {name} is not a mean over documents, so that differences have no "
+                "standard error",
+                "leave the task out",
+            )
+
+
+def _pairs(
+    task: str, reference: str, model: str, first: Evaluated, second: Evaluated
+) -> list[tuple[DocumentResult, DocumentResult]]:
+    """The documents that both models were scored on: those with the same position and content."""
+    known = {(document.id, document.hash): document for document in first.documents}
+    pairs = [(known[key], other) for other in second.documents if (key := (other.id, other.hash)) in known]
+    if len(pairs) < min(len(first.documents), len(second.documents)):
+        raise InputError(
+            f"task {task!r}: only {len(pairs):,} of the {len(second.documents):,} documents of {model} are among the "
+            f"{len(first.documents):,} of {reference}",
+            "evaluate both on the same documents",
+        )
+    return pairs
+
+
+def _p_value(differences: Sequence[float], value: float, stderr: float | None, groups: int) -> float | None:
+    """Two-sided. For right or wrong answers to independent documents McNemar's exact test, otherwise the t test."""
+    changed = [difference for difference in differences if difference]
+    if groups == len(differences) and set(changed) <= {-1.0, 1.0}:
+        better = sum(difference > 0 for difference in changed)
+        return float(stats.binomtest(better, len(changed)).pvalue) if changed else 1.0
+    if stderr is None:
+        return None
+    if stderr == 0:
+        return 1.0 if value == 0 else 0.0
+    return float(2 * stats.t.sf(abs(value) / stderr, groups - 1))
+
+
+def _corrected(found: list[Difference]) -> list[Difference]:
+    """The differences with Holm's correction, and with the documents that those which are not real would take."""
+    ordered = sorted((each.p_value, number) for number, each in enumerate(found) if each.p_value is not None)
+    adjusted: dict[int, float] = {}
+    highest = 0.0
+    for rank, (p_value, number) in enumerate(ordered):
+        highest = max(highest, min(1.0, p_value * (len(ordered) - rank)))
+        adjusted[number] = highest
+    corrected = [replace(each, adjusted=adjusted.get(number)) for number, each in enumerate(found)]
+    return [each if each.is_real else replace(each, needed=_needed(each, len(ordered))) for each in corrected]
+
+
+def _needed(difference: Difference, comparisons: int) -> int | None:
+    """At the level that Holm's correction asks of the first of `comparisons` differences, so rather too many."""
+    if not difference.value or not difference.stderr:
+        return None
+    level = (1 - CONFIDENCE) / comparisons
+    distance = NormalDist().inv_cdf(1 - level / 2) + NormalDist().inv_cdf(POWER)
+    needed = difference.num_documents * (distance * difference.stderr / difference.value) ** 2
+    return max(math.ceil(needed), difference.num_documents + 1)

@@ -1,0 +1,92 @@
+"""The file of results that `minitron evaluate` writes and `minitron compare` reads.
+
+Its JSON schema is `definitions/results.schema.json`. `format` is raised when a reader of the older one could not read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from minitron import __version__, storage
+from minitron.arguments import short_repr
+from minitron.errors import InputError
+from minitron.evaluation.scores import Evaluated
+from minitron.evaluation.tasks import Task
+
+FORMAT = 1
+SCHEMA = Path(__file__).resolve().parent / "definitions" / "results.schema.json"
+
+
+@dataclass(frozen=True)
+class ModelResults:
+    """The results of one model."""
+
+    model: str
+    """Its name as the user gave it."""
+    identity: str
+    """Hash of its weights, config and tokenizer, 16 hexadecimal digits."""
+    parameters: int
+    dtype: str
+    """That it computed in, by torch's name."""
+    device: str
+    tasks: dict[str, Evaluated] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    """Reason by task."""
+
+
+def results_json(
+    results: Sequence[ModelResults], tasks: Sequence[Task], suite: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The content of a file of results. tasks: that were run. suite: {name, version} if they are those of a suite."""
+    settings = {
+        task.key: {
+            "num_fewshot": task.num_fewshot,
+            "limit": task.limit,
+            "chat_template": task.chat_template,
+            "data": None if task.data is None else storage.redact(task.data),
+        }
+        for task in tasks
+    }
+    return {
+        "format": FORMAT,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"minitron": __version__, **{name: version(name) for name in ("lm_eval", "transformers", "torch")}},
+        "suite": None if suite is None else dict(suite),
+        "settings": settings,
+        "models": [_model_json(each) for each in results],
+    }
+
+
+def _model_json(results: ModelResults) -> dict[str, Any]:
+    values = asdict(results)
+    for key, result in results.tasks.items():
+        shown = result.score.shown_as
+        values["tasks"][key]["score"] |= {"unit": shown.unit, "scale": shown.scale}
+    return values
+
+
+def read_results(path: str) -> list[ModelResults]:
+    """The results in a file that `minitron evaluate --out` wrote. Raises InputError for any other file."""
+    content = storage.read_json(path)
+    remedy = "give a file that `minitron evaluate --out FILE.json` wrote"
+    if not isinstance(content, dict) or not isinstance(content.get("models"), list):
+        raise InputError(f"{path}: is not a file of results", remedy)
+    if content.get("format") != FORMAT:
+        raise InputError(f"{path}: has format {short_repr(content.get('format'))}, not {FORMAT}", remedy)
+    try:
+        return [_model(values) for values in content["models"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: is damaged ({type(error).__name__}: {error})", remedy) from error
+
+
+def _model(values: dict[str, Any]) -> ModelResults:
+    tasks = {}
+    for key, result in values["tasks"].items():
+        score = {name: value for name, value in result["score"].items() if name not in ("unit", "scale")}
+        tasks[key] = Evaluated.from_dict({**result, "score": score})
+    return ModelResults(**{**values, "tasks": tasks})

@@ -1,0 +1,216 @@
+"""From lm-eval's results of a task to a score with a standard error, all other metrics, and the result of each document."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from lm_eval.api.metrics import mean
+
+from minitron.errors import InputError
+from minitron.evaluation.benchmarks import FILTER, METRIC
+from minitron.evaluation.metrics import task_metric
+from minitron.evaluation.scores import (
+    DocumentResult,
+    Evaluated,
+    MetricValue,
+    Sample,
+    Score,
+    renamed,
+    worst_first,
+)
+from minitron.evaluation.uncertainty import passage_of, standard_error
+from minitron.storage import fingerprint
+
+LONGEST_TEXT = 20_000  # characters of a prompt or answer that is kept; of a longer one the end
+
+
+def evaluated(
+    task: str, part: str, built: Any, results: Mapping[str, Any], *, split: str, num_fewshot: int, samples: int
+) -> Evaluated:
+    """The result of a task.
+
+    part: name of lm-eval's definition `built`, whose results are in `results`. split: whose documents were scored. samples:
+    number of samples to keep.
+    """
+    values_of_part = results["results"][part]
+    keys = [key for key in values_of_part if "," in key and not key.split(",", 1)[0].endswith("_stderr")]
+    names = [name for name in built.aggregation() if any(key.startswith(f"{name},") for key in keys)]
+    metric = METRIC[task] if METRIC.get(task) in names else names[0]
+    filters = [key.split(",", 1)[1] for key in keys if key.startswith(f"{metric},")]
+    chosen = FILTER[task] if FILTER.get(task) in filters else filters[0]
+    documents = _documents(results["samples"][part])
+    metrics = [_value(built, key, float(values_of_part[key]), documents) for key in keys if key.split(",")[0] in names]
+    main = next(each for each in metrics if (each.metric, each.filter) == (metric, chosen))
+    higher_is_better = main.higher_is_better
+    if higher_is_better is None:
+        higher_is_better = task_metric(part, metric).higher_is_better
+    clusters = len({document.cluster for document in documents})
+    score = Score(
+        task=part,
+        metric=metric,
+        value=main.value,
+        stderr=main.stderr,
+        num_documents=len(documents),
+        num_fewshot=num_fewshot,
+        version=str(results["versions"][part]),
+        split=split,
+        higher_is_better=higher_is_better,
+        num_available=len(built.task_docs),
+        num_clusters=clusters if clusters < len(documents) else None,
+    )
+    kept = [_sample(sample, metric) for sample in results["samples"][part] if samples and sample["filter"] == chosen]
+    worst = worst_first([sample for sample in kept if sample], samples, higher_is_better=higher_is_better)
+    return Evaluated(score, chosen, tuple(metrics), documents, worst)
+
+
+def _documents(samples: Sequence[Mapping[str, Any]]) -> tuple[DocumentResult, ...]:
+    """lm-eval has one sample for each document and filter."""
+    values: dict[int, dict[str, float]] = {}
+    firsts: dict[int, Mapping[str, Any]] = {}
+    for sample in samples:
+        number = int(sample["doc_id"])
+        firsts.setdefault(number, sample)
+        own = values.setdefault(number, {})
+        for metric in sample["metrics"]:
+            if (value := _number(sample[metric])) is not None:
+                own[f"{metric},{sample['filter']}"] = value
+    return tuple(
+        DocumentResult(
+            id=str(number),
+            hash=str(first["doc_hash"]),
+            cluster=_cluster(first["doc"]) or str(number),
+            values=values[number],
+        )
+        for number, first in sorted(firsts.items())
+    )
+
+
+def _number(value: Any) -> float | None:
+    """A metric of a document; None if it is not one number."""
+    if isinstance(value, bool | int | float | np.number | np.bool_):
+        return float(value)
+    return None
+
+
+def _cluster(document: Mapping[str, Any]) -> str:
+    """Equal for documents with the same passage; empty without one."""
+    passage = passage_of(document)
+    return "" if passage is None else fingerprint(passage)
+
+
+def _value(built: Any, key: str, value: float, documents: Sequence[DocumentResult]) -> MetricValue:
+    metric, name = key.split(",", 1)
+    is_mean = built.aggregation()[metric] is mean and all(key in document.values for document in documents)
+    return MetricValue(
+        metric=metric,
+        filter=name,
+        value=value,
+        stderr=_stderr(key, documents) if is_mean else None,
+        higher_is_better=built.higher_is_better()[metric],
+    )
+
+
+def _stderr(key: str, documents: Sequence[DocumentResult]) -> float | None:
+    return standard_error([each.values[key] for each in documents], [each.cluster for each in documents])
+
+
+def pooled(task: str, members: Mapping[str, Evaluated], samples: int, *, by_size: bool = True) -> Evaluated:
+    """The result of a group of tasks: the mean over all their documents, or with `by_size` false over the tasks.
+
+    members: by name. The documents of one member belong together (the subjects of MMLU), unless the mean is over the tasks.
+    """
+    scores = [member.score for member in members.values()]
+    first = next(iter(members.values()))
+    if metrics_of := {score.metric for score in scores} - {first.score.metric}:
+        raise InputError(
+            f"task {task!r}: its tasks have different metrics ({first.score.metric}, {', '.join(sorted(metrics_of))})",
+            "name its tasks one by one",
+        )
+    everywhere = [
+        each
+        for each in first.metrics
+        if all(
+            (each.metric, each.filter) in {(m.metric, m.filter) for m in other.metrics} for other in members.values()
+        )
+    ]
+    documents = tuple(
+        renamed(document, name, cluster=name if by_size else None)
+        for name, member in members.items()
+        for document in member.documents
+    )
+    sizes = [score.num_documents if by_size else 1 for score in scores]
+
+    def total(value: Callable[[Evaluated], float]) -> float:
+        return sum(value(each) * size for each, size in zip(members.values(), sizes, strict=True)) / sum(sizes)
+
+    metrics = []
+    for each in everywhere:
+        values = [
+            next(own for own in member.metrics if (own.metric, own.filter) == (each.metric, each.filter))
+            for member in members.values()
+        ]
+        if not by_size:
+            known = [own.stderr for own in values if own.stderr is not None]
+            stderr = math.sqrt(sum(one**2 for one in known)) / len(values) if len(known) == len(values) else None
+        elif all(f"{each.metric},{each.filter}" in document.values for document in documents):
+            stderr = _stderr(f"{each.metric},{each.filter}", documents)
+        else:
+            stderr = None
+        value = sum(own.value * size for own, size in zip(values, sizes, strict=True)) / sum(sizes)
+        metrics.append(MetricValue(each.metric, each.filter, value, stderr, each.higher_is_better))
+    main = next((m for m in metrics if (m.metric, m.filter) == (first.score.metric, first.filter)), None)
+    available = [score.num_available or score.num_documents for score in scores]
+    score = Score(
+        task=task,
+        metric=first.score.metric,
+        value=total(lambda member: member.score.value),
+        stderr=main.stderr if main else None,
+        num_documents=sum(each.num_documents for each in scores),
+        num_fewshot=first.score.num_fewshot,
+        version=first.score.version,
+        split=first.score.split,
+        higher_is_better=first.score.higher_is_better,
+        num_available=sum(available),
+        num_clusters=len(members) if by_size else None,
+    )
+    kept = [
+        Sample(f"{name}/{sample.id}", sample.value, sample.prompt, sample.target, sample.answer)
+        for name, member in members.items()
+        for sample in member.samples
+    ]
+    return Evaluated(
+        score,
+        first.filter,
+        tuple(metrics),
+        documents,
+        worst_first(kept, samples, higher_is_better=score.higher_is_better),
+    )
+
+
+def _sample(sample: Mapping[str, Any], metric: str) -> Sample | None:
+    """A document with the model's answer; None if the metric is not a number for each document."""
+    value = _number(sample.get(metric))
+    if value is None:
+        return None
+    requests, answers = sample["arguments"], sample["filtered_resps"]
+    scored = all(isinstance(answer, list | tuple) and len(answer) == 2 for answer in answers)
+    if scored and len(requests) > 1:  # choices: (log-likelihood, greedy) of each
+        choices = [str(request[1]) for request in requests]
+        lengths = [len(choice.encode()) if metric == "acc_norm" else 1 for choice in choices]
+        best = max(range(len(choices)), key=lambda number: answers[number][0] / max(1, lengths[number]))
+        answer = choices[best]
+    else:
+        answer = "\n".join(str(each) for each in answers)
+    target = sample["target"]
+    if scored and isinstance(target, int) and 0 <= target < len(requests):
+        target = requests[target][1]
+    return Sample(
+        id=str(sample["doc_id"]),
+        value=value,
+        prompt=str(requests[0][0])[-LONGEST_TEXT:],
+        target=str(target)[-LONGEST_TEXT:],
+        answer=answer[-LONGEST_TEXT:],
+    )

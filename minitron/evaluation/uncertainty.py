@@ -1,0 +1,38 @@
+"""Standard errors of means over documents, of which some belong together.
+
+Sources: Miller 2024, arXiv 2411.00640, sections 2 and 3; the factor for few clusters is Stata's and statsmodels'.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+# Fields with a text that several documents of a benchmark may ask about (boolq, drop, race, squadv2, coqa, multirc, record).
+PASSAGES = ("passage", "context", "article", "paragraph", "story")
+
+
+def passage_of(document: Mapping[str, object]) -> str | None:
+    """The text that a document asks about, which it may have in common with others; None if it has none."""
+    texts = (document.get(field) for field in PASSAGES)
+    return next((text for text in texts if isinstance(text, str) and text), None)
+
+
+def standard_error(values: Sequence[float], clusters: Sequence[object]) -> float | None:
+    """Standard error of the mean of `values`, of which those with equal `clusters` belong together.
+
+    If no two do, that is their standard deviation divided by sqrt(len(values)). None if all belong together.
+    """
+    count = len(set(clusters))
+    if count < 2:
+        return None
+    if count == len(values):
+        return statistics.stdev(values) / math.sqrt(len(values))
+    mean = math.fsum(values) / len(values)
+    sums: dict[object, float] = defaultdict(float)
+    for value, cluster in zip(values, clusters, strict=True):
+        sums[cluster] += value - mean
+    squares = math.fsum(total**2 for total in sums.values())
+    return math.sqrt(squares * count / (count - 1)) / len(values)

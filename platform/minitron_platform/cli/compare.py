@@ -1,0 +1,79 @@
+"""`minitron compare`: which differences between models are real."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+from rich.markup import escape
+from rich.table import Table
+
+from minitron import storage
+from minitron_platform.console import Console
+
+if TYPE_CHECKING:
+    from minitron.evaluation.comparison import Difference
+
+
+@click.command()
+@click.argument("files", metavar="FILE.json...", nargs=-1, required=True)
+@click.option("--out", metavar="FILE.json", help="Write the differences to this file.")
+def compare(files: tuple[str, ...], out: str | None) -> None:
+    """Compare models on the same documents.
+
+    FILES are those that `minitron evaluate --out` wrote, each with one model or several. All models are compared with the first
+    one, on the documents that both answered. A difference is called real if it is significant at 5 % after a correction for the
+    number of differences (Holm's); for the others the table says how many documents would show a difference of this size.
+
+    \b
+    minitron evaluate ./teacher ./student --suite minitron-base --data benchmarks --out both.json
+    minitron compare both.json other.json
+    """
+    from dataclasses import asdict
+
+    from minitron.evaluation.comparison import compare as differences_of
+    from minitron.evaluation.result_file import read_results
+    from minitron_platform.cli.evaluation_tables import score_table
+
+    results = [result for path in files for result in read_results(path)]
+    differences = differences_of(results)
+    console = Console()
+    console.table(score_table(results))
+    shown = {key: each.score.shown_as for result in results for key, each in result.tasks.items()}
+    table = Table(
+        title=f"differences to {results[0].model}",
+        title_justify="left",
+        caption=f"intervals of 95 %, paired by document; real: significant at 5 % after Holm's correction for "
+        f"{len(differences)} differences",
+        caption_justify="left",
+    )
+    for title, justify in (("task", "left"), ("model", "left"), ("difference", "right"), ("interval", "right")):
+        table.add_column(title, justify=justify)  # type: ignore[arg-type]
+    table.add_column("documents", justify="right")
+    table.add_column("verdict")
+    for each in differences:
+        metric = shown[each.task]
+        interval = (
+            "" if each.interval is None else f"{metric.text(each.interval[0])} to {metric.text(each.interval[1])}"
+        )
+        value = f"{'+' if each.value > 0 else ''}{metric.text(each.value)}"
+        title = f"{each.task} {metric.title}"
+        table.add_row(title, each.model, value, interval, f"{each.num_documents:,}", _verdict(each))
+    console.table(table)
+    if out:
+        storage.write_json(out, [asdict(each) | {"is_real": each.is_real} for each in differences])
+        console.say(f"written to [bold]{escape(out)}[/]")
+
+
+def _verdict(difference: Difference) -> str:
+    if difference.is_real:
+        return "real"
+    if difference.adjusted is None:
+        return "unknown: one document, or one group of them"
+    if difference.needed is None:
+        return "none"
+    needed = f"about {difference.needed:,} documents would settle it"
+    available = difference.num_available
+    if available is not None and difference.needed > available:
+        needed += f"; the benchmark has {available:,}"
+    return f"not shown: {needed}"

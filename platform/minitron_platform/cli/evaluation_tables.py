@@ -1,0 +1,50 @@
+"""Tables of benchmark scores, and samples, for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from minitron.evaluation.metrics import PLUS_MINUS
+from minitron.evaluation.result_file import ModelResults
+
+
+def score_table(results: Sequence[ModelResults]) -> Table:
+    """A row per task with its metric, unit and documents, and a column per model."""
+    keys = list(dict.fromkeys(key for result in results for key in (*result.tasks, *result.failures)))
+    has_errors = any(each.score.stderr is not None for result in results for each in result.tasks.values())
+    table = Table(caption=f"{PLUS_MINUS} is the standard error" if has_errors else None, caption_justify="left")
+    table.add_column("task")
+    table.add_column("metric")
+    for result in results:
+        table.add_column(result.model, justify="right")
+    table.add_column("measured on")
+    for key in keys:
+        score = next((result.tasks[key].score for result in results if key in result.tasks), None)
+        shown = ["failed" if key not in result.tasks else _value(result, key) for result in results]
+        lower = " (lower is better)" if score and score.higher_is_better is False else ""
+        table.add_row(key, f"{score.shown_as.title}{lower}" if score else "", *shown, score.settings if score else "")
+    return table
+
+
+def _value(result: ModelResults, key: str) -> str:
+    score = result.tasks[key].score
+    return score.shown_as.text(score.value, score.stderr)
+
+
+def sample_lines(results: Sequence[ModelResults], longest: int) -> Iterator[str]:
+    """The samples of every task and model, as lines with markup. longest: characters of a prompt or answer."""
+    for result in results:
+        for key, evaluated in result.tasks.items():
+            metric = evaluated.score.shown_as
+            for sample in evaluated.samples:
+                yield f"\n[bold]{escape(result.model)} · {escape(key)} {escape(sample.id)}[/]  {metric.sentence(sample.value)}"
+                yield f"[dim]{escape(_end(sample.prompt, longest))}[/]"
+                yield f"  expected  {escape(_end(sample.target, longest).strip())}"
+                yield f"  answered  {escape(_end(sample.answer, longest).strip())}"
+
+
+def _end(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"… {text[-longest:]}"

@@ -1,0 +1,85 @@
+"""Models that commands load: a folder, a .gguf file, package:NAME/PATH, a hub name, or MODEL@ALIAS of the registry."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from minitron.packages import PACKAGE
+from minitron.storage import is_local, local_path
+
+if TYPE_CHECKING:
+    import torch
+
+    from minitron_platform.locations import Locations
+
+REGISTERED = re.compile(r"^[^/\\@]+@[A-Za-z0-9_.-]+$")
+DTYPE_HELP = "Dtype to compute in. [default: bfloat16 if the hardware multiplies it natively]"
+MODEL_HELP = (
+    "MODEL is a checkpoint folder, a .gguf file, package:NAME/PATH, a hub name, or NAME@ALIAS of the registry, such as "
+    "smollm2-90m@champion."
+)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model on the device, with its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+    dtype: str
+    """By torch's name."""
+
+    def identity(self) -> str:
+        """A hash of weights, config and tokenizer, equal for the same model wherever it is read from."""
+        from minitron.checkpoints.identity import model_identity
+
+        return model_identity(self.model, self.tokenizer)
+
+
+def dtype_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The option --dtype."""
+    choices = click.Choice(["auto", "bfloat16", "float32"])
+    return click.option("--dtype", type=choices, default="auto", help=DTYPE_HELP)(command)
+
+
+@contextmanager
+def checkpoint(model: str, locations: Locations) -> Iterator[str]:
+    """The source of a model, as `minitron.models.load_source` takes it; a registered one is copied for the time of the context.
+
+    Its weights are compared with what was registered. Raises InputError and StorageError as `minitron models pull`.
+    """
+    if not is_registered(model):
+        yield model
+        return
+    from minitron_platform.tracking.registry import pull
+
+    name, alias = model.rsplit("@", 1)
+    with tempfile.TemporaryDirectory() as folder:
+        target = str(Path(folder) / "model")
+        pull(locations.tracking_uri, name, target, alias=alias, storage_root=locations.storage)
+        yield target
+
+
+def is_registered(model: str) -> bool:
+    """Whether a model is named as one of the registry."""
+    if model.startswith(PACKAGE) or not is_local(model) or local_path(model).exists():
+        return False
+    return REGISTERED.match(model) is not None
+
+
+def load(source: str, dtype: str) -> Loaded:
+    """Load a model to this machine's device. dtype: a name, or auto. Raises InputError as `minitron.models.load_source`."""
+    from minitron.device import compute_dtype, device
+    from minitron.models import load_source
+
+    chosen: torch.dtype = compute_dtype(dtype)
+    model, tokenizer = load_source(source, dtype=chosen)
+    return Loaded(model.to(device()).eval(), tokenizer, str(chosen).removeprefix("torch."))

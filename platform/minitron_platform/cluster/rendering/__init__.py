@@ -1,0 +1,1 @@
+"""The files that start a cluster, from the templates in `clusters/` and the user's figures."""

@@ -1,0 +1,101 @@
+"""Which differences between models are real: paired by document, clustered, corrected for their number."""
+
+from __future__ import annotations
+
+import random
+import statistics
+
+import pytest
+
+from minitron.errors import InputError
+from minitron.evaluation import DocumentResult, Evaluated, Score
+from minitron.evaluation.comparison import compare
+from minitron.evaluation.result_file import ModelResults
+
+
+def result(values, *, clusters=None, task="arc", fewshot=0):
+    documents = tuple(
+        DocumentResult(str(n), f"hash {n}", str(clusters[n] if clusters else n), {"acc,none": float(value)})
+        for n, value in enumerate(values)
+    )
+    mean = statistics.fmean(values)
+    score = Score(task, "acc", mean, None, len(values), fewshot, "1", "test", True, 10_000)
+    return Evaluated(score, "none", (), documents)
+
+
+def model(name, **tasks):
+    return ModelResults(name, "0" * 16, 1, "float32", "cpu", tasks)
+
+
+def flipped(values, better, worse):
+    """The answers of another model, which is right on `better` more of the documents and wrong on `worse` others."""
+    wrong = [n for n, value in enumerate(values) if not value][:better]
+    right = [n for n, value in enumerate(values) if value][:worse]
+    return [1 if n in wrong else 0 if n in right else value for n, value in enumerate(values)]
+
+
+BASE = [n % 2 for n in range(400)]
+
+
+def test_a_difference_is_that_of_the_same_documents_with_their_own_error():
+    (difference,) = compare([model("a", arc=result(BASE)), model("b", arc=result(flipped(BASE, 14, 2)))])
+    changes = [1.0] * 14 + [-1.0] * 2 + [0.0] * 384
+    assert difference.value == pytest.approx(12 / 400)
+    assert difference.stderr == pytest.approx(statistics.stdev(changes) / 20)
+    assert difference.interval[0] == pytest.approx(difference.value - 1.966 * difference.stderr, rel=1e-3)
+    # 16 tosses of a coin with at most 2 or at least 14 heads
+    assert difference.p_value == pytest.approx(2 * (1 + 16 + 120) / 2**16)
+    assert difference.is_real
+    assert difference.needed is None
+
+
+def test_what_is_not_real_says_how_many_documents_would_show_it():
+    (difference,) = compare([model("a", arc=result(BASE[:60])), model("b", arc=result(flipped(BASE[:60], 6, 2)))])
+    assert not difference.is_real
+    times = difference.needed / 60
+    assert times == pytest.approx((2.802 * difference.stderr / difference.value) ** 2, rel=0.01)
+    # with as many documents of the same kind it is real in most repetitions
+    draw = random.Random(3)
+    shown = 0
+    for _ in range(20):
+        kinds = draw.choices([(1, 0), (0, 1), (1, 1)], weights=[2, 6, 52], k=difference.needed)
+        before, after = zip(*kinds, strict=True)
+        (again,) = compare([model("a", arc=result(before)), model("b", arc=result(after))])
+        shown += again.is_real
+    assert 11 <= shown <= 20
+
+
+def test_many_comparisons_are_corrected():
+    other = flipped(BASE, 12, 3)
+    (alone,) = compare([model("a", arc=result(BASE)), model("b", arc=result(other))])
+    assert 0.05 > alone.p_value > 0.05 / 9
+    nine = {f"t{n}": result(BASE, task=f"t{n}") for n in range(9)}
+    others = {f"t{n}": result(other, task=f"t{n}") for n in range(8)} | {"t8": result(flipped(BASE, 30, 0), task="t8")}
+    differences = compare([model("a", **nine), model("b", **others)])
+    assert [each.task for each in differences if each.is_real] == ["t8"]
+    assert differences[0].adjusted == pytest.approx(8 * alone.p_value)
+    assert differences[8].adjusted == pytest.approx(9 * differences[8].p_value)
+
+
+def test_documents_that_belong_together_count_once():
+    """14 questions on one passage that one model understands are one piece of evidence."""
+    other = flipped(BASE, 14, 0)
+    clusters = [0 if a != b else n for n, (a, b) in enumerate(zip(BASE, other, strict=True), start=1)]
+    together = [model("a", arc=result(BASE, clusters=clusters)), model("b", arc=result(other, clusters=clusters))]
+    assert not compare(together)[0].is_real
+    assert compare([model("a", arc=result(BASE)), model("b", arc=result(other))])[0].is_real
+
+
+def test_other_settings_and_other_documents_are_refused():
+    reference = model("a", arc=result(BASE))
+    with pytest.raises(InputError, match="a has num_fewshot 0, but b has 5"):
+        compare([reference, model("b", arc=result(BASE, fewshot=5))])
+    shifted = result(BASE)
+    others = tuple(DocumentResult(d.id, d.hash + "x", d.cluster, d.values) for d in shifted.documents)
+    with pytest.raises(InputError, match="only 0 of the 400 documents of b are among the 400 of a"):
+        compare([reference, model("b", arc=Evaluated(shifted.score, "none", (), others))])
+    with pytest.raises(InputError, match="no task in common"):
+        compare([reference, model("b", other=result(BASE))])
+    # the first 50 documents of a limited evaluation are compared with the same ones of the other
+    (difference,) = compare([reference, model("b", arc=result(BASE[:50]))])
+    assert (difference.num_documents, difference.value, difference.p_value) == (50, 0, 1)

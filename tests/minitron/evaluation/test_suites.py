@@ -1,0 +1,97 @@
+"""Suites, the documents in one folder, standard errors of documents that belong together, and the task that we ship."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from helpers.evaluating import arc_documents, byte_tokenizer, tiny_model, write_jsonl
+
+from minitron.errors import InputError
+from minitron.evaluation import Task, evaluate, evaluate_documents, suite
+from minitron.evaluation.suites import folder_of, suites
+from minitron.evaluation.task_index import stock
+from minitron.evaluation.uncertainty import standard_error
+from minitron_platform.recipes.load import load_recipe, recipe_yaml
+
+
+def test_every_suite_names_tasks_that_exist_and_the_base_suite_has_the_papers_settings():
+    known = stock()
+    assert suites() == ["minitron-base", "minitron-instruct", "quick"]
+    for name in suites():
+        assert suite(name).version >= 1
+        assert all(task.name in known.tasks or task.name in known.groups for task in suite(name).tasks)
+    shots = {task.name: task.num_fewshot for task in suite("minitron-base").tasks}
+    papers = {"winogrande": 5, "arc_challenge": 25, "mmlu": 5, "hellaswag": 10, "gsm8k": 5, "truthfulqa_mc2": 0}
+    assert shots == papers | {"xlsum_en": 3, "mbpp": 0, "humaneval": 0}
+    with pytest.raises(InputError, match="suite 'minitron-bass': does not exist") as refused:
+        suite("minitron-bass")
+    assert "did you mean minitron-base?" in refused.value.remedy
+
+
+def test_a_recipe_names_a_suite_with_the_data_and_limit_of_its_tasks(bench, tmp_path):
+    (tmp_path / "truthfulqa_mc").mkdir()
+    sets = ["evaluate.suite=minitron-base", f"evaluate.data={tmp_path}", "evaluate.limit=7"]
+    given = "evaluate.tasks=[{name: winogrande, num_fewshot: 5, limit: 3}]"
+    recipe = load_recipe(str(bench / "recipe.yaml"), [*sets, given])
+    tasks = {task.name: task for task in recipe.evaluate.tasks}
+    assert len(tasks) == len(recipe.evaluate.tasks) == 9
+    assert (tasks["winogrande"].limit, tasks["arc_challenge"].limit, tasks["xlsum_en"].limit) == (3, 7, 0.2)
+    assert tasks["truthfulqa_mc2"].data == str(tmp_path / "truthfulqa_mc") == folder_of(str(tmp_path), "truthfulqa_mc1")
+    assert tasks["mmlu"].data == str(tmp_path / "mmlu")
+    (tmp_path / "again.yaml").write_text(recipe_yaml(recipe))
+    assert load_recipe(str(tmp_path / "again.yaml")) == recipe
+    with pytest.raises(InputError, match=r"evaluate: .*suite 'x': does not exist"):
+        load_recipe(str(bench / "recipe.yaml"), ["evaluate.suite=x"])
+
+
+def test_the_standard_error_counts_documents_that_belong_together_once():
+    values = [1.0, 0.0, 0.0, 1.0, 1.0, 0.0]
+    alone = standard_error(values, range(6))
+    assert alone == pytest.approx(math.sqrt(0.3 / 6))
+    # the same documents four times each: the means of the clusters are all that there is to know
+    four = [value for value in values for _ in range(4)]
+    assert standard_error(four, [number // 4 for number in range(24)]) == pytest.approx(alone)
+    assert standard_error(four, range(24)) == pytest.approx(math.sqrt((6 / 23) / 24))
+    assert standard_error(values, [0] * 6) is None
+
+
+def test_questions_on_one_passage_and_all_metrics_are_in_the_documents(tmp_path):
+    documents = [
+        {"passage": f"text {number // 3}", "question": f"is it {number}", "label": number % 2} for number in range(9)
+    ]
+    data = str(write_jsonl(tmp_path / "validation.jsonl", documents))
+    arc = str(write_jsonl(tmp_path / "test.jsonl", arc_documents(5)))
+    model, tokenizer, tasks = tiny_model(1), byte_tokenizer(), [Task("boolq", data), Task("arc_easy", arc, limit=4)]
+    results = evaluate_documents(model, tokenizer, tasks, samples=2)
+    passages, arc_easy = results["boolq"], results["arc_easy"]
+    right = [document.values["acc,none"] for document in passages.documents]
+    assert passages.score.stderr == standard_error(right, [number // 3 for number in range(9)])
+    assert passages.score.num_clusters == 3
+    assert passages.score.value == sum(right) / 9
+    assert {metric.metric for metric in arc_easy.metrics} == {"acc", "acc_norm"}
+    assert arc_easy.score.documents == "first 4 of 5 documents of test"
+    assert arc_easy.score == evaluate(model, tokenizer, tasks)["arc_easy"]
+    assert len({document.hash for document in arc_easy.documents}) == 4
+    worst = [document.values["acc,none"] for document in arc_easy.documents]
+    assert [sample.value for sample in arc_easy.samples] == sorted(worst)[:2]
+    sample = arc_easy.samples[0]
+    document = arc_documents(5)[int(sample.id)]
+    assert sample.prompt == f"Question: {document['question']}\nAnswer:"
+    assert sample.target.strip() == document["choices"]["text"]["ABCD".index(document["answerKey"])]
+    assert sample.answer.strip() in document["choices"]["text"]
+
+
+def test_summaries_are_scored_by_their_longest_common_subsequence(tmp_path, monkeypatch):
+    from minitron.evaluation.requests import DocumentRequests
+
+    documents = [{"text": "a long article", "summary": "the cats sat on a mat"}, {"text": "b", "summary": "dogs run"}]
+    answers = [" The cat sat. on the mat\nmore", "birds"]
+    monkeypatch.setattr(
+        DocumentRequests, "generate_until", lambda self, requests, **_: [answers[r.doc_id] for r in requests]
+    )
+    data = str(write_jsonl(tmp_path / "xlsum" / "test.jsonl", documents))
+    score = evaluate(tiny_model(1), byte_tokenizer(), [Task("xlsum_en", data)])["xlsum_en"]
+    # "cats" and "cat" have one stem: the cat sat on mat, 5 words of 6 and of 6
+    assert score.value == pytest.approx((5 / 6 + 0) / 2)
+    assert score.shown_as.sentence(score.value) == "rougeL 41.7 %"

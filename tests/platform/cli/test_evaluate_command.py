@@ -1,0 +1,82 @@
+"""`minitron evaluate` scores models from their folders; its file of results has the published schema."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import jsonschema
+import pytest
+from helpers import tiny
+from helpers.command import minitron_here
+from helpers.evaluating import write_jsonl
+
+from minitron.checkpoints.identity import checkpoint_identity
+from minitron.evaluation.result_file import SCHEMA, read_results
+from minitron.models import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(bench, tmp_path_factory):
+    """A folder with benchmark documents, and a second model."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    lines = [json.loads(line) for line in (bench / "arc.jsonl").read_text().splitlines()]
+    write_jsonl(folder / "data" / "arc_easy" / "test.jsonl", lines)
+    write_jsonl(folder / "data" / "arc_easy" / "train.jsonl", lines[:3])
+    tokenizer = tiny.tokenizer()
+    tiny.model(vocab_size=len(tokenizer), seed=4).save_pretrained(folder / "random")
+    tokenizer.save_pretrained(folder / "random")
+    return folder
+
+
+def test_models_are_scored_and_the_file_has_the_published_schema(bench, folder):
+    tasks = ("--tasks", "arc_easy,arc_easy:2", "--data", "data", "--limit", "5", "--dtype", "float32")
+    done = minitron_here(
+        "evaluate", bench / "teacher", "random", *tasks, "--samples", "1", "--out", "a.json", cwd=folder
+    )
+    assert done.returncode == 0, done.stderr
+    content = json.loads((folder / "a.json").read_text())
+    jsonschema.validate(content, json.loads(SCHEMA.read_text()))
+    teacher, random = read_results(str(folder / "a.json"))
+    assert (
+        teacher.identity == checkpoint_identity(bench / "teacher", load_tokenizer(bench / "teacher")) != random.identity
+    )
+    assert list(teacher.tasks) == ["arc_easy", "arc_easy_2shot"]
+    score = teacher.tasks["arc_easy"].score
+    assert score.value == sum(teacher.tasks["arc_easy"].values()) / 5
+    (row,) = [line for line in done.stdout.splitlines() if "│ arc_easy_2shot" in line]
+    assert "2-shot, first 5 of 12 documents of test" in row
+    assert "acc, %" in row
+    assert random.tasks["arc_easy_2shot"].score.shown_as.text(random.tasks["arc_easy_2shot"].score.value) in row
+    (sample,) = random.tasks["arc_easy"].samples
+    assert sample.value == min(random.tasks["arc_easy"].values())
+    assert f"answered  {sample.answer.strip()}" in done.stdout
+
+    compared = minitron_here("compare", "a.json", "--out", "differences.json", cwd=folder)
+    assert compared.returncode == 0, compared.stderr
+    differences = json.loads((folder / "differences.json").read_text())
+    assert [each["task"] for each in differences] == list(teacher.tasks)
+    for each in differences:
+        assert each["value"] == random.tasks[each["task"]].score.value - teacher.tasks[each["task"]].score.value
+        assert not each["is_real"]  # five documents show nothing
+    (row,) = [line for line in compared.stdout.splitlines() if "│ arc_easy acc" in line]
+    assert re.search(r"│ +5 │ (none|not shown: about [\d,]+ documents would settle it)", row)
+    alone = minitron_here("compare", "differences.json", cwd=folder)
+    assert (alone.returncode, "is not a file of results" in alone.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--suite", "x"], "suite 'x': does not exist"),
+        (["--suite", "quick", "--tasks", "piqa"], "--suite and --tasks: both were given"),
+        (["--tasks", "arc_easy:five"], "'arc_easy:five' is not a task"),
+        (["--tasks", "piqa", "--data", "data"], "data/piqa: no such file or folder"),
+        (["--tasks", "arc_easy:4", "--data", "data"], "the split 'train' of .* has 3 examples"),
+        (["--suite", "minitron-base", "--data", "data"], "winogrande: no such file or folder"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_a_model_is_loaded(folder, options, problem):
+    done = minitron_here("evaluate", "random", *options, cwd=folder)
+    assert done.returncode == 2
+    assert re.search(problem, done.stderr), done.stderr
