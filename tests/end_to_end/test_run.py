@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -383,14 +384,17 @@ def test_a_deleted_mlflow_database_is_filled_again(bench, finished):
     assert version.source == _results(bench)["distill"]["student"]
 
 
-def test_ctrl_c_stops_a_search_and_says_how_to_resume(bench, finished):
+def test_sigterm_stops_a_search_and_ctrl_c_a_start_and_both_say_how_to_resume(bench, finished):
     process = _start(bench, "interrupted", "search.training.steps=200")
     _wait_until(process, lambda: list((bench / "interrupted").glob("trials/*/*/result.json")), "finished trial")
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=90) == 130
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=90) == 143
     said = (bench / "interrupted.log").read_text()
-    assert "stopped; to resume: " in said
+    _, last = said.split("stopped; to resume: ")
+    assert last.startswith(shlex.join(command("run", "recipe.yaml", "--storage", "interrupted")))
+    assert len(last.splitlines()) == 1
     assert "Traceback" not in said
+    assert "SIGTERM" not in said  # Ray's stack begins with it
     assert not list((bench / "interrupted").glob("stages/search/*/stage.json"))
     client = MlflowClient(f"sqlite:///{bench}/interrupted/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
@@ -399,6 +403,14 @@ def test_ctrl_c_stops_a_search_and_says_how_to_resume(bench, finished):
     assert status.pop(next(name for name in status if name.startswith("tiny"))) == "KILLED"  # the whole run
     assert {status[name] for name in ("data", "calibrate", "targets")} == {"FINISHED"}
     assert "RUNNING" not in status.values(), status
+
+    process = _start(bench, "interrupted")
+    _wait_until(process, lambda: "Minitron" in (bench / "interrupted.log").read_text(), "output")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=90) == 130
+    said = (bench / "interrupted.log").read_text()
+    assert "stopped; to resume: " in said
+    assert "Traceback" not in said
 
 
 def _start(bench, storage, *settings, until="register"):

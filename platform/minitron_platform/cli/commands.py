@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -25,6 +25,7 @@ from minitron_platform.cli.run import run
 from minitron_platform.cli.submit import submit
 from minitron_platform.cli.tracking import sync, ui
 from minitron_platform.console import PrintableFormatter, echo
+from minitron_platform.stopping import INTERRUPTED, TerminatedError, stopped_by_sigterm
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -34,14 +35,16 @@ class _Group(click.Group):
 
     def invoke(self, context: click.Context) -> Any:
         try:
-            return super().invoke(context)
+            with stopped_by_sigterm():
+                return super().invoke(context)
         except NotWritableError as error:
             _fail(type(error)(error.problem, f"{error.remedy}{self._location_option(context)}"))
         except MinitronError as error:
             _fail(error)
         except KeyboardInterrupt:
-            echo(f"\nstopped; to resume: {command_line()}", err=True)
-            context.exit(130)
+            _stopped(INTERRUPTED)
+        except TerminatedError as error:
+            _stopped(error.code)
 
     def _location_option(self, context: click.Context) -> str:
         """End of the remedy for a folder that is not writable: names the option --storage if the command that failed has it."""
@@ -57,6 +60,11 @@ def _fail(error: MinitronError) -> None:
         click.secho("  fix: ", fg="green", bold=True, nl=False, err=True)
         click.echo(error.remedy, err=True)
     raise SystemExit(2)
+
+
+def _stopped(exit_code: Any) -> NoReturn:
+    echo(f"\nstopped; to resume: {command_line()}", err=True)
+    raise SystemExit(exit_code)
 
 
 @click.group(cls=_Group, context_settings=CONTEXT)

@@ -6,10 +6,12 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import site
 import socket
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -103,7 +105,7 @@ def ray_session(
         if address is None or address == "local":
             logging.getLogger("ray").setLevel(logging.ERROR)  # ray.init warns if it is called outside the main thread
             with _private_folder(temp_dir) as folder, environment_variables(_private_settings()):
-                with _one_small_node():
+                with _one_small_node(), _signals_kept():
                     ray.init(
                         address="local",
                         num_cpus=max(cores(), num_cpus or 0),
@@ -172,7 +174,8 @@ def _join(address: str) -> None:
         if IN_A_JOB not in os.environ:
             runtime_env = {"py_modules": stage_code(Path(folder)), "env_vars": dict(QUIET)}
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=runtime_env)
+            with _signals_kept():
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=runtime_env)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise MinitronError(
                 f"Ray at {address!r} cannot be joined: {str(error).strip().splitlines()[0]}",
@@ -223,6 +226,24 @@ def _one_small_node() -> Iterator[None]:
 
 def _nothing(node: Node, **options: object) -> None:
     """Instead of starting a process."""
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """A Ray that is joined inside the context leaves SIGTERM to the handler of this program, if it has one.
+
+    Ray would replace it. It would also print a C++ stack at SIGTERM, and abort the program three seconds later although it is
+    closing; with that goes the C++ stack of a crash of this process, of which Python prints its own. Workers keep both.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    before = ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER
+    ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True
+    try:
+        yield
+    finally:
+        ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = before
+        if threading.current_thread() is threading.main_thread() and handler not in (None, signal.SIG_DFL):
+            signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager

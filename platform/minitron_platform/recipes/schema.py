@@ -348,12 +348,12 @@ class Member(_Section):
 class Evaluate(_Grown):
     """The final evaluation: lm-eval tasks, and the number of requests in a batch. `allow_code`: allow tasks that run programs
     which the model writes, in a sandbox, tasks whose metric is Python code from the hub, and tasks of `task_folder` with
-    Python functions. `prompts`: are completed by every model, to be read.
+    Python functions. `prompts`: are completed by every model, to be read. `throughput`: measure the speed of the models.
 
     `suite`, `data` and `limit` are turned into `tasks` when the recipe is read (`minitron_platform.recipes.suites`).
     """
 
-    added = ("suite", "data", "limit", "task_folder", "prompts")
+    added = ("suite", "data", "limit", "task_folder", "prompts", "throughput")
 
     suite: str | None = None
     tasks: list[Task] = []
@@ -362,6 +362,7 @@ class Evaluate(_Grown):
     task_folder: str | None = None
     prompts: Annotated[list[str], Field(max_length=100)] = []
     batch_rows: Positive | Literal["auto"] = "auto"
+    throughput: bool = False
     allow_code: bool = False
 
     @model_validator(mode="before")

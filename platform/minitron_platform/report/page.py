@@ -62,10 +62,15 @@ def rows(state: RunState) -> tuple[list[str], list[list[str]]]:
         ("parameters", lambda figures: f"{figures.parameters:,}"),
         *((_row_title(metric), partial(_heldout_text, field, metric)) for field, metric in HELDOUT.items()),
         *((_task_title(task, metric), partial(_score_text, task)) for task, metric in _benchmarks(state).items()),
-        (SPEED.unit, lambda figures: SPEED.text(figures.tokens_per_second)),
     ]
+    if any(figures.tokens_per_second is not None for _, figures in columns):
+        metrics.append((SPEED.unit, _speed_text))
     header = ["", *(title for title, _ in columns)]
     return header, [[name, *[text(figures) for _, figures in columns]] for name, text in metrics]
+
+
+def _speed_text(figures: Figures) -> str:
+    return "" if figures.tokens_per_second is None else SPEED.text(figures.tokens_per_second)
 
 
 def _row_title(metric: Metric) -> str:

@@ -76,13 +76,14 @@ class Figures(Quality):
     """All measurements of one model: a column of the final table."""
 
     parameters: int
-    tokens_per_second: float
-    tokens_per_second_spread: float
+    tokens_per_second: float | None = None
+    """None unless the recipe says `evaluate.throughput`."""
+    tokens_per_second_spread: float | None = None
 
     @property
     def numbers(self) -> dict[str, float]:
         """All measurements except the benchmarks, by field."""
-        names = ("parameters", *HELDOUT, "tokens_per_second")
+        names = ("parameters", *HELDOUT, *(["tokens_per_second"] if self.tokens_per_second is not None else []))
         return {name: getattr(self, name) for name in names}
 
 
@@ -131,9 +132,9 @@ class Evaluate(Stage[EvaluateOutput]):
         models = 3 if member is recipe.family[0] else 2  # the family shares the teacher's evaluation
         documents = benchmark_documents(recipe.evaluate.tasks)
         tokens = documents * DOCUMENT_TOKENS + recipe.data.heldout_rows * seq_length
-        tasks = ", ".join(task.name for task in recipe.evaluate.tasks) or "held-out rows only"
+        tasks = [task.name for task in recipe.evaluate.tasks] or ["held-out rows only"]
         return Estimate(
-            f"{models} models, {tasks}",
+            ", ".join([f"{models} models", *tasks, *(["throughput"] if recipe.evaluate.throughput else [])]),
             flops=outlook.teacher.flops_per_token(seq_length) * models * tokens,
             start_up_seconds=10,
             memory=evaluation_memory(recipe, outlook.teacher, outlook.largest(member), outlook.value_bytes),
@@ -148,7 +149,7 @@ class Evaluate(Stage[EvaluateOutput]):
             "distilled": distilled.student,
         }
         stored = {name: _quality_path(context, name, folder) for name in MODELS}
-        speeds = storage.join(folder, "throughput.json")
+        speeds = storage.join(folder, "throughput.json") if context.recipe.evaluate.throughput else None
         evaluation = _Evaluation(
             inputs=distill_inputs(context),
             tokenizer=context.output(Teacher).folder,
@@ -163,17 +164,17 @@ class Evaluate(Stage[EvaluateOutput]):
         )
         if not evaluation.is_finished():
             context.workers.compute(_evaluate, evaluation)
-        seconds = storage.read_json(speeds)
+        measured = storage.read_json(speeds) if speeds else {}
         table = {}
         for name in MODELS:
             quality = _read_quality(stored[name])
             assert quality is not None
             # a pruned student and what it is distilled to have the same shapes
-            speed = seconds.get(name) or seconds["distilled"]
+            speed = measured.get(name) or measured.get("distilled", {})
             table[name] = Figures(
                 **dict(quality),
-                tokens_per_second=speed["tokens_per_second"],
-                tokens_per_second_spread=speed["spread"],
+                tokens_per_second=speed.get("tokens_per_second"),
+                tokens_per_second_spread=speed.get("spread"),
                 parameters=context.output(Teacher).parameters if name == "teacher" else distilled.parameters,
             )
         pruned_kl = KL.text(table["pruned"].kl)
@@ -206,14 +207,15 @@ class Evaluate(Stage[EvaluateOutput]):
         return values
 
     def is_valid(self, state: RunState, output: EvaluateOutput) -> bool:
-        """Whether no benchmark failed; the stage runs only the failed ones again."""
-        return not output.failures
+        """Whether no benchmark failed, and the throughput is known if the recipe wants it; the stage runs only for these."""
+        timed = all(figures.tokens_per_second is not None for figures in output.table.values())
+        return not output.failures and (timed or not state.recipe.evaluate.throughput)
 
 
 def _settings(state: RunState) -> dict[str, Any]:
     """Everything that a model's measurements depend on besides the model."""
     return {
-        "evaluate": state.recipe.evaluate.model_dump(exclude={"batch_rows", "allow_code", "prompts"}),
+        "evaluate": state.recipe.evaluate.model_dump(exclude={"batch_rows", "allow_code", "prompts", "throughput"}),
         "documents": [documents_identity(task.data) for task in state.recipe.evaluate.tasks if task.data],
         "lm_eval": version("lm_eval"),
     } | ({"task_folder": documents_identity(folder)} if (folder := state.recipe.evaluate.task_folder) else {})
@@ -240,8 +242,8 @@ class _Evaluation:
     """Checkpoint folder by name."""
     stored: dict[str, str]
     """File of each model's measurements, by name."""
-    speeds: str
-    """File of the throughputs."""
+    speeds: str | None
+    """File of the throughputs; None if they are not measured."""
     tasks: tuple[Task, ...]
     batch_rows: BatchRows
     add_bos: bool | None
@@ -252,8 +254,8 @@ class _Evaluation:
     def is_finished(self) -> bool:
         """Whether everything is stored."""
         completed = not self.prompts or all(map(storage.exists, self.completed.values()))
-        measured = storage.exists(self.speeds) and all(_is_complete(path, self.tasks) for path in self.stored.values())
-        return completed and measured
+        timed = self.speeds is None or storage.exists(self.speeds)
+        return completed and timed and all(_is_complete(path, self.tasks) for path in self.stored.values())
 
     def completions(self) -> Completions | None:
         """The stored completions; None without prompts."""
@@ -268,7 +270,7 @@ class _Evaluation:
 
 
 def _evaluate(task: _Evaluation, worker: Worker) -> None:
-    """Measure what is not stored yet: one model after the other, by all processes together, and then the throughputs."""
+    """Measure what is not stored yet: one model after the other, by all processes together, then the throughputs."""
 
     for name, path in task.stored.items():
         if not _is_complete(path, task.tasks):
@@ -277,11 +279,11 @@ def _evaluate(task: _Evaluation, worker: Worker) -> None:
         if task.prompts and not storage.exists(task.completed[name]):
             _complete(task, worker, name)
             release_memory()
-    if not storage.exists(task.speeds):
-        _measure_speeds(task, worker)
+    if task.speeds is not None and not storage.exists(task.speeds):
+        _measure_speeds(task, task.speeds, worker)
 
 
-def _measure_speeds(task: _Evaluation, worker: Worker) -> None:
+def _measure_speeds(task: _Evaluation, path: str, worker: Worker) -> None:
     """Measure the throughputs, in the first process; in all of them if a model does not fit on a GPU."""
     worker.progress.status("measuring throughput")
     names = ("teacher", "distilled")
@@ -293,7 +295,7 @@ def _measure_speeds(task: _Evaluation, worker: Worker) -> None:
     loaded = {name: task.load(worker, name) for name in names}
     speeds = interleaved_throughput(loaded, seq_length=seq_length, batch_rows=4, seconds=4.0)
     if worker.is_first:
-        storage.write_json(task.speeds, {name: asdict(speed) for name, speed in speeds.items()})
+        storage.write_json(path, {name: asdict(speed) for name, speed in speeds.items()})
 
 
 def _complete(task: _Evaluation, worker: Worker, name: str) -> None:

@@ -28,6 +28,7 @@ def run_key(recipe: Recipe) -> str:
     if recipe.correct and recipe.correct.training:
         content["correct"]["training"] = training_values(recipe.correct.training)
     content["data"] = data_values(recipe.data)
+    content["evaluate"].pop("throughput", None)  # earlier runs always measured it
     if not recipe.evaluate.allow_code:
         del content["evaluate"]["allow_code"]  # it was added later, and earlier runs keep their names
     if recipe.evaluate.batch_rows == "auto":

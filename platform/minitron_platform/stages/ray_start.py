@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from types import TracebackType
-from typing import Any
 
 import torch
 from ray._private.utils import estimate_available_memory, resolve_object_store_memory
@@ -138,8 +135,6 @@ class _PrivateRay:
             seats=resources.workers,
             keep_logs=logs,
         )
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, _exit)  # Ray does so itself only if the main thread starts it
         self.started = threading.Event()
         self.ending = threading.Event()
         self.run_failed = False
@@ -166,7 +161,3 @@ class _PrivateRay:
             self.ending.wait()
             if self.run_failed:
                 raise _RunFailedError
-
-
-def _exit(number: int, frame: Any) -> None:
-    sys.exit(number)

@@ -8,18 +8,16 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from urllib.error import URLError
 
 from minitron.errors import InputError, MinitronError
 from minitron.storage import disk_errors, is_local, local_path, redact
 from minitron_platform.addresses import is_loopback
+from minitron_platform.stopping import stopped_by_sigterm
 from minitron_platform.tracking.flusher import create_database, prepare_mlflow, sqlite_path
 from minitron_platform.tracking.ui_password import USER, auth_settings, read_password
 
@@ -89,7 +87,7 @@ def serve(
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
-        with _sigterm_as_ctrl_c():
+        with stopped_by_sigterm():
             try:
                 say("MLflow is starting")
                 if not _wait_until_healthy(server, address):
@@ -136,23 +134,6 @@ def _wait_until_healthy(server: subprocess.Popen[bytes], address: str) -> bool:
         except (URLError, OSError):
             time.sleep(0.2)
     return False
-
-
-@contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Make SIGTERM raise KeyboardInterrupt inside the block. Does nothing outside the main thread, where Python cannot."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:
