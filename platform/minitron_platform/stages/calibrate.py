@@ -19,6 +19,7 @@ from minitron.data import Rows, rows_for_step
 from minitron.evaluation.documents import documents_identity
 from minitron.importance import ImportanceScores, LayerScoring, estimate_importance
 from minitron.models import load_tokenizer
+from minitron.processes import largest
 from minitron.pruning.selection import kept_layers
 from minitron_platform.estimates.memory import calibration_memory
 from minitron_platform.estimates.outlook import Estimate, Outlook
@@ -138,7 +139,9 @@ class _Scoring:
 
 
 def _score(task: _Scoring, worker: Worker) -> None:
-    """Score the model, each process on its share of the rows, and write the scores."""
+    """Score the model, each process on its share of the rows, and write the scores, unless a worker has that died later."""
+    if largest([storage.exists(task.target)], worker.count > 1) == [1]:
+        return
     settings = task.settings
     worker.progress.status("loading the model")
     model = models.load(worker, task.model, task.dtype)

@@ -9,6 +9,7 @@ from minitron import storage
 from minitron.architecture import Architecture
 from minitron.device import DTYPES
 from minitron.distill import Losses
+from minitron.processes import largest
 from minitron.pruning.source import PruningSource
 from minitron_platform.estimates.gpu import TEACHER, distillation_on_gpus
 from minitron_platform.estimates.memory import distillation_memory
@@ -204,7 +205,10 @@ class _Pruning:
 
 
 def _prune(task: _Pruning, worker: Worker) -> None:
-    """Prune the model and commit it, tensor by tensor. All processes run the steps of iterative pruning."""
+    """Prune the model and commit it, tensor by tensor, unless a worker has that died later. All processes run the steps of
+    iterative pruning."""
+    if largest([storage.is_committed(task.target)], worker.count > 1) == [1]:
+        return
     worker.progress.status("pruning")
     if worker.is_first:
         task.source.write_student(task.architecture, task.target)

@@ -79,12 +79,14 @@ class TrainTask:
 
 def train(task: TrainTask, worker: Worker) -> MinitronError | None:
     """Train in all workers together; the model is committed when this returns. A training that was interrupted continues from
-    its last checkpoint.
+    its last checkpoint; where a worker died after the model was committed, nothing is left to do.
 
     Sends `minitron_platform.training.events`. Returns, instead of raising it, an error that every process has and that a
     restart would not fix: the loss is not finite (NonFiniteError), or another driver has taken over (LeaseLostError). Raises
     StorageError if a checkpoint cannot be written.
     """
+    if largest([storage.is_committed(task.result)]) == [1]:
+        return None
     model, weights, targets, head = _start(task)
     rows = task.materials.open_rows("train")
     every = task.tasks_every

@@ -73,8 +73,8 @@ class TrainingView:
     def _failed(self, event: WorkersFailed) -> None:
         if self.unresumed:
             self._store(self.unresumed)
-        self.restarts_left -= 1
-        what = f"worker{'s' if len(event.ranks) > 1 else ''} {', '.join(map(str, event.ranks))}"
+        self.restarts_left -= event.counts
+        what = event.who
         node = ", ".join(dict.fromkeys(self.nodes[rank] for rank in event.ranks if rank in self.nodes))
         self.nodes.clear()
         self.unresumed = Restart(now(), what, node, event.reason, step=None, left=self.restarts_left)

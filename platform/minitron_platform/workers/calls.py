@@ -43,8 +43,16 @@ class WorkersFailed:
     """Workers died or raised an error; they are restarted if failures are left."""
 
     ranks: tuple[int, ...]
-    """Workers that failed first, without those that failed only because they lost the connection to these."""
+    """Workers that failed first, without those that failed only because they lost the connection to these. None if a node is
+    to be taken away."""
     reason: str
+    counts: bool = True
+    """Whether it is one of the failures that are allowed; a node that is taken away is none."""
+
+    @property
+    def who(self) -> str:
+        """For example "workers 0, 1"."""
+        return f"worker{'' if len(self.ranks) == 1 else 's'} {', '.join(map(str, self.ranks))}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -151,9 +159,9 @@ class _Calls:
         now, self.nothing_to_lose = self.nothing_to_lose or not self.busy, False
         return now
 
-    async def may_restart(self, event: WorkersFailed, retryable: bool, counts: bool) -> bool:
-        """Whether the workers are restarted after a failure, which counts unless their node was taken away."""
-        self.failures += counts
+    async def may_restart(self, event: WorkersFailed, retryable: bool) -> bool:
+        """Whether the workers are restarted after a failure."""
+        self.failures += event.counts
         self.workers.clear()
         if self.stopped:
             return False

@@ -33,15 +33,15 @@ class CallFailurePolicy(DefaultFailurePolicy):
         that was taken away is no failure."""
         error = training_failed_error
         if isinstance(error, PreemptionError):
-            event, retryable, counts = WorkersFailed((), "a node is taken away"), True, False
+            event, retryable = WorkersFailed((), "a node is taken away", counts=False), True
         elif isinstance(error, WorkerGroupError):
             ranks, cause = first_cause(error.worker_failures)
-            event, retryable = WorkersFailed(tuple(ranks), reason(cause)), not isinstance(cause, NOT_RETRYABLE)
             counts = not any(map(_is_preempted_actor, error.worker_failures.values()))
+            event, retryable = WorkersFailed(tuple(ranks), reason(cause), counts), not isinstance(cause, NOT_RETRYABLE)
         else:
             return super().make_decision(error)
         try:
-            restart = ray.get(self.calls.may_restart.remote(event, retryable, counts))
+            restart = ray.get(self.calls.may_restart.remote(event, retryable))
         except RayError:  # the driver has ended
             restart = False
         return FailureDecision.RETRY if restart else FailureDecision.RAISE

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from rich.markup import escape
+
 from minitron_platform.console import Console
 from minitron_platform.recipes.resources import ResolvedResources
 from minitron_platform.workers.worker import Counted, Said, StatusChanged, Worker
@@ -52,7 +54,7 @@ class Workers:
         """
         if self.computes_here():
             return function(task, Worker(0, 1, self.console, _ignore))
-        return self._open().run(function, task, self._handler(_ignore), everywhere=everywhere)
+        return self._open().run(function, task, self._handler(self._say_failure), everywhere=everywhere)
 
     def ahead(self) -> None:
         """Start the workers without waiting for them."""
@@ -91,6 +93,12 @@ class Workers:
                 least=resources.least_workers,
             )
         return self._group
+
+    def _say_failure(self, event: Any) -> None:
+        from minitron_platform.workers.calls import WorkersFailed
+
+        if isinstance(event, WorkersFailed):
+            self.console.say(f"  [yellow]failed[/]  {escape(event.who)}: {escape(event.reason)}")
 
     def _handler(self, on_event: OnEvent) -> OnEvent:
         """Shows messages for the user, and gives other events to `on_event`."""

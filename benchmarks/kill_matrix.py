@@ -1,0 +1,145 @@
+"""Kills during a run on a cluster of this machine: a head without CPUs, two nodes with one CPU each, an S3 server as storage.
+
+python -m benchmarks.kill_matrix [--kill worker] [--stage distill] [--out kills.jsonl]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+import yaml
+from helpers import tiny
+
+from benchmarks.kills.moments import MOMENTS
+from benchmarks.kills.nodes import Machines
+from benchmarks.kills.runs import KILLS, Cell, KilledRun
+from benchmarks.kills.storage import GatedStorage
+
+# A training of two workers loses a node or hears that it will, goes on with one worker, and grows when a node is added.
+EARLY, LATE = (next(moment for moment in MOMENTS if moment.name == name) for name in ("distill", "late distill"))
+ELASTIC = {"shrink": [(EARLY, "lose"), (LATE, "add")], "preempt": [(EARLY, "drain"), (LATE, "add")]}
+ELASTIC_WORKERS = ["resources.workers={min: 1, max: 2}"]
+
+
+def make_recipe(folder: Path) -> Path:
+    """The tests' small recipe with a correction, three candidates, and so many rows that the targets have several shards."""
+    folder.mkdir()
+    tiny.bench(folder)
+    tiny.corpus(folder / "text.jsonl", 3000)
+    path = folder / "recipe.yaml"
+    recipe = yaml.safe_load(path.read_text())
+    training = recipe["search"]["training"]
+    recipe["data"] |= {"seq_length": 128, "train_rows": 768, "heldout_rows": 16}
+    recipe["correct"] = {"when": "always", "training": {**training, "steps": 6}}
+    recipe["family"][0]["space"] = {"num_layers": [4], "hidden_size": [36], "intermediate_size": [48, 72]}
+    recipe["family"][0]["tolerance"] = 0.5
+    recipe["resources"] = {"workers": 2}
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """The run without kills."""
+
+    seconds: dict[str, float]
+    """From each moment to the end of its stage."""
+    parts: dict[str, dict[str, int]]
+    """How often each finished part of the stage of a moment was written."""
+    tensors: dict[str, str]
+
+    @classmethod
+    def of(cls, run: KilledRun, cells: Sequence[Cell]) -> Undisturbed:
+        seconds = {cell.moment: cell.seconds for cell in cells}
+        return cls(seconds, {cell.moment: cell.parts for cell in cells}, run.tensors())
+
+
+def report(run: KilledRun, cells: Sequence[Cell], before: Undisturbed, out: Path | None) -> None:
+    """Print what each kill of a run cost, and add it to the file `out`."""
+    tensors = run.tensors()
+    different = [
+        name for name in before.tensors.keys() | tensors.keys() if before.tensors.get(name) != tensors.get(name)
+    ]
+    again = run.steps_redone()
+    for cell in cells:
+        redone = Counter(cell.parts) - Counter(before.parts[cell.moment])
+        lost = cell.seconds - before.seconds[cell.moment]
+        steps = sum(count for training, count in again.items() if is_of(training, cell.moment))
+        line = {
+            "kill": run.name if run.name == cell.kill else f"{run.name}: {cell.kill}",
+            "moment": cell.moment,
+            "same": not different,
+            "redone": sorted(redone),
+            "steps": steps,
+            "lost": round(lost),
+            "note": cell.note,
+        }
+        print(f"| {' | '.join(map(str, line.values()))} |", flush=True)
+        if out:
+            with out.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+    if different:
+        print(f"different: {', '.join(sorted(different))}", flush=True)
+
+
+def is_of(training: str, moment: str) -> bool:
+    """Whether a training, by its folder or candidate, belongs to the stage of a moment."""
+    return f"stages/{moment.removeprefix('late ')}/" in training if "stages/" in training else moment == "search"
+
+
+def main() -> None:
+    names = [moment.name for moment in MOMENTS]
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kill_matrix",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--kill", action="append", choices=(*KILLS, *ELASTIC), help="by default all")
+    parser.add_argument("--stage", action="append", choices=names, help="by default each in turn, in one run")
+    parser.add_argument("--out", type=Path, help="file to which each line is added as JSON")
+    parser.add_argument("--undisturbed", type=Path, help="file with the run without kills, which is written if missing")
+    parser.add_argument("--keep", type=Path, help="folder for all files, which is kept")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        folder = given.keep or Path(name)
+        folder.mkdir(exist_ok=True)
+        notes = given.undisturbed or folder / "undisturbed.json"
+        os.environ["OMP_NUM_THREADS"] = "1"
+        recipe = make_recipe(folder / "inputs")
+        storage = GatedStorage(folder / "s3")
+        machines = Machines(folder, storage.variables)
+        try:
+            machines.start()
+            if not notes.exists():
+                run = KilledRun(machines, storage, recipe, "undisturbed")
+                cells = run.run([(moment, "none") for moment in MOMENTS])
+                notes.write_text(json.dumps(asdict(Undisturbed.of(run, cells))))
+            before = Undisturbed(**json.loads(notes.read_text()))
+            for kind in given.kill or (*KILLS, *ELASTIC):
+                run = KilledRun(machines, storage, recipe, kind, ELASTIC_WORKERS if kind in ELASTIC else [])
+                moments = [moment for moment in MOMENTS if moment.name in (given.stage or set(names) - {LATE.name})]
+                kills = ELASTIC.get(kind) or [(moment, kind) for moment in moments]
+                try:
+                    report(run, run.run(kills), before, given.out)
+                except (RuntimeError, TimeoutError) as error:
+                    print(f"{kind}: {error}", flush=True)
+                run.end()
+                machines.kill_all()
+                machines.start()
+        finally:
+            machines.close()
+            storage.close()
+
+
+if __name__ == "__main__":
+    main()

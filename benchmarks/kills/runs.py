@@ -1,0 +1,191 @@
+"""One run of the recipe, during which something is killed at each of some moments."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from benchmarks.kills.moments import Moment, finished_parts, seconds_to_record, without_fingerprints
+from benchmarks.kills.nodes import Machines, Node, drain, kill, kill_alone, sends_from
+from benchmarks.kills.storage import GatedStorage, wait_for
+
+KILLS = ("worker", "node", "driver", "head", "add")
+RUN_SECONDS = 900  # longest wait for the next moment or the end
+END_SECONDS = 120  # longest wait for a driver whose cluster is gone
+
+
+@dataclass
+class Cell:
+    """What a kill at a moment cost."""
+
+    kill: str
+    moment: str
+    seconds: float
+    """From the moment to the end of its stage."""
+    parts: dict[str, int]
+    """How often each finished part of the stage was written."""
+    note: str = ""
+
+
+@dataclass
+class KilledRun:
+    """A run in a bucket of its own. name: of the run."""
+
+    machines: Machines
+    storage: GatedStorage
+    recipe: Path
+    name: str
+    overrides: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.bucket = f"{self.name}-{int(time.time())}"
+        self.storage.files.mkdir(self.bucket)
+        self.steps = self.machines.folder / f"{self.bucket}-steps.jsonl"
+        self.log = self.machines.folder / f"{self.bucket}.log"
+        self.driver: subprocess.Popen[bytes] | None = None
+
+    def end(self) -> None:
+        """End the driver if it still runs."""
+        self.storage.go_on()
+        if self.driver is not None and not self._has_ended():
+            self._kill_driver()
+
+    def run(self, kills: Sequence[tuple[Moment, str]]) -> list[Cell]:
+        """Run the recipe to its end; at each of the moments, in order, something is killed, added or announced, or ("none")
+        nothing."""
+        starts: list[tuple[Moment, str, float, str]] = []
+        self._start()
+        for moment, kind in kills:
+            self.storage.hold_next(moment.pattern(self.bucket), stored=moment.stored)
+            assert self.driver is not None
+            wait_for(lambda: self.storage.is_holding or self._has_ended(), moment.name, RUN_SECONDS)
+            if self._has_ended():
+                raise RuntimeError(f"the run ended before {moment.name}: see {self.log}\n{self._tail()}")
+            start = time.time()
+            note = self._act(kind)
+            starts.append((moment, kind, start, note))
+            print(f"  {kind}, {moment.name}: {time.time() - start:.0f} s {note}", flush=True)
+        wait_for(self._has_ended, "the run has ended", RUN_SECONDS)
+        if self.driver is None or self.driver.returncode:
+            raise RuntimeError(f"the run failed: see {self.log}\n{self._tail()}")
+        writes = self.storage.writes(self.bucket)
+        return [
+            Cell(
+                kind,
+                moment.name,
+                seconds_to_record(moment, self.bucket, writes, start),
+                finished_parts(moment, self.bucket, writes),
+                note,
+            )
+            for moment, kind, start, note in starts
+        ]
+
+    def tensors(self) -> dict[str, str]:
+        """SHA-256 of the rows and tensors that the stages stored, by path without fingerprints: some depend on the name
+        of the bucket."""
+        return dict(self._tensors())
+
+    def _tensors(self) -> Iterator[tuple[str, str]]:
+        for path in self.storage.files.find(self.bucket):
+            name = path.removeprefix(f"{self.bucket}/")
+            if name.startswith("stages/") and not name.endswith((".json", ".jsonl")):
+                yield without_fingerprints(name), hashlib.sha256(self.storage.files.cat(path)).hexdigest()
+
+    def _act(self, kind: str) -> str:
+        """Kill, and bring back what the kill took; the held request goes on. Returns a note."""
+        machines, note = self.machines, ""
+        match kind:
+            case "worker":
+                _, worker = self._at_work()
+                note = worker.cmdline()[0]
+                kill_alone(worker)
+                self.storage.go_on()
+            case "node":
+                machines.kill_node(self._at_work()[0])
+                self.storage.go_on()
+                machines.add_node()
+            case "lose":  # as "node", but none takes its place
+                machines.kill_node(self._at_work()[0])
+                self.storage.go_on()
+            case "driver":
+                self._kill_driver()
+                self.storage.go_on()
+                self._start()
+            case "head":
+                assert machines.head
+                began = time.monotonic()
+                machines.head.kill()
+                self.storage.go_on()
+                try:
+                    wait_for(self._has_ended, "the driver has ended", END_SECONDS)
+                    note = f"the driver ended after {time.monotonic() - began:.0f} s"
+                except TimeoutError:
+                    note = f"the driver had not ended after {END_SECONDS} s"
+                    self._kill_driver()
+                machines.kill_all()
+                machines.start()
+                self._start()
+            case "add":
+                machines.add_node()
+                self.storage.go_on()
+            case "drain":
+                drain(machines, machines.nodes[0])
+                self.storage.go_on()
+            case _:
+                self.storage.go_on()
+        return note
+
+    def _at_work(self) -> tuple[Node, psutil.Process]:
+        """The worker whose request is held, and its node; the first worker if it is the driver's."""
+        workers = [(node, worker) for node in self.machines.nodes for worker in node.workers()]
+        port = self.storage.holder_port
+        return next((each for each in workers if sends_from(each[1], port)), workers[0])
+
+    def _kill_driver(self) -> None:
+        assert self.driver is not None
+        kill(self.driver)
+
+    def _start(self) -> None:
+        """Submit the run, for the first time or again."""
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.kills.driver",
+            str(self.steps),
+            "run",
+            str(self.recipe),
+            "--upload",
+        ]
+        command += ["--address", self.machines.address, "--storage", f"s3://{self.bucket}"]
+        command += ["--tracking-uri", f"sqlite:///{self.machines.folder}/mlflow.db"]
+        command += [word for override in self.overrides for word in ("--set", override)]
+        with self.log.open("ab") as log:
+            self.driver = subprocess.Popen(
+                command,
+                cwd=self.recipe.parent,
+                env={**self.machines.environment("driver"), "COLUMNS": "200"},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def _has_ended(self) -> bool:
+        return self.driver is not None and self.driver.poll() is not None
+
+    def _tail(self) -> str:
+        return "\n".join(self.log.read_text().splitlines()[-25:])
+
+    def steps_redone(self) -> dict[str, int]:
+        """Number of steps that were reported again, by training or candidate."""
+        steps = [tuple(json.loads(line)) for line in self.steps.read_text().splitlines()]
+        again = Counter(training for (training, _), count in Counter(steps).items() for _ in range(count - 1))
+        return {training.removeprefix(f"s3://{self.bucket}/"): count for training, count in again.items()}

@@ -1,0 +1,64 @@
+"""Work that is stored is not done again when a worker dies before it has returned, and the user sees what happened."""
+
+from __future__ import annotations
+
+import pytest
+
+from minitron import storage
+from minitron.distill import DistillConfig, Losses
+from minitron.distill.inputs import DistillInputs
+from minitron_platform import load_recipe, run
+from minitron_platform.console import Console
+from minitron_platform.tracking.spool import Spool
+from minitron_platform.training.train import TrainTask, train
+from minitron_platform.training.view import TrainingView
+from minitron_platform.workers import models
+from minitron_platform.workers.calls import WorkersFailed
+from minitron_platform.workers.worker import Worker
+from minitron_platform.workers.workers import Workers
+
+
+def test_a_stage_whose_workers_are_called_again_reads_no_model_for_what_is_stored(bench, tmp_path, monkeypatch):
+    loads, again = [], {}
+    load, compute = models.load, Workers.compute
+
+    def loaded(*arguments):
+        loads.append(arguments)
+        return load(*arguments)
+
+    def twice(self, function, task, **how):
+        compute(self, function, task, **how)
+        before = len(loads)
+        result = compute(self, function, task, **how)
+        again[function.__module__.rsplit(".", 1)[-1]] = len(loads) - before
+        return result
+
+    monkeypatch.setattr(models, "load", loaded)
+    monkeypatch.setattr(Workers, "compute", twice)
+    run(load_recipe(str(bench / "recipe.yaml")), storage_path=str(tmp_path), until="targets")
+    assert again == {"teacher": 0, "data": 1, "calibrate": 0, "targets": 0}  # a loss on a few rows is not stored
+    assert len(loads) == 3 + 1
+
+
+def test_a_training_whose_model_is_stored_does_not_train_again(tmp_path):
+    with storage.committed_folder(str(tmp_path / "student")) as folder:
+        (folder / "config.json").write_text("{}")
+    missing = DistillInputs(*(["missing"] * 6))
+    task = TrainTask(
+        missing, DistillConfig(steps=1), Losses(), "checkpoints", "curve.json", str(tmp_path / "student"), "key"
+    )
+    sent = []
+    assert train(task, Worker(0, 1, Console(), sent.append)) is None
+    assert not sent
+
+
+@pytest.mark.parametrize("announced", [False, True])
+def test_a_node_that_is_taken_away_is_no_failure(announced, tmp_path, capsys):
+    spool = Spool(str(tmp_path / "spool"))
+    view = TrainingView(Console(), spool.record("run"), 10, restarts=str(tmp_path / "restarts.json"), max_failures=1)
+    for ranks in ((), (0, 1)) if announced else ((1,),):
+        view.event(WorkersFailed(ranks, "its node is taken away", counts=not announced))
+    spool.close()
+    shown = capsys.readouterr().out
+    assert f"{'1 restart' if announced else '0 restarts'} left" in shown
+    assert ("workers: its node" in shown) == announced
