@@ -1,150 +1,60 @@
-"""The command `minitron cluster`: writes the files that start a Ray cluster."""
+"""The command `minitron cluster`: starts Ray clusters."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import click
 
 from minitron.errors import InputError
+from minitron_platform.cli.cluster_render import render
 from minitron_platform.console import echo
-
-IMAGE_HELP = "Container image with Minitron, with its tag or digest; clusters/docker builds one."
-STORAGE_HELP = "Address for all results, or a folder that all nodes share."
-TRACKING_HELP = "Address of MLflow's server."
 
 
 @click.group()
 def cluster() -> None:
-    """Write the files that start a Ray cluster.
+    """Start Ray clusters.
 
-    They have your figures, the version of Ray that is installed here, a token, and a head without GPUs. You can edit them. The
-    pages in clusters/ say when to use which, how to start it and how to end it.
+    `render` writes the files that start one at a cloud or under a scheduler. `launch` is Ray for one command on the nodes of a
+    job; the files for Slurm and SkyPilot call it.
     """
 
 
-@cluster.group()
-def render() -> None:
-    """Print the files of a cluster, or write them with --out.
-
-    kuberay is for Kubernetes.
-    """
+cluster.add_command(render)
 
 
-def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
-    def decorated(function: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorated
-
-
-_name = click.option("--name", default="minitron", show_default=True, metavar="NAME", help="Name of the cluster.")
-_nodes = _options(
-    click.option("--nodes", "count", type=int, required=True, metavar="N", help="Number of worker nodes."),
-    click.option("--gpus", type=int, required=True, metavar="N", help="GPUs of each of them."),
-    click.option("--cpus", type=int, metavar="N", help="CPUs of each. [default: 10 for each GPU]"),
-    click.option("--memory", type=int, metavar="GIB", help="Memory of each, GiB. [default: 192 for each GPU]"),
-)
-_image = click.option("--image", required=True, metavar="IMAGE", help=IMAGE_HELP)
-_data = _options(
-    click.option("--storage", metavar="PATH", envvar="MINITRON_STORAGE", help=STORAGE_HELP),
-    click.option("--tracking-uri", metavar="URI", envvar="MLFLOW_TRACKING_URI", help=TRACKING_HELP),
-)
-_overrides = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe."
-)
-_out = click.option("--out", metavar="FOLDER", help="Write the files into this folder. [default: print them]")
-
-
-@render.command()
-@_name
-@_nodes
-@_image
-@_data
-@click.option("--claim", metavar="NAME", help="PersistentVolumeClaim (ReadWriteMany) to mount at --storage.")
+@cluster.command(context_settings={"ignore_unknown_options": True})
+@click.option("--nodes", type=int, required=True, metavar="N", help="Number of nodes.")
+@click.option("--rank", type=int, required=True, metavar="N", help="0 on one node, 1 or more on the others.")
+@click.option("--head", required=True, metavar="HOST", help="Name or address of the node with rank 0.")
+@click.option("--port", type=int, default=6379, show_default=True, metavar="N", help="Of Ray's head; must be free.")
+@click.option("--cpus", type=int, metavar="N", help="CPUs of this node for Ray. [default: all]")
+@click.option("--gpus", type=int, metavar="N", help="GPUs of this node for Ray. [default: all]")
 @click.option(
-    "--recipe", metavar="RECIPE", help="Run this recipe as a RayJob. [default: a RayCluster, for `minitron submit`]"
+    "--notice", type=float, default=120, show_default=True, metavar="SECONDS", help="From SIGUSR1 until the end."
 )
-@_overrides
-@click.option("--queue", metavar="NAME", help="Local queue of Kueue, which admits all nodes together.")
-@click.option(
-    "--redis", metavar="HOST:PORT", help="Redis for the head's state, so that a head that is lost comes back."
-)
-@click.option(
-    "--fabric", type=click.Choice(["efa", "rdma"]), help="Network adapters of the nodes for NCCL. [default: none]"
-)
-@click.option("--node-label", "labels", multiple=True, metavar="KEY=VALUE", help="Label of the nodes for the workers.")
-@_out
-def kuberay(
-    name: str,
-    count: int,
-    gpus: int,
+@click.option("--timeout", type=float, default=900, show_default=True, metavar="SECONDS", help="For all nodes to join.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def launch(
+    nodes: int,
+    rank: int,
+    head: str,
+    port: int,
     cpus: int | None,
-    memory: int | None,
-    image: str,
-    storage: str | None,
-    tracking_uri: str | None,
-    claim: str | None,
-    recipe: str | None,
-    overrides: tuple[str, ...],
-    queue: str | None,
-    redis: str | None,
-    fabric: str | None,
-    labels: tuple[str, ...],
-    out: str | None,
+    gpus: int | None,
+    notice: float,
+    timeout: float,
+    command: tuple[str, ...],
 ) -> None:
-    """Manifests for Kubernetes with KubeRay: a RayCluster, or with --recipe a RayJob.
+    """Run COMMAND with a Ray of all nodes of a job. Call it once on every node.
 
-    They need two secrets; clusters/kuberay/README.md shows the commands.
+    Rank 0 runs a head without GPUs, a worker and COMMAND, whose exit code it has; the others run a worker until the head ends.
+    Each stops exactly the processes that it has started. The nodes need the same RAY_AUTH_TOKEN. At SIGUSR1 to rank 0,
+    trainings save a checkpoint, COMMAND ends after at most --notice seconds, and the exit code is 75.
     """
-    from minitron_platform.cluster.rendering.figures import data, nodes
-    from minitron_platform.cluster.rendering.kuberay import KubeRay, kuberay_files
+    from minitron_platform.cluster.launch import Place
+    from minitron_platform.cluster.launch import launch as launch_command
 
-    files = kuberay_files(
-        KubeRay(
-            name=name,
-            nodes=nodes(count, gpus, cpus, memory),
-            image=image,
-            data=data(storage, tracking_uri, runs=recipe is not None),
-            claim=claim,
-            queue=queue,
-            redis=redis,
-            fabric=fabric,
-            node_labels=dict(_pair(label) for label in labels),
-            recipe=_recipe_text(recipe, overrides),
-        )
-    )
-    _give(files, out)
-
-
-def _pair(text: str) -> tuple[str, str]:
-    key, separator, value = text.partition("=")
-    if not separator:
-        raise InputError(f"--node-label {text}: has no value", "give KEY=VALUE")
-    return key, value
-
-
-def _recipe_text(recipe: str | None, overrides: tuple[str, ...]) -> str | None:
-    """The whole recipe as YAML, as `submit` sends it."""
-    if recipe is None:
-        if overrides:
-            raise InputError(f"--set {overrides[0]} without a recipe", "add --recipe, or leave it out")
-        return None
-    from minitron_platform.recipes.load import load_recipe, recipe_yaml
-    from minitron_platform.recipes.paths import with_absolute_paths
-
-    return recipe_yaml(with_absolute_paths(load_recipe(recipe, overrides)))
-
-
-def _give(files: dict[str, str], out: str | None) -> None:
-    """Write the files, or print them as one."""
-    if out is None:
-        click.echo("---\n".join(files.values()), nl=False)
-        return
-    from minitron_platform.cluster.rendering.templates import write
-
-    for path in write(files, out):
-        echo(str(path))
+    if rank == 0 and not command:
+        raise InputError("--rank 0 without a command", "give it behind --")
+    place = Place(rank=rank, nodes=nodes, head=head, port=port, cpus=cpus, gpus=gpus)
+    code = launch_command(command, place, notice=notice, timeout=timeout, say=lambda line: echo(line, err=True))
+    raise SystemExit(code)

@@ -104,7 +104,7 @@ def ray_session(
     with environment_variables(QUIET):
         if address is None or address == "local":
             logging.getLogger("ray").setLevel(logging.ERROR)  # ray.init warns if it is called outside the main thread
-            with _private_folder(temp_dir) as folder, environment_variables(_private_settings()):
+            with private_folder(temp_dir) as folder, environment_variables(_private_settings()):
                 with _one_small_node(), _signals_kept():
                     ray.init(
                         address="local",
@@ -247,7 +247,7 @@ def _signals_kept() -> Iterator[None]:
 
 
 @contextmanager
-def _private_folder(temp_dir: str | None) -> Iterator[str]:
+def private_folder(temp_dir: str | None) -> Iterator[str]:
     """Folder for a private Ray: `temp_dir`, or a temporary one that is deleted after the block."""
     if temp_dir is not None:
         folder = os.path.abspath(temp_dir)

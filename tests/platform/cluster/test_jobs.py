@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import s3fs
 from helpers.command import run_minitron
@@ -282,7 +283,7 @@ def test_a_head_keeps_its_session_where_no_other_user_can_enter(tmp_path: Path) 
 
     def start(folder: Path) -> subprocess.CompletedProcess[str]:
         environment = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "MINITRON_RAY_FOLDER": str(folder)}
-        return subprocess.run([script], env=environment, capture_output=True, text=True)
+        return subprocess.run([script, "--block"], env=environment, capture_output=True, text=True)
 
     started = start(tmp_path / "new")
     assert f"--temp-dir {tmp_path}/new/r" in started.stdout, started.stderr
@@ -295,6 +296,38 @@ def test_a_head_keeps_its_session_where_no_other_user_can_enter(tmp_path: Path) 
         refused = start(tmp_path / planted)
         assert (refused.returncode, refused.stdout) == (2, "")
         assert "is not yours alone" in refused.stderr
+
+
+def test_a_local_head_ends_alone(tmp_path: Path) -> None:
+    """`ray stop` would end every Ray of this user."""
+    (tmp_path / "ray").write_text(
+        "#!/bin/sh\n[ $1 = start ] || exit 0\necho $*\necho Ray runtime started\nwhile sleep 1; do :; done\n"
+    )
+    (tmp_path / "ray").chmod(0o755)
+
+    def script(name: str, folder: str) -> subprocess.CompletedProcess[str]:
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MINITRON_RAY_FOLDER": str(tmp_path / folder)}
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        copy = shutil.copy(
+            ROOT / "clusters/local" / name, tmp_path / "bin"
+        )  # outside the checkout, which may have a .venv
+        return subprocess.run([copy], env=environment, capture_output=True, text=True, timeout=60)
+
+    def is_running(folder: str) -> bool:
+        return any(
+            f" --temp-dir {tmp_path / folder}/r " in " ".join(p.cmdline()) for p in psutil.process_iter(["cmdline"])
+        )
+
+    assert script("start-head.sh", "mine").returncode == 0
+    assert script("start-head.sh", "other").returncode == 0
+    try:
+        assert "has ended" in script("stop-head.sh", "mine").stdout
+        assert not is_running("mine")
+        assert is_running("other")
+        again = script("stop-head.sh", "mine")
+        assert (again.returncode, again.stdout) == (1, "")
+    finally:
+        assert "has ended" in script("stop-head.sh", "other").stdout
 
 
 def test_a_link_out_of_a_package_is_not_sent_to_a_cluster(checkout: Checkout, tmp_path: Path, monkeypatch) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from minitron.errors import InputError, StorageError
-from minitron_platform.cluster.rendering.versions import ray_version
 from minitron_platform.shipped_files import data_folder
 
 ENVIRONMENT = {
@@ -22,7 +22,8 @@ ENVIRONMENT = {
 def render(template: str, values: Mapping[str, Any]) -> str:
     """The text of a template. template: its path in `clusters/`, such as "kuberay/cluster.yaml.j2".
 
-    The filter `quoted` writes a value as YAML and JSON do, `shell` as one word of a shell command.
+    `ray_version` is that of the Ray installed here, which client, head and workers must have in common. The filter `quoted`
+    writes a value as YAML and JSON do, `shell` as one word of a shell command.
     """
     import jinja2
 
@@ -36,7 +37,7 @@ def render(template: str, values: Mapping[str, Any]) -> str:
     )
     environment.filters["quoted"] = lambda value: json.dumps(value, ensure_ascii=False)
     environment.filters["shell"] = shlex.quote
-    return environment.get_template(template).render(ray_version=ray_version(), **values)
+    return environment.get_template(template).render(ray_version=version("ray"), **values)
 
 
 def write(files: Mapping[str, str], folder: str) -> list[Path]:
