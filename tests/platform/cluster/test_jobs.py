@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import s3fs
 from helpers.command import run_minitron
@@ -314,9 +313,8 @@ def test_a_local_head_ends_alone(tmp_path: Path) -> None:
         return subprocess.run([copy], env=environment, capture_output=True, text=True, timeout=60)
 
     def is_running(folder: str) -> bool:
-        return any(
-            f" --temp-dir {tmp_path / folder}/r " in " ".join(p.cmdline()) for p in psutil.process_iter(["cmdline"])
-        )
+        shown = subprocess.run(["ps", "-ww", "-eo", "command="], capture_output=True, text=True, check=True)
+        return f" --temp-dir {tmp_path / folder}/r " in shown.stdout
 
     assert script("start-head.sh", "mine").returncode == 0
     assert script("start-head.sh", "other").returncode == 0
