@@ -36,7 +36,7 @@ PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=27002 CPUs=2 RealMemory=4000
 NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=27003 CPUs=2 RealMemory=4000
-PartitionName=low Nodes=n1,n2 Default=YES PriorityTier=1 GraceTime=60 State=UP
+PartitionName=low Nodes=n1,n2 Default=YES PriorityTier=1 GraceTime=120 State=UP
 PartitionName=high Nodes=n1,n2 PriorityTier=2 State=UP
 CONF
 
