@@ -178,7 +178,7 @@ def _is_lost(fence: Fence) -> bool:
 
 def _report(context: Context, run_record: _RunRecord) -> None:
     """Write the report, and the final metrics to the run's record if that is open."""
-    from minitron_platform.report.page import write_report
+    from minitron_platform.report.write import write_report
 
     write_report(context, run_record)
     if run_record.open:
@@ -230,6 +230,7 @@ def _run_stage(context: Context, stage: Stage[Any], run_record: _RunRecord, befo
                     log.end(_end_status(error))
                 raise
         context.finish(stage, record.output)
+        context.seconds[record.output.fingerprint] = record.seconds
         _log_stage(context, stage, log, record, reused)
     took = "already done" if reused else seconds(record.seconds)
     console.say(f"[green]✓[/] [bold]{name:<10}[/] {escape(record.output.summary)} [dim]· {took}[/]")

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.command import command, environment, minitron_here, run_minitron
+from helpers.report_page import ELEMENTS, ReportPage, drawn
 from helpers.tiny import DISTILL_STEPS, SEARCH_STEPS
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM
@@ -29,7 +30,9 @@ from minitron_platform import load_recipe
 from minitron_platform.console import Console
 from minitron_platform.leases import lease
 from minitron_platform.locations import resolve_locations
-from minitron_platform.report.page import findings
+from minitron_platform.report.candidates import findings
+from minitron_platform.report.finished_run import finished_run
+from minitron_platform.report.page import page
 from minitron_platform.stages.finished import run_key
 from minitron_platform.stages.search_output import SearchOutput
 
@@ -114,6 +117,41 @@ def test_every_candidate_was_distilled_on_the_same_tokens(bench, finished):
     assert done["search"]["reason"] in html.unescape(page)
 
 
+def test_the_report_is_one_file_without_requests_and_its_charts_have_data(bench, finished):
+    page = ReportPage(next((bench / "runs" / "runs").glob("*/report.html")).read_text())
+    assert page.elements <= ELEMENTS
+    assert [address for address in page.addresses if not address.startswith("#")] == []
+    assert "default-src 'none'" in page.policy
+    assert len(page.code) == 1 == len(page.allowed_code())
+    done = _results(bench)
+    first = {name: next(iter(chart["views"])) for name, chart in page.charts.items()}
+    quality, benchmarks, candidates, curves, layers, _, stages = page.charts
+    assert len(page.charts[quality]["views"]) == 4 * 3  # loss, KL, agreement and a benchmark against three costs
+    assert drawn(page.charts[quality], first[quality]) >= 3
+    assert drawn(page.charts[benchmarks], first[benchmarks]) == 2 * 3  # a point and its error for each model
+    assert set(page.charts[candidates]["views"]) == {"size", "compute", "memory", "training"}
+    assert drawn(page.charts[candidates], "memory") >= len(done["search"]["ranking"])
+    assert drawn(page.charts[layers], first[layers]) == 2 * done["teacher"]["architecture"]["num_layers"]
+    assert drawn(page.charts[curves], first[curves]) >= DISTILL_STEPS
+    assert drawn(page.charts[stages], first[stages]) == len(STAGES)
+
+
+def test_texts_of_others_are_text_in_the_report(bench, finished):
+    evil = '</script><img src=x onerror="alert(1)">\x1b]0;owned\x07'
+    state = finished_run(resolve_locations(str(bench / "runs")), next((bench / "runs" / "runs").glob("*-*")).name)
+    (member,) = state.recipe.family
+    changes = {"description": evil, "family": [member.model_copy(update={"model": evil})]}
+    state.recipe = state.recipe.model_copy(update=changes)
+    state.family = {evil: state.family[member.model]}
+    text = page([state])
+    shown = ReportPage(text)
+    assert shown.elements <= ELEMENTS
+    assert len(shown.code) == 1 == len(shown.allowed_code())
+    assert html.escape("<img src=x") in text
+    assert any(row.get("name", "").startswith("</script><img") for row in shown.charts["chart-1"]["rows"])
+    assert "\x1b" not in text + str(shown.charts)
+
+
 def test_the_student_loads_without_minitron_and_gives_the_same_logits(bench, finished):
     folder = _results(bench)["distill"]["student"]
     program = (
@@ -157,7 +195,7 @@ def test_mlflow_shows_the_run_its_stages_and_the_trials_below_the_search(bench, 
     distill = next(run for run in stages if run.info.run_name == "distill")
     history = client.get_metric_history(distill.info.run_id, "train_kl")
     assert [point.step for point in history] == list(range(1, DISTILL_STEPS + 1))
-    assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {"report.html", "report.png"}
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {"report.html", "results.json"}
 
 
 def test_the_student_is_registered_with_its_lineage_and_can_be_promoted(bench, finished):
@@ -266,7 +304,7 @@ def test_a_failed_candidate_is_reported_with_its_reason_and_the_run_continues(be
     assert found["failures"] == [{"architecture": failing, "reason": reason}]
     assert found["winner"] == _results(bench)["search"]["winner"]
     page = html.unescape(newest.with_name("report.html").read_text())
-    assert f'<td>{name}</td><td class="text">{reason}</td>' in page
+    assert f'<th scope="row">{name}</th><td class="text">{reason}</td>' in page
     assert f'<td class="text">{reason}</td><td>0</td><td>0</td>' in page.partition("<h2>Restarts</h2>")[2]
     client = MlflowClient(f"sqlite:///{bench}/failing/mlflow.db")
     experiment = client.get_experiment_by_name("tiny").experiment_id

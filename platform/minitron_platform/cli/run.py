@@ -49,7 +49,7 @@ def run(
     with console.working("starting"):
         from minitron_platform.pipeline import has_run
         from minitron_platform.pipeline import run as run_pipeline
-        from minitron_platform.report.page import final_table
+        from minitron_platform.report.final_table import final_table
 
         finished = has_run(loaded, storage_path, tracking_uri, address)
     planned = None

@@ -1,312 +1,88 @@
-"""The final table of a run, its plots and report.html."""
+"""The report: one self-contained HTML page of one run, or of several to compare."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
-from pathlib import Path
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
-from minitron import storage
-from minitron.evaluation import task_metric
-from minitron.evaluation.metrics import KL, LOSS, PLUS_MINUS, SPEED, Metric
+from minitron.evaluation.metrics import AGREEMENT, KL, SPEED
 from minitron.text import printable
-from minitron_platform.recipes.build import lm_eval_tasks
+from minitron_platform.recipes.load import recipe_yaml
+from minitron_platform.report import candidates, costs, family, lineage
+from minitron_platform.report.charts import INK, Chart, colour
+from minitron_platform.report.curves import curve_chart
+from minitron_platform.report.family import PRUNED, FamilyModel
+from minitron_platform.report.final_table import LABELS, caption, rows, speed_text
+from minitron_platform.report.importance import Importance
+from minitron_platform.report.published import PAPER
+from minitron_platform.report.script import content_security_policy, page_script
 from minitron_platform.shipped_files import data_folder
-from minitron_platform.stages.context import Context
-from minitron_platform.stages.correct import Correct
+from minitron_platform.stages.calibrate import Calibrate
 from minitron_platform.stages.data import Data
 from minitron_platform.stages.distill import Distill
-from minitron_platform.stages.evaluate import HELDOUT, Evaluate, Figures
+from minitron_platform.stages.evaluate import Evaluate
+from minitron_platform.stages.register import Register
 from minitron_platform.stages.search import Search
-from minitron_platform.stages.search_output import SearchOutput
-from minitron_platform.stages.stage import StageOutput
 from minitron_platform.stages.state import RunState
-from minitron_platform.tracking.restarts import Restart
-from minitron_search.ranking import RankedCandidate, pareto
-from minitron_search.tau import SETTLED
 
 if TYPE_CHECKING:
     import jinja2
 
-MAX_BARS = 25  # candidates in the plot of a search
-STANDING_COLOURS = {"distilled: the winner": "#76b900", "tied with the best": "#b5d99c", "behind": "#9aa5b1"}
-# Costs of a ranked candidate that KL is plotted against: field, divisor and label. Latency is only known if it is limited.
-COSTS = (
-    ("parameters", 1e6, "million parameters"),
-    ("flops_per_token", 1e9, "GFLOPs per token"),
-    ("memory_bytes", 1e6, "MB of weights and KV cache"),
-    ("latency_ms", 1, "ms to the first token"),
-)
-LABELS = {"pruned": "pruned only", "distilled": "distilled"}
 
+def environment() -> jinja2.Environment:
+    """Jinja's settings for the page: every text is escaped, and has no control characters."""
+    import jinja2
 
-def _columns(state: RunState) -> list[tuple[str, Figures]]:
-    """Title and metrics of every column: the teacher, then each student before and after its distillation."""
-    tables = {member.model: state.output(Evaluate, member).table for member in state.recipe.family}
-    columns = [("teacher", next(iter(tables.values()))["teacher"])]
-    for model, table in tables.items():
-        name = f"{model}\n" if len(tables) > 1 else ""
-        columns += [(name + label, table[key]) for key, label in LABELS.items()]
-    return columns
-
-
-def rows(state: RunState) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the final table, as text: a column per model, a row per metric."""
-    columns = _columns(state)
-    metrics: list[tuple[str, Callable[[Figures], str]]] = [
-        ("parameters", lambda figures: f"{figures.parameters:,}"),
-        *((_row_title(metric), partial(_heldout_text, field, metric)) for field, metric in HELDOUT.items()),
-        *((_task_title(task, metric), partial(_score_text, task)) for task, metric in _benchmarks(state).items()),
-    ]
-    if any(figures.tokens_per_second is not None for _, figures in columns):
-        metrics.append((SPEED.unit, _speed_text))
-    header = ["", *(title for title, _ in columns)]
-    return header, [[name, *[text(figures) for _, figures in columns]] for name, text in metrics]
-
-
-def _speed_text(figures: Figures) -> str:
-    return "" if figures.tokens_per_second is None else SPEED.text(figures.tokens_per_second)
-
-
-def _row_title(metric: Metric) -> str:
-    """Title of a held-out metric, without the unit if the caption has it."""
-    return metric.name if metric.unit == KL.unit else metric.title
-
-
-def _heldout_text(field: str, metric: Metric, figures: Figures) -> str:
-    return metric.text(getattr(figures, field))
-
-
-def _benchmarks(state: RunState) -> dict[str, str | None]:
-    """The metric of each of the recipe's benchmarks; None if the benchmark failed for every model."""
-    known = {task: score.metric for _, figures in _columns(state) for task, score in figures.tasks.items()}
-    return {task.key: known.get(task.key) for task in lm_eval_tasks(state.recipe.evaluate.tasks)}
-
-
-def _score_text(task: str, figures: Figures) -> str:
-    score = figures.tasks.get(task)
-    return "failed" if score is None else score.shown_as.text(score.value, score.stderr)
-
-
-def _task_title(task: str, metric: str | None) -> str:
-    """Name of a benchmark with its metric and unit; without them if the metric is not known."""
-    return f"{task} {task_metric(task, metric).title}" if metric else task
-
-
-def caption(state: RunState) -> str:
-    """Caption of the final table: what the metrics were measured on, and why benchmarks failed."""
-    columns = [figures for _, figures in _columns(state)]
-    scores = {task: score for figures in columns for task, score in figures.tasks.items()}
-    tasks = [
-        f"{name}: {score.metric}{' (lower is better)' if score.higher_is_better is False else ''}, {score.settings}"
-        for name, score in scores.items()
-    ]
-    reasons = {task: reason for figures in columns for task, reason in figures.failures.items()}
-    failures = [f"{task} failed: {reason}" for task, reason in reasons.items()]
-    tokens = f"{columns[-1].heldout_tokens:,} held-out tokens"
-    has_errors = any(score.stderr is not None for score in scores.values())
-    errors = [f"{PLUS_MINUS} is the standard error"] if has_errors else []
-    return " · ".join([f"loss and KL in {KL.unit} on {tokens}", *tasks, *errors, *failures])
-
-
-def final_table(state: RunState) -> Table:
-    """The final table, for a terminal."""
-    header, body = rows(state)
-    table = Table(
-        caption=caption(state), caption_justify="left", collapse_padding=True
-    )  # so that two models fit into 80 columns
-    for index, title in enumerate(header):
-        table.add_column(title, justify="left" if index == 0 else "right")
-    for row in body:
-        table.add_row(*row)
-    return table
-
-
-def write_report(context: Context, run_record: Any) -> Path:
-    """Write report.html, report.png and results.json to the run's local folder and to MLflow; returns the folder.
-
-    Does nothing if the report of these results exists. A remote storage gets a copy.
-    """
-    folder = Path(context.locations.local_run(context.run_key))
-    family = {model: _dumped(outputs) for model, outputs in context.family.items()}
-    results = {"run": context.run_key, "stages": _dumped(context.shared), "family": family}
-    text = json.dumps(results, indent=1, sort_keys=True)
-    target = folder / "results.json"
-    if not run_record.open and target.exists() and target.read_text() == text and (folder / "report.html").exists():
-        return folder
-    with context.console.working("report"):
-        picture = draw(context)
-        storage.write_bytes(str(folder / "report.png"), picture)
-        storage.write_bytes(str(folder / "report.html"), page(context).encode())
-        storage.write_bytes(str(target), text.encode())
-    if not run_record.open:
-        run_record.reopen()
-    for name in ("report.html", "report.png", "results.json", "recipe.yaml"):
-        stored = storage.join(context.locations.run(context.run_key), name)
-        if not storage.is_local(context.locations.storage):
-            storage.write_bytes(stored, (folder / name).read_bytes())
-        run_record.log.artifact(stored)
-    return folder
-
-
-def _dumped(outputs: Mapping[str, StageOutput]) -> dict[str, Any]:
-    return {name: output.model_dump(mode="json") for name, output in outputs.items()}
-
-
-def draw(context: Context) -> bytes:
-    """Plots of each model's search and distillation, as a PNG: a bar per candidate, the training curve, and KL against the
-    number of parameters, FLOPs, memory and, if it was measured, latency."""
-    import io
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        family = context.recipe.family
-        shape = (3 * len(family), 2)
-        figure, axes = pyplot.subplots(*shape, figsize=(11, 10.8 * len(family)), layout="constrained", squeeze=False)
-        for index, member in enumerate(family):
-            name = f"{member.model}: " if len(family) > 1 else ""
-            ranking = context.output(Search, member).ranking
-            (bars, curve), *fronts = axes[3 * index : 3 * index + 3]
-            _draw_search(bars, ranking, name)
-            tokens_per_step = context.recipe.distillation(member).batch_rows * context.output(Data).seq_length
-            table = context.output(Evaluate, member).table
-            _draw_distillation(curve, tokens_per_step, context.output(Distill, member).curve, table, name)
-            for panel, (cost, unit, label) in zip([p for row in fronts for p in row], COSTS, strict=True):
-                if getattr(ranking[0], cost) is not None:
-                    _draw_pareto(panel, ranking, cost, unit, label, name)
-                else:
-                    panel.set_axis_off()
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130)
-        pyplot.close(figure)
-    return buffer.getvalue()
-
-
-def _colour(candidate: RankedCandidate) -> str:
-    winner, tied, behind = STANDING_COLOURS.values()
-    return winner if candidate.winner else tied if candidate.tied else behind
-
-
-def _draw_search(axes: Any, ranking: Sequence[RankedCandidate], name: str) -> None:
-    from matplotlib.patches import Patch
-
-    ordered = ranking[:MAX_BARS][::-1]
-    positions = range(len(ordered))
-    pruned = "#e4e7eb"
-    colours = [_colour(candidate) for candidate in ordered]
-    axes.barh(positions, [candidate.kl_undistilled for candidate in ordered], color=pruned)
-    axes.barh(positions, [candidate.kl for candidate in ordered], color=colours)
-    axes.set_yticks(positions, [candidate.architecture.label() for candidate in ordered])
-    axes.set_xlabel(f"held-out {KL.title}")
-    shown = f"best {len(ordered)} of " if len(ordered) < len(ranking) else ""
-    axes.set_title(f"{name}search, {shown}{len(ranking)} candidates", loc="left", fontsize=10)
-    legend = {
-        LABELS["pruned"]: pruned,
-        **{text: colour for text, colour in STANDING_COLOURS.items() if colour in colours},
-    }
-    patches = [Patch(color=colour, label=text) for text, colour in legend.items()]
-    axes.legend(handles=patches, frameon=False, loc="upper left", bbox_to_anchor=(-0.1, -0.14), ncols=4, handlelength=1)
-
-
-def _draw_pareto(axes: Any, ranking: Sequence[RankedCandidate], cost: str, unit: float, label: str, name: str) -> None:
-    """A point per candidate, and a line through those of which no other is better in both KL and cost."""
-    costs = [getattr(candidate, cost) / unit for candidate in ranking]
-    kl = [candidate.kl for candidate in ranking]
-    front = pareto(costs, kl)
-    line = [costs[i] for i in front], [kl[i] for i in front]
-    axes.plot(*line, color="#52606d", linewidth=1, zorder=1, label="no other is better in both")
-    axes.scatter(costs, kl, color=[_colour(candidate) for candidate in ranking], zorder=2)
-    axes.set_xlabel(label)
-    axes.set_ylabel(f"held-out KL, {KL.unit}")
-    axes.set_title(f"{name}KL against {label}", loc="left", fontsize=10)
-    axes.legend(frameon=False)
-
-
-def _draw_distillation(
-    axes: Any, tokens_per_step: int, curve_path: str, table: Mapping[str, Figures], name: str
-) -> None:
-    curve = storage.read_json(curve_path)
-    measure, what = ("train_kl", KL.title) if curve["train_kl"] else ("train_loss", f"loss, {LOSS.unit}")
-    axes.plot(
-        [step * tokens_per_step for step in curve["step"]], curve[measure], color="#76b900", label="training rows"
+    return jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, finalize=_shown, trim_blocks=True, lstrip_blocks=True
     )
-    for key, style in (("pruned", ":"), ("distilled", "--")) if measure == "train_kl" else ():
-        value = table[key].kl
-        axes.axhline(value, color="#52606d", linestyle=style, label=f"{LABELS[key]}, held-out rows")
-    axes.set_xlabel("tokens")
-    axes.set_ylabel(what)
-    axes.set_title(f"{name}distillation", loc="left", fontsize=10)
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
 
 
-def _benchmark(candidate: RankedCandidate, task: str) -> str:
-    """A candidate's score on a task; empty if it has none."""
-    score = candidate.score(task)
-    return "" if score is None else score.shown_as.text(score.value, score.stderr)
+def page(states: Sequence[RunState]) -> str:
+    """The report of one finished run, or of several on one page."""
+    from markupsafe import Markup
 
+    folder = data_folder("dashboards") / "report"
+    template = environment().from_string((folder / "page.html.j2").read_text(encoding="utf-8"))
+    script = page_script()
+    numbers = count(1)
 
-def _benchmark_titles(search: SearchOutput) -> dict[str, str]:
-    """Title of each benchmark's column."""
-    return {task: _task_title(task, search.metrics.get(task)) for task in search.benchmarks}
+    def named(chart: Chart) -> Chart:
+        return replace(chart, name=f"chart-{next(numbers)}")
 
-
-def serving_text(search: SearchOutput) -> str:
-    """A sentence that says what memory and latency of the candidates refer to."""
-    serving = search.serving
-    sequences = "one sequence" if serving.batch == 1 else f"{serving.batch} sequences"
-    text = f"Memory is that of the weights and the KV cache of {sequences} of {serving.context:,} tokens, at 16 bits per value"
-    has_latency = search.ranking[0].latency_ms is not None
-    return f"{text}; latency is the median time to their first token." if has_latency else f"{text}."
-
-
-def findings(search: SearchOutput) -> list[str]:
-    """Sentences about a search: how early its order was known, and how many steps early stopping saved or would have saved."""
-    sentences = []
-    if search.forward is not None:
-        distilled = sum(candidate.distilled for candidate in search.forward)
-        sentences.append(
-            f"{len(search.forward)} candidates were scored without training, and {distilled} of them were distilled."
-        )
-    if search.stopped:
-        stopped = len(search.stopped)
-        sentences.append(
-            f"{stopped} were stopped early at a rung, which saved {search.saved:.0%} of the training steps."
-        )
-    if len(search.ranking) < 2:
-        return sentences
-    rows = {row.step: row for row in search.stability if row.measure.startswith("KL")}
-    threshold = f"a Kendall's tau of at least {SETTLED:g} with the final order"
-    if search.settled is None:
-        return [*sentences, f"No earlier measurement has {threshold}: the order was not known before the end."]
-    row = rows[search.settled]
-    when = f"from step {search.settled} on" if search.settled else "before any training"
-    sentences.append(f"The order was known {when} ({threshold}).")
-    if not search.stopped:
-        sentences.append(
-            f"Stopping the worse half at that point would have saved {row.saved:.0%} of the training steps and cost "
-            f"{row.regret_kept:.3f} nats per token."
-        )
-    return sentences
-
-
-def restarts(state: RunState) -> list[tuple[str, Restart]]:
-    """All restarts of the run, with the name of the stage."""
-    found = [(Correct.name, restart) for restart in state.output(Correct).restarts]
-    for member in state.recipe.family:
-        name = f" {member.model}" if len(state.recipe.family) > 1 else ""
-        found += [(f"{Search.name}{name}", restart) for restart in state.output(Search, member).restarts]
-        found += [(f"{Distill.name}{name}", restart) for restart in state.output(Distill, member).restarts]
-    return found
+    several = len(states) > 1
+    models = [model for state in states for model in family.family_models(state, state.run_key if several else "")]
+    quality = named(family.quality_chart(models))
+    benchmarks = family.benchmark_chart(models)
+    header, body = _compared(models) if several else rows(states[0])
+    runs = [_run(state, index, named) for index, state in enumerate(states)]
+    scored = family.benchmark_table(models)
+    return template.render(
+        policy=content_security_policy(script),
+        style=Markup((folder / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        data=_data,
+        title=_title(states),
+        description=states[0].recipe.description if not several else f"{len(states)} runs compared",
+        subtitle=f"{' · '.join(state.run_key for state in states)} · written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        sections=_sections(runs, benchmarks is not None),
+        cards=[card for state in states for card in _cards(state, several)],
+        quality=quality,
+        published=any(row["state"] == "published" for row in quality.rows),
+        paper=PAPER,
+        header=header,
+        body=body,
+        caption=" · ".join(dict.fromkeys(caption(state) for state in states)),
+        benchmark_chart=benchmarks and named(benchmarks),
+        benchmark_header=scored[0],
+        benchmark_body=scored[1],
+        runs=runs,
+        benchmark=candidates.benchmark_text,
+    )
 
 
 def _shown(value: Any) -> Any:
@@ -314,37 +90,177 @@ def _shown(value: Any) -> Any:
     return printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
-def environment() -> jinja2.Environment:
-    """Jinja's settings for the page: every text is escaped, and has no control characters."""
-    import jinja2
+def _data(chart: Chart) -> Any:
+    """A chart's data as JSON inside an HTML element, which no text in it can end."""
+    from markupsafe import Markup
 
-    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_shown)
+    text = json.dumps(chart.json(), allow_nan=False, separators=(",", ":"))
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
 
 
-def page(context: Context) -> str:
-    """The report as one self-contained HTML page."""
-    import base64
+def _title(states: Sequence[RunState]) -> str:
+    if len(states) > 1:
+        return " and ".join(dict.fromkeys(state.recipe.name for state in states))
+    registered = [states[0].output(Register, member) for member in states[0].recipe.family]
+    return ", ".join(f"{output.model} version {output.version}" for output in registered)
 
-    header, body = rows(context)
-    template = environment().from_string((data_folder("dashboards") / "report.html.j2").read_text())
-    folder = Path(context.locations.local_run(context.run_key))
-    searches = {member.model: context.output(Search, member) for member in context.recipe.family}
-    return template.render(
-        recipe=context.recipe,
-        run_key=context.run_key,
-        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        header=header,
-        body=body,
-        caption=caption(context),
-        picture=base64.b64encode((folder / "report.png").read_bytes()).decode(),
-        shared=context.shared,
-        family=context.family,
-        benchmark=_benchmark,
-        searches=searches,
-        benchmarks={model: _benchmark_titles(search) for model, search in searches.items()},
-        serving={model: serving_text(search) for model, search in searches.items()},
-        restarts=restarts(context),
-        findings={model: findings(search) for model, search in searches.items()},
-        origins={m.model: o.model for m in context.recipe.family if (o := context.recipe.origin(m))},
-        tracking_uri=storage.redact(context.locations.tracking_uri),
-    )
+
+def _sections(runs: Sequence[dict[str, Any]], has_benchmarks: bool) -> dict[str, str]:
+    """Titles of the sections by their id, for the links at the top."""
+    sections = {"family": "Family"}
+    if has_benchmarks:
+        sections["benchmarks"] = "Benchmarks"
+    for run in runs:
+        of = f" {run['key']}" if len(runs) > 1 else ""
+        sections |= {search["id"]: f"Candidates for {search['model']}{of}" for search in run["searches"]}
+        if run["completions"]:
+            sections[f"{run['id']}completions"] = f"Completions{of}"
+        for name, title in (
+            ("training", "Distillation"),
+            ("importance", "Importance"),
+            ("cost", "Time and cost"),
+            ("lineage", "Lineage"),
+            ("about", "About"),
+        ):
+            sections[f"{run['id']}{name}"] = f"{title}{of}"
+    return sections
+
+
+@dataclass(frozen=True)
+class _Fact:
+    name: str
+    value: str
+    note: str = ""
+
+
+def _cards(state: RunState, several: bool) -> Iterator[dict[str, Any]]:
+    """What a reader sees first: the teacher, then each student."""
+    for index, member in enumerate(state.recipe.family):
+        table = state.output(Evaluate, member).table
+        teacher, pruned, student = table["teacher"], table["pruned"], table["distilled"]
+        if index == 0:
+            facts = [
+                _Fact("parameters", _millions(teacher.parameters)),
+                _Fact("held-out loss", f"{teacher.loss:.3f}", "nats per token"),
+            ]
+            if teacher.tokens_per_second is not None:
+                facts.append(_Fact(SPEED.unit, speed_text(teacher)))
+            yield {"title": f"{state.run_key}: teacher" if several else "Teacher", "facts": facts, "colour": INK}
+        less = 1 - student.parameters / teacher.parameters
+        facts = [
+            _Fact("parameters", _millions(student.parameters), f"{less:.0%} fewer than the teacher"),
+            _Fact(KL.name, f"{student.kl:.3f}", f"{pruned.kl:.3f} before the distillation"),
+            _Fact(AGREEMENT.title, AGREEMENT.text(student.top1_agreement), "as the teacher's"),
+        ]
+        if student.tokens_per_second is not None and teacher.tokens_per_second is not None:
+            faster = student.tokens_per_second / teacher.tokens_per_second
+            facts.append(_Fact(SPEED.unit, speed_text(student), f"{faster:.2f} times the teacher's"))
+        title = f"{state.run_key}: {member.model}" if several else member.model
+        yield {"title": title, "facts": facts, "colour": colour(index)}
+
+
+def _millions(parameters: int) -> str:
+    return f"{parameters / 1e9:,.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:,.1f} M"
+
+
+def _compared(models: Sequence[FamilyModel]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of several runs: a row for each model, without those that were pruned only."""
+    header = ["model", "parameters", KL.name, "held-out loss", AGREEMENT.title, "tokens\nper second"]
+    body = [
+        [
+            model.name,
+            f"{model.figures.parameters:,}",
+            KL.text(model.figures.kl),
+            f"{model.figures.loss:.3f}",
+            AGREEMENT.text(model.figures.top1_agreement),
+            speed_text(model.figures),
+        ]
+        for model in models
+        if model.state != PRUNED
+    ]
+    return header, body
+
+
+def _run(state: RunState, index: int, named: Any) -> dict[str, Any]:
+    """The sections of one run, for the template."""
+    recipe = state.recipe
+    prefix = f"run{index}-"
+    step_tokens = recipe.search.training.batch_rows * state.output(Data).seq_length
+    searches = []
+    importances = []
+    for number, member in enumerate(recipe.family):
+        search = state.output(Search, member)
+        searches.append(
+            {
+                "id": f"{prefix}search{number}",
+                "model": member.model,
+                "output": search,
+                "chart": named(candidates.candidate_chart(state, member.model, search, step_tokens)),
+                "benchmarks": candidates.benchmark_titles(search),
+                "serving": candidates.serving_text(search),
+                "findings": candidates.findings(search),
+            }
+        )
+        importance = Importance(member.model, state.output(Calibrate, member), search.winner)
+        importances.append(
+            {
+                "layers": named(importance.layer_chart()),
+                "layer_rows": [
+                    [str(r["layer"]), f"{r['importance']:.4g}", r["state"]] for r in importance.layer_rows()
+                ],
+                "units": named(importance.unit_chart()),
+                "unit_rows": importance.unit_table(),
+            }
+        )
+    spent = costs.stage_costs(state)
+    curves = curve_chart(state)
+    return {
+        "id": prefix,
+        "key": state.run_key,
+        "state": state,
+        "searches": searches,
+        "importance": importances,
+        "curves": curves and named(curves),
+        "training": [_trained(state, member) for member in recipe.family],
+        "losses": [f"{member.model}: {state.output(Distill, member).losses_chosen}." for member in recipe.family],
+        "costs": named(costs.cost_chart(spent)),
+        "cost_header": costs.HEADER,
+        "cost_rows": costs.cost_rows(spent),
+        "cost_note": costs.NOTE,
+        "completions": _completions(state),
+        "restarts": lineage.restarts(state),
+        "lineage": lineage.lineage(state),
+        "facts": lineage.facts(state),
+        "links": lineage.model_links(state),
+        "recipe": recipe_yaml(recipe),
+    }
+
+
+def _trained(state: RunState, member: Any) -> list[str]:
+    """A row of the table of distillations."""
+    output = state.output(Distill, member)
+    table = state.output(Evaluate, member).table
+    return [
+        member.model,
+        f"{output.tokens:,}",
+        f"{output.parameters:,}",
+        KL.text(table["pruned"].kl),
+        KL.text(table["distilled"].kl),
+        speed_text(table["distilled"]),
+    ]
+
+
+def _completions(state: RunState) -> list[dict[str, Any]]:
+    """How the models continue each of the recipe's prompts: the teacher, then each student before and after."""
+    prompts: dict[str, list[tuple[str, str]]] = {}
+    for member in state.recipe.family:
+        written = state.output(Evaluate, member).completions
+        for index, prompt in enumerate(written.prompts if written else ()):
+            assert written is not None
+            texts = prompts.setdefault(prompt, [])
+            if not texts:
+                texts.append(("teacher", written.texts["teacher"][index]))
+            texts += [(f"{member.model}, {label}", written.texts[name][index]) for name, label in LABELS.items()]
+    return [{"prompt": prompt, "texts": texts} for prompt, texts in prompts.items()]

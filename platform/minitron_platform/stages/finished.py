@@ -72,4 +72,5 @@ def finished_stages(recipe: Recipe, locations: Locations, dtype: torch.dtype) ->
         if record is None:
             return state, storage.size(folder)
         state.finish(stage, record.output)
+        state.seconds[record.output.fingerprint] = record.seconds
     return state, 0

@@ -36,6 +36,8 @@ class RunState:
     """Outputs of the stages that the family shares, by the stage's name."""
     family: dict[str, dict[str, StageOutput]] = field(default_factory=dict)
     """Outputs of the other stages, by the model's name, then the stage's."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Time that the finished stages took, by the fingerprint of their output."""
 
     @property
     def compute_dtype(self) -> torch.dtype:

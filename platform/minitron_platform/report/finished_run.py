@@ -1,0 +1,52 @@
+"""Reads the outputs of a finished run from its storage, on any machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minitron import storage
+from minitron.errors import InputError, StorageError
+from minitron_platform.locations import Locations
+from minitron_platform.recipes.load import load_recipe
+from minitron_platform.stages.order import steps
+from minitron_platform.stages.stage_records import read_record
+from minitron_platform.stages.state import RunState
+
+RESULTS = "results.json"
+
+
+def finished_run(locations: Locations, run_key: str) -> RunState:
+    """The state of a finished run.
+
+    Raises InputError if there is no finished run of this name, StorageError if the output of a stage is missing.
+    """
+    folder = locations.run(run_key)
+    results = storage.read_json_if_exists(storage.join(folder, RESULTS))
+    if results is None:
+        raise InputError(f"run {run_key!r}: it has no {RESULTS} in {locations.storage}", "finish it with minitron run")
+    recipe = load_recipe(storage.fetch_file(storage.join(folder, "recipe.yaml")))
+    state = RunState(recipe, locations, run_key)
+    for stage, member in steps(recipe):
+        state.current = member
+        try:
+            written: dict[str, Any] = results["family"][member.model] if member else results["stages"]
+            fingerprint = str(written[stage.name]["fingerprint"])
+        except (KeyError, TypeError) as error:
+            raise _damaged(folder) from error
+        if not fingerprint.isalnum():
+            raise _damaged(folder)
+        record = read_record(locations.storage, locations.stage(stage.name, fingerprint), stage.output_type)
+        if record is None:
+            raise StorageError(
+                f"{locations.stage(stage.name, fingerprint)}: the output of the stage is missing or of an earlier version",
+                "run the recipe again, which repeats only what is missing",
+            )
+        state.finish(stage, record.output)
+        state.seconds[record.output.fingerprint] = record.seconds
+    return state
+
+
+def _damaged(folder: str) -> StorageError:
+    return StorageError(
+        f"{storage.join(folder, RESULTS)}: not the results of a run", "delete it and run the recipe again"
+    )

@@ -1,0 +1,91 @@
+"""Where the models of a run come from: the teacher as the root of a tree, and its facts as text."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import version
+
+from minitron.storage import redact
+from minitron_platform.recipes.build import text_sources
+from minitron_platform.stages.calibrate import Calibrate
+from minitron_platform.stages.correct import Correct
+from minitron_platform.stages.data import Data
+from minitron_platform.stages.distill import Distill
+from minitron_platform.stages.register import Register
+from minitron_platform.stages.search import Search
+from minitron_platform.stages.state import RunState
+from minitron_platform.stages.teacher import Teacher
+from minitron_platform.tracking.restarts import Restart
+
+LIBRARIES = ("minitron", "torch", "transformers", "ray", "mlflow", "lm_eval")
+
+
+@dataclass
+class Node:
+    """A model of the tree."""
+
+    title: str
+    lines: list[str]
+    children: list[Node] = field(default_factory=list)
+
+
+def lineage(state: RunState) -> Node:
+    """The tree of the run's models."""
+    teacher = state.output(Teacher)
+    hashes = [f"{name} sha256 {value}" for name, value in teacher.sha256.items()]
+    root = Node(state.recipe.teacher.model, [f"teacher · {teacher.summary}", *hashes])
+    correct = state.output(Correct)
+    origin = root
+    if correct.corrected:
+        origin = Node("corrected teacher", [correct.summary])
+        root.children.append(origin)
+    nodes: dict[str, Node] = {}
+    for member in state.recipe.family:
+        distilled = state.output(Distill, member)
+        registered = state.output(Register, member)
+        previous = state.recipe.origin(member)
+        lines = [
+            f"cut from {previous.model if previous else 'the teacher'} · {state.output(Calibrate, member).summary}",
+            str(distilled.architecture),
+            f"{distilled.summary} · {distilled.losses_chosen}",
+            f"alias {registered.alias} · {distilled.student}",
+        ]
+        node = Node(f"{registered.model} version {registered.version}", lines)
+        (nodes[previous.model] if previous else origin).children.append(node)
+        nodes[member.model] = node
+    return root
+
+
+def restarts(state: RunState) -> list[tuple[str, Restart]]:
+    """All restarts of the run, with the name of the stage."""
+    known = [(Correct.name, restart) for restart in state.output(Correct).restarts]
+    for member in state.recipe.family:
+        name = f" {member.model}" if len(state.recipe.family) > 1 else ""
+        known += [(f"{Search.name}{name}", restart) for restart in state.output(Search, member).restarts]
+        known += [(f"{Distill.name}{name}", restart) for restart in state.output(Distill, member).restarts]
+    return known
+
+
+def facts(state: RunState) -> dict[str, str]:
+    """What was run, on what data and where its records are."""
+    data = state.output(Data)
+    python = f"Python {platform.python_version()}"
+    sources = ", ".join(source.label for source in text_sources(state.recipe.data).values())
+    return {
+        "run": state.run_key,
+        "text": f"{sources} · {data.summary} · training rows {data.train}",
+        "correction": state.output(Correct).summary,
+        "MLflow": f"{redact(state.locations.tracking_uri)} · experiment {state.recipe.experiment}",
+        "storage": redact(state.locations.storage),
+        "page written by": " · ".join([*(f"{name} {version(name)}" for name in LIBRARIES), python]),
+    }
+
+
+def model_links(state: RunState) -> dict[str, str]:
+    """Addresses of the registered versions in MLflow's web interface, if MLflow is a server."""
+    uri = redact(state.locations.tracking_uri).rstrip("/")
+    if not uri.startswith(("http://", "https://")):
+        return {}
+    outputs = [state.output(Register, member) for member in state.recipe.family]
+    return {f"{o.model} version {o.version}": f"{uri}/#/models/{o.model}/versions/{o.version}" for o in outputs}
