@@ -21,6 +21,7 @@ from minitron_platform.cli.program import command_line
 from minitron_platform.cli.promote import promote, rollback
 from minitron_platform.cli.prune import prune
 from minitron_platform.cli.recipes import recipes
+from minitron_platform.cli.report import report
 from minitron_platform.cli.run import run
 from minitron_platform.cli.submit import submit
 from minitron_platform.cli.tracking import sync, ui
@@ -91,6 +92,7 @@ main.add_command(evaluate)
 main.add_command(compare)
 main.add_command(generate)
 main.add_command(chat)
+main.add_command(report)
 main.add_command(sync)
 main.add_command(promote)
 main.add_command(rollback)

@@ -93,9 +93,9 @@ def quality_chart(models: Sequence[FamilyModel]) -> Chart:
             if any(row[f"c{cost}"] is None for row in best):
                 continue
             on_front = f"f{index}{cost}"
-            front = pareto([row[f"c{cost}"] for row in best], [sign * row[f"q{index}"] for row in best])
-            for place in front:
-                best[place][on_front] = True
+            scored = [row for row in best if not math.isnan(row[f"q{index}"])]
+            for place in pareto([row[f"c{cost}"] for row in scored], [sign * row[f"q{index}"] for row in scored]):
+                scored[place][on_front] = True
             views[quality.title, what] = _quality_view(colour_of, index, quality, cost, title, on_front)
     legend = _legend(of)
     if published:

@@ -2,17 +2,53 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
 from typing import Any
 
 from minitron import storage
-from minitron.errors import InputError, StorageError
+from minitron.errors import InputError, StorageError, one_line
 from minitron_platform.locations import Locations
 from minitron_platform.recipes.load import load_recipe
 from minitron_platform.stages.order import steps
 from minitron_platform.stages.stage_records import read_record
 from minitron_platform.stages.state import RunState
+from minitron_platform.tracking.events import check_key
+
+log = logging.getLogger(__name__)
 
 RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run whose results are in a storage."""
+
+    key: str
+    recipe: str
+    """Name of its recipe."""
+    models: tuple[str, ...]
+    """Models of its family."""
+
+
+def finished_runs(locations: Locations) -> list[FinishedRun]:
+    """The finished runs of a storage, the newest first. Results that cannot be read are left out, with a warning."""
+    folder = storage.join(locations.storage, "runs")
+    runs: list[tuple[float, FinishedRun]] = []
+    for name in storage.names(folder):
+        path = storage.join(folder, name, RESULTS)
+        try:
+            results = storage.read_json_if_exists(path)
+            if results is None:
+                continue
+            fs, inner = storage.filesystem(path)
+            changed = fs.modified(inner).timestamp()
+            key, models = check_key(str(results["run"])), tuple(map(str, results["family"]))
+        except (StorageError, InputError, KeyError, TypeError) as error:
+            log.warning("%s: left out: %s", path, one_line(error))
+            continue
+        runs.append((changed, FinishedRun(key, key.rsplit("-", 1)[0], models)))
+    return [run for _, run in sorted(runs, key=lambda entry: entry[0], reverse=True)]
 
 
 def finished_run(locations: Locations, run_key: str) -> RunState:

@@ -70,7 +70,7 @@ def page(states: Sequence[RunState]) -> str:
         description=states[0].recipe.description if not several else f"{len(states)} runs compared",
         subtitle=f"{' · '.join(state.run_key for state in states)} · written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         sections=_sections(runs, benchmarks is not None),
-        cards=[card for state in states for card in _cards(state, several)],
+        cards=list(_cards(states)),
         quality=quality,
         published=any(row["state"] == "published" for row in quality.rows),
         paper=PAPER,
@@ -112,19 +112,20 @@ def _sections(runs: Sequence[dict[str, Any]], has_benchmarks: bool) -> dict[str,
     sections = {"family": "Family"}
     if has_benchmarks:
         sections["benchmarks"] = "Benchmarks"
-    for run in runs:
-        of = f" {run['key']}" if len(runs) > 1 else ""
-        sections |= {search["id"]: f"Candidates for {search['model']}{of}" for search in run["searches"]}
-        if run["completions"]:
-            sections[f"{run['id']}completions"] = f"Completions{of}"
-        for name, title in (
-            ("training", "Distillation"),
-            ("importance", "Importance"),
-            ("cost", "Time and cost"),
-            ("lineage", "Lineage"),
-            ("about", "About"),
-        ):
-            sections[f"{run['id']}{name}"] = f"{title}{of}"
+    if len(runs) > 1:
+        return sections | {run["id"]: run["key"] for run in runs}
+    (run,) = runs
+    sections |= {search["id"]: f"Candidates for {search['model']}" for search in run["searches"]}
+    if run["completions"]:
+        sections[f"{run['id']}completions"] = "Completions"
+    for name, title in (
+        ("training", "Distillation"),
+        ("importance", "Importance"),
+        ("cost", "Time and cost"),
+        ("lineage", "Lineage"),
+        ("about", "About"),
+    ):
+        sections[f"{run['id']}{name}"] = title
     return sections
 
 
@@ -135,12 +136,14 @@ class _Fact:
     note: str = ""
 
 
-def _cards(state: RunState, several: bool) -> Iterator[dict[str, Any]]:
-    """What a reader sees first: the teacher, then each student."""
-    for index, member in enumerate(state.recipe.family):
+def _cards(states: Sequence[RunState]) -> Iterator[dict[str, Any]]:
+    """What a reader sees first: the teacher, then each student, in the colours of the charts."""
+    several = len(states) > 1
+    members = [(state, member) for state in states for member in state.recipe.family]
+    for index, (state, member) in enumerate(members):
         table = state.output(Evaluate, member).table
         teacher, pruned, student = table["teacher"], table["pruned"], table["distilled"]
-        if index == 0:
+        if member is state.recipe.family[0]:
             facts = [
                 _Fact("parameters", _millions(teacher.parameters)),
                 _Fact("held-out loss", f"{teacher.loss:.3f}", "nats per token"),

@@ -1,14 +1,16 @@
-"""Writes the report of a finished run, into its folder and to MLflow."""
+"""Writes reports: of a run that has just finished, and again of finished runs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from minitron import storage
-from minitron_platform.report.finished_run import RESULTS
+from minitron.errors import InputError
+from minitron_platform.locations import Locations
+from minitron_platform.report.finished_run import RESULTS, finished_run, finished_runs
 from minitron_platform.report.page import page
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.stage import StageOutput
@@ -43,3 +45,25 @@ def write_report(context: Context, run_record: Any) -> Path:
 
 def _dumped(outputs: Mapping[str, StageOutput]) -> dict[str, Any]:
     return {name: output.model_dump(mode="json") for name, output in outputs.items()}
+
+
+def write_page(locations: Locations, names: Sequence[str], out: str | None = None) -> str:
+    """Write the report of a finished run again, or one page that compares several; returns its path.
+
+    names: of runs, of their recipes or of models of a family; the newest run that has the name is taken. out: file to write, by
+    default that of the run, or comparison.html in the local folder of runs. Raises InputError for an unknown name, StorageError
+    if the output of a stage is missing.
+    """
+    known = list(finished_runs(locations))
+    keys: list[str] = []
+    for name in names:
+        key = next((run.key for run in known if name in (run.key, run.recipe, *run.models)), None)
+        if key is None:
+            finished = ", ".join(run.key for run in known) or "none"
+            raise InputError(f"no finished run {name!r} in {locations.storage}", f"finished runs: {finished}")
+        if key not in keys:
+            keys.append(key)
+    folder = Path(locations.local_run(keys[0]))
+    path = out or str(folder / REPORT if len(keys) == 1 else folder.with_name("comparison.html"))
+    storage.write_bytes(path, page([finished_run(locations, key) for key in keys]).encode())
+    return path

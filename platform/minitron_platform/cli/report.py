@@ -1,0 +1,36 @@
+"""The command `minitron report`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from rich.markup import escape
+
+from minitron_platform.cli.options import tracking_options
+from minitron_platform.console import Console
+
+
+@click.command()
+@click.argument("runs", nargs=-1, metavar="[RUN]...")
+@click.option(
+    "--out", type=click.Path(dir_okay=False), help="File to write. [default: report.html of the run's folder]"
+)
+@tracking_options
+def report(locations: Any, runs: tuple[str, ...], out: str | None) -> None:
+    """Write the report of a finished run again, or compare several runs on one page.
+
+    RUN is the name of a run, such as smollm2-135m-cpu-720783ab, its recipe's name, of which the newest run is taken, or a model
+    of its family. Without RUN, the finished runs of the storage are listed.
+    """
+    from minitron_platform.report.finished_run import finished_runs
+    from minitron_platform.report.write import write_page
+
+    console = Console()
+    if not runs:
+        for run in finished_runs(locations):
+            console.say(escape(f"{run.key}  {', '.join(run.models)}"))
+        return
+    with console.working("report"):
+        path = write_page(locations, runs, out)
+    console.say(f"The report:\n  [bold]{escape(path)}[/]")
