@@ -82,6 +82,23 @@ def test_kueue_gets_a_fixed_number_of_nodes(tmp_path):
     assert [spec["workerGroupSpecs"][0][key] for key in ("replicas", "minReplicas", "maxReplicas")] == [4, 4, 4]
 
 
+@pytest.mark.parametrize(
+    ("options", "policies"),
+    [
+        ((), ["Never", "Never"]),
+        (("--queue", "research"), [None, None]),
+        (("--queue", "research", *JOB), ["Never", None]),
+    ],
+)
+def test_pods_are_not_restarted_where_the_autoscaler_or_the_submitter_would_lose_them(tmp_path, options, policies):
+    manifests = _render(tmp_path, *options)
+    spec = (
+        manifests["RayCluster"]["spec"] if "RayCluster" in manifests else manifests["RayJob"]["spec"]["rayClusterSpec"]
+    )
+    groups = (spec["headGroupSpec"], *spec["workerGroupSpecs"])
+    assert [group["template"]["spec"].get("restartPolicy") for group in groups] == policies
+
+
 def test_shared_memory_holds_the_object_store(tmp_path):
     (workers,) = _render(tmp_path)["RayCluster"]["spec"]["workerGroupSpecs"]
     pod = workers["template"]["spec"]
