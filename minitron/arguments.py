@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import fields
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import torch
-from torch import Tensor, nn
-
 from minitron.errors import InputError
 
-_WORDS: dict[type, str] = {
-    Real: "a number",
-    Integral: "a whole number",
-    Mapping: "a dict",
-    str: "text",
-    Tensor: "a tensor",
-}
+_WORDS = {"Real": "a number", "Integral": "a whole number", "Mapping": "a dict", "str": "text", "Tensor": "a tensor"}
 
 
 def short_repr(value: Any) -> str:
@@ -51,7 +42,7 @@ def check_types(name: str, values: Any, kind: type) -> None:
 
 
 def _in_words(kind: type) -> str:
-    return _WORDS.get(kind) or f"{'an' if kind.__name__[0] in 'AEIOUaeiou' else 'a'} {kind.__name__}"
+    return _WORDS.get(kind.__name__) or f"{'an' if kind.__name__[0] in 'AEIOUaeiou' else 'a'} {kind.__name__}"
 
 
 def check_fields(settings: Any) -> None:
@@ -86,6 +77,8 @@ def _check_hint(name: str, value: Any, hint: Any) -> None:
 
 def check_model(name: str, value: Any) -> None:
     """Raise InputError unless `value` is a loaded model with a transformers config."""
+    from torch import nn  # torch takes seconds to import, and not every command needs it
+
     if not isinstance(value, nn.Module) or not hasattr(value, "config"):
         raise InputError(
             f"{name}: {short_repr(value)} is not a transformers model",
@@ -104,8 +97,10 @@ def check_tokenizer(name: str, value: Any) -> None:
 
 def check_rows(name: str, value: Any, *, shortest: int = 1) -> None:
     """Raise InputError unless `value` is an int64 tensor [num_rows, seq_length] of one row or more of `shortest` tokens."""
+    import torch
+
     shape = f"int64 [num_rows, seq_length], num_rows >= 1, seq_length >= {shortest}"
-    if not isinstance(value, Tensor):
+    if not isinstance(value, torch.Tensor):
         raise InputError(f"{name}: {short_repr(value)} is not a tensor", f"give token ids as {shape}")
     if value.dtype != torch.int64 or value.ndim != 2 or len(value) < 1 or value.shape[1] < shortest:
         raise InputError(f"{name}: {value.dtype} {list(value.shape)}", f"give token ids as {shape}")

@@ -10,11 +10,10 @@ import copy
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 
 from minitron.architecture import Architecture
 from minitron.checkpoints.companions import check_links
@@ -24,6 +23,10 @@ from minitron.checkpoints.headers import read_headers
 from minitron.checkpoints.reading import quiet_transformers, read_config
 from minitron.families.config import make_plain
 from minitron.logits import Head
+from minitron.sharded_tensors import is_dtensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 FILE_BYTES = 2 << 30
 """Of a file that is written. Its tensors wait in main memory until it is full."""
@@ -122,9 +125,11 @@ def read_(model: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.
 
 
 def _read(parameter: Tensor, name: str, weights: Weights, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if not isinstance(parameter, DTensor):
+    if not is_dtensor(parameter):
         rows = weights.rows(name, 0, len(parameter)).to(dtype)
         return torch.empty_like(parameter, device=device).copy_(rows)
+    from torch.distributed.tensor import DTensor
+
     local = torch.empty_like(parameter.to_local(), device=device)
     start = _first_row(parameter)
     local.copy_(weights.rows(name, start, start + len(local)).to(dtype))
@@ -140,6 +145,8 @@ def _read(parameter: Tensor, name: str, weights: Weights, dtype: torch.dtype, de
 
 def _first_row(parameter: DTensor) -> int:
     """The number of this process's first row; shards are of equal size, but for the last ones."""
+    from torch.distributed.tensor import Shard
+
     dimension = parameter.placements.index(Shard(0))
     size = -(-len(parameter) // parameter.device_mesh.size(dimension))
     return min(len(parameter), size * parameter.device_mesh.get_local_rank(dimension))
@@ -173,4 +180,4 @@ def write_model(model: nn.Module, weights: Checkpoint, dtype: torch.dtype, folde
 def _whole(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         rounded = parameter.detach().to(dtype)
-        yield name, rounded.full_tensor() if isinstance(rounded, DTensor) else rounded
+        yield name, rounded.full_tensor() if is_dtensor(rounded) else rounded

@@ -13,10 +13,10 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from minitron.collectives import exchange_device
 from minitron.errors import MinitronError
+from minitron.sharded_tensors import is_dtensor
 
 Item = TypeVar("Item")
 
@@ -33,7 +33,7 @@ def own_rank(together: bool = True) -> int:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether processes hold parts of the model's weights, so that they must make equally many forward passes."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return any(is_dtensor(parameter) for parameter in model.parameters())
 
 
 def dealt(batches: Sequence[Item], model: nn.Module, *, together: bool) -> Iterator[tuple[Item, bool]]:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from minitron.architecture import Architecture
 from minitron.checkpoints.contents import filled
 from minitron.checkpoints.files import Checkpoint
 from minitron.checkpoints.headers import read_headers
 from minitron.checkpoints.reading import read_config
+from minitron.sharded_tensors import is_dtensor
 
 VALUES = 256  # of each parameter, the first ones
 
@@ -29,7 +29,7 @@ def model_sample(model: nn.Module) -> str:
 
     def first_rows(name: str, rows: int) -> Tensor:
         values = parameters[name].detach()
-        return (values.full_tensor() if isinstance(values, DTensor) else values)[:rows]
+        return (values.full_tensor() if is_dtensor(values) else values)[:rows]
 
     return _hash(Architecture.from_config(model.config), first_rows)
 

@@ -18,12 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from minitron.errors import InputError
 from minitron.meta_models import emptied
 from minitron.models import decoder_and_head, layers_of
+from minitron.sharded_tensors import is_dtensor
 
 STATE_BYTES = 16
 """Bytes per trained parameter: float32 master weight, gradient and AdamW's two moments."""
@@ -42,7 +41,7 @@ def working_copy(student: nn.Module) -> Iterator[nn.Module]:
         yield working
         with torch.no_grad():
             for mine, trained in zip(student.parameters(), working.parameters(), strict=True):
-                mine.copy_(trained.full_tensor() if isinstance(trained, DTensor) else trained)
+                mine.copy_(trained.full_tensor() if is_dtensor(trained) else trained)
     finally:
         student.to(device)
 
@@ -53,6 +52,8 @@ def shard_(objective: Any, device: torch.device) -> None:
     The whole objective is the root, so that the head is a plain matrix while the losses read it.
     Raises InputError for a student with parameters of several dtypes.
     """
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
     student, intermediate = objective.student, objective.intermediate
     dtypes = {parameter.dtype for parameter in student.parameters()}
     if len(dtypes) > 1:
@@ -81,6 +82,8 @@ def shard_(objective: Any, device: torch.device) -> None:
 
 def shard_teacher_(model: nn.Module, device: torch.device) -> None:
     """Split the layers of a model on the meta device, which is only run forward, over the processes."""
+    from torch.distributed.fsdp import fully_shard
+
     layers = layers_of(model)
     mesh = mesh_of(device, sum(parameter.nbytes for parameter in layers.parameters()))
     for layer in layers:
@@ -144,6 +147,8 @@ def begin_micro_batch(objective: Any, *, last: bool) -> None:
 @contextmanager
 def gathered(objective: Any) -> Iterator[None]:
     """Within the block the student can be run by itself, by all processes alike."""
+    from torch.distributed.fsdp import FSDPModule
+
     if isinstance(objective, FSDPModule):
         objective.unshard()
     try:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minitron import storage
 from minitron.architecture import Architecture
@@ -20,13 +20,14 @@ from minitron.models import load_model, load_tokenizer
 from minitron.packages import PACKAGE
 from minitron_search.arguments import absolute_path
 from minitron_search.events import Report
-from minitron_search.pool import Pool
 from minitron_search.ranking import BenchmarkScore, RankedCandidate
 from minitron_search.results import SearchResult
 from minitron_search.search_task import SearchTask
 from minitron_search.stored_trials import StoredTrials
-from minitron_search.trial import run_trial
 from minitron_search.trial_store import trial_folder, weights
+
+if TYPE_CHECKING:
+    from minitron_search.pool import Pool
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ def benchmark_best(
     failures, with the reason, and stays in the ranking with its other scores. Raises InputError for an argument of the wrong
     type.
     """
+    from minitron_search.pool import Pool  # imports Ray Tune
+
     check_type("task", task, SearchTask)
     check_type("result", result, SearchResult)
     check_types("architectures", architectures, Architecture)
@@ -117,6 +120,7 @@ def _with_scores(candidate: RankedCandidate, benchmarks: Benchmarks, path: str) 
 
 def _benchmark(task: SearchTask, benchmarks: Benchmarks, architecture: Architecture, report: Report) -> None:
     from minitron.evaluation import evaluate  # imports lm-eval
+    from minitron_search.trial import run_trial
 
     run_trial(task, architecture, report)  # trains only if the weights are missing
     folder = storage.fetch(weights(task.folder, architecture))

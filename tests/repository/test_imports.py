@@ -36,3 +36,11 @@ def test_imports_change_neither_the_environment_nor_the_warning_filters():
     code = [sys.executable, "-c", IMPORTED_AGAIN]
     done = subprocess.run(code, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert "nothing changed in" in done.stdout, done.stderr[-2000:]
+
+
+def test_the_command_line_starts_without_torch():
+    started = "import sys, minitron_platform.cli.commands; print(sorted({'torch', 'ray', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", started], env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == "[]", done.stderr

@@ -25,6 +25,7 @@ from minitron.environment import environment_variables
 from minitron.errors import InputError, MinitronError
 from minitron_platform.addresses import check_ray_address
 from minitron_platform.cluster.packaging import PACKAGES, package_folder, stage_code
+from minitron_platform.cluster.room import cores
 from minitron_platform.workers.workers import SEAT
 from minitron_search.private_ray import private_settings
 
@@ -105,7 +106,7 @@ def ray_session(
         if address is None or address == "local":
             logging.getLogger("ray").setLevel(logging.ERROR)  # ray.init warns if it is called outside the main thread
             with private_folder(temp_dir) as folder, environment_variables(_private_settings()):
-                with _one_small_node(), _signals_kept():
+                with _one_small_node(), _signals_kept(), _start_errors():
                     ray.init(
                         address="local",
                         num_cpus=max(cores(), num_cpus or 0),
@@ -142,17 +143,6 @@ def _keep_worker_logs(ray_folder: Path, target: Path) -> None:
         if log.stat().st_size:
             target.mkdir(parents=True, exist_ok=True)
             shutil.copy(log, target / log.name)
-
-
-def cores() -> int:
-    """Number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def cluster_cpus_gpus() -> tuple[float, float]:
-    """Number of CPU and GPU slots of the connected cluster."""
-    resources = ray.cluster_resources()
-    return float(resources.get("CPU", 0.0)), float(resources.get("GPU", 0.0))
 
 
 def _join(address: str) -> None:
@@ -222,6 +212,20 @@ def _one_small_node() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = at_all_interfaces
         for name, method in before.items():
             setattr(Node, name, method)
+
+
+@contextmanager
+def _start_errors() -> Iterator[None]:
+    """Turn the errors of Ray's start, of which most are plain `Exception`s, into MinitronErrors."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) not in (Exception, RuntimeError, TimeoutError):
+            raise
+        raise MinitronError(
+            f"Ray did not start on this machine: {(str(error).strip().splitlines() or ['no reason given'])[0][:300]}",
+            "run the command again when the machine is less busy; what was finished is kept",
+        ) from error
 
 
 def _nothing(node: Node, **options: object) -> None:

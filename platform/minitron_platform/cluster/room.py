@@ -10,15 +10,11 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TypeVar
 
-import ray
 import torch
-from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from minitron.architecture import Architecture
 from minitron.device import compute_dtype, gpu_bytes
 from minitron.errors import InputError
-from minitron_platform.cluster.ray_session import cluster_cpus_gpus, cores
 from minitron_platform.estimates.gpu import are_trials_small
 from minitron_platform.recipes.resources import ResolvedResources, resolve
 from minitron_platform.recipes.schema import Recipe
@@ -32,6 +28,11 @@ Node = dict[str, float]  # the resources of a node, by Ray's names
 def joins_cluster(address: str | None) -> bool:
     """Whether a run with this `--address` joins a running Ray cluster instead of starting a private Ray."""
     return (address or os.environ.get("RAY_ADDRESS") or "local") != "local"
+
+
+def cores() -> int:
+    """Number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resources_here(recipe: Recipe, teacher: Architecture, value_bytes: int) -> ResolvedResources:
@@ -65,6 +66,10 @@ def cluster_cpu_dtype() -> torch.dtype:
 
 def _on_nodes(function: Callable[[], Result], resource: str) -> list[Result]:
     """What `function` returns on every node of the connected cluster that has `resource`, without those that do not answer."""
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get(resource)]
     remote = ray.remote(num_cpus=0)(function)
     tasks = [
@@ -90,7 +95,17 @@ def _node_gpu_bytes() -> int:
 
 def cluster_nodes() -> list[Node]:
     """Resources of the connected cluster's nodes that are alive."""
+    import ray
+
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def cluster_cpus_gpus() -> tuple[float, float]:
+    """Number of CPU and GPU slots of the connected cluster."""
+    import ray
+
+    resources = ray.cluster_resources()
+    return float(resources.get("CPU", 0.0)), float(resources.get("GPU", 0.0))
 
 
 def private_node(resources: ResolvedResources) -> Node:

@@ -18,8 +18,8 @@ from minitron.device import compute_dtype, device, matmul_flops
 from minitron.distill.fitting import Fit
 from minitron.models import check_contents, source_architecture
 from minitron_platform.addresses import check_ray_address
-from minitron_platform.cluster.ray_session import cores
 from minitron_platform.cluster.room import (
+    cores,
     joins_cluster,
     private_node,
     resources_here,

@@ -28,7 +28,6 @@ from minitron_platform.stages.teacher import Teacher, TeacherOutput, weight_hash
 from minitron_platform.stages.trainings import restarts_of, training_settings, training_view
 from minitron_platform.tracking.restarts import Restart
 from minitron_platform.training.curves import complete_record
-from minitron_platform.training.train import TrainTask, train
 from minitron_platform.workers import models
 from minitron_platform.workers.worker import Worker
 
@@ -219,6 +218,8 @@ class _Correction:
         target = storage.join(self.folder, name)
         if storage.is_committed(target):
             return
+        from minitron_platform.training.train import TrainTask, train
+
         context = self.context
         context.console.status("starting Ray")
         resources = context.ensure_ray()

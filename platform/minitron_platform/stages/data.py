@@ -14,7 +14,7 @@ from minitron import storage
 from minitron.data import DocumentTokens, InParts, Rows, pack, source_identity
 from minitron.evaluation.beginning import BosLosses, bos_losses
 from minitron.models import load_tokenizer
-from minitron_platform.cluster.ray_session import cores
+from minitron_platform.cluster.room import cores
 from minitron_platform.console import seconds
 from minitron_platform.estimates.outlook import Estimate, Outlook
 from minitron_platform.estimates.phases import data_parts
@@ -26,7 +26,6 @@ from minitron_platform.stages.stage import ArtifactPath, Stage, StageOutput
 from minitron_platform.stages.state import RunState
 from minitron_platform.stages.teacher import Teacher
 from minitron_platform.workers import models
-from minitron_platform.workers.parts import busy, run_parts
 from minitron_platform.workers.worker import Worker
 
 # the part of the held-out rows that the teacher is measured on with and without a BOS token
@@ -166,6 +165,8 @@ def _in_parts(context: Context, folder: str) -> InParts | None:
         return None
     if context.workers.computes_here() and cores() == 1:
         return InParts(folder)
+    from minitron_platform.workers.parts import busy, run_parts
+
     resources = context.ensure_ray()
     if busy():
         context.workers.make_room()

@@ -30,7 +30,6 @@ from minitron_platform.stages.teacher import Teacher, weight_hashes
 from minitron_platform.stages.trainings import restarts_of, training_settings, training_view
 from minitron_platform.tracking.restarts import Restart
 from minitron_platform.training.curves import complete_record, write_curve
-from minitron_platform.training.train import TrainTask, train
 from minitron_platform.workers.worker import Worker
 
 
@@ -132,6 +131,8 @@ class Distill(Stage[DistillOutput]):
             # of a student that is pruned from another student, it is not known which of the teacher's channels it kept
             channels = source.channels(context.output(Teacher).architecture, architecture)
         if not storage.is_committed(student):
+            from minitron_platform.training.train import TrainTask, train
+
             resources = context.ensure_ray()
             teacher = context.output(Teacher)
             on_gpus = distillation_on_gpus(

@@ -1,4 +1,7 @@
-"""Ray for a run: a private Ray starts in the background while the stages before the search compute."""
+"""Ray for a run: a private Ray starts in the background while the stages before the search compute.
+
+Ray is imported with its start: a run whose stages are all finished needs none.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,9 @@ from contextlib import ExitStack, suppress
 from types import TracebackType
 
 import torch
-from ray._private.utils import estimate_available_memory, resolve_object_store_memory
 from rich.markup import escape
 
 from minitron.device import DTYPES, compute_dtype
-from minitron_platform.cluster.ray_session import ray_session
 from minitron_platform.cluster.room import (
     check_cluster,
     cluster_cpu_dtype,
@@ -84,6 +85,8 @@ class RayStart:
         if self.resources is not None:
             return self.resources
         if joins_cluster(self.address):
+            from minitron_platform.cluster.ray_session import ray_session
+
             self.stack.enter_context(ray_session(self.address, keep_logs=self.logs))
             self.resources = resources_of_cluster(context.recipe)
             check_cluster(self.resources)
@@ -123,6 +126,10 @@ class _PrivateRay:
     """
 
     def __init__(self, resources: ResolvedResources, address: str | None, logs: str) -> None:
+        from ray._private.utils import estimate_available_memory, resolve_object_store_memory
+
+        from minitron_platform.cluster.ray_session import ray_session
+
         node = private_node(resources)
         free_memory = estimate_available_memory()
         object_store_memory = resolve_object_store_memory(free_memory)

@@ -10,7 +10,6 @@ from rich.markup import escape
 
 from minitron import storage
 from minitron.architecture import Architecture, axes_that_differ
-from minitron.distill.checkpoints import committed_steps
 from minitron_platform.console import seconds
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.search_output import SearchOutput
@@ -194,6 +193,8 @@ class TrialsView:
 
     def _retried(self, architecture: Architecture, event: Retried) -> None:
         self.active.pop(architecture, None)
+        from minitron.distill.checkpoints import committed_steps  # imports torch's checkpoints
+
         saved = committed_steps(checkpoints(self.folder, architecture))
         step = saved[-1] if saved else 0
         restart = Restart(now(), str(architecture), event.node, event.reason, step, event.restarts_left)

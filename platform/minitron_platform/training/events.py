@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minitron_platform.workers.calls import WorkersFailed, WorkerStarted
+from minitron_platform.workers.worker import WorkersFailed, WorkerStarted
 
 
 @dataclass(frozen=True)

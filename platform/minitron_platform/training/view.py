@@ -19,7 +19,7 @@ from minitron_platform.tracking.restarts import (
 )
 from minitron_platform.tracking.spool import RunLog
 from minitron_platform.training.events import Event, Measured, Resumed, Tagged
-from minitron_platform.workers.calls import WorkersFailed, WorkerStarted
+from minitron_platform.workers.worker import WorkersFailed, WorkerStarted
 
 RESTARTS = "restarts.json"  # in the stage's folder
 

@@ -16,6 +16,8 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from minitron_platform.workers.worker import WorkersFailed, WorkerStarted
+
 
 @dataclass(frozen=True)
 class Call:
@@ -27,32 +29,6 @@ class Call:
     """One reference to a pair of the function and its argument, in a list so that Ray does not resolve it on the way."""
     everywhere: bool
     """Whether all processes run it, or only the first one."""
-
-
-@dataclass(frozen=True)
-class WorkerStarted:
-    """A worker has started."""
-
-    rank: int
-    node: str
-    """Host name and address of its node."""
-
-
-@dataclass(frozen=True)
-class WorkersFailed:
-    """Workers died or raised an error; they are restarted if failures are left."""
-
-    ranks: tuple[int, ...]
-    """Workers that failed first, without those that failed only because they lost the connection to these. None if a node is
-    to be taken away."""
-    reason: str
-    counts: bool = True
-    """Whether it is one of the failures that are allowed; a node that is taken away is none."""
-
-    @property
-    def who(self) -> str:
-        """For example "workers 0, 1"."""
-        return f"worker{'' if len(self.ranks) == 1 else 's'} {', '.join(map(str, self.ranks))}".rstrip()
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 from ray.train.v2._internal.execution.worker_group.poll import _is_preempted_actor
 from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 
-from minitron_platform.workers.calls import WorkersFailed
+from minitron_platform.workers.worker import WorkersFailed
 from minitron_search.failures import NOT_RETRYABLE, first_cause, reason
 
 

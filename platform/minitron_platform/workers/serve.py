@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from ray.train.v2._internal.execution.context import get_train_context
 
-from minitron_platform.workers.calls import Call, WorkerStarted, node_name, sender
-from minitron_platform.workers.worker import SentProgress, Worker
+from minitron_platform.workers.calls import Call, node_name, sender
+from minitron_platform.workers.worker import SentProgress, Worker, WorkerStarted
 from minitron_search.memory import release_memory
 
 

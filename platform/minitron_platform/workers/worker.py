@@ -53,6 +53,32 @@ class Worker:
 
 
 @dataclass(frozen=True)
+class WorkerStarted:
+    """A worker has started."""
+
+    rank: int
+    node: str
+    """Host name and address of its node."""
+
+
+@dataclass(frozen=True)
+class WorkersFailed:
+    """Workers died or raised an error; they are restarted if failures are left."""
+
+    ranks: tuple[int, ...]
+    """Workers that failed first, without those that failed only because they lost the connection to these. None if a node is
+    to be taken away."""
+    reason: str
+    counts: bool = True
+    """Whether it is one of the failures that are allowed; a node that is taken away is none."""
+
+    @property
+    def who(self) -> str:
+        """For example "workers 0, 1"."""
+        return f"worker{'' if len(self.ranks) == 1 else 's'} {', '.join(map(str, self.ranks))}".rstrip()
+
+
+@dataclass(frozen=True)
 class Said:
     """A line for the user, with rich markup."""
 

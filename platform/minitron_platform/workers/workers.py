@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from minitron_platform.console import Console
 from minitron_platform.recipes.resources import ResolvedResources
-from minitron_platform.workers.worker import Counted, Said, StatusChanged, Worker
+from minitron_platform.workers.worker import Counted, Said, StatusChanged, Worker, WorkersFailed
 
 if TYPE_CHECKING:
     from minitron_platform.workers.group import WorkerGroup
@@ -95,8 +95,6 @@ class Workers:
         return self._group
 
     def _say_failure(self, event: Any) -> None:
-        from minitron_platform.workers.calls import WorkersFailed
-
         if isinstance(event, WorkersFailed):
             self.console.say(f"  [yellow]failed[/]  {escape(event.who)}: {escape(event.reason)}")
 

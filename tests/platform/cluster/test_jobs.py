@@ -407,7 +407,8 @@ def test_a_job_runs_once_at_a_time_and_can_be_followed_and_stopped_by_its_name(
 DRIVER = """
 import ray, minitron, minitron_search
 from minitron_platform import marker
-from minitron_platform.cluster.ray_session import cluster_cpus_gpus, ray_session
+from minitron_platform.cluster.ray_session import ray_session
+from minitron_platform.cluster.room import cluster_cpus_gpus
 
 def value():
     from minitron_platform import marker
@@ -436,7 +437,8 @@ def test_a_job_runs_the_code_that_was_sent(as_user: Head, checkout: Checkout) ->
 SESSION = """
 import json, os, sys
 import ray
-from minitron_platform.cluster.ray_session import cluster_cpus_gpus, ray_session
+from minitron_platform.cluster.ray_session import ray_session
+from minitron_platform.cluster.room import cluster_cpus_gpus
 
 def seen():
     import minitron, minitron_search, minitron_platform

@@ -18,8 +18,8 @@ from ray import cloudpickle
 
 from minitron.errors import InputError, MinitronError
 from minitron_platform.workers import group as group_module
-from minitron_platform.workers.calls import WorkersFailed, WorkerStarted
 from minitron_platform.workers.group import WorkerGroup
+from minitron_platform.workers.worker import WorkersFailed, WorkerStarted
 
 
 @dataclass(frozen=True)

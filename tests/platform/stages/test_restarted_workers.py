@@ -13,8 +13,7 @@ from minitron_platform.tracking.spool import Spool
 from minitron_platform.training.train import TrainTask, train
 from minitron_platform.training.view import TrainingView
 from minitron_platform.workers import models
-from minitron_platform.workers.calls import WorkersFailed
-from minitron_platform.workers.worker import Worker
+from minitron_platform.workers.worker import Worker, WorkersFailed
 from minitron_platform.workers.workers import Workers
 
 
