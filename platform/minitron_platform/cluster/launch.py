@@ -92,8 +92,7 @@ def launch(command: Sequence[str], place: Place, *, notice: float, timeout: floa
             "no token is set for Ray, and everybody who reaches the nodes could run code on them",
             "set RAY_AUTH_TOKEN to the same secret on all nodes (openssl rand -hex 32), or RAY_AUTH_TOKEN_PATH to its file",
         )
-    if place.rank == 0:
-        _check_free(place)
+    _check_head(place)
     signals = _Signals()
     deadline = time.monotonic() + timeout
     with environment_variables({**QUIET, "RAY_AUTH_MODE": "token"}):
@@ -172,14 +171,19 @@ def _worker_arguments(place: Place) -> list[str]:
     return arguments
 
 
-def _check_free(place: Place) -> None:
+def _check_head(place: Place) -> None:
+    """Raise InputError for a head whose name is not known, or, on its node, whose port is in use."""
+    try:
+        socket.gethostbyname(place.head)
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"--head {place.head}: {error}", "give a name or address that all nodes know") from error
+    if place.rank > 0:
+        return
     try:
         socket.create_server(("", place.port)).close()
     except OSError as error:
-        raise MinitronError(
-            f"--port {place.port}: {os.strerror(error.errno or 0)}",
-            "give another port, the same on all nodes of the job",
-        ) from error
+        problem = f"--port {place.port}: {os.strerror(error.errno or 0)}"
+        raise InputError(problem, "give another port, the same on all nodes of the job") from error
 
 
 def _agent() -> list[str]:

@@ -84,9 +84,9 @@ def test_a_preempted_job_warns_ray_ends_its_own_ray_and_is_requeued(job, tmp_pat
     assert _processes_of(tmp_path) == []
 
 
-def test_a_port_in_use_and_a_missing_token_are_refused_with_a_remedy(tmp_path, monkeypatch):
-    def refusal(port):
-        place = ("--nodes", "1", "--rank", "0", "--head", "127.0.0.1", "--port", port)
+def test_a_port_in_use_an_unknown_head_and_a_missing_token_are_refused_with_a_remedy(tmp_path, monkeypatch):
+    def refusal(head, port):
+        place = ("--nodes", "1", "--rank", "0", "--head", head, "--port", port)
         done = minitron_here("cluster", "launch", *place, "true", cwd=tmp_path)
         assert done.returncode == 2
         return done.stderr
@@ -94,7 +94,8 @@ def test_a_port_in_use_and_a_missing_token_are_refused_with_a_remedy(tmp_path, m
     monkeypatch.setenv("RAY_AUTH_TOKEN", "test")
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
-        assert f"--port {port}: Address already in use\n  fix: give another port" in refusal(port)
+        assert f"--port {port}: Address already in use\n  fix: give another port" in refusal("127.0.0.1", port)
+    assert "--head x..y: " in refusal("x..y", port)
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert "no token is set for Ray" in refusal(port)
+    assert "no token is set for Ray" in refusal("127.0.0.1", port)
