@@ -1,10 +1,11 @@
-"""Listing the files of a local folder; symbolic links, which the hub's cache consists of, are followed."""
+"""Listing the files of a local folder; symbolic links, which the hub's cache consists of, are followed, and can be checked."""
 
 from __future__ import annotations
 
 import os
 import stat
 from collections.abc import Iterator
+from pathlib import Path
 
 from minitron.errors import StorageError
 
@@ -54,3 +55,11 @@ def file_stat(path: str | os.PathLike[str]) -> os.stat_result | None:
             "restore the file that it points to (in the hub's cache: download it again), or delete the link",
         ) from error
     return status if stat.S_ISREG(status.st_mode) else None
+
+
+def is_part_of(folder: Path, file: Path) -> bool:
+    """Whether `file`, after resolving links, is inside `folder`, or in the blobs of the same repository in the hub's cache."""
+    root, target = folder.resolve(), file.resolve()
+    snapshot = next((each for each in (root, *root.parents) if each.parent.name == "snapshots"), None)
+    blobs = root if snapshot is None else snapshot.parents[1] / "blobs"
+    return target.is_relative_to(root) or target.is_relative_to(blobs)

@@ -4,10 +4,12 @@
 #   clusters/local/start-head.sh                        in the background; end it with stop-head.sh
 #   clusters/local/start-head.sh --block                in this terminal, until Ctrl-C
 #   clusters/local/start-head.sh --dashboard-port 8266  further options go to `ray start`
+#   clusters/local/start-head.sh --address 10.0.0.5     on this address of the machine; must be the first option
 #
+# All ports are on the loopback interface, so no other machine can reach them, or join. With --address, Ray's own ports are open
+# to the network, not encrypted, so that nodes can join; the dashboard and the Jobs API stay on 127.0.0.1.
 # The token is the one of RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, else ~/.ray/auth_token, created if missing.
-# Dashboard and Jobs API listen on 127.0.0.1 alone. Ray's own ports are on the machine's address, even if told 127.0.0.1;
-# they ask for the token. Ray lets every user of the machine into its session folder, which has the logs and the code that jobs
+# Every port asks for it. Ray lets every user of the machine into its session folder, which has the logs and the code that jobs
 # run, so it is put inside a folder that only you can enter: /tmp/minitron-ray-UID, or $MINITRON_RAY_FOLDER (at most 42 bytes).
 set -euo pipefail
 
@@ -46,4 +48,14 @@ if [[ " $* " != *" --block "* ]]; then
   exit
 fi
 
-exec ray start --head --temp-dir "$folder/r" --port 6379 --dashboard-host 127.0.0.1 --dashboard-port 8265 "$@"
+# Ray calls a machine's own network a cluster. Without one its processes listen on 127.0.0.1 alone, as on macOS and Windows.
+network=()
+if [ "${1:-}" = --address ]; then
+  network=(--node-ip-address "${2:?--address needs an address of this machine}")
+  shift 2
+else
+  export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
+fi
+
+exec ray start --head --temp-dir "$folder/r" ${network[@]+"${network[@]}"} --port 6379 --dashboard-host 127.0.0.1 \
+  --dashboard-port 8265 "$@"

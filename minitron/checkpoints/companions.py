@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minitron.errors import InputError
+from minitron.files import is_part_of
 
 COMPANIONS = (
     "tokenizer*",
@@ -47,10 +48,8 @@ def check_links(folder: Path) -> None:
 
 
 def _check_link(folder: Path, file: Path) -> None:
-    target, root = file.resolve(), folder.resolve()
-    blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else root
-    if not (target.is_relative_to(root) or target.is_relative_to(blobs)):
+    if not is_part_of(folder, file):
         raise InputError(
-            f"{file}: a link to {target}, which is not part of the model",
+            f"{file}: a link to {file.resolve()}, which is not part of the model",
             "if the model needs this file, replace the link by a copy; otherwise delete the link",
         )

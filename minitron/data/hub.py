@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from minitron.data.dataset_files import own_files
 from minitron.errors import InputError, StorageError
 from minitron.files import file_stat, files_below
 from minitron.storage import fingerprint
@@ -57,8 +58,8 @@ def rows(
     """Stream the rows of one split in the dataset's order, without downloading it first.
 
     shard: (number, number of all): a contiguous share of the rows; the number of all is 1, or that of `num_shards`.
-    Raises InputError for an unknown dataset, configuration or split, and for rows that do not have the types of the first
-    ones; StorageError when the hub cannot be reached.
+    Raises InputError for an unknown dataset, configuration or split, for a dataset that names files outside itself, and for
+    rows that do not have the types of the first ones; StorageError when the hub cannot be reached.
     """
     with _named_errors(path, name, split, revision):
         stream = _stream(path, name, split, revision)
@@ -71,7 +72,12 @@ def _stream(path: str, name: str | None, split: str, revision: str | None) -> An
     import datasets
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # no telemetry
-    return datasets.load_dataset(path, name, split=split, revision=revision, streaming=True)
+    folder = Path(path).resolve() if is_local_folder(path) else None
+    # the whole path of a folder, because `datasets` has formats of its own under names such as csv and pandas
+    with own_files(folder):
+        stream = datasets.load_dataset(str(folder or path), name, split=split, revision=revision, streaming=True)
+    # a row's images and sounds may be addresses, which would be opened; only declared columns can have them
+    return stream.decode(False) if stream.features else stream
 
 
 @contextmanager

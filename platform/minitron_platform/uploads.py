@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from glob import has_magic, iglob
 from pathlib import Path
 
 from minitron import storage
+from minitron.errors import InputError
+from minitron.files import is_part_of
 from minitron.packages import PACKAGE
 from minitron_platform.recipes.paths import recipe_paths
 from minitron_platform.recipes.schema import Recipe
@@ -17,7 +19,8 @@ def with_uploads(recipe: Recipe, root: str, say: Callable[[str], None]) -> Recip
     """The recipe with the addresses of copies in place of local paths that exist on this machine.
 
     Copies are below `root`/uploads, in folders that are named by their content, so that nothing is uploaded twice. Paths inside
-    installed packages stay as they are. say: receives a line for each path.
+    installed packages stay as they are. say: receives a line for each path. Raises InputError for a link in a folder that leads
+    out of it, before anything of that folder is copied.
     """
     values = recipe.model_dump(by_alias=True)
     for section, key, name in recipe_paths(values):
@@ -47,6 +50,7 @@ def _files(path: str) -> tuple[str, dict[str, Path]] | None:
     fixed = Path(*Path(path).parts[: _first_magic(path)])
     files = {f"files/{Path(match).relative_to(fixed)}": Path(match) for match in iglob(path, recursive=True)}
     files = {name: file for name, file in files.items() if file.is_file()}
+    _check_links(fixed, files.values())
     return (f"files/{Path(path).relative_to(fixed)}", files) if files else None
 
 
@@ -57,7 +61,19 @@ def _below(folder: str, name: str) -> dict[str, Path]:
             path = Path(parent, file)
             if path.is_file():
                 files[f"{name}/{path.relative_to(folder)}"] = path
+    _check_links(Path(folder), files.values())
     return files
+
+
+def _check_links(folder: Path, files: Iterable[Path]) -> None:
+    """Raise InputError for a link to a file outside the folder: whoever made the folder could otherwise have any file of this
+    user uploaded."""
+    for file in files:
+        if not is_part_of(folder, file):
+            raise InputError(
+                f"{file}: a link to {file.resolve()}, which is not in {folder}, would be uploaded",
+                "if the cluster needs this file, replace the link by a copy; otherwise delete the link",
+            )
 
 
 def _first_magic(path: str) -> int:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow
 import pytest
+from datasets import Features, Image, Value
+from pyarrow import parquet
 
 from minitron import models
 from minitron.data import TextSource, documents, hub, source_identity
-from minitron.errors import StorageError
+from minitron.errors import InputError, StorageError
 from minitron.evaluation.documents import documents_identity
 
 STAMP = 1_700_000_000
@@ -149,3 +153,44 @@ def test_the_same_files_in_another_split_have_another_identity(
     before = identity(str(snapshot))
     (snapshot / "test").rename(snapshot / "validation")
     assert identity(str(snapshot)) != before
+
+
+def test_a_dataset_reads_no_file_and_no_address_outside_itself(tmp_path: Path) -> None:
+    """The library follows whatever its README and its links name."""
+    secret = tmp_path / "home/id.txt"
+    secret.parent.mkdir()
+    secret.write_text("private key")
+    dataset = tmp_path / "dataset"
+    dataset.mkdir()
+    (dataset / "own.txt").write_text("own\n")
+    source = TextSource("hub", str(dataset))
+
+    def readme(config: str) -> None:
+        (dataset / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  {config}\n---\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        http = f"http://127.0.0.1:{server.getsockname()[1]}/x.txt"
+        for files in (str(secret), "../home/*.txt", f"file://{secret}", http, f"zip://x.txt::{http}"):
+            readme(f'data_files: "{files}"')
+            with pytest.raises(InputError, match="not its own"):
+                list(documents(source))
+        for folder in (str(secret.parent), "../home"):
+            readme(f'data_dir: "{folder}"')
+            with pytest.raises(InputError, match="not its own"):
+                list(documents(source))
+        readme('data_files: "own.txt"')
+        assert [document.text for document in documents(source)] == ["own"]
+        (dataset / "README.md").unlink()
+        (dataset / "link.txt").symlink_to(secret)
+        with pytest.raises(InputError, match=r"a link to .*id\.txt"):
+            list(documents(source))
+        (dataset / "link.txt").unlink()
+        (dataset / "own.txt").unlink()
+        features = Features({"text": Value("string"), "picture": Image()})
+        pictures = [{"bytes": None, "path": http}]
+        table = pyarrow.table({"text": ["own"], "picture": pictures}, schema=features.arrow_schema)
+        parquet.write_table(table, dataset / "train.parquet")
+        assert [document.text for document in documents(source)] == ["own"]
+        with pytest.raises(TimeoutError):  # nobody has connected
+            server.accept()

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import s3fs
 from helpers.command import run_minitron
 from helpers.s3_server import s3_server
@@ -109,7 +110,8 @@ def head(s3: dict[str, str]) -> Iterator[Head]:
 
             return check
 
-        script = [str(ROOT / "clusters/local/start-head.sh"), "--block", "--port", gcs, "--dashboard-port", dashboard]
+        script = [str(ROOT / "clusters/local/start-head.sh"), "--address", ray.util.get_node_ip_address()]
+        script += ["--block", "--port", gcs, "--dashboard-port", dashboard]
         ports = ["--dashboard-agent-listen-port", agent, "--ray-client-server-port", client]
         check = start("head", Path(folder), *script, *ports, "--num-cpus", "0")
         head = Head(f"http://127.0.0.1:{dashboard}", f"{folder}/token", Path(folder))
@@ -272,22 +274,27 @@ def test_a_missing_token_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         status("http://127.0.0.1:1")
 
 
-def test_a_head_keeps_its_session_where_no_other_user_can_enter(tmp_path: Path) -> None:
+def test_a_head_listens_on_loopback_and_keeps_its_session_where_no_other_user_can_enter(tmp_path: Path) -> None:
     """Ray gives its session folder, with the code of jobs, the mode 0777."""
     (tmp_path / "checkout/clusters/local").mkdir(parents=True)
     script = shutil.copy(ROOT / "clusters/local/start-head.sh", tmp_path / "checkout/clusters/local")
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/ray").write_text('#!/bin/sh\n[ "$1" = start ] && echo "$@"\n exit 0')
+    echo = '[ "$1" = start ] && echo "$@" cluster="$RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"'
+    (tmp_path / "bin/ray").write_text(f"#!/bin/sh\n{echo}\nexit 0")
     (tmp_path / "bin/ray").chmod(0o755)
 
-    def start(folder: Path) -> subprocess.CompletedProcess[str]:
+    def start(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
         environment = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "MINITRON_RAY_FOLDER": str(folder)}
-        return subprocess.run([script, "--block"], env=environment, capture_output=True, text=True)
+        return subprocess.run([script, *options, "--block"], env=environment, capture_output=True, text=True)
 
     started = start(tmp_path / "new")
     assert f"--temp-dir {tmp_path}/new/r" in started.stdout, started.stderr
     assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
-    assert start(tmp_path / "new").returncode == 0
+    # which makes a private Ray listen on the loopback interface alone: see the test of that name
+    assert started.stdout.endswith("cluster=0\n")
+    opened = start(tmp_path / "new", "--address", "192.0.2.7", "--num-cpus", "1")
+    assert "--node-ip-address 192.0.2.7 " in opened.stdout
+    assert opened.stdout.endswith("--num-cpus 1 --block cluster=\n")
     (tmp_path / "link").symlink_to(tmp_path / "new")
     (tmp_path / "planted").mkdir()
     (tmp_path / "planted").chmod(0o777)

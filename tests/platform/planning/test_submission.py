@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 
 import pytest
 from helpers.command import minitron_here
@@ -88,3 +89,23 @@ def test_what_may_only_be_on_the_cluster_is_left_to_the_job_and_reported(tmp_pat
         assert f"{key}: {value}" in said[-1]
     with pytest.raises(InputError, match="lm-eval has no such task"):
         submitted("evaluate.tasks.0.name=arc_eazy")
+
+
+@pytest.mark.usefixtures("in_bench")
+@pytest.mark.parametrize("key", ["teacher.model", "data.path"])
+def test_a_link_out_of_a_folder_is_not_uploaded(bench, tmp_path, key):
+    """Whoever made a model or a text could otherwise have any file of this user copied to the shared storage."""
+    secret = tmp_path / "id.txt"
+    secret.write_text('{"text": "private key"}\n')
+    if key == "teacher.model":
+        folder = shutil.copytree(bench / "teacher", tmp_path / "teacher")
+        (folder / "notes.txt").symlink_to(secret)
+    else:
+        folder = tmp_path / "text"
+        folder.mkdir()
+        shutil.copy(bench / "text.jsonl", folder)
+        (folder / "more.jsonl").symlink_to(secret)
+    recipe = load_recipe("recipe.yaml", [f"{key}={folder}"])
+    with pytest.raises(InputError, match=r"a link to .*id\.txt.* would be uploaded"):
+        submit(recipe, address=NO_HEAD, storage_path=str(tmp_path / "runs"), upload=True, say=lambda line: None)
+    assert "private key" not in {file.read_text(errors="replace") for file in tmp_path.glob("runs/**/*.*")}
