@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from functools import lru_cache
@@ -45,6 +46,11 @@ def gpu_bytes() -> int:
 def compute_capability() -> tuple[int, int] | None:
     """The lowest CUDA compute capability of the GPUs; None without a GPU."""
     return min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())), default=None)
+
+
+def cores() -> int:
+    """Number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device_name() -> str:

@@ -69,6 +69,7 @@ class Console:
         if not self.rich.is_terminal and "COLUMNS" not in os.environ:
             self.rich.width = FILE_COLUMNS
         self._status: Callable[[], str] = str
+        self._note: Callable[[], str] | None = None
         self._name = ""
         self._since = time.monotonic()
         self._last_print = time.monotonic()
@@ -90,6 +91,10 @@ class Console:
         """Set the status of the current work. A function is called each time the status is shown."""
         self._status = message if callable(message) else lambda: message
 
+    def note(self, message: Callable[[], str] | None) -> None:
+        """Show a text before the status, such as what the work waits for; None removes it."""
+        self._note = message
+
     def counter(self, unit: str) -> Callable[[int, int], None]:
         """A progress callback `(done, total)` that shows the count and the estimated time left as the status."""
         started = time.monotonic()
@@ -110,6 +115,7 @@ class Console:
         self._name = name
         self._since = time.monotonic()
         self.status("")
+        self.note(None)
         stop = threading.Event()
         if self.rich.is_terminal:
             with Live(get_renderable=self._line, console=self.rich, refresh_per_second=5, transient=True):
@@ -128,7 +134,8 @@ class Console:
         return time.monotonic() - self._since
 
     def _text(self) -> str:
-        status = self._status()
+        note = self._note
+        status = " · ".join(filter(None, [note() if note else "", self._status()]))
         return f"{self._name}  {escape(status)}{' · ' if status else ''}{seconds(self.elapsed())}"
 
     def _line(self) -> Spinner:

@@ -15,6 +15,7 @@ from minitron.arguments import check_type
 from minitron.device import compute_dtype
 from minitron.errors import InputError, StorageError
 from minitron_platform.cluster.room import joins_cluster
+from minitron_platform.cluster.watch import ClusterWatch
 from minitron_platform.console import Console, seconds
 from minitron_platform.fence import Fence, LeaseLostError
 from minitron_platform.leases import lease
@@ -96,6 +97,7 @@ def run(
             start_ray=lambda: context.ensure_ray(),
             computes_here=ray.computes_here,
             scratch=storage.join(locations.run(key), "workers"),
+            look=ClusterWatch(console, recipe.resources.wait_timeout).look,
         )
         context = Context(
             recipe=recipe,

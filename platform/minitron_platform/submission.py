@@ -9,9 +9,12 @@ from urllib.parse import urlsplit
 from minitron import storage
 from minitron.errors import InputError
 from minitron_platform.addresses import check_jobs_address, is_loopback
-from minitron_platform.cluster.jobs import submit_text, to_stderr
+from minitron_platform.cluster.job_check import DEPENDENCIES, Dependencies
+from minitron_platform.cluster.job_start import JobNeeds, checked, submit_text, to_stderr
+from minitron_platform.cluster.requirements import extras_for
 from minitron_platform.locations import resolve_locations
 from minitron_platform.planning.submission_checks import check_submission
+from minitron_platform.recipes.build import all_text_sources
 from minitron_platform.recipes.load import check_recipe_type, recipe_yaml
 from minitron_platform.recipes.paths import with_absolute_paths
 from minitron_platform.recipes.schema import Recipe
@@ -28,6 +31,9 @@ def submit(
     insecure: bool = False,
     take_over: bool = False,
     upload: bool = False,
+    env: Dependencies = "image",
+    driver_cpus: float = 0.0,
+    driver_memory: int = 0,
     resume: str = "",
     say: Callable[[str], None] | None = None,
 ) -> str:
@@ -44,15 +50,23 @@ def submit(
     take_over: as for `run`.
     upload: copy the recipe's local teacher, texts and benchmark documents to the storage first, for nodes that do not have
         them.
+    env: where the job's packages come from: "image" if the cluster's nodes have them, "uv" if those that they lack are
+        installed for the job, in the versions that this machine has. Both compare the cluster's Ray, Python and packages with
+        what Minitron needs, by a job that takes seconds. "as-is" submits without looking.
+    driver_cpus, driver_memory: CPUs and bytes of memory that the job's command reserves, which then runs on a node that has
+        them; without both it runs on the head.
     resume: the command that submits it again, which the job prints when it is stopped.
     say: receives messages for the user, one line at a time. Default: standard error.
 
-    Raises what `plan` raises for a recipe that cannot work, before anything is sent. What depends on the cluster (its memory,
-    disk and GPUs) and what this machine cannot read is checked by the job; `say` receives a line about the latter.
+    Raises what `plan` raises for a recipe that cannot work, and InputError for a cluster whose environment cannot run it,
+    before anything is sent. What depends on the cluster (its memory, disk and GPUs) and what this machine cannot read is
+    checked by the job; `say` receives a line about the latter.
     Raises InputError for an invalid address or location, MinitronError if the head refuses or does not answer.
     """
     check_recipe_type(recipe)
     check_jobs_address(address)
+    if env not in DEPENDENCIES:
+        raise InputError(f"env: {env!r}", f"use one of {', '.join(DEPENDENCIES)}")
     say = say or to_stderr
     locations = resolve_locations(storage_path, tracking_uri)
     options = {"storage": locations.storage}
@@ -77,8 +91,22 @@ def submit(
         options["take-over"] = ""
     if unchecked := check_submission(recipe):
         say(f"this machine cannot read {', '.join(unchecked)}; the job will check it")
+    addresses = [
+        locations.storage,
+        tracking_uri or "",
+        *(source.path for source in all_text_sources(recipe.data).values()),
+    ]
+    needs = JobNeeds(env, tuple(extras_for(addresses)), driver_cpus, driver_memory)
+    needs = checked(needs, address=address, insecure=insecure, say=say)
     recipe = with_uploads(recipe, locations.storage, say) if upload else recipe
     text = recipe_yaml(with_absolute_paths(recipe))
     return submit_text(
-        text, name=recipe.name, address=address, options=options, resume=resume, insecure=insecure, say=say
+        text,
+        name=recipe.name,
+        address=address,
+        options=options,
+        needs=needs,
+        resume=resume,
+        insecure=insecure,
+        say=say,
     )

@@ -9,13 +9,12 @@ from functools import partial
 from numbers import Integral, Real
 from typing import Any
 
-import ray
-
 from minitron.architecture import Architecture
 from minitron.arguments import check_type
 from minitron.errors import InputError, MinitronError
 from minitron_search.arguments import absolute_path
 from minitron_search.events import Event, Report
+from minitron_search.nodes import possible_nodes
 from minitron_search.placement import max_concurrent_trials
 from minitron_search.running_tune import RunningTune
 from minitron_search.trial_store import trial_key
@@ -33,7 +32,8 @@ class Pool:
     raises or whose worker dies is restarted up to `max_failures` times, unless the same error would come again (a loss that
     is not finite, InputError, out of GPU memory). A trial that ran out of memory on a GPU that it shared runs again after the
     others, with a whole GPU. `on_event(architecture, event)` is called in a thread of this process with every event of a
-    candidate (see `minitron_search.events`). A relative `scratch` is made absolute. Raises InputError for a
+    candidate (see `minitron_search.events`). `look()` is called every few seconds while trials are awaited; what it raises
+    cancels them. A relative `scratch` is made absolute. Raises InputError for a
     field of the wrong type or out of range.
     """
 
@@ -42,6 +42,7 @@ class Pool:
     workers: int = 1
     max_failures: int = 3
     on_event: OnEvent | None = None
+    look: Callable[[], None] = lambda: None
     _running: _Running | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -107,7 +108,7 @@ class Pool:
             assert pool._running
             work_by_key = {key: partial(work, architecture) for key, architecture in by_key.items()}
             tune = pool._running.tune()
-            failed = tune.run(work_by_key, lambda key, event: self._forward(by_key[key], event))
+            failed = tune.run(work_by_key, lambda key, event: self._forward(by_key[key], event), self.look)
             refresh()
             failures = {a: failed[key] for key, a in by_key.items() if key in failed and not done(a)}
             if crowded_out := [by_key[key] for key in by_key if key in tune.crowded_out]:
@@ -126,7 +127,7 @@ class Pool:
             self.on_event(architecture, event)
 
     def _max_concurrent_trials(self) -> int:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = possible_nodes()
         if count := max_concurrent_trials(nodes, self.share, self.workers):
             return count
         available = {name: sum(node.get(name, 0) for node in nodes) for name in self.share}

@@ -31,6 +31,7 @@ from minitron_search.memory import release_memory
 from minitron_search.ray_patches import keep_workers, patch_oom_as_actor_error
 
 OnEvent = Callable[[str, Event], None]  # called with the candidate's key
+LOOK_SECONDS = 2.0
 TUNE_ENVIRONMENT = {
     # no progress tables, and no CSV, JSON and TensorBoard copies of what trials report
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -73,9 +74,14 @@ class RunningTune:
         self.running: Future[None] | None = None
         self.stack = ExitStack()
 
-    def run(self, work: Mapping[str, Callable[[Report], object]], on_event: OnEvent | None) -> dict[str, str]:
+    def run(
+        self,
+        work: Mapping[str, Callable[[Report], object]],
+        on_event: OnEvent | None,
+        look: Callable[[], None] = lambda: None,
+    ) -> dict[str, str]:
         """Run the function of every key in a trial; returns the reason of each that failed for good. What `on_event` raises is
-        raised here.
+        raised here, and so is what `look` raises, which is called every LOOK_SECONDS.
 
         Raises StorageError if the storage cannot be used, which is not a candidate's fault.
         """
@@ -85,7 +91,8 @@ class RunningTune:
             self.stack.enter_context(environment_variables(TUNE_ENVIRONMENT))
             self.running = self.thread.submit(self._fit)
             self.running.add_done_callback(lambda running: self.round.end())
-        self.round.wait()
+        while not self.round.wait(LOOK_SECONDS):
+            look()
         if self.running.done():
             self.running.result()
         if error := self.round.error:
@@ -222,10 +229,10 @@ class _Round(Callback):
         self.crowded_out = set()
         self._unfinished = set(keys)
 
-    def wait(self) -> None:
-        """Block until every trial of the round has ended, or Tune has."""
+    def wait(self, seconds: float) -> bool:
+        """Block until every trial of the round has ended, or Tune has, but not longer; returns whether they have."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ended or not self._unfinished)
+            return self._changed.wait_for(lambda: self._ended or not self._unfinished, seconds)
 
     def end(self) -> None:
         with self._changed:

@@ -7,6 +7,7 @@ placement groups that could outlive the driver, and no node that could be preemp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ray.train.torch import TorchTrainer as RayTorchTrainer
@@ -20,22 +21,26 @@ from minitron_search.process_group import NarrowTorchConfig
 
 
 class TorchTrainer(RayTorchTrainer):
-    """failure_policy, scaling_policy: decide about restarts and the number of workers instead of Ray Train's own."""
+    """failure_policy, scaling_policy: decide about restarts and the number of workers instead of Ray Train's own. callbacks:
+    further ones, that run in the controller."""
 
     def __init__(
         self,
         *arguments: Any,
         failure_policy: FailurePolicy | None = None,
         scaling_policy: ScalingPolicy | None = None,
+        callbacks: Sequence[Any] = (),
         **options: Any,
     ) -> None:
         super().__init__(*arguments, torch_config=NarrowTorchConfig(), **options)
         self._failure_policy = failure_policy
         self._scaling_policy = scaling_policy
+        self._callbacks = callbacks
 
     def _create_default_callbacks(self) -> list[Any]:
         unused = (DatasetsCallback, PlacementGroupCleanerCallback) if is_private() else DatasetsCallback
-        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
+        usual = super()._create_default_callbacks()
+        return [*(callback for callback in usual if not isinstance(callback, unused)), *self._callbacks]
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         if self._failure_policy is not None:

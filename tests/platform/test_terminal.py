@@ -16,6 +16,7 @@ from minitron.errors import InputError, one_line
 from minitron.models import check_contents
 from minitron_platform.cli import commands
 from minitron_platform.cluster import jobs
+from minitron_platform.cluster.job_log import Progress
 from minitron_platform.console import Console, PrintableFormatter
 from minitron_platform.report import page
 
@@ -85,11 +86,13 @@ def test_names_in_a_models_files_do_not_reach_the_terminal_as_they_are(tmp_path)
 
 
 def test_what_jobs_and_registries_say_is_shown_as_text(monkeypatch):
-    row = SimpleNamespace(submission_id=HOSTILE, status="FAILED", message=HOSTILE, resume=HOSTILE)
+    names = {"submission_id": HOSTILE, "name": HOSTILE, "status": "FAILED", "reason": HOSTILE, "message": HOSTILE}
+    row = SimpleNamespace(**names, resume=HOSTILE, started=1.0, ended=2.0, is_active=False, attempt=1, version=HOSTILE)
     monkeypatch.setattr(jobs, "status", lambda *arguments, **named: [row])
+    monkeypatch.setattr(jobs, "job_progress", lambda *arguments, **named: Progress(HOSTILE, HOSTILE))
     monkeypatch.setattr(jobs, "logs", lambda *arguments, **named: iter([f"\x1b[32mgreen\x1b[0m {HOSTILE}\r\n"]))
     monkeypatch.setattr(jobs, "stop", lambda *arguments, **named: HOSTILE)
-    for command in (["status"], ["logs", "job"], ["stop", "job"]):
+    for command in (["jobs"], ["status", "job"], ["logs", "job"], ["stop", "job"]):
         result = CliRunner().invoke(commands.main, [*command, "--address", "http://127.0.0.1:1"], color=True)
         assert result.exit_code == 0, result.output
         assert is_safe(result.output.replace("\x1b[32mgreen\x1b[0m", "")), command

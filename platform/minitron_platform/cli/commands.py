@@ -11,10 +11,11 @@ from minitron import __version__
 from minitron.errors import MinitronError, NotWritableError
 from minitron_platform.cli.cluster import cluster
 from minitron_platform.cli.compare import compare
+from minitron_platform.cli.doctor import doctor
 from minitron_platform.cli.evaluate import evaluate
 from minitron_platform.cli.generate import chat, generate
 from minitron_platform.cli.importance import importance
-from minitron_platform.cli.jobs import logs, status, stop
+from minitron_platform.cli.jobs import jobs, logs, resume, status, stop
 from minitron_platform.cli.models import models
 from minitron_platform.cli.plan import plan
 from minitron_platform.cli.program import command_line
@@ -84,15 +85,18 @@ main.add_command(recipes)
 main.add_command(plan)
 main.add_command(run)
 main.add_command(submit)
+main.add_command(jobs)
 main.add_command(status)
 main.add_command(logs)
 main.add_command(stop)
+main.add_command(resume)
 main.add_command(cluster)
 main.add_command(evaluate)
 main.add_command(compare)
 main.add_command(generate)
 main.add_command(chat)
 main.add_command(report)
+main.add_command(doctor)
 main.add_command(sync)
 main.add_command(promote)
 main.add_command(rollback)

@@ -14,7 +14,7 @@ from minitron_platform.console import Console
 @click.command()
 @recipe_options
 @click.option(
-    "--address", metavar="ADDRESS", help="Ray cluster of the run; `plan` does not connect to it. [default: none]"
+    "--address", metavar="ADDRESS", help="Ray cluster of the run, whose nodes are counted. [default: this machine]"
 )
 @click.option("--gpus", type=int, metavar="N", help="Plan for a cluster of N GPUs. [default: the GPUs of this machine]")
 @click.option("--gpus-per-node", type=int, default=8, show_default=True, metavar="N", help="GPUs of each of its nodes.")

@@ -87,8 +87,7 @@ def _show_resources(console: Console, recipe: Any, planned: Any) -> None:
     requests = "" if storage.is_local(planned.locations.storage) else f" (about {planned.requests:,} requests)"
     console.say(f"storage  {escape(planned.locations.storage)}{free}{requests}")
     console.say(f"mlflow   {escape(redact(planned.locations.tracking_uri))}")
-    measured = f", {planned.flops_per_second / 1e9:,.0f} GFLOP/s measured on this machine"
-    console.say(f"compute  {planned.dtype}{'' if planned.cluster else measured}")
+    console.say(f"compute  {planned.dtype}{'' if planned.cluster else _speed_text(planned.speed)}")
     console.say(f"resources  {planned.resources_text}")
     console.say(f"documents  {planned.documents_text}")
     for title, memory in planned.memory.items():
@@ -104,6 +103,14 @@ def _show_resources(console: Console, recipe: Any, planned: Any) -> None:
             f"{title}: {teacher.rows:,} rows stored, {teacher.bytes / 1e6:,.1f} MB, "
             f"{teacher.stored_flops / 1e12:,.2f} TFLOP; {teacher.online_flops / 1e12:,.2f} TFLOP in the distillation"
         )
+
+
+def _speed_text(speed: Any) -> str:
+    if speed.measured:
+        rates = f"{speed.forward / 1e9:,.0f} GFLOP/s in forward passes and {speed.training / 1e9:,.0f} in training"
+        return f", on each core {rates}, measured on {speed.measured}"
+    assumed = "of which models are assumed to reach half; `minitron doctor --calibrate` measures it"
+    return f", {speed.matmul / 1e9:,.0f} GFLOP/s measured on this machine, {assumed}"
 
 
 def _show_candidates(console: Console, recipe: Any, member: Any, planned: Any) -> None:

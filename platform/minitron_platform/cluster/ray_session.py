@@ -21,11 +21,11 @@ from ray._private import ray_constants
 from ray._private.authentication import authentication_token_setup
 from ray._private.node import Node
 
+from minitron.device import cores
 from minitron.environment import environment_variables
 from minitron.errors import InputError, MinitronError
 from minitron_platform.addresses import check_ray_address
 from minitron_platform.cluster.packaging import PACKAGES, package_folder, stage_code
-from minitron_platform.cluster.room import cores
 from minitron_platform.workers.workers import SEAT
 from minitron_search.private_ray import private_settings
 

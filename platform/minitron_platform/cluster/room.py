@@ -13,26 +13,21 @@ from typing import TypeVar
 import torch
 
 from minitron.architecture import Architecture
-from minitron.device import compute_dtype, gpu_bytes
+from minitron.device import compute_dtype, cores, gpu_bytes
 from minitron.errors import InputError
 from minitron_platform.estimates.gpu import are_trials_small
 from minitron_platform.recipes.resources import ResolvedResources, resolve
 from minitron_platform.recipes.schema import Recipe
+from minitron_search.nodes import Node, possible_nodes
 from minitron_search.placement import max_concurrent_trials
 
 ANSWER_SECONDS = 30  # longest wait for nodes to report their devices
 Result = TypeVar("Result")
-Node = dict[str, float]  # the resources of a node, by Ray's names
 
 
 def joins_cluster(address: str | None) -> bool:
     """Whether a run with this `--address` joins a running Ray cluster instead of starting a private Ray."""
     return (address or os.environ.get("RAY_ADDRESS") or "local") != "local"
-
-
-def cores() -> int:
-    """Number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resources_here(recipe: Recipe, teacher: Architecture, value_bytes: int) -> ResolvedResources:
@@ -48,8 +43,9 @@ def resources_here(recipe: Recipe, teacher: Architecture, value_bytes: int) -> R
 
 
 def resources_of_cluster(recipe: Recipe) -> ResolvedResources:
-    """The recipe's resources on the connected cluster. Trials do not share a GPU unless the recipe says so."""
-    gpus = sum(int(node.get("GPU", 0)) for node in cluster_nodes())
+    """The recipe's resources on the connected cluster, with the nodes that its autoscaler may start. Trials do not share a
+    GPU unless the recipe says so."""
+    gpus = gpus_of(cluster_nodes())
     return resolve(recipe, gpus, gpu_memory_bytes=_cluster_gpu_bytes() if gpus else 0)
 
 
@@ -94,10 +90,13 @@ def _node_gpu_bytes() -> int:
 
 
 def cluster_nodes() -> list[Node]:
-    """Resources of the connected cluster's nodes that are alive."""
-    import ray
+    """Resources of the connected cluster's nodes, with those that its autoscaler may start."""
+    return possible_nodes()
 
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+def gpus_of(nodes: Sequence[Node]) -> int:
+    """Number of GPUs of `nodes`."""
+    return sum(int(node.get("GPU", 0)) for node in nodes)
 
 
 def cluster_cpus_gpus() -> tuple[float, float]:
@@ -124,7 +123,7 @@ def trials_at_once(resources: ResolvedResources, nodes: Sequence[Node]) -> int:
 
 def room_text(resources: ResolvedResources, nodes: Sequence[Node]) -> str:
     """For example "1 GPU: 1 worker with 1 GPU, up to 4 trials at once with 0.25 GPU each"."""
-    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    gpus = gpus_of(nodes)
     num_trials = trials_at_once(resources, nodes)
     available = counted(gpus, "GPU") if gpus else "no GPU"
     workers = counted(resources.workers, "worker")
@@ -148,10 +147,21 @@ def counted(amount: float, unit: str) -> str:
     return f"{amount:g} {unit}{'s' if amount > 1 else ''}"
 
 
+def starting_text(possible: Sequence[Node], present: Sequence[Node]) -> str:
+    """For example "; 16 of the 64 GPUs are there now", if the autoscaler has to start nodes; empty otherwise."""
+    unit = "GPU" if gpus_of(possible) else "CPU"
+    most, now = (sum(int(node.get(unit, 0)) for node in nodes) for nodes in (possible, present))
+    return f"; {now} of the {most} {unit}s are there now, the autoscaler may start the others" if now < most else ""
+
+
 def check_cluster(resources: ResolvedResources) -> None:
-    """Raise InputError if the connected cluster is too small for a trial or the workers; Ray would wait forever instead."""
-    nodes = cluster_nodes()
-    cpus, gpus = cluster_cpus_gpus()
+    """Raise what `check_nodes` raises for the connected cluster."""
+    check_nodes(resources, cluster_nodes())
+
+
+def check_nodes(resources: ResolvedResources, nodes: Sequence[Node]) -> None:
+    """Raise InputError if a cluster of these nodes is too small for a trial or the workers; Ray would wait forever instead."""
+    cpus, gpus = (sum(node.get(unit, 0) for node in nodes) for unit in ("CPU", "GPU"))
     for key, count_key, count, share in (
         ("trial", "workers_per_trial", resources.workers_per_trial, resources.trial_share),
         ("worker", "workers", resources.least_workers or resources.workers, resources.worker_share),

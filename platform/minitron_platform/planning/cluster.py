@@ -10,6 +10,7 @@ from minitron.device import DATASHEET_FLOPS, datasheet_flops
 from minitron.errors import InputError
 from minitron_platform.cluster.room import Node, trials_at_once
 from minitron_platform.estimates.phases import TOKENS_PER_CPU_SECOND
+from minitron_platform.estimates.speed import Speed
 from minitron_platform.recipes.resources import NODE_GPUS, ResolvedResources
 
 GPU = "H100"
@@ -119,9 +120,9 @@ def assumed_cluster(
     return Cluster(gpus, gpus_per_node, peak * utilisation, text)
 
 
-def cluster_here(gpus: int, flops: float, efficiency: float) -> Cluster:
-    """The GPUs of this machine, of which matrix products have measured `flops`."""
-    text = (
-        f"models reach {efficiency:.0%} of the {flops / 1e12:,.0f} TFLOP/s of matrix products on a GPU of this machine"
-    )
-    return Cluster(gpus, gpus, flops * efficiency, text)
+def cluster_here(gpus: int, speed: Speed) -> Cluster:
+    """The GPUs of this machine."""
+    reached = f"models reach {speed.training / 1e12:,.1f} TFLOP/s on a GPU of this machine"
+    share = f"{speed.training / speed.matmul:.0%} of the {speed.matmul / 1e12:,.0f} TFLOP/s of matrix products"
+    text = f"{reached}, measured on {speed.measured}" if speed.measured else f"{reached}, {share}"
+    return Cluster(gpus, gpus, speed.training, text)

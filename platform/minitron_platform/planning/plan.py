@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,16 +14,18 @@ from minitron import storage
 from minitron.architecture import Architecture
 from minitron.architecture.hardware import hardware_notes
 from minitron.attention import chosen_kernel
-from minitron.device import compute_dtype, device, matmul_flops
+from minitron.device import compute_dtype, cores, datasheet_flops, device
 from minitron.distill.fitting import Fit
 from minitron.models import check_contents, source_architecture
 from minitron_platform.addresses import check_ray_address
 from minitron_platform.cluster.room import (
-    cores,
+    check_nodes,
+    gpus_of,
     joins_cluster,
     private_node,
     resources_here,
     room_text,
+    starting_text,
     trials_at_once,
 )
 from minitron_platform.estimates.gpu import GpuTraining
@@ -31,6 +33,7 @@ from minitron_platform.estimates.memory import ProcessMemory, check_memory, mach
 from minitron_platform.estimates.outlook import Estimate, Outlook
 from minitron_platform.estimates.phases import distillation_flops, trial_flops
 from minitron_platform.estimates.requests import HEARTBEATS_PER_HOUR, RECORDS_PER_HOUR
+from minitron_platform.estimates.speed import Speed, speed_here
 from minitron_platform.estimates.teacher import MODES, TeacherCost, disk_full_error, teacher_cost
 from minitron_platform.estimates.work import Alone
 from minitron_platform.locations import Locations, resolve_locations
@@ -41,7 +44,7 @@ from minitron_platform.planning.checks import (
     check_outcomes,
     check_recipe,
 )
-from minitron_platform.planning.cluster import WORKER_START, Cluster, assumed_cluster, cluster_here
+from minitron_platform.planning.cluster import GPU, WORKER_START, Cluster, assumed_cluster, cluster_here
 from minitron_platform.planning.simulation import simulate
 from minitron_platform.recipes.build import distillation_losses, separates_documents
 from minitron_platform.recipes.candidates import family_candidates
@@ -51,12 +54,17 @@ from minitron_platform.recipes.resources import ResolvedResources, gpu_warnings,
 from minitron_platform.recipes.schema import Member, Recipe
 from minitron_platform.stages.finished import finished_stages
 from minitron_platform.stages.order import steps
+from minitron_platform.stages.search import Search
 from minitron_platform.stages.stage import Stage
 from minitron_platform.stages.state import RunState
 from minitron_platform.stages.targets import Targets
 from minitron_platform.tracking.check import check_tracking
 
-EFFICIENCY = 0.5  # share of the measured matmul speed that small models reach on CPUs
+if TYPE_CHECKING:
+    from minitron_platform.cluster.nodes_at import ClusterNodes
+
+
+TRAINING = ("correct", "search", "distill")  # stages that train; the others make forward passes
 
 
 @dataclass(frozen=True)
@@ -102,8 +110,8 @@ class Plan:
     """By value of `targets.mode`."""
     dtype: str
     """Compute dtype, by torch's name."""
-    flops_per_second: float
-    """Measured matmul speed of this machine in `dtype`."""
+    speed: Speed
+    """Of this machine in `dtype`."""
     free_bytes: int | None
     """Free space of the storage; None if it is not a local disk."""
     warnings: list[str]
@@ -186,7 +194,7 @@ def plan(
     storage_path: any fsspec path (default ./runs or MINITRON_STORAGE). tracking_uri: MLflow's (default SQLite inside the
     storage). address: a running Ray cluster (default: Ray starts on this machine). cluster: GPUs to plan for that need not be
     here, see `minitron_platform.planning.cluster.assumed_cluster` (default: those of this machine or, with an address, those
-    that the recipe names).
+    that this cluster has or may start; if it does not answer, those that the recipe names).
 
     Raises InputError or StorageError, naming the key or path and the remedy, for what cannot work: a missing teacher or text,
     a size that no candidate has, an unknown benchmark, a storage that cannot be written, too little disk or memory.
@@ -197,28 +205,35 @@ def plan(
     with named_by_key("teacher.model"):
         teacher, max_seq_length = source_architecture(recipe.teacher.model, recipe.teacher.revision)
         check_contents(recipe.teacher.model, recipe.teacher.revision)
+    there = _nodes_of(address) if cluster is None and joins_cluster(address) else None
+    on_cluster = resolve(recipe, gpus_of(there.possible)) if there else None
+    has_gpus = cluster is not None or (on_cluster is not None and on_cluster.uses_gpus)
     # auto means bfloat16 on GPUs
-    dtype = compute_dtype("bfloat16" if cluster and recipe.teacher.dtype == "auto" else recipe.teacher.dtype)
+    dtype = compute_dtype("bfloat16" if has_gpus and recipe.teacher.dtype == "auto" else recipe.teacher.dtype)
     value_bytes = dtype.itemsize
     given = cluster is not None
     uses_cluster = given or joins_cluster(address)
     if cluster:
         resources = cluster.fitted(resolve(recipe, cluster.gpus))
         cluster.check(resources)
+    elif uses_cluster:
+        resources = on_cluster or resolve(recipe, 0)
     else:
-        resources = resolve(recipe, 0) if uses_cluster else resources_here(recipe, teacher, value_bytes)
+        resources = resources_here(recipe, teacher, value_bytes)
     check_recipe(recipe, teacher, max_seq_length)
     family = family_candidates(recipe, teacher)
     candidates = {model: allowed.architectures for model, allowed in family.items()}
     check_outcomes(recipe, teacher, candidates)
     losses = {model: distillation_losses(recipe, shapes[0], teacher)[0] for model, shapes in candidates.items()}
     check_machine(resources, locations.storage, elsewhere=uses_cluster)
+    if there:
+        check_nodes(resources, there.possible)
     known = given or not uses_cluster or recipe.teacher.dtype != "auto"
     gpus_here = resources.uses_gpus and not uses_cluster
     in_fp8 = check_fp8_trainings(recipe, dtype if known else None, gpus_here=gpus_here)
     tracking_warning = check_tracking(locations.tracking_uri, recipe.experiment, recipe.tracking)
-    speed = matmul_flops(dtype)
-    cluster = cluster or _known_gpus(resources, speed, uses_cluster)
+    speed = speed_here(dtype)
+    cluster = cluster or _known_gpus(resources, speed, uses_cluster, there)
     finished, bytes_written = finished_stages(recipe, locations, dtype)
     check_benchmarks(recipe, max_seq_length, {model: set(stages) for model, stages in finished.family.items()})
     teacher_costs = {mode: teacher_cost(recipe, teacher, losses, value_bytes, mode) for mode in MODES}
@@ -230,7 +245,7 @@ def plan(
         losses=losses,
         teacher_cost=teacher_costs[recipe.targets.mode],
         value_bytes=value_bytes,
-        concurrent_trials=_concurrent_trials(resources, cluster),
+        concurrent_trials=_concurrent_trials(resources, cluster, there),
     )
     costs = [_cost(stage, member, outlook, finished, speed, cluster) for stage, member in steps(recipe)]
     costs.sort(key=lambda cost: cost.model != "")  # shared stages first
@@ -243,7 +258,14 @@ def plan(
         assert cluster is not None
         warnings += gpu_warnings(recipe, resources, cluster.gpus, dtype)
         resources_text = room_text(resources, cluster.node_list)
+    elif there:
+        warnings += gpu_warnings(recipe, resources, gpus_of(there.possible), dtype)
+        resources_text = room_text(resources, there.possible) + starting_text(there.possible, there.present)
     elif uses_cluster:
+        warnings.append(
+            f"the cluster at {address or os.environ.get('RAY_ADDRESS')} does not tell its nodes to this machine, so that "
+            "what they have room for is only checked once it is joined"
+        )
         resources_text = (
             "those of the cluster, reported once it is joined; times, memory and dtype here assume none of its GPUs"
         )
@@ -267,7 +289,7 @@ def plan(
         costs=costs,
         teacher_costs=teacher_costs,
         dtype=str(dtype).removeprefix("torch."),
-        flops_per_second=speed,
+        speed=speed,
         free_bytes=free,
         warnings=warnings,
         on_gpus=on_gpus,
@@ -283,6 +305,12 @@ def plan(
             recipe, teacher, missing, value_bytes, locations.storage, result.bytes, free + bytes_written
         )
     return result
+
+
+def _nodes_of(address: str | None) -> ClusterNodes | None:
+    from minitron_platform.cluster.nodes_at import nodes_at  # imports Ray
+
+    return nodes_at(address)
 
 
 def _hardware_notes(teacher: Architecture, candidates: dict[str, list[Architecture]]) -> list[str]:
@@ -302,13 +330,19 @@ def _documents_text(recipe: Recipe) -> str:
     )
 
 
-def _known_gpus(resources: ResolvedResources, flops: float, elsewhere: bool) -> Cluster | None:
-    """The GPUs of this machine, each with `flops` FLOP/s, or those that the recipe needs `elsewhere`; None if trials or workers
-    have none."""
+def _known_gpus(
+    resources: ResolvedResources, speed: Speed, elsewhere: bool, there: ClusterNodes | None
+) -> Cluster | None:
+    """The GPUs of this machine with the FLOP/s of `speed`, those of the cluster, or those that the recipe needs `elsewhere`.
+
+    None if trials or workers have none."""
     if not (resources.gpus_per_trial and resources.gpus_per_worker):
         return None
     if not elsewhere:
-        return cluster_here(torch.cuda.device_count(), flops, EFFICIENCY)
+        return cluster_here(torch.cuda.device_count(), speed)
+    if there and there.gpus_per_node:
+        gpu = there.gpu if datasheet_flops(torch.bfloat16, f"NVIDIA {there.gpu}") else GPU
+        return assumed_cluster(gpus_of(there.possible), there.gpus_per_node, gpu=gpu)
     workers = resources.workers * resources.gpus_per_worker
     trial = resources.workers_per_trial * resources.gpus_per_trial
     return assumed_cluster(math.ceil(max(workers, trial)))
@@ -319,7 +353,7 @@ def _cost(
     member: Member | None,
     outlook: Outlook,
     finished: RunState,
-    speed: float,
+    speed: Speed,
     cluster: Cluster | None,
 ) -> Cost:
     estimate = stage.estimate(outlook, member)
@@ -327,7 +361,9 @@ def _cost(
         stage=stage.name,
         model=member.model if member else "",
         estimate=estimate,
-        seconds=estimate.flops / (speed * EFFICIENCY) + estimate.start_up_seconds + estimate.cpu_seconds / cores(),
+        seconds=estimate.flops / speed.of_stage(stage.name in TRAINING, _cores_used(stage.name, outlook))
+        + estimate.start_up_seconds
+        + estimate.cpu_seconds / cores(),
         done=finished.is_finished(stage, member),
     )
     if cluster is None:
@@ -335,6 +371,14 @@ def _cost(
     parts = estimate.parts or (Alone(flops=estimate.flops),)
     time = simulate(parts, estimate.start_up_seconds, cluster, outlook.resources)
     return replace(cost, seconds=time.seconds, busy=time.busy, bound=time.bound)
+
+
+def _cores_used(stage: str, outlook: Outlook) -> float:
+    """CPU cores of this machine that a stage computes on."""
+    resources = outlook.resources
+    if stage == Search.name:
+        return outlook.concurrent_trials * resources.workers_per_trial * resources.cpus_per_trial
+    return resources.workers * resources.cpus_per_worker if stage in TRAINING else math.inf
 
 
 def _memories(costs: list[Cost], on_gpus: bool) -> list[tuple[Cost, ProcessMemory]]:
@@ -348,8 +392,10 @@ def _gpu_trainings(costs: list[Cost]) -> list[tuple[Cost, GpuTraining]]:
     return [(cost, cost.estimate.gpu) for cost in costs if cost.estimate.gpu is not None and not cost.done]
 
 
-def _concurrent_trials(resources: ResolvedResources, cluster: Cluster | None) -> int:
+def _concurrent_trials(resources: ResolvedResources, cluster: Cluster | None, there: ClusterNodes | None) -> int:
     """Number of trials that run at the same time on the cluster or on this machine. If it lacks the GPUs that they need,
     because those are another cluster's, its CPUs are counted instead."""
+    if there:
+        return trials_at_once(resources, there.possible)
     nodes = cluster.node_list if cluster else [private_node(resources)]
     return trials_at_once(resources, nodes) or trials_at_once(replace(resources, gpus_per_trial=0), nodes)

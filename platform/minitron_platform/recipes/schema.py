@@ -393,7 +393,7 @@ class WorkerRange(_Section):
 class Resources(_Section):
     """CPUs and GPUs of each worker of a trial and of each worker of the full distillation, which `workers` of them do
     together. `auto` depends on the available GPUs, see `minitron_platform.recipes.resources`. `price_per_gpu_hour` is only
-    shown by `plan`."""
+    shown by `plan`. `wait_timeout` is in seconds."""
 
     workers_per_trial: Positive = 1
     cpus_per_trial: Cpus = 1
@@ -403,6 +403,7 @@ class Resources(_Section):
     gpus_per_worker: Gpus | Literal["auto"] = "auto"
     gpu_memory_bytes: Limit | Literal["auto"] = "auto"
     max_failures: Natural = 3
+    wait_timeout: Positive | None = None
     price_per_gpu_hour: Price | None = None
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from minitron import storage
 from minitron.data import DocumentTokens, InParts, Rows, pack, source_identity
+from minitron.device import cores
 from minitron.evaluation.beginning import BosLosses, bos_losses
 from minitron.models import load_tokenizer
-from minitron_platform.cluster.room import cores
 from minitron_platform.console import seconds
 from minitron_platform.estimates.outlook import Estimate, Outlook
 from minitron_platform.estimates.phases import data_parts

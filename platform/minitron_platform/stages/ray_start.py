@@ -18,16 +18,19 @@ from minitron_platform.cluster.room import (
     check_cluster,
     cluster_cpu_dtype,
     cluster_nodes,
+    gpus_of,
     joins_cluster,
     private_node,
     resources_here,
     resources_of_cluster,
     room_text,
+    starting_text,
 )
 from minitron_platform.recipes.resources import ResolvedResources, gpu_warnings
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.teacher import Teacher
 from minitron_search.memory import release_memory
+from minitron_search.nodes import present_nodes
 
 
 class RayStart:
@@ -102,8 +105,8 @@ class RayStart:
     def _report_cluster(self, context: Context, resources: ResolvedResources) -> None:
         """Print the resources of trials and workers, and warnings about the cluster's GPUs."""
         nodes = cluster_nodes()
-        gpus = sum(int(node.get("GPU", 0)) for node in nodes)
-        context.console.say(f"  resources: {room_text(resources, nodes)}")
+        gpus = gpus_of(nodes)
+        context.console.say(f"  resources: {room_text(resources, nodes)}{starting_text(nodes, present_nodes())}")
         # auto means bfloat16 on GPUs
         dtype = torch.float32 if context.recipe.teacher.dtype == "float32" else torch.bfloat16
         for warning in gpu_warnings(context.recipe, resources, gpus, dtype):

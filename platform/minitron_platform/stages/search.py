@@ -158,6 +158,7 @@ class Search(Stage[SearchOutput]):
             share=resources.trial_share | ({"memory": memory} if memory else {}),
             workers=resources.workers_per_trial,
             max_failures=resources.max_failures,
+            look=context.workers.look,
         )
         lease = context.lease(f"trials-{task.folder.rsplit('/', 1)[-1]}", "a search over the same trials")
         with lease, pool.open() as pool:  # the same workers serve the whole search

@@ -56,6 +56,7 @@ class _Calls:
         self.events: asyncio.Queue[object] = asyncio.Queue()
         self.size = 0
         self.workers: dict[int, tuple[WorkerStarted, Any]] = {}
+        self.controller: list[Any] = []  # its actor, once it has started
         self.returned: set[int] = set()  # ranks that have returned from the present call
         self.result: Any = None
         self.busy = False  # whether a call is in progress
@@ -84,6 +85,10 @@ class _Calls:
     async def handles(self) -> list[Any]:
         """Actors of the workers."""
         return [handle for _, handle in self.workers.values()]
+
+    async def controllers(self) -> list[Any]:
+        """The actor of Ray Train's controller, if it has started."""
+        return self.controller
 
     async def get(self) -> object:
         """The next event."""
@@ -129,6 +134,10 @@ class _Calls:
         self.nothing_to_lose = True
 
     # for Ray Train's controller
+
+    async def controller_started(self, handle: list[Any]) -> None:
+        """The controller has started."""
+        self.controller = handle
 
     async def may_resize(self) -> bool:
         """Whether the group may be restarted with another number of workers now: between calls, or just after a checkpoint."""

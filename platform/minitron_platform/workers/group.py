@@ -19,13 +19,14 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from minitron import storage
 from minitron.errors import MinitronError, StorageError
 from minitron_platform.workers.calls import GroupEnded, Returned, start_calls
-from minitron_platform.workers.policies import CallFailurePolicy, CallScalingPolicy
+from minitron_platform.workers.policies import CallFailurePolicy, CallScalingPolicy, ControllerStarted
 from minitron_platform.workers.serve import serve
 from minitron_platform.workers.worker import Worker
 from minitron_search.failures import first_cause, reason
 from minitron_search.torch_trainer import TorchTrainer
 
 CLOSE_SECONDS = 30  # longest wait for workers to end by themselves
+LOOK_SECONDS = 2.0
 RESIZE_SECONDS = 10.0  # between two looks at the room that the cluster has for more workers
 
 Task = TypeVar("Task")
@@ -72,6 +73,7 @@ class WorkerGroup:
             ),
             failure_policy=CallFailurePolicy(failures, self.calls),
             scaling_policy=CallScalingPolicy(scaling, self.calls) if elastic else None,
+            callbacks=[ControllerStarted(self.calls)],
         )
         thread = ThreadPoolExecutor(1, thread_name_prefix="workers")
         self._ended = thread.submit(trainer.fit)
@@ -90,12 +92,13 @@ class WorkerGroup:
         on_event: Callable[[Any], None],
         *,
         everywhere: bool = True,
+        look: Callable[[], None] = lambda: None,
     ) -> Result:
         """Call `function(task, worker)` in every process, or only in the first one; returns what the first one returns.
 
         `function` must be defined in a module of this project. It must bear to be called again for the same task, because all
         processes are restarted if one of them fails, up to `max_failures` times. on_event: called with the events of the
-        processes.
+        processes. look: called every LOOK_SECONDS while there is no event; what it raises ends the workers.
 
         Raises a MinitronError that the function returned or raised, and MinitronError if the workers failed too often; in
         the last two cases the group has ended.
@@ -104,7 +107,10 @@ class WorkerGroup:
         try:
             ray.get(self.calls.start.remote([content], everywhere))
             while True:
-                match ray.get(self.calls.get.remote()):
+                event = self.calls.get.remote()
+                while not ray.wait([event], timeout=LOOK_SECONDS)[0]:
+                    look()
+                match ray.get(event):
                     case Returned(result):
                         break
                     case GroupEnded():
@@ -125,7 +131,8 @@ class WorkerGroup:
         """End the workers and free their resources."""
         with suppress(RayError):
             ray.get(self.calls.stop.remote())
-        wait([self._ended], CLOSE_SECONDS)
+            if ray.get(self.calls.handles.remote()):
+                wait([self._ended], CLOSE_SECONDS)
         if self.is_open:
             self._kill()
         with suppress(RayError):
@@ -141,8 +148,10 @@ class WorkerGroup:
         """End the workers in the middle of a call."""
         with suppress(RayError):
             ray.get(self.calls.stop.remote())
-            for worker in ray.get(self.calls.handles.remote()):
-                ray.kill(worker)
+            workers = ray.get(self.calls.handles.remote())
+            # without workers Ray Train waits for resources, and would not end by itself
+            for actor in workers or ray.get(self.calls.controllers.remote()):
+                ray.kill(actor)
         wait([self._ended], CLOSE_SECONDS)
 
     def _failure(self) -> BaseException:

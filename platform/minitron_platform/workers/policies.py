@@ -7,6 +7,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 from ray.train import FailureConfig, ScalingConfig
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
@@ -19,6 +20,17 @@ from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 
 from minitron_platform.workers.worker import WorkersFailed
 from minitron_search.failures import NOT_RETRYABLE, first_cause, reason
+
+
+class ControllerStarted(ControllerCallback):
+    """Tells `calls` which actor is Ray Train's controller, so that the driver can end it while it waits for resources."""
+
+    def __init__(self, calls: Any) -> None:
+        self.calls = calls
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Called in the controller."""
+        self.calls.controller_started.remote([ray.get_runtime_context().current_actor])
 
 
 class CallFailurePolicy(DefaultFailurePolicy):

@@ -25,7 +25,8 @@ OnEvent = Callable[[Any], None]
 
 class Workers:
     """start_ray: starts Ray or joins a cluster, and returns the resources of workers there. computes_here: whether the work of
-    one process is done in this one. scratch: folder that all nodes share, for Ray Train's own files."""
+    one process is done in this one. scratch: folder that all nodes share, for Ray Train's own files.
+    look: is called every few seconds while workers are awaited, and may raise."""
 
     def __init__(
         self,
@@ -34,8 +35,10 @@ class Workers:
         start_ray: Callable[[], ResolvedResources],
         computes_here: Callable[[], bool],
         scratch: str,
+        look: Callable[[], None] = lambda: None,
     ) -> None:
         self.console = console
+        self.look = look
         self.start_ray = start_ray
         self.computes_here = computes_here
         self.scratch = scratch
@@ -44,7 +47,7 @@ class Workers:
 
     def train(self, function: Callable[[Task, Worker], Result], task: Task, on_event: OnEvent) -> Result:
         """Call `function(task, worker)` in all workers together, in one process group; see `WorkerGroup.run`."""
-        return self._open().run(function, task, self._handler(on_event))
+        return self._open().run(function, task, self._handler(on_event), look=self.look)
 
     def compute(self, function: Callable[[Task, Worker], Result], task: Task, *, everywhere: bool = True) -> Result:
         """Call `function(task, worker)` where the run's models are computed: in all workers, or in the first one unless
@@ -54,7 +57,8 @@ class Workers:
         """
         if self.computes_here():
             return function(task, Worker(0, 1, self.console, _ignore))
-        return self._open().run(function, task, self._handler(self._say_failure), everywhere=everywhere)
+        on_event = self._handler(self._say_failure)
+        return self._open().run(function, task, on_event, everywhere=everywhere, look=self.look)
 
     def ahead(self) -> None:
         """Start the workers without waiting for them."""
@@ -97,6 +101,7 @@ class Workers:
     def _say_failure(self, event: Any) -> None:
         if isinstance(event, WorkersFailed):
             self.console.say(f"  [yellow]failed[/]  {escape(event.who)}: {escape(event.reason)}")
+            self.console.status("restarting workers")
 
     def _handler(self, on_event: OnEvent) -> OnEvent:
         """Shows messages for the user, and gives other events to `on_event`."""

@@ -29,8 +29,9 @@ from helpers.s3_server import s3_server
 
 from minitron.errors import InputError, MinitronError
 from minitron_platform.cluster import packaging
-from minitron_platform.cluster.jobs import entrypoint_for, logs, status, stop
-from minitron_platform.cluster.jobs import submit_text as submit
+from minitron_platform.cluster.job_start import JobNeeds, checked, entrypoint_for, resume
+from minitron_platform.cluster.job_start import submit_text as submit
+from minitron_platform.cluster.jobs import exit_code, logs, status, stop
 from minitron_platform.cluster.packaging import PACKAGES, code_hash, package_folder, stage_code
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -157,7 +158,7 @@ class Checkout:
 
     def submit(self, address: str, name: str, entrypoint: str, resume: str = "") -> tuple[str, str]:
         """Submit `entrypoint` as a job; returns the submission id and the standard error."""
-        client = "import sys; from minitron_platform.cluster.jobs import submit_text as submit; "
+        client = "import sys; from minitron_platform.cluster.job_start import submit_text as submit; "
         client += (
             f"name, address, entrypoint, resume = sys.argv[1:]; print(submit({RECIPE!r}, name=name, address=address, "
         )
@@ -404,11 +405,24 @@ def test_a_job_runs_once_at_a_time_and_can_be_followed_and_stopped_by_its_name(
     assert {row.submission_id for row in status(address) if row.name == "sleeper"} == {first, second}
     assert stop(address, second) == "STOPPED"
     assert stop(address, "sleeper") == "STOPPED"  # no job is active any more, so that the name means the last attempt
+    assert exit_code(address, second) == 130
+
+    third = resume(address, second)  # its recipe and command are kept by the cluster; the code is that of this process
+    wait_until(lambda: "café" in "".join(logs(address, third)), "the resumed job prints its recipe")
+    assert f"to resume: {typed}" in "".join(logs(address, third))
+    assert resume(address, third) == third
+    assert stop(address, third) == "STOPPED"
 
     with pytest.raises(InputError, match="no such job") as refusal:
         status(address, "sleepy")
     assert first in refusal.value.remedy
     assert second in refusal.value.remedy
+
+
+def test_a_cluster_that_lacks_a_package_is_refused_before_anything_is_submitted(as_user: Head) -> None:
+    with pytest.raises(InputError, match=r"gcsfs is missing, >=[\d.]+ is needed") as refusal:
+        checked(JobNeeds("image", extras=("gcs",)), address=as_user.address)
+    assert "--env uv" in refusal.value.remedy
 
 
 DRIVER = """
@@ -536,7 +550,7 @@ def test_a_recipe_runs_as_a_job_on_a_cluster_whose_head_loads_no_model(
     settings = ["--set", "teacher.model=./teacher", "--set", "data.path=text.jsonl", "--set", "distill.steps=6"]
     settings += ["--set", "family.0.space={num_layers: [4], hidden_size: [36], intermediate_size: [48, 72]}"]
     tracking = ["--tracking-uri", f"sqlite:///{as_user.folder}/mlflow.db"]
-    sent = minitron(
+    printed = minitron(
         "submit",
         "recipe.yaml",
         "--address",
@@ -546,10 +560,11 @@ def test_a_recipe_runs_as_a_job_on_a_cluster_whose_head_loads_no_model(
         *settings,
         *tracking,
         "--upload",
+        "--follow",
     )
-    job = sent.strip().splitlines()[-1]
-    printed = minitron("logs", job, "--address", as_user.address, "--follow")
-    assert "SUCCEEDED" in minitron("status", job, "--address", as_user.address), printed
+    job = printed.splitlines()[0]
+    facts = json.loads(minitron("status", job, "--json", "--address", as_user.address))
+    assert (facts["status"], facts["stage"], facts["progress"]) == ("SUCCEEDED", "register", "done"), printed
     for stage in ("teacher", "search", "distill", "register"):
         assert f"✓ {stage}" in printed
     assert files.exists(files.glob("runs/uploads/*/teacher/model.safetensors")[0])

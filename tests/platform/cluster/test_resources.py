@@ -149,7 +149,7 @@ def test_on_a_cluster_with_gpus_models_compute_in_bfloat16_whatever_the_head_nod
     monkeypatch.setattr(room, "cluster_nodes", lambda: [node])
     monkeypatch.setattr(ray_start, "cluster_cpu_dtype", lambda: torch.float32)
     monkeypatch.setattr(room, "_cluster_gpu_bytes", lambda: 80_000_000_000)
-    monkeypatch.setattr(room, "cluster_cpus_gpus", lambda: (node["CPU"], node["GPU"]))
+    monkeypatch.setattr(ray_start, "present_nodes", lambda: [node])
     (tmp_path / "runs").mkdir()
     shutil.copy(empty_database, tmp_path / "runs" / "mlflow.db")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +17,17 @@ import torch
 import torch.distributed as dist
 from helpers.cluster import two_nodes
 from ray import cloudpickle
+from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
+from ray.experimental import internal_kv
 
 from minitron.errors import InputError, MinitronError
+from minitron_platform.cluster import watch
+from minitron_platform.cluster.watch import ClusterWatch
+from minitron_platform.console import Console
+from minitron_platform.doctor.cluster import findings_of_cluster
+from minitron_platform.doctor.finding import has_failed
+from minitron_platform.planning.plan import plan
+from minitron_platform.recipes.load import load_recipe
 from minitron_platform.workers import group as group_module
 from minitron_platform.workers.group import WorkerGroup
 from minitron_platform.workers.worker import WorkersFailed, WorkerStarted
@@ -73,8 +84,8 @@ def work(job, worker):
 def cluster():
     """A cluster with a head that computes nothing and two nodes for one worker each."""
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
-    watch = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
-    with two_nodes(**watch) as made:
+    preemption = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
+    with two_nodes(**preemption) as made:
         yield made
 
 
@@ -146,14 +157,65 @@ def test_an_error_of_the_input_is_not_tried_again(cluster, tmp_path):
     group.close()
 
 
+def test_a_plan_counts_the_nodes_of_a_cluster_and_those_that_its_autoscaler_may_start(cluster, bench, tmp_path):
+    recipe = load_recipe(bench / "recipe.yaml", ["resources.workers=8", "distill.batch_rows=8"])
+    with pytest.raises(
+        InputError, match=r"resources\.workers: 8 need 8 CPUs and 0 GPUs together, and the cluster has [23] and 0"
+    ):
+        plan(recipe, storage_path=tmp_path, address=cluster.address)
+    group = NodeGroupConfig(name="cpus", resources={"CPU": 4}, max_count=2)
+    told = ClusterConfig(node_group_configs=[group]).SerializeToString()
+    key, namespace = b"__autoscaler_cluster_config", b"__autoscaler"  # where Ray's autoscaler says what it may start
+    internal_kv._internal_kv_put(key, told, overwrite=True, namespace=namespace)
+    try:
+        planned = plan(recipe, storage_path=tmp_path, address=cluster.address)
+    finally:
+        internal_kv._internal_kv_del(key, namespace=namespace)
+    assert planned.resources.workers == 8
+    assert "CPUs are there now, the autoscaler may start the others" in planned.resources_text
+
+
+def test_the_doctor_looks_at_every_node_and_measures_between_them(cluster, tmp_path):
+    findings = list(findings_of_cluster(cluster.address, str(tmp_path)))
+    nodes = 1 + len(cluster.worker_nodes)
+    checks = Counter((finding.check, finding.state) for finding in findings)
+    assert checks["storage", "ok"] + checks["storage", "warning"] == nodes  # a busy machine may be slow
+    assert checks["clock", "ok"] == nodes
+    assert [finding.value.split(",")[0] for finding in findings if finding.check == "all-reduce"] == ["gloo"]
+    assert not has_failed(findings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_group_that_waits_for_room_says_for_what_and_gives_up_in_the_end(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(group_module, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(watch, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(watch, "PATIENCE", 0.0)
+    console = Console()
+    notes = []
+    monkeypatch.setattr(console, "note", lambda text: notes.append(text() if text else None))
+    group = WorkerGroup(4, {"CPU": 1.0}, threads=1, max_failures=1, scratch=str(tmp_path / "ray"))
+    nodes = len(cluster.worker_nodes)
+    with pytest.raises(MinitronError, match=f"has not given {4 - nodes} of 4 CPUs within 1 s") as gave_up:
+        group.run(identify, Job(str(tmp_path)), lambda event: None, look=ClusterWatch(console, 1.0).look)
+    assert "lower the numbers in resources" in gave_up.value.remedy
+    assert f"waiting for {4 - nodes} of 4 CPUs, requested 1 s ago" in notes
+    started = time.monotonic()
+    group.close()
+    assert time.monotonic() - started < 15  # Ray Train does not wait any more
+    assert not group.is_open
+
+
 def test_a_group_shrinks_with_the_cluster_grows_at_a_checkpoint_and_hears_of_nodes_that_leave(
     cluster, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(group_module, "RESIZE_SECONDS", 1.0)
+    console = Console()
+    console.rich.file = io.StringIO()
+    look = ClusterWatch(console).look
     group = _group(tmp_path, least=1)
     job = Job(str(tmp_path))
     results, events = [], []
-    caller = threading.Thread(target=lambda: results.append(group.run(work, job, events.append)))
+    caller = threading.Thread(target=lambda: results.append(group.run(work, job, events.append, look=look)))
     caller.start()
     try:
         _wait_until(lambda: len(list(tmp_path.glob("began-2-*"))) == 2)
@@ -176,6 +238,9 @@ def test_a_group_shrinks_with_the_cluster_grows_at_a_checkpoint_and_hears_of_nod
         caller.join(60)
     assert len(results) == 1
     group.close()
+    said = console.rich.file.getvalue().splitlines()
+    assert ["(1 CPUs); its processes start again on other nodes" in line for line in said if "lost" in line] == [True]
+    assert ["(1 CPUs)" in line for line in said if "joined" in line] == [True]
 
 
 def drain(node):

@@ -10,13 +10,13 @@ import torch
 from helpers.distilling import CONFIG
 
 from minitron.data import Rows, rows_of_steps
+from minitron.device import cores
 from minitron.distill import LiveTeacher, Losses, TopKTeacher, store_top_k
 from minitron.distill.inputs import DistillInputs
 from minitron.distill.teacher.stored import stored_bytes
 from minitron.errors import InputError, StorageError
 from minitron.models import load_model
 from minitron_platform import load_recipe, plan
-from minitron_platform.cluster.ray_session import cores
 from minitron_platform.training.train import TrainTask, _start
 
 

@@ -1,0 +1,66 @@
+"""The nodes of a Ray cluster, seen without joining it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ray._private.authentication import authentication_token_setup
+from ray._private.internal_api import get_state_from_address
+from ray._private.services import canonicalize_bootstrap_address
+from ray.exceptions import RayError
+
+from minitron_search.nodes import Node, possible_nodes, present_nodes
+
+ANSWER_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class ClusterNodes:
+    """The nodes of a cluster."""
+
+    present: Sequence[Node]
+    """Those that run."""
+    possible: Sequence[Node]
+    """The same, and those that its autoscaler may start."""
+
+    @property
+    def gpu(self) -> str:
+        """The model of its GPUs as Ray names it, such as "H100"; empty if it has several, or none is known."""
+        kinds = {
+            name.partition(":")[2] for node in self.possible for name in node if name.startswith("accelerator_type:")
+        }
+        return kinds.pop() if len(kinds) == 1 else ""
+
+    @property
+    def gpus_per_node(self) -> int:
+        """GPUs of its largest node."""
+        return max((int(node.get("GPU", 0)) for node in self.possible), default=0)
+
+
+def nodes_at(address: str | None) -> ClusterNodes | None:
+    """The nodes of the cluster at `address`, or at RAY_ADDRESS; None if it does not answer, or only to Ray's client
+    (ray://)."""
+    address = address or os.environ.get("RAY_ADDRESS") or ""
+    head = None if address.startswith("ray://") else canonicalize_bootstrap_address(address)
+    if not head or not _answers(head):
+        return None
+    logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)
+    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    try:
+        state = get_state_from_address(head)
+        return ClusterNodes(present_nodes(state), possible_nodes(state))
+    except (RayError, RuntimeError, ValueError):  # another version of Ray, or another token; joining it says which
+        return None
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
+    except (OSError, ValueError):
+        return False
+    return True

@@ -1,0 +1,49 @@
+"""The nodes of a Ray cluster, and those that its autoscaler may add."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+Node = dict[str, float]  # the resources of a node, by Ray's names
+GROUP_LABEL = "ray.io/node-group"  # ray._raylet.RAY_NODE_GROUP_KEY
+MOST_ADDED = 1000  # nodes of a kind, if the autoscaler has no limit
+ANY_MEMORY = 1e15  # bytes, of a node whose memory is known once it has started
+
+
+def present_nodes(state: Any = None) -> list[Node]:
+    """Resources of the nodes that are alive. state: of the cluster, by default of the connected one."""
+    return [node["Resources"] for node in _alive(_state(state))]
+
+
+def possible_nodes(state: Any = None) -> list[Node]:
+    """Resources of the nodes that are alive and of those that the cluster's autoscaler may start. state: as above."""
+    state = _state(state)
+    alive = _alive(state)
+    config = state.get_cluster_config()
+    groups = config.node_group_configs if config else ()
+    running = Counter((node.get("Labels") or {}).get(GROUP_LABEL, "") for node in alive)
+    added: list[Node] = []
+    for group in groups:
+        most = MOST_ADDED if group.max_count < 0 else min(group.max_count, MOST_ADDED + running[group.name])
+        resources = {"memory": ANY_MEMORY, **{name: float(amount) for name, amount in group.resources.items()}}
+        added += [resources] * max(0, most - (running[group.name] or _equal(alive, resources)))
+    return [*(node["Resources"] for node in alive), *added]
+
+
+def _state(state: Any) -> Any:
+    if state is not None:
+        return state
+    import ray
+
+    return ray._private.state.state
+
+
+def _alive(state: Any) -> list[dict[str, Any]]:
+    return [node for node in state.node_table() if node["Alive"]]
+
+
+def _equal(nodes: list[dict[str, Any]], resources: Node) -> int:
+    """Number of nodes with these CPUs and GPUs, for clusters whose nodes do not say which group they are of."""
+    shape = [resources.get(name, 0) for name in ("CPU", "GPU")]
+    return sum([node["Resources"].get(name, 0) for name in ("CPU", "GPU")] == shape for node in nodes)

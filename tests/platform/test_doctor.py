@@ -1,0 +1,151 @@
+"""What `minitron doctor` says about a machine with a problem. cluster/test_workers.py lets it look at a whole cluster."""
+
+from __future__ import annotations
+
+import json
+import resource
+import threading
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from helpers.command import minitron_here
+
+from minitron_platform.cluster.requirements import Environment
+from minitron_platform.doctor import examine, services
+from minitron_platform.doctor.allreduce import finding as all_reduce_finding
+from minitron_platform.doctor.finding import Finding
+from minitron_platform.doctor.node import Gpu, StorageSpeed, node_facts
+from minitron_platform.doctor.node_checks import node_findings
+
+GPU = Gpu("NVIDIA H100 80GB HBM3", "570.1", 80 << 30)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    return node_facts(str(tmp_path_factory.mktemp("storage")), "")
+
+
+def _findings(*nodes):
+    """Findings by check and place; of those of one place the worst."""
+    return {(each.check, each.where): each for each in node_findings(nodes)}
+
+
+def test_a_sound_machine_has_no_failures(here):
+    assert [each for each in node_findings([here]) if each.state == "failed"] == []
+
+
+def test_a_low_limit_of_open_files_is_seen(here, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1000, before[1]))
+    try:
+        low = node_facts(str(tmp_path), "")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    found = _findings(low)["open files", low.node]
+    assert (found.state, found.value) == ("failed", "1,000")
+    assert "ulimit -n" in found.remedy
+
+
+def test_a_storage_that_cannot_be_written_or_is_not_shared_is_seen(here, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    broken = node_facts(str(tmp_path / "file" / "runs"), "")
+    found = _findings(broken)["storage", broken.node]
+    assert found.state == "failed"
+    assert str(tmp_path / "file") in found.value
+    assert found.remedy
+    alone = node_facts(str(tmp_path), str(tmp_path / "written-by-another-node"))
+    found = _findings(alone)["storage", alone.node]
+    assert (found.state, found.value) == ("failed", "does not see what other nodes write")
+    slow = replace(here, storage=StorageSpeed(write_bytes=1e6, read_bytes=1e6))
+    assert _findings(slow)["storage", here.node].state == "warning"
+
+
+def test_small_shared_memory_and_temporary_space_are_seen(here):
+    small = _findings(replace(here, shared_memory_bytes=1 << 20, temp_free_bytes=10**9))
+    assert small["shared memory", here.node].state == small["temporary space", here.node].state == "failed"
+    assert "--shm-size" in small["shared memory", here.node].remedy
+    assert "TMPDIR" in small["temporary space", here.node].remedy
+
+
+def test_nodes_with_other_versions_or_gpus_are_named(here):
+    old = {**here.environment.packages, "torch": "2.1.0", "optuna": "5.0.1"}
+    other = replace(here, node="node-2", environment=Environment(here.environment.python, old))
+    found = _findings(here, other, replace(here, node="node-3"))
+    assert "torch 2.1.0, >=" in found["versions", "node-2"].value
+    assert "optuna" in found["versions", "all nodes"].value
+    assert "5.0.1 on node-2" in found["versions", "all nodes"].value
+    assert found["versions", "all nodes"].state == "failed"
+    first = replace(here, gpus=(GPU, GPU), torch_gpus=2, nvlink=False)
+    second = replace(here, node="node-2", gpus=(replace(GPU, driver="550.2"),), torch_gpus=0)
+    found = _findings(first, second)
+    assert found["GPUs", here.node].state == "warning"
+    assert "2 NVIDIA H100 80GB HBM3, driver 570.1, no NVLink" in found["GPUs", here.node].value
+    assert found["GPUs", "node-2"].state == "failed"
+    assert "built for the driver's CUDA" in found["GPUs", "node-2"].remedy
+    assert "550.2, 570.1" in found["GPUs", "all nodes"].value
+
+
+@contextmanager
+def _refusing_server():
+    """A server that refuses every request for the lack of a password; gives its address."""
+
+    class Refuse(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(401)
+            self.end_headers()
+            self.wfile.write(b"You are not authenticated")
+
+        do_POST = do_GET
+
+        def log_message(self, *arguments):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Refuse)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_an_mlflow_that_refuses_this_user_has_failed(monkeypatch):
+    with _refusing_server() as address:
+        found = services.mlflow(address)
+    assert (found.check, found.state) == ("MLflow", "failed")
+    assert "MLFLOW_TRACKING_PASSWORD" in found.remedy
+
+
+def test_a_token_that_is_missing_or_readable_by_others_is_seen(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    assert services.ray_token().state == "failed"
+    (tmp_path / "token").write_text("secret")
+    (tmp_path / "token").chmod(0o644)
+    found = services.ray_token()
+    assert (found.state, found.remedy) == ("warning", f"chmod 600 {tmp_path / 'token'}")
+    (tmp_path / "token").chmod(0o600)
+    assert services.ray_token().state == "ok"
+
+
+def test_an_all_reduce_without_an_answer_or_with_slow_gpus_is_seen():
+    assert all_reduce_finding("all nodes", 2, True, ["1e9", "2e9"], []).state == "warning"
+    failed = all_reduce_finding("all nodes", 2, True, ["1e9"], ["", "Traceback\nTimeoutError: rank 1\n"])
+    assert (failed.state, failed.value) == ("failed", "NCCL, 2 processes: TimeoutError: rank 1")
+    assert "NCCL_SOCKET_IFNAME" in failed.remedy
+
+
+def test_the_command_prints_remedies_and_says_by_its_exit_code_whether_a_check_failed(tmp_path, monkeypatch):
+    bad = Finding("open files", "node-1", "failed", "256", "ulimit -n 65536")
+    monkeypatch.setattr(examine, "findings", lambda locations, address: iter([bad]))
+    done = minitron_here("doctor", "--storage", tmp_path, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "fix: ulimit -n 65536" in done.stdout
+    done = minitron_here("doctor", "--storage", tmp_path, "--json", cwd=tmp_path)
+    assert (done.returncode, json.loads(done.stdout)[0]["state"]) == (1, "failed")
+    monkeypatch.setattr(examine, "findings", lambda locations, address: iter([replace(bad, state="warning")]))
+    assert minitron_here("doctor", "--storage", tmp_path, cwd=tmp_path).returncode == 0
