@@ -113,16 +113,23 @@ class _Scoring:
 
 
 @contextmanager
-def guarded_metrics() -> Iterator[None]:
-    """Inside the context `evaluate.load` runs no file of the working folder, and nothing at all for `code_eval`, which
-    definitions of lm-eval load and try when they are imported."""
+def guarded_metrics(task: str, *, allowed: bool) -> Iterator[None]:
+    """Inside the context `evaluate.load`, to which lm-eval also gives names of metrics that it does not know, runs no file of
+    the working folder, and nothing at all for `code_eval`, which definitions of lm-eval load and try when they are imported.
+
+    allowed: whether it runs other code. Without, InputError is raised at the end, because lm-eval catches all errors.
+    """
     import evaluate
 
     load = evaluate.load
+    refused: list[str] = []
 
     def guarded(path: str, *arguments: Any, **keywords: Any) -> Any:
         if path == CODE_METRIC:
             return SimpleNamespace(compute=_never)
+        if not allowed:
+            refused.append(str(path))
+            raise InputError(f"the metric {path!r} is Python code", "leave it out")
         check_metric_file(path)
         return load(path, *arguments, **keywords)
 
@@ -131,6 +138,11 @@ def guarded_metrics() -> Iterator[None]:
         yield
     finally:
         evaluate.load = load
+        if refused:
+            raise InputError(
+                f"task {task!r}: lm-eval has no metric {refused[0]!r}, and would run Python code of that name",
+                "correct the name; if you trust that code, allow it with allow_code: true",
+            )
 
 
 def _never(**_: Any) -> tuple[dict[str, float], dict[str, Any]]:

@@ -10,7 +10,7 @@ import json
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from numbers import Integral
 from typing import Any
@@ -206,7 +206,7 @@ def _evaluated(scorer: Scorer, task: Task, part: Part, built: Any, samples: int)
     limit = scored_documents(task.limit, len(built.task_docs))
     scorer.begin(limit)
     # Standard errors are computed below from the documents' values; lm-eval would bootstrap for some metrics.
-    with guarded_metrics() if task.allow_code else nullcontext():
+    with guarded_metrics(task.name, allowed=task.allow_code):
         results = run_harness(
             scorer,
             {"tasks": {part.name: built}},

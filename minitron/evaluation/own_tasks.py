@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minitron.errors import InputError
+from minitron.evaluation.definition_files import check_file
 from minitron.evaluation.documents import locate
 from minitron.evaluation.task_index import OWN, Index, index, stock, tasks_folder
 
@@ -37,7 +38,7 @@ def with_folder(folder: str) -> Index:
 
 
 def check_includes(task: str, definition: Path, roots: Sequence[Path]) -> None:
-    """Raise InputError for a definition that includes a file outside of `roots`, or itself."""
+    """Raise InputError for a definition that includes a file outside of `roots`, or itself, and as `check_file` does."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     pending, seen = [definition.resolve()], set[Path]()
@@ -52,6 +53,7 @@ def check_includes(task: str, definition: Path, roots: Sequence[Path]) -> None:
         if file in seen:
             raise InputError(f"task {task!r}: its definition includes {file} twice", "include it once")
         seen.add(file)
+        check_file(task, file)
         included = load_yaml(file, resolve_func=False, recursive=False).get("include") or []
         pending += [
             (file.parent / str(each)).resolve() for each in (included if isinstance(included, list) else [included])

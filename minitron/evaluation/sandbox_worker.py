@@ -19,6 +19,7 @@ import resource
 import select
 import shutil
 import signal
+import struct
 import sys
 import time
 import types
@@ -28,7 +29,12 @@ from typing import Any
 ANSWER_BYTES = 1 << 20  # longest result of a call
 FILE_BYTES = 10_000_000  # largest file
 OPEN_FILES = 128
-SET_DUMPABLE = 4  # Linux: prctl's PR_SET_DUMPABLE
+SET_DUMPABLE, SET_SECCOMP = 4, 22  # Linux: prctl's PR_SET_DUMPABLE and PR_SET_SECCOMP
+NEW_USER = 0x1000_0000  # CLONE_NEWUSER
+REFUSED, MISSING = 0x5_0000 | 1, 0x5_0000 | 38  # a system call that fails with EPERM, with ENOSYS
+ALLOWED = 0x7FFF_0000
+# Machine: its number in a filter, and those of its system calls clone, clone3 and unshare.
+SYSTEM_CALLS = {"x86_64": (0xC000_003E, 56, 435, 272), "aarch64": (0xC000_00B7, 220, 435, 97)}
 Function = Callable[..., Any]
 
 
@@ -62,8 +68,42 @@ def _limit(settings: dict[str, Any]) -> None:
         os.setgroups([])
         os.setresgid(settings["user"], settings["user"], settings["user"])
         os.setresuid(settings["user"], settings["user"], settings["user"])
+    _refuse_namespaces()
     # No other process of this user can then read or change this one's memory and files.
     ctypes.CDLL(None).prctl(SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def _refuse_namespaces() -> None:
+    """Refuse user namespaces to this process and its children: in one of their own they could mount memory without a limit.
+
+    A filter of system calls (seccomp), because bwrap refuses them only to users other than root. clone3, whose flags a filter
+    cannot read, is refused as unknown, and the C library then calls clone. Raises OSError if there is no filter for this kind
+    of machine, or if it is not accepted.
+    """
+    if os.uname().machine not in SYSTEM_CALLS:
+        raise OSError(f"there is no filter of system calls for {os.uname().machine}")
+    machine, clone, clone3, unshare = SYSTEM_CALLS[os.uname().machine]
+    load, equal, any_bit, at_least, answer = 0x20, 0x15, 0x45, 0x35, 0x06
+    program = [
+        (load, 0, 0, 4),  # the kind of machine: others, such as the 32 bits of the same one, have other numbers
+        (equal, 1, 0, machine),
+        (answer, 0, 0, REFUSED),
+        (load, 0, 0, 0),  # the number of the system call
+        (at_least, 5, 0, 0x4000_0000),  # x32
+        (equal, 5, 0, clone3),
+        (equal, 1, 0, clone),
+        (equal, 0, 4, unshare),
+        (load, 0, 0, 16),  # the low half of its first argument
+        (any_bit, 0, 2, NEW_USER),
+        (answer, 0, 0, REFUSED),
+        (answer, 0, 0, MISSING),
+        (answer, 0, 0, ALLOWED),
+    ]
+    filters = b"".join(struct.pack("HBBI", *line) for line in program)
+    memory = ctypes.create_string_buffer(filters, len(filters))
+    header = ctypes.create_string_buffer(struct.pack("HL", len(program), ctypes.addressof(memory)))
+    if ctypes.CDLL(None, use_errno=True).prctl(SET_SECCOMP, 2, header, 0, 0):  # bwrap has set no_new_privs
+        raise OSError(ctypes.get_errno(), "the filter of system calls is not accepted")
 
 
 def _call(request: dict[str, Any], modules: dict[str, types.ModuleType]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from minitron.evaluation.splits import (
     scored_split,
 )
 from minitron.evaluation.task_index import Group, Index, group, stock
+from minitron.evaluation.templates import sandboxed_templates
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task as HarnessTask
@@ -211,7 +212,11 @@ def _index(task: Task) -> Index:
 
 
 def _group(task: Task) -> Group:
-    return group(task.name, _index(task), lambda path: read_definition(path, functions=False))
+    def read(path: Path) -> dict[str, Any]:
+        check_includes(task.name, path, allowed_roots(task.folder))
+        return read_definition(path, functions=False)
+
+    return group(task.name, _index(task), read)
 
 
 def _check_no_code(task: Task, config: dict[str, Any], roots: Sequence[Path]) -> None:
@@ -230,9 +235,7 @@ def _check_no_code(task: Task, config: dict[str, Any], roots: Sequence[Path]) ->
 
 def build(task: Task, part: Part) -> HarnessTask:
     """The lm-eval task of `part` with its documents loaded. Raises InputError for documents that do not fit the definition."""
-    if not task.allow_code:
-        return _build(task, part)
-    with guarded_metrics():
+    with sandboxed_templates(), guarded_metrics(task.name, allowed=task.allow_code):
         return _build(task, part)
 
 

@@ -34,6 +34,7 @@ ATTACKS = {
     "threads": "import threading, time\nfor _ in range(40): threading.Thread(target=time.sleep, args=[60]).start()",
     "10 GB of memory": "bytearray(10 << 30)",
     "100 MB of files": "for n in range(20): open(f'/tmp/{{n}}', 'wb').write(bytes(5_000_000))",
+    "memory mounted in a user namespace": "import ctypes\nassert ctypes.CDLL(None).unshare(1 << 28) == 0",
     "memory as a file": "open('/dev/shm/a', 'w').write('a')",
     "reading a file outside": "open({secret!r}).read()",
     "writing a file outside": "open({secret!r}, 'w').write('replaced')",

@@ -90,3 +90,33 @@ def test_a_definition_includes_only_its_own_folder(folder, data, tmp_path):
     (folder / "taken.yaml").write_text("task: arc_easy\n")
     with pytest.raises(InputError, match="'arc_easy' is also one of lm-eval's"):
         check_tasks([Task("own", data, folder=str(folder))])
+
+
+LISTS = "\n".join(["a0: &a0 [x]", *(f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 10)}]" for n in range(8))])
+REFUSED = {
+    "a function by a name with a line break": ('x: !function "mine\\n.f"', "not the name of a Python function"),
+    "a function by its path": ("x: !function {folder}/mine.f", "not the name of a Python function"),
+    "a function as a key": ("x: {{? !function mine.f : 1}}", "a key that is not plain"),
+    "a function inside a key": ("x: {{? [!function mine.f] : 1}}", "a key that is not plain"),
+    "a function of Python's own": ("process_docs: !function os.getcwd", "which is not in lm-eval's package"),
+    "an object of Python": ('x: !!python/object/apply:os.mkdir ["{folder}/ran"]', "the tag .* is not known"),
+    "more values than fit into memory": (LISTS, "more than 200,000 values"),
+    "an alias of itself": ("x: &x [*x]", "an alias that contains itself"),
+    "a metric that lm-eval does not have": ("metric_list: [{{metric: mine}}]", "would run Python code of that name"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_definition_runs_no_code_and_fills_no_memory_in_odd_ways(name, folder, data, monkeypatch):
+    monkeypatch.chdir(folder)
+    text, problem = REFUSED[name]
+    definition = DEFINITION.format(name="own", text=LIKE_ARC)
+    if text.startswith("metric_list"):
+        definition = "".join(line for line in definition.splitlines(keepends=True) if "metric_list" not in line)
+    (folder / "own.yaml").write_text(f"{definition}{text.format(folder=folder)}\n")
+    for file in ("mine.py", "mine\n.py", "mine/mine.py"):
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text(f"import os\nos.mkdir({str(folder / 'ran')!r})\nf = str\n")
+    with pytest.raises(InputError, match=problem):
+        evaluate(tiny_model(1), byte_tokenizer(), [Task("own", data, folder=str(folder))])
+    assert not (folder / "ran").exists()
