@@ -1,11 +1,16 @@
 """Kills during a run on a cluster of this machine: a head without CPUs, two nodes with one CPU each, an S3 server as storage.
 
-python -m benchmarks.kill_matrix [--kill worker] [--stage distill] [--out kills.jsonl]
+    python -m benchmarks.kill_matrix [--kill worker] [--stage distill] [--out kills.jsonl]
+
+A run for each kind of kill, with a kill in every stage; docs/cluster.md describes the kinds. A line has the kind, the stage,
+whether all stored rows and tensors are those of the run without kills, the finished parts that were written again, the number
+of steps that were trained again, the seconds lost, a note, and the beginnings of the SHA-256 of the student and of all tensors.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -83,6 +88,8 @@ def report(run: KilledRun, cells: Sequence[Cell], before: Undisturbed, out: Path
             "steps": steps,
             "lost": round(lost),
             "note": cell.note,
+            "student": next(sum_ for name, sum_ in tensors.items() if name.endswith("/student/model.safetensors"))[:16],
+            "tensors": hashlib.sha256(json.dumps(sorted(tensors.items())).encode()).hexdigest()[:16],
         }
         print(f"| {' | '.join(map(str, line.values()))} |", flush=True)
         if out:

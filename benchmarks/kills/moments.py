@@ -61,11 +61,11 @@ MOMENTS = (
 )
 
 
-def finished_parts(moment: Moment, bucket: str, writes: Sequence[Write]) -> Counter[str]:
+def finished_parts(moment: Moment, bucket: str, writes: Sequence[Write]) -> dict[str, int]:
     """How often each finished part of a stage was written, by its path without fingerprints."""
     wanted = re.compile(f"^P[A-Z]+ /{bucket}/(?P<path>{moment.parts})$")
     matches = (wanted.match(write.request) for write in writes)
-    return Counter(without_fingerprints(match["path"]) for match in matches if match)
+    return dict(Counter(without_fingerprints(match["path"]) for match in matches if match))
 
 
 def without_fingerprints(path: str) -> str:

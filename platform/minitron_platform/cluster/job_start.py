@@ -29,6 +29,8 @@ NEEDS_KEY = "minitron.needs"  # of a job's metadata: its JobNeeds, as JSON
 RESUME_VARIABLE = "MINITRON_RESUME"  # environment variable with the command that resumes this process's run
 STOP_SECONDS = 40  # from SIGTERM until Ray kills a job's command, which ends its records and its workers meanwhile
 OWN_VARIABLES = {"MLFLOW_DISABLE_TELEMETRY": "true", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
+# Ray installs uv with pip into the environment of the job, where pip would find that of the node, which does not work there
+UV_VARIABLES = {"PIP_IGNORE_INSTALLED": "1"}
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 SECRET = re.compile(r"TOKEN(?!IZ)|KEY|SECRET|PASSWORD", re.IGNORECASE)  # but not TOKENIZERS_PARALLELISM
 
@@ -133,6 +135,8 @@ def submit_text(
         code = code_hash(packages)
         work = f"{name}-{fingerprint([recipe_yaml, list(overrides), command, dict(env or {}), code])[:8]}"
         environment = {**OWN_VARIABLES, RESUME_VARIABLE: resume, **(env or {})}
+        if needs.packages:
+            environment |= UV_VARIABLES
         brought = {"uv": {"packages": list(needs.packages), "uv_pip_install_options": ["--no-deps"]}}
         job = {
             "entrypoint": command,
@@ -211,7 +215,9 @@ def resume(
         name=row.name,
         address=address,
         entrypoint=job.entrypoint,
-        env={name: value for name, value in sent.items() if name not in {*OWN_VARIABLES, RESUME_VARIABLE}},
+        env={
+            name: value for name, value in sent.items() if name not in {*OWN_VARIABLES, *UV_VARIABLES, RESUME_VARIABLE}
+        },
         needs=checked(
             JobNeeds(**{**needs, "extras": tuple(needs["extras"])}), address=address, insecure=insecure, say=say
         ),

@@ -376,7 +376,9 @@ def test_a_job_runs_once_at_a_time_and_can_be_followed_and_stopped_by_its_name(
     as_user: Head, checkout: Checkout
 ) -> None:
     address = as_user.address
-    entrypoint = 'echo begun; cat recipe.yaml; echo "to resume: $MINITRON_RESUME"; sleep 600'
+    # longer than the 3 s after which Ray kills a job by default
+    closing = 'trap "sleep 3.5; echo closed; exit" TERM; '
+    entrypoint = closing + 'echo begun; cat recipe.yaml; echo "to resume: $MINITRON_RESUME"; sleep 600'
     typed = "minitron submit mine.yaml --set a=b"
     work = {"address": address, "name": "sleeper", "entrypoint": entrypoint, "resume": typed}
     first, said = checkout.submit(**work)
@@ -397,6 +399,7 @@ def test_a_job_runs_once_at_a_time_and_can_be_followed_and_stopped_by_its_name(
     assert not follower.is_alive()
     assert "café" in "".join(lines)
     assert f"to resume: {typed}" in "".join(lines)
+    assert "closed" in "".join(logs(address, first))
     assert status(address, "sleeper")[0].resume == typed
 
     second, said = checkout.submit(**work)
