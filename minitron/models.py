@@ -51,6 +51,8 @@ def check_source(source: str) -> None:
         path = storage.local_path(source)
         if not path.exists():
             raise InputError(f"{source} does not exist", "give a model folder, a .gguf file or a hub name")
+        if not path.is_dir() and not source.endswith(".gguf"):
+            raise InputError(f"{source} is a file", "give the folder of a transformers checkpoint, or a .gguf file")
         if path.is_dir() and not (path / "config.json").is_file():
             raise InputError(f"{source} has no config.json", "give the folder of a transformers checkpoint")
         if path.is_dir():
@@ -95,8 +97,9 @@ def _on_hub(name: str, revision: str | None) -> tuple[str, bool]:
     try:
         return str(HfApi().model_info(name, revision=revision, timeout=30).sha), True
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        at_revision = f" with revision {revision!r}" if revision else ""
         raise InputError(
-            f"no model {name!r} with revision {revision!r} on the hub, or you have no access to it",
+            f"no model {name!r}{at_revision} on the hub, or you have no access to it",
             "check the name, or give a folder or a .gguf file; for a private or gated model run `hf auth login`",
         ) from error
     except (HTTPError, OSError) as error:

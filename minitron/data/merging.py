@@ -262,6 +262,8 @@ class Merger:
         problem = f"the source ends after {rows} (from {documents})"
         lacking = [writer for writer in writers if not writer.full]
         count = sum(writer.documents for writer in writers)
+        if count == 0:
+            return InputError(f"{problem}: there is no document with text in it", "give other text")
         if count > 1 and len(self._texts) == 1 and any(not writer.documents for writer in lacking):
             return InputError(
                 f"{problem}: all {count} documents have the same text, which is in one split only", "give other text"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from minitron.errors import InputError
-from minitron.storage.addresses import join
+from minitron.storage.addresses import check_address, join
 from minitron.storage.copies import fetch
 from minitron.storage.folders import committed_folder, is_committed, manifest
 from minitron.storage.hashing import fingerprint, sha256
@@ -44,6 +44,7 @@ def uploaded_hashes(address: str) -> dict[str, str]:
 
 def _parts(address: str) -> tuple[str, str]:
     """(committed folder, path inside it): the address is the folder itself or directly inside it."""
+    check_address(address)
     address = address.rstrip("/")
     if is_committed(address):
         return address, ""

@@ -100,6 +100,12 @@ def _load(text: bytes | str) -> Any:
         raise ValueError(f"{error.problem or error.context}{where}") from error
     except RecursionError as error:
         raise ValueError("too many levels") from error
+    except yaml.reader.ReaderError as error:  # its position counts bytes if they are not UTF-8, otherwise characters
+        is_text = error.encoding == "unicode"
+        before = text.decode(errors="replace") if is_text and isinstance(text, bytes) else text
+        line = len(before[: error.position].splitlines()) or 1
+        problem = f"the character {error.character!r} is not allowed" if is_text else f"not UTF-8, {error.reason}"
+        raise ValueError(f"{problem}, line {line}") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of 5,000 digits, the 30th of February
         raise ValueError(" ".join(str(error).split())) from error
 

@@ -151,7 +151,11 @@ def _check_experiment(tracking_uri: str, experiment: str) -> str | None:
 
 
 def _no_answer(tracking_uri: str, error: Exception) -> str:
-    return f"MLflow at {redact(tracking_uri)} does not answer ({redact(_first_line(str(error)))})"
+    reason: BaseException = error
+    while reason.__cause__ or (reason.__context__ and not reason.__suppress_context__):  # what the HTTP library has met
+        reason = reason.__cause__ or reason.__context__ or reason
+    text = (isinstance(reason, OSError) and reason.strerror) or _first_line(str(reason))
+    return f"MLflow at {redact(tracking_uri)} does not answer ({redact(text)})"
 
 
 def _first_line(text: str) -> str:

@@ -12,7 +12,7 @@ from helpers import tiny
 from transformers import AutoTokenizer
 
 from minitron.checkpoints.tokenizer_files import check_tokenizer_fits
-from minitron.errors import InputError
+from minitron.errors import InputError, MinitronError
 from minitron.models import check_contents, load_source, source_architecture, source_tokenizer
 from minitron_platform.planning.plan import plan
 from minitron_platform.recipes.load import load_recipe
@@ -203,3 +203,9 @@ def test_a_name_that_is_no_folder_is_refused_at_once_where_the_hub_does_not_answ
     for name in ("nothing-here", "nobody/nothing-here", "x" * 5000):
         with pytest.raises(InputError, match=r"and the hub cannot be reached|no model"):
             source_architecture(name)
+
+
+@pytest.mark.parametrize(("source", "problem"), [("text.jsonl", "is a file"), ("s3://", "names no bucket")])
+def test_what_is_neither_a_folder_nor_a_gguf_file_is_refused(bench, source, problem):
+    with pytest.raises(MinitronError, match=problem):
+        source_architecture(source if "://" in source else str(bench / source))

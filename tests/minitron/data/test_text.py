@@ -194,6 +194,9 @@ def test_equal_documents_and_too_little_text_are_refused_for_the_right_reason(tm
     same = TextSource("jsonl", _write(tmp_path / "same.jsonl", *([{"text": "the model reads a row " * 20}] * 50)))
     with pytest.raises(InputError, match="all 50 documents have the same text"):
         pack(same, tokenizer, str(tmp_path / "rows"), **(SIZES | {"train_rows": 9000}))
+    white = TextSource("jsonl", _write(tmp_path / "white.jsonl", *([{"text": " \n"}] * 50)))
+    with pytest.raises(InputError, match="there is no document with text in it"):
+        pack(white, tokenizer, str(tmp_path / "rows"), **SIZES)
     few = TextSource("jsonl", _write(tmp_path / "few.jsonl", *({"text": text} for text in tiny.texts(60))))
     with pytest.raises(InputError, match=r"ends after (\d+) of 9000 train rows") as error:
         pack(few, tokenizer, str(tmp_path / "rows"), **(SIZES | {"train_rows": 9000, "heldout_fraction": 0.3}))

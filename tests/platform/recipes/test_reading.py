@@ -82,7 +82,7 @@ CHAIN = "a0: &a0 {k: 1}\n" + "".join(f"a{n}: &a{n} {{<<: *a{n - 1}, k{n}: 1}}\n"
         (MERGING, "<< merges one section, not a list"),
         (CHAIN, "<< merges too many keys"),
         ("'two words': 1\n", "'two words' is not a key"),
-        ("a: \x07\n", "not valid YAML"),
+        ("a: 1\nb: \x07\n", "not valid YAML (the character 7 is not allowed, line 2)"),
         ("- a\n", "contains no keys"),
         ("# " + "x" * 2**20, "1,048,578 bytes are too many"),
     ],

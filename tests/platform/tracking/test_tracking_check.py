@@ -130,7 +130,7 @@ def guarded():
         ("password", "refuses this user", "MLFLOW_TRACKING_PASSWORD"),
         ("scheme", "is not supported", "use sqlite:///"),
         ("driver", r"package psycopg2? is not installed", "minitron[postgres]"),
-        ("away", "does not answer", "start it or correct its address"),
+        ("away", r"does not answer \(Connection refused\)", "start it or correct its address"),
     ],
 )
 def test_the_recipe_decides_whether_a_run_starts_without_mlflow(
