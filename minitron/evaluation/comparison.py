@@ -16,11 +16,11 @@ from statistics import NormalDist
 from scipy import stats
 
 from minitron.errors import InputError
+from minitron.evaluation.pairs import CONFIDENCE, paired_differences
 from minitron.evaluation.result_file import ModelResults
-from minitron.evaluation.scores import DocumentResult, Evaluated
+from minitron.evaluation.scores import Evaluated
 from minitron.evaluation.uncertainty import standard_error
 
-CONFIDENCE = 0.95
 POWER = 0.8  # chance that the stated number of documents shows a difference of the size that was measured
 
 
@@ -75,9 +75,13 @@ def compare(results: Sequence[ModelResults]) -> list[Difference]:
 
 def _difference(task: str, reference: str, model: str, first: Evaluated, second: Evaluated) -> Difference:
     _check_settings(task, reference, model, first, second)
-    pairs = _pairs(task, reference, model, first, second)
-    differences = [after.values[first.main] - before.values[first.main] for before, after in pairs]
-    clusters = [before.cluster for before, _ in pairs]
+    differences, clusters = paired_differences(first, second)
+    if len(differences) < min(len(first.documents), len(second.documents)):
+        raise InputError(
+            f"task {task!r}: only {len(differences):,} of the {len(second.documents):,} documents of {model} are among the "
+            f"{len(first.documents):,} of {reference}",
+            "evaluate both on the same documents",
+        )
     value = math.fsum(differences) / len(differences)
     stderr = standard_error(differences, clusters)
     groups = len(set(clusters))
@@ -94,7 +98,7 @@ def _difference(task: str, reference: str, model: str, first: Evaluated, second:
         interval=interval,
         p_value=_p_value(differences, value, stderr, groups),
         adjusted=None,
-        num_documents=len(pairs),
+        num_documents=len(differences),
         needed=None,
         num_available=second.score.num_available,
     )
@@ -117,21 +121,6 @@ def _check_settings(task: str, reference: str, model: str, first: Evaluated, sec
                 "standard error",
                 "leave the task out",
             )
-
-
-def _pairs(
-    task: str, reference: str, model: str, first: Evaluated, second: Evaluated
-) -> list[tuple[DocumentResult, DocumentResult]]:
-    """The documents that both models were scored on: those with the same position and content."""
-    known = {(document.id, document.hash): document for document in first.documents}
-    pairs = [(known[key], other) for other in second.documents if (key := (other.id, other.hash)) in known]
-    if len(pairs) < min(len(first.documents), len(second.documents)):
-        raise InputError(
-            f"task {task!r}: only {len(pairs):,} of the {len(second.documents):,} documents of {model} are among the "
-            f"{len(first.documents):,} of {reference}",
-            "evaluate both on the same documents",
-        )
-    return pairs
 
 
 def _p_value(differences: Sequence[float], value: float, stderr: float | None, groups: int) -> float | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from minitron.attention import takes_masks
+from minitron.evaluation.answers import Answers, batch_name
 from minitron.evaluation.batches import BatchRows, rows_of_batch
 from minitron.logits import CHUNK_TOKENS, Head, log_softmax_, tokens_per_chunk
 from minitron.models import decoder_and_head
@@ -81,7 +82,12 @@ class _Row:
 
 
 def log_likelihoods(
-    model: Any, continuations: Sequence[Continuation], batch_rows: BatchRows, *, together: bool = False
+    model: Any,
+    continuations: Sequence[Continuation],
+    batch_rows: BatchRows,
+    *,
+    together: bool = False,
+    stored: Answers | None = None,
 ) -> Iterator[tuple[int, Answer]]:
     """Yield (index in `continuations`, answer) for each continuation, longest rows first; logits are accumulated in float32.
 
@@ -89,25 +95,34 @@ def log_likelihoods(
     window is at least as long. A batch has at most `batch_rows` rows (see `minitron.evaluation.batches`) and MASK_BYTES of
     attention mask. Padding and other rows change a result by rounding at most. together: all processes of torch.distributed
     call this alike and share the batches, which are those of one process; each yields its own answers first and then those
-    of the others.
+    of the others. stored: kept answers, which are not computed again, and where new ones are kept.
     """
     decoder, _ = decoder_and_head(model)
     head = Head.of(model)
     own: list[tuple[int, Answer]] = []
     check_same("the requests", _content(continuations), together)
     with all_succeed(together):
-        batches = _batches(continuations, model.config, batch_rows, head.weight.device)
+        batches = []
+        for each in _batches(continuations, model.config, batch_rows, head.weight.device):
+            if stored is None or (values := stored.known.get(_name(each[0], continuations))) is None:
+                batches.append(each)
+            else:
+                numbers = [number for row in each[0] for number, _ in row.outputs()]
+                yield from ((n, Answer(float(v[0]), bool(v[1]))) for n, v in zip(numbers, values, strict=True))
         for (batch, masked), counts in dealt(batches, model, together=together):
             with torch.inference_mode():
                 hidden = _hidden(decoder, batch, head.weight, masked=masked)
                 answers = list(_batch_answers(hidden, batch, continuations, head))
             if counts:
                 own += answers
+                if stored is not None:
+                    kept = [[answer.log_likelihood, answer.greedy] for _, answer in answers]
+                    stored.add(_name(batch, continuations), kept)
                 yield from answers
-    values = [[number, answer.log_likelihood, answer.greedy] for number, answer in own]
+    own_values = [[number, answer.log_likelihood, answer.greedy] for number, answer in own]
     mine = {number for number, _ in own}
     for number, log_likelihood, greedy in all_rows(
-        torch.tensor(values, dtype=torch.float64).view(-1, 3), together
+        torch.tensor(own_values, dtype=torch.float64).view(-1, 3), together
     ).tolist():
         if int(number) not in mine:
             yield int(number), Answer(log_likelihood, bool(greedy))
@@ -116,6 +131,12 @@ def log_likelihoods(
 def _content(continuations: Sequence[Continuation]) -> Iterator[bytes]:
     """Equal for equal continuations."""
     return (array("q", [-1, *each.context, -1, *each.tokens]).tobytes() for each in continuations)
+
+
+def _name(batch: list[_Row], continuations: Sequence[Continuation]) -> str:
+    """Name of a batch by its requests."""
+    own = [continuations[number] for row in batch for number, _ in row.outputs()]
+    return batch_name(_content(own))
 
 
 def _batches(

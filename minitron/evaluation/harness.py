@@ -26,6 +26,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from minitron.arguments import check_model, check_tokenizer, check_type
 from minitron.errors import InputError, MinitronError
+from minitron.evaluation.answers import Answers, AnswerStore
 from minitron.evaluation.batches import BatchRows
 from minitron.evaluation.generated_code import guarded_metrics
 from minitron.evaluation.mode import evaluating
@@ -100,10 +101,13 @@ def evaluate_documents(
     on_failure: OnFailure | None = None,
     together: bool = False,
     samples: int = 0,
+    answers: AnswerStore | None = None,
 ) -> dict[str, Evaluated]:
     """As `evaluate`, with all metrics of each task and the result of each document: {task name: Evaluated}.
 
-    samples: number of documents of each task, the worst first, that are kept with the prompt and the model's answer.
+    samples: number of documents of each task, the worst first, that are kept with the prompt and the model's answer. answers:
+    where the model's answers are kept; an evaluation that was interrupted is resumed from them, and a repeated one computes
+    nothing. Scores are those of an evaluation without them, bit for bit on the same hardware.
     """
     check_model("model", model)
     check_tokenizer("tokenizer", tokenizer)
@@ -127,7 +131,7 @@ def evaluate_documents(
         results = {}
         for task, members in work:
             with _reported(task, on_failure):
-                own = {part.name: _shared(scorer, task, part, built, samples) for part, built in members}
+                own = {part.name: _shared(scorer, task, part, built, samples, answers) for part, built in members}
                 whole = is_group(task)
                 results[task.key] = pooled(task.name, own, samples, by_size=by_size(task)) if whole else own[task.name]
             if scorer.cut:
@@ -177,10 +181,22 @@ class _AllAnsweredError(Exception):
     """Ends lm-eval's evaluation in a process that does not grade."""
 
 
-def _shared(scorer: Scorer, task: Task, part: Part, built: Any, samples: int) -> Evaluated:
+def _shared(scorer: Scorer, task: Task, part: Part, built: Any, samples: int, answers: AnswerStore | None) -> Evaluated:
     """The result of a task, in every process. All answer its requests; the first one grades the answers."""
+    stored = None
+    if answers is not None:
+        name = [task.settings() | {"data": None, "limit": None}, part.name, str(built.VERSION), scorer.settings()]
+        stored = answers.open(name, scorer.together)
+    try:
+        return _graded(scorer, task, part, built, samples, stored)
+    finally:
+        if stored is not None:
+            stored.flush()
+
+
+def _graded(scorer: Scorer, task: Task, part: Part, built: Any, samples: int, stored: Answers | None) -> Evaluated:
     if world_size(scorer.together) == 1:
-        return _evaluated(scorer, task, part, built, samples)
+        return _evaluated(scorer, task, part, built, samples, stored)
     if own_rank() > 0:
 
         def stop() -> None:
@@ -190,7 +206,7 @@ def _shared(scorer: Scorer, task: Task, part: Part, built: Any, samples: int) ->
     result = b""
     try:
         with suppress(_AllAnsweredError):
-            result = json.dumps(asdict(_evaluated(scorer, task, part, built, samples))).encode()
+            result = json.dumps(asdict(_evaluated(scorer, task, part, built, samples, stored))).encode()
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception:
@@ -202,9 +218,9 @@ def _shared(scorer: Scorer, task: Task, part: Part, built: Any, samples: int) ->
     return Evaluated.from_dict(json.loads(result))
 
 
-def _evaluated(scorer: Scorer, task: Task, part: Part, built: Any, samples: int) -> Evaluated:
+def _evaluated(scorer: Scorer, task: Task, part: Part, built: Any, samples: int, stored: Answers | None) -> Evaluated:
     limit = scored_documents(task.limit, len(built.task_docs))
-    scorer.begin(limit)
+    scorer.begin(limit, stored)
     # Standard errors are computed below from the documents' values; lm-eval would bootstrap for some metrics.
     with guarded_metrics(task.name, allowed=task.allow_code):
         results = run_harness(

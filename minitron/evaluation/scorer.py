@@ -11,6 +11,7 @@ import torch
 from minitron.architecture import Architecture
 from minitron.data import document_tokens
 from minitron.errors import InputError
+from minitron.evaluation.answers import Answers, batch_name
 from minitron.evaluation.batches import CPU_ROWS, BatchRows, generated_rows
 from minitron.evaluation.continuations import Continuation, log_likelihoods
 from minitron.evaluation.requests import DocumentRequests
@@ -50,11 +51,17 @@ class Scorer(DocumentRequests):
         self._total = total  # documents of all tasks
         self._before = 0  # documents of the tasks before the current one
         self._documents = 0  # documents of the current task
+        self._stored: Answers | None = None
 
-    def begin(self, documents: int) -> None:
-        """Start counting the next task, which has this number of documents."""
+    def begin(self, documents: int, stored: Answers | None = None) -> None:
+        """Start counting the next task, which has this number of documents. stored: its kept answers."""
         self._before += self._documents
         self._documents = documents
+        self._stored = stored
+
+    def settings(self) -> dict[str, Any]:
+        """What its answers to the same requests depend on besides the model, apart from rounding."""
+        return {"dtype": str(self.model.dtype), "device": self.device.type, "begin": list(self.around.begin)}
 
     def _expect(self, answers: int) -> None:
         self._expected = answers
@@ -85,7 +92,9 @@ class Scorer(DocumentRequests):
             continuations.append(Continuation(kept[: -len(tokens)], tokens))
         self._expect(len(continuations))
         answers: dict[int, tuple[float, bool]] = {}
-        for number, answer in log_likelihoods(self.model, continuations, self._batch_rows, together=self.together):
+        for number, answer in log_likelihoods(
+            self.model, continuations, self._batch_rows, together=self.together, stored=self._stored
+        ):
             answers[number] = answer.log_likelihood, answer.greedy
             self._count_answer()
         return [answers[number] for number in range(len(requests))]
@@ -96,23 +105,45 @@ class Scorer(DocumentRequests):
         check_same("the requests", (f"{request.args}\0".encode() for request in requests), self.together)
         answers: dict[int, str] = {}
         cut = self.cut
+        missing, known, cut_before = self._split_stored(requests)
+        for index, text in known.items():
+            answers[index] = text
+            self._count_answer()
         with all_succeed(self.together):
-            for batch, counts in dealt(self._generations(requests), self.model, together=self.together):
+            for batch, counts in dealt(missing, self.model, together=self.together):
                 torch.manual_seed(batch[0])  # so that a sampled text does not depend on the batches before
                 before = self.cut
                 texts = super().generate_until([requests[index] for index in batch], disable_tqdm=True)
                 if not counts:
                     self.cut = before
                     continue
+                if self._stored is not None:
+                    kept = {"texts": texts, "cut": self.cut - before}
+                    self._stored.add(_batch_name(batch, requests), kept)
                 for index, text in zip(batch, texts, strict=True):
                     answers[index] = text
                     self._count_answer()
-        for index, text in _texts_of_all(answers, self.together).items():
+        own = {index: text for index, text in answers.items() if index not in known}
+        for index, text in _texts_of_all(own, self.together).items():
             if index not in answers:
                 answers[index] = text
                 self._count_answer()
-        self.cut = cut + int(all_rows(torch.tensor([self.cut - cut]), self.together).sum())
+        self.cut = cut + cut_before + int(all_rows(torch.tensor([self.cut - cut]), self.together).sum())
         return [answers[index] for index in range(len(requests))]
+
+    def _split_stored(self, requests: list[Any]) -> tuple[list[list[int]], dict[int, str], int]:
+        """The batches without kept answers, the texts of the others by index, and the number of their truncated requests."""
+        missing: list[list[int]] = []
+        texts: dict[int, str] = {}
+        cut = 0
+        for batch in self._generations(requests):
+            kept = self._stored.known.get(_batch_name(batch, requests)) if self._stored is not None else None
+            if kept is None:
+                missing.append(batch)
+            else:
+                texts |= dict(zip(batch, kept["texts"], strict=True))
+                cut += kept["cut"]
+        return missing, texts, cut
 
     def _generations(self, requests: list[Any]) -> list[list[int]]:
         """The indices of the requests of each batch, which have the same settings and similar lengths; the longest first."""
@@ -130,6 +161,11 @@ class Scorer(DocumentRequests):
         if self._in_step:
             options["synced_gpus"] = True
         return super()._model_generate(*arguments, **options)
+
+
+def _batch_name(batch: list[int], requests: list[Any]) -> str:
+    """Name of a batch by its requests, and by the number that random ones are drawn with."""
+    return batch_name([str(batch[0]).encode(), *(repr(requests[index].args).encode() for index in batch)])
 
 
 def _texts_of_all(own: dict[int, str], together: bool) -> dict[int, str]:

@@ -41,6 +41,11 @@ class Locations:
         """Folder of the run's records that are sent to MLflow, in the storage; see `tracking.spool`."""
         return storage.join(self.run(run_key), "spool")
 
+    @property
+    def answers(self) -> str:
+        """Folder of the answers of models to benchmarks, in the storage."""
+        return storage.join(self.storage, "answers")
+
     def older_spool(self, run_key: str) -> str:
         """Folder on this machine where earlier versions kept the run's records."""
         return storage.join(self.local_run(run_key), "spool")

@@ -121,7 +121,7 @@ def test_add_bos_reaches_the_benchmarks_of_calibration_search_and_training(begun
     from minitron.distill.inputs import DistillInputs
     from minitron.models import load_model
     from minitron_platform.recipes.build import benchmarks, distill_config, lm_eval_tasks
-    from minitron_platform.training.train import TrainTask, task_metrics
+    from minitron_platform.training.train import TrainTask, task_results
 
     told = []
     evaluate = minitron.evaluation.evaluate
@@ -159,5 +159,5 @@ def test_add_bos_reaches_the_benchmarks_of_calibration_search_and_training(begun
         tasks=lm_eval_tasks([recipe.calibrate.task]),
         add_bos=recipe.data.bos,
     )
-    task_metrics(training, load_model(folder), lambda name, error: pytest.fail(f"{name}: {error}"))
+    task_results(training, load_model(folder), lambda name, error: pytest.fail(f"{name}: {error}"))
     assert told == [False]

@@ -389,6 +389,11 @@ def test_an_online_teacher_is_stored_for_the_search_alone_and_a_killed_worker_is
     (distilled,) = [run for run in runs if run.info.run_name == "distill"]
     tasks = client.get_metric_history(distilled.info.run_id, "task_arc_easy.acc")
     assert {point.step for point in tasks} == {12, 24}
+    for change in (
+        "task_arc_easy.acc_change",
+        "task_arc_easy.acc_band",
+    ):  # since the first measurement, also if resumed
+        assert {point.step for point in client.get_metric_history(distilled.info.run_id, change)} == {24}
     assert "their fields are" in distilled.data.tags["minitron.failed.hellaswag"]  # the training continued
     assert {p.step for p in client.get_metric_history(distilled.info.run_id, "heldout_kl")} == {8, 16, 24}
     # a sharded student is gathered at these steps alone

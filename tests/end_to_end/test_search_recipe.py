@@ -16,6 +16,7 @@ from mlflow.tracking import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitron.architecture import Architecture
+from minitron.checkpoints.identity import checkpoint_identity
 from minitron.errors import InputError
 from minitron.evaluation import evaluate, task_metric
 from minitron_platform import plan, run, submit
@@ -90,7 +91,7 @@ def test_the_sampled_candidates_are_scored_and_the_best_distilled(searched):
 
 
 def test_the_prompts_are_completed_by_the_teacher_and_the_student_before_and_after_its_distillation(searched):
-    outputs, _ = searched
+    outputs, storage = searched
     completions = outputs["evaluate"]["completions"]
     assert completions["prompts"] == PROMPTS
     assert list(completions["texts"]) == ["teacher", "pruned", "distilled"]
@@ -101,6 +102,8 @@ def test_the_prompts_are_completed_by_the_teacher_and_the_student_before_and_aft
         expected = model.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=tokenizer.eos_token_id)[0]
         assert text == tokenizer.decode(expected[ids.shape[1] :], skip_special_tokens=True)
     assert len({tuple(texts) for texts in completions["texts"].values()}) > 1
+    # its answers to the benchmark are kept for `minitron evaluate` and other recipes
+    assert len(list((storage / "answers" / checkpoint_identity(Path(folder), tokenizer)).glob("*/*.json"))) == 1
 
 
 def test_measurements_are_in_the_ranking_the_report_and_mlflow(searched):

@@ -61,6 +61,8 @@ def evaluate(
 ) -> None:
     """Score models on benchmarks, on this machine.
 
+    Answers are kept in the storage: an evaluation that was stopped is resumed, and a repeated one computes nothing again.
+
     \b
     minitron evaluate ./student --suite minitron-base --data benchmarks --allow-code --out student.json
     minitron evaluate ./teacher ./student --tasks hellaswag:10,arc_challenge:25 --limit 500
@@ -160,6 +162,7 @@ def _score(
 ) -> ModelResults:
     from minitron.device import device_name
     from minitron.evaluation import evaluate_documents
+    from minitron.evaluation.answers import AnswerStore
     from minitron.evaluation.result_file import ModelResults
 
     failures: dict[str, str] = {}
@@ -171,6 +174,7 @@ def _score(
     with checkpoint(name, locations) as source, console.working(Path(name).name or name):
         console.status("loading")
         loaded = load(source, dtype)
+        identity = loaded.identity()
         scores = evaluate_documents(
             loaded.model,
             loaded.tokenizer,
@@ -179,10 +183,11 @@ def _score(
             progress=console.counter("documents"),
             on_failure=on_failure,
             samples=samples,
+            answers=AnswerStore(locations.answers, identity),
         )
         return ModelResults(
             model=name,
-            identity=loaded.identity(),
+            identity=identity,
             parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
             dtype=loaded.dtype,
             device=device_name(),

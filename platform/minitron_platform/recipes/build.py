@@ -112,6 +112,17 @@ def worker_tasks(evaluate: schema.Evaluate) -> tuple[Task, ...]:
     return tuple(replace(task, data=_absolute(task.data), folder=_absolute(task.folder)) for task in tasks)
 
 
+def training_tasks(evaluate: schema.Evaluate) -> tuple[Task, ...]:
+    """The benchmarks to run during a training: `worker_tasks` on at most `evaluate.training_limit` documents each."""
+    most = evaluate.training_limit
+    if most is None:
+        return worker_tasks(evaluate)
+    return tuple(
+        replace(task, limit=most if task.limit is None or task.limit < 1 else min(most, task.limit))
+        for task in worker_tasks(evaluate)
+    )
+
+
 def _absolute(path: str | None) -> str | None:
     return path if path is None or path.startswith(PACKAGE) else storage.absolute(path)
 

@@ -349,11 +349,12 @@ class Evaluate(_Grown):
     """The final evaluation: lm-eval tasks, and the number of requests in a batch. `allow_code`: allow tasks that run programs
     which the model writes, in a sandbox, tasks whose metric is Python code from the hub, and tasks of `task_folder` with
     Python functions. `prompts`: are completed by every model, to be read. `throughput`: measure the speed of the models.
+    `training_limit`: number of documents of each task during a training.
 
     `suite`, `data` and `limit` are turned into `tasks` when the recipe is read (`minitron_platform.recipes.suites`).
     """
 
-    added = ("suite", "data", "limit", "task_folder", "prompts", "throughput")
+    added = ("suite", "data", "limit", "task_folder", "prompts", "throughput", "training_limit")
 
     suite: str | None = None
     tasks: list[Task] = []
@@ -361,6 +362,7 @@ class Evaluate(_Grown):
     limit: Positive | Share | None = None
     task_folder: str | None = None
     prompts: Annotated[list[str], Field(max_length=100)] = []
+    training_limit: Positive | None = None
     batch_rows: Positive | Literal["auto"] = "auto"
     throughput: bool = False
     allow_code: bool = False

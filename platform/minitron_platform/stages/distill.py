@@ -17,7 +17,7 @@ from minitron_platform.estimates.outlook import MASTER_BYTES, Estimate, Outlook,
 from minitron_platform.estimates.phases import distillation_parts
 from minitron_platform.estimates.teacher import runs_live_teacher
 from minitron_platform.recipes import schema
-from minitron_platform.recipes.build import distillation_losses, training_identity, worker_tasks
+from minitron_platform.recipes.build import distillation_losses, training_identity, training_tasks
 from minitron_platform.stages.base import pruning_base
 from minitron_platform.stages.calibrate import Calibrate
 from minitron_platform.stages.context import Context
@@ -161,7 +161,7 @@ class Distill(Stage[DistillOutput]):
                 online=recipe.targets.mode == "online",
                 teacher=TEACHER.get(teacher_kept, recipe.targets.teacher),
                 tasks_every=training.evaluate_tasks_every,
-                tasks=worker_tasks(recipe.evaluate),
+                tasks=training_tasks(recipe.evaluate),
                 tasks_batch_rows=recipe.evaluate.batch_rows,
                 add_bos=recipe.data.bos,
             )

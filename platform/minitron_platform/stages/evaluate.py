@@ -12,6 +12,7 @@ from rich.markup import escape
 from torch import nn
 
 from minitron import storage
+from minitron.checkpoints.identity import checkpoint_identity
 from minitron.distill.inputs import DistillInputs
 from minitron.errors import one_line
 from minitron.evaluation import Score, Task, interleaved_throughput
@@ -40,6 +41,7 @@ from minitron_platform.workers.worker import Worker
 from minitron_search.memory import release_memory
 
 MODELS = ("teacher", "pruned", "distilled")
+NOT_THE_SCORES = {"batch_rows", "allow_code", "prompts", "throughput", "training_limit"}  # keys that change no score
 COMPLETION_TOKENS = 64  # longest completion of a prompt
 
 
@@ -159,6 +161,7 @@ class Evaluate(Stage[EvaluateOutput]):
             tasks=worker_tasks(context.recipe.evaluate),
             batch_rows=context.recipe.evaluate.batch_rows,
             add_bos=context.recipe.data.bos,
+            answers=context.locations.answers,
             prompts=tuple(context.recipe.evaluate.prompts),
             completed={name: storage.join(folder, f"completions-{name}.json") for name in MODELS},
         )
@@ -215,7 +218,7 @@ class Evaluate(Stage[EvaluateOutput]):
 def _settings(state: RunState) -> dict[str, Any]:
     """Everything that a model's measurements depend on besides the model."""
     return {
-        "evaluate": state.recipe.evaluate.model_dump(exclude={"batch_rows", "allow_code", "prompts", "throughput"}),
+        "evaluate": state.recipe.evaluate.model_dump(exclude=NOT_THE_SCORES),
         "documents": [documents_identity(task.data) for task in state.recipe.evaluate.tasks if task.data],
         "lm_eval": version("lm_eval"),
     } | ({"task_folder": documents_identity(folder)} if (folder := state.recipe.evaluate.task_folder) else {})
@@ -247,6 +250,8 @@ class _Evaluation:
     tasks: tuple[Task, ...]
     batch_rows: BatchRows
     add_bos: bool | None
+    answers: str
+    """Folder of the answers to benchmarks."""
     prompts: tuple[str, ...]
     completed: dict[str, str]
     """File of each model's completions of the prompts, by name."""
@@ -316,7 +321,8 @@ def _complete(task: _Evaluation, worker: Worker, name: str) -> None:
 
 def _measure(task: _Evaluation, worker: Worker, name: str, path: str) -> None:
     """Held-out metrics and benchmark scores of model `name`; what is stored already is not measured again."""
-    from minitron.evaluation import evaluate  # imports lm-eval
+    from minitron.evaluation import evaluate_documents  # imports lm-eval
+    from minitron.evaluation.answers import AnswerStore
 
     worker.progress.status(f"loading the {name} model")
     model = task.load(worker, name)
@@ -345,16 +351,20 @@ def _measure(task: _Evaluation, worker: Worker, name: str, path: str) -> None:
                 f"  [yellow]{name}: {escape(benchmark)} failed and is left out: {escape(failures[benchmark])}[/]"
             )
 
-        scores = evaluate(
+        tokenizer = load_tokenizer(storage.fetch(task.tokenizer, weights=False))
+        identity = checkpoint_identity(storage.fetch(task.models[name]), tokenizer)
+        evaluated = evaluate_documents(
             model,
-            load_tokenizer(storage.fetch(task.tokenizer, weights=False)),
+            tokenizer,
             missing,
             batch_size=task.batch_rows,
             add_bos=task.add_bos,
             progress=worker.progress.counter("documents"),
             on_failure=on_failure,
             together=together,
+            answers=AnswerStore(task.answers, identity),
         )
+        scores = {key: result.score for key, result in evaluated.items()}
         all_scores = quality.tasks | scores
         ordered = {one.key: all_scores[one.key] for one in task.tasks if one.key in all_scores}
         quality = quality.model_copy(update={"tasks": ordered, "failures": failures})

@@ -30,4 +30,13 @@ class Tagged:
     values: dict[str, str]
 
 
-Event = WorkerStarted | Resumed | Measured | Tagged | WorkersFailed
+@dataclass(frozen=True)
+class Alarm:
+    """Something that the user should look at; the training goes on."""
+
+    name: str
+    """What it is about, for the tag minitron.alarm.NAME of the run; a later alarm replaces the tag."""
+    text: str
+
+
+Event = WorkerStarted | Resumed | Measured | Tagged | Alarm | WorkersFailed

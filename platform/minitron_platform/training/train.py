@@ -5,7 +5,7 @@ The batch is a global one, so the number of workers changes the result only by r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,16 +21,19 @@ from minitron.distill.inputs import DistillInputs
 from minitron.distill.teacher.live import Targets
 from minitron.distill.trainable import trainable
 from minitron.errors import MinitronError, NonFiniteError, one_line
-from minitron.evaluation import Task, heldout_metrics
+from minitron.evaluation import Evaluated, Task, heldout_metrics
 from minitron.evaluation.batches import BatchRows
+from minitron.evaluation.watch import Change, TaskWatch
 from minitron.logits import Head
 from minitron.meta_models import open_model, read_, write_model
 from minitron.models import load_model, load_tokenizer, save_model, save_tokenizer
 from minitron.processes import largest
 from minitron_platform.fence import Fence, LeaseLostError
 from minitron_platform.training.curves import write_curve
-from minitron_platform.training.events import Measured, Resumed, Tagged
+from minitron_platform.training.events import Alarm, Measured, Resumed, Tagged
 from minitron_platform.workers.worker import Worker
+
+FIRST_SCORES = "first-scores.json"  # in the folder of the checkpoints
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,9 @@ def train(task: TrainTask, worker: Worker) -> MinitronError | None:
     every = task.tasks_every
     task_steps = range(every, task.config.steps + 1, every) if every else ()
     failed_benchmarks: set[str] = set()  # those that were reported; each is reported once
+    first = storage.join(task.checkpoints, FIRST_SCORES)
+    watch = TaskWatch(len(task_steps), storage.read_json_if_exists(first) if every else None)
+    kl: float | None = None  # the last held-out KL
 
     def send_metrics(metrics: dict[str, float], step: int) -> None:
         worker.send(Measured(metrics, step))
@@ -102,12 +108,21 @@ def train(task: TrainTask, worker: Worker) -> MinitronError | None:
         failed_benchmarks.add(name)
 
     def evaluate(step: int, student: nn.Module) -> None:
+        nonlocal kl
         tokens = {"tokens": step * task.config.batch_rows * rows.seq_length}
         # every process does the same: a sharded student needs all of them, and one that waited too long would be restarted
         if task.config.evaluate_every and step % task.config.evaluate_every == 0:
-            send_metrics(_heldout_metrics(task, student, head) | tokens, step)
+            heldout = _heldout_metrics(task, student, head)
+            kl = heldout.get("heldout_kl")
+            send_metrics(heldout | tokens, step)
         if step in task_steps:
-            send_metrics(task_metrics(task, student, on_benchmark_failure) | tokens, step)
+            results = task_results(task, student, on_benchmark_failure)
+            changes, falls = watch.add(step, results, kl)
+            if worker.is_first and watch.first is not None and watch.first["step"] == step:
+                storage.write_json(first, watch.first)  # for a training that is resumed
+            send_metrics(task_metrics(results, changes) | tokens, step)
+            for fall in falls:
+                worker.send(Alarm(fall.task, fall.text))
 
     if isinstance(targets, LiveTeacher):
         send_metrics({"teacher_shards": dist.get_world_size() if targets.sharded else 1}, 0)
@@ -203,15 +218,15 @@ def _heldout_metrics(task: TrainTask, model: nn.Module, head: Head | None) -> di
     return {f"heldout_{name}": value for name, value in vars(metrics).items() if isinstance(value, float)}
 
 
-def task_metrics(task: TrainTask, model: nn.Module, failed: Callable[[str, Exception], None]) -> dict[str, float]:
-    """Scores of a model in training on the benchmarks, by "task_NAME.METRIC". Every process of the training must call this.
+def task_results(task: TrainTask, model: nn.Module, failed: Callable[[str, Exception], None]) -> dict[str, Evaluated]:
+    """Results of a model in training on the benchmarks, by name. Every process of the training must call this.
 
     failed: called with the name and the error of each benchmark that fails.
     """
-    from minitron.evaluation import evaluate
+    from minitron.evaluation import evaluate_documents
 
     tokenizer = load_tokenizer(storage.fetch(task.materials.teacher, weights=False))
-    scores = evaluate(
+    return evaluate_documents(
         model,
         tokenizer,
         task.tasks,
@@ -220,4 +235,16 @@ def task_metrics(task: TrainTask, model: nn.Module, failed: Callable[[str, Excep
         on_failure=failed,
         together=True,
     )
-    return {f"task_{name}.{score.metric}": score.value for name, score in scores.items()}
+
+
+def task_metrics(results: Mapping[str, Evaluated], changes: Mapping[str, Change]) -> dict[str, float]:
+    """Scores by "task_NAME.METRIC", with their standard errors, changes since the first measurement and noise bands."""
+    metrics: dict[str, float] = {}
+    for name, result in results.items():
+        key = f"task_{name}.{result.score.metric}"
+        metrics[key] = result.score.value
+        if result.score.stderr is not None:
+            metrics[f"{key}_stderr"] = result.score.stderr
+        if name in changes:
+            metrics |= {f"{key}_change": changes[name].value, f"{key}_band": changes[name].band}
+    return metrics

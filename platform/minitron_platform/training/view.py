@@ -18,7 +18,7 @@ from minitron_platform.tracking.restarts import (
     write_restarts,
 )
 from minitron_platform.tracking.spool import RunLog
-from minitron_platform.training.events import Event, Measured, Resumed, Tagged
+from minitron_platform.training.events import Alarm, Event, Measured, Resumed, Tagged
 from minitron_platform.workers.worker import WorkersFailed, WorkerStarted
 
 RESTARTS = "restarts.json"  # in the stage's folder
@@ -62,6 +62,9 @@ class TrainingView:
                     self.log.spool.hurry()  # a held-out loss or a benchmark; the curve has the rest
             case Tagged():
                 self.log.tags(event.values)
+            case Alarm():
+                self.console.say(f"  [yellow]alarm[/]  {escape(event.text)}")
+                self.log.tags({f"minitron.alarm.{event.name}": event.text})
             case WorkersFailed():
                 self._failed(event)
 

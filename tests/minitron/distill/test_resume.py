@@ -39,7 +39,7 @@ from minitron.distill.checkpoints import Checkpoints, committed_steps
 from minitron.distill.inputs import DistillInputs
 from minitron.distill.state import TrainingState
 from minitron.evaluation import Task
-from minitron_platform.training.train import TrainTask, task_metrics
+from minitron_platform.training.train import TrainTask, task_metrics, task_results
 
 # 5 rows for 2 processes: unequal parts
 STEPS = replace(CONFIG, steps=10, batch_rows=5, micro_batch_rows=1, checkpoint_every=2)
@@ -74,7 +74,7 @@ def scores(folder, model):
     task = TrainTask(
         materials, STEPS, Losses(), "", "", "", "k", tasks=(Task("arc_easy", data=str(folder / "arc.jsonl")),)
     )
-    return task_metrics(task, model, lambda name, error: pytest.fail(f"{name}: {error}"))
+    return task_metrics(task_results(task, model, lambda name, error: pytest.fail(f"{name}: {error}")), {})
 
 
 def train(folder, config, *, split=False, losses=INTERMEDIATE, kill_at=0, tasks=False, out=None, **options):
@@ -260,7 +260,7 @@ def test_benchmarks_during_training_do_not_change_it_and_are_the_same_in_every_p
     """With a sharded student, whose curve is compared above, and with one process."""
     found = [_saw(done, "both", rank)["scores"] for rank in range(2)]
     assert found[0] == found[1]
-    assert [list(scores) for scores in found[0]] == [["task_arc_easy.acc"]] * 3
+    assert [list(scores) for scores in found[0]] == [["task_arc_easy.acc", "task_arc_easy.acc_stderr"]] * 3
     config = replace(STEPS, checkpoint_every=0)
     plain, student = train(material, config)
     asked, other = train(material, config, tasks=True)

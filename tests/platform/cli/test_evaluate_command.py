@@ -29,7 +29,7 @@ def folder(bench, tmp_path_factory):
     return folder
 
 
-def test_models_are_scored_and_the_file_has_the_published_schema(bench, folder):
+def test_models_are_scored_into_a_file_of_the_published_schema_and_compared(bench, folder, monkeypatch):
     tasks = ("--tasks", "arc_easy,arc_easy:2", "--data", "data", "--limit", "5", "--dtype", "float32")
     done = minitron_here(
         "evaluate", bench / "teacher", "random", *tasks, "--samples", "1", "--out", "a.json", cwd=folder
@@ -51,6 +51,16 @@ def test_models_are_scored_and_the_file_has_the_published_schema(bench, folder):
     (sample,) = random.tasks["arc_easy"].samples
     assert sample.value == min(random.tasks["arc_easy"].values())
     assert f"answered  {sample.answer.strip()}" in done.stdout
+
+    def fail(*_, **__):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr("minitron.evaluation.continuations._hidden", fail)
+    again = minitron_here("evaluate", bench / "teacher", "random", *tasks, "--out", "b.json", cwd=folder)
+    assert again.returncode == 0, again.stderr
+    assert [each.tasks["arc_easy"].documents for each in read_results(str(folder / "b.json"))] == [
+        each.tasks["arc_easy"].documents for each in (teacher, random)
+    ]
 
     compared = minitron_here("compare", "a.json", "--out", "differences.json", cwd=folder)
     assert compared.returncode == 0, compared.stderr
