@@ -175,6 +175,7 @@ def _score(
         console.status("loading")
         loaded = load(source, dtype)
         identity = loaded.identity()
+        console.status("preparing benchmarks")
         scores = evaluate_documents(
             loaded.model,
             loaded.tokenizer,
