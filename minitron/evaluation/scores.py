@@ -55,6 +55,11 @@ class Score:
         clusters = f", ± by {self.num_clusters:,} groups of them" if self.num_clusters else ""
         return f"{self.num_fewshot}-shot, {self.documents}{clusters}"
 
+    @property
+    def sentence(self) -> str:
+        """The score and what it was measured on: "acc 47.5 ± 4.6 % (0-shot, first 40 of 1,172 documents of test)"."""
+        return f"{self.shown_as.sentence(self.value, self.stderr)} ({self.settings})"
+
 
 @dataclass(frozen=True)
 class MetricValue:

@@ -155,9 +155,9 @@ def test_a_perplexity_is_shown_as_a_plain_number_everywhere(searched):
     (evaluated,) = [run for run in runs if run.info.run_name == "evaluate"]
     assert evaluated.data.metrics["distilled.wikitext.word_perplexity"] == pytest.approx(distilled["value"])
     version = client.get_model_version("tiny-student", "1")
-    assert version.tags["minitron.task.wikitext"] == f"word_perplexity {shown}"
+    assert version.tags["minitron.task.wikitext"] == f"word_perplexity {shown} (0-shot, all 3 documents of pages)"
     listed = minitron_here("models", "--storage", str(storage), cwd=storage)
-    assert f"wikitext word_perplexity {shown}" in listed.stdout
+    assert f"wikitext word_perplexity {shown} (0-shot, all 3" in listed.stdout
 
 
 def test_a_submitted_recipe_has_absolute_paths_to_its_benchmarks(bench, monkeypatch):

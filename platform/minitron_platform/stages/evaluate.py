@@ -370,9 +370,7 @@ def _measure(task: _Evaluation, worker: Worker, name: str, path: str) -> None:
         quality = quality.model_copy(update={"tasks": ordered, "failures": failures})
         if worker.is_first:
             storage.write_json(path, quality.model_dump(mode="json"))
-        results += [
-            f"{benchmark} {score.shown_as.sentence(score.value, score.stderr)}" for benchmark, score in scores.items()
-        ]
+        results += [f"{benchmark} {score.sentence}" for benchmark, score in scores.items()]
     worker.progress.say(f"  {name}: {escape(' · '.join(results))}")
 
 

@@ -81,10 +81,7 @@ class Register(Stage[RegisterOutput]):
             "minitron.tokens": str(distilled.tokens),
             "minitron.heldout_loss": f"{figures.loss:.6f}",
             "minitron.heldout_kl": f"{figures.kl:.6f}",
-            **{
-                f"{TASK_TAG}{task}": score.shown_as.sentence(score.value, score.stderr)
-                for task, score in figures.tasks.items()
-            },
+            **{f"{TASK_TAG}{task}": score.sentence for task, score in figures.tasks.items()},
             **{f"{TASK_TAG}{task}": f"failed: {reason}" for task, reason in figures.failures.items()},
         }
         run_id = context.mlflow_run_id(context.run_key)
