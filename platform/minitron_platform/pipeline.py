@@ -14,6 +14,7 @@ from minitron import storage
 from minitron.arguments import check_type
 from minitron.device import compute_dtype
 from minitron.errors import InputError, StorageError
+from minitron_platform.cluster import hardware
 from minitron_platform.cluster.room import joins_cluster
 from minitron_platform.cluster.watch import ClusterWatch
 from minitron_platform.console import Console, seconds
@@ -24,9 +25,9 @@ from minitron_platform.planning.plan import Plan, plan
 from minitron_platform.recipes.load import check_recipe_type, recipe_yaml
 from minitron_platform.recipes.schema import Recipe
 from minitron_platform.results import RunResult
+from minitron_platform.run_record import RECIPE_FILE, RunRecord
 from minitron_platform.stages.calibrate import Calibrate
 from minitron_platform.stages.context import Context
-from minitron_platform.stages.evaluate import Evaluate
 from minitron_platform.stages.finished import finished_record, is_finished, run_key
 from minitron_platform.stages.order import stage_names, steps
 from minitron_platform.stages.ray_start import RayStart
@@ -86,7 +87,8 @@ def run(
     key = run_key(recipe)
     with stopped_by_sigterm(), _run_lease(locations, key, console, take_over) as fence, _closing(console) as stack:
         run_folder = locations.local_run(key)
-        storage.write_bytes(storage.join(run_folder, "recipe.yaml"), recipe_yaml(recipe).encode(), private=True)
+        for folder in dict.fromkeys((run_folder, locations.run(key))):
+            storage.write_bytes(storage.join(folder, RECIPE_FILE), recipe_yaml(recipe).encode(), private=True)
         spool = Spool(locations.spool(key), experiment=recipe.experiment, older=locations.older_spool(key))
         stack.callback(spool.close)
         flusher = stack.enter_context(Flusher(spool, locations.tracking_uri, recipe.experiment))
@@ -110,7 +112,7 @@ def run(
             spool=spool,
             mlflow_run_id=lambda record: flusher.wait_for(record, timeout=30),
         )
-        run_record = _RunRecord(context)
+        run_record = RunRecord(context)
         needs_ray = until is None or names.index(until) >= names.index(Search.name)
 
         def before_work(name: str) -> None:
@@ -118,6 +120,8 @@ def run(
                 context.ensure_ray()  # already now, so that a cluster that is too small is refused before any work
             elif needs_ray and name in BEFORE_RAY:
                 ray.ahead(context)
+            run_record.reopen()  # finished before, and a stage computes again: its input has changed or was deleted
+            run_record.hardware(hardware.cluster() if joins_cluster(address) else hardware.machine())
 
         try:
             ray.choose_devices(context)
@@ -178,17 +182,13 @@ def _is_lost(fence: Fence) -> bool:
     return False
 
 
-def _report(context: Context, run_record: _RunRecord) -> None:
-    """Write the report, and the final metrics to the run's record if that is open."""
+def _report(context: Context, run_record: RunRecord) -> None:
+    """Write the report, and the results to the run's record if that is open."""
     from minitron_platform.report.write import write_report
 
     write_report(context, run_record)
     if run_record.open:
-        for member in context.recipe.family:
-            prefix = f"{member.model}." if len(context.recipe.family) > 1 else ""
-            evaluated = context.output(Evaluate, member)
-            values = {prefix + name: value for name, value in Evaluate().metrics(evaluated).items()}
-            run_record.log.metrics(values, step=0, of=evaluated.fingerprint)
+        run_record.results()
 
 
 @contextmanager
@@ -205,7 +205,7 @@ def _closing(console: Console) -> Iterator[ExitStack]:
         stack.close()
 
 
-def _run_stage(context: Context, stage: Stage[Any], run_record: _RunRecord, before_work: Callable[[str], None]) -> None:
+def _run_stage(context: Context, stage: Stage[Any], run_record: RunRecord, before_work: Callable[[str], None]) -> None:
     """Run a stage, or reuse its output if it is finished, and record it."""
     console = context.console
     name = stage.name
@@ -234,6 +234,7 @@ def _run_stage(context: Context, stage: Stage[Any], run_record: _RunRecord, befo
         context.finish(stage, record.output)
         context.seconds[record.output.fingerprint] = record.seconds
         _log_stage(context, stage, log, record, reused)
+        run_record.finished_stage(name)
     took = "already done" if reused else seconds(record.seconds)
     console.say(f"[green]✓[/] [bold]{name:<10}[/] {escape(record.output.summary)} [dim]· {took}[/]")
 
@@ -275,36 +276,3 @@ def _log_stage(context: Context, stage: Stage[Any], log: RunLog, record: Record,
     log.metrics({"seconds": record.seconds, **stage.metrics(output)}, step=0)
     log.end("FINISHED")
     context.spool.flush()
-
-
-class _RunRecord:
-    """The MLflow record of the whole run, parent of the stages' records. The first stage that records something opens it."""
-
-    def __init__(self, context: Context) -> None:
-        self.context = context
-        self.log = context.spool.record(context.run_key)
-        self.open = False
-
-    def stage_log(self, name: str) -> RunLog:
-        """The record of a stage; opens this record unless both are finished."""
-        log = self.context.log(name)
-        if not (self.log.is_finished and log.is_finished):
-            self.reopen()
-        return log
-
-    def reopen(self) -> None:
-        """Start the record if it is not open."""
-        if self.open:
-            return
-        recipe = self.context.recipe
-        self.log.start(self.context.run_key, tags={"minitron.kind": "run", "minitron.recipe": recipe.name})
-        sizes = {f"target_parameters.{member.model}": member.parameters for member in recipe.family}
-        documents = {"separate_documents": self.context.separate_documents}
-        self.log.params({"teacher": recipe.teacher.model, **documents, **sizes})
-        self.open = True
-
-    def end(self, status: Status) -> None:
-        """End the record with `status` if it is open."""
-        if self.open:
-            self.log.end(status)
-            self.open = False

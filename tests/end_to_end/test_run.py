@@ -22,6 +22,7 @@ import torch
 from helpers.command import command, environment, minitron_here, run_minitron
 from helpers.report_page import ELEMENTS, ReportPage, drawn
 from helpers.tiny import DISTILL_STEPS, SEARCH_STEPS
+from huggingface_hub import ModelCard
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM
 
@@ -35,6 +36,7 @@ from minitron_platform.report.finished_run import finished_run
 from minitron_platform.report.page import page
 from minitron_platform.stages.finished import run_key
 from minitron_platform.stages.search_output import SearchOutput
+from minitron_platform.tracking.links import newest_run_links
 
 STAGES = ["teacher", "data", "correct", "calibrate", "targets", "search", "distill", "evaluate", "register"]
 
@@ -222,7 +224,25 @@ def test_mlflow_shows_the_run_its_stages_and_the_trials_below_the_search(bench, 
     distill = next(run for run in stages if run.info.run_name == "distill")
     history = client.get_metric_history(distill.info.run_id, "train_kl")
     assert [point.step for point in history] == list(range(1, DISTILL_STEPS + 1))
-    assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {"report.html", "results.json"}
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {
+        "recipe.yaml",
+        "report.html",
+        "results.json",
+    }
+    assert parent.data.params.items() >= {"distill.steps": str(DISTILL_STEPS), "seq_length": "32"}.items()
+    done = _results(bench)
+    assert parent.data.params["architecture.tiny-student"] == str(Architecture.from_dict(done["search"]["winner"]))
+    assert parent.data.metrics["distilled.kl"] == pytest.approx(done["evaluate"]["table"]["distilled"]["kl"])
+    assert len(parent.data.metrics) <= 12
+    assert "| tiny-student |" in parent.data.tags["mlflow.note.content"]
+    assert parent.data.tags["mlflow.user"]
+    given = {i.tags[0].value: i.dataset for i in client.get_run(parent.info.run_id).inputs.dataset_inputs}
+    assert given["training"].digest == done["data"]["train"]
+    assert json.loads(given["training"].profile) == {"tokens": done["data"]["train_tokens"]}
+    assert given["heldout"].digest == done["data"]["heldout"]
+    page, report = newest_run_links(f"sqlite:///{bench}/runs/mlflow.db", "http://host:1/")
+    assert page == f"http://host:1/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning"
+    assert f"/runs/{parent.info.run_id}/artifacts/report.html?" in report
 
 
 def test_the_student_is_registered_with_its_lineage_and_can_be_promoted(bench, finished):
@@ -236,6 +256,12 @@ def test_the_student_is_registered_with_its_lineage_and_can_be_promoted(bench, f
     assert float(version.tags["minitron.heldout_kl"]) == pytest.approx(
         done["evaluate"]["table"]["distilled"]["kl"], abs=1e-6
     )
+    card = ModelCard.load(Path(version.source) / "README.md")
+    assert card.text.strip() == version.description
+    assert f"{done['distill']['parameters']:,} parameters" in card.text
+    (result,) = card.data.eval_results
+    score = done["evaluate"]["table"]["distilled"]["tasks"]["arc_easy"]
+    assert (result.dataset_name, result.metric_type, result.metric_value) == ("arc_easy", "acc", score["value"])
     listed = minitron_here("models", "--storage", "runs", cwd=bench)
     assert "tiny-student" in listed.stdout
     assert "candidate" in listed.stdout
@@ -294,6 +320,12 @@ def test_a_run_that_diverges_stops_and_names_the_step(bench, finished, ray_here)
     assert len(lines) == 2
     assert all(" hidden · " in line and "at step" in line and "learning rate" in line for line in lines)
     assert "Traceback" not in stopped.stderr + stopped.stdout
+    client = MlflowClient(f"sqlite:///{bench}/runs/mlflow.db")
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    failed = client.search_runs([experiment], "tags.`minitron.kind` = 'run' AND attributes.status = 'FAILED'")
+    assert len(failed) == 2
+    for run in failed:  # which recipe has failed is known
+        assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["recipe.yaml"]
 
 
 def test_a_wider_space_distils_only_the_new_candidates(bench, finished, ray_here):
@@ -337,7 +369,7 @@ def test_a_failed_candidate_is_reported_with_its_reason_and_the_run_continues(be
     experiment = client.get_experiment_by_name("tiny").experiment_id
     runs = client.search_runs([experiment], max_results=100)
     (trial,) = [run for run in runs if run.data.tags.get("minitron.failure") == reason]
-    assert trial.info.run_name == name
+    assert trial.info.run_name == Architecture.from_dict(failing).label()
     assert trial.info.status == "FAILED"
     assert trial.data.metrics["restarts"] == 1
     assert retried in trial.data.tags["minitron.restart.1"]

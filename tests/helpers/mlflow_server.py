@@ -41,7 +41,7 @@ def mlflow_server(folder: Path, port: int, *, auth: bool = False) -> Iterator[st
         assert server.stdout is not None
         lines = [server.stdout.readline(), server.stdout.readline()]
         assert f"127.0.0.1:{port}" in lines[1], lines
-        yield lines[1].split()[3]
+        yield lines[1].split()[3].split("/#/")[0]
     finally:
         server.send_signal(signal.SIGTERM)
         assert server.wait(30) == 0

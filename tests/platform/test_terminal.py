@@ -14,6 +14,7 @@ from rich.table import Table
 
 from minitron.errors import InputError, one_line
 from minitron.models import check_contents
+from minitron.text import markdown
 from minitron_platform.cli import commands
 from minitron_platform.cluster import jobs
 from minitron_platform.cluster.job_log import Progress
@@ -116,6 +117,13 @@ def test_warnings_are_logged_as_text():
     assert is_safe(PrintableFormatter().format(record))
     CliRunner().invoke(commands.main, ["recipes"])
     assert isinstance(logging.lastResort.formatter, PrintableFormatter)
+
+
+def test_a_description_in_markdown_shows_texts_as_text():
+    shown = markdown(f"<script> [x](http://evil)\n# title |{HOSTILE}")
+    assert shown.startswith(r"\<script\> \[x\](http://evil) \# title \|a␛\]0;owned")
+    assert is_safe(shown)
+    assert "\n" not in shown
 
 
 def test_a_page_shows_texts_as_text(monkeypatch):

@@ -395,7 +395,7 @@ class WorkerRange(_Section):
 class Resources(_Section):
     """CPUs and GPUs of each worker of a trial and of each worker of the full distillation, which `workers` of them do
     together. `auto` depends on the available GPUs, see `minitron_platform.recipes.resources`. `price_per_gpu_hour` is only
-    shown by `plan`. `wait_timeout` is in seconds."""
+    shown, by `plan` and in the report. `wait_timeout` is in seconds."""
 
     workers_per_trial: Positive = 1
     cpus_per_trial: Cpus = 1

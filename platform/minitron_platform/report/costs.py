@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from minitron.device import DTYPES
+from minitron_platform.cluster.hardware import Hardware
 from minitron_platform.console import seconds
 from minitron_platform.estimates.outlook import Outlook
 from minitron_platform.estimates.teacher import teacher_cost
@@ -106,24 +107,31 @@ def cost_chart(costs: list[StageCost]) -> Chart:
     return one_view("costs", "Time of the stages", rows, chart, legend)
 
 
-HEADER = ["stage", "for", "time", "TFLOP,\nestimated", "GFLOP/s"]
 NOTE = (
     "TFLOP are those that minitron plan estimates from shapes; GFLOP/s are these divided by the whole time of the stage, "
     "start-up and measurements included. A stage that this run found done has the time that it took when it was computed."
 )
 
 
-def cost_rows(costs: list[StageCost]) -> list[list[str]]:
-    """The stages and their sum, as text."""
-    rows = [
-        [
-            cost.stage,
-            cost.model,
-            seconds(cost.seconds),
-            f"{cost.flops / 1e12:,.2f}" if cost.flops else "",
-            "" if cost.speed is None else f"{cost.speed / 1e9:,.1f}",
-        ]
-        for cost in costs
+def cost_table(
+    costs: list[StageCost], hardware: Hardware | None, price: float | None
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the stages and their sum, as text.
+
+    hardware: that the run computed on; with GPUs of known FLOP/s, their utilisation is shown. price: of a GPU for an hour.
+    """
+    gpus = hardware.gpus if hardware else 0
+    peak = hardware.gpu_flops * gpus if hardware and hardware.gpu_flops else None
+    columns: list[tuple[str, Callable[[StageCost], str]]] = [
+        ("for", lambda cost: cost.model),
+        ("time", lambda cost: seconds(cost.seconds)),
+        ("TFLOP,\nestimated", lambda cost: f"{cost.flops / 1e12:,.2f}" if cost.flops else ""),
+        ("GFLOP/s", lambda cost: "" if cost.speed is None else f"{cost.speed / 1e9:,.1f}"),
     ]
-    total = sum(cost.flops for cost in costs)
-    return [*rows, ["total", "", seconds(sum(cost.seconds for cost in costs)), f"{total / 1e12:,.2f}", ""]]
+    if peak:
+        columns.append(("of the data\nsheet's, %", lambda cost: f"{100 * cost.speed / peak:.1f}" if cost.speed else ""))
+    if price is not None and gpus:
+        columns.append(("price", lambda cost: f"{cost.seconds / 3600 * gpus * price:,.2f}"))
+    total = StageCost("total", "", sum(cost.seconds for cost in costs), sum(cost.flops for cost in costs))
+    body = [[cost.stage, *(text(cost) for _, text in columns)] for cost in (*costs, total)]
+    return ["stage", *(title for title, _ in columns)], body

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from minitron.evaluation.metrics import AGREEMENT, KL, SPEED
 from minitron.text import printable
+from minitron_platform.cluster.hardware import Hardware
 from minitron_platform.recipes.load import recipe_yaml
 from minitron_platform.report import candidates, costs, family, lineage
 from minitron_platform.report.charts import INK, Chart, colour
@@ -218,6 +219,8 @@ def _run(state: RunState, index: int, named: Any) -> dict[str, Any]:
             }
         )
     spent = costs.stage_costs(state)
+    hardware = Hardware.read(state.locations.run(state.run_key))
+    cost_header, cost_rows = costs.cost_table(spent, hardware, recipe.resources.price_per_gpu_hour)
     curves = curve_chart(state)
     return {
         "id": prefix,
@@ -229,13 +232,13 @@ def _run(state: RunState, index: int, named: Any) -> dict[str, Any]:
         "training": [_trained(state, member) for member in recipe.family],
         "losses": [f"{member.model}: {state.output(Distill, member).losses_chosen}." for member in recipe.family],
         "costs": named(costs.cost_chart(spent)),
-        "cost_header": costs.HEADER,
-        "cost_rows": costs.cost_rows(spent),
+        "cost_header": cost_header,
+        "cost_rows": cost_rows,
         "cost_note": costs.NOTE,
         "completions": _completions(state),
         "restarts": lineage.restarts(state),
         "lineage": lineage.lineage(state),
-        "facts": lineage.facts(state),
+        "facts": {**lineage.facts(state), "hardware": hardware.text if hardware else "not known"},
         "links": lineage.model_links(state),
         "recipe": recipe_yaml(recipe),
     }

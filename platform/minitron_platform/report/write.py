@@ -12,13 +12,14 @@ from minitron.errors import InputError
 from minitron_platform.locations import Locations
 from minitron_platform.report.finished_run import RESULTS, finished_run, finished_runs
 from minitron_platform.report.page import page
+from minitron_platform.run_record import RunRecord
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.stage import StageOutput
 
 REPORT = "report.html"
 
 
-def write_report(context: Context, run_record: Any) -> Path:
+def write_report(context: Context, run_record: RunRecord) -> Path:
     """Write report.html and results.json to the run's local folder and to MLflow; returns the folder.
 
     Does nothing if the report of these results exists. A remote storage gets a copy.
@@ -35,7 +36,7 @@ def write_report(context: Context, run_record: Any) -> Path:
         storage.write_bytes(str(target), text.encode())
     if not run_record.open:
         run_record.reopen()
-    for name in (REPORT, RESULTS, "recipe.yaml"):
+    for name in (REPORT, RESULTS):
         stored = storage.join(context.locations.run(context.run_key), name)
         if not storage.is_local(context.locations.storage):
             storage.write_bytes(stored, (folder / name).read_bytes())

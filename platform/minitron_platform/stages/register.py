@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import minitron
+from minitron import storage
 from minitron.errors import StorageError
 from minitron.storage import redact
 from minitron_platform.estimates.outlook import Estimate, Outlook
@@ -16,6 +17,7 @@ from minitron_platform.stages.correct import Correct
 from minitron_platform.stages.data import Data
 from minitron_platform.stages.distill import Distill
 from minitron_platform.stages.evaluate import Evaluate
+from minitron_platform.stages.model_card import description, model_card
 from minitron_platform.stages.stage import ArtifactPath, Stage, StageOutput
 from minitron_platform.stages.stage_records import INSIDE, relative
 from minitron_platform.stages.state import RunState
@@ -23,7 +25,7 @@ from minitron_platform.stages.teacher import Teacher
 from minitron_platform.tracking import registry
 from minitron_platform.tracking.flusher import sqlite_path
 from minitron_platform.tracking.registry import TASK_TAG
-from minitron_platform.tracking.version_weights import PATH_TAG
+from minitron_platform.tracking.version_weights import CARD, PATH_TAG
 
 
 class RegisterOutput(StageOutput):
@@ -37,7 +39,7 @@ class RegisterOutput(StageOutput):
 
 class Register(Stage[RegisterOutput]):
     name = "register"
-    version = 2
+    version = 3
     per_model = True
     output_type = RegisterOutput
 
@@ -84,6 +86,8 @@ class Register(Stage[RegisterOutput]):
             **{f"{TASK_TAG}{task}": score.sentence for task, score in figures.tasks.items()},
             **{f"{TASK_TAG}{task}": f"failed: {reason}" for task, reason in figures.failures.items()},
         }
+        card = model_card(context)
+        storage.write_bytes(storage.join(distilled.student, CARD), str(card).encode())
         run_id = context.mlflow_run_id(context.run_key)
         if run_id is None:
             raise StorageError(
@@ -96,7 +100,7 @@ class Register(Stage[RegisterOutput]):
             source=distilled.student,
             run_id=run_id,
             tags=tags,
-            description=f"{context.recipe.teacher.model} pruned to {distilled.parameters:,} parameters and distilled",
+            description=description(card),
             alias=settings.alias,
         )
         return RegisterOutput(

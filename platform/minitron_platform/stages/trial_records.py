@@ -92,7 +92,7 @@ def _params(architecture: Architecture) -> dict[str, int]:
 
 def _start_record(context: Context, architecture: Architecture) -> RunLog:
     log = context.log(f"trial-{trial_key(architecture)}")
-    log.start(str(architecture), parent=context.log("search").key, tags={"minitron.kind": "trial"})
+    log.start(architecture.label(), parent=context.log("search").key, tags={"minitron.kind": "trial"})
     return log
 
 

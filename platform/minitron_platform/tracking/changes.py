@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ ENTITIES_PER_CALL = 1000
 PARAMS_PER_CALL = 50
 TAGS_PER_CALL = 50
 PARAM_LENGTH = 6000  # MLflow's limit, in characters
+DATASET_NAME_LENGTH = 500  # MLflow's limits
+DIGEST_LENGTH = 36
 TAG_LENGTH = 8000  # MLflow's limit, in characters
 
 
@@ -58,6 +61,7 @@ class Changes:
     params: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     artifacts: list[Event] = field(default_factory=list)
+    datasets: list[Event] = field(default_factory=list)
 
     @property
     def parent(self) -> str | None:
@@ -83,6 +87,8 @@ class Changes:
                 self._add_metrics(event)
             case "artifact":
                 self.artifacts.append(event)
+            case "dataset":
+                self.datasets.append(event)
 
     def _add_metrics(self, event: Event) -> None:
         for name, written in event["values"].items():
@@ -110,6 +116,20 @@ class Changes:
             del self.params[param.key]
         for tag in call.tags:
             del self.tags[tag.key]
+
+
+def dataset_input(event: Event) -> Any:
+    """MLflow's form of a dataset that a run reads."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    dataset = Dataset(
+        name=event["name"][:DATASET_NAME_LENGTH] or "text",
+        digest=event["digest"][:DIGEST_LENGTH],
+        source_type=event["source"].split("://")[0] if "://" in event["source"] else "local",
+        source=json.dumps({"uri": event["source"]}),
+        profile=json.dumps({"tokens": event["tokens"]}),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", event["context"])])
 
 
 def changed(name: str) -> str:

@@ -26,6 +26,7 @@ FIELDS: dict[str, dict[str, type]] = {  # of each kind of event
     "metrics": {"key": str, "values": dict, "step": int},
     "tags": {"key": str, "values": dict},
     "artifact": {"key": str, "path": str, "folder": str},
+    "dataset": {"key": str, "name": str, "digest": str, "source": str, "context": str, "tokens": int},
     "end": {"key": str, "status": str},
 }
 

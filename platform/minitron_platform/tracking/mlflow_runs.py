@@ -14,6 +14,8 @@ from minitron_platform.tracking.moved_database import artifact_folder
 log = logging.getLogger(__name__)
 
 KEY_TAG = "minitron.key"
+KIND_TAG = "minitron.kind"  # whether a run is that of a recipe, a stage or a trial
+RUN_KIND = "run"
 PAGE = 1000  # runs in one answer
 
 

@@ -29,6 +29,7 @@ from minitron.errors import InputError, MinitronError, StorageError
 from minitron.storage import (
     MANIFEST,
     absolute,
+    exists,
     is_committed,
     is_local,
     join,
@@ -43,6 +44,7 @@ from minitron_platform.tracking.aliases import check_alias
 from minitron_platform.tracking.check import check_database
 from minitron_platform.tracking.flusher import create_database, prepare_mlflow, sqlite_path
 from minitron_platform.tracking.version_weights import (
+    CARD,
     MANIFEST_TAG,
     check_weights,
     copy_weights,
@@ -132,6 +134,8 @@ def register(
             version = str(existing[0].version)
             for tag in (tag for tag in tags if existing[0].tags.get(tag) != str(tags[tag])):
                 client.set_model_version_tag(name, version, tag, tags[tag])
+            if description and existing[0].description != description:
+                client.update_model_version(name, version, description)
         else:
             model_id = None
             if tracking_uri.startswith("http") and is_local(source):
@@ -370,7 +374,8 @@ def _upload(
         done = 0
         uploaded = uploaded_sizes(client, model.model_id)
         with environment_variables(UPLOADING):
-            for file, size in [*files.items(), (MANIFEST, -1)]:
+            card = [(CARD, -1)] if exists(join(source, CARD)) and CARD not in files else []
+            for file, size in [*files.items(), *card, (MANIFEST, -1)]:
                 if uploaded.get(file) != size:
                     client.log_model_artifact(
                         model.model_id, str(local_path(source) / file), os.path.dirname(file) or None

@@ -22,7 +22,7 @@ from minitron import storage
 from minitron.errors import MinitronError, StorageError
 from minitron.names import check_name
 from minitron.storage import is_local
-from minitron_platform.tracking.changes import Call, Changes, changed
+from minitron_platform.tracking.changes import Call, Changes, changed, dataset_input
 from minitron_platform.tracking.events import Event
 from minitron_platform.tracking.mlflow_runs import MlflowRuns, experiment_of
 from minitron_platform.tracking.sent import Sent
@@ -177,6 +177,11 @@ class Sender:
         while changes.artifacts:
             self._upload(changes.key, run_id, changes.artifacts[0])
             del changes.artifacts[0]
+        if changes.datasets:  # those that the run has already are not added again
+            inputs = [dataset_input(event) for event in changes.datasets]
+            if reason := self._rejected(self.client.log_inputs, run_id, inputs):
+                self._refuse(changes.key, len(inputs), f"MLflow rejected the datasets of the run: {reason}")
+            changes.datasets.clear()
         if changes.end is not None:
             end = changes.end
             if reason := self._rejected(self.client.set_terminated, run_id, end["status"], end["t"]):

@@ -19,6 +19,7 @@ from minitron.storage import disk_errors, is_local, local_path, redact
 from minitron_platform.addresses import is_loopback
 from minitron_platform.stopping import stopped_by_sigterm
 from minitron_platform.tracking.flusher import create_database, prepare_mlflow, sqlite_path
+from minitron_platform.tracking.links import experiments_link, newest_run_links
 from minitron_platform.tracking.ui_password import USER, auth_settings, read_password
 
 START_SECONDS = 90.0  # longest start of the server: imports, and the tables of a new database
@@ -46,7 +47,7 @@ def serve(
     MinitronError with the end of the server's log if it does not start.
     """
     if tracking_uri.startswith("http"):
-        say(f"MLflow is at {redact(tracking_uri)}")
+        say(f"MLflow is at {experiments_link(redact(tracking_uri))}")
         return 0
     if not insecure and not is_loopback(host):
         raise InputError(
@@ -96,7 +97,10 @@ def serve(
                     raise MinitronError(
                         f"MLflow's server did not start:\n{tail}", "fix the problem in its log and try again"
                     )
-                say(f"MLflow is at {link}  (Ctrl-C stops it)")
+                links = newest_run_links(store, link)
+                say(f"MLflow is at {links[0] if links else experiments_link(link)}  (Ctrl-C stops it)")
+                if links:
+                    say(f"the report of the newest run: {links[1]}")
                 return server.wait()
             except KeyboardInterrupt:
                 say("MLflow stopped")

@@ -358,6 +358,11 @@ class RunLog:
         run_folder = self.spool.folder.rsplit("/", 1)[0]
         self._append({"event": "artifact", "path": path.removeprefix(f"{run_folder}/"), "folder": folder})
 
+    def dataset(self, name: str, *, digest: str, source: str, context: str, tokens: int) -> None:
+        """Record a dataset that the run reads. digest: of its content. context: what it is for, such as "training"."""
+        values = {"name": name, "digest": digest, "source": source, "context": context, "tokens": int(tokens)}
+        self._append({"event": "dataset", **values})
+
     def end(self, status: Status = "FINISHED") -> None:
         """Record that the run ended."""
         self._append({"event": "end", "status": status})

@@ -25,8 +25,10 @@ from minitron.storage import (
     join,
     manifest,
     read_bytes,
+    read_bytes_if_exists,
     sha256,
     verify,
+    write_bytes,
 )
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 MANIFEST_TAG = "minitron.manifest_sha256"
 PATH_TAG = "minitron.storage_path"  # path of the weights relative to the storage
+CARD = "README.md"  # the model card beside the weights, which is not part of their identity
 UPLOADED = "models:/"  # how the address of a logged model starts
 
 
@@ -75,6 +78,10 @@ def copy_weights(
                     _compare(join(source, name), path, expected)
                 else:
                     source.copy(name, path)
+        # beside the committed files, because it says what was measured of them
+        card = read_bytes_if_exists(join(source, CARD)) if isinstance(source, str) else source.card()
+        if card is not None and CARD not in files:
+            write_bytes(join(target, CARD), card)
 
 
 def title(version: Any) -> str:
@@ -147,6 +154,13 @@ class UploadedWeights:
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             os.replace(self._download(name, Path(folder)), target)
         _compare(f"{self._title}: {name}", target, expected)
+
+    def card(self) -> bytes | None:
+        """The model card; None if none was uploaded."""
+        if CARD not in self._sizes:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            return self._download(CARD, Path(folder)).read_bytes()
 
     def _download(self, name: str, folder: Path) -> Path:
         from mlflow.artifacts import download_artifacts

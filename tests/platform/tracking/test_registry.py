@@ -298,6 +298,7 @@ def test_models_pull_copies_and_compares_the_weights_of_an_alias(uri: str, tmp_p
     add(uri, tmp_path / "a", "a")
     promote(uri, NAME)
     add(uri, tmp_path / "b", "b")
+    (tmp_path / "a" / "README.md").write_text("card")
     out = tmp_path / "out"
 
     def command(*arguments: str) -> str:
@@ -308,6 +309,7 @@ def test_models_pull_copies_and_compares_the_weights_of_an_alias(uri: str, tmp_p
     assert command(NAME, str(out)) == f"{NAME} version 1, verified, is in {out}\n"
     assert command(f"{NAME}@candidate", str(tmp_path / "two")).startswith(f"{NAME} version 2")
     assert (out / "model.safetensors").read_bytes() == b"a"
+    assert (out / "README.md").read_text() == "card"
     assert (tmp_path / "two" / "model.safetensors").read_bytes() == b"b"
     assert "there are files in it" in command(NAME, str(out))
     (tmp_path / "a" / "model.safetensors").write_bytes(b"x")
@@ -327,7 +329,7 @@ def test_the_ui_refuses_other_machines_and_ports_in_use(uri: str, tmp_path: Path
             serve(uri, str(tmp_path), port=taken.getsockname()[1])
     said: list[str] = []
     assert serve("http://tracking.example:5000", str(tmp_path), say=said.append) == 0
-    assert said == ["MLflow is at http://tracking.example:5000"]
+    assert said == ["MLflow is at http://tracking.example:5000/#/experiments?workflowType=machine_learning"]
 
 
 def test_models_and_tags_that_others_wrote_are_listed_and_can_be_promoted(uri: str, tmp_path: Path, caplog) -> None:

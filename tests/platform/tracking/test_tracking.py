@@ -97,6 +97,21 @@ def test_children_are_nested_and_everything_arrives(spool: Spool, uri: str, tmp_
     assert stored.is_relative_to(tmp_path / "store")
 
 
+def test_a_dataset_that_is_recorded_again_is_an_input_of_the_run_once(spool: Spool, uri: str) -> None:
+    from mlflow import MlflowClient
+
+    run = spool.record("run")
+    run.start("run")
+    for _ in range(2):
+        run.dataset("text.jsonl", digest="1f", source="s3://bucket/rows", context="training", tokens=7)
+        flush(spool, uri)
+    stored = MlflowClient(uri).get_run(runs(uri)["run"].info.run_id).inputs.dataset_inputs
+    ((dataset, tags),) = [(each.dataset, each.tags) for each in stored]
+    assert (dataset.name, dataset.digest, json.loads(dataset.profile)) == ("text.jsonl", "1f", {"tokens": 7})
+    assert json.loads(dataset.source) == {"uri": "s3://bucket/rows"}
+    assert [(tag.key, tag.value) for tag in tags] == [("mlflow.data.context", "training")]
+
+
 def test_unsent_events_are_counted_and_sent_by_the_next_run(spool: Spool, uri: str) -> None:
     run = spool.record("run")
     run.start("run")

@@ -1,0 +1,176 @@
+"""The MLflow record of a whole run, the parent of its stages' records: what people search, filter and read."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from minitron import storage
+from minitron.evaluation.metrics import AGREEMENT, KL
+from minitron.text import markdown
+from minitron_platform.cluster.hardware import Hardware
+from minitron_platform.cluster.packaging import package_folder
+from minitron_platform.recipes.build import text_sources
+from minitron_platform.recipes.schema import Recipe
+from minitron_platform.stages.context import Context
+from minitron_platform.stages.data import Data
+from minitron_platform.stages.evaluate import Evaluate
+from minitron_platform.stages.search import Search
+from minitron_platform.stages.state import RunState
+from minitron_platform.tracking.events import Status
+from minitron_platform.tracking.mlflow_runs import KIND_TAG, RUN_KIND
+from minitron_platform.tracking.spool import RunLog
+
+RECIPE_FILE = "recipe.yaml"
+NOTE = "mlflow.note.content"  # the description at the top of a run's page, in Markdown
+MAX_METRICS = 12  # of the parent; all are in the record of the stage `evaluate`
+
+
+class RunRecord:
+    """The record of a run. The first stage that records something opens it."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.log = context.spool.record(context.run_key)
+        self.open = False
+        self._hardware: Hardware | None = None
+
+    def stage_log(self, name: str) -> RunLog:
+        """The record of a stage; opens this record unless both are finished."""
+        log = self.context.log(name)
+        if not (self.log.is_finished and log.is_finished):
+            self.reopen()
+        return log
+
+    def reopen(self) -> None:
+        """Start the record if it is not open: with the recipe, so that a run that fails has it too."""
+        if self.open:
+            return
+        recipe = self.context.recipe
+        tags = {KIND_TAG: RUN_KIND, "minitron.recipe": recipe.name, NOTE: description(self.context), **_source()}
+        self.log.start(self.context.run_key, tags=tags)
+        self.log.params({**parameters(recipe), "separate_documents": self.context.separate_documents})
+        self.log.artifact(storage.join(self.context.locations.run(self.context.run_key), RECIPE_FILE))
+        self.open = True
+
+    def hardware(self, used: Hardware) -> None:
+        """Note what the run computes on, when its first stage begins to compute."""
+        if self._hardware is None:
+            self._hardware = used
+            self.log.params({"hardware": used.text})
+            used.write(self.context.locations.run(self.context.run_key))
+
+    def finished_stage(self, name: str) -> None:
+        """Add what a finished stage says about the whole run."""
+        if not self.open:
+            return
+        if name == Data.name:
+            data = self.context.output(Data)
+            sources = [source.label for source in text_sources(self.context.recipe.data).values()]
+            for context, digest, tokens in (
+                ("training", data.train, data.train_tokens),
+                ("heldout", data.heldout, data.heldout_tokens),
+            ):
+                self.log.dataset(", ".join(sources), digest=digest, source=data.folder, context=context, tokens=tokens)
+        elif name == Search.name:
+            model = self.context.member.model
+            self.log.params({f"architecture.{model}": self.context.output(Search).winner})
+
+    def results(self) -> None:
+        """Add the results of all models, at the end of the run."""
+        self.log.tags({NOTE: description(self.context)})
+        for model, values in headline(self.context).items():
+            prefix = f"{model}." if len(self.context.recipe.family) > 1 else ""
+            member = next(member for member in self.context.recipe.family if member.model == model)
+            fingerprint = self.context.output(Evaluate, member).fingerprint
+            self.log.metrics({prefix + name: value for name, value in values.items()}, step=0, of=fingerprint)
+
+    def end(self, status: Status) -> None:
+        """End the record with `status` if it is open."""
+        if self.open:
+            self.log.end(status)
+            self.open = False
+
+
+def parameters(recipe: Recipe) -> dict[str, Any]:
+    """What runs are filtered and compared by."""
+    values: dict[str, Any] = {
+        "teacher": recipe.teacher.model,
+        "data": ", ".join(source.label for source in text_sources(recipe.data).values()),
+        "seq_length": recipe.data.seq_length,
+        "train_rows": recipe.data.train_rows,
+        "losses.logits": recipe.losses.logits,
+        "losses.hidden": recipe.losses.hidden,
+        "layers_by": recipe.calibrate.layers,
+    }
+    trainings = {"search": recipe.search.training}
+    for member in recipe.family:
+        values[f"target_parameters.{member.model}"] = member.parameters
+        name = f"distill.{member.model}" if member.distill else "distill"
+        trainings[name] = recipe.distillation(member)
+    for name, training in trainings.items():
+        for field in ("steps", "batch_rows", "peak_lr", "min_lr", "warmup_steps", "optimizer"):
+            values[f"{name}.{field}"] = getattr(training, field)
+    return values
+
+
+def headline(state: RunState) -> dict[str, dict[str, float]]:
+    """The most important metrics by model, together at most MAX_METRICS."""
+    room = max(1, MAX_METRICS // len(state.recipe.family))
+    chosen = {}
+    for member in state.recipe.family:
+        figures = state.output(Evaluate, member).table["distilled"]
+        values = {"distilled.kl": figures.kl, "distilled.loss": figures.loss}
+        values["distilled.top1_agreement"] = figures.top1_agreement
+        values |= {f"distilled.{task}.{score.metric}": score.value for task, score in figures.tasks.items()}
+        values |= {"pruned.kl": state.output(Evaluate, member).table["pruned"].kl}
+        chosen[member.model] = dict(list(values.items())[:room])
+    return chosen
+
+
+def description(state: RunState) -> str:
+    """What the run does, and its results as far as they are there, in Markdown."""
+    recipe = state.recipe
+    sizes = ", ".join(f"{markdown(member.model)} ({member.parameters:,} parameters)" for member in recipe.family)
+    lines = [f"{markdown(recipe.description)}", "", f"**{markdown(recipe.teacher.model)}** → {sizes}", ""]
+    return "\n".join([*lines, *_table(state)])
+
+
+def _table(state: RunState) -> Iterator[str]:
+    finished = [member for member in state.recipe.family if state.is_finished(Evaluate, member)]
+    if finished:
+        yield f"| model | parameters | {KL.title}, pruned only | distilled | {AGREEMENT.title} |"
+        yield "|---|---:|---:|---:|---:|"
+    for member in finished:
+        pruned, figures = (state.output(Evaluate, member).table[name] for name in ("pruned", "distilled"))
+        cells = [markdown(member.model), f"{figures.parameters:,}", KL.text(pruned.kl), KL.text(figures.kl)]
+        yield f"| {' | '.join([*cells, AGREEMENT.text(figures.top1_agreement)])} |"
+    if finished:
+        yield ""
+        yield "All results are in the artifact `report.html`."
+
+
+def _source() -> Mapping[str, str]:
+    """MLflow's tags for who runs which code; the commit only in a checkout."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError, ImportError):  # a user without a name, as in some containers
+        user = str(os.getuid())
+    tags = {"mlflow.user": user, "mlflow.source.name": "minitron run", "mlflow.source.type": "LOCAL"}
+    commit = _commit()
+    return tags | ({"mlflow.source.git.commit": commit} if commit else {})
+
+
+def _commit() -> str:
+    """The commit of the checkout that the code is in; empty without one, or without git."""
+    folder = package_folder("minitron")
+    if not (folder.parent / ".git").exists():
+        return ""
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
