@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -124,6 +126,21 @@ def test_a_description_in_markdown_shows_texts_as_text():
     assert shown.startswith(r"\<script\> \[x\](http://evil) \# title \|a␛\]0;owned")
     assert is_safe(shown)
     assert "\n" not in shown
+
+
+def test_tracebacks_and_warnings_of_libraries_are_shown_as_text(monkeypatch, capsys):
+    for owner, name in ((sys, "excepthook"), (warnings, "showwarning")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back at the end
+    CliRunner().invoke(commands.main, ["recipes"])
+    try:
+        raise ValueError(f"not in config.json: {HOSTILE}")
+    except ValueError as error:
+        sys.excepthook(ValueError, error, error.__traceback__)
+    warnings.showwarning(UserWarning(HOSTILE), UserWarning, "file.py", 1)
+    shown = capsys.readouterr().err
+    assert is_safe(shown)
+    assert "ValueError: not in config.json: a␛]0;owned" in shown
+    assert "UserWarning: a␛]0;owned" in shown
 
 
 def test_a_page_shows_texts_as_text(monkeypatch):

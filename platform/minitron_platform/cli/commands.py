@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, NoReturn
+import sys
+import traceback
+import warnings
+from types import TracebackType
+from typing import Any, NoReturn, TextIO
 
 import click
 
@@ -79,6 +83,23 @@ def main() -> None:
     """
     if logging.lastResort:  # prints the warnings of all libraries
         logging.lastResort.setFormatter(PrintableFormatter())
+    warnings.showwarning = _show_warning
+    sys.excepthook = _show_exception
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    echo(warnings.formatwarning(message, category, filename, lineno, line).rstrip("\n"), err=True)
+
+
+def _show_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    echo("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), err=True)
 
 
 main.add_command(recipes)

@@ -85,7 +85,8 @@ def _experiment_of_recipe(locations: Locations, key: str) -> str:
     if not storage.exists(path):
         return ""
     try:
-        recipe: Any = yaml.safe_load(storage.read_bytes(path))
-        return str(recipe["experiment"])
-    except (yaml.YAMLError, StorageError, KeyError, TypeError):
+        # its nodes alone: aliases and << would become more values than fit into memory
+        recipe: Any = yaml.compose(storage.read_bytes(path), Loader=yaml.SafeLoader)
+        return str({key.value: value.value for key, value in recipe.value}["experiment"])
+    except (yaml.YAMLError, StorageError, KeyError, TypeError, ValueError, AttributeError, RecursionError):
         return ""
