@@ -98,23 +98,22 @@ def launch(command: Sequence[str], place: Place, *, notice: float, timeout: floa
     with environment_variables({**QUIET, "RAY_AUTH_MODE": "token"}):
         Config.initialize("")  # Ray has read RAY_AUTH_MODE when it was imported
         if place.rank > 0:
-            return _follow(place, signals, deadline)
-        with ray_node("head", _head_arguments(place)) as head:
-            _await(_Answer(place), signals, deadline, [head])
-            with ray_node("worker", _worker_arguments(place)) as worker:
+            return _follow(place, signals, deadline, say)
+        with ray_node("head", _head_arguments(place), say) as head:
+            _await(_HeadJoined(place), signals, deadline, [head])
+            with ray_node("worker", _worker_arguments(place), say) as worker:
                 _await(_Joined(place, say), signals, deadline, [head, worker])
                 return _run(command, place, signals, notice, head)
 
 
-def _follow(place: Place, signals: _Signals, deadline: float) -> int:
+def _follow(place: Place, signals: _Signals, deadline: float, say: Callable[[str], None]) -> int:
     """Be a worker until the head has ended."""
-    answer = _Answer(place)
-    _await(answer, signals, deadline, [])
-    with ray_node("worker", _worker_arguments(place)) as worker:
+    _await(_HeadJoined(place), signals, deadline, [])
+    with ray_node("worker", _worker_arguments(place), say) as worker:
         answered = time.monotonic()
         while not signals.any and time.monotonic() < answered + HEAD_GONE:
             time.sleep(POLL)
-            if answer():
+            if _answers(place):
                 worker.check()
                 answered = time.monotonic()
     return 0
@@ -131,7 +130,7 @@ def _run(command: Sequence[str], place: Place, signals: _Signals, notice: float,
         if signals.noticed and last == math.inf:
             _announce_end(place, notice)
             last = time.monotonic() + notice
-        if signals.ended or head.has_ended or time.monotonic() > last or (last < math.inf and not _workers(place)):
+        if signals.ended or head.has_ended or time.monotonic() > last or (last < math.inf and not _living(place)):
             end(process, signal.SIGTERM)
             head.check()
             return ENDED if signals.ended else INTERRUPTED
@@ -139,17 +138,17 @@ def _run(command: Sequence[str], place: Place, signals: _Signals, notice: float,
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
-def _workers(place: Place) -> list[str]:
-    """Ids of the living worker nodes. Raises ray.exceptions.RpcError if the head does not answer."""
+def _living(place: Place, *, head: bool = False) -> list[str]:
+    """Ids of the living worker nodes, or of the head. Raises ray.exceptions.RpcError if the head does not answer."""
     infos = GcsClient(address=place.address).get_all_node_info(timeout=10)
-    return [node.hex() for node, info in infos.items() if info.state == GcsNodeInfo.ALIVE and not info.is_head_node]
+    return [node.hex() for node, info in infos.items() if info.state == GcsNodeInfo.ALIVE and info.is_head_node == head]
 
 
 def _announce_end(place: Place, notice: float) -> None:
     """Tell Ray that all worker nodes will be taken away in `notice` seconds; each ends earlier if it has no work."""
     client = GcsClient(address=place.address)
     reason = DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
-    for node in _workers(place):
+    for node in _living(place):
         client.drain_node(
             node, reason, "the scheduler takes the nodes away", int((time.time() + notice) * 1000), timeout=10
         )
@@ -196,18 +195,26 @@ def free_port() -> str:
         return str(server.getsockname()[1])
 
 
-class _Answer:
+def _answers(place: Place) -> bool:
     """Whether something listens at the head's port."""
+    try:
+        socket.create_connection((place.head, place.port), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
+class _HeadJoined:
+    """Whether the head has joined its cluster, which it does seconds after it listens; until then others are refused."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
 
     def __call__(self) -> bool:
         try:
-            socket.create_connection((self.place.head, self.place.port), timeout=2).close()
-        except OSError:
+            return _answers(self.place) and bool(_living(self.place, head=True))
+        except RpcError:  # it has not started completely, or is busy
             return False
-        return True
 
     def __str__(self) -> str:
         return f"no head answers at {self.place.address}"
@@ -223,8 +230,8 @@ class _Joined:
 
     def __call__(self) -> bool:
         try:
-            count = len(_workers(self.place))
-        except RpcError:  # it has not started completely, or is busy
+            count = len(_living(self.place))
+        except RpcError:  # the head is busy
             return False
         if count != self.count:
             self.count = count
@@ -235,7 +242,7 @@ class _Joined:
         return f"{self.count} of {self.place.nodes} nodes have joined Ray at {self.place.address}"
 
 
-def _await(condition: _Answer | _Joined, signals: _Signals, deadline: float, started: Sequence[RayNode]) -> None:
+def _await(condition: _HeadJoined | _Joined, signals: _Signals, deadline: float, started: Sequence[RayNode]) -> None:
     """Wait for the condition, or for a signal. Raises MinitronError at the deadline, or if a started node ends."""
     while not signals.any and not condition():
         for node in started:

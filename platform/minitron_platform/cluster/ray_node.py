@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,33 +16,45 @@ from minitron.errors import InputError, MinitronError
 from minitron_platform.cluster.ray_session import private_folder
 
 STOP_WAIT = 25.0  # seconds for a process to end; Slurm kills what it has told to end after 30
+STARTS = 3  # attempts to start a node
+STARTED = "Ray runtime started"  # in the output of `ray start`
 TAIL = 2000  # characters of Ray's output in an error
 
 
 class RayNode:
     """A running `ray start --block`. The kernel ends all processes of the node with it, and it with this process."""
 
-    def __init__(self, title: str, arguments: Sequence[str], folder: str) -> None:
+    def __init__(self, title: str, arguments: Sequence[str], folder: str, say: Callable[[str], None]) -> None:
         self._title = title
         self._log = Path(folder).with_name("ray-start.log")
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--temp-dir", folder]
+        self._command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--temp-dir", folder]
         # with Ray's default, two nodes on one machine would give their workers the same ports
-        command += ["--min-worker-port", "0", "--max-worker-port", "0", *arguments]
+        self._command += ["--min-worker-port", "0", "--max-worker-port", "0", *arguments]
+        self._say = say
+        self._starts = 0
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self._starts += 1
         with self._log.open("w") as log:
-            self._process = start(command, log.fileno())
+            return start(self._command, log.fileno())
 
     @property
     def has_ended(self) -> bool:
-        """Whether the node has stopped, or has never started."""
+        """Whether the node has stopped, or could not start."""
         return self._process.poll() is not None
 
     def check(self) -> None:
-        """Raise MinitronError with the end of Ray's output if the node has ended."""
-        if self.has_ended:
-            tail = self._log.read_text(errors="replace")[-TAIL:].strip()
-            raise MinitronError(
-                f"Ray's {self._title} on {socket.gethostname()} has ended:\n{tail}", "see Ray's output above"
-            )
+        """Start the node again if it could not start: Ray gives it 30 s, which a busy machine may exceed. Raises MinitronError
+        with the end of Ray's output if it has started and ended, or could not start three times."""
+        if not self.has_ended:
+            return
+        output = self._log.read_text(errors="replace")
+        problem = f"Ray's {self._title} on {socket.gethostname()}"
+        if STARTED in output or self._starts == STARTS:
+            raise MinitronError(f"{problem} has ended:\n{output[-TAIL:].strip()}", "see Ray's output above")
+        self._say(f"{problem} has not started, and is started again: {output.strip().splitlines()[-1:]}")
+        self._process = self._start()
 
     def stop(self) -> None:
         """End it now."""
@@ -50,13 +62,13 @@ class RayNode:
 
 
 @contextmanager
-def ray_node(title: str, arguments: Sequence[str]) -> Iterator[RayNode]:
+def ray_node(title: str, arguments: Sequence[str], say: Callable[[str], None]) -> Iterator[RayNode]:
     """A node of Ray inside the block, with files in a folder of its own, which only this user can enter.
 
-    title: names it in errors. arguments: of `ray start`.
+    title: names it in errors. arguments: of `ray start`. say: receives messages, one line at a time.
     """
     with private_folder(None) as folder:
-        node = RayNode(title, arguments, folder)
+        node = RayNode(title, arguments, folder, say)
         try:
             yield node
         finally:

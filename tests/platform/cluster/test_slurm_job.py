@@ -74,12 +74,12 @@ def _processes_of(folder):
 def test_a_preempted_job_warns_ray_ends_its_own_ray_and_is_requeued(job, tmp_path):
     script, environ = job
     (tmp_path / "run.py").write_text(RUN)
-    done = subprocess.run(["bash", script], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["bash", script], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 75, done.stderr
     assert json.loads(done.stdout) == {
         "arguments": ["run", "minimal", "--set", "description=a b"],
         "nodes": [[0, 0], [2, 0]],  # CPUs and GPUs of the head and of the worker
-    }, done.stderr
-    assert done.returncode == 75
+    }
     assert (tmp_path / "calls").read_text().splitlines() == ["scontrol requeue 7"]
     assert _processes_of(tmp_path) == []
 
