@@ -1,4 +1,4 @@
-"""The command `minitron models`: lists the registered models, and copies their weights."""
+"""The commands `minitron models`, which lists the registered models, and `minitron models pull`, which copies their weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from rich.markup import escape
 
 from minitron.errors import InputError
 from minitron.storage import redact
+from minitron_platform.cli.models_delete import delete
+from minitron_platform.cli.models_diff import diff
+from minitron_platform.cli.models_push import push
+from minitron_platform.cli.models_show import show
 from minitron_platform.cli.options import UNVERIFIED_HELP, tracking_options
 from minitron_platform.console import Console, echo
 
@@ -25,7 +29,7 @@ def models(locations: Any) -> None:
         return
     from rich.table import Table
 
-    from minitron.evaluation.metrics import KL, LOSS
+    from minitron.evaluation.metrics import KL, LOSS, SPEED
     from minitron_platform.tracking.registry import models as registered
 
     versions = registered(locations.tracking_uri, locations.storage)
@@ -33,15 +37,17 @@ def models(locations: Any) -> None:
         echo(f"no models in {redact(locations.tracking_uri)}; `minitron run` registers one")
         return
     table = Table(caption=f"KL to the teacher and held-out loss in {KL.unit}", caption_justify="left")
-    for title in ("model", "version", "parameters", "KL", "loss", "registered"):
+    for title in ("model", "version", "alias", "parameters", "KL", "loss", "tokens/s", "registered"):
         table.add_column(title, no_wrap=True)
     for row in versions:
         table.add_row(
             row.name,
             row.version,
+            ", ".join(row.aliases),
             f"{row.parameters / 1e6:,.1f}M" if row.parameters else "",
             KL.text(row.heldout_kl) if row.heldout_kl is not None else "",
             LOSS.text(row.heldout_loss) if row.heldout_loss is not None else "",
+            "" if row.tokens_per_second is None else SPEED.text(row.tokens_per_second),
             f"{row.created:%Y-%m-%d %H:%M}",
         )
     console = Console()
@@ -63,9 +69,9 @@ def pull(locations: Any, model: str, folder: str, version: str | None, unverifie
     """Copy the weights of a registered model to FOLDER.
 
     MODEL@ALIAS is such as smollm2-90m@champion, which MODEL alone means too. The content of every file is compared with what
-    was registered.
+    was registered. A copy that was interrupted is resumed.
     """
-    from minitron_platform.tracking.registry import CHAMPION
+    from minitron_platform.tracking.moves import CHAMPION
     from minitron_platform.tracking.registry import pull as pull_model
 
     name, alias = model.rsplit("@", 1) if "@" in model else (model, "")
@@ -81,3 +87,9 @@ def pull(locations: Any, model: str, folder: str, version: str | None, unverifie
         unverified=unverified,
     )
     echo(f"{name} version {pulled}, verified, is in {folder}")
+
+
+models.add_command(show)
+models.add_command(diff)
+models.add_command(delete)
+models.add_command(push)

@@ -373,10 +373,33 @@ class Evaluate(_Grown):
         return expanded(values)
 
 
-class Register(_Section):
-    """Registration: the alias that a new version gets in the MLflow registry."""
+class Gates(_Section):
+    """What a version must fulfil before `minitron promote` points an alias at it, besides the gates that always apply.
+
+    KL to the teacher, and by how much its loss may be higher than the teacher's, in nats per token; by how much its
+    benchmarks may be worse than the teacher's, in their own scale (0.05 is 5 points of accuracy); by how much KL and loss may
+    be worse than those of the version that is replaced; size, bytes of the weights, milliseconds to the token after a prompt of
+    `latency_tokens`, on the machine that promotes; whether it must have a model card with a licence.
+    """
+
+    max_kl: Nats | None = None
+    max_loss_increase: Nats | None = None
+    max_task_loss: Weight | None = None
+    tolerance: Nats = 0.01
+    max_parameters: ModelSize | None = None
+    max_memory_bytes: Limit | None = None
+    max_latency_ms: Limit | None = None
+    latency_tokens: Positive = 128
+    card: bool = False
+
+
+class Register(_Grown):
+    """Registration: the alias that a new version gets in the MLflow registry, and the gates of its promotion."""
+
+    added = ("gates",)
 
     alias: Annotated[str, AfterValidator(check_alias)] = "candidate"
+    gates: Gates = Gates()
 
 
 class WorkerRange(_Section):

@@ -25,6 +25,7 @@ from minitron.processes import is_sharded
 from minitron_platform.estimates.memory import evaluation_memory
 from minitron_platform.estimates.outlook import DOCUMENT_TOKENS, Estimate, Outlook
 from minitron_platform.estimates.phases import benchmark_documents, evaluation_parts
+from minitron_platform.gates.documents import add_tasks, documents_path, write_rows
 from minitron_platform.recipes import schema
 from minitron_platform.recipes.build import worker_tasks
 from minitron_platform.stages.base import pruning_base
@@ -224,6 +225,13 @@ def _settings(state: RunState) -> dict[str, Any]:
     } | ({"task_folder": documents_identity(folder)} if (folder := state.recipe.evaluate.task_folder) else {})
 
 
+def results_of_documents(context: Context, name: str) -> str:
+    """File of the results of every held-out row and every document of the benchmarks for one of `MODELS`. There is none for a
+    model that an earlier version evaluated."""
+    folder = context.locations.stage(Evaluate.name, context.output(Evaluate).fingerprint)
+    return documents_path(_quality_path(context, name, folder))
+
+
 def _quality_path(context: Context, name: str, folder: str) -> str:
     """File of the measurements of model `name`; the family shares those of the teacher."""
     if name != "teacher":
@@ -338,6 +346,7 @@ def _measure(task: _Evaluation, worker: Worker, name: str, path: str) -> None:
             heldout_tokens=heldout.tokens,
         )
         if worker.is_first:
+            write_rows(documents_path(path), heldout.per_row_loss, heldout.per_row_kl or [])
             storage.write_json(path, quality.model_dump(mode="json"))
         results = [f"loss {LOSS.text(quality.loss)}", f"KL {KL.text(quality.kl)}"]
     missing = [one for one in task.tasks if one.key not in quality.tasks]
@@ -369,6 +378,7 @@ def _measure(task: _Evaluation, worker: Worker, name: str, path: str) -> None:
         ordered = {one.key: all_scores[one.key] for one in task.tasks if one.key in all_scores}
         quality = quality.model_copy(update={"tasks": ordered, "failures": failures})
         if worker.is_first:
+            add_tasks(documents_path(path), evaluated)
             storage.write_json(path, quality.model_dump(mode="json"))
         results += [f"{benchmark} {score.sentence}" for benchmark, score in scores.items()]
     worker.progress.say(f"  {name}: {escape(' · '.join(results))}")

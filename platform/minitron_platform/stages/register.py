@@ -10,21 +10,24 @@ from minitron import storage
 from minitron.errors import StorageError
 from minitron.storage import redact
 from minitron_platform.estimates.outlook import Estimate, Outlook
+from minitron_platform.gates.judge import GATES_TAG
 from minitron_platform.recipes import schema
 from minitron_platform.recipes.build import text_sources
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.correct import Correct
 from minitron_platform.stages.data import Data
 from minitron_platform.stages.distill import Distill
-from minitron_platform.stages.evaluate import Evaluate
+from minitron_platform.stages.evaluate import Evaluate, EvaluateOutput, results_of_documents
 from minitron_platform.stages.model_card import description, model_card
 from minitron_platform.stages.stage import ArtifactPath, Stage, StageOutput
 from minitron_platform.stages.stage_records import INSIDE, relative
 from minitron_platform.stages.state import RunState
+from minitron_platform.stages.targets import Targets
 from minitron_platform.stages.teacher import Teacher
 from minitron_platform.tracking import registry
 from minitron_platform.tracking.flusher import sqlite_path
 from minitron_platform.tracking.registry import TASK_TAG
+from minitron_platform.tracking.version_figures import FIGURES_TAG, Measured, VersionFigures
 from minitron_platform.tracking.version_weights import CARD, PATH_TAG
 
 
@@ -65,8 +68,15 @@ class Register(Stage[RegisterOutput]):
         previous = context.recipe.origin(context.member)
         teacher = context.output(Teacher)
         distilled = context.output(Distill)
-        figures = context.output(Evaluate).table["distilled"]
+        evaluated = context.output(Evaluate)
+        figures = evaluated.table["distilled"]
         tags = {
+            GATES_TAG: settings.gates.model_dump_json(),
+            FIGURES_TAG: VersionFigures(
+                heldout=context.output(Targets).fingerprint,
+                student=_measured(context, evaluated, "distilled"),
+                teacher=_measured(context, evaluated, "teacher"),
+            ).model_dump_json(),
             "minitron.version": minitron.__version__,
             "minitron.recipe": context.recipe.name,
             "minitron.run": context.run_key,
@@ -114,6 +124,20 @@ class Register(Stage[RegisterOutput]):
     def is_valid(self, state: RunState, output: RegisterOutput) -> bool:
         """Whether the registry still has the version; the registry may have been deleted."""
         return registry.has_version(state.locations.tracking_uri, output.model, output.version)
+
+
+def _measured(context: Context, evaluated: EvaluateOutput, model: str) -> Measured:
+    """The figures of a model for its version, and where the results of its documents are."""
+    figures = evaluated.table[model]
+    documents = results_of_documents(context, model)
+    return Measured(
+        loss=figures.loss,
+        kl=figures.kl,
+        tasks=figures.tasks,
+        failures=figures.failures,
+        tokens_per_second=figures.tokens_per_second,
+        documents=relative(context.locations.storage, documents).removeprefix(INSIDE),
+    )
 
 
 def _tracking(state: RunState) -> str:

@@ -4,11 +4,31 @@ from __future__ import annotations
 
 import json
 import logging
-from typing import Any
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
 
 HISTORY_TAG = "minitron.history."
+HISTORY_LENGTH = 5000  # characters of a registered model's tag in PostgreSQL and MySQL; about 50 moves
+
+
+def new_move(version: str, previous: str | None, *, rolled_back: bool) -> dict[str, Any]:
+    """A move of an alias now, from the version `previous` to `version`."""
+    move = {"version": version, "time": datetime.now(UTC).isoformat(timespec="seconds"), "previous": previous}
+    return {**move, "rollback": True} if rolled_back else move
+
+
+def set_history(client: MlflowClient, name: str, alias: str, moves: list[dict[str, Any]]) -> None:
+    """Store the moves of an alias, the last of them that a tag has room for."""
+    text = json.dumps(moves)
+    while len(text) > HISTORY_LENGTH:
+        moves = moves[1:]
+        text = json.dumps(moves)
+    client.set_registered_model_tag(name, HISTORY_TAG + alias, text)
 
 
 def moves_of(model: Any, alias: str) -> list[dict[str, Any]]:
@@ -25,7 +45,7 @@ def moves_of(model: Any, alias: str) -> list[dict[str, Any]]:
 
 
 def _is_move(entry: Any) -> bool:
-    """Whether an entry of a history has the keys that `_move` writes."""
+    """Whether an entry of a history has the keys of `new_move`."""
     if not isinstance(entry, dict) or not isinstance(entry.get("version"), str):
         return False
     return isinstance(entry.get("previous"), str | None)

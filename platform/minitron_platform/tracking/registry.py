@@ -1,4 +1,4 @@
-"""MLflow's model registry: register models, promote them, roll back, and list them.
+"""MLflow's model registry: register models, list them, copy their weights.
 
 The weights of a version stay where they were written, in a folder that `minitron.storage` committed, and the version has its
 path; the SHA-256 of the folder's manifest is the tag `minitron.manifest_sha256`. A tracking server does not accept paths on
@@ -9,21 +9,17 @@ weights pass verification; its earlier versions are in the registered model's ta
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import math
 import os
-import re
 import sqlite3
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from minitron.arguments import short_repr
 from minitron.environment import environment_variables
 from minitron.errors import InputError, MinitronError, StorageError
 from minitron.storage import (
@@ -36,21 +32,22 @@ from minitron.storage import (
     local_path,
     manifest,
     read_bytes,
-    redact,
     verify,
 )
-from minitron_platform.tracking.alias_history import HISTORY_TAG, earlier_versions, moves_of
-from minitron_platform.tracking.aliases import check_alias
-from minitron_platform.tracking.check import check_database
-from minitron_platform.tracking.flusher import create_database, prepare_mlflow, sqlite_path
-from minitron_platform.tracking.version_weights import (
-    CARD,
-    MANIFEST_TAG,
-    check_weights,
-    copy_weights,
-    location,
-    uploaded_sizes,
+from minitron_platform.tracking.client import (
+    aliased_version,
+    check_model_name,
+    checked_alias,
+    open_registry,
+    registered_model,
+    registered_models,
+    registered_version,
+    versions_of,
 )
+from minitron_platform.tracking.flusher import sqlite_path
+from minitron_platform.tracking.moves import CANDIDATE, CHAMPION, point_newest
+from minitron_platform.tracking.version_figures import figures_of, number_in
+from minitron_platform.tracking.version_weights import CARD, MANIFEST_TAG, copy_weights, location, uploaded_sizes
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -59,23 +56,9 @@ log = logging.getLogger(__name__)
 
 # followed by a benchmark's name; the value is its score, such as "acc 47.5 ± 4.6 % (0-shot, all 570 documents of test)"
 TASK_TAG = "minitron.task."
-HISTORY_KEPT = 500  # promotions; a tag of MLflow has at most 100,000 characters
 DELETED = "Deleted_Internal"  # the stage of versions that were deleted, in MLflow's database
-CANDIDATE = "candidate"
-CHAMPION = "champion"
 # Uploads of several gigabytes take long; prepare_mlflow gives other requests a timeout of seconds.
 UPLOADING = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "1800", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5"}
-
-
-@dataclass(frozen=True)
-class Promotion:
-    """An alias and the version that it points at now."""
-
-    name: str
-    version: str
-    alias: str
-    previous: str | None
-    """The version that it pointed at before; None if it is new."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +74,8 @@ class ModelRow:
     """Nats per token."""
     heldout_kl: float | None
     """To the teacher, nats per token."""
+    tokens_per_second: float | None
+    """In prefill, if the recipe had it measured."""
     tasks: dict[str, str]
     """Scores by benchmark, as text such as "acc 47.5 ± 4.6 %"."""
     source: str
@@ -113,22 +98,22 @@ def register(
     """Register the weights in the folder `source` as a version of the model `name` and set `alias`; returns the version.
 
     The same weights are registered only once: another call returns the existing version after updating its tags, and does not
-    move the alias if there is a newer version.
+    move the alias if it points at a newer version.
     run_id: of the MLflow run that the version belongs to. progress: called with (bytes uploaded, total bytes) during an upload.
     Raises InputError for a name or alias that MLflow does not allow, StorageError if `source` is not a committed folder or is
     incomplete, and MinitronError if the registry does not answer.
     """
-    _check_name(name)
-    _check_alias(alias)
+    check_model_name(name)
+    checked_alias(alias)
     source = absolute(source)
     if not is_committed(source):
         raise StorageError(f"{source}: has no {MANIFEST}", "give a folder of weights that minitron wrote")
     verify(source, hashes=False)
     tags = {**tags, MANIFEST_TAG: _sha256(read_bytes(join(source, MANIFEST)))}
-    with _registry(tracking_uri, create=True) as client:
-        if not any(model.name == name for model in _registered(client)):
+    with open_registry(tracking_uri, create=True) as client:
+        if not any(model.name == name for model in registered_models(client)):
             _create_registered(client, name)
-        versions = _versions(client, name)
+        versions = versions_of(client, name)
         existing = _same_weights(versions, tags[MANIFEST_TAG])
         if existing:
             version = str(existing[0].version)
@@ -145,83 +130,18 @@ def register(
                 name, address, run_id=run_id, tags=tags, description=description, model_id=model_id
             )
             version = str(created.version)
-            first = str(_same_weights(_versions(client, name), tags[MANIFEST_TAG])[0].version)
+            first = str(_same_weights(versions_of(client, name), tags[MANIFEST_TAG])[0].version)
             if first != version:  # another process registered the same weights at the same moment
                 client.delete_model_version(name, version)
                 version = first
-        if all(int(other.version) <= int(version) for other in versions):
-            _set_alias(client, name, alias, version)
+        point_newest(client, name, alias, version)
     return version
-
-
-def _set_alias(client: MlflowClient, name: str, alias: str, version: str) -> None:
-    """Point an alias at a version, also if another process creates the alias at the same moment."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.set_registered_model_alias(name, alias, version)
-    except MlflowException as error:
-        if (
-            error.error_code != "BAD_REQUEST"
-        ):  # MLflow's code for a row that another process has inserted since it looked
-            raise
-        client.set_registered_model_alias(name, alias, version)
 
 
 def _same_weights(versions: list[Any], manifest_sha256: str) -> list[Any]:
     """The versions with this manifest, oldest first."""
     same = [version for version in versions if version.tags.get(MANIFEST_TAG) == manifest_sha256]
     return sorted(same, key=lambda version: int(version.version))
-
-
-def promote(
-    tracking_uri: str,
-    name: str,
-    *,
-    version: str | None = None,
-    alias: str = CHAMPION,
-    storage_root: str | None = None,
-    unverified: bool = False,
-) -> Promotion:
-    """Point `alias` at a version after comparing the content of its weights with what was registered.
-
-    version: by default the version with the alias `candidate`. storage_root: current location of the storage, in case it was
-    moved after the weights were registered. unverified: allow a version whose tag with the SHA-256 of the registered weights is
-    missing; anybody who can write to the registry can delete it.
-    Raises InputError for an alias that MLflow does not allow and for an unknown model or version, StorageError for a missing or
-    altered file of the weights, MinitronError if the registry does not answer.
-    """
-    _check_alias(alias)
-    with _registry(tracking_uri) as client:
-        model = _model(client, name)
-        if version is None:
-            version = _aliased_version(model, CANDIDATE)
-        return _move(client, model, str(version), alias, storage_root, unverified=unverified)
-
-
-def rollback(tracking_uri: str, name: str, *, alias: str = CHAMPION, storage_root: str | None = None) -> Promotion:
-    """Point `alias` back at its previous version after verifying the weights. Can be repeated.
-
-    If the alias's version was deleted, the one before it is the previous version. Raises InputError if there is none, and what
-    promote() raises.
-    """
-    with _registry(tracking_uri) as client:
-        model = _model(client, name)
-        moves = moves_of(model, alias)
-        # MLflow removes an alias together with its version
-        current = "" if alias not in model.aliases and moves else _aliased_version(model, alias)
-        existing = {str(version.version) for version in _versions(client, name)}
-        earlier = earlier_versions(moves, current)
-        for deleted in [version for version in earlier if version not in existing]:
-            log.warning("%s version %s was deleted, and is left out", name, deleted)
-        earlier = [version for version in earlier if version in existing and version != current]
-        if not earlier:
-            raise InputError(
-                f"model {name!r}: {alias!r} points at version {current or 'none'} and has no previous version",
-                f"choose a version with: minitron promote {name} --version N"
-                + (f" --alias {alias}" if alias != CHAMPION else ""),
-            )
-        return _move(client, model, earlier[-1], alias, storage_root, rolled_back=True)
 
 
 def has_version(tracking_uri: str, name: str, version: str) -> bool:
@@ -234,7 +154,7 @@ def has_version(tracking_uri: str, name: str, version: str) -> bool:
     from mlflow.exceptions import MlflowException
 
     try:
-        with _registry(tracking_uri) as client:
+        with open_registry(tracking_uri) as client:
             try:
                 client.get_model_version(name, version)
             except MlflowException as error:
@@ -269,54 +189,40 @@ def models(tracking_uri: str, storage_root: str | None = None) -> list[ModelRow]
     if database is not None and not database.exists():
         return []
     rows = []
-    with _registry(tracking_uri) as client:
-        for model in _registered(client):
-            for version in sorted(_versions(client, model.name), key=lambda version: -int(version.version)):
+    with open_registry(tracking_uri) as client:
+        for model in registered_models(client):
+            for version in sorted(versions_of(client, model.name), key=lambda version: -int(version.version)):
                 rows.append(
                     ModelRow(
                         name=model.name,
                         version=str(version.version),
                         aliases=tuple(sorted(a for a, v in model.aliases.items() if str(v) == str(version.version))),
                         created=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC),
-                        parameters=None if (size := _number(version, "minitron.parameters")) is None else round(size),
-                        heldout_loss=_number(version, "minitron.heldout_loss"),
-                        heldout_kl=_number(version, "minitron.heldout_kl"),
+                        parameters=None if (size := number_in(version, "minitron.parameters")) is None else round(size),
+                        heldout_loss=number_in(version, "minitron.heldout_loss"),
+                        heldout_kl=number_in(version, "minitron.heldout_kl"),
+                        tokens_per_second=None
+                        if (known := figures_of(version)) is None
+                        else known.student.tokens_per_second,
                         tasks={
                             tag.removeprefix(TASK_TAG): text
                             for tag, text in sorted(version.tags.items())
                             if tag.startswith(TASK_TAG)
                         },
-                        source=location(version, storage_root),
+                        source=listed_location(version, storage_root),
                         run_id=version.run_id or None,
                     )
                 )
     return rows
 
 
-def _move(
-    client: MlflowClient,
-    model: Any,
-    version: str,
-    alias: str,
-    storage_root: str | None,
-    *,
-    rolled_back: bool = False,
-    unverified: bool = False,
-) -> Promotion:
-    """Verify a version's weights, point the alias at it, and record that in the history of the alias."""
-    check_weights(client, _version(client, model.name, version), storage_root, unverified=unverified)
-    current = model.aliases.get(alias)
-    previous = None if current is None else str(current)
-    if previous != version:
-        entry = {"version": version, "time": datetime.now(UTC).isoformat(timespec="seconds"), "previous": previous}
-        history = [*moves_of(model, alias), {**entry, "rollback": True} if rolled_back else entry][-HISTORY_KEPT:]
-        # In this order the alias can still be rolled back to the right version if the process is killed in between.
-        if rolled_back:
-            client.set_registered_model_tag(model.name, HISTORY_TAG + alias, json.dumps(history))
-        _set_alias(client, model.name, alias, version)
-        if not rolled_back:
-            client.set_registered_model_tag(model.name, HISTORY_TAG + alias, json.dumps(history))
-    return Promotion(model.name, version, alias, previous)
+def listed_location(version: Any, storage_root: str | None) -> str:
+    """Location of a version's weights; the registered one, with a warning, if somebody has written a path that is none."""
+    try:
+        return location(version, storage_root)
+    except StorageError as error:
+        log.warning("%s", error.problem)
+        return str(version.source)
 
 
 def pull(
@@ -337,20 +243,11 @@ def pull(
     """
     if is_local(target) and local_path(target).exists() and any(local_path(target).iterdir()):
         raise InputError(f"{target}: there are files in it", "give a new folder")
-    with _registry(tracking_uri) as client:
-        model = _model(client, name)
-        version = version or _aliased_version(model, alias)
-        copy_weights(client, _version(client, name, version), storage_root, target, unverified=unverified)
+    with open_registry(tracking_uri) as client:
+        model = registered_model(client, name)
+        version = version or aliased_version(model, alias)
+        copy_weights(client, registered_version(client, name, version), storage_root, target, unverified=unverified)
         return version
-
-
-def _version(client: MlflowClient, name: str, version: str) -> Any:
-    """A registered version. Raises InputError if there is none of that number."""
-    existing = {str(each.version): each for each in _versions(client, name)}
-    if version not in existing:
-        known = ", ".join(sorted(existing, key=int)) or "none"
-        raise InputError(f"model {name!r} has no version {version!r}", f"choose one of: {known}")
-    return existing[version]
 
 
 def _upload(
@@ -387,53 +284,6 @@ def _upload(
     return str(model.model_id)
 
 
-@contextmanager
-def _registry(tracking_uri: str, *, create: bool = False) -> Iterator[MlflowClient]:
-    """A client of the registry. create: whether a SQLite database that does not exist is created.
-
-    Raises InputError for values that MLflow rejects and for a database that does not exist, MinitronError if the registry does
-    not answer.
-    """
-    database = sqlite_path(tracking_uri)
-    if database is not None and not create and not database.is_file():
-        raise InputError(
-            f"{database}: there is no MLflow database", "check the storage and MLflow's address, or run a recipe"
-        )
-    prepare_mlflow(tracking_uri)
-    remedy = "check that the server is running and that the address is correct"
-    try:
-        check_database(tracking_uri)
-    except ConnectionError as error:
-        raise MinitronError(f"MLflow at {redact(tracking_uri)}: {redact(str(error))}", remedy) from error
-    create_database(tracking_uri)
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield MlflowClient(tracking_uri, registry_uri=tracking_uri)
-    except MlflowException as error:
-        if error.error_code == "INVALID_PARAMETER_VALUE":
-            raise InputError(
-                f"MLflow at {redact(tracking_uri)}: {redact(str(error))}", "change the value in the message"
-            ) from error
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
-        raise MinitronError(f"MLflow at {redact(tracking_uri)}: {redact(reason)}", remedy) from error
-
-
-def _check_name(name: str) -> None:
-    """Raise InputError for a model name that MLflow does not allow."""
-    if not name or any(character in name for character in "/:'\"`"):
-        raise InputError(f"model name {name!r} is not allowed", "use a name without slashes, colons or quotes")
-
-
-def _check_alias(alias: str) -> None:
-    """Raise InputError for an alias that MLflow does not allow."""
-    try:
-        check_alias(alias)
-    except ValueError as error:
-        raise InputError(f"alias {alias!r} is not allowed: {error}", "choose another one, such as champion") from error
-
-
 def _create_registered(client: MlflowClient, name: str) -> None:
     """Create a registered model, unless another process does at the same moment."""
     from mlflow.exceptions import MlflowException
@@ -443,66 +293,6 @@ def _create_registered(client: MlflowClient, name: str) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-
-
-def _model(client: MlflowClient, name: str) -> Any:
-    """A registered model. Raises InputError if there is none of that name."""
-    known = {model.name: model for model in _registered(client)}
-    if name not in known:
-        remedy = f"choose one of: {', '.join(sorted(known))}"
-        if not known:
-            remedy = "no model is registered there: check the storage and MLflow's address, or run a recipe first"
-        raise InputError(f"no model {name!r} is registered", remedy)
-    return known[name]
-
-
-def _aliased_version(model: Any, alias: str) -> str:
-    """The version that an alias points at. Raises InputError if the model has no such alias."""
-    if alias not in model.aliases:
-        known = ", ".join(f"{name} (version {version})" for name, version in sorted(model.aliases.items()))
-        raise InputError(
-            f"model {model.name!r} has no alias {alias!r}",
-            f"its aliases are: {known or 'none'}; or name a version with --version",
-        )
-    return str(model.aliases[alias])
-
-
-def _registered(client: MlflowClient) -> list[Any]:
-    return _all_pages(lambda token: client.search_registered_models(order_by=["name ASC"], page_token=token))
-
-
-def _versions(client: MlflowClient, name: str) -> list[Any]:
-    # MLflow's filters cannot contain every name that it accepts
-    condition = f"name = '{name}'" if re.fullmatch(r"[\w .-]+", name) else None
-    versions = _all_pages(lambda token: client.search_model_versions(condition, page_token=token))
-    return [version for version in versions if version.name == name]
-
-
-def _all_pages(page: Callable[[str | None], Any]) -> list[Any]:
-    """The rows of all pages. page: returns the page of a token, the first page for None."""
-    rows: list[Any] = []
-    token = None
-    while True:
-        current = page(token)
-        rows.extend(current)
-        token = current.token
-        if not token:
-            return rows
-
-
-def _number(version: Any, tag: str) -> float | None:
-    """The number in a tag; None, with a warning, for one that somebody else has written."""
-    text = version.tags.get(tag)
-    try:
-        number = None if text is None else float(text)
-    except ValueError:
-        number = math.nan
-    if number is not None and not math.isfinite(number):
-        log.warning(
-            "%s version %s: the tag %s is not a number: %s", version.name, version.version, tag, short_repr(text)
-        )
-        return None
-    return number
 
 
 def _sha256(data: bytes) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +21,13 @@ from minitron.storage import (
     MANIFEST,
     access_errors,
     committed_folder,
+    disk_errors,
     filesystem,
+    fingerprint,
     is_committed,
+    is_local,
     join,
+    local_path,
     manifest,
     read_bytes,
     read_bytes_if_exists,
@@ -38,6 +43,10 @@ MANIFEST_TAG = "minitron.manifest_sha256"
 PATH_TAG = "minitron.storage_path"  # path of the weights relative to the storage
 CARD = "README.md"  # the model card beside the weights, which is not part of their identity
 UPLOADED = "models:/"  # how the address of a logged model starts
+
+
+class AlteredError(StorageError):
+    """A file of a version's weights with another content than was registered."""
 
 
 def location(version: Any, storage_root: str | None) -> str:
@@ -64,16 +73,23 @@ def check_weights(client: MlflowClient, version: Any, storage_root: str | None, 
 def copy_weights(
     client: MlflowClient, version: Any, storage_root: str | None, target: str, *, unverified: bool = False
 ) -> None:
-    """Copy a version's weights to the folder `target`. Raises StorageError as `check_weights`; nothing is written then."""
+    """Copy a version's weights to the folder `target`. Raises StorageError as `check_weights`; nothing is written then.
+
+    Files that an interrupted call has copied to a local folder are not copied again.
+    """
     with _source(client, version, storage_root, unverified) as source:
         files = manifest(source)["files"] if isinstance(source, str) else source.files
-        with committed_folder(target) as folder:
+        with _resumed_folder(target, files) as folder:
             for name, expected in files.items():
                 path = inside(folder, name, f"{title(version)}: {MANIFEST}")
+                if path.is_file() and path.stat().st_size == expected["bytes"] and sha256(path) == expected["sha256"]:
+                    continue
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if isinstance(source, str):
                     fs, inner = filesystem(source)
                     with access_errors(source):
+                        if not fs.exists(f"{inner}/{name}"):
+                            raise StorageError(f"{join(source, name)}: missing", "choose another version")
                         fs.get_file(f"{inner}/{name}", str(path))
                     _compare(join(source, name), path, expected)
                 else:
@@ -82,6 +98,50 @@ def copy_weights(
         card = read_bytes_if_exists(join(source, CARD)) if isinstance(source, str) else source.card()
         if card is not None and CARD not in files:
             write_bytes(join(target, CARD), card)
+
+
+@contextmanager
+def _resumed_folder(target: str, files: dict[str, Any]) -> Iterator[Path]:
+    """As `committed_folder`, but what an interrupted call for the same files has left is used: beside a local target, in a
+    hidden folder that is named after their hashes."""
+    if not is_local(target):
+        with committed_folder(target) as folder:
+            yield folder
+        return
+    final = local_path(target)
+    part = final.with_name(f".{final.name}.{fingerprint(files)[:16]}.part")
+    with disk_errors(target):
+        part.mkdir(parents=True, exist_ok=True)
+        if part.is_symlink():
+            raise StorageError(f"{part}: is a link", "delete it")
+        try:
+            yield part
+            for file in [path for path in part.rglob("*") if path.is_file()]:
+                if str(file.relative_to(part)) not in files:  # half a file, under a temporary name
+                    file.unlink()
+            with committed_folder(target) as folder:
+                for path in part.iterdir():
+                    os.rename(path, folder / path.name)
+            part.rmdir()
+        except AlteredError:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def verified_folder(
+    client: MlflowClient, version: Any, storage_root: str | None, *, unverified: bool = False
+) -> Iterator[Path]:
+    """A folder of this machine with a version's weights, whose content was compared: where they are, or a copy for as long as
+    the context. Raises StorageError as `check_weights`."""
+    with _source(client, version, storage_root, unverified) as source:
+        if isinstance(source, str) and is_local(source):
+            verify(source)
+            yield local_path(source)
+            return
+    with tempfile.TemporaryDirectory(prefix="minitron-") as folder:
+        copy_weights(client, version, storage_root, f"{folder}/weights", unverified=unverified)
+        yield Path(folder) / "weights"
 
 
 def title(version: Any) -> str:
@@ -127,7 +187,7 @@ def _compare(name: str, path: Path, expected: dict[str, Any]) -> None:
     """Raise StorageError for a copied file with another content than the manifest says."""
     actual = sha256(path)
     if actual != expected["sha256"]:
-        raise StorageError(f"{name}: SHA-256 is {actual}, expected {expected['sha256']}", "register the weights again")
+        raise AlteredError(f"{name}: SHA-256 is {actual}, expected {expected['sha256']}", "register the weights again")
 
 
 class UploadedWeights:
@@ -147,7 +207,7 @@ class UploadedWeights:
         """Download a file. Raises StorageError if its content is not what the manifest says."""
         expected = self.files[name]
         if self._sizes.get(name) != expected["bytes"]:
-            raise StorageError(
+            raise AlteredError(
                 f"{self._title}: {name} has {self._sizes.get(name, 'no')} bytes in MLflow, {expected['bytes']} were uploaded",
                 "delete the version and its logged model in MLflow, and register the weights again",
             )

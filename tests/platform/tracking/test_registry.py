@@ -20,7 +20,8 @@ from minitron.errors import InputError, MinitronError, StorageError
 from minitron.storage import committed_folder, manifest, verify
 from minitron_platform.cli.commands import main
 from minitron_platform.locations import resolve_locations
-from minitron_platform.tracking.registry import models, promote, pull, register, rollback
+from minitron_platform.tracking.moves import promote, rollback
+from minitron_platform.tracking.registry import models, pull, register
 from minitron_platform.tracking.server import serve
 from minitron_platform.tracking.ui_password import read_password
 
@@ -340,10 +341,11 @@ def test_models_and_tags_that_others_wrote_are_listed_and_can_be_promoted(uri: s
     for name in ("bob's model", 'the "other" model', "Modèle %_\\"):
         client.create_registered_model(name)
         tags = {"minitron.parameters": "many", "minitron.heldout_kl": "nan", "minitron.heldout_loss": "2.5"}
+        tags["minitron.storage_path"] = "../elsewhere"
         client.create_model_version(name, str(tmp_path / "a"), tags=tags)
         assert promote(uri, name, version="1", unverified=True).version == "1"
     client.create_registered_model("empty")
-    rows = models(uri)
+    rows = models(uri, str(tmp_path))
     assert [row.name for row in rows] == sorted(["bob's model", 'the "other" model', "Modèle %_\\"])
     assert {(row.parameters, row.heldout_kl, row.heldout_loss) for row in rows} == {(None, None, 2.5)}
     assert "the tag minitron.parameters is not a number: 'many'" in caplog.text

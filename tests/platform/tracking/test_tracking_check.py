@@ -19,7 +19,7 @@ from minitron_platform import load_recipe, plan
 from minitron_platform.addresses import check_jobs_address
 from minitron_platform.stages.finished import run_key
 from minitron_platform.tracking.check import check_tracking
-from minitron_platform.tracking.registry import promote
+from minitron_platform.tracking.moves import promote
 
 
 @pytest.fixture

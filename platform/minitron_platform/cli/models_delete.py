@@ -1,0 +1,53 @@
+"""The command `minitron models delete`: removes a version from the registry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from minitron.errors import InputError
+from minitron_platform.cli.options import tracking_options
+from minitron_platform.console import echo
+
+
+@click.command()
+@click.argument("model", metavar="MODEL/VERSION")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@tracking_options
+def delete(locations: Any, model: str, yes: bool) -> None:
+    """Remove a version from the registry, after saying which aliases and descendants it has.
+
+    Its weights stay where they are. Aliases that point at it are removed with it; `minitron rollback` points them at the
+    version before.
+    """
+    from minitron_platform.tracking.client import (
+        open_registry,
+        registered_model,
+        registered_models,
+        version_named,
+        versions_of,
+    )
+    from minitron_platform.tracking.lineage import lineage, title
+    from minitron_platform.tracking.registry import listed_location
+
+    if "/" not in model:
+        raise InputError(f"{model!r} does not say which version to delete", f"give it as {model.partition('@')[0]}/3")
+    with open_registry(locations.tracking_uri) as client:
+        version = version_named(client, model)
+        aliases = registered_model(client, version.name).aliases
+        pointing = sorted(alias for alias, number in aliases.items() if str(number) == str(version.version))
+        every = [each for one in registered_models(client) for each in versions_of(client, one.name)]
+        name = title(version)
+        for alias in pointing:
+            echo(f"the alias {alias!r} points at {name} and will be removed")
+        for descendant in lineage(version, every).descendants:
+            echo(f"{descendant} was made from {name} and will name a parent that is not registered")
+        if not yes and not click.confirm(f"delete {name} from the registry?"):
+            echo("nothing was deleted")
+            return
+        client.delete_model_version(version.name, str(version.version))
+    echo(f"{name} is deleted; its weights are still in {listed_location(version, locations.storage)}")
+    if pointing:
+        option = "" if pointing[0] == "champion" else f" --alias {pointing[0]}"
+        echo(f"to point {pointing[0]!r} at the version before: minitron rollback {version.name}{option}")

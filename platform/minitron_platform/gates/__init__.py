@@ -1,0 +1,1 @@
+"""The gates that a version of a model passes before an alias is pointed at it."""

@@ -1,0 +1,63 @@
+"""The files that serve MLflow from PostgreSQL: what can be said of them without a cluster."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FOLDER = Path(__file__).resolve().parents[3] / "clusters" / "mlflow"
+
+
+def manifests() -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((FOLDER / "kubernetes.yaml").read_text()))
+
+
+def containers() -> dict[str, dict[str, Any]]:
+    workloads = [
+        each["spec"]["template"]["spec"] for each in manifests() if each["kind"] in ("StatefulSet", "Deployment")
+    ]
+    assert all(pod["securityContext"]["runAsNonRoot"] and not pod["automountServiceAccountToken"] for pod in workloads)
+    return {container["name"]: container for pod in workloads for container in pod["containers"]}
+
+
+def test_services_policies_and_volumes_lead_to_pods_that_exist() -> None:
+    workloads = [each for each in manifests() if "template" in each.get("spec", {})]
+    pods = {each["metadata"]["name"]: each["spec"]["template"]["spec"] for each in workloads}
+    services = {each["metadata"]["name"]: each for each in manifests() if each["kind"] == "Service"}
+    assert services.keys() == pods.keys()
+    for name, service in services.items():
+        assert service["spec"]["selector"] == {"app": name}
+        open_ports = [port["containerPort"] for container in pods[name]["containers"] for port in container["ports"]]
+        assert [port["port"] for port in service["spec"]["ports"]] == open_ports
+    for name, pod in pods.items():
+        volumes = {volume["name"] for volume in pod["volumes"]} | ({"data"} if "postgres" in name else set())
+        assert {mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]} == volumes
+    (policy,) = [each["spec"] for each in manifests() if each["kind"] == "NetworkPolicy"]
+    assert policy["podSelector"]["matchLabels"]["app"] in pods
+    assert policy["ingress"][0]["from"][0]["podSelector"]["matchLabels"]["app"] == "minitron-mlflow"
+
+
+def test_passwords_come_from_the_secret_alone() -> None:
+    secret = {"database-password", "admin-password", "session-key"}
+    used = set()
+    for container in containers().values():
+        for variable in container["env"]:
+            if "PASSWORD" in variable["name"] or "SECRET" in variable["name"]:
+                used.add(variable["valueFrom"]["secretKeyRef"]["key"])
+    assert used == secret
+    head = (FOLDER / "kubernetes.yaml").read_text().split("apiVersion")[0]
+    assert all(f"--from-literal={key}=" in head for key in secret)
+    assert "--app-name basic-auth" in containers()["mlflow"]["args"][0]
+
+
+def test_the_script_refuses_what_cannot_work_before_it_writes(tmp_path: Path) -> None:
+    script = FOLDER / "serve.sh"
+    subprocess.run(["bash", "-n", script], check=True)
+    folder = tmp_path / "with space"
+    refused = subprocess.run(["bash", script, folder], capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("serve.sh: ")
+    assert not folder.exists()
