@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from minitron.evaluation.metrics import KL, LOSS
 from minitron_platform.gates.gate import Subject, Verdict
 from minitron_platform.gates.paired import Worse, worse_rows, worse_task
@@ -20,7 +22,7 @@ def champion(subject: Subject) -> list[Verdict]:
     documents = [subject.documents(each.student.documents) for each in (mine, theirs)]
     allowed = subject.settings.tolerance
     verdicts = []
-    if not _same_rows(subject, mine, theirs):
+    if not _same_rows(subject.version, subject.champion, mine, theirs):
         verdicts.append(Verdict(f"KL and loss {title}", "unknown", "measured on other rows or with another teacher"))
     else:
         for name, metric in (("kl", KL), ("loss", LOSS)):
@@ -44,8 +46,8 @@ def _verdict(name: str, worse: Worse, allowed: float, measured: str, limit: str)
     return Verdict(name, "failed" if worse.at_least > allowed else "passed", measured, limit)
 
 
-def _same_rows(subject: Subject, mine: VersionFigures, theirs: VersionFigures) -> bool:
+def _same_rows(version: Any, other: Any, mine: VersionFigures, theirs: VersionFigures) -> bool:
     if mine.heldout is not None and theirs.heldout is not None:
         return mine.heldout == theirs.heldout
-    tags = [[version.tags.get(tag) for tag in ROWS_TAGS] for version in (subject.version, subject.champion)]
+    tags = [[each.tags.get(tag) for tag in ROWS_TAGS] for each in (version, other)]
     return tags[0] == tags[1] and tags[0][0] is not None
