@@ -13,6 +13,10 @@ HARMLESS = (  # parameters of databases that hold no secrets
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
 _QUERY = re.compile(r"[?&;#]")
 _STORAGE_QUERY = re.compile(r"\?[\w.-]+=")  # ? is also a wildcard
+_SECRET = re.compile(  # as libraries show a path's query or a database's settings
+    r"(?i)(?:(?<=[?&;])[\w.-]*(?:token|key|signature|sig|credential)|[\w.-]*(?:password|passwd|pwd|secret)[\w.-]*)(?==[^\s=])"
+    r"=(?:'[^']*'|\"[^\"]*\"|[^\s&;,)]+)"
+)
 _PARAMETER = re.compile(r"[\w.-]+(?==)")
 
 
@@ -57,8 +61,10 @@ class Address:
 
 
 def redact(text: str) -> str:
-    """`text` with every address in it shown without user, password and query."""
-    return _ADDRESS.sub(lambda match: str(Address.parse(match[0])), text)
+    """`text` with every address in it shown without user, password and query, and `name=value` without the value where the
+    name is that of a secret."""
+    shown = _ADDRESS.sub(lambda match: str(Address.parse(match[0])), text)
+    return _SECRET.sub(lambda match: f"{match[0].partition('=')[0]}=...", shown)
 
 
 def secret_in(text: str) -> str:

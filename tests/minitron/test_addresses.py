@@ -74,3 +74,20 @@ def test_user_and_query_of_an_address_are_not_shown(address, shown, secret):
         with pytest.raises(StorageError, match="may be secrets") as refused:
             storage.filesystem(address)
         assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("refused with url: /a?password=hunter2&x=1 (again)", "refused with url: /a?password=...&x=1 (again)"),
+        ("url: /a?page=2&access_token=hunter2", "url: /a?page=2&access_token=..."),
+        ("/b?X-Amz-Signature=hunter2", "/b?X-Amz-Signature=..."),
+        ("host=db password=hunter2 dbname=x", "host=db password=... dbname=x"),
+        ("host=db password='hunter2 hunter2' dbname=x", "host=db password=... dbname=x"),
+        ("connect(PASSWORD=hunter2, port=1)", "connect(PASSWORD=..., port=1)"),
+        ("SECRET_KEY=hunter2;", "SECRET_KEY=...;"),
+        ("max_tokens=4096 bos_token=<s> key=text", "max_tokens=4096 bos_token=<s> key=text"),
+    ],
+)
+def test_values_of_what_is_called_a_secret_are_not_shown(text, shown):
+    assert redact(text) == shown

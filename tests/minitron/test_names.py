@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import uuid
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -74,6 +75,24 @@ def test_a_cache_that_another_user_created_is_not_used(remote, tmp_path, monkeyp
     monkeypatch.setattr(os, "getuid", lambda: owner + 1)
     with pytest.raises(StorageError, match=f"belongs to user {owner}"):
         storage.fetch(remote)
+
+
+def test_a_link_of_another_user_to_a_folder_of_ones_own_is_no_cache(remote, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shared"))
+    (tmp_path / "private").mkdir()
+    (tmp_path / "shared").mkdir()
+    link = tmp_path / "shared" / "minitron"
+    link.symlink_to(tmp_path / "private")
+    real = Path.lstat
+
+    def lstat(path):  # as if the link were another user's
+        status = real(path)
+        return os.stat_result([*status[:4], status.st_uid + 1, *status[5:]]) if path == link else status
+
+    monkeypatch.setattr(Path, "lstat", lstat)
+    with pytest.raises(StorageError, match="belongs to user"):
+        storage.fetch(remote)
+    assert list((tmp_path / "private").iterdir()) == []
 
 
 @pytest.mark.parametrize("damage", ["short", "missing", "another", "forged", "link"])
