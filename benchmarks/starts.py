@@ -55,8 +55,8 @@ def run_recipe(folder: str) -> None:
     from minitron_platform import load_recipe, run
     from minitron_platform.stages import ray_start
     from minitron_platform.stages.trial_records import TrialsView
-    from minitron_platform.workers.calls import WorkerStarted
     from minitron_platform.workers.group import WorkerGroup
+    from minitron_platform.workers.worker import WorkerStarted
     from minitron_platform.workers.workers import Workers
     from minitron_search.events import Started
     from minitron_search.pool import Pool

@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -13,10 +14,11 @@ from helpers import tiny
 from helpers.evaluating import arc_documents, byte_tokenizer, pages, sums, tiny_model, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minitron import estimate_importance
+from minitron import estimate_importance, storage
 from minitron.data import Rows
 from minitron.distill import store_hidden
 from minitron.distill.loading import load_split
+from minitron.distill.teacher.shard_format import INDEX
 from minitron.evaluation import Task, evaluate, heldout_metrics, teacher_targets
 from minitron.importance import LayerScoring
 from minitron.models import layers_of
@@ -67,9 +69,12 @@ def measure_all(model, material: Path, folder: Path, store: Path) -> dict:
     layers = [*SCORINGS, LayerScoring("task", sizes=(4,), task=task)]
     calibrate(f"{folder}/scores", model, rows.take(range(5)), layers=layers, tokenizer=words, batch_rows=2)
     bytes_of_8_rows = 8 * 32 * (4 * 48 + 4)
-    stored = store_hidden(
-        lambda: model, rows, str(store), key="k", rank=rank, world=world, shard_bytes=bytes_of_8_rows, numbers=range(20)
-    )
+    how = {"key": "k", "rank": rank, "world": world, "shard_bytes": bytes_of_8_rows, "numbers": range(20)}
+    file_sizes = storage.file_sizes
+    # as if a worker of an earlier driver completed the store after the first process has seen that it is empty
+    later = (lambda folder: file_sizes(folder) or {INDEX: 1}) if rank == 1 else file_sizes
+    with mock.patch.object(storage, "file_sizes", later):
+        stored = store_hidden(lambda: model, rows, str(store), **how)
     heldout = heldout_metrics(
         model, rows.take(range(5)), **teacher_targets(model, rows.take(range(5))), batch_rows=2, together=world > 1
     )

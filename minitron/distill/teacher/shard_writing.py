@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,7 +27,7 @@ from minitron.distill.teacher.shard_format import (
     shard_name,
 )
 from minitron.errors import NotWritableError, StorageError
-from minitron.processes import is_sharded, largest, world_size
+from minitron.processes import from_first, is_sharded, largest, own_rank, world_size
 from minitron.storage.tensors import write_tensors
 
 SHARD_BYTES = 256 << 20
@@ -88,7 +89,8 @@ def write_shards(
     rank, world, progress = how.get("rank", 0), how.get("world", 1), how.get("progress")
     chosen = range(len(rows)) if numbers is None else list(numbers)
     key = key_of_rows(key, numbers)
-    files = storage.file_sizes(folder)
+    in_group = world > 1 and world_size() == world
+    files = _files(folder, in_group)
     if INDEX in files:
         check_key(folder, Index.read(folder).key, key)
         return 0
@@ -105,9 +107,8 @@ def write_shards(
     everything = set(range(index.num_shards))
     mine = range(index.num_shards)[rank::world]
     missing = [number for number in mine if number not in committed]
-    in_group = world > 1 and world_size() == world
     passes = sum(-(-index.rows_of_shard(number) // batch_rows) for number in missing)
-    most = largest([passes], in_group)[0]  # also waits until all processes have listed the folder
+    most = largest([passes], in_group)[0]
     total, computed = index.rows_of(mine), 0
     done = total - index.rows_of(missing)
     if most:
@@ -135,6 +136,16 @@ def write_shards(
     if everything <= committed:
         index.write(folder)
     return computed
+
+
+def _files(folder: str, in_group: bool) -> dict[str, int]:
+    """Sizes of the files in a folder, by path. Those that the first process sees, in all: a worker of an earlier driver may
+    still write there, and the processes must load the teacher together or not at all."""
+    if not in_group:
+        return storage.file_sizes(folder)
+    own = storage.file_sizes(folder) if own_rank() == 0 else {}
+    sizes: dict[str, int] = json.loads(from_first(json.dumps(own).encode(), together=True))
+    return sizes
 
 
 def default_shard_bytes(total: int, world: int) -> int:
