@@ -15,14 +15,17 @@ FAST := $(addprefix tests/,minitron/attention minitron/data/test_data.py minitro
   end_to_end/test_run.py::test_the_student_loads_without_minitron_and_gives_the_same_logits \
   end_to_end/test_run.py::test_mlflow_shows_the_run_its_stages_and_the_trials_below_the_search)
 
-.PHONY: run test test-lowest lint fuzz locks clean secrets audit
+.PHONY: run test test-long test-lowest lint fuzz locks clean secrets audit
 
 run: $(VENV)/.installed  ## SmolLM2-135M to about 90M parameters, on this machine
 	$(BIN)/minitron run smollm2-135m-cpu
 
 # In the order of their names: that of xdist leaves the files with few tests, which are the long ones, for the end.
 test: $(VENV)/.installed  ## the tests, three files at a time
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m 'not long'
+
+test-long: $(VENV)/.installed  ## the tests that take a minute or more each
+	$(BIN)/python -m pytest -m long
 
 test-lowest: $(LOWEST)/.installed  ## a fast part of them with the lowest versions that pyproject.toml allows
 	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(FAST)
