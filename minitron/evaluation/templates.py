@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import lm_eval.utils
 from jinja2 import BaseLoader, StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
 
@@ -16,6 +15,8 @@ from jinja2.sandbox import SandboxedEnvironment
 @contextmanager
 def sandboxed_templates() -> Iterator[None]:
     """Inside the context lm-eval's templates reach the fields of a document and their public methods, and nothing else."""
+    import lm_eval.utils  # takes a second, which a run with nothing to do does not need
+
     usual = lm_eval.utils.env
     sandbox = SandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
     sandbox.filters.update(usual.filters)

@@ -19,7 +19,7 @@ from minitron_platform.recipes.load import check_recipe_type, recipe_yaml
 from minitron_platform.recipes.paths import with_absolute_paths
 from minitron_platform.recipes.schema import Recipe
 from minitron_platform.tracking.flusher import check_address
-from minitron_platform.uploads import with_uploads
+from minitron_platform.uploads import check_uploads, with_uploads
 
 
 def submit(
@@ -91,6 +91,8 @@ def submit(
         options["take-over"] = ""
     if unchecked := check_submission(recipe):
         say(f"this machine cannot read {', '.join(unchecked)}; the job will check it")
+    if upload:
+        check_uploads(recipe)
     addresses = [
         locations.storage,
         tracking_uri or "",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from glob import has_magic, iglob
 from pathlib import Path
+from typing import Any
 
 from minitron import storage
 from minitron.errors import InputError
@@ -23,17 +24,26 @@ def with_uploads(recipe: Recipe, root: str, say: Callable[[str], None]) -> Recip
     out of it, before anything of that folder is copied.
     """
     values = recipe.model_dump(by_alias=True)
+    for section, key, name, inner, files in _local_files(values):
+        size = sum(path.stat().st_size for path in files.values())
+        say(f"uploading {name}: {section[key]}, {len(files)} file{'s' if len(files) > 1 else ''}, {size / 1e6:,.1f} MB")
+        folder = storage.upload_files(files, storage.join(root, "uploads"))
+        section[key] = storage.join(folder, inner)
+    return Recipe.model_validate(values)
+
+
+def check_uploads(recipe: Recipe) -> None:
+    """Raise InputError for a local path of the recipe that `with_uploads` would refuse."""
+    for _ in _local_files(recipe.model_dump(by_alias=True)):
+        pass
+
+
+def _local_files(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str, str, dict[str, Path]]]:
+    """(section, key, its name, path inside the upload, local file by path inside it) of each local path that exists."""
     for section, key, name in recipe_paths(values):
         text = section[key]
-        if text.startswith(PACKAGE) or not storage.is_local(text):
-            continue
-        if found := _files(str(storage.local_path(text))):
-            inner, files = found
-            size = sum(path.stat().st_size for path in files.values())
-            say(f"uploading {name}: {text}, {len(files)} file{'s' if len(files) > 1 else ''}, {size / 1e6:,.1f} MB")
-            folder = storage.upload_files(files, storage.join(root, "uploads"))
-            section[key] = storage.join(folder, inner)
-    return Recipe.model_validate(values)
+        if not text.startswith(PACKAGE) and storage.is_local(text) and (found := _files(str(storage.local_path(text)))):
+            yield section, key, name, *found
 
 
 def _files(path: str) -> tuple[str, dict[str, Path]] | None:

@@ -124,13 +124,18 @@ def test_add_bos_reaches_the_benchmarks_of_calibration_search_and_training(begun
     from minitron_platform.training.train import TrainTask, task_results
 
     told = []
-    evaluate = minitron.evaluation.evaluate
+    evaluate, during_training = minitron.evaluation.evaluate, minitron.evaluation.evaluate_documents
 
     def listen(*arguments, add_bos=None, **options):
         told.append(add_bos)
         return evaluate(*arguments, add_bos=add_bos, **options)
 
+    def listen_during_training(*arguments, add_bos=None, **options):
+        told.append(add_bos)
+        return during_training(*arguments, add_bos=add_bos, **options)
+
     monkeypatch.setattr("minitron.evaluation.evaluate", listen)
+    monkeypatch.setattr("minitron.evaluation.evaluate_documents", listen_during_training)
     task = {"name": "arc_easy", "data": str(bench / "arc.jsonl"), "limit": 1}
     overrides = [
         "data.add_bos=false",

@@ -121,7 +121,7 @@ def test_measurements_are_in_the_ranking_the_report_and_mlflow(searched):
         for score in row["benchmarks"][:1]:
             assert score["task"] == "arc_easy"
             assert f"<td>{100 * score['value']:.1f} ± {100 * score['stderr']:.1f}</td>" in page
-    assert "<th>arc_easy acc, %</th>" in page
+    assert "arc_easy\nacc, %</th>" in page
     assert "2 sequences of 64 tokens" in page
     times = [json.loads(path.read_text()) for path in (storage / "latency").glob("*.json")]
     measured = {time["architecture"]: time["milliseconds"] for time in times}
@@ -144,8 +144,8 @@ def test_a_perplexity_is_shown_as_a_plain_number_everywhere(searched):
     distilled = stages["evaluate"]["table"]["distilled"]["tasks"]["wikitext"]
     shown = task_metric("wikitext", "word_perplexity").text(distilled["value"])
     assert shown == f"{distilled['value']:,.0f}"  # in the thousands for a tiny model
-    assert "<td>wikitext word_perplexity</td>" in page
-    assert "<th>wikitext word_perplexity</th>" in page
+    assert ">wikitext word_perplexity</th>" in page
+    assert "wikitext\nword_perplexity</th>" in page
     assert f"<td>{shown}</td>" in page
     assert "wikitext: word_perplexity (lower is better), 0-shot" in page
     assert f"{100 * distilled['value']:,.0f}" not in page
@@ -236,7 +236,7 @@ def test_a_metric_that_an_earlier_version_lacked_is_measured_by_itself_and_shown
     for figures in table["outputs"]["table"].values():
         del figures["top1_agreement"]
     (finished / "stage.json").write_text(json.dumps(table))
-    for file in (finished / "pruned.json", finished / "distilled.json", *(storage / "quality").glob("*.json")):
+    for file in (finished / "pruned.json", finished / "distilled.json", *(storage / "quality").glob("*[!s].json")):
         quality = json.loads(file.read_text())
         del quality["top1_agreement"]
         file.write_text(json.dumps(quality))
@@ -308,7 +308,7 @@ def test_a_failed_benchmark_does_not_affect_the_others_and_is_retried_alone(benc
     assert scores == stages["evaluate"]["table"]["distilled"]["tasks"]
     results = max((storage / "runs").glob("*/report.html"), key=lambda path: path.stat().st_mtime)
     page = html.unescape(results.read_text())
-    assert "<td>arc_easy</td><td>failed</td><td>failed</td><td>failed</td>" in page
+    assert ">arc_easy</th><td>failed</td><td>failed</td><td>failed</td>" in page
     assert "arc_easy failed: ConnectionError: the hub is away" in page
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
     version = client.get_model_version("tiny-student", first["register"]["version"])

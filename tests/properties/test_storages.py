@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from minitron import storage
 from minitron.data import TextSource, documents
 from minitron.errors import MinitronError
-from minitron_platform.tracking.registry import models, rollback
+from minitron_platform.tracking.moves import rollback
+from minitron_platform.tracking.registry import models
 
 NAME = "family"
 

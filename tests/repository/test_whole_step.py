@@ -26,6 +26,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.long
 def test_the_command_compares_trainers_without_a_model_in_its_own_process(tmp_path):
     options = [
         "--shapes=tiny",

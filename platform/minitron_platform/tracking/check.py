@@ -152,10 +152,15 @@ def _check_experiment(tracking_uri: str, experiment: str) -> str | None:
 
 def _no_answer(tracking_uri: str, error: Exception) -> str:
     reason: BaseException = error
-    while reason.__cause__ or (reason.__context__ and not reason.__suppress_context__):  # what the HTTP library has met
-        reason = reason.__cause__ or reason.__context__ or reason
+    # what the HTTP library has met; a plain ConnectionError is ours and says what it is
+    while type(reason) is not ConnectionError and (cause := reason.__cause__ or _context(reason)):
+        reason = cause
     text = (isinstance(reason, OSError) and reason.strerror) or _first_line(str(reason))
     return f"MLflow at {redact(tracking_uri)} does not answer ({redact(text)})"
+
+
+def _context(error: BaseException) -> BaseException | None:
+    return None if error.__suppress_context__ else error.__context__
 
 
 def _first_line(text: str) -> str:

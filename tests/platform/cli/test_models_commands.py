@@ -56,7 +56,7 @@ def family(tmp_path: Path, empty_database: Path) -> Path:
 
 
 def command(family: Path, *arguments: str, **options: Any) -> Any:
-    return CliRunner().invoke(main, ["models", *arguments, "--storage", str(family)], **options)
+    return CliRunner(env={"COLUMNS": "200"}).invoke(main, ["models", *arguments, "--storage", str(family)], **options)
 
 
 def test_models_lists_alias_and_speed_of_the_family(family: Path) -> None:

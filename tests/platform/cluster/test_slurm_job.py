@@ -71,6 +71,7 @@ def _processes_of(folder):
     return names
 
 
+@pytest.mark.long
 def test_a_preempted_job_warns_ray_ends_its_own_ray_and_is_requeued(job, tmp_path):
     script, environ = job
     (tmp_path / "run.py").write_text(RUN)

@@ -175,6 +175,7 @@ def test_a_plan_counts_the_nodes_of_a_cluster_and_those_that_its_autoscaler_may_
     assert "CPUs are there now, the autoscaler may start the others" in planned.resources_text
 
 
+@pytest.mark.long
 def test_the_doctor_looks_at_every_node_and_measures_between_them(cluster, tmp_path):
     findings = list(findings_of_cluster(cluster.address, str(tmp_path)))
     nodes = 1 + len(cluster.worker_nodes)
@@ -205,6 +206,7 @@ def test_a_group_that_waits_for_room_says_for_what_and_gives_up_in_the_end(clust
     assert not group.is_open
 
 
+@pytest.mark.long
 def test_a_group_shrinks_with_the_cluster_grows_at_a_checkpoint_and_hears_of_nodes_that_leave(
     cluster, tmp_path, monkeypatch
 ):

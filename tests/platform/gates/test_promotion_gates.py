@@ -169,7 +169,7 @@ def test_a_missing_card_is_refused_only_if_the_recipe_wants_one(registry: Any, t
 
 def test_the_command_shows_what_failed_and_forces_only_with_a_reason_that_is_recorded(registry: Any) -> None:
     def command(*arguments: str) -> Any:
-        return CliRunner().invoke(
+        return CliRunner(env={"COLUMNS": "200"}).invoke(
             main, ["promote", NAME, "--to", "champion", "--storage", str(registry.root), *arguments]
         )
 
