@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 
+import pytest
 import yaml
 from helpers.command import ROOT
 
@@ -12,6 +13,7 @@ TEXT = (ROOT / "docs" / "python.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
+@pytest.mark.long
 def test_the_snippets_of_the_python_docs_run(bench, tmp_path, ray_here, monkeypatch, capsys):
     for name in ("teacher", "text.jsonl", "arc.jsonl", "recipe.yaml"):
         source = bench / name

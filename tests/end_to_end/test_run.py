@@ -389,6 +389,7 @@ def _descendants_running(pid, command):
     return [int(child) for child, _, *args in table if args and args[0].startswith(command) and below(int(child))]
 
 
+@pytest.mark.long
 def test_an_online_teacher_is_stored_for_the_search_alone_and_a_killed_worker_is_reported(bench):
     settings = ["targets.mode=online", "targets.teacher=sharded", "targets.top_k=40", "distill.evaluate_tasks_every=12"]
     # a trial has two workers, each with as many CPUs as there are cores: the private Ray offers what they request
