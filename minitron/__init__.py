@@ -6,8 +6,9 @@ the package is cheap.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from minitron.lazy_names import lazy_names
 
 __version__ = "0.1.0"
 
@@ -35,9 +36,4 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        value = getattr(import_module(_PUBLIC[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'minitron' has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, _PUBLIC)

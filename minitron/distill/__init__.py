@@ -5,8 +5,9 @@ Names are loaded on first use, so that settings can be read without the loop, wh
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from minitron.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from minitron.distill.config import DistillConfig as DistillConfig
@@ -25,20 +26,20 @@ if TYPE_CHECKING:
     from minitron.distill.teacher.top_k import store_top_k as store_top_k
 
 _PUBLIC = {
-    "DistillConfig": "config",
-    "LiveTeacher": "teacher.live",
-    "Losses": "losses",
-    "Point": "curve",
-    "StepReport": "report",
-    "StoredTeacher": "teacher.stored",
-    "TopKTeacher": "teacher.top_k",
-    "default_losses": "losses",
-    "distill": "loop",
-    "linear_kl_div": "losses.logits",
-    "linear_logit_loss": "losses.logits",
-    "read_curve": "curve",
-    "store_hidden": "teacher.stored",
-    "store_top_k": "teacher.top_k",
+    "DistillConfig": ".config",
+    "LiveTeacher": ".teacher.live",
+    "Losses": ".losses",
+    "Point": ".curve",
+    "StepReport": ".report",
+    "StoredTeacher": ".teacher.stored",
+    "TopKTeacher": ".teacher.top_k",
+    "default_losses": ".losses",
+    "distill": ".loop",
+    "linear_kl_div": ".losses.logits",
+    "linear_logit_loss": ".losses.logits",
+    "read_curve": ".curve",
+    "store_hidden": ".teacher.stored",
+    "store_top_k": ".teacher.top_k",
 }
 
 __all__ = list(_PUBLIC)
@@ -48,9 +49,4 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, _PUBLIC)

@@ -5,8 +5,9 @@ Names are loaded on first use, so that lm-eval is imported only for benchmark sc
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from minitron.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from minitron.evaluation.harness import evaluate as evaluate
@@ -29,24 +30,24 @@ if TYPE_CHECKING:
     from minitron.evaluation.tasks import check_tasks as check_tasks
 
 _PUBLIC = {
-    "DocumentResult": "scores",
-    "Evaluated": "scores",
-    "Score": "scores",
-    "evaluate": "harness",
-    "evaluate_documents": "harness",
-    "HeldoutMetrics": "heldout",
-    "heldout_metrics": "heldout",
-    "teacher_targets": "heldout",
-    "Metric": "metrics",
-    "task_metric": "metrics",
-    "Suite": "suites",
-    "suite": "suites",
-    "Task": "tasks",
-    "check_tasks": "tasks",
-    "check_requirements": "tasks",
-    "Throughput": "speed",
-    "interleaved_throughput": "speed",
-    "throughput": "speed",
+    "DocumentResult": ".scores",
+    "Evaluated": ".scores",
+    "Score": ".scores",
+    "evaluate": ".harness",
+    "evaluate_documents": ".harness",
+    "HeldoutMetrics": ".heldout",
+    "heldout_metrics": ".heldout",
+    "teacher_targets": ".heldout",
+    "Metric": ".metrics",
+    "task_metric": ".metrics",
+    "Suite": ".suites",
+    "suite": ".suites",
+    "Task": ".tasks",
+    "check_tasks": ".tasks",
+    "check_requirements": ".tasks",
+    "Throughput": ".speed",
+    "interleaved_throughput": ".speed",
+    "throughput": ".speed",
 }
 
 __all__ = list(_PUBLIC)
@@ -56,9 +57,4 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, _PUBLIC)

@@ -5,8 +5,9 @@ Names are loaded on first use, so that enumerating a space does not import Ray.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from minitron.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from minitron_search.architecture_search import score_all as score_all
@@ -25,31 +26,26 @@ if TYPE_CHECKING:
     from minitron_search.space import candidates as candidates
 
 _PUBLIC = {
-    "Benchmarks": "benchmarks",
-    "Halving": "halving",
-    "Latency": "latency",
-    "Limits": "limits",
-    "Pool": "pool",
-    "RankedCandidate": "ranking",
-    "SearchResult": "results",
-    "SearchTask": "search_task",
-    "Space": "sampling",
-    "benchmark_best": "benchmarks",
-    "candidates": "space",
-    "sample": "sampling",
-    "score_all": "architecture_search",
-    "search": "architecture_search",
+    "Benchmarks": ".benchmarks",
+    "Halving": ".halving",
+    "Latency": ".latency",
+    "Limits": ".limits",
+    "Pool": ".pool",
+    "RankedCandidate": ".ranking",
+    "SearchResult": ".results",
+    "SearchTask": ".search_task",
+    "Space": ".sampling",
+    "benchmark_best": ".benchmarks",
+    "candidates": ".space",
+    "sample": ".sampling",
+    "score_all": ".architecture_search",
+    "search": ".architecture_search",
 }
 
 __all__ = [*_PUBLIC]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, _PUBLIC)
 
 
 def __dir__() -> list[str]:

@@ -59,7 +59,7 @@ def _problem(tracking_uri: str, experiment: str) -> str | None:
     try:
         check_database(tracking_uri)
     except ConnectionError as error:
-        return _no_answer(tracking_uri, error)
+        return _no_answer(tracking_uri, _first_line(str(error)))
     create_database(tracking_uri)
     return _check_experiment(tracking_uri, experiment)
 
@@ -144,23 +144,21 @@ def _check_experiment(tracking_uri: str, experiment: str) -> str | None:
                 f"MLflow at {redact(tracking_uri)} refuses this user: {redact(reason)}",
                 "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
             ) from error
-        return _no_answer(tracking_uri, error)
+        return _no_answer(tracking_uri, _first_cause(error))
     if existing is not None:
         check_not_deleted(existing)
     return None
 
 
-def _no_answer(tracking_uri: str, error: Exception) -> str:
-    reason: BaseException = error
-    # what the HTTP library has met; a plain ConnectionError is ours and says what it is
-    while type(reason) is not ConnectionError and (cause := reason.__cause__ or _context(reason)):
-        reason = cause
-    text = (isinstance(reason, OSError) and reason.strerror) or _first_line(str(reason))
-    return f"MLflow at {redact(tracking_uri)} does not answer ({redact(text)})"
+def _no_answer(tracking_uri: str, reason: str) -> str:
+    return f"MLflow at {redact(tracking_uri)} does not answer ({redact(reason)})"
 
 
-def _context(error: BaseException) -> BaseException | None:
-    return None if error.__suppress_context__ else error.__context__
+def _first_cause(error: BaseException) -> str:
+    """What the HTTP library below MLflow has met."""
+    while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        error = cause
+    return (isinstance(error, OSError) and error.strerror) or _first_line(str(error))
 
 
 def _first_line(text: str) -> str:
