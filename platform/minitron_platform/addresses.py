@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import socket
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -20,6 +21,16 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def answers(address: str, seconds: float) -> bool:
+    """Whether something listens at `address` (HOST:PORT), waiting for at most `seconds`."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def check_jobs_address(address: Any) -> None:

@@ -24,12 +24,14 @@ from ray.exceptions import RpcError
 
 from minitron.environment import environment_variables
 from minitron.errors import InputError, MinitronError
+from minitron_platform.addresses import answers
 from minitron_platform.cluster.ray_node import RayNode, end, ray_node, start
 from minitron_platform.cluster.ray_session import QUIET, auth_token
 
 INTERRUPTED = 75  # exit code after a notice; EX_TEMPFAIL of sysexits.h: try again
 ENDED = 128 + signal.SIGTERM  # exit code after SIGTERM or SIGINT
 POLL = 0.5  # seconds
+HEAD_SECONDS = 2.0  # that the head has to answer in
 HEAD_GONE = 5.0  # seconds without an answer, after which a worker believes that the head has ended
 
 
@@ -113,7 +115,7 @@ def _follow(place: Place, signals: _Signals, deadline: float, say: Callable[[str
         answered = time.monotonic()
         while not signals.any and time.monotonic() < answered + HEAD_GONE:
             time.sleep(POLL)
-            if _answers(place):
+            if answers(f"{place.head}:{place.port}", HEAD_SECONDS):
                 worker.check()
                 answered = time.monotonic()
     return 0
@@ -195,15 +197,6 @@ def free_port() -> str:
         return str(server.getsockname()[1])
 
 
-def _answers(place: Place) -> bool:
-    """Whether something listens at the head's port."""
-    try:
-        socket.create_connection((place.head, place.port), timeout=2).close()
-    except OSError:
-        return False
-    return True
-
-
 class _HeadJoined:
     """Whether the head has joined its cluster, which it does seconds after it listens; until then others are refused."""
 
@@ -212,7 +205,9 @@ class _HeadJoined:
 
     def __call__(self) -> bool:
         try:
-            return _answers(self.place) and bool(_living(self.place, head=True))
+            return answers(f"{self.place.head}:{self.place.port}", HEAD_SECONDS) and bool(
+                _living(self.place, head=True)
+            )
         except RpcError:  # it has not started completely, or is busy
             return False
 

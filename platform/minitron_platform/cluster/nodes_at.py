@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from ray._private.internal_api import get_state_from_address
 from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RayError
 
+from minitron_platform.addresses import answers
 from minitron_search.nodes import Node, possible_nodes, present_nodes
 
 ANSWER_SECONDS = 3.0
@@ -46,7 +46,7 @@ def nodes_at(address: str | None) -> ClusterNodes | None:
     (ray://)."""
     address = address or os.environ.get("RAY_ADDRESS") or ""
     head = None if address.startswith("ray://") else canonicalize_bootstrap_address(address)
-    if not head or not _answers(head):
+    if not head or not answers(head, ANSWER_SECONDS):
         return None
     logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)
     authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
@@ -55,12 +55,3 @@ def nodes_at(address: str | None) -> ClusterNodes | None:
         return ClusterNodes(present_nodes(state), possible_nodes(state))
     except (RayError, RuntimeError, ValueError):  # another version of Ray, or another token; joining it says which
         return None
-
-
-def _answers(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
-    except (OSError, ValueError):
-        return False
-    return True
