@@ -37,7 +37,7 @@ ELASTIC_WORKERS = ["resources.workers={min: 1, max: 2}"]
 
 
 def make_recipe(folder: Path) -> Path:
-    """The tests' small recipe with a correction, three candidates, and so many rows that the targets have several shards."""
+    """The small recipe of the tests with a correction, three candidates, and enough rows for several shards of targets."""
     folder.mkdir()
     tiny.bench(folder)
     tiny.corpus(folder / "text.jsonl", 3000)

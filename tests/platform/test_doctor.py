@@ -28,7 +28,7 @@ def here(tmp_path_factory):
 
 
 def _findings(*nodes):
-    """Findings by check and place; of those of one place the worst."""
+    """The worst finding of each check at each place."""
     return {(each.check, each.where): each for each in node_findings(nodes)}
 
 

@@ -79,7 +79,7 @@ def start(command: Sequence[str], output: int | None = None) -> subprocess.Popen
     """Start a process in a session of its own, which does not get the signals of this process's group.
 
     The kernel kills it if this process dies. output: file descriptor for its output; by default that of this process.
-    Raises InputError if there is no such program.
+    Raises InputError if the program is not found.
     """
 
     def prepare() -> None:
