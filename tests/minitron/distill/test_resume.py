@@ -165,10 +165,11 @@ def everything(folder, out):
     elastic = {"folder": folder, "config": STEPS, "losses": Losses(), "checkpoints": f"{out}/elastic"}
     for part, (world, until) in enumerate(((2, 4), (1, 7), (2, 10))):
         _together(f"{out}/elastic{part}", {**elastic, "until": until}, world=world)
-    short = {"folder": folder, "config": replace(STEPS, steps=3, checkpoint_every=2)}
+    short = {"folder": folder, "config": replace(STEPS, steps=5, checkpoint_every=2)}
     _together(f"{out}/replicated", short)
     stopped = {**short, "checkpoints": f"{out}/replicated-killed"}
-    _together(f"{out}/replicated-killed", stopped, victim=1, kill_at=3)
+    # no earlier: that of step 2 is certainly committed only when that of step 4 is begun
+    _together(f"{out}/replicated-killed", stopped, victim=1, kill_at=5)
     _together(f"{out}/replicated-killed", stopped)
     _together(f"{out}/split", {**short, "split": True})
     _together(f"{out}/both", {**sharded, "split": True, "tasks": True})
@@ -206,7 +207,8 @@ def _logged(path):
 def test_curve_and_weights_are_bit_identical_after_a_kill(done):
     """Of a student that every process has as a whole; the next test shards it."""
     whole = _saw(done, "replicated", 0)["losses"]
-    assert _saw(done, "replicated-killed", 0)["losses"] == whole[2:]  # from the checkpoint of step 2
+    resumed = _saw(done, "replicated-killed", 0)["losses"]
+    assert resumed in (whole[2:], whole[4:])  # from step 2, or from step 4 if that was committed in time
     one, other = (load_file(done / f"{name}-0.safetensors") for name in ("replicated", "replicated-killed"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
