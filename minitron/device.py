@@ -32,6 +32,12 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def synchronize(on: torch.device) -> None:
+    """Wait for an accelerator, whose calls return before it has finished; without waiting only the launches would be timed."""
+    if on.type != "cpu":
+        torch.accelerator.synchronize(on)
+
+
 def random_devices() -> list[int]:
     """The GPU whose random state this process uses, as torch.random.fork_rng takes it; by default that touches all GPUs."""
     return [torch.cuda.current_device()] if torch.cuda.is_available() else []

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from minitron.arguments import check_model, check_type
+from minitron.device import synchronize
 from minitron.errors import InputError
 from minitron.evaluation.mode import evaluating
 from minitron.processes import is_sharded, largest
@@ -103,17 +104,11 @@ def interleaved_throughput(
 
 def _timed_pass(model: Any, ids: torch.Tensor) -> float:
     with torch.inference_mode(), evaluating(model):
-        _wait(ids.device)
+        synchronize(ids.device)
         start = time.perf_counter()
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
-        _wait(ids.device)
+        synchronize(ids.device)
         return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    # Calls return before an accelerator has finished; without waiting, only the kernel launches would be timed.
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def _summary(times: list[float], batch_rows: int, seq_length: int) -> Throughput:

@@ -29,6 +29,7 @@ from minitron_platform.cli.recipes import recipes
 from minitron_platform.cli.report import report
 from minitron_platform.cli.run import run
 from minitron_platform.cli.submit import submit
+from minitron_platform.cli.throughput import throughput
 from minitron_platform.cli.tracking import sync, ui
 from minitron_platform.console import PrintableFormatter, echo
 from minitron_platform.stopping import INTERRUPTED, TerminatedError, stopped_by_sigterm
@@ -114,6 +115,7 @@ main.add_command(resume)
 main.add_command(cluster)
 main.add_command(evaluate)
 main.add_command(compare)
+main.add_command(throughput)
 main.add_command(generate)
 main.add_command(chat)
 main.add_command(report)

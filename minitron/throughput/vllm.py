@@ -1,0 +1,104 @@
+"""vLLM as engine: its own server on this machine, in a process of its own.
+
+vLLM pins versions of torch and transformers that an environment with Minitron may not have, so it is called by its command,
+which may belong to another environment.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from minitron.errors import InputError, MinitronError
+from minitron.throughput.completions import Served, model_names
+from minitron.throughput.server import ServerEngine
+
+COMMAND = "vllm"
+START_SECONDS = 1_800.0  # of a large model from a slow disk, with its kernels compiled
+STOP_SECONDS = 30.0
+GPU_SHARE = 0.9  # of a GPU's memory, of all servers together
+
+
+@contextmanager
+def vllm_server(source: str, *, dtype: str, longest: int, share: float = 1.0) -> Iterator[ServerEngine]:
+    """A vLLM server with the checkpoint folder or hub name `source`, until the context ends.
+
+    dtype: torch's name. longest: tokens of the longest prompt with its answer. share: of the GPU's memory, below 1 if other
+    servers run beside it. Raises InputError if vLLM is not installed, and MinitronError with the end of its output if it does
+    not start.
+    """
+    command = shutil.which(COMMAND)
+    if command is None:
+        raise InputError(
+            "vLLM is not installed: no command vllm on the PATH",
+            "install it in an environment of its own (pip install vllm) and put that on the PATH, or use --engine transformers",
+        )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = [
+        *(command, "serve", source, "--served-model-name", "model", "--host", "127.0.0.1", "--port", str(port)),
+        *("--dtype", dtype, "--max-model-len", str(longest), "--gpu-memory-utilization", f"{GPU_SHARE * share:.3f}"),
+    ]
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "VLLM_NO_USAGE_STATS": "1"},
+            start_new_session=True,
+        )
+        try:
+            served = Served(f"http://127.0.0.1:{port}/v1", "model")
+            _wait(process, served.url, output.fileno())
+            yield ServerEngine(served, kind="vllm")
+        finally:
+            _stop(process)
+
+
+def _wait(process: subprocess.Popen[bytes], url: str, output: int) -> None:
+    """Return when the server answers."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise MinitronError(f"vllm serve ended with {process.returncode}: {_end(output)}", "see what it says")
+        try:
+            model_names(url)
+        except MinitronError:
+            time.sleep(0.2)
+        else:
+            return
+    raise MinitronError(f"vllm serve did not answer within {START_SECONDS:.0f} s: {_end(output)}", "see what it says")
+
+
+def _end(output: int) -> str:
+    """The last lines that the server wrote."""
+    size = os.fstat(output).st_size
+    return os.pread(output, 1_500, max(0, size - 1_500)).decode(errors="replace").strip() or "(no output)"
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server and the processes that it started."""
+    for number, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, None)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def is_servable(source: str) -> bool:
+    """Whether vLLM's command takes a model source: a folder or a hub name, not a single file."""
+    return Path(source).suffix != ".gguf"
