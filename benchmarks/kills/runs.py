@@ -97,7 +97,9 @@ class KilledRun:
     def _tensors(self) -> Iterator[tuple[str, str]]:
         for path in self.storage.files.find(self.bucket):
             name = path.removeprefix(f"{self.bucket}/")
-            if name.startswith("stages/") and not name.endswith((".json", ".jsonl")):
+            if name.startswith("stages/") and not name.endswith(
+                (".json", ".jsonl", ".md")
+            ):  # a model card names the bucket
                 yield without_fingerprints(name), hashlib.sha256(self.storage.files.cat(path)).hexdigest()
 
     def _act(self, kind: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -21,7 +22,7 @@ from minitron.evaluation.documents import documents_identity
 from minitron.evaluation.metrics import AGREEMENT, KL, LOSS, Metric
 from minitron.logits import Head
 from minitron.models import load_tokenizer
-from minitron.processes import is_sharded
+from minitron.processes import from_first, is_sharded, own_rank
 from minitron_platform.estimates.memory import evaluation_memory
 from minitron_platform.estimates.outlook import DOCUMENT_TOKENS, Estimate, Outlook
 from minitron_platform.estimates.phases import benchmark_documents, evaluation_parts
@@ -166,7 +167,7 @@ class Evaluate(Stage[EvaluateOutput]):
             prompts=tuple(context.recipe.evaluate.prompts),
             completed={name: storage.join(folder, f"completions-{name}.json") for name in MODELS},
         )
-        if not evaluation.is_finished():
+        if not Finished.of(evaluation).is_everything(evaluation):
             context.workers.compute(_evaluate, evaluation)
         measured = storage.read_json(speeds) if speeds else {}
         table = {}
@@ -264,12 +265,6 @@ class _Evaluation:
     completed: dict[str, str]
     """File of each model's completions of the prompts, by name."""
 
-    def is_finished(self) -> bool:
-        """Whether everything is stored."""
-        completed = not self.prompts or all(map(storage.exists, self.completed.values()))
-        timed = self.speeds is None or storage.exists(self.speeds)
-        return completed and timed and all(_is_complete(path, self.tasks) for path in self.stored.values())
-
     def completions(self) -> Completions | None:
         """The stored completions; None without prompts."""
         if not self.prompts:
@@ -282,17 +277,55 @@ class _Evaluation:
         return models.load(worker, self.models[name], self.inputs.dtype)
 
 
+class Finished(BaseModel):
+    """What is stored of an evaluation."""
+
+    model_config = ConfigDict(frozen=True)
+
+    qualities: dict[str, Quality]
+    """By model; those without a benchmark that is wanted, too."""
+    completed: list[str]
+    """Models that have continued the prompts."""
+    timed: bool
+
+    @classmethod
+    def of(cls, task: _Evaluation, *, together: bool = False) -> Finished:
+        """What the first process sees, in all that work `together`: a worker of an earlier driver may still write there,
+        and they must measure a model together or not at all."""
+        content = json.dumps(cls._seen(task).model_dump(mode="json")) if own_rank(together) == 0 else ""
+        return cls.model_validate(json.loads(from_first(content.encode(), together)))
+
+    @classmethod
+    def _seen(cls, task: _Evaluation) -> Finished:
+        read = {name: _read_quality(path) for name, path in task.stored.items()}
+        return cls(
+            qualities={name: quality for name, quality in read.items() if quality is not None},
+            completed=[name for name, path in task.completed.items() if task.prompts and storage.exists(path)],
+            timed=task.speeds is not None and storage.exists(task.speeds),
+        )
+
+    def has_scores(self, name: str, tasks: Sequence[Task]) -> bool:
+        """Whether the held-out metrics and all benchmarks of a model are stored."""
+        return name in self.qualities and all(task.key in self.qualities[name].tasks for task in tasks)
+
+    def is_everything(self, task: _Evaluation) -> bool:
+        """Whether nothing remains to be measured."""
+        completed = not task.prompts or len(self.completed) == len(task.completed)
+        timed = task.speeds is None or self.timed
+        return completed and timed and all(self.has_scores(name, task.tasks) for name in task.stored)
+
+
 def _evaluate(task: _Evaluation, worker: Worker) -> None:
     """Measure what is not stored yet: one model after the other, by all processes together, then the throughputs."""
-
+    finished = Finished.of(task, together=worker.count > 1)
     for name, path in task.stored.items():
-        if not _is_complete(path, task.tasks):
-            _measure(task, worker, name, path)
+        if not finished.has_scores(name, task.tasks):
+            _measure(task, worker, name, path, finished.qualities.get(name))
             release_memory()
-        if task.prompts and not storage.exists(task.completed[name]):
+        if task.prompts and name not in finished.completed:
             _complete(task, worker, name)
             release_memory()
-    if task.speeds is not None and not storage.exists(task.speeds):
+    if task.speeds is not None and not finished.timed:
         _measure_speeds(task, task.speeds, worker)
 
 
@@ -327,15 +360,15 @@ def _complete(task: _Evaluation, worker: Worker, name: str) -> None:
         storage.write_json(task.completed[name], texts)
 
 
-def _measure(task: _Evaluation, worker: Worker, name: str, path: str) -> None:
-    """Held-out metrics and benchmark scores of model `name`; what is stored already is not measured again."""
+def _measure(task: _Evaluation, worker: Worker, name: str, path: str, quality: Quality | None) -> None:
+    """Held-out metrics and benchmark scores of model `name` into the file `path`. quality: what is stored already, which is
+    not measured again."""
     from minitron.evaluation import evaluate_documents  # imports lm-eval
     from minitron.evaluation.answers import AnswerStore
 
     worker.progress.status(f"loading the {name} model")
     model = task.load(worker, name)
     together = worker.count > 1
-    quality = _read_quality(path)
     results = []  # for the user
     if quality is None:
         worker.progress.status(f"{name}: held-out rows")
@@ -382,12 +415,6 @@ def _measure(task: _Evaluation, worker: Worker, name: str, path: str) -> None:
             storage.write_json(path, quality.model_dump(mode="json"))
         results += [f"{benchmark} {score.sentence}" for benchmark, score in scores.items()]
     worker.progress.say(f"  {name}: {escape(' · '.join(results))}")
-
-
-def _is_complete(path: str, tasks: Sequence[Task]) -> bool:
-    """Whether the file has all measurements of a model."""
-    quality = _read_quality(path)
-    return quality is not None and all(task.key in quality.tasks for task in tasks)
 
 
 def _read_quality(path: str) -> Quality | None:

@@ -42,7 +42,8 @@ class TargetsOutput(StageOutput):
     heldout: ArtifactPath
     """Folder of the teacher's hidden states on held-out rows."""
     rows_computed: int
-    """Rows that this run of the stage computed; an interrupted run may have computed the others."""
+    """Rows that the workers computed after their last start; the others were stored before, by an interrupted run or by
+    workers that have died."""
     rows_stored: int
     mass_lost_mean: float | None = None
     """Probability of the tokens outside the stored top-k, mean over positions; None if hidden states are stored."""
@@ -104,7 +105,7 @@ class Targets(Stage[TargetsOutput]):
             heldout=heldout_folder,
             rows_computed=computed,
             rows_stored=num_rows,
-            summary=f"teacher ran on {computed:,} of {rows_text} · {size / 1e6:,.0f} MB",
+            summary=f"{_origin(computed, num_rows, rows_text)} · {size / 1e6:,.0f} MB",
         )
         if not top_k:
             return output
@@ -164,6 +165,13 @@ def _store(task: _Storing, worker: Worker) -> int:
         else:
             computed += store_hidden(load_once, rows, folder, key=key, documents=documents, **how)
     return total(computed, worker.count > 1)
+
+
+def _origin(computed: int, num_rows: int, rows_text: str) -> str:
+    """For the user: which of the stored rows are new. Workers that were restarted know only what they found stored."""
+    if computed == num_rows:
+        return f"teacher ran on {computed:,} of {rows_text}"
+    return f"teacher's outputs on {rows_text} · {num_rows - computed:,} reused from before the workers' last start"
 
 
 def _search_steps(state: RunState) -> list[int] | None:

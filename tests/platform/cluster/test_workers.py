@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -31,6 +32,7 @@ from minitron_platform.recipes.load import load_recipe
 from minitron_platform.workers import group as group_module
 from minitron_platform.workers.group import WorkerGroup
 from minitron_platform.workers.worker import WorkersFailed, WorkerStarted
+from minitron_platform.workers.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -114,15 +116,17 @@ def test_the_same_processes_serve_one_call_after_another(cluster, tmp_path):
 
     # only the first of them, and a failure of one call does not count for the next
     assert group.run(identify, job, events.append, everywhere=False) == (process, 0, 1)
-    for number in (1, 2):
-        events.clear()
-        path = tmp_path / f"killed-{number}"
-        path.mkdir()
-        with pytest.raises(MinitronError, match="failed too often") if number == 2 else _dies_once(path):
-            group.run(fail if number == 2 else die_once, Job(str(path)), events.append, everywhere=False)
-        failures = [event for event in events if isinstance(event, WorkersFailed)]
-        assert len(failures) == number
-        assert all(event.ranks == (0,) and "killed" in event.reason for event in failures)
+    console = Console()
+    console.rich.file = io.StringIO()
+    workers = Workers(console, start_ray=lambda: None, computes_here=lambda: False, scratch=str(tmp_path / "ray"))
+    workers._group = group
+    assert workers.compute(die_once, job, everywhere=False) == "went on"
+    assert re.findall("failed +(worker 0: .*killed)", console.rich.file.getvalue())  # as a stage shows it
+    with pytest.raises(MinitronError, match="failed too often"):
+        group.run(fail, job, events.append, everywhere=False)
+    failures = [event for event in events if isinstance(event, WorkersFailed)]
+    assert len(failures) == 2
+    assert all(event.ranks == (0,) and "killed" in event.reason for event in failures)
     assert not group.is_open
     group.close()
     assert not (tmp_path / "ray").exists()
@@ -134,19 +138,6 @@ def die_once(job, worker):
         job.file("died").touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return "went on"
-
-
-class _dies_once:
-    """Nothing is raised, and the function has died once."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        assert (self.path / "died").exists()
 
 
 def test_an_error_of_the_input_is_not_tried_again(cluster, tmp_path):

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 import pytest
+import torch.distributed as dist
+from helpers import tiny
 
 from minitron import storage
 from minitron.distill import DistillConfig, Losses
 from minitron.distill.inputs import DistillInputs
+from minitron.pruning.source import PruningSource
 from minitron_platform import load_recipe, run
 from minitron_platform.console import Console
+from minitron_platform.stages.distill import _prune, _Pruning
+from minitron_platform.stages.evaluate import MODELS, Quality, _evaluate, _Evaluation
 from minitron_platform.tracking.spool import Spool
 from minitron_platform.training.train import TrainTask, train
 from minitron_platform.training.view import TrainingView
@@ -17,7 +24,7 @@ from minitron_platform.workers.worker import Worker, WorkersFailed
 from minitron_platform.workers.workers import Workers
 
 
-def test_a_stage_whose_workers_are_called_again_reads_no_model_for_what_is_stored(bench, tmp_path, monkeypatch):
+def test_a_stage_whose_workers_are_called_again_reads_no_model_for_what_is_stored(bench, tmp_path, monkeypatch, capsys):
     loads, again = [], {}
     load, compute = models.load, Workers.compute
 
@@ -37,6 +44,45 @@ def test_a_stage_whose_workers_are_called_again_reads_no_model_for_what_is_store
     run(load_recipe(str(bench / "recipe.yaml")), storage_path=str(tmp_path), until="targets")
     assert again == {"teacher": 0, "data": 1, "calibrate": 0, "targets": 0}  # a loss on a few rows is not stored
     assert len(loads) == 3 + 1
+    assert "teacher's outputs on 112 rows · 112 reused from before the workers' last start" in capsys.readouterr().out
+
+
+def test_processes_evaluate_what_the_first_one_does_not_find_stored(tmp_path, monkeypatch, free_port):
+    """A worker of an earlier driver may still write while they look."""
+    measured = Quality(loss=1.0, kl=0.1, top1_agreement=0.9, heldout_tokens=32)
+    stored = {name: str(tmp_path / f"{name}.json") for name in MODELS}
+    for path in stored.values():
+        storage.write_json(path, measured.model_dump(mode="json"))
+    task = _Evaluation(
+        inputs=DistillInputs(*(["missing"] * 6)),
+        tokenizer="missing",
+        models=dict.fromkeys(MODELS, "missing"),
+        stored=stored,
+        speeds=None,
+        tasks=(),
+        batch_rows="auto",
+        add_bos=None,
+        answers="missing",
+        prompts=(),
+        completed={},
+    )
+    exists = storage.exists
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setattr(storage, "exists", lambda path: exists(path) and dist.get_rank() == 0)
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=_evaluate_in_group, args=(task, rank), daemon=True) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def _evaluate_in_group(task: _Evaluation, rank: int) -> None:
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    _evaluate(task, Worker(rank, 2, Console(), print))
+    dist.destroy_process_group()
 
 
 def test_a_training_whose_model_is_stored_does_not_train_again(tmp_path):
@@ -49,6 +95,13 @@ def test_a_training_whose_model_is_stored_does_not_train_again(tmp_path):
     sent = []
     assert train(task, Worker(0, 1, Console(), sent.append)) is None
     assert not sent
+
+
+def test_a_student_whose_checkpoint_is_stored_is_not_pruned_again(tmp_path):
+    with storage.committed_folder(str(tmp_path / "pruned")) as folder:
+        (folder / "config.json").write_text("{}")
+    source = PruningSource("missing", "missing", "float32")
+    _prune(_Pruning(source, tiny.architecture(tiny.model()), str(tmp_path / "pruned")), Worker(0, 1, Console(), print))
 
 
 @pytest.mark.parametrize("announced", [False, True])
