@@ -238,11 +238,14 @@ def _first_byte(group: Any) -> int:
 
 
 def _check_columns(source: TextSource, names: list[str], path: str) -> list[str]:
-    """The columns that the source's text is made of. Raises InputError for one that the file does not have."""
+    """The columns that the source's text is made of. Raises InputError for one that the file does not have, or has twice."""
     for key in source.columns():
-        if not top_level(key, names):
+        column = top_level(key, names)
+        if not column:
             columns = ", ".join(names)
             raise InputError(f"{path}: no column {key!r}", f"set key to one of its columns: {columns}")
+        if names.count(column) > 1:
+            raise InputError(f"{path}: {names.count(column)} columns are called {column!r}", "rename all but one")
     return list(dict.fromkeys(top_level(key, names) for key in source.columns()))
 
 

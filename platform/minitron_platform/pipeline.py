@@ -35,7 +35,7 @@ from minitron_platform.stages.search import Search
 from minitron_platform.stages.stage import Stage, StageOutput
 from minitron_platform.stages.stage_records import Record, relative, write_record
 from minitron_platform.stages.targets import Targets
-from minitron_platform.stopping import stopped_by_sigterm
+from minitron_platform.stopping import stopped_by_signals
 from minitron_platform.tracking.events import Status
 from minitron_platform.tracking.flusher import Flusher
 from minitron_platform.tracking.spool import RunLog, Spool
@@ -85,7 +85,7 @@ def run(
             plan(recipe, storage_path=storage_path, tracking_uri=tracking_uri, address=address)
     locations = resolve_locations(storage_path, tracking_uri)
     key = run_key(recipe)
-    with stopped_by_sigterm(), _run_lease(locations, key, console, take_over) as fence, _closing(console) as stack:
+    with stopped_by_signals(), _run_lease(locations, key, console, take_over) as fence, _closing(console) as stack:
         run_folder = locations.local_run(key)
         for folder in dict.fromkeys((run_folder, locations.run(key))):
             storage.write_bytes(storage.join(folder, RECIPE_FILE), recipe_yaml(recipe).encode(), private=True)

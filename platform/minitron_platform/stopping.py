@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from minitron.errors import MinitronError
+
 INTERRUPTED = 128 + signal.SIGINT  # exit code after Ctrl-C, as shells give it
 
 
@@ -19,32 +21,39 @@ class TerminatedError(SystemExit):
 
 
 @contextmanager
-def stopped_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM raise KeyboardInterrupt inside the block, which then ends with TerminatedError.
+def stopped_by_signals() -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt inside the block as SIGINT does. The block then ends with TerminatedError after
+    SIGTERM, and after SIGINT with KeyboardInterrupt or a MinitronError.
 
-    Ray and other libraries pass KeyboardInterrupt on, but not every exception. Further SIGTERMs change nothing: schedulers and
-    shells send several, and closing takes seconds. Does nothing if the program handles SIGTERM already, or outside the main
-    thread, where Python allows no handler.
+    A library that is interrupted while it is imported or computes may raise any exception instead. Ray and other libraries pass
+    KeyboardInterrupt on, but not every exception. Further SIGTERMs change nothing: schedulers and shells send several, and
+    closing takes seconds. Does nothing if the program handles SIGTERM already, or outside the main thread, where Python
+    allows no handler; SIGINT is left to a program that handles it.
     """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
-    received = False
+    received: set[int] = set()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal received
-        if not received:
-            received = True
+        first = number not in received
+        received.add(number)
+        if first or number == signal.SIGINT:
             raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt)}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     except SystemExit:  # the block has ended by itself
         raise
     except BaseException as error:
-        if received:
+        if signal.SIGTERM in received:
             raise TerminatedError from error
+        if signal.SIGINT in received and not isinstance(error, MinitronError):  # such as a lease's that was lost
+            raise KeyboardInterrupt from error
         raise
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)

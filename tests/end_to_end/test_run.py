@@ -624,7 +624,8 @@ try:
     main(sys.argv[1:])
 except SystemExit as stop:
     assert not stop.code
-LARGE = {"mlflow", "lm_eval", "datasets", "matplotlib", "ray", "transformers", "pandas", "pyarrow", "torch.distributed.tensor"}
+LARGE = {"mlflow", "lm_eval", "datasets", "matplotlib", "ray", "transformers", "pandas", "pyarrow", "scipy"}
+LARGE |= {"torch.distributed.tensor"}
 print("imported:", *LARGE & set(sys.modules))
 """
 

@@ -102,18 +102,6 @@ def test_what_jobs_and_registries_say_is_shown_as_text(monkeypatch):
     assert "\x1b[32mgreen" in CliRunner().invoke(commands.main, ["logs", "job", "--address", "x"], color=True).output
 
 
-def test_the_command_that_resumes_a_run_is_shown_without_secrets(monkeypatch):
-    def interrupt():
-        raise KeyboardInterrupt
-
-    address = "postgresql://me:hunter2@db/mlflow"
-    monkeypatch.setattr("sys.argv", ["minitron", "recipes", "--tracking-uri", address])
-    monkeypatch.setattr("minitron_platform.recipes.load.shipped_recipes", interrupt)
-    result = CliRunner().invoke(commands.main, ["recipes"])
-    assert result.exit_code == 130
-    assert "recipes --tracking-uri postgresql://db/mlflow" in result.output
-
-
 def test_warnings_are_logged_as_text():
     record = logging.LogRecord("minitron", logging.WARNING, "file", 1, "%s: damaged", (HOSTILE,), None)
     assert is_safe(PrintableFormatter().format(record))

@@ -32,7 +32,7 @@ from minitron_platform.cli.submit import submit
 from minitron_platform.cli.throughput import throughput
 from minitron_platform.cli.tracking import sync, ui
 from minitron_platform.console import PrintableFormatter, echo
-from minitron_platform.stopping import INTERRUPTED, TerminatedError, stopped_by_sigterm
+from minitron_platform.stopping import INTERRUPTED, TerminatedError, stopped_by_signals
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -42,7 +42,7 @@ class _Group(click.Group):
 
     def invoke(self, context: click.Context) -> Any:
         try:
-            with stopped_by_sigterm():
+            with stopped_by_signals():
                 return super().invoke(context)
         except NotWritableError as error:
             _fail(type(error)(error.problem, f"{error.remedy}{self._location_option(context)}"))

@@ -17,7 +17,7 @@ from urllib.error import URLError
 from minitron.errors import InputError, MinitronError
 from minitron.storage import disk_errors, is_local, local_path, redact
 from minitron_platform.addresses import is_loopback
-from minitron_platform.stopping import stopped_by_sigterm
+from minitron_platform.stopping import stopped_by_signals
 from minitron_platform.tracking.flusher import create_database, prepare_mlflow, sqlite_path
 from minitron_platform.tracking.links import experiments_link, newest_run_links
 from minitron_platform.tracking.ui_password import USER, auth_settings, read_password
@@ -88,7 +88,7 @@ def serve(
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
-        with stopped_by_sigterm():
+        with stopped_by_signals():
             try:
                 say("MLflow is starting")
                 if not _wait_until_healthy(server, address):

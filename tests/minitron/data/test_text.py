@@ -100,6 +100,7 @@ def test_csv_and_tsv_are_read_by_their_header(tmp_path: Path) -> None:
     for content, problem in (
         ("text,id\na, b,1\n", r"row 1 \(line 2\): 3 fields, but the header has 2"),
         ("body\nx\n", "no column 'text'"),
+        ("text,id,text\na,1,b\n", "2 columns are called 'text'"),
         ('text\n"open\n', "not valid CSV"),
     ):
         (tmp_path / "bad.csv").write_text(content)

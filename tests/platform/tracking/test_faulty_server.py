@@ -15,7 +15,7 @@ from helpers.faulty_proxy import FaultyProxy, faulty_proxy
 from helpers.mlflow_server import free_port, mlflow_server
 
 from minitron.errors import MinitronError
-from minitron_platform.cli import main
+from minitron_platform.cli.commands import main
 from minitron_platform.console import Console
 from minitron_platform.leases import lease
 from minitron_platform.locations import Locations
