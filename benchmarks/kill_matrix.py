@@ -3,8 +3,9 @@
     python -m benchmarks.kill_matrix [--kill worker] [--stage distill] [--out kills.jsonl]
 
 A run for each kind of kill, with a kill in every stage; docs/cluster.md describes the kinds. A line has the kind, the stage,
-whether all stored rows and tensors are those of the run without kills, the finished parts that were written again, the number
-of steps that were trained again, the seconds lost, a note, and the beginnings of the SHA-256 of the student and of all tensors.
+whether all stored rows and tensors are those of the run without kills, whether the run came to its end, the finished parts that
+were written again, the number of steps that were trained again, the seconds lost, a note, and the beginnings of the SHA-256 of
+the student and of all tensors.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ import json
 import os
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,12 +26,13 @@ from helpers import tiny
 
 from benchmarks.kills.moments import MOMENTS
 from benchmarks.kills.nodes import Machines
-from benchmarks.kills.runs import KILLS, Cell, KilledRun
+from benchmarks.kills.runs import KILLS, KilledRun
 from benchmarks.kills.storage import GatedStorage
 
 # A training of two workers loses a node or hears that it will, goes on with one worker, and grows when a node is added.
 EARLY, LATE = (next(moment for moment in MOMENTS if moment.name == name) for name in ("distill", "late distill"))
 ELASTIC = {"shrink": [(EARLY, "lose"), (LATE, "add")], "preempt": [(EARLY, "drain"), (LATE, "add")]}
+STUDENT = "/student/model.safetensors"
 ELASTIC_WORKERS = ["resources.workers={min: 1, max: 2}"]
 
 
@@ -64,31 +64,34 @@ class Undisturbed:
     tensors: dict[str, str]
 
     @classmethod
-    def of(cls, run: KilledRun, cells: Sequence[Cell]) -> Undisturbed:
+    def of(cls, run: KilledRun) -> Undisturbed:
+        cells = run.cells()
         seconds = {cell.moment: cell.seconds for cell in cells}
         return cls(seconds, {cell.moment: cell.parts for cell in cells}, run.tensors())
 
 
-def report(run: KilledRun, cells: Sequence[Cell], before: Undisturbed, out: Path | None) -> None:
-    """Print what each kill of a run cost, and add it to the file `out`."""
+def report(run: KilledRun, before: Undisturbed, out: Path | None, *, ended: bool) -> None:
+    """Print what each kill of a run cost, and add it to the file `out`. ended: whether it ran to its end; if not, what was
+    stored before is compared."""
     tensors = run.tensors()
-    different = [
-        name for name in before.tensors.keys() | tensors.keys() if before.tensors.get(name) != tensors.get(name)
-    ]
+    names = before.tensors.keys() | tensors.keys() if ended else tensors.keys()
+    different = [name for name in names if before.tensors.get(name) != tensors.get(name)]
     again = run.steps_redone()
-    for cell in cells:
-        redone = Counter(cell.parts) - Counter(before.parts[cell.moment])
+    for cell in run.cells():
+        once = before.parts[cell.moment]
+        redone = [part for part, count in cell.parts.items() if part in once and count > once[part]]
         lost = cell.seconds - before.seconds[cell.moment]
         steps = sum(count for training, count in again.items() if is_of(training, cell.moment))
         line = {
             "kill": run.name if run.name == cell.kill else f"{run.name}: {cell.kill}",
             "moment": cell.moment,
             "same": not different,
+            "ended": ended,
             "redone": sorted(redone),
             "steps": steps,
             "lost": round(lost),
             "note": cell.note,
-            "student": next(sum_ for name, sum_ in tensors.items() if name.endswith("/student/model.safetensors"))[:16],
+            "student": next((sum_ for name, sum_ in tensors.items() if name.endswith(STUDENT)), "")[:16],
             "tensors": hashlib.sha256(json.dumps(sorted(tensors.items())).encode()).hexdigest()[:16],
         }
         print(f"| {' | '.join(map(str, line.values()))} |", flush=True)
@@ -126,23 +129,26 @@ def main() -> None:
         storage = GatedStorage(folder / "s3")
         machines = Machines(folder, storage.variables)
         try:
-            machines.start()
             if not notes.exists():
+                machines.start()
                 run = KilledRun(machines, storage, recipe, "undisturbed")
-                cells = run.run([(moment, "none") for moment in MOMENTS])
-                notes.write_text(json.dumps(asdict(Undisturbed.of(run, cells))))
+                run.run([(moment, "none") for moment in MOMENTS])
+                notes.write_text(json.dumps(asdict(Undisturbed.of(run))))
             before = Undisturbed(**json.loads(notes.read_text()))
             for kind in given.kill or (*KILLS, *ELASTIC):
+                machines.kill_all()
+                machines.start()
                 run = KilledRun(machines, storage, recipe, kind, ELASTIC_WORKERS if kind in ELASTIC else [])
                 moments = [moment for moment in MOMENTS if moment.name in (given.stage or set(names) - {LATE.name})]
                 kills = ELASTIC.get(kind) or [(moment, kind) for moment in moments]
+                ended = True
                 try:
-                    report(run, run.run(kills), before, given.out)
+                    run.run(kills)
                 except (RuntimeError, TimeoutError) as error:
+                    ended = False
                     print(f"{kind}: {error}", flush=True)
                 run.end()
-                machines.kill_all()
-                machines.start()
+                report(run, before, given.out, ended=ended)
         finally:
             machines.close()
             storage.close()

@@ -73,7 +73,8 @@ def without_fingerprints(path: str) -> str:
     return re.sub("[0-9a-f]{16}", "-", path)
 
 
-def seconds_to_record(moment: Moment, bucket: str, writes: Sequence[Write], start: float) -> float:
-    """Seconds from `start` to the record of the stage."""
+def seconds_to_record(moment: Moment, bucket: str, writes: Sequence[Write], start: float) -> float | None:
+    """Seconds from `start` to the record of the stage; None if it was not written."""
     wanted = re.compile(f"^PUT /{bucket}/{moment.record}")
-    return min(write.at for write in writes if write.at > start and wanted.match(write.request)) - start
+    ends = [write.at for write in writes if write.at > start and wanted.match(write.request)]
+    return min(ends) - start if ends else None

@@ -52,6 +52,7 @@ class KilledRun:
         self.steps = self.machines.folder / f"{self.bucket}-steps.jsonl"
         self.log = self.machines.folder / f"{self.bucket}.log"
         self.driver: subprocess.Popen[bytes] | None = None
+        self.starts: list[tuple[Moment, str, float, str]] = []
 
     def end(self) -> None:
         """End the driver if it still runs."""
@@ -59,34 +60,30 @@ class KilledRun:
         if self.driver is not None and not self._has_ended():
             self._kill_driver()
 
-    def run(self, kills: Sequence[tuple[Moment, str]]) -> list[Cell]:
+    def run(self, kills: Sequence[tuple[Moment, str]]) -> None:
         """Run the recipe to its end; at each of the moments, in order, something is killed, added or announced, or ("none")
-        nothing."""
-        starts: list[tuple[Moment, str, float, str]] = []
+        nothing. Raises RuntimeError or TimeoutError if it does not get there."""
         self._start()
         for moment, kind in kills:
             self.storage.hold_next(moment.pattern(self.bucket), stored=moment.stored)
-            assert self.driver is not None
             wait_for(lambda: self.storage.is_holding or self._has_ended(), moment.name, RUN_SECONDS)
             if self._has_ended():
                 raise RuntimeError(f"the run ended before {moment.name}: see {self.log}\n{self._tail()}")
             start = time.time()
             note = self._act(kind)
-            starts.append((moment, kind, start, note))
+            self.starts.append((moment, kind, start, note))
             print(f"  {kind}, {moment.name}: {time.time() - start:.0f} s {note}", flush=True)
         wait_for(self._has_ended, "the run has ended", RUN_SECONDS)
         if self.driver is None or self.driver.returncode:
             raise RuntimeError(f"the run failed: see {self.log}\n{self._tail()}")
+
+    def cells(self) -> list[Cell]:
+        """What the kills cost in the stages that have ended."""
         writes = self.storage.writes(self.bucket)
         return [
-            Cell(
-                kind,
-                moment.name,
-                seconds_to_record(moment, self.bucket, writes, start),
-                finished_parts(moment, self.bucket, writes),
-                note,
-            )
-            for moment, kind, start, note in starts
+            Cell(kind, moment.name, seconds, finished_parts(moment, self.bucket, writes), note)
+            for moment, kind, start, note in self.starts
+            if (seconds := seconds_to_record(moment, self.bucket, writes, start)) is not None
         ]
 
     def tensors(self) -> dict[str, str]:
