@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from pathlib import Path
@@ -131,8 +132,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", pad_token="<eos>", bos_token="<eos>")
 
 
-def checkpoint(folder: Path, steps: int = 60) -> Path:
-    """A Llama that was briefly trained on `texts`, saved with its tokenizer: a teacher worth distilling."""
+def checkpoint(folder: Path) -> Path:
+    """Save a teacher worth distilling, with its tokenizer; see `_trained`."""
+    trained, words = _trained()
+    trained.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def _trained() -> tuple[torch.nn.Module, PreTrainedTokenizerFast]:
+    """A Llama that was briefly trained on `texts`, and its tokenizer: once for all tests of a process."""
     words = tokenizer()
     made = model(
         "llama", tied=True, vocab_size=len(words), hidden_size=48, num_attention_heads=6, num_key_value_heads=2
@@ -142,14 +152,12 @@ def checkpoint(folder: Path, steps: int = 60) -> Path:
     ids = torch.tensor([i for text in texts(200) for i in [*words(text)["input_ids"], words.eos_token_id]])
     ids = ids[: len(ids) // 32 * 32].view(-1, 32)
     optimizer = torch.optim.AdamW(made.parameters(), lr=3e-3)
-    for step in range(steps):
+    for step in range(60):
         batch = ids[(torch.arange(16) + 16 * step) % len(ids)]
         made(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    made.eval().save_pretrained(folder)
-    words.save_pretrained(folder)
-    return folder
+    return made.eval(), words
 
 
 def corpus(path: Path, count: int = 400) -> Path:

@@ -98,13 +98,14 @@ def test_sixty_four_processes_write_a_file_each_which_one_process_reads(tmp_path
 
 
 WORKER = """
-import json, os, sys
+import json, sys
 import torch, torch.distributed as dist
 from pathlib import Path
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
+from helpers.forking import fork_two
 from minitron.distill.checkpoints import Checkpoints
-rank = int(os.environ["RANK"])
+rank = fork_two()
 dist.init_process_group("gloo", rank=rank, world_size=2)
 mesh = init_device_mesh("cpu", (2,))
 def state(value):
@@ -130,29 +131,21 @@ with Checkpoints(sys.argv[1], key="k") as saver:
     dist.barrier()
     assert saver.load(found) is None
     assert all(bool((tensor.to_local() == 1.0 + rank).all()) for tensor in found.values())
-print(json.dumps(read))
+print(read)
 dist.destroy_process_group()
 """
 
 
 def test_each_process_reads_its_own_part_and_no_other_and_one_s_damage_is_everyone_s(tmp_path, free_port):
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(tmp_path)],
-            env={**environment, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-c", WORKER, str(tmp_path)]
+    processes = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert processes.returncode == 0, processes.stderr
     own = 3 * 2048 * 1024 * 4
-    for process in processes:
-        output, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-        # once to check it, once to load it
-        assert 2 * own <= json.loads(output) < 2.1 * own
+    read = [int(line) for line in processes.stdout.splitlines()]
+    assert len(read) == 2
+    assert all(2 * own <= count < 2.1 * own for count in read)  # once to check it, once to load it
     assert sorted(storage.manifest(str(tmp_path / "step-00000003"))["files"]) == [
         "layout.json",
         "shard-00001.safetensors",

@@ -133,10 +133,11 @@ import torch, torch.distributed as dist
 from pathlib import Path
 from dataclasses import replace
 import helpers.distilling as t
+from helpers.forking import fork_two
 from minitron.distill import distill
-folder, out, world, how = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5]
-rank = int(os.environ["RANK"])
-dist.init_process_group("gloo", rank=rank, world_size=world)
+folder, out, how = Path(sys.argv[2]), sys.argv[3], sys.argv[4]
+rank = fork_two()
+dist.init_process_group("gloo", rank=rank, world_size=2)
 def report(step):
     if rank == 0:
         with open(out + ".jsonl", "a") as file:
@@ -156,17 +157,9 @@ def _together(material, out, port, how="logits"):
     """Losses by step of the loop in two processes."""
     paths = json.dumps([str(Path(__file__).parent), *sys.path])
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, paths, str(material), str(out), "2", how],
-            env={**environment, "RANK": str(rank)},
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=120)
-        assert worker.returncode == 0, errors.decode()
+    command = [sys.executable, "-c", WORKER, paths, str(material), str(out), how]
+    workers = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert workers.returncode == 0, workers.stderr
     return dict(json.loads(line) for line in Path(f"{out}.jsonl").read_text().splitlines())
 
 

@@ -105,17 +105,18 @@ WRITER = """
 import json, sys
 sys.path[:0] = json.loads(sys.argv[1])
 import test_store as t
+from helpers.forking import fork_two
 from pathlib import Path
-folder, out, rank, world = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
-print(t.store_hidden(lambda: t._teacher(folder), t._rows(folder), out, **t.SHARDS, rank=rank, world=world))
+folder, out, rank = Path(sys.argv[2]), sys.argv[3], fork_two()
+computed = t.store_hidden(lambda: t._teacher(folder), t._rows(folder), out, **t.SHARDS, rank=rank, world=2)
+Path(f"{out}-{rank}").write_text(str(computed))
 """
 
 
 def test_two_processes_write_one_store_together(material, tmp_path):
     paths, out = json.dumps([str(Path(__file__).parent), *sys.path]), tmp_path / "hidden"
-    command = [sys.executable, "-c", WRITER, paths, str(material), str(out)]
-    writers = [subprocess.Popen([*command, str(rank), "2"], stdout=subprocess.PIPE, text=True) for rank in range(2)]
-    computed = [int(writer.communicate(timeout=120)[0]) for writer in writers]
+    subprocess.run([sys.executable, "-c", WRITER, paths, str(material), str(out)], check=True, timeout=240)
+    computed = [int(Path(f"{out}-{rank}").read_text()) for rank in range(2)]
     assert computed == [64, 16]  # a shard each: 80 rows, each computed once
     for file in ("shard-00000/rows.safetensors", "shard-00001/rows.safetensors", "index.json"):
         assert (out / file).read_bytes() == (material / "hidden" / file).read_bytes()

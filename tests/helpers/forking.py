@@ -1,0 +1,18 @@
+"""Two processes from one, so that what takes seconds to import is imported once."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def fork_two() -> int:
+    """Fork this process twice; returns 0 in one of the two and 1 in the other. This one waits for both and ends as they do."""
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if not child:
+            return rank
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    sys.exit(f"the exit codes of the processes are {codes}" if any(codes) else 0)
