@@ -6,16 +6,17 @@ command line prints both and exits with 2; any other exception is a bug and keep
 
 from __future__ import annotations
 
+from minitron.redaction import redact
 from minitron.text import printable
 
 
 class MinitronError(Exception):
     """A problem in the user's input: `problem` names the file or key and the value, `remedy` says what to do. Both can be shown
-    on a terminal, whatever the file contained."""
+    on a terminal, whatever the file contained, and addresses in them are without secrets."""
 
     def __init__(self, problem: str, remedy: str = "") -> None:
-        self.problem = printable(problem)
-        self.remedy = printable(remedy)
+        self.problem = printable(redact(problem))
+        self.remedy = printable(redact(remedy))
         super().__init__(self.problem)
 
     def __str__(self) -> str:
@@ -32,7 +33,7 @@ def one_line(error: BaseException, longest: int = 400) -> str:
         parts = [error.problem, error.remedy]
     else:
         parts = [f"{type(error).__name__}: {error}" if str(error) else type(error).__name__]
-    return "; ".join(" ".join(printable(part).split())[:longest] for part in parts if part)
+    return "; ".join(" ".join(printable(redact(part)).split())[:longest] for part in parts if part)
 
 
 class InputError(MinitronError):

@@ -8,11 +8,15 @@ import lzma
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import fsspec
+from fsspec.compression import compr
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import infer_compression
 
 from minitron.errors import InputError, StorageError
+from minitron.storage import access_errors
 
 SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".snappy")
 _OF_ARROW = {".zst": "zstd", ".lz4": "lz4"}  # suffix: pyarrow's codec, which needs no further package
@@ -36,6 +40,43 @@ def encoding_of(beginning: bytes) -> tuple[str, int]:
     return next(((encoding, len(mark)) for mark, encoding in _MARKS if beginning.startswith(mark)), ("utf-8", 0))
 
 
+class _RemoteFile(io.RawIOBase):
+    """A file of a remote file system, whose driver has error types of its own: they become StorageError."""
+
+    def __init__(self, file: Any, address: str) -> None:
+        self.file = file
+        self.address = address
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return bool(self.file.seekable())
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return int(self.file.seek(offset, whence))
+
+    def readinto(self, buffer: Any) -> int:
+        with access_errors(self.address):
+            piece = self.file.read(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
+@contextmanager
+def _file(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[Any]:
+    """The bytes of a file as they are stored."""
+    if isinstance(fs, LocalFileSystem):
+        with fs.open(path, "rb") as stored:
+            yield stored
+        return
+    address = fs.unstrip_protocol(path)
+    with access_errors(address):
+        stored = fs.open(path, "rb")
+    with stored:
+        yield _RemoteFile(stored, address)
+
+
 @contextmanager
 def opened(fs: fsspec.AbstractFileSystem, path: str, *, plain: bool = False) -> Iterator[io.BufferedReader]:
     """The bytes of a file, decompressed by its suffix unless `plain`. Files that are not compressed can be sought.
@@ -51,7 +92,9 @@ def opened(fs: fsspec.AbstractFileSystem, path: str, *, plain: bool = False) -> 
         raise InputError(f"{path}: cannot read .snappy here", "pip install cramjam, or unpack the file")
     try:
         with ExitStack() as stack:
-            file = stack.enter_context(fs.open(path, "rb", compression=compression))
+            file: Any = stack.enter_context(_file(fs, path))
+            if compression:
+                file = stack.enter_context(compr[compression](file, mode="r"))
             if codec:
                 import pyarrow
 

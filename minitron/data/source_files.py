@@ -18,7 +18,7 @@ from minitron.data.python_docs import python_identity
 from minitron.data.sources import Kind, TextSource
 from minitron.errors import InputError, StorageError
 from minitron.files import file_stat, files_below
-from minitron.storage import filesystem, is_local
+from minitron.storage import access_errors, filesystem, is_local
 
 _SUFFIXES = {"jsonl": (".jsonl", ".json", ".ndjson"), "csv": (".csv", ".tsv"), "parquet": (".parquet",)}
 
@@ -62,7 +62,8 @@ def source_files(source: TextSource) -> tuple[fsspec.AbstractFileSystem, dict[st
         _local_files if is_local(source.path) else _remote_files
     )
     try:
-        files = list_files(fs, inner, source.kind)
+        with access_errors(source.path):
+            files = list_files(fs, inner, source.kind)
     except OSError as error:
         raise StorageError(
             f"{source.path}: cannot be listed ({error})", "check the address and its permissions"

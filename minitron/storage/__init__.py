@@ -1,5 +1,6 @@
 """Files, and folders that are whole or invisible, on local disks and at any address that fsspec reaches."""
 
+from minitron.redaction import redact, secret_in
 from minitron.storage.addresses import absolute, filesystem, is_local, join, local_path
 from minitron.storage.copies import fetch, fetch_file
 from minitron.storage.files import (
@@ -29,7 +30,6 @@ from minitron.storage.folders import (
 from minitron.storage.hashing import fingerprint, sha256
 from minitron.storage.private import PRIVATE, lock_file, write_new
 from minitron.storage.problems import access_errors, disk_errors, free_bytes
-from minitron.storage.redaction import redact, secret_in
 from minitron.storage.uploads import upload_files, uploaded_copy, uploaded_hashes
 
 __all__ = [

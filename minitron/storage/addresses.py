@@ -9,7 +9,7 @@ import fsspec
 from fsspec.core import url_to_fs
 
 from minitron.errors import StorageError
-from minitron.storage.redaction import STORAGES, Address, redact
+from minitron.redaction import STORAGES, Address, redact
 
 SCHEMES = ("file", "local", *STORAGES)
 REMOTE = tuple(scheme for scheme in STORAGES if scheme != "memory")  # with a bucket or repository

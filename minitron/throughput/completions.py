@@ -50,7 +50,7 @@ class Served:
         names = model_names(url)
         if len(names) != 1:
             known = f"has the models {', '.join(names)}" if names else "lists no model"
-            raise InputError(f"{url}: {known}", f"say which one: {url}#NAME")
+            raise InputError(f"{url}: {known}", "put #NAME behind its address")
         return cls(url, names[0])
 
 
@@ -151,7 +151,7 @@ def _refusal(address: str, response: http.client.HTTPResponse) -> RefusedError:
 
 
 def _split(address: str) -> SplitResult:
-    remedy = "give http://HOST:PORT/v1, or http://HOST:PORT/v1#MODEL"
+    remedy = "give http://HOST:PORT/v1, with #MODEL behind it if the server has several"
     try:
         parts = urlsplit(address)
         _ = parts.port  # computed, and checked, here

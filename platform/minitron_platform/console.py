@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -47,13 +46,6 @@ def _from_markup(message: str, **options: Any) -> Text:
         return Text(message, **options)
     text.spans = [span for span in text.spans if span.style in STYLES]
     return text
-
-
-class PrintableFormatter(logging.Formatter):
-    """Formats log records as `echo` prints texts."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
 
 
 def echo(text: str, *, err: bool = False) -> None:

@@ -20,7 +20,7 @@ from minitron.text import markdown
 from minitron_platform.cli import commands
 from minitron_platform.cluster import jobs
 from minitron_platform.cluster.job_log import Progress
-from minitron_platform.console import Console, PrintableFormatter
+from minitron_platform.console import Console
 from minitron_platform.report import page
 
 TITLE = "\x1b]0;owned\x07"  # sets the title of the window
@@ -102,11 +102,21 @@ def test_what_jobs_and_registries_say_is_shown_as_text(monkeypatch):
     assert "\x1b[32mgreen" in CliRunner().invoke(commands.main, ["logs", "job", "--address", "x"], color=True).output
 
 
-def test_warnings_are_logged_as_text():
-    record = logging.LogRecord("minitron", logging.WARNING, "file", 1, "%s: damaged", (HOSTILE,), None)
-    assert is_safe(PrintableFormatter().format(record))
+def test_what_libraries_log_with_handlers_of_their_own_shows_no_secrets_and_no_control_characters(monkeypatch):
+    output = io.StringIO()
+    logger = logging.getLogger("mlflow.of_a_test")
+    monkeypatch.setattr(logger, "handlers", [logging.StreamHandler(output)])
+    monkeypatch.setattr(logger, "propagate", False)
     CliRunner().invoke(commands.main, ["recipes"])
-    assert isinstance(logging.lastResort.formatter, PrintableFormatter)
+    try:
+        raise OSError(f"http://me:hunter2@host/ {HOSTILE} has moved to /x?pass=hunter2&a=b")
+    except OSError:
+        logger.exception("%s refuses %s", "postgresql://me:hunter2@db/mlflow?password=hunter2", HOSTILE)
+    shown = output.getvalue()
+    assert is_safe(shown)
+    assert "hunter2" not in shown
+    assert "postgresql://db/mlflow refuses a" in shown
+    assert "has moved to /x" in shown
 
 
 def test_a_description_in_markdown_shows_texts_as_text():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import traceback
 import warnings
@@ -31,7 +30,8 @@ from minitron_platform.cli.run import run
 from minitron_platform.cli.submit import submit
 from minitron_platform.cli.throughput import throughput
 from minitron_platform.cli.tracking import sync, ui
-from minitron_platform.console import PrintableFormatter, echo
+from minitron_platform.console import echo
+from minitron_platform.log_records import make_records_safe, safe
 from minitron_platform.stopping import INTERRUPTED, TerminatedError, stopped_by_signals
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -82,8 +82,7 @@ def main() -> None:
     A recipe is a YAML file that describes the teacher, the text, the sizes of the students, the search and the evaluation.
     RECIPE is the path of such a file, or the name of a recipe that ships with Minitron (`minitron recipes` lists them).
     """
-    if logging.lastResort:  # prints the warnings of all libraries
-        logging.lastResort.setFormatter(PrintableFormatter())
+    make_records_safe()
     warnings.showwarning = _show_warning
     sys.excepthook = _show_exception
 
@@ -96,11 +95,11 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    echo(warnings.formatwarning(message, category, filename, lineno, line).rstrip("\n"), err=True)
+    click.echo(safe(warnings.formatwarning(message, category, filename, lineno, line).rstrip("\n")), err=True)
 
 
 def _show_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    echo("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), err=True)
+    click.echo(safe("".join(traceback.format_exception(kind, error, trace)).rstrip("\n")), err=True)
 
 
 main.add_command(recipes)

@@ -111,7 +111,7 @@ def _connect(tracking_uri: str) -> None:
     except (sqlalchemy.exc.ArgumentError, ValueError) as error:
         raise InputError(
             f"--tracking-uri {redact(tracking_uri)}: not an address of a database",
-            "use postgresql://USER:PASSWORD@HOST:PORT/NAME",
+            "use postgresql://HOST:PORT/NAME, with USER:PASSWORD@ before HOST if the server asks for them",
         ) from error
     except sqlalchemy.exc.OperationalError as error:
         reason = str(error.orig)

@@ -107,7 +107,7 @@ def test_a_server_without_further_fields_is_measured_and_short_answers_are_point
         server.models = ("one", "two")
         several = minitron_here("throughput", server.url, *options, cwd=folder)
         assert "has the models one, two" in several.stderr
-        assert f"say which one: {server.url}#NAME" in several.stderr
+        assert "put #NAME behind its address" in several.stderr
     gone = minitron_here("throughput", server.url, *options, cwd=folder)
     assert "cannot be reached" in gone.stderr
 

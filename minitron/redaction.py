@@ -10,13 +10,16 @@ HARMLESS = (  # parameters of databases that hold no secrets
     *("sslmode", "sslrootcert", "ssl_ca", "charset", "driver", "mode", "uri", "timeout", "connect_timeout"),
     *("application_name", "target_session_attrs"),
 )
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
+# Every pattern takes time in proportion to the text: logs may have lines of megabytes.
+_ADDRESS = re.compile(r"(?<![A-Za-z0-9+.-])[A-Za-z0-9+.-]+://\S+")
 _QUERY = re.compile(r"[?&;#]")
 _STORAGE_QUERY = re.compile(r"\?[\w.-]+=")  # ? is also a wildcard
 _SECRET = re.compile(  # as libraries show a path's query or a database's settings
-    r"(?i)(?:(?<=[?&;])[\w.-]*(?:token|key|signature|sig|credential)|[\w.-]*(?:password|passwd|pwd|secret)[\w.-]*)(?==[^\s=])"
+    r"(?i)(?:(?<=[?&;])[\w.-]{0,60}(?:token|key|signature|sig|credential)|(?:password|passwd|pwd|secret)[\w.-]{0,60})(?==[^\s=])"
     r"=(?:'[^']*'|\"[^\"]*\"|[^\s&;,)]+)"
 )
+_WORD = re.compile(r"\S+")
+_PATH_QUERY = re.compile(r"\?[\w.%-]{1,60}=[^'\"]*")
 _PARAMETER = re.compile(r"[\w.-]+(?==)")
 
 
@@ -61,10 +64,17 @@ class Address:
 
 
 def redact(text: str) -> str:
-    """`text` with every address in it shown without user, password and query, and `name=value` without the value where the
-    name is that of a secret."""
+    """`text` with every address in it shown without user, password and query, paths of requests without their query, and
+    `name=value` without the value where the name is that of a secret."""
     shown = _ADDRESS.sub(lambda match: str(Address.parse(match[0])), text)
+    shown = _WORD.sub(_without_query, shown)
     return _SECRET.sub(lambda match: f"{match[0].partition('=')[0]}=...", shown)
+
+
+def _without_query(word: re.Match[str]) -> str:
+    """A word of a text; if it is the path of a request, as HTTP libraries show it, without its query."""
+    query = _PATH_QUERY.search(word[0])
+    return word[0] if query is None or "/" not in word[0][: query.start()] else word[0].replace(query[0], "", 1)
 
 
 def secret_in(text: str) -> str:
