@@ -61,18 +61,48 @@ def compare(results: Sequence[ModelResults]) -> list[Difference]:
     if len(results) < 2:
         raise InputError(f"{len(results)} model to compare", "give at least two")
     reference, *others = results
-    found = [
-        _difference(task, reference.model, model.model, reference.tasks[task], model.tasks[task])
-        for model in others
-        for task in reference.tasks
-        if task in model.tasks
-    ]
+    found = [_difference(task, reference, model) for model in others for task in reference.tasks if task in model.tasks]
     if not found:
         raise InputError("the models have no task in common", "evaluate them on the same tasks")
     return _corrected(found)
 
 
-def _difference(task: str, reference: str, model: str, first: Evaluated, second: Evaluated) -> Difference:
+def setting_notes(results: Sequence[ModelResults]) -> list[str]:
+    """Sentences on settings in which models differ from the first one, and which may explain a part of a difference."""
+    reference, *others = results
+    notes = []
+    for other in others:
+        tasks = [task for task in reference.tasks if task in other.tasks]
+        templated = [task for task in tasks if _templated(other, task)]
+        pairs = [("dtype", reference.dtype, other.dtype), ("device", reference.device, other.device)]
+        pairs += [
+            (f"{name} version", reference.versions.get(name, ""), other.versions.get(name, ""))
+            for name in ("lm_eval", "transformers")
+        ]
+        different = [f"{name} {one or 'unknown'} and {two or 'unknown'}" for name, one, two in pairs if one != two]
+        if templated and reference.chat_template != other.chat_template:
+            different.append(f"chat templates of their own, so other prompts in {', '.join(templated)}")
+        if different:
+            notes.append(f"{reference.model} and {other.model} differ in settings: {'; '.join(different)}")
+    return notes
+
+
+def _templated(model: ModelResults, task: str) -> bool:
+    return bool(model.settings.get(task, {}).get("chat_template"))
+
+
+def _check_templates(task: str, reference: ModelResults, model: ModelResults) -> None:
+    with_template, without = sorted((reference, model), key=lambda each: not _templated(each, task))
+    if _templated(with_template, task) and not _templated(without, task):
+        raise InputError(
+            f"task {task!r}: {with_template.model} was asked with its chat template, {without.model} without",
+            "evaluate both with the same settings",
+        )
+
+
+def _difference(task: str, one: ModelResults, other: ModelResults) -> Difference:
+    _check_templates(task, one, other)
+    reference, model, first, second = one.model, other.model, one.tasks[task], other.tasks[task]
     _check_settings(task, reference, model, first, second)
     differences, clusters = paired_differences(first, second)
     if len(differences) < min(len(first.documents), len(second.documents)):

@@ -37,13 +37,36 @@ class ModelResults:
     tasks: dict[str, Evaluated] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     """Reason by task."""
+    chat_template: str | None = None
+    """Hash of its tokenizer's chat template, 16 hexadecimal digits; None without one, and in results of earlier versions."""
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of each task: num_fewshot, limit, chat_template (whether it was used) and data."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of the packages that scored it."""
 
 
 def results_json(
     results: Sequence[ModelResults], tasks: Sequence[Task], suite: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """The content of a file of results. tasks: that were run. suite: {name, version} if they are those of a suite."""
-    settings = {
+    return {
+        "format": FORMAT,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": package_versions(),
+        "suite": None if suite is None else dict(suite),
+        "settings": settings_json(tasks),
+        "models": [_model_json(each) for each in results],
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Of Minitron and the packages that prompts, scores and models come from."""
+    return {"minitron": __version__, **{name: version(name) for name in ("lm_eval", "transformers", "torch")}}
+
+
+def settings_json(tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
+    """The settings of each task, which all models of a file have in common."""
+    return {
         task.key: {
             "num_fewshot": task.num_fewshot,
             "limit": task.limit,
@@ -52,18 +75,11 @@ def results_json(
         }
         for task in tasks
     }
-    return {
-        "format": FORMAT,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"minitron": __version__, **{name: version(name) for name in ("lm_eval", "transformers", "torch")}},
-        "suite": None if suite is None else dict(suite),
-        "settings": settings,
-        "models": [_model_json(each) for each in results],
-    }
 
 
 def _model_json(results: ModelResults) -> dict[str, Any]:
     values = asdict(results)
+    del values["settings"], values["versions"]  # those of the file
     for key, result in results.tasks.items():
         shown = result.score.shown_as
         values["tasks"][key]["score"] |= {"unit": shown.unit, "scale": shown.scale}
@@ -79,7 +95,8 @@ def read_results(path: str) -> list[ModelResults]:
     if content.get("format") != FORMAT:
         raise InputError(f"{path}: has format {short_repr(content.get('format'))}, not {FORMAT}", remedy)
     try:
-        return [_model(values) for values in content["models"]]
+        common = {"settings": dict(content["settings"]), "versions": dict(content["versions"])}
+        return [_model({**values, **common}) for values in content["models"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: is damaged ({type(error).__name__}: {error})", remedy) from error
 

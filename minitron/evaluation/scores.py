@@ -19,8 +19,9 @@ class Score:
     """lm-eval's name, for example "acc" or "acc_norm"; chosen by `minitron.evaluation.benchmarks.METRIC`."""
     value: float
     stderr: float | None
-    """Standard error of the mean over documents, which takes into account which of them belong together (`num_clusters`); None
-    for one document, or if the metric is not a mean over documents."""
+    """Standard error of the mean over documents, which takes into account which of them belong together (`num_clusters`), and
+    is not zero for a share of 0 or 1 (`minitron.evaluation.uncertainty.score_error`); None for one document, or if the metric
+    is not a mean over documents."""
     num_documents: int
     num_fewshot: int
     version: str
@@ -110,6 +111,22 @@ class Evaluated:
     documents: tuple[DocumentResult, ...]
     samples: tuple[Sample, ...] = ()
     """As many as were requested, the worst first."""
+
+    def numbers(self, name: str) -> dict[str, float]:
+        """All metrics with their standard errors, by names that begin with `name`.
+
+        "NAME.METRIC", with the filter behind it if the metric has several, except for the score's own; and
+        "NAME.METRIC_stderr".
+        """
+        values: dict[str, float] = {}
+        for each in self.metrics:
+            alone = sum(other.metric == each.metric for other in self.metrics) == 1
+            is_score = (each.metric, each.filter) == (self.score.metric, self.filter)
+            key = f"{name}.{each.metric}{'' if alone or is_score else f' {each.filter}'}"
+            values[key] = each.value
+            if each.stderr is not None:
+                values[f"{key}_stderr"] = each.stderr
+        return values
 
     @property
     def main(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from minitron.evaluation.scores import (
     renamed,
     worst_first,
 )
-from minitron.evaluation.uncertainty import passage_of, standard_error
+from minitron.evaluation.uncertainty import passage_of, score_error
 from minitron.storage import fingerprint
 
 LONGEST_TEXT = 20_000  # characters of a prompt or answer that is kept; of a longer one the end
@@ -61,7 +62,9 @@ def evaluated(
         num_available=len(built.task_docs),
         num_clusters=clusters if clusters < len(documents) else None,
     )
-    kept = [_sample(sample, metric) for sample in results["samples"][part] if samples and sample["filter"] == chosen]
+    kept = [
+        _sample(built, sample, metric) for sample in results["samples"][part] if samples and sample["filter"] == chosen
+    ]
     worst = worst_first([sample for sample in kept if sample], samples, higher_is_better=higher_is_better)
     return Evaluated(score, chosen, tuple(metrics), documents, worst)
 
@@ -114,7 +117,7 @@ def _value(built: Any, key: str, value: float, documents: Sequence[DocumentResul
 
 
 def _stderr(key: str, documents: Sequence[DocumentResult]) -> float | None:
-    return standard_error([each.values[key] for each in documents], [each.cluster for each in documents])
+    return score_error([each.values[key] for each in documents], [each.cluster for each in documents])
 
 
 def pooled(task: str, members: Mapping[str, Evaluated], samples: int, *, by_size: bool = True) -> Evaluated:
@@ -190,7 +193,7 @@ def pooled(task: str, members: Mapping[str, Evaluated], samples: int, *, by_size
     )
 
 
-def _sample(sample: Mapping[str, Any], metric: str) -> Sample | None:
+def _sample(built: Any, sample: Mapping[str, Any], metric: str) -> Sample | None:
     """A document with the model's answer; None if the metric is not a number for each document."""
     value = _number(sample.get(metric))
     if value is None:
@@ -199,6 +202,8 @@ def _sample(sample: Mapping[str, Any], metric: str) -> Sample | None:
     scored = all(isinstance(answer, list | tuple) and len(answer) == 2 for answer in answers)
     if scored and len(requests) > 1:  # choices: (log-likelihood, greedy) of each
         choices = [str(request[1]) for request in requests]
+        if built.multiple_input:  # the choices are in the questions, and what follows them is the same
+            return _chosen_question(built, sample, value)
         lengths = [len(choice.encode()) if metric == "acc_norm" else 1 for choice in choices]
         best = max(range(len(choices)), key=lambda number: answers[number][0] / max(1, lengths[number]))
         answer = choices[best]
@@ -214,3 +219,18 @@ def _sample(sample: Mapping[str, Any], metric: str) -> Sample | None:
         target=str(target)[-LONGEST_TEXT:],
         answer=answer[-LONGEST_TEXT:],
     )
+
+
+def _chosen_question(built: Any, sample: Mapping[str, Any], value: float) -> Sample:
+    """A document whose choices are the beginnings of one continuation, as Winogrande's: each is shown with it."""
+    requests, answers = sample["arguments"], sample["filtered_resps"]
+    begun = [str(request[0]) for request in requests]
+    common = next(n for n, letters in enumerate(zip_longest(*begun)) if len(set(letters)) > 1)
+    common = begun[0].rfind(" ", 0, common) + 1  # whole words
+    texts = [f"{begin[common:]}{request[1]}" for begin, request in zip(begun, requests, strict=True)]
+    best = max(range(len(texts)), key=lambda number: answers[number][0])
+    right = built.doc_to_text(sample["doc"])
+    target = texts[right] if isinstance(right, int) else sample["target"]
+    kept = (begun[0][:common].rstrip(), str(target), texts[best])
+    prompt, target, answer = (text[-LONGEST_TEXT:] for text in kept)
+    return Sample(id=str(sample["doc_id"]), value=value, prompt=prompt, target=target, answer=answer)

@@ -1,6 +1,7 @@
 """Standard errors of means over documents, of which some belong together.
 
-Sources: Miller 2024, arXiv 2411.00640, sections 2 and 3; the factor for few clusters is Stata's and statsmodels'.
+Sources: Miller 2024, arXiv 2411.00640, sections 2 and 3; the factor for few clusters is Stata's and statsmodels'. Shares of 0
+and 100 %: Agresti and Coull 1998, The American Statistician 52(2).
 """
 
 from __future__ import annotations
@@ -18,6 +19,20 @@ def passage_of(document: Mapping[str, object]) -> str | None:
     """The text that a document asks about, which it may have in common with others; None if it has none."""
     texts = (document.get(field) for field in PASSAGES)
     return next((text for text in texts if isinstance(text, str) and text), None)
+
+
+def score_error(values: Sequence[float], clusters: Sequence[object]) -> float | None:
+    """As `standard_error`, but not zero where all values are 0, or all are 1.
+
+    Answers that are all right do not show that every answer would be. The error is then Agresti and Coull's: that of the share
+    after two right and two wrong answers have been added, with documents that belong together as one.
+    """
+    plain = standard_error(values, clusters)
+    if plain != 0 or set(values) not in ({0.0}, {1.0}):
+        return plain
+    count = len(set(clusters)) + 4
+    share = 2 / count
+    return math.sqrt(share * (1 - share) / count)
 
 
 def standard_error(values: Sequence[float], clusters: Sequence[object]) -> float | None:

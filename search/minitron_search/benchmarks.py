@@ -13,7 +13,7 @@ from minitron.architecture import Architecture
 from minitron.arguments import check_fields, check_type, check_types
 from minitron.device import DTYPES, device
 from minitron.errors import InputError, one_line
-from minitron.evaluation import Task
+from minitron.evaluation import Score, Task
 from minitron.evaluation.batches import BatchRows
 from minitron.evaluation.documents import documents_identity
 from minitron.models import load_model, load_tokenizer
@@ -113,7 +113,8 @@ def _with_scores(candidate: RankedCandidate, benchmarks: Benchmarks, path: str) 
     return replace(
         candidate,
         benchmarks=tuple(
-            BenchmarkScore(name, score["metric"], score["value"], score["stderr"]) for name, score in known
+            BenchmarkScore(name, score["metric"], score["value"], score["stderr"], Score(**score).settings)
+            for name, score in known
         ),
     )
 

@@ -22,6 +22,8 @@ class BenchmarkScore:
     metric: str
     value: float
     stderr: float | None
+    measured_on: str = ""
+    """In words, with the limit: "0-shot, first 40 of 1,172 documents of test"; empty in results of earlier versions."""
 
     @property
     def shown_as(self) -> Metric:

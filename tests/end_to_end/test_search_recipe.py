@@ -122,6 +122,9 @@ def test_measurements_are_in_the_ranking_the_report_and_mlflow(searched):
             assert score["task"] == "arc_easy"
             assert f"<td>{100 * score['value']:.1f} ± {100 * score['stderr']:.1f}</td>" in page
     assert '<th scope="col">arc_easy acc, %</th>' in page
+    measured_on = scored[0]["benchmarks"][0]["measured_on"]
+    assert measured_on.startswith("0-shot, ")
+    assert f"Scores with their standard error, arc_easy: {measured_on}" in page
     assert "2 sequences of 64 tokens" in page
     times = [json.loads(path.read_text()) for path in (storage / "latency").glob("*.json")]
     measured = {time["architecture"]: time["milliseconds"] for time in times}
@@ -136,6 +139,8 @@ def test_measurements_are_in_the_ranking_the_report_and_mlflow(searched):
     logged = {trial.data.metrics.get("arc_easy.acc") for trial in trials}
     assert {row["benchmarks"][0]["value"] for row in scored} <= logged
     assert all("latency_ms" in trial.data.metrics for trial in trials)
+    tags = [trial.data.tags.get("minitron.benchmark.arc_easy") for trial in trials]
+    assert tags.count(f"acc, {measured_on}") == BENCHMARKED
 
 
 def test_a_perplexity_is_shown_as_a_plain_number_everywhere(searched):

@@ -32,6 +32,7 @@ def compare(files: tuple[str, ...], out: str | None) -> None:
     from dataclasses import asdict
 
     from minitron.evaluation.comparison import compare as differences_of
+    from minitron.evaluation.comparison import setting_notes
     from minitron.evaluation.result_file import read_results
     from minitron_platform.cli.evaluation_tables import score_table
 
@@ -60,6 +61,8 @@ def compare(files: tuple[str, ...], out: str | None) -> None:
         title = f"{each.task} {metric.title}"
         table.add_row(title, each.model, value, interval, f"{each.num_documents:,}", _verdict(each))
     console.table(table)
+    for note in setting_notes(results):
+        console.say(f"[yellow]{escape(note)}[/]")
     if out:
         storage.write_json(out, [asdict(each) | {"is_real": each.is_real} for each in differences])
         console.say(f"written to [bold]{escape(out)}[/]")

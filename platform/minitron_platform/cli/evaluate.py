@@ -151,6 +151,13 @@ def _check(models: tuple[str, ...], tasks: tuple[Task, ...], locations: Location
         check_requirements(task, min(longest, default=None))
 
 
+def _template_hash(tokenizer: Any) -> str | None:
+    from minitron import storage
+
+    template = getattr(tokenizer, "chat_template", None)
+    return storage.fingerprint(template) if template else None
+
+
 def _score(
     console: Console,
     name: str,
@@ -192,6 +199,7 @@ def _score(
             parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
             dtype=loaded.dtype,
             device=device_name(),
+            chat_template=_template_hash(loaded.tokenizer),
             tasks=scores,
             failures=failures,
         )

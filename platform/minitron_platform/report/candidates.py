@@ -160,6 +160,17 @@ def benchmark_titles(search: SearchOutput) -> dict[str, str]:
     return {task: task_title(task, search.metrics.get(task)) for task in search.benchmarks}
 
 
+def benchmarks_text(search: SearchOutput) -> str:
+    """A sentence that says what the candidates' scores were measured on; empty without scores."""
+    measured = {
+        score.task: f"{score.task}: {score.measured_on}"
+        for candidate in search.ranking
+        for score in candidate.benchmarks
+        if score.measured_on
+    }
+    return f"Scores with their standard error, {'; '.join(measured.values())}." if measured else ""
+
+
 def serving_text(search: SearchOutput) -> str:
     """A sentence that says what memory and latency of the candidates refer to."""
     serving = search.serving

@@ -204,6 +204,7 @@ def _run(state: RunState, index: int, named: Any) -> dict[str, Any]:
                 "chart": named(candidates.candidate_chart(state, member.model, search, step_tokens)),
                 "benchmarks": candidates.benchmark_titles(search),
                 "serving": candidates.serving_text(search),
+                "measured_on": candidates.benchmarks_text(search),
                 "findings": candidates.findings(search),
             }
         )

@@ -63,6 +63,9 @@ class Quality(BaseModel):
     """Number of tokens that the held-out metrics are means over."""
     tasks: dict[str, Score] = {}
     """Scores by benchmark."""
+    task_numbers: dict[str, dict[str, float]] = {}
+    """By benchmark, all its metrics as `minitron.evaluation.Evaluated.numbers` has them; without the benchmarks that an earlier
+    version measured."""
     failures: dict[str, str] = {}
     """Reasons of failures by benchmark."""
 
@@ -209,6 +212,8 @@ class Evaluate(Stage[EvaluateOutput]):
                 values[name] = score.value
                 if score.stderr is not None:
                     values[f"{name}_stderr"] = score.stderr
+                values[f"{model}.{task}.documents"] = score.num_documents
+                values |= {f"{model}.{number}": value for number, value in figures.task_numbers.get(task, {}).items()}
         return values
 
     def is_valid(self, state: RunState, output: EvaluateOutput) -> bool:
@@ -409,7 +414,8 @@ def _measure(task: _Evaluation, worker: Worker, name: str, path: str, quality: Q
         scores = {key: result.score for key, result in evaluated.items()}
         all_scores = quality.tasks | scores
         ordered = {one.key: all_scores[one.key] for one in task.tasks if one.key in all_scores}
-        quality = quality.model_copy(update={"tasks": ordered, "failures": failures})
+        numbers = quality.task_numbers | {key: result.numbers(key) for key, result in evaluated.items()}
+        quality = quality.model_copy(update={"tasks": ordered, "task_numbers": numbers, "failures": failures})
         if worker.is_first:
             add_tasks(documents_path(path), evaluated)
             storage.write_json(path, quality.model_dump(mode="json"))

@@ -83,6 +83,8 @@ def _record_result(log: RunLog, result: TrialResult, ranked: RankedCandidate | N
         metrics[name] = score.value
         if score.stderr is not None:
             metrics[f"{name}_stderr"] = score.stderr
+        if score.measured_on:
+            log.tags({f"minitron.benchmark.{score.task}": f"{score.metric}, {score.measured_on}"})
     log.metrics(metrics, step=result.steps)
 
 

@@ -238,13 +238,11 @@ def task_results(task: TrainTask, model: nn.Module, failed: Callable[[str, Excep
 
 
 def task_metrics(results: Mapping[str, Evaluated], changes: Mapping[str, Change]) -> dict[str, float]:
-    """Scores by "task_NAME.METRIC", with their standard errors, changes since the first measurement and noise bands."""
+    """All metrics by "task_NAME.METRIC", with their standard errors, changes since the first measurement and noise bands."""
     metrics: dict[str, float] = {}
     for name, result in results.items():
         key = f"task_{name}.{result.score.metric}"
-        metrics[key] = result.score.value
-        if result.score.stderr is not None:
-            metrics[f"{key}_stderr"] = result.score.stderr
+        metrics |= result.numbers(f"task_{name}")
         if name in changes:
             metrics |= {f"{key}_change": changes[name].value, f"{key}_band": changes[name].band}
     return metrics

@@ -262,7 +262,9 @@ def test_benchmarks_during_training_do_not_change_it_and_are_the_same_in_every_p
     """With a sharded student, whose curve is compared above, and with one process."""
     found = [_saw(done, "both", rank)["scores"] for rank in range(2)]
     assert found[0] == found[1]
-    assert [list(scores) for scores in found[0]] == [["task_arc_easy.acc", "task_arc_easy.acc_stderr"]] * 3
+    assert [list(scores) for scores in found[0]] == [
+        [f"task_arc_easy.{name}" for name in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")]
+    ] * 3
     config = replace(STEPS, checkpoint_every=0)
     plain, student = train(material, config)
     asked, other = train(material, config, tasks=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 import statistics
+from dataclasses import replace
 
 import pytest
 
 from minitron.errors import InputError
 from minitron.evaluation import DocumentResult, Evaluated, Score
-from minitron.evaluation.comparison import compare
+from minitron.evaluation.comparison import compare, setting_notes
 from minitron.evaluation.result_file import ModelResults
 
 
@@ -99,3 +100,22 @@ def test_other_settings_and_other_documents_are_refused():
     # the first 50 documents of a limited evaluation are compared with the same ones of the other
     (difference,) = compare([reference, model("b", arc=result(BASE[:50]))])
     assert (difference.num_documents, difference.value, difference.p_value) == (50, 0, 1)
+
+
+def test_models_that_were_asked_in_different_ways_are_refused_or_pointed_out():
+    def asked(name, template, used, dtype="float32"):
+        settings = {"arc": {"chat_template": used}}
+        return replace(model(name, arc=result(BASE)), chat_template=template, settings=settings, dtype=dtype)
+
+    plain, chatted = asked("base", None, False), asked("instruct", "a1", True)
+    for pair in ([plain, chatted], [chatted, plain]):
+        with pytest.raises(InputError, match="task 'arc': instruct was asked with its chat template, base without"):
+            compare(pair)
+    other = asked("student", "b2", True, dtype="bfloat16")
+    assert len(compare([chatted, other])) == 1
+    (note,) = setting_notes([chatted, other])
+    assert note.startswith("instruct and student differ in settings: dtype float32 and bfloat16; chat templates")
+    assert note.endswith("so other prompts in arc")
+    assert setting_notes([chatted, chatted]) == []
+    # a template that was not used changes nothing
+    assert setting_notes([plain, asked("instruct", "a1", False)]) == []

@@ -75,6 +75,35 @@ def test_models_are_scored_into_a_file_of_the_published_schema_and_compared(benc
     assert (alone.returncode, "is not a file of results" in alone.stderr) == (2, True)
 
 
+def test_a_wrong_choice_of_a_question_is_shown_beside_the_right_one(folder):
+    """Winogrande's choices are in the question; what follows them is the same."""
+    words = [("stone", "river"), ("engine", "garden"), ("paper", "copper"), ("signal", "bridge")]
+    both = [
+        {"sentence": f"The light met the {one} and the {other}, and the _ was old.", "option1": one, "option2": other}
+        for one, other in words
+    ]
+    # each question twice, with either answer: one of the two is wrong
+    documents = [{**document, "answer": answer} for document in both for answer in "12"]
+    write_jsonl(folder / "choices" / "winogrande" / "validation.jsonl", documents)
+    options = ("--tasks", "winogrande", "--data", "choices", "--samples", "8", "--out", "w.json")
+    done = minitron_here("evaluate", "random", *options, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (model,) = read_results(str(folder / "w.json"))
+    result = model.tasks["winogrande"]
+    assert [sample.value for sample in result.samples] == [0.0] * 4 + [1.0] * 4
+    for sample in result.samples:
+        document = documents[int(sample.id)]
+        right = document[f"option{document['answer']}"]
+        assert sample.target == f"{right} was old."
+        assert (sample.answer == sample.target) == (sample.value == 1)
+        assert sample.prompt.endswith(f"{document['option2']}, and the")
+    # a share of 0 % still has an error: Agresti and Coull's, with two right and two wrong answers added
+    wrong = [documents[int(sample.id)] for sample in result.samples[:4]]
+    write_jsonl(folder / "wrong" / "winogrande" / "validation.jsonl", wrong)
+    again = minitron_here("evaluate", "random", "--tasks", "winogrande", "--data", "wrong", cwd=folder)
+    assert "0.0 ± 15.3" in again.stdout  # 100 sqrt(2/8 (1 - 2/8) / 8)
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
