@@ -16,6 +16,7 @@ from typing import Any
 
 from minitron.errors import InputError
 
+IFEVAL = {"langdetect", "immutabledict", "nltk"}  # of the extra minitron[ifeval]
 HUB_SECONDS = 5.0  # timeout of a request to the hub
 ANSWER_TOKENS = 256  # lm-eval's default length of a generated answer
 _INSTALLED_AS = {"sklearn": "scikit-learn", "PIL": "pillow", "bs4": "beautifulsoup4", "yaml": "pyyaml"}
@@ -29,10 +30,33 @@ def check_packages(name: str, config: dict[str, Any], roots: Sequence[Path]) -> 
     imported = {package for file in modules(config, roots) for package in _imports(file)}
     missing = sorted(package for package in imported if find_spec(package) is None)
     if missing:
+        command = " ".join(_INSTALLED_AS.get(package, package) for package in missing)
         raise InputError(
             f"task {name!r}: its definition needs {', '.join(missing)}, which is not installed",
-            f"pip install {' '.join(_INSTALLED_AS.get(package, package) for package in missing)}",
+            f"pip install {command}" if set(missing) - IFEVAL else "pip install 'minitron[ifeval]'",
         )
+
+
+def check_nltk_data(name: str, config: dict[str, Any], roots: Sequence[Path]) -> None:
+    """Raise InputError for data of NLTK that the definition's Python files would download, and that is not on this machine."""
+    missing = sorted(
+        data for file in modules(config, roots) for data in _nltk_downloads(file) if not _has_nltk_data(data)
+    )
+    if missing:
+        raise InputError(
+            f"task {name!r}: NLTK's data {', '.join(missing)} is not on this machine, and nothing is downloaded unasked",
+            f"python -m nltk.downloader {' '.join(missing)}, or set NLTK_DATA to a folder that has tokenizers/{missing[0]}",
+        )
+
+
+def _has_nltk_data(name: str) -> bool:
+    import nltk
+
+    try:
+        nltk.data.find(f"tokenizers/{name}")
+    except LookupError:
+        return False
+    return True
 
 
 def check_metrics(name: str, metrics: Sequence[str]) -> None:
@@ -210,6 +234,20 @@ def loaded_metrics(file: Path) -> frozenset[str]:
         and node.func.attr == "load"
         and isinstance(node.func.value, ast.Name)
         and node.func.value.id in names
+        and node.args
+        and isinstance(node.args[0], ast.Constant)
+    )
+
+
+@lru_cache(maxsize=256)
+def _nltk_downloads(file: Path) -> frozenset[str]:
+    """Names of NLTK's data that a file downloads with `nltk.download`."""
+    return frozenset(
+        str(node.args[0].value)
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and ast.unparse(node.func) == "nltk.download"
         and node.args
         and isinstance(node.args[0], ast.Constant)
     )

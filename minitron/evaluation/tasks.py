@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from minitron.evaluation.requirements import (
     check_documents,
     check_functions,
     check_metrics,
+    check_nltk_data,
     check_packages,
     check_room,
 )
@@ -119,6 +121,7 @@ def check_requirements(task: Task, longest: int | None = None) -> None:
     for part in parts(task):
         config = read_definition(part.definition, functions=False)
         check_packages(task.name, config, roots)
+        check_nltk_data(task.name, config, roots)
         check_metrics(task.name, hub_metrics(config, roots))
         if runs_generated_code(config, roots):
             check_sandbox()
@@ -245,7 +248,10 @@ def _build(task: Task, part: Part) -> HarnessTask:
 
     roots = allowed_roots(task.folder)
     by_name = read_definition(part.definition, functions=False)
+    check_nltk_data(task.name, by_name, roots)  # importing the functions would download it
     config = read_definition(part.definition, functions=True)
+    if "langdetect" in sys.modules:  # which IFEval asks for the language of an answer; it draws at random
+        sys.modules["langdetect"].DetectorFactory.seed = 0
     if runs_generated_code(by_name, roots):
         config = sandboxed(task.name, config, by_name, roots)
     columns: list[str] = []

@@ -70,7 +70,7 @@ def throughput(
     from minitron.device import compute_dtype, device_name
     from minitron.throughput import measure
     from minitron.throughput.result_file import results_json
-    from minitron_platform.cli.throughput_table import notes, throughput_table
+    from minitron_platform.cli.throughput_table import model_numbers, notes, throughput_table
 
     workloads = _workloads(shapes, batch)
     if len(set(models)) < len(models):
@@ -82,6 +82,8 @@ def throughput(
         engines = _engines(opened, models, workloads, locations, engine, torch_dtype)
         console.status("warming up")
         results = measure(engines, workloads, rounds=rounds, progress=console.counter("rounds"))
+    for number, model in model_numbers(results).items():
+        console.say(f"{number}  {escape(model)}")
     console.table(throughput_table(results, device_name(), torch_dtype))
     for line in notes(results):
         console.say(f"[yellow]{escape(line)}[/]")

@@ -11,23 +11,36 @@ from minitron.throughput import Spread, Throughput
 SHORT = 0.95  # answers that have less than this share of the requested tokens are pointed out
 
 
+def model_numbers(results: Sequence[Throughput]) -> dict[str, str]:
+    """A number for each model and its engine, as the table names it, for lines above the table."""
+    engines = {result.model: result.engine for result in results}
+    return {str(number): f"{model} ({engine})" for number, (model, engine) in enumerate(engines.items(), start=1)}
+
+
 def throughput_table(results: Sequence[Throughput], device: str, dtype: str) -> Table:
-    """A row per workload and model: medians of the rounds, and quartiles of the ratio."""
+    """A row per workload and model: medians of the rounds, and quartiles of the ratio. Models are named by their numbers."""
     served = " (of servers unknown)" if any(result.engine == "server" for result in results) else ""
     table = Table(
         caption=f"medians of {results[0].rounds} rounds in turns, ratios with quartiles; {dtype} on {device}{served}",
         caption_justify="left",
     )
-    for title, justify in (("in/out x batch", "left"), ("model", "left"), ("engine", "left")):
-        table.add_column(title, justify=justify)  # type: ignore[arg-type]
-    for title in ("requests/s", "output tokens/s", "first token, ms", "between tokens, ms", "memory, GiB"):
+    table.add_column("in/out x batch")
+    titles = (
+        "model",
+        "requests/s",
+        "output tokens/s",
+        "first token, ms",
+        "between tokens, ms",
+        "memory, GiB",
+        "x model 1",
+    )
+    for title in titles:
         table.add_column(title, justify="right")
-    table.add_column(f"x {results[0].model}", justify="right")
+    numbers = {model: number for number, model in enumerate(dict.fromkeys(result.model for result in results), start=1)}
     for result in results:
         table.add_row(
             str(result.workload),
-            result.model,
-            result.engine,
+            str(numbers[result.model]),
             _text(result.requests_per_second),
             _text(result.output_tokens_per_second),
             _text(result.first_token_seconds, 1_000),

@@ -30,11 +30,12 @@ def test_packages_that_a_definition_imports_are_named_with_the_command(tmp_path,
         "minitron.evaluation.requirements.find_spec",
         lambda name: None if name in ("immutabledict", "langdetect") else real(name),
     )
+    monkeypatch.delitem(sys.modules, "lm_eval.tasks.ifeval.utils", raising=False)
     task = Task("ifeval", str(write_jsonl(tmp_path / "train.jsonl", [{"prompt": "a"}])))
     check_tasks([task])
     with pytest.raises(InputError, match="needs immutabledict, langdetect, which is not installed") as refusal:
         check_requirements(task)
-    assert refusal.value.remedy == "pip install immutabledict langdetect"
+    assert refusal.value.remedy == "pip install 'minitron[ifeval]'"
     assert "lm_eval.tasks.ifeval.utils" not in sys.modules
 
 
