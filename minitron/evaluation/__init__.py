@@ -12,6 +12,7 @@ from minitron.lazy_names import lazy_names
 if TYPE_CHECKING:
     from minitron.evaluation.harness import evaluate as evaluate
     from minitron.evaluation.harness import evaluate_documents as evaluate_documents
+    from minitron.evaluation.harness import evaluate_served as evaluate_served
     from minitron.evaluation.heldout import HeldoutMetrics as HeldoutMetrics
     from minitron.evaluation.heldout import heldout_metrics as heldout_metrics
     from minitron.evaluation.heldout import teacher_targets as teacher_targets
@@ -35,6 +36,7 @@ _PUBLIC = {
     "Score": ".scores",
     "evaluate": ".harness",
     "evaluate_documents": ".harness",
+    "evaluate_served": ".harness",
     "HeldoutMetrics": ".heldout",
     "heldout_metrics": ".heldout",
     "teacher_targets": ".heldout",

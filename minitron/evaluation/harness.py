@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import lm_eval.api.model
@@ -46,6 +46,9 @@ from minitron.evaluation.tasks import (
 )
 from minitron.evaluation.templates import sandboxed_templates
 from minitron.processes import from_first, largest, own_rank, world_size
+
+if TYPE_CHECKING:
+    from minitron.completions import Served
 
 log = logging.getLogger(__name__)
 
@@ -111,23 +114,73 @@ def evaluate_documents(
     """
     check_model("model", model)
     check_tokenizer("tokenizer", tokenizer)
+    _check_tasks(tasks, tokenizer, on_failure)
+    if batch_size != "auto":
+        check_type("batch_size", batch_size, Integral, "a number, or auto")
+        if batch_size < 1:
+            raise InputError(f"batch_size: {batch_size} is less than 1", "give 1 or more, or auto")
+
+    def scorer(total: int) -> Scorer:
+        return Scorer(model, tokenizer, batch_size, add_bos, total, progress, together)
+
+    with evaluating(model):
+        return _all_scored(tasks, scorer, on_failure, together, samples, answers)
+
+
+def evaluate_served(
+    served: Served,
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    *,
+    concurrent: int | None = None,
+    add_bos: bool | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    on_failure: OnFailure | None = None,
+    samples: int = 0,
+    answers: AnswerStore | None = None,
+) -> dict[str, Evaluated]:
+    """As `evaluate_documents`, of a model at a server, whose tokenizer is `tokenizer`. concurrent: requests at a time.
+
+    Kept answers are those of what `answers.model` names: a server may change its model behind the same name, unseen. Raises
+    what the server's answers raise (see `minitron.completions`).
+    """
+    from minitron.evaluation.served import CONCURRENT, ServedScorer
+
+    check_tokenizer("tokenizer", tokenizer)
+    _check_tasks(tasks, tokenizer, on_failure)
+    chosen = concurrent or CONCURRENT
+
+    def scorer(total: int) -> Scorer:
+        return ServedScorer(served, tokenizer, chosen, add_bos, total, progress)
+
+    return _all_scored(tasks, scorer, on_failure, False, samples, answers)
+
+
+def _check_tasks(tasks: Sequence[Task], tokenizer: Any, on_failure: OnFailure | None) -> None:
     for task in tasks:
         check_type("tasks", task, Task, "a Task")
     if on_failure is None:
         check_tasks(tasks)
     check_settings(tasks)
-    if batch_size != "auto":
-        check_type("batch_size", batch_size, Integral, "a number, or auto")
-        if batch_size < 1:
-            raise InputError(f"batch_size: {batch_size} is less than 1", "give 1 or more, or auto")
     if any(task.chat_template for task in tasks) and not getattr(tokenizer, "chat_template", None):
         raise InputError(
             "chat_template: the model's tokenizer has no chat template", "give an instruct model, or leave it out"
         )
-    with _quiet(), sandboxed_templates(), _usual_random_state(), evaluating(model):
+
+
+def _all_scored(
+    tasks: Sequence[Task],
+    make_scorer: Callable[[int], Scorer],
+    on_failure: OnFailure | None,
+    together: bool,
+    samples: int,
+    answers: AnswerStore | None,
+) -> dict[str, Evaluated]:
+    """The results of all tasks. make_scorer: takes their number of documents."""
+    with _quiet(), sandboxed_templates(), _usual_random_state():
         work = _prepared(tasks, on_failure, together)
         sizes = [scored_documents(task.limit, len(built.task_docs)) for task, members in work for _, built in members]
-        scorer = Scorer(model, tokenizer, batch_size, add_bos, sum(sizes), progress, together)
+        scorer = make_scorer(sum(sizes))
         results = {}
         for task, members in work:
             with _reported(task, on_failure):

@@ -29,10 +29,12 @@ class ModelResults:
     model: str
     """Its name as the user gave it."""
     identity: str
-    """Hash of its weights, config and tokenizer, 16 hexadecimal digits."""
-    parameters: int
+    """Hash of its weights, config and tokenizer, 16 hexadecimal digits; of a model at a server, of its address, its name, what
+    the server says about it, and the tokenizer."""
+    parameters: int | None
+    """None for a model at a server."""
     dtype: str
-    """That it computed in, by torch's name."""
+    """That it computed in, by torch's name; "unknown" for a model at a server."""
     device: str
     tasks: dict[str, Evaluated] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)

@@ -47,6 +47,10 @@ class Scorer(DocumentRequests):
         )
         self.together = together
         self._in_step = together and is_sharded(model)  # all processes make the same number of forward passes
+        self.start(total, progress)
+
+    def start(self, total: int, progress: Callable[[int, int], None] | None) -> None:
+        """Begin to count documents, of which all tasks together have `total`."""
         self._progress = progress
         self._total = total  # documents of all tasks
         self._before = 0  # documents of the tasks before the current one

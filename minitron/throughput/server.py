@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from minitron.completions import RefusedError, Served, Streamed, streamed
 from minitron.errors import InputError
-from minitron.throughput.completions import RefusedError, Served, Streamed, streamed
 from minitron.throughput.engine import Request, Workload
 
 # Prompts are of these words, in random order so that no two have a common beginning that a server keeps.

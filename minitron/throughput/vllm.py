@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from minitron.completions import Served, model_names
 from minitron.errors import InputError, MinitronError
-from minitron.throughput.completions import Served, model_names
 from minitron.throughput.server import ServerEngine
 
 COMMAND = "vllm"

@@ -15,6 +15,8 @@ from typing import Any
 
 # What answers a request's body: the number of tokens of its prompt, and those of the answer as they are computed.
 Answering = Callable[[dict[str, Any]], tuple[int, Iterator[str]]]
+# What answers a request that is not streamed: the first choice.
+Completing = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def canned(body: dict[str, Any]) -> tuple[int, Iterator[str]]:
@@ -42,6 +44,36 @@ def of_model(model: Any, tokenizer: Any) -> Answering:
     return answer
 
 
+def completing(model: Any, tokenizer: Any) -> Completing:
+    """Whole answers of a transformers model to prompts of token ids, as vLLM gives them."""
+    import torch
+
+    lock = threading.Lock()
+
+    def logits(ids: list[int]) -> Any:
+        with lock, torch.inference_mode():
+            return model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+
+    def complete(body: dict[str, Any]) -> dict[str, Any]:
+        ids = list(body["prompt"])
+        if body.get("echo"):
+            rows = logits(ids)
+            following = [*ids[1:], int(rows[-1].argmax())]
+            own = [None, *(float(row[token]) for row, token in zip(rows, following, strict=True))]
+            best = [None, *({"the best": float(row.max())} for row in rows)]
+            return {"text": "", "logprobs": {"token_logprobs": own, "top_logprobs": best}}
+        text = ""
+        for _ in range(body["max_tokens"]):
+            ids.append(int(logits(ids)[-1].argmax()))
+            text = tokenizer.decode(ids[len(body["prompt"]) :])
+            if any(stop in text for stop in body["stop"]):
+                text = min((text.split(stop)[0] for stop in body["stop"]), key=len)
+                break
+        return {"text": text}
+
+    return complete
+
+
 class CompletionsServer(ThreadingHTTPServer):
     """`requests` has the bodies that it was sent, `keys` the Authorization headers; `known` are the fields that it accepts."""
 
@@ -50,6 +82,7 @@ class CompletionsServer(ThreadingHTTPServer):
         self.answering = answering
         self.models = models
         self.known: set[str] | None = None
+        self.completing: Completing = lambda _: {"text": "", "logprobs": None}
         self.redirect_to = ""
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
@@ -80,8 +113,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._json(404, {"error": f"no model {body['model']}"})
         elif known is not None and (unknown := set(body) - known):
             self._json(400, {"error": f"unknown fields: {', '.join(sorted(unknown))}"})
-        else:
+        elif body.get("stream"):
             self._stream(body)
+        else:
+            self._json(200, {"choices": [self.server.completing(body)]})
 
     def _stream(self, body: dict[str, Any]) -> None:
         self.send_response(200)

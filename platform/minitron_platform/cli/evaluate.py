@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import click
 from rich.markup import escape
 
 from minitron.errors import InputError, one_line
-from minitron_platform.cli.model_sources import MODEL_HELP, checkpoint, dtype_option, is_registered, load
+from minitron_platform.cli.model_sources import MODEL_HELP, SERVER_HELP, checkpoint, dtype_option, is_registered, load
 from minitron_platform.cli.options import tracking_options
 from minitron_platform.console import Console
 
@@ -22,7 +23,7 @@ DEFAULT_SUITE = "quick"
 SHOWN_CHARACTERS = 1_000  # of a prompt or an answer in the terminal
 
 
-@click.command(epilog=MODEL_HELP)
+@click.command(epilog=f"{MODEL_HELP} {SERVER_HELP}")
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option(
     "--suite", metavar="NAME", help="Tasks of a suite: minitron-base, minitron-instruct, quick. [default: quick]"
@@ -41,6 +42,7 @@ SHOWN_CHARACTERS = 1_000  # of a prompt or an answer in the terminal
 )
 @click.option("--out", metavar="FILE.json", help="Write all metrics, documents and samples to this file.")
 @click.option("--batch-rows", type=click.IntRange(1), metavar="N", help="Requests in a batch. [default: chosen]")
+@click.option("--tokenizer", metavar="DIR", help="Tokenizer of models at a server: a checkpoint folder or hub name.")
 @click.option("--plan", "plan_only", is_flag=True, help="Only check that the tasks can run.")
 @dtype_option
 @tracking_options
@@ -56,10 +58,11 @@ def evaluate(
     samples: int,
     out: str | None,
     batch_rows: int | None,
+    tokenizer: str | None,
     plan_only: bool,
     dtype: str,
 ) -> None:
-    """Score models on benchmarks, on this machine.
+    """Score models on benchmarks, on this machine or at a server.
 
     Answers are kept in the storage: an evaluation that was stopped is resumed, and a repeated one computes nothing again.
 
@@ -81,11 +84,11 @@ def evaluate(
     if len(set(models)) < len(models):
         raise InputError("MODEL: one is given twice", "give each once")
     console = Console()
-    _check(models, wanted, locations)
+    _check(models, wanted, tokenizer)
     console.say(f"{len(wanted)} tasks: {escape(', '.join(task.key for task in wanted))}")
     if plan_only:
         return
-    results = [_score(console, model, wanted, locations, dtype, batch_rows, samples) for model in models]
+    results = [_score(console, model, wanted, locations, dtype, batch_rows, samples, tokenizer) for model in models]
     from minitron_platform.cli.evaluation_tables import sample_lines, score_table
 
     console.table(score_table(results))
@@ -135,15 +138,21 @@ def _entry(text: str) -> dict[str, Any]:
     return {"name": name, **({"num_fewshot": int(shots)} if shots else {})}
 
 
-def _check(models: tuple[str, ...], tasks: tuple[Task, ...], locations: Locations) -> None:
+def _check(models: tuple[str, ...], tasks: tuple[Task, ...], tokenizer: str | None) -> None:
     """Raise InputError for tasks that cannot run, before any model is loaded."""
+    from minitron.completions import is_served
     from minitron.evaluation import check_requirements, check_tasks
     from minitron.models import check_source, source_architecture
 
     check_tasks(tasks)
     longest: list[int] = []
+    served = [model for model in models if is_served(model)]
+    if served and tokenizer is None:
+        raise InputError(
+            f"{served[0]}: a server counts tokens that only its tokenizer knows", "give it with --tokenizer DIR"
+        )
     for model in models:
-        if not is_registered(model):
+        if not (model in served or is_registered(model)):
             check_source(model)
             _, length = source_architecture(model)
             longest += [length] if length else []
@@ -166,7 +175,9 @@ def _score(
     dtype: str,
     batch_rows: int | None,
     samples: int,
+    tokenizer: str | None,
 ) -> ModelResults:
+    from minitron.completions import is_served
     from minitron.device import device_name
     from minitron.evaluation import evaluate_documents
     from minitron.evaluation.answers import AnswerStore
@@ -178,6 +189,8 @@ def _score(
         failures[task] = one_line(error)
         console.say(f"  [yellow]{escape(task)} failed: {escape(failures[task])}[/]")
 
+    if tokenizer is not None and is_served(name):
+        return _score_served(console, name, tasks, locations, batch_rows, samples, tokenizer, failures, on_failure)
     with checkpoint(name, locations) as source, console.working(Path(name).name or name):
         console.status("loading")
         loaded = load(source, dtype)
@@ -203,3 +216,50 @@ def _score(
             tasks=scores,
             failures=failures,
         )
+
+
+def _score_served(
+    console: Console,
+    name: str,
+    tasks: tuple[Task, ...],
+    locations: Locations,
+    concurrent: int | None,
+    samples: int,
+    tokenizer_source: str,
+    failures: dict[str, str],
+    on_failure: Callable[[str, Exception], None],
+) -> ModelResults:
+    from minitron import storage
+    from minitron.completions import Served, model_entry
+    from minitron.data import tokenizer_identity
+    from minitron.evaluation import evaluate_served
+    from minitron.evaluation.answers import AnswerStore
+    from minitron.evaluation.result_file import ModelResults
+    from minitron.models import source_tokenizer
+
+    with console.working(name):
+        served = Served.parse(name)
+        tokenizer = source_tokenizer(tokenizer_source)
+        said = model_entry(served)
+        identity = storage.fingerprint([served.url, served.model, said, tokenizer_identity(tokenizer)])
+        console.status("preparing benchmarks")
+        scores = evaluate_served(
+            served,
+            tokenizer,
+            tasks,
+            concurrent=concurrent,
+            progress=console.counter("documents"),
+            on_failure=on_failure,
+            samples=samples,
+            answers=AnswerStore(locations.answers, identity),
+        )
+    return ModelResults(
+        model=name,
+        identity=identity,
+        parameters=None,
+        dtype="unknown",
+        device="server",
+        chat_template=_template_hash(tokenizer),
+        tasks=scores,
+        failures=failures,
+    )

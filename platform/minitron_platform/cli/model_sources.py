@@ -27,6 +27,11 @@ MODEL_HELP = (
     "smollm2-90m@champion."
 )
 
+SERVER_HELP = (
+    "Or it is a model at an OpenAI-compatible server, http://HOST:8000/v1#NAME; #NAME may be left out if the server has one "
+    "model, and OPENAI_API_KEY may have its key."
+)
+
 
 @dataclass(frozen=True)
 class Loaded:

@@ -10,7 +10,7 @@ import click
 from rich.markup import escape
 
 from minitron.errors import InputError
-from minitron_platform.cli.model_sources import MODEL_HELP, checkpoint, dtype_option, load
+from minitron_platform.cli.model_sources import MODEL_HELP, SERVER_HELP, checkpoint, dtype_option, load
 from minitron_platform.cli.options import tracking_options
 from minitron_platform.console import Console
 
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from minitron_platform.locations import Locations
 
 NVIDIA = "128/128,128/2048,2048/128,2048/2048"  # of the first tables that NVIDIA published for TensorRT-LLM
-SERVER_HELP = (
-    "Or it is a model at an OpenAI-compatible server, http://HOST:8000/v1#NAME; #NAME may be left out if the server has one "
-    "model, and OPENAI_API_KEY may have its key."
-)
 
 
 @click.command(epilog=f"{MODEL_HELP} {SERVER_HELP}")
@@ -127,8 +123,8 @@ def _engines(
     dtype: str,
 ) -> dict[str, Engine]:
     """The engine of each model; what they hold is released with `opened`."""
+    from minitron.completions import Served, is_served
     from minitron.throughput import InMemoryEngine, ServerEngine, vllm_server
-    from minitron.throughput.completions import Served, is_served
     from minitron.throughput.vllm import is_servable
 
     own = [model for model in models if not is_served(model)]

@@ -9,7 +9,9 @@ import jsonschema
 import pytest
 from helpers import tiny
 from helpers.command import minitron_here
+from helpers.completions_server import CompletionsServer, canned, completing, running
 from helpers.evaluating import write_jsonl
+from transformers import AutoModelForCausalLM
 
 from minitron.checkpoints.identity import checkpoint_identity
 from minitron.evaluation.result_file import SCHEMA, read_results
@@ -102,6 +104,67 @@ def test_a_wrong_choice_of_a_question_is_shown_beside_the_right_one(folder):
     write_jsonl(folder / "wrong" / "winogrande" / "validation.jsonl", wrong)
     again = minitron_here("evaluate", "random", "--tasks", "winogrande", "--data", "wrong", cwd=folder)
     assert "0.0 ± 15.3" in again.stdout  # 100 sqrt(2/8 (1 - 2/8) / 8)
+
+
+GENERATING = """
+task: says
+dataset_path: json
+output_type: generate_until
+test_split: test
+doc_to_text: "{{text}}"
+doc_to_target: "{{text}}"
+generation_kwargs: {until: ["e"], max_gen_toks: 6, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+metadata: {version: 1}
+"""
+
+
+def test_a_model_at_a_server_has_the_scores_that_it_has_in_memory(folder):
+    (folder / "own").mkdir()
+    (folder / "own" / "says.yaml").write_text(GENERATING)
+    write_jsonl(folder / "data" / "says" / "test.jsonl", [{"text": f"the {word}"} for word in tiny.WORDS[:5]])
+    options = (
+        "--tasks",
+        "arc_easy,says",
+        "--data",
+        "data",
+        "--task-folder",
+        "own",
+        "--limit",
+        "4",
+        "--dtype",
+        "float32",
+    )
+    options = (*options, "--tokenizer", "random", "--samples", "4", "--out", "s.json")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "random").eval(), load_tokenizer(folder / "random")
+    with running(CompletionsServer(canned)) as server:
+        server.completing = completing(model, tokenizer)
+        done = minitron_here("evaluate", "random", server.url, *options, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        content = json.loads((folder / "s.json").read_text())
+        jsonschema.validate(content, json.loads(SCHEMA.read_text()))
+        own, served = read_results(str(folder / "s.json"))
+        for task in ("arc_easy", "says"):
+            assert served.tasks[task].score == own.tasks[task].score
+            assert served.tasks[task].documents == own.tasks[task].documents
+        texts = [{sample.id: sample.answer for sample in each.tasks["says"].samples} for each in (own, served)]
+        assert texts[0] == texts[1]
+        assert (served.parameters, served.device) == (None, "server")
+        compared = minitron_here("compare", "s.json", cwd=folder)
+        assert "differ in settings: dtype float32 and unknown" in compared.stdout
+        # its answers are kept under its address, its name and what the server says
+        asked = len(server.requests)
+        again = minitron_here("evaluate", server.url, *options, cwd=folder)
+        assert (again.returncode, len(server.requests)) == (0, asked)
+        # a server like llama.cpp's says nothing about a prompt: its generated answers alone are scored
+        server.completing = lambda body: {"text": "", "logprobs": None}
+        partly = minitron_here("evaluate", server.url, *options, "--storage", "other", cwd=folder)
+        assert partly.returncode == 1
+        assert "arc_easy failed" in partly.stdout
+        assert "does not give the log-probabilities of a prompt" in partly.stdout
+        assert re.search(r"│ says +│ exact_match, % │ +0\.0", partly.stdout)
+        alone = minitron_here("evaluate", server.url, "--tasks", "arc_easy", "--data", "data", cwd=folder)
+        assert "give it with --tokenizer DIR" in alone.stderr
 
 
 @pytest.mark.parametrize(

@@ -59,11 +59,23 @@ def is_served(model: str) -> bool:
     return model.startswith(("http://", "https://"))
 
 
+def model_entry(served: Served) -> dict[str, Any]:
+    """What a server says about a model, without what changes with every start; empty if it lists no such model."""
+    entries = _entries(served.url)
+    entry = next((each for each in entries if each.get("id") == served.model), {})
+    return {key: value for key, value in entry.items() if key not in ("created", "permission")}
+
+
 def model_names(url: str) -> list[str]:
     """The models that a server lists. Raises InputError if it cannot be reached."""
+    return [str(each["id"]) for each in _entries(url)]
+
+
+def _entries(url: str) -> list[dict[str, Any]]:
     with _answer(url, "GET", "/models", None) as response:
         try:
-            return [str(each["id"]) for each in json.loads(response.read())["data"]]
+            entries = json.loads(response.read())["data"]
+            return [{**entry, "id": entry["id"]} for entry in entries]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{url}/models: is not a list of models ({type(error).__name__}: {error})",
@@ -105,6 +117,22 @@ def streamed(served: Served, body: dict[str, Any]) -> Streamed:
             "use a server that knows stream_options.include_usage, such as vLLM or llama.cpp",
         )
     return Streamed(int(usage["prompt_tokens"]), int(usage["completion_tokens"]), first, last)
+
+
+def completed(served: Served, body: dict[str, Any]) -> dict[str, Any]:
+    """Send a completion request and wait for its answer, the first choice of it.
+
+    Raises RefusedError if the server answers with an error, and InputError for something else than a completion.
+    """
+    with _answer(served.url, "POST", "/completions", {"model": served.model, **body}) as response:
+        try:
+            choice: dict[str, Any] = json.loads(response.read())["choices"][0]
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise InputError(
+                f"{served.url}: the answer of {served.model} is not a completion ({type(error).__name__}: {error})",
+                "give the address of an OpenAI-compatible server, which often ends in /v1",
+            ) from error
+    return choice
 
 
 def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
