@@ -235,7 +235,7 @@ def test_mlflow_shows_the_run_its_stages_and_the_trials_below_the_search(bench, 
     assert len(parent.data.metrics) <= 12
     evaluated = next(run for run in stages if run.info.run_name == "evaluate").data.metrics
     for name in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"):  # all metrics of a task
-        assert 0 < evaluated[f"distilled.arc_easy.{name}"] < 1
+        assert 0 < evaluated[f"distilled.arc_easy.{name}"] <= 1
     assert evaluated["distilled.arc_easy.documents"] == 10
     assert "| tiny-student |" in parent.data.tags["mlflow.note.content"]
     assert parent.data.tags["mlflow.user"]
