@@ -23,16 +23,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import yaml
 from helpers import tiny
+from safetensors.torch import load_file
 
 from benchmarks.kills.moments import MOMENTS
 from benchmarks.kills.nodes import Machines
-from benchmarks.kills.runs import KILLS, KilledRun
+from benchmarks.kills.runs import KILLS, STUDENT, KilledRun
 from benchmarks.kills.storage import GatedStorage
 
 # A training of two workers loses a node or hears that it will, goes on with one worker, and grows when a node is added.
 EARLY, LATE = (next(moment for moment in MOMENTS if moment.name == name) for name in ("distill", "late distill"))
 ELASTIC = {"shrink": [(EARLY, "lose"), (LATE, "add")], "preempt": [(EARLY, "drain"), (LATE, "add")]}
-STUDENT = "/student/model.safetensors"
 ELASTIC_WORKERS = ["resources.workers={min: 1, max: 2}"]
 
 
@@ -102,6 +102,14 @@ def report(run: KilledRun, before: Undisturbed, out: Path | None, *, ended: bool
         print(f"different: {', '.join(sorted(different))}", flush=True)
 
 
+def largest_difference(one: Path, other: Path) -> float | None:
+    """Of two files of weights, relative to the largest weight of each tensor; None unless both exist."""
+    if not (one.exists() and other.exists()):
+        return None
+    first, second = load_file(one), load_file(other)
+    return max(float((first[name] - second[name]).abs().max() / first[name].abs().max()) for name in first)
+
+
 def is_of(training: str, moment: str) -> bool:
     """Whether a training, by its folder or candidate, belongs to the stage of a moment."""
     return f"stages/{moment.removeprefix('late ')}/" in training if "stages/" in training else moment == "search"
@@ -124,6 +132,7 @@ def main() -> None:
         folder = given.keep or Path(name)
         folder.mkdir(exist_ok=True)
         notes = given.undisturbed or folder / "undisturbed.json"
+        weights = notes.with_suffix(".safetensors")
         os.environ["OMP_NUM_THREADS"] = "1"
         recipe = make_recipe(folder / "inputs")
         storage = GatedStorage(folder / "s3")
@@ -133,6 +142,7 @@ def main() -> None:
                 machines.start()
                 run = KilledRun(machines, storage, recipe, "undisturbed")
                 run.run([(moment, "none") for moment in MOMENTS])
+                run.keep_student(weights)
                 notes.write_text(json.dumps(asdict(Undisturbed.of(run))))
             before = Undisturbed(**json.loads(notes.read_text()))
             for kind in given.kill or (*KILLS, *ELASTIC):
@@ -149,6 +159,10 @@ def main() -> None:
                     print(f"{kind}: {error}", flush=True)
                 run.end()
                 report(run, before, given.out, ended=ended)
+                run.keep_student(folder / f"{kind}.safetensors")
+                difference = largest_difference(weights, folder / f"{kind}.safetensors")
+                if difference:
+                    print(f"largest difference of a weight of the student: {difference:.1e}", flush=True)
         finally:
             machines.close()
             storage.close()

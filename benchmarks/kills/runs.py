@@ -18,6 +18,7 @@ from benchmarks.kills.moments import Moment, finished_parts, seconds_to_record, 
 from benchmarks.kills.nodes import Machines, Node, drain, kill, kill_alone, sends_from
 from benchmarks.kills.storage import GatedStorage, wait_for
 
+STUDENT = "/student/model.safetensors"
 KILLS = ("worker", "node", "driver", "head", "add")
 RUN_SECONDS = 900  # longest wait for the next moment or the end
 END_SECONDS = 120  # longest wait for a driver whose cluster is gone
@@ -90,6 +91,12 @@ class KilledRun:
         """SHA-256 of the rows and tensors that the stages stored, by path without fingerprints: some depend on the name
         of the bucket."""
         return dict(self._tensors())
+
+    def keep_student(self, path: Path) -> None:
+        """Copy the student's weights to a file, if there are any."""
+        for found in self.storage.files.find(self.bucket):
+            if found.endswith(STUDENT):
+                path.write_bytes(self.storage.files.cat(found))
 
     def _tensors(self) -> Iterator[tuple[str, str]]:
         for path in self.storage.files.find(self.bucket):

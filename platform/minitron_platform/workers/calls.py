@@ -139,10 +139,12 @@ class _Calls:
         """The controller has started."""
         self.controller = handle
 
-    async def may_resize(self) -> bool:
-        """Whether the group may be restarted with another number of workers now: between calls, or just after a checkpoint."""
-        now, self.nothing_to_lose = self.nothing_to_lose or not self.busy, False
-        return now
+    async def may_resize(self, first: bool) -> bool:
+        """Whether the group may be restarted with another number of workers now: between calls, or just after a checkpoint.
+        first: whether the controller wants that only now, so that an earlier checkpoint does not count."""
+        saved = self.nothing_to_lose and not first
+        self.nothing_to_lose = False
+        return saved or not self.busy
 
     async def may_restart(self, event: WorkersFailed, retryable: bool) -> bool:
         """Whether the workers are restarted after a failure."""

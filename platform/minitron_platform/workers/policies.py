@@ -68,12 +68,19 @@ class CallScalingPolicy(ElasticScalingPolicy):
         self.calls = calls
         self._wanted: ScalingDecision = NoopDecision()
 
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        """Ray's decision; what was decided for the group before is out of date."""
+        self._wanted = NoopDecision()
+        return super().make_decision_for_non_running_worker_group()
+
     def make_decision_for_running_worker_group(self, *arguments: Any, **state: Any) -> ScalingDecision:
-        """Ray's decision, as soon as it loses no work."""
+        """Ray's latest decision, as soon as it loses no work."""
+        before = self._latest_monitor_time
         decision = super().make_decision_for_running_worker_group(*arguments, **state)
-        if isinstance(decision, ResizeDecision):
+        first = isinstance(self._wanted, NoopDecision)
+        if self._latest_monitor_time != before:  # else it was too early to look at the cluster
             self._wanted = decision
-        if isinstance(self._wanted, ResizeDecision) and ray.get(self.calls.may_resize.remote()):
+        if isinstance(self._wanted, ResizeDecision) and ray.get(self.calls.may_resize.remote(first)):
             wanted, self._wanted = self._wanted, NoopDecision()
             return wanted
         return NoopDecision()

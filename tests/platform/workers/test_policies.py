@@ -1,0 +1,71 @@
+"""When a group of workers is restarted with another number of them."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+from ray.train import ScalingConfig
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision
+
+from minitron_platform.workers import policies
+from minitron_platform.workers.calls import _Calls
+from minitron_platform.workers.policies import CallScalingPolicy
+
+
+class Group:
+    """A group of one worker whose call is in progress, its controller's policy, and the CPUs of a cluster that it sees."""
+
+    def __init__(self, monkeypatch):
+        self.cpus = 1
+        self.calls = _Calls(1)
+        asyncio.run(self.calls.start([], True))
+        actor = SimpleNamespace(
+            may_resize=SimpleNamespace(remote=lambda *given: asyncio.run(self.calls.may_resize(*given)))
+        )
+        monkeypatch.setattr(policies.ray, "get", lambda value: value)
+        monkeypatch.setattr(CallScalingPolicy, "_maybe_send_resource_request", lambda policy: None)
+        monkeypatch.setattr(CallScalingPolicy, "_get_reserved_resources", lambda policy: {"node": {"CPU": self.cpus}})
+        self.scaling = ScalingConfig(
+            num_workers=(1, 2), resources_per_worker={"CPU": 1}, elastic_resize_monitor_interval_s=1e-9
+        )
+        self.policy = CallScalingPolicy(self.scaling, actor)
+
+    def checkpoint(self):
+        asyncio.run(self.calls.resumable())
+
+    def decide(self):
+        """The number of workers to restart with; None to go on."""
+        state = SimpleNamespace(start_time=0.0, num_workers=1)
+        decision = self.policy.make_decision_for_running_worker_group(
+            worker_group_state=state, worker_group_status=None
+        )
+        return None if isinstance(decision, NoopDecision) else decision.num_workers
+
+
+@pytest.fixture
+def group(monkeypatch):
+    return Group(monkeypatch)
+
+
+def test_a_group_grows_at_the_first_checkpoint_after_there_is_room(group):
+    group.checkpoint()  # steps since then would be lost
+    group.cpus = 2
+    assert [group.decide(), group.decide()] == [None, None]
+    group.checkpoint()
+    assert group.decide() == 2
+
+
+def test_room_that_is_gone_again_before_the_checkpoint_is_not_waited_for(group):
+    group.cpus = 2
+    assert group.decide() is None
+    group.cpus = 1
+    assert group.decide() is None
+    group.checkpoint()
+    assert group.decide() is None
+    group.cpus = 2
+    assert group.decide() is None
+    group.checkpoint()
+    group.policy.make_decision_for_non_running_worker_group()  # a worker has died
+    assert group.decide() is None
