@@ -28,13 +28,15 @@ GPU_SHARE = 0.9  # of a GPU's memory, of all servers together
 
 
 @contextmanager
-def vllm_server(source: str, *, dtype: str, longest: int, share: float = 1.0) -> Iterator[ServerEngine]:
+def vllm_server(source: str, *, dtype: str, longest: int | None = None, share: float = 1.0) -> Iterator[ServerEngine]:
     """A vLLM server with the checkpoint folder or hub name `source`, until the context ends.
 
-    dtype: torch's name. longest: tokens of the longest prompt with its answer. share: of the GPU's memory, below 1 if other
-    servers run beside it. Raises InputError if vLLM is not installed, and MinitronError with the end of its output if it does
-    not start.
+    dtype: torch's name. longest: tokens of the longest prompt with its answer, by default those that the model accepts. share:
+    of the GPU's memory, below 1 if other servers run beside it. Raises InputError if vLLM is not installed, and MinitronError
+    with the end of its output if it does not start.
     """
+    folder = Path(source).expanduser()
+    source = str(folder) if folder.exists() else source
     command = shutil.which(COMMAND)
     if command is None:
         raise InputError(
@@ -46,7 +48,8 @@ def vllm_server(source: str, *, dtype: str, longest: int, share: float = 1.0) ->
         port = free.getsockname()[1]
     arguments = [
         *(command, "serve", source, "--served-model-name", "model", "--host", "127.0.0.1", "--port", str(port)),
-        *("--dtype", dtype, "--max-model-len", str(longest), "--gpu-memory-utilization", f"{GPU_SHARE * share:.3f}"),
+        *("--dtype", dtype, "--gpu-memory-utilization", f"{GPU_SHARE * share:.3f}"),
+        *(("--max-model-len", str(longest)) if longest else ()),
     ]
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
@@ -99,6 +102,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def is_servable(source: str) -> bool:
-    """Whether vLLM's command takes a model source: a folder or a hub name, not a single file."""
-    return Path(source).suffix != ".gguf"
+def check_servable(source: str) -> None:
+    """Raise InputError for a model source that vLLM's command does not take: a single file."""
+    if Path(source).suffix == ".gguf":
+        raise InputError(f"{source}: vLLM's command does not read single files", "give a checkpoint folder")

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 # What answers a request's body: the number of tokens of its prompt, and those of the answer as they are computed.
@@ -148,6 +149,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         pass
+
+
+def vllm_command(folder: Path) -> Path:
+    """A folder for the PATH with a command vllm that is this file; it writes its process id to `folder`/vllm.pid."""
+    command = folder / "bin" / "vllm"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\necho "$$" > {folder}/vllm.pid\nexec {sys.executable} {__file__} "$@"\n')
+    command.chmod(0o755)
+    return command.parent
 
 
 @contextmanager

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.markup import escape
 
-from minitron.errors import InputError, one_line
-from minitron_platform.cli.model_sources import MODEL_HELP, SERVER_HELP, checkpoint, dtype_option, is_registered, load
+from minitron.errors import InputError
+from minitron_platform.cli.model_sources import MODEL_HELP, SERVER_HELP, dtype_option, engine_option, is_registered
 from minitron_platform.cli.options import tracking_options
 from minitron_platform.console import Console
 
 if TYPE_CHECKING:
     from minitron.evaluation import Task
-    from minitron.evaluation.result_file import ModelResults
     from minitron_platform.locations import Locations
 
 DEFAULT_SUITE = "quick"
@@ -44,6 +41,7 @@ SHOWN_CHARACTERS = 1_000  # of a prompt or an answer in the terminal
 @click.option("--batch-rows", type=click.IntRange(1), metavar="N", help="Requests in a batch. [default: chosen]")
 @click.option("--tokenizer", metavar="DIR", help="Tokenizer of models at a server: a checkpoint folder or hub name.")
 @click.option("--plan", "plan_only", is_flag=True, help="Only check that the tasks can run.")
+@engine_option
 @dtype_option
 @tracking_options
 def evaluate(
@@ -60,6 +58,7 @@ def evaluate(
     batch_rows: int | None,
     tokenizer: str | None,
     plan_only: bool,
+    engine: str,
     dtype: str,
 ) -> None:
     """Score models on benchmarks, on this machine or at a server.
@@ -88,7 +87,10 @@ def evaluate(
     console.say(f"{len(wanted)} tasks: {escape(', '.join(task.key for task in wanted))}")
     if plan_only:
         return
-    results = [_score(console, model, wanted, locations, dtype, batch_rows, samples, tokenizer) for model in models]
+    from minitron_platform.cli.scoring import Scoring
+
+    scoring = Scoring(console, wanted, locations, dtype, batch_rows, samples, tokenizer, engine)
+    results = [scoring.score(model) for model in models]
     from minitron_platform.cli.evaluation_tables import sample_lines, score_table
 
     console.table(score_table(results))
@@ -158,108 +160,3 @@ def _check(models: tuple[str, ...], tasks: tuple[Task, ...], tokenizer: str | No
             longest += [length] if length else []
     for task in tasks:
         check_requirements(task, min(longest, default=None))
-
-
-def _template_hash(tokenizer: Any) -> str | None:
-    from minitron import storage
-
-    template = getattr(tokenizer, "chat_template", None)
-    return storage.fingerprint(template) if template else None
-
-
-def _score(
-    console: Console,
-    name: str,
-    tasks: tuple[Task, ...],
-    locations: Locations,
-    dtype: str,
-    batch_rows: int | None,
-    samples: int,
-    tokenizer: str | None,
-) -> ModelResults:
-    from minitron.completions import is_served
-    from minitron.device import device_name
-    from minitron.evaluation import evaluate_documents
-    from minitron.evaluation.answers import AnswerStore
-    from minitron.evaluation.result_file import ModelResults
-
-    failures: dict[str, str] = {}
-
-    def on_failure(task: str, error: Exception) -> None:
-        failures[task] = one_line(error)
-        console.say(f"  [yellow]{escape(task)} failed: {escape(failures[task])}[/]")
-
-    if tokenizer is not None and is_served(name):
-        return _score_served(console, name, tasks, locations, batch_rows, samples, tokenizer, failures, on_failure)
-    with checkpoint(name, locations) as source, console.working(Path(name).name or name):
-        console.status("loading")
-        loaded = load(source, dtype)
-        identity = loaded.identity()
-        console.status("preparing benchmarks")
-        scores = evaluate_documents(
-            loaded.model,
-            loaded.tokenizer,
-            tasks,
-            batch_size=batch_rows or "auto",
-            progress=console.counter("documents"),
-            on_failure=on_failure,
-            samples=samples,
-            answers=AnswerStore(locations.answers, identity),
-        )
-        return ModelResults(
-            model=name,
-            identity=identity,
-            parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
-            dtype=loaded.dtype,
-            device=device_name(),
-            chat_template=_template_hash(loaded.tokenizer),
-            tasks=scores,
-            failures=failures,
-        )
-
-
-def _score_served(
-    console: Console,
-    name: str,
-    tasks: tuple[Task, ...],
-    locations: Locations,
-    concurrent: int | None,
-    samples: int,
-    tokenizer_source: str,
-    failures: dict[str, str],
-    on_failure: Callable[[str, Exception], None],
-) -> ModelResults:
-    from minitron import storage
-    from minitron.completions import Served, model_entry
-    from minitron.data import tokenizer_identity
-    from minitron.evaluation import evaluate_served
-    from minitron.evaluation.answers import AnswerStore
-    from minitron.evaluation.result_file import ModelResults
-    from minitron.models import source_tokenizer
-
-    with console.working(name):
-        served = Served.parse(name)
-        tokenizer = source_tokenizer(tokenizer_source)
-        said = model_entry(served)
-        identity = storage.fingerprint([served.url, served.model, said, tokenizer_identity(tokenizer)])
-        console.status("preparing benchmarks")
-        scores = evaluate_served(
-            served,
-            tokenizer,
-            tasks,
-            concurrent=concurrent,
-            progress=console.counter("documents"),
-            on_failure=on_failure,
-            samples=samples,
-            answers=AnswerStore(locations.answers, identity),
-        )
-    return ModelResults(
-        model=name,
-        identity=identity,
-        parameters=None,
-        dtype="unknown",
-        device="server",
-        chat_template=_template_hash(tokenizer),
-        tasks=scores,
-        failures=failures,
-    )

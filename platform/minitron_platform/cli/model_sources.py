@@ -55,6 +55,17 @@ def dtype_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--dtype", type=choices, default="auto", help=DTYPE_HELP)(command)
 
 
+def engine_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The option --engine."""
+    return click.option(
+        "--engine",
+        type=click.Choice(["transformers", "vllm"]),
+        default="transformers",
+        show_default=True,
+        help="What loads the models; vllm: the command on the PATH.",
+    )(command)
+
+
 @contextmanager
 def checkpoint(model: str, locations: Locations) -> Iterator[str]:
     """The source of a model, as `minitron.models.load_source` takes it; a registered one is copied for the time of the context.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 from rich.markup import escape
 
 from minitron.errors import InputError
-from minitron_platform.cli.model_sources import MODEL_HELP, SERVER_HELP, checkpoint, dtype_option, load
+from minitron_platform.cli.model_sources import MODEL_HELP, SERVER_HELP, checkpoint, dtype_option, engine_option, load
 from minitron_platform.cli.options import tracking_options
 from minitron_platform.console import Console
 
@@ -32,14 +31,8 @@ NVIDIA = "128/128,128/2048,2048/128,2048/2048"  # of the first tables that NVIDI
 )
 @click.option("--batch", metavar="N,...", default="1", show_default=True, help="Requests at a time.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Batches of each model.")
-@click.option(
-    "--engine",
-    type=click.Choice(["transformers", "vllm"]),
-    default="transformers",
-    show_default=True,
-    help="What loads the models; vllm: the command on the PATH.",
-)
 @click.option("--out", metavar="FILE.json", help="Write all figures to this file.")
+@engine_option
 @dtype_option
 @tracking_options
 def throughput(
@@ -125,7 +118,7 @@ def _engines(
     """The engine of each model; what they hold is released with `opened`."""
     from minitron.completions import Served, is_served
     from minitron.throughput import InMemoryEngine, ServerEngine, vllm_server
-    from minitron.throughput.vllm import is_servable
+    from minitron.throughput.vllm import check_servable
 
     own = [model for model in models if not is_served(model)]
     longest = max(each.input_tokens + each.output_tokens for each in workloads)
@@ -138,8 +131,6 @@ def _engines(
         if engine == "transformers":
             engines[model] = InMemoryEngine(load(source, dtype).model)
             continue
-        if not is_servable(source):
-            raise InputError(f"{model}: vLLM's command does not read single files", "give a checkpoint folder")
-        folder = str(Path(source).expanduser()) if Path(source).expanduser().exists() else source
-        engines[model] = opened.enter_context(vllm_server(folder, dtype=dtype, longest=longest, share=1 / len(own)))
+        check_servable(source)
+        engines[model] = opened.enter_context(vllm_server(source, dtype=dtype, longest=longest, share=1 / len(own)))
     return engines

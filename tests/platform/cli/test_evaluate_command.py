@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 
 import jsonschema
 import pytest
 from helpers import tiny
 from helpers.command import minitron_here
-from helpers.completions_server import CompletionsServer, canned, completing, running
+from helpers.completions_server import CompletionsServer, canned, completing, running, vllm_command
 from helpers.evaluating import write_jsonl
 from transformers import AutoModelForCausalLM
 
@@ -165,6 +166,25 @@ def test_a_model_at_a_server_has_the_scores_that_it_has_in_memory(folder):
         assert re.search(r"│ says +│ exact_match, % │ +0\.0", partly.stdout)
         alone = minitron_here("evaluate", server.url, "--tasks", "arc_easy", "--data", "data", cwd=folder)
         assert "give it with --tokenizer DIR" in alone.stderr
+
+
+def test_vllm_scores_by_its_command_and_its_answers_are_kept_by_the_model(folder, monkeypatch):
+    monkeypatch.setenv("PATH", f"{vllm_command(folder)}{os.pathsep}{os.environ['PATH']}")
+    (folder / "more").mkdir()
+    (folder / "more" / "says.yaml").write_text(GENERATING)
+    write_jsonl(folder / "data" / "says" / "test.jsonl", [{"text": f"the {word}"} for word in tiny.WORDS[:5]])
+    options = ("--tasks", "says", "--data", "data", "--task-folder", "more", "--dtype", "float32", "--out", "v.json")
+    stores = []
+    for _ in range(2):  # at another port each time
+        done = minitron_here("evaluate", "random", "--engine", "vllm", *options, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        (result,) = read_results(str(folder / "v.json"))
+        assert (result.dtype, result.tasks["says"].score.num_documents) == ("float32", 5)
+        stores.append(sorted((folder / "runs" / "answers" / result.identity).rglob("*.json")))
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((folder / "vllm.pid").read_text()), 0)
+    assert stores[0] == stores[1]
+    assert stores[0]
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 
 import jsonschema
 import pytest
 from helpers import tiny
 from helpers.command import minitron_here
-from helpers.completions_server import CompletionsServer, canned, of_model, running
+from helpers.completions_server import CompletionsServer, canned, of_model, running, vllm_command
 from transformers import AutoModelForCausalLM
 
 from minitron.throughput.result_file import SCHEMA
@@ -25,11 +24,7 @@ def folder(tmp_path_factory):
     tokenizer = tiny.tokenizer()
     tiny.model(vocab_size=len(tokenizer), max_position_embeddings=64).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    helper = os.path.join(os.path.dirname(tiny.__file__), "completions_server.py")
-    command = folder / "bin" / "vllm"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\necho "$$" > {folder}/vllm.pid\nexec {sys.executable} {helper} "$@"\n')
-    command.chmod(0o755)
+    vllm_command(folder)
     return folder
 
 
