@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -148,6 +149,12 @@ def _check_values(values: Any, where: str) -> None:
         size = values.get(name)
         if isinstance(size, int) and not isinstance(size, bool) and size < 1:
             raise InputError(f"{where}: config.json: {name}: {size} is not a valid size", CORRECT)
+    for name, value in values.items():
+        inner = value if isinstance(value, dict) else {"": value}  # such as rope_parameters
+        for key, number in inner.items():
+            if isinstance(number, float) and not math.isfinite(number):
+                full = f"{name}.{key}" if key else name
+                raise InputError(f"{where}: config.json: {full}: {number} is not a finite number", CORRECT)
     for name in ("quantization_config", "rope_parameters", "rope_scaling"):
         if not isinstance(values.get(name), dict | None):
             raise InputError(f"{where}: config.json: {name}: {short_repr(values[name])} is not a section", CORRECT)

@@ -114,7 +114,7 @@ def test_a_server_without_further_fields_is_measured_and_short_answers_are_point
         (("model", "--shapes", "128"), "not pairs of lengths"),
         (("model", "--batch", "1,0"), "'1,0': not numbers"),
         (("model", "model"), "one is given twice"),
-        (("http://me:pw@host/v1",), "host: the address was given with a user"),
+        (("http://me:hunter2@host/v1",), "host: the address was given with a user"),
         (("http://host:port/v1",), "not the address of a server"),
     ],
 )
