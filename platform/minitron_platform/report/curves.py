@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from minitron import storage
 from minitron.evaluation.metrics import KL, LOSS
+from minitron_platform.recipes.schema import Member
 from minitron_platform.report.charts import TOKENS, Chart, Mark, Row, Spec, colour, colours, number, view
 from minitron_platform.stages.data import Data
 from minitron_platform.stages.distill import Distill
 from minitron_platform.stages.evaluate import Evaluate
 from minitron_platform.stages.state import RunState
+from minitron_platform.tracking.recorded import recorded_metrics
 
 MAX_POINTS = 500  # of a curve; longer ones are means of as many neighbours
 TITLES = {"kl": f"KL to the teacher, {KL.unit}", "loss": f"loss, {LOSS.unit}"}
 
 
 def curve_chart(state: RunState) -> Chart | None:
-    """The distillation of every model: a line for the training rows, points for the held-out rows; None without a curve."""
+    """The distillation of every model: a line for the training rows, points for the held-out rows; None without a curve.
+
+    The held-out rows are measured before and after, and meanwhile if the recipe says so; a run that took its distillation from
+    another one has no record of those.
+    """
     rows: list[Row] = []
     for member in state.recipe.family:
         step_tokens = state.recipe.distillation(member).batch_rows * state.output(Data).seq_length
@@ -27,6 +33,8 @@ def curve_chart(state: RunState) -> Chart | None:
         for name, tokens in (("pruned", 0), ("distilled", state.output(Distill, member).tokens)):
             held = {"kl": table[name].kl, "loss": table[name].loss}
             rows.append({"kind": "heldout", "name": member.model, "tokens": tokens, **held})
+        for tokens, held in _heldout(state, member, step_tokens).items():
+            rows.append({"kind": "heldout", "name": member.model, "tokens": tokens, **held})
     known = [measure for measure in TITLES if any(measure in row for row in rows if row["kind"] == "train")]
     if not known:
         return None
@@ -35,9 +43,26 @@ def curve_chart(state: RunState) -> Chart | None:
         (TITLES[measure].split(",")[0],): _curve_view(names, measure) for measure in known
     }
     legend = [Mark(name, colour(index)) for index, name in enumerate(names)]
-    legend += [Mark("line: training rows", "var(--quiet)"), Mark("points: held-out rows", "var(--quiet)", hollow=True)]
+    legend += [
+        Mark("line: training rows", "var(--quiet)"),
+        Mark("points, dashed: held-out rows", "var(--quiet)", hollow=True),
+    ]
     switches = {"Show": tuple(option for (option,) in views)}
     return Chart("curves", "Distillation", rows, views, switches, tuple(legend))
+
+
+def _heldout(state: RunState, member: Member, step_tokens: int) -> dict[int, dict[str, float]]:
+    """KL and loss on the held-out rows during a distillation, by tokens, without its end."""
+    output = state.output(Distill, member)
+    names = {"heldout_kl": "kl", "heldout_loss": "loss"}
+    key = state.record_key(Distill.name, member)
+    recorded = recorded_metrics(state.locations.spool(state.run_key), key, output.fingerprint, names)
+    found: dict[int, dict[str, float]] = {}
+    for name, points in recorded.items():
+        for step, value in points.items():
+            if step * step_tokens < output.tokens:
+                found.setdefault(step * step_tokens, {})[names[name]] = value
+    return dict(sorted(found.items()))
 
 
 def _curve_view(names: list[str], measure: str) -> Spec:
@@ -53,6 +78,11 @@ def _curve_view(names: list[str], measure: str) -> Spec:
             {
                 "transform": [{"filter": "datum.kind == 'train'"}],
                 "mark": {"type": "line", "strokeWidth": 1.8},
+                "encoding": {"color": colour_of},
+            },
+            {
+                "transform": [{"filter": "datum.kind == 'heldout'"}],
+                "mark": {"type": "line", "strokeWidth": 1.2, "strokeDash": [4, 3]},
                 "encoding": {"color": colour_of},
             },
             {

@@ -56,5 +56,4 @@ class Context(RunState):
 
     def log(self, part: str) -> RunLog:
         """The record of a stage or trial of this run; `part` is its name."""
-        prefix = f"{self.current.model}." if self.current and len(self.recipe.family) > 1 else ""
-        return self.spool.record(f"{self.run_key}.{prefix}{part}")
+        return self.spool.record(self.record_key(part, self.current))

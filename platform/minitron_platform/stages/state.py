@@ -95,6 +95,11 @@ class RunState:
         a row attend to each other, as in storages of versions that had no such setting."""
         return {"documents": "separate"} if self.separate_documents else {}
 
+    def record_key(self, part: str, member: Member | None) -> str:
+        """Key of the record of a stage or trial: for `member`, or for the whole family if that is None."""
+        prefix = f"{member.model}." if member and len(self.recipe.family) > 1 else ""
+        return f"{self.run_key}.{prefix}{part}"
+
     def title(self, name: str) -> str:
         """The name of a stage or trial, followed by the current model if the family has several."""
         return f"{name} {self.current.model}" if self.current and len(self.recipe.family) > 1 else name
