@@ -15,7 +15,7 @@ FAST := $(addprefix tests/,minitron/attention minitron/data/test_data.py minitro
   end_to_end/test_run.py::test_the_student_loads_without_minitron_and_gives_the_same_logits \
   end_to_end/test_run.py::test_mlflow_shows_the_run_its_stages_and_the_trials_below_the_search)
 
-.PHONY: run test test-long test-lowest lint fuzz locks clean secrets audit
+.PHONY: run test test-long test-lowest lint fuzz dashboards locks clean secrets audit
 
 run: $(VENV)/.installed  ## SmolLM2-135M to about 90M parameters, on this machine
 	$(BIN)/minitron run smollm2-135m-cpu
@@ -59,6 +59,9 @@ $(VENV)/.installed: $(BIN)/python $(INPUTS)
 
 fuzz: $(VENV)/.installed  ## odd recipes, checkpoints, texts, scores and registries, a hundred times as many as in `make test`
 	MINITRON_EXAMPLES=100000 $(BIN)/python -m pytest -n 2 --timeout 7200 tests/properties
+
+dashboards: $(VENV)/.installed  ## the Grafana dashboard, after a change of its generator
+	$(BIN)/python dashboards/grafana/make.py
 
 # The file keeps its first lines, which say what it is.
 locks: $(VENV)/.installed  ## constraints-lowest.txt, from the lower bounds of pyproject.toml

@@ -10,13 +10,13 @@ import os
 import shlex
 import subprocess
 import urllib.error
-import urllib.request
 from typing import Any
 from urllib.parse import urlsplit
 
 from minitron.errors import InputError, MinitronError, one_line
 from minitron.storage import redact
 from minitron_platform.addresses import is_loopback
+from minitron_platform.posting import post_json
 
 SECONDS = 60.0  # longest time of a command or request
 PREFIX = "MINITRON_EVENT_"  # of the environment variables with the event's values
@@ -55,7 +55,7 @@ def call_hook(hook: str, event: dict[str, Any]) -> None:
     body = json.dumps(event).encode()
     try:
         if _is_address(hook):
-            _post(hook, body)
+            post_json(hook, body, timeout=SECONDS)
         else:
             _run(shlex.split(hook), event, body)
     except (OSError, subprocess.SubprocessError, urllib.error.URLError) as error:
@@ -83,14 +83,3 @@ def _run(command: list[str], event: dict[str, Any], body: bytes) -> None:
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
         raise subprocess.SubprocessError(f"exit code {done.returncode}" + (f": {lines[-1][:200]}" if lines else ""))
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *arguments: Any, **named: Any) -> None:
-        return None
-
-
-def _post(address: str, body: bytes) -> None:
-    request = urllib.request.Request(address, body, {"Content-Type": "application/json", "User-Agent": "minitron"})
-    with urllib.request.build_opener(_NoRedirects).open(request, timeout=SECONDS):
-        pass

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import html
 import json
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
 from helpers import tiny
 from helpers.command import minitron_here
+from helpers.report_page import ReportPage
 from mlflow import MlflowClient
+from prometheus_client.parser import text_string_to_metric_families
 
+from minitron.environment import environment_variables
+from minitron_platform.monitoring import METRICS
 from minitron_platform.stages.search_output import SearchOutput
 from minitron_search.trial_store import trial_result
 
@@ -19,7 +26,14 @@ EXPERTS = {2, 3}
 
 
 @pytest.fixture(scope="module")
-def mixture(bench, ray_here):
+def metrics_every_second():
+    """Ray takes the metrics of its processes every 10 seconds otherwise."""
+    with environment_variables({"RAY_metrics_report_interval_ms": "1000"}):
+        yield
+
+
+@pytest.fixture(scope="module")
+def mixture(bench, metrics_every_second, ray_here):
     """The output of `minitron plan`, that of `minitron run`, and the storage."""
     teacher = bench / "mixture"
     tokenizer = tiny.tokenizer()
@@ -38,13 +52,31 @@ def mixture(bench, ray_here):
     }
     values["family"] = [member]
     values["search"]["training"] |= {"steps": 2, "warmup_steps": 1}
-    values["distill"] |= {"steps": 2, "warmup_steps": 1}
+    values["distill"] |= {"steps": 2, "warmup_steps": 1, "evaluate_every": 1}
     (bench / "mixture.yaml").write_text(yaml.safe_dump(values))
     planned = minitron_here("plan", "mixture.yaml", "--storage", "mixture-runs", cwd=bench)
     assert planned.returncode == 0, planned.stderr
     finished = minitron_here("run", "mixture.yaml", "--storage", "mixture-runs", cwd=bench)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return planned.stdout, finished.stdout, bench / "mixture-runs"
+
+
+def _exported(count):
+    """Metrics of the run at Ray's endpoint, at least `count`: {(name, tags without Ray's own): value}."""
+    (node,) = ray.nodes()
+    url = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+    deadline = time.monotonic() + 60
+    while True:
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            families = text_string_to_metric_families(answer.read().decode())
+        samples = [sample for family in families for sample in family.samples if "_minitron_" in sample.name]
+        found = {
+            (s.name, *sorted((k, v) for k, v in s.labels.items() if k in ("part", "what", "kind", "state"))): s.value
+            for s in samples
+            if s.labels["run"].startswith("mixture-")
+        }
+        if len({name for name, *_ in found}) >= count or time.monotonic() > deadline:
+            return found
 
 
 def _stored(storage):
@@ -124,3 +156,22 @@ def test_running_again_reads_the_finished_trials(mixture, bench):
     for candidate in output.ranking:
         assert trial_result(output.trials, candidate.architecture).kl == candidate.kl
     assert Path(output.trials).parent == storage / "trials"
+
+
+def test_the_report_shows_the_held_out_rows_before_during_and_after_the_distillation(mixture):
+    page = ReportPage(next(mixture[2].glob("runs/*/report.html")).read_text())
+    (rows,) = [chart["rows"] for chart in page.charts.values() if chart["rows"][0].get("kind") == "train"]
+    points = {row["tokens"]: row for row in rows if row["kind"] == "heldout"}
+    assert sorted(points) == [step * 4 * 32 for step in (0, 1, 2)]
+    assert all(point["kl"] > 0 and point["loss"] > 0 for point in points.values())
+
+
+def test_the_metrics_of_a_run_appear_at_rays_endpoint(mixture):
+    found = _exported(len(METRICS))
+    assert {name for name, *_ in found} == {f"ray_minitron_{name}" for name in METRICS}
+    value = {key[0].removeprefix("ray_minitron_"): value for key, value in found.items() if ("part", "distill") in key}
+    assert (value["step"], value["tokens"], value["tokens_per_second"], value["running"]) == (2, 256, 0, 0)
+    assert value["train_kl"] > 0
+    assert value["stage_seconds"] > 0
+    assert found["ray_minitron_parts", ("kind", "trial"), ("state", "finished")] == len(EXPERTS)
+    assert found["ray_minitron_parts", ("kind", "trial"), ("state", "running")] == 0

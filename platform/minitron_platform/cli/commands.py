@@ -14,6 +14,7 @@ from minitron import __version__
 from minitron.errors import MinitronError, NotWritableError
 from minitron_platform.cli.cluster import cluster
 from minitron_platform.cli.compare import compare
+from minitron_platform.cli.dashboards import dashboards
 from minitron_platform.cli.doctor import doctor
 from minitron_platform.cli.evaluate import evaluate
 from minitron_platform.cli.generate import chat, generate
@@ -118,6 +119,7 @@ main.add_command(throughput)
 main.add_command(generate)
 main.add_command(chat)
 main.add_command(report)
+main.add_command(dashboards)
 main.add_command(doctor)
 main.add_command(sync)
 main.add_command(promote)

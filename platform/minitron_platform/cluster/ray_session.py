@@ -32,6 +32,7 @@ from minitron_search.private_ray import private_settings
 # Ray appends "/session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store" to its folder, and the path of a socket may
 # have at most 107 bytes on Linux.
 LONGEST_TEMP_DIR = 44
+METRICS_PORT = "MINITRON_METRICS_PORT"  # environment variable: where a private Ray serves its metrics
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # environment variable that Ray sets for the entrypoint of a job
 
 QUIET = {
@@ -115,6 +116,7 @@ def ray_session(
                         _memory=memory,
                         resources={SEAT: seats} if seats else None,
                         include_dashboard=False,
+                        _metrics_export_port=_metrics_port(),
                         log_to_driver=False,
                         logging_level=logging.ERROR,
                         _temp_dir=folder,
@@ -172,6 +174,16 @@ def _join(address: str) -> None:
                 "check that `ray status` works on the cluster and that RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH has its token; "
                 "or leave the address out for a private Ray on this machine",
             ) from error
+
+
+def _metrics_port() -> int | None:
+    """The port at which a private Ray serves its metrics, from the environment; None for any."""
+    text = os.environ.get(METRICS_PORT)
+    if not text:
+        return None
+    if not text.isdecimal() or not 1024 <= int(text) <= 65535:
+        raise InputError(f"{METRICS_PORT}={text!r}: not a port", "set it to a number from 1024 to 65535, or unset it")
+    return int(text)
 
 
 def _private_settings() -> dict[str, str]:

@@ -15,6 +15,7 @@ import sqlite3
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
@@ -148,6 +149,7 @@ class Flusher:
         self._sender: Sender | None = None
         self._left = 0  # events to send when close() began
         self._wanted: set[str] = set()  # keys whose runs wait_for() waits for
+        self.on_unsent: Callable[[int], None] = lambda number: None  # called after each pass with what MLflow lacks
         self._new_run_id = threading.Condition()
         self._wake = threading.Event()
         self._closing = threading.Event()
@@ -245,6 +247,7 @@ class Flusher:
                         "MLflow at %s: %.300s; records are kept in %s", address, redact(reason), self.spool.folder
                     )
                 failures = 1 if self._answered() > answered else failures + 1
+            self.on_unsent(self._unsent())
             if last and (not failures or failures >= LAST_ATTEMPTS):
                 break
             pause = min(self.interval * 2**failures, LONGEST_PAUSE) if failures else self.interval

@@ -69,6 +69,7 @@ class Spool:
         self.fenced = False  # whether another process has begun to write
         self.lost = 0  # number of events that could not be stored until close()
         self.on_durable: Callable[[], None] = lambda: None  # called when new events can be sent
+        self.on_event: Callable[[Event], None] = lambda event: None  # called with each new event
         self._points = Points()
         self._statuses: dict[str, str] = {}
         self._works: dict[str, str] = {}  # `of` of the latest start, by key
@@ -119,6 +120,7 @@ class Spool:
                 self._thread = threading.Thread(target=self._work, name="minitron-records", daemon=True)
                 self._thread.start()
         self._due.set()
+        self.on_event(event)
 
     def flush(self) -> None:
         """Make all events durable that were recorded before, if the storage allows it."""

@@ -1,0 +1,127 @@
+"""Metrics for Prometheus, which Ray exports: what a run does now, for dashboards and alerts. MLflow has the whole history.
+
+They are read from the events of the run's records, so they are those of MLflow under names that are fixed here. Ray puts
+`ray_` before each name, and its agent on the driver's node serves them at the port `MetricsExportPort` of `ray.nodes()`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from minitron_platform.tracking.events import Event
+
+PREFIX = "minitron_"
+TAGS = ("run", "part")
+# Metrics of a part of a run (a stage, or a trial), by their name in the records; the others of the records are not exported.
+OF_PARTS = {
+    "train_loss": "Whole objective of the training at the last reported step.",
+    "train_kl": "Divergence from the teacher on the rows of the last reported step, nats per token.",
+    "heldout_kl": "Divergence from the teacher on the held-out rows, nats per token.",
+    "heldout_loss": "Loss on the held-out rows, nats per token.",
+    "learning_rate": "Learning rate of the last reported step.",
+    "grad_norm": "L2 norm of the gradient of the last reported step.",
+    "tokens": "Tokens that the training has read.",
+    "tokens_per_second": "Tokens that the training reads in a second, 0 once it has ended.",
+    "flop_utilisation": "Model FLOPs as a share of the measured peak, 0 once the training has ended.",
+    "skipped_steps": "Steps that were skipped because their loss or gradient was not finite.",
+    "restarts": "Restarts of the training after a failure.",
+}
+SPEEDS = ("tokens_per_second", "flop_utilisation")
+STEP_SECONDS = "seconds_"  # begins the records' names of the parts of a step
+OTHERS = {
+    "step": ("Last reported step of the training.", TAGS),
+    "step_part_seconds": ("Seconds of a step by what they were spent on.", (*TAGS, "what")),
+    "last_step_time_seconds": ("Unix time at which a step was last reported.", TAGS),
+    "running": ("1 while the run, the stage or the trial runs, 0 afterwards.", (*TAGS, "kind")),
+    "parts": ("Stages and trials of the run by their state.", ("run", "kind", "state")),
+    "stage_seconds": ("Time that a finished stage has taken.", TAGS),
+    "unsent_records": ("Records that MLflow does not have yet.", ("run",)),
+}
+METRICS = {**{name: (text, TAGS) for name, text in OF_PARTS.items()}, **OTHERS}
+"""Description and tags of every metric, by its name without `ray_minitron_`."""
+
+
+class Monitor:
+    """Exports the metrics of the run `run` once Ray runs in this process. Safe to call from several threads.
+
+    A driver that is connected by ray:// has no part in the cluster that could export anything.
+    """
+
+    def __init__(self, run: str) -> None:
+        self.run = run
+        self._lock = threading.Lock()
+        self._kinds: dict[str, str] = {}  # of the run ("") and its parts
+        self._states: dict[str, str] = {}  # of the parts
+        self._waiting: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self._gauges: dict[str, Any] = {}
+
+    def event(self, event: Event) -> None:
+        """Take notice of an event of the run's records."""
+        part = event["key"].removeprefix(self.run).removeprefix(".")
+        with self._lock:
+            match event["event"]:
+                case "start":
+                    self._kinds[part] = event["tags"].get("minitron.kind", "part")
+                    self._state(part, "running")
+                    if part:
+                        self._set("restarts", 0, part=part)  # alerts compare with what was before
+                case "end":
+                    self._state(part, event["status"].lower())
+                    for name in SPEEDS if part else ():
+                        self._set(name, 0.0, part=part)
+                case "metrics" if part:
+                    self._metrics(part, event["values"], event["step"])
+
+    def unsent(self, number: int) -> None:
+        """Export the number of records that MLflow does not have yet."""
+        with self._lock:
+            self._set("unsent_records", number)
+
+    def _state(self, part: str, state: str) -> None:
+        kind = self._kinds.get(part, "part")
+        self._set("running", float(state == "running"), part=part, kind=kind)
+        if not part:
+            return
+        before = self._states.get(part, state)
+        self._states[part] = state
+        for each in {before, state}:
+            count = sum(s == each and self._kinds.get(p) == kind for p, s in self._states.items())
+            self._set("parts", count, kind=kind, state=each)
+
+    def _metrics(self, part: str, values: Mapping[str, float | str], step: int) -> None:
+        for name, value in values.items():
+            if name in OF_PARTS:
+                self._set(name, float(value), part=part)
+            elif name.startswith(STEP_SECONDS):
+                self._set("step_part_seconds", float(value), part=part, what=name.removeprefix(STEP_SECONDS))
+            elif name == "seconds":
+                self._set("stage_seconds", float(value), part=part)
+        if "tokens_per_second" in values:
+            self._set("step", step, part=part)
+            self._set("last_step_time_seconds", time.time(), part=part)
+
+    def _set(self, name: str, value: float, **tags: str) -> None:
+        if not math.isfinite(value):
+            return  # Ray exports no such value
+        self._waiting[name, tuple(tags.items())] = value
+        if not _ray_runs():
+            return
+        from ray.util.metrics import Gauge
+
+        for (metric, found), latest in self._waiting.items():
+            if metric not in self._gauges:
+                text, keys = METRICS[metric]
+                self._gauges[metric] = Gauge(f"{PREFIX}{metric}", description=text, tag_keys=keys)
+            self._gauges[metric].set(latest, tags={"run": self.run, **dict(found)})
+        self._waiting.clear()
+
+
+def _ray_runs() -> bool:
+    """Whether this process is part of a running Ray. Does not import it: that takes seconds, and some runs need no Ray."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized() and not ray.util.client.ray.is_connected()
