@@ -21,6 +21,7 @@ from minitron_platform.console import Console, seconds
 from minitron_platform.fence import Fence, LeaseLostError
 from minitron_platform.leases import lease
 from minitron_platform.locations import Locations, resolve_locations
+from minitron_platform.monitoring import Monitor
 from minitron_platform.planning.plan import Plan, plan
 from minitron_platform.recipes.load import check_recipe_type, recipe_yaml
 from minitron_platform.recipes.schema import Recipe
@@ -36,6 +37,7 @@ from minitron_platform.stages.stage import Stage, StageOutput
 from minitron_platform.stages.stage_records import Record, relative, write_record
 from minitron_platform.stages.targets import Targets
 from minitron_platform.stopping import stopped_by_signals
+from minitron_platform.system_metrics import system_metrics
 from minitron_platform.tracking.events import Status
 from minitron_platform.tracking.flusher import Flusher
 from minitron_platform.tracking.spool import RunLog, Spool
@@ -92,6 +94,8 @@ def run(
         spool = Spool(locations.spool(key), experiment=recipe.experiment, older=locations.older_spool(key))
         stack.callback(spool.close)
         flusher = stack.enter_context(Flusher(spool, locations.tracking_uri, recipe.experiment))
+        monitor = Monitor(key)
+        spool.on_event, flusher.on_unsent = monitor.event, monitor.unsent
         stack.callback(lambda: console.status(flusher.text))  # while the flusher closes
         ray = RayStart(stack, address, storage.join(run_folder, "logs"))
         workers = Workers(
@@ -121,7 +125,8 @@ def run(
             elif needs_ray and name in BEFORE_RAY:
                 ray.ahead(context)
             run_record.reopen()  # finished before, and a stage computes again: its input has changed or was deleted
-            run_record.hardware(hardware.cluster() if joins_cluster(address) else hardware.machine())
+            if run_record.hardware(hardware.cluster() if joins_cluster(address) else hardware.machine()):
+                stack.enter_context(system_metrics(run_record.system))
 
         try:
             ray.choose_devices(context)

@@ -26,7 +26,7 @@ from minitron_platform.tracking.spool import RunLog
 
 RECIPE_FILE = "recipe.yaml"
 NOTE = "mlflow.note.content"  # the description at the top of a run's page, in Markdown
-MAX_METRICS = 12  # of the parent; all are in the record of the stage `evaluate`
+MAX_METRICS = 12  # results in the parent; all are in the record of the stage `evaluate`
 
 
 class RunRecord:
@@ -56,12 +56,19 @@ class RunRecord:
         self.log.artifact(storage.join(self.context.locations.run(self.context.run_key), RECIPE_FILE))
         self.open = True
 
-    def hardware(self, used: Hardware) -> None:
-        """Note what the run computes on, when its first stage begins to compute."""
-        if self._hardware is None:
-            self._hardware = used
-            self.log.params({"hardware": used.text})
-            used.write(self.context.locations.run(self.context.run_key))
+    def hardware(self, used: Hardware) -> bool:
+        """Note what the run computes on, when its first stage begins to compute; returns whether it is the first."""
+        if self._hardware is not None:
+            return False
+        self._hardware = used
+        self.log.params({"hardware": used.text})
+        used.write(self.context.locations.run(self.context.run_key))
+        return True
+
+    def system(self, values: Mapping[str, float], time: int) -> None:
+        """Add the load of this machine at a Unix time, in seconds, while the record is open."""
+        if self.open:
+            self.log.metrics(values, step=time)
 
     def finished_stage(self, name: str) -> None:
         """Add what a finished stage says about the whole run."""

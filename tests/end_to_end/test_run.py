@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -232,7 +233,11 @@ def test_mlflow_shows_the_run_its_stages_and_the_trials_below_the_search(bench, 
     done = _results(bench)
     assert parent.data.params["architecture.tiny-student"] == str(Architecture.from_dict(done["search"]["winner"]))
     assert parent.data.metrics["distilled.kl"] == pytest.approx(done["evaluate"]["table"]["distilled"]["kl"])
-    assert len(parent.data.metrics) <= 12
+    load = {name for name in parent.data.metrics if name.startswith("system/")}
+    assert len(parent.data.metrics.keys() - load) <= 12
+    assert parent.data.metrics["system/system_memory_usage_megabytes"] > 0
+    samples = client.get_metric_history(parent.info.run_id, "system/cpu_utilization_percentage")
+    assert all(late.step - early.step > 5 for early, late in pairwise(sorted(samples, key=lambda each: each.step)))
     evaluated = next(run for run in stages if run.info.run_name == "evaluate").data.metrics
     for name in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"):  # all metrics of a task
         assert 0 < evaluated[f"distilled.arc_easy.{name}"] <= 1
@@ -265,6 +270,15 @@ def test_the_student_is_registered_with_its_lineage_and_can_be_promoted(bench, f
     (result,) = card.data.eval_results
     score = done["evaluate"]["table"]["distilled"]["tasks"]["arc_easy"]
     assert (result.dataset_name, result.metric_type, result.metric_value) == ("arc_easy", "acc", score["value"])
+    (model,) = client.search_logged_models([client.get_experiment_by_name("tiny").experiment_id])
+    assert str(model.status) == "READY"
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "tiny-student", "version": version.version}]
+    assert model.source_run_id == version.run_id
+    shown = {metric.key: metric.value for metric in model.metrics}
+    assert shown["kl"] == pytest.approx(done["evaluate"]["table"]["distilled"]["kl"])
+    assert shown["arc_easy.acc"] == score["value"]
+    assert shown["teacher.parameters"] == done["evaluate"]["table"]["teacher"]["parameters"]
+    assert model.params["architecture"] == str(Architecture.from_dict(done["search"]["winner"]))
     listed = minitron_here("models", "--storage", "runs", cwd=bench)
     assert "tiny-student" in listed.stdout
     assert "candidate" in listed.stdout

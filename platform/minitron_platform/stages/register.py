@@ -26,6 +26,7 @@ from minitron_platform.stages.targets import Targets
 from minitron_platform.stages.teacher import Teacher
 from minitron_platform.tracking import registry
 from minitron_platform.tracking.flusher import sqlite_path
+from minitron_platform.tracking.logged_models import ModelFigures
 from minitron_platform.tracking.registry import TASK_TAG
 from minitron_platform.tracking.version_figures import FIGURES_TAG, Measured, VersionFigures
 from minitron_platform.tracking.version_weights import CARD, PATH_TAG
@@ -42,7 +43,7 @@ class RegisterOutput(StageOutput):
 
 class Register(Stage[RegisterOutput]):
     name = "register"
-    version = 3
+    version = 4
     per_model = True
     output_type = RegisterOutput
 
@@ -104,6 +105,7 @@ class Register(Stage[RegisterOutput]):
                 f"MLflow at {redact(context.locations.tracking_uri)} has not accepted the run's record within 30 s",
                 "check that the server answers, and run again: only this stage is left",
             )
+        own_run = context.mlflow_run_id(context.log(self.name).key) or run_id
         version = registry.register(
             context.locations.tracking_uri,
             name=name,
@@ -112,6 +114,7 @@ class Register(Stage[RegisterOutput]):
             tags=tags,
             description=description(card),
             alias=settings.alias,
+            figures=ModelFigures(own_run, _metrics(evaluated), _params(context)),
         )
         return RegisterOutput(
             model=name,
@@ -124,6 +127,31 @@ class Register(Stage[RegisterOutput]):
     def is_valid(self, state: RunState, output: RegisterOutput) -> bool:
         """Whether the registry still has the version; the registry may have been deleted."""
         return registry.has_version(state.locations.tracking_uri, output.model, output.version)
+
+
+def _metrics(evaluated: EvaluateOutput) -> dict[str, float]:
+    """The figures of the student, and under "teacher." the same of the teacher, that MLflow shows on the model's page."""
+    metrics: dict[str, float] = {}
+    for prefix, model in (("", "distilled"), ("teacher.", "teacher")):
+        figures = evaluated.table[model]
+        values: dict[str, float | None] = {**figures.numbers}
+        for task, score in figures.tasks.items():
+            values |= {f"{task}.{score.metric}": score.value, f"{task}.{score.metric}_stderr": score.stderr}
+        metrics |= {f"{prefix}{name}": value for name, value in values.items() if value is not None}
+    return metrics
+
+
+def _params(context: Context) -> dict[str, str]:
+    """Where the student comes from, for the model's page."""
+    distilled = context.output(Distill)
+    previous = context.recipe.origin(context.member)
+    return {
+        "teacher": context.recipe.teacher.model,
+        "cut_from": _version(context, previous) if previous else "teacher",
+        "architecture": str(distilled.architecture),
+        "tokens": str(distilled.tokens),
+        "run": context.run_key,
+    }
 
 
 def _measured(context: Context, evaluated: EvaluateOutput, model: str) -> Measured:

@@ -45,6 +45,7 @@ from minitron_platform.tracking.client import (
     versions_of,
 )
 from minitron_platform.tracking.flusher import sqlite_path
+from minitron_platform.tracking.logged_models import ModelFigures, complete, find_or_create
 from minitron_platform.tracking.moves import CANDIDATE, CHAMPION, point_newest
 from minitron_platform.tracking.version_figures import figures_of, number_in
 from minitron_platform.tracking.version_weights import CARD, MANIFEST_TAG, copy_weights, location, uploaded_sizes
@@ -93,13 +94,15 @@ def register(
     tags: dict[str, str],
     description: str = "",
     alias: str = CANDIDATE,
+    figures: ModelFigures | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> str:
     """Register the weights in the folder `source` as a version of the model `name` and set `alias`; returns the version.
 
     The same weights are registered only once: another call returns the existing version after updating its tags, and does not
     move the alias if it points at a newer version.
-    run_id: of the MLflow run that the version belongs to. progress: called with (bytes uploaded, total bytes) during an upload.
+    run_id: of the MLflow run that the version belongs to. figures: for the MLflow logged model of the weights; without them
+    there is none, unless the weights are uploaded. progress: called with (bytes uploaded, total bytes) during an upload.
     Raises InputError for a name or alias that MLflow does not allow, StorageError if `source` is not a committed folder or is
     incomplete, and MinitronError if the registry does not answer.
     """
@@ -124,7 +127,7 @@ def register(
         else:
             model_id = None
             if tracking_uri.startswith("http") and is_local(source):
-                model_id = _upload(client, name, source, run_id, tags, progress)
+                model_id = _upload(client, name, source, run_id, tags, figures, progress)
             address = source if model_id is None else f"models:/{model_id}"
             created = client.create_model_version(
                 name, address, run_id=run_id, tags=tags, description=description, model_id=model_id
@@ -134,6 +137,9 @@ def register(
             if first != version:  # another process registered the same weights at the same moment
                 client.delete_model_version(name, version)
                 version = first
+        if figures is not None:
+            model = find_or_create(client, name, run_id, tags, figures.params)
+            complete(client, str(model.model_id), figures, name, version)
         point_newest(client, name, alias, version)
     return version
 
@@ -256,15 +262,14 @@ def _upload(
     source: str,
     run_id: str | None,
     tags: dict[str, str],
+    figures: ModelFigures | None,
     progress: Callable[[int, int], None] | None,
 ) -> str:
     """Upload a committed folder as a logged model, its manifest last; returns the model's id.
 
     Files that an earlier call uploaded before it was interrupted are not uploaded again.
     """
-    experiment = client.get_run(run_id).info.experiment_id if run_id else "0"
-    models = client.search_logged_models([experiment], f"tags.`{MANIFEST_TAG}` = '{tags[MANIFEST_TAG]}'")
-    model = models[0] if models else client.create_logged_model(experiment, name, source_run_id=run_id, tags=tags)
+    model = find_or_create(client, name, run_id, tags, None if figures is None else figures.params)
     if str(model.status) != "READY":
         files = {file: int(entry["bytes"]) for file, entry in manifest(source)["files"].items()}
         total = sum(files.values())

@@ -20,6 +20,7 @@ from minitron.errors import InputError, MinitronError, StorageError
 from minitron.storage import committed_folder, manifest, verify
 from minitron_platform.cli.commands import main
 from minitron_platform.locations import resolve_locations
+from minitron_platform.tracking.logged_models import ModelFigures
 from minitron_platform.tracking.moves import promote, rollback
 from minitron_platform.tracking.registry import models, pull, register
 from minitron_platform.tracking.server import serve
@@ -61,6 +62,29 @@ def test_registering_twice_creates_one_version(uri: str, tmp_path: Path) -> None
     assert (newest.version, newest.aliases, newest.parameters) == ("2", ("candidate",), None)
     assert (oldest.version, oldest.aliases, oldest.source) == ("1", (), str(tmp_path / "a"))
     assert (oldest.parameters, oldest.heldout_kl, oldest.heldout_loss) == (1200, 0.25, None)
+
+
+def test_the_logged_model_of_a_version_has_its_figures_once(uri: str, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    experiment = client.create_experiment("family")
+    run_id = client.create_run(experiment).info.run_id
+    source = weights(tmp_path / "a")
+
+    def once(kl: float) -> None:
+        figures = ModelFigures(run_id, {"kl": kl, "arc.acc,none": 0.5}, {"teacher": "large"})
+        register(uri, name=NAME, source=source, run_id=run_id, tags={}, figures=figures)
+
+    for kl in (0.25, 0.25, 0.2):  # again after a driver was killed, and after the evaluation was repeated
+        once(kl)
+    (model,) = client.search_logged_models([experiment])
+    assert (model.name, str(model.status), model.params) == (NAME, "READY", {"teacher": "large"})
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": NAME, "version": "1"}]
+    shown = {each.key: each.value for each in sorted(model.metrics, key=lambda each: each.timestamp)}
+    assert shown == {"arc.acc_none": 0.5, "kl": 0.2}
+    assert [point.value for point in client.get_metric_history(run_id, "kl")] == [0.25, 0.2]
+    assert models(uri)[0].source == source
 
 
 def test_the_same_weights_in_another_folder_are_the_same_version(uri: str, tmp_path: Path) -> None:
@@ -246,12 +270,16 @@ def test_a_server_gets_the_weights_uploaded(
             source=source,
             run_id=run_id,
             tags={},
+            figures=ModelFigures(run_id, {"kl": 0.25}),
             progress=lambda done, total: steps.append((done, total)),
         )
 
     assert once() == "1"
     assert steps[-1] == (100_002, 100_002)
     assert once() == "1"
+    (model,) = client.search_logged_models([client.get_experiment_by_name("family").experiment_id])
+    assert [(metric.key, metric.value) for metric in model.metrics] == [("kl", 0.25)]
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": NAME, "version": "1"}]
     assert promote(address, NAME).version == "1"
     (row,) = models(address)
     assert (row.run_id, row.aliases) == (run_id, ("candidate", "champion"))
