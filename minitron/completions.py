@@ -111,12 +111,13 @@ def streamed(served: Served, body: dict[str, Any]) -> Streamed:
             usage = event.get("usage") or usage
     if not first:
         raise InputError(f"{served.url}: the answer of {served.model} has no tokens", "look at the server's log")
-    if not usage:
+    try:
+        return Streamed(int(usage["prompt_tokens"]), int(usage["completion_tokens"]), first, last)
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{served.url}: its answers do not say how many tokens they have",
             "use a server that knows stream_options.include_usage, such as vLLM or llama.cpp",
-        )
-    return Streamed(int(usage["prompt_tokens"]), int(usage["completion_tokens"]), first, last)
+        ) from error
 
 
 def completed(served: Served, body: dict[str, Any]) -> dict[str, Any]:

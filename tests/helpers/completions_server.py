@@ -85,6 +85,7 @@ class CompletionsServer(ThreadingHTTPServer):
         self.known: set[str] | None = None
         self.completing: Completing = lambda _: {"text": "", "logprobs": None}
         self.redirect_to = ""
+        self.counts = True  # whether an answer says how many tokens it has
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
@@ -129,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
         for text in tokens:
             count += 1
             self._event(json.dumps({"choices": [{"index": 0, "text": text}]}))
-        usage = {"prompt_tokens": length, "completion_tokens": count}
+        usage = {"prompt_tokens": length, "completion_tokens": count} if self.server.counts else None
         self._event(json.dumps({"choices": [], "usage": usage}))
         self._event("[DONE]")
         self.wfile.write(b"0\r\n\r\n")

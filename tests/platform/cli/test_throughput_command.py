@@ -92,6 +92,9 @@ def test_a_server_without_further_fields_is_measured_and_short_answers_are_point
         assert done.returncode == 0, done.stderr
         assert "answers end after 14 tokens" in done.stdout
         assert set(server.keys) == {"Bearer not-a-secret"}
+        server.counts = False
+        uncounted = minitron_here("throughput", f"{server.url}#served", *options, cwd=folder)
+        assert "its answers do not say how many tokens they have" in uncounted.stderr
         unknown = minitron_here("throughput", f"{server.url}#other", *options, cwd=folder)
         assert "the server answered 404" in unknown.stderr
         with running(CompletionsServer(canned)) as elsewhere:
