@@ -19,6 +19,8 @@ import psutil
 from benchmarks.kills.storage import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
+START_SECONDS = 240  # longest wait for a head or a node to start, on a machine that others use too
+STARTS = 4  # of a node; Ray ends one that takes 30 s
 TOKEN = secrets.token_hex(32)
 WORK = ("ray::RayTrainWorker", "ray::ImplicitFunc", "ray::call")  # how Ray names them
 
@@ -41,7 +43,7 @@ class Node:
 
     def kill(self) -> None:
         """End all of its processes at once, as when the machine is lost."""
-        kill(self.process)
+        kill(self.process, *lives_in(self.home))
 
 
 def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -57,6 +59,16 @@ def sends_from(process: psutil.Process, port: int) -> bool:
     with suppress(psutil.Error):
         return any(each.laddr.port == port for each in process.net_connections("tcp"))
     return False
+
+
+def lives_in(home: Path) -> list[psutil.Process]:
+    """The processes with this home folder."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("HOME") == str(home):
+                found.append(process)
+    return found
 
 
 def _title(process: psutil.Process) -> str:
@@ -84,18 +96,23 @@ class Machines:
             "--head", "--port", str(self.port), "--num-cpus", "0", "--include-dashboard", "false",
             "--system-config", '{"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000}',
         )  # fmt: skip
-        wait_for(lambda: self.alive() == 1, "the head answers", 120)
+        wait_for(self.node_ids, "the head answers", START_SECONDS)
         self.nodes = []
         for _ in range(2):
             self.add_node()
 
     def add_node(self) -> Node:
         """Start a node; returns when the head knows it."""
-        before = self.alive()
-        node = self._start("--address", self.address, "--num-cpus", "1")
-        self.nodes.append(node)
-        wait_for(lambda: self.alive() > before, "the node has joined", 120)
-        return node
+        for _ in range(STARTS):
+            node = self._start("--address", self.address, "--num-cpus", "1")
+            started = node.process
+            while node.name not in self.node_ids() and started.poll() is None:
+                time.sleep(0.5)
+            if started.poll() is None:
+                self.nodes.append(node)
+                return node
+            node.kill()
+        raise RuntimeError(f"no node has started: see {self.folder}/{node.name}.log")
 
     @property
     def address(self) -> str:
@@ -109,27 +126,20 @@ class Machines:
         return GcsClient(address=self.address)
 
     def node_ids(self) -> dict[str, str]:
-        """ID of each node that is alive, by the folder of its session's name; of the head, too."""
-        return {info.node_name: info.node_id.hex() for info in self._infos()}
-
-    def alive(self) -> int:
-        """Number of nodes that the head believes to be alive; 0 if it does not answer."""
-        return len(self._infos())
-
-    def _infos(self) -> list[Any]:
+        """ID of each node that the head believes to be alive, by name; its own too. Empty if it does not answer."""
         try:
-            return [info for info in self.gcs().get_all_node_info(timeout=5).values() if info.state == 0]
+            infos = self.gcs().get_all_node_info(timeout=5).values()
         except Exception as error:  # Ray's own kinds for a head that is still starting
             if "ray" not in type(error).__module__:
                 raise
-            return []
+            return {}
+        return {info.node_name: info.node_id.hex() for info in infos if info.state == 0}
 
     def kill_node(self, node: Node) -> None:
         """Lose a node; returns when the head knows."""
-        before = self.alive()
         node.kill()
         self.nodes.remove(node)
-        wait_for(lambda: self.alive() < before, "the head knows that the node is lost", 60)
+        wait_for(lambda: node.name not in (self.node_ids() or node.name), "the head knows that the node is lost", 120)
 
     def kill_all(self) -> None:
         """End every process of the cluster."""
@@ -192,9 +202,9 @@ def drain(machines: Machines, node: Node) -> None:
     assert accepted, why
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """kill -9 of a process and all that descend from it; returns when they have ended."""
-    others = descendants(process)
+def kill(process: subprocess.Popen[bytes], *more: psutil.Process) -> None:
+    """kill -9 of a process, all that descend from it, and `more`; returns when they have ended."""
+    others = [*descendants(process), *more]
     for each in (process, *others):
         with suppress(psutil.NoSuchProcess):
             each.kill()
