@@ -26,7 +26,7 @@ from minitron.checkpoints.headers import (
 )
 from minitron.checkpoints.pickles import check_pickles
 from minitron.checkpoints.quantised import as_ordinary, check_blocks, load_arguments, method_of, plain_model
-from minitron.checkpoints.reading import check_not_pointers, quiet_transformers, read_config, readable
+from minitron.checkpoints.reading import check_files, quiet_transformers, read_config, readable
 from minitron.checkpoints.tokenizer_files import read_tokenizer
 from minitron.data.boundaries import DocumentBoundaries
 from minitron.errors import InputError
@@ -56,7 +56,7 @@ def check_source(source: str) -> None:
         if path.is_dir() and not (path / "config.json").is_file():
             raise InputError(f"{source} has no config.json", "give the folder of a transformers checkpoint")
         if path.is_dir():
-            check_not_pointers(path)
+            check_files(path)
             check_links(path)
 
 

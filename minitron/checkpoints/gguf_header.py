@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import stat
 import struct
 from collections.abc import Iterator
 from functools import lru_cache
@@ -51,6 +52,8 @@ def check_gguf(path: Path) -> None:
         status = path.stat()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})", "check the path and its permissions") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path}: is not a file", "give the path of a .gguf file")
     _check(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 

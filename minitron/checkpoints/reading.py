@@ -204,11 +204,15 @@ def _check_rope(parameters: Mapping[str, Any], where: str) -> None:
             raise InputError(f"{where}: config.json: {name}: {short_repr(value)} is not a number", CORRECT)
 
 
-def check_not_pointers(folder: Path) -> None:
-    """Raise InputError if a file of a checkpoint folder is a pointer of Git LFS instead of the file itself."""
+def check_files(folder: Path) -> None:
+    """Raise InputError if a file of a checkpoint folder is a pointer of Git LFS instead of the file itself, or a pipe or
+    device, which may never end."""
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.stat().st_size < LFS_BYTES and path.read_bytes().startswith(LFS_START):
-            raise InputError(
-                f"{path} is a pointer of Git LFS, not the file itself",
-                f"run `git lfs pull` in {folder}, or download the model with `hf download`",
-            )
+        if path.is_file():
+            if path.stat().st_size < LFS_BYTES and path.read_bytes().startswith(LFS_START):
+                raise InputError(
+                    f"{path} is a pointer of Git LFS, not the file itself",
+                    f"run `git lfs pull` in {folder}, or download the model with `hf download`",
+                )
+        elif path.exists() and not path.is_dir():
+            raise InputError(f"{path} is a pipe or device, not a file", "replace it by the file, or delete it")

@@ -38,8 +38,10 @@ def read_bytes(path: str) -> bytes:
 
 def read_bytes_if_exists(path: str) -> bytes | None:
     """The content of a file; None if it does not exist. One request to an object store either way, where `exists` takes two
-    for a missing file."""
+    for a missing file. Raises StorageError for a pipe or device, which may never end."""
     fs, inner = filesystem(path)
+    if is_local(path) and not (os.path.isfile(inner) or os.path.isdir(inner)) and os.path.exists(inner):
+        raise StorageError(f"{path}: is a pipe or device, not a file", "give the path of a file")
     # otherwise newer versions of s3fs ask for the size first
     whole = {"max_concurrency": 1} if "max_concurrency" in _arguments(fs, "_cat_file") else {}
     with access_errors(path):

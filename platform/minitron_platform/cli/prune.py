@@ -113,6 +113,8 @@ def prune(
     """
     started = time.monotonic()
     console = Console()
+    if not out.strip():
+        raise InputError("OUT: is empty", "give a new folder")
     if storage.exists(out):
         raise InputError(f"{out} exists", "give a new folder, or delete it")
     check_outside(model, out)

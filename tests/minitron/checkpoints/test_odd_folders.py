@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import torch
 from helpers import tiny
 from transformers import AutoTokenizer
 
+from minitron import storage
 from minitron.checkpoints.tokenizer_files import check_tokenizer_fits
-from minitron.errors import InputError, MinitronError
+from minitron.errors import InputError, MinitronError, StorageError
 from minitron.models import check_contents, load_source, source_architecture, source_tokenizer
 from minitron_platform.planning.plan import plan
 from minitron_platform.recipes.load import load_recipe
@@ -111,6 +113,18 @@ def test_what_does_not_concern_the_model_is_accepted(folder, sound, changes):
     rows = tiny.rows(2)
     assert torch.equal(model(rows).logits, expected(rows).logits)
     assert model.config._attn_implementation == expected.config._attn_implementation
+
+
+def test_a_pipe_or_device_is_refused_before_it_is_read(folder, tmp_path):
+    os.mkfifo(tmp_path / "model.gguf")
+    with pytest.raises(InputError, match=r"model.gguf: is not a file"):
+        load_source(str(tmp_path / "model.gguf"))
+    with pytest.raises(StorageError, match=r"is a pipe or device"):
+        storage.read_json(str(tmp_path / "model.gguf"))
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"model.safetensors is a pipe or device"):
+        load_source(str(folder))
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])

@@ -303,6 +303,8 @@ def test_an_existing_target_folder_is_refused(folder):
     assert result.exit_code == 2
     assert "mine exists" in result.output
     assert not list((folder / "mine").iterdir())
+    empty = CliRunner().invoke(main, ["prune", str(folder / "model"), "", "--scores", "scores", "--num-layers", "4"])
+    assert "OUT: is empty" in empty.output
 
 
 def test_a_missing_model_is_refused(folder):
