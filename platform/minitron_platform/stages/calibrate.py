@@ -31,7 +31,7 @@ from minitron_platform.stages.context import Context
 from minitron_platform.stages.data import Data
 from minitron_platform.stages.stage import ArtifactPath, Stage, StageOutput
 from minitron_platform.stages.state import RunState
-from minitron_platform.stages.teacher import Teacher
+from minitron_platform.stages.teacher import Teacher, chat_template_input
 from minitron_platform.workers import models
 from minitron_platform.workers.worker import Worker
 
@@ -61,6 +61,7 @@ class Calibrate(Stage[CalibrateOutput]):
             "calibrate": state.recipe.calibrate.model_dump(exclude={"steps", "merge_heads"}),
             "depths": _depths(state),
             "task": _task_identity(state.recipe.calibrate),
+            **chat_template_input(state, bool((task := state.recipe.calibrate.task) and task.chat_template)),
         }
 
     def estimate(self, outlook: Outlook, member: schema.Member | None) -> Estimate:

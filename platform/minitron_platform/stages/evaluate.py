@@ -37,7 +37,7 @@ from minitron_platform.stages.distill import Distill
 from minitron_platform.stages.stage import Stage, StageOutput
 from minitron_platform.stages.state import RunState
 from minitron_platform.stages.targets import Targets, distill_inputs
-from minitron_platform.stages.teacher import Teacher
+from minitron_platform.stages.teacher import Teacher, chat_template_input
 from minitron_platform.workers import models
 from minitron_platform.workers.worker import Worker
 from minitron_search.memory import release_memory
@@ -228,6 +228,7 @@ def _settings(state: RunState) -> dict[str, Any]:
         "evaluate": state.recipe.evaluate.model_dump(exclude=NOT_THE_SCORES),
         "documents": [documents_identity(task.data) for task in state.recipe.evaluate.tasks if task.data],
         "lm_eval": version("lm_eval"),
+        **chat_template_input(state, any(task.chat_template for task in state.recipe.evaluate.tasks)),
     } | ({"task_folder": documents_identity(folder)} if (folder := state.recipe.evaluate.task_folder) else {})
 
 

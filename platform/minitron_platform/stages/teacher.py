@@ -35,6 +35,8 @@ class TeacherOutput(StageOutput):
     parameters: int
     document: DocumentTokens
     """Special tokens that its tokenizer puts around a document."""
+    chat_template: str = ""
+    """Fingerprint of its tokenizer's chat template, which is not part of `id`; empty without one, and in earlier records."""
 
 
 class Teacher(Stage[TeacherOutput]):
@@ -105,8 +107,15 @@ def _convert(task: _Conversion, worker: Worker) -> TeacherOutput:
         architecture=architecture,
         parameters=architecture.num_parameters,
         document=document_tokens(tokenizer),
+        chat_template=storage.fingerprint(tokenizer.chat_template) if tokenizer.chat_template else "",
         summary=f"{architecture.num_parameters / 1e6:.1f}M parameters · {architecture}",
     )
+
+
+def chat_template_input(state: RunState, used: bool) -> dict[str, str]:
+    """The teacher's chat template among the inputs of a stage, if the stage uses one."""
+    template = state.output(Teacher).chat_template
+    return {"chat_template": template} if used and template else {}
 
 
 def weight_hashes(checkpoint: str) -> dict[str, str]:

@@ -95,3 +95,20 @@ def test_keys_that_change_no_result_change_no_fingerprint(fingerprints):
     without = ["resources.workers=1", "description=other", "distill.checkpoint_every=7", "evaluate.batch_rows=3"]
     other = fingerprints(load_recipe("smollm2-135m-cpu", without))
     assert {name for name in shipped if shipped[name] != other[name]} == {"run"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "changed"),
+    [
+        ([], ""),
+        (["data.kind=jsonl", "data.path=chats.jsonl", "data.messages=messages"], "data"),
+        (["evaluate.tasks.0.chat_template=true"], "evaluate"),
+    ],
+)
+def test_another_chat_template_computes_again_what_uses_it(fingerprints, monkeypatch, settings, changed):
+    recipe = load_recipe("smollm2-135m-cpu", settings)
+    before = fingerprints(recipe)
+    monkeypatch.setitem(FIXED, "chat_template", "another")
+    after = fingerprints(recipe)
+    differing = {name.split()[-1] for name in before if before[name] != after[name]}
+    assert changed in differing if changed else not differing
