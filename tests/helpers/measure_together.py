@@ -1,4 +1,4 @@
-"""Calibrate and evaluate models, in one of several processes if run: BENCH MATERIAL FOLDER RANK WORLD -> files in FOLDER."""
+"""Calibrate and evaluate models, in two processes if run: BENCH MATERIAL FOLDER -> files in FOLDER."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from helpers import tiny
 from helpers.evaluating import arc_documents, byte_tokenizer, pages, sums, tiny_model, write_jsonl
+from helpers.forking import fork_two
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitron import estimate_importance, storage
@@ -89,7 +90,7 @@ def measure_all(model, material: Path, folder: Path, store: Path) -> dict:
 
 def main() -> None:
     bench, material, folder = map(Path, sys.argv[1:4])
-    rank, world = int(sys.argv[4]), int(sys.argv[5])
+    rank, world = fork_two(), 2
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     out = f"{folder}/{{}}.{rank}of{world}"
     calibrate_all(bench, out)

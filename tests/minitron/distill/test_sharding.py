@@ -77,6 +77,7 @@ from safetensors.torch import save_file
 from collections import Counter
 from torch.utils._python_dispatch import TorchDispatchMode
 import test_sharding as t
+from helpers.forking import fork_two
 from minitron.distill import sharding
 from minitron.meta_models import open_model, write_model
 sent = Counter()
@@ -85,7 +86,7 @@ class Counting(TorchDispatchMode):
         sent[str(function)] += 1
         return function(*arguments, **(named or {}))
 folder, out, until = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-rank = int(os.environ["RANK"])
+rank = fork_two()
 dist.init_process_group("gloo", rank=rank, world_size=2)
 whole, heldout, student = t.train(folder)
 save_file(dict(student.named_parameters()), f"{out}-{until}-{rank}.safetensors")
@@ -118,17 +119,9 @@ def _two_processes(folder, out, until, port):
     """Train a sharded student in two processes, to the end and, with `out`, until that step; returns the report of each."""
     paths = json.dumps([str(Path(__file__).parent), *sys.path])
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, paths, str(folder), str(out), str(until)],
-            env={**environment, "RANK": str(rank)},
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=500)
-        assert worker.returncode == 0, errors.decode()
+    command = [sys.executable, "-c", WORKER, paths, str(folder), str(out), str(until)]
+    workers = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert workers.returncode == 0, workers.stderr
     said = []
     for rank in range(2):
         *curves, counts = json.loads(Path(f"{out}-{until}-{rank}.json").read_text())
