@@ -13,6 +13,7 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",  # more threads do not help tiny models and slow down processes that share the cores
+    RAY_worker_niceness="0",  # by default Ray's workers hardly compute while other tests do
 )
 
 
