@@ -18,7 +18,9 @@ def command_line() -> str:
 
 
 def program() -> str:
-    """The command that starts this program in the user's shell."""
+    """The command that starts this program in the user's shell, which is the submitter's in a job."""
+    if resume := os.environ.get("MINITRON_RESUME"):
+        return resume.partition(" submit ")[0]
     if shutil.which("minitron"):
         return "minitron"
     if sys.argv[0].endswith("__main__.py"):

@@ -18,6 +18,7 @@ from ray.job_submission import JobSubmissionClient
 
 from minitron.errors import InputError, MinitronError
 from minitron_platform.cluster import probe
+from minitron_platform.cluster.brought import Brought
 from minitron_platform.cluster.job_rows import ENDED
 from minitron_platform.cluster.requirements import PROJECT, Environment, lacks, pins, python_lack
 
@@ -32,8 +33,8 @@ def packages_to_bring(
     extras: Iterable[str],
     entrypoint_resources: Mapping[str, Any],
     say: Callable[[str], None],
-) -> list[str]:
-    """The packages, such as "rich==14.2.0", that a job must install on the cluster.
+) -> Brought:
+    """The packages that a job must install on the cluster.
 
     dependencies: "image" if the packages of the cluster's nodes are used, "uv" if those that they lack are installed for the
     job, in the versions that this machine has, "as-is" if nothing is checked. extras: of Minitron, that the run needs.
@@ -43,7 +44,7 @@ def packages_to_bring(
     Raises InputError if the cluster cannot run the job, MinitronError if it does not run the check.
     """
     if dependencies == "as-is":
-        return []
+        return Brought()
     _check_ray(client)
     there = _environment_of(client, entrypoint_resources)
     if needed := python_lack(there):
@@ -53,15 +54,15 @@ def packages_to_bring(
         )
     missing = lacks(there, extras)
     if not missing:
-        return []
+        return Brought()
     if dependencies == "image":
         raise InputError(
             f"the cluster's environment cannot run Minitron: {'; '.join(map(str, missing))}",
             "install them on its nodes, or let the job bring them with --env uv; --env as-is submits without this check",
         )
     brought = pins(missing, there)
-    say(f"the job installs on its nodes: {' '.join(brought)}")
-    return brought
+    say(f"the job installs on its nodes, with what these need there: {' '.join(brought)}")
+    return Brought.beside(there, brought)
 
 
 def _check_ray(client: JobSubmissionClient) -> None:

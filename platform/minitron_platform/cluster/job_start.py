@@ -8,7 +8,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from minitron import __version__
 from minitron.errors import InputError, MinitronError
 from minitron.storage import fingerprint, secret_in
 from minitron.text import printable
+from minitron_platform.cluster.brought import Brought
 from minitron_platform.cluster.job_check import Dependencies, packages_to_bring
 from minitron_platform.cluster.job_rows import find_job, job_rows
 from minitron_platform.cluster.jobs_api import connect, head_errors
@@ -47,8 +48,19 @@ class JobNeeds:
     """Without CPUs and memory it runs on the head, even if that has no CPUs for others."""
     driver_memory: int = 0
     """Bytes."""
-    packages: tuple[str, ...] = ()
-    """That it installs, such as "rich==14.2.0"."""
+    brought: Brought = field(default_factory=Brought)
+    """Packages that it installs."""
+
+    def json(self) -> str:
+        """Without `brought`, which depends on the nodes of the moment."""
+        return json.dumps({name: value for name, value in asdict(self).items() if name != "brought"})
+
+    @classmethod
+    def from_json(cls, text: str) -> JobNeeds:
+        """What `json` has written, also before there was `brought`."""
+        values = json.loads(text)
+        values.pop("packages", None)
+        return cls(**{**values, "extras": tuple(values["extras"])})
 
     @property
     def entrypoint_resources(self) -> dict[str, Any]:
@@ -80,10 +92,10 @@ def checked(
     """
     client = connect(address, insecure)
     with head_errors(address):
-        packages = packages_to_bring(
+        brought = packages_to_bring(
             client, needs.dependencies, needs.extras, needs.entrypoint_resources, say or to_stderr
         )
-    return replace(needs, packages=tuple(packages))
+    return replace(needs, brought=brought)
 
 
 def submit_text(
@@ -135,16 +147,15 @@ def submit_text(
         code = code_hash(packages)
         work = f"{name}-{fingerprint([recipe_yaml, list(overrides), command, dict(env or {}), code])[:8]}"
         environment = {**OWN_VARIABLES, RESUME_VARIABLE: resume, **(env or {})}
-        if needs.packages:
+        if needs.brought.packages:
             environment |= UV_VARIABLES
-        brought = {"uv": {"packages": list(needs.packages), "uv_pip_install_options": ["--no-deps"]}}
         job = {
             "entrypoint": command,
             "runtime_env": {
                 "py_modules": packages,
                 "working_dir": str(work_dir),
                 "env_vars": environment,
-                **(brought if needs.packages else {}),
+                **needs.brought.runtime_env(work_dir),
             },
             "metadata": {
                 "minitron.run": name,
@@ -152,7 +163,7 @@ def submit_text(
                 "minitron.version": __version__,
                 "minitron.resume": resume,
                 RECIPE_KEY: recipe_yaml,
-                NEEDS_KEY: json.dumps(asdict(needs)),
+                NEEDS_KEY: needs.json(),
             },
             **needs.entrypoint_resources,
         }
@@ -208,7 +219,7 @@ def resume(
             f"job {row.submission_id}: its recipe was not kept",
             f"submit it again: {row.resume or 'minitron submit RECIPE'}",
         )
-    needs = json.loads(metadata[NEEDS_KEY])
+    needs = JobNeeds.from_json(metadata[NEEDS_KEY])
     sent = (job.runtime_env or {}).get("env_vars", {})
     return submit_text(
         metadata[RECIPE_KEY],
@@ -218,9 +229,7 @@ def resume(
         env={
             name: value for name, value in sent.items() if name not in {*OWN_VARIABLES, *UV_VARIABLES, RESUME_VARIABLE}
         },
-        needs=checked(
-            JobNeeds(**{**needs, "extras": tuple(needs["extras"])}), address=address, insecure=insecure, say=say
-        ),
+        needs=checked(needs, address=address, insecure=insecure, say=say),
         resume=row.resume,
         insecure=insecure,
         say=say,

@@ -6,6 +6,7 @@ import platform
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
+from minitron import __version__
 from minitron.storage import redact
 from minitron_platform.recipes.build import text_sources
 from minitron_platform.stages.calibrate import Calibrate
@@ -18,7 +19,7 @@ from minitron_platform.stages.state import RunState
 from minitron_platform.stages.teacher import Teacher
 from minitron_platform.tracking.restarts import Restart
 
-LIBRARIES = ("minitron", "torch", "transformers", "ray", "mlflow", "lm_eval")
+LIBRARIES = ("torch", "transformers", "ray", "mlflow", "lm_eval")
 
 
 @dataclass
@@ -70,7 +71,8 @@ def restarts(state: RunState) -> list[tuple[str, Restart]]:
 def facts(state: RunState) -> dict[str, str]:
     """What was run, on what data and where its records are."""
     data = state.output(Data)
-    python = f"Python {platform.python_version()}"
+    # Minitron itself is not installed where its code was sent with a job
+    code = [f"minitron {__version__}", *(f"{name} {version(name)}" for name in LIBRARIES)]
     sources = ", ".join(source.label for source in text_sources(state.recipe.data).values())
     return {
         "run": state.run_key,
@@ -78,7 +80,7 @@ def facts(state: RunState) -> dict[str, str]:
         "correction": state.output(Correct).summary,
         "MLflow": f"{redact(state.locations.tracking_uri)} · experiment {state.recipe.experiment}",
         "storage": redact(state.locations.storage),
-        "page written by": " · ".join([*(f"{name} {version(name)}" for name in LIBRARIES), python]),
+        "page written by": " · ".join([*code, f"Python {platform.python_version()}"]),
     }
 
 

@@ -55,6 +55,21 @@ def free_ports(count: int) -> list[str]:
     return ports
 
 
+# On a cluster's nodes Minitron is not installed, only what it needs: its code comes with the job.
+NOT_INSTALLED = """
+import importlib.metadata as metadata
+
+installed = metadata.distribution
+
+def distribution(name):
+    if name == "minitron":
+        raise metadata.PackageNotFoundError(name)
+    return installed(name)
+
+metadata.distribution = distribution
+"""
+
+
 def python_path(*folders: Path) -> str:
     return os.pathsep.join(map(str, folders))
 
@@ -82,6 +97,8 @@ def head(s3: dict[str, str]) -> Iterator[Head]:
         ExitStack() as stack,
     ):
         (Path(folder) / "token").write_text(TOKEN)
+        (Path(folder) / "site").mkdir()
+        (Path(folder) / "site" / "sitecustomize.py").write_text(NOT_INSTALLED)
         gcs, dashboard, agent, client, node_agent = free_ports(5)
 
         def start(name: str, home: Path, *command: str) -> Callable[[], None]:
@@ -94,6 +111,7 @@ def head(s3: dict[str, str]) -> Iterator[Head]:
                     **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
                     **s3,
                     "PATH": python_path(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"],
+                    "PYTHONPATH": os.pathsep.join(filter(None, [f"{folder}/site", os.environ.get("PYTHONPATH")])),
                     "HOME": str(home),
                     "RAY_AUTH_MODE": "token",
                     "RAY_AUTH_TOKEN_PATH": f"{folder}/token",
