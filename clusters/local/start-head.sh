@@ -23,6 +23,11 @@ export RAY_USAGE_STATS_ENABLED=0
 export MLFLOW_DISABLE_TELEMETRY=true
 umask 077
 
+if [ -z "${RAY_AUTH_TOKEN:-}" ] && [ -n "${RAY_AUTH_TOKEN_PATH:-}" ] && [ ! -s "$RAY_AUTH_TOKEN_PATH" ]; then
+  echo "error: RAY_AUTH_TOKEN_PATH=$RAY_AUTH_TOKEN_PATH: no such file, or an empty one" >&2
+  echo "  fix: write the cluster's token to it, or unset the variable: then a token is made in ~/.ray/auth_token" >&2
+  exit 2
+fi
 ray get-auth-token --generate >/dev/null
 
 folder="${MINITRON_RAY_FOLDER:-/tmp/minitron-ray-$(id -u)}"

@@ -323,6 +323,18 @@ def test_a_head_listens_on_loopback_and_keeps_its_session_where_no_other_user_ca
         assert "is not yours alone" in refused.stderr
 
 
+def test_a_head_without_the_token_that_its_environment_names_is_refused(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [str(ROOT / "clusters/local/start-head.sh")],
+        env={**os.environ, "RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert f"error: RAY_AUTH_TOKEN_PATH={tmp_path}/none: no such file" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_local_head_ends_alone(tmp_path: Path) -> None:
     """`ray stop` would end every Ray of this user."""
     (tmp_path / "ray").write_text(
