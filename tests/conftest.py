@@ -35,11 +35,33 @@ def free_port():
 
 
 @pytest.fixture(scope="session")
+def shared(tmp_path_factory, worker_id):
+    """A folder of all processes of this test run, see `helpers.sharing`."""
+    own = tmp_path_factory.getbasetemp()
+    return own if worker_id == "master" else own.parent
+
+
+@pytest.fixture(scope="session")
 def bench(tmp_path_factory):
     """A folder with a small trained teacher, a text, a benchmark, and the recipe that uses them."""
     from helpers import tiny
 
     return tiny.bench(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture(scope="session")
+def finished(shared):
+    """A run of the recipe of `bench` that the command has finished. All test processes read it: see `copied` to change it."""
+    from helpers.finished_run import FinishedRun, run_recipe
+    from helpers.sharing import made_once
+
+    return FinishedRun(made_once(shared / "finished", run_recipe))
+
+
+@pytest.fixture(scope="module")
+def copied(finished, tmp_path_factory):
+    """A folder with the recipe and a copy of the storage of `finished`, which is called `runs`."""
+    return finished.copy(tmp_path_factory.mktemp("copied"))
 
 
 @pytest.fixture(scope="module")

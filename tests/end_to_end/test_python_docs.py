@@ -5,22 +5,17 @@ from __future__ import annotations
 import re
 import shutil
 
-import pytest
-import yaml
 from helpers.command import ROOT
 
 TEXT = (ROOT / "docs" / "python.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
-@pytest.mark.long
-def test_the_snippets_of_the_python_docs_run(bench, tmp_path, ray_here, monkeypatch, capsys):
-    for name in ("teacher", "text.jsonl", "arc.jsonl", "recipe.yaml"):
-        source = bench / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
-    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
-    recipe["family"][0]["space"] = {"num_layers": [4], "hidden_size": [36], "intermediate_size": [48, 72]}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+def test_the_snippets_of_the_python_docs_run(finished, tmp_path, ray_here, monkeypatch, capsys):
+    """The first in a storage in which the same search has finished."""
+    finished.copy(tmp_path)
+    shutil.copytree(finished.folder / "teacher", tmp_path / "teacher")
+    shutil.copy(finished.folder / "text.jsonl", tmp_path)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     platform, method, memory, searching = SNIPPETS
