@@ -64,6 +64,8 @@ export MLFLOW_AUTH_CONFIG_PATH=$folder/auth.ini
 export MLFLOW_BACKEND_STORE_URI="postgresql+psycopg:///mlflow?host=$folder"
 MLFLOW_FLASK_SERVER_SECRET_KEY=$(cat "$folder/key")
 export MLFLOW_FLASK_SERVER_SECRET_KEY MLFLOW_BASIC_AUTH_FAIL_CLOSED=true MLFLOW_DISABLE_TELEMETRY=true
+# the seven processes of MLflow's own jobs, which nothing here uses, would keep it from stopping
+export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
 echo "MLflow on http://$host:$port, user admin, password in $folder/password; log in $folder/server.log; Ctrl-C stops it"
 # in a process group of its own, so that one signal ends the server and its workers
 setsid "$python" -m mlflow server --host "$host" --port "$port" --app-name basic-auth \

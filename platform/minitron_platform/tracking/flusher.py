@@ -175,12 +175,16 @@ class Flusher:
         return {} if self._sender is None else dict(self._sender.runs.ids)
 
     def wait_for(self, key: str, timeout: float) -> str | None:
-        """The MLflow run id of `key`; None if MLflow has not answered after `timeout` seconds, or has no such run."""
+        """The MLflow run id of `key`; None if MLflow has accepted nothing for `timeout` seconds, or has no such run."""
         self.spool.flush()
         self._wanted.add(key)
         self._wake.set()
         with self._new_run_id:
-            self._new_run_id.wait_for(lambda: key in self.run_ids() or not self._thread.is_alive(), timeout)
+            accepted = -1
+            while accepted != self._accepted():  # a slow server is waited for
+                accepted = self._accepted()
+                if self._new_run_id.wait_for(lambda: key in self.run_ids() or not self._thread.is_alive(), timeout):
+                    break
         return self.run_ids().get(key)
 
     def refused(self) -> int:

@@ -53,6 +53,13 @@ def test_passwords_come_from_the_secret_alone() -> None:
     assert "--app-name basic-auth" in containers()["mlflow"]["args"][0]
 
 
+def test_mlflows_own_jobs_whose_processes_outlive_the_server_are_off() -> None:
+    """Without the setting, a server that was told to stop did not (seen with MLflow 3.17)."""
+    assert "export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false" in (FOLDER / "serve.sh").read_text()
+    (setting,) = [v for v in containers()["mlflow"]["env"] if v["name"] == "MLFLOW_SERVER_ENABLE_JOB_EXECUTION"]
+    assert setting["value"] == "false"
+
+
 def test_the_script_refuses_what_cannot_work_before_it_writes(tmp_path: Path) -> None:
     script = FOLDER / "serve.sh"
     subprocess.run(["bash", "-n", script], check=True)
