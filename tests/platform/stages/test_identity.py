@@ -45,13 +45,13 @@ SHIPPED = {
     "smollm2-90m trials": "1930305e4b35342d",
     "smollm2-90m distill": "0fca18de83811171",
     "smollm2-90m evaluate": "58e752e7a296ff0c",
-    "smollm2-90m register": "c9ed73afe76e05d1",
+    "smollm2-90m register": "fe16a06b5a494cb6",
     "smollm2-70m calibrate": "59fa47e3b45d134b",
     "smollm2-70m search": "06854ac9dcf2e086",
     "smollm2-70m trials": "b7d9c2af774174c8",
     "smollm2-70m distill": "2fe9bc95a1c0a515",
     "smollm2-70m evaluate": "9de6909edd96a7b1",
-    "smollm2-70m register": "b000601cf5391716",
+    "smollm2-70m register": "ac8b91c81c2b2c81",
 }
 
 

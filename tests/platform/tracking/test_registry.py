@@ -80,7 +80,7 @@ def test_the_logged_model_of_a_version_has_its_figures_once(uri: str, tmp_path: 
         once(kl)
     (model,) = client.search_logged_models([experiment])
     assert (model.name, str(model.status), model.params) == (NAME, "READY", {"teacher": "large"})
-    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": NAME, "version": "1"}]
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": NAME, "version": 1}]
     shown = {each.key: each.value for each in sorted(model.metrics, key=lambda each: each.timestamp)}
     assert shown == {"arc.acc_none": 0.5, "kl": 0.2}
     assert [point.value for point in client.get_metric_history(run_id, "kl")] == [0.25, 0.2]
@@ -279,7 +279,7 @@ def test_a_server_gets_the_weights_uploaded(
     assert once() == "1"
     (model,) = client.search_logged_models([client.get_experiment_by_name("family").experiment_id])
     assert [(metric.key, metric.value) for metric in model.metrics] == [("kl", 0.25)]
-    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": NAME, "version": "1"}]
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": NAME, "version": 1}]
     assert promote(address, NAME).version == "1"
     (row,) = models(address)
     assert (row.run_id, row.aliases) == (run_id, ("candidate", "champion"))
