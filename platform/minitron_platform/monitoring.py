@@ -16,6 +16,8 @@ from typing import Any
 from minitron_platform.tracking.events import Event
 
 PREFIX = "minitron_"
+REPEAT_SECONDS = 1.0  # Ray collects values every 10 s by default
+TRIAL_SECONDS = 120.0  # that the values of a trial are exported after its end
 TAGS = ("run", "part")
 # Metrics of a part of a run (a stage, or a trial), by their name in the records; the others of the records are not exported.
 OF_PARTS = {
@@ -47,9 +49,10 @@ METRICS = {**{name: (text, TAGS) for name, text in OF_PARTS.items()}, **OTHERS}
 
 
 class Monitor:
-    """Exports the metrics of the run `run` once Ray runs in this process. Safe to call from several threads.
+    """Exports the metrics of the run `run` inside the block, while Ray runs in this process. Safe to call from several threads.
 
-    A driver that is connected by ray:// has no part in the cluster that could export anything.
+    Ray forgets a value when it has exported it once, so a thread sets all values again and again. A driver that is connected
+    by ray:// has no part in the cluster that could export anything.
     """
 
     def __init__(self, run: str) -> None:
@@ -57,8 +60,20 @@ class Monitor:
         self._lock = threading.Lock()
         self._kinds: dict[str, str] = {}  # of the run ("") and its parts
         self._states: dict[str, str] = {}  # of the parts
-        self._waiting: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self._values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self._ended_trials: dict[str, float] = {}  # when, by time.monotonic()
         self._gauges: dict[str, Any] = {}
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._repeat, name="minitron-metrics", daemon=True)
+
+    def __enter__(self) -> Monitor:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        self._thread.join()
+        self._export()
 
     def event(self, event: Event) -> None:
         """Take notice of an event of the run's records."""
@@ -87,6 +102,8 @@ class Monitor:
         self._set("running", float(state == "running"), part=part, kind=kind)
         if not part:
             return
+        if kind == "trial" and state != "running":
+            self._ended_trials[part] = time.monotonic()
         before = self._states.get(part, state)
         self._states[part] = state
         for each in {before, state}:
@@ -106,19 +123,33 @@ class Monitor:
             self._set("last_step_time_seconds", time.time(), part=part)
 
     def _set(self, name: str, value: float, **tags: str) -> None:
-        if not math.isfinite(value):
-            return  # Ray exports no such value
-        self._waiting[name, tuple(tags.items())] = value
+        if math.isfinite(value):  # Ray exports no other
+            self._values[name, tuple(tags.items())] = value
+
+    def _repeat(self) -> None:
+        while not self._closing.wait(REPEAT_SECONDS):
+            self._export()
+
+    def _export(self) -> None:
         if not _ray_runs():
             return
         from ray.util.metrics import Gauge
 
-        for (metric, found), latest in self._waiting.items():
-            if metric not in self._gauges:
-                text, keys = METRICS[metric]
-                self._gauges[metric] = Gauge(f"{PREFIX}{metric}", description=text, tag_keys=keys)
-            self._gauges[metric].set(latest, tags={"run": self.run, **dict(found)})
-        self._waiting.clear()
+        with self._lock:
+            self._forget_trials()
+            for (name, found), value in self._values.items():
+                if name not in self._gauges:
+                    text, keys = METRICS[name]
+                    self._gauges[name] = Gauge(f"{PREFIX}{name}", description=text, tag_keys=keys)
+                self._gauges[name].set(value, tags={"run": self.run, **dict(found)})
+
+    def _forget_trials(self) -> None:
+        """Leave out the trials that have ended a while ago: a search may have thousands."""
+        now = time.monotonic()
+        old = {trial for trial, ended in self._ended_trials.items() if now - ended > TRIAL_SECONDS}
+        if old:
+            self._values = {key: value for key, value in self._values.items() if dict(key[1]).get("part") not in old}
+            self._ended_trials = {trial: ended for trial, ended in self._ended_trials.items() if trial not in old}
 
 
 def _ray_runs() -> bool:

@@ -91,10 +91,10 @@ def run(
         run_folder = locations.local_run(key)
         for folder in dict.fromkeys((run_folder, locations.run(key))):
             storage.write_bytes(storage.join(folder, RECIPE_FILE), recipe_yaml(recipe).encode(), private=True)
+        monitor = stack.enter_context(Monitor(key))
         spool = Spool(locations.spool(key), experiment=recipe.experiment, older=locations.older_spool(key))
         stack.callback(spool.close)
         flusher = stack.enter_context(Flusher(spool, locations.tracking_uri, recipe.experiment))
-        monitor = Monitor(key)
         spool.on_event, flusher.on_unsent = monitor.event, monitor.unsent
         stack.callback(lambda: console.status(flusher.text))  # while the flusher closes
         ray = RayStart(stack, address, storage.join(run_folder, "logs"))

@@ -34,7 +34,7 @@ def metrics_every_second():
 
 @pytest.fixture(scope="module")
 def mixture(bench, metrics_every_second, ray_here):
-    """The output of `minitron plan`, that of `minitron run`, and the storage."""
+    """The output of `minitron plan`, that of `minitron run`, the storage, and the metrics at Ray's endpoint after the run."""
     teacher = bench / "mixture"
     tokenizer = tiny.tokenizer()
     sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
@@ -58,7 +58,7 @@ def mixture(bench, metrics_every_second, ray_here):
     assert planned.returncode == 0, planned.stderr
     finished = minitron_here("run", "mixture.yaml", "--storage", "mixture-runs", cwd=bench)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    return planned.stdout, finished.stdout, bench / "mixture-runs"
+    return planned.stdout, finished.stdout, bench / "mixture-runs", _exported()
 
 
 def _exported():
@@ -77,6 +77,7 @@ def _exported():
         }
         if found.get(("ray_minitron_running", ("kind", "run"), ("part", ""))) == 0 or time.monotonic() > deadline:
             return found
+        time.sleep(0.1)
 
 
 def _stored(storage):
@@ -95,7 +96,7 @@ def test_the_plan_has_a_column_for_experts(mixture):
 
 
 def test_the_report_and_mlflow_tell_the_candidates_apart(mixture):
-    _, shown, storage = mixture
+    _, shown, storage, _ = mixture
     page = html.unescape(next(storage.glob("runs/*/report.html")).read_text())
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
     (experiment,) = client.search_experiments(filter_string="name = 'mixture'")
@@ -167,7 +168,7 @@ def test_the_report_shows_the_held_out_rows_before_during_and_after_the_distilla
 
 
 def test_the_metrics_of_a_run_appear_at_rays_endpoint(mixture):
-    found = _exported()
+    found = mixture[3]
     assert {name for name, *_ in found} == {f"ray_minitron_{name}" for name in METRICS}
     value = {key[0].removeprefix("ray_minitron_"): value for key, value in found.items() if ("part", "distill") in key}
     assert (value["step"], value["tokens"], value["tokens_per_second"], value["running"]) == (2, 256, 0, 0)

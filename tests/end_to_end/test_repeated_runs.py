@@ -114,8 +114,7 @@ def test_a_storage_that_was_copied_or_moved_is_complete(copied):
     assert " 2 " not in listed.stdout.splitlines()[4]
     client = MlflowClient(f"sqlite:///{copy}/mlflow.db")
     (experiment,) = [e for e in client.search_experiments() if e.name == "tiny"]
-    (parent,) = [
-        run for run in client.search_runs([experiment.experiment_id]) if run.data.tags["minitron.kind"] == "run"
-    ]
+    key = run_key(load_recipe(str(copied / "recipe.yaml")))
+    (parent,) = [run for run in client.search_runs([experiment.experiment_id]) if run.data.tags["minitron.key"] == key]
     assert parent.info.artifact_uri.startswith(f"{copy}/artifacts/")
     assert "tiny-student" in Path(client.download_artifacts(parent.info.run_id, "report.html")).read_text()

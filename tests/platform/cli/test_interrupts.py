@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import suppress
 
+import pytest
 from click.testing import CliRunner
 from helpers.command import environment
 
@@ -26,7 +27,15 @@ def test_the_command_that_resumes_a_run_is_shown_without_secrets(monkeypatch):
     assert "recipes --tracking-uri postgresql://db/mlflow" in result.output
 
 
-def test_ctrl_c_ends_in_a_sentence_whatever_an_interrupted_library_raises(monkeypatch):
+@pytest.fixture
+def own_signals():
+    """Signals as they are when a program starts: Ray, which other tests start in this process, handles SIGTERM."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_ctrl_c_ends_in_a_sentence_whatever_an_interrupted_library_raises(monkeypatch, own_signals):
     def interrupted():
         with suppress(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)

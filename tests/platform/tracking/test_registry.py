@@ -80,7 +80,7 @@ def test_the_logged_model_of_a_version_has_its_figures_once(uri: str, tmp_path: 
         once(kl)
     (model,) = client.search_logged_models([experiment])
     assert (model.name, str(model.status), model.params) == (NAME, "READY", {"teacher": "large"})
-    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": NAME, "version": 1}]
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": NAME, "version": "1"}]
     shown = {each.key: each.value for each in sorted(model.metrics, key=lambda each: each.timestamp)}
     assert shown == {"arc.acc_none": 0.5, "kl": 0.2}
     assert [point.value for point in client.get_metric_history(run_id, "kl")] == [0.25, 0.2]
