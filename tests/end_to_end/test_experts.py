@@ -53,6 +53,7 @@ def mixture(bench, metrics_every_second, ray_here):
     values["family"] = [member]
     values["search"]["training"] |= {"steps": 2, "warmup_steps": 1}
     values["distill"] |= {"steps": 2, "warmup_steps": 1, "evaluate_every": 1}
+    values["resources"] = {"workers": 1, "cpus_per_trial": 2}
     (bench / "mixture.yaml").write_text(yaml.safe_dump(values))
     planned = minitron_here("plan", "mixture.yaml", "--storage", "mixture-runs", cwd=bench)
     assert planned.returncode == 0, planned.stderr

@@ -26,7 +26,7 @@ SMALL = {"num_layers": [2, 3], "hidden_size": [36, 48], "intermediate_size": [48
 
 def _recipe(bench, name, **changes):
     values = yaml.safe_load((bench / "recipe.yaml").read_text())
-    values |= {"name": name, "evaluate": {"tasks": []}, **changes}
+    values |= {"name": name, "evaluate": {"tasks": []}, "resources": {"cpus_per_trial": 2}, **changes}
     values["search"]["training"]["steps"] = 3
     values["data"]["separate_documents"] = True
     (bench / f"{name}.yaml").write_text(yaml.safe_dump(values))
@@ -39,7 +39,7 @@ def _correction(**changes):
 
 
 @pytest.fixture(scope="module")
-def family(bench):
+def family(bench, ray_here):
     """The command and the results of a run: a corrected teacher, a model pruned from it, and one pruned from that model."""
     members = [
         {"model": "tiny-large", "parameters": 75_000, "tolerance": 0.15, "space": LARGE},

@@ -12,6 +12,7 @@ import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,13 +22,7 @@ from helpers.tiny import DISTILL_STEPS
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM
 
-
-@pytest.fixture(scope="module")
-def recipe_folder(finished, tmp_path_factory):
-    """A folder with the recipe of `finished`."""
-    folder = tmp_path_factory.mktemp("interrupted")
-    shutil.copy(finished.folder / "recipe.yaml", folder)
-    return folder
+STOPPED = "stopped; to resume: "
 
 
 def _minitron_in_terminal(*arguments, cwd):
@@ -45,8 +40,9 @@ def _minitron_in_terminal(*arguments, cwd):
     return process.wait(), shown.decode(errors="replace")
 
 
-def _start(bench, storage, *settings, until="register"):
-    log = open(bench / f"{storage}.log", "w")  # noqa: SIM115 (lives as long as the process)
+def _start(folder, storage, *settings, until="register"):
+    """Start the run of the recipe in `folder`; what it says is appended to a file with the name of the storage."""
+    log = open(folder / f"{storage}.log", "a")  # noqa: SIM115 (lives as long as the process)
     return subprocess.Popen(
         command(
             "run",
@@ -57,7 +53,7 @@ def _start(bench, storage, *settings, until="register"):
             until,
             *(part for value in settings for part in ("--set", value)),
         ),
-        cwd=bench,
+        cwd=folder,
         env=environment(),
         stdout=log,
         stderr=log,
@@ -73,6 +69,14 @@ def _kill_when(process, condition, what):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
+
+
+def _stop(process, number, log):
+    """Send a signal to a run; returns its exit code and what it has said since the last call."""
+    process.send_signal(number)
+    code, said = process.wait(timeout=90), log.read_text()
+    log.write_text("")
+    return code, said
 
 
 def _descendants(pid):
@@ -92,73 +96,72 @@ def _wait_until(process, condition, what):
         time.sleep(0.02)
 
 
-def _descendants_running(pid, command):
-    """Descendants of process `pid` whose command line begins with `command`."""
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
-    table = [line.split(None, 2) for line in listed.splitlines()]
-    parents = {int(child): int(parent) for child, parent, *_ in table}
+@pytest.fixture(scope="module")
+def stopped(finished, tmp_path_factory):
+    """The storage of a run that was killed before its search, stopped in it, and stopped again while it started; and what was
+    seen of the last two of these three processes. Its recipe is that of `finished`."""
+    folder, seen = tmp_path_factory.mktemp("stopped"), SimpleNamespace()
+    shutil.copy(finished.folder / "recipe.yaml", folder)
+    storage, log = folder / "stopped", folder / "stopped.log"
+    process = _start(folder, "stopped", until="targets")
+    _kill_when(process, lambda: list(storage.glob("stages/targets/*/heldout/index.json")), "stored targets")
+    log.write_text("")
+    process = _start(folder, "stopped")
+    _wait_until(process, lambda: list(storage.glob("trials/*/*/result.json")), "a finished trial")
+    seen.in_search = _stop(process, signal.SIGTERM, log)
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    seen.status = {run.info.run_name: run.info.status for run in runs}
+    process = _start(folder, "stopped")
+    _wait_until(process, lambda: "Minitron" in log.read_text(), "output")
+    seen.at_start = _stop(process, signal.SIGINT, log)
+    return storage, seen
 
-    def below(child):
-        return child == pid or (child in parents and child != parents[child] and below(parents[child]))
 
-    return [int(child) for child, _, *args in table if args and args[0].startswith(command) and below(int(child))]
-
-
-def test_sigterm_stops_a_search_and_ctrl_c_a_start_and_both_say_how_to_resume(recipe_folder):
-    process = _start(recipe_folder, "interrupted", "search.training.steps=200")
-    _wait_until(process, lambda: list((recipe_folder / "interrupted").glob("trials/*/*/result.json")), "finished trial")
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=90) == 143
-    said = (recipe_folder / "interrupted.log").read_text()
-    _, last = said.split("stopped; to resume: ")
-    assert " run recipe.yaml --storage interrupted --until register" in last.splitlines()[0]
+def test_sigterm_stops_a_search_and_ctrl_c_a_start_and_both_say_how_to_resume(stopped):
+    storage, seen = stopped
+    code, said = seen.in_search
+    assert code == 143, said
+    _, last = said.split(STOPPED)
+    assert " run recipe.yaml --storage stopped --until register" in last.splitlines()[0]
     assert len(last.splitlines()) == 1
     assert "Traceback" not in said
     assert "SIGTERM" not in said  # Ray's stack begins with it
-    assert not list((recipe_folder / "interrupted").glob("stages/search/*/stage.json"))
-    client = MlflowClient(f"sqlite:///{recipe_folder}/interrupted/mlflow.db")
-    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
-    status = {run.info.run_name: run.info.status for run in runs}
+    assert not list(storage.glob("stages/search/*/stage.json"))
+    status = dict(seen.status)
     assert status.pop("search") == "KILLED"
     assert status.pop(next(name for name in status if name.startswith("tiny"))) == "KILLED"  # the whole run
     assert {status[name] for name in ("data", "calibrate", "targets")} == {"FINISHED"}
     assert "RUNNING" not in status.values(), status
-
-    process = _start(recipe_folder, "interrupted")
-    _wait_until(process, lambda: "Minitron" in (recipe_folder / "interrupted.log").read_text(), "output")
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=90) == 130
-    said = (recipe_folder / "interrupted.log").read_text()
-    assert "stopped; to resume: " in said
+    code, said = seen.at_start
+    assert code == 130, said
+    assert STOPPED in said
     assert "Traceback" not in said
 
 
-def test_killed_runs_resume_and_give_the_same_student_bit_for_bit(finished, recipe_folder):
-    def found(pattern):
-        return list((recipe_folder / "killed").glob(pattern))
-
-    _kill_when(_start(recipe_folder, "killed"), lambda: found("stages/targets/*/heldout/index.json"), "stored targets")
-    _kill_when(
-        _start(recipe_folder, "killed"), lambda: len(found("trials/*/*/result.json")) >= 2, "two finished trials"
-    )
-    trial_results = {p: p.stat().st_mtime_ns for p in found("trials/*/*/result.json")}
+def test_killed_runs_resume_and_give_the_same_student_bit_for_bit(finished, stopped):
+    storage, _ = stopped
+    folder = storage.parent
+    trial_results = {path: path.stat().st_mtime_ns for path in storage.glob("trials/*/*/result.json")}
     checkpoints = "stages/distill/*/checkpoints/step-*/manifest.json"  # of another run that shares this stage
-    _kill_when(_start(recipe_folder, "killed", "evaluate.tasks.0.limit=5"), lambda: found(checkpoints), "a checkpoint")
-    code, shown = _minitron_in_terminal("run", "recipe.yaml", "--storage", "killed", cwd=recipe_folder)
+    process = _start(folder, "stopped", "evaluate.tasks.0.limit=5")
+    _kill_when(process, lambda: list(storage.glob(checkpoints)), "a checkpoint")
+    code, shown = _minitron_in_terminal("run", "recipe.yaml", "--storage", "stopped", cwd=folder)
     assert code == 0, shown
     assert "Traceback" not in shown
     # finished trials did not run again
+    assert trial_results
     assert all(path.stat().st_mtime_ns == written for path, written in trial_results.items())
     # the distillation resumed from its checkpoint, not from the start
-    (key,) = [path.parent.name for path in found("runs/*/results.json")]
-    written = sorted((recipe_folder / "killed" / "runs" / key / "spool").glob("*.jsonl"))
+    (key,) = [path.parent.name for path in storage.glob("runs/*/results.json")]
+    written = sorted((storage / "runs" / key / "spool").glob("*.jsonl"))
     lines = [json.loads(line) for path in written for line in path.read_text().splitlines()]
     events = [event for event in lines if event.get("key") == f"{key}.distill"]
     steps = [e["step"] for e in events if e["event"] == "metrics" and "learning_rate" in e["values"]]
     assert steps[0] in range(5, DISTILL_STEPS, 4)
     assert steps[-1] == DISTILL_STEPS
     # and the result is that of an undisturbed run: the curve, in the spool too,
-    undisturbed, resumed = results(finished.folder), results(recipe_folder, "killed")
+    undisturbed, resumed = results(finished.folder), results(folder, "stopped")
     one, other = (Path(stages["distill"]["curve"]) for stages in (undisturbed, resumed))
     assert one.read_bytes() == other.read_bytes()
     assert json.loads(one.read_text())["step"] == list(range(1, DISTILL_STEPS + 1))
@@ -169,13 +172,25 @@ def test_killed_runs_resume_and_give_the_same_student_bit_for_bit(finished, reci
         one, other = (Path(stages["distill"][name]) / "model.safetensors" for stages in (undisturbed, resumed))
         assert one.read_bytes() == other.read_bytes()
     # one MLflow run per key, however often the driver was killed
-    client = MlflowClient(f"sqlite:///{recipe_folder}/killed/mlflow.db")
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id], max_results=100)
     assert len({run.data.tags["minitron.key"] for run in runs}) == len(runs)
     runs = [run for run in runs if run.data.tags["minitron.key"].startswith(key)]
     trials = [run for run in runs if run.data.tags.get("minitron.kind") == "trial"]
     assert len(trials) == resumed["search"]["candidates"]
     assert {run.info.status for run in runs} == {"FINISHED"}
+
+
+def _descendants_running(pid, command):
+    """Descendants of process `pid` whose command line begins with `command`."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    table = [line.split(None, 2) for line in listed.splitlines()]
+    parents = {int(child): int(parent) for child, parent, *_ in table}
+
+    def below(child):
+        return child == pid or (child in parents and child != parents[child] and below(parents[child]))
+
+    return [int(child) for child, _, *args in table if args and args[0].startswith(command) and below(int(child))]
 
 
 @pytest.mark.long
