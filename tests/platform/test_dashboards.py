@@ -10,6 +10,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
@@ -17,7 +18,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import Dashboard
 from helpers.command import minitron_here
 
-from minitron_platform.monitoring import METRICS
+from minitron_platform.monitoring import METRICS, Monitor
 
 FOLDER = Path(__file__).resolve().parents[2] / "dashboards"
 DASHBOARD = FOLDER / "grafana" / "minitron.json"
@@ -125,3 +126,9 @@ def test_the_token_is_sent_to_no_address_that_others_can_read_or_that_is_none(ad
     assert refused.returncode == 2
     assert "Grafana's address" in refused.stderr
     assert ":test@" not in refused.stderr
+
+
+def test_nothing_is_exported_while_another_thread_imports_ray(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
+    with Monitor("run") as monitor:
+        monitor.unsent(3)
