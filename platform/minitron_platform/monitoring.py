@@ -154,6 +154,7 @@ class Monitor:
 
 def _ray_runs() -> bool:
     """Whether this process is part of a running Ray. Does not import it: that takes seconds, and some runs need no Ray."""
-    ray = sys.modules.get("ray")
-    is_initialized = getattr(ray, "is_initialized", None)  # another thread may be about to import it
-    return is_initialized is not None and is_initialized() and not ray.util.client.ray.is_connected()
+    ray: Any = sys.modules.get("ray")
+    if not hasattr(ray, "is_initialized"):  # not imported, or not completely: another thread is about to
+        return False
+    return bool(ray.is_initialized() and not ray.util.client.ray.is_connected())
