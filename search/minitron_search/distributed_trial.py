@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from minitron import storage
 from minitron.architecture import Architecture
+from minitron.log_records import make_records_safe
 from minitron_search.events import Event, Report
 from minitron_search.failures import first_cause
 from minitron_search.search_task import SearchTask
@@ -74,6 +75,7 @@ def _forward(events: Queue, report: Report) -> None:
 
 
 def _worker(config: dict[str, Any]) -> None:
+    make_records_safe()
     report = config["events"].put if dist.get_rank() == 0 else _ignore
     train(config["task"], config["architecture"], report, until=config["until"])
 

@@ -25,6 +25,7 @@ from ray.tune.search import Searcher
 from minitron import storage
 from minitron.environment import environment_variables
 from minitron.errors import StorageError
+from minitron.log_records import make_records_safe
 from minitron_search.events import Event, Failed, OutOfGpuMemory, Report, Retried, from_tune, to_tune
 from minitron_search.failures import NOT_RETRYABLE, cause, reason
 from minitron_search.memory import release_memory
@@ -148,6 +149,7 @@ class RunningTune:
 
 
 def _trial(config: dict[str, Any]) -> None:
+    make_records_safe()
     try:
         cloudpickle.loads(config["item"].work)(_report)
     except torch.OutOfMemoryError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -23,3 +24,9 @@ def work(folder: str, part: int) -> int:
     if part >= 100:
         time.sleep(600)
     return part * part
+
+
+def logged(common, part):
+    """What a handler in a worker prints of a library's warning."""
+    record = logging.getLogRecordFactory()("library", logging.WARNING, "file.py", 1, part, (), None)
+    return logging.Formatter().format(record)

@@ -12,6 +12,7 @@ import click
 
 from minitron import __version__
 from minitron.errors import MinitronError, NotWritableError
+from minitron.log_records import make_records_safe, safe
 from minitron_platform.cli.cluster import cluster
 from minitron_platform.cli.compare import compare
 from minitron_platform.cli.dashboards import dashboards
@@ -32,7 +33,6 @@ from minitron_platform.cli.submit import submit
 from minitron_platform.cli.throughput import throughput
 from minitron_platform.cli.tracking import sync, ui
 from minitron_platform.console import echo
-from minitron_platform.log_records import make_records_safe, safe
 from minitron_platform.stopping import INTERRUPTED, TerminatedError, stopped_by_signals
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}

@@ -7,11 +7,14 @@ from typing import Any
 
 import ray
 
+from minitron.log_records import make_records_safe
+
 _kept: dict[str, Any] = {}  # the function and what its parts have in common, of the last call
 
 
 def call(content: list[Any], part: Any) -> Any:
     """Run one part. content: a reference to (function, common)."""
+    make_records_safe()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each task has its own CPU
     (reference,) = content
     key = reference.hex()

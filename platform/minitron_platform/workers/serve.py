@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from ray.train.v2._internal.execution.context import get_train_context
 
+from minitron.log_records import make_records_safe
 from minitron_platform.workers.calls import Call, node_name, sender
 from minitron_platform.workers.worker import SentProgress, Worker, WorkerStarted
 from minitron_search.memory import release_memory
@@ -16,6 +17,7 @@ from minitron_search.memory import release_memory
 
 def serve(config: dict[str, Any]) -> None:
     """Run the calls of `config["calls"]` until there are none."""
+    make_records_safe()
     calls = config["calls"]
     rank, count = dist.get_rank(), dist.get_world_size()
     if not torch.cuda.is_available():

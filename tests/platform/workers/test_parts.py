@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers.part_work import work
+from helpers.part_work import logged, work
 
 from minitron.data import InParts, parts
 from minitron.environment import environment_variables
@@ -53,6 +53,11 @@ def test_an_error_ends_all_parts_and_too_many_deaths_are_one(tmp_path):
     with pytest.raises(MinitronError, match="part 0 failed 1 times: its worker or node died"):
         list(run_parts(work, str(tmp_path), [1], max_failures=0, say=print))
     assert list(run_parts(work, str(tmp_path), [2, 3], max_failures=0, say=print)) == [4, 9], "both CPUs are free again"
+
+
+def test_what_libraries_log_in_a_worker_has_no_secrets(tmp_path):
+    said = "retrying https://me:hunter2@host/text?token=abc"
+    assert list(run_parts(logged, "", [said], max_failures=0, say=print)) == ["retrying https://host/text"]
 
 
 def test_tasks_of_ray_pack_the_rows_that_one_process_packs(bench, tmp_path, empty_database, monkeypatch, capsys):
