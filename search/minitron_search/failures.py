@@ -21,12 +21,10 @@ LESS_MEMORY = (
 
 def cause(error: BaseException) -> BaseException:
     """The exception that a worker raised, unwrapped from Ray's own exceptions."""
-    if isinstance(error, RayTaskError):
-        return error.cause
-    # Ray Train wraps what a worker's function raised, and the error of a worker that died
-    for name in ("_base_exc", "health_check_failure"):
+    # Ray Train wraps what a worker's function raised, the error of a worker that died, and that of its own controller
+    for name in ("controller_failure", "_base_exc", "health_check_failure"):
         error = getattr(error, name, error)
-    return error
+    return error.cause if isinstance(error, RayTaskError) else error
 
 
 def first_cause(failures: Mapping[int, BaseException]) -> tuple[list[int], BaseException]:
