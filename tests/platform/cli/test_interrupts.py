@@ -29,10 +29,13 @@ def test_the_command_that_resumes_a_run_is_shown_without_secrets(monkeypatch):
 
 @pytest.fixture
 def own_signals():
-    """Signals as they are when a program starts: Ray, which other tests start in this process, handles SIGTERM."""
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Signals as they are when a program starts: pytest's workers ignore SIGINT, and Ray, which other tests start in this
+    process, handles SIGTERM."""
+    own = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in own.items()}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_ctrl_c_ends_in_a_sentence_whatever_an_interrupted_library_raises(monkeypatch, own_signals):
