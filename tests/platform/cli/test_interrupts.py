@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -41,7 +40,7 @@ def own_signals():
 def test_ctrl_c_ends_in_a_sentence_whatever_an_interrupted_library_raises(monkeypatch, own_signals):
     def interrupted():
         with suppress(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # in this thread: another one of this process would notice it too late
         raise RecursionError("half a library is imported")
 
     monkeypatch.setattr("minitron_platform.recipes.load.shipped_recipes", interrupted)
