@@ -96,8 +96,8 @@ def test_values_of_what_is_called_a_secret_are_not_shown(text, shown):
 
 
 def test_every_error_shows_addresses_without_secrets():
-    error = InputError("'https://me:hunter2@host/x' is no file", "try http://host/x?sig=hunter2")
-    assert (error.problem, error.remedy) == ("'https://host/x' is no file", "try http://host/x")
+    error = InputError("'https://me:hunter2@host/x' is not a file", "try http://host/x?sig=hunter2")
+    assert (error.problem, error.remedy) == ("'https://host/x' is not a file", "try http://host/x")
     assert one_line(OSError("http://me:hunter2@host refuses")) == "OSError: http://host refuses"
 
 

@@ -252,7 +252,7 @@ with s3_server() as environment:
     import os
     os.environ.update(environment, AWS_MAX_ATTEMPTS="1", MINITRON_LEASE_SECONDS="1")
     fsspec.filesystem("s3").mkdir("bucket")
-    block = lease(Locations("s3://bucket/x", "", "sqlite:///unused.db"), "work", "the work", run="run-1", console=Console())
+    block = lease(Locations("s3://bucket/x", "", "sqlite:///unused.db"), "search", "the search", run="run-1", console=Console())
     fence = block.__enter__()
 assert missed.wait(60)
 assert "minitron-lease" in [thread.name for thread in threading.enumerate()], "heartbeats are tried again"
@@ -271,8 +271,8 @@ def test_heartbeats_continue_while_the_storage_server_is_unreachable_and_an_erro
         [sys.executable, "-c", OUTAGE], env={**environment(), "PYTHONPATH": paths}, capture_output=True, text=True
     )
     assert driver.returncode == 0, driver.stderr
-    assert "s3://bucket/x/leases/work: cannot be accessed (EndpointConnectionError" in driver.stdout
-    assert "the work: the lease was not released (s3://bucket/x/leases/work/00000001.end: cannot" in driver.stdout
+    assert "s3://bucket/x/leases/search: cannot be accessed (EndpointConnectionError" in driver.stdout
+    assert "the search: the lease was not released (s3://bucket/x/leases/search/00000001.end: cannot" in driver.stdout
 
 
 def test_a_write_that_the_client_repeated_counts_as_successful(monkeypatch):
