@@ -45,6 +45,7 @@ from minitron.device import device
 TEXT, TIMED = "text", "2 layers dropped"
 FLOORS = {"products alone, float32 logits": True, "products alone, bfloat16 logits": False}
 WARM_UP_TOKENS = 256
+SMALLEST_PEAK = 10**6  # what a small call needs may fit in memory that the process already has
 
 
 def main() -> None:
@@ -149,7 +150,7 @@ def _memory(losses: dict[str, Loss], material: Material) -> list[str]:
         for name in losses:
             done = subprocess.run([*command, name], check=True, capture_output=True, text=True)
             peaks[name] = int(done.stdout.splitlines()[-1])
-    return _memory_table(peaks, material)
+    return memory_table(peaks, material)
 
 
 def _memory_here(losses: dict[str, Loss], material: Material) -> list[str]:
@@ -158,14 +159,16 @@ def _memory_here(losses: dict[str, Loss], material: Material) -> list[str]:
     for name, loss in losses.items():
         torch.cuda.empty_cache()
         peaks[name] = _peak(loss, material)
-    return _memory_table(peaks, material)
+    return memory_table(peaks, material)
 
 
-def _memory_table(peaks: dict[str, int], material: Material) -> list[str]:
+def memory_table(peaks: dict[str, int], material: Material) -> list[str]:
+    """Lines of the table of peaks in bytes; a peak below `SMALLEST_PEAK` is given as a bound, without a ratio."""
     column, ratio = {"": "peak, MB"}, {"": "dense / this"}
     for name, peak in peaks.items():
-        column[name] = f"{peak / 1e6:,.0f}"
-        ratio[name] = f"{peaks[REFERENCE] / peak:.1f}"
+        measured = peak >= SMALLEST_PEAK
+        column[name] = f"{peak / 1e6:,.0f}" if measured else f"< {SMALLEST_PEAK / 1e6:,.0f}"
+        ratio[name] = f"{peaks[REFERENCE] / peak:.1f}" if measured else "-"
     return markdown(
         f"Memory beyond the operands, with both gradients; {_size(material)}", ["", *peaks], [column, ratio]
     )
