@@ -1,4 +1,5 @@
-"""A stand-in for the Hugging Face hub on this machine, as far as an upload needs it: it keeps the files of commits."""
+"""A stand-in for the Hugging Face hub on this machine, as far as an upload needs it: it keeps the files of commits. Weights go
+by Git LFS, so a client has to set `HF_HUB_DISABLE_XET`."""
 
 from __future__ import annotations
 
@@ -12,7 +13,12 @@ from typing import Any
 
 
 class Hub(ThreadingHTTPServer):
-    """Accepts requests with `TOKEN`; `files` has the content of each path, `created` the requests for repositories."""
+    """Accepts requests with `TOKEN`.
+
+    files: content of each path in commits. created: requests for repositories. public: names of repositories that exist and
+    that everybody can read. objects: content of the large files, by SHA-256. sent: the SHA-256 of those that a client has sent.
+    refused: that of one that is not accepted.
+    """
 
     TOKEN = "hf_stand_in"
 
@@ -20,6 +26,10 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files: dict[str, bytes] = {}
         self.created: list[dict[str, Any]] = []
+        self.public: set[str] = set()
+        self.objects: dict[str, bytes] = {}
+        self.sent: list[str] = []
+        self.refused = ""
         self.address = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -33,12 +43,12 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             self.server.created.append(json.loads(body))
             made = self.server.created[-1]
-            return self._answer(
-                200, {"url": f"{self.server.address}/{made.get('organization') or 'me'}/{made['name']}"}
-            )
+            name = f"{made.get('organization') or 'me'}/{made['name']}"
+            status = 409 if name in self.server.public else 200
+            return self._answer(status, {"url": f"{self.server.address}/{name}"})
         if "/preupload/" in self.path:
             files = [
-                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                {"path": file["path"], "uploadMode": _mode(file["path"]), "shouldIgnore": False}
                 for file in json.loads(body)["files"]
             ]
             return self._answer(200, {"files": files})
@@ -46,12 +56,36 @@ class _Handler(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "lfsFile":
+                    self.server.files[line["value"]["path"]] = self.server.objects[line["value"]["oid"]]
             url = f"{self.server.address}/{'/'.join(self.path.split('/')[3:5])}/commit/1"
             return self._answer(200, {"commitUrl": url, "commitOid": "1", "success": True})
+        if self.path.endswith("/info/lfs/objects/batch"):
+            return self._answer(200, {"objects": [self._object(each) for each in json.loads(body)["objects"]]})
+        if self.path == "/api/validate-yaml":
+            return self._answer(200, {"warnings": [], "errors": []})
         return self._answer(404, {"error": "not found"})
 
+    def _object(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        """How to send a large file; nothing if it is here."""
+        if wanted["oid"] in self.server.objects:
+            return wanted
+        return {**wanted, "actions": {"upload": {"href": f"{self.server.address}/objects/{wanted['oid']}"}}}
+
+    def do_PUT(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        name = self.path.removeprefix("/objects/")
+        self.server.sent.append(name)
+        if name == self.server.refused:
+            return self._answer(400, {"error": "interrupted"})
+        self.server.objects[name] = body
+        return self._answer(200, {})
+
     def do_GET(self) -> None:
-        self._answer(404, {"error": "not found"})
+        if self.path.startswith("/api/models/"):
+            name = self.path.removeprefix("/api/models/")
+            return self._answer(200, {"id": name, "private": name not in self.server.public})
+        return self._answer(404, {"error": "not found"})
 
     def _answer(self, status: int, value: Any) -> None:
         data = json.dumps(value).encode()
@@ -63,6 +97,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *arguments: Any) -> None:
         pass
+
+
+def _mode(path: str) -> str:
+    return "lfs" if path.endswith(".safetensors") else "regular"
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import huggingface_hub
 import pytest
 from helpers.command import minitron_here
 
@@ -149,3 +150,12 @@ def test_the_command_prints_remedies_and_says_by_its_exit_code_whether_a_check_f
     assert (done.returncode, json.loads(done.stdout)[0]["state"]) == (1, "failed")
     monkeypatch.setattr(examine, "findings", lambda locations, address: iter([replace(bad, state="warning")]))
     assert minitron_here("doctor", "--storage", tmp_path, cwd=tmp_path).returncode == 0
+
+
+def test_a_hub_that_does_not_answer_is_a_warning(monkeypatch, free_port):
+    monkeypatch.setenv("HF_TOKEN", "hf_stand_in")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.whoami.__self__, "endpoint", f"http://127.0.0.1:{free_port()}")
+    finding = services.hub_token()
+    assert finding.state == "warning"
+    assert finding.value.startswith("the hub does not answer (")

@@ -51,9 +51,8 @@ def ray_token() -> Finding:
 
 def hub_token() -> Finding:
     """Whether the model hub accepts the token, without which gated models cannot be read."""
-    import requests
     from huggingface_hub import constants, get_token, whoami
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     token = get_token()
     if token is None:
@@ -65,7 +64,7 @@ def hub_token() -> Finding:
     except (HfHubHTTPError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         return Finding("hub token", "this machine", "failed", reason, "set HF_TOKEN to a valid token, or unset it")
-    except (OSError, requests.RequestException) as error:
+    except (OSError, HTTPError) as error:
         reason = f"the hub does not answer ({type(error).__name__})"
         return Finding("hub token", "this machine", "warning", reason, "set HF_HUB_OFFLINE=1 to use local models alone")
     return Finding("hub token", "this machine", "ok", f"user {user}")

@@ -14,7 +14,7 @@ def card(subject: Subject) -> list[Verdict]:
     lacking: Status = "failed" if subject.settings.card else "unknown"
     if not file.is_file():
         return [Verdict("model card", lacking, f"no {CARD}", "there")]
-    licence = _licence(file.read_text(encoding="utf-8", errors="replace"))
+    licence = licence_of(file.read_text(encoding="utf-8", errors="replace"))
     status: Status = "passed" if licence else lacking
     return [
         Verdict("model card", "passed", CARD, "there"),
@@ -22,8 +22,8 @@ def card(subject: Subject) -> list[Verdict]:
     ]
 
 
-def _licence(text: str) -> str | None:
-    """The licence in the metadata at the top of a card, as the hub reads it."""
+def licence_of(text: str) -> str | None:
+    """The licence in the metadata at the top of a card, as the hub reads it; None if it names none."""
     if not text.startswith("---"):
         return None
     try:

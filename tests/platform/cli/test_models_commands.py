@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from helpers.hub_server import Hub, hub_server
+from helpers.mlflow_server import free_port
 from huggingface_hub import constants
 from mlflow import MlflowClient
 
@@ -121,20 +124,79 @@ def test_a_pull_that_was_interrupted_copies_only_what_is_missing(family: Path, t
     assert [path.name for path in target.parent.iterdir()] == ["copy"]
 
 
-def test_models_push_uploads_the_verified_weights_to_a_hub(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with hub_server() as hub:
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with hub_server() as running:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("HF_ENDPOINT", hub.address)
-        monkeypatch.setenv("HF_TOKEN", "wrong")
-        refused = command(family, "push", "small/1", "acme/small")
-        assert refused.exit_code == 2
-        assert f"acme/small: cannot be uploaded to {hub.address}" in refused.stderr
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_ENDPOINT", running.address)
         monkeypatch.setenv("HF_TOKEN", Hub.TOKEN)
-        (family / "students" / "large-2" / "model.safetensors").write_bytes(b"x" * 1000)
-        assert "SHA-256 is" in command(family, "push", "large/2", "acme/large").stderr
-        assert hub.files == {}
+        yield running
+
+
+def test_models_push_uploads_the_verified_weights_and_their_card_to_a_private_repository(
+    family: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "wrong")
+    refused = command(family, "push", "small/1", "acme/small")
+    assert refused.exit_code == 2
+    assert f"acme/small: cannot be uploaded to {hub.address}" in refused.stderr
+    monkeypatch.setenv("HF_TOKEN", Hub.TOKEN)
+    (family / "students" / "large-2" / "model.safetensors").write_bytes(b"x" * 1000)
+    assert "SHA-256 is" in command(family, "push", "large/2", "acme/large").stderr
+    assert hub.files == {}
+    student = family / "students" / "small-1"
+    (student / "notes.txt").write_text("not registered")
+    done = command(family, "push", "small/1", "acme/small")
+    assert done.exit_code == 0, done.output
+    assert "has no model card" in done.stderr
+    assert hub.created[-1]["visibility"] == "private"
+    assert hub.files["model.safetensors"] == bytes([12]) * 1000
+    assert set(hub.files) == {"config.json", "manifest.json", "model.safetensors"}
+    for header, warned in (("base_model: a", True), ("license: apache-2.0", False)):
+        (student / "README.md").write_text(f"---\n{header}\n---\n# Small\n")
         done = command(family, "push", "small/1", "acme/small")
-        assert done.exit_code == 0, done.output
-        assert hub.created[-1]["visibility"] == "private"
-        assert hub.files["model.safetensors"] == bytes([12]) * 1000
-        assert set(hub.files) == {"config.json", "manifest.json", "model.safetensors"}
+        assert ("names no licence" in done.stderr) == warned
+    assert b"apache-2.0" in hub.files["README.md"]
+    assert len(hub.sent) == 1  # the weights, once
+    assert f"{hub.address}/acme/small/commit/1" in done.stdout
+
+
+def test_models_push_does_not_publish_in_a_repository_that_everybody_can_read_unless_told_to(
+    family: Path, hub: Hub
+) -> None:
+    hub.public.add("acme/open")
+    refused = command(family, "push", "small/1", "acme/open")
+    assert refused.exit_code == 2
+    assert "acme/open is public" in refused.stderr
+    assert "--public" in refused.stderr
+    assert (hub.files, hub.sent) == ({}, [])
+    assert command(family, "push", "small/1", "acme/open", "--public").exit_code == 0
+    assert "model.safetensors" in hub.files
+
+
+def test_models_push_that_was_interrupted_sends_only_what_is_missing(family: Path, hub: Hub) -> None:
+    with committed_folder(str(family / "students" / "parts")) as folder:
+        for part in ("a", "b"):
+            (folder / f"{part}.safetensors").write_text(part * 1000)
+    register(
+        f"sqlite:///{family}/mlflow.db", name="parts", source=str(family / "students" / "parts"), run_id=None, tags={}
+    )
+    hub.refused = hashlib.sha256(b"b" * 1000).hexdigest()
+    failed = command(family, "push", "parts/1", "acme/parts")
+    assert failed.exit_code == 2
+    assert "acme/parts: cannot be uploaded" in failed.stderr
+    assert "call it again to send what is missing" in failed.stderr
+    assert hub.files == {}
+    missing, hub.refused = hub.refused, ""
+    hub.sent.clear()
+    assert command(family, "push", "parts/1", "acme/parts").exit_code == 0
+    assert hub.sent == [missing]
+    assert set(hub.files) == {"a.safetensors", "b.safetensors", "manifest.json"}
+
+
+def test_a_hub_that_does_not_answer_is_an_error_of_one_line(family: Path, hub: Hub, monkeypatch: Any) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    failed = command(family, "push", "small/1", "acme/small")
+    assert failed.exit_code == 2
+    assert "acme/small: cannot be uploaded" in failed.stderr
