@@ -16,10 +16,10 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from minitron.errors import InputError, MinitronError
+from minitron.loopback import is_loopback
 
 KEY = "OPENAI_API_KEY"
 SECONDS = 600.0  # without a byte from the server, after which a request has failed
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class RefusedError(MinitronError):
@@ -151,7 +151,7 @@ def _answer(url: str, method: str, path: str, body: dict[str, Any] | None) -> It
     kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
     connection = kind(parts.hostname or "", parts.port, timeout=SECONDS)
     headers = {"Content-Type": "application/json", "User-Agent": "minitron"}
-    if (key := os.environ.get(KEY)) and (secure or parts.hostname in _LOOPBACK):
+    if (key := os.environ.get(KEY)) and (secure or is_loopback(parts.hostname)):
         headers["Authorization"] = f"Bearer {key}"
     try:
         connection.request(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import socket
 from typing import Any
@@ -10,17 +9,10 @@ from urllib.parse import SplitResult, urlsplit
 
 from minitron.arguments import check_type
 from minitron.errors import InputError
+from minitron.loopback import is_loopback
 from minitron.storage import redact
 
 JOBS_API = re.compile(r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d{1,5})?(/[\w./-]*)?")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether `host` is this machine's loopback interface, which other machines cannot reach."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def answers(address: str, seconds: float) -> bool:
@@ -55,7 +47,7 @@ def check_token_address(address: str, token: str | None, *, insecure: bool) -> N
     token: the cluster's, if there is one. insecure: the user accepts it.
     """
     parts = urlsplit(address)
-    if insecure or parts.scheme == "https" or is_loopback(parts.hostname or ""):
+    if insecure or parts.scheme == "https" or is_loopback(parts.hostname):
         return
     if token is None:
         raise InputError(

@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 import yaml
 
 from minitron.errors import InputError, MinitronError, one_line
+from minitron.loopback import is_loopback
 from minitron.storage import disk_errors, redact
-from minitron_platform.addresses import is_loopback
 from minitron_platform.posting import post_json
 from minitron_platform.shipped_files import data_folder
 

@@ -14,8 +14,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from minitron.errors import InputError, MinitronError, one_line
+from minitron.loopback import is_loopback
 from minitron.storage import redact
-from minitron_platform.addresses import is_loopback
 from minitron_platform.posting import post_json
 
 SECONDS = 60.0  # longest time of a command or request

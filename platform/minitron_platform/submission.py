@@ -8,7 +8,8 @@ from urllib.parse import urlsplit
 
 from minitron import storage
 from minitron.errors import InputError
-from minitron_platform.addresses import check_jobs_address, is_loopback
+from minitron.loopback import is_loopback
+from minitron_platform.addresses import check_jobs_address
 from minitron_platform.cluster.job_check import DEPENDENCIES, Dependencies
 from minitron_platform.cluster.job_start import JobNeeds, checked, submit_text, to_stderr
 from minitron_platform.cluster.requirements import extras_for
@@ -77,7 +78,7 @@ def submit(
         )
     if tracking_uri is not None:
         check_address(tracking_uri)
-    if is_loopback(urlsplit(address).hostname or ""):
+    if is_loopback(urlsplit(address).hostname):
         options["tracking-uri"] = locations.tracking_uri
     else:
         if storage_path is None:

@@ -78,8 +78,10 @@ def completing(model: Any, tokenizer: Any) -> Completing:
 class CompletionsServer(ThreadingHTTPServer):
     """`requests` has the bodies that it was sent, `keys` the Authorization headers; `known` are the fields that it accepts."""
 
-    def __init__(self, answering: Answering, models: tuple[str, ...] = ("served",), port: int = 0) -> None:
-        super().__init__(("127.0.0.1", port), _Handler)
+    def __init__(
+        self, answering: Answering, models: tuple[str, ...] = ("served",), port: int = 0, host: str = "127.0.0.1"
+    ) -> None:
+        super().__init__((host, port), _Handler)
         self.answering = answering
         self.models = models
         self.known: set[str] | None = None
@@ -88,7 +90,7 @@ class CompletionsServer(ThreadingHTTPServer):
         self.counts = True  # whether an answer says how many tokens it has
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        self.url = f"http://{host}:{self.server_port}/v1"
 
 
 class _Handler(BaseHTTPRequestHandler):

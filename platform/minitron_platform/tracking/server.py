@@ -15,8 +15,8 @@ from pathlib import Path
 from urllib.error import URLError
 
 from minitron.errors import InputError, MinitronError
+from minitron.loopback import is_loopback
 from minitron.storage import disk_errors, is_local, local_path, redact
-from minitron_platform.addresses import is_loopback
 from minitron_platform.stopping import stopped_by_signals
 from minitron_platform.tracking.flusher import create_database, prepare_mlflow, sqlite_path
 from minitron_platform.tracking.links import experiments_link, newest_run_links
