@@ -14,7 +14,7 @@ CPU_ROWS = 8
 BATCH_TOKENS = 16_384
 """Tokens of a batch on a GPU, padding included; more do not make it faster."""
 CACHE_BYTES = 4 << 30
-"""Largest KV cache of texts that are generated together on a GPU."""
+"""Largest KV cache of texts that are generated together on a GPU, and of a prefix for all rows of a batch."""
 GENERATED_ROWS = 64
 
 
@@ -34,3 +34,11 @@ def generated_rows(rows: BatchRows, architecture: Architecture, max_length: int,
     if device.type == "cpu":
         return CPU_ROWS
     return max(1, min(GENERATED_ROWS, CACHE_BYTES // architecture.kv_cache_bytes(max_length)))
+
+
+def prefixed_rows(rows: BatchRows, architecture: Architecture, prefix: int, device: torch.device) -> int:
+    """Rows that are computed together after a cached prefix of `prefix` tokens: `rows`; with "auto" 8 on a CPU, and on a GPU as
+    many as CACHE_BYTES permit."""
+    if rows != "auto":
+        return rows
+    return CPU_ROWS if device.type == "cpu" else max(1, CACHE_BYTES // architecture.kv_cache_bytes(prefix))

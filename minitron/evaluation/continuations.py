@@ -2,7 +2,7 @@
 
 The answers to a multiple-choice question follow the same context. They are concatenated after it in one row, as branches that
 attend to the context and to themselves but not to each other; each has the position ids that it would have directly after
-the context. The result is the same as with one row per answer.
+the context. What all contexts begin with is computed once for all rows. The result is the same as with one row per answer.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minitron.architecture import Architecture
 from minitron.attention import takes_masks
 from minitron.evaluation.answers import Answers, batch_name
-from minitron.evaluation.batches import BatchRows, rows_of_batch
-from minitron.logits import CHUNK_TOKENS, Head, log_softmax_, tokens_per_chunk
+from minitron.evaluation.batches import BatchRows, prefixed_rows, rows_of_batch
+from minitron.evaluation.shared_prefix import SharedPrefix, shared_length
+from minitron.logits import Head, cache_slices
 from minitron.models import decoder_and_head
 from minitron.processes import all_rows, all_succeed, check_same, dealt
 
@@ -43,11 +45,13 @@ class Answer:
 
 @dataclass
 class _Row:
-    """A context and its continuations."""
+    """A context, without the prefix that it shares with all others, and its continuations."""
 
     context: tuple[int, ...]
     branches: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
     """Input tokens after the context (a continuation without its last token) -> indices of the continuations with them."""
+    before: int = 0
+    """Number of tokens of the shared prefix."""
 
     def __len__(self) -> int:
         return len(self.context) + sum(map(len, self.branches))
@@ -56,12 +60,16 @@ class _Row:
         return [*self.context, *(token for branch in self.branches for token in branch)]
 
     def positions(self) -> list[int]:
-        first = len(self.context)
-        return [*range(first), *(first + i for branch in self.branches for i in range(len(branch)))]
+        first = self.before + len(self.context)
+        return [*range(self.before, first), *(first + i for branch in self.branches for i in range(len(branch)))]
 
     def visible(self, length: int) -> Tensor:
-        """bool [length, length]: which positions (columns) each query position (rows) attends to. Padding attends to itself."""
-        mask = torch.eye(length, dtype=torch.bool)
+        """bool [length, before + length]: which positions (columns), after those of the prefix, each query position (rows)
+        attends to. Padding attends to itself."""
+        prefixed = torch.zeros(length, self.before + length, dtype=torch.bool)
+        prefixed[: len(self), : self.before] = True
+        mask = prefixed[:, self.before :]
+        mask.fill_diagonal_(True)
         context = len(self.context)
         mask[:context, :context] = torch.ones(context, context, dtype=torch.bool).tril()
         start = context
@@ -70,7 +78,11 @@ class _Row:
             mask[own, :context] = True
             mask[own, own] = torch.ones(len(branch), len(branch), dtype=torch.bool).tril()
             start += len(branch)
-        return mask
+        return prefixed
+
+    def without(self, prefix: int) -> _Row:
+        """The same row, of which the first `prefix` tokens are computed before."""
+        return _Row(self.context[prefix:], self.branches, prefix)
 
     def outputs(self) -> Iterator[tuple[int, list[int]]]:
         """(index of a continuation, the positions in the row whose outputs predict its tokens)."""
@@ -91,11 +103,12 @@ def log_likelihoods(
 ) -> Iterator[tuple[int, Answer]]:
     """Yield (index in `continuations`, answer) for each continuation, longest rows first; logits are accumulated in float32.
 
-    Continuations of the same context share a row if the model's attention implementation accepts a mask and its sliding
-    window is at least as long. A batch has at most `batch_rows` rows (see `minitron.evaluation.batches`) and MASK_BYTES of
-    attention mask. Padding and other rows change a result by rounding at most. together: all processes of torch.distributed
-    call this alike and share the batches, which are those of one process; each yields its own answers first and then those
-    of the others. stored: kept answers, which are not computed again, and where new ones are kept.
+    Continuations of the same context share a row, and all rows the beginning of their contexts, if the model's attention
+    implementation accepts a mask and its sliding window is at least as long. A batch has at most `batch_rows` rows (see
+    `minitron.evaluation.batches`) and MASK_BYTES of attention mask. Padding, other rows and a shared beginning change a result
+    by rounding at most. together: all processes of torch.distributed call this alike and share the batches, which are those of
+    one process; each yields its own answers first and then those of the others. stored: kept answers, which are not computed
+    again, and where new ones are kept.
     """
     decoder, _ = decoder_and_head(model)
     head = Head.of(model)
@@ -109,9 +122,10 @@ def log_likelihoods(
             else:
                 numbers = [number for row in each[0] for number, _ in row.outputs()]
                 yield from ((n, Answer(float(v[0]), bool(v[1]))) for n, v in zip(numbers, values, strict=True))
+        prefix = _prefix(decoder, batches, continuations, head.weight.device)
         for (batch, masked), counts in dealt(batches, model, together=together):
             with torch.inference_mode():
-                hidden = _hidden(decoder, batch, head.weight, masked=masked)
+                hidden = _hidden(decoder, batch, head.weight, prefix, masked=masked)
                 answers = list(_batch_answers(hidden, batch, continuations, head))
             if counts:
                 own += answers
@@ -134,9 +148,10 @@ def _content(continuations: Sequence[Continuation]) -> Iterator[bytes]:
 
 
 def _name(batch: list[_Row], continuations: Sequence[Continuation]) -> str:
-    """Name of a batch by its requests."""
+    """Name of a batch by its requests, and by the length of a prefix, which changes the rounding."""
     own = [continuations[number] for row in batch for number, _ in row.outputs()]
-    return batch_name(_content(own))
+    prefix = [str(batch[0].before).encode()] if batch[0].before else []
+    return batch_name([*prefix, *_content(own)])
 
 
 def _batches(
@@ -144,18 +159,21 @@ def _batches(
 ) -> list[tuple[list[_Row], bool]]:
     """(rows of a batch, the longest first; whether they need a mask)."""
     rows = sorted(_rows(continuations, config), key=len, reverse=True)
+    before = rows[0].before if rows else 0
+    most = prefixed_rows(batch_rows, Architecture.from_config(config), before, device) if before else len(rows)
     batches = []
     for several in (
         True,
         False,
     ):  # in separate batches, because rows without a mask may be longer than the sliding window
         alike = [row for row in rows if (len(row.branches) > 1) is several]
+        masked = several or before > 0
         while alike:
             longest = len(alike[0])
-            count = rows_of_batch(batch_rows, longest, device)
-            if several:
-                count = min(count, max(1, MASK_BYTES // (4 * longest**2)))
-            batches.append((alike[:count], several))
+            count = min(most, rows_of_batch(batch_rows, longest, device))
+            if masked:
+                count = min(count, max(1, MASK_BYTES // (4 * longest * (before + longest))))
+            batches.append((alike[:count], masked))
             alike = alike[count:]
     return batches
 
@@ -166,20 +184,38 @@ def _rows(continuations: Sequence[Continuation], config: Any) -> list[_Row]:
         context = tuple(continuation.context)
         row = shared.setdefault(context, _Row(context))
         row.branches.setdefault(tuple(continuation.tokens[:-1]), []).append(number)
-    masked = takes_masks(config)
-    window = getattr(config, "sliding_window", None) or float("inf")
+    window = (getattr(config, "sliding_window", None) or float("inf")) if takes_masks(config) else 0
 
     def fits(row: _Row) -> bool:
-        return len(row.branches) == 1 or (masked and max(row.positions()) < window)
+        return max(row.positions()) < window
 
+    if all(map(fits, shared.values())) and (prefix := shared_length(list(shared))):
+        return [row.without(prefix) for row in shared.values()]
     return [
         part
         for row in shared.values()
-        for part in ([row] if fits(row) else [_Row(row.context, {b: n}) for b, n in row.branches.items()])
+        for part in (
+            [row]
+            if len(row.branches) == 1 or fits(row)
+            else [_Row(row.context, {b: n}) for b, n in row.branches.items()]
+        )
     ]
 
 
-def _hidden(decoder: Any, batch: list[_Row], weight: Tensor, *, masked: bool) -> Tensor:
+def _prefix(
+    decoder: Any,
+    batches: Sequence[tuple[list[_Row], bool]],
+    continuations: Sequence[Continuation],
+    device: torch.device,
+) -> SharedPrefix | None:
+    """What the rows of all batches share, if they do."""
+    if not batches or not (before := batches[0][0][0].before):
+        return None
+    with torch.inference_mode():
+        return SharedPrefix.computed(decoder, continuations[0].context[:before], device)
+
+
+def _hidden(decoder: Any, batch: list[_Row], weight: Tensor, prefix: SharedPrefix | None, *, masked: bool) -> Tensor:
     """Final hidden states of the rows, the longest of which is the first, [len(batch), its length, hidden], in the model's
     dtype; rows are padded on the right."""
     length = len(batch[0])
@@ -191,7 +227,10 @@ def _hidden(decoder: Any, batch: list[_Row], weight: Tensor, *, masked: bool) ->
     mask = torch.zeros(visible.shape, dtype=weight.dtype, device=weight.device)
     mask.masked_fill_(~visible, torch.finfo(weight.dtype).min)
     positions = torch.tensor([row.positions() + [0] * (length - len(row)) for row in batch], device=weight.device)
-    return decoder(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+    cached = (
+        {"use_cache": False} if prefix is None else {"use_cache": True, "past_key_values": prefix.cache(len(batch))}
+    )
+    return decoder(input_ids=ids, attention_mask=mask, position_ids=positions, **cached).last_hidden_state
 
 
 def _batch_answers(
@@ -207,13 +246,15 @@ def _batch_answers(
             tokens += continuations[number].tokens
     row_index, position_index = torch.tensor(positions, device=hidden.device).T
     targets = torch.tensor(tokens, device=hidden.device)
-    chunk = tokens_per_chunk(head.weight, CHUNK_TOKENS)
     log_probs: list[Tensor] = []
     is_top: list[Tensor] = []
-    for states, target in zip(hidden[row_index, position_index].split(chunk), targets.split(chunk), strict=True):
-        logits = log_softmax_(head.logits(states))
-        log_probs.append(logits.gather(1, target[:, None])[:, 0].double())
-        is_top.append(logits.argmax(-1) == target)
+    start = 0
+    for logits in head.chunks(hidden[row_index, position_index]):
+        for part in cache_slices(logits):
+            values, target = logits[part], targets[start:][part]
+            log_probs.append((values.gather(1, target[:, None])[:, 0] - values.logsumexp(-1)).double())
+            is_top.append(values.argmax(-1) == target)
+        start += len(logits)
     sizes = [len(continuations[number].tokens) for number in numbers]
     # one copy from the GPU for the whole batch
     values_by_answer, tops = torch.cat(log_probs).cpu().split(sizes), torch.cat(is_top).cpu().split(sizes)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +19,7 @@ from minitron.errors import one_line
 from minitron.evaluation import Task, evaluate_documents, evaluate_served
 from minitron.evaluation.answers import AnswerStore
 from minitron.evaluation.result_file import ModelResults
+from minitron.evaluation.scores import Evaluated
 from minitron.models import source_identity, source_tokenizer
 from minitron.throughput import vllm_server
 from minitron.throughput.vllm import check_servable
@@ -45,97 +49,88 @@ class Scoring:
 
     def score(self, name: str) -> ModelResults:
         """The scores of a model, and the reasons of tasks that failed, which are shown when they fail."""
+        if is_served(name):
+            assert self.tokenizer is not None
+            with self.console.working(name):
+                return self._results(name, _at_server(name, self.tokenizer, self.batch_rows))
+        with checkpoint(name, self.locations) as source, self.console.working(Path(name).name or name):
+            self.console.status("loading")
+            if self.engine == "vllm":
+                with _by_vllm(source, self.dtype, self.batch_rows) as answering:
+                    return self._results(name, answering)
+            return self._results(name, _in_memory(source, self.dtype, self.batch_rows))
+
+    def _results(self, name: str, answering: _Answering) -> ModelResults:
         failures: dict[str, str] = {}
 
         def on_failure(task: str, error: Exception) -> None:
             failures[task] = one_line(error)
             self.console.say(f"  [yellow]{escape(task)} failed: {escape(failures[task])}[/]")
 
-        if is_served(name):
-            return self._at_server(name, failures, on_failure)
-        with checkpoint(name, self.locations) as source, self.console.working(Path(name).name or name):
-            self.console.status("loading")
-            if self.engine == "vllm":
-                return self._by_vllm(name, source, failures, on_failure)
-            return self._in_memory(name, source, failures, on_failure)
-
-    def _in_memory(self, name: str, source: str, failures: dict[str, str], on_failure: Any) -> ModelResults:
-        loaded = load(source, self.dtype)
-        identity = loaded.identity()
         self.console.status("preparing benchmarks")
-        scores = evaluate_documents(
-            loaded.model,
-            loaded.tokenizer,
-            self.tasks,
-            batch_size=self.batch_rows or "auto",
+        scores = answering.evaluate(
+            tokenizer=answering.tokenizer,
+            tasks=self.tasks,
             progress=self.console.counter("documents"),
             on_failure=on_failure,
             samples=self.samples,
-            answers=AnswerStore(self.locations.answers, identity),
+            answers=AnswerStore(self.locations.answers, answering.identity),
         )
+        template = getattr(answering.tokenizer, "chat_template", None)
         return ModelResults(
             model=name,
-            identity=identity,
-            parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
-            dtype=loaded.dtype,
-            device=device_name(),
+            identity=answering.identity,
+            parameters=answering.parameters,
+            dtype=answering.dtype,
+            device=answering.device,
             tasks=scores,
             failures=failures,
-            chat_template=_template_hash(loaded.tokenizer),
-        )
-
-    def _by_vllm(self, name: str, source: str, failures: dict[str, str], on_failure: Any) -> ModelResults:
-        check_servable(source)
-        dtype = str(compute_dtype(self.dtype)).removeprefix("torch.")
-        identity = [source_identity(source), "vllm", dtype]
-        with vllm_server(source, dtype=dtype) as engine:
-            tokenizer = source_tokenizer(source)
-            return self._served(name, engine.served, tokenizer, identity, dtype, device_name(), failures, on_failure)
-
-    def _at_server(self, name: str, failures: dict[str, str], on_failure: Any) -> ModelResults:
-        assert self.tokenizer is not None
-        with self.console.working(name):
-            served = Served.parse(name)
-            tokenizer = source_tokenizer(self.tokenizer)
-            identity = [served.url, served.model, model_entry(served)]
-            return self._served(name, served, tokenizer, identity, "unknown", "server", failures, on_failure)
-
-    def _served(
-        self,
-        name: str,
-        served: Served,
-        tokenizer: Any,
-        named: Any,
-        dtype: str,
-        device: str,
-        failures: dict[str, str],
-        on_failure: Any,
-    ) -> ModelResults:
-        """named: a JSON value that names the model that is served."""
-        identity = storage.fingerprint([named, tokenizer_identity(tokenizer)])
-        self.console.status("preparing benchmarks")
-        scores = evaluate_served(
-            served,
-            tokenizer,
-            self.tasks,
-            concurrent=self.batch_rows,
-            progress=self.console.counter("documents"),
-            on_failure=on_failure,
-            samples=self.samples,
-            answers=AnswerStore(self.locations.answers, identity),
-        )
-        return ModelResults(
-            model=name,
-            identity=identity,
-            parameters=None,
-            dtype=dtype,
-            device=device,
-            tasks=scores,
-            failures=failures,
-            chat_template=_template_hash(tokenizer),
+            chat_template=storage.fingerprint(template) if template else None,
         )
 
 
-def _template_hash(tokenizer: Any) -> str | None:
-    template = getattr(tokenizer, "chat_template", None)
-    return storage.fingerprint(template) if template else None
+@dataclass(frozen=True)
+class _Answering:
+    """A model that is ready to answer, and what its results say about it.
+
+    evaluate: `evaluate_documents` or `evaluate_served` with the model. identity: of model and tokenizer, by which answers are
+    kept. parameters: None if unknown.
+    """
+
+    evaluate: Callable[..., dict[str, Evaluated]]
+    tokenizer: Any
+    identity: str
+    dtype: str
+    device: str
+    parameters: int | None = None
+
+
+def _in_memory(source: str, dtype: str, batch_rows: int | None) -> _Answering:
+    loaded = load(source, dtype)
+    return _Answering(
+        partial(evaluate_documents, loaded.model, batch_size=batch_rows or "auto"),
+        loaded.tokenizer,
+        loaded.identity(),
+        loaded.dtype,
+        device_name(),
+        sum(parameter.numel() for parameter in loaded.model.parameters()),
+    )
+
+
+@contextmanager
+def _by_vllm(source: str, dtype: str, batch_rows: int | None) -> Iterator[_Answering]:
+    check_servable(source)
+    chosen = str(compute_dtype(dtype)).removeprefix("torch.")
+    tokenizer = source_tokenizer(source)
+    identity = storage.fingerprint([[source_identity(source), "vllm", chosen], tokenizer_identity(tokenizer)])
+    with vllm_server(source, dtype=chosen) as engine:
+        evaluate = partial(evaluate_served, engine.served, concurrent=batch_rows)
+        yield _Answering(evaluate, tokenizer, identity, chosen, device_name())
+
+
+def _at_server(name: str, tokenizer_source: str, batch_rows: int | None) -> _Answering:
+    served = Served.parse(name)
+    tokenizer = source_tokenizer(tokenizer_source)
+    named = [served.url, served.model, model_entry(served)]
+    identity = storage.fingerprint([named, tokenizer_identity(tokenizer)])
+    return _Answering(partial(evaluate_served, served, concurrent=batch_rows), tokenizer, identity, "unknown", "server")

@@ -91,6 +91,34 @@ def test_texts_are_generated_together_as_far_as_their_cache_fits():
     assert batches.generated_rows(3, architecture, 1 << 16, gpu) == 3
 
 
+@pytest.mark.parametrize(("family", "attention"), IMPLEMENTATIONS)
+def test_a_beginning_that_all_contexts_share_is_computed_once_in_every_family(family, attention):
+    model = tiny.model(family, sliding_window=128)
+    model.set_attn_implementation(attention)
+    examples = random.Random(1).choices(range(300), k=40)
+    asked = [Continuation([*examples, *each.context], each.tokens) for each in _questions()]
+    shapes = []
+    model.model.register_forward_pre_hook(
+        lambda *call: shapes.append(tuple(call[2]["input_ids"].shape)), with_kwargs=True
+    )
+    found = dict(log_likelihoods(model, asked, 3))
+    assert shapes[0] == (1, 40)
+    assert max(length for _, length in shapes[1:]) < 40
+    for number, continuation in enumerate(asked):
+        log_likelihood, greedy = _alone(model, continuation)
+        assert found[number].log_likelihood == pytest.approx(log_likelihood, rel=2e-5, abs=2e-5)
+        assert found[number].greedy is greedy
+
+
+def test_a_beginning_longer_than_the_sliding_window_is_computed_in_every_row():
+    model = tiny.model("mistral", sliding_window=48)
+    asked = [Continuation([*range(40), *each.context], each.tokens) for each in _questions()]
+    found = dict(log_likelihoods(model, asked, 3))
+    for number, continuation in enumerate(asked):
+        log_likelihood, _ = _alone(model, continuation)
+        assert found[number].log_likelihood == pytest.approx(log_likelihood, rel=2e-5, abs=2e-5)
+
+
 def test_a_context_is_computed_once(monkeypatch):
     model = tiny.model("llama")
     seen = []
