@@ -58,7 +58,7 @@ class Throughput:
 
 
 def measure(
-    engines: Mapping[str, Engine],
+    engines: Mapping[str, Engine] | Sequence[tuple[str, Engine]],
     workloads: Sequence[Workload],
     *,
     rounds: int = 5,
@@ -66,15 +66,16 @@ def measure(
 ) -> list[Throughput]:
     """Measure each workload on each engine, one batch of each in turn (A B A B ...), `rounds` times after a warm-up.
 
-    engines: by the model's name; ratios are to the first one. A workload that does not fit in an engine's memory is reported
-    as a failure of that model. `progress(done, total)` counts rounds. Raises InputError for workloads that exceed a model's
-    context, and what the engines raise.
+    engines: by the model's name, or pairs of a name and an engine, so that a model can have several; ratios are to the first
+    one. A workload that does not fit in an engine's memory is reported as a failure of that model. `progress(done, total)`
+    counts rounds. Raises InputError for workloads that exceed a model's context, and what the engines raise.
     """
     if not engines or not workloads:
         raise InputError("no model or no workload to measure", "give at least one of each")
     if rounds < 1:
         raise InputError(f"rounds: {rounds} is less than 1", "give 1 or more")
-    for name, engine in engines.items():
+    measured = list(engines.items() if isinstance(engines, Mapping) else engines)
+    for name, engine in measured:
         for workload in workloads:
             tokens = workload.input_tokens + workload.output_tokens
             if engine.longest is not None and tokens > engine.longest:
@@ -85,29 +86,28 @@ def measure(
                 )
     results = []
     for number, workload in enumerate(workloads):
-        failures: dict[str, str] = {}
-        batches: dict[str, list[Sequence[Request]]] = {name: [] for name in engines}
+        failures: dict[int, str] = {}
+        batches: list[list[Sequence[Request]]] = [[] for _ in measured]
         for turn in range(rounds + 1):
-            for name, engine in engines.items():
-                if name in failures:
+            for index, (_, engine) in enumerate(measured):
+                if index in failures:
                     continue
                 try:
                     if turn:
-                        batches[name].append(engine.run(workload, seed=turn))
+                        batches[index].append(engine.run(workload, seed=turn))
                     else:
                         engine.warm_up(workload)
                 except torch.OutOfMemoryError:
-                    failures[name] = "out of memory"
+                    failures[index] = "out of memory"
                     torch.cuda.empty_cache()
             if progress is not None and turn:
                 progress(number * rounds + turn, len(workloads) * rounds)
-        reference = next(iter(engines))
-        for name, engine in engines.items():
-            if name in failures:
-                results.append(Throughput(name, engine.kind, workload, rounds, failure=failures[name]))
+        for index, (name, engine) in enumerate(measured):
+            if index in failures:
+                results.append(Throughput(name, engine.kind, workload, rounds, failure=failures[index]))
                 continue
-            base = None if name == reference or reference in failures else batches[reference]
-            results.append(_throughput(name, engine, workload, batches[name], base))
+            base = None if index == 0 or 0 in failures else batches[0]
+            results.append(_throughput(name, engine, workload, batches[index], base))
     return results
 
 

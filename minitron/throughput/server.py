@@ -25,14 +25,16 @@ _UNKNOWN_FIELD = (400, 422)
 class ServerEngine:
     """The model of a server, which may be on another machine. Lengths are counted in its own tokens, by what it says.
 
-    kind: name of the engine for tables.
+    kind: name of the engine for tables. polling_seconds: for which a server on this machine occupies it after a batch; `run`
+    then waits as long, so that it does not slow other models, whose turn is next.
     """
 
     longest: int | None = None
 
-    def __init__(self, served: Served, kind: str = "server") -> None:
+    def __init__(self, served: Served, kind: str = "server", polling_seconds: float = 0.0) -> None:
         self.kind = kind
         self.served = served
+        self.polling_seconds = polling_seconds
         self._extra: dict[str, Any] = UNENDED
         self._session = uuid.uuid4().hex  # a server may still keep the prompts of an earlier measurement
         self._words: dict[int, int] = {}  # of a prompt, by its number of tokens
@@ -57,6 +59,7 @@ class ServerEngine:
         with ThreadPoolExecutor(workload.batch) as pool:
             start = time.perf_counter()
             answers = list(pool.map(lambda prompt: self._answer(prompt, workload.output_tokens), prompts))
+        time.sleep(self.polling_seconds)
         return [
             Request(each.input_tokens, each.output_tokens, each.first - start, each.last - start) for each in answers
         ]

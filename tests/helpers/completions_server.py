@@ -155,10 +155,12 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def vllm_command(folder: Path) -> Path:
-    """A folder for the PATH with a command vllm that is this file; it writes its process id to `folder`/vllm.pid."""
+    """A folder for the PATH with a command vllm that is this file; it writes its process id to `folder`/vllm.pid, and the size
+    of its KV cache on a CPU to `folder`/vllm.cache."""
     command = folder / "bin" / "vllm"
     command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\necho "$$" > {folder}/vllm.pid\nexec {sys.executable} {__file__} "$@"\n')
+    told = f'echo "$$" > {folder}/vllm.pid\necho "$VLLM_CPU_KVCACHE_SPACE" > {folder}/vllm.cache'
+    command.write_text(f'#!/bin/sh\n{told}\nexec {sys.executable} {__file__} "$@"\n')
     command.chmod(0o755)
     return command.parent
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from minitron_platform.locations import Locations
 
 REGISTERED = re.compile(r"^[^/\\@]+@[A-Za-z0-9_.-]+$")
+ENGINES = ("transformers", "vllm")
 DTYPE_HELP = "Dtype to compute in. [default: bfloat16 if the hardware multiplies it natively]"
 MODEL_HELP = (
     "MODEL is a checkpoint folder, a .gguf file, package:NAME/PATH, a hub name, or NAME@ALIAS of the registry, such as "
@@ -59,8 +60,8 @@ def engine_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """The option --engine."""
     return click.option(
         "--engine",
-        type=click.Choice(["transformers", "vllm"]),
-        default="transformers",
+        type=click.Choice(ENGINES),
+        default=ENGINES[0],
         show_default=True,
         help="What loads the models; vllm: the command on the PATH.",
     )(command)

@@ -20,6 +20,7 @@ from minitron.evaluation import Task, evaluate_documents, evaluate_served
 from minitron.evaluation.answers import AnswerStore
 from minitron.evaluation.result_file import ModelResults
 from minitron.evaluation.scores import Evaluated
+from minitron.evaluation.served import CONCURRENT
 from minitron.models import source_identity, source_tokenizer
 from minitron.throughput import vllm_server
 from minitron.throughput.vllm import check_servable
@@ -123,7 +124,7 @@ def _by_vllm(source: str, dtype: str, batch_rows: int | None) -> Iterator[_Answe
     chosen = str(compute_dtype(dtype)).removeprefix("torch.")
     tokenizer = source_tokenizer(source)
     identity = storage.fingerprint([[source_identity(source), "vllm", chosen], tokenizer_identity(tokenizer)])
-    with vllm_server(source, dtype=chosen) as engine:
+    with vllm_server(source, dtype=chosen, concurrent=batch_rows or CONCURRENT) as engine:
         evaluate = partial(evaluate_served, engine.served, concurrent=batch_rows)
         yield _Answering(evaluate, tokenizer, identity, chosen, device_name())
 

@@ -9,7 +9,7 @@ import click
 from rich.markup import escape
 
 from minitron.errors import InputError
-from minitron_platform.cli.model_sources import MODEL_HELP, SERVER_HELP, checkpoint, dtype_option, engine_option, load
+from minitron_platform.cli.model_sources import ENGINES, MODEL_HELP, SERVER_HELP, checkpoint, dtype_option, load
 from minitron_platform.cli.options import tracking_options
 from minitron_platform.console import Console
 
@@ -32,7 +32,15 @@ NVIDIA = "128/128,128/2048,2048/128,2048/2048"  # of the first tables that NVIDI
 @click.option("--batch", metavar="N,...", default="1", show_default=True, help="Requests at a time.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Batches of each model.")
 @click.option("--out", metavar="FILE.json", help="Write all figures to this file.")
-@engine_option
+@click.option(
+    "--engine",
+    "kinds",
+    type=click.Choice(ENGINES),
+    multiple=True,
+    default=[ENGINES[0]],
+    show_default=True,
+    help="What loads the models; several in turns. vllm: the command on the PATH.",
+)
 @dtype_option
 @tracking_options
 def throughput(
@@ -41,7 +49,7 @@ def throughput(
     shapes: str,
     batch: str,
     rounds: int,
-    engine: str,
+    kinds: tuple[str, ...],
     out: str | None,
     dtype: str,
 ) -> None:
@@ -62,17 +70,18 @@ def throughput(
     from minitron_platform.cli.throughput_table import model_numbers, notes, throughput_table
 
     workloads = _workloads(shapes, batch)
-    if len(set(models)) < len(models):
-        raise InputError("MODEL: one is given twice", "give each once")
+    for what, given in (("MODEL", models), ("--engine", kinds)):
+        if len(set(given)) < len(given):
+            raise InputError(f"{what}: one is given twice", "give each once")
     torch_dtype = str(compute_dtype(dtype)).removeprefix("torch.")
     console = Console()
     with ExitStack() as opened, console.working("throughput"):
         console.status("loading")
-        engines = _engines(opened, models, workloads, locations, engine, torch_dtype)
+        engines = _engines(opened, models, workloads, locations, kinds, torch_dtype)
         console.status("warming up")
         results = measure(engines, workloads, rounds=rounds, progress=console.counter("rounds"))
-    for number, model in model_numbers(results).items():
-        console.say(f"{number}  {escape(model)}")
+    for (model, kind), number in model_numbers(results).items():
+        console.say(f"{number}  {escape(model)} ({kind})")
     console.table(throughput_table(results, device_name(), torch_dtype))
     for line in notes(results):
         console.say(f"[yellow]{escape(line)}[/]")
@@ -112,25 +121,29 @@ def _engines(
     models: tuple[str, ...],
     workloads: list[Workload],
     locations: Locations,
-    engine: str,
+    kinds: tuple[str, ...],
     dtype: str,
-) -> dict[str, Engine]:
-    """The engine of each model; what they hold is released with `opened`."""
+) -> list[tuple[str, Engine]]:
+    """The models and their engines; what they hold is released with `opened`."""
     from minitron.completions import Served, is_served
     from minitron.throughput import InMemoryEngine, ServerEngine, vllm_server
     from minitron.throughput.vllm import check_servable
 
     own = [model for model in models if not is_served(model)]
     longest = max(each.input_tokens + each.output_tokens for each in workloads)
-    engines: dict[str, Engine] = {}
+    concurrent = max(each.batch for each in workloads)
+    share = 1 / max(1, len(own) * len(kinds))
+    engines: list[tuple[str, Engine]] = []
     for model in models:
         if is_served(model):
-            engines[model] = ServerEngine(Served.parse(model))
+            engines.append((model, ServerEngine(Served.parse(model))))
             continue
         source = opened.enter_context(checkpoint(model, locations))
-        if engine == "transformers":
-            engines[model] = InMemoryEngine(load(source, dtype).model)
-            continue
-        check_servable(source)
-        engines[model] = opened.enter_context(vllm_server(source, dtype=dtype, longest=longest, share=1 / len(own)))
+        for kind in kinds:
+            if kind == "transformers":
+                engines.append((model, InMemoryEngine(load(source, dtype).model)))
+                continue
+            check_servable(source)
+            server = vllm_server(source, dtype=dtype, longest=longest, concurrent=concurrent, share=share)
+            engines.append((model, opened.enter_context(server)))
     return engines

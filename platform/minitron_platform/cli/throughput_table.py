@@ -11,10 +11,10 @@ from minitron.throughput import Spread, Throughput
 SHORT = 0.95  # answers that have less than this share of the requested tokens are pointed out
 
 
-def model_numbers(results: Sequence[Throughput]) -> dict[str, str]:
-    """A number for each model and its engine, as the table names it, for lines above the table."""
-    engines = {result.model: result.engine for result in results}
-    return {str(number): f"{model} ({engine})" for number, (model, engine) in enumerate(engines.items(), start=1)}
+def model_numbers(results: Sequence[Throughput]) -> dict[tuple[str, str], int]:
+    """A number for each model and engine, by which the table names them."""
+    pairs = dict.fromkeys((result.model, result.engine) for result in results)
+    return {pair: number for number, pair in enumerate(pairs, start=1)}
 
 
 def throughput_table(results: Sequence[Throughput], device: str, dtype: str) -> Table:
@@ -36,11 +36,11 @@ def throughput_table(results: Sequence[Throughput], device: str, dtype: str) -> 
     )
     for title in titles:
         table.add_column(title, justify="right")
-    numbers = {model: number for number, model in enumerate(dict.fromkeys(result.model for result in results), start=1)}
+    numbers = model_numbers(results)
     for result in results:
         table.add_row(
             str(result.workload),
-            str(numbers[result.model]),
+            str(numbers[result.model, result.engine]),
             _text(result.requests_per_second),
             _text(result.output_tokens_per_second),
             _text(result.first_token_seconds, 1_000),
@@ -66,7 +66,7 @@ def _digits(value: float) -> str:
 
 def notes(results: Sequence[Throughput]) -> list[str]:
     """Sentences on results that are not what was requested."""
-    return [f"{each.workload}, {each.model}: {note}" for each in results if (note := _note(each))]
+    return [f"{each.workload}, {each.model} ({each.engine}): {note}" for each in results if (note := _note(each))]
 
 
 def _note(result: Throughput) -> str:

@@ -65,15 +65,28 @@ def test_a_model_in_memory_and_one_at_a_server_are_measured_in_turns(folder):
     assert "20/4 x 3" in done.stdout
 
 
-def test_vllm_serves_each_model_by_its_command_which_ends_with_the_measurement(folder, monkeypatch):
+def test_vllm_serves_each_model_by_its_command_in_turns_with_transformers_and_ends(folder, monkeypatch):
     monkeypatch.setenv("PATH", f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    options = ("--engine", "vllm", "--shapes", "16/8", "--batch", "2", "--rounds", "1", "--out", "vllm.json")
-    done = minitron_here("throughput", "model", *options, cwd=folder)
+    monkeypatch.setattr("minitron.throughput.vllm.POLLING_SECONDS", 0.0)
+    options = ("--shapes", "16/8", "--batch", "2", "--rounds", "1", "--out", "vllm.json", "--dtype", "float32")
+    both = ("--engine", "transformers", "--engine", "vllm")
+    done = minitron_here("throughput", "model", *both, *options, cwd=folder)
     assert done.returncode == 0, done.stderr
-    (result,) = json.loads((folder / "vllm.json").read_text())["results"]
-    assert (result["engine"], result["input_tokens"], result["output_tokens"]) == ("vllm", 16, 8)
+    own, served = json.loads((folder / "vllm.json").read_text())["results"]
+    assert (own["engine"], served["engine"]) == ("transformers", "vllm")
+    assert (served["input_tokens"], served["output_tokens"]) == (16, 8)
+    assert served["ratio"]["median"] == pytest.approx(
+        served["output_tokens_per_second"]["median"] / own["output_tokens_per_second"]["median"]
+    )
+    assert "1  model (transformers)\n2  model (vllm)" in done.stdout
     with pytest.raises(ProcessLookupError):
         os.kill(int((folder / "vllm.pid").read_text()), 0)
+    # not most of the machine's memory, but what the requests need, in GiB: 960 bytes a token and value
+    assert (folder / "vllm.cache").read_text() == "1\n"
+    options = ("--engine", "vllm", *options)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
+    assert minitron_here("throughput", "model", *options, cwd=folder).returncode == 0
+    assert (folder / "vllm.cache").read_text() == "3\n"
     (folder / "broken").symlink_to("model")
     failed = minitron_here("throughput", "broken", *options, cwd=folder)
     assert failed.returncode == 2
@@ -116,7 +129,8 @@ def test_a_server_without_further_fields_is_measured_and_short_answers_are_point
         (("model", "--shapes", "60/5"), "60 + 5 tokens exceed its context of 64"),
         (("model", "--shapes", "128"), "not pairs of lengths"),
         (("model", "--batch", "1,0"), "'1,0': not numbers"),
-        (("model", "model"), "one is given twice"),
+        (("model", "model"), "MODEL: one is given twice"),
+        (("model", "--engine", "vllm", "--engine", "vllm"), "--engine: one is given twice"),
         (("http://me:hunter2@host/v1",), "host: the address was given with a user"),
         (("http://host:port/v1",), "not the address of a server"),
     ],
