@@ -30,10 +30,10 @@ from benchmarks.kills.nodes import Machines
 from benchmarks.kills.runs import KILLS, STUDENT, KilledRun
 from benchmarks.kills.storage import GatedStorage
 
-# A training of two workers loses a node or hears that it will, goes on with one worker, and grows when a node is added.
+# A training of two workers loses a node or hears that it will, goes on with one worker, and grows when a node joins.
 EARLY, LATE = (next(moment for moment in MOMENTS if moment.name == name) for name in ("distill", "late distill"))
-ELASTIC = {"shrink": [(EARLY, "lose"), (LATE, "add")], "preempt": [(EARLY, "drain"), (LATE, "add")]}
-ELASTIC_WORKERS = ["resources.workers={min: 1, max: 2}"]
+ELASTIC = {"shrink": [(EARLY, "lose"), (LATE, "join")], "preempt": [(EARLY, "drain"), (LATE, "join")]}
+ELASTIC_WORKERS = ["resources.workers={min: 1, max: 2}", "distill.checkpoint_every=2"]
 
 
 def make_recipe(folder: Path) -> Path:

@@ -21,6 +21,7 @@ from benchmarks.kills.storage import GatedStorage, wait_for
 STUDENT = "/student/model.safetensors"
 KILLS = ("worker", "node", "driver", "head", "add")
 RUN_SECONDS = 900  # longest wait for the next moment or the end
+SEEN_SECONDS = 10  # after which a controller has seen a new node; it looks every two seconds
 END_SECONDS = 120  # longest wait for a driver whose cluster is gone
 
 
@@ -128,12 +129,15 @@ class KilledRun:
                 self._start()
             case "head":
                 assert machines.head
+                assert self.driver
                 began = time.monotonic()
                 machines.head.kill()
                 self.storage.go_on()
                 try:
                     wait_for(self._has_ended, "the driver has ended", END_SECONDS)
-                    note = f"the driver ended after {time.monotonic() - began:.0f} s"
+                    note = (
+                        f"the driver ended after {time.monotonic() - began:.0f} s, exit code {self.driver.returncode}"
+                    )
                 except TimeoutError:
                     note = f"the driver had not ended after {END_SECONDS} s"
                     self._kill_driver()
@@ -142,6 +146,12 @@ class KilledRun:
                 self._start()
             case "add":
                 machines.add_node()
+                self.storage.go_on()
+            case (
+                "join"
+            ):  # as "add", and the controller of the workers sees the node before this checkpoint is committed
+                machines.add_node()
+                time.sleep(SEEN_SECONDS)
                 self.storage.go_on()
             case "drain":
                 drain(machines, machines.nodes[0])

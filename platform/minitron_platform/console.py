@@ -20,6 +20,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from minitron.errors import MinitronError
 from minitron.text import printable
 
 FILE_COLUMNS = 120  # width of tables if the output is not a terminal
@@ -53,10 +54,23 @@ def echo(text: str, *, err: bool = False) -> None:
     click.echo(printable(text), err=err)
 
 
-class Console:
-    """Prints messages, tables and the status of the current work. All methods may be called from any thread."""
+def print_error(error: MinitronError) -> None:
+    """Print an error and its remedy to standard error."""
+    click.secho("error: ", fg="red", bold=True, nl=False, err=True)
+    click.echo(error.problem, err=True)
+    if error.remedy:
+        click.secho("  fix: ", fg="green", bold=True, nl=False, err=True)
+        click.echo(error.remedy, err=True)
 
-    def __init__(self) -> None:
+
+class Console:
+    """Prints messages, tables and the status of the current work. All methods may be called from any thread.
+
+    command: that the user has typed, for messages; empty in other programs than `minitron`.
+    """
+
+    def __init__(self, command: str = "") -> None:
+        self.command = command
         self.rich = _Terminal()
         if not self.rich.is_terminal and "COLUMNS" not in os.environ:
             self.rich.width = FILE_COLUMNS
@@ -120,6 +134,10 @@ class Console:
         finally:
             stop.set()
             heartbeat.join()
+
+    def release(self) -> None:
+        """Give the terminal its cursor back, before the process ends in the middle of its work."""
+        self.rich.show_cursor(True)
 
     def elapsed(self) -> float:
         """Seconds since the current `working` block began."""

@@ -15,6 +15,7 @@ from minitron.arguments import check_type
 from minitron.device import compute_dtype
 from minitron.errors import InputError, StorageError
 from minitron_platform.cluster import hardware
+from minitron_platform.cluster.head_watch import HeadWatch
 from minitron_platform.cluster.room import joins_cluster
 from minitron_platform.cluster.watch import ClusterWatch
 from minitron_platform.console import Console, seconds
@@ -39,7 +40,7 @@ from minitron_platform.stages.targets import Targets
 from minitron_platform.stopping import stopped_by_signals
 from minitron_platform.system_metrics import system_metrics
 from minitron_platform.tracking.events import Status
-from minitron_platform.tracking.flusher import Flusher
+from minitron_platform.tracking.flusher import STOP_PATIENCE, Flusher
 from minitron_platform.tracking.spool import RunLog, Spool
 from minitron_platform.workers.workers import Workers
 from minitron_search.memory import release_memory
@@ -97,7 +98,8 @@ def run(
         flusher = stack.enter_context(Flusher(spool, locations.tracking_uri, recipe.experiment))
         spool.on_event, flusher.on_unsent = monitor.event, monitor.unsent
         stack.callback(lambda: console.status(flusher.text))  # while the flusher closes
-        ray = RayStart(stack, address, storage.join(run_folder, "logs"))
+        head = stack.enter_context(HeadWatch(console, lambda: leave()))
+        ray = RayStart(stack, address, storage.join(run_folder, "logs"), head.start)
         workers = Workers(
             console,
             start_ray=lambda: context.ensure_ray(),
@@ -117,6 +119,13 @@ def run(
             mlflow_run_id=lambda record: flusher.wait_for(record, timeout=30),
         )
         run_record = RunRecord(context)
+
+        def leave() -> None:
+            run_record.end("FAILED")
+            spool.end_open("KILLED")
+            flusher.close(STOP_PATIENCE)
+            spool.close()
+
         needs_ray = until is None or names.index(until) >= names.index(Search.name)
 
         def before_work(name: str) -> None:

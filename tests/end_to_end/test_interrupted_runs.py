@@ -250,6 +250,6 @@ def test_an_online_teacher_is_stored_for_the_search_alone_and_a_killed_worker_is
     assert restart["reason"].startswith("its process was killed or crashed")
     said = f"{restart['what']} on {restart['node']}: {restart['reason']}"
     assert f"failed  {said}; restarting, 2 restarts left\n" in shown
-    assert f"resumed from step {restart['step']}\n" in shown
+    assert f"resumed from step {restart['step']}, 2 workers\n" in shown
     assert distilled.data.metrics["restarts"] == 1
     assert f"{said}; resumed from step {restart['step']}, 2 restarts left" in distilled.data.tags["minitron.restart.1"]

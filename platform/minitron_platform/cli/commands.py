@@ -32,7 +32,7 @@ from minitron_platform.cli.run import run
 from minitron_platform.cli.submit import submit
 from minitron_platform.cli.throughput import throughput
 from minitron_platform.cli.tracking import sync, ui
-from minitron_platform.console import echo
+from minitron_platform.console import echo, print_error
 from minitron_platform.stopping import INTERRUPTED, TerminatedError, stopped_by_signals
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -62,11 +62,7 @@ class _Group(click.Group):
 
 
 def _fail(error: MinitronError) -> None:
-    click.secho("error: ", fg="red", bold=True, nl=False, err=True)
-    click.echo(error.problem, err=True)
-    if error.remedy:
-        click.secho("  fix: ", fg="green", bold=True, nl=False, err=True)
-        click.echo(error.remedy, err=True)
+    print_error(error)
     raise SystemExit(2)
 
 

@@ -13,7 +13,7 @@ from minitron.storage import redact
 from minitron_platform.cli.options import TAKE_OVER_HELP, UPLOAD_HELP, known_stage, recipe_options
 from minitron_platform.cli.plan import checked_plan
 from minitron_platform.cli.plan_tables import show_plan
-from minitron_platform.cli.program import program
+from minitron_platform.cli.program import command_line, program
 from minitron_platform.console import Console, seconds
 
 
@@ -39,7 +39,7 @@ def run(
     import time
 
     started = time.monotonic()
-    console = Console()
+    console = Console(command_line())
     console.say(f"[bold]Minitron {__version__}[/]  {escape(recipe)}")
     from minitron_platform.recipes.load import load_recipe
 

@@ -139,6 +139,12 @@ def ray_session(
                 ray.shutdown()
 
 
+def head_address(address: str | None) -> str:
+    """HOST:PORT of the head of the cluster that this process has joined with `ray_session(address)`."""
+    given = address or os.environ.get("RAY_ADDRESS", "")
+    return given.removeprefix("ray://") if given.startswith("ray://") else ray.get_runtime_context().gcs_address
+
+
 def _keep_worker_logs(ray_folder: Path, target: Path) -> None:
     """Copy the workers' logs that are not empty to `target`."""
     for log in ray_folder.glob("session_*_*/logs/worker-*"):

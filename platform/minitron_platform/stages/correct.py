@@ -221,7 +221,6 @@ class _Correction:
         from minitron_platform.training.train import TrainTask, train
 
         context = self.context
-        context.console.status("starting Ray")
         resources = context.ensure_ray()
         teacher = context.output(Teacher)
         on_gpus = correction_on_gpus(context.recipe, teacher.architecture, DTYPES[teacher.dtype].itemsize, resources)

@@ -120,7 +120,6 @@ class Distill(Stage[DistillOutput]):
         curve = storage.join(folder, "curve.json")
         checkpoints = storage.join(folder, "checkpoints")
         if not storage.is_committed(student):
-            context.console.status("starting Ray")
             context.workers.ahead()
         if not storage.is_committed(pruned):
             pruning = _Pruning(source, architecture, pruned)

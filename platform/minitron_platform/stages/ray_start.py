@@ -6,6 +6,7 @@ Ray is imported with its start: a run whose stages are all finished needs none.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from types import TracebackType
@@ -36,11 +37,12 @@ from minitron_search.nodes import present_nodes
 class RayStart:
     """Ray until `stack` closes: the cluster at `address`, or a private Ray on this machine.
 
-    logs: folder that gets the output of the private Ray's workers if the run fails.
+    logs: folder that gets the output of the private Ray's workers if the run fails. joined: called with HOST:PORT of the
+    cluster's head when this process has joined it.
     """
 
-    def __init__(self, stack: ExitStack, address: str | None, logs: str) -> None:
-        self.stack, self.address, self.logs = stack, address, logs
+    def __init__(self, stack: ExitStack, address: str | None, logs: str, joined: Callable[[str], None]) -> None:
+        self.stack, self.address, self.logs, self.joined = stack, address, logs, joined
         self.resources: ResolvedResources | None = None
         self.private: _PrivateRay | None = None
 
@@ -88,15 +90,18 @@ class RayStart:
         if self.resources is not None:
             return self.resources
         if joins_cluster(self.address):
-            from minitron_platform.cluster.ray_session import ray_session
+            from minitron_platform.cluster.ray_session import head_address, ray_session
 
+            context.console.status("joining the cluster")
             self.stack.enter_context(ray_session(self.address, keep_logs=self.logs))
+            self.joined(head_address(self.address))
             self.resources = resources_of_cluster(context.recipe)
             check_cluster(self.resources)
             self._report_cluster(context, self.resources)
         else:
             self.ahead(context)
             assert self.private
+            context.console.status("starting Ray")
             self.private.wait()
             self.resources = self._here(context)
             check_cluster(self.resources)

@@ -134,7 +134,6 @@ class Search(Stage[SearchOutput]):
         base = pruning_base(context).architecture
         space = CandidateSpace(recipe, context.member, base)
         schedule = SearchSchedule(recipe.search)
-        context.console.status("starting Ray")
         resources = context.ensure_ray()
         context.workers.make_room()
         value_bytes = DTYPES[context.output(Teacher).dtype].itemsize

@@ -91,7 +91,8 @@ class TrainingView:
             self.unresumed = None
             self._store(restart)
         if step:
-            self.console.say(f"  resumed from step {step}")
+            workers = f", {len(self.nodes)} worker{'s' if len(self.nodes) > 1 else ''}" if self.nodes else ""
+            self.console.say(f"  resumed from step {step}{workers}")
 
     def _store(self, restart: Restart) -> None:
         self.restarts.append(restart)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import ray
+from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import ReservedResources
 from ray.exceptions import RayError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.v2._internal.execution.callback import ControllerCallback
@@ -14,6 +15,9 @@ from ray.train.v2._internal.execution.scaling_policy import (
     NoopDecision,
     ResizeDecision,
     ScalingDecision,
+)
+from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
+    AUTOSCALING_REQUESTS_GET_TIMEOUT_S,
 )
 from ray.train.v2._internal.execution.worker_group.poll import _is_preempted_actor
 from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
@@ -84,3 +88,15 @@ class CallScalingPolicy(ElasticScalingPolicy):
             wanted, self._wanted = self._wanted, NoopDecision()
             return wanted
         return NoopDecision()
+
+    def _get_reserved_resources(self) -> ReservedResources | None:
+        """What the nodes that are there now have for the group; None if Ray does not answer.
+
+        Ray's own answer is up to 20 s old. With a node in it that is lost, Ray waits a minute for a worker there.
+        """
+        answer = self._autoscaling_coordinator.get_reserved_resources.remote(self._requester_id, recompute=True)
+        try:
+            reserved: ReservedResources = ray.get(answer, timeout=AUTOSCALING_REQUESTS_GET_TIMEOUT_S)
+        except RayError:
+            return None
+        return reserved

@@ -85,6 +85,7 @@ class Workers:
             from minitron_platform.workers.group import WorkerGroup
 
             resources = self.start_ray()
+            self.console.status("starting workers")
             self._waits_for_free = (
                 not resources.gpus_per_worker and ray.cluster_resources().get(SEAT, 0) >= resources.workers
             )

@@ -29,6 +29,7 @@ from minitron_platform.doctor.cluster import findings_of_cluster
 from minitron_platform.doctor.finding import has_failed
 from minitron_platform.planning.plan import plan
 from minitron_platform.recipes.load import load_recipe
+from minitron_platform.recipes.resources import ResolvedResources
 from minitron_platform.workers import group as group_module
 from minitron_platform.workers.group import WorkerGroup
 from minitron_platform.workers.worker import WorkersFailed, WorkerStarted
@@ -185,16 +186,23 @@ def test_a_group_that_waits_for_room_says_for_what_and_gives_up_in_the_end(clust
     console = Console()
     notes = []
     monkeypatch.setattr(console, "note", lambda text: notes.append(text() if text else None))
-    group = WorkerGroup(4, {"CPU": 1.0}, threads=1, max_failures=1, scratch=str(tmp_path / "ray"))
+    resources = ResolvedResources(1, 1, 0, workers=4, cpus_per_worker=1, gpus_per_worker=0, max_failures=1)
+    workers = Workers(
+        console,
+        start_ray=lambda: resources,
+        computes_here=lambda: False,
+        scratch=str(tmp_path / "ray"),
+        look=ClusterWatch(console, 1.0).look,
+    )
     nodes = len(cluster.worker_nodes)
     with pytest.raises(MinitronError, match=f"has not given {4 - nodes} of 4 CPUs within 1 s") as gave_up:
-        group.run(identify, Job(str(tmp_path)), lambda event: None, look=ClusterWatch(console, 1.0).look)
+        workers.compute(identify, Job(str(tmp_path)))
+    assert console._status() == "starting workers"
     assert "lower the numbers in resources" in gave_up.value.remedy
     assert f"waiting for {4 - nodes} of 4 CPUs, requested 1 s ago" in notes
     started = time.monotonic()
-    group.close()
+    workers.close()
     assert time.monotonic() - started < 15  # Ray Train does not wait any more
-    assert not group.is_open
 
 
 @pytest.mark.long

@@ -6,6 +6,7 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import _AutoscalingCoordinatorActor
 from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision
 
@@ -15,22 +16,32 @@ from minitron_platform.workers.policies import CallScalingPolicy
 
 
 class Group:
-    """A group of one worker whose call is in progress, its controller's policy, and the CPUs of a cluster that it sees."""
+    """A group of one worker whose call is in progress, its controller's policy, and the CPUs of the cluster's nodes."""
 
     def __init__(self, monkeypatch):
-        self.cpus = 1
+        self.cpus = [1]
         self.calls = _Calls(1)
         asyncio.run(self.calls.start([], True))
         actor = SimpleNamespace(
             may_resize=SimpleNamespace(remote=lambda *given: asyncio.run(self.calls.may_resize(*given)))
         )
-        monkeypatch.setattr(policies.ray, "get", lambda value: value)
+        monkeypatch.setattr(policies.ray, "get", lambda value, timeout=None: value)
         monkeypatch.setattr(CallScalingPolicy, "_maybe_send_resource_request", lambda policy: None)
-        monkeypatch.setattr(CallScalingPolicy, "_get_reserved_resources", lambda policy: {"node": {"CPU": self.cpus}})
+        coordinator = _AutoscalingCoordinatorActor(
+            send_resources_request=lambda bundles: None, get_cluster_nodes=self.nodes
+        )
+        coordinator.request_resources("group", [{"CPU": 1}] * 2, expire_after_s=1000)
+        ask = SimpleNamespace(get_reserved_resources=SimpleNamespace(remote=coordinator.get_reserved_resources))
+        monkeypatch.setattr(CallScalingPolicy, "_autoscaling_coordinator", ask)
         self.scaling = ScalingConfig(
             num_workers=(1, 2), resources_per_worker={"CPU": 1}, elastic_resize_monitor_interval_s=1e-9
         )
         self.policy = CallScalingPolicy(self.scaling, actor)
+        self.policy._requester_id = "group"
+
+    def nodes(self):
+        """Ray's description of the nodes."""
+        return [{"Alive": True, "NodeID": str(n), "Resources": {"CPU": cpus}} for n, cpus in enumerate(self.cpus)]
 
     def checkpoint(self):
         asyncio.run(self.calls.resumable())
@@ -51,21 +62,28 @@ def group(monkeypatch):
 
 def test_a_group_grows_at_the_first_checkpoint_after_there_is_room(group):
     group.checkpoint()  # steps since then would be lost
-    group.cpus = 2
+    group.cpus = [1, 1]
     assert [group.decide(), group.decide()] == [None, None]
     group.checkpoint()
     assert group.decide() == 2
 
 
 def test_room_that_is_gone_again_before_the_checkpoint_is_not_waited_for(group):
-    group.cpus = 2
+    group.cpus = [1, 1]
     assert group.decide() is None
-    group.cpus = 1
+    group.cpus = [1]
     assert group.decide() is None
     group.checkpoint()
     assert group.decide() is None
-    group.cpus = 2
+    group.cpus = [1, 1]
     assert group.decide() is None
     group.checkpoint()
     group.policy.make_decision_for_non_running_worker_group()  # a worker has died
     assert group.decide() is None
+
+
+def test_a_group_does_not_wait_for_a_worker_on_a_node_that_is_lost(group):
+    group.cpus = [1, 1]
+    assert group.policy.make_decision_for_non_running_worker_group().num_workers == 2
+    group.cpus = [1]
+    assert group.policy.make_decision_for_non_running_worker_group().num_workers == 1
