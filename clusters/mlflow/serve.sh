@@ -22,7 +22,8 @@ fail() {
 case $folder in *[[:space:]?\&%#]*) fail "$folder: give a folder without spaces and ? & % #" ;; esac
 bin=$(dirname -- "$(readlink -f "$(command -v initdb || ls -1 /usr/lib/postgresql/*/bin/initdb 2>/dev/null | sort -V | tail -n 1)")")
 [ -x "$bin/initdb" ] || fail "initdb is missing: install PostgreSQL"
-"$python" -c 'import psycopg, mlflow.server.auth' 2>/dev/null \
+# without importing MLflow, which takes seconds
+"$python" -c 'import psycopg, flask_wtf; from importlib.util import find_spec; assert find_spec("mlflow")' 2>/dev/null \
   || fail "$python lacks psycopg or mlflow[auth]: pip install 'minitron[postgres]'"
 
 mkdir -p "$folder/artifacts"
@@ -53,12 +54,14 @@ for name in mlflow mlflow_users; do
     --command="SELECT 1 FROM pg_database WHERE datname = '$name'" | grep -q 1 || "$bin/createdb" --host="$folder" "$name"
 done
 
+# MLflow hashes the password at every request, which takes longer than most requests, unless it remembers for a while that it was right.
 cat > "$folder/auth.ini" <<CONFIG
 [mlflow]
 default_permission = READ
 database_uri = postgresql+psycopg:///mlflow_users?host=$folder
 admin_username = admin
 admin_password = $(cat "$folder/password")
+auth_cache_ttl_seconds = 60
 CONFIG
 export MLFLOW_AUTH_CONFIG_PATH=$folder/auth.ini
 export MLFLOW_BACKEND_STORE_URI="postgresql+psycopg:///mlflow?host=$folder"

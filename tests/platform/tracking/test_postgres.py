@@ -1,0 +1,107 @@
+"""Records and promotions on an MLflow server with PostgreSQL and a password, started by the documented command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import requests
+from click.testing import CliRunner
+from helpers.postgres_server import PostgresServer, postgres_server
+from mlflow import MlflowClient
+
+from minitron.errors import InputError, StorageError
+from minitron.storage import committed_folder, manifest, verify
+from minitron_platform.cli.commands import main
+from minitron_platform.tracking.flusher import Flusher
+from minitron_platform.tracking.logged_models import ModelFigures
+from minitron_platform.tracking.moves import promote
+from minitron_platform.tracking.registry import models, register
+from minitron_platform.tracking.spool import Spool
+
+NAME = "tiny-family"
+POINTS = 3_000  # more than two of MLflow's largest batches
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[PostgresServer]:
+    with postgres_server() as running, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+        patch.setenv("MLFLOW_TRACKING_PASSWORD", running.password)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def run_id(server: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of a run that is recorded on the server."""
+    spool = Spool(str(tmp_path_factory.mktemp("spool")))
+    record = spool.record("run")
+    record.start("distill", tags={"long": "é" * 6000})
+    for step in range(1, POINTS + 1):
+        record.metrics({"kl": 1 / step}, step)
+    record.end()
+    flusher = Flusher(spool, server.address, "tiny family", interval=0.2)
+    assert flusher.close() == 0
+    spool.close()
+    return flusher.run_ids()["run"]
+
+
+def command(server: PostgresServer, *arguments: str) -> str:
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(main, [*arguments, "--tracking-uri", server.address])
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_nobody_reads_the_server_without_the_password(server: PostgresServer) -> None:
+    for path in ("/", "/api/2.0/mlflow/registered-models/search", "/api/2.0/mlflow-artifacts/artifacts"):
+        for guess in (None, ("admin", "password"), ("admin", "")):
+            assert requests.get(server.address + path, auth=guess).status_code == 401, path
+    assert server.folder.stat().st_mode & 0o077 == 0
+
+
+def test_every_point_of_a_run_arrives_once_and_in_order(server: PostgresServer, run_id: str) -> None:
+    client = MlflowClient(server.address)
+    assert client.get_run(run_id).info.status == "FINISHED"
+    history = client.get_metric_history(run_id, "kl")
+    assert [(point.step, point.value) for point in history] == [(step, 1 / step) for step in range(1, POINTS + 1)]
+
+
+def test_versions_are_registered_promoted_rolled_back_and_pulled(
+    server: PostgresServer, run_id: str, tmp_path: Path
+) -> None:
+    for number in "123":
+        with committed_folder(str(tmp_path / number)) as folder:
+            (folder / "model.safetensors").write_text(number * 1000)
+        figures = ModelFigures(run_id, {"kl": int(number) / 10}, {"teacher": "large"})
+        register(server.address, name=NAME, source=str(tmp_path / number), run_id=run_id, tags={}, figures=figures)
+    assert promote(server.address, NAME, version="1").previous is None
+
+    def attempt(version: str) -> str:
+        try:
+            return promote(server.address, NAME, version=version, since=("1",)).version
+        except InputError as error:
+            return error.problem
+
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(attempt, "23"))
+    (winner,) = set(said) & {"2", "3"}
+    (told,) = set(said) - {winner}
+    assert f"champion was moved to version {winner} meanwhile, it was at version 1" in told
+    assert f"{NAME}@champion is version 1 (was version {winner})" in command(server, "rollback", NAME)
+    history = json.loads(MlflowClient(server.address).get_registered_model(NAME).tags["minitron.history.champion"])
+    assert [(move["previous"], move["version"]) for move in history] == [(None, "1"), ("1", winner), (winner, "1")]
+    assert {row.version: row.aliases for row in models(server.address)} == {
+        "3": ("candidate",),
+        "2": (),
+        "1": ("champion",),
+    }
+    assert "version 1, verified" in command(server, "models", "pull", f"{NAME}@champion", str(tmp_path / "pulled"))
+    verify(str(tmp_path / "pulled"))
+    assert manifest(str(tmp_path / "pulled"))["files"] == manifest(str(tmp_path / "1"))["files"]
+    (stored,) = [file for file in server.folder.rglob("model.safetensors") if file.read_text().startswith(winner)]
+    stored.write_text(winner * 999 + "x")
+    with pytest.raises(StorageError, match="SHA-256 is"):
+        promote(server.address, NAME, version=winner)
