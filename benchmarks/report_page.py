@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-WIDTHS = (390, 1400)
+WIDTHS = (390, 768, 1400)
 SCHEMES = ("light", "dark")
 EMPTY = """() => [...document.querySelectorAll('figure[data-chart]')]
   .filter(figure => !figure.querySelector('.chart svg .role-mark path, .chart svg .role-mark line'))

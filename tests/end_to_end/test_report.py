@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import html
 import shutil
+import warnings
 
+from helpers.browser import WIDTHS, look_at
 from helpers.command import minitron_here
 from helpers.finished_run import STAGES, results
 from helpers.report_page import ELEMENTS, ReportPage, drawn
@@ -32,6 +34,23 @@ def test_the_report_is_one_file_without_requests_and_its_charts_have_data(finish
     assert drawn(page.charts[layers], first[layers]) == 2 * done["teacher"]["architecture"]["num_layers"]
     assert drawn(page.charts[curves], first[curves]) >= DISTILL_STEPS
     assert drawn(page.charts[stages], first[stages]) == len(STAGES)
+
+
+def test_the_report_fits_phones_and_desktops_in_light_and_dark_in_chromium(finished, tmp_path):
+    chromium = shutil.which("chromium")  # of Debian's package; CI has it
+    if chromium is None:
+        warnings.warn("the report was not looked at: Chromium is not installed", stacklevel=1)
+        return
+    report = next((finished.folder / "runs" / "runs").glob("*/report.html")).read_text()
+    seen, said = look_at(report, chromium, tmp_path)
+    assert said == []
+    assert {(each["width"], each["dark"]) for each in seen} == {(w, dark) for w in WIDTHS for dark in (False, True)}
+    for each in seen:
+        assert each["shown"] <= each["window"] <= each["width"]
+        assert each["outside"] == []  # nothing is cut off at the right
+        assert (each["charts"], each["empty"]) == (7, [])
+        assert each["texts"] > 100
+        assert each["faint"] == []  # contrast below 4.5 to 1
 
 
 def test_texts_of_others_are_text_in_the_report(finished):

@@ -44,7 +44,7 @@ def candidate_chart(state: RunState, model: str, search: SearchOutput, step_toke
     shown = list(dict.fromkeys(row["standing"] for row in rows))
     legend = [Mark(standing, of) for standing, of in STANDINGS.items() if standing in shown]
     switches = {"KL against": tuple(option for (option,) in views)}
-    return Chart(f"candidates-{model}", f"Candidates for {model}", rows, views, switches, tuple(legend))
+    return Chart(f"candidates-{model}", "Quality against cost", rows, views, switches, tuple(legend))
 
 
 def _standing(candidate: RankedCandidate) -> str:

@@ -116,6 +116,7 @@ CONFIG: Spec = {
         "tickColor": GRID,
         "titlePadding": 8,
         "labelOverlap": True,
+        "labelSeparation": 6,
     },
     "axisX": {"tickCount": 5, "grid": False},
     "axisY": {"tickCount": 5, "domain": False, "ticks": False},

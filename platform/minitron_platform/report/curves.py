@@ -48,7 +48,7 @@ def curve_chart(state: RunState) -> Chart | None:
         Mark("points, dashed: held-out rows", "var(--quiet)", hollow=True),
     ]
     switches = {"Show": tuple(option for (option,) in views)}
-    return Chart("curves", "Distillation", rows, views, switches, tuple(legend))
+    return Chart("curves", "Loss and KL by tokens", rows, views, switches, tuple(legend))
 
 
 def _heldout(state: RunState, member: Member, step_tokens: int) -> dict[int, dict[str, float]]:
