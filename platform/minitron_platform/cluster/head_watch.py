@@ -74,15 +74,15 @@ class HeadWatch:
                 answered, mentioned = time.monotonic(), False
                 continue
             gone = time.monotonic() - answered
-            if gone >= self.ray_seconds * PATIENCE and self._report.acquire(blocking=False):
-                self._end()
             if gone >= self.ray_seconds * MENTIONED and not mentioned:
                 mentioned = True
-                rest = self.ray_seconds * PATIENCE - gone
+                rest = max(0.0, self.ray_seconds * PATIENCE - gone)
                 self.console.say(
                     f"  [yellow]lost[/]    the cluster's head at {escape(self._address)} does not answer; the run ends if it "
                     f"does not come back within {rest:.0f} s"
                 )
+            if gone >= self.ray_seconds * PATIENCE and self._report.acquire(blocking=False):
+                self._end()
 
     def _error(self) -> HeadLostError:
         command = self.console.command
