@@ -9,9 +9,11 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minitron.arguments import check_type
 from minitron.errors import InputError
+from minitron.storage import manifest
 from minitron_platform.arguments import check_optional_string, path_string
 from minitron_platform.gates.gate import Verdict
 from minitron_platform.gates.judge import PROMOTED_TAG, judge, record
@@ -26,7 +28,7 @@ from minitron_platform.tracking.client import (
 )
 from minitron_platform.tracking.moves import CANDIDATE, CHAMPION, Promotion
 from minitron_platform.tracking.moves import promote as move_alias
-from minitron_platform.tracking.version_weights import verified_folder
+from minitron_platform.tracking.version_weights import MANIFEST_TAG, verified_folder
 
 TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")  # of MLflow servers and databases
 
@@ -127,7 +129,7 @@ def gated_promotion(
             replaced = registered_version(client, name, str(before))
         say(f"comparing and loading the weights of version {chosen.version}")
         with verified_folder(client, chosen, storage_root, unverified=unverified) as folder:
-            verdicts = tuple(judge(chosen, folder, replaced, storage_root))
+            verdicts = (_weights(chosen, folder), *judge(chosen, folder, replaced, storage_root))
     failed = [verdict for verdict in verdicts if verdict.status == "failed"]
     if failed and not force:
         names = ", ".join(verdict.gate for verdict in failed)
@@ -146,13 +148,21 @@ def gated_promotion(
         alias=alias,
         verified=True,
         since=(None if before is None else str(before),),
-        tags={PROMOTED_TAG + alias: text},
+        tags={} if str(before) == str(chosen.version) else {PROMOTED_TAG + alias: text},
     )
     if on_promote is not None:
         event = {"model": moved.name, "version": moved.version, "alias": moved.alias, "previous": moved.previous}
         say("telling " + ("the address" if "://" in on_promote else "the command") + " of on-promote")
         call_hook(on_promote, {"event": "promoted", **event, "source": str(chosen.source), **json.loads(text)})
     return GatedPromotion(moved.name, moved.version, moved.alias, moved.previous, verdicts)
+
+
+def _weights(version: Any, folder: Path) -> Verdict:
+    """What the comparison of the weights has found, which raises an error if they were altered."""
+    size = f"{len(manifest(str(folder))['files'])} files"
+    if MANIFEST_TAG not in version.tags:
+        return Verdict("weights", "unknown", f"{size}, unverified", "as registered")
+    return Verdict("weights", "passed", f"{size} compared", "as registered")
 
 
 def _user() -> str:

@@ -60,23 +60,26 @@ def models(locations: Any) -> None:
 
 
 @models.command()
-@click.argument("model", metavar="MODEL@ALIAS")
+@click.argument("model", metavar="MODEL[@ALIAS|/VERSION]")
 @click.argument("folder", type=click.Path())
-@click.option("--version", metavar="N", help="Version to copy. [default: the one that the alias points at]")
+@click.option("--version", metavar="N", help="The same as MODEL/VERSION.")
 @click.option("--unverified", is_flag=True, help=UNVERIFIED_HELP)
 @tracking_options
 def pull(locations: Any, model: str, folder: str, version: str | None, unverified: bool) -> None:
     """Copy the weights of a registered model to FOLDER.
 
-    MODEL@ALIAS is such as smollm2-90m@champion, which MODEL alone means too. The content of every file is compared with what
-    was registered. A copy that was interrupted is resumed.
+    MODEL is such as smollm2-90m@champion, which smollm2-90m alone means too, or smollm2-90m/3. The content of every file is
+    compared with what was registered. A copy that was interrupted is resumed.
     """
     from minitron_platform.tracking.moves import CHAMPION
     from minitron_platform.tracking.registry import pull as pull_model
 
     name, alias = model.rsplit("@", 1) if "@" in model else (model, "")
-    if version and alias:
-        raise InputError(f"{model!r} --version {version}: an alias and a version", "give one of them")
+    name, named = name.rsplit("/", 1) if "/" in name else (name, None)
+    if len([given for given in (version, alias, named) if given]) > 1:
+        option = f" --version {version}" if version else ""
+        raise InputError(f"{model}{option}: more than one alias or version", "give one of them")
+    version = version or named
     pulled = pull_model(
         locations.tracking_uri,
         name,

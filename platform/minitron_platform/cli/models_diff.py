@@ -55,7 +55,7 @@ def _settings(version: Any, storage_root: str) -> dict[str, str]:
             values[tag] = version.tags[tag]
     for tag in ("parameters", "tokens", "teacher", "teacher_corrected", "cut_from", "data", "version"):
         if (text := version.tags.get(f"minitron.{tag}")) is not None:
-            values[tag] = text
+            values[tag] = f"{int(text):,}" if text.isdecimal() else text
     return values | _flat(_recipe(version, storage_root), "recipe")
 
 
@@ -109,9 +109,15 @@ def _figures(versions: list[Any], storage_root: str) -> list[tuple[str, ...]]:
             same = first.heldout is not None and first.heldout == second.heldout
             difference = worse_rows(name, new, old, *documents).text(metric) if same else "on other rows"
         rows.append((metric.title, metric.text(old), metric.text(new), difference))
-    for task in first.student.tasks.keys() & second.student.tasks.keys():
+    for task in (task for task in first.student.tasks if task in second.student.tasks):
         old_score, new_score = first.student.tasks[task], second.student.tasks[task]
         worse = worse_task(task, new_score, old_score, *documents)
         texts = [score.shown_as.text(score.value, score.stderr) for score in (old_score, new_score)]
-        rows.append((task, *texts, "not comparable" if worse is None else worse.text(new_score.shown_as)))
+        rows.append(
+            (
+                f"{task} {new_score.shown_as.title}",
+                *texts,
+                "not comparable" if worse is None else worse.text(new_score.shown_as),
+            )
+        )
     return rows

@@ -79,7 +79,7 @@ def _show_figures(console: Console, figures: Any) -> None:
     for task, score in figures.student.tasks.items():
         scores = [each.tasks.get(task) for each in columns.values()]
         texts = ["" if one is None else one.shown_as.text(one.value, one.stderr) for one in scores]
-        rows[f"{task} ({score.metric}, {score.settings})"] = texts
+        rows[f"{task} {score.shown_as.title} ({score.settings})"] = texts
     for name, values in rows.items():
         if any(values):
             table.add_row(name, *values)

@@ -87,5 +87,6 @@ def rollback(locations: Any, model: str, alias: str) -> None:
 
 
 def _print_promotion(promotion: Any) -> None:
-    before = f" (was version {promotion.previous})" if promotion.previous else ""
-    echo(f"{promotion.name}@{promotion.alias} is version {promotion.version}{before}")
+    moved = "is" if promotion.previous != promotion.version else "was already"
+    before = f" (was version {promotion.previous})" if promotion.previous and moved == "is" else ""
+    echo(f"{promotion.name}@{promotion.alias} {moved} version {promotion.version}{before}")

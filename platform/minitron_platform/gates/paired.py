@@ -34,8 +34,8 @@ class Worse:
 
     def text(self, metric: Metric) -> str:
         interval = "no interval" if self.reach is None else f"±{metric.text(self.reach)}"
-        way = "worse" if self.value > 0 else "better"
-        return f"{metric.text(abs(self.value))} {way} ({interval}{', paired' if self.paired else ''})"
+        way = " worse" if self.value > 0 else " better" if self.value < 0 else ""
+        return f"{metric.text(abs(self.value))}{way} ({interval}{', paired' if self.paired else ''})"
 
 
 def worse_rows(

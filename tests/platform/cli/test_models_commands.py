@@ -17,11 +17,14 @@ from helpers.mlflow_server import free_port
 from huggingface_hub import constants
 from mlflow import MlflowClient
 
+from minitron.evaluation.scores import Score
 from minitron.storage import committed_folder, verify
 from minitron_platform.cli.commands import main
 from minitron_platform.gates.documents import write_rows
 from minitron_platform.tracking.registry import register
 from minitron_platform.tracking.version_figures import Measured, VersionFigures
+
+SCORES = {task: Score(task, "acc", 0.5, 0.05, 100, 0, "1", "test", True) for task in ("quiz", "arc", "piqa")}
 
 
 @pytest.fixture
@@ -42,7 +45,7 @@ def family(tmp_path: Path, empty_database: Path) -> Path:
             (folder / "model.safetensors").write_bytes(bytes([layers]) * 1000)
         figures = VersionFigures(
             heldout="rows",
-            student=Measured(loss=loss, kl=loss - 1, documents=f"{run}.json", tokens_per_second=1234.0),
+            student=Measured(loss=loss, kl=loss - 1, documents=f"{run}.json", tokens_per_second=1234.0, tasks=SCORES),
             teacher=Measured(loss=1.5, kl=0.0),
         )
         tags = {
@@ -51,6 +54,7 @@ def family(tmp_path: Path, empty_database: Path) -> Path:
             "minitron.cut_from": cut_from,
             "minitron.architecture": json.dumps({"num_layers": layers, "hidden_size": 64}),
             "minitron.run": run,
+            "minitron.parameters": str(layers * 1000),
             "minitron.figures": figures.model_dump_json(),
         }
         source = str(tmp_path / "students" / run)
@@ -78,6 +82,7 @@ def test_models_show_prints_the_lineage_from_the_teacher_on(family: Path) -> Non
     ]
     assert "2.500" in shown
     assert "1.500" in shown  # the teacher's loss
+    assert "quiz acc, % (0-shot, " in shown
     assert "small version 1" in command(family, "show", "large/1").stdout.split("this one")[1]
     assert "large version 2 (candidate)" in command(family, "show", "large@candidate").stdout
     assert "choose one of: 1, 2" in command(family, "show", "large/7").stderr
@@ -91,7 +96,10 @@ def test_models_diff_shows_architecture_recipe_and_paired_differences(family: Pa
     assert rows["architecture.num_layers"] == ["20", "18", ""]
     assert "architecture.hidden_size" not in rows
     assert rows["recipe.distill.steps"] == ["10", "20", ""]
+    assert rows["parameters"] == ["20,000", "18,000", ""]
     assert rows["held-out loss, nats per token"] == ["2.000", "2.125", "0.125 worse (±0.000, paired)"]
+    assert list(rows)[-3:] == ["quiz acc, %", "arc acc, %", "piqa acc, %"]
+    assert rows["arc acc, %"] == ["50.0 ± 5.0", "50.0 ± 5.0", "0.0 (±13.9)"]
 
 
 def test_models_delete_says_what_hangs_on_a_version_and_asks(family: Path) -> None:
@@ -132,6 +140,14 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setenv("HF_ENDPOINT", running.address)
         monkeypatch.setenv("HF_TOKEN", Hub.TOKEN)
         yield running
+
+
+def test_models_pull_takes_one_version_by_its_number(family: Path, tmp_path_factory: Any) -> None:
+    target = tmp_path_factory.mktemp("copies") / "copy"
+    both = command(family, "pull", "large/1", str(target), "--version", "2")
+    assert "large/1 --version 2: more than one alias or version" in both.stderr
+    assert "large version 1, verified" in command(family, "pull", "large/1", str(target)).stdout
+    assert (target / "model.safetensors").read_bytes() == bytes([20]) * 1000
 
 
 def test_models_push_uploads_the_verified_weights_and_their_card_to_a_private_repository(

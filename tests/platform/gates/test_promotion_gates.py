@@ -125,7 +125,8 @@ def test_a_good_version_passes_and_who_promoted_it_and_what_was_measured_is_on_t
     assert "reason" not in recorded
     said = {verdict["gate"]: (verdict["status"], verdict["measured"]) for verdict in recorded["gates"]}
     assert said["KL to the teacher against version 1"] == ("passed", "0.020 better (±0.000, paired)")
-    assert said["quiz against version 1"][1] == "0.0 better (±0.0, paired)"
+    assert said["quiz against version 1"][1] == "0.0 (±0.0, paired)"
+    assert said["weights"] == ("passed", "6 files compared")
     assert said["licence"][0] == "unknown"
 
 
@@ -181,5 +182,7 @@ def test_the_command_shows_what_failed_and_forces_only_with_a_reason_that_is_rec
     assert "--reason" in command("--force").stderr
     forced = command("--force", "--reason", "the champion is withdrawn")
     assert forced.exit_code == 0, forced.output
+    assert "champion is version 2 (was version 1)" in forced.stdout
+    assert "champion was already version 2" in command().stdout
     recorded = json.loads(registry.client.get_model_version(NAME, "2").tags["minitron.promoted.champion"])
     assert (recorded["forced"], recorded["reason"]) == (True, "the champion is withdrawn")
