@@ -10,8 +10,11 @@ from fsspec.core import url_to_fs
 
 from minitron.errors import StorageError
 from minitron.redaction import STORAGES, Address, redact
+from minitron.storage.refusals import quiet_drivers, storage_error
 
 SCHEMES = ("file", "local", *STORAGES)
+EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "az": "azure"}
+"""The extra of Minitron that brings the driver of a scheme."""
 REMOTE = tuple(scheme for scheme in STORAGES if scheme != "memory")  # with a bucket or repository
 
 
@@ -51,12 +54,16 @@ def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     scheme = path.split("://", 1)[0] if "://" in path else "file"
     if scheme not in SCHEMES:
         raise StorageError(f"{redact(path)!r}: scheme {scheme!r} is not allowed", f"use one of {', '.join(SCHEMES)}")
+    if scheme in REMOTE:
+        quiet_drivers()
     try:
         fs, inner = url_to_fs(path)
     except ImportError as error:
-        raise StorageError(
-            f"{path!r}: {error}", "install the fsspec driver it names, for example s3fs or gcsfs"
-        ) from error
+        extra = EXTRAS.get(scheme)
+        remedy = f"pip install 'minitron[{extra}]'" if extra else "install the fsspec driver it names"
+        raise StorageError(f"{path!r}: {error}", remedy) from error
+    except Exception as error:  # a driver's own, for example without credentials
+        raise storage_error(path, error) from error
     if type(fs) is not fsspec.get_filesystem_class(scheme):
         raise StorageError(f"{path!r}: opened as {fs.protocol}, not as {scheme}", f"use one of {', '.join(SCHEMES)}")
     return fs, inner

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 
 from safetensors import SafetensorError
 
-from minitron.errors import MinitronError, NotWritableError, StorageError, one_line
+from minitron.errors import MinitronError, NotWritableError
 from minitron.storage.addresses import is_local, local_path
+from minitron.storage.refusals import storage_error
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -30,9 +31,7 @@ def access_errors(path: str) -> Iterator[None]:
         full = isinstance(error, OSError) and error.errno in FULL  # the local disk, to which a copy is written
         if full or (is_local(path) and not isinstance(error, PermissionError)):
             raise
-        raise StorageError(
-            f"{path}: cannot be accessed ({one_line(error)})", "check the address, its permissions and the network"
-        ) from error
+        raise storage_error(path, error) from error
 
 
 @contextmanager

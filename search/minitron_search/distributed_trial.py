@@ -21,6 +21,7 @@ from minitron_search.events import Event, Report
 from minitron_search.failures import first_cause
 from minitron_search.search_task import SearchTask
 from minitron_search.torch_trainer import TorchTrainer
+from minitron_search.train_files import storage_settings
 from minitron_search.trial import prepare, train
 from minitron_search.trial_store import drop_checkpoints
 
@@ -55,7 +56,9 @@ def run_trial_on_workers(
             num_workers=workers, use_gpu=share.get("GPU", 0) > 0, resources_per_worker=dict(share)
         ),
         # A new name each time: a trial resumes from its own verified checkpoints, not from Ray Train's snapshot.
-        run_config=RunConfig(name=f"trial-{uuid.uuid4().hex[:8]}", storage_path=storage.join(scratch, "workers")),
+        run_config=RunConfig(
+            name=f"trial-{uuid.uuid4().hex[:8]}", **storage_settings(storage.join(scratch, "workers"))
+        ),
     )
     try:
         trainer.fit()

@@ -13,12 +13,10 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from minitron.errors import InputError
+from minitron.storage.addresses import EXTRAS as STORAGE_EXTRAS
 
 PROJECT = "minitron"
-EXTRAS = {  # by the scheme of an address
-    **{"s3": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "az": "azure"},
-    **{"postgresql+psycopg": "postgres"},
-}
+EXTRAS = {**STORAGE_EXTRAS, "postgresql+psycopg": "postgres"}  # by the scheme of an address
 
 
 @dataclass(frozen=True)

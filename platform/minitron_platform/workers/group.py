@@ -24,6 +24,7 @@ from minitron_platform.workers.serve import serve
 from minitron_platform.workers.worker import Worker
 from minitron_search.failures import first_cause, reason
 from minitron_search.torch_trainer import TorchTrainer
+from minitron_search.train_files import storage_settings
 
 CLOSE_SECONDS = 30  # longest wait for workers to end by themselves
 LOOK_SECONDS = 2.0
@@ -68,7 +69,7 @@ class WorkerGroup:
             # A new name each time, so that Ray Train does not resume from a snapshot of its own.
             run_config=RunConfig(
                 name=f"workers-{uuid.uuid4().hex[:8]}",
-                storage_path=scratch,
+                **storage_settings(scratch),
                 failure_config=failures,
             ),
             failure_policy=CallFailurePolicy(failures, self.calls),

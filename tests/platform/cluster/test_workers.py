@@ -105,7 +105,7 @@ def _wait_until(condition, seconds=90):
 
 
 def test_the_same_processes_serve_one_call_after_another(cluster, tmp_path):
-    group = _group(tmp_path)
+    group = _group(tmp_path, scratch="memory://workers")  # a kind of address that Ray Train itself does not know
     job = Job(str(tmp_path))
     events = []
     process, rank, count = group.run(identify, job, events.append)
