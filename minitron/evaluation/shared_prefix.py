@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
@@ -28,7 +28,7 @@ def shared_length(contexts: Sequence[tuple[int, ...]]) -> int:
 class SharedPrefix:
     """Keys and values of a prefix, of each layer two [1, heads, tokens, head_dim]."""
 
-    layers: list[tuple[Tensor, Tensor]]
+    layers: list[tuple[Tensor, Tensor]] = field(repr=False)
 
     @classmethod
     def computed(cls, decoder: Any, tokens: Sequence[int], device: torch.device) -> SharedPrefix:

@@ -49,5 +49,6 @@ def test_the_lowest_lock_file_has_exactly_the_lower_bounds():
 
 def test_every_extra_has_lower_bounds():
     assert all(
-        _lower_bound(requirement) for requirement in _requirements("gcs", "azure", "bench", "postgres", "ifeval").values()
+        _lower_bound(requirement)
+        for requirement in _requirements("gcs", "azure", "bench", "postgres", "ifeval").values()
     )
