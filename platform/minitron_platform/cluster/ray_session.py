@@ -189,6 +189,12 @@ def _metrics_port() -> int | None:
         return None
     if not text.isdecimal() or not 1024 <= int(text) <= 65535:
         raise InputError(f"{METRICS_PORT}={text!r}: not a port", "set it to a number from 1024 to 65535, or unset it")
+    try:  # Ray would wait half a minute for its node, and not say why
+        socket.create_server(("127.0.0.1", int(text))).close()
+    except OSError as error:
+        raise InputError(
+            f"{METRICS_PORT}={text}: {error.strerror}", "set it to a free port, each run on this machine to its own"
+        ) from error
     return int(text)
 
 
