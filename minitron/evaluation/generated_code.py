@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from minitron.errors import InputError, MinitronError
-from minitron.evaluation.requirements import check_metric_file, loaded_metrics, modules, named_function
+from minitron.evaluation.requirements import ALLOW, check_metric_file, loaded_metrics, modules, named_function
 from minitron.evaluation.sandbox import Limits, Sandbox, StoppedError
 
 CODE_METRIC = "code_eval"
@@ -141,7 +141,7 @@ def guarded_metrics(task: str, *, allowed: bool) -> Iterator[None]:
         if refused:
             raise InputError(
                 f"task {task!r}: lm-eval has no metric {refused[0]!r}, and would run Python code of that name",
-                "correct the name; if you trust that code, allow it with allow_code: true",
+                f"correct the name; if you trust that code, allow it with {ALLOW}",
             )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from minitron.errors import InputError
 
+ALLOW = "allow_code: true (--allow-code on the command line)"
 IFEVAL = {"langdetect", "immutabledict", "nltk"}  # of the extra minitron[ifeval]
 HUB_SECONDS = 5.0  # timeout of a request to the hub
 ANSWER_TOKENS = 256  # lm-eval's default length of a generated answer
@@ -185,7 +186,7 @@ def check_functions(name: str, config: dict[str, Any], roots: Sequence[Path], *,
         if not (allow_own or any(file.resolve().is_relative_to(root) for root in roots[:2])):
             raise InputError(
                 f"task {name!r}: its definition runs the Python code in {file}",
-                "if you trust that code, allow it with allow_code: true; otherwise leave the task out",
+                f"if you trust that code, allow it with {ALLOW}; otherwise leave the task out",
             )
 
 

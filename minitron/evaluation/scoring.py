@@ -208,7 +208,10 @@ def _sample(built: Any, sample: Mapping[str, Any], metric: str) -> Sample | None
         best = max(range(len(choices)), key=lambda number: answers[number][0] / max(1, lengths[number]))
         answer = choices[best]
     else:
-        answer = "\n".join(str(each) for each in answers)
+        texts = (
+            text for each in answers for text in (each if isinstance(each, list) else [each])
+        )  # HumanEval has lists
+        answer = "\n".join(map(str, texts))
     target = sample["target"]
     if scored and isinstance(target, int) and 0 <= target < len(requests):
         target = requests[target][1]

@@ -17,6 +17,7 @@ from minitron.evaluation.documents import documents_identity, find_splits, locat
 from minitron.evaluation.generated_code import guarded_metrics, hub_metrics, runs_generated_code, sandboxed
 from minitron.evaluation.own_tasks import allowed_roots, check_includes, with_folder
 from minitron.evaluation.requirements import (
+    ALLOW,
     check_documents,
     check_functions,
     check_metrics,
@@ -227,12 +228,12 @@ def _check_no_code(task: Task, config: dict[str, Any], roots: Sequence[Path]) ->
     if runs_generated_code(config, roots):
         raise InputError(
             f"task {task.name!r}: it runs code that the model generates",
-            "allow it with allow_code: true, which runs it in a sandbox, or leave the task out",
+            f"allow it with {ALLOW}, which runs it in a sandbox, or leave the task out",
         )
     if metrics := hub_metrics(config, roots):
         raise InputError(
             f"task {task.name!r}: its metric {metrics[0]!r} is Python code from the hub",
-            "if you trust that code, allow it with allow_code: true; otherwise leave the task out",
+            f"if you trust that code, allow it with {ALLOW}; otherwise leave the task out",
         )
 
 

@@ -13,7 +13,7 @@ import pytest
 from helpers.evaluating import byte_tokenizer, tiny_model, write_jsonl
 
 from minitron.errors import InputError
-from minitron.evaluation import Task, evaluate
+from minitron.evaluation import Task, evaluate, evaluate_documents
 from minitron.evaluation.requests import DocumentRequests
 from minitron.evaluation.sandbox import Limits, Sandbox, StoppedError, check_sandbox
 from minitron.evaluation.task_index import stock
@@ -130,9 +130,11 @@ def test_humaneval_is_scored_in_the_sandbox_and_no_file_of_the_working_folder_ru
     )
     task = Task("humaneval", humaneval(tmp_path).data, allow_code=True)
     if has_sandbox():
-        score = evaluate(tiny_model(0), byte_tokenizer(), [task])["humaneval"]
-        assert (score.metric, score.num_documents) == ("pass@1", 3)
-        assert score.value == pytest.approx(1 / 3)
+        result = evaluate_documents(tiny_model(0), byte_tokenizer(), [task], samples=3)["humaneval"]
+        assert (result.score.metric, result.score.num_documents) == ("pass@1", 3)
+        assert result.score.value == pytest.approx(1 / 3)
+        shown = [(sample.value, sample.answer) for sample in result.samples]  # programs as they are, the right one last
+        assert shown == [(value, f"def add(a, b):\n{answers[n]}") for value, n in ((0.0, 1), (0.0, 2), (1.0, 0))]
     else:
         with pytest.raises(InputError, match="there is no sandbox"):
             evaluate(tiny_model(0), byte_tokenizer(), [task])
@@ -164,7 +166,7 @@ def test_without_allow_code_nothing_is_run_and_no_module_of_the_task_loaded(name
     before = set(sys.modules)
     with pytest.raises(InputError, match=rf"task '{name}': (it runs code|its metric '\w+' is Python code)") as refused:
         evaluate(tiny_model(0), byte_tokenizer(), [Task(name, humaneval(tmp_path).data)])
-    assert "allow_code: true" in refused.value.remedy
+    assert "allow_code: true (--allow-code on the command line)" in refused.value.remedy
     assert not {
         module for module in set(sys.modules) - before if module.startswith("lm_eval.tasks.") and "utils" in module
     }
