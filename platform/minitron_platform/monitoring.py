@@ -87,8 +87,9 @@ class Monitor:
                         self._set("restarts", 0, part=part)  # alerts compare with what was before
                 case "end":
                     self._state(part, event["status"].lower())
-                    for name in SPEEDS if part else ():
-                        self._set(name, 0.0, part=part)
+                    for name in SPEEDS:
+                        if (name, (("part", part),)) in self._values:  # it has trained
+                            self._set(name, 0.0, part=part)
                 case "metrics" if part:
                     self._metrics(part, event["values"], event["step"])
 

@@ -175,5 +175,8 @@ def test_the_metrics_of_a_run_appear_at_rays_endpoint(mixture):
     assert (value["step"], value["tokens"], value["tokens_per_second"], value["running"]) == (2, 256, 0, 0)
     assert value["train_kl"] > 0
     assert value["stage_seconds"] > 0
+    speeds = {dict(tags)["part"] for name, *tags in found if name == "ray_minitron_tokens_per_second"}
+    assert "distill" in speeds
+    assert not speeds & {"data", "calibrate", "evaluate"}  # which train nothing
     assert found["ray_minitron_parts", ("kind", "trial"), ("state", "finished")] == len(EXPERTS)
     assert found["ray_minitron_parts", ("kind", "trial"), ("state", "running")] == 0
