@@ -42,7 +42,8 @@ def delete(locations: Any, model: str, yes: bool) -> None:
         for alias in pointing:
             echo(f"the alias {alias!r} points at {name} and will be removed")
         for descendant in lineage(version, every).descendants:
-            echo(f"{descendant} was made from {name} and will name a parent that is not registered")
+            if descendant.generation == 1:
+                echo(f"{descendant.title} was made from {name} and will name a parent that is not registered")
         if not yes and not click.confirm(f"delete {name} from the registry?"):
             echo("nothing was deleted")
             return

@@ -55,11 +55,11 @@ def show(locations: Any, model: str) -> None:
             console.say(escape(f"promoted to {tag.removeprefix(PROMOTED_TAG)}: {_promotion(version.tags[tag])}"))
 
 
-def _show_tree(console: Console, line: Sequence[str], descendants: Sequence[str]) -> None:
+def _show_tree(console: Console, line: Sequence[str], descendants: Sequence[Any]) -> None:
     for depth, name in enumerate(line):
         console.say(escape("   " * (depth - 1) + "└─ " * (depth > 0) + name))
-    for name in descendants:
-        console.say(escape("   " * (len(line) - 1) + "└─ " + name))
+    for descendant in descendants:
+        console.say(escape("   " * (len(line) + descendant.generation - 2) + "└─ " + descendant.title))
 
 
 def _show_figures(console: Console, figures: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,20 @@ CUT_FROM = re.compile(r"(.+) version (\d+)")  # the tag minitron.cut_from; or "t
 
 
 @dataclass(frozen=True)
+class Descendant:
+    """A version that was made of another, directly or by way of versions between them."""
+
+    title: str
+    generation: int
+    """1 for what was made of it directly."""
+
+
+@dataclass(frozen=True)
 class Lineage:
-    """The models that a version comes from, the oldest first, and those that come from it."""
+    """The models that a version comes from, the oldest first, and those that come from it: each before its own."""
 
     origins: tuple[str, ...]
-    descendants: tuple[str, ...]
+    descendants: tuple[Descendant, ...]
 
 
 def title(version: Any) -> str:
@@ -36,7 +45,7 @@ def lineage(version: Any, versions: Sequence[Any]) -> Lineage:
         seen.add(parent)
         origins.append(parent if parent in by_title else f"{parent} (deleted)")
         current = by_title.get(parent)
-    return Lineage(tuple(reversed(origins)), tuple(_descendants(version, versions)))
+    return Lineage(tuple(reversed(origins)), tuple(_descendants(title(version), versions, 1, {title(version)})))
 
 
 def _teacher(version: Any) -> list[str]:
@@ -48,13 +57,10 @@ def _teacher(version: Any) -> list[str]:
     return [*([f"{teacher}, corrected on the text"] if corrected else []), f"{teacher} (teacher)"]
 
 
-def _descendants(version: Any, versions: Sequence[Any]) -> list[str]:
-    found: list[str] = []
-    todo = [title(version)]
-    while todo:
-        parent = todo.pop(0)
-        children = [title(each) for each in versions if each.tags.get("minitron.cut_from") == parent]
-        new = [child for child in sorted(children) if child not in found and child != title(version)]
-        found += new
-        todo += new
-    return found
+def _descendants(parent: str, versions: Sequence[Any], generation: int, seen: set[str]) -> Iterator[Descendant]:
+    """What was made of the version `parent`: each child, by name, followed by its own."""
+    children = {title(each) for each in versions if each.tags.get("minitron.cut_from") == parent}
+    for child in sorted(children - seen):
+        seen.add(child)
+        yield Descendant(child, generation)
+        yield from _descendants(child, versions, generation + 1, seen)

@@ -29,12 +29,13 @@ SCORES = {task: Score(task, "acc", 0.5, 0.05, 100, 0, "1", "test", True) for tas
 
 @pytest.fixture
 def family(tmp_path: Path, empty_database: Path) -> Path:
-    """A storage with two versions of a large student and a small one that was cut from the first."""
+    """A storage with two versions of a large student, a small one that was cut from the first, and a tiny one cut from that."""
     shutil.copy(empty_database, tmp_path)
     for name, version, layers, loss, cut_from in (
         ("large", 1, 20, 2.0, "teacher"),
         ("large", 2, 18, 2.125, "teacher"),
         ("small", 1, 12, 2.5, "large version 1"),
+        ("tiny", 1, 8, 3.0, "small version 1"),
     ):
         run = f"{name}-{version}"
         (tmp_path / "runs" / run).mkdir(parents=True)
@@ -79,11 +80,13 @@ def test_models_show_prints_the_lineage_from_the_teacher_on(family: Path) -> Non
         "acme/base, corrected on the text",
         "large version 1",
         "small version 1  <- this one",
+        "tiny version 1",
     ]
     assert "2.500" in shown
     assert "1.500" in shown  # the teacher's loss
     assert "quiz acc, % (0-shot, " in shown
-    assert "small version 1" in command(family, "show", "large/1").stdout.split("this one")[1]
+    after = command(family, "show", "large/1").stdout.split("this one")[1].splitlines()
+    assert after[1:3] == ["      └─ small version 1", "         └─ tiny version 1"]
     assert "large version 2 (candidate)" in command(family, "show", "large@candidate").stdout
     assert "choose one of: 1, 2" in command(family, "show", "large/7").stderr
 
@@ -108,6 +111,7 @@ def test_models_delete_says_what_hangs_on_a_version_and_asks(family: Path) -> No
     asked = command(family, "delete", "large/1", input="n\n")
     assert "the alias 'champion' points at large version 1" in asked.stdout
     assert "small version 1 was made from large version 1" in asked.stdout
+    assert "tiny version 1" not in asked.stdout  # its parent stays
     assert "nothing was deleted" in asked.stdout
     assert command(family, "delete", "large/1").exit_code == 1  # nobody answers
     assert command(family, "delete", "large").exit_code == 2
