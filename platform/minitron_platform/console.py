@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,7 @@ from minitron.text import printable
 
 FILE_COLUMNS = 120  # width of tables if the output is not a terminal
 HEARTBEAT_SECONDS = 8.0  # longest time without a line if the output is not a terminal
+SPEED_SECONDS = 60.0  # whose speed the estimated time left is computed from
 STYLES = ("bold", "dim", "green", "yellow")  # that our messages use; names in them may contain other markup
 
 
@@ -103,14 +105,15 @@ class Console:
 
     def counter(self, unit: str) -> Callable[[int, int], None]:
         """A progress callback `(done, total)` that shows the count and the estimated time left as the status."""
-        started = time.monotonic()
-        first = None  # the first count reported: earlier items were finished before, and say nothing about the speed
+        recent: deque[tuple[float, int]] = deque()  # times and counts; what was finished before came at once, long ago
 
         def update(done: int, total: int) -> None:
-            nonlocal first
-            first = done if first is None else first
-            elapsed = time.monotonic() - started
-            left = f" · {seconds(elapsed / (done - first) * (total - done))} left" if 0 < first < done < total else ""
+            now = time.monotonic()
+            recent.append((now, done))
+            while len(recent) > 2 and now - recent[1][0] >= SPEED_SECONDS:
+                recent.popleft()
+            since, first = recent[0]
+            left = f" · {seconds((now - since) / (done - first) * (total - done))} left" if first < done < total else ""
             self.status(f"{done:,}/{total:,} {unit}{left}")
 
         return update

@@ -1,0 +1,25 @@
+"""The estimated time left is that of the last minute's speed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from minitron_platform.console import Console
+
+
+def test_what_an_interrupted_run_had_finished_does_not_shorten_the_time_left(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("minitron_platform.console.time", SimpleNamespace(monotonic=lambda: now[0]))
+    console = Console()
+    shown: list[str] = []
+    monkeypatch.setattr(console, "status", shown.append)
+    count = console.counter("documents")
+    for done in range(1, 601):  # read from a storage, at once
+        count(done, 1_000)
+    for done in range(601, 621):  # 10 seconds each
+        now[0] += 10
+        count(done, 1_000)
+    assert shown[0] == "1/1,000 documents"
+    assert shown[-1] == "620/1,000 documents · 1 h 03 min left"
+    count(1_000, 1_000)
+    assert shown[-1] == "1,000/1,000 documents"
