@@ -124,6 +124,13 @@ def train(task: TrainTask, worker: Worker) -> MinitronError | None:
             for fall in falls:
                 worker.send(Alarm(fall.task, fall.text))
 
+    def saved(step: int) -> None:
+        worker.resumable()
+        if worker.is_leaving():
+            worker.progress.say(
+                f"  a node is about to be taken away; step {step} is saved, from which the run can go on"
+            )
+
     if isinstance(targets, LiveTeacher):
         send_metrics({"teacher_shards": dist.get_world_size() if targets.sharded else 1}, 0)
 
@@ -140,7 +147,7 @@ def train(task: TrainTask, worker: Worker) -> MinitronError | None:
                 checkpoints=task.checkpoints,
                 key=task.key,
                 before_commit=task.check_fences,
-                saved=lambda step: worker.resumable(),
+                saved=saved,
                 save_now=worker.is_leaving,
                 resumed=lambda step: worker.send(Resumed(step)),
                 report=lambda report: send_metrics(report.metrics(), report.step),
