@@ -21,10 +21,10 @@ from helpers.command import ROOT
 from helpers.mlflow_server import environment, free_port
 
 SCRIPT = ROOT / "clusters" / "mlflow" / "serve.sh"
-START_SECONDS = 120.0  # longest start: two databases with their tables, and the imports of the server
-STOP_SECONDS = 60.0
-# PostgreSQL refuses root. This user may read what root may, such as Python's libraries in root's home.
-AS_NOBODY = ("setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "--inh-caps=+dac_override")
+START_SECONDS = 300.0  # longest start: two databases with their tables, and the imports of the server
+STOP_SECONDS = 120.0
+# PostgreSQL refuses root. As this user the script may read what root may, such as Python's libraries in root's home.
+NOBODY = "nobody"
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,14 @@ def programs() -> Path:
 def postgres_server() -> Iterator[PostgresServer]:
     """Start the script in a folder of its own and wait until MLflow answers; afterwards both servers are gone."""
     port = free_port()
-    root = os.geteuid() == 0
+    command = []
     # not in pytest's folder: the name of a socket has room for about a hundred characters
     with tempfile.TemporaryDirectory(prefix="minitron-", dir="/tmp") as home:
-        if root:
-            os.chown(home, pwd.getpwnam("nobody").pw_uid, -1)
-        command = [*AS_NOBODY, "--ambient-caps=+dac_override"] if root else []
+        if os.geteuid() == 0:
+            user = pwd.getpwnam(NOBODY)
+            os.chown(home, user.pw_uid, user.pw_gid)
+            command = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
+            command += ["--inh-caps=+dac_override", "--ambient-caps=+dac_override"]
         settings = {"HOME": home, "PATH": f"{programs()}:{os.environ['PATH']}", "PORT": str(port)}
         settings |= {"PYTHON": sys.executable, "PYTHONDONTWRITEBYTECODE": "1", "MLFLOW_WORKERS": "1"}
         folder = Path(home) / "mlflow"
