@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -33,7 +33,8 @@ from benchmarks.kills.storage import GatedStorage
 # A training of two workers loses a node or hears that it will, goes on with one worker, and grows when a node joins.
 EARLY, LATE = (next(moment for moment in MOMENTS if moment.name == name) for name in ("distill", "late distill"))
 ELASTIC = {"shrink": [(EARLY, "lose"), (LATE, "join")], "preempt": [(EARLY, "drain"), (LATE, "join")]}
-ELASTIC_WORKERS = ["resources.workers={min: 1, max: 2}", "distill.checkpoint_every=2"]
+# Enough steps for a controller to see the node while one worker trains; it looks every two seconds.
+ELASTIC_RUN = ["resources.workers={min: 1, max: 2}", "distill.steps=200", "distill.checkpoint_every=8"]
 
 
 def make_recipe(folder: Path) -> Path:
@@ -55,19 +56,32 @@ def make_recipe(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """The run without kills."""
+    """A run without kills."""
 
     seconds: dict[str, float]
     """From each moment to the end of its stage."""
     parts: dict[str, dict[str, int]]
     """How often each finished part of the stage of a moment was written."""
     tensors: dict[str, str]
+    curve: list[float] = field(default_factory=list)
+    """Training loss of each step of the distillation."""
 
     @classmethod
     def of(cls, run: KilledRun) -> Undisturbed:
         cells = run.cells()
         seconds = {cell.moment: cell.seconds for cell in cells}
-        return cls(seconds, {cell.moment: cell.parts for cell in cells}, run.tensors())
+        return cls(seconds, {cell.moment: cell.parts for cell in cells}, run.tensors(), run.curve())
+
+    @classmethod
+    def read(cls, file: Path, run: KilledRun) -> Undisturbed:
+        """What `file` has of an earlier run, or `run` to its end, which writes it, with the student beside it."""
+        if not file.exists():
+            run.machines.kill_all()
+            run.machines.start()
+            run.run([(moment, "none") for moment in MOMENTS])
+            run.keep_student(file.with_suffix(".safetensors"))
+            file.write_text(json.dumps(asdict(cls.of(run))))
+        return cls(**json.loads(file.read_text()))
 
 
 def report(run: KilledRun, before: Undisturbed, out: Path | None, *, ended: bool) -> None:
@@ -132,23 +146,18 @@ def main() -> None:
         folder = given.keep or Path(name)
         folder.mkdir(exist_ok=True)
         notes = given.undisturbed or folder / "undisturbed.json"
-        weights = notes.with_suffix(".safetensors")
         os.environ["OMP_NUM_THREADS"] = "1"
         recipe = make_recipe(folder / "inputs")
         storage = GatedStorage(folder / "s3")
         machines = Machines(folder, storage.variables)
         try:
-            if not notes.exists():
-                machines.start()
-                run = KilledRun(machines, storage, recipe, "undisturbed")
-                run.run([(moment, "none") for moment in MOMENTS])
-                run.keep_student(weights)
-                notes.write_text(json.dumps(asdict(Undisturbed.of(run))))
-            before = Undisturbed(**json.loads(notes.read_text()))
             for kind in given.kill or (*KILLS, *ELASTIC):
+                overrides = ELASTIC_RUN if kind in ELASTIC else []
+                file = notes.with_name(f"elastic-{notes.name}") if kind in ELASTIC else notes
+                before = Undisturbed.read(file, KilledRun(machines, storage, recipe, "undisturbed", overrides))
                 machines.kill_all()
                 machines.start()
-                run = KilledRun(machines, storage, recipe, kind, ELASTIC_WORKERS if kind in ELASTIC else [])
+                run = KilledRun(machines, storage, recipe, kind, overrides)
                 moments = [moment for moment in MOMENTS if moment.name in (given.stage or set(names) - {LATE.name})]
                 kills = ELASTIC.get(kind) or [(moment, kind) for moment in moments]
                 ended = True
@@ -160,9 +169,12 @@ def main() -> None:
                 run.end()
                 report(run, before, given.out, ended=ended)
                 run.keep_student(folder / f"{kind}.safetensors")
-                difference = largest_difference(weights, folder / f"{kind}.safetensors")
+                difference = largest_difference(file.with_suffix(".safetensors"), folder / f"{kind}.safetensors")
                 if difference:
                     print(f"largest difference of a weight of the student: {difference:.1e}", flush=True)
+                if kind in ELASTIC and (curve := run.curve()):
+                    losses = max(abs(one / other - 1) for one, other in zip(before.curve, curve, strict=True))
+                    print(f"largest difference of a step's loss, of {len(curve)} steps: {losses:.1e}", flush=True)
         finally:
             machines.close()
             storage.close()

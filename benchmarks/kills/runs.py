@@ -99,6 +99,13 @@ class KilledRun:
             if found.endswith(STUDENT):
                 path.write_bytes(self.storage.files.cat(found))
 
+    def curve(self) -> list[float]:
+        """Training loss of each step of the distillation; empty if that has not ended."""
+        for found in self.storage.files.find(self.bucket):
+            if "/stages/distill/" in found and found.endswith("/curve.json"):
+                return list(json.loads(self.storage.files.cat(found))["train_loss"])
+        return []
+
     def _tensors(self) -> Iterator[tuple[str, str]]:
         for path in self.storage.files.find(self.bucket):
             name = path.removeprefix(f"{self.bucket}/")

@@ -54,6 +54,7 @@ class ClusterWatch:
         self._nodes: dict[str, dict[str, Any]] | None = None
         self._request: Request | None = None
         self._since = 0.0  # when the request was first seen
+        self._looks_without = 0  # since the request was last seen
 
     def look(self) -> None:
         """Look at the cluster, unless that was done a moment ago.
@@ -68,8 +69,10 @@ class ClusterWatch:
         self._last_look = now
         self._look_at_nodes()
         bundles = _requested()
+        self._looks_without = 0 if bundles else self._looks_without + 1
         if not bundles:
-            self.end()
+            if self._looks_without > 1:  # a group that waits gives its request up now and then, and makes another
+                self.end()
             return
         if self._request is None:
             self._since = now
@@ -115,25 +118,15 @@ def _state() -> Any:
 
 def _requested() -> list[Node]:
     """What every process requests in the placement groups of this program that do not have their resources yet."""
-    import ray
-    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+    from minitron_platform.workers.requests import waiting_groups
 
-    states = (PlacementGroupTableData.PENDING, PlacementGroupTableData.RESCHEDULING)
-    job = ray.get_runtime_context().get_job_id()
-    groups = map(PlacementGroupTableData.FromString, _groups())
-    waiting = [group for group in groups if group.creator_job_id.hex() == job and group.state in states]
     # of a group whose node was lost, only the lost bundles wait
     return [
         dict(bundle.unit_resources)
-        for group in waiting
+        for group in waiting_groups()
         for bundle in group.bundles
         if not bundle.node_id.strip(b"\xff")
     ]
-
-
-def _groups() -> list[bytes]:
-    groups: list[bytes] = _state()._connect_and_get_accessor().get_placement_group_table()
-    return groups
 
 
 def _names(nodes: list[dict[str, Any]]) -> str:

@@ -20,6 +20,7 @@ from minitron import storage
 from minitron.errors import MinitronError, StorageError
 from minitron_platform.workers.calls import GroupEnded, Returned, start_calls
 from minitron_platform.workers.policies import CallFailurePolicy, CallScalingPolicy, ControllerStarted
+from minitron_platform.workers.requests import withdraw_requests
 from minitron_platform.workers.serve import serve
 from minitron_platform.workers.worker import Worker
 from minitron_search.failures import first_cause, reason
@@ -151,8 +152,11 @@ class WorkerGroup:
             ray.get(self.calls.stop.remote())
             workers = ray.get(self.calls.handles.remote())
             # without workers Ray Train waits for resources, and would not end by itself
-            for actor in workers or ray.get(self.calls.controllers.remote()):
+            controllers = [] if workers else ray.get(self.calls.controllers.remote())
+            for actor in workers or controllers:
                 ray.kill(actor)
+            for controller in controllers:
+                withdraw_requests(controller)
         wait([self._ended], CLOSE_SECONDS)
 
     def _failure(self) -> BaseException:

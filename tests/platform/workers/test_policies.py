@@ -87,3 +87,6 @@ def test_a_group_does_not_wait_for_a_worker_on_a_node_that_is_lost(group):
     assert group.policy.make_decision_for_non_running_worker_group().num_workers == 2
     group.cpus = [1]
     assert group.policy.make_decision_for_non_running_worker_group().num_workers == 1
+    group.cpus = []
+    decision = group.policy.make_decision_for_non_running_worker_group()
+    assert decision.num_workers == 1  # it is requested, and the run says that it waits for it
