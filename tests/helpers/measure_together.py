@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -41,9 +42,20 @@ def calibrate_all(bench: Path, out: str) -> None:
     calibrate(out.format("task"), teacher, tiny.rows(3), layers=task, tokenizer=words)
 
 
+def begun_alike(words: str, count: int) -> list[dict[str, Any]]:
+    """Questions that begin with the same words, which are computed once."""
+    return [{**each, "question": f"{words} {each['question']}"} for each in arc_documents(count)]
+
+
 def evaluate_all(model, folder: Path) -> dict:
     """Scores for each kind of request, with batches that do not divide evenly, and the number of forward passes."""
-    documents = {"arc_easy": arc_documents(9), "wikitext": [*pages(5, 10), *pages(2, 300)], "gsm8k": sums(5)}
+    alike = begun_alike("Read the question, and choose the answer.", 5)
+    documents = {
+        "arc_easy": arc_documents(9),
+        "arc_challenge": alike,
+        "wikitext": [*pages(5, 10), *pages(2, 300)],
+        "gsm8k": sums(5),
+    }
     tasks = [Task(name, str(write_jsonl(folder / name / "test.jsonl", content))) for name, content in documents.items()]
     passes = []
     handle = model.get_decoder().register_forward_hook(lambda *_: passes.append(1))
@@ -80,7 +92,9 @@ def measure_all(model, material: Path, folder: Path, store: Path) -> dict:
         model, rows.take(range(5)), **teacher_targets(model, rows.take(range(5))), batch_rows=2, together=world > 1
     )
     generation = Task("gsm8k", str(write_jsonl(folder / "sums" / "test.jsonl", sums(3))))
-    scores = evaluate(model, words, [task, generation], batch_size=1, together=world > 1)
+    alike = write_jsonl(folder / "alike" / "test.jsonl", begun_alike(" ".join(tiny.WORDS[:34]), 3))
+    tasks = [task, Task("arc_challenge", str(alike)), generation]
+    scores = evaluate(model, words, tasks, batch_size=1, together=world > 1)
     return {
         "heldout": asdict(heldout),
         "scores": {name: asdict(score) for name, score in scores.items()},
