@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,8 +24,21 @@ NOISY_LOGGERS = (
 )
 
 
+AGENT_SECONDS = 60.0  # a head that has just started answers before it can start jobs
+
+
 class _Client(JobSubmissionClient):
-    """Ray's client with timeouts, of which it has none itself."""
+    """Ray's client with timeouts, of which it has none itself, and with patience with a head that has just started."""
+
+    def submit_job(self, **arguments: Any) -> str:
+        deadline = time.monotonic() + AGENT_SECONDS
+        while True:
+            try:
+                return super().submit_job(**arguments)
+            except RuntimeError as error:
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(1.0)
 
     def _do_request(self, method: str, endpoint: str, **arguments: Any) -> Any:
         # (connect, read) in seconds; the first request is always the one for the version

@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from minitron_platform.cluster import packaging
 from minitron_platform.cluster.job_start import JobNeeds, checked, entrypoint_for, resume
 from minitron_platform.cluster.job_start import submit_text as submit
 from minitron_platform.cluster.jobs import exit_code, logs, status, stop
+from minitron_platform.cluster.jobs_api import connect
 from minitron_platform.cluster.packaging import PACKAGES, code_hash, package_folder, stage_code
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -244,6 +246,36 @@ def test_a_head_that_is_down_or_does_not_answer_is_an_error(without_token: None)
         status(f"http://127.0.0.1:{free_ports(1)[0]}")
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(MinitronError, match="no answer"):
         status(f"http://127.0.0.1:{silent.getsockname()[1]}")
+
+
+def test_a_head_that_cannot_start_jobs_yet_is_asked_again(without_token: None) -> None:
+    answers = [
+        (500, "No available agent to submit job, please try again later.."),
+        (200, {"job_id": "first", "submission_id": "first"}),
+    ]
+
+    class Head(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._send(200, {"version": "4", "ray_version": ray.__version__, "ray_commit": "", "session_name": ""})
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self._send(*answers.pop(0))
+
+        def _send(self, code: int, content: object) -> None:
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write((content if isinstance(content, str) else json.dumps(content)).encode())
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Head) as head:
+        threading.Thread(target=head.serve_forever, daemon=True).start()
+        client = connect(f"http://127.0.0.1:{head.server_port}", insecure=False)
+        assert client.submit_job(entrypoint="true") == "first"
+        head.shutdown()
+    assert not answers
 
 
 @pytest.mark.parametrize("key", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "my_password", "RAY_AUTH_TOKEN"])
