@@ -13,7 +13,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from minitron_platform import load_recipe
 
-NODES = ("--nodes", "4", "--gpus", "8", "--image", "registry.example.com/minitron:0.3")
+NODES = ("--nodes", "4", "--gpus", "8", "--image", "registry.example.com/minitron:0.1")
 AWS = ("--cloud", "aws", "--region", "us-east-1")
 GCP = (
     "--cloud",

@@ -12,7 +12,7 @@ import yaml
 from helpers.command import minitron_here
 
 SCHEMAS = Path(__file__).parent / "schemas"
-CLUSTER = ("--nodes", "4", "--gpus", "8", "--image", "registry.example.com/minitron:0.3")
+CLUSTER = ("--nodes", "4", "--gpus", "8", "--image", "registry.example.com/minitron:0.1")
 JOB = ("--recipe", "minimal", "--storage", "s3://bucket/minitron", "--tracking-uri", "http://mlflow:5000")
 
 

@@ -119,7 +119,7 @@ def check_image(image: str) -> str:
     if not IMAGE.fullmatch(image):
         raise InputError(
             f"--image {image}: not the name of an image with its tag or digest",
-            "give it as registry.example.com/minitron:0.3, or with @sha256:…; clusters/docker builds one",
+            "give it as registry.example.com/minitron:0.1, or with @sha256:…; clusters/docker builds one",
         )
     if image.endswith(":latest"):
         raise InputError(
