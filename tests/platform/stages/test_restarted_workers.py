@@ -97,6 +97,21 @@ def test_a_training_whose_model_is_stored_does_not_train_again(tmp_path):
     assert not sent
 
 
+def test_a_training_says_which_step_it_saves_when_its_node_is_about_to_be_taken_away(material, tmp_path, capsys):
+    inputs = DistillInputs(str(material / "teacher"), "t", "float32", str(material / "rows"), "", "")
+    config = DistillConfig(steps=4, batch_rows=2, micro_batch_rows=2, warmup_steps=1, checkpoint_every=1000)
+    files = {name: str(tmp_path / name) for name in ("checkpoints", "curve", "result")}
+    task = TrainTask(inputs, config, Losses(logits="none", cross_entropy=1.0), **files, key="key")
+    steps = iter([False, True])
+    worker = Worker(0, 1, Console(), lambda event: None, is_leaving=lambda: next(steps, True))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        assert train(task, worker) is None
+    finally:
+        dist.destroy_process_group()
+    assert "a node is about to be taken away; step 2 is saved" in capsys.readouterr().out
+
+
 def test_a_student_whose_checkpoint_is_stored_is_not_pruned_again(tmp_path):
     with storage.committed_folder(str(tmp_path / "pruned")) as folder:
         (folder / "config.json").write_text("{}")
