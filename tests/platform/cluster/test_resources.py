@@ -17,6 +17,7 @@ from minitron import device
 from minitron.errors import InputError
 from minitron_platform import load_recipe, plan, run
 from minitron_platform.cluster import hardware, ray_session, room
+from minitron_platform.cluster.head_watch import HeadWatch
 from minitron_platform.recipes.resources import resolve
 from minitron_platform.stages import ray_start
 from minitron_platform.stages.search import Search
@@ -144,6 +145,8 @@ def test_on_a_cluster_with_gpus_models_compute_in_bfloat16_whatever_the_head_nod
     node = {"CPU": 8.0, "GPU": 1.0}
     monkeypatch.setattr(device, "_cpu_has_bfloat16", lambda: False)
     monkeypatch.setattr(ray_session, "ray_session", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(ray_session, "head_address", lambda address: address)  # Ray would start itself
+    monkeypatch.setattr(HeadWatch, "start", lambda self, address: None)
     monkeypatch.setattr(ray_start.RayStart, "computes_here", lambda self: True)  # there is no Ray
     monkeypatch.setattr(ray_start, "cluster_nodes", lambda: [node])
     monkeypatch.setattr(room, "cluster_nodes", lambda: [node])
