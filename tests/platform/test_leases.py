@@ -271,7 +271,7 @@ def test_heartbeats_continue_while_the_storage_server_is_unreachable_and_an_erro
         [sys.executable, "-c", OUTAGE], env={**environment(), "PYTHONPATH": paths}, capture_output=True, text=True
     )
     assert driver.returncode == 0, driver.stderr
-    assert "s3://bucket/x/leases/search: cannot be accessed (EndpointConnectionError" in driver.stdout
+    assert "s3://bucket/x/leases/search: the storage does not answer (EndpointConnectionError" in driver.stdout
     assert "the search: the lease was not released (s3://bucket/x/leases/search/00000001.end: cannot" in driver.stdout
 
 

@@ -57,18 +57,22 @@ def free_ports(count: int) -> list[str]:
     return ports
 
 
-# On a cluster's nodes Minitron is not installed, only what it needs: its code comes with the job.
+# On a cluster's nodes Minitron is not installed, only what it needs: its code comes with the job. Nor is what one extra brings.
 NOT_INSTALLED = """
 import importlib.metadata as metadata
 
-installed = metadata.distribution
+MISSING = ("minitron", "gcsfs")
+installed, all_installed = metadata.distribution, metadata.distributions
 
 def distribution(name):
-    if name == "minitron":
+    if name in MISSING:
         raise metadata.PackageNotFoundError(name)
     return installed(name)
 
-metadata.distribution = distribution
+def distributions(**context):
+    return (found for found in all_installed(**context) if found.name not in MISSING)
+
+metadata.distribution, metadata.distributions = distribution, distributions
 """
 
 
