@@ -20,7 +20,7 @@ from minitron_platform.recipes.load import check_recipe_type, recipe_yaml
 from minitron_platform.recipes.paths import with_absolute_paths
 from minitron_platform.recipes.schema import Recipe
 from minitron_platform.tracking.flusher import check_address
-from minitron_platform.uploads import check_uploads, with_uploads
+from minitron_platform.uploads import check_uploads, local_inputs, with_uploads
 
 
 def submit(
@@ -94,6 +94,11 @@ def submit(
         say(f"this machine cannot read {', '.join(unchecked)}; the job will check it")
     if upload:
         check_uploads(recipe)
+    elif not is_loopback(urlsplit(address).hostname) and (local := local_inputs(recipe)):
+        say(
+            f"note: {', '.join(local)} on this machine: every node of the cluster must have the same at that path; "
+            "--upload copies it to the storage"
+        )
     addresses = [
         locations.storage,
         tracking_uri or "",

@@ -32,6 +32,17 @@ def with_uploads(recipe: Recipe, root: str, say: Callable[[str], None]) -> Recip
     return Recipe.model_validate(values)
 
 
+def local_inputs(recipe: Recipe) -> list[str]:
+    """The keys and values of the recipe that are files or folders of this machine, without those inside installed packages."""
+    return [
+        f"{name}: {section[key]}"
+        for section, key, name in recipe_paths(recipe.model_dump(by_alias=True))
+        if not section[key].startswith(PACKAGE)
+        and storage.is_local(section[key])
+        and next(iglob(str(storage.local_path(section[key])), recursive=True), None)
+    ]
+
+
 def check_uploads(recipe: Recipe) -> None:
     """Raise InputError for a local path of the recipe that `with_uploads` would refuse."""
     for _ in _local_files(recipe.model_dump(by_alias=True)):

@@ -109,3 +109,20 @@ def test_a_link_out_of_a_folder_is_not_uploaded(bench, tmp_path, key):
     with pytest.raises(InputError, match=r"a link to .*id\.txt.* would be uploaded"):
         submit(recipe, address=NO_HEAD, storage_path=str(tmp_path / "runs"), upload=True, say=lambda line: None)
     assert "private key" not in {file.read_text(errors="replace") for file in tmp_path.glob("runs/**/*.*")}
+
+
+@pytest.mark.usefixtures("in_bench")
+def test_files_of_this_machine_that_another_one_needs_are_named_with_the_remedy(tmp_path):
+    said = []
+
+    def submitted(address, **options):
+        said.clear()
+        with pytest.raises(MinitronError):  # nobody answers there
+            submit(load_recipe("recipe.yaml"), address=address, say=said.append, env="as-is", **options)
+        return [line for line in said if "on this machine" in line]
+
+    there = {"storage_path": str(tmp_path), "tracking_uri": "https://mlflow.invalid"}
+    (line,) = submitted("https://head.invalid:8265", **there)
+    assert all(f"{key}: /" in line for key in ("teacher.model", "data.path", "evaluate.tasks.0.data"))
+    assert "--upload" in line
+    assert submitted(NO_HEAD, storage_path=str(tmp_path)) == []
