@@ -151,14 +151,10 @@ class KilledRun:
                 machines.kill_all()
                 machines.start()
                 self._start()
-            case "add":
+            case "add" | "join":
                 machines.add_node()
-                self.storage.go_on()
-            case (
-                "join"
-            ):  # as "add", and the controller of the workers sees the node before this checkpoint is committed
-                machines.add_node()
-                time.sleep(SEEN_SECONDS)
+                if kind == "join":  # the controller of the workers sees the node before this checkpoint is committed
+                    time.sleep(SEEN_SECONDS)
                 self.storage.go_on()
             case "drain":
                 drain(machines, machines.nodes[0])

@@ -208,9 +208,8 @@ def _sample(built: Any, sample: Mapping[str, Any], metric: str) -> Sample | None
         best = max(range(len(choices)), key=lambda number: answers[number][0] / max(1, lengths[number]))
         answer = choices[best]
     else:
-        texts = (
-            text for each in answers for text in (each if isinstance(each, list) else [each])
-        )  # HumanEval has lists
+        # HumanEval has lists
+        texts = (text for each in answers for text in (each if isinstance(each, list) else [each]))
         answer = "\n".join(map(str, texts))
     target = sample["target"]
     if scored and isinstance(target, int) and 0 <= target < len(requests):

@@ -10,6 +10,7 @@ import errno
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from minitron.errors import StorageError, one_line
 
@@ -26,21 +27,19 @@ NO_CREDENTIALS = {
     *("DefaultCredentialsError", "RefreshError", "CredentialUnavailableError"),
 }
 UNREACHABLE = {
-    *(
-        "EndpointConnectionError",
-        "ConnectTimeoutError",
-        "ReadTimeoutError",
-        "ConnectionClosedError",
-        "ServerTimeoutError",
-    ),
+    # botocore
+    *("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError"),
+    # aiohttp
     *(
         "ClientConnectorError",
         "ClientConnectorDNSError",
-        "ServiceRequestError",
-        "ServerDisconnectedError",
         "ClientOSError",
+        "ServerDisconnectedError",
+        "ServerTimeoutError",
     ),
-    *("ServiceResponseError", "ServiceRequestTimeoutError", "ServiceResponseTimeoutError", "TimeoutError"),
+    # azure.core
+    *("ServiceRequestError", "ServiceResponseError", "ServiceRequestTimeoutError", "ServiceResponseTimeoutError"),
+    "TimeoutError",
 }
 NO_BUCKET = {"NoSuchBucket", "ContainerNotFound"}
 OTHER_REGION = {
@@ -64,8 +63,9 @@ def storage_error(path: str, error: Exception) -> StorageError:
     return StorageError(f"{path}: {found.meaning} ({_short(error)})", found.remedy)
 
 
+@cache
 def quiet_drivers() -> None:
-    """Keep drivers from printing the traces of errors that they also raise."""
+    """Once in a process, keep drivers from printing the traces of errors that they also raise."""
     for name in ("gcsfs", "azure"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 

@@ -36,10 +36,8 @@ def local_inputs(recipe: Recipe) -> list[str]:
     """The keys and values of the recipe that are files or folders of this machine, without those inside installed packages."""
     return [
         f"{name}: {section[key]}"
-        for section, key, name in recipe_paths(recipe.model_dump(by_alias=True))
-        if not section[key].startswith(PACKAGE)
-        and storage.is_local(section[key])
-        and next(iglob(str(storage.local_path(section[key])), recursive=True), None)
+        for section, key, name, path in _local_paths(recipe.model_dump(by_alias=True))
+        if any(iglob(path, recursive=True))
     ]
 
 
@@ -51,10 +49,17 @@ def check_uploads(recipe: Recipe) -> None:
 
 def _local_files(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str, str, dict[str, Path]]]:
     """(section, key, its name, path inside the upload, local file by path inside it) of each local path that exists."""
+    for section, key, name, path in _local_paths(values):
+        if found := _files(path):
+            yield section, key, name, *found
+
+
+def _local_paths(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str, str]]:
+    """(section, key, its name, absolute path) of each local path, whether it exists or not."""
     for section, key, name in recipe_paths(values):
         text = section[key]
-        if not text.startswith(PACKAGE) and storage.is_local(text) and (found := _files(str(storage.local_path(text)))):
-            yield section, key, name, *found
+        if not text.startswith(PACKAGE) and storage.is_local(text):
+            yield section, key, name, str(storage.local_path(text))
 
 
 def _files(path: str) -> tuple[str, dict[str, Path]] | None:

@@ -12,6 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from helpers.serving import serving
+
 WIDTHS = (390, 768, 1400)
 SECONDS = 240.0  # until the browser has answered
 # A frame, because a window of Chromium has at least 500 pixels. What a frame prefers is the colour scheme of its element.
@@ -119,11 +121,5 @@ def _server(report: str) -> Iterator[tuple[str, queue.Queue[Any]]]:
         def log_message(self, *arguments: Any) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/", answers
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as server:
+        yield f"http://127.0.0.1:{server.server_port}/", answers

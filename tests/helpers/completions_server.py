@@ -9,7 +9,6 @@ import json
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -163,18 +162,6 @@ def vllm_command(folder: Path) -> Path:
     command.write_text(f'#!/bin/sh\n{told}\nexec {sys.executable} {__file__} "$@"\n')
     command.chmod(0o755)
     return command.parent
-
-
-@contextmanager
-def running(server: CompletionsServer) -> Iterator[CompletionsServer]:
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
+from helpers.serving import serving
+
 Fault = Literal["pass", "away", "lost", "500", "429", "404"]
 """away: the connection ends at once; lost: the server handles the request, but its answer gets lost; 404: a page of a proxy."""
 
@@ -87,7 +89,5 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def faulty_proxy(port: int) -> Iterator[FaultyProxy]:
     """A proxy in front of 127.0.0.1:`port`, which passes everything until it is told otherwise."""
-    with FaultyProxy(port) as proxy:
-        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    with serving(FaultyProxy(port)) as proxy:
         yield proxy
-        proxy.shutdown()

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from helpers.serving import serving
 
 
 class Hub(ThreadingHTTPServer):
@@ -105,11 +106,5 @@ def _mode(path: str) -> str:
 
 @contextmanager
 def hub_server() -> Iterator[Hub]:
-    with Hub() as hub:
-        thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
-            yield hub
-        finally:
-            hub.shutdown()
-            thread.join()
+    with serving(Hub()) as hub:
+        yield hub

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+
+from helpers.serving import serving
 
 
 class RefusingStore(ThreadingHTTPServer):
@@ -43,11 +44,5 @@ def refusing_store(status: int, body: str, **headers: str) -> Iterator[RefusingS
     server = RefusingStore(("127.0.0.1", 0), _Handler)
     server.status, server.body = status, body.encode()
     server.headers = {name.replace("_", "-"): value for name, value in headers.items()}
-    thread = Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with serving(server):
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

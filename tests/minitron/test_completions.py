@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from helpers.completions_server import CompletionsServer, canned, running
+from helpers.completions_server import CompletionsServer, canned
+from helpers.serving import serving
 
 from minitron.completions import Served, completed, model_names
 
@@ -20,7 +21,7 @@ from minitron.completions import Served, completed, model_names
 )
 def test_the_key_is_sent_without_encryption_to_loopback_addresses_alone(monkeypatch, listening, named, key):
     monkeypatch.setenv("OPENAI_API_KEY", "hunter2")
-    with running(CompletionsServer(canned, host=listening)) as server:
+    with serving(CompletionsServer(canned, host=listening)) as server:
         served = Served(server.url.replace(listening, named), "served")
         assert model_names(served.url) == ["served"]
         completed(served, {"prompt": "a"})

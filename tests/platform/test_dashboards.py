@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +16,7 @@ import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import Dashboard
 from helpers.command import minitron_here
+from helpers.serving import serving
 
 from minitron_platform.monitoring import METRICS, Monitor
 
@@ -95,11 +95,10 @@ class _Grafana(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def grafana():
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Grafana) as server:
-        server.taken = {}
-        threading.Thread(target=server.serve_forever).start()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Grafana)
+    server.taken = {}
+    with serving(server):
         yield server
-        server.shutdown()
 
 
 def test_the_dashboard_is_installed_in_a_grafana_that_knows_the_token(grafana, tmp_path, monkeypatch):

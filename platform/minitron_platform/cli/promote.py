@@ -87,6 +87,9 @@ def rollback(locations: Any, model: str, alias: str) -> None:
 
 
 def _print_promotion(promotion: Any) -> None:
-    moved = "is" if promotion.previous != promotion.version else "was already"
-    before = f" (was version {promotion.previous})" if promotion.previous and moved == "is" else ""
-    echo(f"{promotion.name}@{promotion.alias} {moved} version {promotion.version}{before}")
+    alias = f"{promotion.name}@{promotion.alias}"
+    if promotion.previous == promotion.version:
+        echo(f"{alias} was already version {promotion.version}")
+        return
+    before = f" (was version {promotion.previous})" if promotion.previous else ""
+    echo(f"{alias} is version {promotion.version}{before}")

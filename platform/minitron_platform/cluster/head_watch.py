@@ -21,9 +21,8 @@ from minitron_platform.addresses import answers
 from minitron_platform.console import Console, print_error
 from minitron_platform.fence import LeaseLostError
 
-RAY_SECONDS = (
-    "RAY_gcs_rpc_server_reconnect_timeout_s"  # environment variable: how long Ray waits for the head, 60 by default
-)
+RAY_SECONDS = "RAY_gcs_rpc_server_reconnect_timeout_s"
+"""Environment variable: how long Ray waits for the head, 60 by default."""
 LOOK_SECONDS = 2.0
 PATIENCE = 0.75  # share of Ray's wait after which the run ends; the rest is for its records
 MENTIONED = 0.15  # share of Ray's wait after which the user hears of it

@@ -22,8 +22,6 @@ NOISY_LOGGERS = (
     "ray.dashboard.modules.job.sdk",
     "ray._private.runtime_env.packaging",
 )
-
-
 AGENT_SECONDS = 60.0  # a head that has just started answers before it can start jobs
 
 

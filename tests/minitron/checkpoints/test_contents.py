@@ -7,13 +7,13 @@ import shutil
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from threading import Thread
 
 import pytest
 import torch
 from click.testing import CliRunner
 from helpers import tiny
 from helpers.command import environment
+from helpers.serving import serving
 from safetensors.torch import load_file, save_file
 
 from minitron.errors import InputError
@@ -381,15 +381,13 @@ def test_the_headers_of_a_hub_model_that_is_not_cached_are_read_from_the_hub(hub
         def log_message(self, *_):
             pass
 
-    with HTTPServer(("127.0.0.1", 0), Hub) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
+    with serving(HTTPServer(("127.0.0.1", 0), Hub)) as server:
         code = "from minitron.checkpoints.headers import hub_headers; print(*hub_headers('somebody/model', None))"
         address = f"http://127.0.0.1:{server.server_port}"
         variables = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(hub.parents[2])}
         read = subprocess.run(
             [sys.executable, "-c", code], env=environment() | variables, capture_output=True, text=True, timeout=120
         )
-        server.shutdown()
     assert sorted(read.stdout.split()) == sorted(load_file(remote / "model.safetensors")), read.stderr
     assert {name for name, _ in sent} == {"model.safetensors"}
     assert max(size for _, size in sent) < (remote / "model.safetensors").stat().st_size / 2

@@ -10,8 +10,9 @@ import jsonschema
 import pytest
 from helpers import tiny
 from helpers.command import minitron_here
-from helpers.completions_server import CompletionsServer, canned, completing, running, vllm_command
+from helpers.completions_server import CompletionsServer, canned, completing, vllm_command
 from helpers.evaluating import write_jsonl
+from helpers.serving import serving
 from transformers import AutoModelForCausalLM
 
 from minitron.checkpoints.identity import checkpoint_identity
@@ -138,7 +139,7 @@ def test_a_model_at_a_server_has_the_scores_that_it_has_in_memory(folder):
     )
     options = (*options, "--tokenizer", "random", "--samples", "4", "--out", "s.json")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "random").eval(), load_tokenizer(folder / "random")
-    with running(CompletionsServer(canned)) as server:
+    with serving(CompletionsServer(canned)) as server:
         server.completing = completing(model, tokenizer)
         done = minitron_here("evaluate", "random", server.url, *options, cwd=folder)
         assert done.returncode == 0, done.stderr

@@ -9,7 +9,8 @@ import jsonschema
 import pytest
 from helpers import tiny
 from helpers.command import minitron_here
-from helpers.completions_server import CompletionsServer, canned, of_model, running, vllm_command
+from helpers.completions_server import CompletionsServer, canned, of_model, vllm_command
+from helpers.serving import serving
 from transformers import AutoModelForCausalLM
 
 from minitron.throughput.result_file import SCHEMA
@@ -31,7 +32,7 @@ def folder(tmp_path_factory):
 def test_a_model_in_memory_and_one_at_a_server_are_measured_in_turns(folder):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "model").eval(), tiny.tokenizer()
     options = ("--shapes", "20/4,5/1", "--batch", "1,3", "--rounds", "3", "--dtype", "float32", "--out", "speed.json")
-    with running(CompletionsServer(of_model(model, tokenizer))) as server:
+    with serving(CompletionsServer(of_model(model, tokenizer))) as server:
         done = minitron_here("throughput", "model", server.url, *options, cwd=folder)
     assert done.returncode == 0, done.stderr
     content = json.loads((folder / "speed.json").read_text())
@@ -98,7 +99,7 @@ def test_vllm_serves_each_model_by_its_command_in_turns_with_transformers_and_en
 
 def test_a_server_without_further_fields_is_measured_and_short_answers_are_pointed_out(folder, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "not-a-secret")
-    with running(CompletionsServer(canned)) as server:
+    with serving(CompletionsServer(canned)) as server:
         server.known = FIELDS
         options = ("--shapes", "8/16", "--rounds", "1")
         done = minitron_here("throughput", f"{server.url}#served", *options, cwd=folder)
@@ -110,7 +111,7 @@ def test_a_server_without_further_fields_is_measured_and_short_answers_are_point
         assert "its answers do not say how many tokens they have" in uncounted.stderr
         unknown = minitron_here("throughput", f"{server.url}#other", *options, cwd=folder)
         assert "the server answered 404" in unknown.stderr
-        with running(CompletionsServer(canned)) as elsewhere:
+        with serving(CompletionsServer(canned)) as elsewhere:
             server.redirect_to = f"{elsewhere.url}/completions"
             moved = minitron_here("throughput", f"{server.url}#served", *options, cwd=folder)
             assert "the server answered 307" in moved.stderr

@@ -27,6 +27,7 @@ import ray
 import s3fs
 from helpers.command import run_minitron
 from helpers.s3_server import s3_server
+from helpers.serving import serving
 
 from minitron.errors import InputError, MinitronError
 from minitron_platform.cluster import packaging
@@ -274,11 +275,9 @@ def test_a_head_that_cannot_start_jobs_yet_is_asked_again(without_token: None) -
         def log_message(self, format: str, *arguments: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Head) as head:
-        threading.Thread(target=head.serve_forever, daemon=True).start()
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Head)) as head:
         client = connect(f"http://127.0.0.1:{head.server_port}", insecure=False)
         assert client.submit_job(entrypoint="true") == "first"
-        head.shutdown()
     assert not answers
 
 

@@ -7,12 +7,12 @@ import re
 import shutil
 import sqlite3
 import sys
-import threading
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 from helpers.mlflow_server import free_port
+from helpers.serving import serving
 
 from minitron.errors import InputError, MinitronError, StorageError
 from minitron_platform import load_recipe, plan
@@ -118,10 +118,8 @@ def guarded():
         def log_message(self, *_):
             pass
 
-    with http.server.HTTPServer(("127.0.0.1", 0), Refuses) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serving(http.server.HTTPServer(("127.0.0.1", 0), Refuses)) as server:
         yield f"http://user:secret@127.0.0.1:{server.server_port}"
-        server.shutdown()
 
 
 @pytest.mark.parametrize(
