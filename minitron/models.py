@@ -240,6 +240,29 @@ def source_tokenizer(source: str, revision: str | None = None) -> Any:
     return read_tokenizer(folder, source, **arguments)
 
 
+def source_folder(source: str, revision: str | None = None) -> str:
+    """The local folder of a model source; that of a hub name is downloaded. Raises InputError for a GGUF file."""
+    check_source(source)
+    folder, arguments = _arguments(source, revision)
+    if "gguf_file" in arguments:
+        raise InputError(
+            f"{source}: a GGUF file cannot be split over several GPUs, and it does not fit on one",
+            "give the model as a folder of safetensors",
+        )
+    if is_local_source(folder):
+        return folder
+    from huggingface_hub import snapshot_download
+
+    return str(
+        snapshot_download(
+            folder,
+            revision=revision,
+            allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.model"],
+            local_files_only=arguments.get("local_files_only", False),
+        )
+    )
+
+
 def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """Write a transformers checkpoint to `folder`: config, safetensors, tokenizer."""
     check_model("model", model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from minitron.device import device
 from minitron.distill.sharding import shard_teacher_
 from minitron.meta_models import open_model, read_
-from minitron.models import load_model, source_architecture
+from minitron.models import load_model, load_source, source_architecture, source_folder, source_tokenizer
 from minitron.processes import largest, world_size
 
 FREE_SHARE = 0.8
@@ -47,3 +48,17 @@ def load_together(folder: str | Path, dtype: torch.dtype) -> nn.Module:
     """The model of a local checkpoint folder in eval mode on `minitron.device.device()`, whole if it fits and otherwise as
     `load_split` loads it. All processes of torch.distributed call this alike."""
     return load_model(folder, dtype).to(device()) if fit_whole([folder], dtype) else load_split(folder, dtype)
+
+
+def load_source_together(source: str, dtype: torch.dtype, *, together: bool) -> tuple[nn.Module, Any]:
+    """The model, in eval mode on `minitron.device.device()`, and the tokenizer of a model source.
+
+    together: whether all processes of torch.distributed call this alike; the model is then split over them if it does not fit
+    on each one's GPU.
+
+    Raises InputError as `minitron.models.load_source` does, and for a GGUF file that does not fit.
+    """
+    if together and not fit_whole([source], dtype):
+        return load_split(source_folder(source), dtype), source_tokenizer(source)
+    model, tokenizer = load_source(source, dtype=dtype)
+    return model.to(device()).eval(), tokenizer

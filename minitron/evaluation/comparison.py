@@ -74,7 +74,7 @@ def setting_notes(results: Sequence[ModelResults]) -> list[str]:
     for other in others:
         tasks = [task for task in reference.tasks if task in other.tasks]
         templated = [task for task in tasks if _templated(other, task)]
-        pairs = [("dtype", reference.dtype, other.dtype), ("device", reference.device, other.device)]
+        pairs = [(name, getattr(reference, name), getattr(other, name)) for name in ("dtype", "device", "engine")]
         pairs += [
             (f"{name} version", reference.versions.get(name, ""), other.versions.get(name, ""))
             for name in ("lm_eval", "transformers")

@@ -39,6 +39,8 @@ class ModelResults:
     tasks: dict[str, Evaluated] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     """Reason by task."""
+    engine: str = ""
+    """What computed its answers: transformers, vllm, or server; empty in results of earlier versions."""
     chat_template: str | None = None
     """Hash of its tokenizer's chat template, 16 hexadecimal digits; None without one, and in results of earlier versions."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)

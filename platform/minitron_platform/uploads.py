@@ -25,11 +25,23 @@ def with_uploads(recipe: Recipe, root: str, say: Callable[[str], None]) -> Recip
     """
     values = recipe.model_dump(by_alias=True)
     for section, key, name, inner, files in _local_files(values):
-        size = sum(path.stat().st_size for path in files.values())
-        say(f"uploading {name}: {section[key]}, {len(files)} file{'s' if len(files) > 1 else ''}, {size / 1e6:,.1f} MB")
-        folder = storage.upload_files(files, storage.join(root, "uploads"))
-        section[key] = storage.join(folder, inner)
+        section[key] = _uploaded(f"{name}: {section[key]}", inner, files, root, say)
     return Recipe.model_validate(values)
+
+
+def with_upload(path: str, name: str, root: str, say: Callable[[str], None]) -> str:
+    """The address of a copy of a local file or folder, as `with_uploads` makes them; `path` itself if it is not one of this
+    machine. name: for messages."""
+    if path.startswith(PACKAGE) or not storage.is_local(path):
+        return path
+    found = _files(str(storage.local_path(path)))
+    return path if found is None else _uploaded(f"{name}: {path}", *found, root, say)
+
+
+def _uploaded(title: str, inner: str, files: dict[str, Path], root: str, say: Callable[[str], None]) -> str:
+    size = sum(path.stat().st_size for path in files.values())
+    say(f"uploading {title}, {len(files)} file{'s' if len(files) > 1 else ''}, {size / 1e6:,.1f} MB")
+    return storage.join(storage.upload_files(files, storage.join(root, "uploads")), inner)
 
 
 def local_inputs(recipe: Recipe) -> list[str]:

@@ -1,4 +1,4 @@
-"""`minitron evaluate`: benchmark scores of models on this machine."""
+"""`minitron evaluate`: benchmark scores of models, on this machine, a cluster, or at a server."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from rich.markup import escape
 from minitron.errors import InputError
 from minitron_platform.cli.model_sources import MODEL_HELP, SERVER_HELP, dtype_option, engine_option, is_registered
 from minitron_platform.cli.options import tracking_options
+from minitron_platform.cli.program import command_line
 from minitron_platform.console import Console
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from minitron.evaluation import Task
     from minitron_platform.locations import Locations
 
 DEFAULT_SUITE = "quick"
+UPLOAD_MODELS_HELP = "Copy local models and documents to the storage first, for nodes that do not have them."
 SHOWN_CHARACTERS = 1_000  # of a prompt or an answer in the terminal
 
 
@@ -41,6 +45,14 @@ SHOWN_CHARACTERS = 1_000  # of a prompt or an answer in the terminal
 @click.option("--batch-rows", type=click.IntRange(1), metavar="N", help="Requests in a batch. [default: chosen]")
 @click.option("--tokenizer", metavar="DIR", help="Tokenizer of models at a server: a checkpoint folder or hub name.")
 @click.option("--plan", "plan_only", is_flag=True, help="Only check that the tasks can run.")
+@click.option("--address", metavar="ADDRESS", help="Address of a running Ray cluster. [default: this machine]")
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Processes that share the documents. [default: one per GPU, one without GPUs]",
+)
+@click.option("--upload", is_flag=True, help=UPLOAD_MODELS_HELP)
 @engine_option
 @dtype_option
 @tracking_options
@@ -58,17 +70,22 @@ def evaluate(
     batch_rows: int | None,
     tokenizer: str | None,
     plan_only: bool,
+    address: str | None,
+    workers: int | None,
+    upload: bool,
     engine: str,
     dtype: str,
 ) -> None:
-    """Score models on benchmarks, on this machine or at a server.
+    """Score models on benchmarks, on this machine, on a cluster, or at a server.
 
     Answers are kept in the storage: an evaluation that was stopped is resumed, and a repeated one computes nothing again.
+    Several workers give the scores of one.
 
     \b
     minitron evaluate ./student --suite minitron-base --data benchmarks --allow-code --out student.json
     minitron evaluate ./teacher ./student --tasks hellaswag:10,arc_challenge:25 --limit 500
     minitron evaluate smollm2-90m@champion --samples 5
+    minitron evaluate s3://bucket/student --address auto --workers 8 --storage s3://bucket/runs
     """
     from minitron import storage
     from minitron.evaluation.result_file import results_json
@@ -82,15 +99,21 @@ def evaluate(
     )
     if len(set(models)) < len(models):
         raise InputError("MODEL: one is given twice", "give each once")
-    console = Console()
+    if engine != "transformers" and (workers or address):
+        raise InputError(f"--engine {engine}: it has no workers", "leave out --workers and --address")
+    console = Console(command_line())
     _check(models, wanted, tokenizer)
     console.say(f"{len(wanted)} tasks: {escape(', '.join(task.key for task in wanted))}")
     if plan_only:
         return
     from minitron_platform.cli.scoring import Scoring
+    from minitron_platform.cluster.own_workers import own_workers
 
-    scoring = Scoring(console, wanted, locations, dtype, batch_rows, samples, tokenizer, engine)
-    results = [scoring.score(model) for model in models]
+    if upload:
+        wanted = _uploaded(wanted, locations.storage, lambda line: console.say(escape(line)))
+    with own_workers(console, locations.storage, address=address, count=workers) as group:
+        scoring = Scoring(console, group, wanted, locations, upload, dtype, batch_rows, samples, tokenizer, engine)
+        results = [scoring.score(model) for model in models]
     from minitron_platform.cli.evaluation_tables import sample_lines, score_table
 
     console.table(score_table(results))
@@ -116,6 +139,7 @@ def requested_tasks(
     """The tasks of a suite, or those that `tasks` lists as NAME or NAME:SHOTS. Raises InputError for another list."""
     from minitron.evaluation import Task
     from minitron.evaluation.suites import folder_of, settings_of
+    from minitron_platform.recipes.paths import absolute
 
     entries: list[dict[str, Any]] = settings_of(suite) if suite else [_entry(each) for each in (tasks or "").split(",")]
     made: list[Task] = []
@@ -127,8 +151,22 @@ def requested_tasks(
             **({} if limit is None else {"limit": int(limit) if limit >= 1 and limit % 1 == 0 else limit}),
         }
         documents = None if data is None else folder_of(data, entry["name"])
-        made.append(Task(**settings, data=documents, folder=folder, allow_code=allow_code, label=label))
+        made.append(Task(**settings, data=documents, folder=absolute(folder), allow_code=allow_code, label=label))
     return tuple(made)
+
+
+def _uploaded(tasks: tuple[Task, ...], root: str, say: Callable[[str], None]) -> tuple[Task, ...]:
+    """The tasks with their local documents and definitions copied to the storage."""
+    from dataclasses import replace
+
+    from minitron_platform.uploads import with_upload
+
+    copies = {
+        path: with_upload(path, "tasks", root, say) for task in tasks for path in (task.data, task.folder) if path
+    }
+    return tuple(
+        replace(task, data=copies.get(task.data or ""), folder=copies.get(task.folder or "")) for task in tasks
+    )
 
 
 def _entry(text: str) -> dict[str, Any]:

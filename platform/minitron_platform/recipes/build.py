@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minitron import storage
 from minitron.architecture import Architecture
 from minitron.attention import chosen_kernel
 from minitron.data import DocumentTokens, TextSource
@@ -23,10 +22,10 @@ from minitron.distill.fitting import CHOSEN
 from minitron.distill.losses import mapped_layers
 from minitron.evaluation import Task
 from minitron.importance import LayerScoring
-from minitron.packages import PACKAGE
 from minitron.pruning.source import PruningSource, Recalibration
 from minitron_platform.recipes import schema
 from minitron_platform.recipes.keys import named_by_key
+from minitron_platform.recipes.paths import absolute
 from minitron_search.halving import Halving
 from minitron_search.limits import Limits
 
@@ -109,7 +108,7 @@ def lm_eval_tasks(
 def worker_tasks(evaluate: schema.Evaluate) -> tuple[Task, ...]:
     """The benchmarks to run in Ray's workers: with absolute paths, because workers have working directories of their own."""
     tasks = lm_eval_tasks(evaluate.tasks, evaluate.allow_code, evaluate.task_folder)
-    return tuple(replace(task, data=_absolute(task.data), folder=_absolute(task.folder)) for task in tasks)
+    return tuple(replace(task, data=absolute(task.data), folder=absolute(task.folder)) for task in tasks)
 
 
 def training_tasks(evaluate: schema.Evaluate) -> tuple[Task, ...]:
@@ -121,10 +120,6 @@ def training_tasks(evaluate: schema.Evaluate) -> tuple[Task, ...]:
         replace(task, limit=most if task.limit is None or task.limit < 1 else min(most, task.limit))
         for task in worker_tasks(evaluate)
     )
-
-
-def _absolute(path: str | None) -> str | None:
-    return path if path is None or path.startswith(PACKAGE) else storage.absolute(path)
 
 
 def layer_scoring(calibrate: schema.Calibrate, num_layers: int, depths: Collection[int]) -> LayerScoring:

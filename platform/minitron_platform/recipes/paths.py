@@ -7,6 +7,7 @@ from glob import has_magic, iglob
 from pathlib import Path
 from typing import Any
 
+from minitron import storage
 from minitron.errors import InputError
 from minitron.packages import PACKAGE
 from minitron.storage import is_local, local_path
@@ -21,6 +22,11 @@ PATHS = (
 )
 TEXTS = ("data", "sources")  # each with a key `path`
 TASKS = (("calibrate", "task"), ("search", "evaluate", "tasks"), ("evaluate", "tasks"))  # each with a key `data`
+
+
+def absolute(path: str | None) -> str | None:
+    """A path that does not depend on the working directory, for processes with another one."""
+    return path if path is None or path.startswith(PACKAGE) else storage.absolute(path)
 
 
 def anchor_paths(values: dict[str, Any], folder: Path, source: str) -> None:

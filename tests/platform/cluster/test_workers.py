@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import signal
@@ -17,11 +18,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.cluster import two_nodes
+from helpers.command import minitron_here
+from helpers.evaluating import write_jsonl
 from ray import cloudpickle
 from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
 from ray.experimental import internal_kv
 
 from minitron.errors import InputError, MinitronError
+from minitron.evaluation.result_file import read_results
 from minitron_platform.cluster import watch
 from minitron_platform.cluster.watch import ClusterWatch
 from minitron_platform.console import Console
@@ -147,6 +151,30 @@ def test_an_error_of_the_input_is_not_tried_again(cluster, tmp_path):
         group.run(fail, Job(str(tmp_path), "input"), lambda event: None, everywhere=False)
     assert len(list(tmp_path.glob("attempt-*"))) == 1
     group.close()
+
+
+def test_models_are_evaluated_by_the_workers_of_a_cluster_as_by_one_process(cluster, bench, tmp_path, monkeypatch):
+    lines = [json.loads(line) for line in (bench / "arc.jsonl").read_text().splitlines()]
+    for split in ("train", "test"):
+        write_jsonl(tmp_path / f"data/arc_easy/{split}.jsonl", lines)
+    command = ("evaluate", bench / "teacher", "--tasks", "arc_easy:2", "--data", "data", "--dtype", "float32")
+    alone = minitron_here(*command, "--storage", "alone", "--out", "alone.json", cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+
+    def fail(*_, **__):
+        raise AssertionError("computed in the driver")
+
+    monkeypatch.setattr("minitron.evaluation.continuations._hidden", fail)
+    there = ("--address", "auto", "--storage", "there", "--upload")
+    done = minitron_here(*command, *there, "--workers", "2", "--out", "there.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "uploading model: " in done.stdout
+    assert [folder.name for folder in (tmp_path / "there").iterdir()] == ["answers", "uploads"]
+    (one,), (other,) = (read_results(str(tmp_path / name)) for name in ("alone.json", "there.json"))
+    assert (one.tasks, one.identity, one.engine) == (other.tasks, other.identity, "transformers")
+
+    many = minitron_here(*command, *there, "--workers", "9", cwd=tmp_path)
+    assert (many.returncode, "--workers: 9 need 9 CPUs together, and there are " in many.stderr) == (2, True)
 
 
 def test_a_plan_counts_the_nodes_of_a_cluster_and_those_that_its_autoscaler_may_start(cluster, bench, tmp_path):
