@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from minitron.errors import InputError
 from minitron.storage import redact
+from minitron_platform.cli.models_add import add
 from minitron_platform.cli.models_delete import delete
 from minitron_platform.cli.models_diff import diff
 from minitron_platform.cli.models_push import push
@@ -54,7 +55,8 @@ def models(locations: Any) -> None:
     console.table(table)
     for row in versions:
         aliases = f" ({', '.join(row.aliases)})" if row.aliases else ""
-        console.say(escape(f"{row.name} {row.version}{aliases}: {row.source}"))
+        origin = f", {row.made_from}" if row.made_from else ""
+        console.say(escape(f"{row.name} {row.version}{aliases}{origin}: {row.source}"))
         if row.tasks:
             console.say(escape(f"  {' · '.join(f'{task} {score}' for task, score in row.tasks.items())}"))
 
@@ -92,6 +94,7 @@ def pull(locations: Any, model: str, folder: str, version: str | None, unverifie
     echo(f"{name} version {pulled}, verified, is in {folder}")
 
 
+models.add_command(add)
 models.add_command(show)
 models.add_command(diff)
 models.add_command(delete)

@@ -53,7 +53,7 @@ def _settings(version: Any, storage_root: str) -> dict[str, str]:
             values |= _flat(json.loads(version.tags.get(tag, "{}")), tag.removeprefix("minitron."))
         except ValueError:
             values[tag] = version.tags[tag]
-    for tag in ("parameters", "tokens", "teacher", "teacher_corrected", "cut_from", "data", "version"):
+    for tag in ("parameters", "tokens", "teacher", "teacher_corrected", "cut_from", "kind", "data", "version"):
         if (text := version.tags.get(f"minitron.{tag}")) is not None:
             values[tag] = f"{int(text):,}" if text.isdecimal() else text
     return values | _flat(_recipe(version, storage_root), "recipe")

@@ -29,7 +29,7 @@ def show(locations: Any, model: str) -> None:
         version_named,
         versions_of,
     )
-    from minitron_platform.tracking.lineage import lineage, title
+    from minitron_platform.tracking.lineage import described, lineage, title
     from minitron_platform.tracking.registry import listed_location
     from minitron_platform.tracking.version_figures import figures_of, number_in
 
@@ -49,7 +49,7 @@ def show(locations: Any, model: str) -> None:
     _show_figures(console, figures_of(version))
     found = lineage(version, every)
     console.say("\nlineage")
-    _show_tree(console, [*found.origins, f"{title(version)}  <- this one"], found.descendants)
+    _show_tree(console, [*found.origins, f"{described(version)}  <- this one"], found.descendants)
     for tag in sorted(version.tags):
         if tag.startswith(PROMOTED_TAG):
             console.say(escape(f"promoted to {tag.removeprefix(PROMOTED_TAG)}: {_promotion(version.tags[tag])}"))
@@ -69,7 +69,8 @@ def _show_figures(console: Console, figures: Any) -> None:
 
     if figures is None:
         return
-    columns = {"version": figures.student, **({} if figures.teacher is None else {"teacher": figures.teacher})}
+    others = {"parent": figures.parent, "teacher": figures.teacher}
+    columns = {"version": figures.student, **{name: each for name, each in others.items() if each is not None}}
     table = Table()
     for title in ("", *columns):
         table.add_column(title)

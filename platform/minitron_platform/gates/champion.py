@@ -7,6 +7,8 @@ from typing import Any
 from minitron.evaluation.metrics import KL, LOSS
 from minitron_platform.gates.gate import Subject, Verdict
 from minitron_platform.gates.paired import Worse, worse_rows, worse_task
+from minitron_platform.tracking import lineage
+from minitron_platform.tracking.variant_tags import PARENT_TAG, kind_of
 from minitron_platform.tracking.version_figures import VersionFigures, figures_of
 
 ROWS_TAGS = ("minitron.data_sha256", "minitron.teacher_sha256", "minitron.teacher_corrected")
@@ -15,6 +17,8 @@ ROWS_TAGS = ("minitron.data_sha256", "minitron.teacher_sha256", "minitron.teache
 def champion(subject: Subject) -> list[Verdict]:
     if subject.champion is None:
         return []
+    if kind_of(subject.version) is not None and subject.version.tags.get(PARENT_TAG) == lineage.title(subject.champion):
+        return []  # the gate of the parent judges by the same figures
     title = f"against version {subject.champion.version}"
     mine, theirs = subject.figures, figures_of(subject.champion)
     if mine is None or theirs is None:
@@ -25,7 +29,8 @@ def champion(subject: Subject) -> list[Verdict]:
     if not _same_rows(subject.version, subject.champion, mine, theirs):
         verdicts.append(Verdict(f"KL and loss {title}", "unknown", "measured on other rows or with another teacher"))
     else:
-        for name, metric in (("kl", KL), ("loss", LOSS)):
+        aligned = kind_of(subject.version) == "aligned"  # it departs from the teacher on purpose
+        for name, metric in (*([] if aligned else [("kl", KL)]), ("loss", LOSS)):
             mean, other = getattr(mine.student, name), getattr(theirs.student, name)
             if mean is not None and other is not None:
                 worse = worse_rows(name, mean, other, *documents)

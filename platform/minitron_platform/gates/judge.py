@@ -19,13 +19,14 @@ from minitron_platform.gates.gate import Gate, Subject, Verdict
 from minitron_platform.gates.latency import latency
 from minitron_platform.gates.loads import loads
 from minitron_platform.gates.memory import memory
+from minitron_platform.gates.parent import parent
 from minitron_platform.gates.size import size
 from minitron_platform.gates.teacher import teacher
 from minitron_platform.recipes.schema import Gates
 
 log = logging.getLogger(__name__)
 
-GATES: tuple[Gate, ...] = (loads, size, memory, latency, card, teacher, champion)
+GATES: tuple[Gate, ...] = (loads, size, memory, latency, card, teacher, parent, champion)
 GATES_TAG = "minitron.gates"  # of a version: the recipe's `register.gates`, JSON
 PROMOTED_TAG = "minitron.promoted."  # followed by the alias: who promoted it, when, why and what the gates said, JSON
 REPEATS = 5  # timed prompts

@@ -5,15 +5,19 @@ from __future__ import annotations
 from minitron.evaluation.metrics import KL, LOSS
 from minitron_platform.gates.gate import Status, Subject, Verdict, at_most
 from minitron_platform.gates.paired import worse_rows, worse_task
+from minitron_platform.tracking.variant_tags import kind_of
 from minitron_platform.tracking.version_figures import VersionFigures
 
 
 def teacher(subject: Subject) -> list[Verdict]:
     figures = subject.figures
+    variant = kind_of(subject.version) is not None
     if figures is None:
-        return [Verdict("quality", "unknown", "no figures are recorded")]
+        return [] if variant else [Verdict("quality", "unknown", "no figures are recorded")]
     student = figures.student
     verdicts = [Verdict(task, "failed", f"failed: {why}"[:300], "scored") for task, why in student.failures.items()]
+    if variant:  # is judged against its parent
+        return verdicts
     if subject.settings.max_kl is not None:
         if student.kl is None:
             verdicts.append(Verdict(KL.name, "unknown", "not recorded", f"at most {KL.text(subject.settings.max_kl)}"))

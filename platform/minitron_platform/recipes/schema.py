@@ -373,19 +373,23 @@ class Evaluate(_Grown):
         return expanded(values)
 
 
-class Gates(_Section):
+class Gates(_Grown):
     """What a version must fulfil before `minitron promote` points an alias at it, besides the gates that always apply.
 
     KL to the teacher, and by how much its loss may be higher than the teacher's, in nats per token; by how much its
     benchmarks may be worse than the teacher's, in their own scale (0.05 is 5 points of accuracy); by how much KL and loss may
-    be worse than those of the version that is replaced; size, bytes of the weights, milliseconds to the token after a prompt of
+    be worse than those of the version that is replaced, and how much those of an aligned or quantised variant may be worse than
+    those of the version that it was made from; size, bytes of the weights, milliseconds to the token after a prompt of
     `latency_tokens`, on the machine that promotes; whether it must have a model card with a licence.
     """
+
+    added = ("variant_tolerance",)
 
     max_kl: Nats | None = None
     max_loss_increase: Nats | None = None
     max_task_loss: Weight | None = None
     tolerance: Nats = 0.01
+    variant_tolerance: Nats = 0.1
     max_parameters: ModelSize | None = None
     max_memory_bytes: Limit | None = None
     max_latency_ms: Limit | None = None

@@ -157,7 +157,7 @@ class Evaluate(Stage[EvaluateOutput]):
         }
         stored = {name: _quality_path(context, name, folder) for name in MODELS}
         speeds = storage.join(folder, "throughput.json") if context.recipe.evaluate.throughput else None
-        evaluation = _Evaluation(
+        evaluation = Evaluation(
             inputs=distill_inputs(context),
             tokenizer=context.output(Teacher).folder,
             models=folders,
@@ -175,7 +175,7 @@ class Evaluate(Stage[EvaluateOutput]):
         measured = storage.read_json(speeds) if speeds else {}
         table = {}
         for name in MODELS:
-            quality = _read_quality(stored[name])
+            quality = read_quality(stored[name])
             assert quality is not None
             # a pruned student and what it is distilled to have the same shapes
             speed = measured.get(name) or measured.get("distilled", {})
@@ -252,7 +252,9 @@ def _quality_path(context: Context, name: str, folder: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Evaluation:
+class Evaluation:
+    """What is to be measured of which models, and where it is stored."""
+
     inputs: DistillInputs
     tokenizer: str
     """Checkpoint folder of the tokenizer."""
@@ -295,15 +297,15 @@ class Finished(BaseModel):
     timed: bool
 
     @classmethod
-    def of(cls, task: _Evaluation, *, together: bool = False) -> Finished:
+    def of(cls, task: Evaluation, *, together: bool = False) -> Finished:
         """What the first process sees, in all that work `together`: a worker of an earlier driver may still write there,
         and they must measure a model together or not at all."""
         content = json.dumps(cls._seen(task).model_dump(mode="json")) if own_rank(together) == 0 else ""
         return cls.model_validate(json.loads(from_first(content.encode(), together)))
 
     @classmethod
-    def _seen(cls, task: _Evaluation) -> Finished:
-        read = {name: _read_quality(path) for name, path in task.stored.items()}
+    def _seen(cls, task: Evaluation) -> Finished:
+        read = {name: read_quality(path) for name, path in task.stored.items()}
         return cls(
             qualities={name: quality for name, quality in read.items() if quality is not None},
             completed=[name for name, path in task.completed.items() if task.prompts and storage.exists(path)],
@@ -314,19 +316,19 @@ class Finished(BaseModel):
         """Whether the held-out metrics and all benchmarks of a model are stored."""
         return name in self.qualities and all(task.key in self.qualities[name].tasks for task in tasks)
 
-    def is_everything(self, task: _Evaluation) -> bool:
+    def is_everything(self, task: Evaluation) -> bool:
         """Whether nothing remains to be measured."""
         completed = not task.prompts or len(self.completed) == len(task.completed)
         timed = task.speeds is None or self.timed
         return completed and timed and all(self.has_scores(name, task.tasks) for name in task.stored)
 
 
-def _evaluate(task: _Evaluation, worker: Worker) -> None:
+def _evaluate(task: Evaluation, worker: Worker) -> None:
     """Measure what is not stored yet: one model after the other, by all processes together, then the throughputs."""
     finished = Finished.of(task, together=worker.count > 1)
-    for name, path in task.stored.items():
+    for name in task.stored:
         if not finished.has_scores(name, task.tasks):
-            _measure(task, worker, name, path, finished.qualities.get(name))
+            _load_and_measure(task, worker, name, finished.qualities.get(name))
             release_memory()
         if task.prompts and name not in finished.completed:
             _complete(task, worker, name)
@@ -335,7 +337,7 @@ def _evaluate(task: _Evaluation, worker: Worker) -> None:
         _measure_speeds(task, task.speeds, worker)
 
 
-def _measure_speeds(task: _Evaluation, path: str, worker: Worker) -> None:
+def _measure_speeds(task: Evaluation, path: str, worker: Worker) -> None:
     """Measure the throughputs, in the first process; in all of them if a model does not fit on a GPU."""
     worker.progress.status("measuring throughput")
     names = ("teacher", "distilled")
@@ -350,7 +352,7 @@ def _measure_speeds(task: _Evaluation, path: str, worker: Worker) -> None:
         storage.write_json(path, {name: asdict(speed) for name, speed in speeds.items()})
 
 
-def _complete(task: _Evaluation, worker: Worker, name: str) -> None:
+def _complete(task: Evaluation, worker: Worker, name: str) -> None:
     """Write how model `name` continues the prompts."""
     from minitron.evaluation.generation import Sampling, complete
 
@@ -366,14 +368,18 @@ def _complete(task: _Evaluation, worker: Worker, name: str) -> None:
         storage.write_json(task.completed[name], texts)
 
 
-def _measure(task: _Evaluation, worker: Worker, name: str, path: str, quality: Quality | None) -> None:
-    """Held-out metrics and benchmark scores of model `name` into the file `path`. quality: what is stored already, which is
-    not measured again."""
+def _load_and_measure(task: Evaluation, worker: Worker, name: str, quality: Quality | None) -> None:
+    worker.progress.status(f"loading the {name} model")
+    measure(task, worker, name, task.load(worker, name), quality)
+
+
+def measure(task: Evaluation, worker: Worker, name: str, model: nn.Module, quality: Quality | None) -> Quality:
+    """Held-out metrics and benchmark scores of a loaded model, which are stored in `task.stored[name]`, too. quality: what is
+    stored already, which is not measured again."""
     from minitron.evaluation import evaluate_documents  # imports lm-eval
     from minitron.evaluation.answers import AnswerStore
 
-    worker.progress.status(f"loading the {name} model")
-    model = task.load(worker, name)
+    path = task.stored[name]
     together = worker.count > 1
     results = []  # for the user
     if quality is None:
@@ -421,10 +427,12 @@ def _measure(task: _Evaluation, worker: Worker, name: str, path: str, quality: Q
             add_tasks(documents_path(path), evaluated)
             storage.write_json(path, quality.model_dump(mode="json"))
         results += [f"{benchmark} {score.sentence}" for benchmark, score in scores.items()]
-    worker.progress.say(f"  {name}: {escape(' · '.join(results))}")
+    if results:
+        worker.progress.say(f"  {name}: {escape(' · '.join(results))}")
+    return quality
 
 
-def _read_quality(path: str) -> Quality | None:
+def read_quality(path: str) -> Quality | None:
     """The stored measurements; None if there are none, or if an earlier version stored fewer metrics."""
     if not storage.exists(path):
         return None

@@ -28,6 +28,7 @@ from minitron_platform.tracking import registry
 from minitron_platform.tracking.flusher import sqlite_path
 from minitron_platform.tracking.logged_models import ModelFigures
 from minitron_platform.tracking.registry import TASK_TAG
+from minitron_platform.tracking.variant_tags import PARENT_TAG
 from minitron_platform.tracking.version_figures import FIGURES_TAG, Measured, VersionFigures
 from minitron_platform.tracking.version_weights import CARD, PATH_TAG
 
@@ -85,7 +86,7 @@ class Register(Stage[RegisterOutput]):
             "minitron.teacher": context.recipe.teacher.model,
             "minitron.teacher_sha256": json.dumps(teacher.sha256, sort_keys=True),
             "minitron.teacher_corrected": str(context.output(Correct).corrected),
-            "minitron.cut_from": _version(context, previous) if previous else "teacher",
+            PARENT_TAG: _version(context, previous) if previous else "teacher",
             "minitron.losses": json.dumps(distilled.losses, sort_keys=True),
             "minitron.architecture": json.dumps(distilled.architecture.to_dict(), sort_keys=True),
             "minitron.parameters": str(distilled.parameters),

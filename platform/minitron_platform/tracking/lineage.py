@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-CUT_FROM = re.compile(r"(.+) version (\d+)")  # the tag minitron.cut_from; or "teacher"
+from minitron_platform.tracking.variant_tags import PARENT_TAG, kind_of
+
+CUT_FROM = re.compile(r"(.+) version (\d+)")  # the tag PARENT_TAG; or "teacher"
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,12 @@ def title(version: Any) -> str:
     return f"{version.name} version {version.version}"
 
 
+def described(version: Any) -> str:
+    """Its title and, of a variant, what was done to its parent."""
+    kind = kind_of(version)
+    return title(version) if kind is None else f"{title(version)}, {kind}"
+
+
 def lineage(version: Any, versions: Sequence[Any]) -> Lineage:
     """The lineage of a version among all `versions` of the registry. Ones that were deleted are named and end it."""
     by_title = {title(each): each for each in versions}
@@ -38,12 +46,12 @@ def lineage(version: Any, versions: Sequence[Any]) -> Lineage:
     current: Any | None = version
     seen = {title(version)}
     while current is not None:
-        parent = current.tags.get("minitron.cut_from", "")
+        parent = current.tags.get(PARENT_TAG, "")
         if CUT_FROM.fullmatch(parent) is None or parent in seen:
             origins += _teacher(current)
             break
         seen.add(parent)
-        origins.append(parent if parent in by_title else f"{parent} (deleted)")
+        origins.append(described(by_title[parent]) if parent in by_title else f"{parent} (deleted)")
         current = by_title.get(parent)
     return Lineage(tuple(reversed(origins)), tuple(_descendants(title(version), versions, 1, {title(version)})))
 
@@ -59,8 +67,8 @@ def _teacher(version: Any) -> list[str]:
 
 def _descendants(parent: str, versions: Sequence[Any], generation: int, seen: set[str]) -> Iterator[Descendant]:
     """What was made of the version `parent`: each child, by name, followed by its own."""
-    children = {title(each) for each in versions if each.tags.get("minitron.cut_from") == parent}
-    for child in sorted(children - seen):
+    children = {title(each): each for each in versions if each.tags.get(PARENT_TAG) == parent}
+    for child in sorted(children.keys() - seen):
         seen.add(child)
-        yield Descendant(child, generation)
+        yield Descendant(described(children[child]), generation)
         yield from _descendants(child, versions, generation + 1, seen)

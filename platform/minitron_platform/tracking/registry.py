@@ -47,6 +47,7 @@ from minitron_platform.tracking.client import (
 from minitron_platform.tracking.flusher import sqlite_path
 from minitron_platform.tracking.logged_models import ModelFigures, complete, find_or_create
 from minitron_platform.tracking.moves import CANDIDATE, CHAMPION, point_newest
+from minitron_platform.tracking.variant_tags import made_from
 from minitron_platform.tracking.version_figures import figures_of, number_in
 from minitron_platform.tracking.version_weights import CARD, MANIFEST_TAG, copy_weights, location, uploaded_sizes
 
@@ -83,6 +84,8 @@ class ModelRow:
     """Folder of the weights, or MLflow's address of an uploaded model."""
     run_id: str | None
     """Of the MLflow run that registered it."""
+    made_from: str | None
+    """For example "aligned from small version 3"; None for what no other tool has changed."""
 
 
 def register(
@@ -217,6 +220,7 @@ def models(tracking_uri: str, storage_root: str | None = None) -> list[ModelRow]
                         },
                         source=listed_location(version, storage_root),
                         run_id=version.run_id or None,
+                        made_from=made_from(version),
                     )
                 )
     return rows

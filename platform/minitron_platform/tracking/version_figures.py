@@ -34,7 +34,7 @@ class Measured(BaseModel):
 
 
 class VersionFigures(BaseModel):
-    """What is known of a version and of its teacher."""
+    """What is known of a version, and of the models that it is compared with."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -42,6 +42,8 @@ class VersionFigures(BaseModel):
     """Identity of the teacher and of the held-out rows: loss and KL of two versions with the same can be compared."""
     student: Measured
     teacher: Measured | None = None
+    parent: Measured | None = None
+    """Of what an aligned or quantised variant was made from."""
 
 
 def figures_of(version: Any) -> VersionFigures | None:

@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from helpers import tiny
 from helpers.command import environment
+from helpers.fp8_checkpoint import fp8_config, in_fp8
 from helpers.serving import serving
 from safetensors.torch import load_file, save_file
 
@@ -41,21 +42,6 @@ def as_dtype(dtype):
     return lambda state: {name: tensor.to(dtype) if tensor.ndim == 2 else tensor for name, tensor in state.items()}
 
 
-def in_fp8(state, block=32):
-    """Every matrix of the layers in FP8 with a scale per block, as in checkpoints of DeepSeek and Qwen."""
-    stored = dict(state)
-    for name, tensor in state.items():
-        if ".layers." in name and tensor.ndim == 2:
-            rows, columns = (-(-size // block) for size in tensor.shape)
-            padded = torch.zeros(rows * block, columns * block)
-            padded[: tensor.shape[0], : tensor.shape[1]] = tensor
-            scales = padded.view(rows, block, columns, block).abs().amax((1, 3)) / 448
-            whole = scales.repeat_interleave(block, 0).repeat_interleave(block, 1)
-            stored[name] = (padded / whole)[: tensor.shape[0], : tensor.shape[1]].to(torch.float8_e4m3fn)
-            stored[f"{name}_scale_inv"] = scales
-    return stored
-
-
 def written(folder, family="llama", tied=True, change=lambda state: state, config=None, **shape):
     """Save a tiny model with changed tensors and config; returns the model without the changes."""
     model = tiny.model(family, tied, **shape)
@@ -74,7 +60,7 @@ def same(loaded, model):
         return torch.equal(loaded.eval()(tiny.rows()).logits, model(tiny.rows()).logits)
 
 
-FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}}
+FP8 = fp8_config()
 # the change of the tensors, the change of the config, the text of the error, and the remedy
 TAMPERED = {
     "a tensor missing": (without(LAYER), {}, f"1 missing ({LAYER})", "complete checkpoint"),

@@ -15,7 +15,7 @@ from minitron.pruning.source import PruningSource
 from minitron_platform import load_recipe, run
 from minitron_platform.console import Console
 from minitron_platform.stages.distill import _prune, _Pruning
-from minitron_platform.stages.evaluate import MODELS, Quality, _evaluate, _Evaluation
+from minitron_platform.stages.evaluate import MODELS, Evaluation, Quality, _evaluate
 from minitron_platform.tracking.spool import Spool
 from minitron_platform.training.train import TrainTask, train
 from minitron_platform.training.view import TrainingView
@@ -53,7 +53,7 @@ def test_processes_evaluate_what_the_first_one_does_not_find_stored(tmp_path, mo
     stored = {name: str(tmp_path / f"{name}.json") for name in MODELS}
     for path in stored.values():
         storage.write_json(path, measured.model_dump(mode="json"))
-    task = _Evaluation(
+    task = Evaluation(
         inputs=DistillInputs(*(["missing"] * 6)),
         tokenizer="missing",
         models=dict.fromkeys(MODELS, "missing"),
@@ -79,7 +79,7 @@ def test_processes_evaluate_what_the_first_one_does_not_find_stored(tmp_path, mo
     assert [process.exitcode for process in processes] == [0, 0]
 
 
-def _evaluate_in_group(task: _Evaluation, rank: int) -> None:
+def _evaluate_in_group(task: Evaluation, rank: int) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=2)
     _evaluate(task, Worker(rank, 2, Console(), print))
     dist.destroy_process_group()

@@ -1,0 +1,132 @@
+"""Registers a model that another tool has made from a registered one, with its lineage and figures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import minitron
+from minitron import storage
+from minitron.device import DTYPES
+from minitron.errors import InputError
+from minitron.models import source_architecture
+from minitron_platform.console import Console
+from minitron_platform.gates.judge import GATES_TAG
+from minitron_platform.locations import Locations
+from minitron_platform.stages.model_card import description
+from minitron_platform.stages.stage_records import INSIDE, relative
+from minitron_platform.stages.targets import distill_inputs
+from minitron_platform.tracking.client import check_model_name, checked_alias, open_registry, version_named, versions_of
+from minitron_platform.tracking.lineage import title
+from minitron_platform.tracking.registry import TASK_TAG, register
+from minitron_platform.tracking.variant_tags import KIND_TAG, PARENT_TAG, Kind
+from minitron_platform.tracking.version_figures import FIGURES_TAG, VersionFigures
+from minitron_platform.tracking.version_weights import CARD, MANIFEST_TAG, PATH_TAG, location
+from minitron_platform.variants.card import variant_card
+from minitron_platform.variants.figures import measured, run_of
+from minitron_platform.variants.weights import checkpoint_folder, load_variant, store
+
+# what is true of a variant because it is true of its parent
+INHERITED = (
+    *("minitron.teacher", "minitron.teacher_sha256", "minitron.teacher_corrected"),
+    *("minitron.recipe", "minitron.run", "minitron.data", "minitron.data_sha256", GATES_TAG),
+    *("minitron.losses", "minitron.tokens"),
+)
+
+
+@dataclass(frozen=True)
+class Added:
+    """A registered variant."""
+
+    name: str
+    version: str
+    parent: str
+    """Its title."""
+    figures: VersionFigures | None
+    source: str
+    """Folder of its weights in the storage."""
+
+
+def add_variant(
+    locations: Locations,
+    source: str,
+    *,
+    name: str,
+    parent: str,
+    kind: Kind,
+    alias: str,
+    console: Console,
+    unmeasured: bool = False,
+) -> Added:
+    """Copy the checkpoint in the folder `source` to the storage, measure it as its parent was measured, and register it.
+
+    parent: NAME@ALIAS or NAME/VERSION. The same weights are registered once; what was measured is not measured again.
+    unmeasured: register it without figures. Raises InputError for a checkpoint that cannot be read, or not be measured, and for
+    weights that the model `name` has already with another parent.
+    """
+    check_model_name(name)
+    checked_alias(alias)
+    folder = checkpoint_folder(source, kind)
+    with open_registry(locations.tracking_uri) as client:
+        made_from = version_named(client, parent)
+    architecture, _ = source_architecture(source)
+    tags = {
+        **{tag: made_from.tags[tag] for tag in INHERITED if tag in made_from.tags},
+        KIND_TAG: kind,
+        PARENT_TAG: title(made_from),
+        "minitron.version": minitron.__version__,
+        "minitron.architecture": json.dumps(architecture.to_dict(), sort_keys=True),
+        "minitron.parameters": str(architecture.num_parameters),
+    }
+    figures = None
+    if unmeasured:
+        weights = _stored(locations, folder, name, tags)
+    else:
+        state = run_of(made_from, locations)
+        with console.working(f"measuring {kind} {name}"):
+            console.status("loading")
+            model, tokenizer = load_variant(source, DTYPES[distill_inputs(state).dtype])
+            weights = _stored(locations, folder, name, tags)
+            figures, quality = measured(state, made_from, model, tokenizer, weights, console)
+        tags |= {
+            FIGURES_TAG: figures.model_dump_json(),
+            "minitron.heldout_loss": f"{quality.loss:.6f}",
+            "minitron.heldout_kl": f"{quality.kl:.6f}",
+            **{f"{TASK_TAG}{task}": score.sentence for task, score in quality.tasks.items()},
+            **{f"{TASK_TAG}{task}": f"failed: {reason}" for task, reason in quality.failures.items()},
+        }
+    parent_card = storage.read_bytes_if_exists(storage.join(location(made_from, locations.storage), CARD))
+    card = variant_card(
+        name, kind, made_from, folder, figures, None if parent_card is None else parent_card.decode(errors="replace")
+    )
+    storage.write_bytes(storage.join(weights, CARD), str(card).encode())
+    version = register(
+        locations.tracking_uri,
+        name=name,
+        source=weights,
+        run_id=None,
+        tags=tags | {PATH_TAG: relative(locations.storage, weights).removeprefix(INSIDE)},
+        description=description(card),
+        alias=alias,
+    )
+    return Added(name, version, title(made_from), figures, weights)
+
+
+def _stored(locations: Locations, folder: Path, name: str, tags: dict[str, str]) -> str:
+    """The copy of the weights in the storage. Raises InputError if the model `name` has them as something else."""
+    weights = store(locations, folder)
+    expected = hashlib.sha256(storage.read_bytes(storage.join(weights, storage.MANIFEST))).hexdigest()
+    with open_registry(locations.tracking_uri) as client:
+        for version in versions_of(client, name):
+            if version.tags.get(MANIFEST_TAG) != expected:
+                continue
+            differing = [tag for tag in (KIND_TAG, PARENT_TAG) if version.tags.get(tag) != tags[tag]]
+            if differing:
+                values = ", ".join(f"{tag} {version.tags.get(tag, 'none')!r}" for tag in differing)
+                raise InputError(
+                    f"{title(version)} has the same weights, with another origin ({values})",
+                    "give its kind and parent, another model name with --as, or delete it with `minitron models delete`",
+                )
+    return weights

@@ -1,0 +1,103 @@
+"""Measures a variant as its parent was measured: on the same held-out rows, with the same teacher and benchmarks."""
+
+from __future__ import annotations
+
+from importlib.metadata import version as package_version
+from typing import Any
+
+from torch import nn
+
+from minitron import storage
+from minitron.data import tokenizer_identity
+from minitron.device import device
+from minitron.errors import InputError, StorageError
+from minitron.models import load_tokenizer
+from minitron.names import check_name
+from minitron_platform.console import Console
+from minitron_platform.gates.documents import documents_path
+from minitron_platform.locations import Locations
+from minitron_platform.recipes.build import worker_tasks
+from minitron_platform.report.finished_run import finished_run
+from minitron_platform.stages.evaluate import NOT_THE_SCORES, Evaluate, Evaluation, Quality, measure, read_quality
+from minitron_platform.stages.stage_records import INSIDE, relative
+from minitron_platform.stages.state import RunState
+from minitron_platform.stages.targets import Targets, distill_inputs
+from minitron_platform.stages.teacher import Teacher
+from minitron_platform.tracking.lineage import title
+from minitron_platform.tracking.version_figures import Measured, VersionFigures, figures_of
+from minitron_platform.variants.weights import UNMEASURED
+from minitron_platform.workers.worker import Worker
+
+NAME = "variant"
+
+
+def run_of(parent: Any, locations: Locations) -> RunState:
+    """The run that made a version, or made what it is a variant of. Raises InputError if the storage does not have it."""
+    key = parent.tags.get("minitron.run")
+    if key is None:
+        raise InputError(f"{title(parent)}: no run is recorded that measured it", UNMEASURED)
+    try:
+        state = finished_run(locations, check_name(key, title(parent)))
+    except (InputError, StorageError) as error:
+        remedy = f"name the storage of that run with --storage; or {UNMEASURED}"
+        raise InputError(
+            f"what {title(parent)} was measured on is not in the storage: {error.problem}", remedy
+        ) from error
+    figures = figures_of(parent)
+    if figures is None or figures.heldout != state.output(Targets).fingerprint:
+        raise InputError(
+            f"{title(parent)} was measured on other rows, or with another teacher, than its run has now",
+            f"run the recipe again and give the version that it registers as --parent; or {UNMEASURED}",
+        )
+    return state
+
+
+def measured(
+    state: RunState, parent: Any, model: nn.Module, tokenizer: Any, weights: str, console: Console
+) -> tuple[VersionFigures, Quality]:
+    """The figures of a loaded variant, whose checkpoint is the folder `weights` in the storage. What is stored of them is not
+    measured again. Raises InputError for a tokenizer that is not the parent's."""
+    teacher = state.output(Teacher).folder
+    if tokenizer_identity(tokenizer) != tokenizer_identity(load_tokenizer(storage.fetch(teacher, weights=False))):
+        raise InputError(
+            f"its tokenizer turns text into other tokens than that of {title(parent)}: loss and KL cannot be compared",
+            f"keep the tokenizer (a chat template may differ); or {UNMEASURED}",
+        )
+    path = storage.join(weights.rsplit("/", 1)[0], f"quality-{_settings(state)}.json")
+    task = Evaluation(
+        inputs=distill_inputs(state),
+        tokenizer=teacher,
+        models={NAME: weights},
+        stored={NAME: path},
+        speeds=None,
+        tasks=worker_tasks(state.recipe.evaluate),
+        batch_rows=state.recipe.evaluate.batch_rows,
+        add_bos=state.recipe.data.bos,
+        answers=state.locations.answers,
+        prompts=(),
+        completed={},
+    )
+    worker = Worker(rank=0, count=1, progress=console, send=lambda event: None)
+    quality = measure(task, worker, NAME, model.to(device()).eval(), read_quality(path))
+    theirs = figures_of(parent)
+    assert theirs is not None
+    mine = Measured(
+        loss=quality.loss,
+        kl=quality.kl,
+        tasks=quality.tasks,
+        failures=quality.failures,
+        documents=relative(state.locations.storage, documents_path(path)).removeprefix(INSIDE),
+    )
+    return VersionFigures(heldout=theirs.heldout, student=mine, teacher=theirs.teacher, parent=theirs.student), quality
+
+
+def _settings(state: RunState) -> str:
+    """Fingerprint of what a model's measurements depend on besides the model."""
+    return storage.fingerprint(
+        {
+            "targets": state.output(Targets).fingerprint,
+            "version": Evaluate.version,
+            "evaluate": state.recipe.evaluate.model_dump(exclude=NOT_THE_SCORES),
+            "lm_eval": package_version("lm_eval"),
+        }
+    )

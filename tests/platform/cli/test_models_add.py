@@ -1,0 +1,100 @@
+"""`minitron models add`: variants of a student that other tools have aligned or quantised."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers.command import minitron_here
+from helpers.finished_run import results
+from helpers.fp8_checkpoint import fp8_config, in_fp8
+from mlflow import MlflowClient
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+BLOCK = 12  # divides every matrix of the student
+
+
+def variant(
+    copied: Path, name: str, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], config: Any = None
+) -> Path:
+    """A folder with the student's checkpoint, changed as another tool might."""
+    folder = copied / name
+    shutil.copytree(results(copied)["distill"]["student"], folder, ignore=shutil.ignore_patterns("manifest.json"))
+    tensors = change(load_file(folder / "model.safetensors"))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | (config or {})))
+    return folder
+
+
+def noise(size: float) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """Changes every weight by random numbers of a standard deviation."""
+    draw = torch.Generator().manual_seed(0)
+    return lambda tensors: {
+        name: each + size * torch.randn(each.shape, generator=draw) for name, each in tensors.items()
+    }
+
+
+def command(copied: Path, *arguments: str) -> Any:
+    return minitron_here(*arguments, "--storage", "runs", cwd=copied)
+
+
+def test_an_aligned_variant_is_measured_registered_once_and_promoted_if_it_is_not_worse_than_its_parent(
+    copied: Path,
+) -> None:
+    client = MlflowClient(f"sqlite:///{copied}/runs/mlflow.db")
+    client.set_registered_model_alias("tiny-student", "champion", "1")
+    variant(copied, "chat", noise(1e-3))
+    variant(copied, "damaged", noise(0.1))
+    options = ("--parent", "tiny-student@champion", "--kind", "aligned")
+    added = command(copied, "models", "add", "chat", "--as", "tiny-student", *options)
+    assert "tiny-student version 2, aligned from tiny-student version 1, is candidate" in added.stdout, added.stderr
+    assert "KL" in added.stdout
+    again = command(copied, "models", "add", "chat", "--as", "tiny-student", *options)
+    assert "tiny-student version 2, aligned" in again.stdout
+    assert "KL" not in again.stdout  # nothing is measured twice
+    lines = command(copied, "models", "show", "tiny-student@candidate").stdout.splitlines()
+    assert lines[-2:] == ["└─ tiny-student version 1", "   └─ tiny-student version 2, aligned  <- this one"]
+
+    promoted = command(copied, "promote", "tiny-student")
+    assert "champion is version 2 (was version 1)" in promoted.stdout, promoted.stderr
+    gates = {line.split("│")[1].strip(): line for line in promoted.stdout.splitlines() if line.startswith("│")}
+    assert "paired" in gates["held-out loss against its parent"]
+    assert "arc_easy against its parent" in gates
+    assert not any("teacher" in gate or "version 1" in gate for gate in gates)
+
+    other = command(copied, "models", "add", "chat", "--as", "tiny-student", "--parent", "tiny-student/2", *options[2:])
+    assert "version 2 has the same weights, with another origin" in other.stderr
+
+    damaged = ("damaged", "--as", "tiny-damaged", "--parent", "tiny-student/1", "--kind", "aligned")
+    assert command(copied, "models", "add", *damaged).returncode == 0
+    refused = command(copied, "promote", "tiny-damaged")
+    assert refused.returncode == 2
+    assert "tiny-damaged is not promoted: held-out loss against its parent\n" in refused.stderr
+    assert "tiny-damaged 1 (candidate), aligned from tiny-student version 1: " in command(copied, "models").stdout
+
+
+def test_a_quantised_variant_is_measured_dequantised_and_refused_with_the_remedy_if_that_is_impossible(
+    copied: Path,
+) -> None:
+    variant(copied, "fp8", lambda tensors: in_fp8(tensors, BLOCK), fp8_config(BLOCK))
+    variant(copied, "awq", dict, {"quantization_config": {"quant_method": "awq", "bits": 4}})
+    options = ("--parent", "tiny-student/1", "--kind", "quantised")
+    added = command(copied, "models", "add", "fp8", "--as", "tiny-fp8", *options)
+    assert "tiny-fp8 version 1, quantised from tiny-student version 1" in added.stdout, added.stderr
+    assert "are quantised" in command(copied, "models", "add", "fp8", "--as", "x", *options[:-1], "aligned").stderr
+
+    refused = command(copied, "models", "add", "awq", "--as", "tiny-awq", *options)
+    assert refused.returncode == 2
+    assert "quant_method 'awq'" in refused.stderr
+    assert "--unmeasured" in refused.stderr
+    unmeasured = command(copied, "models", "add", "fp8", "--as", "tiny-unmeasured", *options, "--unmeasured")
+    assert unmeasured.returncode == 0, unmeasured.stderr
+    refused = command(copied, "promote", "tiny-unmeasured")
+    assert "tiny-unmeasured is not promoted: quality against its parent\n" in refused.stderr
+    assert "not measured" in refused.stdout
