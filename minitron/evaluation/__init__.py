@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from minitron.evaluation.scores import Score as Score
     from minitron.evaluation.speed import Throughput as Throughput
     from minitron.evaluation.speed import interleaved_throughput as interleaved_throughput
+    from minitron.evaluation.speed import interleaved_token_latency as interleaved_token_latency
     from minitron.evaluation.speed import throughput as throughput
     from minitron.evaluation.suites import Suite as Suite
     from minitron.evaluation.suites import suite as suite
@@ -49,6 +50,7 @@ _PUBLIC = {
     "check_requirements": ".tasks",
     "Throughput": ".speed",
     "interleaved_throughput": ".speed",
+    "interleaved_token_latency": ".speed",
     "throughput": ".speed",
 }
 

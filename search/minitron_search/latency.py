@@ -1,10 +1,10 @@
-"""The time to first token of a candidate on this cluster's devices, measured once and stored."""
+"""The time to the first token of a candidate, or to a further one, on this cluster's devices, measured once and stored."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import ray
 import torch
@@ -15,7 +15,7 @@ from minitron.arguments import check_fields
 from minitron.checkpoints.reading import read_config
 from minitron.device import DTYPES, device, device_name
 from minitron.errors import MinitronError
-from minitron.evaluation import interleaved_throughput
+from minitron.evaluation import interleaved_throughput, interleaved_token_latency
 from minitron.models import quiet_transformers
 from minitron_search.arguments import absolute_path
 
@@ -28,8 +28,10 @@ SECONDS = 0.5  # per model, and at least five passes
 
 @dataclass(frozen=True)
 class Latency:
-    """Measures the time to first token: one forward pass over `batch` sequences of `context` tokens, with logits at the last
-    position alone.
+    """Measures the time of a token for `batch` sequences of `context` tokens, with logits at the last position alone.
+
+    kind: "first", one forward pass over the prompts, or "further", the step that computes the last of the `context` tokens with
+    the keys and values of the others in the KV cache.
 
     An architecture is measured as a model with random weights, in `dtype` ("bfloat16" or "float32"), with the other config
     values of the checkpoint folder `origin`; on a CPU it runs with `threads` threads. Times are stored in `folder` by
@@ -43,6 +45,7 @@ class Latency:
     context: int
     folder: str
     threads: int = 1
+    kind: Literal["first", "further"] = "first"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -87,6 +90,7 @@ class Latency:
             "dtype": self.dtype,
             "batch": self.batch,
             "context": self.context,
+            **({"kind": self.kind} if self.kind != "first" else {}),  # files of earlier versions have none
         }
         return storage.join(self.folder, f"{storage.fingerprint(key)}.json")
 
@@ -100,20 +104,26 @@ def _measure(latency: Latency, architectures: Sequence[Architecture]) -> list[fl
     if new:
         config = _config(latency.origin)
         models = {str(index): _random_model(config, architectures[index], latency.dtype) for index in new}
-        speeds = interleaved_throughput(models, seq_length=latency.context, batch_rows=latency.batch, seconds=SECONDS)
+        seconds = _seconds(latency, models)
         for index in new:
-            speed = speeds[str(index)]
-            milliseconds = 1000 * latency.batch * latency.context / speed.tokens_per_second
             storage.write_json(
                 paths[index],
                 {
-                    "milliseconds": milliseconds,
-                    "passes": speed.passes,
+                    "milliseconds": 1000 * seconds[str(index)],
+                    "kind": latency.kind,
                     "device": device_name(),
                     "architecture": str(architectures[index]),
                 },
             )
     return [storage.read_json(path)["milliseconds"] for path in paths]
+
+
+def _seconds(latency: Latency, models: Mapping[str, PreTrainedModel]) -> dict[str, float]:
+    if latency.kind == "further":
+        steps = interleaved_token_latency(models, context=latency.context, batch_rows=latency.batch, seconds=SECONDS)
+        return {name: step.seconds for name, step in steps.items()}
+    speeds = interleaved_throughput(models, seq_length=latency.context, batch_rows=latency.batch, seconds=SECONDS)
+    return {name: latency.batch * latency.context / speed.tokens_per_second for name, speed in speeds.items()}
 
 
 def _config(folder: str) -> PretrainedConfig:

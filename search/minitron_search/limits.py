@@ -17,7 +17,8 @@ class Limits:
 
     `flops_per_token` counts a forward pass, `kv_cache_bytes` the keys and values of all sequences (every layer counted as
     attending to the whole context), `memory_bytes` weights and KV cache together. `latency_ms` is the time to the first
-    token, which is not calculated but measured, by `minitron_search.latency`. Raises InputError for a wrong type.
+    token, `token_latency_ms` that between two tokens that are generated; they are not calculated but measured, by
+    `minitron_search.latency`. Raises InputError for a wrong type.
     """
 
     context: int
@@ -26,6 +27,7 @@ class Limits:
     kv_cache_bytes: float | None = None
     memory_bytes: float | None = None
     latency_ms: float | None = None
+    token_latency_ms: float | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -36,8 +36,8 @@ class RankedCandidate:
     """A candidate that was distilled to the end, with its rank among the others (see `rank`).
 
     KL and loss are means over the held-out rows, in nats per token. `tokens` is the number of training tokens, `seconds` the
-    time in the process that finished the trial. `memory_bytes` and `latency_ms` are None, and `benchmarks` empty, if they were
-    not calculated or measured.
+    time in the process that finished the trial. `memory_bytes`, `latency_ms` and `token_latency_ms` are None, and `benchmarks`
+    empty, if they were not calculated or measured.
     """
 
     rank: int
@@ -64,6 +64,8 @@ class RankedCandidate:
     latency_ms: float | None = None
     """Time to first token in inference, at the batch and context of the limits."""
     benchmarks: tuple[BenchmarkScore, ...] = ()
+    token_latency_ms: float | None = None
+    """Time between two tokens in inference, at the batch and context of the limits."""
 
     def score(self, task: str) -> BenchmarkScore | None:
         """The score on a benchmark; None if there is none."""

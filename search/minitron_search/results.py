@@ -62,7 +62,7 @@ class SearchResult:
 
         axes = axes_present(candidate.architecture for candidate in self.ranking)
         table = pd.DataFrame([_row(candidate, axes) for candidate in self.ranking])
-        missing = [name for name in ("memory_bytes", "latency_ms") if table[name].isna().all()]
+        missing = [name for name in ("memory_bytes", "latency_ms", "token_latency_ms") if table[name].isna().all()]
         return table.drop(columns=missing).astype({"kl_difference_stderr": float})
 
 

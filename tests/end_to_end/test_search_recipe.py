@@ -37,7 +37,7 @@ def _recipe(bench, latency_ms):
     member = values["family"][0]
     member["space"] |= {"intermediate_size": {"from": 40, "to": 96, "step": 2}}
     member["points"] = [{"num_layers": 3, "hidden_size": 42, "intermediate_size": 77}]
-    member["limits"] = {"batch": 2, "context": 64, "latency_ms": latency_ms}
+    member["limits"] = {"batch": 2, "context": 64, "latency_ms": latency_ms, "token_latency_ms": 60_000}
     values["search"] |= {
         "sampler": {"candidates": SCORED, "seed": 1},
         "forward": {"keep": DISTILLED - 1},
@@ -117,7 +117,7 @@ def test_measurements_are_in_the_ranking_the_report_and_mlflow(searched):
         shape = Architecture.from_dict(row["architecture"])
         assert row["memory_bytes"] == 2 * shape.num_parameters + shape.kv_cache_bytes(2 * 64)
         assert row["latency_ms"] > 0
-        assert f"<td>{row['latency_ms']:.3g}</td>" in page
+        assert all(f"<td>{row[name]:.3g}</td>" in page for name in ("latency_ms", "token_latency_ms"))
         for score in row["benchmarks"][:1]:
             assert score["task"] == "arc_easy"
             assert f"<td>{100 * score['value']:.1f} ± {100 * score['stderr']:.1f}</td>" in page
@@ -127,10 +127,12 @@ def test_measurements_are_in_the_ranking_the_report_and_mlflow(searched):
     assert f"Scores with their standard error, arc_easy: {measured_on}" in page
     assert "2 sequences of 64 tokens" in page
     times = [json.loads(path.read_text()) for path in (storage / "latency").glob("*.json")]
-    measured = {time["architecture"]: time["milliseconds"] for time in times}
+    measured = {(time["kind"], time["architecture"]): time["milliseconds"] for time in times}
     for row in found["ranking"]:
-        assert row["latency_ms"] == pytest.approx(measured[str(Architecture.from_dict(row["architecture"]))])
-    assert len(times) == SCORED  # only the candidates that were to be scored
+        shape = str(Architecture.from_dict(row["architecture"]))
+        assert row["latency_ms"] == pytest.approx(measured["first", shape])
+        assert row["token_latency_ms"] == pytest.approx(measured["further", shape])
+    assert len(times) == 2 * SCORED  # only the candidates that were to be scored
     assert not list(Path(found["trials"]).glob("*/weights"))
 
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
@@ -138,7 +140,7 @@ def test_measurements_are_in_the_ranking_the_report_and_mlflow(searched):
     trials = client.search_runs([experiment.experiment_id], "tags.`minitron.kind` = 'trial'")
     logged = {trial.data.metrics.get("arc_easy.acc") for trial in trials}
     assert {row["benchmarks"][0]["value"] for row in scored} <= logged
-    assert all("latency_ms" in trial.data.metrics for trial in trials)
+    assert all({"latency_ms", "token_latency_ms"} <= set(trial.data.metrics) for trial in trials)
     tags = [trial.data.tags.get("minitron.benchmark.arc_easy") for trial in trials]
     assert tags.count(f"acc, {measured_on}") == BENCHMARKED
 
@@ -179,7 +181,10 @@ def test_a_latency_limit_that_no_candidate_meets_is_refused_with_the_lowest_late
     values["family"][0]["points"] = []
     values["family"][0]["space"]["intermediate_size"] = [72]
     values["search"]["sampler"] = None
-    with pytest.raises(InputError, match=r"family.0.limits: no candidate .*timed, and the fastest takes .* ms"):
+    with pytest.raises(
+        InputError,
+        match=r"family.0.limits: no candidate .*timed, and the fastest takes .* ms to the first token, and .*further token",
+    ):
         run(type(recipe).model_validate(values), storage_path=str(searched[1]))
 
 

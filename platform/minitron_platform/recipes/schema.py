@@ -316,7 +316,7 @@ Values = Annotated[list[AxisValue], Field(max_length=LONGEST_AXIS), BeforeValida
 class Limits(_Section):
     """Upper limits for a candidate that serves `batch` sequences of `context` tokens (default: data.seq_length) in 16 bits:
     FLOPs of a forward pass per token, bytes of the KV cache, bytes of weights and KV cache, and milliseconds to the first
-    token of the batch, which is measured on the hardware that trials run on."""
+    token of the batch and to each further one, which are measured on the hardware that trials run on."""
 
     context: Positive | None = None
     batch: Positive = 1
@@ -324,6 +324,7 @@ class Limits(_Section):
     kv_cache_bytes: Limit | None = None
     memory_bytes: Limit | None = None
     latency_ms: Limit | None = None
+    token_latency_ms: Limit | None = None
 
 
 class Member(_Section):

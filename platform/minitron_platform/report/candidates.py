@@ -21,6 +21,7 @@ COSTS = (
     ("flops_per_token", 1e9, "GFLOPs per token", "compute"),
     ("memory_bytes", 1e6, "MB of weights and KV cache", "memory"),
     ("latency_ms", 1, "ms to the first token", "latency"),
+    ("token_latency_ms", 1, "ms to each further token", "token latency"),
 )
 RUNGS = "training"
 WINNER, TIED, BEHIND, STOPPED = "winner", "tied with the best", "behind", "stopped early"
@@ -176,8 +177,12 @@ def serving_text(search: SearchOutput) -> str:
     serving = search.serving
     sequences = "one sequence" if serving.batch == 1 else f"{serving.batch} sequences"
     text = f"Memory is that of the weights and the KV cache of {sequences} of {serving.context:,} tokens, at 16 bits per value"
-    has_latency = search.ranking[0].latency_ms is not None
-    return f"{text}; latency is the median time to their first token." if has_latency else f"{text}."
+    best = search.ranking[0]
+    if best.latency_ms is not None:
+        text += "; latency is the median time to their first token"
+    if best.token_latency_ms is not None:
+        text += "; token latency is the median time to each further one"
+    return f"{text}."
 
 
 def findings(search: SearchOutput) -> list[str]:

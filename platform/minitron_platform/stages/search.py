@@ -69,7 +69,7 @@ class Search(Stage[SearchOutput]):
             "heldout": [state.output(Data).heldout, search.heldout_rows],
             "space": state.member.space,
             "points": state.member.points,
-            "limits": asdict(limits) if limits else None,
+            "limits": _limits_input(limits),
             "parameters": state.member.parameters,
             "tolerance": state.member.tolerance,
             "rungs": SearchSchedule(search).rungs,
@@ -187,7 +187,8 @@ class Search(Stage[SearchOutput]):
             replace(
                 candidate,
                 memory_bytes=serving.needs(candidate.architecture)["memory_bytes"],
-                latency_ms=milliseconds.get(candidate.architecture),
+                latency_ms=milliseconds.get(candidate.architecture, {}).get("latency_ms"),
+                token_latency_ms=milliseconds.get(candidate.architecture, {}).get("token_latency_ms"),
             )
             for candidate in result.ranking
         )
@@ -226,6 +227,16 @@ def trials_folder(state: RunState) -> str:
     return storage.join(state.locations.storage, "trials", storage.fingerprint({**inputs, "version": TRIALS_VERSION}))
 
 
+def _limits_input(limits: Limits | None) -> dict[str, Any] | None:
+    """The limits; one that earlier versions did not have is in the fingerprint only where it is set."""
+    if limits is None:
+        return None
+    values = asdict(limits)
+    if limits.token_latency_ms is None:
+        del values["token_latency_ms"]
+    return values
+
+
 def _work_text(outlook: Outlook, member: schema.Member, distilled: int, tokens: int) -> str:
     """How many candidates are scored, trained and benchmarked, and for how long, as text."""
     search = outlook.recipe.search
@@ -233,7 +244,7 @@ def _work_text(outlook: Outlook, member: schema.Member, distilled: int, tokens: 
     sampled = outlook.family[member.model].sampled
     at_most = "up to " if outlook.recipe.origin(member) else ""
     text = ""
-    if member.limits and member.limits.latency_ms:
+    if member.limits and (member.limits.latency_ms or member.limits.token_latency_ms):
         text = f"at least {count} shapes timed, " if sampled else f"{at_most}{count} shapes timed, "
     text += f"{at_most}{count} candidates" + (" scored" if search.forward else "")
     if sampled:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from minitron import storage
 from minitron.architecture import Architecture
@@ -15,15 +16,21 @@ from minitron_search.pool import Pool
 from minitron_search.sampling import sample
 from minitron_search.search_task import SearchTask
 
+LATENCIES: dict[str, tuple[Literal["first", "further"], str]] = {
+    "latency_ms": ("first", "to the first token"),
+    "token_latency_ms": ("further", "to each further token"),
+}
+"""What is measured for each limit on latency, and its name in messages."""
+
 
 def shortlist(
     context: Context, space: CandidateSpace, task: SearchTask, pool: Pool
-) -> tuple[list[Architecture], dict[Architecture, float]]:
-    """The candidates, and the milliseconds to the first token of every architecture that was timed.
+) -> tuple[list[Architecture], dict[Architecture, dict[str, float]]]:
+    """The candidates, and the milliseconds of every architecture that was timed, by the name of the limit.
 
-    Raises InputError if no architecture keeps the limits, or if a point is slower than the limit on latency.
+    Raises InputError if no architecture keeps the limits, or if a point is slower than a limit on latency.
     """
-    latency_limit = _LatencyLimit(context, space, task, pool)
+    latency_limit = _LatencyLimits(context, space, task, pool)
     latency_limit.check_points(space.points)
     if space.sampled is None:
         candidates = latency_limit.fast_enough(space.candidates)
@@ -44,49 +51,64 @@ def shortlist(
         candidates = sample(score, space.sampled, sampler.candidates, seed=sampler.seed, points=space.points)
     milliseconds = latency_limit.milliseconds
     if not candidates:
-        fastest = f", and the fastest takes {min(milliseconds.values()):.3g} ms" if milliseconds else ""
+        fastest = "".join(
+            f", and the fastest takes {min(times[name] for times in milliseconds.values()):.3g} ms {LATENCIES[name][1]}"
+            for name in latency_limit.latencies
+            if milliseconds
+        )
+        keys = " or ".join(f"{space.key}.limits.{name}" for name in latency_limit.latencies)
         raise InputError(
             f"{space.key}.limits: no candidate keeps them: {len(milliseconds)} were timed{fastest}",
-            f"raise {space.key}.limits.latency_ms, or widen {space.key}.space",
+            f"raise {keys}, or widen {space.key}.space",
         )
     return candidates, milliseconds
 
 
-class _LatencyLimit:
-    """The limit on the time to the first token: measures architectures and removes those that are slower. Without a limit
-    nothing is measured."""
+class _LatencyLimits:
+    """The limits on latency: measures architectures and removes those that are slower. Without a limit nothing is measured."""
 
     def __init__(self, context: Context, space: CandidateSpace, task: SearchTask, pool: Pool) -> None:
         self.key = space.key
-        self.limits = space.limits
         self.console = context.console
         self.pool = pool
-        self.milliseconds: dict[Architecture, float] = {}  # of every architecture that was timed
-        if self.limits and self.limits.latency_ms:
-            self.latency = Latency(
-                origin=task.origin.folder,
-                dtype=task.origin.dtype,
-                batch=self.limits.batch,
-                context=self.limits.context,
-                folder=storage.join(context.locations.storage, "latency"),
-                threads=task.threads,
-            )
+        self.milliseconds: dict[Architecture, dict[str, float]] = {}  # of every architecture that was timed
+        self.latencies: dict[str, Latency] = {}
+        self.limits: dict[str, float] = {}
+        for name, (kind, _) in LATENCIES.items():
+            if space.limits and (limit := getattr(space.limits, name)):
+                self.limits[name] = limit
+                self.latencies[name] = Latency(
+                    origin=task.origin.folder,
+                    dtype=task.origin.dtype,
+                    batch=space.limits.batch,
+                    context=space.limits.context,
+                    folder=storage.join(context.locations.storage, "latency"),
+                    threads=task.threads,
+                    kind=kind,
+                )
 
     def fast_enough(self, architectures: list[Architecture]) -> list[Architecture]:
-        """The architectures that keep the limit, in the same order."""
-        if self.limits is None or self.limits.latency_ms is None:
+        """The architectures that keep the limits, in the same order."""
+        if not self.limits:
             return architectures
-        progress = self.console.counter("shapes timed")
         self.pool.release_workers()  # they would take the resources, or slow down what is timed
-        self.milliseconds |= self.latency.measure(architectures, share=self.pool.share, progress=progress)
-        return [a for a in architectures if self.milliseconds[a] <= self.limits.latency_ms]
+        for name, latency in self.latencies.items():
+            progress = self.console.counter(f"shapes timed {LATENCIES[name][1]}")
+            for architecture, taken in latency.measure(architectures, share=self.pool.share, progress=progress).items():
+                self.milliseconds.setdefault(architecture, {})[name] = taken
+        return [a for a in architectures if not self._exceeded(a)]
+
+    def _exceeded(self, architecture: Architecture) -> list[str]:
+        times = self.milliseconds[architecture]
+        return [name for name, limit in self.limits.items() if times[name] > limit]
 
     def check_points(self, points: list[Architecture]) -> None:
-        """Raise InputError for a point that is slower than the limit."""
+        """Raise InputError for a point that is slower than a limit."""
         slow = set(points) - set(self.fast_enough(points))
         for index, point in enumerate(points):
             if point in slow:
+                name = self._exceeded(point)[0]
                 raise InputError(
-                    f"{self.key}.points.{index}: {point} takes {self.milliseconds[point]:.3g} ms to its first token",
-                    f"change the point, or raise {self.key}.limits.latency_ms",
+                    f"{self.key}.points.{index}: {point} takes {self.milliseconds[point][name]:.3g} ms {LATENCIES[name][1]}",
+                    f"change the point, or raise {self.key}.limits.{name}",
                 )

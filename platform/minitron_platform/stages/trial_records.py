@@ -13,6 +13,7 @@ from minitron.architecture import Architecture, axes_that_differ
 from minitron_platform.console import seconds
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.search_output import SearchOutput
+from minitron_platform.stages.shortlist import LATENCIES
 from minitron_platform.tracking.restarts import Restart, now, record_restart
 from minitron_platform.tracking.spool import RunLog
 from minitron_search.events import (
@@ -75,8 +76,9 @@ def _record_result(log: RunLog, result: TrialResult, ranked: RankedCandidate | N
         "heldout_kl_undistilled": result.kl_undistilled,
         "tokens": result.tokens,
     }
-    if ranked is not None and ranked.latency_ms is not None:
-        metrics["latency_ms"] = ranked.latency_ms
+    for name in LATENCIES if ranked is not None else ():
+        if (milliseconds := getattr(ranked, name)) is not None:
+            metrics[name] = milliseconds
     for score in ranked.benchmarks if ranked is not None else ():
         # an earlier version did not store the name of the metric
         name = f"{score.task}.{score.metric}" if score.metric else score.task

@@ -17,6 +17,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from helpers import tiny
 from helpers.evaluating import VOCAB, WORDS, arc_documents, byte_tokenizer, tiny_model, write_jsonl
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -27,6 +28,7 @@ from minitron.evaluation import (
     evaluate,
     heldout_metrics,
     interleaved_throughput,
+    interleaved_token_latency,
     teacher_targets,
     throughput,
 )
@@ -459,6 +461,24 @@ def test_the_throughput_of_several_models_is_measured_in_alternation(student, te
     assert calls == [(done, rounds) for done in range(1, rounds + 1)]
     assert all(speed.tokens_per_second > 0 and speed.spread >= 0 for speed in speeds.values())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("family", "kept"), [("llama", {23}), ("gemma3_text", {4, 23})])  # windows of 5 tokens
+def test_each_decoding_step_that_is_timed_computes_the_same_token_with_the_others_in_the_cache(family, kept):
+    model = tiny.model(family)
+    seen = []
+
+    def note(_, __, arguments):
+        cache = arguments.get("past_key_values")
+        lengths = set() if cache is None else {layer.keys.shape[2] for layer in cache.layers}
+        seen.append((arguments["input_ids"].shape, lengths))
+
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    (step,) = interleaved_token_latency({"model": model}, context=24, batch_rows=2, seconds=0.01).values()
+    hook.remove()
+    assert step.seconds > 0
+    assert (step.batch_rows, step.context) == (2, 24)
+    assert seen[1:] == [((2, 1), kept)] * (step.passes + 2)
 
 
 def test_throughput_with_a_sequence_longer_than_the_model_supports_is_refused(student):

@@ -161,6 +161,7 @@ PAIRS = {
             "kv_cache_bytes": 1e6,
             "memory_bytes": 1e6,
             "latency_ms": 5.0,
+            "token_latency_ms": 5.0,
         },
         _limits,
         {},
