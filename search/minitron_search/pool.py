@@ -25,7 +25,7 @@ Work = Callable[[Architecture, Report], Any]
 
 @dataclass(frozen=True)
 class Pool:
-    """How trials run on Ray, as many at a time as the cluster has resources for.
+    """How trials run on Ray, as many at a time as the cluster has resources for: more when a node joins, fewer when one leaves.
 
     `scratch` is a folder that all nodes share, for Ray's own files; it is deleted afterwards. A trial has `workers` processes
     (several run in Ray Train), and each requests `share`: amounts by Ray's resource names, "memory" in bytes. A trial that
@@ -126,10 +126,14 @@ class Pool:
         if self.on_event:
             self.on_event(architecture, event)
 
-    def _max_concurrent_trials(self) -> int:
+    def _at_once(self) -> int:
+        """Number of trials that the nodes that are there now, and those that the autoscaler may start, can run."""
+        return max_concurrent_trials(possible_nodes(), self.share, self.workers)
+
+    def _check_room(self) -> None:
         nodes = possible_nodes()
-        if count := max_concurrent_trials(nodes, self.share, self.workers):
-            return count
+        if max_concurrent_trials(nodes, self.share, self.workers):
+            return
         available = {name: sum(node.get(name, 0) for node in nodes) for name in self.share}
         raise InputError(
             f"a trial needs {self.workers} x ({_amounts(self.share)}), each on one node, and {len(nodes)} nodes have "
@@ -154,9 +158,8 @@ class _Running:
             # A trial with several workers is a process that starts them: it requests almost nothing, which leaves the
             # resources to them. Tune does not count what they request, so that the number of trials is limited instead.
             resources = self.pool.share if self.pool.workers == 1 else {"memory": 1}
-            self.current = RunningTune(
-                self.pool.scratch, resources, self.pool._max_concurrent_trials(), self.pool.max_failures
-            )
+            self.pool._check_room()
+            self.current = RunningTune(self.pool.scratch, resources, self.pool._at_once, self.pool.max_failures)
         return self.current
 
     def close(self, *, wait: bool = True) -> None:

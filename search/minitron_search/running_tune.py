@@ -20,7 +20,7 @@ import torch
 from ray import cloudpickle, tune
 from ray.exceptions import RayError
 from ray.tune import Callback, Stopper
-from ray.tune.search import Searcher
+from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from minitron import storage
 from minitron.environment import environment_variables
@@ -39,6 +39,8 @@ TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     # Tune's own handling of Ctrl-C would end a search early as if it had finished.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    # Tune would count once, at its start, how many trials may wait for their workers. The limiter below counts again and again.
+    "TUNE_MAX_PENDING_TRIALS_PG": "100000",
 }
 
 
@@ -56,19 +58,21 @@ class WorkItem:
 class RunningTune:
     """A Tune run that lasts from the first call of `run` until `close`.
 
-    Up to `max_concurrent_trials` trials run at a time, each with `resources`. A trial that raises or whose worker dies is
-    restarted up to `max_failures` times. `scratch` is a folder for Tune's own files, which is deleted. Only this process needs
-    it, because trials report no files: instead of a remote one, a temporary folder of this machine is used.
+    Up to `at_once()` trials run at a time, each with `resources`: that is asked again every LOOK_SECONDS, because nodes join
+    and leave. If it is 0, one trial waits for its resources. A trial that raises or whose worker dies is restarted up to
+    `max_failures` times. `scratch` is a folder for Tune's own files, which is deleted. Only this process needs it, because
+    trials report no files: instead of a remote one, a temporary folder of this machine is used.
     """
 
     def __init__(
-        self, scratch: str, resources: Mapping[str, float], max_concurrent_trials: int, max_failures: int
+        self, scratch: str, resources: Mapping[str, float], at_once: Callable[[], int], max_failures: int
     ) -> None:
         self.scratch = scratch if storage.is_local(scratch) else ""
         self.resources = dict(resources)
-        self.max_concurrent_trials = max_concurrent_trials
+        self.at_once = at_once
         self.max_failures = max_failures
         self.queue = _WorkQueue()
+        self.limiter = ConcurrencyLimiter(self.queue, max_concurrent=1)
         shared = 0 < self.resources.get("GPU", 0) < 1
         self.round = _Round(max_failures if shared else None)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="tune")
@@ -87,12 +91,14 @@ class RunningTune:
         Raises StorageError if the storage cannot be used, which is not a candidate's fault.
         """
         self.round.begin(work, on_event)
+        self._count_again()
         self.queue.waiting.extend(WorkItem(key, cloudpickle.dumps(function)) for key, function in work.items())
         if self.running is None:
             self.stack.enter_context(environment_variables(TUNE_ENVIRONMENT))
             self.running = self.thread.submit(self._fit)
             self.running.add_done_callback(lambda running: self.round.end())
         while not self.round.wait(LOOK_SECONDS):
+            self._count_again()
             look()
         if self.running.done():
             self.running.result()
@@ -114,6 +120,9 @@ class RunningTune:
         self.thread.shutdown()
         self.stack.close()
 
+    def _count_again(self) -> None:
+        self.limiter.max_concurrent = max(1, self.at_once())  # with 0 Tune would not hear of the end either
+
     def _fit(self) -> None:
         # A run resumes from the results and checkpoints of its trials, not from Tune's experiment state, which would have to
         # be unpickled. So Tune's folder is deleted.
@@ -127,10 +136,9 @@ class RunningTune:
         tuner = tune.Tuner(
             tune.with_resources(_trial, self.resources),
             tune_config=tune.TuneConfig(
-                search_alg=self.queue,
+                search_alg=self.limiter,
                 num_samples=-1,
                 reuse_actors=True,
-                max_concurrent_trials=self.max_concurrent_trials,
             ),
             run_config=tune.RunConfig(
                 name="search",

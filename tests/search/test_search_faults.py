@@ -196,6 +196,33 @@ def test_a_candidate_without_room_on_a_shared_gpu_gets_one_to_itself(cluster, ca
     assert [architecture for architecture, event in events if isinstance(event, Failed)] == [largest]
 
 
+def test_a_node_that_joins_a_search_gives_it_one_more_trial_at_once(cluster, candidates, tmp_path):
+    nodes = len(cluster.worker_nodes)
+    added = []
+    deadline = time.monotonic() + 90
+
+    def work(architecture, report):
+        (tmp_path / f"began-{trial_key(architecture)}").touch()
+        while not (tmp_path / "end").exists():
+            time.sleep(0.05)
+        (tmp_path / f"ended-{trial_key(architecture)}").touch()
+
+    def look():
+        assert time.monotonic() < deadline
+        began = len(list(tmp_path.glob("began-*")))
+        if began == nodes and not added:
+            added.append(cluster.add_node(num_cpus=1))
+        if began > nodes:  # none has ended: the last one began because a node has joined
+            (tmp_path / "end").touch()
+
+    try:
+        pool = Pool(str(tmp_path / "tune"), look=look)
+        pool.run(work, candidates[: nodes + 1], lambda a: (tmp_path / f"ended-{trial_key(a)}").exists())
+    finally:
+        for node in added:
+            cluster.remove_node(node)
+
+
 def _kill_a_worker(cluster, pid):
     os.kill(pid, signal.SIGKILL)
 
