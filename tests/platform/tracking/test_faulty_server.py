@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import random
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from helpers.command import environment
 from helpers.faulty_proxy import FaultyProxy, faulty_proxy
 from helpers.mlflow_server import free_port, mlflow_server
 
@@ -167,3 +172,97 @@ def test_sync_leaves_a_live_run_alone_and_ends_one_that_was_killed(
     client = MlflowClient(proxy.address)
     runs = client.search_runs([client.get_experiment_by_name("killed").experiment_id])
     assert [run.info.status for run in runs] == ["KILLED", "KILLED"]
+
+
+DRIVER = """import sys
+import mlflow
+from minitron_platform.tracking.flusher import Flusher
+from minitron_platform.tracking.spool import Spool
+
+folder, address, own, begin, status = sys.argv[1:]
+print("imported", flush=True)
+sys.stdin.readline()
+spool = Spool(folder)
+with Flusher(spool, address, "two-drivers", interval=0.01) as flusher:
+    run, stage = spool.record("run"), spool.record("run.distill")
+    run.start("run")
+    stage.start("distill", parent="run")
+    for step in range(int(begin), int(begin) + 100):
+        stage.metrics({"loss": step + float(own), "tokens": step * 7}, step)
+    assert flusher.wait_for("run.distill", 60)
+    print("recorded", flush=True)
+    sys.stdin.readline()
+    for step in range(100, 200):
+        stage.metrics({"loss": step + float(own), "tokens": step * 7}, step)
+    stage.end(status)
+    run.end(status)
+    spool.flush()
+    print("fenced" if spool.fenced else "alone", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@contextmanager
+def driver(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that records half of a run when it gets a line, the rest when it gets another one, and ends at a third one."""
+    command = [sys.executable, "-c", DRIVER, *arguments]
+    with subprocess.Popen(
+        command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert line_of(process) == "imported"
+            yield process
+        finally:
+            process.kill()
+
+
+def line_of(process: subprocess.Popen[str]) -> str:
+    """The next line that it prints."""
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def go_on(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def test_of_two_processes_that_record_one_run_the_later_one_does_and_every_point_is_there_once(
+    proxy: FaultyProxy, tmp_path: Path
+) -> None:
+    """The first driver's machine sleeps, another driver takes its run over, and the first one wakes up and goes on."""
+    from mlflow import MlflowClient
+
+    faults = random.Random(0).choices(["pass", "lost", "500"], [8, 1, 1], k=1000)
+    proxy.set(faults, delay=0.01)  # type: ignore[arg-type]
+    folder = str(tmp_path / "runs" / "run" / "spool")
+    first_arguments, second_arguments = ("0.0", "0", "FAILED"), ("0.5", "50", "FINISHED")
+    with (
+        driver(folder, proxy.address, *first_arguments) as first,
+        driver(folder, proxy.address, *second_arguments) as second,
+    ):
+        go_on(first)
+        assert line_of(first) == "recorded"
+        first.send_signal(signal.SIGSTOP)
+        go_on(second)
+        assert line_of(second) == "recorded"
+        first.send_signal(signal.SIGCONT)
+        for process, said in ((first, "fenced"), (second, "alone")):
+            go_on(process)
+            assert line_of(process) == said
+        for process in (first, second):
+            go_on(process)
+            assert process.wait(120) == 0
+    proxy.set(["pass"])
+    client = MlflowClient(proxy.address)
+    runs = client.search_runs([client.get_experiment_by_name("two-drivers").experiment_id])
+    assert {run.data.tags["minitron.key"]: run.info.status for run in runs} == {
+        "run": "FINISHED",
+        "run.distill": "FINISHED",
+    }
+    (stage,) = [run for run in runs if run.data.tags["minitron.key"] == "run.distill"]
+    losses = [(point.step, point.value) for point in client.get_metric_history(stage.info.run_id, "loss")]
+    assert losses == [(step, step + (0.0 if step < 100 else 0.5)) for step in range(200)]
+    tokens = [point.step for point in client.get_metric_history(stage.info.run_id, "tokens")]
+    assert tokens == list(range(200))
