@@ -7,6 +7,8 @@ import json
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import ray
@@ -18,11 +20,21 @@ from mlflow import MlflowClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from minitron.environment import environment_variables
-from minitron_platform.monitoring import METRICS
+from minitron_platform.monitoring import METRICS, Monitor
 from minitron_platform.stages.search_output import SearchOutput
 from minitron_search.trial_store import trial_result
 
 EXPERTS = {2, 3}
+
+
+class Mixture(NamedTuple):
+    """What `minitron plan` and `minitron run` printed, the storage, and the metrics at Ray's endpoint."""
+
+    planned: str
+    printed: str
+    storage: Path
+    during: dict[Any, float]
+    after: dict[Any, float]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +46,7 @@ def metrics_every_second():
 
 @pytest.fixture(scope="module")
 def mixture(bench, metrics_every_second, ray_here):
-    """The output of `minitron plan`, that of `minitron run`, the storage, and the metrics at Ray's endpoint after the run."""
+    """A run whose metrics are scraped in the middle of the distillation and after the end."""
     teacher = bench / "mixture"
     tokenizer = tiny.tokenizer()
     sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
@@ -57,13 +69,24 @@ def mixture(bench, metrics_every_second, ray_here):
     (bench / "mixture.yaml").write_text(yaml.safe_dump(values))
     planned = minitron_here("plan", "mixture.yaml", "--storage", "mixture-runs", cwd=bench)
     assert planned.returncode == 0, planned.stderr
-    finished = minitron_here("run", "mixture.yaml", "--storage", "mixture-runs", cwd=bench)
+    during = {}
+
+    def scraped(monitor, event):
+        """The run goes on after the first step of its distillation when Ray's endpoint has the metrics of that step."""
+        take_notice(monitor, event)
+        if event["key"].endswith(".distill") and "tokens_per_second" in event.get("values", {}) and not during:
+            during.update(_exported(lambda found: _value(found, "step", "distill") is not None))
+
+    take_notice = Monitor.event
+    with mock.patch.object(Monitor, "event", scraped):
+        finished = minitron_here("run", "mixture.yaml", "--storage", "mixture-runs", cwd=bench)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    return planned.stdout, finished.stdout, bench / "mixture-runs", _exported()
+    after = _exported(lambda found: found.get(("ray_minitron_running", ("kind", "run"), ("part", ""))) == 0)
+    return Mixture(planned.stdout, finished.stdout, bench / "mixture-runs", during, after)
 
 
-def _exported():
-    """Metrics at Ray's endpoint after the end of the run: {(name, tags without Ray's own): value}."""
+def _exported(is_there):
+    """Metrics at Ray's endpoint once `is_there` is true of them: {(name, tags without Ray's own): value}."""
     (node,) = ray.nodes()
     url = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
     deadline = time.monotonic() + 60
@@ -76,9 +99,15 @@ def _exported():
             for s in samples
             if s.labels["run"].startswith("mixture-")
         }
-        if found.get(("ray_minitron_running", ("kind", "run"), ("part", ""))) == 0 or time.monotonic() > deadline:
+        if is_there(found) or time.monotonic() > deadline:
             return found
         time.sleep(0.1)
+
+
+def _value(found, name, part):
+    """The value of a metric of a part; None if there is none."""
+    values = [v for (n, *tags), v in found.items() if n == f"ray_minitron_{name}" and ("part", part) in tags]
+    return values[0] if values else None
 
 
 def _stored(storage):
@@ -88,16 +117,16 @@ def _stored(storage):
 
 
 def test_the_plan_has_a_column_for_experts(mixture):
-    (header,) = [line for line in mixture[0].splitlines() if "GFLOP/tok" in line]
+    (header,) = [line for line in mixture.planned.splitlines() if "GFLOP/tok" in line]
     columns = [cell.strip() for cell in header.split("┃")]
     position = columns.index("experts")
-    lines = mixture[0].partition(header)[2].splitlines()
+    lines = mixture.planned.partition(header)[2].splitlines()
     cells = [line.split("│") for line in lines if line.count("│") == header.count("┃")]
     assert {int(row[position]) for row in cells} == EXPERTS
 
 
 def test_the_report_and_mlflow_tell_the_candidates_apart(mixture):
-    _, shown, storage, _ = mixture
+    shown, storage = mixture.printed, mixture.storage
     page = html.unescape(next(storage.glob("runs/*/report.html")).read_text())
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
     (experiment,) = client.search_experiments(filter_string="name = 'mixture'")
@@ -117,7 +146,7 @@ def test_the_report_and_mlflow_tell_the_candidates_apart(mixture):
 
 
 def test_a_search_stored_by_an_earlier_version_is_read(mixture):
-    stored = _stored(mixture[2])
+    stored = _stored(mixture.storage)
     output = SearchOutput.model_validate(stored)
     assert SearchOutput.model_validate(output.model_dump(mode="json")) == output
     texts = {str(candidate.architecture): candidate for candidate in output.ranking}
@@ -147,7 +176,7 @@ def test_a_search_stored_by_an_earlier_version_is_read(mixture):
 
 
 def test_running_again_reads_the_finished_trials(mixture, bench):
-    storage = mixture[2]
+    storage = mixture.storage
     before = {path: path.stat().st_mtime_ns for path in storage.glob("trials/*/*/*.json")}
     (record,) = storage.glob("stages/search/*/stage.json")
     record.unlink()
@@ -161,7 +190,7 @@ def test_running_again_reads_the_finished_trials(mixture, bench):
 
 
 def test_the_report_shows_the_held_out_rows_before_during_and_after_the_distillation(mixture):
-    page = ReportPage(next(mixture[2].glob("runs/*/report.html")).read_text())
+    page = ReportPage(next(mixture.storage.glob("runs/*/report.html")).read_text())
     (rows,) = [chart["rows"] for chart in page.charts.values() if chart["rows"][0].get("kind") == "train"]
     points = {row["tokens"]: row for row in rows if row["kind"] == "heldout"}
     assert sorted(points) == [step * 4 * 32 for step in (0, 1, 2)]
@@ -169,7 +198,11 @@ def test_the_report_shows_the_held_out_rows_before_during_and_after_the_distilla
 
 
 def test_the_metrics_of_a_run_appear_at_rays_endpoint(mixture):
-    found = mixture[3]
+    values = {name: _value(mixture.during, name, "distill") for name in ("step", "tokens", "running")}
+    assert values == {"step": 1, "tokens": 128, "running": 1}
+    assert _value(mixture.during, "tokens_per_second", "distill") > 0
+    assert _value(mixture.during, "running", "") == 1
+    found = mixture.after
     assert {name for name, *_ in found} == {f"ray_minitron_{name}" for name in METRICS}
     value = {key[0].removeprefix("ray_minitron_"): value for key, value in found.items() if ("part", "distill") in key}
     assert (value["step"], value["tokens"], value["tokens_per_second"], value["running"]) == (2, 256, 0, 0)
