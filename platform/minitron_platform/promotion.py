@@ -1,4 +1,4 @@
-"""`promote`: points an alias at a version of a registered model if it passes its gates."""
+"""`promote`: points an alias at a version of a registered model if it passes its gates; and the way back."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import getpass
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from minitron_platform.tracking.client import (
 )
 from minitron_platform.tracking.moves import CANDIDATE, CHAMPION, Promotion
 from minitron_platform.tracking.moves import promote as move_alias
+from minitron_platform.tracking.moves import rollback as move_back
 from minitron_platform.tracking.version_weights import MANIFEST_TAG, verified_folder
 
 TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")  # of MLflow servers and databases
@@ -151,10 +153,37 @@ def gated_promotion(
         tags={} if str(before) == str(chosen.version) else {PROMOTED_TAG + alias: text},
     )
     if on_promote is not None:
-        event = {"model": moved.name, "version": moved.version, "alias": moved.alias, "previous": moved.previous}
-        say("telling " + ("the address" if "://" in on_promote else "the command") + " of on-promote")
-        call_hook(on_promote, {"event": "promoted", **event, "source": str(chosen.source), **json.loads(text)})
+        _tell(on_promote, "promoted", moved, str(chosen.source), json.loads(text), say)
     return GatedPromotion(moved.name, moved.version, moved.alias, moved.previous, verdicts)
+
+
+def rollback(
+    tracking_uri: str,
+    name: str,
+    *,
+    alias: str = CHAMPION,
+    storage_root: str | None = None,
+    on_promote: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Promotion:
+    """As `tracking.moves.rollback`. on_promote, say: as for `gated_promotion`. Raises HookError, too."""
+    if on_promote is not None:
+        check_hook(on_promote)
+    moved = move_back(tracking_uri, name, alias=alias, storage_root=storage_root)
+    if on_promote is not None:
+        with open_registry(tracking_uri) as client:
+            source = str(registered_version(client, name, moved.version).source)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        _tell(on_promote, "rolled_back", moved, source, {"time": now, "by": _user()}, say)
+    return moved
+
+
+def _tell(
+    hook: str, event: str, moved: Promotion, source: str, more: Mapping[str, Any], say: Callable[[str], None]
+) -> None:
+    move = {"model": moved.name, "version": moved.version, "alias": moved.alias, "previous": moved.previous}
+    say("telling " + ("the address" if "://" in hook else "the command") + " of on-promote")
+    call_hook(hook, {"event": event, **move, "source": source, **more})
 
 
 def _weights(version: Any, folder: Path) -> Verdict:

@@ -1,6 +1,6 @@
-"""Tells others of a promotion: runs a command, or posts to an address.
+"""Tells others of a promotion or a rollback: runs a command, or posts to an address.
 
-Only who promotes says which, by an option or the environment: what a registry or a recipe says is never run.
+Only who moves the alias says which, by an option or the environment: what a registry or a recipe says is never run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PREFIX = "MINITRON_EVENT_"  # of the environment variables with the event's valu
 
 
 class HookError(MinitronError):
-    """The promotion was made, but the command or address that should hear of it failed."""
+    """The alias was moved, but the command or address that should hear of it failed."""
 
 
 def check_hook(hook: str) -> None:
@@ -61,7 +61,7 @@ def call_hook(hook: str, event: dict[str, Any]) -> None:
     except (OSError, subprocess.SubprocessError, urllib.error.URLError) as error:
         what = redact(hook) if _is_address(hook) else shlex.split(hook)[0]
         raise HookError(
-            f"the promotion is made, but {what} failed: {redact(one_line(error))}",
+            f"the alias was moved to version {event['version']}, but {what} failed: {redact(one_line(error))}",
             "run it again yourself if it matters",
         ) from error
 

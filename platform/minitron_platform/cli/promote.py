@@ -11,6 +11,7 @@ from minitron_platform.cli.options import UNVERIFIED_HELP, tracking_options
 from minitron_platform.console import Console, echo
 
 ON_PROMOTE_HELP = "Run this command after the promotion, or post to this address. [default: none]"
+ON_ROLLBACK_HELP = "Run this command after the rollback, or post to this address. [default: none]"
 
 
 @click.command()
@@ -75,15 +76,24 @@ def _show_verdicts(console: Console, verdicts: Sequence[Any]) -> None:
 @click.command()
 @click.argument("model")
 @click.option("--alias", default="champion", show_default=True, help="Alias to move.")
+@click.option("--on-promote", metavar="COMMAND|URL", envvar="MINITRON_ON_PROMOTE", help=ON_ROLLBACK_HELP)
 @tracking_options
-def rollback(locations: Any, model: str, alias: str) -> None:
+def rollback(locations: Any, model: str, alias: str, on_promote: str | None) -> None:
     """Point an alias of MODEL at its previous version.
 
     The weights of the version are verified first.
     """
-    from minitron_platform.tracking.moves import rollback as roll_back
+    from minitron_platform.promotion import rollback as roll_back
 
-    _print_promotion(roll_back(locations.tracking_uri, model, alias=alias, storage_root=locations.storage))
+    moved = roll_back(
+        locations.tracking_uri,
+        model,
+        alias=alias,
+        storage_root=locations.storage,
+        on_promote=on_promote,
+        say=echo,
+    )
+    _print_promotion(moved)
 
 
 def _print_promotion(promotion: Any) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import sys
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -186,3 +188,24 @@ def test_the_command_shows_what_failed_and_forces_only_with_a_reason_that_is_rec
     assert "champion was already version 2" in command().stdout
     recorded = json.loads(registry.client.get_model_version(NAME, "2").tags["minitron.promoted.champion"])
     assert (recorded["forced"], recorded["reason"]) == (True, "the champion is withdrawn")
+
+
+def test_a_promotion_and_a_rollback_tell_the_hook_which_way_the_alias_went(
+    registry: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = registry.root / "told.jsonl"
+    program = registry.root / "tell.py"
+    program.write_text("import sys\nopen(sys.argv[1], 'a').write(sys.stdin.read() + '\\n')\n")
+    registry.add("good")
+    monkeypatch.setenv("MINITRON_ON_PROMOTE", shlex.join([sys.executable, "-S", str(program), str(told)]))
+    for arguments in (["promote", NAME], ["rollback", NAME]):
+        done = CliRunner().invoke(main, [*arguments, "--storage", str(registry.root)])
+        assert done.exit_code == 0, done.output
+    promoted, rolled_back = (json.loads(line) for line in told.read_text().splitlines())
+    moves = [[event[key] for key in ("event", "previous", "version")] for event in (promoted, rolled_back)]
+    assert moves == [["promoted", "1", "2"], ["rolled_back", "2", "1"]]
+    assert rolled_back["source"].endswith("/champion")
+    assert rolled_back["by"] == promoted["by"]
+    refused = CliRunner().invoke(main, ["rollback", NAME, "--storage", str(registry.root), "--on-promote", "'"])
+    assert "on-promote" in refused.stderr
+    assert refused.exit_code == 2

@@ -31,10 +31,12 @@ def test_a_command_gets_the_event_and_no_shell_reads_it(tmp_path: Path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tell.py"]
 
 
-def test_a_command_that_fails_says_so_and_that_the_promotion_stands() -> None:
-    with pytest.raises(HookError, match=r"the promotion is made, but .* failed: .*exit code 7: no such site"):
+def test_a_command_that_fails_says_so_and_that_the_alias_was_moved() -> None:
+    with pytest.raises(
+        HookError, match=r"the alias was moved to version 3, but .* failed: .*exit code 7: no such site"
+    ):
         call_hook(f"{sys.executable} -S -c \"import sys; sys.stderr.write('no such site'); sys.exit(7)\"", EVENT)
-    with pytest.raises(HookError, match="the promotion is made, but missing-command failed"):
+    with pytest.raises(HookError, match="the alias was moved to version 3, but missing-command failed"):
         call_hook("missing-command", EVENT)
 
 
