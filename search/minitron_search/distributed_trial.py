@@ -19,6 +19,7 @@ from minitron.architecture import Architecture
 from minitron.log_records import make_records_safe
 from minitron_search.events import Event, Report
 from minitron_search.failures import first_cause
+from minitron_search.leaving import group_is_leaving
 from minitron_search.search_task import SearchTask
 from minitron_search.torch_trainer import TorchTrainer
 from minitron_search.train_files import storage_settings
@@ -80,7 +81,7 @@ def _forward(events: Queue, report: Report) -> None:
 def _worker(config: dict[str, Any]) -> None:
     make_records_safe()
     report = config["events"].put if dist.get_rank() == 0 else _ignore
-    train(config["task"], config["architecture"], report, until=config["until"])
+    train(config["task"], config["architecture"], report, group_is_leaving, until=config["until"])
 
 
 def _ignore(event: Event) -> None:

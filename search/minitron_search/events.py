@@ -50,6 +50,13 @@ class RungReached:
 
 
 @dataclass(frozen=True)
+class Leaving:
+    """A node of the trial is about to be taken away. Its state after `step` steps is stored, so that it can go on elsewhere."""
+
+    step: int
+
+
+@dataclass(frozen=True)
 class Paused:
     """The trial waits after this step until it is decided which candidates continue."""
 
@@ -92,7 +99,19 @@ class OutOfGpuMemory:
     reason: str
 
 
-Event = Started | Scored | Undistilled | Progress | RungReached | Paused | Finished | Retried | Failed | OutOfGpuMemory
+Event = (
+    Started
+    | Scored
+    | Undistilled
+    | Progress
+    | RungReached
+    | Leaving
+    | Paused
+    | Finished
+    | Retried
+    | Failed
+    | OutOfGpuMemory
+)
 Report = Callable[[Event], None]
 
 _KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}

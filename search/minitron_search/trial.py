@@ -18,7 +18,18 @@ from minitron.collectives import gather_json
 from minitron.distill import distill
 from minitron.distill.checkpoints import committed_steps
 from minitron.logits import Head
-from minitron_search.events import Finished, Paused, Progress, Report, RungReached, Scored, Started, Undistilled
+from minitron_search.events import (
+    Finished,
+    Leaving,
+    Paused,
+    Progress,
+    Report,
+    RungReached,
+    Scored,
+    Started,
+    Undistilled,
+)
+from minitron_search.leaving import NodeIsLeaving
 from minitron_search.search_task import SearchTask
 from minitron_search.trial_store import (
     ForwardScore,
@@ -58,12 +69,12 @@ def run_trial(task: SearchTask, architecture: Architecture, report: Report, *, u
 
     If the task keeps weights and those of a finished trial are missing, the trial is repeated, with the same result.
     With `until` the trial pauses after that step, and a later call resumes there. A trial that was killed resumes from its
-    last checkpoint. `report` gets `Started`, `Undistilled`, a `Progress` for each step, `RungReached` at each rung, and
-    `Paused` or `Finished`.
+    last checkpoint; one is saved at once when this process's node is about to be taken away. `report` gets `Started`,
+    `Undistilled`, a `Progress` for each step, `RungReached` at each rung, `Leaving`, and `Paused` or `Finished`.
     """
     if not prepare(task, architecture):
         return
-    train(task, architecture, report, until=until)
+    train(task, architecture, report, NodeIsLeaving(), until=until)
     if until is None:
         drop_checkpoints(task.folder, architecture)
 
@@ -78,9 +89,17 @@ def prepare(task: SearchTask, architecture: Architecture) -> bool:
     return True
 
 
-def train(task: SearchTask, architecture: Architecture, report: Report, *, until: int | None = None) -> None:
+def train(
+    task: SearchTask,
+    architecture: Architecture,
+    report: Report,
+    is_leaving: Callable[[], bool],
+    *,
+    until: int | None = None,
+) -> None:
     """Run the trial in this process or, with torch.distributed, in each of several processes together: all of them measure,
-    because a sharded student needs all of them to run, and rank 0 writes."""
+    because a sharded student needs all of them to run, and rank 0 writes. is_leaving: whether the node of one of them is about
+    to be taken away; then a checkpoint is saved at once."""
     _use_threads(task)
     started = time.perf_counter()
     materials = task.materials
@@ -96,6 +115,10 @@ def train(task: SearchTask, architecture: Architecture, report: Report, *, until
         rung = _rung_result(task, architecture, step, model, teacher_head)
         report(RungReached(step, rung.kl, rung.loss))
 
+    def saved(step: int) -> None:
+        if is_leaving():
+            report(Leaving(step))
+
     distill(
         student.model,
         materials.targets(teacher_head),
@@ -105,6 +128,8 @@ def train(task: SearchTask, architecture: Architecture, report: Report, *, until
         documents=materials.documents(),
         checkpoints=checkpoints(task.folder, architecture),
         key=trial_key(architecture),
+        saved=saved,
+        save_now=is_leaving,
         report=lambda step: report(Progress(step.step, step.metrics())),
         evaluate=measure,
         evaluate_at=task.rungs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -33,3 +34,15 @@ def two_nodes(**settings: str) -> Iterator[Cluster]:
         finally:
             ray.shutdown()
             made.shutdown()
+
+
+def drain(node):
+    """Announce that a node will be taken away in a minute, as a cloud does."""
+    from ray._private.worker import global_worker
+    from ray.core.generated import autoscaler_pb2
+
+    deadline = int((time.time() + 60) * 1000)
+    accepted, why = global_worker.gcs_client.drain_node(
+        node, autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "spot", deadline
+    )
+    assert accepted, why

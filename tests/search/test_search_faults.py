@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-from helpers.cluster import two_nodes
+from helpers.cluster import drain, two_nodes
 from helpers.searching import json_files, search_task
 from ray.exceptions import OutOfMemoryError, RayActorError
 
 from minitron_search import search
-from minitron_search.events import Failed, Progress, Retried, Started
+from minitron_search.events import Failed, Leaving, Progress, Retried, Started
 from minitron_search.pool import Pool
 from minitron_search.trial import run_trial
 from minitron_search.trial_store import trial_key
@@ -45,8 +45,13 @@ def undisturbed(made, candidates, tmp_path_factory):
 @pytest.fixture(scope="module")
 def cluster():
     """A cluster with a head that runs no trials and two nodes that run one each."""
-    with two_nodes() as made:
+    preemption = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
+    with two_nodes(**preemption) as made:
         yield made
+
+
+class _LookedEnoughError(Exception):
+    pass
 
 
 def _long(made, folder):
@@ -223,15 +228,53 @@ def test_a_node_that_joins_a_search_gives_it_one_more_trial_at_once(cluster, can
             cluster.remove_node(node)
 
 
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_trial_saves_its_state_at_once_when_its_node_is_about_to_be_taken_away(
+    cluster, made, candidates, tmp_path, workers
+):
+    task = _long(made, tmp_path)
+    task = replace(task, config=replace(task.config, steps=1_000_000, checkpoint_every=1_000_000))
+    architecture, events = candidates[0], []
+
+    def on_event(architecture, event):
+        events.append(event)
+        if isinstance(event, Started):
+            leaving.append(_node_of(cluster, event.pid))
+            drain(leaving[0].node_id)
+
+    def look():
+        assert time.monotonic() < deadline
+        if any(isinstance(event, Leaving) for event in events):
+            raise _LookedEnoughError
+
+    while len(cluster.worker_nodes) < 2:
+        cluster.add_node(num_cpus=1)
+    leaving, deadline = [], time.monotonic() + 90
+    pool = Pool(str(tmp_path / "tune"), workers=workers, on_event=on_event, look=look)
+    try:
+        with pytest.raises(_LookedEnoughError):
+            search(task, [architecture], pool=pool)
+    finally:
+        for node in leaving:
+            cluster.remove_node(node)
+            cluster.add_node(num_cpus=1)
+    (step,) = [event.step for event in events if isinstance(event, Leaving)]
+    assert _saved_step(task, architecture) == step
+
+
 def _kill_a_worker(cluster, pid):
     os.kill(pid, signal.SIGKILL)
 
 
-def _remove_a_node(cluster, pid):
-    """Remove the node on which process `pid` runs."""
+def _node_of(cluster, pid):
+    """The node on which process `pid` runs."""
     listed = subprocess.run(["ps", "-o", "ppid=", "-p", str(pid)], capture_output=True, text=True, check=True)
     raylets = {node.all_processes["raylet"][0].process.pid: node for node in cluster.worker_nodes}
-    cluster.remove_node(raylets[int(listed.stdout)], allow_graceful=False)
+    return raylets[int(listed.stdout)]
+
+
+def _remove_a_node(cluster, pid):
+    cluster.remove_node(_node_of(cluster, pid), allow_graceful=False)
 
 
 @pytest.mark.parametrize("fault", [_kill_a_worker, _remove_a_node])

@@ -20,6 +20,7 @@ from minitron_search.events import (
     Event,
     Failed,
     Finished,
+    Leaving,
     Paused,
     Progress,
     Retried,
@@ -170,6 +171,11 @@ class TrialsView:
                 self._advance(architecture, event.step)
                 self._log_curve(log, event.step, {"heldout_kl": event.kl})
                 self._measured(architecture, event.step, event.kl)
+            case Leaving():
+                self.console.say(
+                    f"  {architecture}: its node is about to be taken away; step {event.step}/{self.steps} is saved, from "
+                    "which it can go on"
+                )
             case Paused():
                 self.active.pop(architecture, None)
                 kl = self.last_kl.get(architecture)

@@ -7,11 +7,11 @@ from typing import Any
 import ray
 import torch
 import torch.distributed as dist
-from ray.train.v2._internal.execution.context import get_train_context
 
 from minitron.log_records import make_records_safe
 from minitron_platform.workers.calls import Call, node_name, sender
 from minitron_platform.workers.worker import SentProgress, Worker, WorkerStarted
+from minitron_search.leaving import group_is_leaving
 from minitron_search.memory import release_memory
 
 
@@ -32,7 +32,7 @@ def serve(config: dict[str, Any]) -> None:
     while (call := ray.get(calls.next.remote(number))) is not None:
         number = call.number
         processes = count if call.everywhere else 1
-        worker = Worker(rank, processes, SentProgress(send, processes), send, calls.resumable.remote, _is_leaving)
+        worker = Worker(rank, processes, SentProgress(send, processes), send, calls.resumable.remote, group_is_leaving)
         result = _run(call, worker)
         release_memory()
         ray.get(calls.answer.remote(number, rank, [result]))
@@ -45,9 +45,3 @@ def _run(call: Call, worker: Worker) -> Any:
     function, task = ray.get(call.content[0])
     result = function(task, worker)
     return result if worker.is_first else None
-
-
-def _is_leaving() -> bool:
-    """Whether Ray Train has told this process that a node of the group is about to be taken away. Its own function waits until
-    all processes ask for it."""
-    return get_train_context().preemption_context.preemption_info is not None

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.cluster import two_nodes
+from helpers.cluster import drain, two_nodes
 from helpers.command import minitron_here
 from helpers.evaluating import write_jsonl
 from ray import cloudpickle
@@ -274,15 +274,3 @@ def test_a_group_shrinks_with_the_cluster_grows_at_a_checkpoint_and_hears_of_nod
     said = console.rich.file.getvalue().splitlines()
     assert ["(1 CPUs); its processes start again on other nodes" in line for line in said if "lost" in line] == [True]
     assert ["(1 CPUs)" in line for line in said if "joined" in line] == [True]
-
-
-def drain(node):
-    """Announce that a node will be taken away in a minute, as a cloud does."""
-    from ray._private.worker import global_worker
-    from ray.core.generated import autoscaler_pb2
-
-    deadline = int((time.time() + 60) * 1000)
-    accepted, why = global_worker.gcs_client.drain_node(
-        node, autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "spot", deadline
-    )
-    assert accepted, why
