@@ -38,8 +38,9 @@ def models(locations: Any) -> None:
         echo(f"no models in {redact(locations.tracking_uri)}; `minitron run` registers one")
         return
     table = Table(caption=f"KL to the teacher and held-out loss in {KL.unit}", caption_justify="left")
-    for title in ("model", "version", "alias", "parameters", "KL", "loss", "tokens/s", "registered"):
-        table.add_column(title, no_wrap=True)
+    for title in ("model", "version", "alias", "parameters", "KL", "loss", "tokens/s"):
+        names = title in ("model", "alias")
+        table.add_column(title, no_wrap=not names, overflow="fold", min_width=8 if names else None)
     for row in versions:
         table.add_row(
             row.name,
@@ -49,7 +50,6 @@ def models(locations: Any) -> None:
             KL.text(row.heldout_kl) if row.heldout_kl is not None else "",
             LOSS.text(row.heldout_loss) if row.heldout_loss is not None else "",
             "" if row.tokens_per_second is None else SPEED.text(row.tokens_per_second),
-            f"{row.created:%Y-%m-%d %H:%M}",
         )
     console = Console()
     console.table(table)
@@ -57,8 +57,8 @@ def models(locations: Any) -> None:
         aliases = f" ({', '.join(row.aliases)})" if row.aliases else ""
         origin = f", {row.made_from}" if row.made_from else ""
         console.say(escape(f"{row.name} {row.version}{aliases}{origin}: {row.source}"))
-        if row.tasks:
-            console.say(escape(f"  {' · '.join(f'{task} {score}' for task, score in row.tasks.items())}"))
+        scores = [f"{task} {score}" for task, score in row.tasks.items()]
+        console.say(escape("  " + " · ".join([f"registered {row.created:%Y-%m-%d %H:%M}", *scores])))
 
 
 @models.command()

@@ -59,7 +59,7 @@ def _show_tree(console: Console, line: Sequence[str], descendants: Sequence[Any]
     for depth, name in enumerate(line):
         console.say(escape("   " * (depth - 1) + "└─ " * (depth > 0) + name))
     for descendant in descendants:
-        console.say(escape("   " * (len(line) + descendant.generation - 2) + "└─ " + descendant.title))
+        console.say(escape("   " * (len(line) + descendant.generation - 2) + "└─ " + descendant.described))
 
 
 def _show_figures(console: Console, figures: Any) -> None:

@@ -17,8 +17,15 @@ class Descendant:
     """A version that was made of another, directly or by way of versions between them."""
 
     title: str
+    kind: str | None
+    """What was done to its parent by another tool; None for a student."""
     generation: int
     """1 for what was made of it directly."""
+
+    @property
+    def described(self) -> str:
+        """Its title with its kind."""
+        return self.title if self.kind is None else f"{self.title}, {self.kind}"
 
 
 @dataclass(frozen=True)
@@ -70,5 +77,5 @@ def _descendants(parent: str, versions: Sequence[Any], generation: int, seen: se
     children = {title(each): each for each in versions if each.tags.get(PARENT_TAG) == parent}
     for child in sorted(children.keys() - seen):
         seen.add(child)
-        yield Descendant(described(children[child]), generation)
+        yield Descendant(child, kind_of(children[child]), generation)
         yield from _descendants(child, versions, generation + 1, seen)

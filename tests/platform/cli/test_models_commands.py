@@ -71,6 +71,9 @@ def test_models_lists_alias_and_speed_of_the_family(family: Path) -> None:
     lines = command(family).stdout.splitlines()
     (newest,) = [line for line in lines if "large" in line and "candidate" in line and "1,234" in line]
     assert " 2 " in newest
+    narrow = CliRunner(env={"COLUMNS": "80"}).invoke(main, ["models", "--storage", str(family)]).stdout
+    assert "…" not in narrow
+    assert "1,234" in narrow
 
 
 def test_models_show_prints_the_lineage_from_the_teacher_on(family: Path) -> None:
