@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 import torch
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 MODELS_AT_A_TIME = 4  # in memory together; they need less memory than training one of them
+LOOK_SECONDS = 2.0
 SECONDS = 0.5  # per model, and at least five passes
 
 
@@ -58,12 +59,14 @@ class Latency:
         *,
         share: Mapping[str, float],
         progress: Callable[[int, int], None] | None = None,
+        look: Callable[[], None] = lambda: None,
     ) -> dict[Architecture, float]:
         """Milliseconds of each architecture: the median of at least five passes, which alternate with those of up to three
         other architectures.
 
         The passes run in Ray tasks that request `share`, the resources of a trial by Ray's names, one task at a time so that
-        none slows another. `progress(measured, total)` is called after each task. Needs Ray to be running. Raises
+        none slows another. `progress(measured, total)` is called after each task, `look()` every few seconds; what it
+        raises cancels the task. Needs Ray to be running. Raises
         MinitronError for an architecture that cannot be run, for example because it does not fit in memory.
         """
         remote = ray.remote(num_cpus=share.get("CPU"), num_gpus=share.get("GPU"), memory=share.get("memory"))(_measure)
@@ -71,7 +74,7 @@ class Latency:
         for start in range(0, len(architectures), MODELS_AT_A_TIME):
             group = architectures[start : start + MODELS_AT_A_TIME]
             try:
-                milliseconds |= dict(zip(group, ray.get(remote.remote(self, group)), strict=True))
+                milliseconds |= dict(zip(group, _result(remote.remote(self, group), look), strict=True))
             except ray.exceptions.RayError as error:
                 raise MinitronError(
                     f"latency of {self.batch} sequences of {self.context} tokens: {group[0]} and the candidates measured with "
@@ -93,6 +96,17 @@ class Latency:
             **({"kind": self.kind} if self.kind != "first" else {}),  # files of earlier versions have none
         }
         return storage.join(self.folder, f"{storage.fingerprint(key)}.json")
+
+
+def _result(task: Any, look: Callable[[], None]) -> Any:
+    """What a task returns; it is cancelled if `look` raises."""
+    try:
+        while not ray.wait([task], timeout=LOOK_SECONDS)[0]:
+            look()
+    except BaseException:
+        ray.cancel(task, force=True)
+        raise
+    return ray.get(task)
 
 
 def _measure(latency: Latency, architectures: Sequence[Architecture]) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,11 +14,11 @@ import yaml
 from helpers.command import minitron_here
 from helpers.tiny import texts
 from mlflow.tracking import MlflowClient
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from minitron.architecture import Architecture
 from minitron.checkpoints.identity import checkpoint_identity
-from minitron.errors import InputError
+from minitron.errors import InputError, MinitronError
 from minitron.evaluation import evaluate_documents, task_metric
 from minitron_platform import plan, run, submit
 from minitron_platform.estimates.outlook import Estimate
@@ -27,6 +28,7 @@ from minitron_platform.stages import order
 from minitron_platform.stages.distill import Distill
 from minitron_platform.stages.evaluate import HELDOUT
 from minitron_platform.stages.stage import Stage, StageOutput
+from minitron_search.latency import Latency
 
 SCORED, DISTILLED, BENCHMARKED = 8, 3, 2
 PROMPTS = ["the model reads a row", "stone cloud"]
@@ -186,6 +188,20 @@ def test_a_latency_limit_that_no_candidate_meets_is_refused_with_the_lowest_late
         match=r"family.0.limits: no candidate .*timed, and the fastest takes .* ms to the first token, and .*further token",
     ):
         run(type(recipe).model_validate(values), storage_path=str(searched[1]))
+
+
+def test_a_wait_for_room_to_measure_latency_can_be_ended(bench, ray_here, tmp_path):
+    latency = Latency(str(bench / "teacher"), "float32", 1, 8, str(tmp_path))
+    with pytest.raises(MinitronError, match="waited too long"):
+        latency.measure(
+            [Architecture.from_config(AutoConfig.from_pretrained(bench / "teacher"))],
+            share={"CPU": 1000},  # more than there is
+            look=partial(_raise, MinitronError("waited too long", "")),
+        )
+
+
+def _raise(error):
+    raise error
 
 
 class WordsOutput(StageOutput):

@@ -94,7 +94,8 @@ class _LatencyLimits:
         self.pool.release_workers()  # they would take the resources, or slow down what is timed
         for name, latency in self.latencies.items():
             progress = self.console.counter(f"shapes timed {LATENCIES[name][1]}")
-            for architecture, taken in latency.measure(architectures, share=self.pool.share, progress=progress).items():
+            measured = latency.measure(architectures, share=self.pool.share, progress=progress, look=self.pool.look)
+            for architecture, taken in measured.items():
                 self.milliseconds.setdefault(architecture, {})[name] = taken
         return [a for a in architectures if not self._exceeded(a)]
 
