@@ -35,6 +35,9 @@ REFUSED, MISSING = 0x5_0000 | 1, 0x5_0000 | 38  # a system call that fails with 
 ALLOWED = 0x7FFF_0000
 # Machine: its number in a filter, and those of its system calls clone, clone3 and unshare.
 SYSTEM_CALLS = {"x86_64": (0xC000_003E, 56, 435, 272), "aarch64": (0xC000_00B7, 220, 435, 97)}
+# Those that make memory which no limit of a process counts, or which outlives the process: shmget, semget, msgget, mq_open,
+# memfd_create, memfd_secret.
+MEMORY_CALLS = {"x86_64": (29, 64, 68, 240, 319, 447), "aarch64": (194, 190, 186, 180, 279, 447)}
 Function = Callable[..., Any]
 
 
@@ -68,27 +71,30 @@ def _limit(settings: dict[str, Any]) -> None:
         os.setgroups([])
         os.setresgid(settings["user"], settings["user"], settings["user"])
         os.setresuid(settings["user"], settings["user"], settings["user"])
-    _refuse_namespaces()
+    _filter_system_calls()
     # No other process of this user can then read or change this one's memory and files.
     ctypes.CDLL(None).prctl(SET_DUMPABLE, 0, 0, 0, 0)
 
 
-def _refuse_namespaces() -> None:
-    """Refuse user namespaces to this process and its children: in one of their own they could mount memory without a limit.
+def _filter_system_calls() -> None:
+    """Refuse system calls to this process and its children (seccomp) that would give memory without a limit: those of
+    MEMORY_CALLS, and user namespaces, where memory could be mounted.
 
-    A filter of system calls (seccomp), because bwrap refuses them only to users other than root. clone3, whose flags a filter
-    cannot read, is refused as unknown, and the C library then calls clone. Raises OSError if there is no filter for this kind
-    of machine, or if it is not accepted.
+    bwrap refuses such namespaces only to users other than root. clone3, whose flags a filter cannot read, is refused as
+    unknown, and the C library then calls clone. Raises OSError if there is no filter for this kind of machine, or if it is not
+    accepted.
     """
     if os.uname().machine not in SYSTEM_CALLS:
         raise OSError(f"there is no filter of system calls for {os.uname().machine}")
     machine, clone, clone3, unshare = SYSTEM_CALLS[os.uname().machine]
+    memory_calls = MEMORY_CALLS[os.uname().machine]
     load, equal, any_bit, at_least, answer = 0x20, 0x15, 0x45, 0x35, 0x06
     program = [
         (load, 0, 0, 4),  # the kind of machine: others, such as the 32 bits of the same one, have other numbers
         (equal, 1, 0, machine),
         (answer, 0, 0, REFUSED),
         (load, 0, 0, 0),  # the number of the system call
+        *((equal, 5 + len(memory_calls) - index, 0, call) for index, call in enumerate(memory_calls)),
         (at_least, 5, 0, 0x4000_0000),  # x32
         (equal, 5, 0, clone3),
         (equal, 1, 0, clone),
@@ -223,7 +229,11 @@ def _pass_at(k: int, solved: list[bool]) -> float:
 
 
 def _passes(program: str, seconds: float) -> bool:
-    """Whether a program ends by itself, without an exception, within a time."""
+    """Whether a program ends by itself, without an exception, within a time.
+
+    It runs in the process that says so. What that says is another word each time, which a program has to look for.
+    """
+    word = os.urandom(16).hex().encode()
 
     def work() -> bytes:
         cpu = math.ceil(seconds)
@@ -232,9 +242,9 @@ def _passes(program: str, seconds: float) -> bool:
             exec(compile(program, "<program>", "exec"), {})
         except BaseException:  # noqa: BLE001, whatever it is, the program has failed
             return b""
-        return b"passed"
+        return word
 
-    return _in_child(work, seconds, 6) == b"passed"
+    return _in_child(work, seconds, len(word)) == word
 
 
 if __name__ == "__main__":

@@ -35,6 +35,11 @@ ATTACKS = {
     "10 GB of memory": "bytearray(10 << 30)",
     "100 MB of files": "for n in range(20): open(f'/tmp/{{n}}', 'wb').write(bytes(5_000_000))",
     "memory mounted in a user namespace": "import ctypes\nassert ctypes.CDLL(None).unshare(1 << 28) == 0",
+    "memory shared by System V": (
+        "import ctypes\nlibc = ctypes.CDLL(None)\nassert libc.shmget(0, 1 << 20, 0o1600) != -1"
+    ),
+    "messages of System V": "import ctypes\nassert ctypes.CDLL(None).msgget(0, 0o1600) != -1",
+    "memory behind a descriptor": "import os\nos.memfd_create('a')",
     "memory as a file": "open('/dev/shm/a', 'w').write('a')",
     "reading a file outside": "open({secret!r}).read()",
     "writing a file outside": "open({secret!r}, 'w').write('replaced')",
@@ -46,6 +51,7 @@ ATTACKS = {
     "processes outside": "import os\nos.kill({pid}, 0)",
     "the rights of root": "import os\nos.setuid(0)",
     "an early end that looks like success": "import os\nos._exit(0)",
+    "a word that looks like success": "import os\nos.write(3, b'passed')\nos._exit(0)",
     "the end of the process that counts": "import os\nos.kill(os.getppid(), 9)",
     "the end of everything": "import os\nos.kill(-1, 9)",
     "endless output": "while True: print('a' * 9999)",
