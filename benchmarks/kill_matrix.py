@@ -90,7 +90,7 @@ def report(run: KilledRun, before: Undisturbed, out: Path | None, *, ended: bool
     tensors = run.tensors()
     names = before.tensors.keys() | tensors.keys() if ended else tensors.keys()
     different = [name for name in names if before.tensors.get(name) != tensors.get(name)]
-    again = run.steps_redone()
+    again, versions = run.steps_redone(), run.versions()
     for cell in run.cells():
         once = before.parts[cell.moment]
         redone = [part for part, count in cell.parts.items() if part in once and count > once[part]]
@@ -107,6 +107,7 @@ def report(run: KilledRun, before: Undisturbed, out: Path | None, *, ended: bool
             "note": cell.note,
             "student": next((sum_ for name, sum_ in tensors.items() if name.endswith(STUDENT)), "")[:16],
             "tensors": hashlib.sha256(json.dumps(sorted(tensors.items())).encode()).hexdigest()[:16],
+            "versions": versions,
         }
         print(f"| {' | '.join(map(str, line.values()))} |", flush=True)
         if out:

@@ -34,6 +34,7 @@ class Moment:
 
 
 MOMENTS = (
+    Moment("teacher", r"stages/teacher/.*/model/manifest.json", parts=r"stages/teacher/.*/model/.*"),
     Moment("data", r"stages/data/.*/parts/.*\.json", parts=r"stages/data/.*/parts/.*\.json"),
     Moment("correct", r"stages/correct/.*/step-0*4/manifest.json", parts=r"stages/correct/.*\.json"),
     Moment("calibrate", r"stages/calibrate/.*/scores.safetensors", parts=r"stages/calibrate/.*", stored=False),
@@ -58,6 +59,8 @@ MOMENTS = (
         stage="distill",
     ),
     Moment("evaluate", r"stages/evaluate/.*/pruned.json", parts=r"(stages/evaluate|quality)/.*\.json"),
+    # the version is in MLflow, and the record that says so is not stored yet
+    Moment("register", r"stages/register/.*/stage.json", parts=r"stages/register/.*", stored=False),
 )
 
 

@@ -53,6 +53,7 @@ class KilledRun:
         self.storage.files.mkdir(self.bucket)
         self.steps = self.machines.folder / f"{self.bucket}-steps.jsonl"
         self.log = self.machines.folder / f"{self.bucket}.log"
+        self.tracking_uri = f"sqlite:///{self.machines.folder}/mlflow.db"
         self.driver: subprocess.Popen[bytes] | None = None
         self.starts: list[tuple[Moment, str, float, str]] = []
 
@@ -105,6 +106,13 @@ class KilledRun:
             if "/stages/distill/" in found and found.endswith("/curve.json"):
                 return list(json.loads(self.storage.files.cat(found))["train_loss"])
         return []
+
+    def versions(self) -> int:
+        """Number of versions that the run has registered in MLflow."""
+        from mlflow import MlflowClient
+
+        client = MlflowClient(self.tracking_uri, self.tracking_uri)
+        return sum(f"s3://{self.bucket}/" in str(version.source) for version in client.search_model_versions())
 
     def _tensors(self) -> Iterator[tuple[str, str]]:
         for path in self.storage.files.find(self.bucket):
@@ -185,7 +193,7 @@ class KilledRun:
             "--upload",
         ]
         command += ["--address", self.machines.address, "--storage", f"s3://{self.bucket}"]
-        command += ["--tracking-uri", f"sqlite:///{self.machines.folder}/mlflow.db"]
+        command += ["--tracking-uri", self.tracking_uri]
         command += [word for override in self.overrides for word in ("--set", override)]
         with self.log.open("ab") as log:
             self.driver = subprocess.Popen(
