@@ -4,8 +4,8 @@
 
 A run for each kind of kill, with a kill in every stage; docs/cluster.md describes the kinds. A line has the kind, the stage,
 whether all stored rows and tensors are those of the run without kills, whether the run came to its end, the finished parts that
-were written again, the number of steps that were trained again, the seconds lost, a note, and the beginnings of the SHA-256 of
-the student and of all tensors.
+were written again, the number of steps that were trained again, the seconds lost, a note, the beginnings of the SHA-256 of the
+student and of all tensors, and the number of versions of the student in MLflow.
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ def patch_oom_as_actor_error() -> None:
 def keep_workers() -> None:
     """Make Tune keep all actors of finished trials for `reuse_actors`, also while no other trial waits; unpatched it keeps one.
 
+    A kept actor that has died since, as with its node, gets no trial: that would be a failure of the trial.
     Tune also looks for new trials every tenth of a second instead of every second, and in a private Ray uses workers that have
     already started. A version of Ray without the private classes is not patched; a warning says so.
     """
@@ -53,6 +54,7 @@ def keep_workers() -> None:
         from ray.tune.utils.object_cache import _ObjectCache
 
         next_trial = TuneController._update_trial_queue
+        reuse = TuneController._maybe_reuse_cached_actor
     except (ImportError, AttributeError) as error:
         _warn(error, "workers are restarted for every round of a search")
         return
@@ -64,6 +66,10 @@ def keep_workers() -> None:
             self._cached_objects[key].append(obj)
             self._num_cached_objects += 1
             return True
+
+        def first(self, key: Any) -> Any:
+            """The actor that is reused next; None if there is none."""
+            return next(iter(self._cached_objects[key]), None)
 
         def flush_cached_objects(self, force_all: bool = False) -> Iterator[Any]:
             return super().flush_cached_objects(force_all=True) if force_all else iter(())
@@ -85,9 +91,28 @@ def keep_workers() -> None:
             time.sleep(0.1)
         return has_trial
 
+    def reuse_living(self: TuneController, trial: Any) -> bool:
+        key = trial.placement_group_factory
+        while (actor := self._actor_cache.first(key)) is not None and _is_dead(self._actor_manager, actor):
+            self._actor_cache.pop_cached_object(key)
+            actor.set_on_stop(None)
+            actor.set_on_error(None)
+            self._remove_actor(tracked_actor=actor)
+        reused: bool = reuse(self, trial)
+        return reused
+
     tune_controller._ObjectCache = LastingCache
     tune_controller._ActorClassCache = DriversEnvironment
     TuneController._update_trial_queue = update
+    TuneController._maybe_reuse_cached_actor = reuse_living
+
+
+def _is_dead(manager: Any, tracked_actor: Any) -> bool:
+    """Whether Ray knows that an actor of Tune's manager has died."""
+    import ray
+
+    actor, _ = manager._live_actors_to_ray_actors_resources[tracked_actor]
+    return bool(ray._private.state.actors(actor._actor_id.hex())["State"] == "DEAD")
 
 
 def _warn(error: Exception, consequence: str) -> None:

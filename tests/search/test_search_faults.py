@@ -228,6 +228,30 @@ def test_a_node_that_joins_a_search_gives_it_one_more_trial_at_once(cluster, can
             cluster.remove_node(node)
 
 
+def test_a_kept_worker_that_has_died_gets_no_trial(cluster, candidates, tmp_path):
+    pids = {}
+
+    def work(architecture, report):
+        report(Started(os.getpid()))
+        (tmp_path / trial_key(architecture)).touch()
+
+    def on_event(architecture, event):
+        if isinstance(event, Started):
+            pids[architecture] = event.pid
+
+    def run(architectures):
+        return pool.run(work, architectures, lambda a: (tmp_path / trial_key(a)).exists())
+
+    with Pool(str(tmp_path / "tune"), max_failures=0, on_event=on_event).open() as pool:
+        assert run(candidates[:1]) == {}
+        (died,) = pids.values()
+        os.kill(died, signal.SIGKILL)
+        actors = ray._private.state.actors
+        _wait_until(lambda: [a["State"] for a in actors().values() if a["Pid"] == died] == ["DEAD"])
+        assert run(candidates[:2]) == {}
+    assert pids[candidates[1]] != died
+
+
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_trial_saves_its_state_at_once_when_its_node_is_about_to_be_taken_away(
     cluster, made, candidates, tmp_path, workers
