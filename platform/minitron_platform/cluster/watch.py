@@ -56,8 +56,8 @@ class ClusterWatch:
         self._since = 0.0  # when the request was first seen
         self._looks_without = 0  # since the request was last seen
 
-    def look(self) -> None:
-        """Look at the cluster, unless that was done a moment ago.
+    def look(self, tasks: Sequence[Node] = (), /) -> None:
+        """Look at the cluster, unless that was done a moment ago. tasks: what tasks of Ray have requested without having begun.
 
         Raises MinitronError if the run has waited longer than the timeout.
         """
@@ -68,7 +68,7 @@ class ClusterWatch:
             return
         self._last_look = now
         self._look_at_nodes()
-        bundles = _requested()
+        bundles = [*_requested(), *tasks]
         self._looks_without = 0 if bundles else self._looks_without + 1
         if not bundles:
             if self._looks_without > 1:  # a group that waits gives its request up now and then, and makes another

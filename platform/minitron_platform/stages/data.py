@@ -171,7 +171,15 @@ def _in_parts(context: Context, folder: str) -> InParts | None:
     resources = context.ensure_ray()
     if busy():
         context.workers.make_room()
-    return InParts(folder, partial(run_parts, max_failures=resources.max_failures, say=context.console.say))
+    return InParts(
+        folder,
+        partial(
+            run_parts,
+            max_failures=resources.max_failures,
+            say=context.console.say,
+            look=context.workers.look,
+        ),
+    )
 
 
 def _text_summary(rows: Rows) -> str:

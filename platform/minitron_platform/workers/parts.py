@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,17 +14,20 @@ from ray.exceptions import (
     NodeDiedError,
     ObjectLostError,
     OutOfMemoryError,
+    RayError,
     RayTaskError,
     WorkerCrashedError,
 )
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_list
 
 from minitron.errors import MinitronError
 from minitron_platform.workers import part_call
+from minitron_platform.workers.look import Look
 from minitron_search.failures import cause
 
 DEATHS = (WorkerCrashedError, NodeDiedError, OutOfMemoryError, LocalRayletDiedError, ObjectLostError)
 AHEAD = 2  # parts under way or waiting for their turn, for each CPU of the cluster
-WAIT_SECONDS = 60  # without any result, before the cluster is asked whether it has room
+LOOK_SECONDS = 2.0  # without any result, before another look at the cluster
 END_SECONDS = 10  # longest wait for cancelled tasks to end
 
 Common = TypeVar("Common")
@@ -36,6 +41,11 @@ class _Task:
     part: Any
     failures: int = 0
 
+    @property
+    def attempt(self) -> str:
+        """Differs for each time that a part is run."""
+        return f"{self.number}.{self.failures}"
+
 
 def run_parts(
     function: Callable[[Common, Part], Result],
@@ -44,17 +54,20 @@ def run_parts(
     *,
     max_failures: int,
     say: Callable[[str], None],
+    look: Look,
     cpus: float = 1,
 ) -> Iterator[Result]:
     """Call `function(common, part)` for each part in a task of Ray, and yield the results in the order of the parts.
 
     function, common: sent to each worker once. parts: read when another task can be started, and not further than the results
     that were yielded allow, so that a generator can end when the results suffice. max_failures: number of times that a worker
-    may die with the same part. say: called with a sentence for every part that is run again. cpus: of each task.
+    may die with the same part. say: called with a sentence for every part that is run again. look: called while results are
+    awaited, with what the tasks have requested if none of them has begun; what it raises ends the tasks. cpus: of each task.
 
     Ray must be initialized. If one part raises an error, or the iterator is closed, all tasks are cancelled. Raises the error
     of the part, and MinitronError if workers have died too often.
     """
+    key = f"{uuid.uuid4().hex}-"
     content = [ray.put((function, common))]  # in a list, so that Ray does not resolve it for each task
     task_call = ray.remote(part_call.call).options(num_cpus=cpus, max_retries=0, scheduling_strategy="SPREAD")
     coming = enumerate(parts)
@@ -71,16 +84,17 @@ def run_parts(
                 number, part = next(coming, (-1, None))
                 more = number >= 0
                 if more:
-                    running[task_call.remote(content, part)] = _Task(number, part)
+                    task = _Task(number, part)
+                    running[task_call.remote(content, part, key + task.attempt)] = task
             if not running:
                 return
-            for reference in _wait(list(running), cpus, say):
+            for reference in _wait(running, key, cpus, look):
                 task = running.pop(reference)
                 try:
                     finished[task.number] = ray.get(reference)
                 except DEATHS as error:
                     _count_death(task, error, max_failures, say)
-                    running[task_call.remote(content, task.part)] = task
+                    running[task_call.remote(content, task.part, key + task.attempt)] = task
     except RayTaskError as error:
         raise cause(error) from error
     finally:
@@ -88,6 +102,8 @@ def run_parts(
             ray.cancel(reference, force=True)
         if running:
             ray.wait(list(running), num_returns=len(running), timeout=END_SECONDS)
+        with suppress(RayError):
+            _internal_kv_del(key, del_by_prefix=True, namespace=part_call.NAMESPACE)
 
 
 def busy() -> bool:
@@ -100,13 +116,16 @@ def _most(cpus: float) -> int:
     return AHEAD * max(1, int(ray.cluster_resources().get("CPU", 0) / cpus))
 
 
-def _wait(references: list[Any], cpus: float, say: Callable[[str], None]) -> list[Any]:
-    """The tasks that have ended, at least one."""
-    ready, _ = ray.wait(references, timeout=WAIT_SECONDS)
-    if not ready:
-        if ray.available_resources().get("CPU", 0) < cpus:
-            say(f"  [yellow]no node of the cluster has {cpus:g} CPU{'s' if cpus > 1 else ''} free for this: waiting[/]")
-        ready, _ = ray.wait(references)
+def _wait(running: dict[Any, _Task], key: str, cpus: float, look: Look) -> list[Any]:
+    """The tasks that have ended, at least one. key: what the keys of all begun attempts start with."""
+    while not (ready := ray.wait(list(running), timeout=LOOK_SECONDS)[0]):
+        begun = {
+            name.decode().removeprefix(key) for name in _internal_kv_list(key, namespace=part_call.NAMESPACE) or ()
+        }
+        # no more of them than would run at the same time
+        waiting = min(len(running), _most(cpus) // AHEAD)
+        look([] if any(task.attempt in begun for task in running.values()) else [{"CPU": cpus}] * waiting)
+    look()
     return list(ready)
 
 

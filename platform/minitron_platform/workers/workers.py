@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from minitron_platform.console import Console
 from minitron_platform.recipes.resources import ResolvedResources
+from minitron_platform.workers.look import Look, no_look
 from minitron_platform.workers.worker import Counted, Said, StatusChanged, Worker, WorkersFailed
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Workers:
         start_ray: Callable[[], ResolvedResources],
         computes_here: Callable[[], bool],
         scratch: str,
-        look: Callable[[], None] = lambda: None,
+        look: Look = no_look,
     ) -> None:
         self.console = console
         self.look = look

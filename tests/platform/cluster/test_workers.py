@@ -23,6 +23,7 @@ from helpers.evaluating import write_jsonl
 from ray import cloudpickle
 from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
 from ray.experimental import internal_kv
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from minitron.errors import InputError, MinitronError
 from minitron.evaluation.result_file import read_results
@@ -35,6 +36,7 @@ from minitron_platform.planning.plan import plan
 from minitron_platform.recipes.load import load_recipe
 from minitron_platform.recipes.resources import ResolvedResources
 from minitron_platform.workers import group as group_module
+from minitron_platform.workers import parts
 from minitron_platform.workers.group import WorkerGroup
 from minitron_platform.workers.worker import WorkersFailed, WorkerStarted
 from minitron_platform.workers.workers import Workers
@@ -235,6 +237,49 @@ def test_a_group_that_waits_for_room_says_for_what_and_gives_up_in_the_end(
     workers.close()
     assert time.monotonic() - started < 15  # Ray Train does not wait any more
     _wait_until(lambda: not watch._requested())  # Ray does not either
+
+
+def until_file(path, part):
+    """Ends when there is a file `path`."""
+    while not os.path.exists(path):
+        time.sleep(0.05)
+    return part
+
+
+def test_tasks_that_wait_for_room_say_for_what_and_give_up_in_the_end_and_those_that_run_may_take_longer(
+    cluster, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(parts, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(watch, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(watch, "PATIENCE", 0.0)
+    console = Console()
+    notes = []
+    monkeypatch.setattr(console, "note", lambda text: notes.append(text() if text else None))
+    options = {"max_failures": 0, "say": notes.append}
+    end = tmp_path / "end"
+    count = len(cluster.worker_nodes)
+    others = placement_group([{"CPU": 1}] * count)  # all CPUs are somebody else's
+    assert others.wait(60)
+    try:
+        with pytest.raises(MinitronError, match=f"has not given {count} CPUs within 1 s, which resources.wait_timeout"):
+            list(parts.run_parts(until_file, str(end), range(9), look=ClusterWatch(console, 1.0).look, **options))
+    finally:
+        remove_placement_group(others)
+    assert f"waiting for {count} CPUs, requested 1 s ago" in notes
+
+    # a timeout that passes several times while the tasks run
+    looks = []
+    watching = ClusterWatch(console, 60.0)
+
+    def look(tasks=()):
+        if not tasks:  # a worker has begun
+            looks.append(len(looks))
+            watching.timeout = 0.0
+        if len(looks) == 5:
+            end.touch()
+        watching.look(tasks)
+
+    assert list(parts.run_parts(until_file, str(end), range(3), look=look, **options)) == [0, 1, 2]
 
 
 @pytest.mark.long

@@ -16,6 +16,7 @@ from minitron.errors import InputError, MinitronError
 from minitron_platform import load_recipe, run
 from minitron_platform.cluster.ray_session import ray_session
 from minitron_platform.stages import data
+from minitron_platform.workers.look import no_look
 from minitron_platform.workers.parts import run_parts
 
 
@@ -36,7 +37,7 @@ def test_results_are_in_order_and_a_part_whose_worker_dies_is_run_again(tmp_path
             begun.append(number)
             yield number
 
-    results = run_parts(work, str(tmp_path), numbers(), max_failures=1, say=said.append)
+    results = run_parts(work, str(tmp_path), numbers(), max_failures=1, say=said.append, look=no_look)
     assert next(results) == 0
     assert len(begun) <= 5, "not many more parts are started than results were taken"
     assert list(results) == [1, 4, 9, 16, 25, 36]
@@ -48,16 +49,20 @@ def test_results_are_in_order_and_a_part_whose_worker_dies_is_run_again(tmp_path
 
 def test_an_error_ends_all_parts_and_too_many_deaths_are_one(tmp_path):
     with pytest.raises(InputError, match="part 7 is wrong") as error:
-        list(run_parts(work, str(tmp_path), [7, 100, 101], max_failures=0, say=print))
+        list(run_parts(work, str(tmp_path), [7, 100, 101], max_failures=0, say=print, look=no_look))
     assert error.value.remedy == "correct it"
     with pytest.raises(MinitronError, match="part 0 failed 1 times: its worker or node died"):
-        list(run_parts(work, str(tmp_path), [1], max_failures=0, say=print))
-    assert list(run_parts(work, str(tmp_path), [2, 3], max_failures=0, say=print)) == [4, 9], "both CPUs are free again"
+        list(run_parts(work, str(tmp_path), [1], max_failures=0, say=print, look=no_look))
+    assert list(run_parts(work, str(tmp_path), [2, 3], max_failures=0, say=print, look=no_look)) == [4, 9], (
+        "both CPUs are free again"
+    )
 
 
 def test_what_libraries_log_in_a_worker_has_no_secrets(tmp_path):
     said = "retrying https://me:hunter2@host/text?token=abc"
-    assert list(run_parts(logged, "", [said], max_failures=0, say=print)) == ["retrying https://host/text"]
+    assert list(run_parts(logged, "", [said], max_failures=0, say=print, look=no_look)) == [
+        "retrying https://host/text"
+    ]
 
 
 def test_tasks_of_ray_pack_the_rows_that_one_process_packs(bench, tmp_path, empty_database, monkeypatch, capsys):
