@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import minitron
 from minitron import storage
@@ -22,7 +23,7 @@ from minitron_platform.tracking.client import check_model_name, checked_alias, o
 from minitron_platform.tracking.lineage import title
 from minitron_platform.tracking.registry import TASK_TAG, register
 from minitron_platform.tracking.variant_tags import KIND_TAG, PARENT_TAG, Kind
-from minitron_platform.tracking.version_figures import FIGURES_TAG, VersionFigures
+from minitron_platform.tracking.version_figures import FIGURES_TAG, VersionFigures, figures_of
 from minitron_platform.tracking.version_weights import CARD, MANIFEST_TAG, PATH_TAG, location
 from minitron_platform.variants.card import variant_card
 from minitron_platform.variants.figures import measured, run_of
@@ -63,8 +64,8 @@ def add_variant(
     """Copy the checkpoint in the folder `source` to the storage, measure it as its parent was measured, and register it.
 
     parent: NAME@ALIAS or NAME/VERSION. The same weights are registered once; what was measured is not measured again.
-    unmeasured: register it without figures. Raises InputError for a checkpoint that cannot be read, or not be measured, and for
-    weights that the model `name` has already with another parent.
+    unmeasured: register it without figures, or with those that it has already. Raises InputError for a checkpoint that cannot be
+    read, or not be measured, and for weights that the model `name` has already with another parent.
     """
     check_model_name(name)
     checked_alias(alias)
@@ -82,13 +83,14 @@ def add_variant(
     }
     figures = None
     if unmeasured:
-        weights = _stored(locations, folder, name, tags)
+        weights, known = _stored(locations, folder, name, tags)
+        figures = None if known is None else figures_of(known)
     else:
         state = run_of(made_from, locations)
         with console.working(f"measuring {kind} {name}"):
             console.status("loading")
             model, tokenizer = load_variant(source, DTYPES[distill_inputs(state).dtype])
-            weights = _stored(locations, folder, name, tags)
+            weights, _ = _stored(locations, folder, name, tags)
             figures, quality = measured(state, made_from, model, tokenizer, weights, console)
         tags |= {
             FIGURES_TAG: figures.model_dump_json(),
@@ -114,9 +116,10 @@ def add_variant(
     return Added(name, version, title(made_from), figures, weights)
 
 
-def _stored(locations: Locations, folder: Path, name: str, tags: dict[str, str]) -> str:
-    """The copy of the weights in the storage. Raises InputError if the model `name` has them as something else."""
-    weights = store(locations, folder)
+def _stored(locations: Locations, folder: Path, name: str, tags: dict[str, str]) -> tuple[str, Any | None]:
+    """The copy of the weights in the storage, and the version of the model `name` that has them already, if any. Raises
+    InputError if it has them as something else."""
+    weights = store(locations, folder, name)
     expected = hashlib.sha256(storage.read_bytes(storage.join(weights, storage.MANIFEST))).hexdigest()
     with open_registry(locations.tracking_uri) as client:
         for version in versions_of(client, name):
@@ -129,4 +132,5 @@ def _stored(locations: Locations, folder: Path, name: str, tags: dict[str, str])
                     f"{title(version)} has the same weights, with another origin ({values})",
                     "give its kind and parent, another model name with --as, or delete it with `minitron models delete`",
                 )
-    return weights
+            return weights, version
+    return weights, None

@@ -52,10 +52,11 @@ def load_variant(source: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     return load_source(source, dtype=dtype)
 
 
-def store(locations: Locations, folder: Path) -> str:
-    """Copy a checkpoint's config, weights, tokenizer and licence to the storage, once; returns the folder there."""
+def store(locations: Locations, folder: Path, name: str) -> str:
+    """Copy a checkpoint's config, weights, tokenizer and licence to the storage, once for the model `name`, whose card is put
+    beside them; returns the folder there."""
     hashes = {str(path.relative_to(folder)): storage.sha256(path) for path in _files(folder)}
-    target = storage.join(locations.storage, "variants", storage.fingerprint(hashes), "model")
+    target = storage.join(locations.storage, "variants", storage.fingerprint([name, hashes]), "model")
     if not storage.is_committed(target):
         with storage.committed_folder(target) as temporary:
             for name in hashes:

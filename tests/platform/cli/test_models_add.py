@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from helpers.command import minitron_here
@@ -15,6 +17,9 @@ from helpers.fp8_checkpoint import fp8_config, in_fp8
 from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from minitron_platform.gates import judge
+from minitron_platform.gates.clean_process import Loaded
 
 BLOCK = 12  # divides every matrix of the student
 
@@ -42,6 +47,13 @@ def noise(size: float) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
 
 def command(copied: Path, *arguments: str) -> Any:
     return minitron_here(*arguments, "--storage", "runs", cwd=copied)
+
+
+@contextmanager
+def loads() -> Iterator[None]:
+    """The gate of a clean process passes without starting one, which takes seconds."""
+    with mock.patch.object(judge, "load_in_clean_process", lambda folder, **_: Loaded(None)):
+        yield
 
 
 def test_an_aligned_variant_is_measured_registered_once_and_promoted_if_it_is_not_worse_than_its_parent(
@@ -73,7 +85,8 @@ def test_an_aligned_variant_is_measured_registered_once_and_promoted_if_it_is_no
 
     damaged = ("damaged", "--as", "tiny-damaged", "--parent", "tiny-student/1", "--kind", "aligned")
     assert command(copied, "models", "add", *damaged).returncode == 0
-    refused = command(copied, "promote", "tiny-damaged")
+    with loads():
+        refused = command(copied, "promote", "tiny-damaged")
     assert refused.returncode == 2
     assert "tiny-damaged is not promoted: held-out loss against its parent\n" in refused.stderr
     assert "tiny-damaged 1 (candidate), aligned from tiny-student version 1: " in command(copied, "models").stdout
@@ -95,6 +108,10 @@ def test_a_quantised_variant_is_measured_dequantised_and_refused_with_the_remedy
     assert "--unmeasured" in refused.stderr
     unmeasured = command(copied, "models", "add", "fp8", "--as", "tiny-unmeasured", *options, "--unmeasured")
     assert unmeasured.returncode == 0, unmeasured.stderr
-    refused = command(copied, "promote", "tiny-unmeasured")
+    with loads():
+        refused = command(copied, "promote", "tiny-unmeasured")
     assert "tiny-unmeasured is not promoted: quality against its parent\n" in refused.stderr
     assert "not measured" in refused.stdout
+    cards = [path.read_text() for path in (copied / "runs" / "variants").glob("*/model/README.md")]
+    assert any("# tiny-fp8\n" in card and "KL to the teacher" in card for card in cards)
+    assert any("# tiny-unmeasured\n" in card and "Not measured" in card for card in cards)
