@@ -64,8 +64,8 @@ def add_variant(
     """Copy the checkpoint in the folder `source` to the storage, measure it as its parent was measured, and register it.
 
     parent: NAME@ALIAS or NAME/VERSION. The same weights are registered once; what was measured is not measured again.
-    unmeasured: register it without figures, or with those that it has already. Raises InputError for a checkpoint that cannot be
-    read, or not be measured, and for weights that the model `name` has already with another parent.
+    unmeasured: register it without figures, or with those that it has already. Raises InputError for a checkpoint that cannot
+    be read, or not be measured, and for weights that the model `name` has already with another parent.
     """
     check_model_name(name)
     checked_alias(alias)

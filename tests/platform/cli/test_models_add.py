@@ -52,7 +52,7 @@ def command(copied: Path, *arguments: str) -> Any:
 @contextmanager
 def loads() -> Iterator[None]:
     """The gate of a clean process passes without starting one, which takes seconds."""
-    with mock.patch.object(judge, "load_in_clean_process", lambda folder, **_: Loaded(None)):
+    with mock.patch.object(judge, "load_in_clean_process", return_value=Loaded(None)):
         yield
 
 
