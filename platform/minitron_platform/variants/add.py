@@ -27,6 +27,7 @@ from minitron_platform.tracking.version_figures import FIGURES_TAG, VersionFigur
 from minitron_platform.tracking.version_weights import CARD, MANIFEST_TAG, PATH_TAG, location
 from minitron_platform.variants.card import variant_card
 from minitron_platform.variants.figures import measured, run_of
+from minitron_platform.variants.mlflow_run import model_figures, run_of_variant
 from minitron_platform.variants.weights import checkpoint_folder, load_variant, store
 
 # what is true of a variant because it is true of its parent
@@ -81,16 +82,16 @@ def add_variant(
         "minitron.architecture": json.dumps(architecture.to_dict(), sort_keys=True),
         "minitron.parameters": str(architecture.num_parameters),
     }
-    figures = None
+    figures, quality = None, None
     if unmeasured:
-        weights, known = _stored(locations, folder, name, tags)
+        weights, manifest, known = _stored(locations, folder, name, tags)
         figures = None if known is None else figures_of(known)
     else:
         state = run_of(made_from, locations)
         with console.working(f"measuring {kind} {name}"):
             console.status("loading")
             model, tokenizer = load_variant(source, DTYPES[distill_inputs(state).dtype])
-            weights, _ = _stored(locations, folder, name, tags)
+            weights, manifest, _ = _stored(locations, folder, name, tags)
             figures, quality = measured(state, made_from, model, tokenizer, weights, console)
         tags |= {
             FIGURES_TAG: figures.model_dump_json(),
@@ -104,21 +105,27 @@ def add_variant(
         name, kind, made_from, folder, figures, None if parent_card is None else parent_card.decode(errors="replace")
     )
     storage.write_bytes(storage.join(weights, CARD), str(card).encode())
+    with open_registry(locations.tracking_uri) as client:
+        run_id = run_of_variant(client, made_from, name, kind, manifest)
+    shown = None
+    if run_id is not None and figures is not None and quality is not None:
+        shown = model_figures(run_id, quality, figures, architecture.num_parameters, made_from, kind)
     version = register(
         locations.tracking_uri,
         name=name,
         source=weights,
-        run_id=None,
+        run_id=run_id,
         tags=tags | {PATH_TAG: relative(locations.storage, weights).removeprefix(INSIDE)},
         description=description(card),
         alias=alias,
+        figures=shown,
     )
     return Added(name, version, title(made_from), figures, weights)
 
 
-def _stored(locations: Locations, folder: Path, name: str, tags: dict[str, str]) -> tuple[str, Any | None]:
-    """The copy of the weights in the storage, and the version of the model `name` that has them already, if any. Raises
-    InputError if it has them as something else."""
+def _stored(locations: Locations, folder: Path, name: str, tags: dict[str, str]) -> tuple[str, str, Any | None]:
+    """The copy of the weights in the storage, the SHA-256 of its manifest, and the version of the model `name` that has them
+    already, if any. Raises InputError if it has them as something else."""
     weights = store(locations, folder, name)
     expected = hashlib.sha256(storage.read_bytes(storage.join(weights, storage.MANIFEST))).hexdigest()
     with open_registry(locations.tracking_uri) as client:
@@ -132,5 +139,5 @@ def _stored(locations: Locations, folder: Path, name: str, tags: dict[str, str])
                     f"{title(version)} has the same weights, with another origin ({values})",
                     "give its kind and parent, another model name with --as, or delete it with `minitron models delete`",
                 )
-            return weights, version
-    return weights, None
+            return weights, expected, version
+    return weights, expected, None

@@ -70,6 +70,13 @@ def test_an_aligned_variant_is_measured_registered_once_and_promoted_if_it_is_no
     again = command(copied, "models", "add", "chat", "--as", "tiny-student", *options)
     assert "tiny-student version 2, aligned" in again.stdout
     assert "KL" not in again.stdout  # nothing is measured twice
+    version = client.get_model_version("tiny-student", "2")
+    run = client.get_run(version.run_id)
+    assert run.data.tags["mlflow.parentRunId"] == client.get_model_version("tiny-student", "1").run_id
+    assert (run.info.run_name, run.info.status) == ("tiny-student, aligned", "FINISHED")
+    assert {"loss", "kl", "parent.loss", "arc_easy.acc", "parent.arc_easy.acc"} <= run.data.metrics.keys()
+    (model,) = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{version.run_id}'")
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "tiny-student", "version": "2"}]
     lines = command(copied, "models", "show", "tiny-student@candidate").stdout.splitlines()
     assert lines[-2:] == ["└─ tiny-student version 1", "   └─ tiny-student version 2, aligned  <- this one"]
 
