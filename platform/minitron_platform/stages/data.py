@@ -12,6 +12,8 @@ from torch import Tensor
 
 from minitron import storage
 from minitron.data import DocumentTokens, InParts, Rows, pack, source_identity
+from minitron.data.in_parts import Run, in_this_process
+from minitron.data.python_docs import python_identity
 from minitron.device import cores
 from minitron.evaluation.beginning import BosLosses, bos_losses
 from minitron.models import load_tokenizer
@@ -26,12 +28,13 @@ from minitron_platform.stages.stage import ArtifactPath, Stage, StageOutput
 from minitron_platform.stages.state import RunState
 from minitron_platform.stages.teacher import Teacher, chat_template_input
 from minitron_platform.workers import models
-from minitron_platform.workers.worker import Worker
+from minitron_platform.workers.worker import Progress, Worker
 
 # the part of the held-out rows that the teacher is measured on with and without a BOS token
 PROBE_ROWS = 4
 PROBE_TOKENS = 128
 TASK_TOKENS = 50_000_000  # the start of Ray and of its workers takes as long as a minute of tokenising
+PYTHON_DOCS = "python-docs"  # a kind of text
 REASONS = {  # why documents are not in the rows
     "missing": "without text",
     "length": "too short or too long",
@@ -132,13 +135,61 @@ class Data(Stage[DataOutput]):
 def _packed(context: Context, target: str, parts: str) -> Rows:
     """The training rows, packed into `target`. parts: folder for finished parts of the text."""
     data = context.recipe.data
+    tokens = (data.train_rows + data.heldout_rows) * data.seq_length
+    here = context.workers.computes_here()
+    kinds = {source.kind for source in all_text_sources(data).values()}
+    packing = _Packing(
+        data=data,
+        teacher=context.output(Teacher).folder,
+        target=target,
+        parts=parts if tokens >= TASK_TOKENS and kinds != {PYTHON_DOCS} else None,
+        python=python_identity() if PYTHON_DOCS in kinds else None,
+    )
     started = time.monotonic()
     new = not storage.is_committed(target)
     context.console.status("reading text")
-    rows = pack(
+    # python-docs is the text of this machine's Python
+    if packing.parts and (cores() > 1 if here else PYTHON_DOCS not in kinds):
+        _pack(packing, context.console, _run_in_tasks(context))
+    elif not context.workers.compute(_pack_in_worker, packing, everywhere=False):
+        context.console.say(
+            "  [yellow]the workers have other Python packages than the run's own process, which reads its own "
+            "documentation[/]"
+        )
+        _pack(packing, context.console)
+    if new:
+        took = time.monotonic() - started
+        context.console.say(f"  packed {tokens:,} tokens in {seconds(took)}, {tokens / took:,.0f} tokens/s")
+    return Rows.open(target, "train")
+
+
+@dataclass(frozen=True)
+class _Packing:
+    data: schema.Data
+    teacher: str
+    """Checkpoint folder."""
+    target: str
+    parts: str | None
+    """Folder for finished parts of the text; None for a text that is small enough to start again."""
+    python: dict[str, Any] | None = field(repr=False)
+    """Identity of the Python that the text documents, if it is python-docs."""
+
+
+def _pack_in_worker(task: _Packing, worker: Worker) -> bool:
+    """Pack the rows in this process. False, without doing so, if the text is the documentation of another Python."""
+    if task.python is not None and python_identity() != task.python:
+        return False
+    _pack(task, worker.progress)
+    return True
+
+
+def _pack(task: _Packing, progress: Progress, run: Run = in_this_process) -> None:
+    """Pack the rows. run: makes the calls for the parts of the text."""
+    data = task.data
+    pack(
         list(text_sources(data).values()),
-        load_tokenizer(storage.fetch(context.output(Teacher).folder, weights=False)),
-        target,
+        load_tokenizer(storage.fetch(task.teacher, weights=False)),
+        task.target,
         seq_length=data.seq_length,
         train_rows=data.train_rows,
         heldout_rows=data.heldout_rows,
@@ -146,39 +197,23 @@ def _packed(context: Context, target: str, parts: str) -> Rows:
         heldout=heldout_source(data),
         add_bos=data.bos,
         drop_duplicates=data.drop_duplicates,
-        in_parts=_in_parts(context, parts),
-        progress=context.console.counter("tokens"),
+        in_parts=InParts(task.parts, run) if task.parts else None,
+        progress=progress.counter("tokens"),
     )
-    if new:
-        tokens = (data.train_rows + data.heldout_rows) * data.seq_length
-        took = time.monotonic() - started
-        context.console.say(f"  packed {tokens:,} tokens in {seconds(took)}, {tokens / took:,.0f} tokens/s")
-    return rows
 
 
-def _in_parts(context: Context, folder: str) -> InParts | None:
-    """How to divide the text: into tasks of Ray if there is so much of it that they take less time than this process would
-    alone; None for all in this process."""
-    data = context.recipe.data
-    tokens = (data.train_rows + data.heldout_rows) * data.seq_length
-    only_here = all(source.kind == "python-docs" for source in text_sources(data).values())
-    if only_here or tokens < TASK_TOKENS:
-        return None
-    if context.workers.computes_here() and cores() == 1:
-        return InParts(folder)
+def _run_in_tasks(context: Context) -> Run:
+    """Makes calls in tasks of Ray."""
     from minitron_platform.workers.parts import busy, run_parts
 
     resources = context.ensure_ray()
     if busy():
         context.workers.make_room()
-    return InParts(
-        folder,
-        partial(
-            run_parts,
-            max_failures=resources.max_failures,
-            say=context.console.say,
-            look=context.workers.look,
-        ),
+    return partial(
+        run_parts,
+        max_failures=resources.max_failures,
+        say=context.console.say,
+        look=context.workers.look,
     )
 
 

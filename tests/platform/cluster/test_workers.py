@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -32,9 +33,11 @@ from minitron_platform.cluster.watch import ClusterWatch
 from minitron_platform.console import Console
 from minitron_platform.doctor.cluster import findings_of_cluster
 from minitron_platform.doctor.finding import has_failed
+from minitron_platform.pipeline import run
 from minitron_platform.planning.plan import plan
 from minitron_platform.recipes.load import load_recipe
 from minitron_platform.recipes.resources import ResolvedResources
+from minitron_platform.stages import data
 from minitron_platform.workers import group as group_module
 from minitron_platform.workers import parts
 from minitron_platform.workers.group import WorkerGroup
@@ -195,6 +198,23 @@ def test_a_plan_counts_the_nodes_of_a_cluster_and_those_that_its_autoscaler_may_
         internal_kv._internal_kv_del(key, namespace=namespace)
     assert planned.resources.workers == 8
     assert "CPUs are there now, the autoscaler may start the others" in planned.resources_text
+
+
+@pytest.mark.parametrize("kind", ["text", pytest.param("python-docs", marks=pytest.mark.long)])
+def test_a_worker_packs_a_small_text_and_the_driver_only_that_of_its_own_python(
+    cluster, bench, tmp_path, monkeypatch, capsys, empty_database, kind
+):
+    own_pack, calls = data.pack, []
+    monkeypatch.setattr(data, "pack", lambda *args, **options: calls.append(1) or own_pack(*args, **options))
+    monkeypatch.setattr(data, "python_identity", lambda: {"python": "another"})
+    documentation = ["data.kind=python-docs", "data.path=''"] if kind == "python-docs" else []
+    recipe = load_recipe(bench / "recipe.yaml", ["resources.workers=1", *documentation])
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    run(recipe, storage_path=tmp_path, address=cluster.address, until="data")
+    assert len(list(tmp_path.glob("**/rows/manifest.json"))) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "packed" in said
+    assert [len(calls), "the workers have other Python packages" in said] == [kind == "python-docs"] * 2
 
 
 @pytest.mark.long
