@@ -89,11 +89,15 @@ def registry(tmp_path: Path, checkpoints: Path, empty_database: Path, load_once:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     client = MlflowClient(uri)
 
-    def tags(gates: Gates | None = None, parameters: int = PARAMETERS, **student: Any) -> dict[str, str]:
+    def tags(
+        gates: Gates | None = None, parameters: int = PARAMETERS, kind: str | None = None, **student: Any
+    ) -> dict[str, str]:
         name = f"model-{len(list(tmp_path.iterdir()))}"
         mine, teacher = measured(tmp_path, name, **student), measured(tmp_path, "teacher", worse=-0.1, wrong=8)
-        figures = VersionFigures(heldout="rows", student=mine, teacher=teacher)
+        parent = measured(tmp_path, "parent") if kind else None
+        figures = VersionFigures(heldout="rows", student=mine, teacher=teacher, parent=parent)
         return {
+            **({"minitron.kind": kind, "minitron.cut_from": f"{NAME} version 1"} if kind else {}),
             "minitron.figures": figures.model_dump_json(),
             "minitron.parameters": str(parameters),
             "minitron.gates": (gates or Gates()).model_dump_json(),
@@ -146,6 +150,8 @@ def test_a_good_version_passes_and_who_promoted_it_and_what_was_measured_is_on_t
         ("quiz against the teacher", {"wrong": 12, "gates": Gates(max_task_loss=0.0)}),
         ("arc", {"failures": {"arc": "out of memory"}}),
         ("quiz against version 1", {"wrong": 30}),
+        ("held-out loss against its parent", {"kind": "aligned", "worse": 0.11}),
+        ("quiz against its parent", {"kind": "quantised", "wrong": 30}),
     ],
 )
 def test_a_version_that_fails_one_gate_is_refused(registry: Any, gate: str, changes: dict[str, Any]) -> None:
@@ -159,6 +165,16 @@ def test_a_version_that_is_worse_than_the_champion_is_refused_if_the_difference_
     assert registry.failed(worse=0.02) == worse
     assert registry.failed(wrong=13) == []  # 3 of 40 answers
     assert registry.failed(worse=0.009) == []  # the tolerance
+
+
+def test_a_variant_is_judged_against_its_parent_and_not_against_the_teacher(registry: Any) -> None:
+    strict = Gates(max_kl=0.1, max_loss_increase=0.0, max_task_loss=0.0)
+    for kind in ("aligned", "quantised"):
+        assert registry.failed(kind=kind, worse=0.09, gates=strict) == []
+    narrow = Gates(variant_tolerance=0.05)
+    kl, loss = (f"{what} against its parent" for what in ("KL to the teacher", "held-out loss"))
+    assert registry.failed(kind="quantised", worse=0.09, gates=narrow) == [loss, kl]
+    assert registry.failed(kind="aligned", worse=0.09, gates=narrow) == [loss]
 
 
 def test_a_missing_card_is_refused_only_if_the_recipe_wants_one(registry: Any, tmp_path: Path) -> None:
