@@ -16,6 +16,7 @@ from minitron.attention import WRAPPED, row_arguments, softcap_of, use_own_atten
 from minitron.checkpoints.companions import check_links
 from minitron.checkpoints.contents import Difference, filled, is_harmless, refusal, untied_head
 from minitron.checkpoints.gguf import read_once
+from minitron.checkpoints.gguf_remote import header_copy
 from minitron.checkpoints.headers import (
     check_no_adapter,
     has_adapters,
@@ -163,7 +164,8 @@ def _arguments(source: str, revision: str | None, *, weights: bool = True) -> tu
         check_type("revision", revision, str)
     path = str(package_path(source)) if source.startswith(PACKAGE) else source
     if is_remote_source(source):
-        path = str(storage.uploaded_copy(source, weights=weights))
+        header_only = source.endswith(".gguf") and not weights
+        path = str(header_copy(source) if header_only else storage.uploaded_copy(source, weights=weights))
     if is_local_source(path):
         path = str(storage.local_path(path))
     arguments: dict[str, Any] = {"trust_remote_code": False}

@@ -61,18 +61,30 @@ def check_gguf(path: Path) -> None:
 def _check(path: Path, *_: int) -> None:
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            _Header(data).check()
+            _Header(data, len(data)).check()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})", "check its permissions") from error
     except (_InvalidHeader, struct.error, ValueError) as error:  # ValueError: an empty file cannot be mapped
         raise InputError(f"{path}: is not a whole GGUF file ({error})", "download or copy it again") from error
 
 
-class _Header:
-    """Walks through a header. Every read is checked by struct, which refuses to read beyond the end."""
+def header_bytes(data: bytes | bytearray, size: int) -> int | None:
+    """Length in bytes of the header of a GGUF file of `size` bytes that begins with `data`; None if more of the file is needed
+    to know, or if it is not a GGUF file."""
+    try:
+        header = _Header(data, size)
+        header.check()
+    except (_InvalidHeader, struct.error):
+        return None
+    return header.position if header.position <= len(data) else None
 
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.position = data, len(MAGIC)
+
+class _Header:
+    """Walks through the header of a file of `size` bytes that begins with `data`. Every read is checked by struct, which
+    refuses to read beyond the end of the data."""
+
+    def __init__(self, data: mmap.mmap | bytes | bytearray, size: int) -> None:
+        self.data, self.size, self.position = data, size, len(MAGIC)
         if data[: len(MAGIC)] != MAGIC:
             raise _InvalidHeader("it does not begin with GGUF")
         self.order = "<"
@@ -87,21 +99,21 @@ class _Header:
         return int(value) if kind not in "fd" else 0
 
     def skip(self, count: int, size: int) -> None:
-        if count * size > len(self.data) - self.position:
-            raise _InvalidHeader(f"{count:,} values of {size} bytes at byte {self.position:,} of {len(self.data):,}")
+        if count * size > self.size - self.position:
+            raise _InvalidHeader(f"{count:,} values of {size} bytes at byte {self.position:,} of {self.size:,}")
         self.position += count * size
 
     def string(self) -> bytes:
         length = self.read("Q")
         start = self.position
         self.skip(length, 1)
-        return self.data[start : self.position] if length <= 2**16 else b""
+        return bytes(self.data[start : self.position]) if length <= 2**16 else b""
 
     def check(self) -> None:
         tensors, pairs = self.read("Q"), self.read("Q")
-        room = len(self.data) - self.position
+        room = self.size - self.position
         if tensors > MOST_TENSORS or tensors * LEAST_TENSOR + pairs * LEAST_PAIR > room:
-            raise _InvalidHeader(f"{tensors:,} tensors and {pairs:,} keys in {len(self.data):,} bytes")
+            raise _InvalidHeader(f"{tensors:,} tensors and {pairs:,} keys in {self.size:,} bytes")
         for _ in range(pairs):
             key = self.string().decode(errors="replace")
             for value in self._values(self.read("I"), nested=False):
@@ -145,5 +157,5 @@ class _Header:
         self.read("I")
         offset = self.read("Q")
         # a weight has one bit at least
-        if offset > len(self.data) or math.prod(shape) > 8 * len(self.data):
-            raise _InvalidHeader(f"tensor {name!r} of shape {shape} from byte {offset:,} in {len(self.data):,} bytes")
+        if offset > self.size or math.prod(shape) > 8 * self.size:
+            raise _InvalidHeader(f"tensor {name!r} of shape {shape} from byte {offset:,} in {self.size:,} bytes")

@@ -30,7 +30,7 @@ from minitron.storage.folders import (
 from minitron.storage.hashing import fingerprint, sha256
 from minitron.storage.private import PRIVATE, lock_file, write_new
 from minitron.storage.problems import access_errors, disk_errors, free_bytes
-from minitron.storage.uploads import upload_files, uploaded_copy, uploaded_hashes
+from minitron.storage.uploads import upload_files, uploaded_copy, uploaded_hashes, uploaded_size
 
 __all__ = [
     "MANIFEST",
@@ -69,6 +69,7 @@ __all__ = [
     "upload_files",
     "uploaded_copy",
     "uploaded_hashes",
+    "uploaded_size",
     "verify",
     "write_bytes",
     "write_json",

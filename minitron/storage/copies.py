@@ -21,13 +21,15 @@ from minitron.storage.folders import committed_folder, is_committed, manifest
 from minitron.storage.hashing import fingerprint, sha256
 from minitron.storage.problems import access_errors
 
+WEIGHTS = (".safetensors", ".bin")  # ends of the names of files with weights
+
 log = logging.getLogger(__name__)
 
 
 def fetch(target: str, cache: str | None = None, *, weights: bool = True) -> Path:
     """A committed folder as a local path: the folder itself, or a verified copy of a remote one under `cache`.
 
-    weights: whether a copy has safetensors files too; a tokenizer needs none.
+    weights: whether a copy has files of weights too; a tokenizer needs none.
     cache: default the user's (`minitron.cache`). Of several processes one copies and the others wait for it. SHA-256 is checked
     when a copy is made, and again for a file that is not the one that was checked (see `_is_whole`); a damaged copy is made
     again. Before it is made, older copies are deleted as `make_room` says. Raises StorageError for a manifest that names files
@@ -38,9 +40,9 @@ def fetch(target: str, cache: str | None = None, *, weights: bool = True) -> Pat
     expected = manifest(target)
     files = expected["files"]
     if not weights:
-        files = {name: entry for name, entry in files.items() if not name.endswith(".safetensors")}
+        files = {name: entry for name, entry in files.items() if not name.endswith(WEIGHTS)}
     folder = Path(cache or cache_folder())
-    copy = folder / fingerprint([target, expected, *([] if weights else ["without weights"])])
+    copy = folder / fingerprint([target, expected, *([] if weights else ["without files of weights"])])
     with locked(copy):
         if is_committed(str(copy)) and not _is_whole(copy, files):
             log.warning("%s: damaged copy of %s, copying it again", copy, target)

@@ -42,6 +42,15 @@ def uploaded_hashes(address: str) -> dict[str, str]:
     return {name: entry["sha256"] for name, entry in manifest(_parts(address)[0])["files"].items()}
 
 
+def uploaded_size(address: str) -> int:
+    """Bytes of an uploaded file. Raises InputError if it was not uploaded."""
+    folder, inner = _parts(address)
+    entry = manifest(folder)["files"].get(inner)
+    if entry is None:
+        raise InputError(f"{address} is not a file", "give the address of a file that was uploaded")
+    return int(entry["bytes"])
+
+
 def _parts(address: str) -> tuple[str, str]:
     """(committed folder, path inside it): the address is the folder itself or directly inside it."""
     check_address(address)
