@@ -109,6 +109,8 @@ class Console:
 
         def update(done: int, total: int) -> None:
             now = time.monotonic()
+            if recent and done < recent[-1][1]:  # the work has begun again
+                recent.clear()
             recent.append((now, done))
             while len(recent) > 2 and now - recent[1][0] >= SPEED_SECONDS:
                 recent.popleft()

@@ -23,3 +23,16 @@ def test_what_an_interrupted_run_had_finished_does_not_shorten_the_time_left(mon
     assert shown[-1] == "620/1,000 documents · 1 h 03 min left"
     count(1_000, 1_000)
     assert shown[-1] == "1,000/1,000 documents"
+
+
+def test_work_that_began_again_is_timed_from_its_new_beginning(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("minitron_platform.console.time", SimpleNamespace(monotonic=lambda: now[0]))
+    console = Console()
+    shown: list[str] = []
+    monkeypatch.setattr(console, "status", shown.append)
+    count = console.counter("documents")
+    for done in (1, 90, 1, 91):  # its worker has died after 90
+        now[0] += 9
+        count(done, 100)
+    assert shown[-1] == "91/100 documents · 1 s left"
