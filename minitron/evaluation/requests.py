@@ -6,6 +6,8 @@ answer, a rolling request would start with BOS twice, and a truncated request wo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -24,10 +26,15 @@ class DocumentRequests(HFLM):
     cut = 0
     """Number of truncated requests."""
 
+    @cached_property
+    def _encoded(self) -> Callable[[str], list[int]]:
+        """The ids of a text, of which the last ones are kept: lm-eval encodes a context for each of its continuations."""
+        return lru_cache(maxsize=8)(lambda text: self.tokenizer.encode(text, add_special_tokens=False))
+
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any
     ) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=False)
+        ids = list(self._encoded(string))
         if add_special_tokens is not False:
             ids = self.around.opened(ids)
         return self.cut_left(ids, left_truncate_len) if left_truncate_len else ids

@@ -7,9 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from jinja2 import BaseLoader, StrictUndefined
+from jinja2 import BaseLoader, StrictUndefined, Template
 from jinja2.sandbox import SandboxedEnvironment
+
+KEPT = 1000  # compiled templates
+
+
+class _Templates(SandboxedEnvironment):
+    """Compiles each template once; lm-eval asks for it again for every document."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._compiled: dict[str, Template] = {}
+
+    def from_string(self, source: Any, globals: Any = None, template_class: Any = None) -> Template:
+        if globals is not None or template_class is not None or not isinstance(source, str):
+            return super().from_string(source, globals, template_class)
+        if source not in self._compiled:
+            if len(self._compiled) >= KEPT:
+                self._compiled.clear()
+            self._compiled[source] = super().from_string(source)
+        return self._compiled[source]
 
 
 @contextmanager
@@ -18,7 +38,7 @@ def sandboxed_templates() -> Iterator[None]:
     import lm_eval.utils  # takes a second, which a run with nothing to do does not need
 
     usual = lm_eval.utils.env
-    sandbox = SandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
+    sandbox = _Templates(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
     sandbox.filters.update(usual.filters)
     lm_eval.utils.env = sandbox
     try:
