@@ -18,7 +18,7 @@ from minitron.errors import InputError
 from minitron.evaluation.pairs import CONFIDENCE, paired_differences
 from minitron.evaluation.result_file import ModelResults
 from minitron.evaluation.scores import Evaluated
-from minitron.evaluation.uncertainty import standard_error
+from minitron.evaluation.uncertainty import difference_error, standard_error
 
 POWER = 0.8  # chance that the stated number of documents shows a difference of the size that was measured
 
@@ -112,7 +112,9 @@ def _difference(task: str, one: ModelResults, other: ModelResults) -> Difference
             "evaluate both on the same documents",
         )
     value = math.fsum(differences) / len(differences)
-    stderr = standard_error(differences, clusters)
+    stderr = (
+        difference_error(differences, clusters) if _is_binary(first, second) else standard_error(differences, clusters)
+    )
     groups = len(set(clusters))
     interval = None
     if stderr is not None:
@@ -131,6 +133,11 @@ def _difference(task: str, one: ModelResults, other: ModelResults) -> Difference
         needed=None,
         num_available=second.score.num_available,
     )
+
+
+def _is_binary(*results: Evaluated) -> bool:
+    """Whether every document was answered right or wrong."""
+    return all(set(each.values() or ()) <= {0.0, 1.0} for each in results)
 
 
 def _stats() -> ModuleType:

@@ -41,6 +41,12 @@ class Metric:
             return shown
         return f"{shown} {PLUS_MINUS} {self.scale * stderr:,.{digits}f}"
 
+    def span(self, value: float, stderr: float | None) -> tuple[float, float]:
+        """A value minus and plus its standard error, in the metric's unit; of a percentage what lies between 0 and 100."""
+        reach = stderr if stderr is not None and math.isfinite(stderr) else 0.0
+        low, high = self.scale * (value - reach), self.scale * (value + reach)
+        return (max(low, 0.0), min(high, 100.0)) if self.unit == "%" else (low, high)
+
     def sentence(self, value: float, stderr: float | None = None) -> str:
         """As `text`, with the metric's name and unit."""
         return f"{self.name} {self.text(value, stderr)} {self.unit}".rstrip()

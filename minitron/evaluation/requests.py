@@ -29,7 +29,8 @@ class DocumentRequests(HFLM):
     @cached_property
     def _encoded(self) -> Callable[[str], list[int]]:
         """The ids of a text, of which the last ones are kept: lm-eval encodes a context for each of its continuations."""
-        return lru_cache(maxsize=8)(lambda text: self.tokenizer.encode(text, add_special_tokens=False))
+        tokenizer = self.tokenizer  # without `self`, which would keep the model alive
+        return lru_cache(maxsize=8)(lambda text: tokenizer.encode(text, add_special_tokens=False))
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any

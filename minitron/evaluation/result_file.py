@@ -5,6 +5,7 @@ Its JSON schema is `definitions/results.schema.json`. `format` is raised when a 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -92,8 +93,11 @@ def _model_json(results: ModelResults) -> dict[str, Any]:
 
 def read_results(path: str) -> list[ModelResults]:
     """The results in a file that `minitron evaluate --out` wrote. Raises InputError for any other file."""
-    content = storage.read_json(path)
     remedy = "give a file that `minitron evaluate --out FILE.json` wrote"
+    try:
+        content = json.loads(storage.read_bytes(path))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is not JSON ({error})", remedy) from error
     if not isinstance(content, dict) or not isinstance(content.get("models"), list):
         raise InputError(f"{path}: is not a file of results", remedy)
     if content.get("format") != FORMAT:

@@ -1,7 +1,8 @@
 """Standard errors of means over documents, of which some belong together.
 
 Sources: Miller 2024, arXiv 2411.00640, sections 2 and 3; the factor for few clusters is Stata's and statsmodels'. Shares of 0
-and 100 %: Agresti and Coull 1998, The American Statistician 52(2).
+and 100 %: Agresti and Coull 1998, The American Statistician 52(2). Equal differences: Agresti and Min 2005, Statistics in
+Medicine 24(5).
 """
 
 from __future__ import annotations
@@ -33,6 +34,23 @@ def score_error(values: Sequence[float], clusters: Sequence[object]) -> float | 
     count = len(set(clusters)) + 4
     share = 2 / count
     return math.sqrt(share * (1 - share) / count)
+
+
+def difference_error(differences: Sequence[float], clusters: Sequence[object]) -> float | None:
+    """As `standard_error`, but not zero where two models were right or wrong alike on every document, or one of them right and
+    the other wrong on every one.
+
+    That they are alike on a few documents does not show that they are on all. The error is then Agresti and Min's: half a
+    document is added to each of the four combinations of right and wrong, with documents that belong together as one.
+    """
+    plain = standard_error(differences, clusters)
+    if plain != 0 or set(differences) not in ({0.0}, {1.0}, {-1.0}):
+        return plain
+    groups = len(set(clusters))
+    count = groups + 2
+    changed = 1 + groups * abs(differences[0])  # documents on which the models differ
+    surplus = groups * abs(differences[0])
+    return math.sqrt(changed - surplus**2 / count) / count
 
 
 def standard_error(values: Sequence[float], clusters: Sequence[object]) -> float | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -13,6 +15,7 @@ from minitron_platform.console import Console
 
 if TYPE_CHECKING:
     from minitron.evaluation.comparison import Difference
+    from minitron.evaluation.result_file import ModelResults
 
 
 @click.command()
@@ -36,7 +39,7 @@ def compare(files: tuple[str, ...], out: str | None) -> None:
     from minitron.evaluation.result_file import read_results
     from minitron_platform.cli.evaluation_tables import score_table
 
-    results = [result for path in files for result in read_results(path)]
+    results = _named([(path, result) for path in files for result in read_results(path)])
     differences = differences_of(results)
     console = Console()
     console.table(score_table(results))
@@ -45,7 +48,7 @@ def compare(files: tuple[str, ...], out: str | None) -> None:
         title=f"differences to {results[0].model}",
         title_justify="left",
         caption=f"intervals of 95 %, paired by document; real: significant at 5 % after Holm's correction for "
-        f"{len(differences)} differences",
+        f"{len(differences)} difference{'s' if len(differences) != 1 else ''}",
         caption_justify="left",
     )
     for title, justify in (("task", "left"), ("model", "left"), ("difference", "right"), ("interval", "right")):
@@ -68,13 +71,25 @@ def compare(files: tuple[str, ...], out: str | None) -> None:
         console.say(f"written to [bold]{escape(out)}[/]")
 
 
+def _named(read: list[tuple[str, ModelResults]]) -> list[ModelResults]:
+    """The results, each with a name of its own: models of one name are told apart by their file, or by a number."""
+    names = Counter(result.model for _, result in read)
+    named: list[ModelResults] = []
+    seen: Counter[str] = Counter()
+    for path, result in read:
+        name = result.model if names[result.model] == 1 else f"{result.model} ({path})"
+        seen[name] += 1
+        named.append(replace(result, model=name if seen[name] == 1 else f"{name} #{seen[name]}"))
+    return named
+
+
 def _verdict(difference: Difference) -> str:
     if difference.is_real:
         return "real"
     if difference.adjusted is None:
         return "unknown: one document, or one group of them"
     if difference.needed is None:
-        return "none"
+        return f"none on these {difference.num_documents:,}"
     needed = f"about {difference.needed:,} documents would settle it"
     available = difference.num_available
     if available is not None and difference.needed > available:

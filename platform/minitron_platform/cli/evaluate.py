@@ -103,7 +103,7 @@ def evaluate(
         raise InputError(f"--engine {engine}: it has no workers", "leave out --workers and --address")
     console = Console(command_line())
     _check(models, wanted, tokenizer)
-    console.say(f"{len(wanted)} tasks: {escape(', '.join(task.key for task in wanted))}")
+    console.say(f"{len(wanted)} task{'s' if len(wanted) > 1 else ''}: {escape(', '.join(task.key for task in wanted))}")
     if plan_only:
         return
     from minitron_platform.cli.scoring import Scoring

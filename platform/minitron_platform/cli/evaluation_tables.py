@@ -22,14 +22,22 @@ def score_table(results: Sequence[ModelResults]) -> Table:
         table.add_column(result.model, justify="right")
     table.add_column("measured on")
     for key in keys:
-        score = next((result.tasks[key].score for result in results if key in result.tasks), None)
-        shown = ["failed" if key not in result.tasks else _value(result, key) for result in results]
+        scores = {result.model: result.tasks[key].score for result in results if key in result.tasks}
+        shown = [_value(result, key) for result in results]
+        score = next(iter(scores.values()), None)
         lower = " (lower is better)" if score and score.higher_is_better is False else ""
-        table.add_row(key, f"{score.shown_as.title}{lower}" if score else "", *shown, score.settings if score else "")
+        settings = dict.fromkeys(each.settings for each in scores.values())
+        if len(settings) > 1:
+            measured_on = "; ".join(f"{model}: {each.settings}" for model, each in scores.items())
+        else:
+            measured_on = "".join(settings)
+        table.add_row(key, f"{score.shown_as.title}{lower}" if score else "", *shown, measured_on)
     return table
 
 
 def _value(result: ModelResults, key: str) -> str:
+    if key not in result.tasks:
+        return "failed" if key in result.failures else "not measured"
     score = result.tasks[key].score
     return score.shown_as.text(score.value, score.stderr)
 

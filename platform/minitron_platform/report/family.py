@@ -78,8 +78,8 @@ def quality_chart(models: Sequence[FamilyModel]) -> Chart:
         row: Row = {"name": model.name, "state": model.state, "label": _label(model)}
         row |= {f"c{index}": cost for index, cost in enumerate(model.costs())}
         for index, quality in enumerate(qualities):
-            value, stderr = quality.of(model.figures)
-            row |= {f"q{index}": value, f"low{index}": value - stderr, f"high{index}": value + stderr}
+            value, low, high = quality.of(model.figures)
+            row |= {f"q{index}": value, f"low{index}": low, f"high{index}": high}
         rows.append(row)
     published = list(_published(qualities))
     rows += published
@@ -117,15 +117,15 @@ class _Quality:
     task: str = ""
     shots: int = 0
 
-    def of(self, figures: Figures) -> tuple[float, float]:
-        """A model's value and its standard error in the metric's unit; NaN and 0 if there is none."""
+    def of(self, figures: Figures) -> tuple[float, float, float]:
+        """A model's value, and the ends of its error bar, in the metric's unit; NaN if there is none."""
         if not self.task:
-            return self.metric.scale * getattr(figures, self.field), 0.0
+            value = self.metric.scale * getattr(figures, self.field)
+            return value, value, value
         score = figures.tasks.get(self.task)
         if score is None:
-            return math.nan, 0.0
-        stderr = score.stderr if score.stderr is not None and math.isfinite(score.stderr) else 0.0
-        return self.metric.scale * score.value, self.metric.scale * stderr
+            return math.nan, math.nan, math.nan
+        return self.metric.scale * score.value, *self.metric.span(score.value, score.stderr)
 
 
 def _qualities(models: Sequence[FamilyModel]) -> Iterator[_Quality]:
@@ -223,8 +223,7 @@ def benchmark_chart(models: Sequence[FamilyModel]) -> Chart | None:
             metric = score.shown_as
             if metric.unit != "%":
                 continue
-            stderr = score.stderr if score.stderr is not None and math.isfinite(score.stderr) else 0.0
-            low, high = (metric.scale * (score.value + sign * stderr) for sign in (-1, 1))
+            low, high = metric.span(score.value, score.stderr)
             rows.append(
                 {
                     "name": model.name,

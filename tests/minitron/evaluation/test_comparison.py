@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from dataclasses import replace
@@ -48,6 +49,17 @@ def test_a_difference_is_that_of_the_same_documents_with_their_own_error():
     assert difference.p_value == pytest.approx(2 * (1 + 16 + 120) / 2**16)
     assert difference.is_real
     assert difference.needed is None
+
+
+@pytest.mark.parametrize(("count", "value"), [(4, 0), (400, 0), (4, 1)])
+def test_models_that_are_alike_on_few_documents_are_not_known_to_be_alike(count, value):
+    (difference,) = compare([model("a", arc=result([0] * count)), model("b", arc=result([value] * count))])
+    # Agresti and Min: half a document more in each of the four combinations
+    changed, surplus = 1 + value * count, value * count
+    assert difference.stderr == pytest.approx(math.sqrt(changed - surplus**2 / (count + 2)) / (count + 2))
+    low, high = difference.interval
+    assert low < difference.value < high
+    assert (high - low > 0.4) == (count == 4)
 
 
 def test_what_is_not_real_says_how_many_documents_would_show_it():

@@ -8,7 +8,7 @@ import pytest
 from helpers.evaluating import arc_documents, byte_tokenizer, tiny_model, write_jsonl
 
 from minitron.errors import InputError
-from minitron.evaluation import Task, evaluate, evaluate_documents, suite
+from minitron.evaluation import Task, evaluate, evaluate_documents, suite, task_metric
 from minitron.evaluation.suites import folder_of, suites
 from minitron.evaluation.task_index import stock
 from minitron.evaluation.uncertainty import standard_error
@@ -95,3 +95,9 @@ def test_summaries_are_scored_by_their_longest_common_subsequence(tmp_path, monk
     # "cats" and "cat" have one stem: the cat sat on mat, 5 words of 6 and of 6
     assert score.value == pytest.approx((5 / 6 + 0) / 2)
     assert score.shown_as.sentence(score.value) == "rougeL 41.7 %"
+
+
+def test_the_error_bar_of_a_percentage_stays_between_0_and_100():
+    assert task_metric("arc_easy", "acc").span(1.0, 0.1) == (90.0, 100.0)
+    assert task_metric("arc_easy", "acc").span(0.02, 0.1)[0] == 0.0
+    assert task_metric("wikitext", "word_perplexity").span(200.0, 10.0) == (190.0, 210.0)

@@ -76,7 +76,23 @@ def test_models_are_scored_into_a_file_of_the_published_schema_and_compared(benc
         assert each["value"] == random.tasks[each["task"]].score.value - teacher.tasks[each["task"]].score.value
         assert not each["is_real"]  # five documents show nothing
     (row,) = [line for line in compared.stdout.splitlines() if "│ arc_easy acc" in line]
-    assert re.search(r"│ +5 │ (none|not shown: about [\d,]+ documents would settle it)", row)
+    assert re.search(r"│ +5 │ (none on these 5|not shown: about [\d,]+ documents would settle it)", row)
+    tasks = ("--tasks", "arc_easy", "--data", "data", "--limit", "3", "--dtype", "float32")
+    monkeypatch.undo()
+    assert minitron_here("evaluate", "random", *tasks, "--out", "three.json", cwd=folder).returncode == 0
+    both = minitron_here("compare", "a.json", "three.json", cwd=folder)
+    assert both.returncode == 0, both.stderr
+    words = " ".join(both.stdout.split())
+    assert "random (a.json)" in words
+    assert "random (three.json)" in words
+    assert re.search(r"first 5 of .*three.json\): .*first 3 of", words.replace("│", ""))
+    assert "not measured" in words
+    assert "failed" not in words
+    (folder / "no.json").write_text("steps: 3")
+    wrong = minitron_here("compare", "a.json", "no.json", cwd=folder)
+    assert (wrong.returncode, "no.json: is not JSON" in wrong.stderr) == (2, True)
+    assert "minitron evaluate --out FILE.json" in wrong.stderr
+
     alone = minitron_here("compare", "differences.json", cwd=folder)
     assert (alone.returncode, "is not a file of results" in alone.stderr) == (2, True)
 
