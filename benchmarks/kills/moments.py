@@ -34,7 +34,7 @@ class Moment:
 
 
 MOMENTS = (
-    Moment("teacher", r"stages/teacher/.*/model/manifest.json", parts=r"stages/teacher/.*/model/.*"),
+    Moment("teacher", r"stages/teacher/.*/model/manifest.json", parts=r"stages/teacher/.*/model/manifest.json"),
     Moment("data", r"stages/data/.*/parts/.*\.json", parts=r"stages/data/.*/parts/.*\.json"),
     Moment("correct", r"stages/correct/.*/step-0*4/manifest.json", parts=r"stages/correct/.*\.json"),
     Moment("calibrate", r"stages/calibrate/.*/scores.safetensors", parts=r"stages/calibrate/.*", stored=False),
