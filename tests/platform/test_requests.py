@@ -16,6 +16,7 @@ from helpers.s3_server import s3_server
 from minitron_platform import load_recipe, plan, run
 from minitron_platform.recipes.build import distill_config, logit_losses
 from minitron_platform.stages.targets import distill_inputs, pruning_source
+from minitron_platform.uploads import with_uploads
 from minitron_search.search_task import SearchTask
 from minitron_search.trial import run_trial
 
@@ -86,3 +87,13 @@ def test_a_run_on_an_object_store_has_as_many_requests_as_planned_and_asks_for_n
     _at_most(130, trial)
     (search,) = [cost.estimate.requests for cost in costs if cost.stage == "search"]
     assert 0.5 < len(trial) / (search / 7) < 2
+
+
+def test_nothing_is_uploaded_twice(bench, requests):
+    recipe = load_recipe(str(bench / "recipe.yaml"))
+    said = []
+    uploaded = with_uploads(recipe, "s3://bucket/m", said.append)
+    writes = [line for line in requests.new() if line.startswith(("PUT", "POST"))]
+    assert len(writes) >= len(said) == 3  # teacher, text, benchmark
+    assert with_uploads(recipe, "s3://bucket/m", said.append) == uploaded
+    assert not [line for line in requests.new() if line.startswith(("PUT", "POST"))]

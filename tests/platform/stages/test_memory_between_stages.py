@@ -7,6 +7,7 @@ import weakref
 import torch
 
 from minitron_platform import load_recipe, pipeline, run
+from minitron_platform.workers import models
 from minitron_search.memory import release_memory
 
 
@@ -31,3 +32,19 @@ def test_every_stage_gives_its_memory_back(bench, tmp_path, monkeypatch):
     recipe = load_recipe(str(bench / "recipe.yaml"))
     run(recipe, storage_path=str(tmp_path), until="data")
     assert len(released) == 2  # after teacher and data
+
+
+def test_evaluate_never_holds_three_models(copied, monkeypatch):
+    alive, most, load = weakref.WeakSet(), [], models.load
+
+    def loaded(*arguments):
+        model = load(*arguments)
+        alive.add(model)
+        most.append(len(alive))
+        return model
+
+    monkeypatch.setattr(models, "load", loaded)
+    recipe = load_recipe(str(copied / "recipe.yaml"), ["evaluate.tasks=[]", "evaluate.prompts=['The']"])
+    run(recipe, storage_path=str(copied / "runs"), until="evaluate")
+    assert len(most) == 6  # teacher, pruned and distilled student: their measurements, and their completions
+    assert max(most) <= 2
