@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from minitron.errors import InputError
 from minitron_platform.console import echo
+
+if TYPE_CHECKING:
+    from minitron_platform.cluster.rendering.figures import Nodes
 
 IMAGE_HELP = "Container image with Minitron, with its tag or digest; clusters/docker builds one."
 STORAGE_HELP = "Address for all results, or a folder that all nodes share."
@@ -96,10 +99,11 @@ def kuberay(
     from minitron_platform.cluster.rendering.figures import data, nodes
     from minitron_platform.cluster.rendering.kuberay import KubeRay, kuberay_files
 
+    workers = nodes(count, gpus, cpus, memory)
     files = kuberay_files(
         KubeRay(
             name=name,
-            nodes=nodes(count, gpus, cpus, memory),
+            nodes=workers,
             image=image,
             data=data(storage, tracking_uri, runs=recipe is not None),
             claim=claim,
@@ -107,7 +111,7 @@ def kuberay(
             redis=redis,
             fabric=fabric,
             node_labels=dict(_pair(label) for label in labels),
-            recipe=_recipe_text(recipe, overrides),
+            recipe=_recipe_text(recipe, overrides, workers),
         )
     )
     _give(files, out)
@@ -151,10 +155,11 @@ def slurm(
     from minitron_platform.cluster.rendering.figures import data, nodes
     from minitron_platform.cluster.rendering.slurm import Slurm, slurm_files
 
-    _recipe_text(recipe, overrides)  # raises what `run` would raise
+    workers = nodes(count, gpus, cpus, memory)
+    _recipe_text(recipe, overrides, workers)  # raises what `run` would raise
     job = Slurm(
         name=name,
-        nodes=nodes(count, gpus, cpus, memory),
+        nodes=workers,
         data=data(storage, tracking_uri, runs=True),
         recipe=str(Path(recipe).absolute()) if Path(recipe).is_file() else recipe,
         overrides=overrides,
@@ -248,12 +253,13 @@ def skypilot(
     from minitron_platform.cluster.rendering.figures import data, nodes
     from minitron_platform.cluster.rendering.skypilot import SkyPilot, skypilot_files
 
+    workers = nodes(count, gpus, cpus, memory)
     task = SkyPilot(
         name=name,
-        nodes=nodes(count, gpus, cpus, memory),
+        nodes=workers,
         image=image,
         data=data(storage, tracking_uri, runs=True),
-        recipe=_recipe_text(recipe, overrides) or "",
+        recipe=_recipe_text(recipe, overrides, workers) or "",
         gpu=gpu,
         spot=spot,
     )
@@ -267,16 +273,21 @@ def _pair(text: str) -> tuple[str, str]:
     return key, value
 
 
-def _recipe_text(recipe: str | None, overrides: tuple[str, ...]) -> str | None:
-    """The whole recipe as YAML, as `submit` sends it."""
+def _recipe_text(recipe: str | None, overrides: tuple[str, ...], workers: Nodes) -> str | None:
+    """The whole recipe as YAML, as `submit` sends it. Raises InputError for one whose trials or workers have no room."""
     if recipe is None:
         if overrides:
             raise InputError(f"--set {overrides[0]} without a recipe", "add --recipe, or leave it out")
         return None
+    from minitron_platform.cluster.room import check_nodes
     from minitron_platform.recipes.load import load_recipe, recipe_yaml
     from minitron_platform.recipes.paths import with_absolute_paths
+    from minitron_platform.recipes.resources import resolve
 
-    return recipe_yaml(with_absolute_paths(load_recipe(recipe, overrides)))
+    loaded = load_recipe(recipe, overrides)
+    node = {"CPU": float(workers.cpus), "GPU": float(workers.gpus), "memory": float(workers.memory << 30)}
+    check_nodes(resolve(loaded, workers.count * workers.gpus), [node] * workers.count)
+    return recipe_yaml(with_absolute_paths(loaded))
 
 
 def _give(files: dict[str, str], out: str | None) -> None:

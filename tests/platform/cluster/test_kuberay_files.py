@@ -142,10 +142,15 @@ def test_a_job_runs_the_recipe_with_its_settings_in_the_storage(tmp_path):
     assert load_recipe(tmp_path / "recipe.yaml") == load_recipe("minimal", ["distill.steps=7"])
 
 
+REMOTE = ("--storage", "s3://bucket/minitron", "--tracking-uri", "http://mlflow:5000")
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
         (("--nodes", "0"), "--nodes 0"),
+        (("--nodes", "99999999999"), "--nodes 99999999999: too many"),
+        (("--recipe", "minimal", *REMOTE, "--set", "resources.workers=64"), "resources.workers: 64 need 64 CPUs"),
         (("--name", "Mine"), "--name Mine"),
         (("--image", "minitron"), "--image minitron"),
         (("--image", "minitron:latest"), "--image minitron:latest"),

@@ -41,20 +41,21 @@ class Nodes:
 def nodes(count: int, gpus: int, cpus: int | None = None, memory: int | None = None) -> Nodes:
     """`count` nodes with `gpus` GPUs each, by default with CPUs and GiB of memory as such nodes have at AWS, GCP and Azure.
 
-    Raises InputError for less than one node, CPU or GiB, and for a negative number of GPUs.
+    Raises InputError for less than one node, CPU or GiB, for a negative number of GPUs, and for more than any cluster has.
     """
     if cpus is None:
         cpus = CPUS_PER_GPU * gpus or 4
     if memory is None:
         memory = GIB_PER_GPU * gpus or 16
-    for option, value, lowest in (
-        ("--nodes", count, 1),
-        ("--gpus", gpus, 0),
-        ("--cpus", cpus, 1),
-        ("--memory", memory, 4),
+    for option, value, lowest, highest in (
+        ("--nodes", count, 1, 10_000),
+        ("--gpus", gpus, 0, 128),
+        ("--cpus", cpus, 1, 4096),
+        ("--memory", memory, 4, 131_072),
     ):
-        if value < lowest:
-            raise InputError(f"{option} {value}: too few", f"give {lowest} or more")
+        if not lowest <= value <= highest:
+            few = "few" if value < lowest else "many"
+            raise InputError(f"{option} {value}: too {few}", f"give {lowest:,} to {highest:,}")
     return Nodes(count, gpus, cpus, memory)
 
 
