@@ -150,7 +150,7 @@ REMOTE = ("--storage", "s3://bucket/minitron", "--tracking-uri", "http://mlflow:
     [
         (("--nodes", "0"), "--nodes 0"),
         (("--nodes", "99999999999"), "--nodes 99999999999: too many"),
-        (("--recipe", "minimal", *REMOTE, "--set", "resources.workers=64"), "resources.workers: 64 need 64 CPUs"),
+        (("--recipe", "minimal", *REMOTE, "--set", "resources.workers=640"), "resources.workers: 640 need 640 CPUs"),
         (("--name", "Mine"), "--name Mine"),
         (("--image", "minitron"), "--image minitron"),
         (("--image", "minitron:latest"), "--image minitron:latest"),
@@ -169,6 +169,13 @@ def test_what_cannot_work_is_refused(tmp_path, options, problem):
     assert done.returncode == 2
     assert problem in done.stderr
     assert "hunter2" not in done.stderr
+
+
+def test_workers_that_the_gpus_do_not_suffice_for_are_named(tmp_path):
+    options = ("--recipe", "minimal", *REMOTE, "--set", "resources.workers=64")
+    done = minitron_here("cluster", "render", "kuberay", *CLUSTER, *options, cwd=tmp_path)
+    assert done.returncode == 0
+    assert "warning: resources.workers: 64 workers cannot share 32 GPUs, so they train on CPUs" in done.stderr
 
 
 def test_files_that_were_edited_are_not_overwritten(tmp_path):
