@@ -55,6 +55,7 @@ class KilledRun:
         self.log = self.machines.folder / f"{self.bucket}.log"
         self.tracking_uri = f"sqlite:///{self.machines.folder}/mlflow.db"
         self.driver: subprocess.Popen[bytes] | None = None
+        self.drivers = 0  # that were started
         self.starts: list[tuple[Moment, str, float, str]] = []
 
     def end(self) -> None:
@@ -106,6 +107,20 @@ class KilledRun:
             if "/stages/distill/" in found and found.endswith("/curve.json"):
                 return list(json.loads(self.storage.files.cat(found))["train_loss"])
         return []
+
+    def points(self) -> dict[str, int]:
+        """By metric of the distillation in MLflow, the number of its points; -1 if a step has several."""
+        from mlflow import MlflowClient
+
+        client = MlflowClient(self.tracking_uri, self.tracking_uri)
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        counts = {}
+        for run in client.search_runs(experiments):
+            if "distill" in str(run.info.run_name):
+                for name in run.data.metrics:
+                    steps = [point.step for point in client.get_metric_history(run.info.run_id, name)]
+                    counts[name] = len(steps) if len(steps) == len(set(steps)) else -1
+        return counts
 
     def versions(self) -> int:
         """Number of versions that the run has registered in MLflow."""
@@ -182,7 +197,8 @@ class KilledRun:
         kill(self.driver)
 
     def _start(self) -> None:
-        """Submit the run, for the first time or again."""
+        """Submit the run, for the first time or again, each time from another home folder: its machine may be lost too."""
+        self.drivers += 1
         command = [
             sys.executable,
             "-m",
@@ -199,7 +215,7 @@ class KilledRun:
             self.driver = subprocess.Popen(
                 command,
                 cwd=self.recipe.parent,
-                env={**self.machines.environment("driver"), "COLUMNS": "200"},
+                env={**self.machines.environment(f"driver-{self.drivers}"), "COLUMNS": "200"},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
