@@ -27,6 +27,7 @@ from minitron.data import InParts, Rows, TextSource, documents, pack, parts
 from minitron.data.in_parts import merge_parts
 from minitron.models import source_tokenizer
 from minitron_platform.cluster.ray_session import ray_session
+from minitron_platform.workers.look import no_look
 from minitron_platform.workers.parts import run_parts
 
 TOKENS_PER_ROW = 4096
@@ -48,7 +49,8 @@ class Round:
         self.tokenising = self.merging = 0.0
 
     def run(self, function: Callable[[Any, Any], Any], common: Any, jobs: Iterable[Any]) -> Iterator[Any]:
-        for result, seconds in run_parts(timed, (function, common), jobs, max_failures=0, say=print, cpus=self.cpus):
+        options = {"max_failures": 0, "say": print, "look": no_look, "cpus": self.cpus}
+        for result, seconds in run_parts(timed, (function, common), jobs, **options):
             if function is merge_parts:
                 self.merging += seconds
             else:
