@@ -169,6 +169,8 @@ def main() -> None:
                     print(f"{kind}: {error}", flush=True)
                 run.end()
                 report(run, before, given.out, ended=ended)
+                if kind == "driver":
+                    print(f"points in MLflow of the distillation, by metric: {run.points()}", flush=True)
                 run.keep_student(folder / f"{kind}.safetensors")
                 difference = largest_difference(file.with_suffix(".safetensors"), folder / f"{kind}.safetensors")
                 if difference:
