@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from minitron_platform.gates.card import card
 from minitron_platform.gates.champion import champion
 from minitron_platform.gates.clean_process import load_in_clean_process
+from minitron_platform.gates.distillation import distillation
 from minitron_platform.gates.gate import Gate, Subject, Verdict
 from minitron_platform.gates.latency import latency
 from minitron_platform.gates.loads import loads
@@ -26,7 +27,7 @@ from minitron_platform.recipes.schema import Gates
 
 log = logging.getLogger(__name__)
 
-GATES: tuple[Gate, ...] = (loads, size, memory, latency, card, teacher, parent, champion)
+GATES: tuple[Gate, ...] = (loads, size, memory, latency, card, distillation, teacher, parent, champion)
 GATES_TAG = "minitron.gates"  # of a version: the recipe's `register.gates`, JSON
 PROMOTED_TAG = "minitron.promoted."  # followed by the alias: who promoted it, when, why and what the gates said, JSON
 REPEATS = 5  # timed prompts

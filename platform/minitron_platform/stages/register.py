@@ -78,6 +78,7 @@ class Register(Stage[RegisterOutput]):
                 heldout=context.output(Targets).fingerprint,
                 student=_measured(context, evaluated, "distilled"),
                 teacher=_measured(context, evaluated, "teacher"),
+                pruned=_measured(context, evaluated, "pruned"),
             ).model_dump_json(),
             "minitron.version": minitron.__version__,
             "minitron.recipe": context.recipe.name,

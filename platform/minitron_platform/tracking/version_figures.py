@@ -42,6 +42,8 @@ class VersionFigures(BaseModel):
     """Identity of the teacher and of the held-out rows: loss and KL of two versions with the same can be compared."""
     student: Measured
     teacher: Measured | None = None
+    pruned: Measured | None = None
+    """Of the student before its distillation; None in versions of earlier releases."""
     parent: Measured | None = None
     """Of what an aligned or quantised variant was made from."""
 

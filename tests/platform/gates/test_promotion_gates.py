@@ -43,28 +43,38 @@ def answers(wrong: int) -> Evaluated:
     return Evaluated(score, "none", (), documents)
 
 
-def measured(storage: Path, model: str, *, worse: float = 0.0, wrong: int = 10, failures: Any = None) -> Measured:
+def measured(
+    storage: Path,
+    model: str,
+    *,
+    worse: float = 0.0,
+    worse_kl: float = 0.0,
+    worse_loss: float = 0.0,
+    wrong: int = 10,
+    failures: Any = None,
+) -> Measured:
     """Figures of a model whose loss and KL are higher by `worse` than those of the others, with the rows they are means of."""
     result = answers(wrong)
     noise = [(number * 7 % ROWS) / ROWS for number in range(ROWS)]
-    rows = [1 + each + worse for each in noise]
+    losses, kls = ([1 + each + worse + more for each in noise] for more in (worse_loss, worse_kl))
     path = f"{model}-documents.json"
-    write_rows(str(storage / path), rows, rows)
+    write_rows(str(storage / path), losses, kls)
     add_tasks(str(storage / path), {"quiz": result})
-    mean = sum(rows) / ROWS
-    return Measured(loss=mean, kl=mean, tasks={"quiz": result.score}, failures=failures or {}, documents=path)
+    loss, kl = (sum(rows) / ROWS for rows in (losses, kls))
+    return Measured(loss=loss, kl=kl, tasks={"quiz": result.score}, failures=failures or {}, documents=path)
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Committed folders: a good student, the champion before it, and one without one of its tensors."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    for name, seed in (("champion", 1), ("good", 2), ("broken", 3)):
+    for name, seed in (("champion", 1), ("good", 2), ("broken", 3), ("without a card", 4)):
         with committed_folder(str(folder / name)) as temporary:
             words = tiny.tokenizer()
             tiny.model("llama", vocab_size=len(words), seed=seed).save_pretrained(temporary)
             words.save_pretrained(temporary)
-            (temporary / "README.md").write_text(CARD)
+            if name != "without a card":
+                (temporary / "README.md").write_text(CARD)
             if name == "broken":
                 tensors = load_file(temporary / "model.safetensors")
                 del tensors["model.norm.weight"]
@@ -90,12 +100,18 @@ def registry(tmp_path: Path, checkpoints: Path, empty_database: Path, load_once:
     client = MlflowClient(uri)
 
     def tags(
-        gates: Gates | None = None, parameters: int = PARAMETERS, kind: str | None = None, **student: Any
+        gates: Gates | None = None,
+        parameters: int = PARAMETERS,
+        kind: str | None = None,
+        pruned: float = 2.0,
+        pruned_kl: float = 0.0,
+        **student: Any,
     ) -> dict[str, str]:
         name = f"model-{len(list(tmp_path.iterdir()))}"
         mine, teacher = measured(tmp_path, name, **student), measured(tmp_path, "teacher", worse=-0.1, wrong=8)
         parent = measured(tmp_path, "parent") if kind else None
-        figures = VersionFigures(heldout="rows", student=mine, teacher=teacher, parent=parent)
+        before = measured(tmp_path, "pruned", worse=pruned, worse_kl=pruned_kl)
+        figures = VersionFigures(heldout="rows", student=mine, teacher=teacher, pruned=before, parent=parent)
         return {
             **({"minitron.kind": kind, "minitron.cut_from": f"{NAME} version 1"} if kind else {}),
             "minitron.figures": figures.model_dump_json(),
@@ -131,7 +147,7 @@ def test_a_good_version_passes_and_who_promoted_it_and_what_was_measured_is_on_t
     assert "reason" not in recorded
     said = {verdict["gate"]: (verdict["status"], verdict["measured"]) for verdict in recorded["gates"]}
     assert said["KL to the teacher against version 1"] == ("passed", "0.020 better (±0.000, paired)")
-    assert said["quiz against version 1"][1] == "0.0 (±0.0, paired)"
+    assert said["quiz against version 1"][1] == "0.0 (±4.8, paired)"
     assert said["weights"] == ("passed", "6 files compared")
     assert said["licence"][0] == "unknown"
 
@@ -150,6 +166,11 @@ def test_a_good_version_passes_and_who_promoted_it_and_what_was_measured_is_on_t
         ("quiz against the teacher", {"wrong": 12, "gates": Gates(max_task_loss=0.0)}),
         ("arc", {"failures": {"arc": "out of memory"}}),
         ("quiz against version 1", {"wrong": 30}),
+        ("KL to the teacher against version 1", {"worse_kl": 0.02}),
+        ("held-out loss against version 1", {"worse_loss": 0.02}),
+        ("KL to the teacher against the pruned model", {"pruned_kl": -2.1}),
+        ("held-out loss against the pruned model", {"pruned": -0.1, "pruned_kl": 0.2}),
+        ("model card", {"name": "without a card", "gates": Gates(card=True)}),
         ("held-out loss against its parent", {"kind": "aligned", "worse": 0.11}),
         ("quiz against its parent", {"kind": "quantised", "wrong": 30}),
     ],
