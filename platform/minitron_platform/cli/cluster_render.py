@@ -181,7 +181,12 @@ def slurm(
 @click.option("--machine", metavar="TYPE", help="Machine type of the workers. [default: p5.48xlarge or a3-highgpu-8g]")
 @click.option("--zone", metavar="NAME", help="Google Cloud: zone of the nodes.")
 @click.option("--project", metavar="NAME", help="Google Cloud: your project.")
-@click.option("--disk-image", metavar="NAME", help="Google Cloud: image of the disks, with NVIDIA's driver and docker.")
+@click.option(
+    "--disk-image",
+    required=True,
+    metavar="NAME",
+    help="Image of the nodes' disks, with NVIDIA's driver and docker; at AWS an AMI.",
+)
 @_out
 def ray_up(
     cloud: str,
@@ -197,7 +202,7 @@ def ray_up(
     machine: str | None,
     zone: str | None,
     project: str | None,
-    disk_image: str | None,
+    disk_image: str,
     out: str | None,
 ) -> None:
     """A configuration for `ray up` at AWS or Google Cloud.

@@ -58,6 +58,8 @@ def plan(
     loaded = load_recipe(recipe, overrides)
     planned = checked_plan(console, loaded, storage_path, tracking_uri, address, cluster)
     show_plan(console, loaded, planned, candidates=True)
+    if price is not None and planned.price is None:
+        console.say("[yellow]--price: this plan is for no GPUs; --gpus N plans for a cluster[/]")
 
 
 def checked_plan(

@@ -6,10 +6,12 @@ from typing import Any
 
 import click
 
+from minitron.storage import redact
 from minitron_platform.cli.job_output import follow_job
 from minitron_platform.cli.options import ADDRESS_HELP, INSECURE_HELP, TAKE_OVER_HELP, UPLOAD_HELP, recipe_options
 from minitron_platform.cli.program import command_line, program
 from minitron_platform.console import echo
+from minitron_platform.stopping import INTERRUPTED
 
 ENV_HELP = (
     "Where the job's packages come from. image: the cluster's nodes have them. uv: those that they lack are installed for the "
@@ -63,20 +65,24 @@ def submit(
     from minitron_platform.recipes.load import load_recipe
     from minitron_platform.submission import submit as submit_recipe
 
-    submission = submit_recipe(
-        load_recipe(recipe, overrides),
-        address=address,
-        storage_path=storage_path,
-        tracking_uri=tracking_uri,
-        insecure=insecure,
-        take_over=take_over,
-        upload=upload,
-        env=env,
-        driver_cpus=driver_cpus,
-        driver_memory=int(driver_memory * 1e9),
-        resume=command_line(),
-        say=lambda line: echo(line, err=True),
-    )
+    try:
+        submission = submit_recipe(
+            load_recipe(recipe, overrides),
+            address=address,
+            storage_path=storage_path,
+            tracking_uri=tracking_uri,
+            insecure=insecure,
+            take_over=take_over,
+            upload=upload,
+            env=env,
+            driver_cpus=driver_cpus,
+            driver_memory=int(driver_memory * 1e9),
+            resume=command_line(),
+            say=lambda line: echo(line, err=True),
+        )
+    except KeyboardInterrupt:
+        echo(f"\ninterrupted; whether the run was submitted: {program()} jobs --address {redact(address)}", err=True)
+        raise SystemExit(INTERRUPTED) from None
     echo(submission)
     if follow:
         raise SystemExit(follow_job(address, submission, insecure=insecure))

@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import requires
 from pathlib import Path
@@ -21,6 +21,8 @@ from minitron_platform.cluster import probe
 from minitron_platform.cluster.brought import Brought
 from minitron_platform.cluster.job_rows import ENDED
 from minitron_platform.cluster.requirements import PROJECT, Environment, lacks, pins, python_lack
+from minitron_search import nodes
+from minitron_search.nodes import Node
 
 Dependencies = Literal["image", "uv", "as-is"]
 DEPENDENCIES: tuple[Dependencies, ...] = get_args(Dependencies)
@@ -33,13 +35,15 @@ def packages_to_bring(
     extras: Iterable[str],
     entrypoint_resources: Mapping[str, Any],
     say: Callable[[str], None],
+    check_room: Callable[[Sequence[Node]], None],
 ) -> Brought:
     """The packages that a job must install on the cluster.
 
     dependencies: "image" if the packages of the cluster's nodes are used, "uv" if those that they lack are installed for the
     job, in the versions that this machine has, "as-is" if nothing is checked. extras: of Minitron, that the run needs.
     entrypoint_resources: arguments of Ray's submit_job that choose the node of the job's command, which is the one that is
-    checked.
+    checked. check_room: called with the cluster's nodes, and those that it may start; raises InputError where they have no
+    room for the job's work.
 
     Raises InputError if the cluster cannot run the job, MinitronError if it does not run the check.
     """
@@ -52,6 +56,8 @@ def packages_to_bring(
             f"the cluster has Python {there.python}, and Minitron needs {needed}",
             "start it from an image with that Python",
         )
+    if there.nodes:
+        check_room([dict(node) for node in there.nodes])
     missing = lacks(there, extras)
     if not missing:
         return Brought()
@@ -79,6 +85,7 @@ def _environment_of(client: JobSubmissionClient, entrypoint_resources: Mapping[s
     """The environment in which the cluster runs the command of a job, by a job that prints it."""
     with tempfile.TemporaryDirectory(prefix="minitron-check-") as folder:
         copy(probe.__file__, folder)
+        copy(nodes.__file__, folder)
         job = client.submit_job(
             submission_id=f"minitron-check-{uuid.uuid4().hex[:8]}",
             entrypoint=f"python {Path(probe.__file__).name}",

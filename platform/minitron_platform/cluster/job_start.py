@@ -23,6 +23,7 @@ from minitron_platform.cluster.job_check import Dependencies, packages_to_bring
 from minitron_platform.cluster.job_rows import find_job, job_rows
 from minitron_platform.cluster.jobs_api import connect, head_errors
 from minitron_platform.cluster.packaging import code_hash, stage_code
+from minitron_search.nodes import Node
 
 RECIPE_FILE = "recipe.yaml"
 RECIPE_KEY = "minitron.recipe"  # of a job's metadata: the text of its recipe
@@ -83,17 +84,23 @@ def entrypoint_for(recipe_file: str, options: Mapping[str, str], overrides: Sequ
 
 
 def checked(
-    needs: JobNeeds, *, address: str, insecure: bool = False, say: Callable[[str], None] | None = None
+    needs: JobNeeds,
+    *,
+    address: str,
+    insecure: bool = False,
+    say: Callable[[str], None] | None = None,
+    check_room: Callable[[Sequence[Node]], None] = lambda nodes: None,
 ) -> JobNeeds:
     """`needs` with the packages that a job has to bring to the cluster at `address`.
 
-    Raises InputError if the cluster has a Ray, Python or packages that Minitron does not run with, and what `submit_text`
+    check_room: called with the cluster's nodes, and those that it may start, unless nothing is checked there. Raises what it
+    raises, InputError if the cluster has a Ray, Python or packages that Minitron does not run with, and what `submit_text`
     raises.
     """
     client = connect(address, insecure)
     with head_errors(address):
         brought = packages_to_bring(
-            client, needs.dependencies, needs.extras, needs.entrypoint_resources, say or to_stderr
+            client, needs.dependencies, needs.extras, needs.entrypoint_resources, say or to_stderr, check_room
         )
     return replace(needs, brought=brought)
 

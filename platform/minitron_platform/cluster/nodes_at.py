@@ -12,6 +12,7 @@ from ray._private.internal_api import get_state_from_address
 from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RayError
 
+from minitron.loopback import is_loopback
 from minitron_platform.addresses import answers
 from minitron_search.nodes import Node, possible_nodes, present_nodes
 
@@ -46,6 +47,8 @@ def nodes_at(address: str | None) -> ClusterNodes | None:
     (ray://)."""
     address = address or os.environ.get("RAY_ADDRESS") or ""
     head = None if address.startswith("ray://") else canonicalize_bootstrap_address(address)
+    if head and not answers(head, ANSWER_SECONDS) and is_loopback(address.rpartition(":")[0].strip("[]")):
+        head = address  # Ray takes the machine's own address instead, at which a head on the loopback interface is not
     if not head or not answers(head, ANSWER_SECONDS):
         return None
     logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)

@@ -13,18 +13,20 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import ray
 from ray._private import ray_constants
 from ray._private.authentication import authentication_token_setup
 from ray._private.node import Node
+from ray._private.services import canonicalize_bootstrap_address
 
 from minitron.device import cores
 from minitron.environment import environment_variables
 from minitron.errors import InputError, MinitronError
-from minitron_platform.addresses import check_ray_address
+from minitron.loopback import is_loopback
+from minitron_platform.addresses import answers, check_ray_address
 from minitron_platform.cluster.packaging import PACKAGES, package_folder, stage_code
 from minitron_platform.workers.workers import SEAT
 from minitron_search.private_ray import private_settings
@@ -171,8 +173,10 @@ def _join(address: str) -> None:
         runtime_env = None  # a job has brought its code with it
         if IN_A_JOB not in os.environ:
             runtime_env = {"py_modules": stage_code(Path(folder)), "env_vars": dict(QUIET)}
+        # a head that listens there alone, such as that of clusters/local, does not answer at the machine's own address
+        at_loopback = is_loopback(host.strip("[]")) and not answers(canonicalize_bootstrap_address(address) or "", 5)
         try:
-            with _signals_kept():
+            with _at_loopback() if at_loopback else nullcontext(), _signals_kept():
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=runtime_env)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise MinitronError(
@@ -226,16 +230,25 @@ def _one_small_node() -> Iterator[None]:
     together a third of its start.
     """
     before = {name: getattr(Node, name) for name in UNUSED}
-    at_all_interfaces = ray_constants.ENABLE_RAY_CLUSTER
     for name in UNUSED:
         setattr(Node, name, _nothing)
+    try:
+        with _at_loopback():
+            yield
+    finally:
+        for name, method in before.items():
+            setattr(Node, name, method)
+
+
+@contextmanager
+def _at_loopback() -> Iterator[None]:
+    """Inside the context Ray calls this machine 127.0.0.1, and not by its address in the network."""
+    usual = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = at_all_interfaces
-        for name, method in before.items():
-            setattr(Node, name, method)
+        ray_constants.ENABLE_RAY_CLUSTER = usual
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from typing import Any
@@ -26,13 +26,16 @@ class Environment:
     python: str
     packages: Mapping[str, str]
     """Versions by normalised name."""
+    nodes: Sequence[Mapping[str, float]] = ()
+    """Resources of the cluster's nodes, and of those that it may start; empty if they are not known."""
 
     @classmethod
     def read(cls, value: Any) -> Environment:
         """From the probe's JSON. Raises InputError for anything else."""
         if not (isinstance(value, dict) and isinstance(value.get("packages"), dict)):
             raise InputError("the check of the cluster's environment has not printed one", "see the job's log")
-        return cls(str(value.get("python")), {str(name): str(each) for name, each in value["packages"].items()})
+        packages = {str(name): str(each) for name, each in value["packages"].items()}
+        return cls(str(value.get("python")), packages, value.get("nodes") or ())
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from minitron_platform import load_recipe
 
 NODES = ("--nodes", "4", "--gpus", "8", "--image", "registry.example.com/minitron:0.1")
-AWS = ("--cloud", "aws", "--region", "us-east-1")
+AWS = ("--cloud", "aws", "--region", "us-east-1", "--disk-image", "ami-0123456789abcdef0")
 GCP = (
     "--cloud",
     "gcp",
@@ -44,6 +44,8 @@ def test_the_files_of_ray_up_are_valid_by_rays_own_schema(tmp_path, cloud):
     assert head["resources"] == {"CPU": 0, "GPU": 0}
     assert (worker["resources"]["GPU"], worker["min_workers"], worker["max_workers"]) == (8, 0, 4)
     assert config["max_workers"] == 4
+    if cloud is AWS:  # Ray's default has a driver that is too old
+        assert {node["node_config"]["ImageId"] for node in config["available_node_types"].values()} == {AWS[-1]}
     for commands in ("head_start_ray_commands", "worker_start_ray_commands"):
         assert "RAY_AUTH_MODE=token ray start" in config[commands][-1]
     assert "-e MINITRON_STORAGE=s3://bucket/minitron" in config["docker"]["run_options"]
@@ -66,8 +68,9 @@ def test_the_file_of_skypilot_is_valid_by_its_schema_and_runs_the_recipe_on_all_
     [
         (("ray-up", *AWS, *NODES, "--gpus", "4"), "--gpus 4"),
         (("ray-up", *AWS, *NODES, "--zone", "us-east-1a"), "--zone is not for --cloud aws"),
-        (("ray-up", *GCP[:6], *NODES), "--project is missing for --cloud gcp"),
-        (("ray-up", *AWS[:2], "--region", "a: b", *NODES), "--region a: b"),
+        (("ray-up", *GCP[:6], *GCP[8:], *NODES), "--project is missing for --cloud gcp"),
+        (("ray-up", *AWS[:2], "--region", "a: b", *AWS[4:], *NODES), "--region a: b"),
+        (("ray-up", *AWS[:4], "--disk-image", "ubuntu", *NODES), "--disk-image ubuntu: not an AMI"),
         (("skypilot", *NODES, *PLACES, "--recipe", "minimal", "--gpu", "H 100"), "--gpu H 100"),
         (("skypilot", *NODES, "--storage", "/mnt/minitron", "--recipe", "minimal"), "share no folder"),
         (("slurm", *NODES[:4], "--storage", "/mnt/minitron", "--recipe", "minimal", "--time", "soon"), "--time soon"),

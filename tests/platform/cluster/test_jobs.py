@@ -30,6 +30,8 @@ from helpers.s3_server import s3_server
 from helpers.serving import serving
 
 from minitron.errors import InputError, MinitronError
+from minitron_platform import load_recipe
+from minitron_platform import submit as submit_recipe
 from minitron_platform.cluster import packaging
 from minitron_platform.cluster.job_start import JobNeeds, checked, entrypoint_for, resume
 from minitron_platform.cluster.job_start import submit_text as submit
@@ -491,6 +493,16 @@ def test_a_cluster_that_lacks_a_package_is_refused_before_anything_is_submitted(
     with pytest.raises(InputError, match=r"gcsfs is missing, >=[\d.]+ is needed") as refusal:
         checked(JobNeeds("image", extras=("gcs",)), address=as_user.address)
     assert "--env uv" in refusal.value.remedy
+
+
+def test_a_recipe_that_the_cluster_has_no_room_for_is_refused_before_it_is_submitted(
+    as_user: Head, bench: Path
+) -> None:
+    recipe = load_recipe(bench / "recipe.yaml", ["resources.workers=64", "distill.batch_rows=64"])
+    with pytest.raises(InputError, match=r"resources\.workers: 64 need 64 CPUs and 0 GPUs together"):
+        submit_recipe(recipe, address=as_user.address, say=lambda line: None)
+    with pytest.raises(InputError, match="no such job"):
+        status(as_user.address, recipe.name)
 
 
 DRIVER = """

@@ -1,13 +1,18 @@
-"""What a private Ray is refused before it starts."""
+"""What a private Ray is refused before it starts, and heads that listen on the loopback interface alone."""
 
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 
 import pytest
+import ray
+from helpers.command import environment
 
 from minitron.errors import InputError
-from minitron_platform.cluster.ray_session import METRICS_PORT, ray_session
+from minitron_platform.cluster.nodes_at import nodes_at
+from minitron_platform.cluster.ray_session import METRICS_PORT, _private_settings, ray_session
 
 
 @pytest.mark.parametrize("port", ["80", "70000", "metrics", "-1"])
@@ -23,3 +28,24 @@ def test_a_metrics_port_in_use_is_refused_before_ray_waits_for_it(monkeypatch: p
         monkeypatch.setenv(METRICS_PORT, str(port))
         with pytest.raises(InputError, match=f"{METRICS_PORT}={port}: Address already in use"), ray_session("local"):
             pass
+
+
+JOINING = """
+import sys, ray
+from minitron_platform.cluster.ray_session import ray_session
+with ray_session(sys.argv[1]):
+    print(ray.get(ray.remote(num_cpus=0)(lambda: 3).remote()))
+"""
+
+
+def test_a_head_that_listens_on_the_loopback_interface_alone_is_seen_and_joined(ray_here: None) -> None:
+    address = ray.get_runtime_context().gcs_address
+    assert address.startswith("127.0.0.1:")
+    seen = nodes_at(address)
+    assert seen is not None
+    assert seen.present[0]["CPU"] == 2
+    token = {name: value for name, value in _private_settings().items() if name == "RAY_AUTH_TOKEN"}
+    done = subprocess.run(
+        [sys.executable, "-c", JOINING, address], env=environment() | token, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == "3", done.stderr

@@ -10,6 +10,7 @@ from minitron_platform.cluster.rendering.figures import Data, Nodes, check_image
 from minitron_platform.cluster.rendering.templates import ENVIRONMENT, render
 
 MACHINES = {"aws": "p5.48xlarge", "gcp": "a3-highgpu-8g"}  # 8 H100 each
+AMI = re.compile(r"ami-[0-9a-f]{8,17}")
 WORD = re.compile(r"[\w./:-]+", re.ASCII)
 
 
@@ -24,12 +25,13 @@ class RayUp:
     image: str
     data: Data
     region: str
+    disk_image: str
+    """Of all nodes, with NVIDIA's driver and docker: an AMI at AWS. Ray's own default is too old for an H100."""
     machine: str | None = None
     """Type of the worker nodes; None for one with 8 H100."""
     zone: str | None = None
-    """Google Cloud alone, as the next two."""
+    """Google Cloud alone, as the next one."""
     project: str | None = None
-    disk_image: str | None = None
 
 
 def ray_up_files(cluster: RayUp) -> dict[str, str]:
@@ -42,12 +44,18 @@ def ray_up_files(cluster: RayUp) -> dict[str, str]:
             f"--gpus {cluster.nodes.gpus}: {machine}, the default, has 8 GPUs",
             "give the type of the nodes with --machine",
         )
-    for_google = {"--zone": cluster.zone, "--project": cluster.project, "--disk-image": cluster.disk_image}
+    if cluster.cloud == "aws" and not AMI.fullmatch(cluster.disk_image):
+        raise InputError(
+            f"--disk-image {cluster.disk_image}: not an AMI",
+            "give the id of one with NVIDIA's driver and docker, ami-…",
+        )
+    for_google = {"--zone": cluster.zone, "--project": cluster.project}
     for option, value in for_google.items():
         if (value is not None) != (cluster.cloud == "gcp"):
             verb = "is missing for" if value is None else "is not for"
             raise InputError(f"{option} {verb} --cloud {cluster.cloud}", "clusters/ray-up/README.md shows the commands")
-    for option, value in {"--region": cluster.region, "--machine": machine, **for_google}.items():
+    names = {"--region": cluster.region, "--machine": machine, "--disk-image": cluster.disk_image, **for_google}
+    for option, value in names.items():
         if value is not None and not WORD.fullmatch(value):
             raise InputError(f"{option} {value}: not a name of a cloud", "use letters, digits, . / : _ -")
     values = {
