@@ -35,7 +35,8 @@ INSTALL = "install bubblewrap (apt-get install bubblewrap) and allow it to creat
 class Limits:
     """Limits of a sandbox.
 
-    seconds: of one program, CPU time and time of day; lm-eval's code_eval has 3. memory_bytes: address space of each process.
+    seconds: of one program, CPU time and time of day; lm-eval's code_eval has 3. memory_bytes: address space of each process,
+    and memory of all together.
     processes: including threads; in the whole sandbox.
     """
 

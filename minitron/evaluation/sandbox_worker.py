@@ -29,6 +29,7 @@ from typing import Any
 ANSWER_BYTES = 1 << 20  # longest result of a call
 FILE_BYTES = 10_000_000  # largest file
 OPEN_FILES = 128
+LOOK_SECONDS = 0.05  # between two looks at the memory of all processes
 SET_DUMPABLE, SET_SECCOMP = 4, 22  # Linux: prctl's PR_SET_DUMPABLE and PR_SET_SECCOMP
 NEW_USER = 0x1000_0000  # CLONE_NEWUSER
 REFUSED, MISSING = 0x5_0000 | 1, 0x5_0000 | 38  # a system call that fails with EPERM, with ENOSYS
@@ -148,7 +149,8 @@ def _function(file: str, name: str, modules: dict[str, types.ModuleType]) -> Fun
 
 
 def _in_child(work: Callable[[], bytes], seconds: float, most: int) -> bytes:
-    """The bytes that `work` returns in a child process, at most `most`; what there is of them after `seconds`."""
+    """The bytes that `work` returns in a child process, at most `most`; what there is of them after `seconds`, or when all
+    processes of the sandbox together have more memory than one may have."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -164,9 +166,11 @@ def _in_child(work: Callable[[], bytes], seconds: float, most: int) -> bytes:
     os.close(write)
     deadline = time.monotonic() + seconds
     received = b""
-    while (
-        len(received) <= most and (left := deadline - time.monotonic()) > 0 and select.select([read], [], [], left)[0]
-    ):
+    while len(received) <= most and (left := deadline - time.monotonic()) > 0:
+        if not select.select([read], [], [], min(left, LOOK_SECONDS))[0]:
+            if _resident_bytes() > resource.getrlimit(resource.RLIMIT_AS)[0]:
+                break
+            continue
         part = os.read(read, 1 << 16)
         if not part:
             break
@@ -175,6 +179,16 @@ def _in_child(work: Callable[[], bytes], seconds: float, most: int) -> bytes:
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return received
+
+
+def _resident_bytes() -> int:
+    """Memory of all processes of the sandbox; what they share counts for each."""
+    pages = 0
+    for entry in os.scandir("/proc"):
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError), open(f"/proc/{entry.name}/statm") as file:
+                pages += int(file.read().split()[1])
+    return pages * resource.getpagesize()
 
 
 def _clean_up() -> None:

@@ -108,6 +108,32 @@ def test_an_attack_is_stopped_and_the_next_program_runs_as_before(name, runner, 
     assert escapes(runner, "pass") == has_sandbox()
 
 
+SHARED_OUT = """
+import os, time
+read, write = os.pipe()
+for _ in range(4):
+    if os.fork() == 0:
+        memory = b"a" * (150 << 20)
+        os.write(write, b"a")
+        time.sleep(60)
+got = b""
+while len(got) < 4:
+    got += os.read(read, 4)
+time.sleep(1)
+"""
+
+
+def test_memory_that_a_program_shares_out_to_several_processes_is_limited_too(runner, tmp_path):
+    file = tmp_path / "runner.py"
+    file.write_text(RUNS_PROGRAMS)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    sandbox = Sandbox(Limits(seconds=20, memory_bytes=400 << 20), [tmp_path])
+    assert not escapes(lambda program: sandbox.call(file, "solved", program), SHARED_OUT)
+    assert escapes(lambda program: sandbox.call(file, "solved", program), "b'a' * (150 << 20)") == has_sandbox()
+    sandbox.stop()
+
+
 def humaneval(folder) -> Task:
     documents = [
         {
