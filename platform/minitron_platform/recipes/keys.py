@@ -51,9 +51,9 @@ def section_keys(key: str) -> list[str]:
 
 
 def _section_type(annotation: Any) -> type[BaseModel] | None:
-    """The section in a field's type, which may be optional or a list; None if there is none."""
-    inner = getattr(annotation, "__args__", (annotation,))[0]
-    return inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+    """The section in a field's type, which may be optional, a list or another type as well; None if there is none."""
+    types = getattr(annotation, "__args__", (annotation,))
+    return next((inner for inner in types if isinstance(inner, type) and issubclass(inner, BaseModel)), None)
 
 
 def _sections() -> set[str]:

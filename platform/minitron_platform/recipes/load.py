@@ -23,6 +23,7 @@ from minitron_platform.recipes.schema import Recipe
 from minitron_platform.recipes.yaml_text import parse_value, read_yaml
 
 LONGEST_VALUE = 200  # characters of a value in an error
+_SCALARS = {"int_type", "float_type", "string_type", "literal_error"}
 _PLAIN = {  # by the type of pydantic's error, whose own message names Python classes or a regular expression
     "model_type": "it should be a section of keys and values",
     "dataclass_type": "it should be a section of keys and values",
@@ -146,14 +147,15 @@ def _first_error(path: Path, values: dict[str, Any], error: ValidationError) -> 
         return ".".join(str(part) for part in _keys(values, detail["loc"], missing=detail["type"] == "missing"))
 
     # a default that follows from another key cannot be computed while that one is not valid
-    first, *others = [detail for detail in error.errors() if detail["type"] != "default_factory_not_called"]
+    errors = [detail for detail in error.errors() if detail["type"] != "default_factory_not_called"]
+    first, *others = [detail for detail in errors if not _of_another_kind(detail, errors)]
     key = key_of(first)
     value = first["input"]
     alternatives = [detail for detail in others if key_of(detail) == key]  # the other types of a union
     count = len(others) - len(alternatives)
     more = f" (and {count} more)" if count else ""
     if first["type"] == "extra_forbidden":
-        known = section_keys(".".join(str(part) for part in first["loc"][:-1]))
+        known = section_keys(key.rpartition(".")[0])
         close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         return InputError(f"{path}: {key}: unknown key{more}", f"{hint}known here: {', '.join(known)}")
@@ -169,6 +171,13 @@ def _first_error(path: Path, values: dict[str, Any], error: ValidationError) -> 
     return InputError(
         f"{path}: {key}: {_shown(value)} is not valid: {message}{more}", f"change {key}, or --set {key}=…"
     )
+
+
+def _of_another_kind(detail: Any, errors: list[Any]) -> bool:
+    """Whether an error says that a section is no number or word, and others say what is wrong in that section."""
+    union = detail["loc"][:-1]
+    is_scalar = isinstance(detail["input"], dict) and detail["type"] in _SCALARS
+    return is_scalar and any(e["type"] not in _SCALARS and e["loc"][: len(union)] == union for e in errors)
 
 
 def _shown(value: Any) -> str:

@@ -40,6 +40,12 @@ REFUSED = {
     "a share of a GPU that Ray rounds to 0": ("resources.gpus_per_trial=1e-30", "use 0, or at least 0.001 of a GPU"),
     "an infinite range": ("family.0.space.num_layers={from: 1, to: .inf, step: 1}", "must be finite numbers"),
     "an infinite value of an axis": ("family.0.space.num_layers=[.inf]", "family.0.space.num_layers.0: inf"),
+    "a range of workers that ends before it begins": ("resources.workers={min: 3, max: 2}", "min 3 is more than max 2"),
+    "half a range of workers": ("resources.workers={min: 3}", "resources.workers.max: missing"),
+    "a third end of a range of workers": (
+        "resources.workers={min: 1, max: 2, m: 3}",
+        "resources.workers.m: unknown key",
+    ),
     "a day that does not exist": ("teacher.revision=2024-02-31", "--set teacher.revision: the value is not valid YAML"),
     "a number for a text": ("teacher.revision=1234", "it should be text: put it in quotes"),
     "an object of Python": ("distill.steps=!!python/object:os.system 1", "could not determine a constructor"),
