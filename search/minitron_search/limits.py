@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from minitron.architecture import Architecture
 from minitron.arguments import check_fields
 
 VALUE_BYTES = 2  # of a weight, key or value in inference: 16 bits
+LATENCIES: dict[str, tuple[Literal["first", "further"], str]] = {
+    "latency_ms": ("first", "to the first token"),
+    "token_latency_ms": ("further", "to each further token"),
+}
+"""The limits that are measured: the kind of `minitron_search.latency`, and its name in messages."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 from minitron import storage
 from minitron.architecture import Architecture
@@ -12,15 +11,10 @@ from minitron_platform.recipes.candidates import CandidateSpace
 from minitron_platform.stages.context import Context
 from minitron_search.architecture_search import score_all
 from minitron_search.latency import Latency
+from minitron_search.limits import LATENCIES
 from minitron_search.pool import Pool
 from minitron_search.sampling import sample
 from minitron_search.search_task import SearchTask
-
-LATENCIES: dict[str, tuple[Literal["first", "further"], str]] = {
-    "latency_ms": ("first", "to the first token"),
-    "token_latency_ms": ("further", "to each further token"),
-}
-"""What is measured for each limit on latency, and its name in messages."""
 
 
 def shortlist(

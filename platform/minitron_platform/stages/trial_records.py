@@ -13,7 +13,6 @@ from minitron.architecture import Architecture, axes_that_differ
 from minitron_platform.console import seconds
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.search_output import SearchOutput
-from minitron_platform.stages.shortlist import LATENCIES
 from minitron_platform.tracking.restarts import Restart, now, record_restart
 from minitron_platform.tracking.spool import RunLog
 from minitron_search.events import (
@@ -29,6 +28,7 @@ from minitron_search.events import (
     Started,
     Undistilled,
 )
+from minitron_search.limits import LATENCIES
 from minitron_search.ranking import RankedCandidate
 from minitron_search.results import StoppedCandidate
 from minitron_search.search_task import SearchTask

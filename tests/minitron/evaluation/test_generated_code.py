@@ -109,17 +109,22 @@ def test_an_attack_is_stopped_and_the_next_program_runs_as_before(name, runner, 
 
 
 SHARED_OUT = """
-import os, time
+import os
 read, write = os.pipe()
+begun, begin = os.pipe()
 for _ in range(4):
     if os.fork() == 0:
         memory = b"a" * (150 << 20)
         os.write(write, b"a")
-        time.sleep(60)
-got = b""
-while len(got) < 4:
-    got += os.read(read, 4)
+        os.read(begun, 1)  # until all have theirs
+        os._exit(0)
+for _ in range(4):
+    os.read(read, 1)
+import time
 time.sleep(1)
+os.write(begin, b"aaaa")
+for _ in range(4):
+    os.wait()
 """
 
 
