@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 _FINISHED = re.compile(r"^✓ (\S+)", re.MULTILINE)  # the last line of a stage
 _WORKING = re.compile(r"^  … (\S+)  (.*)$", re.MULTILINE)  # a heartbeat: the stage, its status and its age
+_ENDED = re.compile(r"^total time ", re.MULTILINE)  # the last line of a run that has finished all stages
 _EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)\b.*$", re.MULTILINE)
 
 
@@ -30,7 +31,9 @@ def progress(log: str) -> Progress:
     """The newest progress in the output of a run."""
     finished = _last(_FINISHED, log)
     working = _last(_WORKING, log)
-    if working and (not finished or working.start() > finished.start()):
+    ended = _last(_ENDED, log)
+    over = [match.start() for match in (finished, ended) if match]
+    if working and working.start() > max(over, default=-1):
         return Progress(working[1], working[2].strip())
     return Progress(finished[1], "done") if finished else Progress("", "")
 

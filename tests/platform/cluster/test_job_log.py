@@ -35,6 +35,14 @@ def test_the_newest_line_of_a_run_says_where_it_is(console, monkeypatch):
     assert progress(printed(console)).status.startswith("3/8 trials · ")
 
 
+def test_a_run_that_took_seconds_to_close_is_done(console):
+    console.say("[green]✓[/] [bold]register[/] version 1")
+    console.say("  … [bold]closing[/]  2 s")
+    assert progress(printed(console)).stage == "closing"
+    console.say("[dim]total time 9 s[/]")
+    assert str(progress(printed(console))) == "register done"
+
+
 def test_the_part_of_a_stage_is_cut_from_the_log(console):
     console.say("plan")
     for stage in ("data", "search", "data"):
