@@ -249,9 +249,14 @@ def pull(
     the version.
 
     version: by default the version that `alias` points at. storage_root, unverified: as for `promote`. Raises InputError for
-    an unknown model, version or alias and for a folder that is not empty, StorageError for altered or missing weights.
+    an unknown model, version or alias and for a folder with other files, StorageError for altered or missing weights.
     """
-    if is_local(target) and local_path(target).exists() and any(local_path(target).iterdir()):
+    if (
+        is_local(target)
+        and local_path(target).exists()
+        and any(local_path(target).iterdir())
+        and not is_committed(target)
+    ):
         raise InputError(f"{target}: there are files in it", "give a new folder")
     with open_registry(tracking_uri) as client:
         model = registered_model(client, name)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minitron.errors import StorageError
+from minitron.errors import InputError, StorageError
 from minitron.names import check_name, inside
 from minitron.storage import (
     MANIFEST,
@@ -75,10 +75,18 @@ def copy_weights(
 ) -> None:
     """Copy a version's weights to the folder `target`. Raises StorageError as `check_weights`; nothing is written then.
 
-    Files that an interrupted call has copied to a local folder are not copied again.
+    Files that an interrupted call has copied to a local folder are not copied again, and a whole copy is compared alone. Raises
+    InputError for a folder with other weights.
     """
     with _source(client, version, storage_root, unverified) as source:
         files = manifest(source)["files"] if isinstance(source, str) else source.files
+        if is_committed(target):
+            if manifest(target)["files"] != files:
+                raise InputError(
+                    f"{target}: other weights than those of {title(version)} are in it", "give a new folder"
+                )
+            verify(target)
+            return
         with _resumed_folder(target, files) as folder:
             for name, expected in files.items():
                 path = inside(folder, name, f"{title(version)}: {MANIFEST}")

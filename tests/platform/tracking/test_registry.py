@@ -340,7 +340,13 @@ def test_models_pull_copies_and_compares_the_weights_of_an_alias(uri: str, tmp_p
     assert (out / "model.safetensors").read_bytes() == b"a"
     assert (out / "README.md").read_text() == "card"
     assert (tmp_path / "two" / "model.safetensors").read_bytes() == b"b"
-    assert "there are files in it" in command(NAME, str(out))
+    written = (out / "model.safetensors").stat().st_mtime_ns
+    assert command(NAME, str(out)) == f"{NAME} version 1, verified, is in {out}\n"  # it is there already
+    assert (out / "model.safetensors").stat().st_mtime_ns == written
+    assert "other weights than those of version 2" in command(f"{NAME}@candidate", str(out))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").touch()
+    assert "there are files in it" in command(NAME, str(tmp_path / "full"))
     (tmp_path / "a" / "model.safetensors").write_bytes(b"x")
     assert "SHA-256 is" in command(NAME, str(tmp_path / "altered"))
     assert not (tmp_path / "altered").exists()
