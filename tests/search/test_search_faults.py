@@ -273,7 +273,7 @@ def test_a_trial_saves_its_state_at_once_when_its_node_is_about_to_be_taken_away
 
     while len(cluster.worker_nodes) < 2:
         cluster.add_node(num_cpus=1)
-    leaving, deadline = [], time.monotonic() + 90
+    leaving, deadline = [], time.monotonic() + 300
     pool = Pool(str(tmp_path / "tune"), workers=workers, on_event=on_event, look=look)
     try:
         with pytest.raises(_LookedEnoughError):
