@@ -180,7 +180,7 @@ class Driver:
 
     @contextmanager
     def _view(self, candidates: list[Architecture], steps: int) -> Iterator[TrialsView]:
-        """What the driver shows and records of trials of so many steps each."""
+        """What the driver shows and records of trials that train for `steps` steps each."""
         folder = f"{self.storage}/events"
         inputs = DistillInputs(
             teacher="t", teacher_id="t", dtype="bfloat16", rows="r", train_targets="t", heldout_targets="h"

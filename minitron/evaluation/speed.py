@@ -160,13 +160,18 @@ def _alternate(
     return times
 
 
-def _prefill(model: Any, ids: torch.Tensor) -> float:
+def _timed_pass(model: Any, ids: torch.Tensor, **cache: Any) -> float:
+    """Seconds of a forward pass. cache: the model's arguments about its KV cache."""
     with torch.inference_mode(), evaluating(model):
         synchronize(ids.device)
         start = time.perf_counter()
-        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        model(input_ids=ids, logits_to_keep=1, **cache)
         synchronize(ids.device)
         return time.perf_counter() - start
+
+
+def _prefill(model: Any, ids: torch.Tensor) -> float:
+    return _timed_pass(model, ids, use_cache=False)
 
 
 def _filled_cache(model: Any, ids: torch.Tensor) -> Any:
@@ -180,12 +185,7 @@ def _filled_cache(model: Any, ids: torch.Tensor) -> Any:
 def _decode(model: Any, token: torch.Tensor, cache: Any) -> float:
     layers = [] if cache is None else cache.layers
     before = [dict(vars(layer)) for layer in layers]  # a step makes new tensors of keys and values
-    with torch.inference_mode(), evaluating(model):
-        synchronize(token.device)
-        start = time.perf_counter()
-        model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        synchronize(token.device)
-        taken = time.perf_counter() - start
+    taken = _timed_pass(model, token, past_key_values=cache, use_cache=True)
     for layer, state in zip(layers, before, strict=True):
         vars(layer).update(state)
     return taken

@@ -48,9 +48,8 @@ def difference_error(differences: Sequence[float], clusters: Sequence[object]) -
         return plain
     groups = len(set(clusters))
     count = groups + 2
-    changed = 1 + groups * abs(differences[0])  # documents on which the models differ
-    surplus = groups * abs(differences[0])
-    return math.sqrt(changed - surplus**2 / count) / count
+    surplus = groups * abs(differences[0])  # documents on which one model is right and the other wrong
+    return math.sqrt(1 + surplus - surplus**2 / count) / count
 
 
 def standard_error(values: Sequence[float], clusters: Sequence[object]) -> float | None:

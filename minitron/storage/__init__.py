@@ -30,13 +30,21 @@ from minitron.storage.folders import (
 from minitron.storage.hashing import fingerprint, sha256
 from minitron.storage.private import PRIVATE, lock_file, write_new
 from minitron.storage.problems import access_errors, disk_errors, free_bytes
-from minitron.storage.uploads import upload_files, uploaded_copy, uploaded_hashes, uploaded_size
+from minitron.storage.uploads import (
+    commit_files,
+    hashes_of,
+    upload_files,
+    uploaded_copy,
+    uploaded_hashes,
+    uploaded_size,
+)
 
 __all__ = [
     "MANIFEST",
     "PRIVATE",
     "absolute",
     "access_errors",
+    "commit_files",
     "committed_folder",
     "create_bytes",
     "disk_errors",
@@ -47,6 +55,7 @@ __all__ = [
     "filesystem",
     "fingerprint",
     "free_bytes",
+    "hashes_of",
     "is_committed",
     "is_local",
     "join",

@@ -18,15 +18,25 @@ def upload_files(files: Mapping[str, Path], root: str) -> str:
 
     files: local path by path inside the folder.
     """
-    hashes = {name: sha256(path) for name, path in files.items()}
-    target = join(root, fingerprint(hashes))
-    if not is_committed(target):
-        with committed_folder(target) as folder:
-            for name, path in files.items():
-                copy = folder / name
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, copy)
+    target = join(root, fingerprint(hashes_of(files)))
+    commit_files(files, target)
     return target
+
+
+def hashes_of(files: Mapping[str, Path]) -> dict[str, str]:
+    """SHA-256 of local files, by the names that they are given."""
+    return {name: sha256(path) for name, path in files.items()}
+
+
+def commit_files(files: Mapping[str, Path], target: str) -> None:
+    """Copy files to the committed folder `target`, unless it is there. files: local path by path inside the folder."""
+    if is_committed(target):
+        return
+    with committed_folder(target) as folder:
+        for name, path in files.items():
+            copy = folder / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def uploaded_copy(address: str, *, weights: bool = True) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -14,17 +14,15 @@ from minitron_platform.addresses import check_jobs_address
 from minitron_platform.cluster.job_check import DEPENDENCIES, Dependencies
 from minitron_platform.cluster.job_start import JobNeeds, checked, submit_text, to_stderr
 from minitron_platform.cluster.requirements import extras_for
-from minitron_platform.cluster.room import check_nodes, gpus_of
+from minitron_platform.cluster.room import checked_resources
 from minitron_platform.locations import resolve_locations
 from minitron_platform.planning.submission_checks import check_submission
 from minitron_platform.recipes.build import all_text_sources
 from minitron_platform.recipes.load import check_recipe_type, recipe_yaml
 from minitron_platform.recipes.paths import with_absolute_paths
-from minitron_platform.recipes.resources import resolve
 from minitron_platform.recipes.schema import Recipe
 from minitron_platform.tracking.flusher import check_address
 from minitron_platform.uploads import check_uploads, local_inputs, with_uploads
-from minitron_search.nodes import Node
 
 
 def submit(
@@ -109,7 +107,7 @@ def submit(
         *(source.path for source in all_text_sources(recipe.data).values()),
     ]
     needs = JobNeeds(env, tuple(extras_for(addresses)), driver_cpus, driver_memory)
-    needs = checked(needs, address=address, insecure=insecure, say=say, check_room=partial(_check_room, recipe))
+    needs = checked(needs, address=address, insecure=insecure, say=say, check_room=partial(checked_resources, recipe))
     recipe = with_uploads(recipe, locations.storage, say) if upload else recipe
     text = recipe_yaml(with_absolute_paths(recipe))
     return submit_text(
@@ -122,8 +120,3 @@ def submit(
         insecure=insecure,
         say=say,
     )
-
-
-def _check_room(recipe: Recipe, nodes: Sequence[Node]) -> None:
-    """Raise InputError if these nodes have no room for the recipe's trials or workers."""
-    check_nodes(resolve(recipe, gpus_of(nodes)), nodes)

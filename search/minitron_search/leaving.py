@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 import ray
-from ray.train.v2._internal.execution.context import get_train_context
 
 LOOK_SECONDS = 2.0  # between two looks at the announcements
 
@@ -13,6 +12,10 @@ LOOK_SECONDS = 2.0  # between two looks at the announcements
 def group_is_leaving() -> bool:
     """Whether Ray Train has told this process, one of its workers, that a node of the group is about to be taken away. Its own
     function waits until all processes ask for it."""
+    from ray.train.v2._internal.execution.context import (
+        get_train_context,  # here: a trial of one process needs no Ray Train
+    )
+
     return get_train_context().preemption_context.preemption_info is not None
 
 

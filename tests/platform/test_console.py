@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
+
 from minitron_platform.console import Console
 
 
-def test_what_an_interrupted_run_had_finished_does_not_shorten_the_time_left(monkeypatch):
+@pytest.fixture
+def counting(monkeypatch):
+    """The clock, what was shown, and a counter of documents."""
     now = [0.0]
     monkeypatch.setattr("minitron_platform.console.time", SimpleNamespace(monotonic=lambda: now[0]))
     console = Console()
     shown: list[str] = []
     monkeypatch.setattr(console, "status", shown.append)
-    count = console.counter("documents")
+    return now, shown, console.counter("documents")
+
+
+def test_what_an_interrupted_run_had_finished_does_not_shorten_the_time_left(counting):
+    now, shown, count = counting
     for done in range(1, 601):  # read from a storage, at once
         count(done, 1_000)
     for done in range(601, 621):  # 10 seconds each
@@ -25,13 +33,8 @@ def test_what_an_interrupted_run_had_finished_does_not_shorten_the_time_left(mon
     assert shown[-1] == "1,000/1,000 documents"
 
 
-def test_work_that_began_again_is_timed_from_its_new_beginning(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr("minitron_platform.console.time", SimpleNamespace(monotonic=lambda: now[0]))
-    console = Console()
-    shown: list[str] = []
-    monkeypatch.setattr(console, "status", shown.append)
-    count = console.counter("documents")
+def test_work_that_began_again_is_timed_from_its_new_beginning(counting):
+    now, shown, count = counting
     for done in (1, 90, 1, 91):  # its worker has died after 90
         now[0] += 9
         count(done, 100)

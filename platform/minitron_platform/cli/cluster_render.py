@@ -287,16 +287,15 @@ def _recipe_text(recipe: str | None, overrides: tuple[str, ...], workers: Nodes)
     import torch
 
     from minitron.device import DTYPES
-    from minitron_platform.cluster.room import check_nodes
+    from minitron_platform.cluster.room import checked_resources
     from minitron_platform.recipes.load import load_recipe, recipe_yaml
     from minitron_platform.recipes.paths import with_absolute_paths
-    from minitron_platform.recipes.resources import gpu_warnings, resolve
+    from minitron_platform.recipes.resources import gpu_warnings
 
     loaded = load_recipe(recipe, overrides)
     node = {"CPU": float(workers.cpus), "GPU": float(workers.gpus), "memory": float(workers.memory << 30)}
+    resources = checked_resources(loaded, [node] * workers.count)
     gpus = workers.count * workers.gpus
-    resources = resolve(loaded, gpus)
-    check_nodes(resources, [node] * workers.count)
     for warning in gpu_warnings(loaded, resources, gpus, DTYPES.get(loaded.teacher.dtype, torch.bfloat16)):
         click.echo(f"warning: {warning}", err=True)
     return recipe_yaml(with_absolute_paths(loaded))

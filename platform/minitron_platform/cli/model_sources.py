@@ -43,12 +43,6 @@ class Loaded:
     dtype: str
     """By torch's name."""
 
-    def identity(self) -> str:
-        """A hash of weights, config and tokenizer, equal for the same model wherever it is read from."""
-        from minitron.checkpoints.identity import model_identity
-
-        return model_identity(self.model, self.tokenizer)
-
 
 def dtype_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """The option --dtype."""

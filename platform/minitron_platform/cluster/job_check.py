@@ -35,7 +35,7 @@ def packages_to_bring(
     extras: Iterable[str],
     entrypoint_resources: Mapping[str, Any],
     say: Callable[[str], None],
-    check_room: Callable[[Sequence[Node]], None],
+    check_room: Callable[[Sequence[Node]], object],
 ) -> Brought:
     """The packages that a job must install on the cluster.
 

@@ -89,7 +89,7 @@ def checked(
     address: str,
     insecure: bool = False,
     say: Callable[[str], None] | None = None,
-    check_room: Callable[[Sequence[Node]], None] = lambda nodes: None,
+    check_room: Callable[[Sequence[Node]], object] = lambda nodes: None,
 ) -> JobNeeds:
     """`needs` with the packages that a job has to bring to the cluster at `address`.
 

@@ -42,13 +42,23 @@ class ClusterNodes:
         return max((int(node.get("GPU", 0)) for node in self.possible), default=0)
 
 
+def listens_at_loopback_alone(address: str) -> bool:
+    """Whether `address` (HOST:PORT) is of this machine's loopback interface, and the head does not answer at the machine's own
+    address, which Ray would take instead. The head of clusters/local is such a one."""
+    host, _, port = address.rpartition(":")
+    if not (port.isdecimal() and is_loopback(host.strip("[]"))):
+        return False
+    return not answers(canonicalize_bootstrap_address(address) or "", ANSWER_SECONDS)
+
+
 def nodes_at(address: str | None) -> ClusterNodes | None:
     """The nodes of the cluster at `address`, or at RAY_ADDRESS; None if it does not answer, or only to Ray's client
     (ray://)."""
     address = address or os.environ.get("RAY_ADDRESS") or ""
-    head = None if address.startswith("ray://") else canonicalize_bootstrap_address(address)
-    if head and not answers(head, ANSWER_SECONDS) and is_loopback(address.rpartition(":")[0].strip("[]")):
-        head = address  # Ray takes the machine's own address instead, at which a head on the loopback interface is not
+    if listens_at_loopback_alone(address):
+        head: str | None = address
+    else:
+        head = None if address.startswith("ray://") else canonicalize_bootstrap_address(address)
     if not head or not answers(head, ANSWER_SECONDS):
         return None
     logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)

@@ -30,27 +30,29 @@ def own_workers(console: Console, storage_root: str, *, address: str | None, cou
     for one per GPU, or one without GPUs. A single one on this machine is this process. Using them raises InputError if there
     is not enough room.
     """
+    joins = joins_cluster(address)
+    gpus_here = torch.cuda.device_count()
+    count_here = count or max(1, gpus_here)
     with ExitStack() as stack:
         head = stack.enter_context(HeadWatch(console, lambda: None))
 
         def start() -> ResolvedResources:
             from minitron_platform.cluster.ray_session import head_address, ray_session
 
-            if joins_cluster(address):
+            if joins:
                 console.status("joining the cluster")
                 stack.enter_context(ray_session(address))
                 head.start(head_address(address))
             else:
                 console.status("starting Ray")
-                workers = count or torch.cuda.device_count()
-                gpus = torch.cuda.device_count()
-                stack.enter_context(ray_session("local", num_cpus=max(cores(), workers), num_gpus=gpus, seats=workers))
+                cpus = max(cores(), count_here)
+                stack.enter_context(ray_session("local", num_cpus=cpus, num_gpus=gpus_here, seats=count_here))
             return _room(count)
 
         workers = Workers(
             console,
             start_ray=start,
-            computes_here=lambda: not joins_cluster(address) and (count or torch.cuda.device_count()) <= 1,
+            computes_here=lambda: not joins and count_here == 1,
             scratch=storage.join(storage_root, f"workers-{uuid.uuid4().hex[:8]}"),
             look=ClusterWatch(console).look,
         )

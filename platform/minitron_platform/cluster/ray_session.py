@@ -20,13 +20,12 @@ import ray
 from ray._private import ray_constants
 from ray._private.authentication import authentication_token_setup
 from ray._private.node import Node
-from ray._private.services import canonicalize_bootstrap_address
 
 from minitron.device import cores
 from minitron.environment import environment_variables
 from minitron.errors import InputError, MinitronError
-from minitron.loopback import is_loopback
-from minitron_platform.addresses import answers, check_ray_address
+from minitron_platform.addresses import check_ray_address
+from minitron_platform.cluster.nodes_at import listens_at_loopback_alone
 from minitron_platform.cluster.packaging import PACKAGES, package_folder, stage_code
 from minitron_platform.workers.workers import SEAT
 from minitron_search.private_ray import private_settings
@@ -173,10 +172,8 @@ def _join(address: str) -> None:
         runtime_env = None  # a job has brought its code with it
         if IN_A_JOB not in os.environ:
             runtime_env = {"py_modules": stage_code(Path(folder)), "env_vars": dict(QUIET)}
-        # a head that listens there alone, such as that of clusters/local, does not answer at the machine's own address
-        at_loopback = is_loopback(host.strip("[]")) and not answers(canonicalize_bootstrap_address(address) or "", 5)
         try:
-            with _at_loopback() if at_loopback else nullcontext(), _signals_kept():
+            with _at_loopback() if listens_at_loopback_alone(address) else nullcontext(), _signals_kept():
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=runtime_env)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise MinitronError(

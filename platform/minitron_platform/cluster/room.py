@@ -154,6 +154,13 @@ def starting_text(possible: Sequence[Node], present: Sequence[Node]) -> str:
     return f"; {now} of the {most} {unit}s are there now, the autoscaler may start the others" if now < most else ""
 
 
+def checked_resources(recipe: Recipe, nodes: Sequence[Node]) -> ResolvedResources:
+    """The recipe's resources on a cluster of these nodes. Raises what `check_nodes` raises."""
+    resources = resolve(recipe, gpus_of(nodes))
+    check_nodes(resources, nodes)
+    return resources
+
+
 def check_cluster(resources: ResolvedResources) -> None:
     """Raise what `check_nodes` raises for the connected cluster."""
     check_nodes(resources, cluster_nodes())

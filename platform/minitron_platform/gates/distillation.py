@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from minitron.evaluation.metrics import KL, LOSS
-from minitron_platform.gates.gate import Status, Subject, Verdict
-from minitron_platform.gates.paired import worse_rows
+from minitron_platform.gates.gate import Subject, Verdict
+from minitron_platform.gates.not_worse import heldout_verdicts
 from minitron_platform.tracking.variant_tags import kind_of
-
-TITLE = "against the pruned model"
 
 
 def distillation(subject: Subject) -> list[Verdict]:
@@ -17,13 +14,4 @@ def distillation(subject: Subject) -> list[Verdict]:
         return []
     mine, before = figures.student, figures.pruned
     documents = [subject.documents(each.documents) for each in (mine, before)]
-    verdicts = []
-    for name, metric in (("kl", KL), ("loss", LOSS)):
-        mean, other = getattr(mine, name), getattr(before, name)
-        if mean is not None and other is not None:
-            worse = worse_rows(name, mean, other, *documents)
-            status: Status = "failed" if worse.at_least > 0 else "passed"
-            verdicts.append(
-                Verdict(f"{metric.name} {TITLE}", status, worse.text(metric), "not worse beyond the interval")
-            )
-    return verdicts
+    return list(heldout_verdicts("against the pruned model", mine, before, documents, ("kl", "loss")))

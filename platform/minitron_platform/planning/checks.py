@@ -185,7 +185,7 @@ def _check_seq_length(recipe: Recipe, max_seq_length: int | None) -> None:
         return
     for member in recipe.family:
         limits = member.limits
-        if limits and (limits.latency_ms or limits.token_latency_ms) and (limits.context or 0) > max_seq_length:
+        if limits and limits.times_candidates and (limits.context or 0) > max_seq_length:
             raise InputError(
                 f"{recipe.key(member)}.limits.context: {limits.context} is more than the {max_seq_length} tokens that the "
                 "teacher accepts, so latency cannot be measured",

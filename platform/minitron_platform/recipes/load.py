@@ -174,7 +174,7 @@ def _first_error(path: Path, values: dict[str, Any], error: ValidationError) -> 
 
 
 def _of_another_kind(detail: Any, errors: list[Any]) -> bool:
-    """Whether an error says that a section is no number or word, and others say what is wrong in that section."""
+    """Whether an error says that a section should be a number or a text, and others say what is wrong in that section."""
     union = detail["loc"][:-1]
     is_scalar = isinstance(detail["input"], dict) and detail["type"] in _SCALARS
     return is_scalar and any(e["type"] not in _SCALARS and e["loc"][: len(union)] == union for e in errors)

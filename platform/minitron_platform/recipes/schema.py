@@ -326,6 +326,11 @@ class Limits(_Section):
     latency_ms: Limit | None = None
     token_latency_ms: Limit | None = None
 
+    @property
+    def times_candidates(self) -> bool:
+        """Whether candidates are timed for a limit."""
+        return self.latency_ms is not None or self.token_latency_ms is not None
+
 
 class Member(_Section):
     """One model of the family.

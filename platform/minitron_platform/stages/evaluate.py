@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -207,11 +207,8 @@ class Evaluate(Stage[EvaluateOutput]):
         values: dict[str, float] = {}
         for model, figures in output.table.items():
             values |= {f"{model}.{name}": value for name, value in figures.numbers.items()}
+            values |= score_metrics(figures.tasks, f"{model}.")
             for task, score in figures.tasks.items():
-                name = f"{model}.{task}.{score.metric}"
-                values[name] = score.value
-                if score.stderr is not None:
-                    values[f"{name}_stderr"] = score.stderr
                 values[f"{model}.{task}.documents"] = score.num_documents
                 values |= {f"{model}.{number}": value for number, value in figures.task_numbers.get(task, {}).items()}
         return values
@@ -220,6 +217,17 @@ class Evaluate(Stage[EvaluateOutput]):
         """Whether no benchmark failed, and the throughput is known if the recipe wants it; the stage runs only for these."""
         timed = all(figures.tokens_per_second is not None for figures in output.table.values())
         return not output.failures and (timed or not state.recipe.evaluate.throughput)
+
+
+def score_metrics(tasks: Mapping[str, Score], prefix: str = "") -> dict[str, float]:
+    """Scores and their standard errors as metrics of MLflow, whose names begin with `prefix`."""
+    values: dict[str, float] = {}
+    for task, score in tasks.items():
+        name = f"{prefix}{task}.{score.metric}"
+        values[name] = score.value
+        if score.stderr is not None:
+            values[f"{name}_stderr"] = score.stderr
+    return values
 
 
 def _settings(state: RunState) -> dict[str, Any]:

@@ -138,6 +138,11 @@ def _lines(state: RunState) -> Iterator[str]:
     )
     yield f"{stated} The licence of the base model, {markdown(teacher)}, applies to this model too."
     yield ""
+    yield from loading_lines()
+
+
+def loading_lines() -> Iterator[str]:
+    """The section of a card that says how to load the model."""
     yield "## How to load it"
     yield ""
     yield "```python"

@@ -17,19 +17,18 @@ from minitron_platform.stages.context import Context
 from minitron_platform.stages.correct import Correct
 from minitron_platform.stages.data import Data
 from minitron_platform.stages.distill import Distill
-from minitron_platform.stages.evaluate import Evaluate, EvaluateOutput, results_of_documents
+from minitron_platform.stages.evaluate import Evaluate, EvaluateOutput, results_of_documents, score_metrics
 from minitron_platform.stages.model_card import description, model_card
 from minitron_platform.stages.stage import ArtifactPath, Stage, StageOutput
-from minitron_platform.stages.stage_records import INSIDE, relative
+from minitron_platform.stages.stage_records import path_inside, relative
 from minitron_platform.stages.state import RunState
 from minitron_platform.stages.targets import Targets
 from minitron_platform.stages.teacher import Teacher
 from minitron_platform.tracking import registry
 from minitron_platform.tracking.flusher import sqlite_path
 from minitron_platform.tracking.logged_models import ModelFigures
-from minitron_platform.tracking.registry import TASK_TAG
 from minitron_platform.tracking.variant_tags import PARENT_TAG
-from minitron_platform.tracking.version_figures import FIGURES_TAG, Measured, VersionFigures
+from minitron_platform.tracking.version_figures import Measured, VersionFigures
 from minitron_platform.tracking.version_weights import CARD, PATH_TAG
 
 
@@ -71,19 +70,18 @@ class Register(Stage[RegisterOutput]):
         teacher = context.output(Teacher)
         distilled = context.output(Distill)
         evaluated = context.output(Evaluate)
-        figures = evaluated.table["distilled"]
+        figures = VersionFigures(
+            heldout=context.output(Targets).fingerprint,
+            student=_measured(context, evaluated, "distilled"),
+            teacher=_measured(context, evaluated, "teacher"),
+            pruned=_measured(context, evaluated, "pruned"),
+        )
         tags = {
             GATES_TAG: settings.gates.model_dump_json(),
-            FIGURES_TAG: VersionFigures(
-                heldout=context.output(Targets).fingerprint,
-                student=_measured(context, evaluated, "distilled"),
-                teacher=_measured(context, evaluated, "teacher"),
-                pruned=_measured(context, evaluated, "pruned"),
-            ).model_dump_json(),
             "minitron.version": minitron.__version__,
             "minitron.recipe": context.recipe.name,
             "minitron.run": context.run_key,
-            PATH_TAG: relative(context.locations.storage, distilled.student).removeprefix(INSIDE),
+            PATH_TAG: path_inside(context.locations.storage, distilled.student),
             "minitron.teacher": context.recipe.teacher.model,
             "minitron.teacher_sha256": json.dumps(teacher.sha256, sort_keys=True),
             "minitron.teacher_corrected": str(context.output(Correct).corrected),
@@ -94,10 +92,7 @@ class Register(Stage[RegisterOutput]):
             "minitron.data": ", ".join(source.label for source in text_sources(context.recipe.data).values()),
             "minitron.data_sha256": context.output(Data).train,
             "minitron.tokens": str(distilled.tokens),
-            "minitron.heldout_loss": f"{figures.loss:.6f}",
-            "minitron.heldout_kl": f"{figures.kl:.6f}",
-            **{f"{TASK_TAG}{task}": score.sentence for task, score in figures.tasks.items()},
-            **{f"{TASK_TAG}{task}": f"failed: {reason}" for task, reason in figures.failures.items()},
+            **registry.figure_tags(figures),
         }
         card = model_card(context)
         storage.write_bytes(storage.join(distilled.student, CARD), str(card).encode())
@@ -137,8 +132,7 @@ def _metrics(evaluated: EvaluateOutput) -> dict[str, float]:
     for prefix, model in (("", "distilled"), ("teacher.", "teacher")):
         figures = evaluated.table[model]
         values: dict[str, float | None] = {**figures.numbers}
-        for task, score in figures.tasks.items():
-            values |= {f"{task}.{score.metric}": score.value, f"{task}.{score.metric}_stderr": score.stderr}
+        values |= score_metrics(figures.tasks)
         metrics |= {f"{prefix}{name}": value for name, value in values.items() if value is not None}
     return metrics
 
@@ -166,7 +160,7 @@ def _measured(context: Context, evaluated: EvaluateOutput, model: str) -> Measur
         tasks=figures.tasks,
         failures=figures.failures,
         tokens_per_second=figures.tokens_per_second,
-        documents=relative(context.locations.storage, documents).removeprefix(INSIDE),
+        documents=path_inside(context.locations.storage, documents),
     )
 
 

@@ -244,7 +244,7 @@ def _work_text(outlook: Outlook, member: schema.Member, distilled: int, tokens: 
     sampled = outlook.family[member.model].sampled
     at_most = "up to " if outlook.recipe.origin(member) else ""
     text = ""
-    if member.limits and (member.limits.latency_ms or member.limits.token_latency_ms):
+    if member.limits and member.limits.times_candidates:
         text = f"at least {count} shapes timed, " if sampled else f"{at_most}{count} shapes timed, "
     text += f"{at_most}{count} candidates" + (" scored" if search.forward else "")
     if sampled:

@@ -99,9 +99,14 @@ def _checked(record: Any, path: str) -> dict[str, Any]:
     raise StorageError(f"{path}: not the record of a stage", "delete the file and run again")
 
 
+def path_inside(root: str, path: str) -> str:
+    """A path relative to the storage at `root`; unchanged if it is not inside it."""
+    return path.removeprefix(f"{root}/")
+
+
 def relative(root: str, text: str) -> str:
     """A path inside the storage at `root` in the form "storage:..."; any other text unchanged."""
-    return INSIDE + text.removeprefix(f"{root}/") if text.startswith(f"{root}/") else text
+    return INSIDE + path_inside(root, text) if text.startswith(f"{root}/") else text
 
 
 def _map_texts(value: Any, change: Callable[[str], str]) -> Any:

@@ -48,7 +48,7 @@ from minitron_platform.tracking.flusher import sqlite_path
 from minitron_platform.tracking.logged_models import ModelFigures, complete, find_or_create
 from minitron_platform.tracking.moves import CANDIDATE, CHAMPION, point_newest
 from minitron_platform.tracking.variant_tags import made_from
-from minitron_platform.tracking.version_figures import figures_of, number_in
+from minitron_platform.tracking.version_figures import FIGURES_TAG, VersionFigures, figures_of, number_in
 from minitron_platform.tracking.version_weights import CARD, MANIFEST_TAG, copy_weights, location, uploaded_sizes
 
 if TYPE_CHECKING:
@@ -86,6 +86,18 @@ class ModelRow:
     """Of the MLflow run that registered it."""
     made_from: str | None
     """For example "aligned from small version 3"; None for what no other tool has changed."""
+
+
+def figure_tags(figures: VersionFigures) -> dict[str, str]:
+    """The tags of a version with its figures, for the gates and for people."""
+    own = figures.student
+    return {
+        FIGURES_TAG: figures.model_dump_json(),
+        "minitron.heldout_loss": f"{own.loss:.6f}",
+        **({} if own.kl is None else {"minitron.heldout_kl": f"{own.kl:.6f}"}),
+        **{f"{TASK_TAG}{task}": score.sentence for task, score in own.tasks.items()},
+        **{f"{TASK_TAG}{task}": f"failed: {reason}" for task, reason in own.failures.items()},
+    }
 
 
 def register(

@@ -17,13 +17,13 @@ from minitron_platform.console import Console
 from minitron_platform.gates.judge import GATES_TAG
 from minitron_platform.locations import Locations
 from minitron_platform.stages.model_card import description
-from minitron_platform.stages.stage_records import INSIDE, relative
+from minitron_platform.stages.stage_records import path_inside
 from minitron_platform.stages.targets import distill_inputs
 from minitron_platform.tracking.client import check_model_name, checked_alias, open_registry, version_named, versions_of
 from minitron_platform.tracking.lineage import title
-from minitron_platform.tracking.registry import TASK_TAG, register
+from minitron_platform.tracking.registry import figure_tags, register
 from minitron_platform.tracking.variant_tags import KIND_TAG, PARENT_TAG, Kind
-from minitron_platform.tracking.version_figures import FIGURES_TAG, VersionFigures, figures_of
+from minitron_platform.tracking.version_figures import VersionFigures, figures_of
 from minitron_platform.tracking.version_weights import CARD, MANIFEST_TAG, PATH_TAG, location
 from minitron_platform.variants.card import variant_card
 from minitron_platform.variants.figures import measured, run_of
@@ -93,13 +93,7 @@ def add_variant(
             model, tokenizer = load_variant(source, DTYPES[distill_inputs(state).dtype])
             weights, manifest, _ = _stored(locations, folder, name, tags)
             figures, quality = measured(state, made_from, model, tokenizer, weights, console)
-        tags |= {
-            FIGURES_TAG: figures.model_dump_json(),
-            "minitron.heldout_loss": f"{quality.loss:.6f}",
-            "minitron.heldout_kl": f"{quality.kl:.6f}",
-            **{f"{TASK_TAG}{task}": score.sentence for task, score in quality.tasks.items()},
-            **{f"{TASK_TAG}{task}": f"failed: {reason}" for task, reason in quality.failures.items()},
-        }
+        tags |= figure_tags(figures)
     parent_card = storage.read_bytes_if_exists(storage.join(location(made_from, locations.storage), CARD))
     card = variant_card(
         name, kind, made_from, folder, figures, None if parent_card is None else parent_card.decode(errors="replace")
@@ -115,7 +109,7 @@ def add_variant(
         name=name,
         source=weights,
         run_id=run_id,
-        tags=tags | {PATH_TAG: relative(locations.storage, weights).removeprefix(INSIDE)},
+        tags=tags | {PATH_TAG: path_inside(locations.storage, weights)},
         description=description(card),
         alias=alias,
         figures=shown,

@@ -10,6 +10,7 @@ import minitron
 from minitron.evaluation.metrics import KL, LOSS
 from minitron.text import markdown
 from minitron_platform.gates.card import licence_of
+from minitron_platform.stages.model_card import loading_lines
 from minitron_platform.tracking.lineage import title
 from minitron_platform.tracking.variant_tags import Kind
 from minitron_platform.tracking.version_figures import VersionFigures
@@ -61,15 +62,7 @@ def _lines(name: str, kind: Kind, parent: Any, figures: VersionFigures | None, o
     yield ""
     yield "The licence of the base model that its parent was made from applies to this model too."
     yield ""
-    yield "## How to load it"
-    yield ""
-    yield "```python"
-    yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
-    yield ""
-    yield 'folder = "."  # where this file is'
-    yield 'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")'
-    yield "tokenizer = AutoTokenizer.from_pretrained(folder)"
-    yield "```"
+    yield from loading_lines()
     if own:
         yield ""
         yield "## What its folder said"

@@ -19,7 +19,7 @@ from minitron_platform.locations import Locations
 from minitron_platform.recipes.build import worker_tasks
 from minitron_platform.report.finished_run import finished_run
 from minitron_platform.stages.evaluate import NOT_THE_SCORES, Evaluate, Evaluation, Quality, measure, read_quality
-from minitron_platform.stages.stage_records import INSIDE, relative
+from minitron_platform.stages.stage_records import path_inside
 from minitron_platform.stages.state import RunState
 from minitron_platform.stages.targets import Targets, distill_inputs
 from minitron_platform.stages.teacher import Teacher
@@ -86,7 +86,7 @@ def measured(
         kl=quality.kl,
         tasks=quality.tasks,
         failures=quality.failures,
-        documents=relative(state.locations.storage, documents_path(path)).removeprefix(INSIDE),
+        documents=path_inside(state.locations.storage, documents_path(path)),
     )
     return VersionFigures(heldout=theirs.heldout, student=mine, teacher=theirs.teacher, parent=theirs.student), quality
 

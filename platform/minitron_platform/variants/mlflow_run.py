@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from minitron_platform.stages.evaluate import HELDOUT, Quality
+from minitron_platform.stages.evaluate import HELDOUT, Quality, score_metrics
 from minitron_platform.tracking import mlflow_runs
 from minitron_platform.tracking.lineage import title
 from minitron_platform.tracking.logged_models import ModelFigures
@@ -63,8 +63,6 @@ def model_figures(
             continue
         if prefix:
             metrics |= {f"{prefix}loss": measured.loss, f"{prefix}kl": measured.kl}
-        for task, score in measured.tasks.items():
-            metrics[f"{prefix}{task}.{score.metric}"] = score.value
-            metrics[f"{prefix}{task}.{score.metric}_stderr"] = score.stderr
+        metrics |= score_metrics(measured.tasks, prefix)
     known = {name: value for name, value in metrics.items() if value is not None}
     return ModelFigures(run_id, known, {"parent": title(parent), "kind": kind})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +54,10 @@ def load_variant(source: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
 def store(locations: Locations, folder: Path, name: str) -> str:
     """Copy a checkpoint's config, weights, tokenizer and licence to the storage, once for the model `name`, whose card is put
     beside them; returns the folder there."""
-    hashes = {str(path.relative_to(folder)): storage.sha256(path) for path in _files(folder)}
-    target = storage.join(locations.storage, "variants", storage.fingerprint([name, hashes]), "model")
-    if not storage.is_committed(target):
-        with storage.committed_folder(target) as temporary:
-            for name in hashes:
-                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(folder / name, temporary / name)
+    files = {str(path.relative_to(folder)): path for path in _files(folder)}
+    content = storage.fingerprint([name, storage.hashes_of(files)])
+    target = storage.join(locations.storage, "variants", content, "model")
+    storage.commit_files(files, target)
     return target
 
 
