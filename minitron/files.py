@@ -57,6 +57,18 @@ def file_stat(path: str | os.PathLike[str]) -> os.stat_result | None:
     return status if stat.S_ISREG(status.st_mode) else None
 
 
+def is_special(path: str | os.PathLike[str]) -> bool:
+    """Whether a local path is a pipe, socket or device; false if nothing is there.
+
+    Looks once, because another process may create or remove the file between two looks.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
 def is_part_of(folder: Path, file: Path) -> bool:
     """Whether `file`, after resolving links, is inside `folder`, or in the blobs of the same repository in the hub's cache."""
     root, target = folder.resolve(), file.resolve()

@@ -19,6 +19,7 @@ from minitron.arguments import short_repr
 from minitron.checkpoints.gguf_header import check_gguf
 from minitron.checkpoints.limits import CONFIG_BYTES, check_limits
 from minitron.errors import InputError
+from minitron.files import is_special
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -214,5 +215,5 @@ def check_files(folder: Path) -> None:
                     f"{path} is a pointer of Git LFS, not the file itself",
                     f"run `git lfs pull` in {folder}, or download the model with `hf download`",
                 )
-        elif path.exists() and not path.is_dir():
+        elif is_special(path):
             raise InputError(f"{path} is a pipe or device, not a file", "replace it by the file, or delete it")

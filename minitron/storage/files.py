@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron.errors import MissingFileError, StorageError
+from minitron.files import is_special
 from minitron.storage.addresses import filesystem, is_local, local_path
 from minitron.storage.private import PRIVATE, write_new
 from minitron.storage.problems import access_errors, disk_errors
@@ -40,7 +41,7 @@ def read_bytes_if_exists(path: str) -> bytes | None:
     """The content of a file; None if it does not exist. One request to an object store either way, where `exists` takes two
     for a missing file. Raises StorageError for a pipe or device, which may never end."""
     fs, inner = filesystem(path)
-    if is_local(path) and not (os.path.isfile(inner) or os.path.isdir(inner)) and os.path.exists(inner):
+    if is_local(path) and is_special(inner):
         raise StorageError(f"{path}: is a pipe or device, not a file", "give the path of a file")
     # otherwise newer versions of s3fs ask for the size first
     whole = {"max_concurrency": 1} if "max_concurrency" in _arguments(fs, "_cat_file") else {}

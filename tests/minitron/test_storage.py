@@ -46,6 +46,20 @@ def test_a_failed_folder_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_is_created_while_it_is_looked_at_is_read(tmp_path, monkeypatch):
+    path, stat = str(tmp_path / "beat"), os.stat
+
+    def created_after_the_look(looked_at, *arguments, **options):
+        try:
+            return stat(looked_at, *arguments, **options)
+        finally:
+            if looked_at == path:
+                (tmp_path / "beat").write_bytes(b"1")
+
+    monkeypatch.setattr(os, "stat", created_after_the_look)
+    assert storage.read_bytes_if_exists(path) == b"1"
+
+
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
