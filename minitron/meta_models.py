@@ -23,6 +23,7 @@ from minitron.checkpoints.headers import read_headers
 from minitron.checkpoints.reading import quiet_transformers, read_config
 from minitron.families.config import make_plain
 from minitron.logits import Head
+from minitron.models import load_model
 from minitron.sharded_tensors import is_dtensor
 
 if TYPE_CHECKING:
@@ -78,13 +79,30 @@ def open_model(folder: str | Path, dtype: torch.dtype) -> MetaModel:
     Raises InputError unless these hold the tensors of the model in config.json.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     config, weights = _opened(folder)
     with quiet_transformers(), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.tie_weights()
+    if (weights.folder / GENERATION).exists():  # such as the tokens that end an answer
+        check_links(weights.folder)
+        model.generation_config = GenerationConfig.from_pretrained(str(folder))
     return MetaModel(model.eval(), weights)
+
+
+def load_onto(folder: str | Path, dtype: torch.dtype, target: torch.device) -> nn.Module:
+    """The model of a local checkpoint folder, in eval mode on the device `target`.
+
+    A GPU gets one tensor after another: main memory then never has a copy of the model, of which a node would need one for
+    each of its processes where tensors are not used as they are stored, such as experts that are stacked. Raises as
+    `minitron.models.load_model` does.
+    """
+    if target.type == "cpu":
+        return load_model(folder, dtype)
+    model, weights = open_model(folder, dtype)
+    read_(model, weights, dtype, target)
+    return model
 
 
 def read_head(folder: str | Path, dtype: torch.dtype) -> Head:

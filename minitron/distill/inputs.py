@@ -19,8 +19,7 @@ from minitron.distill.teacher.stored import StoredTeacher, store_key
 from minitron.distill.teacher.top_k import TopKTeacher
 from minitron.evaluation import HeldoutMetrics, heldout_metrics
 from minitron.logits import Head
-from minitron.meta_models import MetaModel, open_model, read_head
-from minitron.models import load_model
+from minitron.meta_models import MetaModel, load_onto, open_model, read_head
 from minitron.pruning.source import PruningSource
 
 _open_once = lru_cache(maxsize=2)(Shards)
@@ -46,7 +45,7 @@ class DistillInputs:
 
     def load_teacher(self, target: torch.device | None = None) -> nn.Module:
         """The teacher on the device `target`, by default `minitron.device.device()`."""
-        return load_model(storage.fetch(self.teacher), DTYPES[self.dtype]).to(target or device())
+        return load_onto(storage.fetch(self.teacher), DTYPES[self.dtype], target or device())
 
     def open_teacher(self) -> MetaModel:
         """The teacher on the meta device, and the checkpoint that its weights are read from."""

@@ -11,8 +11,8 @@ from torch import nn
 
 from minitron.device import device
 from minitron.distill.sharding import shard_teacher_
-from minitron.meta_models import open_model, read_
-from minitron.models import load_model, load_source, source_architecture, source_folder, source_tokenizer
+from minitron.meta_models import load_onto, open_model, read_
+from minitron.models import load_source, source_architecture, source_folder, source_tokenizer
 from minitron.processes import largest, world_size
 
 FREE_SHARE = 0.8
@@ -47,7 +47,7 @@ def load_split(folder: str | Path, dtype: torch.dtype) -> nn.Module:
 def load_together(folder: str | Path, dtype: torch.dtype) -> nn.Module:
     """The model of a local checkpoint folder in eval mode on `minitron.device.device()`, whole if it fits and otherwise as
     `load_split` loads it. All processes of torch.distributed call this alike."""
-    return load_model(folder, dtype).to(device()) if fit_whole([folder], dtype) else load_split(folder, dtype)
+    return load_onto(folder, dtype, device()) if fit_whole([folder], dtype) else load_split(folder, dtype)
 
 
 def load_source_together(source: str, dtype: torch.dtype, *, together: bool) -> tuple[nn.Module, Any]:

@@ -11,8 +11,8 @@ from minitron.architecture import Architecture
 from minitron.data import Rows, rows_for_step
 from minitron.device import DTYPES, device
 from minitron.importance import ImportanceScores, LayerScoring
-from minitron.meta_models import FILE_BYTES
-from minitron.models import load_model, load_tokenizer, save_model, source_architecture
+from minitron.meta_models import FILE_BYTES, load_onto
+from minitron.models import load_tokenizer, save_model, source_architecture
 from minitron.pruning.iterative import prune_in_steps
 from minitron.pruning.selection import kept_layers, select
 from minitron.pruning.slicing import prune
@@ -56,7 +56,7 @@ class PruningSource:
 
     def load(self) -> nn.Module:
         """The model, on the device that models compute on."""
-        return load_model(storage.fetch(self.folder), DTYPES[self.dtype]).to(device())
+        return load_onto(storage.fetch(self.folder), DTYPES[self.dtype], device())
 
     def prune(self, model: nn.Module, architecture: Architecture) -> nn.Module:
         """A student of `architecture`, pruned from `model`, the result of `load`."""

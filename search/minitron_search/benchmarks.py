@@ -16,7 +16,8 @@ from minitron.errors import InputError, one_line
 from minitron.evaluation import Score, Task
 from minitron.evaluation.batches import BatchRows
 from minitron.evaluation.documents import documents_identity
-from minitron.models import load_model, load_tokenizer
+from minitron.meta_models import load_onto
+from minitron.models import load_tokenizer
 from minitron.packages import PACKAGE
 from minitron_search.arguments import absolute_path
 from minitron_search.events import Report
@@ -125,7 +126,7 @@ def _benchmark(task: SearchTask, benchmarks: Benchmarks, architecture: Architect
 
     run_trial(task, architecture, report)  # trains only if the weights are missing
     folder = storage.fetch(weights(task.folder, architecture))
-    model = load_model(folder, DTYPES[task.materials.dtype]).to(device())
+    model = load_onto(folder, DTYPES[task.materials.dtype], device())
     tokenizer = load_tokenizer(storage.fetch(benchmarks.tokenizer))
     path = benchmarks.path(task.folder, architecture)
     failed: dict[str, Exception] = {}

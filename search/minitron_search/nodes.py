@@ -31,6 +31,11 @@ def possible_nodes(state: Any = None) -> list[Node]:
     return [*(node["Resources"] for node in alive), *added]
 
 
+def main_memory(node: Node) -> int:
+    """Bytes of main memory that a node had free for Ray when it started; ANY_MEMORY or more if that is not known."""
+    return int(node.get("memory", ANY_MEMORY) + node.get("object_store_memory", 0))
+
+
 def _state(state: Any) -> Any:
     if state is not None:
         return state

@@ -1,4 +1,4 @@
-"""Two processes from one, so that what takes seconds to import is imported once."""
+"""Several processes from one, so that what takes seconds to import is imported once."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ import sys
 
 def fork_two() -> int:
     """Fork this process twice; returns 0 in one of the two and 1 in the other. This one waits for both and ends as they do."""
+    return fork(2)
+
+
+def fork(count: int) -> int:
+    """The same for `count` processes, which get 0 to count - 1."""
     children = []
-    for rank in range(2):
+    for rank in range(count):
         child = os.fork()
         if not child:
             return rank

@@ -18,6 +18,10 @@ def show_cluster_plan(console: Console, planned: Plan) -> None:
         return
     console.say()
     console.table(_table(planned))
+    if planned.price is None:
+        console.say(
+            "No price: give what a GPU costs for an hour with --price, or resources.price_per_gpu_hour in the recipe."
+        )
     console.say("Simulated, not measured. It assumes:")
     for assumption in planned.cluster.assumptions():
         console.say(f"  {escape(assumption)}")

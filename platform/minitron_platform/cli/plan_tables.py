@@ -96,6 +96,9 @@ def _show_resources(console: Console, recipe: Any, planned: Any) -> None:
     for title, fit in planned.gpu_memory.items():
         name = title if len(recipe.family) > 1 else title.split()[-1]
         console.say(f"each GPU {escape(name)}: {fit.memory}; {fit.settings}")
+    for title, node in planned.node_memory.items():
+        name = title if len(recipe.family) > 1 else title.split()[-1]
+        console.say(f"each node {escape(name)}: {node}")
     chosen = recipe.targets.mode
     for mode, teacher in sorted(planned.teacher_costs.items(), key=lambda item: item[0] != chosen):
         title = f"teacher  {mode}" if mode == chosen else f"  or, with targets.mode={mode}"

@@ -16,7 +16,7 @@ from minitron.architecture import Architecture
 from minitron.device import compute_dtype, cores, gpu_bytes
 from minitron.errors import InputError
 from minitron_platform.estimates.gpu import are_trials_small
-from minitron_platform.recipes.resources import ResolvedResources, resolve
+from minitron_platform.recipes.resources import NODE_GPUS, ResolvedResources, resolve
 from minitron_platform.recipes.schema import Recipe
 from minitron_search.nodes import Node, possible_nodes
 from minitron_search.placement import max_concurrent_trials
@@ -35,7 +35,7 @@ def resources_here(recipe: Recipe, teacher: Architecture, value_bytes: int) -> R
     gpus = torch.cuda.device_count()
     size = gpu_bytes()
     small = gpus > 0 and are_trials_small(recipe, teacher, value_bytes, size)
-    resources = resolve(recipe, gpus, gpu_memory_bytes=size, small_trials=small)
+    resources = resolve(recipe, gpus, gpu_memory_bytes=size, small_trials=small, gpus_per_node=gpus or NODE_GPUS)
     if resources.least_workers and resources.gpus_per_worker:  # this machine does not grow
         room = int(gpus / resources.gpus_per_worker)
         resources = replace(resources, workers=max(resources.least_workers, min(resources.workers, room)))
@@ -45,8 +45,12 @@ def resources_here(recipe: Recipe, teacher: Architecture, value_bytes: int) -> R
 def resources_of_cluster(recipe: Recipe) -> ResolvedResources:
     """The recipe's resources on the connected cluster, with the nodes that its autoscaler may start. Trials do not share a
     GPU unless the recipe says so."""
-    gpus = gpus_of(cluster_nodes())
-    return resolve(recipe, gpus, gpu_memory_bytes=_cluster_gpu_bytes() if gpus else 0)
+    nodes = cluster_nodes()
+    gpus = gpus_of(nodes)
+    largest = max((gpus_of([node]) for node in nodes), default=0)
+    return resolve(
+        recipe, gpus, gpu_memory_bytes=_cluster_gpu_bytes() if gpus else 0, gpus_per_node=largest or NODE_GPUS
+    )
 
 
 def _cluster_gpu_bytes() -> int:

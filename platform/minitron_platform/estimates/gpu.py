@@ -11,7 +11,7 @@ from typing import Any
 from minitron.architecture import Architecture
 from minitron.distill import Losses
 from minitron.distill.blocks import ACTIVATION_CHECKPOINTING
-from minitron.distill.config import ADAMW_OFFLOAD, ON_WHOLE_STUDENTS, DistillConfig
+from minitron.distill.config import ADAMW, ADAMW_OFFLOAD, ON_WHOLE_STUDENTS, DistillConfig
 from minitron.distill.fitting import SHARE, Fit, fitting
 from minitron.distill.gpu_memory import TeacherKept
 from minitron.errors import InputError
@@ -62,6 +62,8 @@ class GpuTraining:
     """Number of outputs within layers that the losses compare."""
     node_gpus: int = NODE_GPUS
     """GPUs of a node."""
+    pauses: bool = False
+    """Whether its state is saved so that it goes on later, as at a rung, without `checkpoint_every` too."""
 
     @property
     def room(self) -> int:
@@ -112,11 +114,11 @@ class GpuTraining:
         for workers in self._more_workers():
             for count in range(4):
                 for some in combinations(self._changes(), count):
+                    if sum(".shard=" in name or ".optimizer=" in name for name, _ in some) > 1:
+                        continue  # what is offered of the two does not work together
                     changed = self
                     for _, change in (*workers, *some):
                         changed = change(changed)
-                    if changed.config.shard and changed.config.optimizer in ON_WHOLE_STUDENTS:
-                        continue
                     fit = changed.fit()
                     if fit.fits:
                         return [name for name, _ in (*workers, *some)], fit
@@ -145,11 +147,13 @@ class GpuTraining:
         for how in ACTIVATION_CHECKPOINTING[1:]:
             if config.activation_checkpointing != how and "activation_checkpointing" not in self.chosen:
                 offer(f"{key}.activation_checkpointing={how}", activation_checkpointing=how)
-        if not config.shard and "shard" not in self.chosen:
+        if not config.shard and config.optimizer in ON_WHOLE_STUDENTS:
+            offer(f"{key}.optimizer={ADAMW} and {key}.shard=true", optimizer=ADAMW, shard=True)
+        elif not config.shard and "shard" not in self.chosen:
             offer(f"{key}.shard=true", shard=True)
         if self.teacher_kept == ("whole",):
             changes.append(("targets.teacher=sharded", lambda training: replace(training, teacher_kept=("sharded",))))
-        if config.optimizer != ADAMW_OFFLOAD:
+        if config.optimizer != ADAMW_OFFLOAD and not config.shard:
             offer(f"{key}.optimizer={ADAMW_OFFLOAD}", optimizer=ADAMW_OFFLOAD)
         return changes
 
@@ -178,6 +182,7 @@ def correction_on_gpus(
         seq_length=recipe.data.seq_length,
         value_bytes=value_bytes,
         trained=1.0 if recipe.correct.method == "full" else 0.01,
+        pauses=recipe.correct.when == "measured",
         **_workers(resources),
         **_settings(training),
     )
@@ -234,6 +239,7 @@ def trials_on_gpus(
         source=source,
         # a worker that has scored candidates goes on with it to their trials; several workers start anew for each trial
         source_kept=recipe.search.forward is not None and resources.workers_per_trial == 1,
+        pauses=recipe.search.halving is not None,
         **_settings(recipe.search.training),
     )
 

@@ -8,6 +8,7 @@ from minitron.architecture import Architecture
 from minitron.distill import Losses
 from minitron_platform.estimates.gpu import GpuTraining
 from minitron_platform.estimates.memory import ProcessMemory
+from minitron_platform.estimates.node_memory import NodeWork
 from minitron_platform.estimates.requests import STAGE
 from minitron_platform.estimates.teacher import TeacherCost
 from minitron_platform.estimates.work import Part, Split
@@ -65,6 +66,8 @@ class Estimate:
     """Main memory on CPUs; None if it is negligible."""
     gpu: GpuTraining | None = None
     """A training on GPUs."""
+    node: NodeWork | None = None
+    """What it does on the nodes, whose main memory that takes; None on CPUs, and if it is negligible."""
     parts: tuple[Part, ...] = ()
     """How the workers of a cluster share the work; by default one of them does it."""
 

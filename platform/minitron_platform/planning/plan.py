@@ -30,6 +30,7 @@ from minitron_platform.cluster.room import (
 )
 from minitron_platform.estimates.gpu import GpuTraining
 from minitron_platform.estimates.memory import ProcessMemory, check_memory, machine_memory
+from minitron_platform.estimates.node_memory import GpuNode, NodeMemory, NodeWork
 from minitron_platform.estimates.outlook import Estimate, Outlook
 from minitron_platform.estimates.phases import distillation_flops, trial_flops
 from minitron_platform.estimates.requests import HEARTBEATS_PER_HOUR, RECORDS_PER_HOUR
@@ -50,7 +51,7 @@ from minitron_platform.recipes.build import distillation_losses, separates_docum
 from minitron_platform.recipes.candidates import family_candidates
 from minitron_platform.recipes.keys import named_by_key
 from minitron_platform.recipes.load import check_recipe_type
-from minitron_platform.recipes.resources import ResolvedResources, gpu_warnings, resolve
+from minitron_platform.recipes.resources import NODE_GPUS, ResolvedResources, gpu_warnings, resolve
 from minitron_platform.recipes.schema import Member, Recipe
 from minitron_platform.stages.finished import finished_stages
 from minitron_platform.stages.order import steps
@@ -59,6 +60,7 @@ from minitron_platform.stages.stage import Stage
 from minitron_platform.stages.state import RunState
 from minitron_platform.stages.targets import Targets
 from minitron_platform.tracking.check import check_tracking
+from minitron_search.nodes import main_memory
 
 if TYPE_CHECKING:
     from minitron_platform.cluster.nodes_at import ClusterNodes
@@ -145,6 +147,12 @@ class Plan:
         return {cost.title: training.fit() for cost, training in _gpu_trainings(self.costs)}
 
     @property
+    def node_memory(self) -> dict[str, NodeMemory]:
+        """Main memory of a node in the stages on GPUs that are not done yet, by `Cost.title`; empty on CPUs."""
+        gpus = self.resources.gpus_per_node
+        return {cost.title: work.on(gpus) for cost, work in _node_works(self.costs)}
+
+    @property
     def seconds(self) -> float:
         """Estimated time for the stages that are not done yet."""
         start = WORKER_START if self.cluster and not all(cost.done for cost in self.costs) else 0.0
@@ -206,7 +214,9 @@ def plan(
         teacher, max_seq_length = source_architecture(recipe.teacher.model, recipe.teacher.revision)
         check_contents(recipe.teacher.model, recipe.teacher.revision)
     there = _nodes_of(address) if cluster is None and joins_cluster(address) else None
-    on_cluster = resolve(recipe, gpus_of(there.possible)) if there else None
+    on_cluster = (
+        resolve(recipe, gpus_of(there.possible), gpus_per_node=there.gpus_per_node or NODE_GPUS) if there else None
+    )
     has_gpus = cluster is not None or (on_cluster is not None and on_cluster.uses_gpus)
     # auto means bfloat16 on GPUs
     dtype = compute_dtype("bfloat16" if has_gpus and recipe.teacher.dtype == "auto" else recipe.teacher.dtype)
@@ -253,7 +263,10 @@ def plan(
     free = storage.free_bytes(locations.storage) if storage.is_local(locations.storage) else None
     warnings = [tracking_warning] if tracking_warning else []
     for cost, training in _gpu_trainings(costs):
-        training.check(f"{cost.stage} of {cost.model}" if cost.model else cost.stage)
+        training.check(_stage_text(cost))
+    nodes = _gpu_nodes(recipe, resources, uses_cluster, there)
+    for cost, work in _node_works(costs):
+        work.check(_stage_text(cost), nodes)
     if given:
         assert cluster is not None
         warnings += gpu_warnings(recipe, resources, cluster.gpus, dtype)
@@ -274,7 +287,7 @@ def plan(
     else:
         available = machine_memory()
         for cost, memory in _memories(costs, on_gpus):
-            check_memory(f"{cost.stage} of {cost.model}" if cost.model else cost.stage, memory, available)
+            check_memory(_stage_text(cost), memory, available)
         warnings += gpu_warnings(recipe, resources, torch.cuda.device_count(), dtype)
         if in_fp8 and not resources.uses_gpus:
             warnings.append(f"{in_fp8[0]}: CPUs emulate FP8, which is slower than bfloat16; results are those of FP8")
@@ -305,6 +318,10 @@ def plan(
             recipe, teacher, missing, value_bytes, locations.storage, result.bytes, free + bytes_written
         )
     return result
+
+
+def _stage_text(cost: Cost) -> str:
+    return f"{cost.stage} of {cost.model}" if cost.model else cost.stage
 
 
 def _nodes_of(address: str | None) -> ClusterNodes | None:
@@ -390,6 +407,24 @@ def _memories(costs: list[Cost], on_gpus: bool) -> list[tuple[Cost, ProcessMemor
 def _gpu_trainings(costs: list[Cost]) -> list[tuple[Cost, GpuTraining]]:
     """Trainings on GPUs that are not done yet."""
     return [(cost, cost.estimate.gpu) for cost in costs if cost.estimate.gpu is not None and not cost.done]
+
+
+def _node_works(costs: list[Cost]) -> list[tuple[Cost, NodeWork]]:
+    """Work on nodes with GPUs that is not done yet."""
+    return [(cost, cost.estimate.node) for cost in costs if cost.estimate.node is not None and not cost.done]
+
+
+def _gpu_nodes(
+    recipe: Recipe, resources: ResolvedResources, uses_cluster: bool, there: ClusterNodes | None
+) -> list[GpuNode]:
+    """The nodes with GPUs that trials and workers run on, if their main memory is known."""
+    given = recipe.resources.node_memory_bytes
+    if given != "auto":
+        return [GpuNode(resources.gpus_per_node, int(given))]
+    if there:
+        nodes = {(int(node.get("GPU", 0)), main_memory(node)) for node in there.possible}
+        return [GpuNode(gpus, memory) for gpus, memory in sorted(nodes) if gpus]
+    return [] if uses_cluster else [GpuNode(resources.gpus_per_node, machine_memory())]
 
 
 def _concurrent_trials(resources: ResolvedResources, cluster: Cluster | None, there: ClusterNodes | None) -> int:

@@ -46,7 +46,14 @@ class ResolvedResources:
         return _share(self.cpus_per_worker, self.gpus_per_worker)
 
 
-def resolve(recipe: Recipe, gpus: int, *, gpu_memory_bytes: int = 0, small_trials: bool = False) -> ResolvedResources:
+def resolve(
+    recipe: Recipe,
+    gpus: int,
+    *,
+    gpu_memory_bytes: int = 0,
+    small_trials: bool = False,
+    gpus_per_node: int = NODE_GPUS,
+) -> ResolvedResources:
     """The resources of `recipe` on a machine or cluster with `gpus` GPUs of `gpu_memory_bytes`, 0 if that is not known;
     numbers that the recipe gives are kept.
 
@@ -80,6 +87,7 @@ def resolve(recipe: Recipe, gpus: int, *, gpu_memory_bytes: int = 0, small_trial
         gpus_per_worker=gpus_per_worker,
         max_failures=given.max_failures,
         least_workers=least_workers,
+        gpus_per_node=gpus_per_node,
         gpu_memory_bytes=int(
             (gpu_memory_bytes or GPU_MEMORY_BYTES) if given.gpu_memory_bytes == "auto" else given.gpu_memory_bytes
         ),

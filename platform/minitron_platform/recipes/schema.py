@@ -437,6 +437,7 @@ class Resources(_Section):
     cpus_per_worker: Cpus = 1
     gpus_per_worker: Gpus | Literal["auto"] = "auto"
     gpu_memory_bytes: Limit | Literal["auto"] = "auto"
+    node_memory_bytes: Limit | Literal["auto"] = "auto"
     max_failures: Natural = 3
     wait_timeout: Positive | None = None
     price_per_gpu_hour: Price | None = None

@@ -22,6 +22,7 @@ from minitron.models import load_tokenizer
 from minitron.processes import largest
 from minitron.pruning.selection import kept_layers
 from minitron_platform.estimates.memory import calibration_memory
+from minitron_platform.estimates.node_memory import forward_work
 from minitron_platform.estimates.outlook import Estimate, Outlook
 from minitron_platform.estimates.phases import calibration_parts
 from minitron_platform.recipes import schema
@@ -80,6 +81,7 @@ class Calibrate(Stage[CalibrateOutput]):
             flops=base.flops_per_token(seq_length) * seq_length * (settings.rows + passes),
             bytes=4 * base.num_layers * base.intermediate_size,
             memory=calibration_memory(outlook.recipe, outlook.teacher, outlook.value_bytes),
+            node=forward_work([base], outlook.value_bytes, outlook.resources),
             parts=calibration_parts(outlook, base, passes),
         )
 

@@ -16,6 +16,7 @@ from minitron.distill.inputs import DistillInputs
 from minitron.evaluation import HeldoutMetrics, heldout_metrics
 from minitron_platform.estimates.gpu import correction_on_gpus
 from minitron_platform.estimates.memory import correction_memory
+from minitron_platform.estimates.node_memory import training_work
 from minitron_platform.estimates.outlook import MASTER_BYTES, Estimate, Outlook
 from minitron_platform.estimates.phases import correction_parts
 from minitron_platform.recipes import schema
@@ -92,6 +93,7 @@ class Correct(Stage[CorrectOutput]):
             bytes=(checkpoints + 2 * outlook.value_bytes) * teacher.num_parameters,
             memory=memory,
             gpu=gpu,
+            node=training_work(gpu),
             parts=correction_parts(outlook, gpu),
         )
 

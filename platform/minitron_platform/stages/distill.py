@@ -13,6 +13,7 @@ from minitron.processes import largest
 from minitron.pruning.source import PruningSource
 from minitron_platform.estimates.gpu import TEACHER, distillation_on_gpus
 from minitron_platform.estimates.memory import distillation_memory
+from minitron_platform.estimates.node_memory import training_work
 from minitron_platform.estimates.outlook import MASTER_BYTES, Estimate, Outlook, training_flops
 from minitron_platform.estimates.phases import distillation_parts
 from minitron_platform.estimates.teacher import runs_live_teacher
@@ -104,6 +105,7 @@ class Distill(Stage[DistillOutput]):
                 live_teacher=live_teacher,
             ),
             gpu=gpu,
+            node=training_work(gpu),
             parts=distillation_parts(outlook, member, largest, gpu),
         )
 

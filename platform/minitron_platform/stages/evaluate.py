@@ -24,6 +24,7 @@ from minitron.logits import Head
 from minitron.models import load_tokenizer
 from minitron.processes import from_first, is_sharded, own_rank
 from minitron_platform.estimates.memory import evaluation_memory
+from minitron_platform.estimates.node_memory import forward_work
 from minitron_platform.estimates.outlook import DOCUMENT_TOKENS, Estimate, Outlook
 from minitron_platform.estimates.phases import benchmark_documents, evaluation_parts
 from minitron_platform.gates.documents import add_tasks, documents_path, write_rows
@@ -145,6 +146,7 @@ class Evaluate(Stage[EvaluateOutput]):
             flops=outlook.teacher.flops_per_token(seq_length) * models * tokens,
             start_up_seconds=10,
             memory=evaluation_memory(recipe, outlook.teacher, outlook.largest(member), outlook.value_bytes),
+            node=forward_work([outlook.teacher, outlook.largest(member)], outlook.value_bytes, outlook.resources),
             parts=evaluation_parts(outlook, ([outlook.teacher] * (models - 2)) + [outlook.largest(member)] * 2),
         )
 

@@ -9,6 +9,7 @@ from minitron import storage
 from minitron.device import DTYPES
 from minitron_platform.estimates.gpu import trials_on_gpus
 from minitron_platform.estimates.memory import search_memory, trial_memory
+from minitron_platform.estimates.node_memory import training_work
 from minitron_platform.estimates.outlook import DOCUMENT_TOKENS, MASTER_BYTES, Estimate, Outlook, head_flops
 from minitron_platform.estimates.phases import benchmark_documents, search_parts
 from minitron_platform.recipes import build, schema
@@ -108,6 +109,9 @@ class Search(Stage[SearchOutput]):
             disk_bytes += outlook.value_bytes * largest.num_parameters * distilled  # all keep their weights to the end
             documents = min(benchmarks.keep, distilled) * benchmark_documents(benchmarks.tasks)
             benchmark_flops = documents * DOCUMENT_TOKENS * mean_flops
+        gpu = trials_on_gpus(
+            recipe, outlook.teacher, outlook.base(member), largest, outlook.value_bytes, outlook.resources
+        )
         return Estimate(
             _work_text(outlook, member, distilled, schedule.steps * step_tokens),
             flops=training_flops + measurement_flops + benchmark_flops,
@@ -116,9 +120,8 @@ class Search(Stage[SearchOutput]):
             memory=search_memory(
                 recipe, outlook.teacher, largest, outlook.value_bytes, outlook.resources.workers_per_trial
             ),
-            gpu=trials_on_gpus(
-                recipe, outlook.teacher, outlook.base(member), largest, outlook.value_bytes, outlook.resources
-            ),
+            gpu=gpu,
+            node=training_work(gpu, trials=len(shapes)),
             parts=search_parts(outlook, member),
         )
 

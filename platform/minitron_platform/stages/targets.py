@@ -21,6 +21,7 @@ from minitron.distill.teacher.stored import stored_bytes
 from minitron.processes import total
 from minitron.pruning.source import PruningSource
 from minitron_platform.estimates.memory import targets_memory
+from minitron_platform.estimates.node_memory import targets_work
 from minitron_platform.estimates.outlook import Estimate, Outlook
 from minitron_platform.estimates.phases import targets_parts
 from minitron_platform.recipes import build, schema
@@ -78,6 +79,7 @@ class Targets(Stage[TargetsOutput]):
             flops=cost.stored_flops,
             bytes=cost.bytes,
             memory=targets_memory(outlook.recipe, outlook.teacher, outlook.value_bytes),
+            node=targets_work(outlook.teacher, outlook.value_bytes, cost.bytes, outlook.resources),
             parts=targets_parts(outlook),
         )
 

@@ -7,7 +7,7 @@ from torch import nn
 from minitron import storage
 from minitron.device import DTYPES, device
 from minitron.distill.loading import fit_whole, load_together
-from minitron.models import load_model
+from minitron.meta_models import load_onto
 from minitron.processes import is_sharded
 from minitron_platform.workers.worker import Worker
 
@@ -20,7 +20,7 @@ def load(worker: Worker, folder: str, dtype: str) -> nn.Module:
     """
     local_folder = storage.fetch(folder)
     if worker.count == 1:
-        return load_model(local_folder, DTYPES[dtype]).to(device())
+        return load_onto(local_folder, DTYPES[dtype], device())
     model = load_together(local_folder, DTYPES[dtype])
     if is_sharded(model):
         worker.progress.say(f"  the model is larger than a GPU: its layers are split over {worker.count} workers")

@@ -134,6 +134,14 @@ def test_the_command_simulates_a_cluster_and_says_what_it_assumes(bench):
     assert "compute  bfloat16" in told.stdout
     assert re.search(r"│ distill +│ start-up +│ +3,072 │ +20 s │ +0.1 │ 100% │ +0.27", told.stdout)
     assert "distill GPU-h" in told.stdout
+    assert "No price" not in told.stdout
+
+
+def test_a_plan_without_a_price_says_how_to_get_one(bench):
+    told = minitron_here("plan", "recipe.yaml", "--gpus", 4, "--storage", "planned", cwd=bench)
+    assert "No price: give what a GPU costs for an hour with --price, or resources.price_per_gpu_hour" in told.stdout
+    on_cpus = minitron_here("plan", "recipe.yaml", "--storage", "planned", cwd=bench)
+    assert "price" not in on_cpus.stdout
 
 
 def test_requests_are_shown_for_an_object_store_and_heartbeats_are_in_the_total(bench):

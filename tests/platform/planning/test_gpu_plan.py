@@ -79,6 +79,15 @@ def test_a_training_that_does_not_fit_is_refused_with_the_nearest_settings_that_
     assert changed.check("search").fits
 
 
+def test_a_whole_student_with_an_offloaded_optimizer_that_does_not_fit_is_told_to_split_it():
+    settings = ["micro_batch_rows=1", "activation_checkpointing=full", "shard=false", "optimizer=adamw-offload"]
+    overrides = ["targets.mode=stored", "losses.hidden=[]", *(f"distill.{text}" for text in settings)]
+    training = trainings(LLAMA, [*overrides, "resources.gpu_memory_bytes=20e9"])["llama-3.1-4b-width distill"]
+    with pytest.raises(InputError) as refused:
+        training.check("distill")
+    assert refused.value.remedy.startswith("set distill.optimizer=adamw and distill.shard=true, which takes 1")
+
+
 def test_one_gpu_distils_8b_into_4b_from_stored_targets():
     overrides = [
         "targets.mode=stored",

@@ -1,0 +1,208 @@
+"""Main memory of a node whose GPUs a stage computes on: what it needs by part, and the refusal of what no node has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations
+from typing import NamedTuple
+
+from minitron.architecture import Architecture
+from minitron.distill.config import ADAMW, ADAMW_8BIT, ADAMW_OFFLOAD
+from minitron.distill.loading import FREE_SHARE
+from minitron.distill.teacher.shard_writing import default_shard_bytes
+from minitron.errors import InputError
+from minitron.host_memory import (
+    HostMemory,
+    file_bytes,
+    largest_tensor,
+    storing_host_memory,
+    training_host_memory,
+)
+from minitron.memory import FLOAT
+from minitron_platform.estimates.gpu import GpuTraining, gigabytes
+from minitron_platform.estimates.memory import DRIVER_BYTES
+from minitron_platform.recipes.resources import ResolvedResources
+from minitron_platform.recipes.schema import Recipe
+
+
+@dataclass(frozen=True)
+class NodeMemory:
+    """Peak main memory of a node during a stage. The files that it has read are in the page cache, which gives way to anything
+    else, and are not counted."""
+
+    processes: int
+    """Most processes of the stage on a node."""
+    each: HostMemory
+    """Of one process."""
+    file: int = 0
+    """What the first process needs besides: a checkpoint's file that is written, or a model that is converted."""
+
+    @property
+    def total(self) -> int:
+        """Bytes of all processes, and of the run's own process and Ray's, which may be on the same node."""
+        return self.processes * self.each.total + self.file + DRIVER_BYTES
+
+    def __str__(self) -> str:
+        """For example "74.1 GB: 8 processes of 8.8 (checkpoint 6.2, context 2.0), file 2.5, Ray and driver 1.2"."""
+        parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in self.each.parts.items() if size >= 5e7)
+        count = f"{self.processes} process{'es' if self.processes > 1 else ''}"
+        file = f"file {self.file / 1e9:.1f}, " if self.file >= 5e7 else ""
+        each = f"{count} of {self.each.total / 1e9:.1f} ({parts})"
+        return f"{gigabytes(self.total)}: {each}, {file}Ray and driver {DRIVER_BYTES / 1e9:.1f}"
+
+
+class GpuNode(NamedTuple):
+    """A node with GPUs."""
+
+    gpus: int
+    memory: int
+    """Bytes of main memory."""
+
+
+@dataclass(frozen=True)
+class NodeWork:
+    """What a stage does on the nodes with GPUs."""
+
+    share: float
+    """GPUs of each process."""
+    processes: int
+    """Processes of the stage, on all nodes."""
+    each: HostMemory
+    file: int = 0
+    training: GpuTraining | None = None
+    """The training, if the stage is one; it decides `each`."""
+    trials: int = 1
+    """Number of such trainings at the same time, at most."""
+
+    def on(self, gpus: int) -> NodeMemory:
+        """The memory of a node with this number of GPUs."""
+        room = gpus * int(1 / self.share + 1e-9) if self.share < 1 else int(gpus / self.share)
+        return NodeMemory(max(1, min(self.processes, room)), self.each, self.file)
+
+    def check(self, stage: str, nodes: Sequence[GpuNode]) -> None:
+        """Raise InputError if the stage fits on none of `nodes`; the remedy names the nearest settings that do. `stage` is the
+        stage's name for the message."""
+        if not nodes or any(self.on(node.gpus).total <= node.memory for node in nodes):
+            return
+        node = min(nodes, key=lambda node: self.on(node.gpus).total - node.memory)
+        problem = f"{stage}: a node needs {self.on(node.gpus)} of main memory, and has {gigabytes(node.memory)}"
+        nearest = _nearest(self.training, self.trials, node) if self.training else None
+        if nearest is None:
+            remedy = "use nodes with more main memory, or with fewer GPUs each"
+        else:
+            changes, smaller = nearest
+            remedy = (
+                f"set {' and '.join(changes)}, which takes {gigabytes(smaller.total)}, "
+                "or use nodes with more main memory"
+            )
+        raise InputError(problem, remedy)
+
+
+def training_work(training: GpuTraining | None, trials: int = 1) -> NodeWork | None:
+    """A training on GPUs, with the settings that their memory allows; None on CPUs. trials: number of such trainings at the
+    same time, if there is room for them."""
+    if training is None:
+        return None
+    fit = training.fit()
+    each = training_host_memory(
+        training.student,
+        fit.config,
+        training.seq_length,
+        teacher=training.teacher,
+        stored=fit.teacher_kept == "head",
+        processes=training.processes,
+        node_processes=training.node_gpus,
+        gpu_bytes=training.gpu_bytes,
+        value_bytes=training.value_bytes,
+        trained=training.trained,
+        saved=training.pauses or bool(fit.config.checkpoint_every),
+    )
+    file = file_bytes(training.student, training.value_bytes)
+    return NodeWork(training.share, trials * training.processes, each, file, training, trials)
+
+
+def forward_work(models: Sequence[Architecture], value_bytes: int, resources: ResolvedResources) -> NodeWork | None:
+    """Forward passes of `models`, which all workers load; None without GPUs."""
+    if not resources.gpus_per_worker:
+        return None
+    reading = value_bytes * max(map(largest_tensor, models))
+    return NodeWork(resources.gpus_per_worker, resources.workers, HostMemory(reading=reading))
+
+
+def targets_work(teacher: Architecture, value_bytes: int, stored: int, resources: ResolvedResources) -> NodeWork | None:
+    """The teacher's forward pass over all rows, whose outputs take `stored` bytes; None without GPUs."""
+    if not resources.gpus_per_worker:
+        return None
+    workers = resources.workers
+    room = FREE_SHARE * min(1.0, resources.gpus_per_worker) * resources.gpu_memory_bytes
+    each = storing_host_memory(
+        teacher,
+        value_bytes,
+        min(stored, default_shard_bytes(stored, workers)),
+        processes=workers,
+        split=workers > 1 and teacher.num_parameters * value_bytes > room,
+    )
+    return NodeWork(resources.gpus_per_worker, workers, each)
+
+
+def conversion_work(
+    recipe: Recipe, teacher: Architecture, value_bytes: int, resources: ResolvedResources
+) -> NodeWork | None:
+    """The teacher's conversion by the first worker, which has the model in main memory if the source has another dtype, and of
+    a GGUF file in float32 before; None without GPUs."""
+    if not resources.gpus_per_worker:
+        return None
+    size = value_bytes + (FLOAT if recipe.teacher.model.endswith(".gguf") else 0)
+    return NodeWork(resources.gpus_per_worker, resources.workers, HostMemory(), file=size * teacher.num_parameters)
+
+
+Change = tuple[str, Callable[[GpuTraining], GpuTraining]]
+"""A change of the recipe as KEY=VALUE, and the function that applies it to a training."""
+
+
+def _nearest(training: GpuTraining, trials: int, node: GpuNode) -> tuple[list[str], NodeMemory] | None:
+    """The smallest number of changes of the recipe with which the training fits on its GPUs and on the node; None if nothing
+    is enough."""
+    changes = list(_changes(training))
+    for count in range(1, 4):
+        for some in combinations(changes, count):
+            if len({name.partition("=")[0] for name, _ in some}) < count:
+                continue
+            changed = training
+            for _, change in some:
+                changed = change(changed)
+            work = training_work(changed, trials)
+            assert work is not None
+            memory = work.on(node.gpus)
+            if memory.total <= node.memory and changed.fit().fits:
+                return [name for name, _ in some], memory
+    return None
+
+
+def _changes(training: GpuTraining) -> Iterator[Change]:
+    """Changes that take less main memory of a node; the one that costs least comes first."""
+    config, key = training.config, training.key
+    if training.share < 1:
+        yield "resources.gpus_per_trial=1", lambda training: replace(training, share=1.0)
+    several = training.processes > 1
+    if config.optimizer == ADAMW_OFFLOAD:
+        yield f"{key}.optimizer={ADAMW}", partial(_with, optimizer=ADAMW)
+        if several and "shard" not in training.chosen:
+            yield f"{key}.optimizer={ADAMW} and {key}.shard=true", partial(_with, optimizer=ADAMW, shard=True)
+        yield f"{key}.optimizer={ADAMW_8BIT}", partial(_with, optimizer=ADAMW_8BIT)
+    workers = training.processes // 2
+    while workers:
+        yield f"{training.workers_key}={workers}", partial(_on_workers, workers)
+        workers //= 2
+    if config.checkpoint_every and not training.pauses:
+        yield f"{key}.checkpoint_every=0", partial(_with, checkpoint_every=0)
+
+
+def _with(training: GpuTraining, **values: object) -> GpuTraining:
+    return replace(training, config=replace(training.config, **values))  # type: ignore[arg-type]
+
+
+def _on_workers(workers: int, training: GpuTraining) -> GpuTraining:
+    return replace(training, processes=workers)
