@@ -7,23 +7,40 @@ import platform
 import time
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-# FLOP/s of dense bfloat16 products in NVIDIA's data sheets of November 2026 (newer ones print the double, "with sparsity"),
-# by the beginning of the name that CUDA gives a GPU; a longer one comes first.
-DATASHEET_FLOPS = {
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200 NVL": 835e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA GH200": 989e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA GB200": 2500e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA L40S": 362e12,
+
+
+class Datasheet(NamedTuple):
+    """What the data sheet of a GPU says."""
+
+    bfloat16_flops: float
+    """FLOP/s of dense bfloat16 products; newer data sheets print the double, "with sparsity"."""
+    float32_flops: float
+    """FLOP/s in float32, which torch multiplies in unless TF32 is allowed."""
+    memory: int
+    """Bytes. CUDA shows a few percent more, because NVIDIA's gigabytes are not all decimal."""
+
+
+# NVIDIA's data sheets of November 2026, by the beginning of the name that CUDA or Ray gives a GPU; a longer one comes first.
+# Of a GPU that was sold with two sizes of memory under one name, the smaller has an entry of its own if its name has the size.
+DATASHEETS = {
+    "NVIDIA H100 PCIe": Datasheet(756e12, 51e12, 80_000_000_000),
+    "NVIDIA H100 NVL": Datasheet(835e12, 60e12, 94_000_000_000),
+    "NVIDIA H100": Datasheet(989e12, 67e12, 80_000_000_000),
+    "NVIDIA H200 NVL": Datasheet(835e12, 60e12, 141_000_000_000),
+    "NVIDIA H200": Datasheet(989e12, 67e12, 141_000_000_000),
+    "NVIDIA GH200": Datasheet(989e12, 67e12, 96_000_000_000),
+    "NVIDIA B200": Datasheet(2250e12, 75e12, 180_000_000_000),
+    "NVIDIA GB200": Datasheet(2500e12, 80e12, 186_000_000_000),
+    "NVIDIA A100-SXM4-40GB": Datasheet(312e12, 19.5e12, 40_000_000_000),
+    "NVIDIA A100-PCIE-40GB": Datasheet(312e12, 19.5e12, 40_000_000_000),
+    "NVIDIA A100-40G": Datasheet(312e12, 19.5e12, 40_000_000_000),
+    "NVIDIA A100": Datasheet(312e12, 19.5e12, 80_000_000_000),
+    "NVIDIA L40S": Datasheet(362e12, 91.6e12, 48_000_000_000),
 }
 
 
@@ -100,13 +117,20 @@ def matmul_flops(dtype: torch.dtype) -> float:
     return rounds * 2 * size**3 / (time.perf_counter() - started)
 
 
-def datasheet_flops(dtype: torch.dtype, name: str = "") -> float | None:
-    """FLOP/s of `dtype` by the data sheet of the device of this name, by default `device()`; None if it is not in
-    `DATASHEET_FLOPS`, has another dtype, or is a part of a GPU (MIG)."""
-    name = name or processor()
-    if dtype != torch.bfloat16 or "MIG" in name:
+def datasheet(name: str) -> Datasheet | None:
+    """The data sheet of the GPU of this name, with or without "NVIDIA" and in any case; None if it is not in `DATASHEETS`, or
+    is a part of a GPU (MIG)."""
+    full = "nvidia " + name.lower().removeprefix("nvidia ")
+    if "mig" in full.split():
         return None
-    return next((flops for beginning, flops in DATASHEET_FLOPS.items() if name.startswith(beginning)), None)
+    return next((sheet for beginning, sheet in DATASHEETS.items() if full.startswith(beginning.lower())), None)
+
+
+def datasheet_flops(dtype: torch.dtype, name: str = "") -> float | None:
+    """FLOP/s of `dtype` by the data sheet of the device of this name, by default `device()`; None if `datasheet` knows none, or
+    if the dtype is not bfloat16."""
+    sheet = datasheet(name or processor()) if dtype == torch.bfloat16 else None
+    return sheet and sheet.bfloat16_flops
 
 
 def _cpu_has_bfloat16() -> bool:

@@ -45,7 +45,7 @@ class StepReport:
     utilisation: float
     """Model FLOP utilisation of the measured peak, or of `DistillConfig.peak_flops`; see `minitron.distill.utilisation`."""
     datasheet_utilisation: float | None
-    """The same of the peak in the GPU's data sheet; None if `minitron.device.DATASHEET_FLOPS` lacks it."""
+    """The same of the peak in the GPU's data sheet; None if `minitron.device.DATASHEETS` lacks it."""
     seconds: dict[str, float]
     """Seconds per step for each part in `minitron.distill.timing.PARTS`, averaged over the steps since the last report."""
     skipped: int

@@ -23,7 +23,7 @@ def show_cluster_plan(console: Console, planned: Plan) -> None:
             "No price: give what a GPU costs for an hour with --price, or resources.price_per_gpu_hour in the recipe."
         )
     console.say("Simulated, not measured. It assumes:")
-    for assumption in planned.cluster.assumptions():
+    for assumption in planned.cluster.assumptions(planned.resources.gpu_memory_bytes, planned.in_fp8):
         console.say(f"  {escape(assumption)}")
 
 

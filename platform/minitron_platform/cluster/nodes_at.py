@@ -12,6 +12,7 @@ from ray._private.internal_api import get_state_from_address
 from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RayError
 
+from minitron.device import datasheet
 from minitron.loopback import is_loopback
 from minitron_platform.addresses import answers
 from minitron_search.nodes import Node, possible_nodes, present_nodes
@@ -30,11 +31,13 @@ class ClusterNodes:
 
     @property
     def gpu(self) -> str:
-        """The model of its GPUs as Ray names it, such as "H100"; empty if it has several, or none is known."""
+        """The model of its GPUs as Ray names it, such as "H100"; of several, the one with the least memory. Empty if one of
+        them is not in `minitron.device.DATASHEETS`, or none is named."""
         kinds = {
             name.partition(":")[2] for node in self.possible for name in node if name.startswith("accelerator_type:")
         }
-        return kinds.pop() if len(kinds) == 1 else ""
+        memory = {kind: sheet.memory for kind in kinds if (sheet := datasheet(kind))}
+        return min(memory, key=memory.__getitem__) if memory and len(memory) == len(kinds) else ""
 
     @property
     def gpus_per_node(self) -> int:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from minitron.architecture import Architecture
 from minitron.distill import Losses
 from minitron.distill.teacher.stored import stored_bytes
-from minitron.errors import InputError, StorageError
+from minitron.errors import InputError
 from minitron_platform.recipes.build import distillation_losses
 from minitron_platform.recipes.schema import Recipe
 
@@ -97,33 +96,3 @@ def check_targets(recipe: Recipe, teacher: Architecture, candidates: Mapping[str
                 f"{teacher.num_layers} layers also compare the teacher's intermediate states",
                 "use losses.hidden=[] without embedding, attention and mlp_input, or targets.mode=online",
             )
-
-
-def disk_full_error(
-    recipe: Recipe,
-    teacher: Architecture,
-    missing: Mapping[str, TeacherCost],
-    value_bytes: int,
-    storage_path: str,
-    needed: int,
-    free: int,
-) -> StorageError:
-    """The error for a run that needs more bytes than the disk has free, with the remedies that would be enough.
-
-    missing: cost of the teacher by mode; empty if its outputs are stored already. needed, free: bytes.
-    """
-    problem = f"{storage_path}: the run needs about {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free"
-    remedies = ["free some space, choose another location with --storage"]
-    train_rows = recipe.data.train_rows
-    if missing:
-        stored_row = stored_bytes(1, recipe.data.seq_length, teacher.hidden_size, value_bytes, recipe.targets.top_k)
-        packed_row = TOKEN_BYTES * recipe.data.seq_length
-        fit = max(0, train_rows - math.ceil((needed - free) / (stored_row + packed_row)))
-        problem += f": {fit:,} of {train_rows:,} training rows fit, with the teacher's stored outputs"
-        saved_online = missing["stored"].bytes - missing["online"].bytes
-        if recipe.targets.mode == "stored" and saved_online >= needed - free:
-            remedies.append("run the teacher during the distillation with targets.mode=online")
-        remedies.append(f"lower data.train_rows to {fit}" if fit else "lower data.train_rows")
-    else:
-        remedies.append("lower data.train_rows")
-    return StorageError(problem, ", ".join(remedies[:-1]) + f", or {remedies[-1]}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from minitron.device import DATASHEET_FLOPS, datasheet_flops
+from minitron.device import DATASHEETS, datasheet
 from minitron.errors import InputError
 from minitron_platform.cluster.room import Node, trials_at_once
 from minitron_platform.estimates.phases import TOKENS_PER_CPU_SECOND
@@ -36,6 +37,12 @@ class Cluster:
     """FLOP/s that a GPU reaches."""
     speed_text: str = ""
     """Where `gpu_flops` comes from."""
+    gpu: str = ""
+    """Name of its GPUs in `minitron.device.DATASHEETS`, without "NVIDIA"; empty for those of this machine."""
+    gpu_bytes: int = 0
+    """Memory of a GPU by its data sheet; 0 if it is not known."""
+    utilisation: float = UTILISATION
+    """Share of the data sheet's FLOP/s that models reach."""
 
     def __post_init__(self) -> None:
         for name, count in (("gpus", self.gpus), ("gpus-per-node", self.gpus_per_node)):
@@ -83,10 +90,21 @@ class Cluster:
                 "lower resources.workers_per_trial or gpus_per_trial, or give more with --gpus",
             )
 
-    def assumptions(self) -> list[str]:
-        """What the times rest on, one sentence each."""
+    def computing_in(self, dtype: torch.dtype) -> Cluster:
+        """The same cluster with the FLOP/s that its GPUs have in `dtype` by their data sheet."""
+        if not self.gpu:
+            return self
+        return assumed_cluster(self.gpus, self.gpus_per_node, gpu=self.gpu, utilisation=self.utilisation, dtype=dtype)
+
+    def assumptions(self, memory: int, in_fp8: Sequence[str] = ()) -> list[str]:
+        """What the times and the settings rest on, one sentence each. memory: bytes of a GPU that the plan goes by. in_fp8:
+        recipe keys of the trainings with FP8 products."""
+        of_sheet = memory == self.gpu_bytes
+        source = f"the data sheet of an {self.gpu}" if of_sheet else "resources.gpu_memory_bytes"
         return [
             self.speed_text,
+            *([f"a GPU has {memory / 1e9:g} GB, by {source}"] if self.gpu else []),
+            *([f"{', '.join(in_fp8)}: FP8 products are counted as long as those in bfloat16"] if in_fp8 else []),
             f"storage: {STORAGE_BYTES / 1e9:g} GB/s per node; one CPU of each worker tokenises "
             f"{TOKENS_PER_CPU_SECOND:,} tokens/s",
             f"GPUs send {INSIDE_BYTES / 1e9:g} GB/s inside a node and {BETWEEN_BYTES / 1e9:g} GB/s to other nodes, while they "
@@ -102,22 +120,28 @@ def assumed_cluster(
     *,
     gpu: str = GPU,
     utilisation: float = UTILISATION,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Cluster:
     """A cluster of GPUs that this machine does not have.
 
-    gpu: name in `minitron.device.DATASHEET_FLOPS`, without "NVIDIA". utilisation: share of its FLOP/s that models reach.
+    gpu: name in `minitron.device.DATASHEETS`, without "NVIDIA". utilisation: share of its FLOP/s that models reach. dtype: in
+    which they compute, bfloat16 or float32; `plan` takes that of the recipe.
+
+    Raises InputError for a GPU whose data sheet is not known, and for numbers that cannot be.
     """
-    peak = datasheet_flops(torch.bfloat16, f"NVIDIA {gpu}")
-    if peak is None:
-        names = ", ".join(name.removeprefix("NVIDIA ") for name in DATASHEET_FLOPS)
-        raise InputError(f"gpu: no FLOP/s are known of {gpu!r}", f"use one of {names}")
+    sheet = datasheet(gpu)
+    if sheet is None:
+        names = ", ".join(name.removeprefix("NVIDIA ") for name in DATASHEETS)
+        raise InputError(f"gpu: no data sheet is known of {gpu!r}", f"use one of {names}")
     if not 0 < utilisation <= 1:
         raise InputError(f"utilisation: {utilisation:g}", "give a share above 0, up to 1")
+    gpu = gpu.upper().removeprefix("NVIDIA ") if gpu.islower() else gpu
+    peak = sheet.float32_flops if dtype == torch.float32 else sheet.bfloat16_flops
     text = (
-        f"models reach {utilisation:.0%} of the {peak / 1e12:g} TFLOP/s in the data sheet of an {gpu} in bfloat16 (small "
-        "models reach less)"
+        f"models reach {utilisation:.0%} of the {peak / 1e12:g} TFLOP/s in the data sheet of an {gpu} in "
+        f"{str(dtype).removeprefix('torch.')} (small models reach less)"
     )
-    return Cluster(gpus, gpus_per_node, peak * utilisation, text)
+    return Cluster(gpus, gpus_per_node, peak * utilisation, text, gpu, sheet.memory, utilisation)
 
 
 def cluster_here(gpus: int, speed: Speed) -> Cluster:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from minitron import storage
 from minitron.architecture import Architecture
 from minitron.architecture.hardware import hardware_notes
 from minitron.attention import chosen_kernel
-from minitron.device import compute_dtype, cores, datasheet_flops, device
+from minitron.device import compute_dtype, cores, device
 from minitron.distill.fitting import Fit
 from minitron.models import check_contents, source_architecture
 from minitron_platform.addresses import check_ray_address
@@ -35,7 +36,7 @@ from minitron_platform.estimates.outlook import Estimate, Outlook
 from minitron_platform.estimates.phases import distillation_flops, trial_flops
 from minitron_platform.estimates.requests import HEARTBEATS_PER_HOUR, RECORDS_PER_HOUR
 from minitron_platform.estimates.speed import Speed, speed_here
-from minitron_platform.estimates.teacher import MODES, TeacherCost, disk_full_error, teacher_cost
+from minitron_platform.estimates.teacher import MODES, TeacherCost, teacher_cost
 from minitron_platform.estimates.work import Alone
 from minitron_platform.locations import Locations, resolve_locations
 from minitron_platform.planning.checks import (
@@ -46,6 +47,7 @@ from minitron_platform.planning.checks import (
     check_recipe,
 )
 from minitron_platform.planning.cluster import GPU, WORKER_START, Cluster, assumed_cluster, cluster_here
+from minitron_platform.planning.disk import DiskNeed
 from minitron_platform.planning.simulation import simulate
 from minitron_platform.recipes.build import distillation_losses, separates_documents
 from minitron_platform.recipes.candidates import family_candidates
@@ -58,7 +60,6 @@ from minitron_platform.stages.order import steps
 from minitron_platform.stages.search import Search
 from minitron_platform.stages.stage import Stage
 from minitron_platform.stages.state import RunState
-from minitron_platform.stages.targets import Targets
 from minitron_platform.tracking.check import check_tracking
 from minitron_search.nodes import main_memory
 
@@ -128,6 +129,8 @@ class Plan:
     """Whether the documents of a row attend to each other, as a sentence."""
     outlook: Outlook
     """What the estimates are based on."""
+    in_fp8: list[str]
+    """Recipe keys of the trainings with FP8 products."""
     cluster: Cluster | None = None
     """The GPUs that the times are for; None for the CPUs of this machine."""
 
@@ -214,8 +217,16 @@ def plan(
         teacher, max_seq_length = source_architecture(recipe.teacher.model, recipe.teacher.revision)
         check_contents(recipe.teacher.model, recipe.teacher.revision)
     there = _nodes_of(address) if cluster is None and joins_cluster(address) else None
+    joined = _assumed(there) if there else None
     on_cluster = (
-        resolve(recipe, gpus_of(there.possible), gpus_per_node=there.gpus_per_node or NODE_GPUS) if there else None
+        resolve(
+            recipe,
+            gpus_of(there.possible),
+            gpu_memory_bytes=joined.gpu_bytes if joined else 0,
+            gpus_per_node=there.gpus_per_node or NODE_GPUS,
+        )
+        if there
+        else None
     )
     has_gpus = cluster is not None or (on_cluster is not None and on_cluster.uses_gpus)
     # auto means bfloat16 on GPUs
@@ -224,7 +235,7 @@ def plan(
     given = cluster is not None
     uses_cluster = given or joins_cluster(address)
     if cluster:
-        resources = cluster.fitted(resolve(recipe, cluster.gpus))
+        resources = cluster.fitted(resolve(recipe, cluster.gpus, gpu_memory_bytes=cluster.gpu_bytes))
         cluster.check(resources)
     elif uses_cluster:
         resources = on_cluster or resolve(recipe, 0)
@@ -243,7 +254,8 @@ def plan(
     in_fp8 = check_fp8_trainings(recipe, dtype if known else None, gpus_here=gpus_here)
     tracking_warning = check_tracking(locations.tracking_uri, recipe.experiment, recipe.tracking)
     speed = speed_here(dtype)
-    cluster = cluster or _known_gpus(resources, speed, uses_cluster, there)
+    cluster = cluster or _known_gpus(resources, speed, uses_cluster, joined)
+    cluster = cluster and cluster.computing_in(dtype)
     finished, bytes_written = finished_stages(recipe, locations, dtype)
     check_benchmarks(recipe, max_seq_length, {model: set(stages) for model, stages in finished.family.items()})
     teacher_costs = {mode: teacher_cost(recipe, teacher, losses, value_bytes, mode) for mode in MODES}
@@ -310,14 +322,30 @@ def plan(
         resources_text=resources_text,
         documents_text=_documents_text(recipe),
         outlook=outlook,
+        in_fp8=in_fp8,
         cluster=cluster,
     )
     if free is not None and free + bytes_written < result.bytes:
-        missing = {} if Targets.name in finished.shared else teacher_costs
-        raise disk_full_error(
-            recipe, teacher, missing, value_bytes, locations.storage, result.bytes, free + bytes_written
-        )
+        parts = {cost.title: cost.estimate.bytes for cost in costs if not cost.done}
+        need = DiskNeed(locations.storage, result.bytes, free + bytes_written, parts)
+        if not given:
+            raise need.error(recipe, partial(_fits_on_disk, result, free))
+        warnings.append(f"{need.problem}; give the cluster's storage with --storage, or one with more room")
     return result
+
+
+def _fits_on_disk(planned: Plan, free: int, recipe: Recipe) -> bool:
+    """Whether the disk of `planned` has room for `recipe`, which differs in `targets.mode` or `data.train_rows`."""
+    outlook = planned.outlook
+    cost = teacher_cost(recipe, planned.teacher, outlook.losses, outlook.value_bytes, recipe.targets.mode)
+    outlook = replace(outlook, recipe=recipe, teacher_cost=cost)
+    finished, written = finished_stages(recipe, planned.locations, compute_dtype(planned.dtype))
+    needed = sum(
+        stage.estimate(outlook, member).bytes
+        for stage, member in steps(recipe)
+        if not finished.is_finished(stage, member)
+    )
+    return needed <= free + written
 
 
 def _stage_text(cost: Cost) -> str:
@@ -347,9 +375,7 @@ def _documents_text(recipe: Recipe) -> str:
     )
 
 
-def _known_gpus(
-    resources: ResolvedResources, speed: Speed, elsewhere: bool, there: ClusterNodes | None
-) -> Cluster | None:
+def _known_gpus(resources: ResolvedResources, speed: Speed, elsewhere: bool, joined: Cluster | None) -> Cluster | None:
     """The GPUs of this machine with the FLOP/s of `speed`, those of the cluster, or those that the recipe needs `elsewhere`.
 
     None if trials or workers have none."""
@@ -357,12 +383,19 @@ def _known_gpus(
         return None
     if not elsewhere:
         return cluster_here(torch.cuda.device_count(), speed)
-    if there and there.gpus_per_node:
-        gpu = there.gpu if datasheet_flops(torch.bfloat16, f"NVIDIA {there.gpu}") else GPU
-        return assumed_cluster(gpus_of(there.possible), there.gpus_per_node, gpu=gpu)
+    if joined:
+        return joined
     workers = resources.workers * resources.gpus_per_worker
     trial = resources.workers_per_trial * resources.gpus_per_trial
     return assumed_cluster(math.ceil(max(workers, trial)))
+
+
+def _assumed(there: ClusterNodes) -> Cluster | None:
+    """The GPUs of a cluster that is to be joined, by the data sheet of their model, or of an H100 if it is not known; None
+    without any."""
+    if not there.gpus_per_node:
+        return None
+    return assumed_cluster(gpus_of(there.possible), there.gpus_per_node, gpu=there.gpu or GPU)
 
 
 def _cost(

@@ -191,7 +191,7 @@ def test_the_gpus_that_a_recipe_names_for_a_cluster_decide_the_time(bench):
         ([], {"gpus": 0}, r"gpus: 0\n.*give a number from 1 to 100,000"),
         ([], {"gpus": 1, "gpus_per_node": 0}, r"gpus-per-node: 0\n.*give a number from 1"),
         ([], {"gpus": 1, "utilisation": 40}, r"utilisation: 40\n.*give a share above 0, up to 1"),
-        ([], {"gpus": 1, "gpu": "Z9"}, r"gpu: no FLOP/s are known of 'Z9'\n.*H100"),
+        ([], {"gpus": 1, "gpu": "Z9"}, r"gpu: no data sheet is known of 'Z9'\n.*H100"),
     ],
 )
 def test_a_cluster_that_cannot_be_is_refused(bench, overrides, cluster, refusal):
