@@ -11,13 +11,13 @@ from typing import Any
 from minitron.architecture import Architecture
 from minitron.distill import Losses
 from minitron.distill.blocks import ACTIVATION_CHECKPOINTING
-from minitron.distill.config import ADAMW, ADAMW_OFFLOAD, ON_WHOLE_STUDENTS, DistillConfig
+from minitron.distill.config import ADAMW, ADAMW_8BIT, ADAMW_OFFLOAD, ON_WHOLE_STUDENTS, DistillConfig
 from minitron.distill.fitting import SHARE, Fit, fitting
 from minitron.distill.gpu_memory import TeacherKept
 from minitron.errors import InputError
 from minitron_platform.estimates.teacher import runs_live_teacher
 from minitron_platform.recipes.build import auto_settings, distill_config
-from minitron_platform.recipes.resources import NODE_GPUS, TRIALS_PER_GPU, ResolvedResources, resolve
+from minitron_platform.recipes.resources import NODE_GPUS, TRIALS_PER_GPU, ResolvedResources, resolve, smallest_batch
 from minitron_platform.recipes.schema import Member, Recipe, Training
 
 MAX_WORKERS = 64  # that a remedy suggests
@@ -38,6 +38,8 @@ class GpuTraining:
     workers_key: str
     """Recipe key of the number of processes."""
     processes: int
+    most_processes: int
+    """That the rows of a step are enough for."""
     share: float
     """Share of a GPU that each process has."""
     gpu_bytes: int
@@ -66,6 +68,11 @@ class GpuTraining:
     """Whether its state is saved so that it goes on later, as at a rung, without `checkpoint_every` too."""
 
     @property
+    def share_key(self) -> str:
+        """Recipe key of `share`."""
+        return self.workers_key.replace("workers_per_trial", "gpus_per_trial").replace("workers", "gpus_per_worker")
+
+    @property
     def room(self) -> int:
         """GPU memory of a process in bytes."""
         return int(self.share * self.gpu_bytes)
@@ -90,28 +97,37 @@ class GpuTraining:
             compared=self.compared,
         )
 
-    def check(self, stage: str) -> Fit:
-        """The settings to train with.
+    def check(
+        self, stage: str, *, gpus: int | None = None, on_nodes: Callable[[GpuTraining], bool] = lambda training: True
+    ) -> Fit:
+        """The settings to train with. `stage` is the stage's name for the message.
 
-        Raises InputError if a process needs more memory than it has; the remedy names the nearest settings that fit.
-        `stage` is the stage's name for the message.
+        Raises InputError if a process needs more memory than it has; the remedy names the nearest settings that fit on the
+        `gpus` that there are, None if that is not known, else on more of them. on_nodes: whether a training fits into the
+        main memory of the nodes.
         """
         fit = self.fit()
         if fit.memory.peak <= self.room:
             return fit
         need = f"{stage}: needs {fit.memory} of each of {_gpus(self.processes)}, and there are {gigabytes(self.room)}"
-        nearest = self._nearest()
+        nearest = self._nearest(MAX_WORKERS if gpus is None else min(gpus, MAX_WORKERS), on_nodes)
+        elsewhere = ""
+        if nearest is None and gpus is not None and (nearest := self._nearest(MAX_WORKERS, on_nodes)):
+            elsewhere = f"with {_gpus(nearest[2].processes)}, "
         if nearest is None:
             remedy = "train a smaller student, or use GPUs with more memory or more of them"
         else:
-            changes, smaller = nearest
-            remedy = f"set {' and '.join(changes)}, which takes {gigabytes(smaller.memory.peak)}, or use GPUs with more memory"
+            changes, smaller, _ = nearest
+            remedy = (
+                f"{elsewhere}set {' and '.join(changes)}, which takes {gigabytes(smaller.memory.peak)}, "
+                "or use GPUs with more memory"
+            )
         raise InputError(need, remedy)
 
-    def _nearest(self) -> tuple[list[str], Fit] | None:
-        """The smallest number of changes of the recipe with which the training fits, as KEY=VALUE; more workers only if
-        nothing else is enough. None if nothing is."""
-        for workers in self._more_workers():
+    def _nearest(self, most: int, on_nodes: Callable[[GpuTraining], bool]) -> tuple[list[str], Fit, GpuTraining] | None:
+        """The smallest number of changes of the recipe with which the training fits on at most so many GPUs, as KEY=VALUE,
+        with the training that they make; more workers only if nothing else is enough. None if nothing is."""
+        for workers in self._more_workers(most):
             for count in range(4):
                 for some in combinations(self._changes(), count):
                     if sum(".shard=" in name or ".optimizer=" in name for name, _ in some) > 1:
@@ -120,16 +136,18 @@ class GpuTraining:
                     for _, change in (*workers, *some):
                         changed = change(changed)
                     fit = changed.fit()
-                    if fit.fits:
-                        return [name for name, _ in (*workers, *some)], fit
+                    if fit.fits and on_nodes(changed):
+                        return [name for name, _ in (*workers, *some)], fit, changed
         return None
 
-    def _more_workers(self) -> Iterator[list[Change]]:
+    def _more_workers(self, most: int) -> Iterator[list[Change]]:
         yield []
         number = 2
-        while number <= min(MAX_WORKERS, self.config.batch_rows):
+        # processes that train together do not share a GPU
+        whole = [] if self.share == 1 else [(f"{self.share_key}=1", _on_whole_gpus)]
+        while number <= min(most, self.most_processes):
             if number > self.processes:
-                yield [(f"{self.workers_key}={number}", partial(_on_workers, number))]
+                yield [(f"{self.workers_key}={number}", partial(_on_workers, number)), *whole]
             number *= 2
 
     def _changes(self) -> list[Change]:
@@ -143,7 +161,7 @@ class GpuTraining:
         if config.micro_batch_rows > 1 and "micro_batch_rows" not in self.chosen:
             offer(f"{key}.micro_batch_rows=1", micro_batch_rows=1)
         if self.share < 1:
-            changes.append(("resources.gpus_per_trial=1", lambda training: replace(training, share=1.0)))
+            changes.append((f"{self.share_key}=1", _on_whole_gpus))
         for how in ACTIVATION_CHECKPOINTING[1:]:
             if config.activation_checkpointing != how and "activation_checkpointing" not in self.chosen:
                 offer(f"{key}.activation_checkpointing={how}", activation_checkpointing=how)
@@ -155,6 +173,8 @@ class GpuTraining:
             changes.append(("targets.teacher=sharded", lambda training: replace(training, teacher_kept=("sharded",))))
         if config.optimizer != ADAMW_OFFLOAD and not config.shard:
             offer(f"{key}.optimizer={ADAMW_OFFLOAD}", optimizer=ADAMW_OFFLOAD)
+        if config.optimizer == ADAMW and not config.shard:
+            offer(f"{key}.optimizer={ADAMW_8BIT}", optimizer=ADAMW_8BIT)
         return changes
 
     def _with(self, **values: Any) -> GpuTraining:
@@ -166,7 +186,11 @@ Change = tuple[str, Callable[[GpuTraining], GpuTraining]]
 
 
 def _on_workers(number: int, training: GpuTraining) -> GpuTraining:
-    return replace(training, processes=number, share=1.0)
+    return replace(training, processes=number)
+
+
+def _on_whole_gpus(training: GpuTraining) -> GpuTraining:
+    return replace(training, share=1.0)
 
 
 def correction_on_gpus(
@@ -177,13 +201,13 @@ def correction_on_gpus(
     if recipe.correct is None or training is None or not resources.gpus_per_worker:
         return None
     return GpuTraining(
-        key="correct.training" if recipe.correct.training else "distill",
+        key=recipe.correction_key,
         student=teacher,
         seq_length=recipe.data.seq_length,
         value_bytes=value_bytes,
         trained=1.0 if recipe.correct.method == "full" else 0.01,
         pauses=recipe.correct.when == "measured",
-        **_workers(resources),
+        **_workers(recipe, resources),
         **_settings(training),
     )
 
@@ -202,14 +226,14 @@ def distillation_on_gpus(
         return None
     training = recipe.distillation(member)
     return GpuTraining(
-        key=f"{recipe.key(member)}.distill" if member.distill else "distill",
+        key=recipe.distillation_key(member),
         student=student,
         seq_length=recipe.data.seq_length,
         value_bytes=value_bytes,
         teacher=teacher,
         teacher_kept=KEPT[recipe.targets.teacher] if runs_live_teacher(losses, recipe.targets.mode) else ("head",),
         compared=len(losses.hidden) + len(losses.attention) + len(losses.mlp_input) + losses.embedding,
-        **_workers(resources),
+        **_workers(recipe, resources),
         **_settings(training),
     )
 
@@ -229,6 +253,7 @@ def trials_on_gpus(
         key="search.training",
         workers_key="resources.workers_per_trial",
         processes=resources.workers_per_trial,
+        most_processes=recipe.search.training.batch_rows,
         share=min(1.0, resources.gpus_per_trial),
         gpu_bytes=resources.gpu_memory_bytes,
         node_gpus=resources.gpus_per_node,
@@ -252,11 +277,12 @@ def are_trials_small(recipe: Recipe, teacher: Architecture, value_bytes: int, gp
     return training is not None and training.fit().fits
 
 
-def _workers(resources: ResolvedResources) -> dict[str, Any]:
+def _workers(recipe: Recipe, resources: ResolvedResources) -> dict[str, Any]:
     return {
         "workers_key": "resources.workers",
         "processes": resources.least_workers
         or resources.workers,  # each has the more memory to hold, the fewer there are
+        "most_processes": smallest_batch(recipe),
         "share": min(1.0, resources.gpus_per_worker),
         "gpu_bytes": resources.gpu_memory_bytes,
         "node_gpus": resources.gpus_per_node,

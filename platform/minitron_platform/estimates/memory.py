@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 
 from minitron.architecture import Architecture
@@ -55,7 +56,7 @@ def correction_memory(recipe: Recipe, teacher: Architecture, value_bytes: int, w
     each = training_memory(teacher, distill_config(correction), recipe.data.seq_length, value_bytes, workers=workers)
     if recipe.correct.method != "full":
         each = replace(each, optimizer=0, gradients=0, checkpoint=0)
-    return ProcessMemory(workers, each, "correct.training", "resources.workers")
+    return ProcessMemory(workers, each, recipe.correction_key, "resources.workers")
 
 
 def targets_memory(recipe: Recipe, teacher: Architecture, value_bytes: int) -> ProcessMemory:
@@ -105,8 +106,7 @@ def distillation_memory(
         measured=bool(training.evaluate_every),
         workers=workers,
     )
-    key = f"{recipe.key(member)}.distill" if member.distill else "distill"
-    return ProcessMemory(workers, each, key, "resources.workers")
+    return ProcessMemory(workers, each, recipe.distillation_key(member), "resources.workers")
 
 
 def evaluation_memory(recipe: Recipe, teacher: Architecture, largest: Architecture, value_bytes: int) -> ProcessMemory:
@@ -131,8 +131,13 @@ def trial_memory(recipe: Recipe, teacher: Architecture, largest: Architecture, v
     )
 
 
-def check_memory(stage: str, memory: ProcessMemory, available: int) -> None:
-    """Raise InputError if `stage`, by its name for messages, needs more than the `available` bytes of main memory."""
+def check_memory(
+    stage: str, memory: ProcessMemory, available: int, changed: Callable[[list[str]], ProcessMemory | None]
+) -> None:
+    """Raise InputError if `stage`, by its name for messages, needs more than the `available` bytes of main memory.
+
+    changed: its memory with changes of the recipe as KEY=VALUE; None if they contradict the recipe.
+    """
     if memory.total <= available:
         return
     problem = (
@@ -141,11 +146,24 @@ def check_memory(stage: str, memory: ProcessMemory, available: int) -> None:
     )
     remedy = "use a smaller teacher"
     if memory.key:
-        remedy = (
-            f"lower {memory.key}.micro_batch_rows or {memory.workers_key}, set {memory.key}.activation_checkpointing=full "
-            f"or {memory.key}.shard=true"
-        )
+        for changes in _changes(memory):
+            smaller = changed(changes)
+            if smaller and smaller.total <= available:
+                remedy = f"set {' and '.join(changes)}, which takes {smaller.total / 1e9:.1f} GB"
+                break
     raise InputError(problem, f"{remedy}, or use a machine with more memory")
+
+
+def _changes(memory: ProcessMemory) -> Iterator[list[str]]:
+    """Changes of the recipe that take less memory, the fewest first, and of as many those that cost the least time."""
+    changes = [
+        f"{memory.key}.micro_batch_rows=1",
+        f"{memory.key}.activation_checkpointing=full",
+        f"{memory.key}.shard=true",
+        f"{memory.workers_key}=1",
+    ]
+    for count in range(1, len(changes)):
+        yield from map(list, combinations(changes, count))
 
 
 def machine_memory(root: Path = Path("/")) -> int:

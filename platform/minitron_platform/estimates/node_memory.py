@@ -81,10 +81,14 @@ class NodeWork:
         room = gpus * int(1 / self.share + 1e-9) if self.share < 1 else int(gpus / self.share)
         return NodeMemory(max(1, min(self.processes, room)), self.each, self.file)
 
+    def fits_on(self, nodes: Sequence[GpuNode]) -> bool:
+        """Whether one of `nodes` has the memory for it; also if none is known."""
+        return not nodes or any(self.on(node.gpus).total <= node.memory for node in nodes)
+
     def check(self, stage: str, nodes: Sequence[GpuNode]) -> None:
         """Raise InputError if the stage fits on none of `nodes`; the remedy names the nearest settings that do. `stage` is the
         stage's name for the message."""
-        if not nodes or any(self.on(node.gpus).total <= node.memory for node in nodes):
+        if self.fits_on(nodes):
             return
         node = min(nodes, key=lambda node: self.on(node.gpus).total - node.memory)
         problem = f"{stage}: a node needs {self.on(node.gpus)} of main memory, and has {gigabytes(node.memory)}"
@@ -121,6 +125,12 @@ def training_work(training: GpuTraining | None, trials: int = 1) -> NodeWork | N
     )
     file = file_bytes(training.student, training.value_bytes)
     return NodeWork(training.share, trials * training.processes, each, file, training, trials)
+
+
+def trains_on(nodes: Sequence[GpuNode], trials: int, training: GpuTraining) -> bool:
+    """Whether one of `nodes` has the main memory for a training, `trials` of which run at once."""
+    work = training_work(training, trials)
+    return work is None or work.fits_on(nodes)
 
 
 def forward_work(models: Sequence[Architecture], value_bytes: int, resources: ResolvedResources) -> NodeWork | None:
@@ -185,7 +195,7 @@ def _changes(training: GpuTraining) -> Iterator[Change]:
     """Changes that take less main memory of a node; the one that costs least comes first."""
     config, key = training.config, training.key
     if training.share < 1:
-        yield "resources.gpus_per_trial=1", lambda training: replace(training, share=1.0)
+        yield f"{training.share_key}=1", lambda training: replace(training, share=1.0)
     several = training.processes > 1
     if config.optimizer == ADAMW_OFFLOAD:
         yield f"{key}.optimizer={ADAMW}", partial(_with, optimizer=ADAMW)

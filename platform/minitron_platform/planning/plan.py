@@ -17,6 +17,7 @@ from minitron.architecture.hardware import hardware_notes
 from minitron.attention import chosen_kernel
 from minitron.device import compute_dtype, cores, device
 from minitron.distill.fitting import Fit
+from minitron.errors import InputError
 from minitron.models import check_contents, source_architecture
 from minitron_platform.addresses import check_ray_address
 from minitron_platform.cluster.room import (
@@ -31,7 +32,7 @@ from minitron_platform.cluster.room import (
 )
 from minitron_platform.estimates.gpu import GpuTraining
 from minitron_platform.estimates.memory import ProcessMemory, check_memory, machine_memory
-from minitron_platform.estimates.node_memory import GpuNode, NodeMemory, NodeWork
+from minitron_platform.estimates.node_memory import GpuNode, NodeMemory, NodeWork, trains_on
 from minitron_platform.estimates.outlook import Estimate, Outlook
 from minitron_platform.estimates.phases import distillation_flops, trial_flops
 from minitron_platform.estimates.requests import HEARTBEATS_PER_HOUR, RECORDS_PER_HOUR
@@ -51,8 +52,9 @@ from minitron_platform.planning.disk import DiskNeed
 from minitron_platform.planning.simulation import simulate
 from minitron_platform.recipes.build import distillation_losses, separates_documents
 from minitron_platform.recipes.candidates import family_candidates
+from minitron_platform.recipes.consistency import check_consistency
 from minitron_platform.recipes.keys import named_by_key
-from minitron_platform.recipes.load import check_recipe_type
+from minitron_platform.recipes.load import changed_recipe, check_recipe_type
 from minitron_platform.recipes.resources import NODE_GPUS, ResolvedResources, gpu_warnings, resolve
 from minitron_platform.recipes.schema import Member, Recipe
 from minitron_platform.stages.finished import finished_stages
@@ -274,9 +276,11 @@ def plan(
     on_gpus = torch.cuda.is_available() or resources.uses_gpus
     free = storage.free_bytes(locations.storage) if storage.is_local(locations.storage) else None
     warnings = [tracking_warning] if tracking_warning else []
-    for cost, training in _gpu_trainings(costs):
-        training.check(_stage_text(cost))
     nodes = _gpu_nodes(recipe, resources, uses_cluster, there)
+    gpus = cluster.gpus if cluster and (given or joined or not uses_cluster) else None
+    for cost, training in _gpu_trainings(costs):
+        trials = cost.estimate.node.trials if cost.estimate.node else 1
+        training.check(_stage_text(cost), gpus=gpus, on_nodes=partial(trains_on, nodes, trials))
     for cost, work in _node_works(costs):
         work.check(_stage_text(cost), nodes)
     if given:
@@ -299,7 +303,7 @@ def plan(
     else:
         available = machine_memory()
         for cost, memory in _memories(costs, on_gpus):
-            check_memory(_stage_text(cost), memory, available)
+            check_memory(_stage_text(cost), memory, available, partial(_memory_with, outlook, cost))
         warnings += gpu_warnings(recipe, resources, torch.cuda.device_count(), dtype)
         if in_fp8 and not resources.uses_gpus:
             warnings.append(f"{in_fp8[0]}: CPUs emulate FP8, which is slower than bfloat16; results are those of FP8")
@@ -435,6 +439,23 @@ def _memories(costs: list[Cost], on_gpus: bool) -> list[tuple[Cost, ProcessMemor
     """Stages that are not done yet with their main memory; empty if models run on GPUs."""
     unfinished = [] if on_gpus else [cost for cost in costs if not cost.done]
     return [(cost, cost.estimate.memory) for cost in unfinished if cost.estimate.memory is not None]
+
+
+def _memory_with(outlook: Outlook, cost: Cost, overrides: list[str]) -> ProcessMemory | None:
+    """Main memory of a stage with these changes of the recipe; None if they contradict it."""
+    recipe = changed_recipe(outlook.recipe, overrides)
+    try:
+        check_consistency(recipe)
+        resources = resources_here(recipe, outlook.teacher, outlook.value_bytes)
+        changed = replace(outlook, recipe=recipe, resources=resources)
+        (estimate,) = (
+            stage.estimate(changed, member)
+            for stage, member in steps(recipe)
+            if (stage.name, member.model if member else "") == (cost.stage, cost.model)
+        )
+    except InputError:
+        return None
+    return estimate.memory
 
 
 def _gpu_trainings(costs: list[Cost]) -> list[tuple[Cost, GpuTraining]]:

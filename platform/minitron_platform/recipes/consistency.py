@@ -25,11 +25,11 @@ def check_consistency(recipe: Recipe) -> None:
 
 
 def trainings(recipe: Recipe) -> dict[str, Training]:
-    """Every training of the recipe by its key."""
+    """Every training that the recipe has a section for, by its key."""
     trainings = {"search.training": recipe.search.training, "distill": recipe.distill}
     trainings |= {f"{recipe.key(member)}.distill": member.distill for member in recipe.family if member.distill}
-    if correction := recipe.correction():
-        trainings["correct.training"] = correction
+    if recipe.correct and recipe.correct.training:
+        trainings["correct.training"] = recipe.correct.training
     return trainings
 
 

@@ -80,6 +80,14 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         raise _first_error(path, values, error) from error
 
 
+def changed_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """`recipe` with `overrides` such as "distill.steps=50", which must be valid."""
+    values = recipe.model_dump(by_alias=True)
+    for override in overrides:
+        _apply_override(values, override)
+    return Recipe.model_validate(values)
+
+
 def check_recipe_type(value: Any) -> None:
     """Raise InputError unless `value` is a recipe, for example for the name of one."""
     if not isinstance(value, Recipe):

@@ -97,7 +97,7 @@ def resolve(
 def _auto_workers(recipe: Recipe, gpus: int) -> int:
     """Number of training workers if the recipe leaves it open."""
     gpus_per_worker = recipe.resources.gpus_per_worker
-    max_workers = _smallest_batch(recipe)
+    max_workers = smallest_batch(recipe)
     if not gpus or gpus_per_worker == 0:
         return min(CPU_WORKERS, max_workers)
     if gpus_per_worker == "auto":
@@ -135,7 +135,7 @@ def _share(cpus: float, gpus: float) -> dict[str, float]:
     return {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
 
 
-def _smallest_batch(recipe: Recipe) -> int:
+def smallest_batch(recipe: Recipe) -> int:
     """The smallest number of rows in a step of any training that the workers do together."""
     trainings = [recipe.distillation(member) for member in recipe.family]
     if correction := recipe.correction():

@@ -491,9 +491,18 @@ class Recipe(_Section):
         }
         return self.distill.model_copy(update=changes)
 
+    @property
+    def correction_key(self) -> str:
+        """The recipe key whose settings the teacher's correction has, for messages."""
+        return "correct.training" if self.correct and self.correct.training else "distill"
+
     def key(self, member: Member) -> str:
         """The recipe key of `member`, for messages."""
         return f"family.{self.family.index(member)}"
+
+    def distillation_key(self, member: Member) -> str:
+        """The recipe key of the full distillation of `member`, for messages."""
+        return f"{self.key(member)}.distill" if member.distill else "distill"
 
     def origin(self, member: Member) -> Member | None:
         """The model of the family that `member` is pruned from; None if it is pruned from the teacher."""

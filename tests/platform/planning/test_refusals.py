@@ -71,7 +71,7 @@ BAD = {
     "too little memory": (
         ["--set", "distill.batch_rows=1000000", "--set", "distill.micro_batch_rows=1000000"],
         "distill of tiny-student: needs about",
-        "lower distill.micro_batch_rows or resources.workers",
+        "set distill.micro_batch_rows=1, which takes",
     ),
     "storage that is a file": (
         ["--storage", "text.jsonl"],
