@@ -135,7 +135,8 @@ def assumed_cluster(
         raise InputError(f"gpu: no data sheet is known of {gpu!r}", f"use one of {names}")
     if not 0 < utilisation <= 1:
         raise InputError(f"utilisation: {utilisation:g}", "give a share above 0, up to 1")
-    gpu = gpu.upper().removeprefix("NVIDIA ") if gpu.islower() else gpu
+    in_lower = {name.lower(): name for name in DATASHEETS}
+    gpu = in_lower.get(f"nvidia {gpu.lower().removeprefix('nvidia ')}", gpu).removeprefix("NVIDIA ")
     peak = sheet.float32_flops if dtype == torch.float32 else sheet.bfloat16_flops
     text = (
         f"models reach {utilisation:.0%} of the {peak / 1e12:g} TFLOP/s in the data sheet of an {gpu} in "

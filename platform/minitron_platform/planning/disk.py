@@ -37,7 +37,7 @@ class DiskNeed:
     def error(self, recipe: Recipe, fits: Callable[[Recipe], bool]) -> StorageError:
         """The error, with the settings that would be enough. fits: whether another recipe has room on the disk."""
         problem = self.problem
-        remedies = ["free some space, choose another location with --storage"]
+        remedies = ["free some space", "choose another location with --storage"]
         train_rows = recipe.data.train_rows
         rows = _most_rows(recipe, fits)
         if rows:
@@ -47,10 +47,7 @@ class DiskNeed:
             remedies.append("run the teacher during the distillation with targets.mode=online")
         if rows:
             remedies.append(f"lower data.train_rows to {rows}")
-        return StorageError(problem, ", ".join(remedies[:-1]) + f", or {remedies[-1]}" if remedies[1:] else _OR)
-
-
-_OR = "free some space, or choose another location with --storage"
+        return StorageError(problem, ", ".join(remedies[:-1]) + f", or {remedies[-1]}")
 
 
 def _most_rows(recipe: Recipe, fits: Callable[[Recipe], bool]) -> int:

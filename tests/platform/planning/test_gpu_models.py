@@ -55,7 +55,7 @@ def test_the_command_says_which_memory_and_speed_it_assumes(bench):
         assert done.returncode == 0, done.stderr
         return re.sub(r"\s+", " ", done.stdout)
 
-    assert "a GPU has 141 GB, by the data sheet of an H200" in told("--gpu", "h200")
+    assert "a GPU has 141 GB, by the data sheet of an H200" in told("--gpu", "nvidia h200")
     assert "a GPU has 20 GB, by resources.gpu_memory_bytes" in told("--set", "resources.gpu_memory_bytes=20e9")
     in_fp8 = told("--set", "distill.fp8=rowwise", "--set", "teacher.dtype=bfloat16")
     assert "distill.fp8: FP8 products are counted as long as those in bfloat16" in in_fp8
