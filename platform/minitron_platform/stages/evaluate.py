@@ -242,6 +242,14 @@ def _settings(state: RunState) -> dict[str, Any]:
     } | ({"task_folder": documents_identity(folder)} if (folder := state.recipe.evaluate.task_folder) else {})
 
 
+def measurement_fingerprint(state: RunState) -> str:
+    """Fingerprint of everything that the measurements of a model outside the recipe, such as the teacher or a variant of a
+    student, depend on besides that model."""
+    return storage.fingerprint(
+        {"targets": state.output(Targets).fingerprint, "version": Evaluate.version, **_settings(state)}
+    )
+
+
 def results_of_documents(context: Context, name: str) -> str:
     """File of the results of every held-out row and every document of the benchmarks for one of `MODELS`. There is none for a
     model that an earlier version evaluated."""
@@ -253,12 +261,7 @@ def _quality_path(context: Context, name: str, folder: str) -> str:
     """File of the measurements of model `name`; the family shares those of the teacher."""
     if name != "teacher":
         return storage.join(folder, f"{name}.json")
-    key = {
-        "targets": context.output(Targets).fingerprint,
-        "version": Evaluate.version,
-        **_settings(context),
-    }
-    return storage.join(context.locations.storage, "quality", f"{storage.fingerprint(key)}.json")
+    return storage.join(context.locations.storage, "quality", f"{measurement_fingerprint(context)}.json")
 
 
 @dataclass(frozen=True)

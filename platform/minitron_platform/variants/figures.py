@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version as package_version
 from typing import Any
 
 from torch import nn
@@ -18,7 +17,7 @@ from minitron_platform.gates.documents import documents_path
 from minitron_platform.locations import Locations
 from minitron_platform.recipes.build import worker_tasks
 from minitron_platform.report.finished_run import finished_run
-from minitron_platform.stages.evaluate import NOT_THE_SCORES, Evaluate, Evaluation, Quality, measure, read_quality
+from minitron_platform.stages.evaluate import Evaluation, Quality, measure, measurement_fingerprint, read_quality
 from minitron_platform.stages.stage_records import path_inside
 from minitron_platform.stages.state import RunState
 from minitron_platform.stages.targets import Targets, distill_inputs
@@ -63,7 +62,7 @@ def measured(
             f"its tokenizer turns text into other tokens than that of {title(parent)}: loss and KL cannot be compared",
             f"keep the tokenizer (a chat template may differ); or {UNMEASURED}",
         )
-    path = storage.join(weights.rsplit("/", 1)[0], f"quality-{_settings(state)}.json")
+    path = storage.join(weights.rsplit("/", 1)[0], f"quality-{measurement_fingerprint(state)}.json")
     task = Evaluation(
         inputs=distill_inputs(state),
         tokenizer=teacher,
@@ -89,15 +88,3 @@ def measured(
         documents=path_inside(state.locations.storage, documents_path(path)),
     )
     return VersionFigures(heldout=theirs.heldout, student=mine, teacher=theirs.teacher, parent=theirs.student), quality
-
-
-def _settings(state: RunState) -> str:
-    """Fingerprint of what a model's measurements depend on besides the model."""
-    return storage.fingerprint(
-        {
-            "targets": state.output(Targets).fingerprint,
-            "version": Evaluate.version,
-            "evaluate": state.recipe.evaluate.model_dump(exclude=NOT_THE_SCORES),
-            "lm_eval": package_version("lm_eval"),
-        }
-    )

@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import yaml
 from helpers.command import minitron_here
 from helpers.finished_run import results
 from helpers.fp8_checkpoint import fp8_config, in_fp8
@@ -97,6 +98,21 @@ def test_an_aligned_variant_is_measured_registered_once_and_promoted_if_it_is_no
     assert refused.returncode == 2
     assert "tiny-damaged is not promoted: held-out loss against its parent\n" in refused.stderr
     assert "tiny-damaged 1 (candidate), aligned from tiny-student version 1: " in command(copied, "models").stdout
+
+
+def test_a_variant_is_measured_again_when_the_documents_of_a_benchmark_change(copied: Path) -> None:
+    (path,) = (copied / "runs" / "runs").glob("*/recipe.yaml")
+    recipe = yaml.safe_load(path.read_text())
+    (task,) = recipe["evaluate"]["tasks"]
+    documents = Path(shutil.copy(task["data"], copied / "own.jsonl"))
+    task["data"] = str(documents)
+    path.write_text(yaml.safe_dump(recipe))
+    variant(copied, "chat", noise(1e-3))
+    add = ("models", "add", "chat", "--as", "tiny-measured", "--parent", "tiny-student/1", "--kind", "aligned")
+    assert "KL" in command(copied, *add).stdout
+    assert "KL" not in command(copied, *add).stdout
+    documents.write_text("".join(reversed(documents.read_text().splitlines(keepends=True))))
+    assert "KL" in command(copied, *add).stdout
 
 
 def test_a_quantised_variant_is_measured_dequantised_and_refused_with_the_remedy_if_that_is_impossible(
