@@ -35,6 +35,9 @@ class Score:
     num_clusters: int | None = None
     """Number of groups of documents that belong together, such as subjects or the questions on one passage; None if each
     document is on its own."""
+    num_tasks: int | None = None
+    """Of a group, the number of its tasks, to each of which a limit applies; None for one task, and in results of earlier
+    versions."""
 
     @property
     def shown_as(self) -> Metric:
@@ -43,11 +46,17 @@ class Score:
 
     @property
     def documents(self) -> str:
-        """The documents that were scored, in words: "first 40 of 1,172 documents of test"."""
+        """The documents that were scored, in words: "first 40 of 1,172 documents of test", and of a group "228 of 14,042
+        documents of test, the first ones of each of 57 tasks"."""
         if self.num_available is None:
             return f"first {self.num_documents:,} documents of {self.split}"
         if self.num_available == self.num_documents:
             return f"all {self.num_documents:,} documents of {self.split}"
+        if self.num_tasks is not None and self.num_tasks > 1:
+            return (
+                f"{self.num_documents:,} of {self.num_available:,} documents of {self.split}, the first ones of each of "
+                f"{self.num_tasks:,} tasks"
+            )
         return f"first {self.num_documents:,} of {self.num_available:,} documents of {self.split}"
 
     @property

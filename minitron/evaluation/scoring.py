@@ -178,6 +178,7 @@ def pooled(task: str, members: Mapping[str, Evaluated], samples: int, *, by_size
         higher_is_better=first.score.higher_is_better,
         num_available=sum(available),
         num_clusters=len(members) if by_size else None,
+        num_tasks=len(members),
     )
     kept = [
         Sample(f"{name}/{sample.id}", sample.value, sample.prompt, sample.target, sample.answer)

@@ -49,7 +49,9 @@ def test_a_task_a_group_and_a_stock_task_are_scored_with_a_folder(folder, data, 
     assert scores["own"].value == scores["arc_easy"].value
     assert scores["own"].version == "3"
     assert scores["own_both"].num_documents == 6
-    assert scores["own_both"].settings == "0-shot, first 6 of 12 documents of test, ± by 2 groups of them"
+    assert scores["own_both"].settings == (
+        "0-shot, 6 of 12 documents of test, the first ones of each of 2 tasks, ± by 2 groups of them"
+    )
 
 
 def test_python_of_a_folder_runs_only_with_allow_code(folder, data, tmp_path):
