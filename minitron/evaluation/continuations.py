@@ -10,7 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from minitron.evaluation.shared_prefix import SharedPrefix, shared_length
 from minitron.logits import Head, cache_slices
 from minitron.models import decoder_and_head
 from minitron.processes import all_rows, all_succeed, check_same, dealt
+
+Item = TypeVar("Item")
 
 MASK_BYTES = 256 << 20  # largest attention mask of a batch, float32 [rows, 1, length, length]
 
@@ -123,16 +125,22 @@ def log_likelihoods(
                 numbers = [number for row in each[0] for number, _ in row.outputs()]
                 yield from ((n, Answer(float(v[0]), bool(v[1]))) for n, v in zip(numbers, values, strict=True))
         prefix = _prefix(decoder, batches, continuations, head.weight.device)
-        for (batch, masked), counts in dealt(batches, model, together=together):
-            with torch.inference_mode():
-                hidden = _hidden(decoder, batch, head.weight, prefix, masked=masked)
-                answers = list(_batch_answers(hidden, batch, continuations, head))
-            if counts:
-                own += answers
-                if stored is not None:
-                    kept = [[answer.log_likelihood, answer.greedy] for _, answer in answers]
-                    stored.add(_name(batch, continuations), kept)
-                yield from answers
+
+        def computed() -> Iterator[tuple[list[_Row], _BatchAnswers]]:
+            for (batch, masked), counts in dealt(batches, model, together=together):
+                with torch.inference_mode():
+                    hidden = _hidden(decoder, batch, head.weight, prefix, masked=masked)
+                    answers = _BatchAnswers.begun(hidden, batch, continuations, head)
+                if counts:
+                    yield batch, answers
+
+        for batch, pending in _one_ahead(computed()):
+            answers = pending.wait()
+            own += answers
+            if stored is not None:
+                kept = [[answer.log_likelihood, answer.greedy] for _, answer in answers]
+                stored.add(_name(batch, continuations), kept)
+            yield from answers
     own_values = [[number, answer.log_likelihood, answer.greedy] for number, answer in own]
     mine = {number for number, _ in own}
     for number, log_likelihood, greedy in all_rows(
@@ -220,44 +228,87 @@ def _hidden(decoder: Any, batch: list[_Row], weight: Tensor, prefix: SharedPrefi
     dtype; rows are padded on the right."""
     length = len(batch[0])
     padded = [row.ids() + [0] * (length - len(row)) for row in batch]
-    ids = torch.tensor(padded, device=weight.device)
+    ids = _sent(torch.tensor(padded), weight.device)
     if not masked:  # causal attention ignores the padding on the right
         return decoder(input_ids=ids, use_cache=False).last_hidden_state
-    visible = torch.stack([row.visible(length) for row in batch])[:, None].to(weight.device)
+    visible = _sent(torch.stack([row.visible(length) for row in batch])[:, None], weight.device)
     mask = torch.zeros(visible.shape, dtype=weight.dtype, device=weight.device)
     mask.masked_fill_(~visible, torch.finfo(weight.dtype).min)
-    positions = torch.tensor([row.positions() + [0] * (length - len(row)) for row in batch], device=weight.device)
+    positions = _sent(torch.tensor([row.positions() + [0] * (length - len(row)) for row in batch]), weight.device)
     cached = (
         {"use_cache": False} if prefix is None else {"use_cache": True, "past_key_values": prefix.cache(len(batch))}
     )
     return decoder(input_ids=ids, attention_mask=mask, position_ids=positions, **cached).last_hidden_state
 
 
-def _batch_answers(
-    hidden: Tensor, batch: list[_Row], continuations: Sequence[Continuation], head: Head
-) -> Iterator[tuple[int, Answer]]:
-    numbers: list[int] = []
-    positions: list[tuple[int, int]] = []  # (row, position in the row) of every output that is needed
-    tokens: list[int] = []
-    for index, row in enumerate(batch):
-        for number, outputs in row.outputs():
-            numbers.append(number)
-            positions += [(index, position) for position in outputs]
-            tokens += continuations[number].tokens
-    row_index, position_index = torch.tensor(positions, device=hidden.device).T
-    targets = torch.tensor(tokens, device=hidden.device)
-    log_probs: list[Tensor] = []
-    is_top: list[Tensor] = []
-    start = 0
-    for logits in head.chunks(hidden[row_index, position_index]):
-        for part in cache_slices(logits):
-            values, target = logits[part], targets[start:][part]
-            log_probs.append((values.gather(1, target[:, None])[:, 0] - values.logsumexp(-1)).double())
-            is_top.append(values.argmax(-1) == target)
-        start += len(logits)
-    sizes = [len(continuations[number].tokens) for number in numbers]
-    # one copy from the GPU for the whole batch
-    values_by_answer, tops = torch.cat(log_probs).cpu().split(sizes), torch.cat(is_top).cpu().split(sizes)
-    results = zip(numbers, values_by_answer, tops, strict=True)
-    for number, values, top in results:
-        yield number, Answer(float(values.sum()), bool(top.all()))
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on `device`; a GPU copies it when it gets there, without making this process wait."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+def _one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The items, each after the next one was begun: a GPU has work while this process reads the results of a batch."""
+    before: list[Item] = []
+    for item in items:
+        yield from before
+        before = [item]
+    yield from before
+
+
+@dataclass(frozen=True)
+class _BatchAnswers:
+    """The answers of a batch, which a GPU may not have computed yet."""
+
+    numbers: list[int]
+    """Of the continuations."""
+    sizes: list[int]
+    """Their numbers of tokens."""
+    log_probs: Tensor
+    """float64 [sum of sizes], on the CPU."""
+    is_top: Tensor
+    """bool [sum of sizes], on the CPU."""
+    ready: torch.cuda.Event | None
+    """None if the tensors are complete."""
+
+    @classmethod
+    def begun(
+        cls, hidden: Tensor, batch: list[_Row], continuations: Sequence[Continuation], head: Head
+    ) -> _BatchAnswers:
+        numbers: list[int] = []
+        rows: list[int] = []
+        positions: list[int] = []  # with `rows`: every output that is needed
+        tokens: list[int] = []
+        for index, row in enumerate(batch):
+            for number, outputs in row.outputs():
+                numbers.append(number)
+                rows += [index] * len(outputs)
+                positions += outputs
+                tokens += continuations[number].tokens
+        row_index, position_index, targets = _sent(torch.tensor([rows, positions, tokens]), hidden.device)
+        log_probs: list[Tensor] = []
+        is_top: list[Tensor] = []
+        start = 0
+        for logits in head.chunks(hidden[row_index, position_index]):
+            for part in cache_slices(logits):
+                values, target = logits[part], targets[start:][part]
+                log_probs.append((values.gather(1, target[:, None])[:, 0] - values.logsumexp(-1)).double())
+                is_top.append(values.argmax(-1) == target)
+            start += len(logits)
+        sizes = [len(continuations[number].tokens) for number in numbers]
+        # one copy for the whole batch, into pinned memory
+        copies = [torch.cat(each).to("cpu", non_blocking=hidden.is_cuda) for each in (log_probs, is_top)]
+        ready = None
+        if hidden.is_cuda:
+            ready = torch.cuda.Event()
+            ready.record(torch.cuda.current_stream(hidden.device))
+        return cls(numbers, sizes, copies[0], copies[1], ready)
+
+    def wait(self) -> list[tuple[int, Answer]]:
+        """(index of a continuation, its answer), when they are known."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        values, tops = self.log_probs.split(self.sizes), self.is_top.split(self.sizes)
+        return [
+            (number, Answer(float(value.sum()), bool(top.all())))
+            for number, value, top in zip(self.numbers, values, tops, strict=True)
+        ]

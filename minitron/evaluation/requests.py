@@ -6,8 +6,8 @@ answer, a rolling request would start with BOS twice, and a truncated request wo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cached_property, lru_cache
+from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +15,14 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from minitron.data import DocumentTokens
+from minitron.evaluation.encoding import EncodedAhead
+
+
+def _encoded_texts(context: str, continuation: str) -> Iterator[str]:
+    """The texts that lm-eval encodes for a request; spaces at the end of a context belong to the continuation."""
+    yield context + continuation
+    if context:
+        yield context.rstrip()
 
 
 class DocumentRequests(HFLM):
@@ -27,10 +35,12 @@ class DocumentRequests(HFLM):
     """Number of truncated requests."""
 
     @cached_property
-    def _encoded(self) -> Callable[[str], list[int]]:
-        """The ids of a text, of which the last ones are kept: lm-eval encodes a context for each of its continuations."""
-        tokenizer = self.tokenizer  # without `self`, which would keep the model alive
-        return lru_cache(maxsize=8)(lambda text: tokenizer.encode(text, add_special_tokens=False))
+    def _encoded(self) -> EncodedAhead:
+        return EncodedAhead(self.tokenizer)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        self._encoded.plan([text for request in requests for text in _encoded_texts(*request.args)])
+        return super().loglikelihood(requests, disable_tqdm=True)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any

@@ -78,9 +78,6 @@ class Scorer(DocumentRequests):
         if self._progress is not None and now > before:
             self._progress(self._before + now, self._total)
 
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=True)
-
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
         """As the parent's, but every context is computed once for all of its continuations, and logits only for the tokens of
         continuations, because float32 [batch, length, vocabulary] does not fit into memory with a large model. Raises

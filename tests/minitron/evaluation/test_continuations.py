@@ -129,3 +129,11 @@ def test_a_context_is_computed_once(monkeypatch):
     asked = [Continuation([1, 2, 3, 4, 5, 6], [token, token]) for token in (7, 8, 9)]
     dict(log_likelihoods(model, asked, 8))
     assert seen == [(1, 6 + 3)]
+
+
+def test_a_batch_is_begun_before_the_answers_of_the_one_before_are_read():
+    model = tiny.model("llama")
+    begun = []
+    model.model.register_forward_pre_hook(lambda *_: begun.append(1))
+    answers = log_likelihoods(model, [Continuation([1, number], [2]) for number in range(3)], 1)
+    assert [(next(answers)[0], len(begun)) for _ in range(3)] == [(0, 2), (1, 3), (2, 3)]
