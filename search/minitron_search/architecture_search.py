@@ -71,7 +71,14 @@ def _search(
     steps = task.config.steps
     trial = partial(run_trial, task)
     if pool.workers > 1:
-        trial = partial(run_trial_on_workers, task, workers=pool.workers, share=pool.share, scratch=pool.scratch)
+        trial = partial(
+            run_trial_on_workers,
+            task,
+            workers=pool.workers,
+            least=pool.least,
+            share=pool.share,
+            scratch=pool.scratch,
+        )
     stored = StoredTrials(task.folder)
     failures: dict[Architecture, str] = {}
     forward: list[ScoredCandidate] | None = None

@@ -17,9 +17,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from minitron import storage
 from minitron.architecture import Architecture
 from minitron.log_records import make_records_safe
+from minitron_search.elastic import RESIZE_SECONDS, Checkpoints, ElasticPolicy
 from minitron_search.events import Event, Report
 from minitron_search.failures import first_cause
 from minitron_search.leaving import group_is_leaving
+from minitron_search.private_ray import is_private
 from minitron_search.search_task import SearchTask
 from minitron_search.torch_trainer import TorchTrainer
 from minitron_search.train_files import storage_settings
@@ -33,11 +35,13 @@ def run_trial_on_workers(
     report: Report,
     *,
     workers: int,
+    least: int | None = None,
     share: Mapping[str, float],
     scratch: str,
     until: int | None = None,
 ) -> None:
-    """Run `minitron_search.trial.run_trial` in `workers` processes, each of which requests `share` of Ray's resources.
+    """Run `minitron_search.trial.run_trial` in `workers` processes, each of which requests `share` of Ray's resources; with
+    `least` in fewer, at least that many, while the cluster has no room for all.
 
     Raises what a worker raised, or RayActorError for a worker that died. The caller restarts the trial, which then resumes from
     its checkpoint.
@@ -45,17 +49,30 @@ def run_trial_on_workers(
     if not prepare(task, architecture):
         return
     logging.getLogger("ray.train").setLevel(logging.ERROR)
+    here = {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(_this_node(), soft=False)}
     # A queue because `ray.train.report` is a barrier that waits for the controller's next poll, about two seconds every step.
-    this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": this_node})
+    events = Queue(actor_options=here)
     forwarder = threading.Thread(target=_forward, args=(events, report))
     forwarder.start()
+    elastic = least is not None and least < workers and not is_private()
+    checkpoints = ray.remote(Checkpoints).options(**here).remote() if elastic else None
+    scaling = ScalingConfig(
+        num_workers=(least, workers) if elastic else workers,
+        use_gpu=share.get("GPU", 0) > 0,
+        resources_per_worker=dict(share),
+        elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+    )
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"task": task, "architecture": architecture, "events": events, "until": until},
-        scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=share.get("GPU", 0) > 0, resources_per_worker=dict(share)
-        ),
+        train_loop_config={
+            "task": task,
+            "architecture": architecture,
+            "events": events,
+            "checkpoints": checkpoints,
+            "until": until,
+        },
+        scaling_config=scaling,
+        scaling_policy=ElasticPolicy(scaling, checkpoints) if elastic else None,
         # A new name each time: a trial resumes from its own verified checkpoints, not from Ray Train's snapshot.
         run_config=RunConfig(
             name=f"trial-{uuid.uuid4().hex[:8]}", **storage_settings(storage.join(scratch, "workers"))
@@ -69,8 +86,14 @@ def run_trial_on_workers(
         events.put(None)
         forwarder.join()
         events.shutdown(force=True)
+        if checkpoints is not None:
+            ray.kill(checkpoints)
     if until is None:
         drop_checkpoints(task.folder, architecture)
+
+
+def _this_node() -> str:
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def _forward(events: Queue, report: Report) -> None:
@@ -80,9 +103,16 @@ def _forward(events: Queue, report: Report) -> None:
 
 def _worker(config: dict[str, Any]) -> None:
     make_records_safe()
-    report = config["events"].put if dist.get_rank() == 0 else _ignore
-    train(config["task"], config["architecture"], report, group_is_leaving, until=config["until"])
+    is_first, checkpoints = dist.get_rank() == 0, config["checkpoints"]
+    train(
+        config["task"],
+        config["architecture"],
+        config["events"].put if is_first else _ignore,
+        group_is_leaving,
+        saved=checkpoints.resumable.remote if is_first and checkpoints is not None else _ignore,
+        until=config["until"],
+    )
 
 
-def _ignore(event: Event) -> None:
+def _ignore(*event: Event) -> None:
     pass

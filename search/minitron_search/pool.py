@@ -16,6 +16,7 @@ from minitron_search.arguments import absolute_path
 from minitron_search.events import Event, Report
 from minitron_search.nodes import possible_nodes
 from minitron_search.placement import max_concurrent_trials
+from minitron_search.placement_groups import remove_orphaned_groups
 from minitron_search.running_tune import RunningTune
 from minitron_search.trial_store import trial_key
 
@@ -28,18 +29,21 @@ class Pool:
     """How trials run on Ray, as many at a time as the cluster has resources for: more when a node joins, fewer when one leaves.
 
     `scratch` is a folder that all nodes share, for Ray's own files; it is deleted afterwards. A trial has `workers` processes
-    (several run in Ray Train), and each requests `share`: amounts by Ray's resource names, "memory" in bytes. A trial that
-    raises or whose worker dies is restarted up to `max_failures` times, unless the same error would come again (a loss that
-    is not finite, InputError, out of GPU memory). A trial that ran out of memory on a GPU that it shared runs again after the
-    others, with a whole GPU. `on_event(architecture, event)` is called in a thread of this process with every event of a
-    candidate (see `minitron_search.events`). `look()` is called every few seconds while trials are awaited; what it raises
-    cancels them. A relative `scratch` is made absolute. Raises InputError for a
+    (several run in Ray Train), and each requests `share`: amounts by Ray's resource names, "memory" in bytes. With `least` it
+    has fewer, at least that many, while there is no room for all of them, and grows at its next checkpoint after there is,
+    which changes results by rounding; on a private Ray, which is one node, it always has `workers`. A trial that raises or
+    whose worker dies is restarted up to `max_failures` times, unless the same error would come again (a loss that is not
+    finite, InputError, out of GPU memory). A trial that ran out of memory on a GPU that it shared runs again after the others, with a
+    whole GPU. `on_event(architecture, event)` is called in a thread of this process with every event of a candidate (see
+    `minitron_search.events`). `look()` is called every few seconds while trials are awaited; what it raises cancels them. A
+    relative `scratch` is made absolute. Raises InputError for a
     field of the wrong type or out of range.
     """
 
     scratch: str
     share: Mapping[str, float] = field(default_factory=lambda: {"CPU": 1})
     workers: int = 1
+    least: int | None = None
     max_failures: int = 3
     on_event: OnEvent | None = None
     look: Callable[[], None] = lambda: None
@@ -56,6 +60,10 @@ class Pool:
         check_type("max_failures", self.max_failures, Integral)
         if self.workers < 1:
             raise InputError(f"workers: {self.workers}", "give 1 or more")
+        if self.least is not None:
+            check_type("least", self.least, Integral)
+            if not 1 <= self.least <= self.workers:
+                raise InputError(f"least: {self.least}", f"give 1 to {self.workers}, the number of workers")
         if self.max_failures < 0:
             raise InputError(f"max_failures: {self.max_failures}", "give 0 or more")
 
@@ -80,7 +88,11 @@ class Pool:
 
     def single_process(self) -> Pool:
         """The same pool for work that runs in one process; with `workers` above 1 it does not share this pool's workers."""
-        return self if self.workers == 1 else replace(self, scratch=f"{self.scratch}-single", workers=1, _running=None)
+        return (
+            self
+            if self.workers == 1
+            else replace(self, scratch=f"{self.scratch}-single", workers=1, least=None, _running=None)
+        )
 
     def _on_whole_gpus(self) -> Pool:
         return replace(self, scratch=f"{self.scratch}-whole", share={**self.share, "GPU": 1}, _running=None)
@@ -108,7 +120,7 @@ class Pool:
             assert pool._running
             work_by_key = {key: partial(work, architecture) for key, architecture in by_key.items()}
             tune = pool._running.tune()
-            failed = tune.run(work_by_key, lambda key, event: self._forward(by_key[key], event), self.look)
+            failed = tune.run(work_by_key, lambda key, event: self._forward(by_key[key], event), self._look)
             refresh()
             failures = {a: failed[key] for key, a in by_key.items() if key in failed and not done(a)}
             if crowded_out := [by_key[key] for key in by_key if key in tune.crowded_out]:
@@ -126,18 +138,23 @@ class Pool:
         if self.on_event:
             self.on_event(architecture, event)
 
+    def _look(self) -> None:
+        if self.workers > 1:
+            remove_orphaned_groups()  # the workers' resources, if the process that has started them was on a lost node
+        self.look()
+
     def _at_once(self) -> int:
         """Number of trials that the nodes that are there now, and those that the autoscaler may start, can run."""
-        return max_concurrent_trials(possible_nodes(), self.share, self.workers)
+        return max_concurrent_trials(possible_nodes(), self.share, self.workers, self.least)
 
     def _check_room(self) -> None:
-        nodes = possible_nodes()
-        if max_concurrent_trials(nodes, self.share, self.workers):
+        if self._at_once():
             return
+        nodes = possible_nodes()
         available = {name: sum(node.get(name, 0) for node in nodes) for name in self.share}
         raise InputError(
-            f"a trial needs {self.workers} x ({_amounts(self.share)}), each on one node, and {len(nodes)} nodes have "
-            f"{_amounts(available)} in all",
+            f"a trial needs {self.least or self.workers} x ({_amounts(self.share)}), each on one node, and {len(nodes)} nodes "
+            f"have {_amounts(available)} in all",
             "lower resources.workers_per_trial, cpus_per_trial or gpus_per_trial, or use a larger cluster",
         )
 

@@ -95,11 +95,12 @@ def train(
     report: Report,
     is_leaving: Callable[[], bool],
     *,
+    saved: Callable[[], object] = lambda: None,
     until: int | None = None,
 ) -> None:
     """Run the trial in this process or, with torch.distributed, in each of several processes together: all of them measure,
     because a sharded student needs all of them to run, and rank 0 writes. is_leaving: whether the node of one of them is about
-    to be taken away; then a checkpoint is saved at once."""
+    to be taken away; then a checkpoint is saved at once. saved: called when a checkpoint has been committed."""
     _use_threads(task)
     started = time.perf_counter()
     materials = task.materials
@@ -115,7 +116,8 @@ def train(
         rung = _rung_result(task, architecture, step, model, teacher_head)
         report(RungReached(step, rung.kl, rung.loss))
 
-    def saved(step: int) -> None:
+    def on_saved(step: int) -> None:
+        saved()
         if is_leaving():
             report(Leaving(step))
 
@@ -128,7 +130,7 @@ def train(
         documents=materials.documents(),
         checkpoints=checkpoints(task.folder, architecture),
         key=trial_key(architecture),
-        saved=saved,
+        saved=on_saved,
         save_now=is_leaving,
         report=lambda step: report(Progress(step.step, step.metrics())),
         evaluate=measure,

@@ -13,6 +13,7 @@ from ray._private.authentication.authentication_token_setup import maybe_enable_
 from ray.cluster_utils import Cluster
 
 from minitron_platform.cluster import ray_session as local_ray
+from minitron_search import private_ray
 
 
 @contextmanager
@@ -22,8 +23,9 @@ def two_nodes(**settings: str) -> Iterator[Cluster]:
         # the token of this process's private Rays, because Ray keeps the first token that it reads
         for name, value in {**local_ray._private_settings(), "RAY_TMPDIR": folder, **settings}.items():
             patch.setenv(name, value)
+        patch.delenv(private_ray._MARK)  # it is a cluster
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-        head = {"num_cpus": 0, "include_dashboard": False}
+        head = {"num_cpus": 0, "memory": 0, "include_dashboard": False}
         quick = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000}
         made = Cluster(initialize_head=True, head_node_args={**head, "_system_config": quick})
         try:

@@ -297,6 +297,18 @@ def _node_of(cluster, pid):
     return raylets[int(listed.stdout)]
 
 
+def _node_of_the_trial(cluster):
+    """The node of the process that has started a trial's workers."""
+    actors = ray._private.state.actors().values()
+    at = [
+        actor["Address"]["NodeID"]
+        for actor in actors
+        if actor["State"] == "ALIVE" and actor["ActorClassName"] == "ImplicitFunc"
+    ]
+    (node,) = [node for node in cluster.worker_nodes if node.node_id in at]
+    return node
+
+
 def _remove_a_node(cluster, pid):
     cluster.remove_node(_node_of(cluster, pid), allow_graceful=False)
 
@@ -326,3 +338,77 @@ def test_a_search_resumes_a_trial_after_its_worker_or_node_was_killed(
     for architecture in candidates:  # the other trials were not disturbed
         if architecture not in struck:
             assert _steps(events, architecture) == list(range(1, LONG["steps"] + 1))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("lost", ["the trial's own process", "a worker"])
+def test_a_trial_of_two_workers_resumes_after_a_node_was_lost(cluster, made, candidates, tmp_path, lost):
+    """On a cluster without a dashboard, which Ray Train needs to free the resources that a lost trial had."""
+    while len(cluster.worker_nodes) < 2:
+        cluster.add_node(num_cpus=1)
+    task, events, struck = _long(made, tmp_path), [], []
+    deadline = time.monotonic() + 300
+
+    def look():
+        assert time.monotonic() < deadline
+        if struck or not any(isinstance(event, Progress) and event.step >= KILLED_AT for event in events):
+            return
+        own = _node_of_the_trial(cluster)
+        (other,) = [node for node in cluster.worker_nodes if node != own]
+        struck.append(own if lost == "the trial's own process" else other)
+        cluster.remove_node(struck[0], allow_graceful=False)
+        cluster.add_node(num_cpus=1)
+
+    pool = Pool(str(tmp_path / "tune"), workers=2, on_event=lambda architecture, event: events.append(event), look=look)
+    task = replace(task, config=replace(task.config, steps=200))
+    found = search(task, candidates[:1], pool=pool)
+    assert not found.failures
+    assert struck
+    (retried,) = [index for index, event in enumerate(events) if isinstance(event, Retried)]
+    steps = [event.step for event in events[retried:] if isinstance(event, Progress)]
+    assert steps[0] > LONG["checkpoint_every"]
+    assert steps == list(range(steps[0], 201))
+
+
+@pytest.mark.long
+def test_a_trial_goes_on_with_one_worker_while_a_node_is_missing(cluster, made, candidates, tmp_path, monkeypatch):
+    monkeypatch.setattr("minitron_search.distributed_trial.RESIZE_SECONDS", 1.0)
+    while len(cluster.worker_nodes) < 2:
+        cluster.add_node(num_cpus=1)
+    task, events, changes = _long(made, tmp_path / "trials"), [], []
+    task = replace(task, config=replace(task.config, steps=600))
+    architecture, deadline = candidates[0], time.monotonic() + 500
+
+    def starts():
+        return [index for index, event in enumerate(events) if isinstance(event, Started)]
+
+    def steps():
+        return [event.step for event in events[starts()[-1] :] if isinstance(event, Progress)] if starts() else []
+
+    def look():
+        assert time.monotonic() < deadline
+        if len(starts()) == 1 and not changes and len(steps()) > KILLED_AT:
+            own = _node_of_the_trial(cluster)
+            changes.append(next(node for node in cluster.worker_nodes if node != own))
+            cluster.remove_node(changes[0], allow_graceful=False)
+        if len(starts()) == 2 and len(changes) == 1 and len(steps()) > KILLED_AT:
+            changes.append(cluster.add_node(num_cpus=1))
+
+    pool = Pool(str(tmp_path / "tune"), workers=2, least=1, on_event=lambda _, event: events.append(event), look=look)
+    found = search(task, [architecture], pool=pool)
+    assert not found.failures
+    first, alone, together = starts()
+    assert [index for index, event in enumerate(events) if isinstance(event, Retried)] == [
+        alone - 1
+    ]  # growing is no failure
+    begun = [
+        next(event.step for event in events[at:] if isinstance(event, Progress)) for at in (first, alone, together)
+    ]
+    assert begun[0] == 1
+    assert begun[1] > LONG["checkpoint_every"]
+    assert begun[2] > begun[1] + KILLED_AT  # from a checkpoint of the one worker
+    assert steps() == list(range(begun[2], 601))
+    undisturbed = replace(task, folder=str(tmp_path / "undisturbed"))
+    run_trial(undisturbed, architecture, lambda event: None)
+    (alike,) = search(undisturbed, [architecture]).ranking
+    assert found.ranking[0].kl == pytest.approx(alike.kl, rel=1e-4)

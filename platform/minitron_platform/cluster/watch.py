@@ -118,7 +118,7 @@ def _state() -> Any:
 
 def _requested() -> list[Node]:
     """What every process requests in the placement groups of this program that do not have their resources yet."""
-    from minitron_platform.workers.requests import waiting_groups
+    from minitron_search.placement_groups import waiting_groups
 
     # of a group whose node was lost, only the lost bundles wait
     return [

@@ -19,17 +19,17 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from minitron import storage
 from minitron.errors import MinitronError, StorageError
 from minitron_platform.workers.calls import GroupEnded, Returned, start_calls
-from minitron_platform.workers.policies import CallFailurePolicy, CallScalingPolicy, ControllerStarted
-from minitron_platform.workers.requests import withdraw_requests
+from minitron_platform.workers.policies import CallFailurePolicy, ControllerStarted
 from minitron_platform.workers.serve import serve
 from minitron_platform.workers.worker import Worker
+from minitron_search.elastic import RESIZE_SECONDS, ElasticPolicy
 from minitron_search.failures import first_cause, reason
+from minitron_search.placement_groups import withdraw_requests
 from minitron_search.torch_trainer import TorchTrainer
 from minitron_search.train_files import storage_settings
 
 CLOSE_SECONDS = 30  # longest wait for workers to end by themselves
 LOOK_SECONDS = 2.0
-RESIZE_SECONDS = 10.0  # between two looks at the room that the cluster has for more workers
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -74,7 +74,7 @@ class WorkerGroup:
                 failure_config=failures,
             ),
             failure_policy=CallFailurePolicy(failures, self.calls),
-            scaling_policy=CallScalingPolicy(scaling, self.calls) if elastic else None,
+            scaling_policy=ElasticPolicy(scaling, self.calls) if elastic else None,
             callbacks=[ControllerStarted(self.calls)],
         )
         thread = ThreadPoolExecutor(1, thread_name_prefix="workers")

@@ -10,9 +10,9 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
 from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision
 
-from minitron_platform.workers import policies
 from minitron_platform.workers.calls import _Calls
-from minitron_platform.workers.policies import CallScalingPolicy
+from minitron_search import elastic
+from minitron_search.elastic import ElasticPolicy
 
 
 class Group:
@@ -25,18 +25,18 @@ class Group:
         actor = SimpleNamespace(
             may_resize=SimpleNamespace(remote=lambda *given: asyncio.run(self.calls.may_resize(*given)))
         )
-        monkeypatch.setattr(policies.ray, "get", lambda value, timeout=None: value)
-        monkeypatch.setattr(CallScalingPolicy, "_maybe_send_resource_request", lambda policy: None)
+        monkeypatch.setattr(elastic.ray, "get", lambda value, timeout=None: value)
+        monkeypatch.setattr(ElasticPolicy, "_maybe_send_resource_request", lambda policy: None)
         coordinator = _AutoscalingCoordinatorActor(
             send_resources_request=lambda bundles: None, get_cluster_nodes=self.nodes
         )
         coordinator.request_resources("group", [{"CPU": 1}] * 2, expire_after_s=1000)
         ask = SimpleNamespace(get_reserved_resources=SimpleNamespace(remote=coordinator.get_reserved_resources))
-        monkeypatch.setattr(CallScalingPolicy, "_autoscaling_coordinator", ask)
+        monkeypatch.setattr(ElasticPolicy, "_autoscaling_coordinator", ask)
         self.scaling = ScalingConfig(
             num_workers=(1, 2), resources_per_worker={"CPU": 1}, elastic_resize_monitor_interval_s=1e-9
         )
-        self.policy = CallScalingPolicy(self.scaling, actor)
+        self.policy = ElasticPolicy(self.scaling, actor)
         self.policy._requester_id = "group"
 
     def nodes(self):
