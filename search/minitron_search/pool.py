@@ -33,8 +33,8 @@ class Pool:
     has fewer, at least that many, while there is no room for all of them, and grows at its next checkpoint after there is,
     which changes results by rounding; on a private Ray, which is one node, it always has `workers`. A trial that raises or
     whose worker dies is restarted up to `max_failures` times, unless the same error would come again (a loss that is not
-    finite, InputError, out of GPU memory). A trial that ran out of memory on a GPU that it shared runs again after the others, with a
-    whole GPU. `on_event(architecture, event)` is called in a thread of this process with every event of a candidate (see
+    finite, InputError, out of GPU memory). A trial that ran out of memory on a GPU that it shared runs again after the others,
+    with a whole GPU. `on_event(architecture, event)` is called in a thread of this process with every event of a candidate (see
     `minitron_search.events`). `look()` is called every few seconds while trials are awaited; what it raises cancels them. A
     relative `scratch` is made absolute. Raises InputError for a
     field of the wrong type or out of range.

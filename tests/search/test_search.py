@@ -296,6 +296,9 @@ def test_the_number_of_concurrent_trials_depends_on_what_fits_on_each_node():
     assert max_concurrent_trials([gpu], {"CPU": 1, "GPU": 0.1}) == 16
     assert max_concurrent_trials([gpu, gpu], {"CPU": 1, "GPU": 1}, workers=3) == 5
     assert max_concurrent_trials([gpu, gpu], {"CPU": 1, "GPU": 8}, workers=2) == 1
+    assert max_concurrent_trials([gpu, gpu], {"CPU": 1, "GPU": 1}, workers=6, least=4) == 3  # of 6, 6 and 4 workers
+    assert max_concurrent_trials([gpu], {"CPU": 1, "GPU": 1}, workers=16, least=4) == 1
+    assert max_concurrent_trials([gpu], {"CPU": 1, "GPU": 1}, workers=16, least=9) == 0
     assert max_concurrent_trials([cpu], {"CPU": 1, "memory": 20e9}) == 3
     # memory is reserved for the processes that start the workers
     assert max_concurrent_trials([cpu], {"CPU": 1, "memory": 64e9}) == 0

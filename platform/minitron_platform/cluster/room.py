@@ -7,7 +7,6 @@ import os
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -16,7 +15,7 @@ from minitron.architecture import Architecture
 from minitron.device import compute_dtype, cores, gpu_bytes
 from minitron.errors import InputError
 from minitron_platform.estimates.gpu import are_trials_small
-from minitron_platform.recipes.resources import NODE_GPUS, ResolvedResources, resolve
+from minitron_platform.recipes.resources import NODE_GPUS, ResolvedResources, resolve, with_room_for
 from minitron_platform.recipes.schema import Recipe
 from minitron_search.nodes import Node, possible_nodes
 from minitron_search.placement import max_concurrent_trials
@@ -36,10 +35,7 @@ def resources_here(recipe: Recipe, teacher: Architecture, value_bytes: int) -> R
     size = gpu_bytes()
     small = gpus > 0 and are_trials_small(recipe, teacher, value_bytes, size)
     resources = resolve(recipe, gpus, gpu_memory_bytes=size, small_trials=small, gpus_per_node=gpus or NODE_GPUS)
-    if resources.least_workers and resources.gpus_per_worker:  # this machine does not grow
-        room = int(gpus / resources.gpus_per_worker)
-        resources = replace(resources, workers=max(resources.least_workers, min(resources.workers, room)))
-    return resources
+    return with_room_for(resources, gpus)  # this machine does not grow
 
 
 def resources_of_cluster(recipe: Recipe) -> ResolvedResources:
@@ -122,7 +118,9 @@ def private_node(resources: ResolvedResources) -> Node:
 
 def trials_at_once(resources: ResolvedResources, nodes: Sequence[Node]) -> int:
     """Number of trials that the nodes have CPU and GPU slots for; the main memory may allow fewer."""
-    return max_concurrent_trials(nodes, resources.trial_share, resources.workers_per_trial)
+    return max_concurrent_trials(
+        nodes, resources.trial_share, resources.workers_per_trial, resources.least_workers_per_trial
+    )
 
 
 def room_text(resources: ResolvedResources, nodes: Sequence[Node]) -> str:
@@ -174,7 +172,12 @@ def check_nodes(resources: ResolvedResources, nodes: Sequence[Node]) -> None:
     """Raise InputError if a cluster of these nodes is too small for a trial or the workers; Ray would wait forever instead."""
     cpus, gpus = (sum(node.get(unit, 0) for node in nodes) for unit in ("CPU", "GPU"))
     for key, count_key, count, share in (
-        ("trial", "workers_per_trial", resources.workers_per_trial, resources.trial_share),
+        (
+            "trial",
+            "workers_per_trial",
+            resources.least_workers_per_trial or resources.workers_per_trial,
+            resources.trial_share,
+        ),
         ("worker", "workers", resources.least_workers or resources.workers, resources.worker_share),
     ):
         each_cpus = share["CPU"]

@@ -252,7 +252,7 @@ def trials_on_gpus(
     return GpuTraining(
         key="search.training",
         workers_key="resources.workers_per_trial",
-        processes=resources.workers_per_trial,
+        processes=resources.least_workers_per_trial or resources.workers_per_trial,
         most_processes=recipe.search.training.batch_rows,
         share=min(1.0, resources.gpus_per_trial),
         gpu_bytes=resources.gpu_memory_bytes,
@@ -272,7 +272,7 @@ def trials_on_gpus(
 def are_trials_small(recipe: Recipe, teacher: Architecture, value_bytes: int, gpu_bytes: int) -> bool:
     """Whether TRIALS_PER_GPU trials fit into the memory of one GPU, estimated for a candidate as large as the teacher."""
     small = resolve(recipe, 1, gpu_memory_bytes=gpu_bytes, small_trials=True)
-    small = replace(small, workers_per_trial=1, gpus_per_trial=1 / TRIALS_PER_GPU)
+    small = replace(small, workers_per_trial=1, least_workers_per_trial=None, gpus_per_trial=1 / TRIALS_PER_GPU)
     training = trials_on_gpus(recipe, teacher, teacher, teacher, value_bytes, small)
     return training is not None and training.fit().fits
 

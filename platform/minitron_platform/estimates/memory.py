@@ -16,7 +16,7 @@ from minitron.evaluation.batches import CPU_ROWS
 from minitron.importance.estimate import BATCH_TOKENS
 from minitron.memory import MainMemory, forward_memory, training_memory
 from minitron_platform.recipes.build import distill_config
-from minitron_platform.recipes.schema import Member, Recipe
+from minitron_platform.recipes.schema import Member, Recipe, WorkerRange
 
 DRIVER_BYTES = 1_200_000_000  # of the driver and of Ray's own processes while workers train
 FORWARD_ROWS = 4  # rows of a batch in a forward pass without gradients
@@ -119,6 +119,7 @@ def evaluation_memory(recipe: Recipe, teacher: Architecture, largest: Architectu
 def trial_memory(recipe: Recipe, teacher: Architecture, largest: Architecture, value_bytes: int) -> MainMemory:
     """Memory of one worker of a trial. It keeps the model that candidates are pruned from, at most as large as the teacher,
     in memory from one trial to the next."""
+    workers = recipe.resources.workers_per_trial
     return training_memory(
         largest,
         distill_config(recipe.search.training),
@@ -127,7 +128,7 @@ def trial_memory(recipe: Recipe, teacher: Architecture, largest: Architecture, v
         teacher=teacher,
         whole_teacher=True,
         measured=True,
-        workers=recipe.resources.workers_per_trial,
+        workers=workers.min if isinstance(workers, WorkerRange) else workers,
     )
 
 

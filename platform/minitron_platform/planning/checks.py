@@ -200,7 +200,7 @@ def _check_seq_length(recipe: Recipe, max_seq_length: int | None) -> None:
 
 def _check_gpu_count(resources: ResolvedResources) -> None:
     available = torch.cuda.device_count()
-    trial = resources.workers_per_trial * resources.gpus_per_trial
+    trial = (resources.least_workers_per_trial or resources.workers_per_trial) * resources.gpus_per_trial
     needed = max(trial, (resources.least_workers or resources.workers) * resources.gpus_per_worker)
     if needed > available:
         raise InputError(

@@ -12,7 +12,7 @@ from minitron.errors import InputError
 from minitron_platform.cluster.room import Node, trials_at_once
 from minitron_platform.estimates.phases import TOKENS_PER_CPU_SECOND
 from minitron_platform.estimates.speed import Speed
-from minitron_platform.recipes.resources import NODE_GPUS, ResolvedResources
+from minitron_platform.recipes.resources import NODE_GPUS, ResolvedResources, with_room_for
 
 GPU = "H100"
 UTILISATION = 0.3  # of the data sheet's FLOP/s, as one H100 had in whole steps of a 3B model; below 1B it is much less
@@ -62,10 +62,7 @@ class Cluster:
 
     def fitted(self, resources: ResolvedResources) -> ResolvedResources:
         """`resources` on this cluster: of a range of workers, as many as have a GPU."""
-        workers = resources.workers
-        if resources.least_workers and resources.gpus_per_worker:
-            workers = max(resources.least_workers, min(workers, int(self.gpus / resources.gpus_per_worker)))
-        return replace(resources, workers=workers, gpus_per_node=self.gpus_per_node)
+        return replace(with_room_for(resources, self.gpus), gpus_per_node=self.gpus_per_node)
 
     def check(self, resources: ResolvedResources) -> None:
         """Raise InputError if trials and workers need more GPUs than there are, or none."""
@@ -83,7 +80,8 @@ class Cluster:
                     f"leave resources.gpus_per_{key} out and use no more workers than GPUs, or leave --gpus out",
                 )
         if not trials_at_once(resources, self.node_list):
-            needed = resources.workers_per_trial * resources.gpus_per_trial
+            least = resources.least_workers_per_trial or resources.workers_per_trial
+            needed = least * resources.gpus_per_trial
             raise InputError(
                 f"resources.workers_per_trial: a trial needs {needed:g} GPUs, {resources.gpus_per_trial:g} of them on "
                 f"one node, and there are {self.gpus} on nodes of {self.gpus_per_node}",

@@ -113,7 +113,9 @@ def _data_parallel(part: DataParallel, room: _Room) -> StageTime:
 def _trials(part: Trials, room: _Room) -> StageTime:
     """Trials start in their order, each as soon as there is room."""
     cluster = room.cluster
-    resources = replace(room.resources, workers_per_trial=part.workers, gpus_per_trial=part.gpus)
+    resources = replace(
+        room.resources, workers_per_trial=part.workers, least_workers_per_trial=None, gpus_per_trial=part.gpus
+    )
     at_once = trials_at_once(resources, cluster.node_list)
     count = len(part.shares)
     speed = cluster.gpu_flops * part.gpus * part.workers * part.balance

@@ -166,7 +166,8 @@ def _check_sampler(recipe: Recipe) -> None:
 
 
 def _check_workers_per_trial(recipe: Recipe) -> None:
-    workers = recipe.resources.workers_per_trial
+    given = recipe.resources.workers_per_trial
+    workers = given.max if isinstance(given, WorkerRange) else given
     rows = recipe.search.training.batch_rows
     if workers > rows:
         raise InputError(

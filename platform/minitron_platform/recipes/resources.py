@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,6 +27,8 @@ class ResolvedResources:
     max_failures: int
     least_workers: int | None = None
     """Smallest number of workers that go on after a loss; None if the number does not change."""
+    least_workers_per_trial: int | None = None
+    """The same of a trial."""
     gpu_memory_bytes: int = GPU_MEMORY_BYTES
     gpus_per_node: int = NODE_GPUS
 
@@ -63,23 +65,18 @@ def resolve(
     than rows in a step.
     """
     given = recipe.resources
-    least_workers = None
-    if given.workers == "auto":
-        workers = _auto_workers(recipe, gpus)
-    elif isinstance(given.workers, WorkerRange):
-        workers, least_workers = given.workers.max, given.workers.min
-    else:
-        workers = given.workers
+    workers, least_workers = _range(_auto_workers(recipe, gpus) if given.workers == "auto" else given.workers)
+    workers_per_trial, least_per_trial = _range(given.workers_per_trial)
     gpus_per_worker = given.gpus_per_worker
     if gpus_per_worker == "auto":
         gpus_per_worker = 1 if (least_workers or workers) <= gpus else 0
     gpus_per_trial = given.gpus_per_trial
-    if gpus_per_trial == "auto" and given.workers_per_trial > gpus:
+    if gpus_per_trial == "auto" and (least_per_trial or workers_per_trial) > gpus:
         gpus_per_trial = 0
     elif gpus_per_trial == "auto":
-        gpus_per_trial = 1 / TRIALS_PER_GPU if small_trials and given.workers_per_trial == 1 else 1
+        gpus_per_trial = 1 / TRIALS_PER_GPU if small_trials and workers_per_trial == 1 else 1
     return ResolvedResources(
-        workers_per_trial=given.workers_per_trial,
+        workers_per_trial=workers_per_trial,
         cpus_per_trial=given.cpus_per_trial,
         gpus_per_trial=gpus_per_trial,
         workers=workers,
@@ -87,9 +84,30 @@ def resolve(
         gpus_per_worker=gpus_per_worker,
         max_failures=given.max_failures,
         least_workers=least_workers,
+        least_workers_per_trial=least_per_trial,
         gpus_per_node=gpus_per_node,
         gpu_memory_bytes=int(
             (gpu_memory_bytes or GPU_MEMORY_BYTES) if given.gpu_memory_bytes == "auto" else given.gpu_memory_bytes
+        ),
+    )
+
+
+def _range(workers: int | WorkerRange) -> tuple[int, int | None]:
+    """The largest number of workers, and the smallest if it is another key of the recipe."""
+    return (workers.max, workers.min) if isinstance(workers, WorkerRange) else (workers, None)
+
+
+def with_room_for(resources: ResolvedResources, gpus: int) -> ResolvedResources:
+    """`resources` with as many workers of each range as have one of `gpus` GPUs."""
+
+    def fitting(most: int, least: int | None, gpus_each: float) -> int:
+        return max(least, min(most, int(gpus / gpus_each))) if least and gpus_each else most
+
+    return replace(
+        resources,
+        workers=fitting(resources.workers, resources.least_workers, resources.gpus_per_worker),
+        workers_per_trial=fitting(
+            resources.workers_per_trial, resources.least_workers_per_trial, resources.gpus_per_trial
         ),
     )
 
@@ -114,8 +132,20 @@ def gpu_warnings(recipe: Recipe, resources: ResolvedResources, gpus: int, dtype:
         return []
     given = recipe.resources
     settings = (
-        ("workers_per_trial", given.workers_per_trial, given.gpus_per_trial, resources.gpus_per_trial, ""),
-        ("workers", given.workers, given.gpus_per_worker, resources.gpus_per_worker, ", or leave it out,"),
+        (
+            "workers_per_trial",
+            resources.least_workers_per_trial or resources.workers_per_trial,
+            given.gpus_per_trial,
+            resources.gpus_per_trial,
+            "",
+        ),
+        (
+            "workers",
+            resources.least_workers or resources.workers,
+            given.gpus_per_worker,
+            resources.gpus_per_worker,
+            ", or leave it out,",
+        ),
     )
     warnings = [
         f"resources.{key}: {count} workers cannot share {gpus} GPU{'s' if gpus > 1 else ''}, so they train on CPUs; "

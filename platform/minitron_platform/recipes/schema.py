@@ -430,7 +430,7 @@ class Resources(_Section):
     together. `auto` depends on the available GPUs, see `minitron_platform.recipes.resources`. `price_per_gpu_hour` is only
     shown, by `plan` and in the report. `wait_timeout` is in seconds."""
 
-    workers_per_trial: Positive = 1
+    workers_per_trial: Positive | WorkerRange = 1
     cpus_per_trial: Cpus = 1
     gpus_per_trial: Gpus | Literal["auto"] = "auto"
     workers: Positive | WorkerRange | Literal["auto"] = "auto"

@@ -159,6 +159,7 @@ class Search(Stage[SearchOutput]):
             storage.join(folder, "tune"),
             share=resources.trial_share | ({"memory": memory} if memory else {}),
             workers=resources.workers_per_trial,
+            least=resources.least_workers_per_trial,
             max_failures=resources.max_failures,
             look=context.workers.look,
         )

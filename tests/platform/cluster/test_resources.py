@@ -59,6 +59,8 @@ CASES = {
     "a part for each worker": ({"gpus_per_worker": 0.5}, 2, True, (1, 0.25, 1, 0.5)),
     "trials of several workers": ({"workers_per_trial": 2}, 2, True, (2, 1, 2, 1)),
     "trials of more workers than GPUs": ({"workers_per_trial": 2}, 1, True, (2, 0, 1, 1)),
+    "a range for trials": ({"workers_per_trial": "{min: 2, max: 4}"}, 2, True, (4, 1, 2, 1)),
+    "a range for trials of more workers than GPUs": ({"workers_per_trial": "{min: 3, max: 4}"}, 2, True, (4, 0, 2, 1)),
     "numbers": ({"gpus_per_trial": 1, "workers": 8, "gpus_per_worker": 1}, 0, False, (1, 1, 8, 1)),
 }
 

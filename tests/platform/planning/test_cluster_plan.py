@@ -72,10 +72,11 @@ def test_more_workers_of_a_recipe_are_faster():
 
 
 def test_of_a_range_of_workers_as_many_work_as_there_are_gpus(bench):
-    recipe = load_recipe(str(bench / "recipe.yaml"), ["resources.workers={min: 1, max: 4}"])
+    ranges = [f"resources.{key}={{min: 1, max: 4}}" for key in ("workers", "workers_per_trial")]
+    recipe = load_recipe(str(bench / "recipe.yaml"), ranges)
     for gpus, workers in ((2, 2), (8, 4)):
         planned = plan(recipe, storage_path=bench / "planned", cluster=assumed_cluster(gpus))
-        assert planned.resources.workers == workers
+        assert (planned.resources.workers, planned.resources.workers_per_trial) == (workers, workers)
 
 
 def small(part, gpus=4, **resources):
