@@ -139,8 +139,7 @@ class Pool:
             self.on_event(architecture, event)
 
     def _look(self) -> None:
-        if self.workers > 1:
-            remove_orphaned_groups()  # the workers' resources, if the process that has started them was on a lost node
+        remove_orphaned_groups()  # resources of several workers, if what has started them was on a lost node or cancelled
         self.look()
 
     def _at_once(self) -> int:
