@@ -303,7 +303,7 @@ def _node_of_the_trial(cluster):
     at = [
         actor["Address"]["NodeID"]
         for actor in actors
-        if actor["State"] == "ALIVE" and actor["ActorClassName"] == "ImplicitFunc"
+        if actor["State"] == "ALIVE" and "ImplicitFunc" in actor["ActorClassName"]
     ]
     (node,) = [node for node in cluster.worker_nodes if node.node_id in at]
     return node
