@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from minitron_platform.gates.gate import Subject, Verdict
+from minitron_platform.gates.gate import NO_FIGURES, Status, Subject, Verdict
 from minitron_platform.gates.not_worse import Field, heldout_verdicts, task_verdicts
 from minitron_platform.tracking import lineage
 from minitron_platform.tracking.variant_tags import PARENT_TAG, kind_of
@@ -21,7 +21,8 @@ def champion(subject: Subject) -> list[Verdict]:
     title = f"against version {subject.champion.version}"
     mine, theirs = subject.figures, figures_of(subject.champion)
     if mine is None or theirs is None:
-        return [Verdict(f"quality {title}", "unknown", "no figures are recorded")]
+        status: Status = "unknown" if theirs is None else "failed"
+        return [Verdict(f"quality {title}", status, NO_FIGURES)]
     documents = [subject.documents(each.student.documents) for each in (mine, theirs)]
     verdicts = []
     if not _same_rows(subject.version, subject.champion, mine, theirs):

@@ -13,6 +13,8 @@ from minitron_platform.recipes.schema import Gates
 from minitron_platform.tracking.version_figures import VersionFigures, figures_of
 
 Status = Literal["passed", "failed", "unknown"]
+NOT_MEASURED = "not measured"
+NO_FIGURES = "no figures are recorded"
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Verdict:
 
     gate: str
     status: Status
-    """`unknown` if there is nothing to judge by, which refuses nothing."""
+    """`unknown` if there is nothing to judge by, which refuses nothing. What a limit of the recipe asks for, and what the
+    model that it is compared with has, must be known."""
     measured: str
     limit: str = ""
 
@@ -52,6 +55,8 @@ class Subject:
 Gate = Callable[[Subject], list[Verdict]]
 
 
-def at_most(gate: str, value: float, limit: float, text: Callable[[float], str]) -> Verdict:
-    """The verdict on a figure that may be no larger than a limit."""
+def at_most(gate: str, value: float | None, limit: float, text: Callable[[float], str]) -> Verdict:
+    """The verdict on a figure that may be no larger than a limit. One that is not known, or NaN, fails."""
+    if value is None:
+        return Verdict(gate, "failed", NOT_MEASURED, f"at most {text(limit)}")
     return Verdict(gate, "passed" if value <= limit else "failed", text(value), f"at most {text(limit)}")

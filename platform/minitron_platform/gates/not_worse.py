@@ -7,13 +7,14 @@ from typing import Literal
 
 from minitron.evaluation.metrics import KL, LOSS
 from minitron_platform.gates.documents import Documents
-from minitron_platform.gates.gate import Verdict
+from minitron_platform.gates.gate import NOT_MEASURED, Verdict
 from minitron_platform.gates.paired import Worse, worse_rows, worse_task
 from minitron_platform.tracking.version_figures import Measured
 
 Field = Literal["kl", "loss"]
 METRICS = {"kl": KL, "loss": LOSS}
 BEYOND = "not worse beyond the interval"
+OTHERWISE = "scored on other documents or in another way"
 
 
 def heldout_verdicts(
@@ -27,27 +28,31 @@ def heldout_verdicts(
     """On the held-out metrics `fields`, of which lower is better. documents: of both models. allowed: by how much a metric may
     be worse; None for not at all."""
     for field in fields:
-        mean, other = getattr(mine, field), getattr(theirs, field)
+        mean, other, metric = getattr(mine, field), getattr(theirs, field), METRICS[field]
+        gate = f"{metric.name} {title}"
+        limit = BEYOND if allowed is None else f"at most {metric.text(allowed)} worse"
         if mean is not None and other is not None:
-            metric = METRICS[field]
-            limit = BEYOND if allowed is None else f"at most {metric.text(allowed)} worse"
             worse = worse_rows(field, mean, other, *documents)
-            yield _verdict(f"{metric.name} {title}", worse, allowed or 0.0, worse.text(metric), limit)
+            yield _verdict(gate, worse, allowed or 0.0, worse.text(metric), limit)
+        elif other is not None:
+            yield Verdict(gate, "failed", NOT_MEASURED, limit)
 
 
 def task_verdicts(
     title: str, mine: Measured, theirs: Measured, documents: Sequence[Documents | None]
 ) -> Iterator[Verdict]:
-    """On the benchmarks that both have. documents: of both models."""
-    for task, score in mine.tasks.items():
-        if task not in theirs.tasks:
+    """On the other one's benchmarks. documents: of both models."""
+    for task, other in theirs.tasks.items():
+        score = mine.tasks.get(task)
+        if score is None:  # one that failed has a verdict of its own
+            yield Verdict(f"{task} {title}", "unknown", NOT_MEASURED)
             continue
-        worse = worse_task(task, score, theirs.tasks[task], *documents)
+        worse = worse_task(task, score, other, *documents)
         if worse is None:
-            yield Verdict(f"{task} {title}", "unknown", "scored on other documents or in another way")
+            yield Verdict(f"{task} {title}", "unknown", OTHERWISE)
         else:
             yield _verdict(f"{task} {title}", worse, 0.0, worse.text(score.shown_as), BEYOND)
 
 
 def _verdict(gate: str, worse: Worse, allowed: float, measured: str, limit: str) -> Verdict:
-    return Verdict(gate, "failed" if worse.at_least > allowed else "passed", measured, limit)
+    return Verdict(gate, "passed" if worse.at_least <= allowed else "failed", measured, limit)

@@ -43,7 +43,7 @@ def worse_rows(
 ) -> Worse:
     """For the held-out metric `name` (loss or kl), of which lower is better."""
     rows = [each.rows[name] for each in (model, reference) if each is not None]
-    if len(rows) == 2 and len(rows[0]) == len(rows[1]) > 1:
+    if len(rows) == 2 and len(rows[0]) == len(rows[1]) > 1 and all(map(math.isfinite, rows[0] + rows[1])):
         differences = [mine - other for mine, other in zip(*rows, strict=True)]
         stderr = standard_error(differences, range(len(differences)))
         assert stderr is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import shutil
 import sys
@@ -105,6 +106,7 @@ def registry(tmp_path: Path, checkpoints: Path, empty_database: Path, load_once:
         kind: str | None = None,
         pruned: float = 2.0,
         pruned_kl: float = 0.0,
+        lacks: str | None = None,
         **student: Any,
     ) -> dict[str, str]:
         name = f"model-{len(list(tmp_path.iterdir()))}"
@@ -112,9 +114,18 @@ def registry(tmp_path: Path, checkpoints: Path, empty_database: Path, load_once:
         parent = measured(tmp_path, "parent") if kind else None
         before = measured(tmp_path, "pruned", worse=pruned, worse_kl=pruned_kl)
         figures = VersionFigures(heldout="rows", student=mine, teacher=teacher, pruned=before, parent=parent)
+        values = figures.model_dump(mode="json")
+        match lacks:
+            case "teacher":
+                del values["teacher"]
+            case "the teacher's tasks":
+                values["teacher"]["tasks"] = {}
+            case "kl":
+                values["student"]["kl"] = None
+        recorded = {} if lacks == "figures" else {"minitron.figures": json.dumps(values)}
         return {
             **({"minitron.kind": kind, "minitron.cut_from": f"{NAME} version 1"} if kind else {}),
-            "minitron.figures": figures.model_dump_json(),
+            **recorded,
             "minitron.parameters": str(parameters),
             "minitron.gates": (gates or Gates()).model_dump_json(),
         }
@@ -177,6 +188,24 @@ def test_a_good_version_passes_and_who_promoted_it_and_what_was_measured_is_on_t
 )
 def test_a_version_that_fails_one_gate_is_refused(registry: Any, gate: str, changes: dict[str, Any]) -> None:
     assert registry.failed(**changes) == [gate]
+
+
+@pytest.mark.parametrize(
+    ("gates", "changes"),
+    [
+        (["quality against version 1"], {"lacks": "figures"}),
+        (["quality", "quality against version 1"], {"lacks": "figures", "gates": Gates(max_task_loss=0.1)}),
+        (["KL to the teacher", "KL to the teacher against version 1"], {"lacks": "kl", "gates": Gates(max_kl=9.0)}),
+        (["loss against the teacher"], {"lacks": "teacher", "gates": Gates(max_loss_increase=9.0)}),
+        (["quiz against the teacher"], {"lacks": "the teacher's tasks", "gates": Gates(max_task_loss=1.0)}),
+        (["held-out loss against version 1"], {"worse_loss": math.nan}),
+        (["quiz against the teacher"], {"wrong": 40, "lacks": "teacher", "gates": Gates(max_task_loss=1.0)}),
+    ],
+)
+def test_what_a_limit_or_the_champion_asks_for_must_have_been_measured(
+    registry: Any, gates: list[str], changes: dict[str, Any]
+) -> None:
+    assert set(gates) <= set(registry.failed(**changes))
 
 
 def test_a_version_that_is_worse_than_the_champion_is_refused_if_the_difference_is_beyond_its_uncertainty(
