@@ -263,9 +263,9 @@ class _BatchAnswers:
     """Of the continuations."""
     sizes: list[int]
     """Their numbers of tokens."""
-    log_probs: Tensor
+    log_probs: Tensor = field(repr=False)
     """float64 [sum of sizes], on the CPU."""
-    is_top: Tensor
+    is_top: Tensor = field(repr=False)
     """bool [sum of sizes], on the CPU."""
     ready: torch.cuda.Event | None
     """None if the tensors are complete."""
