@@ -203,8 +203,9 @@ def _private_settings() -> dict[str, str]:
     """Environment variables for a private Ray and its workers."""
     global _local_token
     settings = private_settings()
-    if auth_token() is None:
-        # Otherwise Ray would write a token into the home folder. One per process, because Ray caches the first one.
+    if _local_token or auth_token() is None:
+        # Otherwise Ray would write a token into the home folder. One per process, because Ray caches the first one: a file that
+        # another program writes there meanwhile would be of no use.
         _local_token = _local_token or secrets.token_hex(32)
         settings["RAY_AUTH_TOKEN"] = _local_token
     # Workers find installed packages by themselves; packages that are only on sys.path must be on PYTHONPATH. Never put

@@ -130,7 +130,9 @@ def room_text(resources: ResolvedResources, nodes: Sequence[Node]) -> str:
     available = counted(gpus, "GPU") if gpus else "no GPU"
     workers = counted(resources.workers, "worker")
     trials = counted(num_trials, "trial")
-    per_trial = f" of {resources.workers_per_trial} workers" if resources.workers_per_trial > 1 else ""
+    least = resources.least_workers_per_trial
+    fewest = f"{least} to " if least and least < resources.workers_per_trial else ""
+    per_trial = f" of {fewest}{resources.workers_per_trial} workers" if resources.workers_per_trial > 1 else ""
     return (
         f"{available}: {workers} with {_share_text(resources.worker_share, resources.workers)}, "
         f"up to {trials} at once{per_trial} "

@@ -107,8 +107,8 @@ def test_a_variant_is_measured_again_when_the_documents_of_a_benchmark_change(co
     documents = Path(shutil.copy(task["data"], copied / "own.jsonl"))
     task["data"] = str(documents)
     path.write_text(yaml.safe_dump(recipe))
-    variant(copied, "chat", noise(1e-3))
-    add = ("models", "add", "chat", "--as", "tiny-measured", "--parent", "tiny-student/1", "--kind", "aligned")
+    variant(copied, "measured", noise(2e-3))
+    add = ("models", "add", "measured", "--as", "tiny-measured", "--parent", "tiny-student/1", "--kind", "aligned")
     assert "KL" in command(copied, *add).stdout
     assert "KL" not in command(copied, *add).stdout
     documents.write_text("".join(reversed(documents.read_text().splitlines(keepends=True))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import ray
@@ -49,3 +50,16 @@ def test_a_head_that_listens_on_the_loopback_interface_alone_is_seen_and_joined(
         [sys.executable, "-c", JOINING, address], env=environment() | token, capture_output=True, text=True, timeout=120
     )
     assert done.stdout.strip() == "3", done.stderr
+
+
+def test_a_token_that_another_program_writes_later_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray keeps the first token of a process."""
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    token = _private_settings()["RAY_AUTH_TOKEN"]
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray/auth_token").write_text("x" * 64)
+    assert _private_settings()["RAY_AUTH_TOKEN"] == token
