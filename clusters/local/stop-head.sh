@@ -3,6 +3,10 @@
 set -euo pipefail
 
 folder="${MINITRON_RAY_FOLDER:-/tmp/minitron-ray-$(id -u)}"
+if [ $# -gt 0 ]; then
+  echo "stop-head.sh takes no options; it ends the head with its files in \$MINITRON_RAY_FOLDER, now $folder" >&2
+  exit 2
+fi
 if [ ! -O "$folder" ] || ! pid="$(cat "$folder/head.pid" 2>/dev/null)"; then
   echo "start-head.sh has started no head in the background with its files in $folder" >&2
   exit 1

@@ -1,7 +1,7 @@
 """Files, and folders that are whole or invisible, on local disks and at any address that fsspec reaches."""
 
 from minitron.redaction import redact, secret_in
-from minitron.storage.addresses import absolute, filesystem, is_local, join, local_path
+from minitron.storage.addresses import absolute, check_address, filesystem, is_local, join, local_path
 from minitron.storage.copies import fetch, fetch_file
 from minitron.storage.files import (
     MANIFEST,
@@ -44,6 +44,7 @@ __all__ = [
     "PRIVATE",
     "absolute",
     "access_errors",
+    "check_address",
     "commit_files",
     "committed_folder",
     "create_bytes",

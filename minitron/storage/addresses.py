@@ -19,7 +19,8 @@ REMOTE = tuple(scheme for scheme in STORAGES if scheme != "memory")  # with a bu
 
 
 def check_address(path: str) -> None:
-    """Raise StorageError for an address that fsspec would read as another one than is meant, or that may hold a secret."""
+    """Raise StorageError for an address that fsspec would read as another one than is meant, that may hold a secret, or whose
+    scheme is not supported."""
     scheme, separator, inner = path.partition("://")
     mistyped = next((known for known in REMOTE if path.startswith(f"{known}:")), None)
     if mistyped and not separator:
@@ -45,15 +46,15 @@ def check_address(path: str) -> None:
             "remove them, and set the storage's own environment variables or files, such as AWS_ACCESS_KEY_ID or "
             "~/.aws/credentials",
         )
+    if separator and scheme not in SCHEMES:
+        raise StorageError(f"{redact(path)!r}: scheme {scheme!r} is not allowed", f"use one of {', '.join(SCHEMES)}")
 
 
 def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The filesystem of `path` and the path inside it. Raises StorageError for unsupported schemes, missing drivers, and what
-    `check_address` refuses."""
+    """The filesystem of `path` and the path inside it. Raises StorageError for missing drivers, and what `check_address`
+    refuses."""
     check_address(path)
     scheme = path.split("://", 1)[0] if "://" in path else "file"
-    if scheme not in SCHEMES:
-        raise StorageError(f"{redact(path)!r}: scheme {scheme!r} is not allowed", f"use one of {', '.join(SCHEMES)}")
     if scheme in REMOTE:
         quiet_drivers()
     try:

@@ -21,17 +21,38 @@ def cluster() -> None:
 cluster.add_command(render)
 
 
-@cluster.command(context_settings={"ignore_unknown_options": True})
-@click.option("--nodes", type=int, required=True, metavar="N", help="Number of nodes.")
-@click.option("--rank", type=int, required=True, metavar="N", help="0 on one node, 1 or more on the others.")
-@click.option("--head", required=True, metavar="HOST", help="Name or address of the node with rank 0.")
-@click.option("--port", type=int, default=6379, show_default=True, metavar="N", help="Of Ray's head; must be free.")
-@click.option("--cpus", type=int, metavar="N", help="CPUs of this node for Ray. [default: all]")
-@click.option("--gpus", type=int, metavar="N", help="GPUs of this node for Ray. [default: all]")
+@cluster.command(context_settings={"allow_interspersed_args": False})  # options behind COMMAND are its own
+@click.option("--nodes", type=click.IntRange(1), required=True, metavar="N", help="Number of nodes.")
 @click.option(
-    "--notice", type=float, default=120, show_default=True, metavar="SECONDS", help="From SIGUSR1 until the end."
+    "--rank", type=click.IntRange(0), required=True, metavar="N", help="0 on one node, 1 or more on the others."
 )
-@click.option("--timeout", type=float, default=900, show_default=True, metavar="SECONDS", help="For all nodes to join.")
+@click.option("--head", required=True, metavar="HOST", help="Name or address of the node with rank 0.")
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    default=6379,
+    show_default=True,
+    metavar="N",
+    help="Of Ray's head; must be free.",
+)
+@click.option("--cpus", type=click.IntRange(0), metavar="N", help="CPUs of this node for Ray. [default: all]")
+@click.option("--gpus", type=click.IntRange(0), metavar="N", help="GPUs of this node for Ray. [default: all]")
+@click.option(
+    "--notice",
+    type=click.FloatRange(0),
+    default=120,
+    show_default=True,
+    metavar="SECONDS",
+    help="From SIGUSR1 until the end.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0),
+    default=900,
+    show_default=True,
+    metavar="SECONDS",
+    help="For all nodes to join.",
+)
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def launch(
     nodes: int,
@@ -53,6 +74,10 @@ def launch(
     from minitron_platform.cluster.launch import Place
     from minitron_platform.cluster.launch import launch as launch_command
 
+    if rank >= nodes:
+        raise InputError(
+            f"--rank {rank} of --nodes {nodes}: the nodes have the ranks 0 to {nodes - 1}", "correct one of them"
+        )
     if rank == 0 and not command:
         raise InputError("--rank 0 without a command", "give it behind --")
     place = Place(rank=rank, nodes=nodes, head=head, port=port, cpus=cpus, gpus=gpus)

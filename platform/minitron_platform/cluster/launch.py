@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import socket
 import time
@@ -95,6 +96,8 @@ def launch(command: Sequence[str], place: Place, *, notice: float, timeout: floa
             "set RAY_AUTH_TOKEN to the same secret on all nodes (openssl rand -hex 32), or RAY_AUTH_TOKEN_PATH to its file",
         )
     _check_head(place)
+    if place.rank == 0 and shutil.which(command[0]) is None:  # it is started when all nodes have joined
+        raise InputError(f"{command[0]}: there is no such program", "activate the environment that has it")
     signals = _Signals()
     deadline = time.monotonic() + timeout
     with environment_variables({**QUIET, "RAY_AUTH_MODE": "token"}):
@@ -175,6 +178,8 @@ def _worker_arguments(place: Place) -> list[str]:
 def _check_head(place: Place) -> None:
     """Raise InputError for a head whose name is not known, or, on its node, whose port is in use."""
     try:
+        if not place.head:
+            raise OSError("no name")
         socket.gethostbyname(place.head)
     except (OSError, UnicodeError) as error:
         raise InputError(f"--head {place.head}: {error}", "give a name or address that all nodes know") from error

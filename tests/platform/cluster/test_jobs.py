@@ -330,32 +330,49 @@ def test_a_missing_token_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         status("http://127.0.0.1:1")
 
 
-def test_a_head_listens_on_loopback_and_keeps_its_session_where_no_other_user_can_enter(tmp_path: Path) -> None:
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """An empty folder whose path is short enough for Ray's sockets."""
+    with tempfile.TemporaryDirectory(prefix="mh-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def own_ports() -> list[str]:
+    """Options of start-head.sh: ports at which no other Ray of this machine listens."""
+    options = ("--port", "--dashboard-port", "--ray-client-server-port")
+    return [word for pair in zip(options, free_ports(3), strict=True) for word in pair]
+
+
+def test_a_head_listens_on_loopback_and_keeps_its_session_where_no_other_user_can_enter(short_path: Path) -> None:
     """Ray gives its session folder, with the code of jobs, the mode 0777."""
-    (tmp_path / "checkout/clusters/local").mkdir(parents=True)
-    script = shutil.copy(ROOT / "clusters/local/start-head.sh", tmp_path / "checkout/clusters/local")
-    (tmp_path / "bin").mkdir()
+    (short_path / "checkout/clusters/local").mkdir(parents=True)
+    script = shutil.copy(ROOT / "clusters/local/start-head.sh", short_path / "checkout/clusters/local")
+    (short_path / "bin").mkdir()
     echo = '[ "$1" = start ] && echo "$@" cluster="$RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"'
-    (tmp_path / "bin/ray").write_text(f"#!/bin/sh\n{echo}\nexit 0")
-    (tmp_path / "bin/ray").chmod(0o755)
+    (short_path / "bin/ray").write_text(f"#!/bin/sh\n{echo}\nexit 0")
+    (short_path / "bin/ray").chmod(0o755)
 
     def start(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-        environment = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "MINITRON_RAY_FOLDER": str(folder)}
-        return subprocess.run([script, *options, "--block"], env=environment, capture_output=True, text=True)
+        environment = {"PATH": f"{short_path}/bin:{os.environ['PATH']}", "MINITRON_RAY_FOLDER": str(folder)}
+        return subprocess.run(
+            [script, *options, *own_ports(), "--block"], env=environment, capture_output=True, text=True
+        )
 
-    started = start(tmp_path / "new")
-    assert f"--temp-dir {tmp_path}/new/r" in started.stdout, started.stderr
-    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+    started = start(short_path / "new")
+    assert f"--temp-dir {short_path}/new/r" in started.stdout, started.stderr
+    assert (short_path / "new").stat().st_mode & 0o777 == 0o700
     # which makes a private Ray listen on the loopback interface alone: see the test of that name
     assert started.stdout.endswith("cluster=0\n")
-    opened = start(tmp_path / "new", "--address", "192.0.2.7", "--num-cpus", "1")
-    assert "--node-ip-address 192.0.2.7 " in opened.stdout
-    assert opened.stdout.endswith("--num-cpus 1 --block cluster=\n")
-    (tmp_path / "link").symlink_to(tmp_path / "new")
-    (tmp_path / "planted").mkdir()
-    (tmp_path / "planted").chmod(0o777)
+    opened = start(short_path / "new", "--num-cpus", "1", "--address", "127.0.0.2")
+    assert "--node-ip-address 127.0.0.2 " in opened.stdout
+    assert opened.stdout.endswith("--block cluster=\n")
+    assert "--num-cpus 1" in opened.stdout
+    assert "--address" not in opened.stdout
+    (short_path / "link").symlink_to(short_path / "new")
+    (short_path / "planted").mkdir()
+    (short_path / "planted").chmod(0o777)
     for planted in ("link", "planted"):
-        refused = start(tmp_path / planted)
+        refused = start(short_path / planted)
         assert (refused.returncode, refused.stdout) == (2, "")
         assert "is not yours alone" in refused.stderr
 
@@ -372,28 +389,32 @@ def test_a_head_without_the_token_that_its_environment_names_is_refused(tmp_path
     assert "Traceback" not in done.stderr
 
 
-def test_a_local_head_ends_alone(tmp_path: Path) -> None:
+def test_a_local_head_ends_alone(short_path: Path) -> None:
     """`ray stop` would end every Ray of this user."""
-    (tmp_path / "ray").write_text(
+    (short_path / "ray").write_text(
         "#!/bin/sh\n[ $1 = start ] || exit 0\necho $*\necho Ray runtime started\nwhile sleep 1; do :; done\n"
     )
-    (tmp_path / "ray").chmod(0o755)
+    (short_path / "ray").chmod(0o755)
 
     def script(name: str, folder: str) -> subprocess.CompletedProcess[str]:
-        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MINITRON_RAY_FOLDER": str(tmp_path / folder)}
-        (tmp_path / "bin").mkdir(exist_ok=True)
+        environment = {"PATH": f"{short_path}:{os.environ['PATH']}", "MINITRON_RAY_FOLDER": str(short_path / folder)}
+        (short_path / "bin").mkdir(exist_ok=True)
         copy = shutil.copy(
-            ROOT / "clusters/local" / name, tmp_path / "bin"
+            ROOT / "clusters/local" / name, short_path / "bin"
         )  # outside the checkout, which may have a .venv
-        return subprocess.run([copy], env=environment, capture_output=True, text=True, timeout=60)
+        options = own_ports() if name == "start-head.sh" else []
+        return subprocess.run([copy, *options], env=environment, capture_output=True, text=True, timeout=60)
 
     def is_running(folder: str) -> bool:
         shown = subprocess.run(["ps", "-ww", "-eo", "command="], capture_output=True, text=True, check=True)
-        return f" --temp-dir {tmp_path / folder}/r " in shown.stdout
+        return f" --temp-dir {short_path / folder}/r " in shown.stdout
 
     assert script("start-head.sh", "mine").returncode == 0
     assert script("start-head.sh", "other").returncode == 0
     try:
+        twice = script("start-head.sh", "mine")
+        assert twice.returncode == 2
+        assert "error: a head runs already" in twice.stderr
         assert "has ended" in script("stop-head.sh", "mine").stdout
         assert not is_running("mine")
         assert is_running("other")
@@ -401,6 +422,44 @@ def test_a_local_head_ends_alone(tmp_path: Path) -> None:
         assert (again.returncode, again.stdout) == (1, "")
     finally:
         assert "has ended" in script("stop-head.sh", "other").stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--port", "TAKEN"], "--port TAKEN: Address already in use"),
+        (["--dashboard-port=TAKEN"], "--dashboard-port TAKEN: Address already in use"),
+        (["--ray-client-server-port", "TAKEN"], "--ray-client-server-port TAKEN: Address already in use"),
+        (["--port", "70000"], "--port 70000: not a port"),
+        (["--dashboard-port", "many"], "--dashboard-port many: not a port"),
+        (["--port", "FREE", "--dashboard-port", "FREE"], "the same port"),
+        (["--port", "FREE", "--min-worker-port", "1024", "--max-worker-port", "65535"], "contain FREE"),
+        (["--address", "192.0.2.250"], "--address 192.0.2.250: not an address of this machine"),
+        (["--bogus"], "Ray did not start: Error: No such option '--bogus'"),
+    ],
+)
+def test_what_a_head_cannot_start_with_is_one_error(short_path: Path, options: list[str], problem: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        names = {"TAKEN": str(server.getsockname()[1]), "FREE": free_ports(1)[0]}
+        for name, port in names.items():
+            options = [option.replace(name, port) for option in options]
+            problem = problem.replace(name, port)
+        done = subprocess.run(
+            [ROOT / "clusters/local/start-head.sh", *own_ports(), *options],
+            env={
+                **os.environ,
+                "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+                "HOME": str(short_path),
+                "MINITRON_RAY_FOLDER": f"{short_path}/r",
+            },
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 2
+    assert problem in done.stderr
+    assert "\n  fix: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (short_path / "r/head.pid").exists()
 
 
 def test_a_link_out_of_a_package_is_not_sent_to_a_cluster(checkout: Checkout, tmp_path: Path, monkeypatch) -> None:

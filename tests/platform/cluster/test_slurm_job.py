@@ -100,3 +100,29 @@ def test_a_port_in_use_an_unknown_head_and_a_missing_token_are_refused_with_a_re
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert "no token is set for Ray" in refusal("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (("--nodes", "4", "--rank", "4"), "--rank 4 of --nodes 4"),
+        (("--nodes", "4", "--rank", "-1"), "-1 is not in the range"),
+        (("--nodes", "0", "--rank", "0"), "0 is not in the range"),
+        (("--nodes", "1", "--rank", "0", "--port", "70000"), "70000 is not in the range"),
+        (("--nodes", "1", "--rank", "0", "--cpus", "-1"), "-1 is not in the range"),
+        (("--nodes", "1", "--rank", "0", "--gpu", "1"), "No such option"),
+        (
+            ("--nodes", "1", "--rank", "0", "--port", "FREE", "no-such-program"),
+            "no-such-program: there is no such program",
+        ),
+        (("--nodes", "1", "--rank", "1"), "--rank 1 of --nodes 1"),
+    ],
+)
+def test_figures_that_no_job_has_are_refused_before_ray_starts(tmp_path, monkeypatch, options, problem):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "test")
+    with socket.create_server(("", 0)) as server:
+        port = str(server.getsockname()[1])
+    options = [port if option == "FREE" else option for option in options]
+    done = minitron_here("cluster", "launch", "--head", "127.0.0.1", *options, "true", cwd=tmp_path)
+    assert done.returncode == 2
+    assert problem in done.stderr

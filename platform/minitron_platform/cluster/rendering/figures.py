@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
-from minitron.errors import InputError
-from minitron.storage import is_local, secret_in
+from minitron.errors import InputError, MinitronError
+from minitron.loopback import is_loopback
+from minitron.storage import check_address, is_local, secret_in
+from minitron_platform.tracking import flusher
 
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # KubeRay appends up to 23 characters to it, and DNS allows 63
 IMAGE = re.compile(r"[a-z0-9][\w.:/-]*(:[\w.-]+|@sha256:[0-9a-f]{64})", re.ASCII)
@@ -79,7 +83,7 @@ class Data:
 def data(storage: str | None, tracking_uri: str | None, *, runs: bool) -> Data:
     """Locations for all processes of a cluster. runs: whether a run starts with the cluster, which needs both.
 
-    Raises InputError for a location that all nodes cannot reach, or that contains a secret.
+    Raises InputError for a location that is none, that all nodes cannot reach, or that contains a secret.
     """
     for option, value in (("--storage", storage), ("--tracking-uri", tracking_uri)):
         if value is not None and (secret := secret_in(value)):
@@ -87,6 +91,11 @@ def data(storage: str | None, tracking_uri: str | None, *, runs: bool) -> Data:
                 f"{option}: the address contains {secret}, and the file would contain it too",
                 "leave it out, and give it to the nodes as an environment variable from a secret",
             )
+    if storage is not None:
+        _check("--storage", check_address, storage)
+    if tracking_uri is not None:
+        _check("--tracking-uri", flusher.check_address, tracking_uri)
+        _check_tracking(tracking_uri, storage)
     if storage is not None and is_local(storage) and not re.fullmatch(r"/[\w./-]+", storage, re.ASCII):
         raise InputError(
             f"--storage {storage}: not the absolute path of a folder",
@@ -105,6 +114,34 @@ def data(storage: str | None, tracking_uri: str | None, *, runs: bool) -> Data:
     return Data(storage, tracking_uri, {name: value for name, value in environment.items() if value is not None})
 
 
+def _check(option: str, check: Callable[[str], None], value: str) -> None:
+    """Call `check` with the value of an option, which its errors name."""
+    try:
+        check(value)
+    except MinitronError as error:
+        raise InputError(f"{option}: {error.problem}", error.remedy) from error
+
+
+def _check_tracking(tracking_uri: str, storage: str | None) -> None:
+    """Raise InputError for a server or a file of MLflow that only one machine has."""
+    try:
+        host = urlsplit(tracking_uri).hostname
+    except ValueError as error:
+        raise InputError(
+            f"--tracking-uri {tracking_uri}: {error}", "give an address such as http://HOST:5000"
+        ) from error
+    if is_loopback(host):
+        raise InputError(
+            f"--tracking-uri {tracking_uri}: on a node of the cluster this is the node itself",
+            "give the address at which all nodes reach the server",
+        )
+    if tracking_uri.startswith("sqlite") and not (storage and is_local(storage)):
+        raise InputError(
+            f"--tracking-uri {tracking_uri}: a file of one node, which is lost with the cluster",
+            "give the address of an MLflow server",
+        )
+
+
 def check_name(name: str) -> str:
     """`name`, if it can be that of a cluster everywhere. Raises InputError otherwise."""
     if not NAME.fullmatch(name):
@@ -117,7 +154,7 @@ def check_name(name: str) -> str:
 
 def check_image(image: str) -> str:
     """`image`, if it is the name of a container image with a tag or digest. Raises InputError otherwise."""
-    if not IMAGE.fullmatch(image):
+    if not IMAGE.fullmatch(image) or "//" in image:
         raise InputError(
             f"--image {image}: not the name of an image with its tag or digest",
             "give it as registry.example.com/minitron:0.1, or with @sha256:…; clusters/docker builds one",

@@ -70,8 +70,10 @@ def _check(cluster: KubeRay) -> None:
     for option, value in (("--claim", cluster.claim), ("--queue", cluster.queue)):
         if value is not None and not re.fullmatch(r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?", value):
             raise InputError(f"{option} {value}: not a name of Kubernetes", "use a-z 0-9 - .")
-    if cluster.redis is not None and not re.fullmatch(r"[\w.-]+:\d{1,5}", cluster.redis, re.ASCII):
-        raise InputError(f"--redis {cluster.redis}: not an address", "give HOST:PORT")
+    if cluster.redis is not None:
+        address = re.fullmatch(r"[\w.-]+:(\d{1,5})", cluster.redis, re.ASCII)
+        if not address or not 0 < int(address[1]) < 1 << 16:
+            raise InputError(f"--redis {cluster.redis}: not an address", "give HOST:PORT, with a port of 1 to 65535")
     if cluster.fabric is not None and cluster.nodes.gpus == 0:
         raise InputError(f"--fabric {cluster.fabric} on nodes without GPUs", "leave it out")
     for key, value in cluster.node_labels.items():

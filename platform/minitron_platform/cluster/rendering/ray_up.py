@@ -10,6 +10,8 @@ from minitron_platform.cluster.rendering.figures import Data, Nodes, check_image
 from minitron_platform.cluster.rendering.templates import ENVIRONMENT, render
 
 MACHINES = {"aws": "p5.48xlarge", "gcp": "a3-highgpu-8g"}  # 8 H100 each
+REGIONS = {"aws": re.compile(r"[a-z]{2}(-[a-z]+)+-\d"), "gcp": re.compile(r"[a-z]+-[a-z]+\d+")}
+EXAMPLES = {"aws": "us-east-1", "gcp": "us-central1"}
 AMI = re.compile(r"ami-[0-9a-f]{8,17}")
 WORD = re.compile(r"[\w./:-]+", re.ASCII)
 
@@ -49,12 +51,25 @@ def ray_up_files(cluster: RayUp) -> dict[str, str]:
             f"--disk-image {cluster.disk_image}: not an AMI",
             "give the id of one with NVIDIA's driver and docker, ami-…",
         )
+    if not REGIONS[cluster.cloud].fullmatch(cluster.region):
+        raise InputError(
+            f"--region {cluster.region}: not a region of {cluster.cloud}", f"give one such as {EXAMPLES[cluster.cloud]}"
+        )
     for_google = {"--zone": cluster.zone, "--project": cluster.project}
     for option, value in for_google.items():
         if (value is not None) != (cluster.cloud == "gcp"):
             verb = "is missing for" if value is None else "is not for"
             raise InputError(f"{option} {verb} --cloud {cluster.cloud}", "clusters/ray-up/README.md shows the commands")
-    names = {"--region": cluster.region, "--machine": machine, "--disk-image": cluster.disk_image, **for_google}
+    if cluster.zone is not None and not re.fullmatch(rf"{cluster.region}-[a-z]", cluster.zone):
+        raise InputError(
+            f"--zone {cluster.zone}: not a zone of the region {cluster.region}", f"give one such as {cluster.region}-a"
+        )
+    if cluster.data.is_folder:
+        raise InputError(
+            f"--storage {cluster.data.storage}: nodes of `ray up` share no folder",
+            "give an address such as s3://bucket/minitron",
+        )
+    names = {"--machine": machine, "--disk-image": cluster.disk_image, "--project": cluster.project}
     for option, value in names.items():
         if value is not None and not WORD.fullmatch(value):
             raise InputError(f"{option} {value}: not a name of a cloud", "use letters, digits, . / : _ -")

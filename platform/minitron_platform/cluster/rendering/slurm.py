@@ -11,7 +11,7 @@ from minitron.errors import InputError
 from minitron_platform.cluster.rendering.figures import Data, Nodes, check_name
 from minitron_platform.cluster.rendering.templates import render
 
-TIME = re.compile(r"(\d+-)?\d{1,3}:\d{2}(:\d{2})?|\d+")
+TIME = re.compile(r"\d+-([01]?\d|2[0-3])(:[0-5]\d){0,2}|\d{1,3}(:[0-5]\d){1,2}|\d+")
 NOTICE = 240  # seconds for a checkpoint
 
 
@@ -37,9 +37,10 @@ class Slurm:
 def slurm_files(job: Slurm) -> dict[str, str]:
     """The script by its file name. Raises InputError for a value that Slurm would not take."""
     check_name(job.name)
-    if not TIME.fullmatch(job.time):
+    if not TIME.fullmatch(job.time) or not re.search("[1-9]", job.time):
         raise InputError(
-            f"--time {job.time}: not a time of Slurm", "give it as HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES"
+            f"--time {job.time}: not a time of Slurm, or none at all",
+            "give it as HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES",
         )
     for option, value in (("--partition", job.partition), ("--account", job.account)):
         if value is not None and not re.fullmatch(r"[\w.,-]+", value, re.ASCII):
