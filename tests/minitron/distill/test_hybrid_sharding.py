@@ -29,18 +29,14 @@ from dataclasses import replace
 from pathlib import Path
 import torch, torch.distributed as dist
 from safetensors.torch import save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 import test_hybrid_sharding as t
+from helpers.counting import Counting
 from helpers.forking import fork
 from minitron.distill import sharding
 sent = Counter()
-class Counting(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        sent[str(function)] += 1
-        return function(*arguments, **(named or {}))
 def sums(rows):
     sent.clear()
-    with Counting():
+    with Counting(sent):
         t.train(folder, replace(t.CONFIG, steps=1, batch_rows=rows))
     return sent["c10d.allreduce_.default"]
 folder, out = Path(sys.argv[2]), Path(sys.argv[3])

@@ -75,16 +75,12 @@ from pathlib import Path
 from dataclasses import replace
 from safetensors.torch import save_file
 from collections import Counter
-from torch.utils._python_dispatch import TorchDispatchMode
 import test_sharding as t
+from helpers.counting import Counting
 from helpers.forking import fork_two
 from minitron.distill import sharding
 from minitron.meta_models import open_model, write_model
 sent = Counter()
-class Counting(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        sent[str(function)] += 1
-        return function(*arguments, **(named or {}))
 folder, out, until = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 rank = fork_two()
 dist.init_process_group("gloo", rank=rank, world_size=2)
@@ -97,7 +93,7 @@ assert t._heldout(student, rows) == measured  # bit for bit
 assert len(runs) == (2, 1)[rank]  # of the three batches
 handle.remove()
 part, _, _ = t.train(folder, from_files=True, checkpoints=out, until=until)
-with Counting():
+with Counting(sent):
     t.train(folder, replace(t.SHARDED, steps=1, batch_rows=6, evaluate_every=0), checkpoints=f"{out}-last-{until}")
 counts = {name: count for name, count in sent.items() if name.startswith("c10d.")}
 copies = {}
