@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from helpers.counting import Counting
 from helpers.distilling import (
     CHANNELS,
     CONFIG,
@@ -21,7 +21,6 @@ from helpers.distilling import (
     pruned_student,
     stored_teacher,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from minitron.architecture import Architecture
 from minitron.data import Rows, rows_for_step
@@ -30,18 +29,6 @@ from minitron.distill import DistillConfig, StoredTeacher, distill
 from minitron.distill.schedule import learning_rate
 from minitron.errors import InputError, NonFiniteError
 from minitron.evaluation import heldout_metrics
-
-
-class Counting(TorchDispatchMode):
-    """Counts PyTorch operations by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        self.counts[str(function)] += 1
-        return function(*arguments, **(named or {}))
 
 
 def _rates(steps, **options):
@@ -214,7 +201,7 @@ def test_activation_checkpointing_recomputes_and_does_not_change_the_result(mate
         with Counting() as counting:
             losses, student = distil(material, config, live_teacher(material), **options)
         assert all("forward" not in vars(layer) for layer in student.model.layers)
-        runs[how] = losses, counting.counts["aten.addmm.default"], counting.counts["aten.silu.default"]
+        runs[how] = losses, counting.calls["aten.addmm.default"], counting.calls["aten.silu.default"]
     assert runs["none"][0] == runs["selective"][0] == runs["full"][0]
     products, activations = ({how: run[number] for how, run in runs.items()} for number in (1, 2))
     assert products["none"] == products["selective"] < products["full"]
