@@ -10,14 +10,15 @@ from typing import Any
 
 import ray
 import torch.distributed as dist
-from ray.train import RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import RunConfig, TrainingFailedError
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from minitron import storage
 from minitron.architecture import Architecture
 from minitron.log_records import make_records_safe
-from minitron_search.elastic import RESIZE_SECONDS, Checkpoints, ElasticPolicy
+from minitron_search.committed_checkpoints import CommittedCheckpoints
+from minitron_search.elastic import ElasticPolicy, scaling_config
 from minitron_search.events import Event, Report
 from minitron_search.failures import first_cause
 from minitron_search.leaving import group_is_leaving
@@ -55,13 +56,8 @@ def run_trial_on_workers(
     forwarder = threading.Thread(target=_forward, args=(events, report))
     forwarder.start()
     elastic = least is not None and least < workers and not is_private()
-    checkpoints = ray.remote(Checkpoints).options(**here).remote() if elastic else None
-    scaling = ScalingConfig(
-        num_workers=(least, workers) if elastic else workers,
-        use_gpu=share.get("GPU", 0) > 0,
-        resources_per_worker=dict(share),
-        elastic_resize_monitor_interval_s=RESIZE_SECONDS,
-    )
+    checkpoints = ray.remote(CommittedCheckpoints).options(**here).remote() if elastic else None
+    scaling = scaling_config(workers, least if elastic else None, share)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={

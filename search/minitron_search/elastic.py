@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -23,22 +24,15 @@ from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_cli
 RESIZE_SECONDS = 10.0  # between two looks at the room that the cluster has for more workers
 
 
-class Checkpoints:
-    """An actor that knows whether a checkpoint was committed since Ray Train's controller asked."""
-
-    def __init__(self) -> None:
-        self.nothing_to_lose = False
-
-    def resumable(self) -> None:
-        """A restart would lose nothing now."""
-        self.nothing_to_lose = True
-
-    def may_resize(self, first: bool) -> bool:
-        """Whether the group may be restarted with another number of workers now: just after a checkpoint. first: whether the
-        controller wants that only now, so that an earlier checkpoint does not count."""
-        saved = self.nothing_to_lose and not first
-        self.nothing_to_lose = False
-        return saved
+def scaling_config(count: int, least: int | None, share: Mapping[str, float]) -> ScalingConfig:
+    """Ray Train's settings for `count` workers, each with `share` of Ray's resources; for `least` to `count` of them unless
+    that is None."""
+    return ScalingConfig(
+        num_workers=count if least is None else (least, count),
+        use_gpu=share.get("GPU", 0) > 0,
+        resources_per_worker=dict(share),
+        elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+    )
 
 
 class ElasticPolicy(ElasticScalingPolicy):

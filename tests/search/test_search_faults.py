@@ -372,7 +372,7 @@ def test_a_trial_of_two_workers_resumes_after_a_node_was_lost(cluster, made, can
 
 @pytest.mark.long
 def test_a_trial_goes_on_with_one_worker_while_a_node_is_missing(cluster, made, candidates, tmp_path, monkeypatch):
-    monkeypatch.setattr("minitron_search.distributed_trial.RESIZE_SECONDS", 1.0)
+    monkeypatch.setattr("minitron_search.elastic.RESIZE_SECONDS", 1.0)
     while len(cluster.worker_nodes) < 2:
         cluster.add_node(num_cpus=1)
     task, events, changes = _long(made, tmp_path / "trials"), [], []

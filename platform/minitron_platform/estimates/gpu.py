@@ -144,10 +144,10 @@ class GpuTraining:
         yield []
         number = 2
         # processes that train together do not share a GPU
-        whole = [] if self.share == 1 else [(f"{self.share_key}=1", _on_whole_gpus)]
+        whole = [] if self.share == 1 else [(f"{self.share_key}=1", on_whole_gpus)]
         while number <= min(most, self.most_processes):
             if number > self.processes:
-                yield [(f"{self.workers_key}={number}", partial(_on_workers, number)), *whole]
+                yield [(f"{self.workers_key}={number}", partial(on_workers, number)), *whole]
             number *= 2
 
     def _changes(self) -> list[Change]:
@@ -156,12 +156,12 @@ class GpuTraining:
         changes: list[Change] = []
 
         def offer(name: str, **values: Any) -> None:
-            changes.append((name, lambda training: training._with(**values)))
+            changes.append((name, partial(with_settings, **values)))
 
         if config.micro_batch_rows > 1 and "micro_batch_rows" not in self.chosen:
             offer(f"{key}.micro_batch_rows=1", micro_batch_rows=1)
         if self.share < 1:
-            changes.append((f"{self.share_key}=1", _on_whole_gpus))
+            changes.append((f"{self.share_key}=1", on_whole_gpus))
         for how in ACTIVATION_CHECKPOINTING[1:]:
             if config.activation_checkpointing != how and "activation_checkpointing" not in self.chosen:
                 offer(f"{key}.activation_checkpointing={how}", activation_checkpointing=how)
@@ -177,19 +177,21 @@ class GpuTraining:
             offer(f"{key}.optimizer={ADAMW_8BIT}", optimizer=ADAMW_8BIT)
         return changes
 
-    def _with(self, **values: Any) -> GpuTraining:
-        return replace(self, config=replace(self.config, **values))
-
 
 Change = tuple[str, Callable[[GpuTraining], GpuTraining]]
 """A change of the recipe as KEY=VALUE, and the function that applies it to a training."""
 
 
-def _on_workers(number: int, training: GpuTraining) -> GpuTraining:
+def with_settings(training: GpuTraining, **values: Any) -> GpuTraining:
+    """`training` with other fields of its config."""
+    return replace(training, config=replace(training.config, **values))
+
+
+def on_workers(number: int, training: GpuTraining) -> GpuTraining:
     return replace(training, processes=number)
 
 
-def _on_whole_gpus(training: GpuTraining) -> GpuTraining:
+def on_whole_gpus(training: GpuTraining) -> GpuTraining:
     return replace(training, share=1.0)
 
 

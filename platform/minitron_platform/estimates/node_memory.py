@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from typing import NamedTuple
@@ -21,7 +21,14 @@ from minitron.host_memory import (
     training_host_memory,
 )
 from minitron.memory import FLOAT
-from minitron_platform.estimates.gpu import GpuTraining, gigabytes
+from minitron_platform.estimates.gpu import (
+    Change,
+    GpuTraining,
+    gigabytes,
+    on_whole_gpus,
+    on_workers,
+    with_settings,
+)
 from minitron_platform.estimates.memory import DRIVER_BYTES
 from minitron_platform.recipes.resources import ResolvedResources
 from minitron_platform.recipes.schema import Recipe
@@ -168,10 +175,6 @@ def conversion_work(
     return NodeWork(resources.gpus_per_worker, resources.workers, HostMemory(), file=size * teacher.num_parameters)
 
 
-Change = tuple[str, Callable[[GpuTraining], GpuTraining]]
-"""A change of the recipe as KEY=VALUE, and the function that applies it to a training."""
-
-
 def _nearest(training: GpuTraining, trials: int, node: GpuNode) -> tuple[list[str], NodeMemory] | None:
     """The smallest number of changes of the recipe with which the training fits on its GPUs and on the node; None if nothing
     is enough."""
@@ -195,24 +198,16 @@ def _changes(training: GpuTraining) -> Iterator[Change]:
     """Changes that take less main memory of a node; the one that costs least comes first."""
     config, key = training.config, training.key
     if training.share < 1:
-        yield f"{training.share_key}=1", lambda training: replace(training, share=1.0)
+        yield f"{training.share_key}=1", on_whole_gpus
     several = training.processes > 1
     if config.optimizer == ADAMW_OFFLOAD:
-        yield f"{key}.optimizer={ADAMW}", partial(_with, optimizer=ADAMW)
+        yield f"{key}.optimizer={ADAMW}", partial(with_settings, optimizer=ADAMW)
         if several and "shard" not in training.chosen:
-            yield f"{key}.optimizer={ADAMW} and {key}.shard=true", partial(_with, optimizer=ADAMW, shard=True)
-        yield f"{key}.optimizer={ADAMW_8BIT}", partial(_with, optimizer=ADAMW_8BIT)
+            yield f"{key}.optimizer={ADAMW} and {key}.shard=true", partial(with_settings, optimizer=ADAMW, shard=True)
+        yield f"{key}.optimizer={ADAMW_8BIT}", partial(with_settings, optimizer=ADAMW_8BIT)
     workers = training.processes // 2
     while workers:
-        yield f"{training.workers_key}={workers}", partial(_on_workers, workers)
+        yield f"{training.workers_key}={workers}", partial(on_workers, workers)
         workers //= 2
     if config.checkpoint_every and not training.pauses:
-        yield f"{key}.checkpoint_every=0", partial(_with, checkpoint_every=0)
-
-
-def _with(training: GpuTraining, **values: object) -> GpuTraining:
-    return replace(training, config=replace(training.config, **values))  # type: ignore[arg-type]
-
-
-def _on_workers(workers: int, training: GpuTraining) -> GpuTraining:
-    return replace(training, processes=workers)
+        yield f"{key}.checkpoint_every=0", partial(with_settings, checkpoint_every=0)

@@ -17,6 +17,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from minitron_platform.workers.worker import WorkersFailed, WorkerStarted
+from minitron_search.committed_checkpoints import CommittedCheckpoints
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,14 @@ class _Calls:
         self.returned: set[int] = set()  # ranks that have returned from the present call
         self.result: Any = None
         self.busy = False  # whether a call is in progress
-        self.nothing_to_lose = False  # whether a checkpoint was committed since the controller asked
+        self.checkpoints = CommittedCheckpoints()
 
     # for the driver
 
     async def start(self, content: list[Any], everywhere: bool) -> None:
         """Begin a call; the one before it has returned."""
         self.failures = 0
-        self.busy, self.nothing_to_lose = True, False
+        self.busy, self.checkpoints = True, CommittedCheckpoints()
         self.returned.clear()
         number = self.call.number + 1 if self.call else 1
         for started, _ in self.workers.values():
@@ -131,7 +132,7 @@ class _Calls:
 
     async def resumable(self) -> None:
         """A restart would lose nothing now."""
-        self.nothing_to_lose = True
+        self.checkpoints.resumable()
 
     # for Ray Train's controller
 
@@ -142,9 +143,7 @@ class _Calls:
     async def may_resize(self, first: bool) -> bool:
         """Whether the group may be restarted with another number of workers now: between calls, or just after a checkpoint.
         first: whether the controller wants that only now, so that an earlier checkpoint does not count."""
-        saved = self.nothing_to_lose and not first
-        self.nothing_to_lose = False
-        return saved or not self.busy
+        return self.checkpoints.may_resize(first) or not self.busy
 
     async def may_restart(self, event: WorkersFailed, retryable: bool) -> bool:
         """Whether the workers are restarted after a failure."""

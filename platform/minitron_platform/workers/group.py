@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayError
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import FailureConfig, RunConfig, TrainingFailedError
 
 from minitron import storage
 from minitron.errors import MinitronError, StorageError
@@ -22,7 +22,7 @@ from minitron_platform.workers.calls import GroupEnded, Returned, start_calls
 from minitron_platform.workers.policies import CallFailurePolicy, ControllerStarted
 from minitron_platform.workers.serve import serve
 from minitron_platform.workers.worker import Worker
-from minitron_search.elastic import RESIZE_SECONDS, ElasticPolicy
+from minitron_search.elastic import ElasticPolicy, scaling_config
 from minitron_search.failures import first_cause, reason
 from minitron_search.placement_groups import withdraw_requests
 from minitron_search.torch_trainer import TorchTrainer
@@ -56,12 +56,7 @@ class WorkerGroup:
         logging.getLogger("ray.train").setLevel(logging.ERROR)
         storage.remove(scratch)  # of a run that was killed
         elastic = least is not None and least < count
-        scaling = ScalingConfig(
-            num_workers=(least, count) if elastic else count,
-            use_gpu=share.get("GPU", 0) > 0,
-            resources_per_worker=dict(share),
-            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
-        )
+        scaling = scaling_config(count, least if elastic else None, share)
         failures = FailureConfig(max_failures=max_failures)
         trainer = TorchTrainer(
             serve,

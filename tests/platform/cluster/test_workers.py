@@ -43,6 +43,7 @@ from minitron_platform.workers import parts
 from minitron_platform.workers.group import WorkerGroup
 from minitron_platform.workers.worker import WorkersFailed, WorkerStarted
 from minitron_platform.workers.workers import Workers
+from minitron_search import elastic
 
 
 @dataclass(frozen=True)
@@ -306,7 +307,7 @@ def test_tasks_that_wait_for_room_say_for_what_and_give_up_in_the_end_and_those_
 def test_a_group_shrinks_with_the_cluster_grows_at_a_checkpoint_and_hears_of_nodes_that_leave(
     cluster, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(group_module, "RESIZE_SECONDS", 1.0)
+    monkeypatch.setattr(elastic, "RESIZE_SECONDS", 1.0)
     console = Console()
     console.rich.file = io.StringIO()
     look = ClusterWatch(console).look
