@@ -10,10 +10,11 @@ import math
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from minitron_platform.tracking.events import Event
+from minitron_platform.tracking.events import STATE_TAG, TRAINING, Event
 
 PREFIX = "minitron_"
 REPEAT_SECONDS = 1.0  # Ray collects values every 10 s by default
@@ -34,11 +35,13 @@ OF_PARTS = {
     "restarts": "Restarts of the training after a failure.",
 }
 SPEEDS = ("tokens_per_second", "flop_utilisation")
+LAST_STEP = "last_step_time_seconds"
+TRAININGS = ("distill", "correct")  # the stages that train; a trial says in its STATE_TAG whether it does
 STEP_SECONDS = "seconds_"  # begins the records' names of the parts of a step
 OTHERS = {
     "step": ("Last reported step of the training.", TAGS),
     "step_part_seconds": ("Seconds of a step by what they were spent on.", (*TAGS, "what")),
-    "last_step_time_seconds": ("Unix time at which a step was last reported.", TAGS),
+    LAST_STEP: ("Unix time at which the training began or last reported a step.", TAGS),
     "running": ("1 while the run, the stage or the trial runs, 0 afterwards.", (*TAGS, "kind")),
     "parts": ("Stages and trials of the run by their state.", ("run", "kind", "state")),
     "stage_seconds": ("Time that a finished stage has taken.", TAGS),
@@ -60,6 +63,7 @@ class Monitor:
         self._lock = threading.Lock()
         self._kinds: dict[str, str] = {}  # of the run ("") and its parts
         self._states: dict[str, str] = {}  # of the parts
+        self._counts = Counter[tuple[str, str]]()  # of the parts, by kind and state
         self._values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
         self._ended_trials: dict[str, float] = {}  # when, by time.monotonic()
         self._gauges: dict[str, Any] = {}
@@ -85,11 +89,17 @@ class Monitor:
                     self._state(part, "running")
                     if part:
                         self._set("restarts", 0, part=part)  # alerts compare with what was before
+                        if part.rpartition(".")[2] in TRAININGS:
+                            self._set(LAST_STEP, time.time(), part=part)
+                case "tags" if STATE_TAG in event["values"]:
+                    if event["values"][STATE_TAG] == TRAINING:
+                        self._set(LAST_STEP, time.time(), part=part)
+                    else:  # it waits for other trials, or for the end of the search
+                        self._stands(part)
+                        self._values.pop((LAST_STEP, (("part", part),)), None)
                 case "end":
                     self._state(part, event["status"].lower())
-                    for name in SPEEDS:
-                        if (name, (("part", part),)) in self._values:  # it has trained
-                            self._set(name, 0.0, part=part)
+                    self._stands(part)
                 case "metrics" if part:
                     self._metrics(part, event["values"], event["step"])
 
@@ -98,6 +108,11 @@ class Monitor:
         with self._lock:
             self._set("unsent_records", number)
 
+    def _stands(self, part: str) -> None:
+        for name in SPEEDS:
+            if (name, (("part", part),)) in self._values:  # it has trained
+                self._set(name, 0.0, part=part)
+
     def _state(self, part: str, state: str) -> None:
         kind = self._kinds.get(part, "part")
         self._set("running", float(state == "running"), part=part, kind=kind)
@@ -105,11 +120,15 @@ class Monitor:
             return
         if kind == "trial" and state != "running":
             self._ended_trials[part] = time.monotonic()
-        before = self._states.get(part, state)
+        before = self._states.get(part)
+        if before is not None:
+            self._count(kind, before, -1)
+        self._count(kind, state, 1)
         self._states[part] = state
-        for each in {before, state}:
-            count = sum(s == each and self._kinds.get(p) == kind for p, s in self._states.items())
-            self._set("parts", count, kind=kind, state=each)
+
+    def _count(self, kind: str, state: str, change: int) -> None:
+        self._counts[kind, state] += change
+        self._set("parts", self._counts[kind, state], kind=kind, state=state)
 
     def _metrics(self, part: str, values: Mapping[str, float | str], step: int) -> None:
         for name, value in values.items():
@@ -121,7 +140,7 @@ class Monitor:
                 self._set("stage_seconds", float(value), part=part)
         if "tokens_per_second" in values:
             self._set("step", step, part=part)
-            self._set("last_step_time_seconds", time.time(), part=part)
+            self._set(LAST_STEP, time.time(), part=part)
 
     def _set(self, name: str, value: float, **tags: str) -> None:
         if math.isfinite(value):  # Ray exports no other
@@ -136,13 +155,17 @@ class Monitor:
             return
         from ray.util.metrics import Gauge
 
+        for (name, found), value in self.values().items():
+            if name not in self._gauges:
+                text, keys = METRICS[name]
+                self._gauges[name] = Gauge(f"{PREFIX}{name}", description=text, tag_keys=keys)
+            self._gauges[name].set(value, tags={"run": self.run, **dict(found)})
+
+    def values(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+        """What is exported now, by name and tags; every value has the tag `run` too."""
         with self._lock:
             self._forget_trials()
-            for (name, found), value in self._values.items():
-                if name not in self._gauges:
-                    text, keys = METRICS[name]
-                    self._gauges[name] = Gauge(f"{PREFIX}{name}", description=text, tag_keys=keys)
-                self._gauges[name].set(value, tags={"run": self.run, **dict(found)})
+            return dict(self._values)
 
     def _forget_trials(self) -> None:
         """Leave out the trials that have ended a while ago: a search may have thousands."""

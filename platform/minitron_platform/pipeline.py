@@ -25,7 +25,7 @@ from minitron_platform.locations import Locations, resolve_locations
 from minitron_platform.monitoring import Monitor
 from minitron_platform.planning.plan import Plan, plan
 from minitron_platform.recipes.load import check_recipe_type, recipe_yaml
-from minitron_platform.recipes.schema import Recipe
+from minitron_platform.recipes.schema import Member, Recipe
 from minitron_platform.results import RunResult
 from minitron_platform.run_record import RECIPE_FILE, RunRecord
 from minitron_platform.stages.calibrate import Calibrate
@@ -33,12 +33,16 @@ from minitron_platform.stages.context import Context
 from minitron_platform.stages.finished import finished_record, is_finished, run_key
 from minitron_platform.stages.order import stage_names, steps
 from minitron_platform.stages.ray_start import RayStart
+from minitron_platform.stages.register import Register
+from minitron_platform.stages.registration import ANSWER_SECONDS
 from minitron_platform.stages.search import Search
 from minitron_platform.stages.stage import Stage, StageOutput
 from minitron_platform.stages.stage_records import Record, relative, write_record
 from minitron_platform.stages.targets import Targets
 from minitron_platform.stopping import stopped_by_signals
 from minitron_platform.system_metrics import system_metrics
+from minitron_platform.tracking.check import BEST_EFFORT
+from minitron_platform.tracking.client import RegistryError
 from minitron_platform.tracking.events import Status
 from minitron_platform.tracking.flusher import STOP_PATIENCE, Flusher
 from minitron_platform.tracking.spool import RunLog, Spool
@@ -116,7 +120,7 @@ def run(
             start_ray=ray.need,
             workers=workers,
             spool=spool,
-            mlflow_run_id=lambda record: flusher.wait_for(record, timeout=30),
+            mlflow_run_id=lambda record: flusher.wait_for(record, timeout=ANSWER_SECONDS),
         )
         run_record = RunRecord(context)
 
@@ -145,7 +149,9 @@ def run(
                 if stage.name == until:
                     break
             else:
+                _register_again(context, run_record, before_work)
                 _report(context, run_record)
+                _check_registered(context)
         except BaseException as error:
             if not _is_lost(fence):  # otherwise the record belongs to the driver that continues the run
                 run_record.end(_end_status(error))
@@ -194,6 +200,34 @@ def _is_lost(fence: Fence) -> bool:
     except (OSError, StorageError):  # the storage does not answer, so nobody can take the lease over through it
         return False
     return False
+
+
+def _waiting(context: Context) -> Iterator[Member]:
+    """The models of the family that MLflow has not taken, parents before the models cut from them."""
+    return (member for member in context.recipe.family if not context.output(Register, member).is_final)
+
+
+def _register_again(context: Context, run_record: RunRecord, before_work: Callable[[str], None]) -> None:
+    """Register the models whose registration waits, up to the first that MLflow does not take now either."""
+    for member in _waiting(context):
+        context.current = member
+        _run_stage(context, Register(), run_record, before_work)
+        if not context.output(Register).is_final:
+            break
+
+
+def _check_registered(context: Context) -> None:
+    """Raise RegistryError if a model is not registered, unless the recipe goes on without MLflow."""
+    waiting = [member.model for member in _waiting(context)]
+    if not waiting:
+        return
+    problem = f"{', '.join(waiting)}: not in the registry, because MLflow did not take it; all else is finished"
+    remedy = (
+        "check that MLflow answers, and run `minitron sync` with the same --storage and --tracking-uri, or the recipe"
+    )
+    if context.recipe.tracking != BEST_EFFORT:
+        raise RegistryError(problem, remedy)
+    context.console.say(f"[yellow]{escape(problem)}[/]\n[yellow]{escape(f'To register it, {remedy}')}[/]")
 
 
 def _report(context: Context, run_record: RunRecord) -> None:
@@ -250,7 +284,8 @@ def _run_stage(context: Context, stage: Stage[Any], run_record: RunRecord, befor
         _log_stage(context, stage, log, record, reused)
         run_record.finished_stage(name)
     took = "already done" if reused else seconds(record.seconds)
-    console.say(f"[green]✓[/] [bold]{name:<10}[/] {escape(record.output.summary)} [dim]· {took}[/]")
+    mark = "[green]✓[/]" if record.output.is_final else "[yellow]…[/]"
+    console.say(f"{mark} [bold]{name:<10}[/] {escape(record.output.summary)} [dim]· {took}[/]")
 
 
 def _compute(context: Context, stage: Stage[Any], folder: str, fingerprint: str) -> Record:

@@ -25,8 +25,8 @@ class Student:
 
     model: str
     """Its name in the recipe and in the registry."""
-    version: str
-    """Its version in the registry."""
+    version: str | None
+    """Its version in the registry; None as long as MLflow has not taken it."""
     path: str
     """Folder of a plain transformers checkpoint."""
     parameters: int
@@ -49,7 +49,7 @@ class RunResult:
 
     @property
     def students(self) -> tuple[Student, ...]:
-        """The registered models of the family, in the recipe's order."""
+        """The finished models of the family, in the recipe's order."""
         finished = [m for m in self.state.recipe.family if self.state.is_finished(Register, m)]
         return tuple(
             Student(
@@ -64,7 +64,7 @@ class RunResult:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every model of the family is registered."""
+        """Whether every model of the family is finished."""
         return len(self.students) == len(self.state.recipe.family)
 
     @property
@@ -117,6 +117,6 @@ class RunResult:
 
     def __repr__(self) -> str:
         students = ", ".join(
-            f"{s.model} version {s.version}: {s.parameters:,} parameters, KL {s.kl:.3f}" for s in self.students
+            f"{self.output(Register, s.model).title}: {s.parameters:,} parameters, KL {s.kl:.3f}" for s in self.students
         )
         return f"RunResult({self.run_key}: {students or 'no student yet'})"

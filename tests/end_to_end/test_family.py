@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from helpers.command import minitron_here
+from helpers.command import minitron_here, run_minitron
 from helpers.documents import one_by_one
 from mlflow import MlflowClient
 from safetensors.torch import load_file
@@ -181,3 +182,24 @@ def test_an_impossible_family_is_refused_before_work_starts(bench, family, chang
     refused = minitron_here("plan", "family.yaml", "--storage", tmp_path / "runs", *settings, cwd=bench)
     assert refused.returncode == 2, refused.stdout
     assert named in refused.stderr
+
+
+def test_a_family_that_mlflow_did_not_take_is_registered_later_parents_first(bench, family, tmp_path, monkeypatch):
+    monkeypatch.setattr("minitron_platform.pipeline.ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr("minitron_platform.tracking.flusher.LAST_PAUSE", 0.1)
+    database = tmp_path / "mlflow.db"
+    database.write_text("not a database")
+    where = ["--storage", "family", "--tracking-uri", f"sqlite:///{database}"]
+    done = minitron_here("run", "family.yaml", *where, "--set", "tracking=best-effort", cwd=bench)
+    assert done.returncode == 0, done.stderr
+    assert "tiny-large, tiny-small: not in the registry" in done.stdout
+    assert "tiny-large, not registered yet, which tiny-small was cut from" in done.stdout
+    database.unlink()
+    sync = run_minitron("sync", *where, cwd=bench)
+    assert sync.returncode == 0, sync.stderr
+    # SQLAlchemy in this process still has the first file open
+    client = MlflowClient(f"sqlite:///{shutil.copy(database, tmp_path / 'copy.db')}")
+    parents = {
+        name: client.get_model_version(name, "1").tags["minitron.cut_from"] for name in ("tiny-large", "tiny-small")
+    }
+    assert parents == {"tiny-large": "teacher", "tiny-small": "tiny-large version 1"}

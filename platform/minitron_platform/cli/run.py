@@ -79,8 +79,10 @@ def run(
         console.say(f"  [bold]{escape(student.path)}[/]")
     console.say(f"The report:\n  [bold]{escape(str(result.report))}[/]")
     console.say(f"Open the experiment in MLflow:\n  [bold]{escape(typed + ' ui' + options)}[/]")
-    console.say("Promote a student:" if len(students) > 1 else "Promote the student:")
-    for student in students:
+    registered = [student for student in students if student.version is not None]
+    if registered:
+        console.say("Promote a student:" if len(registered) > 1 else "Promote the student:")
+    for student in registered:
         arguments = f"{student.model} --version {student.version}"
         console.say(f"  [bold]{escape(f'{typed} promote {arguments}{options}')}[/]")
     console.say(f"[dim]total time {seconds(time.monotonic() - started)}[/]")

@@ -18,7 +18,7 @@ def sync(locations: Any) -> None:
     Records are kept in the storage until MLflow has them: those of runs that ended while it did not answer, or whose machine
     was lost, are sent by this command from any machine.
     """
-    from minitron_platform.tracking.sync import sync as sync_records
+    from minitron_platform.sync import sync as sync_records
 
     sent = sync_records(locations, Console())
     click.echo(f"{sent:,} records sent" if sent else "MLflow has all records")

@@ -52,7 +52,7 @@ def lineage(state: RunState) -> Node:
             f"{distilled.summary} · {distilled.losses_chosen}",
             f"alias {registered.alias} · {distilled.student}",
         ]
-        node = Node(f"{registered.model} version {registered.version}", lines)
+        node = Node(registered.title, lines)
         (nodes[previous.model] if previous else origin).children.append(node)
         nodes[member.model] = node
     return root
@@ -90,4 +90,4 @@ def model_links(state: RunState) -> dict[str, str]:
     if not uri.startswith(("http://", "https://")):
         return {}
     outputs = [state.output(Register, member) for member in state.recipe.family]
-    return {f"{o.model} version {o.version}": f"{uri}/#/models/{o.model}/versions/{o.version}" for o in outputs}
+    return {o.title: f"{uri}/#/models/{o.model}/versions/{o.version}" for o in outputs if o.is_final}

@@ -104,8 +104,7 @@ def _data(chart: Chart) -> Any:
 def _title(states: Sequence[RunState]) -> str:
     if len(states) > 1:
         return " and ".join(dict.fromkeys(state.recipe.name for state in states))
-    registered = [states[0].output(Register, member) for member in states[0].recipe.family]
-    return ", ".join(f"{output.model} version {output.version}" for output in registered)
+    return ", ".join(states[0].output(Register, member).title for member in states[0].recipe.family)
 
 
 def _sections(runs: Sequence[dict[str, Any]], has_benchmarks: bool) -> dict[str, str]:

@@ -15,6 +15,7 @@ from minitron_platform.report.page import page
 from minitron_platform.run_record import RunRecord
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.stage import StageOutput
+from minitron_platform.stages.state import RunState
 
 REPORT = "report.html"
 
@@ -25,23 +26,34 @@ def write_report(context: Context, run_record: RunRecord) -> Path:
     Does nothing if the report of these results exists. A remote storage gets a copy.
     """
     folder = Path(context.locations.local_run(context.run_key))
-    family = {model: _dumped(outputs) for model, outputs in context.family.items()}
-    results = {"run": context.run_key, "stages": _dumped(context.shared), "family": family}
-    text = json.dumps(results, indent=1, sort_keys=True)
     target = folder / RESULTS
-    if not run_record.open and target.exists() and target.read_text() == text and (folder / REPORT).exists():
+    if not run_record.open and (folder / REPORT).exists() and target.exists() and target.read_text() == _text(context):
         return folder
     with context.console.working("report"):
-        storage.write_bytes(str(folder / REPORT), page([context]).encode())
-        storage.write_bytes(str(target), text.encode())
+        stored = write_results(context)
     if not run_record.open:
         run_record.reopen()
-    for name in (REPORT, RESULTS):
-        stored = storage.join(context.locations.run(context.run_key), name)
-        if not storage.is_local(context.locations.storage):
-            storage.write_bytes(stored, (folder / name).read_bytes())
-        run_record.log.artifact(stored)
+    for path in stored:
+        run_record.log.artifact(path)
     return folder
+
+
+def write_results(state: RunState) -> list[str]:
+    """Write report.html and results.json to the run's local folder, with a copy in a remote storage; returns their paths in the
+    storage."""
+    content = {REPORT: page([state]).encode(), RESULTS: _text(state).encode()}
+    folders = dict.fromkeys((state.locations.local_run(state.run_key), state.locations.run(state.run_key)))
+    for folder in folders:
+        for name, data in content.items():
+            storage.write_bytes(storage.join(folder, name), data)
+    return [storage.join(state.locations.run(state.run_key), name) for name in content]
+
+
+def _text(state: RunState) -> str:
+    """The content of results.json."""
+    family = {model: _dumped(outputs) for model, outputs in state.family.items()}
+    results = {"run": state.run_key, "stages": _dumped(state.shared), "family": family}
+    return json.dumps(results, indent=1, sort_keys=True)
 
 
 def _dumped(outputs: Mapping[str, StageOutput]) -> dict[str, Any]:

@@ -1,13 +1,18 @@
-"""Register: add the student to the MLflow registry as a new version, with tags that say how it was made."""
+"""Register: add the student to the MLflow registry as a new version, with tags that say how it was made.
+
+A registry that does not answer costs nothing that is finished: the run goes on, and what is to be registered waits in the
+storage for the end of the run, the next run, or `minitron sync`.
+"""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
+from rich.markup import escape
+
 import minitron
 from minitron import storage
-from minitron.errors import StorageError
 from minitron.storage import redact
 from minitron_platform.estimates.outlook import Estimate, Outlook
 from minitron_platform.gates.judge import GATES_TAG
@@ -19,26 +24,17 @@ from minitron_platform.stages.data import Data
 from minitron_platform.stages.distill import Distill
 from minitron_platform.stages.evaluate import Evaluate, EvaluateOutput, results_of_documents, score_metrics
 from minitron_platform.stages.model_card import description, model_card
-from minitron_platform.stages.stage import ArtifactPath, Stage, StageOutput
+from minitron_platform.stages.registration import RegisterOutput, Registration, send
+from minitron_platform.stages.stage import Stage
 from minitron_platform.stages.stage_records import path_inside, relative
 from minitron_platform.stages.state import RunState
 from minitron_platform.stages.targets import Targets
 from minitron_platform.stages.teacher import Teacher
 from minitron_platform.tracking import registry
+from minitron_platform.tracking.client import RegistryError
 from minitron_platform.tracking.flusher import sqlite_path
-from minitron_platform.tracking.logged_models import ModelFigures
-from minitron_platform.tracking.variant_tags import PARENT_TAG
 from minitron_platform.tracking.version_figures import Measured, VersionFigures
 from minitron_platform.tracking.version_weights import CARD, PATH_TAG
-
-
-class RegisterOutput(StageOutput):
-    model: str
-    """Name of the registered model."""
-    version: str
-    alias: str
-    source: ArtifactPath
-    """The student's checkpoint."""
 
 
 class Register(Stage[RegisterOutput]):
@@ -64,20 +60,55 @@ class Register(Stage[RegisterOutput]):
         return Estimate(f"{member.model} as {outlook.recipe.register_as.alias}", start_up_seconds=2)
 
     def run(self, context: Context, folder: str) -> RegisterOutput:
-        settings = context.recipe.register_as
-        name = context.member.model
         previous = context.recipe.origin(context.member)
-        teacher = context.output(Teacher)
-        distilled = context.output(Distill)
-        evaluated = context.output(Evaluate)
-        figures = VersionFigures(
-            heldout=context.output(Targets).fingerprint,
-            student=_measured(context, evaluated, "distilled"),
-            teacher=_measured(context, evaluated, "teacher"),
-            pruned=_measured(context, evaluated, "pruned"),
+        parent = context.output(Register, previous) if previous else None
+        registration = _registration(context, previous)
+        output = RegisterOutput(
+            model=context.member.model,
+            version=None,
+            alias=context.recipe.register_as.alias,
+            source=context.output(Distill).student,
+            waiting=registration,
+            summary="",
         )
-        tags = {
-            GATES_TAG: settings.gates.model_dump_json(),
+        uri = context.locations.tracking_uri
+        try:
+            if parent is not None and not parent.is_final:
+                raise RegistryError(f"{parent.title}, which {output.model} was cut from")
+            run_id = context.mlflow_run_id(context.run_key)
+            if run_id is None:
+                raise RegistryError(f"MLflow at {redact(uri)} has not accepted the run's record")
+            return send(output, registration, uri, parent, run_id, context.mlflow_run_id(registration.record))
+        except RegistryError as error:
+            context.console.say(f"  [yellow]{escape(error.problem)}: the registration waits in the storage[/]")
+            return output.model_copy(update={"summary": f"not registered yet: {error.problem}"})
+
+    def is_valid(self, state: RunState, output: RegisterOutput) -> bool:
+        """Whether the registry has the version; it may have been deleted."""
+        return output.version is not None and registry.has_version(
+            state.locations.tracking_uri, output.model, output.version
+        )
+
+
+def _registration(context: Context, previous: schema.Member | None) -> Registration:
+    """What the version of the current model gets; writes the model card beside the weights. previous: the model of the family
+    that it was cut from; None for the teacher."""
+    teacher = context.output(Teacher)
+    distilled = context.output(Distill)
+    evaluated = context.output(Evaluate)
+    figures = VersionFigures(
+        heldout=context.output(Targets).fingerprint,
+        student=_measured(context, evaluated, "distilled"),
+        teacher=_measured(context, evaluated, "teacher"),
+        pruned=_measured(context, evaluated, "pruned"),
+    )
+    card = model_card(context)
+    storage.write_bytes(storage.join(distilled.student, CARD), str(card).encode())
+    return Registration(
+        parent=previous.model if previous else None,
+        description=description(card),
+        tags={
+            GATES_TAG: context.recipe.register_as.gates.model_dump_json(),
             "minitron.version": minitron.__version__,
             "minitron.recipe": context.recipe.name,
             "minitron.run": context.run_key,
@@ -85,7 +116,6 @@ class Register(Stage[RegisterOutput]):
             "minitron.teacher": context.recipe.teacher.model,
             "minitron.teacher_sha256": json.dumps(teacher.sha256, sort_keys=True),
             "minitron.teacher_corrected": str(context.output(Correct).corrected),
-            PARENT_TAG: _version(context, previous) if previous else "teacher",
             "minitron.losses": json.dumps(distilled.losses, sort_keys=True),
             "minitron.architecture": json.dumps(distilled.architecture.to_dict(), sort_keys=True),
             "minitron.parameters": str(distilled.parameters),
@@ -93,37 +123,16 @@ class Register(Stage[RegisterOutput]):
             "minitron.data_sha256": context.output(Data).train,
             "minitron.tokens": str(distilled.tokens),
             **registry.figure_tags(figures),
-        }
-        card = model_card(context)
-        storage.write_bytes(storage.join(distilled.student, CARD), str(card).encode())
-        run_id = context.mlflow_run_id(context.run_key)
-        if run_id is None:
-            raise StorageError(
-                f"MLflow at {redact(context.locations.tracking_uri)} has not accepted the run's record within 30 s",
-                "check that the server answers, and run again: only this stage is left",
-            )
-        own_run = context.mlflow_run_id(context.log(self.name).key) or run_id
-        version = registry.register(
-            context.locations.tracking_uri,
-            name=name,
-            source=distilled.student,
-            run_id=run_id,
-            tags=tags,
-            description=description(card),
-            alias=settings.alias,
-            figures=ModelFigures(own_run, _metrics(evaluated), _params(context)),
-        )
-        return RegisterOutput(
-            model=name,
-            version=version,
-            alias=settings.alias,
-            source=distilled.student,
-            summary=f"{name} version {version} as {settings.alias!r}",
-        )
-
-    def is_valid(self, state: RunState, output: RegisterOutput) -> bool:
-        """Whether the registry still has the version; the registry may have been deleted."""
-        return registry.has_version(state.locations.tracking_uri, output.model, output.version)
+        },
+        metrics=_metrics(evaluated),
+        params={
+            "teacher": context.recipe.teacher.model,
+            "architecture": str(distilled.architecture),
+            "tokens": str(distilled.tokens),
+            "run": context.run_key,
+        },
+        record=context.record_key(Register.name, context.member),
+    )
 
 
 def _metrics(evaluated: EvaluateOutput) -> dict[str, float]:
@@ -135,19 +144,6 @@ def _metrics(evaluated: EvaluateOutput) -> dict[str, float]:
         values |= score_metrics(figures.tasks)
         metrics |= {f"{prefix}{name}": value for name, value in values.items() if value is not None}
     return metrics
-
-
-def _params(context: Context) -> dict[str, str]:
-    """Where the student comes from, for the model's page."""
-    distilled = context.output(Distill)
-    previous = context.recipe.origin(context.member)
-    return {
-        "teacher": context.recipe.teacher.model,
-        "cut_from": _version(context, previous) if previous else "teacher",
-        "architecture": str(distilled.architecture),
-        "tokens": str(distilled.tokens),
-        "run": context.run_key,
-    }
 
 
 def _measured(context: Context, evaluated: EvaluateOutput, model: str) -> Measured:
@@ -168,9 +164,3 @@ def _tracking(state: RunState) -> str:
     """Identity of the registry; the path of a database inside the storage is relative, so that the storage can be moved."""
     database = sqlite_path(state.locations.tracking_uri)
     return state.locations.tracking_uri if database is None else relative(state.locations.local, str(database))
-
-
-def _version(context: Context, member: schema.Member) -> str:
-    """The registered version of an earlier model of the family, as text."""
-    registered = context.output(Register, member)
-    return f"{registered.model} version {registered.version}"

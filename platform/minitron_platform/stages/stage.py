@@ -39,6 +39,11 @@ class StageOutput(BaseModel):
     fingerprint: str = ""
     """Content address of the output; set when the record is written."""
 
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing is left to be done later."""
+        return True
+
     def artifacts(self) -> Iterator[str]:
         """The files and folders that the output refers to."""
         for name, field in type(self).model_fields.items():

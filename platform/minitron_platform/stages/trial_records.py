@@ -13,6 +13,7 @@ from minitron.architecture import Architecture, axes_that_differ
 from minitron_platform.console import seconds
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.search_output import SearchOutput
+from minitron_platform.tracking.events import STATE_TAG, TRAINING
 from minitron_platform.tracking.restarts import Restart, now, record_restart
 from minitron_platform.tracking.spool import RunLog
 from minitron_search.events import (
@@ -63,7 +64,7 @@ def _record_stopped(log: RunLog, candidate: StoppedCandidate, step_tokens: int) 
     log.params(_params(candidate.architecture))
     log.metrics({"heldout_kl": candidate.kl, "tokens": candidate.step * step_tokens}, step=candidate.step)
     log.metrics({"heldout_kl_undistilled": candidate.kl_undistilled, "tokens": 0}, step=0)
-    log.tags({"minitron.stopped_at_step": candidate.step})
+    log.tags({STATE_TAG: "stopped", "minitron.stopped_at_step": candidate.step})
 
 
 def _record_result(log: RunLog, result: TrialResult, ranked: RankedCandidate | None, step_tokens: int) -> None:
@@ -162,6 +163,7 @@ class TrialsView:
         match event:
             case Started():
                 self.active[architecture] = Progress(0, {})
+                log.tags({STATE_TAG: TRAINING})
             case Undistilled():
                 self.first_kl[architecture] = event.kl
             case Progress():
@@ -178,10 +180,12 @@ class TrialsView:
                 )
             case Paused():
                 self.active.pop(architecture, None)
+                log.tags({STATE_TAG: f"paused at step {event.step}"})
                 kl = self.last_kl.get(architecture)
                 measured = "" if kl is None else f"  held-out KL {kl:.3f}"
                 self.console.say(f"  step {event.step}/{self.steps}  {architecture}{measured}")
             case Finished():
+                log.tags({STATE_TAG: "finished"})
                 self._finished(architecture, event)
             case Retried():
                 self._retried(architecture, event)

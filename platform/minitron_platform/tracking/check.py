@@ -20,9 +20,7 @@ REMEDIES = {  # for a database driver that is not installed, by its module
     "psycopg2": "pip install 'minitron[postgres]', and write postgresql+psycopg:// in the address",
     "MySQLdb": "pip install pymysql, and write mysql+pymysql:// in the address",
 }
-CONSEQUENCE = (
-    "records are kept in the storage until `minitron sync` or the next run sends them, and no model can be registered"
-)
+CONSEQUENCE = "records and finished models wait in the storage until `minitron sync` or the next run sends them"
 REQUIRED = "required"
 BEST_EFFORT = "best-effort"
 

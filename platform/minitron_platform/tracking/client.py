@@ -18,11 +18,15 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
+class RegistryError(MinitronError):
+    """The registry does not answer, or not as it should; later it may."""
+
+
 @contextmanager
 def open_registry(tracking_uri: str, *, create: bool = False) -> Iterator[MlflowClient]:
     """A client of the registry. create: whether a SQLite database that does not exist is created.
 
-    Raises InputError for values that MLflow rejects and for a database that does not exist, MinitronError if the registry does
+    Raises InputError for values that MLflow rejects and for a database that does not exist, RegistryError if the registry does
     not answer.
     """
     database = sqlite_path(tracking_uri)
@@ -35,7 +39,7 @@ def open_registry(tracking_uri: str, *, create: bool = False) -> Iterator[Mlflow
     try:
         check_database(tracking_uri)
     except ConnectionError as error:
-        raise MinitronError(f"MLflow at {redact(tracking_uri)}: {redact(str(error))}", remedy) from error
+        raise RegistryError(f"MLflow at {redact(tracking_uri)}: {redact(str(error))}", remedy) from error
     create_database(tracking_uri)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -48,7 +52,7 @@ def open_registry(tracking_uri: str, *, create: bool = False) -> Iterator[Mlflow
                 f"MLflow at {redact(tracking_uri)}: {redact(str(error))}", "change the value in the message"
             ) from error
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
-        raise MinitronError(f"MLflow at {redact(tracking_uri)}: {redact(reason)}", remedy) from error
+        raise RegistryError(f"MLflow at {redact(tracking_uri)}: {redact(reason)}", remedy) from error
 
 
 def check_model_name(name: str) -> None:

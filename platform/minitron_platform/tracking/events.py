@@ -19,6 +19,9 @@ KEY = re.compile(r"^[A-Za-z0-9._-]+$")
 NAME_LENGTH = 250  # MLflow's limit for the name of a metric, parameter or tag, in characters
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 Event = dict[str, Any]
+
+STATE_TAG = "minitron.state"  # of a trial, which is open in MLflow until its search ends
+TRAINING = "training"  # its value while it trains; others say why it does not
 FIELDS: dict[str, dict[str, type]] = {  # of each kind of event
     "session": {},
     "start": {"key": str, "name": str, "tags": dict},

@@ -24,9 +24,9 @@ from minitron_platform.cli.commands import main
 from minitron_platform.console import Console
 from minitron_platform.leases import lease
 from minitron_platform.locations import Locations
+from minitron_platform.sync import sync
 from minitron_platform.tracking.flusher import Flusher
 from minitron_platform.tracking.spool import Spool
-from minitron_platform.tracking.sync import sync
 
 POINTS = 200
 CHILDREN = 4

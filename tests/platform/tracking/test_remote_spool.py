@@ -13,10 +13,10 @@ from helpers.s3_server import s3_server
 from minitron import storage
 from minitron_platform.console import Console
 from minitron_platform.locations import Locations
+from minitron_platform.sync import sync
 from minitron_platform.tracking import spool as spool_module
 from minitron_platform.tracking.flusher import Flusher
 from minitron_platform.tracking.spool import Spool
-from minitron_platform.tracking.sync import sync
 
 KEY = "tiny-1"
 STEPS = 3000

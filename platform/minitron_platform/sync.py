@@ -1,4 +1,4 @@
-"""`minitron sync`: sends to MLflow the records in a storage that it lacks."""
+"""`minitron sync`: sends to MLflow what it lacks of a storage: records of runs, and students that wait to be registered."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from minitron import storage
 from minitron.errors import InputError, MinitronError, StorageError
 from minitron.storage import redact
 from minitron_platform.console import Console
+from minitron_platform.late_registration import register_waiting
 from minitron_platform.leases import LeaseHeldError, lease
 from minitron_platform.locations import Locations
 from minitron_platform.tracking.check import REQUIRED, check_tracking
@@ -19,7 +20,8 @@ from minitron_platform.tracking.spool import Spool
 
 
 def sync(locations: Locations, console: Console) -> int:
-    """Send the records of every run in the storage that MLflow lacks; returns how many were sent.
+    """Send the records of every run in the storage that MLflow lacks, and register the students that wait for that; returns how
+    many records were sent.
 
     Runs whose driver is alive are left to it. What a run left open because its driver was killed is ended as KILLED; the next
     driver of the run continues it. Raises InputError for a storage without records, MinitronError if MLflow does not take
@@ -68,8 +70,12 @@ def _sync_run(locations: Locations, key: str, console: Console) -> tuple[int, in
         check_tracking(locations.tracking_uri, experiment, REQUIRED)
         spool.end_open("KILLED")
         flusher = Flusher(spool, locations.tracking_uri, experiment)
-        console.status(flusher.text)
-        left = flusher.close()
+        try:
+            for line in register_waiting(locations, key, spool, flusher):
+                console.say(f"[green]✓[/] {escape(line)}")
+        finally:
+            console.status(flusher.text)
+            left = flusher.close()
         sent = flusher.sent()
     finally:
         spool.close()
