@@ -183,8 +183,7 @@ def distill(
             )
             if save_now and save_now():
                 share[-1] = 1.0
-            summed, norm = state.reduce(share)
-            *parts, requests = summed.tolist()
+            (*parts, requests), norm = state.reduce(share)
             hurry = bool(requests) and not hurried
             finite = math.isfinite(parts[0]) and math.isfinite(norm)
             if finite:

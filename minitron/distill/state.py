@@ -67,8 +67,9 @@ class TrainingState:
         total = self._sums[index]
         self._sums[index] = gradient.float() if total is None else total.add_(gradient)
 
-    def reduce(self, parts: Tensor) -> tuple[Tensor, float]:
-        """Sum the losses and gradients over the processes and clip; returns the sum of the losses and the norm before."""
+    def reduce(self, parts: Tensor) -> tuple[list[float], float]:
+        """Sum the losses, float64, and the gradients over the processes, and clip. Returns the sums of the losses and the norm
+        before: the only values for which the host waits in a step."""
         gradients = [self._gradient(index) for index in range(len(self.named))]
         if dist.is_initialized() and dist.get_world_size() > 1:
             whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
@@ -83,7 +84,8 @@ class TrainingState:
         )  # as clip_grad_norm_, for gradients of no parameter
         local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
         torch._foreach_mul_(local, scale)  # a small model on a GPU waits for each kernel to be launched
-        return parts, float(norm)
+        *summed, before = torch.cat([parts, norm.double().view(1)]).tolist()
+        return summed, before
 
     def _gradient(self, index: int) -> Tensor:
         """The sum of a parameter's gradients, zero where there were none."""

@@ -110,11 +110,25 @@ def train(folder, config, *, split=False, losses=INTERMEDIATE, kill_at=0, tasks=
     return seen, student
 
 
-def _process(rank, world, port, name, kill_after, job):
+def _die_in_gathering():
+    """Kill this process when it gathers the trained student. Of the tensors that a step gathers, all are scalars."""
+    full_tensor = DTensor.full_tensor
+
+    def gather(tensor, **options):
+        if tensor.ndim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return full_tensor(tensor, **options)
+
+    DTensor.full_tensor = gather
+
+
+def _process(rank, world, port, name, kill_after, kill_gathering, job):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
     if kill_after:
         threading.Timer(kill_after, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    if kill_gathering:
+        _die_in_gathering()
     if job.get("checkpoints"):
         job["out"] = f"{job['checkpoints']}-{rank}.jsonl"
     seen, student = train(**job)
@@ -123,7 +137,7 @@ def _process(rank, world, port, name, kill_after, job):
     dist.destroy_process_group()
 
 
-def _together(name, job, *, world=2, victim=None, kill_at=0, kill_after=0.0):
+def _together(name, job, *, world=2, victim=None, kill_at=0, kill_after=0.0, kill_gathering=False):
     """Run a job in `world` forked processes; with a `victim`, until that process has been killed, and then kill the others."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -132,9 +146,8 @@ def _together(name, job, *, world=2, victim=None, kill_at=0, kill_after=0.0):
     for rank in range(world):
         dies = rank == victim
         own = {**job, "kill_at": kill_at if dies else 0}
-        processes.append(
-            fork.Process(target=_process, args=(rank, world, port, name, kill_after if dies else 0, own), daemon=True)
-        )
+        ways = kill_after if dies else 0, kill_gathering and dies
+        processes.append(fork.Process(target=_process, args=(rank, world, port, name, *ways, own), daemon=True))
     for process in processes:
         process.start()
     if victim is not None:
@@ -161,6 +174,7 @@ def everything(folder, out):
         except AssertionError:
             if "kill_at" in kill:
                 raise  # a random time may be after the end
+    _together(f"{out}/killed", killed, victim=1, kill_gathering=True)
     _together(f"{out}/killed", killed)
     elastic = {"folder": folder, "config": STEPS, "losses": Losses(), "checkpoints": f"{out}/elastic"}
     for part, (world, until) in enumerate(((2, 4), (1, 7), (2, 10))):
@@ -227,6 +241,13 @@ def test_curve_and_weights_are_bit_identical_after_any_number_of_kills_at_any_ti
         assert all(torch.equal(one[name], other[name]) for name in one)
     # the curve beside the checkpoints is complete, with each step once
     assert [(point.step, point.loss) for point in read_curve(str(done / "killed"))] == list(whole.items())
+
+
+def test_a_kill_while_the_trained_student_is_gathered_repeats_no_step(done):
+    for rank in range(2):
+        assert _logged(done / f"killed-{rank}.jsonl")[-1][0] == SHARDED.steps
+        last = _saw(done, "killed", rank)  # whose weights are compared above
+        assert last["losses"] == last["rows"] == []
 
 
 def test_rows_and_their_order_do_not_depend_on_the_number_of_processes(done, material):

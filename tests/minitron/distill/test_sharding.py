@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from minitron import storage
 from minitron.data import Rows
-from minitron.distill import LiveTeacher, distill
+from minitron.distill import LiveTeacher, Losses, distill
 from minitron.errors import InputError
 from minitron.evaluation import heldout_metrics
 from minitron.meta_models import open_model
@@ -61,6 +61,20 @@ def train(folder, config=SHARDED, from_files=False, **options):
     return losses, heldout, student
 
 
+def train_with_fp8(folder):
+    """Train the teacher itself, in bfloat16 and with FP8 products; returns the losses by step."""
+    losses = {}
+    distill(
+        load_model(folder / "teacher").to(torch.bfloat16),
+        None,
+        Rows.open(str(folder / "rows"), "train"),
+        replace(SHARDED, steps=3, fp8="tensorwise"),
+        losses=Losses(logits="none", cross_entropy=1.0),
+        report=lambda step: losses.update({step.step: step.loss}),
+    )
+    return losses
+
+
 def _heldout(model, rows, together=None):
     """On three batches, of which two processes have an unequal number."""
     together = dist.is_initialized() if together is None else together
@@ -78,6 +92,7 @@ from collections import Counter
 import test_sharding as t
 from helpers.counting import Counting
 from helpers.forking import fork_two
+from helpers.step_counts import StepCounts
 from minitron.distill import sharding
 from minitron.meta_models import open_model, write_model
 sent = Counter()
@@ -96,8 +111,13 @@ part, _, _ = t.train(folder, from_files=True, checkpoints=out, until=until)
 with Counting(sent):
     t.train(folder, replace(t.SHARDED, steps=1, batch_rows=6, evaluate_every=0), checkpoints=f"{out}-last-{until}")
 counts = {name: count for name, count in sent.items() if name.startswith("c10d.")}
-copies = {}
+copies, fp8, optimizer, waits = {}, {}, 0, 0
 if until < t.SHARDED.steps:
+    fp8 = t.train_with_fp8(folder)
+    with StepCounts() as steps:
+        t.train(folder, replace(t.SHARDED, steps=2, evaluate_every=0))
+    optimizer = steps.moved[1]["optimizer"] / sum(parameter.numel() for parameter in student.parameters())
+    waits = steps.waits[1].total()
     # as on two nodes of one process each, with a copy of the student in either
     sharding.mesh_shape = lambda device, size: (2, 1)
     copies, _, student = t.train(folder, from_files=True, checkpoints=f"{out}-{until}-copies")
@@ -106,7 +126,7 @@ if until < t.SHARDED.steps:
         result.mkdir()
     weights = open_model(folder / "student", torch.float32).weights
     write_model(student, weights, torch.float32, result if rank == 0 else None)
-Path(f"{out}-{until}-{rank}.json").write_text(json.dumps([whole, heldout, part, copies, counts]))
+Path(f"{out}-{until}-{rank}.json").write_text(json.dumps([whole, heldout, part, copies, fp8, counts, optimizer, waits]))
 dist.destroy_process_group()
 """
 
@@ -120,9 +140,9 @@ def _two_processes(folder, out, until, port):
     assert workers.returncode == 0, workers.stderr
     said = []
     for rank in range(2):
-        *curves, counts = json.loads(Path(f"{out}-{until}-{rank}.json").read_text())
+        *curves, counts, optimizer, waits = json.loads(Path(f"{out}-{until}-{rank}.json").read_text())
         curves = [{int(step): value for step, value in curve.items()} for curve in curves]
-        said.append((*curves, counts, load_file(f"{out}-{until}-{rank}.safetensors")))
+        said.append((*curves, counts, optimizer, waits, load_file(f"{out}-{until}-{rank}.safetensors")))
     return said
 
 
@@ -141,11 +161,13 @@ def test_a_sharded_student_trains_the_same_and_its_checkpoints_load_in_any_numbe
     out = tmp_path / "checkpoints"
     first = _two_processes(material, out, 5, free_port())
     written = load_model(f"{out}-5-0-result")
-    for whole, measured, part, copies, counts, weights in first:
+    rounded = train_with_fp8(material)
+    for whole, measured, part, copies, fp8, counts, optimizer, waits, weights in first:
         assert list(whole.values()) == pytest.approx(list(alone.values()), rel=1e-5)
         assert list(measured.values()) == pytest.approx(list(heldout.values()), rel=1e-5)
         assert part == {step: whole[step] for step in range(1, 6)}  # bit for bit
         assert list(copies.values()) == pytest.approx(list(alone.values()), rel=1e-5)
+        assert list(fp8.values()) == pytest.approx(list(rounded.values()), rel=1e-3)
         for name, parameter in student.named_parameters():
             assert torch.allclose(weights[name], parameter, atol=1e-4)
             assert torch.allclose(written.get_parameter(name), parameter, atol=1e-4)
@@ -153,6 +175,9 @@ def test_a_sharded_student_trains_the_same_and_its_checkpoints_load_in_any_numbe
         # the latter are kept for the backward pass
         assert counts["c10d._reduce_scatter_base_.default"] == 3 * 6
         assert counts["c10d._allgather_base_.default"] == 3 * (2 * 5 + 1)
+        # a half of AdamW's 32 bytes per parameter, of 4 for the norm of the gradient and of 8 for clipping
+        assert optimizer == pytest.approx(22, rel=0.05)
+        assert waits == 1
     # of copies one is saved, and any number of processes reads it
     losses, _, resumed = train(material, checkpoints=f"{out}-5-copies")
     assert not losses  # it was complete
