@@ -15,7 +15,7 @@ from ray.job_submission import JobSubmissionClient
 
 from minitron.errors import MinitronError
 from minitron_platform.addresses import check_jobs_address, check_token_address
-from minitron_platform.cluster.ray_session import auth_token
+from minitron_platform.cluster.tokens import auth_token, refused_token
 
 NOISY_LOGGERS = (
     "ray.dashboard.modules.dashboard_sdk",
@@ -72,11 +72,7 @@ def head_errors(address: str) -> Iterator[None]:
     try:
         yield
     except AuthenticationError as error:
-        reason = "the head refused the token" if auth_token() else "the head requires a token"
-        raise MinitronError(
-            f"{address}: {reason}",
-            "set RAY_AUTH_TOKEN_PATH to the file with the cluster's token (on the head: `ray get-auth-token`)",
-        ) from error
+        raise refused_token(address) from error
     except (OSError, aiohttp.ClientError) as error:  # the errors of `requests` are OSErrors
         raise MinitronError(
             f"{address}: no answer ({type(error).__name__})",

@@ -27,7 +27,8 @@ from minitron.environment import environment_variables
 from minitron.errors import InputError, MinitronError
 from minitron_platform.addresses import answers
 from minitron_platform.cluster.ray_node import RayNode, end, ray_node, start
-from minitron_platform.cluster.ray_session import QUIET, auth_token
+from minitron_platform.cluster.ray_session import QUIET
+from minitron_platform.cluster.tokens import auth_token
 
 INTERRUPTED = 75  # exit code after a notice; EX_TEMPFAIL of sysexits.h: try again
 ENDED = 128 + signal.SIGTERM  # exit code after SIGTERM or SIGINT

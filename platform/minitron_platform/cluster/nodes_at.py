@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ray._private.authentication import authentication_token_setup
 from ray._private.internal_api import get_state_from_address
 from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RayError
@@ -15,6 +13,7 @@ from ray.exceptions import RayError
 from minitron.device import datasheet
 from minitron.loopback import is_loopback
 from minitron_platform.addresses import answers
+from minitron_platform.cluster.head_check import check_head
 from minitron_search.nodes import Node, possible_nodes, present_nodes
 
 ANSWER_SECONDS = 3.0
@@ -55,8 +54,8 @@ def listens_at_loopback_alone(address: str) -> bool:
 
 
 def nodes_at(address: str | None) -> ClusterNodes | None:
-    """The nodes of the cluster at `address`, or at RAY_ADDRESS; None if it does not answer, or only to Ray's client
-    (ray://)."""
+    """The nodes of the cluster at `address`, or at RAY_ADDRESS; None if nothing listens there, or the address is of Ray's
+    client (ray://). Raises what `check_head` raises."""
     address = address or os.environ.get("RAY_ADDRESS") or ""
     if listens_at_loopback_alone(address):
         head: str | None = address
@@ -64,10 +63,9 @@ def nodes_at(address: str | None) -> ClusterNodes | None:
         head = None if address.startswith("ray://") else canonicalize_bootstrap_address(address)
     if not head or not answers(head, ANSWER_SECONDS):
         return None
-    logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)
-    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    check_head(head, address)
     try:
         state = get_state_from_address(head)
         return ClusterNodes(present_nodes(state), possible_nodes(state))
-    except (RayError, RuntimeError, ValueError):  # another version of Ray, or another token; joining it says which
+    except (RayError, RuntimeError, ValueError):  # another version of Ray; joining it says which
         return None

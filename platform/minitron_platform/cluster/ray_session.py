@@ -18,15 +18,17 @@ from pathlib import Path
 
 import ray
 from ray._private import ray_constants
-from ray._private.authentication import authentication_token_setup
 from ray._private.node import Node
+from ray._private.services import canonicalize_bootstrap_address
 
 from minitron.device import cores
 from minitron.environment import environment_variables
 from minitron.errors import InputError, MinitronError
 from minitron_platform.addresses import check_ray_address
+from minitron_platform.cluster.head_check import check_head, send_token
 from minitron_platform.cluster.nodes_at import listens_at_loopback_alone
 from minitron_platform.cluster.packaging import PACKAGES, package_folder, stage_code
+from minitron_platform.cluster.tokens import auth_token
 from minitron_platform.workers.workers import SEAT
 from minitron_search.private_ray import private_settings
 
@@ -46,28 +48,6 @@ QUIET = {
 UNUSED = ("start_monitor", "start_log_monitor", "start_api_server")
 
 _local_token = ""
-
-
-def auth_token() -> str | None:
-    """The cluster's token from where Ray reads it (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token); None if not set.
-
-    Raises InputError if RAY_AUTH_TOKEN_PATH names a file that cannot be read or is empty.
-    """
-    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
-        return token
-    if path := os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        try:
-            token = Path(path).expanduser().read_text().strip()
-        except OSError as error:
-            raise InputError(
-                f"RAY_AUTH_TOKEN_PATH={path}: {error.strerror}",
-                "set it to the path of the file with the cluster's token",
-            ) from error
-        if not token:
-            raise InputError(f"RAY_AUTH_TOKEN_PATH={path}: the file is empty", "write the cluster's token to it")
-        return token
-    default = Path.home() / ".ray" / "auth_token"
-    return (default.read_text().strip() or None) if default.is_file() else None
 
 
 @contextmanager
@@ -165,19 +145,27 @@ def _join(address: str) -> None:
                 f"Ray at {address!r} does not answer ({error.strerror or error})",
                 "check the address with `ray status` on the cluster, or leave it out for a private Ray on this machine",
             ) from error
-    # Ray sends the token to a cluster that it starts by itself, but not to one that it joins.
-    logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)
-    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    at_loopback = listens_at_loopback_alone(address)
+    if address.startswith("ray://"):
+        send_token()
+    elif head := address if at_loopback else canonicalize_bootstrap_address(address):
+        check_head(head, address)
     with tempfile.TemporaryDirectory(prefix="minitron-code-") as folder:
         runtime_env = None  # a job has brought its code with it
         if IN_A_JOB not in os.environ:
             runtime_env = {"py_modules": stage_code(Path(folder)), "env_vars": dict(QUIET)}
         try:
-            with _at_loopback() if listens_at_loopback_alone(address) else nullcontext(), _signals_kept():
+            with _at_loopback() if at_loopback else nullcontext(), _signals_kept():
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=runtime_env)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            reason = " ".join(str(error).split())
+            if reason.startswith("Version mismatch: "):
+                raise MinitronError(
+                    f"Ray at {address!r} cannot be joined: {reason.removeprefix('Version mismatch: ')}",
+                    "use these versions here, or `minitron submit`: the run's own process is then on the cluster",
+                ) from error
             raise MinitronError(
-                f"Ray at {address!r} cannot be joined: {str(error).strip().splitlines()[0]}",
+                f"Ray at {address!r} cannot be joined: {reason[:500]}",
                 "check that `ray status` works on the cluster and that RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH has its token; "
                 "or leave the address out for a private Ray on this machine",
             ) from error

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from minitron.errors import InputError, MinitronError
 from minitron.storage import redact
-from minitron_platform.cluster.ray_session import auth_token
+from minitron_platform.cluster.tokens import auth_token
 from minitron_platform.doctor.finding import Finding
 from minitron_platform.tracking.check import check_tracking
 
