@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from functools import cache
-from pathlib import Path
-
 import jsonschema
 import pytest
 import yaml
 from helpers.command import minitron_here
+from helpers.manifests import check_manifest
 
-SCHEMAS = Path(__file__).parent / "schemas"
 CLUSTER = ("--nodes", "4", "--gpus", "8", "--image", "registry.example.com/minitron:0.1")
 JOB = ("--recipe", "minimal", "--storage", "s3://bucket/minitron", "--tracking-uri", "http://mlflow:5000")
-
-
-@cache
-def _schema(file):
-    return json.loads((SCHEMAS / file).read_text())
-
-
-def _check(manifest):
-    file = "kuberay-1.7.json" if manifest["apiVersion"].startswith("ray.io/") else "kubernetes-1.37.json"
-    schema = _schema(file)
-    # null means an empty value of a template, which Kubernetes would ignore
-    jsonschema.Draft202012Validator({"$ref": f"#/$defs/{manifest['kind']}", "$defs": schema["$defs"]}).validate(
-        manifest
-    )
 
 
 def _render(cwd, *options):
@@ -36,7 +18,7 @@ def _render(cwd, *options):
     assert done.returncode == 0, done.stderr
     manifests = {manifest["kind"]: manifest for manifest in yaml.safe_load_all(done.stdout)}
     for manifest in manifests.values():
-        _check(manifest)
+        check_manifest(manifest)
     return manifests
 
 
@@ -60,7 +42,7 @@ def test_a_misspelt_key_is_not_valid(tmp_path):
     cluster = _render(tmp_path)["RayCluster"]
     cluster["spec"]["workerGroupSpecs"][0]["minReplicaz"] = 0
     with pytest.raises(jsonschema.ValidationError, match="minReplicaz"):
-        _check(cluster)
+        check_manifest(cluster)
 
 
 def test_workers_with_gpus_start_from_zero_and_the_head_has_none(tmp_path):

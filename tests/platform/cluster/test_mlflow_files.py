@@ -6,7 +6,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import jsonschema
+import pytest
 import yaml
+from helpers.manifests import check_manifest
 
 FOLDER = Path(__file__).resolve().parents[3] / "clusters" / "mlflow"
 
@@ -21,6 +24,39 @@ def containers() -> dict[str, dict[str, Any]]:
     ]
     assert all(pod["securityContext"]["runAsNonRoot"] and not pod["automountServiceAccountToken"] for pod in workloads)
     return {container["name"]: container for pod in workloads for container in pod["containers"]}
+
+
+def test_the_manifests_are_valid_by_the_definitions_of_kubernetes() -> None:
+    kinds = [each["kind"] for each in manifests()]
+    assert sorted({*kinds}) == [
+        "ConfigMap",
+        "Deployment",
+        "NetworkPolicy",
+        "PersistentVolumeClaim",
+        "Service",
+        "StatefulSet",
+    ]
+    for manifest in manifests():
+        check_manifest(manifest)
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        ("Deployment", ["spec", "template", "spec", "containers", 0, "startupProbe"]),
+        ("StatefulSet", ["spec", "volumeClaimTemplates", 0, "spec"]),
+        ("Service", ["spec", "ports", 0]),
+        ("PersistentVolumeClaim", ["spec", "resources"]),
+    ],
+)
+def test_a_misspelt_key_of_each_kind_is_not_valid(kind: str, keys: list[Any]) -> None:
+    manifest = next(each for each in manifests() if each["kind"] == kind)
+    section: Any = manifest
+    for key in keys:
+        section = section[key]
+    section["misspelt"] = 1
+    with pytest.raises(jsonschema.ValidationError, match="misspelt"):
+        check_manifest(manifest)
 
 
 def test_services_policies_and_volumes_lead_to_pods_that_exist() -> None:
