@@ -18,7 +18,8 @@ from minitron_platform.console import Console
 )
 @tracking_options
 def report(locations: Any, runs: tuple[str, ...], out: str | None) -> None:
-    """Write the report of a finished run again, or compare several runs on one page.
+    """Write the report of a finished run again, or compare several runs on one page, with the aligned and quantised variants
+    of their students that are registered.
 
     RUN is the name of a run, such as smollm2-135m-cpu-720783ab, its recipe's name, of which the newest run is taken, or a model
     of its family. Without RUN, the finished runs of the storage are listed.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
 from minitron import __version__
 from minitron.storage import redact
 from minitron_platform.recipes.build import text_sources
+from minitron_platform.report.variants import Version
 from minitron_platform.stages.calibrate import Calibrate
 from minitron_platform.stages.correct import Correct
 from minitron_platform.stages.data import Data
@@ -31,8 +33,8 @@ class Node:
     children: list[Node] = field(default_factory=list)
 
 
-def lineage(state: RunState) -> Node:
-    """The tree of the run's models."""
+def lineage(state: RunState, versions: Sequence[Version] = ()) -> Node:
+    """The tree of the run's models. versions: the students with variants, and these."""
     teacher = state.output(Teacher)
     hashes = [f"{name} sha256 {value}" for name, value in teacher.sha256.items()]
     root = Node(state.recipe.teacher.model, [f"teacher · {teacher.summary}", *hashes])
@@ -55,6 +57,11 @@ def lineage(state: RunState) -> Node:
         node = Node(registered.title, lines)
         (nodes[previous.model] if previous else origin).children.append(node)
         nodes[member.model] = node
+    by_title = {node.title: node for node in nodes.values()}
+    for each in versions:
+        if each.kind:
+            by_title[each.title] = Node(each.title, [each.made_from])
+            by_title[each.parent].children.append(by_title[each.title])
     return root
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import count
@@ -21,6 +21,7 @@ from minitron_platform.report.final_table import LABELS, caption, rows, speed_te
 from minitron_platform.report.importance import Importance
 from minitron_platform.report.published import PAPER
 from minitron_platform.report.script import content_security_policy, page_script
+from minitron_platform.report.variants import Version, variant_table
 from minitron_platform.shipped_files import data_folder
 from minitron_platform.stages.calibrate import Calibrate
 from minitron_platform.stages.data import Data
@@ -43,8 +44,11 @@ def environment() -> jinja2.Environment:
     )
 
 
-def page(states: Sequence[RunState]) -> str:
-    """The report of one finished run, or of several on one page."""
+def page(states: Sequence[RunState], versions: Mapping[str, Sequence[Version]] | None = None) -> str:
+    """The report of one finished run, or of several on one page.
+
+    versions: by run, its students with variants, and these; see `versions_with_variants`.
+    """
     from markupsafe import Markup
 
     folder = data_folder("dashboards") / "report"
@@ -60,7 +64,8 @@ def page(states: Sequence[RunState]) -> str:
     quality = named(family.quality_chart(models))
     benchmarks = family.benchmark_chart(models)
     header, body = _compared(models) if several else rows(states[0])
-    runs = [_run(state, index, named) for index, state in enumerate(states)]
+    versions = versions or {}
+    runs = [_run(state, index, named, versions.get(state.run_key, ())) for index, state in enumerate(states)]
     scored = family.benchmark_table(models)
     return template.render(
         policy=content_security_policy(script),
@@ -77,6 +82,7 @@ def page(states: Sequence[RunState]) -> str:
         paper=PAPER,
         header=header,
         body=body,
+        variants=variant_table([version for each in versions.values() for version in each]),
         caption=" · ".join(dict.fromkeys(caption(state) for state in states)),
         benchmark_chart=benchmarks and named(benchmarks),
         benchmark_header=scored[0],
@@ -186,7 +192,7 @@ def _compared(models: Sequence[FamilyModel]) -> tuple[list[str], list[list[str]]
     return header, body
 
 
-def _run(state: RunState, index: int, named: Any) -> dict[str, Any]:
+def _run(state: RunState, index: int, named: Any, versions: Sequence[Version]) -> dict[str, Any]:
     """The sections of one run, for the template."""
     recipe = state.recipe
     prefix = f"run{index}-"
@@ -237,7 +243,7 @@ def _run(state: RunState, index: int, named: Any) -> dict[str, Any]:
         "cost_note": costs.NOTE,
         "completions": _completions(state),
         "restarts": lineage.restarts(state),
-        "lineage": lineage.lineage(state),
+        "lineage": lineage.lineage(state, versions),
         "facts": {**lineage.facts(state), "hardware": hardware.text if hardware else "not known"},
         "links": lineage.model_links(state),
         "recipe": recipe_yaml(recipe),

@@ -12,6 +12,7 @@ from minitron.errors import InputError
 from minitron_platform.locations import Locations
 from minitron_platform.report.finished_run import RESULTS, finished_run, finished_runs
 from minitron_platform.report.page import page
+from minitron_platform.report.variants import versions_with_variants
 from minitron_platform.run_record import RunRecord
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.stage import StageOutput
@@ -61,7 +62,8 @@ def _dumped(outputs: Mapping[str, StageOutput]) -> dict[str, Any]:
 
 
 def write_page(locations: Locations, names: Sequence[str], out: str | None = None) -> str:
-    """Write the report of a finished run again, or one page that compares several; returns its path.
+    """Write the report of a finished run again, or one page that compares several, with what was made of their students since;
+    returns its path.
 
     names: of runs, of their recipes or of models of a family; the newest run that has the name is taken. out: file to write, by
     default that of the run, or comparison.html in the local folder of runs. Raises InputError for an unknown name, StorageError
@@ -78,5 +80,6 @@ def write_page(locations: Locations, names: Sequence[str], out: str | None = Non
             keys.append(key)
     folder = Path(locations.local_run(keys[0]))
     path = out or str(folder / REPORT if len(keys) == 1 else folder.with_name("comparison.html"))
-    storage.write_bytes(path, page([finished_run(locations, key) for key in keys]).encode())
+    states = [finished_run(locations, key) for key in keys]
+    storage.write_bytes(path, page(states, {state.run_key: versions_with_variants(state) for state in states}).encode())
     return path

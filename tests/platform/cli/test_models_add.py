@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -138,3 +140,32 @@ def test_a_quantised_variant_is_measured_dequantised_and_refused_with_the_remedy
     cards = [path.read_text() for path in (copied / "runs" / "variants").glob("*/model/README.md")]
     assert any("# tiny-fp8\n" in card and "KL to the teacher" in card for card in cards)
     assert any("# tiny-unmeasured\n" in card and "Not measured" in card for card in cards)
+
+
+def test_variants_are_in_the_report_beside_their_parents(copied: Path) -> None:
+    variant(copied, "aligned", noise(3e-3))
+    variant(copied, "small", lambda tensors: in_fp8(tensors, BLOCK), fp8_config(BLOCK))
+    for folder, name, kind, parent, *rest in (
+        ("aligned", "tiny-chat", "aligned", "tiny-student/1"),
+        ("small", "tiny-chat-fp8", "quantised", "tiny-chat/1", "--unmeasured"),
+    ):
+        added = command(copied, "models", "add", folder, "--as", name, "--kind", kind, "--parent", parent, *rest)
+        assert added.returncode == 0, added.stderr
+    assert command(copied, "report", "tiny-student", "--out", "variants.html").returncode == 0
+    page = (copied / "variants.html").read_text()
+    table = page.partition("Aligned and quantised variants")[2].partition("</table>")[0]
+    rows = {cells[0]: cells for cells in (cells_of(row) for row in table.split("<tr>")) if len(cells) > 1}
+    student, chat, quantised = (rows[f"{name} version 1"] for name in ("tiny-student", "tiny-chat", "tiny-chat-fp8"))
+    assert float(chat[2]) > 0
+    assert float(student[2]) > 0
+    assert chat[-1] == "aligned from tiny-student version 1"
+    assert quantised[2] == "not measured"
+    assert float(quantised[1]) < float(chat[1])  # MB
+    tree = page.partition('class="tree"')[2].partition("</ul>\n\n<h2")[0]
+    assert (
+        tree.index("tiny-student version 1") < tree.index("tiny-chat version 1") < tree.index("tiny-chat-fp8 version")
+    )
+
+
+def cells_of(row: str) -> list[str]:
+    return [html.unescape(cell) for cell in re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", row)]

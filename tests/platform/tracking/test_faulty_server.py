@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -114,6 +115,26 @@ def test_a_server_that_restarts_delays_nothing_and_loses_nothing(
     assert len(said) == 2, said
     assert "records are kept in" in said[0]
     assert "answers again" in said[1]
+
+
+@pytest.mark.long
+def test_a_server_that_is_stopped_in_the_middle_and_started_again_has_every_point_once(
+    tmp_path: Path, empty_database: Path
+) -> None:
+    shutil.copy(empty_database, tmp_path)
+    port = free_port()
+    spool = Spool(str(tmp_path / "runs" / "tiny-1" / "spool"))
+    flusher = Flusher(spool, f"http://127.0.0.1:{port}", "stopped", interval=0.05)
+    with mlflow_server(tmp_path, port):
+        spool.record("tiny-1").start("tiny-1")
+        assert flusher.wait_for("tiny-1", 60)
+        recording = threading.Thread(target=record, args=(spool, "tiny-1"))
+        recording.start()
+    recording.join()
+    assert flusher.wait_for("tiny-1.3", 0.3) is None
+    with mlflow_server(tmp_path, port), faulty_proxy(port) as passing:
+        assert flusher.close() == 0
+        check(passing, "stopped", "tiny-1")
 
 
 def test_closing_waits_as_long_as_a_slow_server_takes_records(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +19,7 @@ from mlflow import MlflowClient
 from minitron.errors import InputError, StorageError
 from minitron.storage import committed_folder, manifest, verify
 from minitron_platform.cli.commands import main
+from minitron_platform.tracking.alias_lock import LOCK_PREFIX
 from minitron_platform.tracking.flusher import Flusher
 from minitron_platform.tracking.logged_models import ModelFigures
 from minitron_platform.tracking.moves import promote
@@ -67,6 +71,69 @@ def test_every_point_of_a_run_arrives_once_and_in_order(server: PostgresServer, 
     assert client.get_run(run_id).info.status == "FINISHED"
     history = client.get_metric_history(run_id, "kl")
     assert [(point.step, point.value) for point in history] == [(step, 1 / step) for step in range(1, POINTS + 1)]
+
+
+ATTEMPTS = 8  # processes, and promotions of each
+PROMOTER = """import sys
+from minitron.errors import InputError
+from minitron_platform.tracking.moves import promote
+
+address, name, version, attempts = sys.argv[1:]
+print("ready", flush=True)
+sys.stdin.readline()
+for attempt in range(int(attempts)):
+    try:
+        promote(address, name, version=version, tags={f"attempt.{attempt}": "promoted"})
+        print("promoted", flush=True)
+    except InputError as error:
+        print(error.problem, flush=True)
+"""
+
+
+@pytest.mark.long
+def test_of_promotions_by_many_processes_one_wins_each_time_and_the_history_is_one_chain(
+    server: PostgresServer, tmp_path: Path
+) -> None:
+    name = "tiny-contested"
+    for number in range(ATTEMPTS):
+        with committed_folder(str(tmp_path / str(number))) as folder:
+            (folder / "model.safetensors").write_text(str(number) * 10)
+        register(server.address, name=name, source=str(tmp_path / str(number)), run_id=None, tags={})
+    arguments = [sys.executable, "-c", PROMOTER, server.address, name]
+    processes = [
+        subprocess.Popen(
+            [*arguments, str(version + 1), str(ATTEMPTS)],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for version in range(ATTEMPTS)
+    ]
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        with ThreadPoolExecutor(ATTEMPTS) as pool:
+            outputs = list(pool.map(lambda process: process.communicate("\n", timeout=300)[0], processes))
+    finally:
+        for process in processes:
+            process.kill()
+    said = [line for output in outputs for line in output.splitlines()]
+    assert len(said) == ATTEMPTS**2
+    losers = [line for line in said if line != "promoted"]
+    assert losers
+    assert all("champion was moved to version" in line for line in losers)
+    client = MlflowClient(server.address)
+    model = client.get_registered_model(name)
+    moves = json.loads(model.tags["minitron.history.champion"])
+    chain = [None, *(move["version"] for move in moves)]
+    assert [move["previous"] for move in moves] == chain[:-1]
+    assert chain[-1] == str(model.aliases["champion"])
+    versions = client.search_model_versions(f"name='{name}'")
+    marked = sum(tag.startswith("attempt.") for version in versions for tag in version.tags)
+    assert marked == len(said) - len(losers) >= len(moves) >= 2
+    assert not [m.name for m in client.search_registered_models() if m.name.startswith(LOCK_PREFIX)]
 
 
 def test_versions_are_registered_promoted_rolled_back_and_pulled(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +16,9 @@ from urllib.parse import SplitResult, urlsplit
 import pytest
 import requests
 from click.testing import CliRunner
+from helpers.command import environment
 from helpers.mlflow_server import free_port, mlflow_server
+from mlflow import MlflowClient
 
 from minitron.errors import InputError, MinitronError, StorageError
 from minitron.storage import committed_folder, manifest, verify
@@ -97,6 +101,28 @@ def test_two_processes_that_register_the_same_weights_create_one_version(uri: st
         made = list(pool.map(lambda number: add(uri, tmp_path / str(number), "same"), range(4)))
     assert len(set(made)) == 1
     assert [row.version for row in models(uri)] == made[:1]
+
+
+def test_a_process_that_is_killed_before_the_alias_is_set_leaves_it_to_the_next(uri: str, tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    with committed_folder(str(folder)) as temporary:
+        (temporary / "model.safetensors").write_text("weights")
+    program = f"""
+import os
+from minitron_platform.tracking import registry
+registry.point_newest = lambda *arguments: os.kill(os.getpid(), 9)
+registry.register({uri!r}, name={NAME!r}, source={str(folder)!r}, run_id=None, tags={{"of": "the first"}})
+"""
+    killed = subprocess.run([sys.executable, "-c", program], env=environment())
+    assert killed.returncode == -signal.SIGKILL
+    client = MlflowClient(uri)
+    assert (client.get_model_version(NAME, "1").tags["of"], client.get_registered_model(NAME).aliases) == (
+        "the first",
+        {},
+    )
+    assert register(uri, name=NAME, source=str(folder), run_id=None, tags={"of": "the second"}) == "1"
+    assert client.get_model_version_by_alias(NAME, "candidate").tags["of"] == "the second"
+    assert len(client.search_model_versions(f"name='{NAME}'")) == 1
 
 
 def test_weights_are_found_in_a_storage_that_was_moved(uri: str, tmp_path: Path) -> None:
