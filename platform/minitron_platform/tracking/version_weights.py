@@ -19,10 +19,9 @@ from minitron.errors import InputError, StorageError
 from minitron.names import check_name, inside
 from minitron.storage import (
     MANIFEST,
-    access_errors,
     committed_folder,
     disk_errors,
-    filesystem,
+    exists,
     fingerprint,
     is_committed,
     is_local,
@@ -35,6 +34,7 @@ from minitron.storage import (
     verify,
     write_bytes,
 )
+from minitron.storage.ranges import read_ranges
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 MANIFEST_TAG = "minitron.manifest_sha256"
 PATH_TAG = "minitron.storage_path"  # path of the weights relative to the storage
 CARD = "README.md"  # the model card beside the weights, which is not part of their identity
+PIECE = 8 * 2**20  # bytes of a request
+AT_ONCE = 8  # requests for pieces of a file at the same time
 UPLOADED = "models:/"  # how the address of a logged model starts
 
 
@@ -75,8 +77,8 @@ def copy_weights(
 ) -> None:
     """Copy a version's weights to the folder `target`. Raises StorageError as `check_weights`; nothing is written then.
 
-    Files that an interrupted call has copied to a local folder are not copied again, and a whole copy is compared alone. Raises
-    InputError for a folder with other weights.
+    What an interrupted call has copied to a local folder is not copied again (of uploaded weights, whole files only), and a
+    whole copy is compared alone. Raises InputError for a folder with other weights.
     """
     with _source(client, version, storage_root, unverified) as source:
         files = manifest(source)["files"] if isinstance(source, str) else source.files
@@ -94,18 +96,38 @@ def copy_weights(
                     continue
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if isinstance(source, str):
-                    fs, inner = filesystem(source)
-                    with access_errors(source):
-                        if not fs.exists(f"{inner}/{name}"):
-                            raise StorageError(f"{join(source, name)}: missing", "choose another version")
-                        fs.get_file(f"{inner}/{name}", str(path))
-                    _compare(join(source, name), path, expected)
+                    _copy_file(join(source, name), path, expected)
                 else:
                     source.copy(name, path)
         # beside the committed files, because it says what was measured of them
         card = read_bytes_if_exists(join(source, CARD)) if isinstance(source, str) else source.card()
         if card is not None and CARD not in files:
             write_bytes(join(target, CARD), card)
+
+
+def _copy_file(source: str, path: Path, expected: dict[str, Any]) -> None:
+    """Copy a file, after the bytes of it that an interrupted call has copied. Raises StorageError for another content."""
+    if not exists(source):
+        raise StorageError(f"{source}: missing", "choose another version")
+    resumed = _append_rest(source, path, expected["bytes"])
+    if resumed and sha256(path) != expected["sha256"]:  # the bytes that were there were not those of the file
+        path.unlink()
+        _append_rest(source, path, expected["bytes"])
+    _compare(source, path, expected)
+
+
+def _append_rest(source: str, path: Path, size: int) -> bool:
+    """Copy what a file of `size` bytes lacks, in pieces; returns whether a part of it was there."""
+    done = path.stat().st_size if path.is_file() else 0
+    if done >= size:  # another content: it was compared
+        done = 0
+    with open(path, "ab") as file:
+        file.truncate(done)
+        for start in range(done, size, PIECE * AT_ONCE):
+            ends = range(start, min(start + PIECE * AT_ONCE, size), PIECE)
+            for data in read_ranges(source, [(begin, min(begin + PIECE, size)) for begin in ends]):
+                file.write(data)
+    return done > 0
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
@@ -22,8 +22,10 @@ from mlflow import MlflowClient
 
 from minitron.errors import InputError, MinitronError, StorageError
 from minitron.storage import committed_folder, manifest, verify
+from minitron.storage import ranges as storage_ranges
 from minitron_platform.cli.commands import main
 from minitron_platform.locations import resolve_locations
+from minitron_platform.tracking import version_weights
 from minitron_platform.tracking.logged_models import ModelFigures
 from minitron_platform.tracking.moves import promote, rollback
 from minitron_platform.tracking.registry import models, pull, register
@@ -378,6 +380,40 @@ def test_models_pull_copies_and_compares_the_weights_of_an_alias(uri: str, tmp_p
     assert not (tmp_path / "altered").exists()
     listing = CliRunner().invoke(main, ["models", "--tracking-uri", uri])
     assert f"{NAME} 1 (champion)" in listing.output
+
+
+@pytest.mark.parametrize("left", ["a part", "other bytes"])
+def test_models_pull_goes_on_in_the_middle_of_a_file(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    content = bytes(range(256)) * 40
+    with committed_folder(str(tmp_path / "weights")) as folder:
+        (folder / "model.safetensors").write_bytes(content)
+    register(uri, name=NAME, source=str(tmp_path / "weights"), run_id=None, tags={})
+    monkeypatch.setattr(version_weights, "PIECE", 128)
+    read: list[tuple[int, int]] = []
+    broken_at = 5000  # bytes: then the connection is lost
+
+    def read_ranges(path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes | bytearray]:
+        if ranges[-1][1] > broken_at:
+            raise StorageError("no answer", "try again")
+        read.extend(ranges)
+        return storage_ranges.read_ranges(path, ranges)
+
+    monkeypatch.setattr(version_weights, "read_ranges", read_ranges)
+    out = tmp_path / "out"
+    with pytest.raises(StorageError, match="no answer"):
+        pull(uri, NAME, str(out), alias="candidate")
+    assert not out.exists()
+    (part,) = tmp_path.glob(".out.*.part")
+    if left == "other bytes":
+        (part / "model.safetensors").write_bytes(b"x" * (part / "model.safetensors").stat().st_size)
+    read.clear()
+    broken_at = len(content)
+    pull(uri, NAME, str(out), alias="candidate")
+    assert (out / "model.safetensors").read_bytes() == content
+    first = 4096  # whole groups of requests below 5000
+    assert sum(end - start for start, end in read) == len(content) - first + (len(content) if left != "a part" else 0)
 
 
 def test_the_ui_refuses_other_machines_and_ports_in_use(uri: str, tmp_path: Path) -> None:
