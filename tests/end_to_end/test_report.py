@@ -13,12 +13,14 @@ from helpers.report_page import ELEMENTS, ReportPage, drawn
 from helpers.tiny import DISTILL_STEPS
 
 from minitron_platform.locations import resolve_locations
+from minitron_platform.report.curves import MAX_ROWS
 from minitron_platform.report.finished_run import finished_run
 from minitron_platform.report.page import page
 
 
 def test_the_report_is_one_file_without_requests_and_its_charts_have_data(finished):
-    page = ReportPage(next((finished.folder / "runs" / "runs").glob("*/report.html")).read_text())
+    text = next((finished.folder / "runs" / "runs").glob("*/report.html")).read_text()
+    page = ReportPage(text)
     assert page.elements <= ELEMENTS
     assert [address for address in page.addresses if not address.startswith("#")] == []
     assert "default-src 'none'" in page.policy
@@ -33,6 +35,9 @@ def test_the_report_is_one_file_without_requests_and_its_charts_have_data(finish
     assert drawn(page.charts[candidates], "memory") >= len(done["search"]["ranking"])
     assert drawn(page.charts[layers], first[layers]) == 2 * done["teacher"]["architecture"]["num_layers"]
     assert drawn(page.charts[curves], first[curves]) >= DISTILL_STEPS
+    table = text.partition("The curves as a table")[2].partition("</table>")[0]
+    steps = set(range(1, DISTILL_STEPS + 1, -(-DISTILL_STEPS // MAX_ROWS))) | {DISTILL_STEPS}
+    assert table.count("<tr>") - 1 == len(steps) + 2  # before and after on the held-out rows
     assert drawn(page.charts[stages], first[stages]) == len(STAGES)
 
 

@@ -13,7 +13,11 @@ from minitron_platform.stages.state import RunState
 from minitron_platform.tracking.recorded import recorded_metrics
 
 MAX_POINTS = 500  # of a curve; longer ones are means of as many neighbours
-TITLES = {"kl": f"KL to the teacher, {KL.unit}", "loss": f"loss, {LOSS.unit}"}
+MAX_ROWS = 20  # of a training in the table
+TITLES = {  # the loss of a training is its whole objective, that of the held-out rows the cross-entropy
+    "kl": f"KL to the teacher, {KL.unit}",
+    "loss": f"objective (line) and held-out loss (points), {LOSS.unit}",
+}
 
 
 def curve_chart(state: RunState) -> Chart | None:
@@ -49,6 +53,24 @@ def curve_chart(state: RunState) -> Chart | None:
     ]
     switches = {"Show": tuple(option for (option,) in views)}
     return Chart("curves", "Loss and KL by tokens", rows, views, switches, tuple(legend))
+
+
+def curve_table(chart: Chart) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of a curve chart: the points of the held-out rows, and MAX_ROWS of each training."""
+    points: dict[tuple[str, float, str], Row] = {}
+    for name in dict.fromkeys(row["name"] for row in chart.rows):
+        of_training = [row for row in chart.rows if row["name"] == name and row["kind"] == "train"]
+        tokens = list(dict.fromkeys(row["tokens"] for row in of_training))
+        kept = set(tokens[:: -(-len(tokens) // MAX_ROWS) or 1] + tokens[-1:])
+        shown = [row for row in of_training if row["tokens"] in kept]
+        shown += [row for row in chart.rows if row["name"] == name and row["kind"] == "heldout"]
+        for row in sorted(shown, key=lambda row: row["tokens"]):
+            points.setdefault((name, row["tokens"], row["kind"]), {}).update(row)
+    columns = (("train", "kl"), ("heldout", "kl"), ("train", "loss"), ("heldout", "loss"))
+    return ["model", "tokens", "KL\nin training", "KL\nheld-out", "objective\nof training", "loss\nheld-out"], [
+        [name, f"{tokens:,.0f}", *(f"{row[m]:.3f}" if kind == of and m in row else "" for of, m in columns)]
+        for (name, tokens, kind), row in points.items()
+    ]
 
 
 def _heldout(state: RunState, member: Member, step_tokens: int) -> dict[int, dict[str, float]]:

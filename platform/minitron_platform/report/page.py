@@ -15,7 +15,7 @@ from minitron_platform.cluster.hardware import Hardware
 from minitron_platform.recipes.load import recipe_yaml
 from minitron_platform.report import candidates, costs, family, lineage
 from minitron_platform.report.charts import INK, Chart, colour
-from minitron_platform.report.curves import curve_chart
+from minitron_platform.report.curves import curve_chart, curve_table
 from minitron_platform.report.family import PRUNED, FamilyModel
 from minitron_platform.report.final_table import LABELS, caption, rows, speed_text
 from minitron_platform.report.importance import Importance
@@ -235,6 +235,7 @@ def _run(state: RunState, index: int, named: Any, versions: Sequence[Version]) -
         "searches": searches,
         "importance": importances,
         "curves": curves and named(curves),
+        "curve_table": curves and curve_table(curves),
         "training": [_trained(state, member) for member in recipe.family],
         "losses": [f"{member.model}: {state.output(Distill, member).losses_chosen}." for member in recipe.family],
         "costs": named(costs.cost_chart(spent)),
