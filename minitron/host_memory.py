@@ -72,10 +72,10 @@ def training_host_memory(
     offloaded = config.optimizer == ADAMW_OFFLOAD
     optimizer = 0
     if offloaded:
-        optimizer = int(trained * 3 * FLOAT * student.num_parameters) + FLOAT * largest_tensor(student)
+        optimizer = int(trained * 3 * FLOAT * student.num_parameters) + FLOAT * student.largest_tensor
     saved = bool(config.checkpoint_every) if saved is None else saved
     checkpoint = _checkpoint_bytes(student, config, processes, parts, trained, pinned=not offloaded) if saved else 0
-    reading = -(-value_bytes * largest_tensor(student) // parts)
+    reading = -(-value_bytes * student.largest_tensor // parts)
     rows = 0
     if teacher is not None and stored:
         own = -(-config.batch_rows // processes)
@@ -83,7 +83,7 @@ def training_host_memory(
         micro = stored_bytes(min(own, config.micro_batch_rows), seq_length, teacher.hidden_size, value_bytes)
         rows = min(READ_AHEAD_BYTES, ahead) + 2 * pinned_bytes(micro)
     elif teacher is not None:
-        reading = max(reading, value_bytes * largest_tensor(teacher))
+        reading = max(reading, value_bytes * teacher.largest_tensor)
     return HostMemory(optimizer=optimizer, checkpoint=checkpoint, reading=reading, rows=rows)
 
 
@@ -92,18 +92,13 @@ def storing_host_memory(
 ) -> HostMemory:
     """Main memory of each of `processes` that run the teacher and write its hidden states in shards of about `shard_bytes`;
     two pinned buffers take turns. split: no process has the whole teacher."""
-    reading = value_bytes * largest_tensor(teacher) // (processes if split else 1)
+    reading = value_bytes * teacher.largest_tensor // (processes if split else 1)
     return HostMemory(reading=reading, rows=2 * pinned_bytes(shard_bytes))
 
 
 def file_bytes(model: Architecture, value_bytes: int) -> int:
     """Main memory with which the first process writes a checkpoint of `model` (see `minitron.meta_models.write_model`)."""
-    return min(FILE_BYTES, value_bytes * model.num_parameters) + value_bytes * largest_tensor(model)
-
-
-def largest_tensor(architecture: Architecture) -> int:
-    """Number of values of the largest parameter; of a mixture, all experts of a layer are one."""
-    return max(map(math.prod, _shapes(architecture)))
+    return min(FILE_BYTES, value_bytes * model.num_parameters) + value_bytes * model.largest_tensor
 
 
 def pinned_bytes(size: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from minitron.architecture import Architecture
+from minitron.distill.activations import FLOAT, backward_per_token, final_norm, kept_per_token
 from minitron.distill.config import ADAMW_8BIT, DistillConfig
 from minitron.distill.losses.chunked import CHUNK_TOKENS as LOSS_TOKENS
 from minitron.distill.low_bit import MOMENT_BYTES
@@ -14,7 +15,9 @@ from minitron.logits import CHUNK_TOKENS, most_tokens
 
 LIBRARIES = 600_000_000
 """Bytes of a process that has imported torch, transformers and Ray, without any model."""
-FLOAT = 4  # bytes of a float32
+FRAGMENTATION = 1.6
+"""Memory that a process takes for activations, as a multiple of their size: the C library keeps what earlier micro-batches
+freed, and later ones fit into a part of it. Measured by benchmarks/training_memory.py."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def training_memory(
         teacher=teacher_bytes,
         optimizer=int((FLOAT + 2 * moment) * parameters) // shards,
         gradients=gradients,
-        activations=_kept_bytes(student, tokens, value_bytes, config.activation_checkpointing),
+        activations=_training_activations(student, tokens, value_bytes, config.activation_checkpointing),
         logits=chunks + head * (FLOAT + value_bytes),
         checkpoint=copy,
         rows=rows,
@@ -116,7 +119,7 @@ def _chunk_bytes(architecture: Architecture, most: int) -> int:
 
 
 def _layer_bytes(architecture: Architecture, value_bytes: int) -> int:
-    """Bytes of activations that a layer keeps per token for the backward pass: two norms with their float32 copies, queries,
+    """Largest bytes of activations of a layer per token, without gradients: two norms with their float32 copies, queries,
     keys and values before and after rotary embedding and repetition over KV groups, attention's output, and four results in
     the MLP."""
     width = architecture.intermediate_size * max(1, architecture.experts_per_token)
@@ -124,14 +127,10 @@ def _layer_bytes(architecture: Architecture, value_bytes: int) -> int:
     return architecture.hidden_size * (2 * 2 * FLOAT + 4 * value_bytes) + value_bytes * (5 * heads + 4 * width)
 
 
-def _kept_bytes(architecture: Architecture, tokens: int, value_bytes: int, how: str) -> int:
-    """Bytes of activations of all layers; `how`: the activation checkpointing, as in `DistillConfig`."""
-    layer = _layer_bytes(architecture, value_bytes)
-    stream = architecture.hidden_size * value_bytes
-    if how == "none":
-        return tokens * architecture.num_layers * layer
-    width = architecture.intermediate_size * max(1, architecture.experts_per_token)
-    heads = architecture.num_heads * architecture.head_dim
-    products = value_bytes * (4 * heads + 2 * width) + 2 * stream
-    kept = stream + (products if how == "selective" else 0)
-    return tokens * (architecture.num_layers * kept + layer)
+def _training_activations(architecture: Architecture, tokens: int, value_bytes: int, how: str) -> int:
+    """Bytes of activations; `how`: the activation checkpointing, as in `DistillConfig`."""
+    kept = architecture.num_layers * kept_per_token(architecture, value_bytes, how) + final_norm(
+        architecture, value_bytes
+    )
+    again = 0 if how == "none" else kept_per_token(architecture, value_bytes, "none")
+    return tokens * (int(FRAGMENTATION * kept) + again + backward_per_token(architecture, value_bytes))

@@ -171,6 +171,11 @@ class Architecture:
         return self._count(self.outer_parameters) + self.num_layers * self._count(self.layer_parameters)
 
     @property
+    def largest_tensor(self) -> int:
+        """Number of values of the largest parameter; of a mixture, all experts of a layer are one."""
+        return max(self._count([parameter]) for parameter in (*self.outer_parameters, *self.layer_parameters))
+
+    @property
     def num_non_embedding_parameters(self) -> int:
         """Parameters outside the embedding matrix and the head."""
         vocabulary = [p for p in self.outer_parameters if VOCAB in p.axes]

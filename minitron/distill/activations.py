@@ -48,6 +48,13 @@ def backward_per_token(architecture: Architecture, value_bytes: int) -> int:
     return max(2 * width, 3 * FLOAT * hidden) + hidden * value_bytes
 
 
+def fp8_per_token(architecture: Architecture) -> int:
+    """Peak bytes per token that FP8 products add in a layer: the widest input, or gradient, of a linear module in float32, and
+    that scaled. Experts of a mixture have no FP8 products. Compiled products take less."""
+    wide = 0 if architecture.table.experts else architecture.intermediate_size
+    return 2 * FLOAT * max(architecture.hidden_size, architecture.num_heads * architecture.head_dim, wide)
+
+
 def _products(architecture: Architecture, value_bytes: int) -> int:
     """Results of the matrix products of a layer."""
     values = 0

@@ -7,7 +7,14 @@ from typing import Literal
 
 from minitron.architecture import Architecture
 from minitron.arguments import check_type
-from minitron.distill.activations import FLOAT, backward_per_token, final_norm, forward_per_token, kept_per_token
+from minitron.distill.activations import (
+    FLOAT,
+    backward_per_token,
+    final_norm,
+    forward_per_token,
+    fp8_per_token,
+    kept_per_token,
+)
 from minitron.distill.config import ADAMW_8BIT, ADAMW_OFFLOAD, DistillConfig
 from minitron.distill.losses import chunked, fused
 from minitron.distill.low_bit import MOMENT_BYTES
@@ -31,7 +38,7 @@ class GpuMemory:
     masters: int = 0
     """float32 master weights."""
     moments: int = 0
-    """AdamW's two moments, in float32 or 8 bits."""
+    """AdamW's two moments, in float32 or 8 bits; of the latter also the largest tensor's in float32, while they are updated."""
     gradients: int = 0
     """The float32 sums, and the gradients of one micro-batch."""
     activations: int = 0
@@ -87,14 +94,17 @@ def gpu_memory(
 ) -> GpuMemory:
     """Bytes of each of `processes` GPUs that train `student` on rows of `seq_length` tokens.
 
-    config: its batch, micro-batch, shard, activation_checkpointing and optimizer count. teacher: what the student is compared
-    with, None for the next token alone; `teacher_kept` says what of it is on the GPU. source: the model that the student is
-    cut from here, at the start; with `source_kept` it stays. A sharded student is cut elsewhere, one tensor at a time.
+    config: its batch, micro-batch, shard, activation_checkpointing, optimizer and fp8 count. teacher: what the student is
+    compared with, None for the next token alone; `teacher_kept` says what of it is on the GPU. source: the model that the
+    student is cut from here, at the start; with `source_kept` it stays. A sharded student is cut elsewhere, one tensor at a
+    time.
     node_processes, gpu_bytes: processes on each node and memory of a GPU, which decide where copies are split inside nodes
     (see `parts_of`); by default all processes split one. value_bytes: of the dtype that models compute in.
     trained: share of the parameters that is trained.
     triton: the loss on logits is the kernel's, which bfloat16 alone has.
-    compared: outputs within layers that losses compare with the teacher's, by a rough figure. Compilation is not counted.
+    compared: outputs within layers that losses compare with the teacher's, by a rough figure.
+
+    Compiled layers take less than what is estimated; FP8 products are counted as if they were not compiled.
     """
     check_type("student", student, Architecture)
     check_type("config", config, DistillConfig, "a DistillConfig")
@@ -114,9 +124,10 @@ def gpu_memory(
     state = replace(state, gradients=training.sums if training.micro_batches > 1 else 0)
     in_teacher = state
     if teacher is not None and teacher_kept != "head":
+        rounded = 0 if config.fp8 == "none" else fp8_per_token(teacher)
         in_teacher = replace(
             state,
-            activations=tokens * forward_per_token(teacher, value_bytes),
+            activations=tokens * (forward_per_token(teacher, value_bytes) + rounded),
             communication=2 * value_bytes * layer_parameters(teacher) if teacher_kept == "sharded" else 0,
         )
     in_loss = replace(
@@ -135,6 +146,7 @@ def gpu_memory(
     )
     at_the_end = replace(
         state,
+        moments=state.moments + training.updated_moments,
         gradients=training.sums + (0 if training.split else value_bytes * training.embedding),
         communication=training.gathered + training.reduced_last,
     )
@@ -168,6 +180,11 @@ class _Training:
         if self.config.optimizer == ADAMW_8BIT:
             moments = int(moments * MOMENT_BYTES / FLOAT)
         return GpuMemory(weights=self.value_bytes * parameters, masters=mastered, moments=moments)
+
+    @property
+    def updated_moments(self) -> int:
+        """With moments of 8 bits, those of one parameter in float32: what torchao's compiled step allocates."""
+        return 2 * FLOAT * self.student.largest_tensor if self.config.optimizer == ADAMW_8BIT else 0
 
     @property
     def rows(self) -> int:
@@ -206,7 +223,8 @@ class _Training:
         if how != "none":
             all_of_it = kept_per_token(self.student, self.value_bytes, "none")
             again = all_of_it - kept_per_token(self.student, self.value_bytes, how) + stream
-        return self.tokens * (again + backward_per_token(self.student, self.value_bytes))
+        rounded = 0 if self.config.fp8 == "none" else fp8_per_token(self.student)
+        return self.tokens * (again + backward_per_token(self.student, self.value_bytes) + rounded)
 
     @property
     def embedding(self) -> int:

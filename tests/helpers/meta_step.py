@@ -85,8 +85,8 @@ class LiveBytes(TorchDispatchMode):
         self.peaks[self.part] = max(self.peaks[self.part], self.alive)
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
-        if any(kind.__name__ == "DTensor" for kind in types):
-            return NotImplemented  # the local shard is counted, not the full tensor
+        if any(kind.__name__ in ("DTensor", "OptimState8bit") for kind in types):
+            return NotImplemented  # the local shard, or the codes and scales, are counted, not the full tensor
         named = named or {}
         if function is torch.ops.aten.addmm.dtype_out:
             # There are no values to compute, and torch 2.11 fails at this operator on the meta device.

@@ -16,7 +16,6 @@ from minitron.errors import InputError
 from minitron.host_memory import (
     HostMemory,
     file_bytes,
-    largest_tensor,
     storing_host_memory,
     training_host_memory,
 )
@@ -144,7 +143,7 @@ def forward_work(models: Sequence[Architecture], value_bytes: int, resources: Re
     """Forward passes of `models`, which all workers load; None without GPUs."""
     if not resources.gpus_per_worker:
         return None
-    reading = value_bytes * max(map(largest_tensor, models))
+    reading = value_bytes * max(model.largest_tensor for model in models)
     return NodeWork(resources.gpus_per_worker, resources.workers, HostMemory(reading=reading))
 
 

@@ -8,6 +8,8 @@ from helpers import tiny
 from helpers.graphs import counted_graphs
 
 from minitron.distill import DistillConfig, LiveTeacher, Losses, blocks, distill
+from minitron.distill.activations import kept_per_token
+from minitron.distill.blocks import running_blocks
 from minitron.evaluation import heldout_metrics
 
 NEXT_TOKEN = Losses(logits="none", cross_entropy=1.0)
@@ -63,3 +65,38 @@ def test_each_model_has_one_graph_per_kind_of_layer_and_micro_batch_size_and_eva
     )
     # student and teacher; layers that see a window and layers that see all
     assert len(graphs) == 2 * 2 * 2
+
+
+@pytest.mark.parametrize(("family", "share"), [("llama", 0.75), ("gemma3_text", 0.6)])
+def test_compiled_layers_keep_less_than_is_estimated_of_those_that_are_not(family, share, monkeypatch):
+    compile_ = torch.compile  # what is kept is chosen as for a GPU; without C++
+    monkeypatch.setattr(
+        torch, "compile", lambda forward, **options: compile_(forward, backend="aot_eager_decomp_partition", **options)
+    )
+    torch._dynamo.reset()
+    sizes = {"hidden_size": 512, "intermediate_size": 1408, "head_dim": 64, "attention_bias": False, "mlp_bias": False}
+    model = tiny.model(family, num_hidden_layers=3, sliding_window=None, **sizes).to(torch.bfloat16)
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    tokens = tiny.rows(2, seq_length=256)
+    with running_blocks(model, activation_checkpointing="none", compiled=True):
+        hidden = model.get_decoder()(tokens, use_cache=False).last_hidden_state
+        kept = {
+            tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
+            for layer in _compiled_nodes(hidden.grad_fn)
+            for tensor in layer.saved_tensors
+        }
+    size = sum(nbytes for storage, nbytes in kept.items() if storage not in weights)
+    estimate = 3 * tokens.numel() * kept_per_token(tiny.architecture(model), 2, "none")
+    assert 0.4 * estimate < size < share * estimate
+
+
+def _compiled_nodes(node):
+    """The nodes of compiled layers among those that a node of autograd's graph leads to."""
+    nodes, seen = [node], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+            if hasattr(node, "saved_tensors"):
+                yield node
