@@ -3,8 +3,8 @@
     python -m benchmarks.tokenising [--megabytes 64] [--rounds 3]
 
 The text is the installed packages' documentation, several times, in files of JSON lines; the tokenizer is that of SmolLM2. Each
-task has one thread. The wall time is that of everything: reading, tokenising, writing the parts, and cutting the rows. The
-processor time of the last, which one task does alone at the end, limits how much faster more CPUs can be.
+task has one thread. The wall time is that of everything: reading, tokenising, writing the parts, placing the documents, and
+writing the rows. The processor time of placing, which one task does alone, limits how much faster more CPUs can be.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.materials import MODEL
 from benchmarks.measure import machine, markdown, spread
 from minitron.data import InParts, Rows, TextSource, documents, pack, parts
-from minitron.data.in_parts import merge_parts
+from minitron.data.part_placing import place_parts
 from minitron.models import source_tokenizer
 from minitron_platform.cluster.ray_session import ray_session
 from minitron_platform.workers.look import no_look
@@ -46,15 +46,15 @@ class Round:
 
     def __init__(self, cpus: int) -> None:
         self.cpus = cpus
-        self.tokenising = self.merging = 0.0
+        self.shared = self.alone = 0.0
 
     def run(self, function: Callable[[Any, Any], Any], common: Any, jobs: Iterable[Any]) -> Iterator[Any]:
         options = {"max_failures": 0, "say": print, "look": no_look, "cpus": self.cpus}
         for result, seconds in run_parts(timed, (function, common), jobs, **options):
-            if function is merge_parts:
-                self.merging += seconds
+            if function is place_parts:
+                self.alone += seconds
             else:
-                self.tokenising += seconds
+                self.shared += seconds
             yield result
 
 
@@ -90,7 +90,7 @@ def main() -> None:
         folder = Path(name)
         write_text(folder, given.megabytes * 10**6)
         source = TextSource("jsonl", str(folder / "text.jsonl"))
-        rows = _rows(folder, tokenizer)
+        rows = rows_of_text(folder / "text.jsonl", tokenizer)
         sizes = {"seq_length": TOKENS_PER_ROW, "train_rows": rows, "heldout_rows": max(1, rows // 100)}
         warm_up = Round(1)  # starts both workers
         pack(source, tokenizer, f"{name}/warm-up", in_parts=InParts(f"{name}/parts", warm_up.run), **sizes)
@@ -102,8 +102,8 @@ def main() -> None:
                 packed = pack(source, tokenizer, target, in_parts=InParts(f"{name}/parts", this.run), **sizes)
                 walls[workers].append(time.perf_counter() - started)
                 fingerprints |= {packed.fingerprint, Rows.open(f"{name}/warm-up", "train").fingerprint}
-                whole = this.tokenising + this.merging
-                bounds.append(whole / (this.tokenising / 2 + this.merging))
+                whole = this.shared + this.alone
+                bounds.append(whole / (this.shared / 2 + this.alone))
                 tokens_per_second.append(rows * TOKENS_PER_ROW / whole)
     assert len(fingerprints) == 1
     tokens = rows * TOKENS_PER_ROW
@@ -117,18 +117,18 @@ def main() -> None:
     ratios = [one / two for one, two in zip(walls[1], walls[2], strict=True)]
     met = "met" if median(ratios) >= TARGET else "missed"
     print(f"\nTwo CPUs are {spread(ratios)} times as fast as one; target {TARGET}: {met}.")
-    print(f"By processor time, with one task that merges, at most {spread(bounds)} times.")
+    print(f"By processor time, with one task that places the documents, at most {spread(bounds)} times.")
     print(f"Tokens per second of processor time: {spread(tokens_per_second, 0)}.")
     sys.exit(met != "met")
 
 
-def _rows(folder: Path, tokenizer: Any) -> int:
-    """Number of training rows that nine tenths of the text fill, by a sample."""
-    with open(folder / "text.jsonl") as file:
+def rows_of_text(path: Path, tokenizer: Any) -> int:
+    """Number of training rows that nine tenths of the text in a file fill, by a sample."""
+    with open(path) as file:
         sample = [json.loads(line)["text"] for line, _ in zip(file, range(200), strict=False)]
     count = sum(len(ids) for ids in tokenizer(sample, verbose=False)["input_ids"])
     size = sum(len(json.dumps({"text": text})) + 1 for text in sample)
-    return int(0.9 * (folder / "text.jsonl").stat().st_size / size * count) // TOKENS_PER_ROW
+    return int(0.9 * path.stat().st_size / size * count) // TOKENS_PER_ROW
 
 
 if __name__ == "__main__":

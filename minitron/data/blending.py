@@ -1,78 +1,81 @@
-"""Single documents out of streams of chunks, and back into chunks, so that sources can be blended."""
+"""Single documents out of the pieces of a source, so that sources can be blended document by document."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from minitron.data.rows import Split
-from minitron.data.tokenising import PIECE, SPLITS, Chunk
+from minitron.data.spans import LOCATED
 
 
-@dataclass(frozen=True)
-class WholeDocument:
-    """All pieces of one document, with the tokens of each split; before it, pieces that only count what was left out."""
+class NextDocument(NamedTuple):
+    """What the blend must know of a document. hash: of its text."""
 
-    pieces: np.ndarray
-    parts: list[tuple[Split, np.ndarray]]
-    tokens: int
     hash: bytes
-
-    @property
-    def train_tokens(self) -> int:
-        return sum(len(part) for split, part in self.parts if split == "train")
+    train_tokens: int
+    tokens: int
 
 
 class DocumentQueue:
-    """The documents of a stream of chunks, one by one."""
+    """The documents of a stream of pieces (dtype LOCATED), one by one. Pieces before a document that only count what was
+    left out are pieces of it."""
 
-    def __init__(self, chunks: Iterator[Chunk]) -> None:
-        self._chunks = chunks
-        self._chunk: Chunk | None = None
-        self._next = 0
-        self._offsets: list[int] = []  # of each piece's tokens among those of its split
+    def __init__(self, stream: Iterator[np.ndarray]) -> None:
+        self._stream = stream
+        self._pieces = np.empty(0, LOCATED)  # of the documents below, and of one that is not complete
+        self._ends = np.empty(0, np.int64)  # of each complete document's pieces
+        self._documents: list[NextDocument] = []
+        self._next = 0  # number of the document that is given next
+        self._first = 0  # of those that were given, number of the first that was not taken
+        self._given: list[tuple[np.ndarray, np.ndarray]] = []  # pieces, and number of pieces, of documents given before
 
-    def next(self) -> WholeDocument | None:
+    def next(self) -> NextDocument | None:
         """The next document; None at the end. Raises what the stream raises."""
-        pieces, parts, tokens = [], [], 0
-        value = b""
-        while True:
-            if self._chunk is None or self._next == len(self._chunk.pieces):
-                self._chunk = next(self._chunks, None)
-                if self._chunk is None:
-                    return None
-                self._next, self._offsets = 0, _offsets(self._chunk.pieces)
-            index = self._next
-            self._next += 1
-            piece = self._chunk.pieces[index : index + 1]
-            pieces.append(piece)
-            length = int(piece["tokens"][0])
-            if piece["first"][0]:
-                value = piece["hash"][0]
-            if length:
-                split = SPLITS[piece["split"][0]]
-                start = self._offsets[index]
-                parts.append((split, self._chunk.tokens[split][start : start + length]))
-                tokens += length
-            if piece["last"][0]:
-                return WholeDocument(np.concatenate(pieces) if len(pieces) > 1 else piece, parts, tokens, value)
+        while self._next == len(self._documents):
+            if not self._read():
+                return None
+        self._next += 1
+        return self._documents[self._next - 1]
 
+    def take(self) -> tuple[np.ndarray, np.ndarray]:
+        """The pieces of all documents that `next` has given since the last call, and the number of pieces of each document."""
+        self._set_aside()
+        pieces, counts = zip(*self._given, strict=True)
+        self._given = []
+        return np.concatenate(pieces), np.concatenate(counts)
 
-def _offsets(pieces: np.ndarray) -> list[int]:
-    offsets = np.zeros(len(pieces), np.int64)
-    for number in range(len(SPLITS)):
-        mine = pieces["split"] == number
-        offsets[mine] = np.cumsum(pieces["tokens"][mine]) - pieces["tokens"][mine]
-    return [int(offset) for offset in offsets]
+    def blocks(self) -> set[int]:
+        """The blocks of the pieces that were read and are still to be given."""
+        return set(self._pieces["block"][self._start(self._next) :].tolist())
 
+    def _start(self, document: int) -> int:
+        """The number of a document's first piece."""
+        return int(self._ends[document - 1]) if document else 0
 
-def joined(documents: list[WholeDocument]) -> Chunk:
-    """Documents as one chunk."""
-    tokens = {}
-    for split in SPLITS:
-        parts = [part for document in documents for of, part in document.parts if of == split]
-        tokens[split] = np.concatenate(parts) if parts else np.empty(0, np.uint16)
-    pieces = [document.pieces for document in documents]
-    return Chunk(np.concatenate(pieces) if pieces else np.empty(0, PIECE), tokens)
+    def _set_aside(self) -> None:
+        start, end = self._start(self._first), self._start(self._next)
+        counts = np.diff(self._ends[self._first : self._next], prepend=start)
+        self._given.append((self._pieces[start:end], counts))
+        self._first = self._next
+
+    def _read(self) -> bool:
+        """Read more of the stream; False at its end. All complete documents have been given."""
+        more = next(self._stream, None)
+        if more is None:
+            return False
+        self._set_aside()
+        pieces = np.concatenate([self._pieces[self._start(self._next) :], more])
+        self._pieces, self._ends = pieces, np.flatnonzero(pieces["last"]) + 1
+        self._next = self._first = 0
+        self._documents = []
+        if len(self._ends):
+            complete = pieces[: self._ends[-1]]
+            starts = np.concatenate([[0], self._ends[:-1]])
+            tokens = np.add.reduceat(complete["tokens"], starts)
+            train_tokens = np.add.reduceat(complete["tokens"] * (complete["split"] == 0), starts)
+            hashes = complete["hash"][complete["first"]]
+            columns = (hashes.tolist(), train_tokens.tolist(), tokens.tolist())
+            self._documents = [NextDocument(*values) for values in zip(*columns, strict=True)]
+        return True

@@ -1,6 +1,8 @@
-"""Packing in parts: parts of the sources are tokenised independently, in any process, and merged into rows at the end.
+"""Packing in parts, in any number of processes: parts of the sources are tokenised, then the shards of the rows are written.
 
-The rows are those of packing in one go, whatever the number of processes and however often the work was interrupted.
+In between, one call places the documents: it reads tables of their lengths and hashes, and decides which of them are in the
+rows, and where. Every part and shard that is finished is kept if the work is interrupted. The rows are those of packing in one
+go, whatever the number of processes and of interruptions.
 """
 
 from __future__ import annotations
@@ -10,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from minitron.data.compression import is_compressed
-from minitron.data.merging import Layout, write_rows
-from minitron.data.part_files import PartJob, PartTokens, part_chunks, tokenise_part
+from minitron.data.merging import complete_index
+from minitron.data.part_files import PartJob, PartTokens, tokenise_part
+from minitron.data.part_placing import Finished, Placed, PlaceJob, place_parts
 from minitron.data.parts import Part, source_parts
-from minitron.data.tokenising import Chunk, Tokenising
-from minitron.errors import MinitronError
-from minitron.storage import remove
+from minitron.data.placing import Layout
+from minitron.data.shard_writing import ShardJob, publish_shards, write_shard
+from minitron.data.tokenising import Tokenising
+from minitron.storage import is_local, join, remove
 
 TOKENS_PER_BYTE = 0.25  # of plain text, assumed until a part is finished
 TOKENS_PER_PACKED_BYTE = 0.6  # of compressed text and parquet
@@ -37,35 +41,11 @@ def in_this_process(function: Callable[[Any, Any], Any], common: Any, parts: Ite
 
 @dataclass(frozen=True)
 class InParts:
-    """folder: where finished parts are kept until the rows are written; all processes can reach it. run: makes the calls."""
+    """folder: where finished parts and shards are kept until the rows are written, those of one target; all processes can reach
+    it. run: makes the calls."""
 
     folder: str
     run: Run = in_this_process
-
-
-@dataclass(frozen=True)
-class MergeJob:
-    """Writes the rows of `target` from the finished parts in `folder`."""
-
-    layout: Layout
-    target: str
-    folder: str
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The finished parts of a source from its first on; `ended`: there are no more."""
-
-    parts: tuple[PartTokens, ...]
-    ended: bool
-
-
-class _MorePartsNeededError(MinitronError):
-    """The finished parts of a source do not suffice; `source` is its number."""
-
-    def __init__(self, source: int) -> None:
-        super().__init__(f"source {source}: more parts are needed")
-        self.source = source
 
 
 class _Source:
@@ -135,7 +115,7 @@ def pack_in_parts(
     """Write the rows of `layout` into `target`.
 
     hows, heldout: how each source is tokenised, and the held-out text if that has a source of its own. tokenizer: its
-    identity. progress: called with (tokens of finished parts, tokens wanted).
+    identity. progress: called with (tokens of finished parts, tokens wanted), then with (tokens in finished shards, in all).
     """
     wanted = _wanted_tokens(layout, hows)
     jobs = [PartJob.of(how, in_parts.folder, number, tokenizer) for number, how in enumerate(hows)]
@@ -153,12 +133,31 @@ def pack_in_parts(
         for source in sources:
             source.tokenise(in_parts.run, report)
         finished = tuple(Finished(tuple(source.finished), source.ended) for source in sources)
-        (lacking,) = in_parts.run(merge_parts, MergeJob(layout, target, in_parts.folder), [finished])
-        if lacking is None:
+        (placed,) = in_parts.run(place_parts, PlaceJob(layout, in_parts.folder), [finished])
+        if isinstance(placed, Placed):
             break
-        short = sources[lacking]
+        short = sources[placed.source]
         short.needed = max(short.needed, short.tokens) * 1.1 + 1
+    _write_shards(layout, placed, target, in_parts, progress)
     remove(in_parts.folder)
+
+
+def _write_shards(
+    layout: Layout, placed: Placed, target: str, in_parts: InParts, progress: Callable[[int, int], None] | None
+) -> None:
+    """Write all shards, and publish them."""
+    # A local target does not exist until it is complete; of a remote one, nobody reads what its manifest does not name.
+    rows = join(in_parts.folder, "rows") if is_local(target) else target
+    job = ShardJob(in_parts.folder, rows, layout.dtype, layout.around.begin)
+    shards = placed.shards(layout)
+    total = sum(shard.bytes for shard in shards)
+    entries: dict[str, Any] = {}
+    for shard, entry in zip(shards, in_parts.run(write_shard, job, shards), strict=True):
+        entries[shard.name] = entry
+        if progress:
+            done = sum(one["bytes"] for one in entries.values())
+            progress(done // layout.dtype.itemsize, total // layout.dtype.itemsize)
+    publish_shards(rows, target, complete_index(placed.index, entries), entries)
 
 
 def _wanted_tokens(layout: Layout, hows: Sequence[Tokenising]) -> list[float]:
@@ -168,22 +167,3 @@ def _wanted_tokens(layout: Layout, hows: Sequence[Tokenising]) -> list[float]:
     total = max(layout.rows[split] * layout.seq_length / share for split, share in shares.items() if share)  # type: ignore[index]
     margin = MARGIN if len(hows) > 1 else 1
     return [total * margin * weight / sum(layout.weights) for weight in layout.weights]
-
-
-def merge_parts(job: MergeJob, sources: Sequence[Finished]) -> int | None:
-    """Write the rows from finished parts. Returns the number of a source of which more parts are needed, None if there is
-    none."""
-    streams = [_chunks(job.folder, number, source) for number, source in enumerate(sources)]
-    heldout = streams.pop() if job.layout.own_heldout else None
-    try:
-        write_rows(job.layout, job.target, lambda full: (streams, heldout))
-    except _MorePartsNeededError as error:
-        return error.source
-    return None
-
-
-def _chunks(folder: str, number: int, source: Finished) -> Iterator[Chunk]:
-    for part in source.parts:
-        yield from part_chunks(folder, part)
-    if not source.ended:
-        raise _MorePartsNeededError(number)

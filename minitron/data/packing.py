@@ -12,8 +12,9 @@ import numpy as np
 from minitron.arguments import check_tokenizer, check_type, check_types
 from minitron.data.documents import check_chat_template
 from minitron.data.in_parts import InParts, pack_in_parts
-from minitron.data.merging import Chunks, Layout, write_rows
+from minitron.data.merging import Chunks, write_rows
 from minitron.data.parts import whole
+from minitron.data.placing import Layout
 from minitron.data.rows import INDEX, Rows, Split
 from minitron.data.source_files import source_identity
 from minitron.data.sources import TextSource
@@ -105,7 +106,7 @@ def pack(
     layout = Layout(
         sources=tuple(one.label for one in sources),
         weights=tuple(one.weight for one in sources),
-        own_heldout=heldout is not None,
+        heldout=heldout.label if heldout is not None else None,
         drop_duplicates=drop_duplicates,
         around=around,
         seq_length=seq_length,

@@ -1,9 +1,8 @@
-"""The chunks of finished parts in a storage, where they wait for the merge."""
+"""The tokens of finished parts in a storage, where they wait to become rows: blocks of tokens, and a table of their pieces."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,7 +13,8 @@ from safetensors.numpy import load, save
 from minitron.data.hub import is_local_folder
 from minitron.data.parts import Part
 from minitron.data.source_files import source_identity
-from minitron.data.tokenising import PIECE, SPLITS, Chunk, Tokenising, tokenise
+from minitron.data.spans import located
+from minitron.data.tokenising import PIECE, SPLITS, Chunk, Tokenising, joined, tokenise
 from minitron.errors import InputError, MinitronError, StorageError
 from minitron.storage import (
     absolute,
@@ -28,15 +28,16 @@ from minitron.storage import (
     write_json,
 )
 
-FORMAT = 1
+FORMAT = 2
 BLOCK_TOKENS = 2**22  # tokens in a file, so that large parts take little memory
 
 
 @dataclass(frozen=True)
 class PartTokens:
-    """A finished part: `blocks` files in a folder, named by `name`, with the number of tokens of each split.
+    """A finished part: files in a folder, named by `name`. `blocks` of them have its tokens, one the table of its pieces.
 
-    failure: kind of error, problem and remedy, if the part could be read only up to an error; the next run reads it again.
+    tokens: their number in each split. failure: kind of error, problem and remedy, if the part could be read only up to an
+    error; the next run reads it again.
     """
 
     name: str
@@ -83,9 +84,9 @@ def tokenise_part(job: PartJob, part: Part) -> PartTokens:
     if done is not None:
         return done
     name = _name(job, part)
-    tokens: dict[str, int] = dict.fromkeys(SPLITS, 0)
     pending: list[Chunk] = []
-    blocks = size = 0
+    pieces: list[np.ndarray] = []  # of each block
+    size = 0
     failure: MinitronError | None = None
     chunks = tokenise(job.how, part)
     while True:
@@ -95,47 +96,50 @@ def tokenise_part(job: PartJob, part: Part) -> PartTokens:
             failure, chunk = error, None
         if chunk is not None:
             pending.append(chunk)
-            size += sum(len(ids) for ids in chunk.tokens.values())
-            for split in SPLITS:
-                tokens[split] += len(chunk.tokens[split])
+            size += len(chunk.tokens)
         if pending and (chunk is None or size >= BLOCK_TOKENS):
-            write_bytes(_block(job.folder, name, blocks), _to_bytes(pending))
-            pending, size, blocks = [], 0, blocks + 1
+            block = joined(pending)
+            write_bytes(join(job.folder, block_name(name, len(pieces))), block.tokens.tobytes())
+            pieces.append(block.pieces)
+            pending, size = [], 0
         if chunk is None:
             break
+    tokens = _write_table(join(job.folder, f"{name}-pieces.safetensors"), pieces)
     if failure is not None:
         kind: Literal["input", "storage"] = "storage" if isinstance(failure, StorageError) else "input"
-        return PartTokens(name, blocks, tokens, (kind, failure.problem, failure.remedy))
-    write_json(join(job.folder, f"{name}.json"), {"name": name, "blocks": blocks, "tokens": tokens})
-    return PartTokens(name, blocks, tokens)
+        return PartTokens(name, len(pieces), tokens, (kind, failure.problem, failure.remedy))
+    finished = PartTokens(name, len(pieces), tokens)
+    write_json(join(job.folder, f"{name}.json"), {"name": name, "blocks": finished.blocks, "tokens": tokens})
+    return finished
 
 
-def part_chunks(folder: str, part: PartTokens) -> Iterator[Chunk]:
-    """The chunks of a finished part. Raises the error that it ended with, and StorageError for damaged files."""
-    for number in range(part.blocks):
-        path = _block(folder, part.name, number)
-        try:
-            tensors = load(read_bytes(path))
-            pieces = np.ascontiguousarray(tensors["pieces"]).reshape(-1).view(PIECE)
-            yield Chunk(pieces, {split: tensors[split] for split in SPLITS})
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise StorageError(f"{path}: damaged ({error})", f"delete {folder} and run again") from error
-    part.raise_failure()
+def _write_table(path: str, pieces: list[np.ndarray]) -> dict[str, int]:
+    """Write the pieces of all blocks. Returns the number of tokens of each split."""
+    table = np.concatenate([np.empty(0, PIECE), *pieces])
+    counts = np.array([len(each) for each in pieces], np.int64)
+    write_bytes(path, save({"pieces": table.view(np.uint8), "blocks": counts}))
+    return {split: int(table["tokens"][table["split"] == number].sum()) for number, split in enumerate(SPLITS)}
 
 
-def _block(folder: str, name: str, number: int) -> str:
-    return join(folder, f"{name}-{number:04d}.safetensors")
+def part_pieces(folder: str, part: PartTokens) -> np.ndarray:
+    """The pieces of a finished part, of dtype LOCATED; its blocks are counted from 0. Raises StorageError for a damaged
+    file."""
+    path = join(folder, f"{part.name}-pieces.safetensors")
+    try:
+        tensors = load(read_bytes(path))
+        pieces = np.ascontiguousarray(tensors["pieces"]).reshape(-1).view(PIECE)
+        of_blocks = np.split(pieces, np.cumsum(tensors["blocks"])[:-1])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise StorageError(f"{path}: damaged ({error})", f"delete {folder} and run again") from error
+    return np.concatenate([located(each, number) for number, each in enumerate(of_blocks)])
+
+
+def block_name(part: str, number: int) -> str:
+    """The name of the file that has the tokens of a block of a part: those of the first split, then those of the next."""
+    return f"{part}-{number:04d}.bin"
 
 
 def _name(job: PartJob, part: Part) -> str:
     files: list[Any] = [[path, within.start, within.end] for path, _, within in part.files]
     place = json.dumps([files, list(part.shard), part.commit])
     return f"{job.number:02d}-{fingerprint([job.identity, place])}"
-
-
-def _to_bytes(chunks: list[Chunk]) -> bytes:
-    pieces = np.concatenate([chunk.pieces for chunk in chunks])
-    tensors: dict[str, np.ndarray] = {"pieces": pieces.view(np.uint8)}
-    for split in SPLITS:
-        tensors[split] = np.concatenate([chunk.tokens[split] for chunk in chunks])
-    return bytes(save(tensors))

@@ -6,7 +6,9 @@ step, with any number of processes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Integral
 from typing import Any, Literal
@@ -28,6 +30,35 @@ FORMAT = 1
 def shard_name(split: str, number: int) -> str:
     """The file name of a shard, for example train-00000.bin."""
     return f"{split}-{number:05d}.bin"
+
+
+def shard_names(split: str, rows: int, shard_rows: int) -> list[str]:
+    """The file names of all shards of a split."""
+    return [shard_name(split, number) for number in range(-(-rows // shard_rows))]
+
+
+def content_hash(split: str, rows: int, shard_rows: int, entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """The hash of a split: the SHA-256 of its shard, or of the SHA-256s of several, which may be written at the same time.
+
+    entries: of the shards in the manifest.
+    """
+    hashes = [entries[name]["sha256"] for name in shard_names(split, rows, shard_rows)]
+    return str(hashes[0]) if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class SourceCounts:
+    """What of a source of text is in the rows.
+
+    source: kind and path. heldout: whether it is the held-out text's own source. tokens, documents: in each split. left_out:
+    number of documents that are not in the rows, by reason, see `minitron.data.pack`.
+    """
+
+    source: str
+    heldout: bool
+    tokens: Mapping[str, int]
+    documents: Mapping[str, int]
+    left_out: Mapping[str, int]
 
 
 class Rows:
@@ -79,6 +110,13 @@ class Rows:
     def __reduce__(self) -> tuple[Any, ...]:
         # Pickling a memory map copies its whole content.
         return Rows.open, (self.folder, self.split)
+
+    @property
+    def sources(self) -> tuple[SourceCounts, ...]:
+        """Tokens and documents of every source, of the held-out text's own source last; empty for rows of an earlier version,
+        which has not counted them all."""
+        packed = self.index.get("sources", [])
+        return tuple(SourceCounts(**counts) for counts in packed) if all("documents" in one for one in packed) else ()
 
     @property
     def boundaries(self) -> DocumentBoundaries:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -56,25 +56,30 @@ class Tokenising:
 class Chunk:
     """Consecutive pieces of documents and their tokens.
 
-    pieces: table of dtype PIECE, in the order of the text. tokens: of each split, those of its pieces one after the other. A
-    document begins and ends with its special tokens; one of more than a million characters consists of several pieces, each of
-    which may be in another chunk.
+    pieces: table of dtype PIECE, in the order of the text. tokens: those of the pieces of the first split one after the other,
+    then those of the next. A document begins and ends with its special tokens; one of more than a million characters consists
+    of several pieces, each of which may be in another chunk.
     """
 
     pieces: np.ndarray
-    tokens: dict[Split, np.ndarray]
+    tokens: np.ndarray
 
-    def select(self, keep: np.ndarray) -> Chunk:
-        """The chunk without the tokens of the pieces for which the mask `keep` is false; those pieces have no tokens then, and
-        are neither first nor last."""
-        tokens = {}
-        for number, split in enumerate(SPLITS):
-            mine = self.pieces["split"] == number
-            tokens[split] = self.tokens[split][np.repeat(keep[mine], self.pieces["tokens"][mine])]
-        pieces = self.pieces.copy()
-        for field in ("tokens", "characters", "first", "last"):
-            pieces[field][~keep] = 0
-        return Chunk(pieces, tokens)
+
+def token_starts(pieces: np.ndarray) -> np.ndarray:
+    """The position of each piece's first token among the tokens of their chunk."""
+    order = np.argsort(pieces["split"], kind="stable")
+    tokens = pieces["tokens"][order]
+    starts = np.empty(len(pieces), np.int64)
+    starts[order] = np.cumsum(tokens) - tokens
+    return starts
+
+
+def joined(chunks: Sequence[Chunk]) -> Chunk:
+    """Consecutive chunks, at least one, as one."""
+    train = [int(one.pieces["tokens"][one.pieces["split"] == 0].sum()) for one in chunks]
+    parts = [one.tokens[:count] for one, count in zip(chunks, train, strict=True)]
+    parts += [one.tokens[count:] for one, count in zip(chunks, train, strict=True)]
+    return Chunk(np.concatenate([one.pieces for one in chunks]), np.concatenate(parts))
 
 
 def nothing_full(split: Split) -> bool:
@@ -160,11 +165,8 @@ class _Batch:
                 ids = [*ids, *end]
             encoded[number] = ids
         pieces["tokens"] = [len(ids) for ids in encoded]
-        tokens: dict[Split, np.ndarray] = {}
-        for number, split in enumerate(SPLITS):
-            mine = (encoded[index] for index in np.flatnonzero(pieces["split"] == number))
-            tokens[split] = np.fromiter(chain.from_iterable(mine), dtype=self.how.dtype)
-        return Chunk(pieces, tokens)
+        ordered = (encoded[index] for index in np.argsort(pieces["split"], kind="stable"))
+        return Chunk(pieces, np.fromiter(chain.from_iterable(ordered), dtype=self.how.dtype))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

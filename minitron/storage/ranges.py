@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -89,8 +89,12 @@ def parts_of(entry: Mapping[str, Any], start: int, end: int) -> range:
     return range(bisect_right(ends, start), bisect_right(ends, max(start, end - 1)) + 1)
 
 
-def read_ahead(work: Callable[[T], R], items: Iterable[T], threads: int = READERS) -> Iterator[R]:
-    """`work` of each item, in order, run in threads a few items ahead of whoever takes the results."""
+def read_ahead(work: Callable[[T], R], items: Iterable[T], threads: int = READERS) -> Generator[R]:
+    """`work` of each item, in order, run in threads a few items ahead of whoever takes the results.
+
+    Whoever does not take all of them closes the generator: it waits for its threads, which must not happen when the garbage
+    collector comes to it, for example while another thread is being started.
+    """
     with ThreadPoolExecutor(threads, thread_name_prefix="reader") as pool:
         pending = []
         for item in items:

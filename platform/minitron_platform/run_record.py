@@ -13,7 +13,7 @@ from minitron.evaluation.metrics import AGREEMENT, KL
 from minitron.text import markdown
 from minitron_platform.cluster.hardware import Hardware
 from minitron_platform.cluster.packaging import package_folder
-from minitron_platform.recipes.build import text_sources
+from minitron_platform.recipes.build import heldout_source, text_sources
 from minitron_platform.recipes.schema import Recipe
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.data import Data
@@ -76,12 +76,14 @@ class RunRecord:
             return
         if name == Data.name:
             data = self.context.output(Data)
-            sources = [source.label for source in text_sources(self.context.recipe.data).values()]
-            for context, digest, tokens in (
-                ("training", data.train, data.train_tokens),
-                ("heldout", data.heldout, data.heldout_tokens),
+            text = self.context.recipe.data
+            sources = ", ".join(source.label for source in text_sources(text).values())
+            own = heldout_source(text)
+            for context, name, digest, tokens in (
+                ("training", sources, data.train, data.train_tokens),
+                ("heldout", own.label if own else sources, data.heldout, data.heldout_tokens),
             ):
-                self.log.dataset(", ".join(sources), digest=digest, source=data.folder, context=context, tokens=tokens)
+                self.log.dataset(name, digest=digest, source=data.folder, context=context, tokens=tokens)
         elif name == Search.name:
             model = self.context.member.model
             self.log.params({f"architecture.{model}": self.context.output(Search).winner})

@@ -7,7 +7,9 @@ import os
 import signal
 import time
 from pathlib import Path
+from unittest import mock
 
+from minitron.data import shard_writing
 from minitron.errors import InputError
 
 
@@ -30,3 +32,18 @@ def logged(common, part):
     """What a handler in a worker prints of a library's warning."""
     record = logging.getLogRecordFactory()("library", logging.WARNING, "file.py", 1, part, (), None)
     return logging.Formatter().format(record)
+
+
+def with_a_death(common, part):
+    """A call of packing in parts. common: the function, what it is given, and a folder in which the calls for shards are noted;
+    the first one for train-00001.bin kills its worker when it has read some of the shard's tokens."""
+    function, inner, folder = common
+    if function is shard_writing.write_shard:
+        calls = Path(folder, part.name)
+        first = not calls.exists()
+        calls.write_text("x" if first else calls.read_text() + "x")
+        if first and part.name == "train-00001.bin":
+            reads = iter((shard_writing.read_ranges, lambda *_: os.kill(os.getpid(), signal.SIGKILL)))
+            with mock.patch.object(shard_writing, "read_ranges", lambda *arguments: next(reads)(*arguments)):
+                return function(inner, part)
+    return function(inner, part)

@@ -71,10 +71,9 @@ class Estimate:
     parts: tuple[Part, ...] = ()
     """How the workers of a cluster share the work; by default one of them does it."""
 
-    @property
-    def cpu_seconds(self) -> float:
-        """Time on one CPU for work without models, which all CPUs share."""
-        return sum(part.cpu_seconds for part in self.parts if isinstance(part, Split))
+    def cpu_seconds(self, cpus: int) -> float:
+        """Time for work without models on this many CPUs."""
+        return sum(part.cpu_seconds / (cpus if isinstance(part, Split) else 1) for part in self.parts)
 
     @property
     def tokens(self) -> int:

@@ -6,6 +6,11 @@ import math
 from collections.abc import Sequence
 
 from minitron.architecture import Architecture
+from minitron.data.in_parts import TOKENS_PER_BYTE
+from minitron.data.packing import SHARD_ROWS
+from minitron.data.part_files import BLOCK_TOKENS
+from minitron.data.parts import PART_BYTES
+from minitron.data.rows import shard_names
 from minitron_platform.estimates.gpu import GpuTraining
 from minitron_platform.estimates.outlook import DOCUMENT_TOKENS, MASTER_BYTES, Outlook, head_flops
 from minitron_platform.estimates.requests import (
@@ -23,7 +28,13 @@ from minitron_platform.recipes.search_schedule import SearchSchedule
 from minitron_search.halving import kept
 from minitron_search.sampling import round_size
 
-TOKENS_PER_CPU_SECOND = 300_000  # assumed of a fast tokenizer on one CPU, with reading and packing
+TOKENS_PER_CPU_SECOND = 300_000  # assumed of a fast tokenizer on one CPU, with reading
+PLACED_PER_CPU_SECOND = (
+    100_000_000  # tokens whose documents one CPU places; `python -m benchmarks.merging` measures both
+)
+WRITTEN_PER_CPU_SECOND = 100_000_000  # tokens that one CPU copies into shards
+PART_REQUESTS = 5  # reading a part of the text, looking whether it is finished, writing its table and record
+SHARD_REQUESTS = 6  # reading the plan, looking whether the shard is finished, writing it and its record
 TASK_DOCUMENTS = 1000  # assumed of a benchmark without `limit`
 
 
@@ -33,20 +44,37 @@ def teacher_parts(outlook: Outlook) -> tuple[Part, ...]:
     return (Alone(reads=size, writes=size, requests=2 * model_requests(size)),)  # written, and read again to be hashed
 
 
-def data_parts(outlook: Outlook) -> tuple[Part, ...]:
-    """All workers tokenise."""
+def data_parts(outlook: Outlook, *, in_tasks: bool) -> tuple[Part, ...]:
+    """One worker tokenises and packs; with `in_tasks` all workers tokenise parts of the text, one places the documents, and all
+    write the shards of the rows."""
     data = outlook.recipe.data
-    rows = data.train_rows + data.heldout_rows
-    tokens = rows * data.seq_length
+    rows = {"train": data.train_rows, "heldout": data.heldout_rows}
+    tokens = sum(rows.values()) * data.seq_length
     size = TOKEN_BYTES * tokens
+    tokenising = tokens / TOKENS_PER_CPU_SECOND
+    if not in_tasks:
+        return (
+            Alone(tokens=tokens, cpu_seconds=tokenising, reads=size, writes=size, requests=2 * model_requests(size)),
+        )
+    text_parts = math.ceil(tokens / TOKENS_PER_BYTE / PART_BYTES)
+    shards = sum(len(shard_names(split, count, SHARD_ROWS)) for split, count in rows.items())
+    blocks = text_parts + math.ceil(tokens / BLOCK_TOKENS)
     return (
         Split(
-            items=rows,
+            items=text_parts,
             tokens=tokens,
-            cpu_seconds=tokens / TOKENS_PER_CPU_SECOND,
+            cpu_seconds=tokenising,
+            reads=int(tokens / TOKENS_PER_BYTE),
+            writes=size,
+            requests=text_parts * PART_REQUESTS + blocks,
+        ),
+        Alone(cpu_seconds=tokens / PLACED_PER_CPU_SECOND, requests=text_parts + shards),
+        Split(
+            items=shards,
+            cpu_seconds=tokens / WRITTEN_PER_CPU_SECOND,
             reads=size,
             writes=size,
-            requests=2 * model_requests(size),
+            requests=shards * SHARD_REQUESTS + blocks,
         ),
     )
 

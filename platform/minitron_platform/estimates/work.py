@@ -21,11 +21,13 @@ class Part:
     """What is written to the storage, by all workers together."""
     requests: int = 0
     """Requests to the storage if it is an object store."""
+    cpu_seconds: float = 0
+    """Time on one CPU, of all workers together, for work that needs no GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Alone(Part):
-    """One worker does it, and the others wait."""
+    """One worker does it, on one CPU what needs no GPU, and the others wait."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +35,6 @@ class Split(Part):
     """Independent items, such as rows or documents, that all workers share."""
 
     items: int
-    cpu_seconds: float = 0
-    """Time on one CPU, of all workers together, for work that needs no GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -417,7 +417,7 @@ def _cost(
         estimate=estimate,
         seconds=estimate.flops / speed.of_stage(stage.name in TRAINING, _cores_used(stage.name, outlook))
         + estimate.start_up_seconds
-        + estimate.cpu_seconds / cores(),
+        + estimate.cpu_seconds(cores()),
         done=finished.is_finished(stage, member),
     )
     if cluster is None:

@@ -76,11 +76,12 @@ def _time(part: Part, room: _Room) -> StageTime:
 
 @_time.register
 def _alone(part: Alone, room: _Room) -> StageTime:
-    computing = part.flops / room.worker_flops
-    transfer = (part.reads_per_node + part.reads + part.writes) / STORAGE_BYTES
-    return StageTime(
-        computing + transfer, _busy(part, room), "storage, one worker" if transfer > computing else "one worker"
-    )
+    longest = {
+        "one worker": part.flops / room.worker_flops,
+        "one CPU": part.cpu_seconds,
+        "storage, one worker": (part.reads_per_node + part.reads + part.writes) / STORAGE_BYTES,
+    }
+    return StageTime(sum(longest.values()), _busy(part, room), _longest(longest)[1])
 
 
 @_time.register

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from minitron import storage
 from minitron.data import DocumentTokens, InParts, Rows, pack, source_identity
 from minitron.data.in_parts import Run, in_this_process
 from minitron.data.python_docs import python_identity
+from minitron.data.rows import SourceCounts
 from minitron.device import cores
 from minitron.evaluation.beginning import BosLosses, bos_losses
 from minitron.models import load_tokenizer
@@ -44,6 +45,40 @@ REASONS = {  # why documents are not in the rows
 WARNING_MARGIN = 0.1  # nats per token by which the worse choice is worse before there is a warning
 
 
+class SourceText(BaseModel):
+    """What of a source of text is in the rows."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    """Kind and path."""
+    heldout: bool
+    """Whether only the held-out rows are of it, and no others."""
+    tokens: int
+    documents: int
+    left_out: dict[str, int]
+    """As `DataOutput.left_out`."""
+
+    @classmethod
+    def of(cls, counts: SourceCounts) -> SourceText:
+        return cls(
+            name=counts.source,
+            heldout=counts.heldout,
+            tokens=sum(counts.tokens.values()),
+            documents=sum(counts.documents.values()),
+            left_out=dict(counts.left_out),
+        )
+
+    def text(self, total: int) -> str:
+        """In words. total: tokens of all sources."""
+        share = f" ({self.tokens / total:.1%})" if self.tokens < total else ""
+        left_out = [f"{count:,} {REASONS[reason]}" for reason, count in self.left_out.items()]
+        return (
+            f"{'held-out text: ' if self.heldout else ''}{self.name} {self.tokens:,} tokens{share} of {self.documents:,} "
+            f"document{'' if self.documents == 1 else 's'}" + (f", left out: {', '.join(left_out)}" if left_out else "")
+        )
+
+
 class DataOutput(StageOutput):
     folder: ArtifactPath
     """Folder of the packed rows."""
@@ -57,8 +92,8 @@ class DataOutput(StageOutput):
     loss_with_bos: float | None = None
     """The teacher's loss on some held-out rows in nats per token; None if its tokenizer has no BOS token."""
     loss_without_bos: float | None = None
-    source_tokens: tuple[int, ...] = ()
-    """Tokens of each of several sources."""
+    sources: tuple[SourceText, ...] = ()
+    """What is in the rows of each source, also of the held-out text's own; empty if an earlier version packed them."""
     left_out: dict[str, int] = Field(default_factory=dict)
     """Number of documents that are not in the rows, by reason, see `minitron.data.pack`."""
 
@@ -91,12 +126,12 @@ class Data(Stage[DataOutput]):
         data = outlook.recipe.data
         rows = data.train_rows + data.heldout_rows
         tokens = rows * data.seq_length
-        kept = 2 if tokens >= TASK_TOKENS else 1  # parts are kept until the rows are written
+        in_tasks = _in_tasks(data)
         return Estimate(
-            f"{rows:,} rows of {data.seq_length} tokens",
-            bytes=kept * tokens * TOKEN_BYTES,
+            f"{rows:,} rows of {data.seq_length} tokens" + (", packed by tasks" if in_tasks else ""),
+            bytes=(2 if in_tasks else 1) * tokens * TOKEN_BYTES,  # parts are kept until the rows are written
             start_up_seconds=15,
-            parts=data_parts(outlook),
+            parts=data_parts(outlook, in_tasks=in_tasks),
         )
 
     def run(self, context: Context, folder: str) -> DataOutput:
@@ -104,6 +139,7 @@ class Data(Stage[DataOutput]):
         rows = _packed(context, target, storage.join(folder, "parts"))
         heldout = Rows.open(target, "heldout")
         special_tokens = _special_tokens(context)
+        sources = tuple(map(SourceText.of, rows.sources))
         losses = _bos_losses(context, heldout, special_tokens)
         if losses:
             _warn_of_worse_choice(context, losses, special_tokens)
@@ -116,20 +152,29 @@ class Data(Stage[DataOutput]):
             heldout_tokens=len(heldout) * rows.seq_length,
             loss_with_bos=losses.with_bos if losses else None,
             loss_without_bos=losses.without_bos if losses else None,
-            source_tokens=tuple(tokens for _, tokens in _source_tokens(rows)),
+            sources=sources,
             left_out=rows.index.get("left_out", {}),
             summary=f"{len(rows):,} training and {len(heldout):,} held-out rows of {rows.seq_length} tokens"
-            + _text_summary(rows)
+            + "".join(f" · {source.text(sum(one.tokens for one in sources))}" for source in sources)
             + (_bos_text(losses, special_tokens) if losses else ""),
         )
 
     def metrics(self, output: DataOutput) -> dict[str, float]:
-        """The teacher's loss with and without BOS, in nats per token; tokens of each of several sources; documents that
-        are not in the rows, by reason."""
+        """The teacher's loss with and without BOS, in nats per token; documents that are not in the rows, by reason; the same,
+        tokens and documents of each source."""
         losses = {"loss_with_bos": output.loss_with_bos, "loss_without_bos": output.loss_without_bos}
-        counts = {f"tokens.source_{number}": tokens for number, tokens in enumerate(output.source_tokens)}
-        counts |= {f"left_out.{reason}": count for reason, count in output.left_out.items()}
+        counts = {f"left_out.{reason}": count for reason, count in output.left_out.items()}
+        for number, source in enumerate(output.sources):
+            name = "heldout_source" if source.heldout else f"source_{number}"
+            counts |= {f"tokens.{name}": source.tokens, f"documents.{name}": source.documents}
+            counts |= {f"left_out.{reason}.{name}": count for reason, count in source.left_out.items()}
         return {name: loss for name, loss in losses.items() if loss is not None} | counts
+
+
+def _in_tasks(data: schema.Data) -> bool:
+    """Whether the text is packed in parts, which tasks of Ray may share, and which are kept if the run is killed."""
+    kinds = {source.kind for source in all_text_sources(data).values()}
+    return (data.train_rows + data.heldout_rows) * data.seq_length >= TASK_TOKENS and kinds != {PYTHON_DOCS}
 
 
 def _packed(context: Context, target: str, parts: str) -> Rows:
@@ -142,7 +187,7 @@ def _packed(context: Context, target: str, parts: str) -> Rows:
         data=data,
         teacher=context.output(Teacher).folder,
         target=target,
-        parts=parts if tokens >= TASK_TOKENS and kinds != {PYTHON_DOCS} else None,
+        parts=parts if _in_tasks(data) else None,
         python=python_identity() if PYTHON_DOCS in kinds else None,
     )
     started = time.monotonic()
@@ -215,21 +260,6 @@ def _run_in_tasks(context: Context) -> Run:
         say=context.console.say,
         look=context.workers.look,
     )
-
-
-def _text_summary(rows: Rows) -> str:
-    """The shares of several sources, and the documents that are not in the rows."""
-    text = ""
-    if sources := _source_tokens(rows):
-        total = sum(tokens for _, tokens in sources)
-        text += " · " + ", ".join(f"{name} {tokens:,} tokens ({tokens / total:.1%})" for name, tokens in sources)
-    left_out = [f"{count:,} {REASONS[reason]}" for reason, count in rows.index.get("left_out", {}).items()]
-    return text + (f" · left out: {', '.join(left_out)}" if left_out else "")
-
-
-def _source_tokens(rows: Rows) -> list[tuple[str, int]]:
-    """(name, tokens in all rows) of each of several sources."""
-    return [(source["source"], sum(source["tokens"].values())) for source in rows.index.get("sources", [])]
 
 
 def _special_tokens(state: RunState) -> DocumentTokens:

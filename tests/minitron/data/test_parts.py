@@ -18,11 +18,21 @@ import pyarrow.parquet
 import pytest
 from helpers import tiny
 
-from minitron.data import InParts, TextSource, pack, part_files, parts, tokenising
+from minitron.data import (
+    InParts,
+    TextSource,
+    pack,
+    part_files,
+    part_placing,
+    parts,
+    shard_plans,
+    shard_writing,
+    tokenising,
+)
 from minitron.data.documents import LeftOut, part_documents
 from minitron.data.in_parts import in_this_process
 from minitron.errors import InputError
-from minitron.storage import manifest, read_json
+from minitron.storage import manifest, read_json, verify
 
 SIZES = {"seq_length": 24, "train_rows": 400, "heldout_rows": 40, "heldout_fraction": None, "shard_rows": 64}
 
@@ -178,6 +188,127 @@ def test_finished_parts_are_not_tokenised_again_after_a_kill(
     source, options = _cases(corpus)["lines"]
     pack(source, tokenizer, str(tmp_path / "undisturbed"), **(SIZES | options))
     assert manifest(target)["files"] == manifest(str(tmp_path / "undisturbed"))["files"]
+
+
+def _write_until_killed(
+    corpus: Path, tokenizer: Any, case: str, target: str, calls: Path, kill: tuple[str, int]
+) -> None:
+    """Pack in parts, and note each shard that is begun and each table of pieces that is read. kill: the process kills itself
+    before it reads tokens of the shard with that name for the given time, counted from 0."""
+    sources, options = _cases(corpus)[case]
+    reads: dict[str, int] = {}
+    begun = [""]
+
+    def noted(name: str) -> None:
+        with calls.open("a") as file:
+            file.write(f"{name}\n")
+
+    def plan(path: str) -> Any:
+        begun[0] = Path(path).name.rsplit("-", 1)[0]
+        noted(begun[0])
+        return read_plan(path)
+
+    def ranges(path: str, wanted: Any) -> Any:
+        reads[begun[0]] = reads.get(begun[0], -1) + 1
+        if (begun[0], reads[begun[0]]) == kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read_ranges(path, wanted)
+
+    def pieces(*arguments: Any) -> Any:
+        noted("pieces")
+        return part_files.part_pieces(*arguments)
+
+    read_plan, read_ranges = shard_plans.ShardPlan.read, shard_writing.read_ranges
+    with (
+        mock.patch.object(shard_plans.ShardPlan, "read", plan),
+        mock.patch.object(shard_writing, "read_ranges", ranges),
+        mock.patch.object(part_placing, "part_pieces", pieces),
+    ):
+        pack(sources, tokenizer, target, in_parts=InParts(f"{target}-parts"), **(SIZES | options))
+
+
+@pytest.mark.parametrize("case", ["without duplicates", "blend", "held-out text of its own"])
+def test_finished_shards_are_not_written_again_after_a_kill(
+    corpus: Path, tokenizer: Any, tmp_path: Path, small_parts: None, case: str
+) -> None:
+    calls, target = tmp_path / "calls", tmp_path / "rows"
+    process = multiprocessing.get_context("fork").Process(
+        target=_write_until_killed, args=(corpus, tokenizer, case, str(target), calls, ("train-00002.bin", 1))
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    before = calls.read_text().splitlines()
+    written = [name for name in before if name != "pieces"]
+    assert written == ["heldout-00000.bin", "train-00000.bin", "train-00001.bin", "train-00002.bin"]
+    assert not target.exists(), "nobody sees rows that are not complete"
+    assert {path.name for path in (tmp_path / "rows-parts/rows").iterdir()} == set(written[:3])
+    _write_until_killed(corpus, tokenizer, case, str(target), calls, ("", 0))
+    after = calls.read_text().splitlines()[len(before) :]
+    assert after[0] == "train-00002.bin", "documents are not placed again"
+    assert not set(after) & set(written[:3])
+    assert len(after) == len(set(after)) > 2
+    sources, options = _cases(corpus)[case]
+    pack(sources, tokenizer, str(tmp_path / "undisturbed"), **(SIZES | options))
+    assert manifest(str(target))["files"] == manifest(str(tmp_path / "undisturbed"))["files"]
+    assert {path.name for path in target.iterdir()} == {path.name for path in (tmp_path / "undisturbed").iterdir()}
+    verify(str(target))
+
+
+@pytest.mark.parametrize("last", ["lines", "without duplicates"])
+def test_shards_of_other_rows_are_not_taken(
+    corpus: Path, tokenizer: Any, tmp_path: Path, small_parts: None, last: str
+) -> None:
+    """The folder has shards of the same names and sizes that two packings left which were killed, and one that is truncated."""
+    calls = tmp_path / "calls"
+    for case in ("lines", "without duplicates"):
+        process = multiprocessing.get_context("fork").Process(
+            target=_write_until_killed,
+            args=(corpus, tokenizer, case, f"{tmp_path}/rows", calls, ("train-00003.bin", 0)),
+        )
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    (tmp_path / "rows-parts/rows/train-00001.bin").write_bytes(b"truncated")
+    sources, options = _cases(corpus)[last]
+    for target, in_parts in (("rows", InParts(f"{tmp_path}/rows-parts")), ("undisturbed", None)):
+        pack(sources, tokenizer, f"{tmp_path}/{target}", in_parts=in_parts, **(SIZES | options))
+    assert manifest(f"{tmp_path}/rows")["files"] == manifest(f"{tmp_path}/undisturbed")["files"]
+    verify(f"{tmp_path}/rows")
+
+
+def test_tokens_and_documents_of_every_source_are_counted(tokenizer: Any, tmp_path: Path) -> None:
+    texts = tiny.texts(60, seed=3)
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in [*texts[20:23], *texts[:30]]))
+    (tmp_path / "b.jsonl").write_text(
+        "\n".join(json.dumps({"text": text}) for text in [None, *texts[30:32], *texts[30:]])
+    )
+    (tmp_path / "held.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts[:8]))
+    a, b, held = (TextSource("jsonl", f"{tmp_path}/{name}.jsonl", on_missing="skip") for name in ("a", "b", "held"))
+
+    def tokens(texts: list[str]) -> int:
+        return sum(1 + len(tokenizer(text)["input_ids"]) for text in texts)
+
+    sizes = {"seq_length": 16, "train_rows": tokens(texts[8:30]) // 16, "heldout_rows": tokens(texts[:8]) // 16}
+    one = pack(a, tokenizer, f"{tmp_path}/one", heldout=held, drop_duplicates=True, **sizes).sources
+    assert [(counts.source, counts.heldout) for counts in one] == [(a.label, False), (held.label, True)]
+    assert one[0].tokens == {"train": sizes["train_rows"] * 16, "heldout": 0}
+    assert one[1].tokens == {"train": 0, "heldout": sizes["heldout_rows"] * 16}
+    assert one[1].documents == {"train": 0, "heldout": 8}
+    assert one[0].documents == {"train": 22, "heldout": 0}
+    assert one[0].left_out == {"in_heldout": 8, "duplicates": 3}
+
+    sizes = {"seq_length": 16, "train_rows": 2 * tokens(texts) // 3 // 16, "heldout_rows": 3}
+    rows = pack([a, b], tokenizer, f"{tmp_path}/two", drop_duplicates=True, heldout_fraction=0.2, **sizes)
+    two = rows.sources
+    for split in ("train", "heldout"):
+        assert sum(counts.tokens[split] for counts in two) == sizes[f"{split}_rows"] * 16
+        assert sum(counts.documents[split] for counts in two) == rows.index["splits"][split]["documents"]
+    duplicates = [counts.left_out["duplicates"] for counts in two]  # those of a split that is full are not counted
+    assert 1 <= duplicates[0] <= 3
+    assert 1 <= duplicates[1] <= 2
+    assert [counts.left_out.get("missing") for counts in two] == [None, 1]
+    assert rows.index["left_out"] == {"duplicates": sum(duplicates), "missing": 1}
 
 
 def test_an_error_in_text_that_is_not_needed_stops_nothing(tokenizer: Any, tmp_path: Path, small_parts: None) -> None:

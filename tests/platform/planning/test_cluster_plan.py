@@ -105,6 +105,7 @@ def test_trials_start_as_soon_as_there_is_room_and_the_longest_may_come_last():
     [
         (Alone(flops=6 * FLOPS), 6, "one worker"),
         (Alone(reads=10_000_000_000), 5, "storage, one worker"),
+        (Alone(reads=10_000_000_000, cpu_seconds=40), 45, "one CPU"),
         (Split(items=100, flops=8 * FLOPS), 2, "GPU compute"),
         (Split(items=3, flops=9 * FLOPS), 3, "3 rows or documents"),
         (Split(items=5, flops=5 * FLOPS), 2, "GPU compute"),  # one of four has two

@@ -8,11 +8,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers.part_work import logged, work
+from helpers import tiny
+from helpers.part_work import logged, with_a_death, work
 
-from minitron.data import InParts, parts
+from minitron.data import InParts, TextSource, pack, parts
 from minitron.environment import environment_variables
 from minitron.errors import InputError, MinitronError
+from minitron.storage import manifest, verify
 from minitron_platform import load_recipe, run
 from minitron_platform.cluster.ray_session import ray_session
 from minitron_platform.stages import data
@@ -65,15 +67,47 @@ def test_what_libraries_log_in_a_worker_has_no_secrets(tmp_path):
     ]
 
 
+def test_a_worker_that_dies_costs_the_shard_that_it_was_writing(tmp_path, monkeypatch):
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in tiny.texts(600)))
+    source, tokenizer = TextSource("jsonl", f"{tmp_path}/text.jsonl"), tiny.tokenizer()
+    sizes = {"seq_length": 24, "train_rows": 400, "heldout_rows": 40, "heldout_fraction": None, "shard_rows": 64}
+    monkeypatch.setattr(parts, "PART_BYTES", 4000)
+    calls, said = tmp_path / "calls", []
+    calls.mkdir()
+
+    def in_tasks(function, common, jobs):
+        work = (function, common, str(calls))
+        return run_parts(with_a_death, work, jobs, max_failures=1, say=said.append, look=no_look)
+
+    pack(source, tokenizer, f"{tmp_path}/rows", in_parts=InParts(f"{tmp_path}/parts", in_tasks), **sizes)
+    pack(source, tokenizer, f"{tmp_path}/one-go", **sizes)
+    assert manifest(f"{tmp_path}/rows") == manifest(f"{tmp_path}/one-go")
+    verify(f"{tmp_path}/rows")
+    names = ["heldout-00000.bin", *(f"train-0000{number}.bin" for number in range(7))]
+    assert {call.name: len(call.read_text()) for call in calls.iterdir()} == dict.fromkeys(names, 1) | {names[2]: 2}
+    assert len(said) == 1
+    assert "its worker or node died, running it again" in said[0]
+
+
 def test_tasks_of_ray_pack_the_rows_that_one_process_packs(bench, tmp_path, empty_database, monkeypatch, capsys):
     lines = (bench / "text.jsonl").read_text().splitlines()
-    for name, part in (("a", lines[::2]), ("b", [*lines[1::2], lines[0], json.dumps({"text": None})])):
+    for name, part in (
+        ("a", lines[::3]),
+        ("b", [json.dumps({"text": None}), *lines[1::3], lines[0]]),
+        ("held", lines[2::3]),
+    ):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(part))
     paths = [f"{tmp_path}/{name}.jsonl" for name in "ab"]
     texts = [{"kind": "jsonl", "path": path, "weight": 0.5, "on_missing": "skip"} for path in paths]
     recipe = load_recipe(
         str(bench / "recipe.yaml"),
-        [f"data.sources={json.dumps(texts)}", "data.kind=null", "data.path=''", "data.drop_duplicates=true"],
+        [
+            f"data.sources={json.dumps(texts)}",
+            f"data.heldout={json.dumps({'kind': 'jsonl', 'path': f'{tmp_path}/held.jsonl'})}",
+            "data.kind=null",
+            "data.path=''",
+            "data.drop_duplicates=true",
+        ],
     )
     monkeypatch.setattr(parts, "PART_BYTES", 10_000)
     folders, asked = {}, []
@@ -82,7 +116,7 @@ def test_tasks_of_ray_pack_the_rows_that_one_process_packs(bench, tmp_path, empt
         shutil.copy(empty_database, tmp_path / way / "mlflow.db")
         monkeypatch.setattr(data, "TASK_TOKENS", tokens)
         monkeypatch.setattr(data, "InParts", lambda *arguments: asked.append(arguments) or InParts(*arguments))
-        run(recipe, storage_path=str(tmp_path / way), until="data")
+        result = run(recipe, storage_path=str(tmp_path / way), until="data")
         (folders[way],) = (tmp_path / way).glob("**/rows/manifest.json")
     assert folders["here"].read_text() == folders["tasks"].read_text()
     assert len(asked) == 1
@@ -90,4 +124,15 @@ def test_tasks_of_ray_pack_the_rows_that_one_process_packs(bench, tmp_path, empt
     output = capsys.readouterr().out
     assert "tokens/s" in output
     assert "a.jsonl" in output
-    assert "tokens (5" in output
+    assert "documents, left out: 1 without text" in output
+    assert f"held-out text: jsonl {tmp_path}/held.jsonl" in output
+    packed = result.output(data.Data)
+    assert [source.name for source in packed.sources] == [
+        f"jsonl {path}" for path in [*paths, f"{tmp_path}/held.jsonl"]
+    ]
+    assert packed.sources[2].tokens == packed.heldout_tokens
+    metrics = data.Data().metrics(packed)
+    for name, source in zip(("source_0", "source_1", "heldout_source"), packed.sources, strict=True):
+        assert metrics[f"tokens.{name}"] == source.tokens > 0
+        assert metrics[f"documents.{name}"] == source.documents > 0
+    assert metrics["left_out.missing"] == metrics["left_out.missing.source_1"] == 1
