@@ -169,12 +169,12 @@ def test_a_plan_for_a_cluster_has_its_gpu_hours_and_price(bench):
     assert plan(recipe, storage_path=bench / "planned").price is None  # no GPUs
 
 
-def test_the_gpus_that_a_recipe_names_for_a_cluster_decide_the_time(bench):
+def test_the_gpus_that_a_recipe_names_for_a_cluster_decide_the_time(bench, free_port):
     def hours(workers):
         settings = {"workers": workers, "gpus_per_worker": 1, "gpus_per_trial": 1}
         overrides = [f"resources.{key}={value}" for key, value in settings.items()]
         recipe = load_recipe(str(bench / "recipe.yaml"), [*overrides, *LONG])
-        planned = plan(recipe, storage_path=bench / "planned", address="10.0.0.1:6379")
+        planned = plan(recipe, storage_path=bench / "planned", address=f"127.0.0.1:{free_port()}")
         return {cost.stage: cost.seconds for cost in planned.costs}["distill"]
 
     assert hours(1) > 3 * hours(4)
