@@ -7,17 +7,25 @@
 # Needs PostgreSQL's programs (apt-get install postgresql) and: pip install 'minitron[postgres]'
 set -euo pipefail
 umask 077
-folder=$(realpath -m -- "${1:-$HOME/minitron-mlflow}")
-host=${HOST:-127.0.0.1}
-port=${PORT:-5000}
-python=${PYTHON:-python3}
 
 fail() {
   echo "serve.sh: $*" >&2
   exit 2
 }
 
-[ "$(id -u)" -ne 0 ] || fail "PostgreSQL does not run as root: call this as another user"
+if [[ " $* " =~ \ (-h|--help)\  ]]; then
+  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+  exit
+fi
+case ${1:-} in -*) fail "$1: there is no such option: give a folder alone, and HOST= and PORT= before the command" ;; esac
+[ $# -le 1 ] || fail "$*: more than one folder: give one"
+folder=$(realpath -m -- "${1:-$HOME/minitron-mlflow}")
+host=${HOST:-127.0.0.1}
+port=${PORT:-5000}
+python=${PYTHON:-python3}
+
+[[ $port =~ ^[0-9]{1,5}$ ]] && [ "$((10#$port))" -ge 1 ] && [ "$((10#$port))" -le 65535 ] \
+  || fail "PORT=$port: not a port: give a number from 1 to 65535"
 [ ${#folder} -le 80 ] || fail "$folder is too long for the name of a socket: give a shorter folder"
 case $folder in *[[:space:]?\&%#]*) fail "$folder: give a folder without spaces and ? & % #" ;; esac
 bin=$(dirname -- "$(readlink -f "$(command -v initdb || ls -1 /usr/lib/postgresql/*/bin/initdb 2>/dev/null | sort -V | tail -n 1)")")
@@ -25,8 +33,22 @@ bin=$(dirname -- "$(readlink -f "$(command -v initdb || ls -1 /usr/lib/postgresq
 # without importing MLflow, which takes seconds
 "$python" -c 'import psycopg, flask_wtf; from importlib.util import find_spec; assert find_spec("mlflow")' 2>/dev/null \
   || fail "$python lacks psycopg or mlflow[auth]: pip install 'minitron[postgres]'"
+why=$("$python" - "$host" "$port" 2>&1 <<'CHECK'
+import socket, sys
 
-mkdir -p "$folder/artifacts"
+try:
+    socket.create_server((sys.argv[1], int(sys.argv[2])), family=socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET).close()
+except (OSError, UnicodeError) as error:
+    sys.exit(getattr(error, "strerror", None) or str(error))
+CHECK
+) || fail "HOST=$host PORT=$port: ${why%% (*}: give an address of this machine and a port that no other program has"
+[ "$(id -u)" -ne 0 ] || fail "PostgreSQL does not run as root: call this as another user"
+
+why=$(mkdir -p "$folder/artifacts" 2>&1) || fail "${why#mkdir: }: give a folder of your own"
+[ -w "$folder" ] && [ -O "$folder" ] || fail "$folder: not yours, or not writable: give a folder of your own"
+if "$bin/pg_ctl" --pgdata="$folder/database" status > /dev/null 2>&1; then
+  fail "PostgreSQL runs in $folder already: end the serve.sh that started it, or $bin/pg_ctl --pgdata=$folder/database stop"
+fi
 if [ ! -e "$folder/password" ]; then
   "$python" -c 'import secrets; print(secrets.token_urlsafe(24))' > "$folder/password"
   "$python" -c 'import secrets; print(secrets.token_hex(32))' > "$folder/key"
@@ -74,4 +96,4 @@ echo "MLflow on http://$host:$port, user admin, password in $folder/password; lo
 setsid "$python" -m mlflow server --host "$host" --port "$port" --app-name basic-auth \
   --artifacts-destination "$folder/artifacts" > "$folder/server.log" 2>&1 &
 server=$!
-wait "$server"
+wait "$server" || fail "MLflow has ended: see the end of $folder/server.log"

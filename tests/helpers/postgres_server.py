@@ -48,24 +48,14 @@ def programs() -> Path:
 def postgres_server() -> Iterator[PostgresServer]:
     """Start the script in a folder of its own and wait until MLflow answers; afterwards both servers are gone."""
     port = free_port()
-    command = []
     # not in pytest's folder: the name of a socket has room for about a hundred characters
     with tempfile.TemporaryDirectory(prefix="minitron-", dir="/tmp") as home:
         if os.geteuid() == 0:
             user = pwd.getpwnam(NOBODY)
             os.chown(home, user.pw_uid, user.pw_gid)
-            command = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
-            command += ["--inh-caps=+dac_override", "--ambient-caps=+dac_override"]
-        settings = {"HOME": home, "PATH": f"{programs()}:{os.environ['PATH']}", "PORT": str(port)}
-        settings |= {"PYTHON": sys.executable, "PYTHONDONTWRITEBYTECODE": "1", "MLFLOW_WORKERS": "1"}
         folder = Path(home) / "mlflow"
         with open(f"{home}/output", "w+") as output:
-            script = subprocess.Popen(
-                [*command, shutil.which("bash"), SCRIPT, folder],
-                env={**environment(), **settings},
-                stdout=output,
-                stderr=output,
-            )
+            script = subprocess.Popen(_command(folder), env=_environment(home, port), stdout=output, stderr=output)
             try:
                 address = f"http://127.0.0.1:{port}"
                 _wait(address, script, Path(home))
@@ -75,6 +65,30 @@ def postgres_server() -> Iterator[PostgresServer]:
                 code = script.wait(STOP_SECONDS)
         assert code == 0, _logs(Path(home))
         assert not (folder / "database" / "postmaster.pid").exists()
+
+
+def refusal(*arguments: object, home: Path, **variables: str) -> str:
+    """What the script says about arguments and environment variables with which it does not start, by the user who can start
+    it. home: its home folder."""
+    env = _environment(str(home), free_port()) | variables
+    refused = subprocess.run(_command(*arguments), env=env, capture_output=True, text=True, timeout=START_SECONDS)
+    assert (refused.returncode, refused.stdout) == (2, ""), refused
+    return refused.stderr
+
+
+def _command(*arguments: object) -> list[str]:
+    script = [str(shutil.which("bash")), str(SCRIPT), *map(str, arguments)]
+    if os.geteuid() != 0:
+        return script
+    user = pwd.getpwnam(NOBODY)
+    command = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
+    return [*command, "--inh-caps=+dac_override", "--ambient-caps=+dac_override", *script]
+
+
+def _environment(home: str, port: int) -> dict[str, str]:
+    settings = {"HOME": home, "PATH": f"{programs()}:{os.environ['PATH']}", "PORT": str(port)}
+    settings |= {"PYTHON": sys.executable, "PYTHONDONTWRITEBYTECODE": "1", "MLFLOW_WORKERS": "1"}
+    return {**environment(), **settings}
 
 
 def _wait(address: str, script: subprocess.Popen[bytes], home: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import jsonschema
 import pytest
 import yaml
 from helpers.manifests import check_manifest
+from helpers.postgres_server import refusal
 
 FOLDER = Path(__file__).resolve().parents[3] / "clusters" / "mlflow"
 
@@ -96,14 +99,54 @@ def test_mlflows_own_jobs_whose_processes_outlive_the_server_are_off() -> None:
     assert setting["value"] == "false"
 
 
-def test_the_script_refuses_what_cannot_work_before_it_writes(tmp_path: Path) -> None:
-    script = FOLDER / "serve.sh"
-    subprocess.run(["bash", "-n", script], check=True)
-    folder = tmp_path / "with space"
-    refused = subprocess.run(["bash", script, folder], capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert refused.stderr.startswith("serve.sh: ")
-    assert not folder.exists()
+@pytest.mark.parametrize(
+    ("words", "variables", "reason"),
+    [
+        (["--bogus"], {}, "--bogus: there is no such option: give a folder alone"),
+        (["HOME/a", "HOME/b"], {}, "more than one folder"),
+        (["HOME/with space"], {}, "HOME/with space: give a folder without spaces"),
+        (["HOME/" + "x" * 90], {}, "too long for the name of a socket"),
+        (["HOME/a"], {"PORT": "many"}, "PORT=many: not a port: give a number from 1 to 65535"),
+        (["HOME/a"], {"PORT": "70000"}, "PORT=70000: not a port"),
+        (
+            ["HOME/a"],
+            {"PORT": "TAKEN"},
+            "PORT=TAKEN: Address already in use: give an address of this machine and a port",
+        ),
+        (["HOME/a"], {"HOST": "192.0.2.250"}, "HOST=192.0.2.250 PORT="),
+        (["HOME/file"], {}, "HOME/file"),
+        (["/proc/minitron"], {}, "give a folder of your own"),
+        (["/"], {}, "give a folder of your own"),
+    ],
+)
+def test_the_script_refuses_what_cannot_work_before_it_starts(
+    words: list[str], variables: dict[str, str], reason: str
+) -> None:
+    with (
+        tempfile.TemporaryDirectory(prefix="mm-", dir="/tmp") as home,
+        socket.create_server(("127.0.0.1", 0)) as taken,
+    ):
+        (Path(home) / "file").touch()
+        names = {"HOME": home, "TAKEN": str(taken.getsockname()[1])}
+
+        def filled(text: str) -> str:
+            for name, value in names.items():
+                text = text.replace(name, value)
+            return text
+
+        variables = {name: filled(value) for name, value in variables.items()}
+        said = refusal(*map(filled, words), home=Path(home), **variables)
+        assert said.startswith("serve.sh: ")
+        assert filled(reason) in said
+        assert said.count("\n") == 1
+        assert [each.name for each in Path(home).iterdir()] == ["file"]
+
+
+def test_the_scripts_help_starts_nothing(tmp_path: Path) -> None:
+    asked = subprocess.run(["bash", FOLDER / "serve.sh", "--help"], capture_output=True, text=True, cwd=tmp_path)
+    assert asked.returncode == 0
+    assert "clusters/mlflow/serve.sh [FOLDER]" in asked.stdout
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_server_remembers_for_a_minute_that_a_password_was_right() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import requests
 from click.testing import CliRunner
-from helpers.postgres_server import PostgresServer, postgres_server
+from helpers.postgres_server import PostgresServer, postgres_server, refusal
 from mlflow import MlflowClient
 
 from minitron.errors import InputError, StorageError
@@ -57,6 +57,12 @@ def command(server: PostgresServer, *arguments: str) -> str:
     done = CliRunner(env={"COLUMNS": "200"}).invoke(main, [*arguments, "--tracking-uri", server.address])
     assert done.exit_code == 0, done.output
     return done.stdout
+
+
+def test_a_second_server_in_the_same_folder_is_refused(server: PostgresServer) -> None:
+    said = refusal(server.folder, home=server.folder.parent)
+    assert said.startswith(f"serve.sh: PostgreSQL runs in {server.folder} already: end the serve.sh that started it")
+    assert requests.get(f"{server.address}/health", timeout=30).ok
 
 
 def test_nobody_reads_the_server_without_the_password(server: PostgresServer) -> None:
