@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
-from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RaySystemError,
+    RayTaskError,
+)
 
 from minitron.architecture import Architecture
 from minitron.errors import InputError, MinitronError, NonFiniteError
 
+_NO_MODULE = re.compile(r"No module named '([\w.]+)'")
 MAX_LENGTH = 400  # characters of a reason, without its remedy
 # Errors that a second attempt would raise again.
 NOT_RETRYABLE = (NonFiniteError, InputError, torch.OutOfMemoryError)
@@ -20,11 +29,19 @@ LESS_MEMORY = (
 
 
 def cause(error: BaseException) -> BaseException:
-    """The exception that a worker raised, unwrapped from Ray's own exceptions."""
+    """The exception that a worker raised, unwrapped from Ray's own exceptions; an InputError for a package that it lacks."""
     # Ray Train wraps what a worker's function raised, the error of a worker that died, and that of its own controller
     for name in ("controller_failure", "_base_exc", "health_check_failure"):
         error = getattr(error, name, error)
-    return error.cause if isinstance(error, RayTaskError) else error
+    error = error.cause if isinstance(error, RayTaskError) else error
+    # Ray's own error if the worker could not even read what it was sent
+    missing = isinstance(error, ModuleNotFoundError | RaySystemError) and _NO_MODULE.search(str(error))
+    if missing:
+        return InputError(
+            f"a worker's node lacks the Python package {missing[1].partition('.')[0]}",
+            "install the same packages on all nodes of the cluster",
+        )
+    return error
 
 
 def first_cause(failures: Mapping[int, BaseException]) -> tuple[list[int], BaseException]:

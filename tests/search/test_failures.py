@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import ray
 from ray.exceptions import RayError
 from ray.train import ControllerError
 
-from minitron_search.failures import reason
+from minitron_search.failures import NOT_RETRYABLE, first_cause, reason
 
 
 @ray.remote
@@ -19,4 +21,28 @@ def test_the_cause_of_an_error_of_ray_trains_controller_is_named_first(ray_here)
     with pytest.raises(RayError) as raised:
         ray.get(_imports.remote())
     said = reason(ControllerError(raised.value))
-    assert said == "ModuleNotFoundError: No module named 'helper'"
+    assert (
+        said == "a worker's node lacks the Python package helper; install the same packages on all nodes of the cluster"
+    )
+
+
+class _NeedsMore:
+    """Its reader needs a package that is nowhere."""
+
+    def __reduce__(self):
+        return importlib.import_module, ("absent.part",)
+
+
+@ray.remote
+def _takes(value):
+    return value
+
+
+def test_a_worker_that_lacks_a_package_to_read_what_it_is_sent_fails_for_good(ray_here):
+    """A group of workers would start again as often as it may, for minutes."""
+    with pytest.raises(RayError) as raised:
+        ray.get(_takes.remote(_NeedsMore()))
+    ranks, found = first_cause({0: raised.value})
+    assert ranks == [0]
+    assert isinstance(found, NOT_RETRYABLE)
+    assert "lacks the Python package absent" in found.problem
