@@ -156,7 +156,9 @@ def _first_error(path: Path, values: dict[str, Any], error: ValidationError) -> 
 
     # a default that follows from another key cannot be computed while that one is not valid
     errors = [detail for detail in error.errors() if detail["type"] != "default_factory_not_called"]
-    first, *others = [detail for detail in errors if not _of_another_kind(detail, errors)]
+    errors = [detail for detail in errors if not _of_another_kind(detail, errors)]
+    # a misspelt key is also a missing one
+    first, *others = sorted(errors, key=lambda detail: detail["type"] == "missing")
     key = key_of(first)
     value = first["input"]
     alternatives = [detail for detail in others if key_of(detail) == key]  # the other types of a union

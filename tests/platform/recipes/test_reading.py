@@ -101,6 +101,15 @@ def test_a_file_that_is_no_recipe_is_refused_with_the_reason(tmp_path, text, pro
     assert len(refused.value.problem) < 500
 
 
+def test_a_misspelt_key_is_named_before_the_one_that_is_missing_for_it(tmp_path, values):
+    values["data"]["train_rowz"] = values["data"].pop("train_rows")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(InputError) as refused:
+        load_recipe(tmp_path / "recipe.yaml")
+    assert "data.train_rowz: unknown key (and 1 more)" in refused.value.problem
+    assert refused.value.remedy.startswith("did you mean 'train_rows'? ")
+
+
 def test_a_recipe_with_few_keys_is_enough(tmp_path, values):
     training = {"steps": 100, "batch_rows": 4, "peak_lr": 1e-3}
     short = {key: values[key] for key in ("name", "teacher", "data", "family")}
