@@ -279,7 +279,8 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _recipe_text(recipe: str | None, overrides: tuple[str, ...], workers: Nodes) -> str | None:
-    """The whole recipe as YAML, as `submit` sends it. Raises InputError for one whose trials or workers have no room."""
+    """The whole recipe as YAML, as `submit` sends it, with warnings on standard error. Raises
+    InputError for one whose trials or workers have no room."""
     if recipe is None:
         if overrides:
             raise InputError(f"--set {overrides[0]} without a recipe", "add --recipe, or leave it out")
@@ -298,6 +299,14 @@ def _recipe_text(recipe: str | None, overrides: tuple[str, ...], workers: Nodes)
     gpus = workers.count * workers.gpus
     for warning in gpu_warnings(loaded, resources, gpus, DTYPES.get(loaded.teacher.dtype, torch.bfloat16)):
         click.echo(f"warning: {warning}", err=True)
+    if resources.uses_gpus:
+        from minitron_platform.planning.cluster import assumed_cluster
+        from minitron_platform.planning.coming_nodes import missing_memory
+
+        coming = assumed_cluster(gpus, workers.gpus)
+        if lack := missing_memory(loaded, coming, workers.memory << 30):
+            remedy = lack.remedy.replace("nodes with more main memory", "nodes with more main memory (--memory)")
+            click.echo(f"warning: {lack.problem}; {remedy}", err=True)
     return recipe_yaml(with_absolute_paths(loaded))
 
 

@@ -9,7 +9,14 @@ from helpers.command import minitron_here
 from helpers.manifests import check_manifest
 
 CLUSTER = ("--nodes", "4", "--gpus", "8", "--image", "registry.example.com/minitron:0.1")
-JOB = ("--recipe", "minimal", "--storage", "s3://bucket/minitron", "--tracking-uri", "http://mlflow:5000")
+JOB = (
+    "--recipe",
+    "llama-3.1-8b-to-4b-h100x8",
+    "--storage",
+    "s3://bucket/minitron",
+    "--tracking-uri",
+    "http://mlflow:5000",
+)
 
 
 def _render(cwd, *options):
@@ -121,7 +128,7 @@ def test_a_job_runs_the_recipe_with_its_settings_in_the_storage(tmp_path):
     (tmp_path / "recipe.yaml").write_text(recipe["data"]["recipe.yaml"])
     from minitron_platform import load_recipe
 
-    assert load_recipe(tmp_path / "recipe.yaml") == load_recipe("minimal", ["distill.steps=7"])
+    assert load_recipe(tmp_path / "recipe.yaml") == load_recipe(JOB[1], ["distill.steps=7"])
 
 
 REMOTE = ("--storage", "s3://bucket/minitron", "--tracking-uri", "http://mlflow:5000")

@@ -236,6 +236,19 @@ def test_a_plan_states_the_memory_of_a_node_and_refuses_what_the_recipes_nodes_d
     assert here.node_memory == {}  # no GPUs
 
 
+def test_a_cluster_that_is_to_be_started_gets_a_warning_if_its_nodes_lack_the_memory(bench, tmp_path):
+    def warnings(*options):
+        nodes = ("--nodes", 2, "--gpus", 2, "--recipe", bench / "recipe.yaml", "--storage", "/shared")
+        done = minitron_here("cluster", "render", "slurm", *nodes, *options, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return [line for line in done.stderr.splitlines() if "a node needs" in line]
+
+    (warning,) = warnings("--memory", 4)
+    assert re.search(r"^warning: .*: 2 processes of .* of main memory, and has 4\.3 GB; .*\(--memory\)", warning)
+    assert warnings("--memory", 16) == []
+    assert warnings("--memory", 4, "--set", "teacher.model=/on/the/nodes") == []  # a teacher that is not here
+
+
 def test_the_command_prints_it(bench):
     told = minitron_here("plan", "recipe.yaml", "--gpus", 8, "--storage", "planned", cwd=bench)
     assert re.search(r"each node distill: \d+\.\d GB: 4 processes of 2\.6 \(context 2\.0, libraries 0\.6", told.stdout)
