@@ -64,18 +64,19 @@ def status(context: click.Context, job: str | None, as_json: bool, address: str,
 
 @click.command()
 @click.argument("job")
-@click.option("--follow", "-f", is_flag=True, help="Keep printing until the job ends.")
+@click.option("--follow", "-f", is_flag=True, help="Keep printing until the job ends, and exit as it does.")
 @click.option("--stage", metavar="NAME", callback=known_stage, help="Only what was printed during this stage.")
 @job_options
 def logs(job: str, follow: bool, stage: str | None, address: str, insecure: bool) -> None:
     """Print the output of JOB."""
     from minitron_platform.cluster.jobs import logs as job_logs
+    from minitron_platform.cluster.jobs import status as job_status
 
     if follow and stage:
         raise click.UsageError("--stage cannot be used with --follow: a stage's part is known once it has ended")
     if follow:
-        follow_job(address, job, insecure=insecure)
-        return
+        (row,) = job_status(address, job, insecure=insecure)
+        raise SystemExit(follow_job(address, row.submission_id, insecure=insecure))
     for text in job_logs(address, job, stage=stage, insecure=insecure):
         click.echo(printable_log(text), nl=False)
 
@@ -88,8 +89,8 @@ def stop(job: str, address: str, insecure: bool) -> None:
     from minitron_platform.cluster.jobs import status as job_status
     from minitron_platform.cluster.jobs import stop as stop_job
 
-    echo(stop_job(address, job, insecure=insecure))
-    (row,) = job_status(address, job, insecure=insecure)
+    (row,) = job_status(address, job, insecure=insecure)  # when it has ended, its name may be that of several
+    echo(stop_job(address, row.submission_id, insecure=insecure))
     echo(f"to resume: {row.resume or f'{program()} resume {row.submission_id} --address {address}'}", err=True)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +13,8 @@ from ray.job_submission import JobSubmissionClient
 from minitron.errors import InputError
 from minitron_platform.cluster.job_log import failure
 
+SHOWN = 8  # jobs in an error
+_EXIT_CODE = re.compile(r"failed with exit code (-?\d+)")
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -87,12 +91,31 @@ def find_job(rows: Sequence[JobRow], name: str) -> JobRow:
         return active[0]
     if named and not active and len({row.work for row in named}) == 1:
         return max(named, key=lambda row: row.attempt)
-    known = ", ".join(f"{row.submission_id} ({row.status.lower()})" for row in (named or rows)) or "none"
+    shown = [f"{row.submission_id} ({row.status.lower()})" for row in (named or rows)]
+    if not shown:
+        raise InputError(
+            f"job {name!r}: no such job", "the cluster knows none; give the address at which it was submitted"
+        )
+    hidden = len(shown) - SHOWN
+    more = f", or {hidden} older one{'s' if hidden > 1 else ''}, which `minitron jobs` lists" if hidden > 0 else ""
     problem = "more than one job has this name" if named else "no such job"
-    raise InputError(f"job {name!r}: {problem}", f"give one of: {known}")
+    raise InputError(f"job {name!r}: {problem}", f"give one of: {', '.join(shown[:SHOWN])}{more}")
 
 
 def _reason(message: str) -> str:
     """Why a run failed, from Ray's explanation, which ends with the last lines of the run's log."""
     first, _, log = message.partition("\n")
-    return failure(log) or first.split(", last available logs")[0]
+    first = first.split(", last available logs")[0]
+    code = _EXIT_CODE.search(first)
+    if code and (number := _signal(int(code[1]))):
+        name = signal.Signals(number).name if number in {*signal.Signals} else f"signal {number}"
+        cause = (
+            ", which the system does to a process where a node has no memory left" if number == signal.SIGKILL else ""
+        )
+        return f"the run's own process was killed ({name}){cause}; resume it, its finished work is kept"
+    return failure(log) or first
+
+
+def _signal(code: int) -> int:
+    """The signal that a process has ended by, from its exit code as Python or a shell has it; 0 for none."""
+    return -code if code < 0 else code - 128 if code == 128 + signal.SIGKILL else 0

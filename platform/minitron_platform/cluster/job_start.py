@@ -75,7 +75,8 @@ def entrypoint_for(recipe_file: str, options: Mapping[str, str], overrides: Sequ
 
     options: values by option name without dashes; an empty value for a flag. overrides: `--set` arguments such as `a.b=c`.
     """
-    words = ["python", "-m", "minitron_platform", "run", recipe_file]
+    # with `exec` no shell is between Ray and the run, which would go on without Ray's knowledge if only that were killed
+    words = ["exec", "python", "-m", "minitron_platform", "run", recipe_file]
     for name, value in options.items():
         words += [f"--{name}", *filter(None, [value])]
     for override in overrides:

@@ -73,7 +73,8 @@ def logs(
 
 
 def exit_code(address: str, submission_id: str, *, insecure: bool = False) -> int:
-    """The exit code for the end of a run: 0 if it succeeded, 130 if it was stopped, otherwise that of its command, or 1.
+    """The exit code for the end of a run: 0 if it succeeded, 130 if it was stopped, otherwise that of its command, which is 128
+    and the signal that has killed it, or 1.
 
     Raises what `status` raises.
     """
@@ -85,7 +86,8 @@ def exit_code(address: str, submission_id: str, *, insecure: bool = False) -> in
             return 0
         case "STOPPED":
             return 130
-    return job.driver_exit_code if job.driver_exit_code and job.driver_exit_code > 0 else 1
+    code = job.driver_exit_code or 1
+    return code if code > 0 else 128 - code
 
 
 def stop(address: str, submission_id: str, *, insecure: bool = False) -> str:

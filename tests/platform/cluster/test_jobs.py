@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 import ray
 import s3fs
-from helpers.command import run_minitron
+from helpers.command import minitron_here, run_minitron
 from helpers.s3_server import s3_server
 from helpers.serving import serving
 
@@ -546,6 +546,39 @@ def test_a_job_runs_once_at_a_time_and_can_be_followed_and_stopped_by_its_name(
         status(address, "sleepy")
     assert first in refusal.value.remedy
     assert second in refusal.value.remedy
+
+
+def test_what_has_killed_a_run_is_named_and_a_name_means_the_job_that_was_active(as_user: Head, tmp_path: Path) -> None:
+    address = as_user.address
+
+    def minitron(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return minitron_here(*arguments, "--address", address, cwd=tmp_path)
+
+    killed = submit(RECIPE, name="several", address=address, entrypoint="exec sh -c 'kill -9 $$'")
+    wait_until(lambda: not status(address, killed)[0].is_active, "the job has ended")
+    facts = json.loads(minitron("status", killed, "--json").stdout)
+    assert facts["status"] == "FAILED"
+    assert "killed (SIGKILL)" in facts["reason"]
+    assert "no memory" in facts["reason"]
+    assert minitron("logs", killed, "--follow").returncode == 128 + signal.SIGKILL
+
+    # the name means the active job, and several ones as soon as that has ended
+    submit(RECIPE, name="several", address=address, entrypoint="sleep 5; exit 7")
+    assert minitron("logs", "several", "--follow").returncode == 7
+    submit(RECIPE, name="several", address=address, entrypoint="sleep 600")
+    stopped = minitron("stop", "several")
+    assert (stopped.returncode, stopped.stdout) == (0, "STOPPED\n")
+    assert "to resume: " in stopped.stderr
+    assert "more than one job has this name" in minitron("stop", "several").stderr
+
+
+def test_no_shell_is_between_ray_and_a_run() -> None:
+    """Ray took a run for failed whose shell was killed, and the run went on."""
+    command = entrypoint_for("recipe.yaml", {}).replace(
+        "python -m minitron_platform run recipe.yaml", "ps -o comm= -p $$"
+    )
+    shown = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True).stdout
+    assert shown.strip() == "ps"
 
 
 def test_a_cluster_that_lacks_a_package_is_refused_before_anything_is_submitted(as_user: Head) -> None:
