@@ -201,6 +201,23 @@ def test_a_plan_counts_the_nodes_of_a_cluster_and_those_that_its_autoscaler_may_
     assert "CPUs are there now, the autoscaler may start the others" in planned.resources_text
 
 
+def test_a_node_without_the_main_memory_for_a_recipe_is_refused_before_anything_is_computed(cluster, bench, tmp_path):
+    of_gpus = {"workers": 1, "gpus_per_worker": 1, "gpu_memory_bytes": "80e9"}
+    settings = [f"resources.{key}={value}" for key, value in of_gpus.items()]
+    recipe = load_recipe(bench / "recipe.yaml", [*settings, "teacher.dtype=float32"])
+    # Ray believes what it is told of a node's devices
+    node = cluster.add_node(num_cpus=1, num_gpus=1, memory=10**9, object_store_memory=10**8)
+    try:
+        for start in (plan, run):
+            with pytest.raises(
+                InputError, match=r"a node needs .* of main memory, and has 1\.1 GB\n.*more main memory"
+            ):
+                start(recipe, storage_path=tmp_path, address=cluster.address)
+    finally:
+        cluster.remove_node(node)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("kind", ["text", pytest.param("python-docs", marks=pytest.mark.long)])
 def test_a_worker_packs_a_small_text_and_the_driver_only_that_of_its_own_python(
     cluster, bench, tmp_path, monkeypatch, capsys, empty_database, kind
