@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from minitron import storage
+from minitron.errors import InputError
+from minitron.storage import redact
 from minitron_platform.locations import Locations
 from minitron_platform.recipes.schema import Member
-from minitron_platform.report.finished_run import RESULTS, finished_run
+from minitron_platform.report.finished_run import finished_run, waits
 from minitron_platform.report.write import write_results
 from minitron_platform.stages.register import Register
 from minitron_platform.stages.registration import ANSWER_SECONDS, RegisterOutput, send
@@ -22,17 +23,17 @@ from minitron_platform.tracking.spool import Spool
 def register_waiting(locations: Locations, key: str, spool: Spool, flusher: Flusher) -> Iterator[str]:
     """Register the students of a run that wait for it, write its report and results again, and end its record as FINISHED.
 
-    Yields the summary of each registration. A run that is not finished is left to its next driver. Raises RegistryError if the
-    registry does not answer.
+    Yields the summary of each registration. A run that is not finished is left to its next driver, and of one whose students
+    are registered no other stage is read: they may have been deleted. Raises RegistryError if the registry does not answer,
+    InputError if the students wait for another one, and what `finished_run` raises.
     """
-    if not storage.exists(storage.join(locations.run(key), RESULTS)):
+    if not waits(locations, key):
         return
     state = finished_run(locations, key)
-    waiting = [member for member in state.recipe.family if not state.output(Register, member).is_final]
-    if not waiting:
-        return
-    for member in waiting:
+    for member in state.recipe.family:
         state.current = member
+        if state.output(Register).is_final:
+            continue
         registered = _register(state, member, spool, flusher)
         yield registered.summary
     run = spool.record(key)
@@ -46,6 +47,11 @@ def _register(state: RunState, member: Member, spool: Spool, flusher: Flusher) -
     output = state.output(Register, member)
     registration = output.waiting
     assert registration is not None
+    if registration.registry is not None and state.locations.uses_own_database:
+        raise InputError(
+            f"{output.title}: it waits for MLflow at {registration.registry}, not for {redact(state.locations.tracking_uri)}",
+            "add --tracking-uri with that address, or with the one that this machine reaches it at",
+        )
     previous = state.recipe.origin(member)
     parent = state.output(Register, previous) if previous else None
     run_id = flusher.wait_for(state.run_key, ANSWER_SECONDS)

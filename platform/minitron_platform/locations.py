@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minitron import storage
@@ -24,6 +24,16 @@ class Locations:
     """Folder on this machine for records, reports and logs; the storage itself if that is local."""
     tracking_uri: str
     """MLflow's."""
+
+    @property
+    def own_database(self) -> str:
+        """MLflow's address if none is given: a database in the local folder."""
+        return f"sqlite:///{self.local}/mlflow.db"
+
+    @property
+    def uses_own_database(self) -> bool:
+        """Whether MLflow is `own_database`."""
+        return self.tracking_uri == self.own_database
 
     def stage(self, name: str, fingerprint: str) -> str:
         """Folder of a stage's output, in the storage."""
@@ -72,5 +82,5 @@ def resolve_locations(storage_path: str | Path | None = None, tracking_uri: str 
             f"storage {local!r}: contains {match[0]!r}, which means something else in the address of MLflow's database",
             "give another folder, or the address of an MLflow server with --tracking-uri",
         )
-    uri = uri or f"sqlite:///{local}/mlflow.db"
-    return Locations(str(storage.local_path(root)) if storage.is_local(root) else root, local, uri)
+    locations = Locations(str(storage.local_path(root)) if storage.is_local(root) else root, local, uri or "")
+    return locations if uri else replace(locations, tracking_uri=locations.own_database)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
 from rich.markup import escape
 
 from minitron import storage
-from minitron.errors import InputError, MinitronError, StorageError
+from minitron.errors import InputError, MinitronError, StorageError, one_line
 from minitron.storage import redact
 from minitron_platform.console import Console
 from minitron_platform.late_registration import register_waiting
@@ -24,10 +25,12 @@ def sync(locations: Locations, console: Console) -> int:
     many records were sent.
 
     Runs whose driver is alive are left to it. What a run left open because its driver was killed is ended as KILLED; the next
-    driver of the run continues it. Raises InputError for a storage without records, MinitronError if MLflow does not take
-    everything, and what `check_tracking` raises.
+    driver of the run continues it. A run whose students cannot be registered, for example because a file is damaged, is said
+    and does not hinder the others. Raises InputError for a storage without records, MinitronError if MLflow does not take
+    everything or a student cannot be registered, and what `check_tracking` raises.
     """
     sent, unsent = 0, 0
+    failed: list[str] = []
     keys = run_keys(locations)
     if not keys:
         raise InputError(f"{locations.storage}: there are no records of runs", "check --storage")
@@ -35,16 +38,24 @@ def sync(locations: Locations, console: Console) -> int:
         with console.working(key):
             try:
                 with lease(locations, f"run-{key}", f"run {key}", run=key, console=console, wait=False):
-                    run_sent, run_unsent = _sync_run(locations, key, console)
+                    synced = _sync_run(locations, key, console)
             except LeaseHeldError as held:
                 console.say(f"{escape(held.problem)}, which sends its records itself")
                 continue
-        sent += run_sent
-        unsent += run_unsent
+        sent += synced.sent
+        unsent += synced.left
+        if synced.problem is not None:
+            console.say(f"[red]{escape(f'{key}: {one_line(synced.problem)}')}[/]")
+            failed.append(key)
     if unsent:
         raise MinitronError(
             f"{unsent:,} records are not in MLflow yet; they stay in {locations.storage}",
             "check that MLflow answers, and run the command again",
+        )
+    if failed:
+        raise MinitronError(
+            f"{', '.join(failed)}: students may wait to be registered",
+            "mend what is said above, and run the command again",
         )
     return sent
 
@@ -59,20 +70,32 @@ def run_keys(locations: Locations) -> list[str]:
     )
 
 
-def _sync_run(locations: Locations, key: str, console: Console) -> tuple[int, int]:
-    """Send the records of one run; returns how many were sent, and how many are left."""
+@dataclass(frozen=True)
+class _Synced:
+    """What was done for a run. sent, left: numbers of records. problem: why its students cannot be registered."""
+
+    sent: int = 0
+    left: int = 0
+    problem: MinitronError | None = None
+
+
+def _sync_run(locations: Locations, key: str, console: Console) -> _Synced:
+    """Send the records of one run and register its students. Raises RegistryError if MLflow does not answer."""
+    problem = None
     spool = Spool(locations.spool(key), older=locations.older_spool(key))
     try:
         experiment = spool.experiment or _experiment_of_recipe(locations, key)
         if not experiment:
             console.say(f"[yellow]{escape(key)}: nothing says which experiment it belongs to, so it is left out[/]")
-            return 0, 0
+            return _Synced()
         check_tracking(locations.tracking_uri, experiment, REQUIRED)
         spool.end_open("KILLED")
         flusher = Flusher(spool, locations.tracking_uri, experiment)
         try:
             for line in register_waiting(locations, key, spool, flusher):
                 console.say(f"[green]✓[/] {escape(line)}")
+        except (InputError, StorageError) as error:
+            problem = error
         finally:
             console.status(flusher.text)
             left = flusher.close()
@@ -82,7 +105,7 @@ def _sync_run(locations: Locations, key: str, console: Console) -> tuple[int, in
     if sent or left:
         unsent = f", {left:,} are left" if left else ""
         console.say(f"{escape(key)}: {sent:,} records sent to {escape(redact(locations.tracking_uri))}{unsent}")
-    return sent, left
+    return _Synced(sent, left, problem)
 
 
 def _experiment_of_recipe(locations: Locations, key: str) -> str:

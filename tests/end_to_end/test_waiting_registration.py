@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -43,7 +44,7 @@ def test_a_server_that_is_away_from_start_to_end_is_given_everything_by_sync(fol
     assert done.returncode == 0, done.stderr
     assert reused(done) == len(STAGES) - 1
     assert "tiny-student: not in the registry, because MLflow did not take it; all else is finished" in done.stdout
-    assert "To register it, check that MLflow answers, then run `minitron sync`" in done.stdout
+    assert "To register it, check that MLflow answers, and run `minitron sync`" in done.stdout
     assert "Promote" not in done.stdout
     written = results(folder)["register"]
     assert written["version"] is None
@@ -104,3 +105,56 @@ def test_without_best_effort_the_run_fails_after_its_report_and_the_next_run_reg
         runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
         assert {r.info.status for r in runs} == {"FINISHED"}
     assert "tiny-student version 1" in report(folder)
+
+
+def test_a_sync_that_cannot_register_one_run_says_why_and_goes_on_with_the_others(folder, empty_database, impatient):
+    away = f"http://127.0.0.1:{free_port()}"
+    assert run(folder, away).returncode == 2
+    (own,) = (folder / "runs" / "runs").iterdir()
+    before = (own / "results.json").read_bytes()
+    (stage,) = [
+        p for p in (folder / "runs" / "stages" / "register").glob("*/stage.json") if '"version": null' in p.read_text()
+    ]
+    waiting = stage.read_text()
+
+    def sync(*arguments):
+        return minitron_here("sync", "--storage", "runs", *arguments, cwd=folder)
+
+    # the address of the run is forgotten
+    default = sync()
+    assert default.returncode == 2
+    assert f"tiny-student, not registered yet: it waits for MLflow at {away}, not for sqlite:///" in default.stdout
+    assert "--tracking-uri" in default.stdout
+
+    # edited by hand
+    other = folder / "other"
+    other.mkdir()
+    shutil.copy(empty_database, other)
+    database = f"sqlite:///{other}/mlflow.db"
+    edited = json.loads(waiting)
+    edited["outputs"]["waiting"] = None
+    stage.write_text(json.dumps(edited))
+    refused = sync("--tracking-uri", database)
+    assert refused.returncode == 2
+    assert "the output of the stage is missing or of an earlier version; run the recipe again" in refused.stdout
+    stage.write_text(waiting)
+
+    # another run is damaged
+    damaged = shutil.copytree(own, own.with_name("a-" + own.name))
+    (damaged / "results.json").write_text("{")
+    mixed = sync("--tracking-uri", database)
+    assert mixed.returncode == 2
+    assert f"{damaged.name}: students may wait to be registered" in mixed.stderr
+    assert "results.json: not valid JSON" in mixed.stdout
+    assert "✓ tiny-student version 1 as 'candidate'" in mixed.stdout
+    shutil.rmtree(damaged)
+    assert results(folder)["register"]["version"] == "1"
+
+    # killed after the registration, before the report
+    (own / "results.json").write_bytes(before)
+    assert sync("--tracking-uri", database).returncode == 0
+    assert results(folder)["register"]["version"] == "1"
+
+    # nothing waits, and a stage was deleted
+    shutil.rmtree(folder / "runs" / "stages" / "targets")
+    assert "MLflow has all records" in sync("--tracking-uri", database).stdout

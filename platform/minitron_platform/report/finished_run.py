@@ -11,6 +11,7 @@ from minitron.errors import InputError, StorageError, one_line
 from minitron_platform.locations import Locations
 from minitron_platform.recipes.load import load_recipe
 from minitron_platform.stages.order import steps
+from minitron_platform.stages.register import Register
 from minitron_platform.stages.stage_records import read_record
 from minitron_platform.stages.state import RunState
 from minitron_platform.tracking.events import check_key
@@ -49,6 +50,20 @@ def finished_runs(locations: Locations) -> list[FinishedRun]:
             continue
         runs.append((changed, FinishedRun(key, key.rsplit("-", 1)[0], models)))
     return [run for _, run in sorted(runs, key=lambda entry: entry[0], reverse=True)]
+
+
+def waits(locations: Locations, run_key: str) -> bool:
+    """Whether a student of a finished run is to be registered later, as its results say.
+
+    Raises StorageError if they are not the results of a run.
+    """
+    folder = locations.run(run_key)
+    results = storage.read_json_if_exists(storage.join(folder, RESULTS))
+    try:
+        family = {} if results is None else results["family"]
+        return any(outputs[Register.name]["version"] is None for outputs in family.values())
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(folder) from error
 
 
 def finished_run(locations: Locations, run_key: str) -> RunState:

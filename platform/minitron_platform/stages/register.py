@@ -132,6 +132,7 @@ def _registration(context: Context, previous: schema.Member | None) -> Registrat
             "run": context.run_key,
         },
         record=context.record_key(Register.name, context.member),
+        registry=None if context.locations.uses_own_database else redact(context.locations.tracking_uri),
     )
 
 

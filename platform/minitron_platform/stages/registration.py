@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from minitron_platform.stages.stage import ArtifactPath, StageOutput
 from minitron_platform.tracking import registry
@@ -27,6 +27,8 @@ class Registration(BaseModel):
     """Of the MLflow logged model."""
     record: str
     """Key of the record of the stage `register`, which the logged model's figures belong to."""
+    registry: str | None = None
+    """MLflow's address without its password; None for the database in the storage."""
 
 
 class RegisterOutput(StageOutput):
@@ -39,6 +41,12 @@ class RegisterOutput(StageOutput):
     """The student's checkpoint."""
     waiting: Registration | None = None
     """What is to be sent; None once it is registered."""
+
+    @model_validator(mode="after")
+    def _is_registered_or_waits(self) -> RegisterOutput:
+        if self.version is None and self.waiting is None:
+            raise ValueError("neither a version nor what is to be registered")
+        return self
 
     @property
     def is_final(self) -> bool:
