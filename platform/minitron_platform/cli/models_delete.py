@@ -18,9 +18,10 @@ from minitron_platform.console import echo
 def delete(locations: Any, model: str, yes: bool) -> None:
     """Remove a version from the registry, after saying which aliases and descendants it has.
 
-    Its weights stay where they are. Aliases that point at it are removed with it; `minitron rollback` points them at the
-    version before.
+    Its weights stay where they are. Aliases that point at it are removed with it; `minitron rollback` points one that
+    was promoted at the version before.
     """
+    from minitron_platform.tracking.alias_history import moves_of
     from minitron_platform.tracking.client import (
         open_registry,
         registered_model,
@@ -29,15 +30,19 @@ def delete(locations: Any, model: str, yes: bool) -> None:
         versions_of,
     )
     from minitron_platform.tracking.lineage import lineage, title
+    from minitron_platform.tracking.moves import previous_version
     from minitron_platform.tracking.registry import listed_location
 
     if "/" not in model:
         raise InputError(f"{model!r} does not say which version to delete", f"give it as {model.partition('@')[0]}/3")
     with open_registry(locations.tracking_uri) as client:
         version = version_named(client, model)
-        aliases = registered_model(client, version.name).aliases
-        pointing = sorted(alias for alias, number in aliases.items() if str(number) == str(version.version))
+        registered = registered_model(client, version.name)
+        pointing = sorted(alias for alias, number in registered.aliases.items() if str(number) == str(version.version))
         every = [each for one in registered_models(client) for each in versions_of(client, one.name)]
+        numbers = {str(each.version) for each in every if each.name == version.name}
+        number = str(version.version)
+        earlier = {alias: previous_version(moves_of(registered, alias), number, numbers) for alias in pointing}
         name = title(version)
         for alias in pointing:
             echo(f"the alias {alias!r} points at {name} and will be removed")
@@ -49,6 +54,7 @@ def delete(locations: Any, model: str, yes: bool) -> None:
             return
         client.delete_model_version(version.name, str(version.version))
     echo(f"{name} is deleted; its weights are still in {listed_location(version, locations.storage)}")
-    if pointing:
-        option = "" if pointing[0] == "champion" else f" --alias {pointing[0]}"
-        echo(f"to point {pointing[0]!r} at the version before: minitron rollback {version.name}{option}")
+    for alias in pointing:
+        if earlier[alias]:
+            option = "" if alias == "champion" else f" --alias {alias}"
+            echo(f"to point {alias!r} at version {earlier[alias]} as before: minitron rollback {version.name}{option}")

@@ -29,8 +29,11 @@ def report(locations: Any, runs: tuple[str, ...], out: str | None) -> None:
 
     console = Console()
     if not runs:
-        for run in finished_runs(locations):
+        finished = finished_runs(locations)
+        for run in finished:
             console.say(escape(f"{run.key}  {', '.join(run.models)}"))
+        if not finished:
+            console.say(escape(f"no finished runs in {locations.storage}; `minitron run` makes one"))
         return
     with console.working("report"):
         path = write_page(locations, runs, out)

@@ -95,7 +95,7 @@ def aliased_version(model: Any, alias: str) -> str:
         known = ", ".join(f"{name} (version {version})" for name, version in sorted(model.aliases.items()))
         raise InputError(
             f"model {model.name!r} has no alias {alias!r}",
-            f"its aliases are: {known or 'none'}; or name a version with --version",
+            f"its aliases are: {known or 'none'}; or name a version by its number",
         )
     return str(model.aliases[alias])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -87,18 +87,26 @@ def rollback(tracking_uri: str, name: str, *, alias: str = CHAMPION, storage_roo
         # MLflow removes an alias together with its version
         current = "" if alias not in model.aliases and moves else aliased_version(model, alias)
         existing = {str(version.version): version for version in versions_of(client, name)}
-        earlier = earlier_versions(moves, current)
-        for deleted in [version for version in earlier if version not in existing]:
+        for deleted in [version for version in earlier_versions(moves, current) if version not in existing]:
             log.warning("%s version %s was deleted, and is left out", name, deleted)
-        earlier = [version for version in earlier if version in existing and version != current]
-        if not earlier:
+        previous = previous_version(moves, current, existing)
+        if previous is None:
             raise InputError(
-                f"model {name!r}: {alias!r} points at version {current or 'none'} and has no previous version",
+                f"model {name!r}: {alias!r} points at {_text(current or None)} and has no previous version",
                 f"choose a version with: minitron promote {name} --version N"
                 + (f" --alias {alias}" if alias != CHAMPION else ""),
             )
-        check_weights(client, existing[earlier[-1]], storage_root)
-        return _move(client, name, earlier[-1], alias, current or None, {}, rolled_back=True)
+        check_weights(client, existing[previous], storage_root)
+        return _move(client, name, previous, alias, current or None, {}, rolled_back=True)
+
+
+def previous_version(moves: list[dict[str, Any]], current: str, existing: Container[str]) -> str | None:
+    """The version that a rollback points an alias at: the last one before `current` that was not deleted; None without one.
+
+    moves: of the alias. existing: the numbers of the model's versions.
+    """
+    earlier = reversed(earlier_versions(moves, current))
+    return next((version for version in earlier if version in existing and version != current), None)
 
 
 def _move(

@@ -111,6 +111,9 @@ def test_models_diff_shows_architecture_recipe_and_paired_differences(family: Pa
 def test_models_delete_says_what_hangs_on_a_version_and_asks(family: Path) -> None:
     client = MlflowClient(f"sqlite:///{family}/mlflow.db")
     client.set_registered_model_alias("large", "champion", "1")
+    client.set_registered_model_alias("large", "tried", "1")
+    moves = [{"version": "2", "previous": None}, {"version": "1", "previous": "2"}]
+    client.set_registered_model_tag("large", "minitron.history.champion", json.dumps(moves))
     asked = command(family, "delete", "large/1", input="n\n")
     assert "the alias 'champion' points at large version 1" in asked.stdout
     assert "small version 1 was made from large version 1" in asked.stdout
@@ -121,7 +124,8 @@ def test_models_delete_says_what_hangs_on_a_version_and_asks(family: Path) -> No
     assert [str(version.version) for version in client.search_model_versions("name='large'")] == ["2", "1"]
     done = command(family, "delete", "large/1", "--yes")
     assert f"its weights are still in {family}/students/large-1" in done.stdout
-    assert "minitron rollback large" in done.stdout
+    assert "to point 'champion' at version 2 as before: minitron rollback large" in done.stdout
+    assert "--alias tried" not in done.stdout  # it has never been moved, so a rollback has nothing to go back to
     assert [str(version.version) for version in client.search_model_versions("name='large'")] == ["2"]
     assert "large version 1 (deleted)" in command(family, "show", "small/1").stdout
 
@@ -223,3 +227,15 @@ def test_a_hub_that_does_not_answer_is_an_error_of_one_line(family: Path, hub: H
     failed = command(family, "push", "small/1", "acme/small")
     assert failed.exit_code == 2
     assert "acme/small: cannot be uploaded" in failed.stderr
+
+
+def test_an_unknown_alias_is_answered_with_what_every_command_takes(family: Path) -> None:
+    unknown = command(family, "show", "large@absent")
+    assert unknown.exit_code == 2
+    assert "its aliases are: candidate (version 2); or name a version by its number" in unknown.stderr
+
+
+def test_the_list_of_reports_of_an_empty_storage_says_so(tmp_path: Path) -> None:
+    listed = CliRunner().invoke(main, ["report", "--storage", str(tmp_path)])
+    assert listed.exit_code == 0
+    assert "no finished runs in" in listed.stdout
