@@ -135,10 +135,34 @@ def cache_blocks(weight: Tensor) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def log_softmax_(logits: Tensor, log_sum_exp: Tensor | None = None) -> Tensor:
-    """log_softmax over the last dimension of [n, V], in place. log_sum_exp: that of the logits, [n], if already computed."""
+def cache_buffer(head: Tensor) -> Tensor | None:
+    """Memory for temporary values of each of `cache_slices`, float32 [CACHE_ROWS, V], for a head [V, d]. None on GPUs, where
+    PyTorch keeps what is freed for the next tensor of that size.
+
+    The C library does not: what is freed is split by small results that are made before the next slice, which then takes new
+    memory. A process would grow by the logits of all slices.
+    """
+    return None if head.is_cuda else head.new_empty((CACHE_ROWS, len(head)), dtype=torch.float32)
+
+
+def first_rows(buffer: Tensor | None, logits: Tensor) -> Tensor | None:
+    """The part of a `cache_buffer` that has the shape of a slice of logits, as an argument `out`."""
+    return None if buffer is None else buffer[: len(logits)]
+
+
+def logsumexp(logits: Tensor, *, out: Tensor) -> Tensor:
+    """torch.logsumexp over the last dimension of [n, V], bit for bit: [n]. out: [n, V], overwritten; it may be the logits."""
+    top = logits.amax(dim=-1, keepdim=True)
+    top.masked_fill_(top.isinf(), 0.0)  # as PyTorch does: infinity minus itself is not a number
+    return torch.sub(logits, top, out=out).exp_().sum(dim=-1).log_().add_(top[:, 0])
+
+
+def log_softmax_(logits: Tensor, log_sum_exp: Tensor | None = None, *, buffer: Tensor | None = None) -> Tensor:
+    """log_softmax over the last dimension of [n, V], in place. log_sum_exp: that of the logits, [n], if already computed.
+    buffer: a `cache_buffer`, if the logits are one of `cache_slices`."""
     if log_sum_exp is None:
-        log_sum_exp = torch.logsumexp(logits, dim=-1)
+        own = first_rows(buffer, logits)
+        log_sum_exp = torch.logsumexp(logits, dim=-1) if own is None else logsumexp(logits, out=own)
     return logits.sub_(log_sum_exp[:, None])
 
 

@@ -20,7 +20,7 @@ from minitron.attention import takes_masks
 from minitron.evaluation.answers import Answers, batch_name
 from minitron.evaluation.batches import BatchRows, prefixed_rows, rows_of_batch
 from minitron.evaluation.shared_prefix import SharedPrefix, shared_length
-from minitron.logits import Head, cache_slices
+from minitron.logits import Head, cache_slices, logsumexp
 from minitron.models import decoder_and_head
 from minitron.processes import all_rows, all_succeed, check_same, dealt
 
@@ -291,8 +291,9 @@ class _BatchAnswers:
         for logits in head.chunks(hidden[row_index, position_index]):
             for part in cache_slices(logits):
                 values, target = logits[part], targets[start:][part]
-                log_probs.append((values.gather(1, target[:, None])[:, 0] - values.logsumexp(-1)).double())
                 is_top.append(values.argmax(-1) == target)
+                chosen = values.gather(1, target[:, None])[:, 0]
+                log_probs.append((chosen - logsumexp(values, out=values)).double())
             start += len(logits)
         sizes = [len(continuations[number].tokens) for number in numbers]
         # one copy for the whole batch, into pinned memory

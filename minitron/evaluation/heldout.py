@@ -18,7 +18,15 @@ from minitron.arguments import check_model, check_rows
 from minitron.data import DocumentBoundaries
 from minitron.errors import InputError, NonFiniteError
 from minitron.evaluation.mode import evaluating
-from minitron.logits import CHUNK_TOKENS, Head, cache_slices, log_softmax_, tokens_per_chunk
+from minitron.logits import (
+    CHUNK_TOKENS,
+    Head,
+    cache_buffer,
+    cache_slices,
+    first_rows,
+    log_softmax_,
+    tokens_per_chunk,
+)
 from minitron.models import final_hidden
 from minitron.processes import all_rows, dealt
 
@@ -111,6 +119,7 @@ def heldout_metrics(
         shape = min(chunk_tokens, batch_rows * seq_length), len(student_head.weight)
         student_buffer = torch.empty(shape, device=device)
         teacher_buffer = None if head_on_device is None else torch.empty(shape, device=device)
+        buffer = cache_buffer(student_head.weight)
         for batch, counts in dealt(batches, model, together=together):
             ids = rows[batch].to(device)
             hidden = final_hidden(model, ids, documents)[:, :-1].flatten(0, 1)
@@ -126,12 +135,13 @@ def heldout_metrics(
                 if theirs is not None and head_on_device is not None:
                     teacher_logits = head_on_device.logits(theirs[chunk], teacher_buffer)
                 for part in cache_slices(student_logits):
-                    student = log_softmax_(student_logits[part])
+                    student = log_softmax_(student_logits[part], buffer=buffer)
                     loss.append(-student.gather(1, targets[chunk][part, None])[:, 0].double())
                     if teacher_logits is not None:
-                        teacher = log_softmax_(teacher_logits[part])
+                        teacher = log_softmax_(teacher_logits[part], buffer=buffer)
                         agreed += int((student.argmax(-1) == teacher.argmax(-1)).sum())
-                        kl.append(torch.linalg.vecdot(teacher.exp(), teacher.sub_(student)).double())
+                        probability = torch.exp(teacher, out=first_rows(buffer, teacher))
+                        kl.append(probability.mul_(teacher.sub_(student)).sum(-1).double())
             if counts:
                 means = [torch.cat(values).view(-1, seq_length - 1).mean(1).tolist() for values in (loss, kl) if values]
                 of_batch = zip(range(batch.start, batch.stop), *means, strict=True)

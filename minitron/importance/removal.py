@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from minitron.data import DocumentBoundaries
 from minitron.families import family_of
 from minitron.importance.distributed import own_batches, sum_over_processes
 from minitron.importance.similarity import cosine_sums
-from minitron.logits import CHUNK_TOKENS, Head, cache_slices, tokens_per_chunk
+from minitron.logits import CHUNK_TOKENS, Head, cache_buffer, cache_slices, first_rows, tokens_per_chunk
 from minitron.models import final_hidden, layers_of
 
 ROW_METRICS = ("loss", "logit_error", "cosine")
@@ -60,7 +59,7 @@ def removal_scores(
         elif metric == "loss":
             scale += weight * batch[:, 1:].numel()
         else:
-            scale += weight * sum(part.square().sum(dtype=torch.float64) for part in head.chunks(whole.flatten(0, 1)))
+            scale += weight * sum(part.square_().sum(dtype=torch.float64) for part in head.chunks(whole.flatten(0, 1)))
         for size, values in totals.items():
             if metric == "cosine":
                 values += weight * (batch.numel() - torch.diagonal(cosines, offset=size))
@@ -104,8 +103,12 @@ def _loss_sum(head: Head, hidden: Tensor, batch: Tensor) -> Tensor:
     """Next-token cross-entropy summed over the tokens of [rows, seq_length], a float64 scalar."""
     targets = batch[:, 1:].flatten().split(tokens_per_chunk(head.weight, CHUNK_TOKENS))
     losses = []
+    buffer = cache_buffer(head.weight)
     for logits, target in zip(head.chunks(hidden[:, :-1].flatten(0, 1)), targets, strict=True):
-        slices = [cross_entropy(logits[rows], target[rows], reduction="none") for rows in cache_slices(logits)]
+        slices = []
+        for rows in cache_slices(logits):
+            log_probs = torch.log_softmax(logits[rows], -1, out=first_rows(buffer, logits[rows]))
+            slices.append(-log_probs.gather(1, target[rows, None])[:, 0])
         losses.append(torch.cat(slices).sum(dtype=torch.float64))
     return torch.stack(losses).sum()
 
@@ -113,4 +116,4 @@ def _loss_sum(head: Head, hidden: Tensor, batch: Tensor) -> Tensor:
 def _error_sum(head: Head, hidden: Tensor, whole: Tensor) -> Tensor:
     """Sum of squared differences between the logits of hidden states [rows, seq_length, hidden], a float64 scalar."""
     pairs = zip(head.chunks(hidden.flatten(0, 1)), head.chunks(whole.flatten(0, 1)), strict=True)
-    return torch.stack([(part - reference).square_().sum(dtype=torch.float64) for part, reference in pairs]).sum()
+    return torch.stack([part.sub_(reference).square_().sum(dtype=torch.float64) for part, reference in pairs]).sum()

@@ -20,7 +20,7 @@ from minitron.distill.teacher.live import TeacherBatch
 from minitron.distill.teacher.shard_writing import RowModel, Writing, write_shards
 from minitron.distill.teacher.shards import Shards
 from minitron.errors import StorageError
-from minitron.logits import Head, cache_slices
+from minitron.logits import Head, cache_slices, logsumexp
 from minitron.models import final_hidden
 
 
@@ -114,6 +114,8 @@ def store_hidden(
 def log_sum_exp(head: Head, hidden: Tensor) -> Tensor:
     """log Σ exp over the vocabulary of the logits of hidden states [..., d]: float32 [...]."""
     parts = [
-        logits[rows].logsumexp(-1) for logits in head.chunks(hidden.flatten(0, -2)) for rows in cache_slices(logits)
+        logsumexp(logits[rows], out=logits[rows])
+        for logits in head.chunks(hidden.flatten(0, -2))
+        for rows in cache_slices(logits)
     ]
     return torch.cat(parts).view(hidden.shape[:-1])

@@ -1,0 +1,98 @@
+"""Peak main memory of a process that only computes forward passes, compared with the estimate of `minitron.memory`.
+
+    python -m benchmarks.forward_memory [NAME ...]
+
+Every case runs in a process of its own, in a thread as Ray's tasks do, with random weights and rows; its peak is that of
+resident memory. CPU only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.training_memory import GEMMA, SMALL, TINY
+from minitron.architecture import Architecture
+from minitron.distill.teacher.stored import log_sum_exp
+from minitron.evaluation.heldout import heldout_metrics, teacher_targets
+from minitron.importance.removal import removal_scores
+from minitron.logits import Head
+from minitron.memory import MainMemory, forward_memory
+from minitron.models import final_hidden, layers_of
+
+ROWS, SEQ_LENGTH = 4, 512
+LARGE = {**TINY, "vocab_size": 128_256}
+# what is computed, family, shape
+CASES = {
+    "teacher's outputs, small": ("outputs", "llama", SMALL),
+    "teacher's outputs, tiny, vocabulary 128,256": ("outputs", "llama", LARGE),
+    "teacher's outputs, gemma3-270m": ("outputs", "gemma3_text", GEMMA),
+    "held-out rows, tiny, vocabulary 128,256": ("heldout", "llama", LARGE),
+    "held-out rows, gemma3-270m": ("heldout", "gemma3_text", GEMMA),
+    "removed layers, tiny, vocabulary 128,256": ("removal", "llama", LARGE),
+}
+
+
+def compute(what: str, family: str, shape: dict[str, int]) -> MainMemory:
+    """Compute twice, and return the estimate."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **shape, tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    architecture = Architecture.from_config(config)
+    held = [torch.empty(16) for _ in range(4000)]  # a process that has run for a while has no small free pieces
+    tokens = ROWS * SEQ_LENGTH
+    if what == "heldout":
+        estimate = forward_memory([architecture, architecture], 2, tokens, logits=2)
+        teacher = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    elif what == "removal":
+        estimate = forward_memory([architecture], 2, tokens, logits=2, streams=architecture.num_layers + 1)
+    else:
+        estimate = forward_memory([architecture], 2, tokens)
+    with torch.inference_mode():
+        for _ in range(2):
+            rows = torch.randint(shape["vocab_size"], (ROWS, SEQ_LENGTH))
+            if what == "heldout":
+                heldout_metrics(model, rows, **teacher_targets(teacher, rows))
+            elif what == "removal":
+                layers = range(len(layers_of(model)))
+                removal_scores(
+                    model, rows, "loss", layers, [1], documents=None, batch_rows=ROWS, advance=lambda count: None
+                )
+            else:
+                log_sum_exp(Head.of(model), final_hidden(model, rows))
+    del held
+    return estimate
+
+
+def one(name: str) -> None:
+    """Compute in a thread, and print the peak and the estimate, in bytes."""
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(1) as thread:
+        estimate = thread.submit(compute, *CASES[name]).result()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, estimate.total, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", default=list(CASES), metavar="NAME", help="default: all")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        one(arguments.one)
+        return
+    print(f"{'case':<46}{'peak, GB':>10}{'estimate, GB':>14}{'estimate / peak':>17}", flush=True)
+    for name in arguments.cases:
+        command = [sys.executable, "-m", "benchmarks.forward_memory", "--one", name]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+        peak, estimate = map(int, done.stdout.split()[-2:])
+        print(f"{name:<46}{peak / 1e9:>10.2f}{estimate / 1e9:>14.2f}{estimate / peak:>17.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
