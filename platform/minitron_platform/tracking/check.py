@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -20,6 +21,7 @@ REMEDIES = {  # for a database driver that is not installed, by its module
     "psycopg2": "pip install 'minitron[postgres]', and write postgresql+psycopg:// in the address",
     "MySQLdb": "pip install pymysql, and write mysql+pymysql:// in the address",
 }
+REFUSED = re.compile(r"(?<![\d:])40[13]\b")  # an HTTP status, and not a port or a part of one
 CONSEQUENCE = "records and finished models wait in the storage until `minitron sync` or the next run sends them"
 REQUIRED = "required"
 BEST_EFFORT = "best-effort"
@@ -137,7 +139,7 @@ def _check_experiment(tracking_uri: str, experiment: str) -> str | None:
                 f"MLflow's database {redact(tracking_uri)} has tables of another version of MLflow",
                 f"make a copy of it, then run: mlflow db upgrade {redact(tracking_uri)}",
             ) from error
-        if error.error_code in ("UNAUTHENTICATED", "PERMISSION_DENIED") or "401" in reason or "403" in reason:
+        if error.error_code in ("UNAUTHENTICATED", "PERMISSION_DENIED") or REFUSED.search(reason):
             raise InputError(
                 f"MLflow at {redact(tracking_uri)} refuses this user: {redact(reason)}",
                 "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",

@@ -114,6 +114,8 @@ def test_a_token_that_another_program_writes_later_changes_nothing(
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
+    # afterwards this process goes on with the token that Ray has, which may be that of the home folder
+    monkeypatch.setattr("minitron_platform.cluster.ray_session._local_token", "")
     token = _private_settings()["RAY_AUTH_TOKEN"]
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray/auth_token").write_text("x" * 64)

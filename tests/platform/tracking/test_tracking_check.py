@@ -10,6 +10,7 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
+import psutil
 import pytest
 from helpers.mlflow_server import free_port
 from helpers.serving import serving
@@ -166,3 +167,11 @@ def test_the_recipe_decides_whether_a_run_starts_without_mlflow(
 def test_the_tracking_of_a_recipe_does_not_change_its_run(bench):
     keys = {run_key(load_recipe(str(bench / "recipe.yaml"), settings)) for settings in ((), ("tracking=required",))}
     assert len(keys) == 1
+
+
+def test_a_port_with_the_digits_of_a_status_is_none():
+    taken = {connection.laddr.port for connection in psutil.net_connections("tcp") if connection.laddr}
+    port = next(port for port in range(40100, 40200) if port not in taken)
+    warning = check_tracking(f"http://127.0.0.1:{port}", "tiny")
+    assert warning is not None
+    assert "does not answer" in warning
