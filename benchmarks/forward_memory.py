@@ -8,15 +8,12 @@ resident memory. CPU only.
 
 from __future__ import annotations
 
-import argparse
-import resource
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.peaks import compare_peaks
 from benchmarks.training_memory import GEMMA, SMALL, TINY
 from minitron.architecture import Architecture
 from minitron.distill.teacher.stored import log_sum_exp
@@ -70,28 +67,15 @@ def compute(what: str, family: str, shape: dict[str, int]) -> MainMemory:
     return estimate
 
 
-def one(name: str) -> None:
-    """Compute in a thread, and print the peak and the estimate, in bytes."""
+def one(name: str) -> MainMemory:
+    """Compute in a thread; returns the estimate."""
     torch.set_num_threads(1)
     with ThreadPoolExecutor(1) as thread:
-        estimate = thread.submit(compute, *CASES[name]).result()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, estimate.total, flush=True)
+        return thread.submit(compute, *CASES[name]).result()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", default=list(CASES), metavar="NAME", help="default: all")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.one:
-        one(arguments.one)
-        return
-    print(f"{'case':<46}{'peak, GB':>10}{'estimate, GB':>14}{'estimate / peak':>17}", flush=True)
-    for name in arguments.cases:
-        command = [sys.executable, "-m", "benchmarks.forward_memory", "--one", name]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
-        peak, estimate = map(int, done.stdout.split()[-2:])
-        print(f"{name:<46}{peak / 1e9:>10.2f}{estimate / 1e9:>14.2f}{estimate / peak:>17.2f}", flush=True)
+    compare_peaks("benchmarks.forward_memory", __doc__, list(CASES), one)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Peak main memory of a training process compared with the estimate of `minitron.memory`, for several shapes and settings.
 
-    python benchmarks/training_memory.py [NAME ...]
+    python -m benchmarks.training_memory [NAME ...]
 
 Every case runs in a process of its own with random weights, rows and teacher outputs; its peak is that of resident memory.
 CPU only.
@@ -8,24 +8,20 @@ CPU only.
 
 from __future__ import annotations
 
-import argparse
-import resource
-import subprocess
-import sys
 import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.peaks import compare_peaks
 from minitron.architecture import Architecture
 from minitron.data import Rows
 from minitron.distill import DistillConfig, distill
 from minitron.distill.teacher.live import TeacherBatch
 from minitron.logits import Head
-from minitron.memory import training_memory
+from minitron.memory import MainMemory, training_memory
 
 GEMMA = {
     "hidden_size": 640,
@@ -95,8 +91,8 @@ class RandomRows(Rows):
         return torch.randint(self.vocabulary, (len(list(indices)), self.seq_length))  # type: ignore[call-overload]
 
 
-def one(name: str) -> None:
-    """Train a few steps and print the peak and the estimate, in bytes."""
+def one(name: str) -> MainMemory:
+    """Train a few steps; returns the estimate."""
     family, shape, dtype, rows, seq_length, more = CASES[name]
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -111,27 +107,11 @@ def one(name: str) -> None:
     architecture = Architecture.from_config(config)
     # a teacher of which only the head was loaded
     only_head = replace(architecture, num_layers=1)
-    estimate = training_memory(architecture, settings, seq_length, getattr(torch, dtype).itemsize, teacher=only_head)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, estimate.total, flush=True)
-    print({part: f"{size / 1e9:.2f}" for part, size in vars(estimate).items()}, file=sys.stderr)
+    return training_memory(architecture, settings, seq_length, getattr(torch, dtype).itemsize, teacher=only_head)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", default=list(CASES), metavar="NAME", help="default: all")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.one:
-        one(arguments.one)
-        return
-    print(f"{'case':<40}{'peak, GB':>10}{'estimate, GB':>14}{'estimate / peak':>17}")
-    for name in arguments.cases:
-        command = [sys.executable, str(Path(__file__)), "--one", name]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        peak, estimate = map(int, done.stdout.split()[-2:])
-        print(
-            f"{name:<40}{peak / 1e9:>10.2f}{estimate / 1e9:>14.2f}{estimate / peak:>17.2f}  {done.stderr.splitlines()[-1]}"
-        )
+    compare_peaks("benchmarks.training_memory", __doc__, list(CASES), one)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ LIBRARIES = 600_000_000
 """Bytes of a process that has imported torch, transformers and Ray, without any model."""
 FRAGMENTATION = 1.6
 """Memory that a process takes for activations, as a multiple of their size: the C library keeps what earlier micro-batches
-freed, and later ones fit into a part of it. Measured by benchmarks/training_memory.py."""
+freed, and later ones fit into a part of it. Measured by `python -m benchmarks.training_memory`."""
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def sync(locations: Locations, console: Console) -> int:
     if failed:
         raise MinitronError(
             f"{', '.join(failed)}: students may wait to be registered",
-            "mend what is said above, and run the command again",
+            "fix what is said above, and run the command again",
         )
     return sent
 

@@ -10,8 +10,9 @@ from minitron_platform.estimates.gpu import GpuTraining
 from minitron_platform.estimates.memory import ProcessMemory
 from minitron_platform.estimates.node_memory import NodeWork
 from minitron_platform.estimates.requests import STAGE
-from minitron_platform.estimates.teacher import TeacherCost
+from minitron_platform.estimates.teacher import TeacherCost, teacher_cost
 from minitron_platform.estimates.work import Part, Split
+from minitron_platform.recipes.build import distillation_losses
 from minitron_platform.recipes.candidates import MemberCandidates
 from minitron_platform.recipes.resources import ResolvedResources
 from minitron_platform.recipes.schema import Member, Recipe
@@ -37,6 +38,25 @@ class Outlook:
     """Bytes of a weight in the compute dtype."""
     concurrent_trials: int
     """Number of trials that can run at the same time."""
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        teacher: Architecture,
+        resources: ResolvedResources,
+        *,
+        family: dict[str, MemberCandidates],
+        value_bytes: int,
+        concurrent_trials: int,
+    ) -> Outlook:
+        """With the losses and the teacher's cost that follow from these."""
+        losses = {
+            model: distillation_losses(recipe, allowed.architectures[0], teacher)[0]
+            for model, allowed in family.items()
+        }
+        cost = teacher_cost(recipe, teacher, losses, value_bytes, recipe.targets.mode)
+        return cls(recipe, resources, teacher, family, losses, cost, value_bytes, concurrent_trials)
 
     def shapes(self, member: Member) -> list[Architecture]:
         """The candidates for `member`, the largest first."""

@@ -12,7 +12,8 @@ from minitron.errors import InputError
 from minitron_platform.cluster.room import Node, trials_at_once
 from minitron_platform.estimates.phases import TOKENS_PER_CPU_SECOND
 from minitron_platform.estimates.speed import Speed
-from minitron_platform.recipes.resources import NODE_GPUS, ResolvedResources, with_room_for
+from minitron_platform.recipes.resources import NODE_GPUS, ResolvedResources, resolve, with_room_for
+from minitron_platform.recipes.schema import Recipe
 
 GPU = "H100"
 UTILISATION = 0.3  # of the data sheet's FLOP/s, as one H100 had in whole steps of a 3B model; below 1B it is much less
@@ -59,6 +60,10 @@ class Cluster:
         """The nodes as Ray lists them, with more CPUs than anything needs."""
         sizes = [min(self.gpus_per_node, self.gpus - first) for first in range(0, self.gpus, self.gpus_per_node)]
         return [{"CPU": NODE_CPUS, "GPU": size} for size in sizes]
+
+    def resources(self, recipe: Recipe) -> ResolvedResources:
+        """The recipe's resources on this cluster."""
+        return self.fitted(resolve(recipe, self.gpus, gpu_memory_bytes=self.gpu_bytes))
 
     def fitted(self, resources: ResolvedResources) -> ResolvedResources:
         """`resources` on this cluster: of a range of workers, as many as have a GPU."""

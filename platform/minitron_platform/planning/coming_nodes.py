@@ -8,11 +8,8 @@ from minitron.models import source_architecture
 from minitron_platform.cluster.room import trials_at_once
 from minitron_platform.estimates.node_memory import GpuNode
 from minitron_platform.estimates.outlook import Outlook
-from minitron_platform.estimates.teacher import teacher_cost
 from minitron_platform.planning.cluster import Cluster
-from minitron_platform.recipes.build import distillation_losses
 from minitron_platform.recipes.candidates import family_candidates
-from minitron_platform.recipes.resources import resolve
 from minitron_platform.recipes.schema import Recipe
 from minitron_platform.stages.order import steps
 
@@ -25,19 +22,13 @@ def missing_memory(recipe: Recipe, cluster: Cluster, memory: int) -> InputError 
         teacher, _ = source_architecture(recipe.teacher.model, recipe.teacher.revision)
     except (InputError, StorageError):  # it may be on the nodes; who submits the recipe or runs it is told
         return None
-    resources = cluster.fitted(resolve(recipe, cluster.gpus, gpu_memory_bytes=cluster.gpu_bytes))
+    resources = cluster.resources(recipe)
     value_bytes = compute_dtype("bfloat16" if recipe.teacher.dtype == "auto" else recipe.teacher.dtype).itemsize
-    family = family_candidates(recipe, teacher)
-    losses = {
-        model: distillation_losses(recipe, allowed.architectures[0], teacher)[0] for model, allowed in family.items()
-    }
-    outlook = Outlook(
-        recipe=recipe,
-        resources=resources,
-        teacher=teacher,
-        family=family,
-        losses=losses,
-        teacher_cost=teacher_cost(recipe, teacher, losses, value_bytes, recipe.targets.mode),
+    outlook = Outlook.of(
+        recipe,
+        teacher,
+        resources,
+        family=family_candidates(recipe, teacher),
         value_bytes=value_bytes,
         concurrent_trials=trials_at_once(resources, cluster.node_list),
     )

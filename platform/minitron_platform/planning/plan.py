@@ -50,7 +50,7 @@ from minitron_platform.planning.checks import (
 from minitron_platform.planning.cluster import GPU, WORKER_START, Cluster, assumed_cluster, cluster_here
 from minitron_platform.planning.disk import DiskNeed
 from minitron_platform.planning.simulation import simulate
-from minitron_platform.recipes.build import distillation_losses, separates_documents
+from minitron_platform.recipes.build import separates_documents
 from minitron_platform.recipes.candidates import family_candidates
 from minitron_platform.recipes.consistency import check_consistency
 from minitron_platform.recipes.keys import named_by_key
@@ -237,7 +237,7 @@ def plan(
     given = cluster is not None
     uses_cluster = given or joins_cluster(address)
     if cluster:
-        resources = cluster.fitted(resolve(recipe, cluster.gpus, gpu_memory_bytes=cluster.gpu_bytes))
+        resources = cluster.resources(recipe)
         cluster.check(resources)
     elif uses_cluster:
         resources = on_cluster or resolve(recipe, 0)
@@ -247,7 +247,6 @@ def plan(
     family = family_candidates(recipe, teacher)
     candidates = {model: allowed.architectures for model, allowed in family.items()}
     check_outcomes(recipe, teacher, candidates)
-    losses = {model: distillation_losses(recipe, shapes[0], teacher)[0] for model, shapes in candidates.items()}
     check_machine(resources, locations.storage, elsewhere=uses_cluster)
     if there:
         check_nodes(resources, there.possible)
@@ -260,17 +259,15 @@ def plan(
     cluster = cluster and cluster.computing_in(dtype)
     finished, bytes_written = finished_stages(recipe, locations, dtype)
     check_benchmarks(recipe, max_seq_length, {model: set(stages) for model, stages in finished.family.items()})
-    teacher_costs = {mode: teacher_cost(recipe, teacher, losses, value_bytes, mode) for mode in MODES}
-    outlook = Outlook(
-        recipe=recipe,
-        resources=resources,
-        teacher=teacher,
+    outlook = Outlook.of(
+        recipe,
+        teacher,
+        resources,
         family=family,
-        losses=losses,
-        teacher_cost=teacher_costs[recipe.targets.mode],
         value_bytes=value_bytes,
         concurrent_trials=_concurrent_trials(resources, cluster, there),
     )
+    teacher_costs = {mode: teacher_cost(recipe, teacher, outlook.losses, value_bytes, mode) for mode in MODES}
     costs = [_cost(stage, member, outlook, finished, speed, cluster) for stage, member in steps(recipe)]
     costs.sort(key=lambda cost: cost.model != "")  # shared stages first
     on_gpus = torch.cuda.is_available() or resources.uses_gpus

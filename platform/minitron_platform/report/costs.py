@@ -9,8 +9,6 @@ from minitron.device import DTYPES
 from minitron_platform.cluster.hardware import Hardware
 from minitron_platform.console import seconds
 from minitron_platform.estimates.outlook import Outlook
-from minitron_platform.estimates.teacher import teacher_cost
-from minitron_platform.recipes.build import distillation_losses
 from minitron_platform.recipes.candidates import family_candidates
 from minitron_platform.recipes.resources import resolve
 from minitron_platform.report.charts import QUIET, Chart, Mark, Row, colour, colours, one_view, view
@@ -43,18 +41,11 @@ def stage_costs(state: RunState) -> list[StageCost]:
     teacher = state.output(Teacher)
     recipe = state.recipe
     value_bytes = DTYPES[teacher.dtype].itemsize
-    family = family_candidates(recipe, teacher.architecture)
-    losses = {
-        model: distillation_losses(recipe, allowed.architectures[0], teacher.architecture)[0]
-        for model, allowed in family.items()
-    }
-    outlook = Outlook(
-        recipe=recipe,
-        resources=resolve(recipe, 0),
-        teacher=teacher.architecture,
-        family=family,
-        losses=losses,
-        teacher_cost=teacher_cost(recipe, teacher.architecture, losses, value_bytes, recipe.targets.mode),
+    outlook = Outlook.of(
+        recipe,
+        teacher.architecture,
+        resolve(recipe, 0),
+        family=family_candidates(recipe, teacher.architecture),
         value_bytes=value_bytes,
         concurrent_trials=1,
     )
