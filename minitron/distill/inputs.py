@@ -18,8 +18,10 @@ from minitron.distill.teacher.shards import Shards
 from minitron.distill.teacher.stored import StoredTeacher, store_key
 from minitron.distill.teacher.top_k import TopKTeacher
 from minitron.evaluation import HeldoutMetrics, heldout_metrics
+from minitron.evaluation.heldout import batches_of, rows_per_batch
 from minitron.logits import Head
 from minitron.meta_models import MetaModel, load_onto, open_model, read_head
+from minitron.processes import dealt
 from minitron.pruning.source import PruningSource
 
 _open_once = lru_cache(maxsize=2)(Shards)
@@ -109,8 +111,9 @@ class DistillInputs:
         rows = self.open_rows("heldout")
         tokens = rows.take(range(min(limit or len(rows), len(rows))))
         targets = self.heldout_teacher(teacher_head)
-        if not together:
-            targets.prefetch(range(len(tokens)))
+        batches = batches_of(len(tokens), rows_per_batch(rows.seq_length))
+        own = [range(batch.start, batch.stop) for batch, _ in dealt(batches, model, together=together)]
+        targets.prefetch([row for batch in own for row in batch])
         return heldout_metrics(
             model,
             tokens,

@@ -75,6 +75,16 @@ def teacher_targets(teacher_model: Any, rows: Tensor, documents: DocumentBoundar
     return {"teacher_hidden": hidden, "teacher_head": head, "documents": documents}
 
 
+def rows_per_batch(seq_length: int) -> int:
+    """Number of rows in a forward pass of `heldout_metrics`, unless it is told another."""
+    return max(1, min(BATCH_ROWS, BATCH_TOKENS // seq_length))
+
+
+def batches_of(num_rows: int, batch_rows: int) -> list[slice]:
+    """The row numbers of each forward pass of `heldout_metrics`."""
+    return [slice(start, min(start + batch_rows, num_rows)) for start in range(0, num_rows, batch_rows)]
+
+
 def heldout_metrics(
     model: Any,
     rows: Tensor,
@@ -109,8 +119,8 @@ def heldout_metrics(
     head_on_device = None if teacher_head is None else teacher_head.to(device)
 
     num_rows, seq_length = rows.shape
-    batch_rows = batch_rows or max(1, min(BATCH_ROWS, BATCH_TOKENS // seq_length))
-    batches = [slice(start, min(start + batch_rows, num_rows)) for start in range(0, num_rows, batch_rows)]
+    batch_rows = batch_rows or rows_per_batch(seq_length)
+    batches = batches_of(num_rows, batch_rows)
     # of each row: its number, loss and KL; of the last row of a batch also the positions of the batch with the same first token
     scores: list[list[float]] = []
     with torch.inference_mode(), evaluating(model):

@@ -17,6 +17,7 @@ from minitron.architecture import Architecture
 from minitron.collectives import gather_json
 from minitron.distill import distill
 from minitron.distill.checkpoints import committed_steps
+from minitron.evaluation import HeldoutMetrics
 from minitron.logits import Head
 from minitron_search.events import (
     Finished,
@@ -99,8 +100,8 @@ def train(
     until: int | None = None,
 ) -> None:
     """Run the trial in this process or, with torch.distributed, in each of several processes together: all of them measure,
-    because a sharded student needs all of them to run, and rank 0 writes. is_leaving: whether the node of one of them is about
-    to be taken away; then a checkpoint is saved at once. saved: called when a checkpoint has been committed."""
+    each a part of the held-out rows, and rank 0 writes. is_leaving: whether the node of one of them is about to be taken away;
+    then a checkpoint is saved at once. saved: called when a checkpoint has been committed."""
     _use_threads(task)
     started = time.perf_counter()
     materials = task.materials
@@ -141,7 +142,7 @@ def train(
     if until is not None:
         report(Paused(until))
         return
-    after = materials.heldout(student.trained(), teacher_head, task.heldout_rows)
+    after = _measured(task, student.trained(), teacher_head)
     assert after.kl is not None
     assert after.top1_agreement is not None
     assert after.per_row_kl is not None
@@ -186,7 +187,7 @@ def _forward_score(
     stored = _from_rank_zero(forward_score(task.folder, architecture), ForwardScore)
     if stored is not None:
         return stored
-    metrics = task.materials.heldout(student(), teacher_head, task.heldout_rows)
+    metrics = _measured(task, student(), teacher_head)
     assert metrics.kl is not None
     measured = ForwardScore(metrics.kl, metrics.loss)
     if is_rank_zero():
@@ -201,13 +202,18 @@ def _rung_result(
     stored = _from_rank_zero(rung_result(task.folder, architecture, step), RungResult)
     if stored is not None:
         return stored
-    metrics = task.materials.heldout(student, teacher_head, task.heldout_rows)
+    metrics = _measured(task, student, teacher_head)
     assert metrics.kl is not None
     assert metrics.per_row_kl is not None
     measured = RungResult(step, metrics.kl, metrics.loss, tuple(metrics.per_row_kl))
     if is_rank_zero():
         write_rung(task.folder, architecture, measured)
     return measured
+
+
+def _measured(task: SearchTask, student: nn.Module, teacher_head: Head) -> HeldoutMetrics:
+    """The metrics of `student` on the held-out rows of the search, of which each process of the trial measures a part."""
+    return task.materials.heldout(student, teacher_head, task.heldout_rows, together=dist.is_initialized())
 
 
 def _from_rank_zero(stored: T | None, kind: type[T]) -> T | None:

@@ -16,6 +16,7 @@ from helpers.searching import CONFIG, RUNGS, json_files, search_task
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from minitron import Architecture, storage
+from minitron.distill.inputs import DistillInputs
 from minitron.errors import InputError, NonFiniteError, StorageError
 from minitron.models import layers_of
 from minitron.pruning.source import PruningSource
@@ -305,15 +306,36 @@ def test_the_number_of_concurrent_trials_depends_on_what_fits_on_each_node():
     assert max_concurrent_trials([cpu], {"CPU": 1, "GPU": 1}) == 0
 
 
-def test_two_workers_with_a_sharded_student_train_like_one(made, to_the_end, tmp_path):
+def _counting(inputs, folder):
+    """The same inputs, which write to `folder` how many forward passes each process makes in a measurement. It must equal the
+    measurement of one process to the last digit."""
+
+    class Counting(DistillInputs):
+        def heldout(self, model, *arguments, together=False):
+            passes = []
+            with model.get_decoder().register_forward_hook(lambda *_: passes.append(1)):
+                measured = DistillInputs.heldout(self, model, *arguments, together=together)
+            with Path(folder, f"passes-{dist.get_rank()}").open("a") as file:
+                file.write(f"{len(passes)} ")
+            assert measured == DistillInputs.heldout(self, model, *arguments)
+            return measured
+
+    return Counting(**vars(inputs))
+
+
+def test_two_workers_with_a_sharded_student_train_like_one_and_share_its_measurements(made, to_the_end, tmp_path):
     whole, events = to_the_end[0], []
     task = search_task(made, tmp_path, config=replace(CONFIG, shard=True, micro_batch_rows=2, checkpoint_every=5))
+    task = replace(task, materials=_counting(task.materials, tmp_path))
     pool = _pool(tmp_path, workers=2, on_event=lambda _, event: events.append(event))
     found = search(task, made[2][-1:], pool=pool)
     ours, theirs = (trial_result(t.folder, found.winner) for t in (task, whole))
     assert ours.per_row_kl == pytest.approx(theirs.per_row_kl, rel=1e-4)
     assert ours.per_row_kl != theirs.per_row_kl  # sums over two processes round differently
     assert ours.rung_kl == pytest.approx(theirs.rung_kl, rel=1e-4)
+    assert ours.kl_undistilled == theirs.kl_undistilled
+    # of three batches before training, at two rungs and at the end; layers are gathered for equally many by both
+    assert [(tmp_path / f"passes-{rank}").read_text().split() for rank in range(2)] == [["2"] * 4] * 2
     # only rank 0 reports, in order
     assert [event.step for event in events if isinstance(event, Progress)] == list(range(1, 9))
     assert not [path for name in ("checkpoints", "pruned", "weights") for path in tmp_path.glob(f"*/{name}")]
