@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from minitron.distill.losses import Losses
 from minitron.distill.teacher.live import TopK
-from minitron.logits import Head
+from minitron.logits import Head, cache_blocks
 
 
 class Teacher(NamedTuple):
@@ -27,13 +28,26 @@ class ClosedForm(torch.autograd.Function):
     [V, d], and stores them in `ctx.gradients`; its other four inputs have no gradient."""
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("linear_logit_loss: backward was called twice; its gradients are kept for one call only")
         stored = ctx.gradients
         ctx.gradients = None  # they are scaled in place
-        scaled = (None if gradient is None else gradient.mul_(gradients[0].to(gradient.dtype)) for gradient in stored)
+        scaled = (None if gradient is None else _scale_(gradient, gradients[0]) for gradient in stored)
         return (*scaled, *(None,) * 4)
+
+
+def _scale_(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """gradient [n, m] of any floating dtype, multiplied in place by a float32 scalar.
+
+    Such as a micro-batch's share of a step, 1/1152, which bfloat16 has no number near enough to: the products are computed in
+    float32 and rounded once. Only a factor with a dimension keeps its dtype beside a matrix.
+    """
+    factor = upstream.view(1)
+    for block in cache_blocks(gradient):  # CPUs convert what they multiply into memory of its own
+        torch.mul(gradient[block], factor, out=gradient[block])
+    return gradient
 
 
 def results(

@@ -96,6 +96,20 @@ def test_bf16_gradient_stays_exact_when_the_student_is_close():
     assert usual_error > 8 * error
 
 
+def test_bf16_gradient_is_multiplied_by_a_micro_batchs_share_that_is_not_rounded():
+    torch.manual_seed(0)
+    ht, wt = torch.randn(256, 64).bfloat16(), (0.1 * torch.randn(4000, 64)).bfloat16()
+    hs, ws = torch.randn(256, 48).bfloat16().requires_grad_(), (0.1 * torch.randn(4000, 48)).bfloat16().requires_grad_()
+    d_hs, d_ws = (tensor.detach().double().requires_grad_() for tensor in (hs, ws))
+    share = 1 / 1152  # bfloat16 rounds it by 0.17 %
+    exact = torch.autograd.grad(share * reference(d_hs, Head(d_ws), ht, Head(wt), Losses())[0], [d_hs, d_ws])
+    found = torch.autograd.grad(share * linear_kl_div(hs, ws, ht, wt), [hs, ws])
+    for gradient, wanted in zip(found, exact, strict=True):
+        scale = (gradient.double() * wanted).sum() / wanted.square().sum()
+        assert scale.item() == pytest.approx(1, abs=5e-4)
+        assert ((gradient.double() - wanted).norm() / wanted.norm()).item() < 0.003
+
+
 def test_large_vocabularies_are_processed_in_smaller_chunks_with_the_same_result(monkeypatch):
     assert most_tokens(49_152, "cpu", 512) == 512
     assert 4 * 262_144 * most_tokens(262_144, "cpu", 512) == 128 << 20
