@@ -46,6 +46,9 @@ def _cases():
     yield "stored top 7 of 9", Case({"top_k": 7, "temperature": 1.5, "cross_entropy": 0.3}, stored=9)
     yield "labels alone", Case({"logits": "none", "cross_entropy": 1.0}, scale=0.25)
     yield "known log-sum-exp", Case({"cross_entropy": 0.5}, known=True)
+    whole = {"temperature": 2, "cross_entropy": 1}
+    yield "whole numbers", Case(whole)
+    yield "whole numbers, top 5", Case({**whole, "top_k": 5})
     yield "chunks and parts", Case({"cross_entropy": 0.5}, tokens=75)
 
 

@@ -48,6 +48,10 @@ class Losses:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for key in ("temperature", "cross_entropy", "alpha"):
+            value = getattr(self, key)
+            if value is not None:
+                object.__setattr__(self, key, float(value))  # of an int, tensors and kernels would make integers
         _one_of("logits", self.logits, (*DIVERGENCES, "none"))
         _one_of("hidden_loss", self.hidden_loss, HIDDEN_LOSSES)
         if not self.temperature > 0:
