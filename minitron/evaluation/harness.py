@@ -238,7 +238,9 @@ def _shared(scorer: Scorer, task: Task, part: Part, built: Any, samples: int, an
     """The result of a task, in every process. All answer its requests; the first one grades the answers."""
     stored = None
     if answers is not None:
-        name = [task.settings() | {"data": None, "limit": None}, part.name, str(built.VERSION), scorer.settings()]
+        settings = task.settings() | {"data": None, "limit": None}
+        settings.pop("examples", None)  # the requests contain them
+        name = [settings, part.name, str(built.VERSION), scorer.settings()]
         stored = answers.open(name, scorer.together)
     try:
         return _graded(scorer, task, part, built, samples, stored)

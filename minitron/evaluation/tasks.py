@@ -28,10 +28,10 @@ from minitron.evaluation.requirements import (
 from minitron.evaluation.sandbox import check_sandbox
 from minitron.evaluation.splits import (
     check_examples,
+    definition_scored_split,
     fewshot_split,
-    hub_fewshot_split,
-    hub_scored_split,
-    own_examples,
+    local_definition,
+    may_draw,
     scored_split,
 )
 from minitron.evaluation.task_index import Group, Index, group, stock
@@ -85,6 +85,8 @@ class Task:
             "num_fewshot": self.num_fewshot,
             "limit": self.limit,
         }
+        if self.data is not None and self.num_fewshot:
+            values["examples"] = 2  # earlier versions drew others
         if self.chat_template:
             values["chat_template"] = True
         if self.folder is not None:
@@ -106,7 +108,7 @@ def check_tasks(tasks: Sequence[Task]) -> None:
     """Raise InputError for tasks that cannot run. Takes about a second; the hub is not contacted (see `check_requirements`).
 
     Refused are: unknown tasks, missing folders and packages, documents without a split that the task is scored on, too few
-    few-shot examples outside the scored split, a task that is given twice, and without `allow_code` tasks that run code.
+    few-shot examples besides the scored document, a task that is given twice, and without `allow_code` tasks that run code.
     """
     check_settings(tasks)
     for task in tasks:
@@ -183,13 +185,13 @@ def parts(task: Task) -> Iterator[Part]:
         if not task.allow_code:
             _check_no_code(task, config, roots)
         if root_folder is None:
-            if task.num_fewshot and not (own_examples(config) or hub_fewshot_split(config)):
+            if task.num_fewshot and not may_draw(config):
                 raise InputError(
                     f"task {task.name!r}: num_fewshot is {task.num_fewshot}, but its definition has no split for examples "
                     "besides the scored one",
                     "set num_fewshot to 0",
                 )
-            yield Part(name, definition, None, hub_scored_split(config))
+            yield Part(name, definition, None, definition_scored_split(config))
             continue
         folder = root_folder
         if is_group(task):
@@ -275,8 +277,9 @@ def _build(task: Task, part: Part) -> HarnessTask:
 
 def _with_local_documents(task: Task, part: Part, config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     assert part.splits is not None
-    fewshot = fewshot_split(config, part.splits, part.scored) if task.num_fewshot else None
-    documents = {name: read_split(part.splits[name]) for name in [part.scored, fewshot] if name}
+    config = local_definition(config, part.splits, part.scored)
+    fewshot = fewshot_split(config) if task.num_fewshot else None
+    documents = {name: read_split(part.splits[name]) for name in dict.fromkeys([part.scored, fewshot]) if name}
     for name, split in documents.items():
         present = split.column_names
         renamed = RENAMED_FIELDS.get(part.name, {}).items()
@@ -285,8 +288,8 @@ def _with_local_documents(task: Task, part: Part, config: dict[str, Any]) -> tup
         )
     columns = documents[part.scored].column_names
     # lm-eval would run process_docs over the whole split four times.
-    process = config.pop("process_docs", None)
-    if process is not None:
+    if config.get("process_docs") is not None and "process_docs" not in (config["fewshot_config"] or {}):
+        process = config.pop("process_docs")
         try:
             documents = {name: process(split) for name, split in documents.items()}
         except (KeyError, IndexError, ValueError, TypeError) as error:
@@ -297,19 +300,13 @@ def _with_local_documents(task: Task, part: Part, config: dict[str, Any]) -> tup
             ) from error
     for key in ("dataset_name", "dataset_kwargs"):
         config.pop(key, None)
+    # lm-eval wants the split of the examples also for 0 of them: the scored one takes its place, unread
+    documents = {split: documents.get(split, documents[part.scored]) for split in part.splits}
 
     def load(**_: Any) -> dict[str, Any]:
         return documents
 
-    config |= {
-        "dataset_path": str(task.data),
-        "custom_dataset": load,
-        "training_split": None,
-        "validation_split": None,
-        "test_split": part.scored,
-        "fewshot_split": fewshot,
-    }
-    return config, columns
+    return config | {"dataset_path": str(task.data), "custom_dataset": load}, columns
 
 
 def read_definition(path: Path, *, functions: bool) -> dict[str, Any]:
