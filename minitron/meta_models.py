@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from minitron.architecture import Architecture
+from minitron.attention import use_own_attention
 from minitron.checkpoints.companions import check_links
-from minitron.checkpoints.contents import filled
+from minitron.checkpoints.contents import check_tied, filled
 from minitron.checkpoints.files import Checkpoint, ShardWriter
 from minitron.checkpoints.headers import read_headers
 from minitron.checkpoints.reading import quiet_transformers, read_config
 from minitron.families.config import make_plain
 from minitron.logits import Head
-from minitron.models import load_model
+from minitron.models import is_finite, is_other_attention, load_model, not_finite
 from minitron.sharded_tensors import is_dtensor
 
 if TYPE_CHECKING:
@@ -50,6 +51,22 @@ class InMemory:
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         return self.tensors[name][start:stop]
+
+
+class Finite:
+    """The parameters of `weights`, each of which is refused with an InputError if a value in it is not finite.
+
+    where: the name of the model in the error.
+    """
+
+    def __init__(self, weights: Weights, where: str) -> None:
+        self.weights, self.where = weights, where
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        rows = self.weights.rows(name, start, stop)
+        if not is_finite(rows):
+            raise not_finite(self.where, [name])
+        return rows
 
 
 def on_meta(model: nn.Module) -> bool:
@@ -85,6 +102,7 @@ def open_model(folder: str | Path, dtype: torch.dtype) -> MetaModel:
     with quiet_transformers(), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.tie_weights()
+    use_own_attention(model.config)
     if (weights.folder / GENERATION).exists():  # such as the tokens that end an answer
         check_links(weights.folder)
         model.generation_config = GenerationConfig.from_pretrained(str(folder))
@@ -115,8 +133,12 @@ def read_head(folder: str | Path, dtype: torch.dtype) -> Head:
 
 def _opened(folder: str | Path) -> tuple[Any, Checkpoint]:
     config = read_config(str(folder), str(folder), trust_remote_code=False, local_files_only=True)
-    headers = filled(read_headers(Path(folder)), Architecture.from_config(config), str(folder))
-    return config, Checkpoint(Path(folder), headers)
+    if is_other_attention(config):
+        config._attn_implementation = None
+    architecture = Architecture.from_config(config)
+    weights = Checkpoint(Path(folder), filled(read_headers(Path(folder)), architecture, str(folder)))
+    check_tied(weights, architecture)
+    return config, weights
 
 
 @torch.no_grad()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -196,17 +198,32 @@ def load_source(source: str, revision: str | None = None, dtype: torch.dtype = t
         tokenizer = read_tokenizer(folder, source, **arguments)
         if "gguf_file" not in arguments:
             arguments["use_safetensors"] = not _is_pickled(folder)
-        if config._attn_implementation not in (None, *WRAPPED):  # it may need a package: use transformers' default
+        if is_other_attention(config):
             arguments["attn_implementation"] = "eager" if softcap_of(config) else "sdpa"
         with readable(repr(source)), quiet_transformers():
             model = _filled_model(folder, source, dtype=dtype, **arguments, **load_arguments(method))
-    not_finite = [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
-    if not_finite:
-        raise InputError(
-            f"{source}: {len(not_finite):,} tensors contain values that are not finite ({', '.join(not_finite[:3])})",
-            "download or copy it again, or use an earlier checkpoint of its training",
-        )
+    wrong = [name for name, parameter in model.named_parameters() if not is_finite(parameter)]
+    if wrong:
+        raise not_finite(source, wrong)
     return plain_model(model, method, dtype), tokenizer
+
+
+def is_other_attention(config: Any) -> bool:
+    """Whether a config names an attention implementation that may need a package; transformers' default is used instead."""
+    return config._attn_implementation not in (None, *WRAPPED)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite, in one pass without memory for a mask."""
+    return not tensor.numel() or all(math.isfinite(value) for value in torch.aminmax(tensor.detach()))
+
+
+def not_finite(where: str, names: Sequence[str]) -> InputError:
+    """The error for a model whose parameters of these names have values that are not finite."""
+    return InputError(
+        f"{where}: {len(names):,} tensors contain values that are not finite ({', '.join(names[:3])})",
+        "download or copy it again, or use an earlier checkpoint of its training",
+    )
 
 
 def _filled_model(folder: str, where: str, **arguments: Any) -> Any:
@@ -251,15 +268,39 @@ def source_folder(source: str, revision: str | None = None) -> str:
             f"{source}: a GGUF file cannot be split over several GPUs, and it does not fit on one",
             "give the model as a folder of safetensors",
         )
+    return _downloaded(folder, revision, arguments)
+
+
+def plain_folder(source: str, revision: str | None = None) -> str | None:
+    """The local folder of a model source that can be read a tensor at a time (see `minitron.meta_models.open_model`); None for
+    one that `load_source` has to convert: a GGUF file, quantised weights and pickles. That of a hub name is downloaded.
+
+    Raises InputError if the source cannot be read, or if its tensors are not those of the model in its config.
+    """
+    check_source(source)
+    check_contents(source, revision)
+    folder, arguments = _arguments(source, revision)
+    if is_remote_source(source):
+        check_contents(folder)
+    if "gguf_file" in arguments or _is_pickled(folder) or method_of(read_config(folder, source, **arguments), source):
+        return None
+    folder = _downloaded(folder, revision, arguments)
+    check_no_adapter(Path(folder))
+    return folder
+
+
+def _downloaded(folder: str, revision: str | None, arguments: dict[str, Any]) -> str:
+    """The local folder of what `_arguments` gives for a source that is not a GGUF file."""
     if is_local_source(folder):
         return folder
     from huggingface_hub import snapshot_download
 
+    weights = {header.file for header in hub_headers(folder, revision).values()}
     return str(
         snapshot_download(
             folder,
             revision=revision,
-            allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.model"],
+            allow_patterns=["*.json", *weights, "tokenizer*", "*.model"],
             local_files_only=arguments.get("local_files_only", False),
         )
     )
@@ -289,7 +330,7 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Mod
     check_type("dtype", dtype, torch.dtype, "a torch dtype")
     local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     config = read_config(str(folder), str(folder), **local)
-    if config._attn_implementation not in (None, *WRAPPED):  # as in load_source
+    if is_other_attention(config):
         config._attn_implementation = None
     with quiet_transformers():
         model: nn.Module = _filled_model(

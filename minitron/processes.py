@@ -6,6 +6,7 @@ Without an initialised process group, or for work that is not shared (`together`
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -63,6 +64,21 @@ def all_succeed(together: bool) -> Iterator[None]:
         raise
     if largest([0], together) != [0]:
         raise MinitronError("the measurement failed in another process", "its log says why")
+
+
+@contextmanager
+def in_turn(together: bool) -> Iterator[None]:
+    """The block, which one process of each node runs after another. All processes enter it, and all of them leave it together,
+    those in which it raises too."""
+    number = int(os.environ.get("LOCAL_RANK", own_rank(together)))
+    (last,) = largest([number], together)
+    for _ in range(number):
+        largest([0], together)
+    try:
+        yield
+    finally:
+        for _ in range(number, last + 1):
+            largest([0], together)
 
 
 def largest(numbers: Sequence[int], together: bool = True) -> list[int]:

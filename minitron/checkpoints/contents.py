@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from minitron.architecture import Architecture
-from minitron.checkpoints.files import layout_of, stored_parts
+from minitron.checkpoints.files import Checkpoint, layout_of, stored_parts
 from minitron.checkpoints.headers import Header
 from minitron.checkpoints.quantised import FULL
 from minitron.errors import InputError
@@ -142,6 +142,15 @@ def refusal(
     else:
         reason, remedy = _otherwise(difference)
     return InputError(f"{where}: the tensors are not those of the model in config.json: {difference}. {reason}", remedy)
+
+
+def check_tied(checkpoint: Checkpoint, architecture: Architecture) -> None:
+    """Raise InputError for a checkpoint with a head that differs from the embedding although the config ties them."""
+    table = architecture.table
+    if not architecture.tied or table.head not in checkpoint.headers:
+        return
+    if not torch.equal(checkpoint.tensor(table.head), checkpoint.tensor(table.embedding)):
+        raise untied_head(architecture, str(checkpoint.folder))
 
 
 def untied_head(architecture: Architecture, where: str) -> InputError:

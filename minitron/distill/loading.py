@@ -11,9 +11,9 @@ from torch import nn
 
 from minitron.device import device
 from minitron.distill.sharding import shard_teacher_
-from minitron.meta_models import load_onto, open_model, read_
-from minitron.models import load_source, source_architecture, source_folder, source_tokenizer
-from minitron.processes import largest, world_size
+from minitron.meta_models import Finite, Weights, load_onto, open_model, read_
+from minitron.models import load_source, plain_folder, source_architecture, source_folder, source_tokenizer
+from minitron.processes import in_turn, largest, world_size
 
 FREE_SHARE = 0.8
 """Share of a GPU's free memory that weights may take; the rest is for activations and logits."""
@@ -36,8 +36,12 @@ def load_split(folder: str | Path, dtype: torch.dtype) -> nn.Module:
     All processes then have to make equally many forward passes: each layer is gathered by all of them while it runs. The head
     and all else outside the layers is in every process. Raises InputError as `open_model` does.
     """
-    target = device()
     model, weights = open_model(folder, dtype)
+    return _split(model, weights, dtype)
+
+
+def _split(model: nn.Module, weights: Weights, dtype: torch.dtype) -> nn.Module:
+    target = device()
     model.requires_grad_(False)
     shard_teacher_(model, target)
     read_(model, weights, dtype, target)
@@ -54,11 +58,26 @@ def load_source_together(source: str, dtype: torch.dtype, *, together: bool) -> 
     """The model, in eval mode on `minitron.device.device()`, and the tokenizer of a model source.
 
     together: whether all processes of torch.distributed call this alike; the model is then split over them if it does not fit
-    on each one's GPU.
+    on each one's GPU. A GPU gets one tensor after another, so that main memory never has a copy of the model; of a source that
+    has to be converted (a GGUF file, quantised weights, pickles) one process of each node at a time has one.
 
     Raises InputError as `minitron.models.load_source` does, and for a GGUF file that does not fit.
     """
+    target = device()
     if together and not fit_whole([source], dtype):
-        return load_split(source_folder(source), dtype), source_tokenizer(source)
+        model, weights = open_model(source_folder(source), dtype)
+        return _split(model, Finite(weights, source), dtype), source_tokenizer(source)
+    if target.type == "cpu":
+        return _converted(source, dtype, target)
+    folder = plain_folder(source)
+    if folder is None:
+        with in_turn(together):
+            return _converted(source, dtype, target)
+    model, weights = open_model(folder, dtype)
+    read_(model, Finite(weights, source), dtype, target)
+    return model, source_tokenizer(source)
+
+
+def _converted(source: str, dtype: torch.dtype, target: torch.device) -> tuple[nn.Module, Any]:
     model, tokenizer = load_source(source, dtype=dtype)
-    return model.to(device()).eval(), tokenizer
+    return model.to(target).eval(), tokenizer

@@ -15,7 +15,7 @@ from minitron import storage
 from minitron.architecture import Architecture
 from minitron.arguments import check_type
 from minitron.checkpoints.companions import check_links, companions
-from minitron.checkpoints.contents import filled, untied_head
+from minitron.checkpoints.contents import check_tied, filled
 from minitron.checkpoints.files import Checkpoint, ShardWriter
 from minitron.checkpoints.headers import check_no_adapter, read_headers
 from minitron.checkpoints.reading import read_config
@@ -96,7 +96,7 @@ def write_pruned(
     check_no_adapter(folder)
     base = Architecture.from_config(config)
     checkpoint = Checkpoint(folder, filled(read_headers(folder), base, str(folder)))
-    _check_tied(checkpoint, base)
+    check_tied(checkpoint, base)
     selection = select(scores, base, architecture, layers=layers)
     read: Callable[[str], Tensor] = checkpoint.tensor
     if dtype is not None:
@@ -120,14 +120,6 @@ def write_pruned(
 
 def _rounded(checkpoint: Checkpoint, dtype: torch.dtype, name: str) -> Tensor:
     return checkpoint.tensor(name).to(dtype)
-
-
-def _check_tied(checkpoint: Checkpoint, base: Architecture) -> None:
-    table = base.table
-    if not base.tied or table.head not in checkpoint.headers:
-        return
-    if not torch.equal(checkpoint.tensor(table.head), checkpoint.tensor(table.embedding)):
-        raise untied_head(base, str(checkpoint.folder))
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -14,16 +14,17 @@ import torch.distributed as dist
 from helpers import tiny
 from helpers.evaluating import arc_documents, byte_tokenizer, pages, sums, tiny_model, write_jsonl
 from helpers.forking import fork_two
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitron import estimate_importance, storage
 from minitron.data import Rows
-from minitron.distill import store_hidden
+from minitron.distill import loading, store_hidden
 from minitron.distill.loading import load_split
 from minitron.distill.teacher.shard_format import INDEX
 from minitron.evaluation import Task, evaluate, heldout_metrics, teacher_targets
 from minitron.importance import LayerScoring
-from minitron.models import layers_of
+from minitron.models import layers_of, load_source
 
 SCORINGS = [LayerScoring(sizes=(2,)), LayerScoring("logit_error", sizes=(1,), iterative=2, rows=3)]
 
@@ -131,7 +132,32 @@ def main() -> None:
     dist.barrier()
     split = load_split(folder / "mixture", torch.float32)
     calibrate(out.format("split-mixture"), split, tiny.rows(3), layers=SCORINGS[0], batch_rows=1)
+    load_in_turn(folder, rank)
     dist.destroy_process_group()
+
+
+def load_in_turn(folder: Path, rank: int) -> None:
+    """Load a source that has to be converted, onto what stands for a GPU; `loads` says when each process began and ended."""
+    pickled = folder / "pickled"
+    if rank == 0:
+        tiny.model(seed=3).save_pretrained(pickled)
+        tiny.tokenizer().save_pretrained(pickled)
+        torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+        (pickled / "model.safetensors").unlink()
+    dist.barrier()
+
+    def logged(source: str, **options: Any) -> Any:
+        with (folder / "loads").open("a") as file:
+            file.write(f"begin {rank}\n")
+            file.flush()
+            loaded = load_source(source, **options)
+            file.write(f"end {rank}\n")
+        return loaded
+
+    gpu = torch.device("meta")
+    with mock.patch.object(loading, "device", return_value=gpu), mock.patch.object(loading, "load_source", logged):
+        model, _ = loading.load_source_together(str(pickled), torch.float32, together=True)
+    assert model.device == gpu
 
 
 if __name__ == "__main__":

@@ -7,6 +7,10 @@ import torch
 from helpers import tiny
 from helpers.live_bytes import LiveBytes
 
+from minitron.checkpoints.identity import model_identity
+from minitron.distill import loading
+from minitron.distill.loading import load_source_together
+from minitron.errors import InputError
 from minitron.logits import Head
 from minitron.meta_models import load_onto, open_model, read_, read_head, write_model
 from minitron.models import final_hidden, load_model
@@ -26,6 +30,9 @@ def test_a_model_read_one_tensor_at_a_time_computes_what_transformers_loads_and_
         assert all(parameter.is_meta for parameter in model.parameters())
         assert model.generation_config.to_dict() == expected.generation_config.to_dict()
         read_(model, weights, dtype, CPU)
+        # by which an evaluation finds the answers that it has stored
+        assert model_identity(model, tiny.tokenizer()) == model_identity(expected, tiny.tokenizer())
+        assert model.config._attn_implementation == expected.config._attn_implementation
         assert [name for name, _ in model.named_parameters()] == [name for name, _ in expected.named_parameters()]
         with torch.inference_mode():
             assert torch.equal(final_hidden(model, tokens), final_hidden(expected, tokens))
@@ -44,10 +51,28 @@ def test_a_model_read_one_tensor_at_a_time_computes_what_transformers_loads_and_
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe"])
-def test_a_gpu_gets_a_model_without_a_copy_of_it_in_main_memory(family, tmp_path):
+def test_a_gpu_gets_a_model_without_a_copy_of_it_in_main_memory(family, tmp_path, monkeypatch):
+    """As a stage loads a folder, and as `minitron evaluate` loads a source."""
+    monkeypatch.setattr(loading, "device", lambda: torch.device("meta"))
     tiny.model(family, num_hidden_layers=8).to(torch.bfloat16).save_pretrained(tmp_path)
-    with LiveBytes().counting() as live:
-        on_gpu = load_onto(tmp_path, torch.bfloat16, torch.device("meta"))
-    sizes = [parameter.nbytes for parameter in on_gpu.parameters()]
-    assert live.peak < 2.1 * max(sizes) < sum(sizes) / 2
-    assert all(buffer.is_meta for buffer in on_gpu.buffers())
+    tiny.tokenizer().save_pretrained(tmp_path)
+    for load in (
+        lambda: load_onto(tmp_path, torch.bfloat16, torch.device("meta")),
+        lambda: load_source_together(str(tmp_path), torch.bfloat16, together=True)[0],
+    ):
+        with LiveBytes().counting() as live:
+            on_gpu = load()
+        sizes = [parameter.nbytes for parameter in on_gpu.parameters()]
+        assert live.peak < 2.1 * max(sizes) < sum(sizes) / 2
+        assert all(buffer.is_meta for buffer in on_gpu.buffers())
+        assert not on_gpu.training
+
+
+def test_a_source_whose_weights_are_not_finite_is_refused_on_its_way_to_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "device", lambda: torch.device("meta"))
+    broken = tiny.model()
+    with torch.no_grad():
+        broken.model.norm.weight[3] = float("nan")
+    broken.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=rf"{tmp_path}: 1 tensors contain values that are not finite .model.norm"):
+        load_source_together(str(tmp_path), torch.float32, together=True)

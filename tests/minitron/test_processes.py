@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import tiny
-from helpers.command import ROOT
+from helpers.command import ROOT, environment
 from helpers.evaluating import tiny_model
 from helpers.measure_together import SCORINGS, calibrate_all, evaluate_all, measure_all
 
@@ -25,7 +25,7 @@ def together(bench, material, tmp_path_factory):
     """A folder with what each of two processes measured."""
     folder = tmp_path_factory.mktemp("together")
     arguments = [sys.executable, "-m", "helpers.measure_together", str(bench), str(material), str(folder)]
-    subprocess.run(arguments, cwd=ROOT / "tests", check=True, timeout=300)
+    subprocess.run(arguments, cwd=ROOT / "tests", env=environment(), check=True, timeout=300)
     return folder
 
 
@@ -87,6 +87,10 @@ def test_two_processes_share_the_requests_of_benchmarks_and_score_like_one(toget
 def test_requests_that_differ_between_processes_fail_their_task_in_all_of_them(together, rank):
     failed = json.loads((together / f"failed.json.{rank}of2").read_text())
     assert "the requests differ between the processes" in failed["arc_easy"]
+
+
+def test_processes_of_a_node_load_a_model_that_is_converted_one_after_another(together):
+    assert (together / "loads").read_text().splitlines() == ["begin 0", "end 0", "begin 1", "end 1"]
 
 
 def test_models_are_split_if_they_take_more_than_four_fifths_of_the_free_memory_of_any_gpu(material, monkeypatch):

@@ -88,9 +88,9 @@ def is_registered(model: str) -> bool:
 
 def load(source: str, dtype: str) -> Loaded:
     """Load a model to this machine's device. dtype: a name, or auto. Raises InputError as `minitron.models.load_source`."""
-    from minitron.device import compute_dtype, device
-    from minitron.models import load_source
+    from minitron.device import compute_dtype
+    from minitron.distill.loading import load_source_together
 
     chosen: torch.dtype = compute_dtype(dtype)
-    model, tokenizer = load_source(source, dtype=chosen)
-    return Loaded(model.to(device()).eval(), tokenizer, str(chosen).removeprefix("torch."))
+    model, tokenizer = load_source_together(source, chosen, together=False)
+    return Loaded(model, tokenizer, str(chosen).removeprefix("torch."))

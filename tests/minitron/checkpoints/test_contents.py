@@ -18,7 +18,8 @@ from helpers.serving import serving
 from safetensors.torch import load_file, save_file
 
 from minitron.errors import InputError
-from minitron.models import check_contents, load_model, load_source, save_model
+from minitron.meta_models import open_model
+from minitron.models import check_contents, load_model, load_source, plain_folder, save_model
 from minitron.pruning.streaming import prune_checkpoint
 from minitron_platform.cli.commands import main
 
@@ -208,6 +209,7 @@ def test_a_head_that_differs_from_its_tied_embedding_is_refused(tmp_path):
     for read in (
         lambda: load_source(str(tmp_path / "model")),
         lambda: load_model(tmp_path / "model"),
+        lambda: open_model(tmp_path / "model", torch.float32),
         lambda: prune_checkpoint(tmp_path / "model", tmp_path / "out", base, tiny.scores(base)),
     ):
         with pytest.raises(InputError, match=r"config.json ties lm_head.weight to .* they differ"):
@@ -274,6 +276,7 @@ def test_an_fp8_teacher_is_dequantised_and_saved_as_an_ordinary_one(family, tmp_
             scales = stored[f"{name}_scale_inv"].repeat_interleave(32, 0).repeat_interleave(32, 1)
             exact[name] = tensor.float() * scales[: tensor.shape[0], : tensor.shape[1]]
     check_contents(str(tmp_path / "fp8"))
+    assert plain_folder(str(tmp_path / "fp8")) is None  # its tensors are not those of the model
     for dtype in (torch.float32, torch.bfloat16):
         save_model(*load_source(str(tmp_path / "fp8"), dtype=dtype), tmp_path / str(dtype))
         saved = load_file(tmp_path / str(dtype) / "model.safetensors")
@@ -322,8 +325,11 @@ def cached(snapshot, *names):
 
 def test_a_hub_model_in_the_cache_is_checked(hub):
     cached(hub)
-    with pytest.raises(InputError, match=f"somebody/model: .* 1 missing .{LAYER}"):
-        check_contents("somebody/model")
+    for check in (check_contents, plain_folder):
+        with pytest.raises(InputError, match=f"somebody/model: .* 1 missing .{LAYER}"):
+            check("somebody/model")
+    written(hub)
+    assert plain_folder("somebody/model") == str(hub)
 
 
 def test_a_hub_model_with_only_its_config_in_the_cache_is_accepted(hub):
