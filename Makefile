@@ -71,7 +71,7 @@ locks: $(VENV)/.installed  ## constraints-lowest.txt, from the lower bounds of p
 # By uv, which takes a third of the time that pip takes: on Linux the lowest torch comes with CUDA, 6 GB.
 $(LOWEST)/.installed: $(VENV)/.installed constraints-lowest.txt
 	$(BIN)/uv venv -q --clear --python $(BIN)/python $(LOWEST)
-	$(BIN)/uv pip install -q --python $(LOWEST) -c constraints-lowest.txt -e '.[dev]'
+	$(BIN)/uv pip install -q --compile-bytecode --python $(LOWEST) -c constraints-lowest.txt -e '.[dev]'
 	$(BIN)/uv pip install -q --python $(LOWEST) --no-deps -r requirements-data.txt
 	touch $@
 

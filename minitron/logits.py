@@ -166,6 +166,21 @@ def log_softmax_(logits: Tensor, log_sum_exp: Tensor | None = None, *, buffer: T
     return logits.sub_(log_sum_exp[:, None])
 
 
+def log_softmax_slices_(logits: Tensor, buffer: Tensor | None) -> Tensor:
+    """`log_softmax_` of a chunk of logits [n, V], one of `cache_slices` at a time. buffer: a `cache_buffer`."""
+    for rows in cache_slices(logits):
+        log_softmax_(logits[rows], buffer=buffer)
+    return logits
+
+
+def squared_sum_(logits: Tensor) -> Tensor:
+    """Sum of the squares of a chunk of logits [n, V], which are squared in place: a float64 scalar.
+
+    Rows are summed in float32: `sum(dtype=torch.float64)` of all of them would make a float64 copy first.
+    """
+    return logits.square_().sum(dim=-1).sum(dtype=torch.float64)
+
+
 def softmax_(logits: Tensor, log_sum_exp: Tensor | None = None) -> Tensor:
     """softmax over the last dimension of [n, V], in place; returns the logits' log-sum-exp [n].
 

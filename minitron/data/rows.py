@@ -32,9 +32,14 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:05d}.bin"
 
 
+def number_of_shards(rows: int, shard_rows: int) -> int:
+    """The number of shards of a split."""
+    return -(-rows // shard_rows)
+
+
 def shard_names(split: str, rows: int, shard_rows: int) -> list[str]:
     """The file names of all shards of a split."""
-    return [shard_name(split, number) for number in range(-(-rows // shard_rows))]
+    return [shard_name(split, number) for number in range(number_of_shards(rows, shard_rows))]
 
 
 def content_hash(split: str, rows: int, shard_rows: int, entries: Mapping[str, Mapping[str, Any]]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minitron.data import DocumentTokens
 from minitron.evaluation.mode import evaluating
-from minitron.logits import CHUNK_TOKENS, Head, log_softmax_, tokens_per_chunk
+from minitron.logits import CHUNK_TOKENS, Head, cache_buffer, log_softmax_slices_, tokens_per_chunk
 from minitron.models import final_hidden
 
 
@@ -82,4 +82,6 @@ def _losses(model: Any, head: Head, texts: list[list[int]], begin: Sequence[int]
     predicted = torch.tensor(counts[1:], device=head.weight.device)
     hidden = final_hidden(model, torch.tensor([ids], device=head.weight.device))[0, :-1][predicted]
     parts = zip(head.chunks(hidden), targets[predicted].split(tokens_per_chunk(head.weight, CHUNK_TOKENS)), strict=True)
-    return torch.cat([-log_softmax_(logits).gather(1, target[:, None])[:, 0].double() for logits, target in parts])
+    buffer = cache_buffer(head.weight)
+    log_probs = [log_softmax_slices_(logits, buffer).gather(1, target[:, None])[:, 0] for logits, target in parts]
+    return -torch.cat(log_probs).double()

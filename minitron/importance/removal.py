@@ -15,7 +15,7 @@ from minitron.data import DocumentBoundaries
 from minitron.families import family_of
 from minitron.importance.distributed import own_batches, sum_over_processes
 from minitron.importance.similarity import cosine_sums
-from minitron.logits import CHUNK_TOKENS, Head, cache_buffer, cache_slices, first_rows, tokens_per_chunk
+from minitron.logits import CHUNK_TOKENS, Head, cache_buffer, cache_slices, first_rows, squared_sum_, tokens_per_chunk
 from minitron.models import final_hidden, layers_of
 
 ROW_METRICS = ("loss", "logit_error", "cosine")
@@ -59,7 +59,7 @@ def removal_scores(
         elif metric == "loss":
             scale += weight * batch[:, 1:].numel()
         else:
-            scale += weight * sum(part.square_().sum(dtype=torch.float64) for part in head.chunks(whole.flatten(0, 1)))
+            scale += weight * sum(squared_sum_(part) for part in head.chunks(whole.flatten(0, 1)))
         for size, values in totals.items():
             if metric == "cosine":
                 values += weight * (batch.numel() - torch.diagonal(cosines, offset=size))
@@ -116,4 +116,4 @@ def _loss_sum(head: Head, hidden: Tensor, batch: Tensor) -> Tensor:
 def _error_sum(head: Head, hidden: Tensor, whole: Tensor) -> Tensor:
     """Sum of squared differences between the logits of hidden states [rows, seq_length, hidden], a float64 scalar."""
     pairs = zip(head.chunks(hidden.flatten(0, 1)), head.chunks(whole.flatten(0, 1)), strict=True)
-    return torch.stack([part.sub_(reference).square_().sum(dtype=torch.float64) for part, reference in pairs]).sum()
+    return torch.stack([squared_sum_(part.sub_(reference)) for part, reference in pairs]).sum()

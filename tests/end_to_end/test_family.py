@@ -27,7 +27,7 @@ SMALL = {"num_layers": [2, 3], "hidden_size": [36, 48], "intermediate_size": [48
 
 def _recipe(bench, name, **changes):
     values = yaml.safe_load((bench / "recipe.yaml").read_text())
-    values |= {"name": name, "evaluate": {"tasks": []}, "resources": {"cpus_per_trial": 2}, **changes}
+    values |= {"name": name, "evaluate": {"tasks": []}, "resources": {"workers": 1, "cpus_per_trial": 2}, **changes}
     values["search"]["training"]["steps"] = 3
     values["data"]["separate_documents"] = True
     (bench / f"{name}.yaml").write_text(yaml.safe_dump(values))

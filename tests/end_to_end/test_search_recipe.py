@@ -53,7 +53,7 @@ def _recipe(bench, latency_ms):
     perplexity = {"name": "wikitext", "data": str(bench / "pages.jsonl")}
     values["search"]["evaluate"]["tasks"] = [*values["evaluate"]["tasks"], perplexity]
     values["evaluate"] = {"tasks": [perplexity], "prompts": PROMPTS}
-    values["resources"] = {"workers": 1}
+    values["resources"] = {"workers": 1, "cpus_per_trial": 2}
     (bench / "all.yaml").write_text(yaml.safe_dump(values))
     return load_recipe(str(bench / "all.yaml"))
 

@@ -7,7 +7,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from minitron.data import DocumentTokens
 from minitron.distill.teacher.stored import log_sum_exp
+from minitron.distill.teacher.top_k import top_tokens
+from minitron.evaluation.beginning import bos_losses
 from minitron.evaluation.continuations import Continuation, log_likelihoods
 from minitron.evaluation.heldout import heldout_metrics, teacher_targets
 from minitron.importance.removal import removal_scores
@@ -45,6 +48,14 @@ def _continuations(model, rows):
     assert len(list(log_likelihoods(model, asked, ROWS))) == ROWS
 
 
+def _top_tokens(model, rows):
+    top_tokens(Head.of(model), final_hidden(model, rows).flatten(0, 1), 8)
+
+
+def _bos(model, rows):
+    bos_losses(model, rows[:1], DocumentTokens(begin=(), end=(1,), bos=2))
+
+
 def _removal(metric):
     def scores(model, rows):
         removal_scores(model, rows, metric, [0, 1], [1], documents=None, batch_rows=ROWS, advance=lambda count: None)
@@ -59,7 +70,9 @@ def _removal(metric):
         pytest.param(_heldout, 3, id="heldout"),
         pytest.param(_continuations, 1, id="continuations"),
         pytest.param(_removal("loss"), 4, id="loss"),  # two for each of the two layers
-        pytest.param(_removal("logit_error"), 8, id="logit_error"),  # among them three sums in float64, of whole chunks
+        pytest.param(_removal("logit_error"), 5, id="logit_error"),  # once for the scale, and two for each layer
+        pytest.param(_top_tokens, 2, id="top_tokens"),  # logits, and memory for a slice
+        pytest.param(_bos, 4, id="bos"),  # these of two texts
     ],
 )
 @torch.no_grad()

@@ -18,7 +18,7 @@ from minitron.distill.teacher.live import TeacherBatch, TopK
 from minitron.distill.teacher.shard_writing import RowModel, Writing, write_shards
 from minitron.distill.teacher.shards import Shards
 from minitron.errors import InputError, StorageError
-from minitron.logits import Head, log_softmax_
+from minitron.logits import Head, cache_buffer, log_softmax_slices_
 from minitron.models import final_hidden
 
 
@@ -85,17 +85,20 @@ def store_top_k(
             raise InputError(f"k: {k} of a vocabulary of {len(head.weight)}", "store 1 token or more, up to all")
 
         def compute(input_ids: Tensor) -> dict[str, Tensor]:
-            hidden = final_hidden(model, input_ids, documents)
-            parts = [log_softmax_(logits).topk(k) for logits in head.chunks(hidden.flatten(0, 1))]
+            top = top_tokens(head, final_hidden(model, input_ids, documents).flatten(0, 1), k)
             shape = (*input_ids.shape, k)
-            return {
-                "log_probs": torch.cat([part.values for part in parts]).view(shape),
-                "tokens": torch.cat([part.indices for part in parts]).int().view(shape),
-            }
+            return {"log_probs": top.log_probs.view(shape), "tokens": top.tokens.int().view(shape)}
 
         return RowModel(model, compute, rows.seq_length * 8 * k)
 
     return write_shards(load, rows, folder, key=key, note=_lost, **how)
+
+
+def top_tokens(head: Head, hidden: Tensor, k: int) -> TopK:
+    """The `k` most likely tokens at hidden states [n, d], the likeliest first."""
+    buffer = cache_buffer(head.weight)
+    parts = [log_softmax_slices_(logits, buffer).topk(k) for logits in head.chunks(hidden)]
+    return TopK(torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts]))
 
 
 def _lost(tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from minitron.data.in_parts import TOKENS_PER_BYTE
 from minitron.data.packing import SHARD_ROWS
 from minitron.data.part_files import BLOCK_TOKENS
 from minitron.data.parts import PART_BYTES
-from minitron.data.rows import shard_names
+from minitron.data.rows import number_of_shards
 from minitron_platform.estimates.gpu import GpuTraining
 from minitron_platform.estimates.outlook import DOCUMENT_TOKENS, MASTER_BYTES, Outlook, head_flops
 from minitron_platform.estimates.requests import (
@@ -48,8 +48,7 @@ def data_parts(outlook: Outlook, *, in_tasks: bool) -> tuple[Part, ...]:
     """One worker tokenises and packs; with `in_tasks` all workers tokenise parts of the text, one places the documents, and all
     write the shards of the rows."""
     data = outlook.recipe.data
-    rows = {"train": data.train_rows, "heldout": data.heldout_rows}
-    tokens = sum(rows.values()) * data.seq_length
+    tokens = (data.train_rows + data.heldout_rows) * data.seq_length
     size = TOKEN_BYTES * tokens
     tokenising = tokens / TOKENS_PER_CPU_SECOND
     if not in_tasks:
@@ -57,7 +56,7 @@ def data_parts(outlook: Outlook, *, in_tasks: bool) -> tuple[Part, ...]:
             Alone(tokens=tokens, cpu_seconds=tokenising, reads=size, writes=size, requests=2 * model_requests(size)),
         )
     text_parts = math.ceil(tokens / TOKENS_PER_BYTE / PART_BYTES)
-    shards = sum(len(shard_names(split, count, SHARD_ROWS)) for split, count in rows.items())
+    shards = sum(number_of_shards(count, SHARD_ROWS) for count in (data.train_rows, data.heldout_rows))
     blocks = text_parts + math.ceil(tokens / BLOCK_TOKENS)
     return (
         Split(
