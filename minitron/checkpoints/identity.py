@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +16,15 @@ from minitron.sharded_tensors import is_dtensor
 from minitron.storage import fingerprint
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 # Fields of the families' configs that do not influence the outputs.
 NOT_THE_OUTPUTS = (
     *("use_cache", "initializer_range", "pretraining_tp", "output_router_logits", "router_aux_loss_coef"),
-    *("bos_token_id", "eos_token_id", "pad_token_id"),  # the tokenizer's are used
+    # the tokenizer's are used, except for text that is written, see `generation_settings`
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
 )
+NOT_THE_TEXT = ("use_cache", "output_attentions", "output_hidden_states", "transformers_version")  # generation settings
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # as safetensors spells them
 HEAD = "lm_head.weight"
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
@@ -31,7 +34,7 @@ def checkpoint_identity(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str
     """A hash of everything that decides a checkpoint's outputs on text, 16 hexadecimal digits: the values of its weights, the
     config fields that the model computes with, and how its tokenizer turns text into ids.
 
-    Not included: the split into files, versions, paths, chat templates, and the machine that wrote it.
+    Not included: the split into files, versions, paths, chat templates, `generation_settings`, and the machine that wrote it.
     """
     from minitron.checkpoints.reading import read_config
 
@@ -65,6 +68,16 @@ def _identity(weights: str, config: PretrainedConfig, tokenizer: PreTrainedToken
             "special": {name: getattr(tokenizer, name, None) for name in SPECIAL},
         }
     )
+
+
+def generation_settings(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What, besides `model_identity`, decides the text that a model writes: the tokens that end it, penalties and the like of
+    its generation config, and how the tokenizer turns ids into text; a JSON value."""
+    values = json.loads(config.to_json_string())
+    return {
+        "config": {name: value for name, value in values.items() if name[0] != "_" and name not in NOT_THE_TEXT},
+        "clean_up": bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)),
+    }
 
 
 def weights_identity(folder: Path) -> str:

@@ -241,6 +241,8 @@ def _shared(scorer: Scorer, task: Task, part: Part, built: Any, samples: int, an
         settings = task.settings() | {"data": None, "limit": None}
         settings.pop("examples", None)  # the requests contain them
         name = [settings, part.name, str(built.VERSION), scorer.settings()]
+        if built.OUTPUT_TYPE == "generate_until" and (of_text := scorer.text_settings()):
+            name.append(of_text)
         stored = answers.open(name, scorer.together)
     try:
         return _graded(scorer, task, part, built, samples, stored)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from minitron.architecture import Architecture
+from minitron.checkpoints.identity import generation_settings
 from minitron.data import document_tokens
 from minitron.errors import InputError
 from minitron.evaluation.answers import Answers, batch_name
@@ -66,6 +67,10 @@ class Scorer(DocumentRequests):
     def settings(self) -> dict[str, Any]:
         """What its answers to the same requests depend on besides the model, apart from rounding."""
         return {"dtype": str(self.model.dtype), "device": self.device.type, "begin": list(self.around.begin)}
+
+    def text_settings(self) -> dict[str, Any]:
+        """What the texts that it writes depend on besides `settings`; a JSON value."""
+        return generation_settings(self.model.generation_config, self.tokenizer)
 
     def _expect(self, answers: int) -> None:
         self._expected = answers

@@ -55,6 +55,9 @@ class ServedScorer(Scorer):
     def settings(self) -> dict[str, Any]:
         return {"server": "completions", "begin": list(self.around.begin), "length": self.max_length}
 
+    def text_settings(self) -> dict[str, Any]:
+        return {}  # those of the server's model are part of what names it, see `AnswerStore`
+
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
         rows = []
         for _text, context, tokens in requests:

@@ -38,7 +38,7 @@ from minitron_platform.stages.distill import Distill
 from minitron_platform.stages.stage import Stage, StageOutput
 from minitron_platform.stages.state import RunState
 from minitron_platform.stages.targets import Targets, distill_inputs
-from minitron_platform.stages.teacher import Teacher, chat_template_input
+from minitron_platform.stages.teacher import Teacher, chat_template_input, generation_input
 from minitron_platform.workers import models
 from minitron_platform.workers.worker import Worker
 from minitron_search.memory import release_memory
@@ -239,6 +239,7 @@ def _settings(state: RunState) -> dict[str, Any]:
         "documents": [documents_identity(task.data) for task in state.recipe.evaluate.tasks if task.data],
         "lm_eval": version("lm_eval"),
         **chat_template_input(state, any(task.chat_template for task in state.recipe.evaluate.tasks)),
+        **generation_input(state, bool(state.recipe.evaluate.tasks or state.recipe.evaluate.prompts)),
     } | ({"task_folder": documents_identity(folder)} if (folder := state.recipe.evaluate.task_folder) else {})
 
 

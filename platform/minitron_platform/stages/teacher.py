@@ -7,7 +7,7 @@ from typing import Any
 
 from minitron import storage
 from minitron.architecture import Architecture
-from minitron.checkpoints.identity import checkpoint_identity
+from minitron.checkpoints.identity import checkpoint_identity, generation_settings
 from minitron.checkpoints.reading import read_config
 from minitron.checkpoints.tokenizer_files import check_tokenizer_fits
 from minitron.data import DocumentTokens, document_tokens
@@ -38,6 +38,8 @@ class TeacherOutput(StageOutput):
     """Special tokens that its tokenizer puts around a document."""
     chat_template: str = ""
     """Fingerprint of its tokenizer's chat template, which is not part of `id`; empty without one, and in earlier records."""
+    generation: str = ""
+    """Fingerprint of what decides the text that it writes, which is not part of `id`; empty in earlier records."""
 
 
 class Teacher(Stage[TeacherOutput]):
@@ -97,6 +99,8 @@ def _convert(task: _Conversion, worker: Worker) -> TeacherOutput:
         worker.progress.status("writing it as safetensors")
         with storage.committed_folder(task.target) as local_folder:
             save_model(model, tokenizer, local_folder)
+    from transformers import GenerationConfig
+
     worker.progress.status("hashing its weights")
     local = storage.fetch(task.target)
     architecture = Architecture.from_config(read_config(str(local), str(local), local_files_only=True))
@@ -110,6 +114,7 @@ def _convert(task: _Conversion, worker: Worker) -> TeacherOutput:
         parameters=architecture.num_parameters,
         document=document_tokens(tokenizer),
         chat_template=storage.fingerprint(tokenizer.chat_template) if tokenizer.chat_template else "",
+        generation=storage.fingerprint(generation_settings(GenerationConfig.from_pretrained(local), tokenizer)),
         summary=f"{architecture.num_parameters / 1e6:.1f}M parameters · {architecture}",
     )
 
@@ -118,6 +123,12 @@ def chat_template_input(state: RunState, used: bool) -> dict[str, str]:
     """The teacher's chat template among the inputs of a stage, if the stage uses one."""
     template = state.output(Teacher).chat_template
     return {"chat_template": template} if used and template else {}
+
+
+def generation_input(state: RunState, used: bool) -> dict[str, str]:
+    """The teacher's generation settings, which its students have too, among the inputs of a stage whose models write text."""
+    settings = state.output(Teacher).generation
+    return {"generation": settings} if used and settings else {}
 
 
 def weight_hashes(checkpoint: str) -> dict[str, str]:

@@ -68,3 +68,18 @@ def test_another_model_has_other_answers_and_a_damaged_file_is_named(tasks, tmp_
     file.write_text("[]")
     with pytest.raises(StorageError, match=f"{file.name}: is damaged"):
         evaluate_documents(model, tokenizer, tasks[:1], answers=store)
+
+
+def test_texts_are_kept_by_the_generation_settings_and_choices_are_not(tasks, tmp_path):
+    folder = tmp_path / "answers"
+    identities = set()
+    for changes in ({}, {"repetition_penalty": 3.0}, {"eos_token_id": list(range(40, 120))}, {"clean up": True}):
+        model, tokenizer = tiny_model(1), byte_tokenizer()
+        tokenizer.clean_up_tokenization_spaces = changes.pop("clean up", False)
+        model.generation_config.update(**changes)
+        store = AnswerStore(str(folder), model_identity(model, tokenizer))
+        identities.add(store.model)
+        results = evaluate_documents(model, tokenizer, tasks, batch_size=4, samples=3, answers=store)
+        assert results == evaluate_documents(model, tokenizer, tasks, batch_size=4, samples=3)
+    assert len(identities) == 1
+    assert len(list((folder / store.model).iterdir())) == 1 + 4  # of the choices, and of the texts

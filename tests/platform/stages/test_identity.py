@@ -31,6 +31,7 @@ FIXED = {
     "train_tokens": 176 * 256,
     "winner": STUDENT,
     "document": DocumentTokens((), (2,), 1),
+    "generation": "",  # as in records of earlier versions
     "table": {"distilled": Figures.model_construct(failures={})},
 }
 
@@ -112,3 +113,11 @@ def test_another_chat_template_computes_again_what_uses_it(fingerprints, monkeyp
     after = fingerprints(recipe)
     differing = {name.split()[-1] for name in before if before[name] != after[name]}
     assert changed in differing if changed else not differing
+
+
+def test_other_generation_settings_evaluate_again(fingerprints, monkeypatch):
+    recipe = load_recipe("smollm2-135m-cpu")
+    before = fingerprints(recipe)
+    monkeypatch.setitem(FIXED, "generation", "of a newer version")
+    after = fingerprints(recipe)
+    assert {name.split()[-1] for name in before if before[name] != after[name]} == {"evaluate"}
