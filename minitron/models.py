@@ -18,7 +18,10 @@ from minitron.attention import WRAPPED, row_arguments, softcap_of, use_own_atten
 from minitron.checkpoints.companions import check_links
 from minitron.checkpoints.contents import Difference, filled, is_harmless, refusal, untied_head
 from minitron.checkpoints.gguf import read_once
+from minitron.checkpoints.gguf_contents import check_tensors
+from minitron.checkpoints.gguf_header import check_gguf
 from minitron.checkpoints.gguf_remote import header_copy
+from minitron.checkpoints.gguf_rope import add_scaling, check_scaling
 from minitron.checkpoints.headers import (
     check_no_adapter,
     has_adapters,
@@ -130,14 +133,20 @@ def source_architecture(source: str, revision: str | None = None) -> tuple[Archi
 def check_contents(source: str, revision: str | None = None) -> None:
     """Raise InputError unless the tensors of a model source have the names, shapes and dtypes of the model in its config.
 
-    `load_source` checks the rest, and everything for a source without safetensors or in remote storage.
+    `load_source` checks the rest, and everything for a folder in remote storage.
     """
-    if is_remote_source(source):
+    remote = is_remote_source(source)
+    if remote and not source.endswith(".gguf"):
         return
-    folder, arguments = _arguments(source, revision)
-    if "gguf_file" in arguments:
-        return
+    folder, arguments = _arguments(source, revision, weights=not remote)
     config = read_config(folder, source, **arguments)
+    if "gguf_file" in arguments:
+        header = check_gguf(Path(folder, arguments["gguf_file"]))
+        check_tensors(header, Architecture.from_config(config), source)
+        check_scaling(header, source)
+        if not remote:
+            add_scaling(config, header, source)
+        return
     method = method_of(config, source)
     if not is_local_source(folder):
         headers = hub_headers(folder, revision)
@@ -188,15 +197,18 @@ def load_source(source: str, revision: str | None = None, dtype: torch.dtype = t
     """
     check_type("dtype", dtype, torch.dtype, "a torch dtype")
     check_source(source)
-    check_contents(source, revision)
-    folder, arguments = _arguments(source, revision)
-    if is_remote_source(source):
-        check_contents(folder)
     with read_once():
+        check_contents(source, revision)
+        folder, arguments = _arguments(source, revision)
+        if is_remote_source(source) and "gguf_file" not in arguments:
+            check_contents(folder)
         config = read_config(folder, source, **arguments)
         method = method_of(config, source)
         tokenizer = read_tokenizer(folder, source, **arguments)
-        if "gguf_file" not in arguments:
+        if "gguf_file" in arguments:
+            add_scaling(config, check_gguf(Path(folder, arguments["gguf_file"])), source)
+            arguments["config"] = config
+        else:
             arguments["use_safetensors"] = not _is_pickled(folder)
         if is_other_attention(config):
             arguments["attn_implementation"] = "eager" if softcap_of(config) else "sdpa"

@@ -1,4 +1,5 @@
-"""A check of a GGUF file's header before the package gguf reads it, which believes every count and length in it.
+"""A GGUF file's header: checked before the package gguf reads it, which believes every count and length in it, and what it says
+of the tensors.
 
 The format: github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
@@ -9,7 +10,8 @@ import math
 import mmap
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,6 +29,8 @@ MOST_TENSORS = 1_000_000
 MOST_DIMENSIONS = 8  # gguf has 4
 LEAST_PAIR = 8 + 4 + 1  # bytes of a key and a value: length, type, value
 LEAST_TENSOR = 8 + 4 + 4 + 8  # bytes of a tensor's entry: length, dimensions, type, offset
+LEAST_ALIGNMENT, MOST_ALIGNMENT = 32, 2**16  # of the first tensor, in bytes; the least is the default
+ARCHITECTURE, ALIGNMENT, SCALING = "general.architecture", "general.alignment", ".rope.scal"
 LIMITS = {
     ".block_count": MOST_LAYERS,
     ".expert_count": MOST_EXPERTS,
@@ -39,12 +43,35 @@ LIMITS = {
 """By the end of a key."""
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a GGUF file: its shape in torch's order, ggml's number of its type, and its first byte in the file."""
+
+    shape: tuple[int, ...]
+    type: int
+    start: int
+
+
+@dataclass(frozen=True, eq=False)
+class GgufHeader:
+    """What the header of a GGUF file says, one object as long as the file does not change: its path, struct's byte order, the
+    architecture in llama.cpp's spelling, the tensors by name, and the scaling of RoPE by the keys without the architecture
+    (`rope.scaling.type`)."""
+
+    path: Path
+    order: str
+    architecture: str
+    tensors: Mapping[str, StoredTensor]
+    rope_scaling: Mapping[str, str | int | float]
+
+
 class _InvalidHeader(Exception):
     """A count or length that the file cannot have."""
 
 
-def check_gguf(path: Path) -> None:
-    """Raise InputError unless `path` is a GGUF file whose counts, lengths and offsets lie inside it and can be a model's.
+def check_gguf(path: Path) -> GgufHeader:
+    """The header of a GGUF file. Raises InputError unless its counts, lengths and offsets lie inside the file and can be a
+    model's.
 
     A file that has not changed since is not looked at again: a vocabulary takes tenths of a second.
     """
@@ -54,14 +81,16 @@ def check_gguf(path: Path) -> None:
         raise InputError(f"{path}: cannot be read ({error.strerror})", "check the path and its permissions") from error
     if not stat.S_ISREG(status.st_mode):
         raise InputError(f"{path}: is not a file", "give the path of a .gguf file")
-    _check(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return _check(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @lru_cache(maxsize=8)
-def _check(path: Path, *_: int) -> None:
+def _check(path: Path, *_: int) -> GgufHeader:
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            _Header(data, len(data)).check()
+            header = _Header(data, len(data))
+            header.check()
+            return header.contents(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})", "check its permissions") from error
     except (_InvalidHeader, struct.error, ValueError) as error:  # ValueError: an empty file cannot be mapped
@@ -92,11 +121,16 @@ class _Header:
             self.order = ">"  # the version in the other byte order
         self.read("I")
         self.elements = 0
+        self.kept: dict[str, str | int | float] = {}
+        self.tensors: dict[str, StoredTensor] = {}  # without the position of the first one
 
     def read(self, kind: str) -> int:
+        return int(self.number(kind))
+
+    def number(self, kind: str) -> int | float:
         [value] = struct.unpack_from(self.order + kind, self.data, self.position)
         self.position += struct.calcsize(self.order + kind)
-        return int(value) if kind not in "fd" else 0
+        return float(value) if kind in "fd" else int(value)
 
     def skip(self, count: int, size: int) -> None:
         if count * size > self.size - self.position:
@@ -117,16 +151,36 @@ class _Header:
         for _ in range(pairs):
             key = self.string().decode(errors="replace")
             for value in self._values(self.read("I"), nested=False):
-                self._check_size(key, value)
+                if key in (ARCHITECTURE, ALIGNMENT) or SCALING in key:
+                    self.kept[key] = value
+                if not isinstance(value, str):
+                    self._check_size(key, value)
         for _ in range(tensors):
             self._check_tensor()
 
-    def _values(self, kind: int, *, nested: bool) -> Iterator[int]:
-        """The whole numbers of a value; those of other types are skipped."""
+    def contents(self, path: Path) -> GgufHeader:
+        """What the header says, after `check`."""
+        architecture = str(self.kept.get(ARCHITECTURE, ""))
+        alignment = self.kept.get(ALIGNMENT, LEAST_ALIGNMENT)
+        if not isinstance(alignment, int) or not 1 <= alignment <= MOST_ALIGNMENT:
+            raise _InvalidHeader(f"{ALIGNMENT} is {alignment!r}")
+        first = math.ceil(self.position / alignment) * alignment
+        return GgufHeader(
+            path,
+            self.order,
+            architecture,
+            {name: replace(tensor, start=first + tensor.start) for name, tensor in self.tensors.items()},
+            {key.removeprefix(f"{architecture}."): value for key, value in self.kept.items() if SCALING in key},
+        )
+
+    def _values(self, kind: int, *, nested: bool) -> Iterator[str | int | float]:
+        """The numbers and the text of a value; those of long arrays, and texts in arrays, are skipped."""
         if kind in SCALARS:
-            yield self.read(SCALARS[kind])
+            yield self.number(SCALARS[kind])
         elif kind == STRING:
-            self.string()
+            text = self.string()
+            if not nested:
+                yield text.decode(errors="replace")
         elif kind == ARRAY and not nested:
             inner, count = self.read("I"), self.read("Q")
             self.elements += count
@@ -143,19 +197,23 @@ class _Header:
         else:
             raise _InvalidHeader(f"a value of type {kind}")
 
-    def _check_size(self, key: str, value: int) -> None:
+    def _check_size(self, key: str, value: int | float) -> None:
         limit = next((limit for end, limit in LIMITS.items() if key.endswith(end)), None)
         if limit is not None and value > limit:
             raise _InvalidHeader(f"{key[:100]} is {value:,}; the largest that is possible is {limit:,}")
 
     def _check_tensor(self) -> None:
-        name = self.string().decode(errors="replace")[:100]
+        full = self.string().decode(errors="replace")
+        name = full[:100]
         dimensions = self.read("I")
         if dimensions > MOST_DIMENSIONS:
             raise _InvalidHeader(f"tensor {name!r} has {dimensions:,} dimensions")
         shape = [self.read("Q") for _ in range(dimensions)]
-        self.read("I")
+        kind = self.read("I")
         offset = self.read("Q")
         # a weight has one bit at least
         if offset > self.size or math.prod(shape) > 8 * self.size:
             raise _InvalidHeader(f"tensor {name!r} of shape {shape} from byte {offset:,} in {self.size:,} bytes")
+        if full in self.tensors:
+            raise _InvalidHeader(f"tensor {name!r} twice")
+        self.tensors[full] = StoredTensor(tuple(reversed(shape)), kind, offset)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from functools import lru_cache
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from minitron.arguments import short_repr
-from minitron.checkpoints.gguf_header import check_gguf
+from minitron.checkpoints.gguf_header import GgufHeader, check_gguf
 from minitron.checkpoints.limits import CONFIG_BYTES, check_limits
 from minitron.errors import InputError
 from minitron.files import is_special
@@ -108,18 +110,30 @@ def read_config(folder: str, where: str, **arguments: Any) -> PretrainedConfig:
     from transformers import AutoConfig, PretrainedConfig
 
     is_folder = "gguf_file" not in arguments and Path(folder).is_dir()
-    if "gguf_file" in arguments:
-        check_gguf(Path(folder, arguments["gguf_file"]))
-    elif is_folder:
+    header = check_gguf(Path(folder, arguments["gguf_file"])) if "gguf_file" in arguments else None
+    if is_folder:
         _check_bytes(Path(folder, "config.json"))
     subject, remedy = (f"{where}: config.json", CORRECT) if is_folder else (f"{where!r}", COMPLETE)
     with readable(subject, remedy), quiet_transformers():
-        if "gguf_file" not in arguments:
+        if header is None:
             values, _ = PretrainedConfig.get_config_dict(folder, **arguments)
             _check_values(values, where)
             check_limits(values, where)
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, **arguments)
+        config: PretrainedConfig = (
+            copy.deepcopy(_gguf_config(header)) if header else AutoConfig.from_pretrained(folder, **arguments)
+        )
     check_config(config, where)
+    return config
+
+
+@lru_cache(maxsize=1)
+def _gguf_config(header: GgufHeader) -> PretrainedConfig:
+    """The config of a GGUF file, which takes seconds to read because of the vocabulary."""
+    from transformers import AutoConfig
+
+    config: PretrainedConfig = AutoConfig.from_pretrained(
+        header.path.parent, gguf_file=header.path.name, trust_remote_code=False
+    )
     return config
 
 
