@@ -21,7 +21,7 @@ run: $(VENV)/.installed  ## SmolLM2-135M to about 90M parameters, on this machin
 
 # In the order of their names: that of xdist leaves the files with few tests, which are the long ones, for the end.
 test: $(VENV)/.installed  ## the tests, three files at a time
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m 'not long'
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-long: $(VENV)/.installed  ## the tests that take a minute or more each
 	$(BIN)/python -m pytest -m long
