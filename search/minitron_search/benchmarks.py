@@ -35,8 +35,10 @@ if TYPE_CHECKING:
 class Benchmarks:
     """The lm-eval tasks to run on the best `keep` candidates, with the tokenizer of the checkpoint folder `tokenizer`.
 
-    `add_bos` says whether requests begin with a BOS token (see `minitron.evaluation.evaluate`). Relative paths are made
-    absolute. Raises InputError for a path that is empty, and for a field of the wrong type.
+    `add_bos` says whether requests begin with a BOS token (see `minitron.evaluation.evaluate`). `chat_template` and
+    `generation` are fingerprints of the tokenizer's chat template, which counts for the tasks that use it, and of the models'
+    generation settings: with others, stored scores are measured again. Relative paths are made absolute. Raises InputError
+    for a path that is empty, and for a field of the wrong type.
     """
 
     tasks: tuple[Task, ...]
@@ -44,6 +46,8 @@ class Benchmarks:
     tokenizer: str
     batch_rows: BatchRows = 8
     add_bos: bool | None = None
+    chat_template: str = ""
+    generation: str = ""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -52,11 +56,14 @@ class Benchmarks:
 
     def identity(self) -> dict[str, Any]:
         """Everything besides the model that determines its scores."""
+        templated = self.chat_template if any(task.chat_template for task in self.tasks) else ""
         return {
             "tasks": [task.settings() for task in self.tasks],
             "documents": [documents_identity(task.data) for task in self.tasks if task.data],
             "lm_eval": version("lm_eval"),
             **({} if self.add_bos is None else {"add_bos": self.add_bos}),
+            **({"chat_template": templated} if templated else {}),
+            **({"generation": self.generation} if self.generation else {}),
         }
 
     def path(self, folder: str, architecture: Architecture) -> str:

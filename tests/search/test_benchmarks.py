@@ -83,6 +83,14 @@ def test_benchmarks_run_once_on_the_winner_and_the_next_best(made, bench, search
     assert (score.task, score.metric, score.value, score.stderr) == ("arc_easy", "acc", expected.value, expected.stderr)
 
 
+def test_stored_scores_are_of_the_chat_template_if_a_task_uses_it_and_of_the_generation_settings():
+    for chat_template in (False, True):
+        asked = Benchmarks((Task("gsm8k", chat_template=chat_template),), 1, "teacher")
+        templates = [replace(asked, chat_template=template).identity() for template in ("", "one", "another")]
+        assert len({str(identity) for identity in templates}) == (3 if chat_template else 1)
+        assert replace(asked, generation="other").identity() != asked.identity()
+
+
 def test_a_failed_benchmark_is_reported_and_does_not_change_the_ranking(made, searched, tmp_path):
     found, task, plain, pool = searched
     (tmp_path / "arc.jsonl").write_text(json.dumps({"no": "question"}) + "\n")

@@ -255,8 +255,11 @@ def halving(search: schema.Search) -> Halving | None:
     return Halving(**search.halving.model_dump()) if search.halving else None
 
 
-def benchmarks(recipe: schema.Recipe, tokenizer: str) -> Benchmarks | None:
-    """The benchmarks to run on the best candidates; None without. `tokenizer` is the checkpoint folder of the tokenizer."""
+def benchmarks(
+    recipe: schema.Recipe, tokenizer: str, chat_template: str = "", generation: str = ""
+) -> Benchmarks | None:
+    """The benchmarks to run on the best candidates; None without. `tokenizer` is the checkpoint folder of the tokenizer, the
+    other two are fields of `Benchmarks`."""
     from minitron_search.benchmarks import Benchmarks
 
     evaluate = recipe.search.evaluate
@@ -268,4 +271,6 @@ def benchmarks(recipe: schema.Recipe, tokenizer: str) -> Benchmarks | None:
         tokenizer=tokenizer,
         batch_rows=recipe.evaluate.batch_rows,
         add_bos=recipe.data.bos,
+        chat_template=chat_template,
+        generation=generation,
     )

@@ -35,6 +35,7 @@ from minitron_search.search_task import SearchTask
 from minitron_search.space import combinations
 
 if TYPE_CHECKING:
+    from minitron_search.benchmarks import Benchmarks
     from minitron_search.results import SearchResult
 
 TRIALS_VERSION = 3  # raised only if a trial computes something else: finished trials of the same version are reused
@@ -62,7 +63,7 @@ class Search(Stage[SearchOutput]):
     def inputs(self, state: RunState) -> dict[str, Any]:
         search = state.recipe.search
         limits = build.limits(state.recipe, state.member)
-        benchmarks = build.benchmarks(state.recipe, state.output(Teacher).folder)
+        benchmarks = _benchmarks(state)
         return {
             "targets": state.output(Targets).fingerprint,
             "base": pruning_base(state).id,
@@ -132,7 +133,7 @@ class Search(Stage[SearchOutput]):
         from minitron_search.stability import settled
 
         recipe = context.recipe
-        benchmarks = build.benchmarks(recipe, context.output(Teacher).folder)
+        benchmarks = _benchmarks(context)
         teacher = context.output(Teacher).architecture
         base = pruning_base(context).architecture
         space = CandidateSpace(recipe, context.member, base)
@@ -222,6 +223,11 @@ class Search(Stage[SearchOutput]):
         tags = {"minitron.winner": str(output.winner), "minitron.winner_reason": output.reason}
         context.log(self.name).tags(tags)
         record_trials(context, output)
+
+
+def _benchmarks(state: RunState) -> Benchmarks | None:
+    teacher = state.output(Teacher)
+    return build.benchmarks(state.recipe, teacher.folder, teacher.chat_template, teacher.generation)
 
 
 def trials_folder(state: RunState) -> str:

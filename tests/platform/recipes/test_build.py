@@ -178,6 +178,8 @@ PAIRS = {
             "tokenizer": "the teacher's",
             "batch_rows": "evaluate.batch_rows",
             "add_bos": "data.add_bos",
+            "chat_template": "the teacher's",
+            "generation": "the teacher's",
         },
     ),
     "layers of calibrate": Pair(

@@ -104,6 +104,7 @@ def test_keys_that_change_no_result_change_no_fingerprint(fingerprints):
         ([], ""),
         (["data.kind=jsonl", "data.path=chats.jsonl", "data.messages=messages"], "data"),
         (["evaluate.tasks.0.chat_template=true"], "evaluate"),
+        (["search.evaluate={keep: 1, tasks: [{name: gsm8k, chat_template: true}]}"], "search"),
     ],
 )
 def test_another_chat_template_computes_again_what_uses_it(fingerprints, monkeypatch, settings, changed):
@@ -116,8 +117,8 @@ def test_another_chat_template_computes_again_what_uses_it(fingerprints, monkeyp
 
 
 def test_other_generation_settings_evaluate_again(fingerprints, monkeypatch):
-    recipe = load_recipe("smollm2-135m-cpu")
+    recipe = load_recipe("smollm2-135m-cpu", ["search.evaluate={keep: 1, tasks: [{name: gsm8k}]}"])
     before = fingerprints(recipe)
     monkeypatch.setitem(FIXED, "generation", "of a newer version")
     after = fingerprints(recipe)
-    assert {name.split()[-1] for name in before if before[name] != after[name]} == {"evaluate"}
+    assert {name.split()[-1] for name in before if before[name] != after[name]} == {"search", "evaluate"}
