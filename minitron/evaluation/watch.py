@@ -47,15 +47,14 @@ class TaskWatch:
         self.first: dict[str, Any] | None = None if first is None else dict(first)
         """A JSON value: {step, kl, tasks}; None before the first measurement."""
 
-    def add(
-        self, step: int, results: Mapping[str, Evaluated], kl: float | None
-    ) -> tuple[dict[str, Change], list[Fall]]:
+    def add(self, step: int, results: Mapping[str, Evaluated], kl: float) -> tuple[dict[str, Change], list[Fall]]:
         """Changes by task since the first measurement, and the tasks to raise an alarm for.
 
-        kl: the held-out KL to the teacher at this step or shortly before, nats per token; None if it is not known, and then
-        there is no alarm. Tasks whose score is not a mean over documents have no change.
+        kl: the held-out KL to the teacher at this step, nats per token. Tasks whose score is not a mean over documents have no
+        change.
         """
-        if self.first is None or step <= self.first["step"]:  # also if a training is resumed from an earlier step
+        # Also if a training is resumed from an earlier step, or from a first measurement of a version that knew no KL there.
+        if self.first is None or self.first["kl"] is None or step <= self.first["step"]:
             tasks = {key: asdict(result) for key, result in results.items()}
             self.first = {"step": step, "kl": kl, "tasks": tasks}
             return {}, []
@@ -69,13 +68,7 @@ class TaskWatch:
             changes[key] = change
             worse = change.value > 0 if result.score.higher_is_better is False else change.value < 0
             kl_before = self.first["kl"]
-            if (
-                worse
-                and abs(change.value) > change.band
-                and kl is not None
-                and kl_before is not None
-                and kl < kl_before
-            ):
+            if worse and abs(change.value) > change.band and kl < kl_before:
                 falls.append(Fall(key, step, _text(key, result, change, self.first["step"], step, kl_before, kl)))
         return changes, falls
 

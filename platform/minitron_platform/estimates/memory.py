@@ -103,7 +103,7 @@ def distillation_memory(
         value_bytes,
         teacher=teacher,
         whole_teacher=live_teacher,
-        measured=bool(training.evaluate_every),
+        measured=bool(training.evaluate_every or training.evaluate_tasks_every),
         workers=workers,
     )
     return ProcessMemory(workers, each, recipe.distillation_key(member), "resources.workers")

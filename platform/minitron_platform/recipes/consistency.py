@@ -56,6 +56,13 @@ def _check_benchmarks_during_training(recipe: Recipe, key: str, training: Traini
             f"{key}.evaluate_tasks_every: {training.evaluate_tasks_every}, but {reason}",
             "leave it out" if recipe.evaluate.tasks else "leave it out, or name evaluate.tasks",
         )
+    if training.evaluate_tasks_every > training.steps // 2:
+        most = f"at most {training.steps // 2}, or " if training.steps > 1 else ""
+        raise InputError(
+            f"{key}.evaluate_tasks_every: {training.evaluate_tasks_every} of {key}.steps: {training.steps} leaves fewer than "
+            "two measurements, so that there is no change and never an alarm",
+            f"{most}leave it out: evaluate.tasks are run after the training in any case",
+        )
 
 
 def _check_search_training(recipe: Recipe) -> None:

@@ -97,7 +97,6 @@ def train(task: TrainTask, worker: Worker) -> MinitronError | None:
     failed_benchmarks: set[str] = set()  # those that were reported; each is reported once
     first = storage.join(task.checkpoints, FIRST_SCORES)
     watch = TaskWatch(len(task_steps), storage.read_json_if_exists(first) if every else None)
-    kl: float | None = None  # the last held-out KL
 
     def send_metrics(metrics: dict[str, float], step: int) -> None:
         worker.send(Measured(metrics, step))
@@ -108,16 +107,13 @@ def train(task: TrainTask, worker: Worker) -> MinitronError | None:
         failed_benchmarks.add(name)
 
     def evaluate(step: int, student: nn.Module) -> None:
-        nonlocal kl
         tokens = {"tokens": step * task.config.batch_rows * rows.seq_length}
         # every process does the same: a sharded student needs all of them, and one that waited too long would be restarted
-        if task.config.evaluate_every and step % task.config.evaluate_every == 0:
-            heldout = _heldout_metrics(task, student, head)
-            kl = heldout.get("heldout_kl")
-            send_metrics(heldout | tokens, step)
+        heldout = _heldout_metrics(task, student, head)  # with the tasks too, whose alarm needs the KL of the same step
+        send_metrics(heldout | tokens, step)
         if step in task_steps:
             results = task_results(task, student, on_benchmark_failure)
-            changes, falls = watch.add(step, results, kl)
+            changes, falls = watch.add(step, results, heldout["heldout_kl"])
             if worker.is_first and watch.first is not None and watch.first["step"] == step:
                 storage.write_json(first, watch.first)  # for a training that is resumed
             send_metrics(task_metrics(results, changes) | tokens, step)

@@ -6,11 +6,20 @@ import json
 import random
 
 import pytest
+import torch.distributed as dist
+from helpers import distilling
+from helpers.evaluating import arc_documents, write_jsonl
 
-from minitron.evaluation import DocumentResult, Evaluated, Score
+from minitron.data import Rows
+from minitron.distill import DistillConfig, Losses, store_hidden
+from minitron.distill.inputs import DistillInputs
+from minitron.evaluation import DocumentResult, Evaluated, Score, Task
 from minitron.evaluation.watch import TaskWatch
-from minitron_platform.training.events import Alarm
+from minitron_platform.console import Console
+from minitron_platform.training.events import Alarm, Measured
+from minitron_platform.training.train import TrainTask, train
 from minitron_platform.training.view import TrainingView
+from minitron_platform.workers.worker import Worker
 
 
 def results(values, higher_is_better=True):
@@ -33,13 +42,57 @@ def test_a_fall_beyond_the_noise_raises_an_alarm_only_if_the_kl_falls():
         assert 0.05 < changes["arc"].band < 0.15
         assert "changed by -15.0 % from step 100 to step 200" in fall.text
         assert "first 200 of 5,000 documents of test" in fall.text
-        for kl in (1.0, 1.1, None):
+        for kl in (1.0, 1.1):
             assert each.add(300, results(FALLEN), kl)[1] == []
         assert each.add(300, results([1] * 200), 0.9)[1] == []
     assert resumed.add(100, results(FALLEN), 0.9) == ({}, [])  # from a checkpoint before the first measurement
     lower = TaskWatch(10)
     lower.add(100, results(RIGHT, higher_is_better=False), 1.0)
     assert lower.add(200, results(FALLEN, higher_is_better=False), 0.9)[1] == []
+
+
+def test_a_first_measurement_of_an_earlier_version_without_a_kl_is_replaced():
+    watch = TaskWatch(10)
+    watch.add(100, results(RIGHT), 1.0)
+    old = TaskWatch(10, watch.first | {"kl": None})
+    assert old.add(200, results(RIGHT), 1.0) == ({}, [])
+    assert old.add(300, results(FALLEN), 0.9)[1]
+
+
+def test_a_training_measures_the_kl_whenever_it_runs_the_tasks(material, tmp_path):
+    """Also where the interval of the held-out rows is another one: without a KL there is no alarm."""
+    teacher, heldout = str(material / "teacher"), str(tmp_path / "heldout")
+    inputs = DistillInputs(teacher, "t", "float32", str(material / "rows"), str(material / "hidden"), heldout)
+    rows = Rows.open(inputs.rows, "heldout")
+    store_hidden(lambda: distilling.load_teacher(material), rows, heldout, key=inputs.targets_key("heldout"))
+    config = DistillConfig(
+        steps=4, batch_rows=2, micro_batch_rows=2, warmup_steps=1, evaluate_every=3, checkpoint_every=3
+    )
+    folders = {name: str(tmp_path / name) for name in ("checkpoints", "curve", "result")}
+    documents = write_jsonl(tmp_path / "arc" / "test.jsonl", arc_documents(4))
+    losses = Losses(logits="none", cross_entropy=1.0)
+    task = TrainTask(
+        inputs,
+        config,
+        losses,
+        **folders,
+        key="key",
+        student=teacher,
+        tasks_every=2,
+        tasks=(Task("arc_easy", str(documents)),),
+    )
+    sent = []
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        assert train(task, Worker(0, 1, Console(), sent.append)) is None
+    finally:
+        dist.destroy_process_group()
+    measured = [event for event in sent if isinstance(event, Measured)]
+    kl = {event.step: event.values["heldout_kl"] for event in measured if "heldout_kl" in event.values}
+    assert set(kl) == {2, 3, 4}
+    assert {event.step for event in measured if "task_arc_easy.acc" in event.values} == {2, 4}
+    first = json.loads((tmp_path / "checkpoints" / "first-scores.json").read_text())
+    assert (first["step"], first["kl"]) == (2, kl[2])
 
 
 def test_noise_seldom_raises_an_alarm():

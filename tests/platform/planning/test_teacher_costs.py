@@ -104,6 +104,11 @@ REFUSED = {
         "leave",
     ),
     "no tasks": (["evaluate.tasks=[]", "distill.evaluate_tasks_every=2"], "no evaluate.tasks", "name evaluate.tasks"),
+    "one run of the tasks": (
+        ["distill.evaluate_tasks_every=13"],
+        "13 of distill.steps: 24 leaves fewer than",
+        "at most 12",
+    ),
 }
 
 
