@@ -52,8 +52,8 @@ class StoppedError(MinitronError):
 class Sandbox:
     """Calls functions of Python files in a process of their own that can reach nothing outside.
 
-    The process is started by the first call, and again by the next one after it was stopped. Raises InputError where
-    bubblewrap is not installed or is not allowed to work.
+    The process is started by the first call, and again by the next one after it was stopped or left files behind. Raises
+    InputError where bubblewrap is not installed or is not allowed to work.
     """
 
     def __init__(self, limits: Limits | None = None, folders: Sequence[Path] = ()) -> None:
@@ -81,6 +81,8 @@ class Sandbox:
         if answer is None:
             self.stop()
             raise StoppedError("it was stopped, or it ended the sandbox")
+        if not answer["is_clean"]:
+            self.stop()
         if "problem" in answer:
             raise StoppedError(str(answer["problem"]))
         return answer["value"]
@@ -136,7 +138,7 @@ class Sandbox:
             answer = json.loads(_line(self._process.stdout.fileno(), seconds))
         except (OSError, ValueError):
             return None
-        return answer if isinstance(answer, dict) else None
+        return answer if isinstance(answer, dict) and "is_clean" in answer else None
 
 
 @lru_cache(maxsize=1)

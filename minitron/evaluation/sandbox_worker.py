@@ -1,10 +1,12 @@
 """Calls scoring functions inside the sandbox; `minitron.evaluation.sandbox` starts it as `python -I worker.py SETTINGS`.
 
 Only the standard library is imported here. SETTINGS is JSON, see `Sandbox`. Requests are lines of JSON on standard input,
-{"file", "function", "arguments", "keywords"}; each is answered with a line on standard output: {"value": …} or {"problem": …}.
+{"file", "function", "arguments", "keywords"}; each is answered with a line on standard output: {"value": …} or {"problem": …},
+and "is_clean".
 
 Every call runs in a child process, and so does every program that a model has written. When a call ends, all processes that
-it started are killed and its files are deleted.
+it started are killed and its files are deleted. Where files are left all the same, "is_clean" is false, and the other side
+starts a new sandbox.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import struct
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 ANSWER_BYTES = 1 << 20  # longest result of a call
@@ -34,12 +36,31 @@ SET_DUMPABLE, SET_SECCOMP = 4, 22  # Linux: prctl's PR_SET_DUMPABLE and PR_SET_S
 NEW_USER = 0x1000_0000  # CLONE_NEWUSER
 REFUSED, MISSING = 0x5_0000 | 1, 0x5_0000 | 38  # a system call that fails with EPERM, with ENOSYS
 ALLOWED = 0x7FFF_0000
-# Machine: its number in a filter, and those of its system calls clone, clone3 and unshare.
-SYSTEM_CALLS = {"x86_64": (0xC000_003E, 56, 435, 272), "aarch64": (0xC000_00B7, 220, 435, 97)}
-# Those that make memory which no limit of a process counts, or which outlives the process: shmget, semget, msgget, mq_open,
-# memfd_create, memfd_secret.
-MEMORY_CALLS = {"x86_64": (29, 64, 68, 240, 319, 447), "aarch64": (194, 190, 186, 180, 279, 447)}
+# Families of sockets that end in the sandbox: AF_UNIX, AF_INET and AF_INET6. AF_VSOCK, for one, does not.
+FAMILIES = (1, 2, 10)
+# Machine: its number in a filter.
+MACHINES = {"x86_64": 0xC000_003E, "aarch64": 0xC000_00B7}
+CLONE, UNSHARE = {"x86_64": 56, "aarch64": 220}, {"x86_64": 272, "aarch64": 97}
+CLONE3 = 435
+SOCKETS = {"x86_64": (41, 53), "aarch64": (198, 199)}  # socket, socketpair
+# Those whose first argument names a process, and may only be 0, the caller: prlimit64, sched_setaffinity.
+OWN_PROCESS_CALLS = {"x86_64": (302, 203), "aarch64": (261, 122)}
+REFUSED_CALLS = {
+    "x86_64": (
+        *(29, 64, 68, 240, 319, 447),  # shmget, semget, msgget, mq_open, memfd_create, memfd_secret
+        *(248, 249, 250),  # add_key, request_key, keyctl
+        *(425, 426, 427),  # io_uring_setup, io_uring_enter, io_uring_register
+        *(141, 142, 144, 251, 314),  # setpriority, sched_setparam, sched_setscheduler, ioprio_set, sched_setattr
+    ),
+    "aarch64": (
+        *(194, 190, 186, 180, 279, 447),
+        *(217, 218, 219),
+        *(425, 426, 427),
+        *(140, 118, 119, 30, 274),
+    ),
+}
 Function = Callable[..., Any]
+Line = tuple[int, int, int, int]  # of a filter: what it does, how many lines it skips if true and if false, a number
 
 
 def main(settings: dict[str, Any]) -> None:
@@ -53,8 +74,10 @@ def main(settings: dict[str, Any]) -> None:
         answers.write("ready\n")
         answers.flush()
         modules: dict[str, types.ModuleType] = {}
+        kept = _names_in_folders()
         for line in requests:
-            answers.write(json.dumps(_call(json.loads(line), modules)) + "\n")
+            answer = _call(json.loads(line), modules)
+            answers.write(json.dumps(answer | {"is_clean": _are_only(kept)}) + "\n")
             answers.flush()
 
 
@@ -78,33 +101,43 @@ def _limit(settings: dict[str, Any]) -> None:
 
 
 def _filter_system_calls() -> None:
-    """Refuse system calls to this process and its children (seccomp) that would give memory without a limit: those of
-    MEMORY_CALLS, and user namespaces, where memory could be mounted.
+    """Refuse system calls to this process and its children (seccomp) that would give memory without a limit or that outlives
+    the process, reach the keys of the user who started the sandbox, reach outside by another kind of socket, go around this
+    filter (io_uring), or change the limits and the priority of this process for the next program. User namespaces, where
+    memory could be mounted, are refused too: bwrap refuses them only to users other than root.
 
-    bwrap refuses such namespaces only to users other than root. clone3, whose flags a filter cannot read, is refused as
-    unknown, and the C library then calls clone. Raises OSError if there is no filter for this kind of machine, or if it is not
-    accepted.
+    clone3, whose flags a filter cannot read, is refused as unknown, and the C library then calls clone. Raises OSError if there
+    is no filter for this kind of machine, or if it is not accepted.
     """
-    if os.uname().machine not in SYSTEM_CALLS:
-        raise OSError(f"there is no filter of system calls for {os.uname().machine}")
-    machine, clone, clone3, unshare = SYSTEM_CALLS[os.uname().machine]
-    memory_calls = MEMORY_CALLS[os.uname().machine]
+    machine = os.uname().machine
+    if machine not in MACHINES:
+        raise OSError(f"there is no filter of system calls for {machine}")
     load, equal, any_bit, at_least, answer = 0x20, 0x15, 0x45, 0x35, 0x06
+    refuse, unknown, allow = (answer, 0, 0, REFUSED), (answer, 0, 0, MISSING), (answer, 0, 0, ALLOWED)
+    argument = (load, 0, 0, 16)  # the low half of the first one
+
+    def calls(numbers: Sequence[int], then: Sequence[Line]) -> list[Line]:
+        """Lines that do `then` for system calls of these numbers, and go on behind it for others."""
+        last = len(numbers) - 1
+        tests = [
+            (equal, last - index, 0 if index < last else len(then), number) for index, number in enumerate(numbers)
+        ]
+        return [*tests, *then]
+
+    families = [(equal, len(FAMILIES) - index, 0, family) for index, family in enumerate(FAMILIES)]
     program = [
         (load, 0, 0, 4),  # the kind of machine: others, such as the 32 bits of the same one, have other numbers
-        (equal, 1, 0, machine),
-        (answer, 0, 0, REFUSED),
+        (equal, 1, 0, MACHINES[machine]),
+        refuse,
         (load, 0, 0, 0),  # the number of the system call
-        *((equal, 5 + len(memory_calls) - index, 0, call) for index, call in enumerate(memory_calls)),
-        (at_least, 5, 0, 0x4000_0000),  # x32
-        (equal, 5, 0, clone3),
-        (equal, 1, 0, clone),
-        (equal, 0, 4, unshare),
-        (load, 0, 0, 16),  # the low half of its first argument
-        (any_bit, 0, 2, NEW_USER),
-        (answer, 0, 0, REFUSED),
-        (answer, 0, 0, MISSING),
-        (answer, 0, 0, ALLOWED),
+        (at_least, 0, 1, 0x4000_0000),  # x32
+        unknown,
+        *calls((CLONE3,), [unknown]),
+        *calls(REFUSED_CALLS[machine], [refuse]),
+        *calls((CLONE[machine], UNSHARE[machine]), [argument, (any_bit, 0, 1, NEW_USER), refuse, allow]),
+        *calls(SOCKETS[machine], [argument, *families, refuse, allow]),
+        *calls(OWN_PROCESS_CALLS[machine], [argument, (equal, 1, 0, 0), refuse, allow]),
+        allow,
     ]
     filters = b"".join(struct.pack("HBBI", *line) for line in program)
     memory = ctypes.create_string_buffer(filters, len(filters))
@@ -201,9 +234,26 @@ def _clean_up() -> None:
             break
     for entry in os.scandir("/tmp"):
         if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path, ignore_errors=True)
+            shutil.rmtree(entry.path, ignore_errors=True)  # not closed folders, nor deep ones
         else:
             os.unlink(entry.path)
+
+
+def _names_in_folders() -> dict[str, list[str]]:
+    """What is in /tmp before the first call, by folder: the folders that lead to those of the caller, which are not entered."""
+    names = {}
+    for folder, folders, files in os.walk("/tmp"):
+        names[folder] = sorted([*folders, *files])
+        folders[:] = [name for name in folders if not os.path.ismount(os.path.join(folder, name))]
+    return names
+
+
+def _are_only(kept: dict[str, list[str]]) -> bool:
+    """Whether there is nothing else in these folders."""
+    try:
+        return all(sorted(os.listdir(folder)) == names for folder, names in kept.items())
+    except OSError:  # a folder was removed or closed
+        return False
 
 
 def _metrics(seconds: float) -> types.ModuleType:

@@ -26,6 +26,13 @@ def solved(program):
     return evaluate.load("code_eval").compute(references=[""], predictions=[[program]], k=[1])[0]["pass@1"]
 """
 
+# The system calls of the kernel's keyrings, and io_uring's, have no function in Python.
+KEYS = """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+add_key, request_key, keyctl = (248, 249, 250) if os.uname().machine == "x86_64" else (217, 218, 219)
+"""
+
 # Each ends without an exception only if the attack succeeds.
 ATTACKS = {
     "an endless loop": "while True: pass",
@@ -45,6 +52,22 @@ ATTACKS = {
     "writing a file outside": "open({secret!r}, 'w').write('replaced')",
     "a new file beside the system's": "open('/usr/planted', 'w')",
     "a socket": "import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=2)",
+    "the keys of the user": KEYS + "assert libc.syscall(keyctl, 0, -3, 0) != -1",  # the id of the session's keyring
+    "a key for the next program": KEYS + "assert libc.syscall(add_key, b'user', b'a', b'a', 1, -3) != -1",
+    "a key by request": KEYS
+    + "assert libc.syscall(request_key, b'user', b'a', None, 0) != -1 or ctypes.get_errno() != 1",
+    "system calls in a ring": KEYS + "assert libc.syscall(425, 8, ctypes.create_string_buffer(120)) != -1",
+    "a socket to the machine's host": "import socket\nsocket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)",
+    "a socket to the kernel": "import socket\nsocket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)",
+    "the kernel's ciphers": "import socket\nsocket.socket(socket.AF_ALG, socket.SOCK_SEQPACKET)",
+    "the limits of the process that counts": (
+        "import os, resource\nresource.prlimit(os.getppid(), resource.RLIMIT_NOFILE, (9, 9))"
+    ),
+    "the priority of the process that counts": "import os\nos.setpriority(os.PRIO_PROCESS, os.getppid(), 19)",
+    "the scheduler of the process that counts": (
+        "import os\nos.sched_setscheduler(os.getppid(), os.SCHED_IDLE, os.sched_param(0))"
+    ),
+    "the cores of the process that counts": "import os\nos.sched_setaffinity(os.getppid(), [min(os.sched_getaffinity(0))])",
     "the environment": "import os\nos.environ['MINITRON_TEST_SECRET']",
     "the environment of the process that started it": "open('/proc/1/environ').read().index('MINITRON_TEST_SECRET')",
     "the memory of the process that counts": "import os\nopen(f'/proc/{{os.getppid()}}/mem', 'rb+')",
@@ -106,6 +129,21 @@ def test_an_attack_is_stopped_and_the_next_program_runs_as_before(name, runner, 
         assert not escapes(runner, attack)
     assert secret.read_text() == "secret"
     assert escapes(runner, "pass") == has_sandbox()
+
+
+LEFT_BEHIND = {
+    "a file": "open('/tmp/a', 'w').write('a')",
+    "a closed folder": "import os\nos.mkdir('/tmp/a')\nopen('/tmp/a/a', 'wb').write(bytes(9_000_000))\nos.chmod('/tmp/a', 0)",
+    "a deep folder": "import os\nfor _ in range(300):\n    os.mkdir('a')\n    os.chdir('a')",
+}
+
+
+@pytest.mark.parametrize("name", LEFT_BEHIND)
+def test_nothing_that_a_program_leaves_behind_is_there_for_the_next(name, runner):
+    """Files that cannot be deleted cost a new sandbox; the answer to the program is the one that it had."""
+    assert escapes(runner, LEFT_BEHIND[name]) == has_sandbox()
+    assert escapes(runner, "import os\nassert not os.path.exists('/tmp/a')") == has_sandbox()
+    assert escapes(runner, "for n in 'ab': open(f'/tmp/{n}', 'wb').write(bytes(7_000_000))") == has_sandbox()
 
 
 SHARED_OUT = """
