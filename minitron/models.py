@@ -30,7 +30,7 @@ from minitron.checkpoints.headers import (
     hub_headers,
     read_headers,
 )
-from minitron.checkpoints.pickles import check_pickles
+from minitron.checkpoints.pickles import pickled_headers
 from minitron.checkpoints.quantised import as_ordinary, check_blocks, load_arguments, method_of, plain_model
 from minitron.checkpoints.reading import check_files, quiet_transformers, read_config, readable
 from minitron.checkpoints.tokenizer_files import read_tokenizer
@@ -152,10 +152,7 @@ def check_contents(source: str, revision: str | None = None) -> None:
         headers = hub_headers(folder, revision)
     else:
         check_no_adapter(Path(folder))
-        if _is_pickled(folder):
-            check_pickles(Path(folder))
-            return
-        headers = read_headers(Path(folder))
+        headers = pickled_headers(Path(folder)) if _is_pickled(folder) else read_headers(Path(folder))
     if method == "fp8":
         check_blocks(headers, config, source)
     ordinary, quantised = as_ordinary(headers, method)

@@ -58,7 +58,7 @@ def read_headers(folder: Path) -> dict[str, Header]:
 
     Raises InputError if there are none, if a file is missing or damaged, or if two files have a tensor of the same name.
     """
-    return _by_name(str(folder), _stored(folder))
+    return by_name(str(folder), _stored(folder))
 
 
 def _stored(folder: Path) -> Iterator[Header]:
@@ -72,7 +72,8 @@ def _stored(folder: Path) -> Iterator[Header]:
             raise damaged(folder / file, error) from error
 
 
-def _by_name(where: str, stored: Iterable[Header]) -> dict[str, Header]:
+def by_name(where: str, stored: Iterable[Header]) -> dict[str, Header]:
+    """Tensors by name. Raises InputError if two files have one of the same name. where: the checkpoint's name in errors."""
     # of two tensors transformers uses the one in the last file, whatever the index says
     headers: dict[str, Header] = {}
     for header in stored:
@@ -158,7 +159,7 @@ def hub_headers(name: str, revision: str | None) -> dict[str, Header]:
             f"{name}: the weights are not all in the local cache, and the hub cannot be reached",
             f"connect to the network, or run `hf download {name}` first",
         ) from error
-    return _by_name(
+    return by_name(
         name,
         (
             Header(tensor_name, file, tuple(tensor.shape), str(tensor.dtype))

@@ -222,15 +222,47 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
         load_source(str(tmp_path))
 
 
-def test_pickled_weights_that_do_not_match_the_model_are_refused(tmp_path):
-    """transformers reads them with weights_only=True; they have no headers that could be checked first."""
-    written(tmp_path, change=lambda state: state)
-    state = load_file(tmp_path / "model.safetensors")
-    (tmp_path / "model.safetensors").unlink()
-    torch.save(prefixed("module.")(state), tmp_path / "pytorch_model.bin")
+PICKLED = {
+    **{
+        name: TAMPERED[name]
+        for name in ("a tensor missing", "another shape", "DistributedDataParallel", "more layers", "int8")
+    },
+    "FP8 and no word of it": (in_fp8, {}, "model.layers.0.mlp.down_proj.weight is float8_e4m3fn", "quantised from"),
+    "no scales": (as_dtype(torch.float8_e4m3fn), FP8, "model.embed_tokens.weight is float8_e4m3fn", "quantised from"),
+    "complex numbers": (as_dtype(torch.complex64), {}, "model.embed_tokens.weight is complex64", "quantised from"),
+    "inside another dict": (lambda state: {"model": state}, {}, "missing", "complete"),
+}
+
+
+def as_pickle(folder, change, archive=True):
+    """Replace the safetensors of a checkpoint by a file of torch.save, with changed tensors."""
+    state = change(load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=archive)
+
+
+@pytest.mark.parametrize(("case", "archive"), [*((case, True) for case in PICKLED), ("int8", False)])
+def test_pickled_weights_that_do_not_match_the_model_are_refused_as_safetensors_are(case, archive, tmp_path):
+    change, config, named, remedy = PICKLED[case]
+    written(tmp_path, config=config)
+    as_pickle(tmp_path, change, archive)
+    errors = []
+    for read in (check_contents, load_source):
+        with pytest.raises(InputError) as refused:
+            read(str(tmp_path))
+        errors.append(refused.value)
+    assert str(errors[0]) == str(errors[1])
+    assert named in errors[0].problem
+    assert remedy in errors[0].remedy
+
+
+@pytest.mark.parametrize("archive", [True, False], ids=["zip", "before torch 1.6"])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_pickled_weights_that_match_the_model_are_accepted(family, archive, tmp_path):
+    model = written(tmp_path, family)
+    as_pickle(tmp_path, lambda state: state, archive)
     check_contents(str(tmp_path))
-    with pytest.raises(InputError, match=r"names begin with 'module\.'"):
-        load_source(str(tmp_path))
+    assert same(load_source(str(tmp_path))[0], model)
 
 
 HARMLESS = {
