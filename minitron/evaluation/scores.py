@@ -107,6 +107,9 @@ class Sample:
     prompt: str
     target: str
     answer: str
+    """The choice that the metric counts, or the text that the model wrote."""
+    extracted: str | None = None
+    """What the task's filter took from the text, if that differs; None in results of earlier versions, whose `answer` it is."""
 
 
 @dataclass(frozen=True)

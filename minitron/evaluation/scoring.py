@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
@@ -180,11 +181,7 @@ def pooled(task: str, members: Mapping[str, Evaluated], samples: int, *, by_size
         num_clusters=len(members) if by_size else None,
         num_tasks=len(members),
     )
-    kept = [
-        Sample(f"{name}/{sample.id}", sample.value, sample.prompt, sample.target, sample.answer)
-        for name, member in members.items()
-        for sample in member.samples
-    ]
+    kept = [replace(sample, id=f"{name}/{sample.id}") for name, member in members.items() for sample in member.samples]
     return Evaluated(
         score,
         first.filter,
@@ -201,17 +198,16 @@ def _sample(built: Any, sample: Mapping[str, Any], metric: str) -> Sample | None
         return None
     requests, answers = sample["arguments"], sample["filtered_resps"]
     scored = all(isinstance(answer, list | tuple) and len(answer) == 2 for answer in answers)
+    extracted = None
     if scored and len(requests) > 1:  # choices: (log-likelihood, greedy) of each
-        choices = [str(request[1]) for request in requests]
+        best = _chosen(built, sample, metric)
         if built.multiple_input:  # the choices are in the questions, and what follows them is the same
-            return _chosen_question(built, sample, value)
-        lengths = [len(choice.encode()) if metric == "acc_norm" else 1 for choice in choices]
-        best = max(range(len(choices)), key=lambda number: answers[number][0] / max(1, lengths[number]))
-        answer = choices[best]
+            return _chosen_question(built, sample, value, best)
+        answer = str(requests[best][1])
+    elif built.OUTPUT_TYPE == "generate_until":
+        answer, extracted = _joined(sample["resps"]), _joined(answers)
     else:
-        # HumanEval has lists
-        texts = (text for each in answers for text in (each if isinstance(each, list) else [each]))
-        answer = "\n".join(map(str, texts))
+        answer = _joined(answers)
     target = sample["target"]
     if scored and isinstance(target, int) and 0 <= target < len(requests):
         target = requests[target][1]
@@ -221,17 +217,34 @@ def _sample(built: Any, sample: Mapping[str, Any], metric: str) -> Sample | None
         prompt=str(requests[0][0])[-LONGEST_TEXT:],
         target=str(target)[-LONGEST_TEXT:],
         answer=answer[-LONGEST_TEXT:],
+        extracted=None if extracted in (None, answer) else extracted[-LONGEST_TEXT:],
     )
 
 
-def _chosen_question(built: Any, sample: Mapping[str, Any], value: float) -> Sample:
+def _joined(answers: Sequence[Any]) -> str:
+    """The texts of a document, of which each request may have several."""
+    return "\n".join(str(text) for each in answers for text in (each if isinstance(each, list) else [each]))
+
+
+def _chosen(built: Any, sample: Mapping[str, Any], metric: str) -> int:
+    """The choice that `metric` takes for the model's answer. Source: `ConfigurableTask.process_results` of lm-eval."""
+    has_choices = built.config.doc_to_choice is not None  # a task that is a class may have none
+    texts = built.doc_to_choice(sample["doc"]) if has_choices else [request[1] for request in sample["arguments"]]
+    choices = [str(text) for text in texts]
+    values = [float(answer[0]) for answer in sample["filtered_resps"]]
+    if metric == "acc_mutual_info":  # the second half is the choices without the question
+        values = [value - alone for value, alone in zip(values, values[len(choices) :], strict=False)]
+    lengths = {"acc_norm": len, "acc_bytes": lambda choice: len(choice.encode())}.get(metric, lambda _: 1)
+    return max(range(len(choices)), key=lambda number: values[number] / max(1, lengths(choices[number])))
+
+
+def _chosen_question(built: Any, sample: Mapping[str, Any], value: float, best: int) -> Sample:
     """A document whose choices are the beginnings of one continuation, as Winogrande's: each is shown with it."""
-    requests, answers = sample["arguments"], sample["filtered_resps"]
+    requests = sample["arguments"]
     begun = [str(request[0]) for request in requests]
     common = next(n for n, letters in enumerate(zip_longest(*begun)) if len(set(letters)) > 1)
     common = begun[0].rfind(" ", 0, common) + 1  # whole words
     texts = [f"{begin[common:]}{request[1]}" for begin, request in zip(begun, requests, strict=True)]
-    best = max(range(len(texts)), key=lambda number: answers[number][0])
     right = built.doc_to_text(sample["doc"])
     target = texts[right] if isinstance(right, int) else sample["target"]
     kept = (begun[0][:common].rstrip(), str(target), texts[best])

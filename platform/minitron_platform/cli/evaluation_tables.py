@@ -52,6 +52,8 @@ def sample_lines(results: Sequence[ModelResults], longest: int) -> Iterator[str]
                 yield f"[dim]{escape(_end(sample.prompt, longest))}[/]"
                 yield f"  expected  {escape(_end(sample.target, longest).strip())}"
                 yield f"  answered  {escape(_end(sample.answer, longest).strip())}"
+                if sample.extracted is not None:
+                    yield f"  extracted {escape(_end(sample.extracted, longest).strip())}"
 
 
 def _end(text: str, longest: int) -> str:
