@@ -29,7 +29,7 @@ FORMATS = (
 )
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 LONGEST_REASON = 250
-_SHARD = re.compile(r"-\d+-of-\d+$")
+_SHARD = re.compile(r"-(\d+)-of-(\d+)$")
 
 
 def locate(data: str) -> Path:
@@ -77,7 +77,7 @@ def find_splits(path: Path) -> dict[str, list[Path]]:
         splits = {}
         for inner in sorted(path.iterdir()):
             if (inner / "state.json").is_file():
-                splits[inner.name] = [inner]
+                splits.setdefault(inner.name, []).append(inner)
             elif _is_data(inner):
                 splits.setdefault(_split_name(inner), []).append(inner)
     if not splits:
@@ -85,11 +85,36 @@ def find_splits(path: Path) -> dict[str, list[Path]]:
     return splits
 
 
+def check_whole(paths: list[Path]) -> None:
+    """Raise InputError unless the files of one split are a single one, or all shards NAME-00000-of-0000N of the same kind."""
+    names = [path.name for path in paths]
+    shards = [_SHARD.search(_stem(path)) for path in paths]
+    found = [(int(shard[1]), int(shard[2])) for shard in shards if shard]
+    if not found and len(paths) == 1:
+        return
+    count = found[0][1] if found else 0
+    if len(found) < len(paths) or len({_suffix(path) for path in paths}) > 1 or {of for _, of in found} != {count}:
+        raise InputError(
+            f"{paths[0].parent}: {', '.join(names[:4])}{', …' if len(names) > 4 else ''} are of one split, whose documents "
+            "would count several times",
+            "leave one of them there: a file, or shards NAME-00000-of-0000N of one number N and one format",
+        )
+    numbers = {number for number, _ in found}
+    missing = next((number for number in range(count) if number not in numbers), None)
+    if missing is not None or len(found) != count:
+        raise InputError(
+            f"{paths[0].parent}: of {count} shards as {names[0]} there are {len(found)}"
+            + (f", without number {missing}" if missing is not None else ""),
+            "copy the missing ones; to score a part of the documents, give a limit",
+        )
+
+
 def read_split(paths: list[Path]) -> datasets.Dataset:
     """All documents of one split, in memory; `paths` as `find_splits` returns them.
 
-    Raises InputError naming the file and line that cannot be read, and for a split without documents.
+    Raises InputError naming the file and line that cannot be read, for a split without documents, and as `check_whole`.
     """
+    check_whole(paths)
     import datasets
     import pyarrow
 
@@ -107,7 +132,8 @@ def read_split(paths: list[Path]) -> datasets.Dataset:
 
 
 def count_documents(paths: list[Path]) -> int:
-    """Number of documents of a split; for parquet and jsonl they are not parsed."""
+    """Number of documents of a split; for parquet and jsonl they are not parsed. Raises InputError as `check_whole`."""
+    check_whole(paths)
     total = 0
     for path in paths:
         if path.suffix == ".parquet":
@@ -127,8 +153,15 @@ def _is_data(path: Path) -> bool:
 
 def _split_name(path: Path) -> str:
     """The split that a file belongs to: "test" for test.jsonl.gz and for test-00000-of-00002.parquet."""
-    ending = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), "")
-    return _SHARD.sub("", path.name.removesuffix(ending))
+    return _SHARD.sub("", _stem(path))
+
+
+def _suffix(path: Path) -> str:
+    return next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), "")
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(_suffix(path))
 
 
 def _arrow_split(folder: Path) -> str:

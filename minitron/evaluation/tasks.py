@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from minitron.arguments import check_fields, check_type, short_repr
 from minitron.errors import InputError
 from minitron.evaluation.benchmarks import RENAMED_FIELDS
-from minitron.evaluation.documents import documents_identity, find_splits, locate, read_split
+from minitron.evaluation.documents import check_whole, documents_identity, find_splits, locate, read_split
 from minitron.evaluation.generated_code import guarded_metrics, hub_metrics, runs_generated_code, sandboxed
 from minitron.evaluation.own_tasks import allowed_roots, check_includes, with_folder
 from minitron.evaluation.requirements import (
@@ -201,6 +201,7 @@ def parts(task: Task) -> Iterator[Part]:
                 raise InputError(f"task {task.name!r}: no folder {folder}", "give one folder for each subject")
         splits = find_splits(folder)
         scored = scored_split(task.name, str(task.data), config, splits)
+        check_whole(splits[scored])
         check_examples(task.name, task.num_fewshot, str(task.data), config, splits, scored)
         yield Part(name, definition, splits, scored)
 

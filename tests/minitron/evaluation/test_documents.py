@@ -8,8 +8,10 @@ import json
 
 import pyarrow
 import pytest
+from helpers.evaluating import arc_documents, write_jsonl
 
 from minitron.errors import InputError
+from minitron.evaluation import Task, check_tasks
 from minitron.evaluation.documents import count_documents, find_splits, read_split
 
 LINES = b'{"a": 1}\n\n{"a": 2}'
@@ -58,8 +60,9 @@ def test_a_file_that_is_cut_off_and_files_of_other_fields_are_refused(tmp_path):
     (tmp_path / "test.jsonl.gz").write_bytes(gzip.compress(b"{}\n" * 1000)[:-9])
     (tmp_path / "test.jsonl.zst").write_bytes(pyarrow.compress(b"{}\n" * 1000, "zstd", asbytes=True)[:-9])
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    (tmp_path / "b.jsonl").write_text(json.dumps({"b": [1]}))
-    (tmp_path / "c.jsonl").write_text(json.dumps({"b": "x"}))
+    shards = [tmp_path / f"b-0000{number}-of-00002.jsonl" for number in range(2)]
+    shards[0].write_text(json.dumps({"b": [1]}))
+    shards[1].write_text(json.dumps({"b": "x"}))
     with pytest.raises(InputError, match=r"test\.jsonl\.gz: cannot be unpacked"):
         read_split([tmp_path / "test.jsonl.gz"])
     with pytest.raises(InputError, match=r"test\.jsonl\.zst: cannot be unpacked"):
@@ -67,4 +70,36 @@ def test_a_file_that_is_cut_off_and_files_of_other_fields_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"a\.parquet: its documents cannot be read"):
         read_split([tmp_path / "a.parquet"])
     with pytest.raises(InputError, match="different fields"):
-        read_split([tmp_path / "b.jsonl", tmp_path / "c.jsonl"])
+        read_split(shards)
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        (["test.jsonl"], None),
+        (["test-00000-of-00001.jsonl"], None),
+        ([f"test-0000{number}-of-00003.jsonl" for number in range(3)], None),
+        (["test.jsonl", "test.jsonl.gz"], "would count several times"),
+        (["test.jsonl", "test-00000-of-00001.jsonl"], "would count several times"),
+        (["test-00000-of-00002.jsonl", "test-00001-of-00002.jsonl.gz"], "would count several times"),
+        (["test-00000-of-00001.jsonl", "test-00000-of-00002.jsonl", "test-00001-of-00002.jsonl"], "several times"),
+        (["test-00000-of-00002.jsonl"], "of 2 shards .* there are 1, without number 1"),
+        (["test-00001-of-00002.jsonl"], "of 2 shards .* there are 1, without number 0"),
+        (["test-00000-of-00002.jsonl", "test-0-of-2.jsonl", "test-00001-of-00002.jsonl"], "of 2 shards .* there are 3"),
+    ],
+)
+def test_a_split_is_one_file_or_all_of_its_shards(tmp_path, names, problem):
+    for name in names:
+        text = json.dumps(arc_documents(1)[0]).encode()
+        (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    write_jsonl(tmp_path / "train-00000-of-00009.jsonl", arc_documents(1))  # which no task here reads
+    task = Task("arc_easy", str(tmp_path))
+    if problem is None:
+        check_tasks([task])
+        assert count_documents(find_splits(tmp_path)["test"]) == len(names)
+        assert len(read_split(find_splits(tmp_path)["test"])) == len(names)
+        return
+    with pytest.raises(InputError, match=problem):
+        check_tasks([task])
+    with pytest.raises(InputError, match=problem):
+        read_split(find_splits(tmp_path)["test"])
