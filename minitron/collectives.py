@@ -10,12 +10,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from minitron.errors import InputError, MinitronError, MissingFileError, NonFiniteError, NotWritableError, StorageError
+from minitron.errors import (
+    InputError,
+    MinitronError,
+    MissingFileError,
+    NonFiniteError,
+    NotWritableError,
+    StorageError,
+    TakenOverError,
+)
 
 LARGEST = 1 << 30  # bytes of a value
 _ERRORS = {
     kind.__name__: kind
-    for kind in (MinitronError, InputError, StorageError, NotWritableError, MissingFileError, NonFiniteError)
+    for kind in (
+        MinitronError,
+        InputError,
+        StorageError,
+        NotWritableError,
+        MissingFileError,
+        TakenOverError,
+        NonFiniteError,
+    )
 }
 
 

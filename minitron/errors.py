@@ -52,5 +52,9 @@ class MissingFileError(StorageError):
     """A file that does not exist."""
 
 
+class TakenOverError(MinitronError):
+    """Another process has taken the work over. The one that gets this error must not write anything more."""
+
+
 class NonFiniteError(MinitronError):
     """A loss or gradient became NaN or infinite."""

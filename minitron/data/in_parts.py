@@ -111,11 +111,13 @@ def pack_in_parts(
     target: str,
     in_parts: InParts,
     progress: Callable[[int, int], None] | None,
+    before_commit: Callable[[], None],
 ) -> None:
     """Write the rows of `layout` into `target`.
 
     hows, heldout: how each source is tokenised, and the held-out text if that has a source of its own. tokenizer: its
     identity. progress: called with (tokens of finished parts, tokens wanted), then with (tokens in finished shards, in all).
+    before_commit: called before the rows are committed.
     """
     wanted = _wanted_tokens(layout, hows)
     jobs = [PartJob.of(how, in_parts.folder, number, tokenizer) for number, how in enumerate(hows)]
@@ -138,12 +140,17 @@ def pack_in_parts(
             break
         short = sources[placed.source]
         short.needed = max(short.needed, short.tokens) * 1.1 + 1
-    _write_shards(layout, placed, target, in_parts, progress)
+    _write_shards(layout, placed, target, in_parts, progress, before_commit)
     remove(in_parts.folder)
 
 
 def _write_shards(
-    layout: Layout, placed: Placed, target: str, in_parts: InParts, progress: Callable[[int, int], None] | None
+    layout: Layout,
+    placed: Placed,
+    target: str,
+    in_parts: InParts,
+    progress: Callable[[int, int], None] | None,
+    before_commit: Callable[[], None],
 ) -> None:
     """Write all shards, and publish them."""
     # A local target does not exist until it is complete; of a remote one, nobody reads what its manifest does not name.
@@ -157,6 +164,7 @@ def _write_shards(
         if progress:
             done = sum(one["bytes"] for one in entries.values())
             progress(done // layout.dtype.itemsize, total // layout.dtype.itemsize)
+    before_commit()
     publish_shards(rows, target, complete_index(placed.index, entries), entries)
 
 

@@ -25,11 +25,13 @@ def write_rows(
     target: str,
     streams: Callable[[Callable[[Split], bool]], tuple[Sequence[Chunks], Chunks | None]],
     progress: Callable[[int, int], None] | None = None,
+    before_commit: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the rows of `layout` and their index into the folder `target`, which is complete or does not exist.
 
     streams: gives the chunks of each source, and those of the held-out text if that has a source of its own; its argument tells
-    whether a split needs no more text. Shards are copied to a remote target as soon as they are complete.
+    whether a split needs no more text. before_commit: called before the folder is published. Shards are copied to a remote
+    target as soon as they are complete.
 
     Raises InputError if a source ends too early, and what a stream raises before the rows are complete.
     """
@@ -57,6 +59,7 @@ def write_rows(
             placer.place([pieces(one) for one in sources], None if heldout is None else pieces(heldout))
             writer.close()
             write_json(str(folder / INDEX), complete_index(placer.index(), entries))
+            before_commit()
             publish(folder, target, entries | upload(folder, target, INDEX), {"kind": "rows"})
         finally:
             shutil.rmtree(folder, ignore_errors=True)

@@ -61,6 +61,7 @@ def pack(
     shard_rows: int = SHARD_ROWS,
     in_parts: InParts | None = None,
     progress: Callable[[int, int], None] | None = None,
+    before_commit: Callable[[], None] = lambda: None,
 ) -> Rows:
     """Tokenise text once into `target` (any fsspec path) and return its training rows.
 
@@ -90,6 +91,8 @@ def pack(
     is interrupted. By default all is done here, as far as the rows need it. The rows are the same.
 
     progress: called about once a second with (tokens written, tokens in total).
+
+    before_commit: called before the rows are committed; it may raise a MinitronError to prevent that.
 
     A target that already contains the rows of the same request is opened as it is. Raises InputError if a source ends too
     early (with the number of rows it gave), and StorageError if `target` contains other rows.
@@ -131,10 +134,12 @@ def pack(
     heldout_how = Tokenising(heldout, tokenizer, around, 1.0, layout.dtype) if heldout else None
     if not is_committed(target):
         if in_parts is not None:
-            pack_in_parts(layout, hows, heldout_how, tokenizer_identity(tokenizer), target, in_parts, progress)
+            identity = tokenizer_identity(tokenizer)
+            pack_in_parts(layout, hows, heldout_how, identity, target, in_parts, progress, before_commit)
         else:
-            _pack_here(layout, hows, heldout_how, target, progress)
+            _pack_here(layout, hows, heldout_how, target, progress, before_commit)
     elif in_parts is not None:
+        before_commit()
         remove(in_parts.folder)  # the process that wrote the rows may have been killed before it did so
     # Also after writing: another process may have published its rows first.
     if read_json(join(target, INDEX)).get("request") != layout.request:
@@ -151,6 +156,7 @@ def _pack_here(
     heldout: Tokenising | None,
     target: str,
     progress: Callable[[int, int], None] | None,
+    before_commit: Callable[[], None],
 ) -> None:
     """Read and tokenise the text in this process, and stop when the rows are complete."""
 
@@ -168,7 +174,7 @@ def _pack_here(
             progress(done, total)
             reported = time.monotonic()
 
-    write_rows(layout, target, streams, report)
+    write_rows(layout, target, streams, report, before_commit)
 
 
 def _request(

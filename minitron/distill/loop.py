@@ -73,7 +73,8 @@ def distill(
         of `targets` must do the same.
     checkpoints: folder where the state is saved every `checkpoint_every` steps. The newest undamaged checkpoint under `key` is
         resumed. The training curve is kept with them (see `read_curve`).
-    before_commit: called in process 0 before each checkpoint is committed; it may raise a MinitronError to prevent that.
+    before_commit: called in process 0 before anything in `checkpoints` is changed; it may raise a MinitronError to prevent
+        that. Other processes may then wait for process 0, and must be ended.
     saved: called in process 0, in another thread, with the step of each checkpoint that was committed.
     save_now: asked in every process after each step; once one process says so, for example because its node is about to be
         taken away, all save a checkpoint and wait until it is committed.
@@ -106,6 +107,7 @@ def distill(
     if until is not None and not checkpoints:
         raise InputError(f"until: {until} without checkpoints", "say where the state at that step is to be saved")
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    before_commit = before_commit or (lambda: None)
     sharded = config.shard and world > 1
     compute_device = device() if on_meta(student) else next(student.parameters()).device
     dtype = head_of(student).dtype
@@ -157,6 +159,7 @@ def distill(
         first, skipped = _resume(state, saver) if saver else (0, 0)
         curve = Curve(checkpoints) if checkpoints and rank == 0 else None
         if curve:
+            before_commit()
             curve.resume(first)
         if resumed:
             resumed(first)
@@ -191,6 +194,8 @@ def distill(
             else:
                 skipped += 1
                 found = {"step": step, "rows": indices, "loss": parts[0], "grad_norm": norm}
+                if curve:
+                    before_commit()
                 _not_finite(found, skipped, config, checkpoints if rank == 0 else None)
             state.clear()
             watch.lap("optimizer")
@@ -208,6 +213,7 @@ def distill(
                 watch.lap("report")
             regular = config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps
             if curve and (regular or hurry or done == last):
+                before_commit()
                 curve.save(done)
             # The last step of a sharded student is saved too: if gathering fails, the training is not repeated.
             before_gathering = config.checkpoint_every and sharded and done == config.steps

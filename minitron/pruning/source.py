@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -67,17 +68,20 @@ class PruningSource:
         kept = self._layers(scores, base, architecture)
         return prune(model, architecture, scores, layers=kept, merge_heads=self.merge_heads)
 
-    def write_student(self, architecture: Architecture, target: str) -> None:
+    def write_student(
+        self, architecture: Architecture, target: str, *, before_commit: Callable[[], None] = lambda: None
+    ) -> None:
         """Commit to `target` a checkpoint of the student, with the checkpoint's tokenizer, one tensor at a time: a process
         needs about 2 GiB of main memory besides the largest tensor, and no GPU.
 
         Weights, config and tokenizer are those of `prune`, saved by `minitron.models.save_model`; a large student has smaller
-        files. Iterative pruning loads the whole model, on the device that models compute on.
+        files. Iterative pruning loads the whole model, on the device that models compute on. before_commit: as in
+        `minitron.storage.committed_folder`.
         """
         folder = storage.fetch(self.folder)
         if self.recalibration:
             student = self.prune(self.load(), architecture)
-            with storage.committed_folder(target) as local_folder:
+            with storage.committed_folder(target, before_commit=before_commit) as local_folder:
                 save_model(student, load_tokenizer(folder), local_folder)
             return
         base, _ = source_architecture(str(folder))
@@ -91,6 +95,7 @@ class PruningSource:
             merge_heads=self.merge_heads,
             dtype=DTYPES[self.dtype],
             shard_bytes=FILE_BYTES,
+            before_commit=before_commit,
         )
 
     def channels(self, base: Architecture, architecture: Architecture) -> Tensor | None:

@@ -77,8 +77,10 @@ def write_pruned(
     dtype: torch.dtype | None = None,
     shard_bytes: int = 2**30,
     progress: Callable[[int, int], None] | None = None,
+    before_commit: Callable[[], None] = lambda: None,
 ) -> None:
-    """`prune_checkpoint` to an `address` where there may be files of an earlier attempt that was not completed."""
+    """`prune_checkpoint` to an `address` where there may be files of an earlier attempt that was not completed. before_commit:
+    as in `minitron.storage.committed_folder`."""
     check_type("architecture", architecture, Architecture, "an Architecture")
     check_type("scores", scores, ImportanceScores, "ImportanceScores")
     if dtype is not None:
@@ -106,7 +108,7 @@ def write_pruned(
         read = merged_source(read, base, architecture, selection, scores, merge_heads)
     total = len(base.outer_parameters) + architecture.num_layers * len(base.layer_parameters)
     note = {"architecture": architecture.to_dict(), "layers": selection.layers, "scores": scores.provenance}
-    with storage.committed_folder(address, note) as staging:
+    with storage.committed_folder(address, note, before_commit=before_commit) as staging:
         writer = ShardWriter(staging, shard_bytes)
         for done, (name, tensor) in enumerate(sliced_tensors(read, base, architecture, selection), start=1):
             for stored, part in checkpoint.stored(name, tensor):

@@ -15,7 +15,7 @@ import shutil
 import socket
 import tempfile
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,13 @@ from minitron.storage.ranges import check_entry
 
 
 @contextmanager
-def committed_folder(target: str, note: dict[str, Any] | None = None) -> Iterator[Path]:
+def committed_folder(
+    target: str, note: dict[str, Any] | None = None, *, before_commit: Callable[[], None] = lambda: None
+) -> Iterator[Path]:
     """Yield a temporary local folder; on exit without an error, publish it at `target`, its manifest last.
 
-    note: JSON value stored in the manifest. If another process publishes `target` in the meantime, its folder is kept. Raises
+    note: JSON value stored in the manifest. before_commit: called before anything is written at `target`; it may raise a
+    MinitronError to prevent that. If another process publishes `target` in the meantime, its folder is kept. Raises
     StorageError for a local folder that is there already, is not empty and has no manifest: nobody knows whose it is.
     """
     with disk_errors(target):
@@ -45,6 +48,7 @@ def committed_folder(target: str, note: dict[str, Any] | None = None) -> Iterato
         temporary = staging_folder(target)
         try:
             yield temporary
+            before_commit()
             publish(temporary, target, upload(temporary, target), note)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

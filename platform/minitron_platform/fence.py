@@ -18,13 +18,13 @@ from functools import cached_property
 from pathlib import Path
 
 from minitron import storage
-from minitron.errors import MinitronError, StorageError
+from minitron.errors import StorageError, TakenOverError
 
 EPOCH = re.compile(r"^(\d{8})\.json$")
 
 
-class LeaseLostError(MinitronError):
-    """Another driver has taken the lease over. The process that gets this error must not write anything more."""
+class LeaseLostError(TakenOverError):
+    """Another driver has taken the lease over."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,18 @@ class Fence:
     def end_path(self) -> str:
         """File that exists once the holder has released the lease."""
         return storage.join(self.folder, end_name(self.epoch))
+
+
+@dataclass(frozen=True)
+class Fences:
+    """All leases that a driver holds for a work."""
+
+    fences: tuple[Fence, ...] = ()
+
+    def check(self) -> None:
+        """Raise LeaseLostError if another driver has taken any of them over."""
+        for fence in self.fences:
+            fence.check()
 
 
 def epoch_path(folder: str, epoch: int) -> str:

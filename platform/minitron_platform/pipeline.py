@@ -110,6 +110,7 @@ def run(
             computes_here=ray.computes_here,
             scratch=storage.join(locations.run(key), "workers"),
             look=ClusterWatch(console, recipe.resources.wait_timeout).look,
+            before_commit=lambda: context.fences.check,
         )
         context = Context(
             recipe=recipe,
@@ -234,6 +235,7 @@ def _report(context: Context, run_record: RunRecord) -> None:
     """Write the report, and the results to the run's record if that is open."""
     from minitron_platform.report.write import write_report
 
+    context.check_fences()
     write_report(context, run_record)
     if run_record.open:
         run_record.results()

@@ -94,6 +94,7 @@ def _search(
         measured = partial(_is_measured, stored, rung)
         failures |= pool.run(partial(trial, until=rung), remaining, measured, refresh=stored.refresh)
         if halving.should_stop(stored.rung_kl(remaining, last), stored.rung_kl(remaining, rung)):
+            task.before_commit()
             remaining = _stop_worse(stored, remaining, rung, halving.keep, stopped)
         last = rung
     finished = partial(_is_finished, stored, task)

@@ -97,6 +97,7 @@ def benchmark_best(
         best,
         lambda architecture: len(_scores(paths[architecture])) == len(benchmarks.tasks),
     )
+    task.before_commit()
     StoredTrials(task.folder).drop_weights(architectures)
     ranking = [
         _with_scores(candidate, benchmarks, paths[candidate.architecture])
@@ -147,6 +148,7 @@ def _benchmark(task: SearchTask, benchmarks: Benchmarks, architecture: Architect
         add_bos=benchmarks.add_bos,
         on_failure=failed.__setitem__,
     )
+    task.before_commit()
     storage.write_json(path, known | {name: asdict(score) for name, score in scores.items()})
     if failed:
         reasons = [f"{name}: {one_line(error)}" for name, error in failed.items()]

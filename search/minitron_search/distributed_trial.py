@@ -85,6 +85,7 @@ def run_trial_on_workers(
         if checkpoints is not None:
             ray.kill(checkpoints)
     if until is None:
+        task.before_commit()
         drop_checkpoints(task.folder, architecture)
 
 

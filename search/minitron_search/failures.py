@@ -16,12 +16,12 @@ from ray.exceptions import (
 )
 
 from minitron.architecture import Architecture
-from minitron.errors import InputError, MinitronError, NonFiniteError
+from minitron.errors import InputError, MinitronError, NonFiniteError, TakenOverError
 
 _NO_MODULE = re.compile(r"No module named '([\w.]+)'")
 MAX_LENGTH = 400  # characters of a reason, without its remedy
 # Errors that a second attempt would raise again.
-NOT_RETRYABLE = (NonFiniteError, InputError, torch.OutOfMemoryError)
+NOT_RETRYABLE = (NonFiniteError, InputError, TakenOverError, torch.OutOfMemoryError)
 LESS_MEMORY = (
     "lower micro_batch_rows, use activation checkpointing, run fewer workers or trials at once, shard, or use a machine with "
     "more memory"

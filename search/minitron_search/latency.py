@@ -60,21 +60,23 @@ class Latency:
         share: Mapping[str, float],
         progress: Callable[[int, int], None] | None = None,
         look: Callable[[], None] = lambda: None,
+        before_commit: Callable[[], None] = lambda: None,
     ) -> dict[Architecture, float]:
         """Milliseconds of each architecture: the median of at least five passes, which alternate with those of up to three
         other architectures.
 
         The passes run in Ray tasks that request `share`, the resources of a trial by Ray's names, one task at a time so that
         none slows another. `progress(measured, total)` is called after each task, `look()` every few seconds; what it
-        raises cancels the task. Needs Ray to be running. Raises
-        MinitronError for an architecture that cannot be run, for example because it does not fit in memory.
+        raises cancels the task. `before_commit()` is called in the task before times are stored, and may raise a MinitronError
+        to prevent that. Needs Ray to be running. Raises MinitronError for an architecture that cannot be run, for example
+        because it does not fit in memory.
         """
         remote = ray.remote(num_cpus=share.get("CPU"), num_gpus=share.get("GPU"), memory=share.get("memory"))(_measure)
         milliseconds: dict[Architecture, float] = {}
         for start in range(0, len(architectures), MODELS_AT_A_TIME):
             group = architectures[start : start + MODELS_AT_A_TIME]
             try:
-                milliseconds |= dict(zip(group, _result(remote.remote(self, group), look), strict=True))
+                milliseconds |= dict(zip(group, _result(remote.remote(self, group, before_commit), look), strict=True))
             except ray.exceptions.RayError as error:
                 raise MinitronError(
                     f"latency of {self.batch} sequences of {self.context} tokens: {group[0]} and the candidates measured with "
@@ -109,7 +111,7 @@ def _result(task: Any, look: Callable[[], None]) -> Any:
     return ray.get(task)
 
 
-def _measure(latency: Latency, architectures: Sequence[Architecture]) -> list[float]:
+def _measure(latency: Latency, architectures: Sequence[Architecture], before_commit: Callable[[], None]) -> list[float]:
     """Milliseconds of each architecture in this process."""
     if device().type == "cpu":
         torch.set_num_threads(latency.threads)
@@ -119,6 +121,7 @@ def _measure(latency: Latency, architectures: Sequence[Architecture]) -> list[fl
         config = _config(latency.origin)
         models = {str(index): _random_model(config, architectures[index], latency.dtype) for index in new}
         seconds = _seconds(latency, models)
+        before_commit()
         for index in new:
             storage.write_json(
                 paths[index],

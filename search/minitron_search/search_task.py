@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Integral
 
@@ -12,6 +13,10 @@ from minitron.pruning.source import PruningSource
 from minitron_search.arguments import absolute_path
 
 
+def _always() -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class SearchTask:
     """What every trial of a search shares.
@@ -19,7 +24,9 @@ class SearchTask:
     `folder` is where each trial stores its checkpoints and results, under its own key. Candidates are pruned from `origin`,
     distilled with `config` and `losses`, and compared on the first `heldout_rows` held-out rows (default: all), after the last
     step and after each of the steps `rungs` (ascending). On a CPU a trial runs with `threads` threads. With `keep_weights` the
-    distilled students are kept (see `minitron_search.trial_store.weights`). Relative paths are made absolute. Raises
+    distilled students are kept (see `minitron_search.trial_store.weights`). `before_commit` is called, in the search's process
+    and in those of trials, to which it is pickled, before anything in `folder` is written or deleted; it may raise a
+    MinitronError to prevent that, with a TakenOverError no trial is restarted. Relative paths are made absolute. Raises
     InputError for a field of the wrong type and for an empty path.
     """
 
@@ -32,6 +39,7 @@ class SearchTask:
     threads: int = 1
     rungs: tuple[int, ...] = ()
     keep_weights: bool = False
+    before_commit: Callable[[], None] = _always
 
     def __post_init__(self) -> None:
         check_type("materials", self.materials, DistillInputs)

@@ -77,6 +77,7 @@ def run_trial(task: SearchTask, architecture: Architecture, report: Report, *, u
         return
     train(task, architecture, report, NodeIsLeaving(), until=until)
     if until is None:
+        task.before_commit()
         drop_checkpoints(task.folder, architecture)
 
 
@@ -84,6 +85,7 @@ def prepare(task: SearchTask, architecture: Architecture) -> bool:
     """Delete checkpoints that a trial cannot resume from; returns whether there is anything left to train."""
     has_weights = not task.keep_weights or storage.is_committed(weights(task.folder, architecture))
     if has_weights and finished_result(task, architecture) is not None:
+        task.before_commit()
         drop_checkpoints(task.folder, architecture)  # left by a trial that was killed just before it deleted them
         return False
     _start_over_if_rungs_were_passed(task, architecture)
@@ -131,6 +133,7 @@ def train(
         documents=materials.documents(),
         checkpoints=checkpoints(task.folder, architecture),
         key=trial_key(architecture),
+        before_commit=task.before_commit,
         saved=on_saved,
         save_now=is_leaving,
         report=lambda step: report(Progress(step.step, step.metrics())),
@@ -162,6 +165,7 @@ def train(
         seconds=time.perf_counter() - started,
     )
     if is_rank_zero():
+        task.before_commit()
         write_result(task.folder, result)
     student.finish()
     report(Finished(steps, after.kl, after.loss))
@@ -172,6 +176,7 @@ def _start_over_if_rungs_were_passed(task: SearchTask, architecture: Architectur
     missing = [step for step in task.rungs if rung_result(task.folder, architecture, step) is None]
     saved = committed_steps(checkpoints(task.folder, architecture))
     if missing and saved and saved[-1] >= missing[0]:
+        task.before_commit()
         drop_checkpoints(task.folder, architecture)
 
 
@@ -191,6 +196,7 @@ def _forward_score(
     assert metrics.kl is not None
     measured = ForwardScore(metrics.kl, metrics.loss)
     if is_rank_zero():
+        task.before_commit()
         write_forward_score(task.folder, architecture, measured)
     return measured
 
@@ -207,6 +213,7 @@ def _rung_result(
     assert metrics.per_row_kl is not None
     measured = RungResult(step, metrics.kl, metrics.loss, tuple(metrics.per_row_kl))
     if is_rank_zero():
+        task.before_commit()
         write_rung(task.folder, architecture, measured)
     return measured
 

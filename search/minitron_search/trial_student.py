@@ -76,7 +76,8 @@ class _Whole:
     def trained(self) -> nn.Module:
         target = weights(self.task.folder, self.architecture)
         if self.task.keep_weights and is_rank_zero() and not storage.is_committed(target):
-            with storage.committed_folder(target) as folder, quiet_transformers():
+            commit = storage.committed_folder(target, before_commit=self.task.before_commit)
+            with commit as folder, quiet_transformers():
                 self.model.save_pretrained(str(folder))  # type: ignore[operator]
         return self.model
 
@@ -95,7 +96,7 @@ class _Sharded:
         self.dtype = DTYPES[task.materials.dtype]
         self.folder = pruned(task.folder, architecture)
         if is_rank_zero() and not storage.is_committed(self.folder):
-            task.origin.write_student(architecture, self.folder)
+            task.origin.write_student(architecture, self.folder, before_commit=task.before_commit)
         dist.barrier()
         self.teacher_head = task.materials.teacher_head()
         self.model, self.files = open_model(storage.fetch(self.folder), self.dtype)
@@ -106,7 +107,8 @@ class _Sharded:
 
     def trained(self) -> nn.Module:
         target = weights(self.task.folder, self.architecture)
-        with storage.committed_folder(target) if is_rank_zero() else nullcontext() as folder:
+        commit = storage.committed_folder(target, before_commit=self.task.before_commit)
+        with commit if is_rank_zero() else nullcontext() as folder:
             write_model(self.model, self.files, self.dtype, folder)
         del self.model  # its float32 weights
         dist.barrier()
@@ -115,6 +117,7 @@ class _Sharded:
     def finish(self) -> None:
         dist.barrier()
         if is_rank_zero():
+            self.task.before_commit()
             storage.remove(self.folder)
             if not self.task.keep_weights:
                 storage.remove(weights(self.task.folder, self.architecture))

@@ -6,7 +6,9 @@ import math
 import os
 import signal
 import time
+from contextlib import suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from minitron import Architecture, storage
 from minitron.distill.inputs import DistillInputs
-from minitron.errors import InputError, NonFiniteError, StorageError
+from minitron.errors import InputError, MinitronError, NonFiniteError, StorageError, TakenOverError
 from minitron.models import layers_of
 from minitron.pruning.source import PruningSource
 from minitron_platform.cluster.ray_session import ray_session
@@ -339,6 +341,87 @@ def test_two_workers_with_a_sharded_student_train_like_one_and_share_its_measure
     # only rank 0 reports, in order
     assert [event.step for event in events if isinstance(event, Progress)] == list(range(1, 9))
     assert not [path for name in ("checkpoints", "pruned", "weights") for path in tmp_path.glob(f"*/{name}")]
+
+
+def _lease(taken, folder):
+    """(what files there are in `folder`, what takes the lease, what raises once it is taken). The first process that learns of
+    it leaves a list of the files there. Workers cannot import this file, but get functions that a function has made."""
+
+    def files():
+        return sorted(f"{path} {path.stat().st_mtime_ns}" for path in folder.rglob("*") if path.is_file())
+
+    def take():
+        taken.write_text("\n".join(files()))
+
+    def check():
+        if taken.exists():
+            with suppress(FileExistsError), taken.with_name("seen").open("x") as file:
+                file.write("\n".join(files()))
+            raise TakenOverError("the trials were taken over", "follow the other driver")
+
+    return files, take, check
+
+
+def _measuring(inputs, after):
+    """The inputs of a search that call `after` with the number of each measurement."""
+    numbers = count(1)
+
+    class Measuring(DistillInputs):
+        def heldout(self, *arguments, **options):
+            measured = DistillInputs.heldout(self, *arguments, **options)
+            after(next(numbers))
+            return measured
+
+    return Measuring(**vars(inputs))
+
+
+# an event, or a measurement: before training, at the two rungs, and at the end
+MOMENTS = [1, 2, 3, 4, Started, Undistilled, (RungReached, 4), (Progress, 8), Finished]
+
+
+@pytest.mark.parametrize("moment", MOMENTS, ids=str)
+def test_a_trial_of_a_driver_that_was_replaced_writes_and_deletes_nothing(made, tmp_path, moment):
+    """At every moment after which it would."""
+    taken, folder = tmp_path / "taken", tmp_path / "trials"
+    files, take, check = _lease(taken, folder)
+
+    def measured(number):
+        if number == moment:
+            manifest = folder / trial_key(architecture) / "checkpoints/step-00000004/manifest.json"
+            while number > 2 and not manifest.exists():  # a checkpoint that was begun before
+                time.sleep(0.01)
+            take()
+
+    def report(event):
+        if moment in (type(event), (type(event), getattr(event, "step", None))):
+            take()
+
+    config = replace(CONFIG, checkpoint_every=4)
+    task = search_task(made, folder, config=config, keep_weights=True, before_commit=check)
+    task = replace(task, materials=_measuring(task.materials, measured))
+    architecture = made[2][-1]
+    with pytest.raises(TakenOverError):
+        run_trial(task, architecture, report)
+    assert files() == taken.read_text().splitlines()
+
+
+@pytest.mark.long
+def test_workers_of_a_trial_whose_driver_was_replaced_stop_writing_and_are_not_restarted(made, to_the_end, tmp_path):
+    """Two of them, whose own process does not wait for the driver."""
+    taken, folder, events = tmp_path / "taken", tmp_path / "trials", []
+    files, take, check = _lease(taken, folder)
+    config = replace(CONFIG, steps=100_000, checkpoint_every=5)
+    task = search_task(made, folder, config=config, rungs=(), before_commit=check)
+
+    def on_event(_, event):
+        events.append(event)
+        if isinstance(event, Progress) and event.step >= 12 and not taken.exists():
+            take()
+
+    with pytest.raises(MinitronError, match=r"no candidate of the search finished(.|\n)*the trials were taken over"):
+        search(task, made[2][-1:], pool=_pool(tmp_path, workers=2, on_event=on_event))
+    assert not [event for event in events if isinstance(event, Retried)]
+    assert files() == (tmp_path / "seen").read_text().splitlines()
 
 
 def test_a_process_that_shares_a_student_has_neither_it_nor_its_source_in_memory(made, tmp_path, monkeypatch):

@@ -60,6 +60,8 @@ class Writing(TypedDict, total=False):
     world: int
     """`world` processes write together, each with its own `rank`; the last one completes the folder. By default rank 0 of 1.
     All processes of a torch.distributed group may share a sharded model, if all call alike."""
+    before_commit: Callable[[], None]
+    """Called before a shard or the index is written; it may raise a MinitronError to prevent that."""
     progress: Callable[[int, int], None] | None
     """Called with the number of computed rows and the number of all rows."""
 
@@ -87,6 +89,7 @@ def write_shards(
     numbers = how.get("numbers")
     batch_rows = how.get("batch_rows", 4)
     rank, world, progress = how.get("rank", 0), how.get("world", 1), how.get("progress")
+    before_commit = how.get("before_commit", lambda: None)
     chosen = range(len(rows)) if numbers is None else list(numbers)
     key = key_of_rows(key, numbers)
     in_group = world > 1 and world_size() == world
@@ -114,7 +117,7 @@ def write_shards(
     if most:
         loaded = loaded or load()
         device = next(loaded.model.parameters()).device
-        with _Writer(folder, index, note) as writer:
+        with _Writer(folder, index, note, before_commit) as writer:
             for number in missing:
                 part = chosen[number * rows_per_shard : (number + 1) * rows_per_shard]
                 for start in range(0, len(part), batch_rows):
@@ -134,6 +137,7 @@ def write_shards(
                     loaded.compute(rows.take(chosen[:batch_rows]).to(device))
     committed = committed_shards(storage.file_sizes(folder)) if world > 1 else committed | set(missing)
     if everything <= committed:
+        before_commit()
         index.write(folder)
     return computed
 
@@ -169,8 +173,14 @@ class _Writer:
     Two buffers in main memory take turns. From a GPU, rows are copied while it computes the next ones.
     """
 
-    def __init__(self, folder: str, index: Index, note: Callable[[dict[str, Tensor]], dict[str, Any]]) -> None:
-        self.folder, self.index, self.note = folder, index, note
+    def __init__(
+        self,
+        folder: str,
+        index: Index,
+        note: Callable[[dict[str, Tensor]], dict[str, Any]],
+        before_commit: Callable[[], None],
+    ) -> None:
+        self.folder, self.index, self.note, self.before_commit = folder, index, note, before_commit
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="shard")
         self.pending: Future[None] | None = None
         self.buffers: list[dict[str, Tensor]] = [{}, {}]
@@ -226,6 +236,7 @@ class _Writer:
             staged = self.staging / shard_name(number)
             staged.mkdir()
             entry, _ = write_tensors(staged / FILE, tensors)
+            self.before_commit()
             note = {"key": self.index.key, "rows_per_shard": self.index.rows_per_shard, **self.note(tensors)}
             storage.publish(staged, target, storage.upload(staged, target, known={FILE: entry}), note)
             shutil.rmtree(staged, ignore_errors=True)

@@ -166,6 +166,7 @@ def _score(task: _Scoring, worker: Worker) -> None:
         with tempfile.TemporaryDirectory() as temporary_folder:
             file = Path(temporary_folder) / "scores.safetensors"
             scores.save(file)
+            worker.before_commit()
             storage.write_bytes(task.target, file.read_bytes())
 
 

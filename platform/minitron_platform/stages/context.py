@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from minitron_platform.console import Console
-from minitron_platform.fence import Fence
+from minitron_platform.fence import Fence, Fences
 from minitron_platform.leases import lease
 from minitron_platform.recipes.resources import ResolvedResources
 from minitron_platform.stages.state import RunState
@@ -51,8 +51,12 @@ class Context(RunState):
 
     def check_fences(self) -> None:
         """Raise LeaseLostError if another driver has taken over any of the leases that are held."""
-        for fence in self.held:
-            fence.check()
+        self.fences.check()
+
+    @property
+    def fences(self) -> Fences:
+        """The leases that are held now. Their `check` can be sent to processes that write for this driver."""
+        return Fences(tuple(self.held))
 
     def log(self, part: str) -> RunLog:
         """The record of a stage or trial of this run; `part` is its name."""

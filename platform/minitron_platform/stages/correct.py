@@ -205,11 +205,14 @@ class _Correction:
                 rows=self.context.output(Data).folder,
                 separate_documents=self.context.separate_documents,
             )
-            storage.write_json(path, asdict(self.context.workers.compute(_heldout, measurement)))
+            measured = self.context.workers.compute(_heldout, measurement)
+            self.context.check_fences()
+            storage.write_json(path, asdict(measured))
         return float(storage.read_json(path)["loss"])
 
     def remove(self, name: str) -> None:
         """Remove what is stored under `name` in the stage's folder, if it exists."""
+        self.context.check_fences()
         storage.remove(storage.join(self.folder, name))
 
     def _loss_file(self, name: str) -> str:
@@ -241,7 +244,6 @@ class _Correction:
             ),
             config=config,
             losses=Losses(logits="none", cross_entropy=1.0),
-            fences=tuple(context.held),
             checkpoints=storage.join(self.folder, "checkpoints"),
             curve=storage.join(self.folder, CURVE),
             result=target,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -195,13 +196,13 @@ def _packed(context: Context, target: str, parts: str) -> Rows:
     context.console.status("reading text")
     # python-docs is the text of this machine's Python
     if packing.parts and (cores() > 1 if here else PYTHON_DOCS not in kinds):
-        _pack(packing, context.console, _run_in_tasks(context))
+        _pack(packing, context.console, context.fences.check, _run_in_tasks(context))
     elif not context.workers.compute(_pack_in_worker, packing, everywhere=False):
         context.console.say(
             "  [yellow]the workers have other Python packages than the run's own process, which reads its own "
             "documentation[/]"
         )
-        _pack(packing, context.console)
+        _pack(packing, context.console, context.fences.check)
     if new:
         took = time.monotonic() - started
         context.console.say(f"  packed {tokens:,} tokens in {seconds(took)}, {tokens / took:,.0f} tokens/s")
@@ -224,12 +225,12 @@ def _pack_in_worker(task: _Packing, worker: Worker) -> bool:
     """Pack the rows in this process. False, without doing so, if the text is the documentation of another Python."""
     if task.python is not None and python_identity() != task.python:
         return False
-    _pack(task, worker.progress)
+    _pack(task, worker.progress, worker.before_commit)
     return True
 
 
-def _pack(task: _Packing, progress: Progress, run: Run = in_this_process) -> None:
-    """Pack the rows. run: makes the calls for the parts of the text."""
+def _pack(task: _Packing, progress: Progress, before_commit: Callable[[], None], run: Run = in_this_process) -> None:
+    """Pack the rows. before_commit: as `Worker.before_commit`. run: makes the calls for the parts of the text."""
     data = task.data
     pack(
         list(text_sources(data).values()),
@@ -242,9 +243,28 @@ def _pack(task: _Packing, progress: Progress, run: Run = in_this_process) -> Non
         heldout=heldout_source(data),
         add_bos=data.bos,
         drop_duplicates=data.drop_duplicates,
-        in_parts=InParts(task.parts, run) if task.parts else None,
+        in_parts=InParts(task.parts, _Fenced(run, before_commit)) if task.parts else None,
         progress=progress.counter("tokens"),
+        before_commit=before_commit,
     )
+
+
+@dataclass(frozen=True)
+class _Fenced:
+    """Makes the calls of `run` as long as `before_commit` allows it. A call that has begun may still write its part, which has
+    the same content whoever writes it."""
+
+    run: Run
+    before_commit: Callable[[], None]
+
+    def __call__(self, function: Callable[[Any, Any], Any], common: Any, parts: Iterable[Any]) -> Iterator[Any]:
+        return self.run(_fenced, (self.before_commit, function, common), parts)
+
+
+def _fenced(common: tuple[Callable[[], None], Callable[[Any, Any], Any], Any], part: Any) -> Any:
+    before_commit, function, own = common
+    before_commit()
+    return function(own, part)
 
 
 def _run_in_tasks(context: Context) -> Run:

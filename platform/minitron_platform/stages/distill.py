@@ -152,7 +152,6 @@ class Distill(Stage[DistillOutput]):
                 materials=inputs,
                 config=config,
                 losses=losses,
-                fences=tuple(context.held),
                 checkpoints=checkpoints,
                 curve=curve,
                 result=student,
@@ -168,6 +167,7 @@ class Distill(Stage[DistillOutput]):
             )
             context.workers.train(train, task, view.event)
             context.console.status("")
+        context.check_fences()
         if not storage.exists(curve):  # an earlier version wrote it after the student, and was killed in between
             write_curve(checkpoints, curve)
         storage.remove(checkpoints)
@@ -213,6 +213,6 @@ def _prune(task: _Pruning, worker: Worker) -> None:
         return
     worker.progress.status("pruning")
     if worker.is_first:
-        task.source.write_student(task.architecture, task.target)
+        task.source.write_student(task.architecture, task.target, before_commit=worker.before_commit)
     else:
         task.source.prune(task.source.load(), task.architecture)

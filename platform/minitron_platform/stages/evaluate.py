@@ -363,6 +363,7 @@ def _measure_speeds(task: Evaluation, path: str, worker: Worker) -> None:
     loaded = {name: task.load(worker, name) for name in names}
     speeds = interleaved_throughput(loaded, seq_length=seq_length, batch_rows=4, seconds=4.0)
     if worker.is_first:
+        worker.before_commit()
         storage.write_json(path, {name: asdict(speed) for name, speed in speeds.items()})
 
 
@@ -379,6 +380,7 @@ def _complete(task: Evaluation, worker: Worker, name: str) -> None:
     sampling = Sampling(max_new_tokens=COMPLETION_TOKENS)
     texts = [complete(model, tokenizer, each, sampling, add_bos=task.add_bos, in_step=split) for each in task.prompts]
     if worker.is_first:
+        worker.before_commit()
         storage.write_json(task.completed[name], texts)
 
 
@@ -405,6 +407,7 @@ def measure(task: Evaluation, worker: Worker, name: str, model: nn.Module, quali
             heldout_tokens=heldout.tokens,
         )
         if worker.is_first:
+            worker.before_commit()
             write_rows(documents_path(path), heldout.per_row_loss, heldout.per_row_kl or [])
             storage.write_json(path, quality.model_dump(mode="json"))
         results = [f"loss {LOSS.text(quality.loss)}", f"KL {KL.text(quality.kl)}"]
@@ -438,6 +441,7 @@ def measure(task: Evaluation, worker: Worker, name: str, model: nn.Module, quali
         numbers = quality.task_numbers | {key: result.numbers(key) for key, result in evaluated.items()}
         quality = quality.model_copy(update={"tasks": ordered, "task_numbers": numbers, "failures": failures})
         if worker.is_first:
+            worker.before_commit()
             add_tasks(documents_path(path), evaluated)
             storage.write_json(path, quality.model_dump(mode="json"))
         results += [f"{benchmark} {score.sentence}" for benchmark, score in scores.items()]

@@ -103,6 +103,7 @@ def _registration(context: Context, previous: schema.Member | None) -> Registrat
         pruned=_measured(context, evaluated, "pruned"),
     )
     card = model_card(context)
+    context.check_fences()
     storage.write_bytes(storage.join(distilled.student, CARD), str(card).encode())
     return Registration(
         parent=previous.model if previous else None,

@@ -166,6 +166,7 @@ class Search(Stage[SearchOutput]):
         )
         lease = context.lease(f"trials-{task.folder.rsplit('/', 1)[-1]}", "a search over the same trials")
         with lease, pool.open() as pool:  # the same workers serve the whole search
+            task = replace(task, before_commit=context.fences.check)
             candidates, milliseconds = shortlist(context, space, task, pool)
             distilled = schedule.distilled(len(candidates), len(context.member.points))
             view = TrialsView(

@@ -65,6 +65,7 @@ class _LatencyLimits:
         self.key = space.key
         self.console = context.console
         self.pool = pool
+        self.before_commit = task.before_commit
         self.milliseconds: dict[Architecture, dict[str, float]] = {}  # of every architecture that was timed
         self.latencies: dict[str, Latency] = {}
         self.limits: dict[str, float] = {}
@@ -88,7 +89,13 @@ class _LatencyLimits:
         self.pool.release_workers()  # they would take the resources, or slow down what is timed
         for name, latency in self.latencies.items():
             progress = self.console.counter(f"shapes timed {LATENCIES[name][1]}")
-            measured = latency.measure(architectures, share=self.pool.share, progress=progress, look=self.pool.look)
+            measured = latency.measure(
+                architectures,
+                share=self.pool.share,
+                progress=progress,
+                look=self.pool.look,
+                before_commit=self.before_commit,
+            )
             for architecture, taken in measured.items():
                 self.milliseconds.setdefault(architecture, {})[name] = taken
         return [a for a in architectures if not self._exceeded(a)]

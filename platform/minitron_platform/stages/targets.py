@@ -159,6 +159,7 @@ def _store(task: _Storing, worker: Worker) -> int:
             "numbers": numbers,
             "rank": worker.rank,
             "world": worker.count,
+            "before_commit": worker.before_commit,
             "progress": worker.progress.counter(f"{split} rows"),
         }
         key, documents = inputs.targets_key(split), inputs.documents()

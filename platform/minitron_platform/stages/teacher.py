@@ -97,7 +97,7 @@ def _convert(task: _Conversion, worker: Worker) -> TeacherOutput:
         model, tokenizer = load_source(task.model, task.revision, DTYPES[task.dtype])
         check_tokenizer_fits(tokenizer, Architecture.from_config(model.config).vocab_size, task.model)
         worker.progress.status("writing it as safetensors")
-        with storage.committed_folder(task.target) as local_folder:
+        with storage.committed_folder(task.target, before_commit=worker.before_commit) as local_folder:
             save_model(model, tokenizer, local_folder)
     from transformers import GenerationConfig
 

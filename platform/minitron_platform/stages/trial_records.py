@@ -222,6 +222,7 @@ class TrialsView:
         if trace:
             name = f"trial-{trial_key(architecture)}.txt"
             path = storage.join(self.context.locations.run(self.context.run_key), name)
+            self.context.check_fences()
             storage.write_bytes(path, trace.encode())
             self.logs[architecture].artifact(path)
 

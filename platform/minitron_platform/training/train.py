@@ -28,7 +28,6 @@ from minitron.logits import Head
 from minitron.meta_models import open_model, read_, write_model
 from minitron.models import load_model, load_tokenizer, save_model, save_tokenizer
 from minitron.processes import largest
-from minitron_platform.fence import Fence, LeaseLostError
 from minitron_platform.training.curves import write_curve
 from minitron_platform.training.events import Alarm, Measured, Resumed, Tagged
 from minitron_platform.workers.worker import Worker
@@ -71,13 +70,6 @@ class TrainTask:
     lora_rank: int = 16
     until: int | None = None
     """Step after which to stop and commit `result`; the training can be continued later with another `result`."""
-    fences: tuple[Fence, ...] = ()
-    """Leases of the driver; nothing is committed once another driver has taken one of them over."""
-
-    def check_fences(self) -> None:
-        """Raise LeaseLostError if another driver has taken the work over."""
-        for fence in self.fences:
-            fence.check()
 
 
 def train(task: TrainTask, worker: Worker) -> MinitronError | None:
@@ -85,8 +77,8 @@ def train(task: TrainTask, worker: Worker) -> MinitronError | None:
     its last checkpoint; where a worker died after the model was committed, nothing is left to do.
 
     Sends `minitron_platform.training.events`. Returns, instead of raising it, an error that every process has and that a
-    restart would not fix: the loss is not finite (NonFiniteError), or another driver has taken over (LeaseLostError). Raises
-    StorageError if a checkpoint cannot be written.
+    restart would not fix: the loss is not finite (NonFiniteError). Raises StorageError if a checkpoint cannot be written, and
+    TakenOverError if another driver has taken over.
     """
     if largest([storage.is_committed(task.result)]) == [1]:
         return None
@@ -115,6 +107,7 @@ def train(task: TrainTask, worker: Worker) -> MinitronError | None:
             results = task_results(task, student, on_benchmark_failure)
             changes, falls = watch.add(step, results, heldout["heldout_kl"])
             if worker.is_first and watch.first is not None and watch.first["step"] == step:
+                worker.before_commit()
                 storage.write_json(first, watch.first)  # for a training that is resumed
             send_metrics(task_metrics(results, changes) | tokens, step)
             for fall in falls:
@@ -142,7 +135,7 @@ def train(task: TrainTask, worker: Worker) -> MinitronError | None:
                 documents=task.materials.documents(),
                 checkpoints=task.checkpoints,
                 key=task.key,
-                before_commit=task.check_fences,
+                before_commit=worker.before_commit,
                 saved=saved,
                 save_now=worker.is_leaving,
                 resumed=lambda step: worker.send(Resumed(step)),
@@ -152,20 +145,16 @@ def train(task: TrainTask, worker: Worker) -> MinitronError | None:
                 until=task.until,
                 weights=weights,
             )
-    except (NonFiniteError, LeaseLostError) as error:
+    except NonFiniteError as error:
         return error
-    lost = None
     if worker.is_first:
-        try:
-            task.check_fences()
-            write_curve(task.checkpoints, task.curve)
-        except LeaseLostError as error:
-            lost = error
-    if largest([lost is not None]) == [0]:
-        with storage.committed_folder(task.result) if worker.is_first else nullcontext() as folder:
-            _save(task, model, weights, folder)
+        worker.before_commit()
+        write_curve(task.checkpoints, task.curve)
+    commit = storage.committed_folder(task.result, before_commit=worker.before_commit)
+    with commit if worker.is_first else nullcontext() as folder:
+        _save(task, model, weights, folder)
     dist.barrier()
-    return lost
+    return None
 
 
 def _start(task: TrainTask) -> tuple[nn.Module, Checkpoint | None, Targets | None, Head | None]:

@@ -27,7 +27,8 @@ class Call:
     number: int
     """Calls are counted from 1."""
     content: list[Any]
-    """One reference to a pair of the function and its argument, in a list so that Ray does not resolve it on the way."""
+    """One reference to the function, its argument and `Worker.before_commit`, in a list so that Ray does not resolve it on the
+    way."""
     everywhere: bool
     """Whether all processes run it, or only the first one."""
 

@@ -90,17 +90,19 @@ class WorkerGroup:
         *,
         everywhere: bool = True,
         look: Callable[[], None] = lambda: None,
+        before_commit: Callable[[], None] = lambda: None,
     ) -> Result:
         """Call `function(task, worker)` in every process, or only in the first one; returns what the first one returns.
 
         `function` must be defined in a module of this project. It must bear to be called again for the same task, because all
         processes are restarted if one of them fails, up to `max_failures` times. on_event: called with the events of the
         processes. look: called every LOOK_SECONDS while there is no event; what it raises ends the workers.
+        before_commit: of the `Worker`s, to which it is pickled.
 
         Raises a MinitronError that the function returned or raised, and MinitronError if the workers failed too often; in
         the last two cases the group has ended.
         """
-        content = ray.put((function, task))
+        content = ray.put((function, task, before_commit))
         try:
             ray.get(self.calls.start.remote([content], everywhere))
             while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -32,7 +33,14 @@ def serve(config: dict[str, Any]) -> None:
     while (call := ray.get(calls.next.remote(number))) is not None:
         number = call.number
         processes = count if call.everywhere else 1
-        worker = Worker(rank, processes, SentProgress(send, processes), send, calls.resumable.remote, group_is_leaving)
+        worker = Worker(
+            rank,
+            processes,
+            SentProgress(send, processes),
+            send,
+            resumable=calls.resumable.remote,
+            is_leaving=group_is_leaving,
+        )
         result = _run(call, worker)
         release_memory()
         ray.get(calls.answer.remote(number, rank, [result]))
@@ -42,6 +50,6 @@ def _run(call: Call, worker: Worker) -> Any:
     """What this process returns from a call. The function and its task are local, so that their memory is freed."""
     if not (call.everywhere or worker.is_first):
         return None
-    function, task = ray.get(call.content[0])
-    result = function(task, worker)
+    function, task, before_commit = ray.get(call.content[0])
+    result = function(task, replace(worker, before_commit=before_commit))
     return result if worker.is_first else None

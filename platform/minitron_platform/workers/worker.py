@@ -43,6 +43,9 @@ class Worker:
     """Sends an event to the driver, if this is the first process; those of other processes are dropped."""
     resumable: Callable[[], None] = _nothing
     """Says that a restart would lose nothing now, so that the group may be restarted with more processes."""
+    before_commit: Callable[[], None] = _nothing
+    """To be called before anything is written that other processes read: raises TakenOverError if another driver has taken the
+    work over."""
     is_leaving: Callable[[], bool] = _never
     """Whether the node of one of the processes is about to be taken away."""
 

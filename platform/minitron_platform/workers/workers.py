@@ -27,7 +27,8 @@ OnEvent = Callable[[Any], None]
 class Workers:
     """start_ray: starts Ray or joins a cluster, and returns the resources of workers there. computes_here: whether the work of
     one process is done in this one. scratch: folder that all nodes share, for Ray Train's own files.
-    look: is called every few seconds while workers are awaited, and may raise."""
+    look: is called every few seconds while workers are awaited, and may raise. before_commit: gives the function that workers
+    call before they write, for the work that begins now; see `Worker.before_commit`."""
 
     def __init__(
         self,
@@ -37,9 +38,11 @@ class Workers:
         computes_here: Callable[[], bool],
         scratch: str,
         look: Look = no_look,
+        before_commit: Callable[[], Callable[[], None]] = lambda: _nothing,
     ) -> None:
         self.console = console
         self.look = look
+        self.before_commit = before_commit
         self.start_ray = start_ray
         self.computes_here = computes_here
         self.scratch = scratch
@@ -48,7 +51,7 @@ class Workers:
 
     def train(self, function: Callable[[Task, Worker], Result], task: Task, on_event: OnEvent) -> Result:
         """Call `function(task, worker)` in all workers together, in one process group; see `WorkerGroup.run`."""
-        return self._open().run(function, task, self._handler(on_event), look=self.look)
+        return self._run(function, task, on_event, everywhere=True)
 
     def compute(self, function: Callable[[Task, Worker], Result], task: Task, *, everywhere: bool = True) -> Result:
         """Call `function(task, worker)` where the run's models are computed: in all workers, or in the first one unless
@@ -57,9 +60,8 @@ class Workers:
         Raises what the function raises; on workers see `WorkerGroup.run`.
         """
         if self.computes_here():
-            return function(task, Worker(0, 1, self.console, _ignore))
-        on_event = self._handler(self._say_failure)
-        return self._open().run(function, task, on_event, everywhere=everywhere, look=self.look)
+            return function(task, Worker(0, 1, self.console, _ignore, before_commit=self.before_commit()))
+        return self._run(function, task, self._say_failure, everywhere=everywhere)
 
     def ahead(self) -> None:
         """Start the workers without waiting for them."""
@@ -75,6 +77,18 @@ class Workers:
         if self._group is not None:
             self._group.close()
             self._group = None
+
+    def _run(
+        self, function: Callable[[Task, Worker], Result], task: Task, on_event: OnEvent, *, everywhere: bool
+    ) -> Result:
+        return self._open().run(
+            function,
+            task,
+            self._handler(on_event),
+            everywhere=everywhere,
+            look=self.look,
+            before_commit=self.before_commit(),
+        )
 
     def _open(self) -> WorkerGroup:
         """The group, which is started if there is none."""
@@ -126,4 +140,8 @@ class Workers:
 
 
 def _ignore(event: object) -> None:
+    pass
+
+
+def _nothing() -> None:
     pass

@@ -11,12 +11,16 @@ from helpers import tiny
 from minitron import storage
 from minitron.distill import DistillConfig, Losses
 from minitron.distill.inputs import DistillInputs
+from minitron.errors import TakenOverError
+from minitron.evaluation import HeldoutMetrics
+from minitron.models import load_model
 from minitron.pruning.source import PruningSource
 from minitron_platform import load_recipe, run
 from minitron_platform.console import Console
 from minitron_platform.stages.distill import _prune, _Pruning
 from minitron_platform.stages.evaluate import MODELS, Evaluation, Quality, _evaluate
 from minitron_platform.tracking.spool import Spool
+from minitron_platform.training.events import Measured
 from minitron_platform.training.train import TrainTask, train
 from minitron_platform.training.view import TrainingView
 from minitron_platform.workers import models
@@ -24,19 +28,43 @@ from minitron_platform.workers.worker import Worker, WorkersFailed
 from minitron_platform.workers.workers import Workers
 
 
-def test_a_stage_whose_workers_are_called_again_reads_no_model_for_what_is_stored(bench, tmp_path, monkeypatch, capsys):
-    loads, again = [], {}
+def _lost():
+    raise TakenOverError("taken over", "follow the other driver")
+
+
+def _files(folder):
+    """What others see in a storage: not what a process has not published yet."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.*") if path.is_file()}
+
+
+def test_workers_of_a_stage_read_no_model_again_and_write_nothing_for_a_driver_that_was_replaced(
+    bench, tmp_path, monkeypatch, capsys
+):
+    loads, again, refused = [], {}, set()
     load, compute = models.load, Workers.compute
 
     def loaded(*arguments):
         loads.append(arguments)
         return load(*arguments)
 
+    def for_a_replaced_driver(self, name, *call, **how):
+        own, known, before = self.before_commit, len(loads), _files(tmp_path / "stages")
+        self.before_commit = lambda: _lost
+        try:
+            compute(self, *call, **how)
+        except TakenOverError:
+            refused.add(name)
+        assert _files(tmp_path / "stages") == before
+        self.before_commit = own
+        del loads[known:]
+
     def twice(self, function, task, **how):
+        name = function.__module__.rsplit(".", 1)[-1]
+        for_a_replaced_driver(self, name, function, task, **how)
         compute(self, function, task, **how)
         before = len(loads)
         result = compute(self, function, task, **how)
-        again[function.__module__.rsplit(".", 1)[-1]] = len(loads) - before
+        again[name] = len(loads) - before
         return result
 
     monkeypatch.setattr(models, "load", loaded)
@@ -44,6 +72,7 @@ def test_a_stage_whose_workers_are_called_again_reads_no_model_for_what_is_store
     run(load_recipe(str(bench / "recipe.yaml")), storage_path=str(tmp_path), until="targets")
     assert again == {"teacher": 0, "data": 1, "calibrate": 0, "targets": 0}  # a loss on a few rows is not stored
     assert len(loads) == 3 + 1
+    assert refused == {"teacher", "data", "calibrate", "targets"}
     assert "teacher's outputs on 112 rows · 112 reused from before the workers' last start" in capsys.readouterr().out
 
 
@@ -97,6 +126,32 @@ def test_a_training_whose_model_is_stored_does_not_train_again(tmp_path):
     assert not sent
 
 
+def test_a_training_of_a_driver_that_was_replaced_changes_nothing(material, tmp_path):
+    inputs = DistillInputs(str(material / "teacher"), "t", "float32", str(material / "rows"), "", "")
+    config = DistillConfig(steps=4, batch_rows=2, micro_batch_rows=2, warmup_steps=1, checkpoint_every=2)
+    files = {name: str(tmp_path / "out" / name) for name in ("checkpoints", "curve", "result")}
+    task = TrainTask(inputs, config, Losses(logits="none", cross_entropy=1.0), **files, key="key")
+    replaced_at, seen = [], []
+
+    def send(event):
+        if isinstance(event, Measured) and [event.step] == replaced_at:
+            seen.append(_files(tmp_path / "out"))
+
+    def check():
+        if seen:
+            _lost()
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        for step in (1, 4):  # before the first checkpoint, and before the curve and the model are written
+            replaced_at[:] = [step]
+            with pytest.raises(TakenOverError):
+                train(task, Worker(0, 1, Console(), send, before_commit=check))
+            assert _files(tmp_path / "out") == seen.pop()
+    finally:
+        dist.destroy_process_group()
+
+
 def test_a_training_says_which_step_it_saves_when_its_node_is_about_to_be_taken_away(material, tmp_path, capsys):
     inputs = DistillInputs(str(material / "teacher"), "t", "float32", str(material / "rows"), "", "")
     config = DistillConfig(steps=4, batch_rows=2, micro_batch_rows=2, warmup_steps=1, checkpoint_every=1000)
@@ -117,6 +172,45 @@ def test_a_student_whose_checkpoint_is_stored_is_not_pruned_again(tmp_path):
         (folder / "config.json").write_text("{}")
     source = PruningSource("missing", "missing", "float32")
     _prune(_Pruning(source, tiny.architecture(tiny.model()), str(tmp_path / "pruned")), Worker(0, 1, Console(), print))
+
+
+def _give(*_, **__):
+    return HeldoutMetrics(loss=1.0, kl=0.1, top1_agreement=0.9, tokens=32, per_row_loss=[1.0], per_row_kl=[0.1])
+
+
+def test_no_student_is_pruned_and_nothing_is_evaluated_for_a_driver_that_was_replaced(material, tmp_path, monkeypatch):
+    worker = Worker(0, 1, Console(), print, before_commit=_lost)
+    architecture = tiny.architecture(load_model(material / "teacher"))
+    source = PruningSource(str(material / "teacher"), str(material / "scores.safetensors"), "float32")
+    with pytest.raises(TakenOverError):
+        _prune(_Pruning(source, architecture, str(tmp_path / "pruned")), worker)
+
+    measured = Quality(loss=1.0, kl=0.1, top1_agreement=0.9, heldout_tokens=32).model_dump(mode="json")
+    teacher = str(material / "teacher")
+    monkeypatch.setattr(DistillInputs, "heldout", _give)
+    monkeypatch.setattr("minitron_platform.stages.evaluate.interleaved_throughput", lambda *_, **__: {})
+    rows = [str(material / name) for name in ("rows", "train", "heldout")]
+    task = Evaluation(
+        inputs=DistillInputs(teacher, "t", "float32", *rows),
+        tokenizer=teacher,
+        models=dict.fromkeys(MODELS, teacher),
+        stored={name: str(tmp_path / f"{name}.json") for name in MODELS},
+        speeds=str(tmp_path / "speeds.json"),
+        tasks=(),
+        batch_rows="auto",
+        add_bos=None,
+        answers="missing",
+        prompts=("a",),
+        completed={name: str(tmp_path / f"completed-{name}.json") for name in MODELS},
+    )
+    writes = [*task.stored.values(), *task.completed.values()]
+    for written in range(len(writes) + 1):  # of what was stored before
+        for path in writes[:written]:
+            storage.write_json(path, measured if path in task.stored.values() else ["a"])
+        before = _files(tmp_path)
+        with pytest.raises(TakenOverError):
+            _evaluate(task, worker)
+        assert _files(tmp_path) == before
 
 
 @pytest.mark.parametrize("announced", [False, True])
