@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
+import tempfile
 from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote
@@ -32,10 +33,9 @@ def check_tracking(tracking_uri: str, experiment: str, policy: str | None = None
 
     policy: None goes on if MLflow does not answer, because it only has to answer by the end of the run, and refuses what the
     user must fix: an unsupported kind of address, a database driver that is not installed, a file that is not a database,
-    tables of another version of MLflow, a refused password, a deleted experiment. "required" refuses both, "best-effort"
-    goes on with both.
-    Raises InputError or StorageError for what is refused. A SQLite file that does not exist yet is not checked; the run creates
-    it.
+    tables of another version of MLflow, a refused password, a deleted experiment, a SQLite file that cannot be written, or
+    not be created, by this user. "required" refuses both, "best-effort" goes on with both.
+    Raises InputError or StorageError for what is refused. A SQLite file that does not exist yet is created by the run.
     """
     try:
         problem = _problem(tracking_uri, experiment)
@@ -55,9 +55,12 @@ def _problem(tracking_uri: str, experiment: str) -> str | None:
     prepare_mlflow(tracking_uri)
     database = sqlite_path(tracking_uri)
     if database is not None and not database.exists():
+        _check_new(database)
         return None
     try:
         check_database(tracking_uri)
+        if database is not None:
+            _check_file(database, write=True)
     except ConnectionError as error:
         return _no_answer(tracking_uri, _first_line(str(error)))
     create_database(tracking_uri)
@@ -77,16 +80,34 @@ def check_database(tracking_uri: str) -> None:
         _check_file(database)
 
 
-def _check_file(database: Path) -> None:
+def _check_new(database: Path) -> None:
+    """Raise InputError for a file that cannot be created; nothing is left of the try."""
+    try:
+        with tempfile.TemporaryFile(dir=database.parent):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"MLflow's database {database} cannot be created ({error.strerror})",
+            f"check the permissions of {database.parent}, or give another place with --tracking-uri",
+        ) from error
+
+
+def _check_file(database: Path, *, write: bool = False) -> None:
+    """Raise InputError for a file that is not a database, ConnectionError for one that is locked. write: whether it must accept
+    changes too: SQLite opens one that this user may only read without an error."""
     try:
         address = f"file:{quote(str(database))}?mode=rw"
-        with closing(sqlite3.connect(address, uri=True, timeout=LOCK_SECONDS)) as store:
+        with closing(sqlite3.connect(address, uri=True, timeout=LOCK_SECONDS, isolation_level=None)) as store:
             store.execute("SELECT count(*) FROM sqlite_master")
+            if write:
+                store.execute("BEGIN IMMEDIATE")
+                store.execute("CREATE TABLE minitron_check (number)")  # SQLite writes into the folder, too
+                store.execute("ROLLBACK")
     except sqlite3.DatabaseError as error:
         if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
             raise ConnectionError(f"{database} is locked by another process") from error
         raise InputError(
-            f"MLflow's database {database} cannot be opened ({error})",
+            f"MLflow's database {database} cannot be {'written' if write else 'opened'} ({error})",
             "check its permissions, give another one with --tracking-uri, or move it elsewhere to start with a new one",
         ) from error
 

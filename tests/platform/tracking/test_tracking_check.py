@@ -19,7 +19,7 @@ from minitron.errors import InputError, MinitronError, StorageError
 from minitron_platform import load_recipe, plan
 from minitron_platform.addresses import check_jobs_address
 from minitron_platform.stages.finished import run_key
-from minitron_platform.tracking.check import check_tracking
+from minitron_platform.tracking.check import BEST_EFFORT, check_tracking
 from minitron_platform.tracking.moves import promote
 
 
@@ -40,6 +40,22 @@ def test_plan_refuses_a_file_that_is_not_a_database(bench, tmp_path):
     recipe = load_recipe(str(bench / "recipe.yaml"))
     with pytest.raises(InputError, match=r"mlflow\.db cannot be opened \(file is not a database\)"):
         plan(recipe, storage_path=str(tmp_path / "runs"), tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+
+
+def test_a_database_that_can_only_be_read_is_refused(database):
+    content = bytearray(database.read_bytes())
+    content[18] = 3  # "file format write version": SQLite only reads what a later version writes, as without permission
+    database.write_bytes(content)
+    with pytest.raises(InputError, match=r"cannot be written \(attempt to write a readonly database\)"):
+        check_tracking(f"sqlite:///{database}", "tiny")
+    assert "readonly database" in check_tracking(f"sqlite:///{database}", "tiny", BEST_EFFORT)
+    assert database.read_bytes() == content
+
+
+def test_a_database_that_cannot_be_created_is_refused():
+    with pytest.raises(InputError, match=r"/proc/mlflow\.db cannot be created \(") as refused:
+        check_tracking("sqlite:////proc/mlflow.db", "tiny")
+    assert "check the permissions of /proc" in refused.value.remedy
 
 
 def test_a_folder_in_the_place_of_the_database_is_refused(tmp_path):
