@@ -33,7 +33,12 @@ def training_view(context: Context, stage: str, folder: str, steps: int) -> Trai
     resources = context.recipe.resources
     restarts = storage.join(folder, RESTARTS)
     return TrainingView(
-        context.console, context.log(stage), steps, restarts=restarts, max_failures=resources.max_failures
+        context.console,
+        context.log(stage),
+        steps,
+        restarts=restarts,
+        max_failures=resources.max_failures,
+        before_commit=context.fences.check,
     )
 
 

@@ -1,18 +1,21 @@
-"""Records of workers of a training and trials of a search that failed and were restarted."""
+"""Records of workers of a stage and trials of a search that failed, and whether they were restarted."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
+from rich.markup import escape
+
 from minitron import storage
+from minitron.errors import StorageError
 from minitron_platform.tracking.spool import RunLog
 
 
 @dataclass(frozen=True)
 class Restart:
-    """One failure of a worker or trial, and its restart."""
+    """One failure of a worker or trial, and its restart if there was one."""
 
     time: str
     """Of the failure, in UTC."""
@@ -22,7 +25,7 @@ class Restart:
     """Where it ran; empty if it failed before that was known."""
     reason: str
     step: int | None
-    """The step that it resumed from; None if it failed again before it resumed."""
+    """The step that it resumed from; None if it did not resume."""
     left: int
     """Number of restarts that are left."""
 
@@ -63,3 +66,37 @@ def read_restarts(path: str) -> list[Restart]:
 def write_restarts(path: str, restarts: Sequence[Restart]) -> None:
     """Write restarts to a JSON file."""
     storage.write_json(path, [asdict(restart) for restart in restarts])
+
+
+class Restarts:
+    """All restarts of a stage's workers, those of earlier drivers too, as a file and in the stage's record.
+
+    path: of the file. before_commit: called before it is written, see `Worker.before_commit`. say: prints a line for the user.
+    """
+
+    def __init__(
+        self, log: RunLog, path: str, *, before_commit: Callable[[], None], say: Callable[[str], None]
+    ) -> None:
+        self.log = log
+        self.path = path
+        self.before_commit = before_commit
+        self.say = say
+        self.known = read_restarts(path)
+
+    def add(self, restart: Restart) -> None:
+        """Store a failure as soon as it is known: the driver may be gone before it is known what follows."""
+        self.known.append(restart)
+        self._store()
+
+    def replace_latest(self, restart: Restart) -> None:
+        """Store the latest failure again, with what has followed."""
+        self.known[-1] = restart
+        self._store()
+
+    def _store(self) -> None:
+        record_restart(self.log, len(self.known), self.known[-1])
+        self.before_commit()
+        try:
+            write_restarts(self.path, self.known)
+        except StorageError as error:
+            self.say(f"  [yellow]the restart will be missing in the report[/]: {escape(error.problem)}")

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from rich.markup import escape
 
-from minitron.errors import StorageError
 from minitron_platform.console import Console, seconds
-from minitron_platform.tracking.restarts import (
-    Restart,
-    failed_text,
-    left_text,
-    now,
-    read_restarts,
-    record_restart,
-    write_restarts,
-)
+from minitron_platform.tracking.restarts import Restart, Restarts, failed_text, left_text, now
 from minitron_platform.tracking.spool import RunLog
 from minitron_platform.training.events import Alarm, Event, Measured, Resumed, Tagged
 from minitron_platform.workers.worker import WorkersFailed, WorkerStarted
@@ -27,15 +19,24 @@ RESTARTS = "restarts.json"  # in the stage's folder
 class TrainingView:
     """Handles the events of a training of `steps` steps whose workers may fail `max_failures` times.
 
-    restarts: file of all restarts of the training, including those of earlier runs.
+    restarts: file of all restarts of the training, including those of earlier runs. before_commit: called before it is
+    written, see `Worker.before_commit`.
     """
 
-    def __init__(self, console: Console, log: RunLog, steps: int, *, restarts: str, max_failures: int) -> None:
+    def __init__(
+        self,
+        console: Console,
+        log: RunLog,
+        steps: int,
+        *,
+        restarts: str,
+        max_failures: int,
+        before_commit: Callable[[], None] = lambda: None,
+    ) -> None:
         self.console = console
         self.log = log
         self.steps = steps
-        self.path = restarts
-        self.restarts = read_restarts(restarts)
+        self.restarts = Restarts(log, restarts, before_commit=before_commit, say=console.say)
         self.restarts_left = max_failures
         self.nodes: dict[int, str] = {}  # by rank
         self.unresumed: Restart | None = None  # the last failure, until the workers have resumed
@@ -74,33 +75,26 @@ class TrainingView:
             self.console.say(f"  first step after {seconds(self.console.elapsed())}")
 
     def _failed(self, event: WorkersFailed) -> None:
-        if self.unresumed:
-            self._store(self.unresumed)
         self.restarts_left -= event.counts
         what = event.who
         node = ", ".join(dict.fromkeys(self.nodes[rank] for rank in event.ranks if rank in self.nodes))
         self.nodes.clear()
         self.unresumed = Restart(now(), what, node, event.reason, step=None, left=self.restarts_left)
-        consequence = f"restarting, {left_text(self.restarts_left)}" if self.restarts_left >= 0 else "no restarts left"
+        if event.restarted:
+            consequence = f"restarting, {left_text(self.restarts_left)}"
+        else:
+            consequence = "no restarts left" if self.restarts_left < 0 else "not restarted, because it would fail again"
         self.console.say(f"  [yellow]failed[/]  {escape(failed_text(what, node, event.reason))}; {consequence}")
         self.latest = "restarting workers"
+        self.restarts.add(self.unresumed)
 
     def _resumed(self, step: int) -> None:
         if self.unresumed:
-            restart = replace(self.unresumed, step=step)
+            self.restarts.replace_latest(replace(self.unresumed, step=step))
             self.unresumed = None
-            self._store(restart)
         if step:
             workers = f", {len(self.nodes)} worker{'s' if len(self.nodes) > 1 else ''}" if self.nodes else ""
             self.console.say(f"  resumed from step {step}{workers}")
-
-    def _store(self, restart: Restart) -> None:
-        self.restarts.append(restart)
-        record_restart(self.log, len(self.restarts), restart)
-        try:
-            write_restarts(self.path, self.restarts)
-        except StorageError as error:
-            self.console.say(f"  [yellow]the restart will be missing in the report[/]: {escape(error.problem)}")
 
     def _progress(self, values: dict[str, float], step: int) -> str:
         seconds_per_step = values["tokens"] / step / values["tokens_per_second"]

@@ -9,7 +9,7 @@ import asyncio
 import socket
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -152,9 +152,10 @@ class _Calls:
         self.workers.clear()
         if self.stopped:
             return False
+        restarted = retryable and self.failures <= self.max_failures
         if self.call:
-            self.events.put_nowait(event)
-        return retryable and self.failures <= self.max_failures
+            self.events.put_nowait(replace(event, restarted=restarted))
+        return restarted
 
 
 def start_calls(max_failures: int) -> Any:

@@ -66,7 +66,7 @@ class WorkerStarted:
 
 @dataclass(frozen=True)
 class WorkersFailed:
-    """Workers died or raised an error; they are restarted if failures are left."""
+    """Workers died or raised an error."""
 
     ranks: tuple[int, ...]
     """Workers that failed first, without those that failed only because they lost the connection to these. None if a node is
@@ -74,6 +74,8 @@ class WorkersFailed:
     reason: str
     counts: bool = True
     """Whether it is one of the failures that are allowed; a node that is taken away is none."""
+    restarted: bool = True
+    """Whether the workers are restarted: failures are left, and the error would not come again."""
 
     @property
     def who(self) -> str:

@@ -19,12 +19,13 @@ from minitron_platform import load_recipe, run
 from minitron_platform.console import Console
 from minitron_platform.stages.distill import _prune, _Pruning
 from minitron_platform.stages.evaluate import MODELS, Evaluation, Quality, _evaluate
+from minitron_platform.tracking.restarts import read_restarts
 from minitron_platform.tracking.spool import Spool
-from minitron_platform.training.events import Measured
+from minitron_platform.training.events import Measured, Resumed
 from minitron_platform.training.train import TrainTask, train
 from minitron_platform.training.view import TrainingView
 from minitron_platform.workers import models
-from minitron_platform.workers.worker import Worker, WorkersFailed
+from minitron_platform.workers.worker import Worker, WorkersFailed, WorkerStarted
 from minitron_platform.workers.workers import Workers
 
 
@@ -211,6 +212,39 @@ def test_no_student_is_pruned_and_nothing_is_evaluated_for_a_driver_that_was_rep
         with pytest.raises(TakenOverError):
             _evaluate(task, worker)
         assert _files(tmp_path) == before
+
+
+def test_a_failure_is_stored_when_it_happens_whether_or_not_the_training_goes_on(tmp_path, capsys):
+    spool = Spool(str(tmp_path / "spool"))
+    path, run = str(tmp_path / "restarts.json"), spool.record("run")
+    run.start("run", of="fingerprint")
+
+    def view(**options):
+        return TrainingView(Console(), run, 10, restarts=path, max_failures=1, **options)
+
+    first = view()
+    for event in (
+        WorkerStarted(1, "node-1"),
+        WorkersFailed((1,), "killed"),
+        Resumed(4),
+        WorkersFailed((0,), "out of memory", restarted=False),
+    ):
+        first.event(event)
+    assert [(known.node, known.reason, known.step) for known in read_restarts(path)] == [
+        ("node-1", "killed", 4),
+        ("", "out of memory", None),
+    ]
+    view().event(WorkersFailed((0,), "killed again"))  # the next driver, which is killed before the workers resume
+    with pytest.raises(TakenOverError):
+        view(before_commit=_lost).event(WorkersFailed((0,), "killed for another driver"))
+    assert [known.reason for known in read_restarts(path)] == ["killed", "out of memory", "killed again"]
+    spool.close()
+    sent = "".join(part.read_text() for part in (tmp_path / "spool").glob("*.jsonl"))
+    assert "out of memory; not resumed, 0 restarts left" in sent
+    assert "killed again; not resumed, 0 restarts left" in sent
+    shown = capsys.readouterr().out
+    assert "worker 1 on node-1: killed; restarting, 0 restarts left" in shown
+    assert "worker 0: out of memory; no restarts left" in shown
 
 
 @pytest.mark.parametrize("announced", [False, True])
