@@ -80,11 +80,25 @@ def setting_notes(results: Sequence[ModelResults]) -> list[str]:
             for name in ("lm_eval", "transformers")
         ]
         different = [f"{name} {one or 'unknown'} and {two or 'unknown'}" for name, one, two in pairs if one != two]
-        if templated and reference.chat_template != other.chat_template:
+        own_templates = bool(templated) and reference.chat_template != other.chat_template
+        if own_templates:
             different.append(f"chat templates of their own, so other prompts in {', '.join(templated)}")
+        same = [task for task in tasks if not (own_templates and task in templated)]
+        different += [note for task in same if (note := _prompts_note(reference.tasks[task], other.tasks[task], task))]
         if different:
             notes.append(f"{reference.model} and {other.model} differ in settings: {'; '.join(different)}")
     return notes
+
+
+def _prompts_note(one: Evaluated, other: Evaluated, task: str) -> str:
+    """Says of how many documents the prompts differ; empty if none do, or if an earlier version did not note them."""
+    known = {(document.id, document.hash): document.prompt for document in one.documents}
+    pairs = [(known.get((document.id, document.hash)), document.prompt) for document in other.documents]
+    differing = sum(bool(first and second) and first != second for first, second in pairs)
+    if not differing:
+        return ""
+    examples = f" (examples of {one.score.examples} and {other.score.examples})" if one.score.num_fewshot else ""
+    return f"other prompts for {differing:,} of {len(pairs):,} documents of {task}{examples}"
 
 
 def _templated(model: ModelResults, task: str) -> bool:

@@ -291,7 +291,14 @@ def _evaluated(scorer: Scorer, task: Task, part: Part, built: Any, samples: int,
             confirm_run_unsafe_code=task.allow_code,  # in a sandbox, see `build`
         )
     return evaluated(
-        task.name, part.name, built, results, split=part.scored, num_fewshot=task.num_fewshot, samples=samples
+        task.name,
+        part.name,
+        built,
+        results,
+        split=part.scored,
+        num_fewshot=task.num_fewshot,
+        samples=samples,
+        examples=part.examples,
     )
 
 

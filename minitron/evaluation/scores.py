@@ -38,6 +38,8 @@ class Score:
     num_tasks: int | None = None
     """Of a group, the number of its tasks, to each of which a limit applies; None for one task, and in results of earlier
     versions."""
+    examples: str | None = None
+    """The split of the few-shot examples; None without, if the definition contains them, and in results of earlier versions."""
 
     @property
     def shown_as(self) -> Metric:
@@ -61,9 +63,11 @@ class Score:
 
     @property
     def settings(self) -> str:
-        """What the score was measured on, in words, with the limit: "5-shot, first 40 of 1,172 documents of test"."""
+        """What the score was measured on, in words, with the limit: "5-shot, first 40 of 1,172 documents of test". Examples of
+        another split than train are named: "5-shot with examples of dev, all 100 documents of test"."""
         clusters = f", ± by {self.num_clusters:,} groups of them" if self.num_clusters else ""
-        return f"{self.num_fewshot}-shot, {self.documents}{clusters}"
+        examples = f" with examples of {self.examples}" if self.examples not in (None, "train") else ""
+        return f"{self.num_fewshot}-shot{examples}, {self.documents}{clusters}"
 
     @property
     def sentence(self) -> str:
@@ -95,6 +99,8 @@ class DocumentResult:
     """Equal for documents that belong together; otherwise the id."""
     values: dict[str, float]
     """By "METRIC,FILTER", for metrics that are a number for each document."""
+    prompt: str = ""
+    """Hash of what the model was asked, 16 hexadecimal digits; empty in results of earlier versions."""
 
 
 @dataclass(frozen=True)

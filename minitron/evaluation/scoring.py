@@ -30,12 +30,20 @@ LONGEST_TEXT = 20_000  # characters of a prompt or answer that is kept; of a lon
 
 
 def evaluated(
-    task: str, part: str, built: Any, results: Mapping[str, Any], *, split: str, num_fewshot: int, samples: int
+    task: str,
+    part: str,
+    built: Any,
+    results: Mapping[str, Any],
+    *,
+    split: str,
+    num_fewshot: int,
+    samples: int,
+    examples: str | None = None,
 ) -> Evaluated:
     """The result of a task.
 
     part: name of lm-eval's definition `built`, whose results are in `results`. split: whose documents were scored. samples:
-    number of samples to keep.
+    number of samples to keep. examples: split of the few-shot examples.
     """
     values_of_part = results["results"][part]
     keys = [key for key in values_of_part if "," in key and not key.split(",", 1)[0].endswith("_stderr")]
@@ -62,6 +70,7 @@ def evaluated(
         higher_is_better=higher_is_better,
         num_available=len(built.task_docs),
         num_clusters=clusters if clusters < len(documents) else None,
+        examples=examples,
     )
     kept = [
         _sample(built, sample, metric) for sample in results["samples"][part] if samples and sample["filter"] == chosen
@@ -87,6 +96,7 @@ def _documents(samples: Sequence[Mapping[str, Any]]) -> tuple[DocumentResult, ..
             hash=str(first["doc_hash"]),
             cluster=_cluster(first["doc"]) or str(number),
             values=values[number],
+            prompt=str(first["prompt_hash"])[:16],
         )
         for number, first in sorted(firsts.items())
     )
@@ -180,6 +190,7 @@ def pooled(task: str, members: Mapping[str, Evaluated], samples: int, *, by_size
         num_available=sum(available),
         num_clusters=len(members) if by_size else None,
         num_tasks=len(members),
+        examples=first.score.examples,
     )
     kept = [replace(sample, id=f"{name}/{sample.id}") for name, member in members.items() for sample in member.samples]
     return Evaluated(

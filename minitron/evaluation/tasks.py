@@ -96,12 +96,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Part:
-    """One of lm-eval's task definitions, its local splits (None for documents on the hub), and the split to score."""
+    """One of lm-eval's task definitions, its local splits (None for documents on the hub), the split to score, and the one of
+    the few-shot examples (None without, or if the definition contains them)."""
 
     name: str
     definition: Path
     splits: dict[str, list[Path]] | None
     scored: str
+    examples: str | None
 
 
 def check_tasks(tasks: Sequence[Task]) -> None:
@@ -191,7 +193,8 @@ def parts(task: Task) -> Iterator[Part]:
                     "besides the scored one",
                     "set num_fewshot to 0",
                 )
-            yield Part(name, definition, None, definition_scored_split(config))
+            examples = fewshot_split(config) if task.num_fewshot else None
+            yield Part(name, definition, None, definition_scored_split(config), examples)
             continue
         folder = root_folder
         if is_group(task):
@@ -203,7 +206,8 @@ def parts(task: Task) -> Iterator[Part]:
         scored = scored_split(task.name, str(task.data), config, splits)
         check_whole(splits[scored])
         check_examples(task.name, task.num_fewshot, str(task.data), config, splits, scored)
-        yield Part(name, definition, splits, scored)
+        examples = fewshot_split(local_definition(config, splits, scored)) if task.num_fewshot else None
+        yield Part(name, definition, splits, scored, examples)
 
 
 def _index(task: Task) -> Index:
@@ -279,8 +283,7 @@ def _build(task: Task, part: Part) -> HarnessTask:
 def _with_local_documents(task: Task, part: Part, config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     assert part.splits is not None
     config = local_definition(config, part.splits, part.scored)
-    fewshot = fewshot_split(config) if task.num_fewshot else None
-    documents = {name: read_split(part.splits[name]) for name in dict.fromkeys([part.scored, fewshot]) if name}
+    documents = {name: read_split(part.splits[name]) for name in dict.fromkeys([part.scored, part.examples]) if name}
     for name, split in documents.items():
         present = split.column_names
         renamed = RENAMED_FIELDS.get(part.name, {}).items()

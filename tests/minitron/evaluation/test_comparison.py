@@ -131,3 +131,19 @@ def test_models_that_were_asked_in_different_ways_are_refused_or_pointed_out():
     assert setting_notes([chatted, chatted]) == []
     # a template that was not used changes nothing
     assert setting_notes([plain, asked("instruct", "a1", False)]) == []
+
+
+def test_prompts_that_differ_are_pointed_out():
+    def asked(prompts, examples):
+        whole = result([1, 0, 1], fewshot=5)
+        documents = tuple(replace(each, prompt=prompt) for each, prompt in zip(whole.documents, prompts, strict=True))
+        return replace(whole, documents=documents, score=replace(whole.score, examples=examples))
+
+    first = model("a", arc=asked("xyz", "train"))
+    (note,) = setting_notes([first, model("b", arc=asked("xYZ", "validation"))])
+    assert note == (
+        "a and b differ in settings: other prompts for 2 of 3 documents of arc (examples of train and validation)"
+    )
+    assert setting_notes([first, first]) == []
+    # an earlier version noted no prompts
+    assert setting_notes([first, model("b", arc=asked(["", "", ""], None))]) == []

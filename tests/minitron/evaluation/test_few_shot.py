@@ -97,6 +97,9 @@ def check_equal(student, tokenizer, task, files, cache):
     found = evaluate_documents(student, tokenizer, [task], samples=1000, batch_size=4)[task.name]
     expected = by_lm_eval(student, tokenizer, task, files, cache)
     assert len(found.samples) == len(found.documents) == len(expected)
+    assert {each.id: each.prompt for each in found.documents} == {
+        number: sample["prompt_hash"][:16] for number, sample in expected.items()
+    }
     for sample in found.samples:
         prompt = str(expected[sample.id]["arguments"][0][0])
         # of Winogrande, whose choices are inside the prompt, what they have in common is shown
@@ -104,6 +107,7 @@ def check_equal(student, tokenizer, task, files, cache):
         assert len(sample.prompt) > 80
     for document in found.documents:
         assert document.values[found.main] == pytest.approx(float(expected[document.id][found.score.metric]), abs=1e-5)
+    return found
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -117,7 +121,12 @@ def test_examples_are_those_of_lm_eval_wherever_it_takes_them_from(student, toke
         if name in named
     }
     task = Task("own", str(tmp_path / "data"), num_fewshot=SHOTS, folder=str(tmp_path / "mine"))
-    check_equal(student, tokenizer, task, files, tmp_path / "cache")
+    score = check_equal(student, tokenizer, task, files, tmp_path / "cache").score
+    examples = score.examples
+    assert (examples is None) is shape.startswith("examples of its own")
+    assert score.settings.startswith(
+        f"3-shot with examples of {examples}" if examples not in (None, "train") else "3-shot,"
+    )
 
 
 def endings(count, seed):
