@@ -60,14 +60,14 @@ def document_tokens(tokenizer: Any, add_bos: bool | None = None) -> DocumentToke
     Raises InputError for an object that is not a tokenizer, or one that encodes the text itself differently.
     """
     check_tokenizer("tokenizer", tokenizer)
-    before, after = _around(tokenizer)
+    before, after = around(tokenizer)
     eos = tokenizer.eos_token_id
     end = after if eos is None or after[-1:] == (eos,) else (*after, eos)
     return DocumentTokens(before, end, tokenizer.bos_token_id).chosen(add_bos)
 
 
-def _around(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids that `tokenizer` adds before and after a text."""
+def around(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that `tokenizer` adds before and after a text. Raises InputError as `document_tokens`."""
     options = {"padding": False, "truncation": False}
     for text in _TEXTS:
         plain = tokenizer.encode(text, add_special_tokens=False, **options)

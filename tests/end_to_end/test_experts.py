@@ -20,6 +20,7 @@ from mlflow import MlflowClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from minitron.environment import environment_variables
+from minitron.models import load_tokenizer
 from minitron_platform.monitoring import METRICS, Monitor
 from minitron_platform.stages.search_output import SearchOutput
 from minitron_search.trial_store import trial_result
@@ -55,6 +56,7 @@ def mixture(bench, metrics_every_second, ray_here):
     values = yaml.safe_load((bench / "recipe.yaml").read_text())
     values |= {"name": "mixture", "experiment": "mixture", "evaluate": {"tasks": []}}
     values["teacher"]["model"] = str(teacher)
+    values["data"]["add_bos"] = True  # which its tokenizer does not
     values["calibrate"] = {"rows": 8}
     member = {
         "model": "tiny-mixture",
@@ -83,6 +85,14 @@ def mixture(bench, metrics_every_second, ray_here):
     assert finished.returncode == 0, finished.stdout + finished.stderr
     after = _exported(lambda found: found.get(("ray_minitron_running", ("kind", "run"), ("part", ""))) == 0)
     return Mixture(planned.stdout, finished.stdout, bench / "mixture-runs", during, after)
+
+
+def test_the_students_tokenizer_begins_texts_as_the_student_was_trained(mixture, bench):
+    teacher = load_tokenizer(bench / "mixture")
+    [student] = mixture.storage.glob("stages/distill/*/student")
+    assert load_tokenizer(student).encode("river") == [teacher.bos_token_id, *teacher.encode("river")]
+    card = (student / "README.md").read_text()
+    assert "- text begins with the BOS token (data.add_bos: true), which its tokenizer adds" in card
 
 
 def _exported(is_there):

@@ -12,7 +12,6 @@ from minitron import storage
 from minitron.architecture import Architecture
 from minitron.checkpoints.tokenizer_files import check_tokenizer_fits
 from minitron.data import TextSource, check_chat_template, check_first_row
-from minitron.data import document_tokens as tokenizer_document_tokens
 from minitron.data import source_identity as text_identity
 from minitron.device import compute_capability
 from minitron.distill.config import ADAMW_8BIT
@@ -22,8 +21,9 @@ from minitron.distill.trainable import check_lora
 from minitron.errors import InputError, StorageError
 from minitron.evaluation import Task, check_requirements, check_tasks
 from minitron.models import is_local_source, source_tokenizer
+from minitron.tokenizer_beginning import with_beginning
 from minitron_platform.estimates.teacher import check_targets
-from minitron_platform.recipes.build import all_text_sources, distillation_losses, document_tokens, lm_eval_tasks
+from minitron_platform.recipes.build import all_text_sources, distillation_losses, lm_eval_tasks
 from minitron_platform.recipes.consistency import check_consistency, trainings
 from minitron_platform.recipes.keys import named_by_key
 from minitron_platform.recipes.resources import ResolvedResources
@@ -64,9 +64,9 @@ def check_with_teacher(recipe: Recipe, teacher: Architecture, max_seq_length: in
             "leave teacher.revision out",
         )
     _check_seq_length(recipe, max_seq_length)
-    if recipe.data.bos:
-        tokenizer = source_tokenizer(recipe.teacher.model, recipe.teacher.revision)
-        document_tokens(recipe.data, tokenizer_document_tokens(tokenizer))
+    if recipe.data.bos is not None:
+        with named_by_key("data"):
+            with_beginning(source_tokenizer(recipe.teacher.model, recipe.teacher.revision), recipe.data.bos)
     for key, source in all_text_sources(recipe.data).items():
         if source.messages is not None:
             with named_by_key(key):

@@ -115,6 +115,12 @@ def _lines(state: RunState) -> Iterator[str]:
     yield f"- pruned from {markdown(previous.model) if previous else markdown(teacher)} to {distilled.architecture}"
     yield f"- teacher: {markdown(teacher)}, {correct.summary if correct.corrected else 'not corrected'}"
     yield f"- distilled on {distilled.tokens:,} tokens of {markdown(sources)} (training rows {data.train})"
+    if state.recipe.data.bos is not None:
+        yield (
+            "- text begins with the BOS token (data.add_bos: true), which its tokenizer adds"
+            if state.recipe.data.bos
+            else "- text begins without a BOS token (data.add_bos: false), and its tokenizer adds none"
+        )
     yield f"- losses: {distilled.losses_chosen}"
     yield f"- Minitron {minitron.__version__}, recipe {markdown(state.recipe.name)}, run {markdown(state.run_key)}"
     yield ""

@@ -28,6 +28,7 @@ from minitron.logits import Head
 from minitron.meta_models import open_model, read_, write_model
 from minitron.models import load_model, load_tokenizer, save_model, save_tokenizer
 from minitron.processes import largest
+from minitron.tokenizer_beginning import with_beginning
 from minitron_platform.training.curves import write_curve
 from minitron_platform.training.events import Alarm, Measured, Resumed, Tagged
 from minitron_platform.workers.worker import Worker
@@ -64,7 +65,7 @@ class TrainTask:
     tasks: tuple[Task, ...] = ()
     tasks_batch_rows: BatchRows = 8
     add_bos: bool | None = None
-    """Whether requests of `tasks` begin with a BOS token; None follows the tokenizer."""
+    """Whether texts begin with a BOS token, in requests of `tasks` and by the saved tokenizer; None follows the teacher's."""
     method: str = "full"
     """The parameters to train, see `minitron.distill.trainable`."""
     lora_rank: int = 16
@@ -191,7 +192,7 @@ def _save(task: TrainTask, model: nn.Module, weights: Checkpoint | None, folder:
         write_model(model, weights, DTYPES[task.materials.dtype], folder)
     if folder is None:
         return
-    tokenizer = load_tokenizer(storage.fetch(task.materials.teacher, weights=False))
+    tokenizer = with_beginning(load_tokenizer(storage.fetch(task.materials.teacher, weights=False)), task.add_bos)
     if weights is None:
         save_model(model, tokenizer, folder)
     else:

@@ -18,6 +18,7 @@ from minitron.data import DocumentTokens, Rows, TextSource, document_tokens, pac
 from minitron.errors import InputError, StorageError
 from minitron.evaluation import Task, evaluate
 from minitron.models import load_tokenizer
+from minitron.tokenizer_beginning import with_beginning
 
 BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 
@@ -129,6 +130,40 @@ def test_documents_begin_and_end_like_the_texts_of_each_familys_tokenizer(
     assert {tuple(ids) for ids in found} <= plain
     if begin:
         assert tokenizer.encode("more", add_special_tokens=True)[: len(begin)] == list(begin)
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_tokenizer_can_be_saved_that_begins_texts_as_add_bos_says(name: str, add_bos: bool, tmp_path: Path) -> None:
+    make, begin, _, bos = TOKENIZERS[name]
+    tokenizer = make()
+    if add_bos and bos is None:
+        with pytest.raises(InputError, match="no beginning-of-sequence token"):
+            with_beginning(tokenizer, add_bos)
+        return
+    own = tokenizer.encode("ab c")
+    changed = with_beginning(tokenizer, add_bos)
+    assert (changed is tokenizer) == (bool(begin) == add_bos)
+    changed.save_pretrained(tmp_path)
+    saved = load_tokenizer(tmp_path)
+    text = own[len(begin) :]
+    assert saved.encode("ab c") == ([bos] if add_bos else []) + text
+    assert saved.encode("ab c", add_special_tokens=False) == tokenizer.encode("ab c", add_special_tokens=False)
+    assert saved.decode(saved.encode("ab c"), skip_special_tokens=True) == "ab c"
+    if changed is not tokenizer:
+        assert saved("ab c", "ab c")["input_ids"] == 2 * saved.encode("ab c")
+    assert document_tokens(saved) == document_tokens(tokenizer, add_bos)
+    assert tokenizer.encode("ab c") == own, "the original is as it was"
+
+
+def test_a_tokenizer_whose_beginning_cannot_be_changed_is_refused() -> None:
+    class Fixed(PreTrainedTokenizerFast):
+        def save_pretrained(self, *arguments: Any, **options: Any) -> Any:
+            return _begun().save_pretrained(*arguments, **options)
+
+    tokenizer = Fixed(tokenizer_object=_begun().backend_tokenizer, bos_token=BEGIN, eos_token=END)
+    with pytest.raises(InputError, match="add_bos: false, but transformers cannot change how a Fixed begins texts"):
+        with_beginning(tokenizer, False)
 
 
 def test_add_bos_overrides_the_tokenizer_and_changes_the_identity_of_the_rows(
