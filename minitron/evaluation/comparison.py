@@ -53,26 +53,45 @@ class Difference:
 
 
 def compare(results: Sequence[ModelResults]) -> list[Difference]:
-    """The differences of all models to the first one, on every task that both have, corrected for their number.
+    """The differences of all models to the first one, on every task that both have, corrected for their number. On a task that
+    the first model lacks they are those to the first one that has it.
 
     Raises InputError if fewer than two models are given, if they have no task in common, or if a task was run with other
     settings or on other documents.
     """
     if len(results) < 2:
         raise InputError(f"{len(results)} model to compare", "give at least two")
-    reference, *others = results
-    found = [_difference(task, reference, model) for model in others for task in reference.tasks if task in model.tasks]
+    found = [
+        _difference(task, reference, model)
+        for model, references in _references(results)
+        for reference, tasks in references
+        for task in tasks
+    ]
     if not found:
         raise InputError("the models have no task in common", "evaluate them on the same tasks")
     return _corrected(found)
 
 
+def _references(results: Sequence[ModelResults]) -> list[tuple[ModelResults, list[tuple[ModelResults, list[str]]]]]:
+    """Each model but the first with those that it is compared with, and on which tasks: the first one that has a task."""
+    found = []
+    for number, model in enumerate(results[1:], start=1):
+        known: set[str] = set()
+        references = []
+        for reference in results[:number]:
+            if tasks := [task for task in reference.tasks if task in model.tasks and task not in known]:
+                references.append((reference, tasks))
+                known.update(tasks)
+        found.append((model, references))
+    return found
+
+
 def setting_notes(results: Sequence[ModelResults]) -> list[str]:
-    """Sentences on settings in which models differ from the first one, and which may explain a part of a difference."""
-    reference, *others = results
+    """Sentences on settings in which models differ from those that they are compared with, and which may explain a part of a
+    difference."""
     notes = []
-    for other in others:
-        tasks = [task for task in reference.tasks if task in other.tasks]
+    pairs_of_models = [(other, *pair) for other, references in _references(results) for pair in references]
+    for other, reference, tasks in pairs_of_models:
         templated = [task for task in tasks if _templated(other, task)]
         pairs = [(name, getattr(reference, name), getattr(other, name)) for name in ("dtype", "device", "engine")]
         pairs += [

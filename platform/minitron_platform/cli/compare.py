@@ -25,8 +25,9 @@ def compare(files: tuple[str, ...], out: str | None) -> None:
     """Compare models on the same documents.
 
     FILES are those that `minitron evaluate --out` wrote, each with one model or several. All models are compared with the first
-    one, on the documents that both answered. A difference is called real if it is significant at 5 % after a correction for the
-    number of differences (Holm's); for the others the table says how many documents would show a difference of this size.
+    one, or the first one that has the task, on the documents that both answered. A difference is called real if it is
+    significant at 5 % after a correction for the number of differences (Holm's); for the others the table says how many
+    documents would show a difference of this size.
 
     \b
     minitron evaluate ./teacher ./student --suite minitron-base --data benchmarks --out both.json
@@ -62,7 +63,9 @@ def compare(files: tuple[str, ...], out: str | None) -> None:
         )
         value = f"{'+' if each.value > 0 else ''}{metric.text(each.value)}"
         title = f"{each.task} {metric.title}"
-        table.add_row(title, each.model, value, interval, f"{each.num_documents:,}", _verdict(each))
+        first = each.reference == results[0].model
+        model = each.model if first else f"{each.model}, to {each.reference}"
+        table.add_row(title, model, value, interval, f"{each.num_documents:,}", _verdict(each))
     console.table(table)
     for note in setting_notes(results):
         console.say(f"[yellow]{escape(note)}[/]")

@@ -147,3 +147,13 @@ def test_prompts_that_differ_are_pointed_out():
     assert setting_notes([first, first]) == []
     # an earlier version noted no prompts
     assert setting_notes([first, model("b", arc=asked(["", "", ""], None))]) == []
+
+
+def test_models_are_compared_on_a_task_that_the_first_one_lacks():
+    first = model("a", arc=result(BASE))
+    second = model("b", arc=result(BASE), piqa=result(BASE, task="piqa"))
+    third = replace(second, model="c", dtype="bfloat16", tasks={"piqa": result(flipped(BASE, 20, 0), task="piqa")})
+    found = compare([first, second, third])
+    assert [(each.task, each.reference, each.model) for each in found] == [("arc", "a", "b"), ("piqa", "b", "c")]
+    assert found[1].value == 20 / 400
+    assert setting_notes([first, second, third]) == ["b and c differ in settings: dtype float32 and bfloat16"]
