@@ -1,4 +1,4 @@
-"""Suites: named lists of benchmarks with their settings, as YAML files of the package."""
+"""Suites: named lists of benchmarks with their settings, as YAML files of the package or the user's own."""
 
 from __future__ import annotations
 
@@ -47,27 +47,64 @@ class Suite:
     description: str
     tasks: tuple[SuiteTask, ...]
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 def suites() -> list[str]:
     """Names of the suites that are part of the package."""
     return [path.stem for path in sorted(FOLDER.glob("*.yaml"))]
 
 
-@lru_cache(maxsize=8)
 def suite(name: str) -> Suite:
-    """The suite of this name. Raises InputError if there is none."""
+    """The suite of this name, or in a file of the user's, whose name ends in .yaml or .yml. Raises InputError if there is none,
+    and for a file that is not a suite."""
+    if name.endswith((".yaml", ".yml")):
+        return _read(local_path(name))
     known = suites()
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise InputError(f"suite {short_repr(name)}: does not exist", f"{hint}use one of {', '.join(known)}")
-    values: dict[str, Any] = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
-    return Suite(
-        name=values["name"],
-        version=values["version"],
-        description=values["description"],
-        tasks=tuple(SuiteTask(**entry) for entry in values["tasks"]),
+        raise InputError(
+            f"suite {short_repr(name)}: does not exist",
+            f"{hint}use one of {', '.join(known)}, or a file that ends in .yaml",
+        )
+    return _of_package(name)
+
+
+@lru_cache(maxsize=8)
+def _of_package(name: str) -> Suite:
+    return _read(FOLDER / f"{name}.yaml")
+
+
+def _read(path: Path) -> Suite:
+    remedy = (
+        "write the keys name, version (a whole number), description and tasks, a list of {name, num_fewshot, limit, "
+        "chat_template}"
     )
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"suite {path}: cannot be read ({error.strerror})", "check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"suite {path}: is not YAML ({' '.join(str(error).split())[:200]})", remedy) from error
+    if not isinstance(values, dict) or (wrong := {"name", "version", "tasks"} ^ set(values) - {"description"}):
+        keys = f": {', '.join(map(str, wrong))} unknown or missing" if isinstance(values, dict) else ""
+        raise InputError(f"suite {path}: has other keys than a suite{keys}", remedy)
+    tasks = values["tasks"]
+    if not isinstance(tasks, list) or not tasks or not all(isinstance(entry, dict) for entry in tasks):
+        raise InputError(f"suite {path}: tasks is not a list of at least one task", remedy)
+    names = [field.name for field in fields(SuiteTask)]
+    for number, entry in enumerate(tasks):
+        if "name" not in entry or (unknown := [key for key in entry if key not in names]):
+            what = f"the unknown key {unknown[0]!r}" if "name" in entry else "no name"
+            raise InputError(f"suite {path}: tasks.{number} has {what}", remedy)
+    try:
+        made = tuple(SuiteTask(**entry) for entry in tasks)
+        whole = Suite(values["name"], values["version"], values.get("description", ""), made)
+    except InputError as error:
+        raise InputError(f"suite {path}: {error.problem}", error.remedy) from error
+    return whole
 
 
 def settings_of(name: str) -> list[dict[str, Any]]:
@@ -82,10 +119,29 @@ def settings_of(name: str) -> list[dict[str, Any]]:
 def folder_of(data: str, task: str) -> str:
     """The folder of a task's documents in `data`, a folder with one folder per task.
 
-    It has the name of the task, or of the benchmark if the documents of several tasks are the same (SAME_DOCUMENTS).
+    It has the name of the task, or of the benchmark if the documents of several tasks are the same (SAME_DOCUMENTS); or it is
+    in the folder of a larger group, as a subject of MMLU.
     """
     shared = SAME_DOCUMENTS.get(task, task)
     if data.startswith("package:") or not is_local(data):
         return f"{data.rstrip('/')}/{task}"
     folder = local_path(data)
-    return str(folder / (shared if not (folder / task).exists() and (folder / shared).exists() else task))
+    for name in (task, shared):
+        if (folder / name).exists():
+            return str(folder / name)
+    return str(_inside_group(folder, task) or folder / task)
+
+
+def _inside_group(folder: Path, task: str) -> Path | None:
+    """The documents of a part of a group in the folder of the whole group: mmlu/anatomy for mmlu_anatomy, and mmlu, which has
+    nothing but folders, for mmlu_stem. None if they are not there."""
+    for end in [number for number, letter in enumerate(task) if letter == "_"]:
+        whole, part = folder / task[:end], task[end + 1 :]
+        if not whole.is_dir():
+            continue
+        for name in (task, part):
+            if (whole / name).is_dir():
+                return whole / name
+        if all(inner.is_dir() and not (inner / "state.json").is_file() for inner in whole.iterdir()):
+            return whole
+    return None

@@ -150,7 +150,7 @@ def check_settings(tasks: Sequence[Task]) -> None:
         seen.add(task.key)
         if task.num_fewshot < 0:
             raise InputError(f"task {task.name!r}: num_fewshot is {task.num_fewshot}", "give 0 or more")
-        if task.limit is not None and (task.limit <= 0 or (task.limit > 1 and task.limit % 1)):
+        if task.limit is not None and not (0 < task.limit <= 1 or (task.limit > 1 and task.limit % 1 == 0)):
             raise InputError(
                 f"task {task.name!r}: limit is {task.limit}",
                 "give 1 or more, a share of the documents below 1, or leave it out for all",

@@ -27,7 +27,9 @@ SHOWN_CHARACTERS = 1_000  # of a prompt or an answer in the terminal
 @click.command(epilog=f"{MODEL_HELP} {SERVER_HELP}")
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option(
-    "--suite", metavar="NAME", help="Tasks of a suite: minitron-base, minitron-instruct, quick. [default: quick]"
+    "--suite",
+    metavar="NAME",
+    help="Tasks of a suite: minitron-base, minitron-instruct, quick, or your own in a .yaml file. [default: quick]",
 )
 @click.option("--tasks", metavar="A,B:5", help="lm-eval tasks or groups instead; :5 gives 5 examples.")
 @click.option(
@@ -95,7 +97,7 @@ def evaluate(
         raise InputError("--suite and --tasks: both were given", "give one of them")
     chosen = None if tasks else named_suite(suite or DEFAULT_SUITE)
     wanted = requested_tasks(
-        None if chosen is None else chosen.name, tasks, data, limit, folder=task_folder, allow_code=allow_code
+        None if tasks else suite or DEFAULT_SUITE, tasks, data, limit, folder=task_folder, allow_code=allow_code
     )
     if len(set(models)) < len(models):
         raise InputError("MODEL: one is given twice", "give each once")
@@ -148,7 +150,7 @@ def requested_tasks(
         label = f"{entry['name']}_{entry.get('num_fewshot', 0)}shot" if repeated else None
         settings = {
             **entry,
-            **({} if limit is None else {"limit": int(limit) if limit >= 1 and limit % 1 == 0 else limit}),
+            **({} if limit is None else {"limit": int(limit) if limit.is_integer() else limit}),
         }
         documents = None if data is None else folder_of(data, entry["name"])
         made.append(Task(**settings, data=documents, folder=absolute(folder), allow_code=allow_code, label=label))

@@ -8,10 +8,12 @@ import pytest
 from helpers.evaluating import arc_documents, byte_tokenizer, tiny_model, write_jsonl
 
 from minitron.errors import InputError
-from minitron.evaluation import Task, evaluate, evaluate_documents, suite, task_metric
+from minitron.evaluation import Task, check_tasks, evaluate, evaluate_documents, suite, task_metric
 from minitron.evaluation.suites import folder_of, suites
 from minitron.evaluation.task_index import stock
+from minitron.evaluation.tasks import check_settings
 from minitron.evaluation.uncertainty import standard_error
+from minitron_platform.cli.evaluate import requested_tasks
 from minitron_platform.recipes.load import load_recipe, recipe_yaml
 
 
@@ -101,3 +103,60 @@ def test_the_error_bar_of_a_percentage_stays_between_0_and_100():
     assert task_metric("arc_easy", "acc").span(1.0, 0.1) == (90.0, 100.0)
     assert task_metric("arc_easy", "acc").span(0.02, 0.1)[0] == 0.0
     assert task_metric("wikitext", "word_perplexity").span(200.0, 10.0) == (190.0, 210.0)
+
+
+OWN_SUITE = (
+    "name: mine\nversion: 3\ntasks: [{name: gsm8k, num_fewshot: 5, limit: 20, chat_template: true}, {name: piqa}]\n"
+)
+
+
+def test_a_suite_may_be_a_file_of_ones_own(bench, tmp_path):
+    (tmp_path / "mine.yaml").write_text(OWN_SUITE)
+    assert suite(str(tmp_path / "mine.yaml")).version == 3
+    recipe = load_recipe(str(bench / "recipe.yaml"), [f"evaluate.suite={tmp_path / 'mine.yaml'}", "evaluate.tasks=[]"])
+    gsm8k, piqa = recipe.evaluate.tasks
+    assert (gsm8k.name, gsm8k.num_fewshot, gsm8k.limit, gsm8k.chat_template) == ("gsm8k", 5, 20, True)
+    assert (piqa.name, piqa.num_fewshot, piqa.limit) == ("piqa", 0, None)
+    wanted = requested_tasks(str(tmp_path / "mine.yaml"), None, None, None, folder=None, allow_code=False)
+    assert wanted == (Task("gsm8k", None, 5, 20, chat_template=True), Task("piqa"))
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (None, "cannot be read"),
+        ("[", "is not YAML"),
+        ("- gsm8k", "has other keys than a suite"),
+        (OWN_SUITE.replace("version: 3", "verson: 3"), "has other keys than a suite"),
+        (OWN_SUITE.replace("version: 3", "version: x"), "version: 'x' is not a whole number"),
+        ("name: mine\nversion: 1\ntasks: []", "tasks is not a list of at least one task"),
+        (OWN_SUITE.replace("num_fewshot", "shots"), "tasks.0 has the unknown key 'shots'"),
+        (OWN_SUITE.replace("num_fewshot: 5", "num_fewshot: many"), "num_fewshot: 'many' is not a whole number"),
+    ],
+)
+def test_a_file_that_is_not_a_suite_is_refused(tmp_path, text, problem):
+    if text is not None:
+        (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(InputError, match=problem) as refused:
+        suite(str(tmp_path / "mine.yaml"))
+    assert "mine.yaml" in refused.value.problem
+
+
+def test_parts_of_a_group_are_found_in_its_folder(tmp_path):
+    for subject in ("anatomy", "virology", "astronomy"):
+        question = {"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 1}
+        write_jsonl(tmp_path / "mmlu" / subject / "test.jsonl", [question])
+    write_jsonl(tmp_path / "hellaswag" / "validation.jsonl", [{"ctx": "x"}])
+    assert folder_of(str(tmp_path), "mmlu_anatomy") == str(tmp_path / "mmlu" / "anatomy")
+    assert folder_of(str(tmp_path), "mmlu_stem") == str(tmp_path / "mmlu")
+    # documents of another task are not taken for those of this one
+    assert folder_of(str(tmp_path), "hellaswag_other") == str(tmp_path / "hellaswag_other")
+    check_tasks([Task("mmlu_anatomy", folder_of(str(tmp_path), "mmlu_anatomy"))])
+    with pytest.raises(InputError, match=r"mmlu_stem.*no folder .*mmlu/abstract_algebra"):
+        check_tasks([Task("mmlu_stem", folder_of(str(tmp_path), "mmlu_stem"))])
+
+
+@pytest.mark.parametrize("limit", [float("nan"), float("inf"), 0, -1, 2.5])
+def test_a_limit_that_is_no_number_of_documents_is_refused(limit):
+    with pytest.raises(InputError, match="task 'piqa': limit is"):
+        check_settings([Task("piqa", limit=limit)])
