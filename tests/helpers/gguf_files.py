@@ -24,7 +24,7 @@ COMMON: dict[str, Any] = {
 OWN: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "qwen3": {"head_dim": 128},
-    "gemma2": {"sliding_window": 8},
+    "gemma2": {"sliding_window": None},
     "gemma3_text": {"sliding_window": 8},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True, "intermediate_size": 768},
 }
@@ -84,6 +84,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
     tokens = words.convert_ids_to_tokens(range(len(words)))
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * len(tokens))  # older versions of transformers read them for Gemma
     writer.add_token_types([3 if token == words.eos_token else 1 for token in tokens])
     merges = json.loads(words.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_token_merges([" ".join(pair) for pair in merges])
