@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from minitron.distill.losses.objective import Objective
 from minitron.distill.sharding import begin_micro_batch, shard_
 from minitron.distill.state import TrainingState
 from minitron.logits import Head
+from minitron.meta_models import InMemory
 
 
 class LiveBytes(TorchDispatchMode):
@@ -199,20 +201,29 @@ def count_step(
 
 
 def count_split_step(
-    student: Callable[[], nn.Module], teacher: nn.Module, config: DistillConfig, seq_length: int
+    student: Callable[[], nn.Module],
+    teacher: Callable[[], nn.Module],
+    config: DistillConfig,
+    seq_length: int,
+    *,
+    live: bool = False,
 ) -> LiveBytes:
-    """Two micro-batches of a student that `student` makes, its parts those of the first of many processes, as
-    `minitron.distill.sharding.shard_` makes them, on fake tensors; the head of `teacher` is beside."""
+    """Two micro-batches of a student, its parts those of the first of many processes, as `minitron.distill.sharding.shard_`
+    makes them, on fake tensors; beside is the head of the teacher, or its split layers too if it is `live`. What is there
+    before the first micro-batch is a part of its own, the start."""
     counter = LiveBytes()
     with FakeTensorMode(allow_non_fake_inputs=True), counter, counter.resized():
-        made, like = student(), Head.of(teacher).weight
-        targets: Any = Stored(Head(torch.empty(like.shape, dtype=like.dtype)))
+        made = student()
+        other = teacher()
+        targets: Any = _split_teacher(other) if live else Stored(Head(torch.empty_like(Head.of(other).weight)))
+        del other
         objective = Objective(made, targets, Losses(), None, counter)  # type: ignore[arg-type]
         how = config.activation_checkpointing
         with running_blocks(made, activation_checkpointing=how, compiled=False):
             shard_(objective, torch.device("cpu"))
             with TrainingState(objective.trained(), config):
-                counter.peaks.clear()  # of a student that is whole here before it is split
+                counter.peaks.clear()  # of models that are whole here before they are split
+                counter.begin("start")
                 for last in (False, True):
                     begin_micro_batch(objective, last=last)
                     tokens = torch.zeros(config.micro_batch_rows, seq_length, dtype=torch.int64)
@@ -221,6 +232,16 @@ def count_split_step(
                     loss.backward()
                     del loss
     return counter
+
+
+def _split_teacher(model: nn.Module) -> LiveTeacher:
+    """A teacher that is split over the processes, read from a fake `model`, whose parameters are put on the meta device."""
+    weights = InMemory(model)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            module.register_parameter(name, nn.Parameter(torch.empty_like(parameter, device="meta")))
+    with mock.patch.object(nn.Module, "to", lambda module, *_: module):  # it is there already
+        return LiveTeacher(model, shard=True, device=torch.device("cpu"), weights=weights)
 
 
 def architecture(model: nn.Module) -> Architecture:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -178,33 +180,39 @@ def test_gradients_move_to_their_sums_as_soon_as_they_are_there():
 def processes():
     """A function that makes this process the first of many, which send nothing."""
 
-    def begin(count):
-        dist.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
-        return init_device_mesh("cpu", (count,))
+    def begin(*shape):
+        dist.init_process_group("fake", rank=0, world_size=math.prod(shape), store=FakeStore())
+        return init_device_mesh("cpu", shape, mesh_dim_names=("nodes", "shards")[-len(shape) :])
 
     yield begin
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
-    ("student", "teacher", "layers", "count", "rows", "recompute"),
+    ("student", "teacher", "layers", "live", "shape", "rows", "recompute"),
     [
-        ("llama-4.5b", "llama-8b", 6, 8, 1, "none"),
-        ("nemo-8b", "nemo-12b", 4, 8, 4, "full"),
-        ("llama-35b", "llama-70b", 4, 32, 1, "full"),
+        ("llama-4.5b", "llama-8b", 6, False, (8,), 1, "none"),
+        ("nemo-8b", "nemo-12b", 4, False, (8,), 4, "full"),
+        ("llama-35b", "llama-70b", 4, False, (32,), 1, "full"),
+        ("nemo-8b", "nemo-12b", 3, True, (8,), 1, "selective"),
+        ("llama-4.5b", "llama-8b", 3, True, (4, 8), 1, "none"),  # four nodes, each with a copy of both
     ],
 )
 def test_the_estimate_for_a_part_of_a_split_student_equals_the_counted_bytes(
-    processes, monkeypatch, student, teacher, layers, count, rows, recompute
+    processes, monkeypatch, student, teacher, layers, live, shape, rows, recompute
 ):
-    mesh = processes(count)
+    mesh = processes(*shape)
     monkeypatch.setattr(sharding, "mesh_of", lambda device, size: mesh)
     settings = replace(config(rows, recompute), shard=True)
     with like_cuda():
-        other, own = named(teacher, layers), named(student, layers)
-        counted = count_split_step(lambda: named(student, layers, device="cpu"), other, settings, 8192)
-    estimate = gpu_memory(architecture(own), settings, 8192, teacher=architecture(other), processes=count)
-    assert estimate.step - CONTEXT == pytest.approx(max(counted.peaks.values()), rel=0.08)
+        own, other = architecture(named(student, layers)), architecture(named(teacher, layers))
+        made = [partial(named, name, layers, device="cpu") for name in (student, teacher)]
+        peaks = count_split_step(*made, settings, 8192, live=live).peaks
+    kept = "sharded" if live else "head"
+    nodes = {"processes": math.prod(shape), "node_processes": shape[-1], "gpu_bytes": 80_000_000_000}
+    estimate = gpu_memory(own, settings, 8192, teacher=other, teacher_kept=kept, **nodes)
+    assert estimate.step - CONTEXT == pytest.approx(max(peaks.values()), rel=0.08)
+    assert estimate.start - CONTEXT == pytest.approx(peaks["start"], rel=0.1)
 
 
 def test_a_step_on_a_cpu_holds_the_bytes_that_are_counted_on_the_meta_device():
