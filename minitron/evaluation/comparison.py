@@ -2,13 +2,15 @@
 
 A difference is the mean of the documents' differences. Its standard error is that of these differences, with documents that
 belong together as clusters. It is far smaller than the scores' standard errors suggest, as models are right on the same
-documents.
+documents. Of scores that are no mean of one number for each document it is the spread of the differences of bootstrap
+replicates.
 Sources: Miller 2024, arXiv 2411.00640, section 4; Holm 1979, Scandinavian Journal of Statistics 6.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
@@ -54,21 +56,22 @@ class Difference:
 
 def compare(results: Sequence[ModelResults]) -> list[Difference]:
     """The differences of all models to the first one, on every task that both have, corrected for their number. On a task that
-    the first model lacks they are those to the first one that has it.
+    the first model lacks they are those to the first one that has it. Those in `not_compared` are left out.
 
-    Raises InputError if fewer than two models are given, if they have no task in common, or if a task was run with other
-    settings or on other documents.
+    Raises InputError if fewer than two models are given, if they have no task in common that can be compared, or if a task was
+    run with other settings or on other documents.
     """
     if len(results) < 2:
         raise InputError(f"{len(results)} model to compare", "give at least two")
-    found = [
-        _difference(task, reference, model)
-        for model, references in _references(results)
-        for reference, tasks in references
-        for task in tasks
-    ]
-    if not found:
+    pairs = _pairs(results)
+    if not pairs:
         raise InputError("the models have no task in common", "evaluate them on the same tasks")
+    for each in pairs:
+        _check_templates(*each)
+        _check_settings(*each)
+    found = [_difference(*each) for each in pairs if not _obstacle(*each)]
+    if not found:
+        raise InputError("; ".join(not_compared(results)), "evaluate the models again, on a task that can be compared")
     return _corrected(found)
 
 
@@ -84,6 +87,46 @@ def _references(results: Sequence[ModelResults]) -> list[tuple[ModelResults, lis
                 known.update(tasks)
         found.append((model, references))
     return found
+
+
+def _pairs(results: Sequence[ModelResults]) -> list[tuple[str, ModelResults, ModelResults]]:
+    """What is compared: a task, the reference and the model."""
+    return [
+        (task, reference, model)
+        for model, references in _references(results)
+        for reference, tasks in references
+        for task in tasks
+    ]
+
+
+def not_compared(results: Sequence[ModelResults]) -> list[str]:
+    """Sentences on tasks of which a model and its reference have scores, but no difference with an uncertainty."""
+    reasons = [(task, model, _obstacle(task, reference, model)) for task, reference, model in _pairs(results)]
+    return [f"{task} of {model.model} is not compared: {reason}" for task, model, reason in reasons if reason]
+
+
+def with_tasks(results: Sequence[ModelResults], tasks: Sequence[str]) -> list[ModelResults]:
+    """The results with no other tasks than `tasks`. Raises InputError for one that no model has."""
+    known = sorted({task for result in results for task in result.tasks})
+    for task in tasks:
+        if task not in known:
+            raise InputError(f"task {task!r}: no model has results of it", f"use {', '.join(known)}")
+    return [
+        replace(each, tasks={task: result for task, result in each.tasks.items() if task in tasks}) for each in results
+    ]
+
+
+def _obstacle(task: str, reference: ModelResults, model: ModelResults) -> str:
+    """Why a difference has no uncertainty; empty if it has one."""
+    first, second = reference.tasks[task], model.tasks[task]
+    if first.values() is not None and second.values() is not None:
+        return ""
+    if not (first.replicates and second.replicates):
+        return f"{first.score.metric} is no mean over documents, and the results have no bootstrap replicates"
+    same = [document.hash for document in first.documents] == [document.hash for document in second.documents]
+    return (
+        "" if same else f"{first.score.metric} is no mean over documents, and those of the two models are not the same"
+    )
 
 
 def setting_notes(results: Sequence[ModelResults]) -> list[str]:
@@ -134,9 +177,9 @@ def _check_templates(task: str, reference: ModelResults, model: ModelResults) ->
 
 
 def _difference(task: str, one: ModelResults, other: ModelResults) -> Difference:
-    _check_templates(task, one, other)
     reference, model, first, second = one.model, other.model, one.tasks[task], other.tasks[task]
-    _check_settings(task, reference, model, first, second)
+    if first.values() is None or second.values() is None:
+        return _difference_of_replicates(task, one, other)
     differences, clusters = paired_differences(first, second)
     if len(differences) < min(len(first.documents), len(second.documents)):
         raise InputError(
@@ -149,23 +192,52 @@ def _difference(task: str, one: ModelResults, other: ModelResults) -> Difference
         difference_error(differences, clusters) if _is_binary(first, second) else standard_error(differences, clusters)
     )
     groups = len(set(clusters))
-    interval = None
-    if stderr is not None:
-        reach = float(_stats().t.ppf((1 + CONFIDENCE) / 2, groups - 1)) * stderr
-        interval = value - reach, value + reach
     return Difference(
         task=task,
         reference=reference,
         model=model,
         value=value,
         stderr=stderr,
-        interval=interval,
+        interval=None if stderr is None else _interval(value, stderr, groups),
         p_value=_p_value(differences, value, stderr, groups),
         adjusted=None,
         num_documents=len(differences),
         needed=None,
         num_available=second.score.num_available,
     )
+
+
+def _difference_of_replicates(task: str, one: ModelResults, other: ModelResults) -> Difference:
+    first, second = one.tasks[task], other.tasks[task]
+    value = second.score.value - first.score.value
+    pairs = zip(first.replicates, second.replicates, strict=True)
+    stderr = statistics.stdev(after - before for before, after in pairs)
+    groups = len({document.cluster for document in second.documents})
+    return Difference(
+        task=task,
+        reference=one.model,
+        model=other.model,
+        value=value,
+        stderr=stderr,
+        interval=_interval(value, stderr, groups),
+        p_value=_t_test(value, stderr, groups),
+        adjusted=None,
+        num_documents=len(second.documents),
+        needed=None,
+        num_available=second.score.num_available,
+    )
+
+
+def _interval(value: float, stderr: float, groups: int) -> tuple[float, float]:
+    reach = float(_stats().t.ppf((1 + CONFIDENCE) / 2, groups - 1)) * stderr
+    return value - reach, value + reach
+
+
+def _t_test(value: float, stderr: float, groups: int) -> float:
+    """Two-sided."""
+    if stderr == 0:
+        return 1.0 if value == 0 else 0.0
+    return float(2 * _stats().t.sf(abs(value) / stderr, groups - 1))
 
 
 def _is_binary(*results: Evaluated) -> bool:
@@ -180,22 +252,13 @@ def _stats() -> ModuleType:
     return stats
 
 
-def _check_settings(task: str, reference: str, model: str, first: Evaluated, second: Evaluated) -> None:
+def _check_settings(task: str, reference: ModelResults, model: ModelResults) -> None:
     for name in ("metric", "version", "num_fewshot", "split"):
-        one, other = getattr(first.score, name), getattr(second.score, name)
+        one, other = (getattr(each.tasks[task].score, name) for each in (reference, model))
         if one != other:
             raise InputError(
-                f"task {task!r}: {reference} has {name} {one}, but {model} has {other}",
-                "evaluate both with the same settings",
-            )
-    for name, result in ((reference, first), (model, second)):
-        if result.values() is None or not math.isclose(
-            math.fsum(result.values() or ()) / len(result.documents), result.score.value, abs_tol=1e-6
-        ):
-            raise InputError(
-                f"task {task!r}: {first.score.metric} of {name} is not a mean over documents, so that differences have no "
-                "standard error",
-                "leave the task out",
+                f"task {task!r}: {reference.model} has {name} {one}, but {model.model} has {other}",
+                "evaluate both with the same settings, or choose other tasks (--tasks on the command line)",
             )
 
 
@@ -205,11 +268,7 @@ def _p_value(differences: Sequence[float], value: float, stderr: float | None, g
     if groups == len(differences) and set(changed) <= {-1.0, 1.0}:
         better = sum(difference > 0 for difference in changed)
         return float(_stats().binomtest(better, len(changed)).pvalue) if changed else 1.0
-    if stderr is None:
-        return None
-    if stderr == 0:
-        return 1.0 if value == 0 else 0.0
-    return float(2 * _stats().t.sf(abs(value) / stderr, groups - 1))
+    return None if stderr is None else _t_test(value, stderr, groups)
 
 
 def _corrected(found: list[Difference]) -> list[Difference]:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from minitron.evaluation.scores import Evaluated
+from minitron.evaluation.scores import DocumentResult, Evaluated, contributions_of
 
 CONFIDENCE = 0.95
 
 
 def paired_differences(first: Evaluated, second: Evaluated) -> tuple[list[float], list[str]]:
-    """The second's minus the first's main metric of each document that both have, and its cluster."""
+    """A number for each document that both have, whose mean is the difference of the second's and the first's scores on these
+    documents, and the document's cluster. Both must have `values()`."""
+    before, after = common_documents(first, second)
+    one, other = (
+        contributions_of(result.score.metric, result.main, documents, by_task=result.score.is_mean_over_tasks)
+        for result, documents in ((first, before), (second, after))
+    )
+    pairs = zip(one or (), other or (), strict=True)
+    return [b - a for a, b in pairs], [document.cluster for document in before]
+
+
+def common_documents(first: Evaluated, second: Evaluated) -> tuple[list[DocumentResult], list[DocumentResult]]:
+    """The results of both for the documents that both have, in the order of the second."""
     known = {(document.id, document.hash): document for document in first.documents}
-    pairs = [(known[key], other) for other in second.documents if (key := (other.id, other.hash)) in known]
-    differences = [after.values[first.main] - before.values[first.main] for before, after in pairs]
-    return differences, [before.cluster for before, _ in pairs]
+    after = [document for document in second.documents if (document.id, document.hash) in known]
+    return [known[document.id, document.hash] for document in after], after

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from minitron.evaluation.estimates import contributions, is_mean_of
 from minitron.evaluation.metrics import Metric, task_metric
 
 
@@ -19,9 +20,9 @@ class Score:
     """lm-eval's name, for example "acc" or "acc_norm"; chosen by `minitron.evaluation.benchmarks.METRIC`."""
     value: float
     stderr: float | None
-    """Standard error of the mean over documents, which takes into account which of them belong together (`num_clusters`), and
-    is not zero for a share of 0 or 1 (`minitron.evaluation.uncertainty.score_error`); None for one document, or if the metric
-    is not a mean over documents."""
+    """Standard error, which takes into account which documents belong together (`num_clusters`), and is not zero for a share of
+    0 or 1 (`minitron.evaluation.uncertainty.score_error`). Of a metric that is neither a mean over documents nor a perplexity,
+    the spread of `Evaluated.replicates`. None for one document, and for groups of such metrics."""
     num_documents: int
     num_fewshot: int
     version: str
@@ -40,6 +41,11 @@ class Score:
     versions."""
     examples: str | None = None
     """The split of the few-shot examples; None without, if the definition contains them, and in results of earlier versions."""
+
+    @property
+    def is_mean_over_tasks(self) -> bool:
+        """Whether this is the score of a group in which every task counts the same, of any number of documents."""
+        return self.num_tasks is not None and self.num_tasks > 1 and self.num_clusters is None
 
     @property
     def shown_as(self) -> Metric:
@@ -98,9 +104,11 @@ class DocumentResult:
     cluster: str
     """Equal for documents that belong together; otherwise the id."""
     values: dict[str, float]
-    """By "METRIC,FILTER", for metrics that are a number for each document."""
+    """By "METRIC,FILTER", for metrics that are a number for each document; of a perplexity the log-likelihood in nats."""
     prompt: str = ""
     """Hash of what the model was asked, 16 hexadecimal digits; empty in results of earlier versions."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """By "METRIC,FILTER", the number of words or bytes that the log-likelihood is divided by; 1 where there is none."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +137,9 @@ class Evaluated:
     documents: tuple[DocumentResult, ...]
     samples: tuple[Sample, ...] = ()
     """As many as were requested, the worst first."""
+    replicates: tuple[float, ...] = ()
+    """Of a score that is no mean of one number for each document, the scores of documents drawn with replacement, the same ones
+    for every model that is scored on these documents (`minitron.evaluation.estimates.replicates`)."""
 
     def numbers(self, name: str) -> dict[str, float]:
         """All metrics with their standard errors, by names that begin with `name`.
@@ -152,10 +163,10 @@ class Evaluated:
         return f"{self.score.metric},{self.filter}"
 
     def values(self) -> list[float] | None:
-        """The score's metric of each document; None if it is not a number for each document."""
-        if any(self.main not in document.values for document in self.documents):
-            return None
-        return [document.values[self.main] for document in self.documents]
+        """A number for each document, whose mean is the score: of a mean over documents the metric, otherwise see
+        `minitron.evaluation.estimates.contributions`. None if there is no such number."""
+        found = contributions_of(self.score.metric, self.main, self.documents, by_task=self.score.is_mean_over_tasks)
+        return found if found is not None and is_mean_of(found, self.score.value) else None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Evaluated:
@@ -166,7 +177,25 @@ class Evaluated:
             metrics=tuple(MetricValue(**each) for each in values["metrics"]),
             documents=tuple(DocumentResult(**each) for each in values["documents"]),
             samples=tuple(Sample(**each) for each in values["samples"]),
+            replicates=tuple(values.get("replicates", ())),  # results of earlier versions have none
         )
+
+
+def contributions_of(
+    metric: str, key: str, documents: Sequence[DocumentResult], *, by_task: bool
+) -> list[float] | None:
+    """`minitron.evaluation.estimates.contributions` of a metric, which documents have under `key`; None if one lacks it.
+
+    by_task: whether the score is the mean over tasks, whose names are the first parts of the documents' ids.
+    """
+    if not documents or any(key not in document.values for document in documents):
+        return None
+    return contributions(
+        metric,
+        [document.values[key] for document in documents],
+        [document.weights.get(key, 1.0) for document in documents],
+        [document.id.split("/", 1)[0] if by_task else "" for document in documents],
+    )
 
 
 def worst_first(samples: Sequence[Sample], count: int, *, higher_is_better: bool | None) -> tuple[Sample, ...]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
-from lm_eval.api.metrics import mean
 
 from minitron.errors import InputError
 from minitron.evaluation.benchmarks import FILTER, METRIC
+from minitron.evaluation.estimates import is_mean_of, replicates
 from minitron.evaluation.metrics import task_metric
 from minitron.evaluation.scores import (
     DocumentResult,
@@ -20,12 +22,14 @@ from minitron.evaluation.scores import (
     MetricValue,
     Sample,
     Score,
+    contributions_of,
     renamed,
     worst_first,
 )
 from minitron.evaluation.uncertainty import passage_of, score_error
 from minitron.storage import fingerprint
 
+PER_WORD_OR_BYTE = ("word_perplexity", "byte_perplexity", "bits_per_byte")  # lm-eval has a pair for each document
 LONGEST_TEXT = 20_000  # characters of a prompt or answer that is kept; of a longer one the end
 
 
@@ -54,6 +58,11 @@ def evaluated(
     documents = _documents(results["samples"][part])
     metrics = [_value(built, key, float(values_of_part[key]), documents) for key in keys if key.split(",")[0] in names]
     main = next(each for each in metrics if (each.metric, each.filter) == (metric, chosen))
+    drawn: tuple[float, ...] = ()
+    if _contributions(metric, f"{metric},{chosen}", main.value, documents) is None:
+        drawn = _replicates(built, metric, chosen, results["samples"][part], documents)
+    if drawn:
+        metrics[metrics.index(main)] = main = replace(main, stderr=statistics.stdev(drawn))
     higher_is_better = main.higher_is_better
     if higher_is_better is None:
         higher_is_better = task_metric(part, metric).higher_is_better
@@ -76,20 +85,24 @@ def evaluated(
         _sample(built, sample, metric) for sample in results["samples"][part] if samples and sample["filter"] == chosen
     ]
     worst = worst_first([sample for sample in kept if sample], samples, higher_is_better=higher_is_better)
-    return Evaluated(score, chosen, tuple(metrics), documents, worst)
+    return Evaluated(score, chosen, tuple(metrics), documents, worst, drawn)
 
 
 def _documents(samples: Sequence[Mapping[str, Any]]) -> tuple[DocumentResult, ...]:
     """lm-eval has one sample for each document and filter."""
     values: dict[int, dict[str, float]] = {}
+    weights: dict[int, dict[str, float]] = defaultdict(dict)
     firsts: dict[int, Mapping[str, Any]] = {}
     for sample in samples:
         number = int(sample["doc_id"])
         firsts.setdefault(number, sample)
         own = values.setdefault(number, {})
         for metric in sample["metrics"]:
+            key = f"{metric},{sample['filter']}"
             if (value := _number(sample[metric])) is not None:
-                own[f"{metric},{sample['filter']}"] = value
+                own[key] = value
+            elif (pair := _log_likelihood(metric, sample[metric])) is not None:
+                own[key], weights[number][key] = pair
     return tuple(
         DocumentResult(
             id=str(number),
@@ -97,6 +110,7 @@ def _documents(samples: Sequence[Mapping[str, Any]]) -> tuple[DocumentResult, ..
             cluster=_cluster(first["doc"]) or str(number),
             values=values[number],
             prompt=str(first["prompt_hash"])[:16],
+            weights=weights[number],
         )
         for number, first in sorted(firsts.items())
     )
@@ -109,6 +123,14 @@ def _number(value: Any) -> float | None:
     return None
 
 
+def _log_likelihood(metric: str, value: Any) -> tuple[float, float] | None:
+    """Log-likelihood and number of words or bytes of a document; None for other metrics."""
+    if metric not in PER_WORD_OR_BYTE or not isinstance(value, tuple | list):
+        return None
+    total, units = value
+    return float(total), float(units)
+
+
 def _cluster(document: Mapping[str, Any]) -> str:
     """Equal for documents with the same passage; empty without one."""
     passage = passage_of(document)
@@ -117,18 +139,37 @@ def _cluster(document: Mapping[str, Any]) -> str:
 
 def _value(built: Any, key: str, value: float, documents: Sequence[DocumentResult]) -> MetricValue:
     metric, name = key.split(",", 1)
-    is_mean = built.aggregation()[metric] is mean and all(key in document.values for document in documents)
     return MetricValue(
         metric=metric,
         filter=name,
         value=value,
-        stderr=_stderr(key, documents) if is_mean else None,
+        stderr=_stderr(metric, key, value, documents),
         higher_is_better=built.higher_is_better()[metric],
     )
 
 
-def _stderr(key: str, documents: Sequence[DocumentResult]) -> float | None:
-    return score_error([each.values[key] for each in documents], [each.cluster for each in documents])
+def _stderr(metric: str, key: str, value: float, documents: Sequence[DocumentResult]) -> float | None:
+    """None if `value` is not the mean of one number for each document."""
+    found = _contributions(metric, key, value, documents)
+    return None if found is None else score_error(found, [each.cluster for each in documents])
+
+
+def _contributions(metric: str, key: str, value: float, documents: Sequence[DocumentResult]) -> list[float] | None:
+    """Numbers of the documents whose mean is `value`; None if there are none."""
+    found = contributions_of(metric, key, documents, by_task=False)
+    return found if found is not None and is_mean_of(found, value) else None
+
+
+def _replicates(
+    built: Any, metric: str, name: str, samples: Sequence[Mapping[str, Any]], documents: Sequence[DocumentResult]
+) -> tuple[float, ...]:
+    """Of a metric that is no mean of one number for each document, such as F1 or BLEU. name: of lm-eval's filter."""
+    items = {
+        str(each["doc_id"]): each[metric] for each in samples if each["filter"] == name and metric in each["metrics"]
+    }
+    having = [document for document in documents if document.id in items]
+    clusters = [document.cluster for document in having]
+    return replicates(built.aggregation()[metric], [items[document.id] for document in having], clusters)
 
 
 def pooled(task: str, members: Mapping[str, Evaluated], samples: int, *, by_size: bool = True) -> Evaluated:
@@ -166,14 +207,12 @@ def pooled(task: str, members: Mapping[str, Evaluated], samples: int, *, by_size
             next(own for own in member.metrics if (own.metric, own.filter) == (each.metric, each.filter))
             for member in members.values()
         ]
+        value = sum(own.value * size for own, size in zip(values, sizes, strict=True)) / sum(sizes)
         if not by_size:
             known = [own.stderr for own in values if own.stderr is not None]
             stderr = math.sqrt(sum(one**2 for one in known)) / len(values) if len(known) == len(values) else None
-        elif all(f"{each.metric},{each.filter}" in document.values for document in documents):
-            stderr = _stderr(f"{each.metric},{each.filter}", documents)
         else:
-            stderr = None
-        value = sum(own.value * size for own, size in zip(values, sizes, strict=True)) / sum(sizes)
+            stderr = _stderr(each.metric, f"{each.metric},{each.filter}", value, documents)
         metrics.append(MetricValue(each.metric, each.filter, value, stderr, each.higher_is_better))
     main = next((m for m in metrics if (m.metric, m.filter) == (first.score.metric, first.filter)), None)
     available = [score.num_available or score.num_documents for score in scores]

@@ -151,8 +151,8 @@ def test_a_perplexity_is_shown_as_a_plain_number_everywhere(searched):
     stages, storage = searched
     page = html.unescape(next((storage / "runs").glob("*/report.html")).read_text())
     distilled = stages["evaluate"]["table"]["distilled"]["tasks"]["wikitext"]
-    shown = task_metric("wikitext", "word_perplexity").text(distilled["value"])
-    assert shown == f"{distilled['value']:,.0f}"  # in the thousands for a tiny model
+    shown = task_metric("wikitext", "word_perplexity").text(distilled["value"], distilled["stderr"])
+    assert shown == f"{distilled['value']:,.0f} ± {distilled['stderr']:,.0f}"  # in the thousands for a tiny model
     assert '<th scope="row">wikitext word_perplexity</th>' in page
     assert '<th scope="col">wikitext word_perplexity</th>' in page
     assert f"<td>{shown}</td>" in page

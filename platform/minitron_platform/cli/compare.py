@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("files", metavar="FILE.json...", nargs=-1, required=True)
+@click.option("--tasks", metavar="NAME,...", help="Compare these tasks alone.")
 @click.option("--out", metavar="FILE.json", help="Write the differences to this file.")
-def compare(files: tuple[str, ...], out: str | None) -> None:
+def compare(files: tuple[str, ...], tasks: str | None, out: str | None) -> None:
     """Compare models on the same documents.
 
     FILES are those that `minitron evaluate --out` wrote, each with one model or several. All models are compared with the first
@@ -36,11 +37,13 @@ def compare(files: tuple[str, ...], out: str | None) -> None:
     from dataclasses import asdict
 
     from minitron.evaluation.comparison import compare as differences_of
-    from minitron.evaluation.comparison import setting_notes
+    from minitron.evaluation.comparison import not_compared, setting_notes, with_tasks
     from minitron.evaluation.result_file import read_results
     from minitron_platform.cli.evaluation_tables import score_table
 
     results = _named([(path, result) for path in files for result in read_results(path)])
+    if tasks is not None:
+        results = with_tasks(results, [task.strip() for task in tasks.split(",")])
     differences = differences_of(results)
     console = Console()
     console.table(score_table(results))
@@ -67,7 +70,7 @@ def compare(files: tuple[str, ...], out: str | None) -> None:
         model = each.model if first else f"{each.model}, to {each.reference}"
         table.add_row(title, model, value, interval, f"{each.num_documents:,}", _verdict(each))
     console.table(table)
-    for note in setting_notes(results):
+    for note in [*not_compared(results), *setting_notes(results)]:
         console.say(f"[yellow]{escape(note)}[/]")
     if out:
         storage.write_json(out, [asdict(each) | {"is_real": each.is_real} for each in differences])

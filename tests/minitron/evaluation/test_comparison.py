@@ -11,8 +11,10 @@ import pytest
 
 from minitron.errors import InputError
 from minitron.evaluation import DocumentResult, Evaluated, Score
-from minitron.evaluation.comparison import compare, setting_notes
+from minitron.evaluation.comparison import compare, not_compared, setting_notes, with_tasks
+from minitron.evaluation.estimates import replicates
 from minitron.evaluation.result_file import ModelResults
+from minitron.evaluation.uncertainty import score_error
 
 
 def result(values, *, clusters=None, task="arc", fewshot=0):
@@ -23,6 +25,39 @@ def result(values, *, clusters=None, task="arc", fewshot=0):
     mean = statistics.fmean(values)
     score = Score(task, "acc", mean, None, len(values), fewshot, "1", "test", True, 10_000)
     return Evaluated(score, "none", (), documents)
+
+
+def perplexities(log_likelihoods, words):
+    """lm-eval's word_perplexity of documents of so many words."""
+    documents = tuple(
+        DocumentResult(
+            str(n), f"hash {n}", str(n), {"word_perplexity,none": total}, weights={"word_perplexity,none": count}
+        )
+        for n, (total, count) in enumerate(zip(log_likelihoods, words, strict=True))
+    )
+    value = math.exp(-sum(log_likelihoods) / sum(words))
+    score = Score("pages", "word_perplexity", value, None, len(words), 0, "1", "test", False, 10_000)
+    return Evaluated(score, "none", (), documents)
+
+
+def of_two_tasks(large, small):
+    """A group whose tasks count the same, of any size."""
+    documents = tuple(
+        DocumentResult(f"{task}/{n}", f"{task} {n}", f"{task}/{n}", {"acc,none": float(value)})
+        for task, values in (("large", large), ("small", small))
+        for n, value in enumerate(values)
+    )
+    value = (statistics.fmean(large) + statistics.fmean(small)) / 2
+    score = Score("two", "acc", value, None, len(documents), 0, "1", "test", True, 10_000, None, 2)
+    return Evaluated(score, "none", (), documents)
+
+
+def of_pairs(answers, truth, measure=lambda pairs: statistics.correlation(*zip(*pairs, strict=True))):
+    """A score that is a function of all documents together."""
+    pairs = list(zip(truth, answers, strict=True))
+    documents = tuple(DocumentResult(str(n), f"hash {n}", str(n), {}) for n in range(len(pairs)))
+    score = Score("pairs", "mcc", measure(pairs), None, len(pairs), 0, "1", "test", True, 10_000)
+    return Evaluated(score, "none", (), documents, (), replicates(measure, pairs, range(len(pairs))))
 
 
 def model(name, **tasks):
@@ -97,6 +132,64 @@ def test_documents_that_belong_together_count_once():
     together = [model("a", arc=result(BASE, clusters=clusters)), model("b", arc=result(other, clusters=clusters))]
     assert not compare(together)[0].is_real
     assert compare([model("a", arc=result(BASE)), model("b", arc=result(other))])[0].is_real
+
+
+def test_perplexities_are_compared_with_the_error_of_a_ratio():
+    draw = random.Random(7)
+    words = [draw.randint(20, 400) for _ in range(300)]
+    per_word = [draw.gauss(-3, 0.3) for _ in words]  # how hard a page is, for both models
+    one = [count * rate for count, rate in zip(words, per_word, strict=True)]
+    other = [count * (rate + 0.02 + draw.gauss(0, 0.05)) for count, rate in zip(words, per_word, strict=True)]
+    before, after = perplexities(one, words), perplexities(other, words)
+    (difference,) = compare([model("a", pages=before), model("b", pages=after)])
+    assert difference.value == pytest.approx(after.score.value - before.score.value)
+    assert difference.is_real
+    drawn = [draw.choices(range(300), k=300) for _ in range(400)]
+
+    def perplexity(totals, pages):
+        return math.exp(-sum(totals[n] for n in pages) / sum(words[n] for n in pages))
+
+    again = [perplexity(other, pages) - perplexity(one, pages) for pages in drawn]
+    assert difference.stderr == pytest.approx(statistics.stdev(again), rel=0.15)
+    # the pages' difficulty, which both models have in common, is ten times as large
+    assert score_error(before.values(), range(300)) > 4 * difference.stderr
+
+
+def test_a_group_whose_tasks_count_the_same_is_compared_task_by_task():
+    large, small = BASE[:300], [1] * 15 + [0] * 5
+    before = of_two_tasks(large, small)
+    after = of_two_tasks(flipped(large, 9, 3), flipped(small, 2, 1))
+    (difference,) = compare([model("a", two=before), model("b", two=after)])
+    assert difference.value == pytest.approx((6 / 300 + 1 / 20) / 2)
+    parts = [[1] * 9 + [-1] * 3 + [0] * 288, [1] * 2 + [-1] + [0] * 17]
+    errors = [statistics.stdev(part) / math.sqrt(len(part)) for part in parts]
+    assert difference.stderr == pytest.approx(math.hypot(*errors) / 2, rel=0.03)
+
+
+def test_other_scores_are_compared_by_drawing_the_same_documents_for_both():
+    draw = random.Random(11)
+    truth = [draw.random() < 0.5 for _ in range(400)]
+    answers = [right if draw.random() < 0.6 else not right for right in truth]
+    better = [right if draw.random() < 0.3 else answer for answer, right in zip(answers, truth, strict=True)]
+    (difference,) = compare([model("a", pairs=of_pairs(answers, truth)), model("b", pairs=of_pairs(better, truth))])
+    assert difference.is_real
+    low, high = difference.interval
+    assert low < difference.value < high
+    (none,) = compare([model("a", pairs=of_pairs(answers, truth)), model("b", pairs=of_pairs(answers, truth))])
+    assert (none.value, none.stderr, none.is_real) == (0, 0, False)
+
+
+def test_a_task_that_cannot_be_compared_is_named_and_the_others_are_compared():
+    old = replace(of_pairs(BASE, BASE[::-1]), replicates=())  # of an earlier version
+    first, second = model("a", arc=result(BASE), pairs=old), model("b", arc=result(BASE), pairs=old)
+    assert [each.task for each in compare([first, second])] == ["arc"]
+    (sentence,) = not_compared([first, second])
+    assert sentence.startswith("pairs of b is not compared: mcc is no mean over documents")
+    with pytest.raises(InputError, match="pairs of b is not compared"):
+        compare(with_tasks([first, second], ["pairs"]))
+    with pytest.raises(InputError, match="task 'piqa': no model has results of it") as refused:
+        with_tasks([first, second], ["piqa"])
+    assert refused.value.remedy == "use arc, pairs"
 
 
 def test_other_settings_and_other_documents_are_refused():

@@ -80,6 +80,9 @@ def test_models_are_scored_into_a_file_of_the_published_schema_and_compared(benc
     tasks = ("--tasks", "arc_easy", "--data", "data", "--limit", "3", "--dtype", "float32")
     monkeypatch.undo()
     assert minitron_here("evaluate", "random", *tasks, "--out", "three.json", cwd=folder).returncode == 0
+    chosen = minitron_here("compare", "a.json", "--tasks", "arc_easy_2shot", cwd=folder)
+    assert "│ arc_easy_2shot acc" in chosen.stdout
+    assert "│ arc_easy acc" not in chosen.stdout
     both = minitron_here("compare", "a.json", "three.json", cwd=folder)
     assert both.returncode == 0, both.stderr
     words = " ".join(both.stdout.split())

@@ -1,0 +1,87 @@
+"""Scores as means of one number for each document, also those that are another function of the documents.
+
+The standard error of their mean is that of the score, and the mean of two models' differences is that of their scores. Sources:
+ratios, and the delta method for what is computed from them: Cochran 1977, Sampling Techniques, 3rd edition, section 6.3; means
+over strata, such as the tasks of a group: the same, section 5.3. For everything else there are bootstrap replicates: Efron and
+Tibshirani 1993, An Introduction to the Bootstrap, chapter 6.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+REPLICATES = 100  # lm-eval's number for metrics that take long, such as BLEU
+
+# Score and its slope, as functions of the mean log-likelihood of a word, byte or document.
+_OF_LOG_LIKELIHOOD: dict[str, Callable[[float], tuple[float, float]]] = {
+    **{
+        name: lambda mean: (math.exp(-mean), -math.exp(-mean))
+        for name in ("perplexity", "word_perplexity", "byte_perplexity")
+    },
+    "bits_per_byte": lambda mean: (-mean / math.log(2), -1 / math.log(2)),
+}
+
+
+def contributions(
+    metric: str, values: Sequence[float], weights: Sequence[float], tasks: Sequence[Hashable]
+) -> list[float] | None:
+    """A number for each document, whose mean is the score; None if there is no such number.
+
+    metric: lm-eval's name. values: of each document, of a perplexity its log-likelihood in nats. weights: what a value is
+    divided by, such as its number of words; 1 for a plain mean. tasks: the task of each document if the score is the mean over
+    tasks of any size; otherwise all equal.
+    """
+    if metric in _OF_LOG_LIKELIHOOD:
+        if len(set(tasks)) > 1 or not math.fsum(weights):
+            return None
+        total = math.fsum(weights)
+        mean = math.fsum(values) / total
+        try:
+            score, slope = _OF_LOG_LIKELIHOOD[metric](mean)
+        except OverflowError:
+            return None
+        scale = len(values) / total
+        return [score + slope * scale * (v - mean * w) for v, w in zip(values, weights, strict=True)]
+    if any(weight != 1 for weight in weights):
+        return None
+    by_task: dict[Hashable, list[float]] = defaultdict(list)
+    for value, task in zip(values, tasks, strict=True):
+        by_task[task].append(value)
+    if len(by_task) < 2:
+        return list(values)
+    means = {task: math.fsum(own) / len(own) for task, own in by_task.items()}
+    score = math.fsum(means.values()) / len(means)
+    share = len(values) / len(means)
+    return [score + share / len(by_task[task]) * (v - means[task]) for v, task in zip(values, tasks, strict=True)]
+
+
+def is_mean_of(numbers: Sequence[float], score: float) -> bool:
+    """Whether `score` is the mean of `numbers`, but for rounding."""
+    return math.isclose(math.fsum(numbers) / len(numbers), score, rel_tol=1e-6, abs_tol=1e-6)
+
+
+def replicates(
+    aggregate: Callable[[list[Any]], float], items: Sequence[Any], clusters: Sequence[Hashable]
+) -> tuple[float, ...]:
+    """Scores of documents that are drawn with replacement, those that belong together as one.
+
+    The draws depend on nothing but the number of clusters, so that the same ones are made for every model. Empty for one
+    cluster, and if the score of some drawn documents is not defined, such as an area under a curve of one class.
+    """
+    members: dict[Hashable, list[Any]] = defaultdict(list)
+    for item, cluster in zip(items, clusters, strict=True):
+        members[cluster].append(item)
+    groups = list(members.values())
+    if len(groups) < 2:
+        return ()
+    draw = random.Random(0)
+    drawn = (draw.choices(groups, k=len(groups)) for _ in range(REPLICATES))
+    try:
+        scores = tuple(float(aggregate([item for group in each for item in group])) for each in drawn)
+    except (ValueError, ArithmeticError):
+        return ()
+    return scores if all(map(math.isfinite, scores)) else ()
