@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
@@ -44,9 +45,15 @@ class Difference:
     num_documents: int
     """That both models were scored on."""
     needed: int | None
-    """Documents with which a difference of this size is real with a chance of 80 %; None if it is real, or zero."""
+    """Documents with which a difference of this size is real with a chance of 80 %; None if it is real, zero or `unreachable`.
+    """
     num_available: int | None
     """Documents of the benchmark's split."""
+    fixed_stderr: float = 0.0
+    """The part of `stderr` that more documents do not reduce: what differs between the tasks of a group, which has no others.
+    """
+    unreachable: bool = False
+    """Whether no number of documents would show a difference of this size, because of `fixed_stderr`."""
 
     @property
     def is_real(self) -> bool:
@@ -204,7 +211,23 @@ def _difference(task: str, one: ModelResults, other: ModelResults) -> Difference
         num_documents=len(differences),
         needed=None,
         num_available=second.score.num_available,
+        fixed_stderr=_fixed_error(differences, clusters, stderr)
+        if second.score.has_tasks_as_clusters and stderr
+        else 0.0,
     )
+
+
+def _fixed_error(differences: Sequence[float], clusters: Sequence[str], stderr: float) -> float:
+    """The part of a clustered standard error that comes from differences between the clusters: what is left of it without the
+    variance within them, which is pooled over all. Zero if no cluster has two documents."""
+    members: dict[str, list[float]] = defaultdict(list)
+    for difference, cluster in zip(differences, clusters, strict=True):
+        members[cluster].append(difference)
+    freedom = len(differences) - len(members)
+    if not freedom:
+        return 0.0
+    within = math.fsum(statistics.pvariance(own) * len(own) for own in members.values()) / freedom
+    return math.sqrt(max(0.0, stderr**2 - within / len(differences)))
 
 
 def _difference_of_replicates(task: str, one: ModelResults, other: ModelResults) -> Difference:
@@ -280,14 +303,18 @@ def _corrected(found: list[Difference]) -> list[Difference]:
         highest = max(highest, min(1.0, p_value * (len(ordered) - rank)))
         adjusted[number] = highest
     corrected = [replace(each, adjusted=adjusted.get(number)) for number, each in enumerate(found)]
-    return [each if each.is_real else replace(each, needed=_needed(each, len(ordered))) for each in corrected]
+    return [each if each.is_real else _with_needed(each, len(ordered)) for each in corrected]
 
 
-def _needed(difference: Difference, comparisons: int) -> int | None:
-    """At the level that Holm's correction asks of the first of `comparisons` differences, so rather too many."""
+def _with_needed(difference: Difference, comparisons: int) -> Difference:
+    """At the level that Holm's correction asks of the first of `comparisons` differences, so rather too many documents."""
     if not difference.value or not difference.stderr:
-        return None
+        return difference
     level = (1 - CONFIDENCE) / comparisons
     distance = NormalDist().inv_cdf(1 - level / 2) + NormalDist().inv_cdf(POWER)
-    needed = difference.num_documents * (distance * difference.stderr / difference.value) ** 2
-    return max(math.ceil(needed), difference.num_documents + 1)
+    fixed = difference.fixed_stderr**2
+    allowed = (difference.value / distance) ** 2 - fixed  # variance that is left for what more documents reduce
+    if allowed <= 0:
+        return replace(difference, unreachable=True)
+    needed = difference.num_documents * (difference.stderr**2 - fixed) / allowed
+    return replace(difference, needed=max(math.ceil(needed), difference.num_documents + 1))

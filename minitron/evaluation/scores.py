@@ -43,6 +43,11 @@ class Score:
     """The split of the few-shot examples; None without, if the definition contains them, and in results of earlier versions."""
 
     @property
+    def has_tasks_as_clusters(self) -> bool:
+        """Whether the groups of documents are the tasks of a group, such as subjects, so that more documents add none."""
+        return self.num_tasks is not None and self.num_tasks > 1 and self.num_clusters == self.num_tasks
+
+    @property
     def is_mean_over_tasks(self) -> bool:
         """Whether this is the score of a group in which every task counts the same, of any number of documents."""
         return self.num_tasks is not None and self.num_tasks > 1 and self.num_clusters is None

@@ -94,6 +94,8 @@ def _verdict(difference: Difference) -> str:
         return "real"
     if difference.adjusted is None:
         return "unknown: one document, or one group of them"
+    if difference.unreachable:
+        return "not shown, and not by more documents: the benchmark's tasks differ too much"
     if difference.needed is None:
         return f"none on these {difference.num_documents:,}"
     needed = f"about {difference.needed:,} documents would settle it"

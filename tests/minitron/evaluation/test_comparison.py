@@ -113,6 +113,41 @@ def test_what_is_not_real_says_how_many_documents_would_show_it():
     assert 11 <= shown <= 20
 
 
+def of_subjects(values, num_subjects):
+    """A group such as MMLU, with as many documents of each subject."""
+    each = result(values, clusters=[n % num_subjects for n in range(len(values))])
+    return replace(each, score=replace(each.score, num_clusters=num_subjects, num_tasks=num_subjects))
+
+
+@pytest.mark.parametrize("spread", [0, 0.3])
+def test_more_documents_of_the_same_subjects_do_not_reduce_what_differs_between_them(spread):
+    """A model is better by 2 points in each of 40 subjects, or by 32 in half of them, and worse by 28 in the others."""
+    draw = random.Random(2)
+
+    def measured(documents):
+        chances = [0.02 + (spread if n % 2 else -spread) for n in range(40)]
+        changes = [draw.random() < abs(chances[n % 40]) and math.copysign(1, chances[n % 40]) for n in range(documents)]
+        before = [0 if change > 0 else 1 for change in changes]
+        after = [int(value + change) for value, change in zip(before, changes, strict=True)]
+        subjects = [model(name, mmlu=of_subjects(values, 40)) for name, values in (("a", before), ("b", after))]
+        passages = [
+            model(name, mmlu=result(values, clusters=[n % 40 for n in range(documents)]))
+            for name, values in (("a", before), ("b", after))
+        ]
+        return compare(subjects)[0], compare(passages)[0]
+
+    subjects, passages = measured(1000) if spread else measured(200)
+    assert not subjects.is_real
+    assert subjects.stderr == passages.stderr
+    assert not passages.unreachable  # there are others
+    assert subjects.unreachable == bool(spread)
+    if spread:
+        assert subjects.fixed_stderr == pytest.approx(0.3 / math.sqrt(40), rel=0.2)
+        assert not measured(20_000)[0].is_real
+    else:
+        assert 200 < passages.needed <= subjects.needed < 2 * passages.needed
+
+
 def test_many_comparisons_are_corrected():
     other = flipped(BASE, 12, 3)
     (alone,) = compare([model("a", arc=result(BASE)), model("b", arc=result(other))])
