@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from minitron.architecture import Architecture
-from minitron.evaluation.metrics import Metric, task_metric
+from minitron.evaluation.metrics import PLUS_MINUS, Metric, task_metric
+from minitron.evaluation.scores import Score
 from minitron_platform.report.charts import INK, QUIET, Chart, Mark, Row, Spec, colour, colours, number, one_view, view
-from minitron_platform.report.published import PUBLISHED
+from minitron_platform.report.final_table import measured_on
+from minitron_platform.report.published import PUBLISHED, sources
 from minitron_platform.stages.data import Data
 from minitron_platform.stages.distill import Distill
 from minitron_platform.stages.evaluate import HELDOUT, Evaluate, Figures
@@ -115,7 +117,8 @@ class _Quality:
     metric: Metric
     field: str
     task: str = ""
-    shots: int = 0
+    score: Score | None = None
+    """The first one on the benchmark."""
 
     def of(self, figures: Figures) -> tuple[float, float, float]:
         """A model's value, and the ends of its error bar, in the metric's unit; NaN if there is none."""
@@ -134,7 +137,7 @@ def _qualities(models: Sequence[FamilyModel]) -> Iterator[_Quality]:
     scores = {task: score for model in models for task, score in model.figures.tasks.items()}
     for task, score in scores.items():
         metric = task_metric(task, score.metric)
-        yield _Quality(f"{task} {metric.name}", metric, "", task, score.num_fewshot)
+        yield _Quality(f"{task} {metric.name}", metric, "", task, score)
 
 
 def _published(qualities: Sequence[_Quality]) -> Iterator[Row]:
@@ -142,7 +145,8 @@ def _published(qualities: Sequence[_Quality]) -> Iterator[Row]:
     for model in PUBLISHED:
         row: Row = {"name": model.name, "state": "published", "label": model.name, "c0": model.parameters / 1e6}
         for index, quality in enumerate(qualities):
-            score = model.score(quality.task, quality.shots)
+            own = quality.score
+            score = None if own is None else model.score(own.task, own.num_fewshot)
             if score is not None:
                 row[f"q{index}"] = quality.metric.scale * score
         if len(row) > 4:
@@ -275,8 +279,18 @@ def benchmark_chart(models: Sequence[FamilyModel]) -> Chart | None:
     return one_view("benchmarks", "Scores and their standard errors", rows, chart, _legend(of))
 
 
-def benchmark_table(models: Sequence[FamilyModel]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the scores: a row for each model, a column for each benchmark."""
+@dataclass(frozen=True)
+class BenchmarkTable:
+    """A row for each model and then for each published one, a column for each benchmark."""
+
+    header: list[str]
+    body: list[list[str]]
+    caption: str
+    """What the scores were measured on, and where those of published models are from."""
+
+
+def benchmark_table(models: Sequence[FamilyModel]) -> BenchmarkTable:
+    """The scores of the models, beside those that the Minitron papers state for benchmarks with as many examples."""
     scores = {task: score for model in models for task, score in model.figures.tasks.items()}
     header = ["model", *(f"{task}\n{score.shown_as.title}" for task, score in scores.items())]
     body = []
@@ -284,4 +298,18 @@ def benchmark_table(models: Sequence[FamilyModel]) -> tuple[list[str], list[list
         own = model.figures.tasks
         cells = [own[t].shown_as.text(own[t].value, own[t].stderr) if t in own else "failed" for t in scores]
         body.append([_label(model), *cells])
-    return header, body
+    beside = []
+    for each in PUBLISHED:
+        known = [each.score(score.task, score.num_fewshot) for score in scores.values()]
+        if any(value is not None for value in known):
+            beside.append(each)
+            pairs = zip(known, scores.values(), strict=True)
+            cells = ["" if value is None else score.shown_as.text(value) for value, score in pairs]
+            body.append([f"{each.name}, published", *cells])
+    measured = {
+        f"{t}: {sentence}": None for m in models for t, s in m.figures.tasks.items() for sentence in [measured_on(s)]
+    }
+    caption = [f"{PLUS_MINUS} is the standard error", *measured]
+    if beside:
+        caption.append(f"published, not run here: {sources(beside)}, whose own harness and documents may differ")
+    return BenchmarkTable(header, body, " · ".join(caption))

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from minitron.evaluation import task_metric
 from minitron.evaluation.metrics import KL, PLUS_MINUS, SPEED, Metric
+from minitron.evaluation.scores import Score
 from minitron_platform.recipes.build import lm_eval_tasks
 from minitron_platform.stages.evaluate import HELDOUT, Evaluate, Figures
 from minitron_platform.stages.state import RunState
@@ -70,14 +71,16 @@ def task_title(task: str, metric: str | None) -> str:
     return f"{task} {task_metric(task, metric).title}" if metric else task
 
 
+def measured_on(score: Score) -> str:
+    """A score's metric and what it was measured on: "acc, 5-shot, first 40 of 1,172 documents of test"."""
+    return f"{score.metric}{' (lower is better)' if score.higher_is_better is False else ''}, {score.settings}"
+
+
 def caption(state: RunState) -> str:
     """Caption of the final table: what the metrics were measured on, and why benchmarks failed."""
     columns = [figures for _, figures in _columns(state)]
     scores = {task: score for figures in columns for task, score in figures.tasks.items()}
-    tasks = [
-        f"{name}: {score.metric}{' (lower is better)' if score.higher_is_better is False else ''}, {score.settings}"
-        for name, score in scores.items()
-    ]
+    tasks = [f"{name}: {measured_on(score)}" for name, score in scores.items()]
     reasons = {task: reason for figures in columns for task, reason in figures.failures.items()}
     failures = [f"{task} failed: {reason}" for task, reason in reasons.items()]
     tokens = f"{columns[-1].heldout_tokens:,} held-out tokens"

@@ -19,7 +19,7 @@ from minitron_platform.report.curves import curve_chart, curve_table
 from minitron_platform.report.family import PRUNED, FamilyModel
 from minitron_platform.report.final_table import LABELS, caption, rows, speed_text
 from minitron_platform.report.importance import Importance
-from minitron_platform.report.published import PAPER
+from minitron_platform.report.published import PUBLISHED, sources
 from minitron_platform.report.script import content_security_policy, page_script
 from minitron_platform.report.variants import Version, variant_table
 from minitron_platform.shipped_files import data_folder
@@ -67,6 +67,7 @@ def page(states: Sequence[RunState], versions: Mapping[str, Sequence[Version]] |
     versions = versions or {}
     runs = [_run(state, index, named, versions.get(state.run_key, ())) for index, state in enumerate(states)]
     scored = family.benchmark_table(models)
+    published = {row["name"] for row in quality.rows if row["state"] == "published"}
     return template.render(
         policy=content_security_policy(script),
         style=Markup((folder / "page.css").read_text(encoding="utf-8")),
@@ -78,15 +79,13 @@ def page(states: Sequence[RunState], versions: Mapping[str, Sequence[Version]] |
         sections=_sections(runs, benchmarks is not None),
         cards=list(_cards(states)),
         quality=quality,
-        published=any(row["state"] == "published" for row in quality.rows),
-        paper=PAPER,
+        published=sources([model for model in PUBLISHED if model.name in published]),
         header=header,
         body=body,
         variants=variant_table([version for each in versions.values() for version in each]),
         caption=" · ".join(dict.fromkeys(caption(state) for state in states)),
         benchmark_chart=benchmarks and named(benchmarks),
-        benchmark_header=scored[0],
-        benchmark_body=scored[1],
+        scored=scored,
         runs=runs,
         benchmark=candidates.benchmark_text,
     )
