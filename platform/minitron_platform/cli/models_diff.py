@@ -21,6 +21,7 @@ def diff(locations: Any, first: str, second: str) -> None:
     A and B are such as smollm2-90m@champion and smollm2-90m/3. Differences of figures have 95 % intervals where the results of
     every document are in the storage.
     """
+    from rich.markup import escape
     from rich.table import Table
 
     from minitron_platform.tracking.client import open_registry, version_named
@@ -42,7 +43,10 @@ def diff(locations: Any, first: str, second: str) -> None:
     if not changed and not measured:
         echo(f"nothing that is recorded differs between {names[0]} and {names[1]}")
         return
-    Console().table(table)
+    console = Console()
+    console.table(table)
+    for sentence in _measured_on(versions):
+        console.say(escape(sentence))
 
 
 def _settings(version: Any, storage_root: str) -> dict[str, str]:
@@ -86,6 +90,24 @@ def _flat(value: Any, key: str) -> dict[str, str]:
     if isinstance(value, list) and any(isinstance(each, dict) for each in value):
         return {name: text for part, inner in enumerate(value) for name, text in _flat(inner, f"{key}.{part}").items()}
     return {} if value == {} else {key: json.dumps(value, default=str)}
+
+
+def _measured_on(versions: list[Any]) -> list[str]:
+    """What the benchmark scores of both versions were measured on: a sentence for each task, or two if they differ."""
+    from minitron_platform.tracking.lineage import title
+    from minitron_platform.tracking.version_figures import figures_of
+
+    first, second = (figures_of(version) for version in versions)
+    if first is None or second is None:
+        return []
+    sentences = []
+    for task in (task for task in first.student.tasks if task in second.student.tasks):
+        settings = [each.student.tasks[task].settings for each in (first, second)]
+        if settings[0] == settings[1]:
+            sentences.append(f"{task}: {settings[0]}")
+        else:
+            sentences += [f"{task} of {title(v)}: {text}" for v, text in zip(versions, settings, strict=True)]
+    return sentences
 
 
 def _figures(versions: list[Any], storage_root: str) -> list[tuple[str, ...]]:

@@ -210,8 +210,7 @@ class Evaluate(Stage[EvaluateOutput]):
         for model, figures in output.table.items():
             values |= {f"{model}.{name}": value for name, value in figures.numbers.items()}
             values |= score_metrics(figures.tasks, f"{model}.")
-            for task, score in figures.tasks.items():
-                values[f"{model}.{task}.documents"] = score.num_documents
+            for task in figures.tasks:
                 values |= {f"{model}.{number}": value for number, value in figures.task_numbers.get(task, {}).items()}
         return values
 
@@ -222,11 +221,12 @@ class Evaluate(Stage[EvaluateOutput]):
 
 
 def score_metrics(tasks: Mapping[str, Score], prefix: str = "") -> dict[str, float]:
-    """Scores and their standard errors as metrics of MLflow, whose names begin with `prefix`."""
+    """Scores, their standard errors and numbers of documents as metrics of MLflow, whose names begin with `prefix`."""
     values: dict[str, float] = {}
     for task, score in tasks.items():
         name = f"{prefix}{task}.{score.metric}"
         values[name] = score.value
+        values[f"{prefix}{task}.documents"] = score.num_documents
         if score.stderr is not None:
             values[f"{name}_stderr"] = score.stderr
     return values

@@ -231,11 +231,13 @@ def task_results(task: TrainTask, model: nn.Module, failed: Callable[[str, Excep
 
 
 def task_metrics(results: Mapping[str, Evaluated], changes: Mapping[str, Change]) -> dict[str, float]:
-    """All metrics by "task_NAME.METRIC", with their standard errors, changes since the first measurement and noise bands."""
+    """All metrics by "task_NAME.METRIC", with their standard errors, changes since the first measurement and noise bands, and
+    numbers of documents."""
     metrics: dict[str, float] = {}
     for name, result in results.items():
         key = f"task_{name}.{result.score.metric}"
         metrics |= result.numbers(f"task_{name}")
+        metrics[f"task_{name}.documents"] = result.score.num_documents
         if name in changes:
             metrics |= {f"{key}_change": changes[name].value, f"{key}_band": changes[name].band}
     return metrics

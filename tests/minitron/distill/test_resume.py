@@ -284,7 +284,7 @@ def test_benchmarks_during_training_do_not_change_it_and_are_the_same_in_every_p
     found = [_saw(done, "both", rank)["scores"] for rank in range(2)]
     assert found[0] == found[1]
     assert [list(scores) for scores in found[0]] == [
-        [f"task_arc_easy.{name}" for name in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")]
+        [f"task_arc_easy.{name}" for name in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "documents")]
     ] * 3
     config = replace(STEPS, checkpoint_every=0)
     plain, student = train(material, config)

@@ -95,7 +95,8 @@ def test_models_show_prints_the_lineage_from_the_teacher_on(family: Path) -> Non
 
 
 def test_models_diff_shows_architecture_recipe_and_paired_differences(family: Path) -> None:
-    lines = command(family, "diff", "large/1", "large/2").stdout.splitlines()
+    shown = command(family, "diff", "large/1", "large/2").stdout
+    lines = shown.splitlines()
     rows = {
         line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:5]] for line in lines if "│" in line
     }
@@ -106,6 +107,7 @@ def test_models_diff_shows_architecture_recipe_and_paired_differences(family: Pa
     assert rows["held-out loss, nats per token"] == ["2.000", "2.125", "0.125 worse (±0.000, paired)"]
     assert list(rows)[-3:] == ["quiz acc, %", "arc acc, %", "piqa acc, %"]
     assert rows["arc acc, %"] == ["50.0 ± 5.0", "50.0 ± 5.0", "0.0 (±13.9)"]
+    assert "\narc: 0-shot, " in shown  # what it was measured on
 
 
 def test_models_delete_says_what_hangs_on_a_version_and_asks(family: Path) -> None:
