@@ -18,7 +18,7 @@ from statistics import NormalDist
 from types import ModuleType
 
 from minitron.errors import InputError
-from minitron.evaluation.pairs import CONFIDENCE, paired_differences
+from minitron.evaluation.pairs import CONFIDENCE, error_of_replicates, paired_differences
 from minitron.evaluation.result_file import ModelResults
 from minitron.evaluation.scores import Evaluated
 from minitron.evaluation.uncertainty import difference_error, standard_error
@@ -128,11 +128,11 @@ def _obstacle(task: str, reference: ModelResults, model: ModelResults) -> str:
     first, second = reference.tasks[task], model.tasks[task]
     if first.values() is not None and second.values() is not None:
         return ""
-    if not (first.replicates and second.replicates):
-        return f"{first.score.metric} is no mean over documents, and the results have no bootstrap replicates"
-    same = [document.hash for document in first.documents] == [document.hash for document in second.documents]
+    if error_of_replicates(first, second) is not None:
+        return ""
     return (
-        "" if same else f"{first.score.metric} is no mean over documents, and those of the two models are not the same"
+        f"{first.score.metric} is no mean over documents, and the results are of an earlier version, of a group, or not of the "
+        "same documents"
     )
 
 
@@ -186,7 +186,9 @@ def _check_templates(task: str, reference: ModelResults, model: ModelResults) ->
 def _difference(task: str, one: ModelResults, other: ModelResults) -> Difference:
     reference, model, first, second = one.model, other.model, one.tasks[task], other.tasks[task]
     if first.values() is None or second.values() is None:
-        return _difference_of_replicates(task, one, other)
+        stderr = error_of_replicates(first, second)
+        assert stderr is not None
+        return _difference_of_replicates(task, one, other, stderr)
     differences, clusters = paired_differences(first, second)
     if len(differences) < min(len(first.documents), len(second.documents)):
         raise InputError(
@@ -230,11 +232,9 @@ def _fixed_error(differences: Sequence[float], clusters: Sequence[str], stderr: 
     return math.sqrt(max(0.0, stderr**2 - within / len(differences)))
 
 
-def _difference_of_replicates(task: str, one: ModelResults, other: ModelResults) -> Difference:
-    first, second = one.tasks[task], other.tasks[task]
-    value = second.score.value - first.score.value
-    pairs = zip(first.replicates, second.replicates, strict=True)
-    stderr = statistics.stdev(after - before for before, after in pairs)
+def _difference_of_replicates(task: str, one: ModelResults, other: ModelResults, stderr: float) -> Difference:
+    second = other.tasks[task]
+    value = second.score.value - one.tasks[task].score.value
     groups = len({document.cluster for document in second.documents})
     return Difference(
         task=task,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 from minitron.evaluation.scores import DocumentResult, Evaluated, contributions_of
 
 CONFIDENCE = 0.95
@@ -24,3 +26,12 @@ def common_documents(first: Evaluated, second: Evaluated) -> tuple[list[Document
     known = {(document.id, document.hash): document for document in first.documents}
     after = [document for document in second.documents if (document.id, document.hash) in known]
     return [known[document.id, document.hash] for document in after], after
+
+
+def error_of_replicates(first: Evaluated, second: Evaluated) -> float | None:
+    """Standard error of the difference of two scores that are no means over documents; None without bootstrap replicates of the
+    same documents."""
+    hashes = [[document.hash for document in each.documents] for each in (first, second)]
+    if not (first.replicates and second.replicates) or hashes[0] != hashes[1]:
+        return None
+    return statistics.stdev(b - a for a, b in zip(first.replicates, second.replicates, strict=True))

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
 
-from minitron.evaluation.pairs import CONFIDENCE, paired_differences
+from minitron.evaluation.pairs import CONFIDENCE, error_of_replicates, paired_differences
 from minitron.evaluation.scores import Evaluated
 from minitron.evaluation.uncertainty import standard_error
 
@@ -50,8 +50,7 @@ class TaskWatch:
     def add(self, step: int, results: Mapping[str, Evaluated], kl: float) -> tuple[dict[str, Change], list[Fall]]:
         """Changes by task since the first measurement, and the tasks to raise an alarm for.
 
-        kl: the held-out KL to the teacher at this step, nats per token. Tasks whose score is not a mean over documents have no
-        change.
+        kl: the held-out KL to the teacher at this step, nats per token. Tasks whose score has no standard error have no change.
         """
         # Also if a training is resumed from an earlier step, or from a first measurement of a version that knew no KL there.
         if self.first is None or self.first["kl"] is None or step <= self.first["step"]:
@@ -74,13 +73,15 @@ class TaskWatch:
 
     def _change(self, before: Evaluated, now: Evaluated, tasks: int) -> Change | None:
         if before.values() is None or now.values() is None:
-            return None
-        differences, clusters = paired_differences(before, now)
-        stderr = standard_error(differences, clusters) if differences else None
+            value, stderr = now.score.value - before.score.value, error_of_replicates(before, now)
+        else:
+            differences, clusters = paired_differences(before, now)
+            value = sum(differences) / max(1, len(differences))
+            stderr = standard_error(differences, clusters) if differences else None
         if stderr is None:
             return None
         level = (1 - CONFIDENCE) / max(1, tasks * self.measurements)
-        return Change(sum(differences) / len(differences), NormalDist().inv_cdf(1 - level / 2) * stderr)
+        return Change(value, NormalDist().inv_cdf(1 - level / 2) * stderr)
 
 
 def _text(key: str, result: Evaluated, change: Change, first: int, step: int, kl_before: float, kl: float) -> str:

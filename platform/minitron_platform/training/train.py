@@ -88,6 +88,9 @@ def train(task: TrainTask, worker: Worker) -> MinitronError | None:
     every = task.tasks_every
     task_steps = range(every, task.config.steps + 1, every) if every else ()
     failed_benchmarks: set[str] = set()  # those that were reported; each is reported once
+    unwatched: dict[
+        str, None
+    ] = {}  # benchmarks whose score has no standard error, so that a fall cannot be told from chance
     first = storage.join(task.checkpoints, FIRST_SCORES)
     watch = TaskWatch(len(task_steps), storage.read_json_if_exists(first) if every else None)
 
@@ -107,6 +110,9 @@ def train(task: TrainTask, worker: Worker) -> MinitronError | None:
         if step in task_steps:
             results = task_results(task, student, on_benchmark_failure)
             changes, falls = watch.add(step, results, heldout["heldout_kl"])
+            if watch.first is not None and watch.first["step"] < step:
+                unwatched.update(dict.fromkeys(name for name in results if name not in changes))
+                worker.send(Tagged({"minitron.no_alarm": ", ".join(unwatched) or "none"}))
             if worker.is_first and watch.first is not None and watch.first["step"] == step:
                 worker.before_commit()
                 storage.write_json(first, watch.first)  # for a training that is resumed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch.distributed as dist
@@ -14,9 +15,10 @@ from minitron.data import Rows
 from minitron.distill import DistillConfig, Losses, store_hidden
 from minitron.distill.inputs import DistillInputs
 from minitron.evaluation import DocumentResult, Evaluated, Score, Task
+from minitron.evaluation.estimates import replicates
 from minitron.evaluation.watch import TaskWatch
 from minitron_platform.console import Console
-from minitron_platform.training.events import Alarm, Measured
+from minitron_platform.training.events import Alarm, Measured, Tagged
 from minitron_platform.training.train import TrainTask, train
 from minitron_platform.training.view import TrainingView
 from minitron_platform.workers.worker import Worker
@@ -49,6 +51,27 @@ def test_a_fall_beyond_the_noise_raises_an_alarm_only_if_the_kl_falls():
     lower = TaskWatch(10)
     lower.add(100, results(RIGHT, higher_is_better=False), 1.0)
     assert lower.add(200, results(FALLEN, higher_is_better=False), 0.9)[1] == []
+
+
+def test_a_score_that_is_no_mean_over_documents_raises_an_alarm_too():
+    """Such as an F1, whose noise is that of documents drawn again."""
+
+    def f1(answers):
+        def measure(pairs):
+            both = sum(truth and answer for truth, answer in pairs)
+            return 2 * both / sum(truth + answer for truth, answer in pairs)
+
+        pairs = list(zip(RIGHT, answers, strict=True))
+        documents = tuple(DocumentResult(str(n), str(n), str(n), {}) for n in range(len(pairs)))
+        score = Score("cb", "f1", measure(pairs), None, len(pairs), 0, "1", "test", True, 5_000)
+        return {"cb": Evaluated(score, "none", (), documents, (), replicates(measure, pairs, range(len(pairs))))}
+
+    watch = TaskWatch(10)
+    watch.add(100, f1(RIGHT), 1.0)
+    changes, (fall,) = watch.add(200, f1(FALLEN), 0.9)
+    assert changes["cb"].value < -changes["cb"].band < 0
+    assert fall.text.startswith("cb f1 changed by")
+    assert watch.add(300, {"cb": replace(f1(FALLEN)["cb"], replicates=())}, 0.9) == ({}, [])
 
 
 def test_a_first_measurement_of_an_earlier_version_without_a_kl_is_replaced():
@@ -93,6 +116,7 @@ def test_a_training_measures_the_kl_whenever_it_runs_the_tasks(material, tmp_pat
     assert {event.step for event in measured if "task_arc_easy.acc" in event.values} == {2, 4}
     first = json.loads((tmp_path / "checkpoints" / "first-scores.json").read_text())
     assert (first["step"], first["kl"]) == (2, kl[2])
+    assert [event.values for event in sent if isinstance(event, Tagged)] == [{"minitron.no_alarm": "none"}]
 
 
 def test_noise_seldom_raises_an_alarm():
