@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,9 @@ STATE_BYTES = 16
 """Bytes per trained parameter: float32 master weight, gradient and AdamW's two moments."""
 NODE_SHARE = 0.4
 """Share of a GPU's memory that a model may take if it is split inside each node only."""
+
+# The meshes for HSDP, by default process group: the groups of a mesh hold communicators, with GPU memory, as long as it exists.
+_node_meshes: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str, tuple[int, ...]], DeviceMesh]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -99,9 +103,17 @@ def state_bytes(student: nn.Module) -> int:
 
 
 def mesh_of(device: torch.device, size: int) -> DeviceMesh:
-    """The device mesh over which a model whose state takes `size` bytes is split (see `mesh_shape`)."""
+    """The device mesh over which a model whose state takes `size` bytes is split (see `mesh_shape`); student, teacher and the
+    models after them share one of each shape."""
     shape = mesh_shape(device, size)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("nodes", "shards")[-len(shape) :])
+    if len(shape) == 1:
+        return init_device_mesh(device.type, shape, mesh_dim_names=("shards",))  # uses the default group
+    default = dist.group.WORLD
+    assert default is not None
+    made = _node_meshes.setdefault(default, {})
+    if (device.type, shape) not in made:
+        made[device.type, shape] = init_device_mesh(device.type, shape, mesh_dim_names=("nodes", "shards"))
+    return made[device.type, shape]
 
 
 def mesh_shape(device: torch.device, size: int) -> tuple[int, ...]:

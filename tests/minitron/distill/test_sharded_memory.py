@@ -5,6 +5,8 @@ The loop, its losses and its files are the real ones; gathered weights are whate
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -51,7 +53,14 @@ def processes():
         dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
 
     yield begin
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def nodes_of_eight(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(sharding, "_gpu_bytes", lambda device: 80_000_000_000)
 
 
 @pytest.fixture(scope="module")
@@ -105,14 +114,36 @@ def test_no_process_holds_more_of_a_split_student_than_its_part(checkpoints, pro
 
 def test_a_student_split_inside_nodes_is_held_once_in_each_node(checkpoints, processes, monkeypatch, tmp_path):
     processes(32)
+    nodes_of_eight(monkeypatch)
     monkeypatch.setattr(meta_models, "FILE_BYTES", 1 << 18)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setattr(sharding, "_gpu_bytes", lambda device: 80_000_000_000)
     peaks, left, read = rehearse(checkpoints / "deep", tmp_path, 32, micro_batches=2)
     _check_budgets(peaks, left, read, shards=8)
     # 35 B parameters leave too little of 80 GB if only 8 processes share them
     assert sharding.mesh_shape(torch.device("cpu"), 16 * 35_000_000_000) == (32,)
+
+
+def test_trainings_one_after_another_use_the_same_groups_of_processes(processes, monkeypatch):
+    nodes_of_eight(monkeypatch)
+
+    def train():
+        teacher = LiveTeacher(tiny.model(num_hidden_layers=2), shard=True)
+        config = DistillConfig(steps=1, batch_rows=32, micro_batch_rows=1, shard=True, max_skipped_steps=1)
+        distill(tiny.model(num_hidden_layers=2), teacher, RandomRows(), config)
+
+    for _ in range(2):
+        processes(32)
+        groups = []
+        for _ in range(2):
+            train()
+            groups.append(set(dist.distributed_c10d._world.pg_map))
+        assert len(groups[0]) == 3  # all processes, those of this node, and their like on the other nodes
+        assert groups[1] == groups[0]
+        # also after all of them have ended and begun anew
+        assert set(sharding.mesh_of(torch.device("cpu"), 0).get_all_groups()) < groups[0]
+        groups.clear()
+        default = weakref.ref(dist.group.WORLD)
+        dist.destroy_process_group()
+        assert default() is None
 
 
 def _check_budgets(peaks, left, read, shards):
