@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import time
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +59,11 @@ def synchronize(on: torch.device) -> None:
 def random_devices() -> list[int]:
     """The GPU whose random state this process uses, as torch.random.fork_rng takes it; by default that touches all GPUs."""
     return [torch.cuda.current_device()] if torch.cuda.is_available() else []
+
+
+def on_this_gpu() -> Callable[[], None] | None:
+    """For a new thread to call: it then uses the GPU that this thread uses, and takes no memory on the node's first one."""
+    return partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_available() else None
 
 
 def gpu_bytes() -> int:

@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from minitron import storage
 from minitron.collectives import gather_results
+from minitron.device import on_this_gpu
 from minitron.distill.checkpoint_files import LAYOUT, PiecesReader, PiecesWriter, file_name
 from minitron.errors import StorageError
 
@@ -64,7 +65,7 @@ class Checkpoints:
         # of its own, because training continues meanwhile
         self.group = dist.new_group(backend="gloo") if several else None
         self.copies: dict[str, Tensor] = {}
-        self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_on_this_device())
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=on_this_gpu())
         self.pending: Future[None] | None = None
         self.filters = ExitStack()
 
@@ -246,11 +247,6 @@ def _copy(tensors: dict[str, Tensor], earlier: dict[str, Tensor]) -> dict[str, T
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _on_this_device() -> Callable[[], None] | None:
-    """What makes a thread use the GPU that this thread uses; by itself a thread uses the node's first."""
-    return partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_available() else None
 
 
 def _first(error: CheckpointException) -> BaseException:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from minitron.data import Rows
+from minitron.device import on_this_gpu
 from minitron.distill.teacher.live import Targets, TeacherBatch
 from minitron.distill.teacher.stored import StoredTeacher
 from minitron.distill.teacher.top_k import TopKTeacher
@@ -34,7 +35,7 @@ class Feeder:
         self.rows, self.targets, self.device = rows, targets, device
         self.is_stored = isinstance(targets, StoredTeacher | TopKTeacher)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="feeder")
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="feeder", initializer=on_this_gpu())
         self._next: tuple[list[int], Future[tuple[MicroBatch, Any]]] | None = None
 
     def __enter__(self) -> Feeder:

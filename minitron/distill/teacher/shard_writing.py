@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from minitron import storage
 from minitron.arguments import check_type
 from minitron.data import Rows
+from minitron.device import on_this_gpu
 from minitron.distill.teacher.shard_format import (
     FILE,
     INDEX,
@@ -181,7 +182,7 @@ class _Writer:
         before_commit: Callable[[], None],
     ) -> None:
         self.folder, self.index, self.note, self.before_commit = folder, index, note, before_commit
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="shard")
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="shard", initializer=on_this_gpu())
         self.pending: Future[None] | None = None
         self.buffers: list[dict[str, Tensor]] = [{}, {}]
         self.filled = 0

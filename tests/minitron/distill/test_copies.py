@@ -1,0 +1,66 @@
+"""Copies from and to a GPU beside its computation, rehearsed on one that makes them as late as it may."""
+
+from __future__ import annotations
+
+import torch
+from helpers import tiny
+from helpers.distilling import stored_teacher
+from helpers.late_gpu import LateGpu
+
+from minitron.data import Rows
+from minitron.distill.checkpoints import Checkpoints
+from minitron.distill.feeder import Feeder
+from minitron.distill.teacher.shard_writing import RowModel, write_shards
+from minitron.distill.teacher.shards import Shards
+
+
+def test_micro_batches_are_there_when_they_are_taken_and_are_kept_while_they_are_used(material, monkeypatch):
+    rows, teacher = Rows.open(str(material / "rows"), "train"), stored_teacher(material)
+    gpu = LateGpu(monkeypatch)
+    parts = [[3, 1], [0, 7], [5]]
+    with Feeder(rows, teacher, torch.device("cuda")) as feeder:
+        for part, following in zip(parts, [*parts[1:], None], strict=True):
+            feeder.expect(part)
+            tokens, stored = feeder.take(part, following)
+            expected = rows.take(part)
+            assert torch.equal(tokens, expected)
+            stored.pop("teacher_head")
+            wanted = teacher.batch(part, expected)
+            assert all(torch.equal(tensor, wanted[name]) for name, tensor in stored.items())
+            recorded = [(id(tensor), stream) for tensor, stream in gpu.recorded]
+            assert {(id(tensor), gpu.main) for tensor in (tokens, *stored.values())} <= set(recorded)
+
+
+def test_a_shard_is_written_when_its_rows_are_there(monkeypatch, tmp_path):
+    gpu, rows = LateGpu(monkeypatch), tiny.rows(10)
+
+    class InMemory:
+        seq_length = rows.shape[1]
+
+        def __len__(self):
+            return len(rows)
+
+        def take(self, indices):
+            return rows[list(indices)]
+
+    def compute(tokens):
+        return {"hidden": gpu.holding(tokens[..., None] / 2)}
+
+    model = RowModel(torch.nn.Linear(1, 1), compute, row_bytes=4 * InMemory.seq_length)
+    write_shards(lambda: model, InMemory(), str(tmp_path), key="k", batch_rows=2, shard_bytes=4 * model.row_bytes)
+    assert torch.equal(Shards(str(tmp_path), "k").take(range(10))["hidden"], rows[..., None] / 2)
+
+
+def test_a_checkpoint_has_what_the_state_was_when_it_was_saved(monkeypatch, tmp_path):
+    gpu = LateGpu(monkeypatch)
+    state = {"a": gpu.holding(torch.arange(6.0)), "b": gpu.holding(torch.ones(2, 2))}
+    with Checkpoints(str(tmp_path), key="k") as saver:
+        for step in (1, 2):
+            before = {name: tensor.clone() for name, tensor in state.items()}
+            saver.save(step, state, {})
+            for tensor in state.values():
+                tensor.add_(1)
+        saver.wait()
+        found = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+        assert saver.load(found)["step"] == 2
+    assert all(torch.equal(found[name], tensor) for name, tensor in before.items())
