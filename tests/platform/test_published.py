@@ -11,7 +11,7 @@ from minitron.evaluation import Score, suite
 from minitron.evaluation.benchmarks import METRIC
 from minitron_platform.report.family import DISTILLED, TEACHER, FamilyModel, benchmark_table, quality_chart
 from minitron_platform.report.published import PUBLISHED, SHOTS
-from minitron_platform.stages.evaluate import Figures
+from minitron_platform.stages.evaluate import Figures, score_metrics
 
 METRICS = METRIC | {"gsm8k": "exact_match", "xlsum_en": "rougeL", "mbpp": "pass_at_1", "humaneval": "pass@1"}
 
@@ -52,6 +52,13 @@ def test_published_scores_of_other_settings_are_not_shown(shots):
     assert [row[0] for row in table.body] == ["mine, distilled"]
     assert "published" not in table.caption
     assert not [row for row in quality_chart([mine]).rows if row["state"] == "published"]
+
+
+def test_metrics_of_scores_have_the_number_of_documents():
+    """Also those of a registered model, which are beside no table."""
+    tasks = model(DISTILLED, {"winogrande": 5}).figures.tasks
+    measured = {"winogrande.acc": 0.5, "winogrande.acc_stderr": 0.02, "winogrande.documents": 100}
+    assert score_metrics(tasks, "teacher.") == {f"teacher.{name}": value for name, value in measured.items()}
 
 
 def test_the_table_says_what_each_score_was_measured_on():
