@@ -99,6 +99,27 @@ def test_a_failed_candidate_is_reported_with_its_reason_and_the_run_continues(fi
     assert "trial.py" in trace.read_text()
     assert trace.name in {file.path for file in client.list_artifacts(trial.info.run_id)}
 
+    # a driver that goes on with the search knows the restarts of the one before, and numbers its own after them
+    shutil.rmtree(copied / "failing" / "stages" / "search")
+    again = minitron_here(
+        "run",
+        "recipe.yaml",
+        "--storage",
+        "failing",
+        "--set",
+        "resources.max_failures=1",
+        "--until",
+        "search",
+        cwd=copied,
+    )
+    assert again.returncode == 0, again.stdout + again.stderr
+    (record,) = (copied / "failing/stages/search").glob("*/stage.json")
+    both = json.loads(record.read_text())["outputs"]["restarts"]
+    assert [restart["what"] for restart in both] == [name] * 2
+    tags = client.get_run(trial.info.run_id).data.tags
+    assert [retried in tags[f"minitron.restart.{number}"] for number in (1, 2)] == [True, True]
+    assert client.get_run(trial.info.run_id).data.metrics["restarts"] == 2
+
 
 def test_a_search_with_halving_reports_how_early_the_order_was_known(finished, copied, ray_here):
     before = {p: p.stat().st_mtime_ns for p in (copied / "runs" / "trials").glob("*/*/*.json")}

@@ -210,7 +210,7 @@ class Search(Stage[SearchOutput]):
             settled=settled(result.stability),
             saved=result.saved,
             failures=tuple(FailedCandidate(architecture, reason) for architecture, reason in result.failures.items()),
-            restarts=tuple(view.restarts),
+            restarts=view.restarts.of(candidates),
             benchmarks=tuple(task.key for task in benchmarks.tasks) if benchmarks else (),
             serving=serving,
             candidates=len(candidates),

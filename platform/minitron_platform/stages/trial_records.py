@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from rich.markup import escape
@@ -13,6 +12,7 @@ from minitron.architecture import Architecture, axes_that_differ
 from minitron_platform.console import seconds
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.search_output import SearchOutput
+from minitron_platform.stages.trial_restarts import TrialRestarts
 from minitron_platform.tracking.events import STATE_TAG, TRAINING
 from minitron_platform.tracking.restarts import Restart, now, record_restart
 from minitron_platform.tracking.spool import RunLog
@@ -135,8 +135,7 @@ class TrialsView:
         self.steps = task.config.steps
         self.step_tokens = _step_tokens(context)
         self.folder = task.folder
-        self.restarts: list[Restart] = []
-        self.restart_counts = Counter[Architecture]()
+        self.restarts = TrialRestarts(task.folder, before_commit=context.fences.check, say=context.console.say)
         self.active: dict[Architecture, Progress] = {}  # at step 0 until a trial reports progress
         self.logs: dict[Architecture, RunLog] = {}
         self.first_kl: dict[Architecture, float] = {}  # before training
@@ -212,9 +211,7 @@ class TrialsView:
         saved = committed_steps(checkpoints(self.folder, architecture))
         step = saved[-1] if saved else 0
         restart = Restart(now(), str(architecture), event.node, event.reason, step, event.restarts_left)
-        self.restarts.append(restart)
-        self.restart_counts[architecture] += 1
-        record_restart(self.logs[architecture], self.restart_counts[architecture], restart)
+        record_restart(self.logs[architecture], self.restarts.add(architecture, restart), restart)
         self.console.say(f"  [yellow]restart[/] {escape(str(restart))}")
 
     def _store_traceback(self, architecture: Architecture, trace: str) -> None:
