@@ -45,6 +45,7 @@ from minitron_platform.tracking.check import BEST_EFFORT
 from minitron_platform.tracking.client import RegistryError
 from minitron_platform.tracking.events import Status
 from minitron_platform.tracking.flusher import STOP_PATIENCE, Flusher
+from minitron_platform.tracking.restarts import RESTARTS, Restarts, read_restarts
 from minitron_platform.tracking.spool import RunLog, Spool
 from minitron_platform.workers.workers import Workers
 from minitron_search.memory import release_memory
@@ -293,11 +294,18 @@ def _run_stage(context: Context, stage: Stage[Any], run_record: RunRecord, befor
 def _compute(context: Context, stage: Stage[Any], folder: str, fingerprint: str) -> Record:
     """Run a stage and store its record. Raises LeaseLostError if another driver has taken over the run or the stage."""
     started = time.time()
-    with context.named_errors(stage):
+    path = storage.join(folder, RESTARTS)
+    log = context.log(stage.name)
+
+    def restarts() -> Restarts:
+        return Restarts(log, path, before_commit=context.fences.check, say=context.console.say)
+
+    with context.named_errors(stage), context.workers.storing(lambda restart: restarts().add(restart)):
         output = stage.run(context, folder)
     release_memory()
+    known = (*output.restarts, *read_restarts(path))
     record = Record(
-        output=output.model_copy(update={"fingerprint": fingerprint}),
+        output=output.model_copy(update={"fingerprint": fingerprint, "restarts": known}),
         seconds=time.time() - started,
         artifacts=sorted(_artifacts(output)),
     )

@@ -15,8 +15,8 @@ from minitron_platform.stages.calibrate import Calibrate
 from minitron_platform.stages.correct import Correct
 from minitron_platform.stages.data import Data
 from minitron_platform.stages.distill import Distill
+from minitron_platform.stages.order import steps
 from minitron_platform.stages.register import Register
-from minitron_platform.stages.search import Search
 from minitron_platform.stages.state import RunState
 from minitron_platform.stages.teacher import Teacher
 from minitron_platform.tracking.restarts import Restart
@@ -66,12 +66,11 @@ def lineage(state: RunState, versions: Sequence[Version] = ()) -> Node:
 
 
 def restarts(state: RunState) -> list[tuple[str, Restart]]:
-    """All restarts of the run, with the name of the stage."""
-    known = [(Correct.name, restart) for restart in state.output(Correct).restarts]
-    for member in state.recipe.family:
-        name = f" {member.model}" if len(state.recipe.family) > 1 else ""
-        known += [(f"{Search.name}{name}", restart) for restart in state.output(Search, member).restarts]
-        known += [(f"{Distill.name}{name}", restart) for restart in state.output(Distill, member).restarts]
+    """All failures of the run's workers and trials, with the name of the stage."""
+    known = []
+    for stage, member in steps(state.recipe):
+        name = stage.name + (f" {member.model}" if member and len(state.recipe.family) > 1 else "")
+        known += [(name, restart) for restart in state.output(type(stage), member).restarts]
     return known
 
 

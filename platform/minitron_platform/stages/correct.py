@@ -26,8 +26,7 @@ from minitron_platform.stages.data import Data
 from minitron_platform.stages.stage import ArtifactPath, Stage, StageOutput
 from minitron_platform.stages.state import RunState
 from minitron_platform.stages.teacher import Teacher, TeacherOutput, weight_hashes
-from minitron_platform.stages.trainings import restarts_of, training_settings, training_view
-from minitron_platform.tracking.restarts import Restart
+from minitron_platform.stages.trainings import training_settings, training_view
 from minitron_platform.training.curves import complete_record
 from minitron_platform.workers import models
 from minitron_platform.workers.worker import Worker
@@ -48,8 +47,6 @@ class CorrectOutput(StageOutput):
     loss_after: float | None = None
     """Held-out loss after `steps` steps of the correction."""
     steps: int | None = None
-    restarts: tuple[Restart, ...] = ()
-    """Restarts of the training after workers failed."""
 
 
 class Correct(Stage[CorrectOutput]):
@@ -129,7 +126,6 @@ class Correct(Stage[CorrectOutput]):
             loss_before=before,
             loss_after=after,
             steps=training.steps,
-            restarts=tuple(restarts_of(folder)),
             summary=f"{settings.method}, held-out loss {before:.3f} to {after:.3f}",
         )
 

@@ -28,8 +28,7 @@ from minitron_platform.stages.stage import ArtifactPath, Stage, StudentOutput
 from minitron_platform.stages.state import RunState
 from minitron_platform.stages.targets import Targets, distill_inputs, pruning_source
 from minitron_platform.stages.teacher import Teacher, weight_hashes
-from minitron_platform.stages.trainings import restarts_of, training_settings, training_view
-from minitron_platform.tracking.restarts import Restart
+from minitron_platform.stages.trainings import training_settings, training_view
 from minitron_platform.training.curves import complete_record, write_curve
 from minitron_platform.workers.worker import Worker
 
@@ -46,8 +45,6 @@ class DistillOutput(StudentOutput):
     """`minitron.distill.Losses` as a dict."""
     losses_chosen: str
     """Why these losses were chosen, as a sentence."""
-    restarts: tuple[Restart, ...] = ()
-    """Restarts of the training after workers failed."""
 
 
 class Distill(Stage[DistillOutput]):
@@ -182,7 +179,6 @@ class Distill(Stage[DistillOutput]):
             architecture=architecture,
             losses=asdict(losses),
             losses_chosen=losses_chosen,
-            restarts=tuple(restarts_of(folder)),
             summary=f"{tokens:,} tokens · {architecture.num_parameters / 1e6:.1f}M parameters",
         )
 

@@ -10,7 +10,6 @@ from pydantic import model_validator
 
 from minitron.architecture import PRUNABLE, Architecture
 from minitron_platform.stages.stage import ArtifactPath, StageOutput
-from minitron_platform.tracking.restarts import Restart
 from minitron_search.limits import Limits
 from minitron_search.ranking import RankedCandidate
 from minitron_search.results import ScoredCandidate, StoppedCandidate
@@ -37,7 +36,6 @@ class SearchOutput(StageOutput):
     settled: int | None
     saved: float
     failures: tuple[FailedCandidate, ...]
-    restarts: tuple[Restart, ...] = ()
     benchmarks: tuple[str, ...]
     """Names of the tasks that the best candidates were scored on."""
     serving: Limits

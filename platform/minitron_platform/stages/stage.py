@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar, ge
 from pydantic import BaseModel, ConfigDict
 
 from minitron.architecture import Architecture
+from minitron_platform.tracking.restarts import Restart
 
 if TYPE_CHECKING:
     from minitron_platform.estimates.outlook import Estimate, Outlook
@@ -38,6 +39,9 @@ class StageOutput(BaseModel):
     """One line for the terminal, MLflow and the report."""
     fingerprint: str = ""
     """Content address of the output; set when the record is written."""
+    restarts: tuple[Restart, ...] = ()
+    """Failures of the stage's workers and trials, by earlier drivers too; those of workers are added when the record is
+    written."""
 
     @property
     def is_final(self) -> bool:

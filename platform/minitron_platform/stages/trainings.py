@@ -9,8 +9,8 @@ from minitron_platform.estimates.gpu import GpuTraining
 from minitron_platform.recipes.build import distill_config
 from minitron_platform.recipes.schema import Training
 from minitron_platform.stages.context import Context
-from minitron_platform.tracking.restarts import Restart, read_restarts
-from minitron_platform.training.view import RESTARTS, TrainingView
+from minitron_platform.tracking.restarts import RESTARTS
+from minitron_platform.training.view import TrainingView
 
 
 def training_settings(
@@ -40,8 +40,3 @@ def training_view(context: Context, stage: str, folder: str, steps: int) -> Trai
         max_failures=resources.max_failures,
         before_commit=context.fences.check,
     )
-
-
-def restarts_of(folder: str) -> list[Restart]:
-    """Restarts of the trainings in a stage's `folder`, including those of earlier runs."""
-    return read_restarts(storage.join(folder, RESTARTS))

@@ -28,9 +28,13 @@ class Restart:
     """The step that it resumed from; None if it did not resume."""
     left: int
     """Number of restarts that are left."""
+    again: bool = False
+    """Whether work without steps was started again, where it was."""
 
     def __str__(self) -> str:
-        resumed = "not resumed" if self.step is None else f"resumed from step {self.step}"
+        resumed = "started again" if self.again else "not resumed"
+        if self.step is not None:
+            resumed = f"resumed from step {self.step}"
         return f"{failed_text(self.what, self.node, self.reason)}; {resumed}, {left_text(self.left)}"
 
 
@@ -56,6 +60,9 @@ def record_restart(log: RunLog, number: int, restart: Restart) -> None:
     """
     log.metrics({"restarts": number}, step=number)
     log.tags({f"minitron.restart.{number}": f"{restart.time} UTC: {restart}"})
+
+
+RESTARTS = "restarts.json"  # in the stage's folder
 
 
 def read_restarts(path: str) -> list[Restart]:

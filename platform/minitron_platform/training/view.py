@@ -8,12 +8,11 @@ from dataclasses import replace
 from rich.markup import escape
 
 from minitron_platform.console import Console, seconds
-from minitron_platform.tracking.restarts import Restart, Restarts, failed_text, left_text, now
+from minitron_platform.tracking.restarts import Restart, Restarts
 from minitron_platform.tracking.spool import RunLog
 from minitron_platform.training.events import Alarm, Event, Measured, Resumed, Tagged
+from minitron_platform.workers.failures import WorkerFailures
 from minitron_platform.workers.worker import WorkersFailed, WorkerStarted
-
-RESTARTS = "restarts.json"  # in the stage's folder
 
 
 class TrainingView:
@@ -37,8 +36,7 @@ class TrainingView:
         self.log = log
         self.steps = steps
         self.restarts = Restarts(log, restarts, before_commit=before_commit, say=console.say)
-        self.restarts_left = max_failures
-        self.nodes: dict[int, str] = {}  # by rank
+        self.failures = WorkerFailures(console, max_failures, self.restarts.add)
         self.unresumed: Restart | None = None  # the last failure, until the workers have resumed
         self.latest = "starting workers"
         self.running = False
@@ -51,7 +49,7 @@ class TrainingView:
         """Handle an event of the training."""
         match event:
             case WorkerStarted():
-                self.nodes[event.rank] = event.node
+                self.failures.started(event)
             case Resumed():
                 self._resumed(event.step)
             case Measured():
@@ -75,16 +73,7 @@ class TrainingView:
             self.console.say(f"  first step after {seconds(self.console.elapsed())}")
 
     def _failed(self, event: WorkersFailed) -> None:
-        self.restarts_left -= event.counts
-        what = event.who
-        node = ", ".join(dict.fromkeys(self.nodes[rank] for rank in event.ranks if rank in self.nodes))
-        self.nodes.clear()
-        self.unresumed = Restart(now(), what, node, event.reason, step=None, left=self.restarts_left)
-        if event.restarted:
-            consequence = f"restarting, {left_text(self.restarts_left)}"
-        else:
-            consequence = "no restarts left" if self.restarts_left < 0 else "not restarted, because it would fail again"
-        self.console.say(f"  [yellow]failed[/]  {escape(failed_text(what, node, event.reason))}; {consequence}")
+        self.unresumed = replace(self.failures.failed(event), again=False)  # until it has resumed
         self.latest = "restarting workers"
         self.restarts.add(self.unresumed)
 
@@ -93,7 +82,8 @@ class TrainingView:
             self.restarts.replace_latest(replace(self.unresumed, step=step))
             self.unresumed = None
         if step:
-            workers = f", {len(self.nodes)} worker{'s' if len(self.nodes) > 1 else ''}" if self.nodes else ""
+            nodes = self.failures.nodes
+            workers = f", {len(nodes)} worker{'s' if len(nodes) > 1 else ''}" if nodes else ""
             self.console.say(f"  resumed from step {step}{workers}")
 
     def _progress(self, values: dict[str, float], step: int) -> str:

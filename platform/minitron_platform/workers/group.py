@@ -53,6 +53,7 @@ class WorkerGroup:
     ) -> None:
         self.calls = start_calls(max_failures)
         self.scratch = scratch
+        self.max_failures = max_failures
         logging.getLogger("ray.train").setLevel(logging.ERROR)
         storage.remove(scratch)  # of a run that was killed
         elastic = least is not None and least < count

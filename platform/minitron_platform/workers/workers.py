@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
-
-from rich.markup import escape
 
 from minitron_platform.console import Console
 from minitron_platform.recipes.resources import ResolvedResources
+from minitron_platform.tracking.restarts import Restart
+from minitron_platform.workers.failures import WorkerFailures
 from minitron_platform.workers.look import Look, no_look
-from minitron_platform.workers.worker import Counted, Said, StatusChanged, Worker, WorkersFailed
+from minitron_platform.workers.worker import Counted, Said, StatusChanged, Worker
 
 if TYPE_CHECKING:
     from minitron_platform.workers.group import WorkerGroup
@@ -47,6 +48,7 @@ class Workers:
         self.computes_here = computes_here
         self.scratch = scratch
         self._group: WorkerGroup | None = None
+        self._store: Callable[[Restart], None] = _ignore
         self._waits_for_free = False  # whether a waiting group takes nothing from others
 
     def train(self, function: Callable[[Task, Worker], Result], task: Task, on_event: OnEvent) -> Result:
@@ -61,7 +63,17 @@ class Workers:
         """
         if self.computes_here():
             return function(task, Worker(0, 1, self.console, _ignore, before_commit=self.before_commit()))
-        return self._run(function, task, self._say_failure, everywhere=everywhere)
+        failures = WorkerFailures(self.console, self._open().max_failures, self._store)
+        return self._run(function, task, failures.event, everywhere=everywhere)
+
+    @contextmanager
+    def storing(self, store: Callable[[Restart], None]) -> Iterator[None]:
+        """Within the block, `store` is called with each failure of the workers in `compute`."""
+        self._store = store
+        try:
+            yield
+        finally:
+            self._store = _ignore
 
     def ahead(self) -> None:
         """Start the workers without waiting for them."""
@@ -113,11 +125,6 @@ class Workers:
                 least=resources.least_workers,
             )
         return self._group
-
-    def _say_failure(self, event: Any) -> None:
-        if isinstance(event, WorkersFailed):
-            self.console.say(f"  [yellow]failed[/]  {escape(event.who)}: {escape(event.reason)}")
-            self.console.status("restarting workers")
 
     def _handler(self, on_event: OnEvent) -> OnEvent:
         """Shows messages for the user, and gives other events to `on_event`."""

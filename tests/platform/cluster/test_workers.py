@@ -131,12 +131,18 @@ def test_the_same_processes_serve_one_call_after_another(cluster, tmp_path):
     console.rich.file = io.StringIO()
     workers = Workers(console, start_ray=lambda: None, computes_here=lambda: False, scratch=str(tmp_path / "ray"))
     workers._group = group
-    assert workers.compute(die_once, job, everywhere=False) == "went on"
-    assert re.findall("failed +(worker 0: .*killed)", console.rich.file.getvalue())  # as a stage shows it
+    stored = []
+    with workers.storing(stored.append):
+        assert workers.compute(die_once, job, everywhere=False) == "went on"
+    shown = " ".join(console.rich.file.getvalue().split())  # as a stage shows it
+    assert re.search(r"failed worker 0 on \S+ \(.*\): its process was killed .*; restarting, 0 restarts left", shown)
+    assert [(one.what, one.left, str(one).endswith("; started again, 0 restarts left")) for one in stored] == [
+        ("worker 0", 0, True)
+    ]
     with pytest.raises(MinitronError, match="failed too often"):
         group.run(fail, job, events.append, everywhere=False)
     failures = [event for event in events if isinstance(event, WorkersFailed)]
-    assert len(failures) == 2
+    assert [event.restarted for event in failures] == [True, False]
     assert all(event.ranks == (0,) and "killed" in event.reason for event in failures)
     assert not group.is_open
     group.close()

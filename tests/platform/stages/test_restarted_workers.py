@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 
 import pytest
@@ -25,6 +26,7 @@ from minitron_platform.training.events import Measured, Resumed
 from minitron_platform.training.train import TrainTask, train
 from minitron_platform.training.view import TrainingView
 from minitron_platform.workers import models
+from minitron_platform.workers.failures import WorkerFailures
 from minitron_platform.workers.worker import Worker, WorkersFailed, WorkerStarted
 from minitron_platform.workers.workers import Workers
 
@@ -62,6 +64,9 @@ def test_workers_of_a_stage_read_no_model_again_and_write_nothing_for_a_driver_t
     def twice(self, function, task, **how):
         name = function.__module__.rsplit(".", 1)[-1]
         for_a_replaced_driver(self, name, function, task, **how)
+        failures = WorkerFailures(self.console, 3, self._store)
+        for event in (WorkerStarted(1, "node-1"), WorkersFailed((1,), f"killed in {name}")):
+            failures.event(event)
         compute(self, function, task, **how)
         before = len(loads)
         result = compute(self, function, task, **how)
@@ -74,6 +79,13 @@ def test_workers_of_a_stage_read_no_model_again_and_write_nothing_for_a_driver_t
     assert again == {"teacher": 0, "data": 1, "calibrate": 0, "targets": 0}  # a loss on a few rows is not stored
     assert len(loads) == 3 + 1
     assert refused == {"teacher", "data", "calibrate", "targets"}
+    # what fails is in the stage's output, from which the report has it, and in its record
+    sent = "".join(part.read_text() for part in (tmp_path / "runs").glob("*/spool/*.jsonl"))
+    for name in sorted(refused):
+        (stored,) = (tmp_path / "stages" / name).glob("*/stage.json")
+        restarts = json.loads(stored.read_text())["outputs"]["restarts"]
+        assert {(one["node"], one["reason"], one["left"]) for one in restarts} == {("node-1", f"killed in {name}", 2)}
+        assert f"worker 1 on node-1: killed in {name}; started again, 2 restarts left" in sent
     assert "teacher's outputs on 112 rows · 112 reused from before the workers' last start" in capsys.readouterr().out
 
 
