@@ -15,6 +15,9 @@ from minitron.logits import CHUNK_TOKENS, most_tokens
 
 LIBRARIES = 600_000_000
 """Bytes of a process that has imported torch, transformers and Ray, without any model."""
+CONVERSION_BYTES = 3
+"""Bytes per parameter of a model that is converted, besides the model in its new dtype: what is read of it and copies. Measured
+by `python -m benchmarks.conversion_memory`."""
 FRAGMENTATION = 1.6
 """Memory that a process takes for activations, as a multiple of their size: the C library keeps what earlier micro-batches
 freed, and later ones fit into a part of it. Measured by `python -m benchmarks.training_memory`."""
@@ -29,6 +32,8 @@ class MainMemory:
     """Weights of the models that compute, in their dtype."""
     teacher: int = 0
     """Weights of the teacher, or of its head, next to the model in training."""
+    source: int = 0
+    """What is read of a model that is converted, and copies of it."""
     optimizer: int = 0
     """float32 master weights and AdamW's two moments."""
     gradients: int = 0
@@ -48,6 +53,13 @@ class MainMemory:
 def weight_bytes(architecture: Architecture, value_bytes: int) -> int:
     """Bytes of a model's weights with `value_bytes` bytes per parameter."""
     return architecture.num_parameters * value_bytes
+
+
+def conversion_memory(architecture: Architecture, value_bytes: int) -> MainMemory:
+    """Memory for reading a model from a GGUF file or safetensors and writing it with `value_bytes` bytes per weight."""
+    return MainMemory(
+        weights=weight_bytes(architecture, value_bytes), source=CONVERSION_BYTES * architecture.num_parameters
+    )
 
 
 def forward_memory(

@@ -14,7 +14,7 @@ from minitron.distill.teacher.stored import stored_bytes
 from minitron.errors import InputError
 from minitron.evaluation.batches import CPU_ROWS
 from minitron.importance.estimate import BATCH_TOKENS
-from minitron.memory import MainMemory, forward_memory, training_memory
+from minitron.memory import MainMemory, conversion_memory, forward_memory, training_memory
 from minitron_platform.recipes.build import distill_config
 from minitron_platform.recipes.schema import Member, Recipe, WorkerRange
 
@@ -46,6 +46,16 @@ class ProcessMemory:
         named = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts if size >= 5e7)
         count = f"{self.processes} process{'es' if self.processes > 1 else ''}"
         return f"{count} of {self.each.total / 1e9:.1f} GB: {named}"
+
+
+def teacher_memory(teacher: Architecture, value_bytes: int) -> ProcessMemory:
+    """Memory of the teacher's conversion."""
+    return ProcessMemory(1, conversion_memory(teacher, value_bytes))
+
+
+def probe_memory(teacher: Architecture, value_bytes: int, tokens: int) -> ProcessMemory:
+    """Memory of measuring the teacher, with and without a BOS token, on `tokens` tokens of the text."""
+    return ProcessMemory(1, forward_memory([teacher], value_bytes, tokens))
 
 
 def correction_memory(recipe: Recipe, teacher: Architecture, value_bytes: int, workers: int) -> ProcessMemory | None:

@@ -20,6 +20,7 @@ from minitron.device import cores
 from minitron.evaluation.beginning import BosLosses, bos_losses
 from minitron.models import load_tokenizer
 from minitron_platform.console import seconds
+from minitron_platform.estimates.memory import probe_memory
 from minitron_platform.estimates.outlook import Estimate, Outlook
 from minitron_platform.estimates.phases import data_parts
 from minitron_platform.estimates.teacher import TOKEN_BYTES
@@ -132,6 +133,7 @@ class Data(Stage[DataOutput]):
             f"{rows:,} rows of {data.seq_length} tokens" + (", packed by tasks" if in_tasks else ""),
             bytes=(2 if in_tasks else 1) * tokens * TOKEN_BYTES,  # parts are kept until the rows are written
             start_up_seconds=15,
+            memory=probe_memory(outlook.teacher, outlook.value_bytes, PROBE_ROWS * (PROBE_TOKENS + 1)),
             parts=data_parts(outlook, in_tasks=in_tasks),
         )
 

@@ -13,6 +13,7 @@ from minitron.checkpoints.tokenizer_files import check_tokenizer_fits
 from minitron.data import DocumentTokens, document_tokens
 from minitron.device import DTYPES
 from minitron.models import load_source, load_tokenizer, save_model, source_identity
+from minitron_platform.estimates.memory import teacher_memory
 from minitron_platform.estimates.node_memory import conversion_work
 from minitron_platform.estimates.outlook import Estimate, Outlook
 from minitron_platform.estimates.phases import teacher_parts
@@ -65,6 +66,7 @@ class Teacher(Stage[TeacherOutput]):
             f"{parameters / 1e6:,.1f}M parameters",
             bytes=parameters * outlook.value_bytes,
             start_up_seconds=20,
+            memory=teacher_memory(outlook.teacher, outlook.value_bytes),
             node=conversion_work(outlook.recipe, outlook.teacher, outlook.value_bytes, outlook.resources),
             parts=teacher_parts(outlook),
         )
