@@ -40,6 +40,7 @@ from minitron.evaluation.templates import sandboxed_templates
 if TYPE_CHECKING:
     from lm_eval.api.task import Task as HarnessTask
 
+EXAMPLES = 2  # raised when other examples are drawn from the same local documents
 FEWSHOT_SEED = 1234  # lm-eval's default, so that the few-shot examples are those of published scores
 
 
@@ -86,7 +87,7 @@ class Task:
             "limit": self.limit,
         }
         if self.data is not None and self.num_fewshot:
-            values["examples"] = 2  # earlier versions drew others
+            values["examples"] = EXAMPLES
         if self.chat_template:
             values["chat_template"] = True
         if self.folder is not None:

@@ -6,7 +6,7 @@ to the method's settings and to the recipe's section; a test compares the two.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -253,6 +253,15 @@ def limits(recipe: schema.Recipe, member: schema.Member) -> Limits | None:
 def halving(search: schema.Search) -> Halving | None:
     """The rule that stops candidates at rungs; None if all are distilled to the end."""
     return Halving(**search.halving.model_dump()) if search.halving else None
+
+
+def examples_input(tasks: Sequence[schema.Task]) -> dict[str, int]:
+    """How few-shot examples are drawn from local documents, among the inputs of a stage that does so."""
+    if not any(task.data and task.num_fewshot for task in tasks):
+        return {}
+    from minitron.evaluation.tasks import EXAMPLES
+
+    return {"examples": EXAMPLES}
 
 
 def benchmarks(

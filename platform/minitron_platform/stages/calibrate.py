@@ -26,7 +26,7 @@ from minitron_platform.estimates.node_memory import forward_work
 from minitron_platform.estimates.outlook import Estimate, Outlook
 from minitron_platform.estimates.phases import calibration_parts
 from minitron_platform.recipes import schema
-from minitron_platform.recipes.build import layer_metric, layer_scoring
+from minitron_platform.recipes.build import examples_input, layer_metric, layer_scoring
 from minitron_platform.stages.base import pruning_base
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.data import Data
@@ -183,7 +183,8 @@ def _task_identity(settings: schema.Calibrate) -> Any:
     """What the scores of `layers: task` depend on in addition to the recipe: lm-eval's version and the documents."""
     if settings.task is None:
         return None
-    return [version("lm_eval"), documents_identity(settings.task.data) if settings.task.data else None]
+    documents = documents_identity(settings.task.data) if settings.task.data else None
+    return [version("lm_eval"), documents, *examples_input([settings.task]).values()]
 
 
 def _depths(state: RunState) -> list[int]:

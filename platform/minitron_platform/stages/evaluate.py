@@ -29,7 +29,7 @@ from minitron_platform.estimates.outlook import DOCUMENT_TOKENS, Estimate, Outlo
 from minitron_platform.estimates.phases import benchmark_documents, evaluation_parts
 from minitron_platform.gates.documents import add_tasks, documents_path, write_rows
 from minitron_platform.recipes import schema
-from minitron_platform.recipes.build import worker_tasks
+from minitron_platform.recipes.build import examples_input, worker_tasks
 from minitron_platform.stages.base import pruning_base
 from minitron_platform.stages.calibrate import Calibrate
 from minitron_platform.stages.context import Context
@@ -238,6 +238,7 @@ def _settings(state: RunState) -> dict[str, Any]:
         "evaluate": state.recipe.evaluate.model_dump(exclude=NOT_THE_SCORES),
         "documents": [documents_identity(task.data) for task in state.recipe.evaluate.tasks if task.data],
         "lm_eval": version("lm_eval"),
+        **examples_input(state.recipe.evaluate.tasks),
         **chat_template_input(state, any(task.chat_template for task in state.recipe.evaluate.tasks)),
         **generation_input(state, bool(state.recipe.evaluate.tasks or state.recipe.evaluate.prompts)),
     } | ({"task_folder": documents_identity(folder)} if (folder := state.recipe.evaluate.task_folder) else {})

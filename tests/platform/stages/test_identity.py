@@ -16,7 +16,7 @@ from minitron.architecture import Architecture
 from minitron.data import DocumentTokens
 from minitron_platform.locations import Locations
 from minitron_platform.recipes.load import load_recipe
-from minitron_platform.stages import data, evaluate, state, teacher
+from minitron_platform.stages import calibrate, data, evaluate, state, teacher
 from minitron_platform.stages.evaluate import Figures
 from minitron_platform.stages.finished import run_key
 from minitron_platform.stages.order import steps
@@ -122,3 +122,15 @@ def test_other_generation_settings_evaluate_again(fingerprints, monkeypatch):
     monkeypatch.setitem(FIXED, "generation", "of a newer version")
     after = fingerprints(recipe)
     assert {name.split()[-1] for name in before if before[name] != after[name]} == {"search", "evaluate"}
+
+
+def test_few_shot_examples_of_local_documents_are_drawn_again(fingerprints, monkeypatch):
+    monkeypatch.setattr(calibrate, "documents_identity", lambda path: "documents")
+    task = "{name: piqa, data: documents, num_fewshot: 5}"
+    settings = [f"evaluate.tasks=[{task}]", f"calibrate.task={task}", "calibrate.layers=task"]
+    recipe = load_recipe("smollm2-135m-cpu", settings)
+    after = fingerprints(recipe)
+    monkeypatch.setattr("minitron.evaluation.tasks.EXAMPLES", 1)
+    before = fingerprints(recipe)
+    differing = {name.split()[-1] for name in before if before[name] != after[name]}
+    assert {"calibrate", "evaluate"} <= differing
