@@ -163,6 +163,8 @@ def _walls(folders: Sequence[Path]) -> list[str]:
     ):
         options += ["--setenv", name, value]
     options += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
+    for keys in ("/proc/keys", "/proc/key-users"):  # names of the user's keys; a kernel may have none
+        options += ["--ro-bind", "/dev/null", keys] if Path(keys).exists() else []
     options += ["--size", str(TMP_BYTES), "--perms", "1777", "--tmpfs", "/tmp"]
     options += ["--ro-bind", "/usr", "/usr", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
     for folder in map(Path, ("/bin", "/lib", "/lib32", "/lib64")):

@@ -53,6 +53,7 @@ ATTACKS = {
     "a new file beside the system's": "open('/usr/planted', 'w')",
     "a socket": "import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=2)",
     "the keys of the user": KEYS + "assert libc.syscall(keyctl, 0, -3, 0) != -1",  # the id of the session's keyring
+    "the names of the user's keys": "import os\nassert os.stat('/proc/keys').st_dev == os.stat('/proc').st_dev",
     "a key for the next program": KEYS + "assert libc.syscall(add_key, b'user', b'a', b'a', 1, -3) != -1",
     "a key by request": KEYS
     + "assert libc.syscall(request_key, b'user', b'a', None, 0) != -1 or ctypes.get_errno() != 1",
