@@ -209,8 +209,10 @@ def test_humaneval_is_scored_in_the_sandbox_and_no_file_of_the_working_folder_ru
         result = evaluate_documents(tiny_model(0), byte_tokenizer(), [task], samples=3)["humaneval"]
         assert (result.score.metric, result.score.num_documents) == ("pass@1", 3)
         assert result.score.value == pytest.approx(1 / 3)
-        shown = [(sample.value, sample.answer) for sample in result.samples]  # programs as they are, the right one last
-        assert shown == [(value, f"def add(a, b):\n{answers[n]}") for value, n in ((0.0, 1), (0.0, 2), (1.0, 0))]
+        # what the model wrote and the program that ran, the right one last
+        shown = [(sample.value, sample.answer, sample.extracted) for sample in result.samples]
+        programs = [f"def add(a, b):\n{answer}" for answer in answers]
+        assert shown == [(value, answers[n], programs[n]) for value, n in ((0.0, 1), (0.0, 2), (1.0, 0))]
     else:
         with pytest.raises(InputError, match="there is no sandbox"):
             evaluate(tiny_model(0), byte_tokenizer(), [task])
