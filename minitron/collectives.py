@@ -37,7 +37,7 @@ _ERRORS = {
 
 def exchange_device(group: Any = None) -> torch.device:
     """Where tensors are that the processes of the group exchange."""
-    return torch.device("cpu") if "gloo" in dist.get_backend(group) else torch.device("cuda")
+    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
 
 
 def gather_json(value: Any, group: Any = None) -> list[Any]:

@@ -90,6 +90,15 @@ def largest(numbers: Sequence[int], together: bool = True) -> list[int]:
     return values.tolist()
 
 
+def wait_for_all() -> None:
+    """Wait until all processes have called this.
+
+    By a tensor on the GPU of each. `torch.distributed.barrier`, if it comes before any tensor, guesses the GPU from the rank:
+    another process's where nodes have different numbers of processes.
+    """
+    largest([0])
+
+
 def total(number: int, together: bool = True) -> int:
     """The sum of the processes' numbers."""
     if world_size(together) == 1:

@@ -18,6 +18,7 @@ from minitron.distill.teacher.live import LiveTeacher
 from minitron.logits import Head
 from minitron.meta_models import open_model, write_model
 from minitron.models import quiet_transformers
+from minitron.processes import wait_for_all
 from minitron.pruning.source import PruningSource
 from minitron_search.search_task import SearchTask
 from minitron_search.trial_store import pruned, weights
@@ -97,7 +98,7 @@ class _Sharded:
         self.folder = pruned(task.folder, architecture)
         if is_rank_zero() and not storage.is_committed(self.folder):
             task.origin.write_student(architecture, self.folder, before_commit=task.before_commit)
-        dist.barrier()
+        wait_for_all()
         self.teacher_head = task.materials.teacher_head()
         self.model, self.files = open_model(storage.fetch(self.folder), self.dtype)
         self.weights = self.files
@@ -111,11 +112,11 @@ class _Sharded:
         with commit if is_rank_zero() else nullcontext() as folder:
             write_model(self.model, self.files, self.dtype, folder)
         del self.model  # its float32 weights
-        dist.barrier()
+        wait_for_all()
         return self._sharded(target)
 
     def finish(self) -> None:
-        dist.barrier()
+        wait_for_all()
         if is_rank_zero():
             self.task.before_commit()
             storage.remove(self.folder)

@@ -25,6 +25,7 @@ from minitron.distill.teacher.shard_format import INDEX
 from minitron.evaluation import Task, evaluate, heldout_metrics, teacher_targets
 from minitron.importance import LayerScoring
 from minitron.models import layers_of, load_source
+from minitron.processes import wait_for_all
 
 SCORINGS = [LayerScoring(sizes=(2,)), LayerScoring("logit_error", sizes=(1,), iterative=2, rows=3)]
 
@@ -129,7 +130,7 @@ def main() -> None:
     mixture = tiny.model("mixtral", seed=3)
     if rank == 0:
         mixture.save_pretrained(folder / "mixture")
-    dist.barrier()
+    wait_for_all()
     split = load_split(folder / "mixture", torch.float32)
     calibrate(out.format("split-mixture"), split, tiny.rows(3), layers=SCORINGS[0], batch_rows=1)
     load_in_turn(folder, rank)
@@ -144,7 +145,7 @@ def load_in_turn(folder: Path, rank: int) -> None:
         tiny.tokenizer().save_pretrained(pickled)
         torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
         (pickled / "model.safetensors").unlink()
-    dist.barrier()
+    wait_for_all()
 
     def logged(source: str, **options: Any) -> Any:
         with (folder / "loads").open("a") as file:

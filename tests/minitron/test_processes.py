@@ -9,15 +9,19 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import tiny
 from helpers.command import ROOT, environment
+from helpers.counting import Counting
 from helpers.evaluating import tiny_model
 from helpers.measure_together import SCORINGS, calibrate_all, evaluate_all, measure_all
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from minitron import ImportanceScores, estimate_importance
 from minitron.distill import loading
 from minitron.distill.teacher.shard_writing import default_shard_bytes
 from minitron.models import load_model
+from minitron.processes import wait_for_all
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +107,17 @@ def test_models_are_split_if_they_take_more_than_four_fifths_of_the_free_memory_
         assert loading.fit_whole([material / "teacher"], torch.float32) is whole
     monkeypatch.setattr(loading, "world_size", lambda: 1)
     assert loading.fit_whole([material / "teacher"], torch.float32)
+
+
+def test_processes_wait_for_each_other_by_a_tensor_that_is_on_their_own_gpu():
+    dist.init_process_group("fake", rank=6, world_size=10, store=FakeStore())
+    try:
+        with Counting() as sent:
+            wait_for_all()
+    finally:
+        dist.destroy_process_group()
+    assert sent.calls["c10d.allreduce_.default"] == 1
+    assert sent.calls["c10d.barrier.default"] == 0  # whose GPU is guessed
 
 
 def test_a_small_store_has_a_shard_for_each_process():

@@ -27,7 +27,7 @@ from minitron.evaluation.watch import Change, TaskWatch
 from minitron.logits import Head
 from minitron.meta_models import open_model, read_, write_model
 from minitron.models import load_model, load_tokenizer, save_model, save_tokenizer
-from minitron.processes import largest
+from minitron.processes import largest, wait_for_all
 from minitron.tokenizer_beginning import with_beginning
 from minitron_platform.training.curves import write_curve
 from minitron_platform.training.events import Alarm, Measured, Resumed, Tagged
@@ -160,7 +160,7 @@ def train(task: TrainTask, worker: Worker) -> MinitronError | None:
     commit = storage.committed_folder(task.result, before_commit=worker.before_commit)
     with commit if worker.is_first else nullcontext() as folder:
         _save(task, model, weights, folder)
-    dist.barrier()
+    wait_for_all()
     return None
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from minitron.log_records import make_records_safe
+from minitron.processes import wait_for_all
 from minitron_platform.workers.calls import Call, node_name, sender
 from minitron_platform.workers.worker import SentProgress, Worker, WorkerStarted
 from minitron_search.leaving import group_is_leaving
@@ -25,7 +26,7 @@ def serve(config: dict[str, Any]) -> None:
         torch.set_num_threads(config["threads"])
     if rank == 0:
         ray.get(calls.begin.remote(count))
-    dist.barrier()  # so that no process joins or answers before the actor knows of the new group
+    wait_for_all()  # so that no process joins or answers before the actor knows of the new group
     this_actor = ray.get_runtime_context().current_actor
     ray.get(calls.join.remote(WorkerStarted(rank, node_name()), [this_actor]))
     send = sender(calls, rank)
