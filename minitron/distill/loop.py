@@ -223,6 +223,8 @@ def distill(
                     saver.wait()
                     hurried = True
                 watch.lap("checkpoint")
+            if not report:
+                watch.restart()  # nobody reads the times, which would add up
         del state  # the moments are not needed while a sharded student is gathered
     return student.eval()
 

@@ -25,8 +25,9 @@ from helpers.distilling import (
 from minitron.architecture import Architecture
 from minitron.data import Rows, rows_for_step
 from minitron.device import datasheet_flops
-from minitron.distill import DistillConfig, StoredTeacher, distill
+from minitron.distill import DistillConfig, Losses, StoredTeacher, distill, loop
 from minitron.distill.schedule import learning_rate
+from minitron.distill.timing import Stopwatch
 from minitron.errors import InputError, NonFiniteError
 from minitron.evaluation import heldout_metrics
 
@@ -164,6 +165,22 @@ def test_step_reports_have_the_time_of_each_part_and_the_flop_utilisation(materi
     distill(pruned_student(material), live_teacher(material), rows, replace(config, steps=1), report=live.append)
     flops = 3 * own.flops_per_token(32) + other.flops_per_token(32)
     assert live[0].utilisation == pytest.approx(live[0].tokens_per_second * flops / 1e9)
+
+
+@pytest.mark.parametrize("report", [None, lambda step: None], ids=["without reports", "with reports"])
+def test_the_times_of_a_step_are_not_kept_after_it(material, monkeypatch, report):
+    watches = []
+
+    class Kept(Stopwatch):
+        def __init__(self, device):
+            super().__init__(device)
+            watches.append(self)
+
+    monkeypatch.setattr(loop, "Stopwatch", Kept)
+    losses = Losses(logits="none", cross_entropy=1.0)
+    rows = Rows.open(str(material / "rows"), "train")
+    distill(pruned_student(material), None, rows, replace(CONFIG, steps=3), losses=losses, report=report)
+    assert len(watches[0]._marks) <= 2  # events of a GPU
 
 
 def test_step_reports_have_the_utilisation_of_the_data_sheets_peak_too(material, monkeypatch):
