@@ -7,6 +7,7 @@ callers of the model (generation, benchmarks with padding) get transformers' own
 
 from __future__ import annotations
 
+import logging
 import sys
 from functools import lru_cache
 from typing import Any
@@ -17,8 +18,10 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 PREFIX = "minitron_"
 WRAPPED = ("sdpa", "eager")  # the implementations of transformers that are wrapped
-# Kernels that a process may compile: for teacher and student, with and without gradients, each number of rows and kind of mask.
+# Kernels that a process keeps: for teacher and student, with and without gradients, each number of rows and kind of mask.
 KERNELS = 128
+
+log = logging.getLogger(__name__)
 
 
 def use_own_attention(config: Any) -> None:
@@ -105,12 +108,26 @@ def _flex(
     if torch.compiler.is_compiling() or not query.is_cuda:
         attended = flex_attention(query, key, value, **options)
     else:
-        with torch._dynamo.config.patch(recompile_limit=KERNELS):
-            attended = _compiled()(query, key, value, **options)
+        attended = _fused(query, key, value, **options)
     return attended.transpose(1, 2).contiguous(), None
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """flex_attention as a kernel. All are dropped before there is one more than KERNELS, as where a process scores the
+    candidates of a search."""
+    from torch._dynamo import config, reset
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    with config.patch(recompile_limit=KERNELS):
+        try:
+            return _compiled()(query, key, value, **options)
+        except FailOnRecompileLimitHit:
+            log.warning("flex_attention has %d kernels in this process; they are dropped and compiled anew", KERNELS)
+            reset()
+            return _compiled()(query, key, value, **options)
 
 
 @lru_cache
 def _compiled() -> Any:
-    # fullgraph: too many kernels are an error; without it further ones would run unfused, with all scores in memory
+    # fullgraph: beyond the limit an error; without it further ones would run unfused, with all scores in memory
     return torch.compile(flex_attention, fullgraph=True, dynamic=False)

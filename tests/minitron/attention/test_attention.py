@@ -172,6 +172,31 @@ def test_compiled_layers_have_one_graph_per_window_size_for_all_documents(flex_o
     assert len(graphs) == 2  # of layers with a window and without
 
 
+def test_kernels_of_further_shapes_replace_those_that_are_too_many(flex_on_cpu, monkeypatch, caplog):
+    compile_, made = torch.compile, []
+
+    def counting(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=counting, **options))
+    monkeypatch.setattr(interface, "KERNELS", 2)
+    interface._compiled.cache_clear()
+    torch._dynamo.reset()
+    rows = packed()
+    models = {heads: model_of("llama", num_attention_heads=heads, num_key_value_heads=1) for heads in (1, 2, 4)}
+    expected = {heads: final_hidden(model, rows, DOCUMENTS) for heads, model in models.items()}
+    monkeypatch.setattr(row_attention, "chosen_kernel", lambda device: "flex")
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    with torch.no_grad():
+        for heads in (1, 2, 4, 2, 4):
+            assert torch.allclose(final_hidden(models[heads], rows, DOCUMENTS), expected[heads], atol=1e-5)
+    # the third drops the first two
+    assert len(made) == 4
+    assert caplog.text.count("compiled anew") == 1
+    interface._compiled.cache_clear()
+
+
 def test_an_explicit_attention_implementation_is_kept_and_cannot_separate_documents():
     model, rows = model_of("llama", attn_implementation="flex_attention"), packed()
     assert row_arguments(model, rows) == {}
