@@ -11,7 +11,7 @@ import mmap
 import stat
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -61,7 +61,7 @@ class GgufHeader:
     path: Path
     order: str
     architecture: str
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, StoredTensor] = field(repr=False)  # hundreds
     rope_scaling: Mapping[str, str | int | float]
 
 
