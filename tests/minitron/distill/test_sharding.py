@@ -19,6 +19,7 @@ from helpers.distilling import (
     live_teacher,
     pruned_student,
 )
+from helpers.graphs import counted_graphs
 from safetensors.torch import load_file
 
 from minitron import storage
@@ -75,6 +76,15 @@ def train_with_fp8(folder):
     return losses
 
 
+def train_compiled(folder):
+    """Train in compiled layers, some of which is computed again; returns the losses by step and the number of graphs."""
+    config = replace(SHARDED, steps=2, evaluate_every=0, compile=True, activation_checkpointing="selective")
+    with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        graphs = counted_graphs(patch)
+        losses, _, _ = train(folder, config, from_files=True)
+    return losses, len(graphs)
+
+
 def _heldout(model, rows, together=None):
     """On three batches, of which two processes have an unequal number."""
     together = dist.is_initialized() if together is None else together
@@ -111,9 +121,10 @@ part, _, _ = t.train(folder, from_files=True, checkpoints=out, until=until)
 with Counting(sent):
     t.train(folder, replace(t.SHARDED, steps=1, batch_rows=6, evaluate_every=0), checkpoints=f"{out}-last-{until}")
 counts = {name: count for name, count in sent.items() if name.startswith("c10d.")}
-copies, fp8, optimizer, waits = {}, {}, 0, 0
+copies, fp8, compiled, graphs, optimizer, waits = {}, {}, {}, 0, 0, 0
 if until < t.SHARDED.steps:
     fp8 = t.train_with_fp8(folder)
+    compiled, graphs = t.train_compiled(folder)
     with StepCounts() as steps:
         t.train(folder, replace(t.SHARDED, steps=2, evaluate_every=0))
     optimizer = steps.moved[1]["optimizer"] / sum(parameter.numel() for parameter in student.parameters())
@@ -126,7 +137,8 @@ if until < t.SHARDED.steps:
         result.mkdir()
     weights = open_model(folder / "student", torch.float32).weights
     write_model(student, weights, torch.float32, result if rank == 0 else None)
-Path(f"{out}-{until}-{rank}.json").write_text(json.dumps([whole, heldout, part, copies, fp8, counts, optimizer, waits]))
+results = [whole, heldout, part, copies, fp8, compiled, counts, optimizer, waits, graphs]
+Path(f"{out}-{until}-{rank}.json").write_text(json.dumps(results))
 dist.destroy_process_group()
 """
 
@@ -140,9 +152,9 @@ def _two_processes(folder, out, until, port):
     assert workers.returncode == 0, workers.stderr
     said = []
     for rank in range(2):
-        *curves, counts, optimizer, waits = json.loads(Path(f"{out}-{until}-{rank}.json").read_text())
+        *curves, counts, optimizer, waits, graphs = json.loads(Path(f"{out}-{until}-{rank}.json").read_text())
         curves = [{int(step): value for step, value in curve.items()} for curve in curves]
-        said.append((*curves, counts, optimizer, waits, load_file(f"{out}-{until}-{rank}.safetensors")))
+        said.append((*curves, counts, optimizer, waits, graphs, load_file(f"{out}-{until}-{rank}.safetensors")))
     return said
 
 
@@ -162,12 +174,14 @@ def test_a_sharded_student_trains_the_same_and_its_checkpoints_load_in_any_numbe
     first = _two_processes(material, out, 5, free_port())
     written = load_model(f"{out}-5-0-result")
     rounded = train_with_fp8(material)
-    for whole, measured, part, copies, fp8, counts, optimizer, waits, weights in first:
+    for whole, measured, part, copies, fp8, compiled, counts, optimizer, waits, graphs, weights in first:
         assert list(whole.values()) == pytest.approx(list(alone.values()), rel=1e-5)
         assert list(measured.values()) == pytest.approx(list(heldout.values()), rel=1e-5)
         assert part == {step: whole[step] for step in range(1, 6)}  # bit for bit
         assert list(copies.values()) == pytest.approx(list(alone.values()), rel=1e-5)
         assert list(fp8.values()) == pytest.approx(list(rounded.values()), rel=1e-3)
+        assert list(compiled.values()) == pytest.approx([alone[1], alone[2]], rel=1e-5)
+        assert graphs == 2  # of the student's layers and of the teacher's
         for name, parameter in student.named_parameters():
             assert torch.allclose(weights[name], parameter, atol=1e-4)
             assert torch.allclose(written.get_parameter(name), parameter, atol=1e-4)
