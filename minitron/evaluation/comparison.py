@@ -184,38 +184,42 @@ def _check_templates(task: str, reference: ModelResults, model: ModelResults) ->
 
 
 def _difference(task: str, one: ModelResults, other: ModelResults) -> Difference:
-    reference, model, first, second = one.model, other.model, one.tasks[task], other.tasks[task]
+    first, second = one.tasks[task], other.tasks[task]
+    stderr: float | None
+    fixed = 0.0
     if first.values() is None or second.values() is None:
         stderr = error_of_replicates(first, second)
         assert stderr is not None
-        return _difference_of_replicates(task, one, other, stderr)
-    differences, clusters = paired_differences(first, second)
-    if len(differences) < min(len(first.documents), len(second.documents)):
-        raise InputError(
-            f"task {task!r}: only {len(differences):,} of the {len(second.documents):,} documents of {model} are among the "
-            f"{len(first.documents):,} of {reference}",
-            "evaluate both on the same documents",
-        )
-    value = math.fsum(differences) / len(differences)
-    stderr = (
-        difference_error(differences, clusters) if _is_binary(first, second) else standard_error(differences, clusters)
-    )
-    groups = len(set(clusters))
+        value = second.score.value - first.score.value
+        clusters = [document.cluster for document in second.documents]
+        p_value: float | None = _t_test(value, stderr, len(set(clusters)))
+    else:
+        differences, clusters = paired_differences(first, second)
+        if len(differences) < min(len(first.documents), len(second.documents)):
+            raise InputError(
+                f"task {task!r}: only {len(differences):,} of the {len(second.documents):,} documents of {other.model} are "
+                f"among the {len(first.documents):,} of {one.model}",
+                "evaluate both on the same documents",
+            )
+        value = math.fsum(differences) / len(differences)
+        error = difference_error if _is_binary(first, second) else standard_error
+        stderr = error(differences, clusters)
+        p_value = _p_value(differences, value, stderr, len(set(clusters)))
+        if second.score.has_tasks_as_clusters and stderr:
+            fixed = _fixed_error(differences, clusters, stderr)
     return Difference(
         task=task,
-        reference=reference,
-        model=model,
+        reference=one.model,
+        model=other.model,
         value=value,
         stderr=stderr,
-        interval=None if stderr is None else _interval(value, stderr, groups),
-        p_value=_p_value(differences, value, stderr, groups),
+        interval=None if stderr is None else _interval(value, stderr, len(set(clusters))),
+        p_value=p_value,
         adjusted=None,
-        num_documents=len(differences),
+        num_documents=len(clusters),
         needed=None,
         num_available=second.score.num_available,
-        fixed_stderr=_fixed_error(differences, clusters, stderr)
-        if second.score.has_tasks_as_clusters and stderr
-        else 0.0,
+        fixed_stderr=fixed,
     )
 
 
@@ -230,25 +234,6 @@ def _fixed_error(differences: Sequence[float], clusters: Sequence[str], stderr: 
         return 0.0
     within = math.fsum(statistics.pvariance(own) * len(own) for own in members.values()) / freedom
     return math.sqrt(max(0.0, stderr**2 - within / len(differences)))
-
-
-def _difference_of_replicates(task: str, one: ModelResults, other: ModelResults, stderr: float) -> Difference:
-    second = other.tasks[task]
-    value = second.score.value - one.tasks[task].score.value
-    groups = len({document.cluster for document in second.documents})
-    return Difference(
-        task=task,
-        reference=one.model,
-        model=other.model,
-        value=value,
-        stderr=stderr,
-        interval=_interval(value, stderr, groups),
-        p_value=_t_test(value, stderr, groups),
-        adjusted=None,
-        num_documents=len(second.documents),
-        needed=None,
-        num_available=second.score.num_available,
-    )
 
 
 def _interval(value: float, stderr: float, groups: int) -> tuple[float, float]:

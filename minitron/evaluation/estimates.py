@@ -29,7 +29,7 @@ _OF_LOG_LIKELIHOOD: dict[str, Callable[[float], tuple[float, float]]] = {
 def contributions(
     metric: str, values: Sequence[float], weights: Sequence[float], tasks: Sequence[Hashable]
 ) -> list[float] | None:
-    """A number for each document, whose mean is the score; None if there is no such number.
+    """One number per document, so that their mean is the score; None if the score is no such mean.
 
     metric: lm-eval's name. values: of each document, of a perplexity its log-likelihood in nats. weights: what a value is
     divided by, such as its number of words; 1 for a plain mean. tasks: the task of each document if the score is the mean over

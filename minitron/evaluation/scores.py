@@ -168,8 +168,8 @@ class Evaluated:
         return f"{self.score.metric},{self.filter}"
 
     def values(self) -> list[float] | None:
-        """A number for each document, whose mean is the score: of a mean over documents the metric, otherwise see
-        `minitron.evaluation.estimates.contributions`. None if there is no such number."""
+        """One number per document, so that their mean is the score: of a mean over documents the metric, otherwise see
+        `minitron.evaluation.estimates.contributions`. None if the score is no such mean."""
         found = contributions_of(self.score.metric, self.main, self.documents, by_task=self.score.is_mean_over_tasks)
         return found if found is not None and is_mean_of(found, self.score.value) else None
 

@@ -36,7 +36,7 @@ class TrainingView:
         self.log = log
         self.steps = steps
         self.restarts = Restarts(log, restarts, before_commit=before_commit, say=console.say)
-        self.failures = WorkerFailures(console, max_failures, self.restarts.add)
+        self.failures = WorkerFailures(console, max_failures)
         self.unresumed: Restart | None = None  # the last failure, until the workers have resumed
         self.latest = "starting workers"
         self.running = False

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from rich.markup import escape
 
 from minitron_platform.console import Console
@@ -12,22 +10,22 @@ from minitron_platform.workers.worker import WorkersFailed, WorkerStarted
 
 
 class WorkerFailures:
-    """Follows the workers of one call, which may fail `max_failures` times. store: called with each failure."""
+    """Follows the workers of one call, which may fail `max_failures` times."""
 
-    def __init__(self, console: Console, max_failures: int, store: Callable[[Restart], None]) -> None:
+    def __init__(self, console: Console, max_failures: int) -> None:
         self.console = console
         self.left = max_failures
-        self.store = store
         self.nodes: dict[int, str] = {}  # by rank, of the workers that have started
 
-    def event(self, event: object) -> None:
-        """Handle an event of work that has no steps; those that are not of failures are ignored."""
+    def event(self, event: object) -> Restart | None:
+        """Handle an event of work that has no steps; returns the failure that it is about, if any."""
         match event:
             case WorkerStarted():
                 self.started(event)
             case WorkersFailed():
                 self.console.status("restarting workers")
-                self.store(self.failed(event))
+                return self.failed(event)
+        return None
 
     def started(self, event: WorkerStarted) -> None:
         """Note on which node a worker runs."""

@@ -63,8 +63,8 @@ class Workers:
         """
         if self.computes_here():
             return function(task, Worker(0, 1, self.console, _ignore, before_commit=self.before_commit()))
-        failures = WorkerFailures(self.console, self._open().max_failures, self._store)
-        return self._run(function, task, failures.event, everywhere=everywhere)
+        on_event = self._failure_handler(self._open().max_failures)
+        return self._run(function, task, on_event, everywhere=everywhere)
 
     @contextmanager
     def storing(self, store: Callable[[Restart], None]) -> Iterator[None]:
@@ -125,6 +125,16 @@ class Workers:
                 least=resources.least_workers,
             )
         return self._group
+
+    def _failure_handler(self, max_failures: int) -> OnEvent:
+        """Shows and stores the failures of workers in one call."""
+        failures = WorkerFailures(self.console, max_failures)
+
+        def handle(event: Any) -> None:
+            if failure := failures.event(event):
+                self._store(failure)
+
+        return handle
 
     def _handler(self, on_event: OnEvent) -> OnEvent:
         """Shows messages for the user, and gives other events to `on_event`."""

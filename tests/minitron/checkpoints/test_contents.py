@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from helpers import tiny
 from helpers.command import environment
 from helpers.fp8_checkpoint import fp8_config, in_fp8
+from helpers.refusals import refused_alike
 from helpers.serving import serving
 from safetensors.torch import load_file, save_file
 
@@ -246,14 +247,9 @@ def test_pickled_weights_that_do_not_match_the_model_are_refused_as_safetensors_
     change, config, named, remedy = PICKLED[case]
     written(tmp_path, config=config)
     as_pickle(tmp_path, change, archive)
-    errors = []
-    for read in (check_contents, load_source):
-        with pytest.raises(InputError) as refused:
-            read(str(tmp_path))
-        errors.append(refused.value)
-    assert str(errors[0]) == str(errors[1])
-    assert named in errors[0].problem
-    assert remedy in errors[0].remedy
+    error = refused_alike(str(tmp_path))
+    assert named in error.problem
+    assert remedy in error.remedy
 
 
 @pytest.mark.parametrize("archive", [True, False], ids=["zip", "before torch 1.6"])

@@ -28,7 +28,7 @@ def result(values, *, clusters=None, task="arc", fewshot=0):
 
 
 def perplexities(log_likelihoods, words):
-    """lm-eval's word_perplexity of documents of so many words."""
+    """lm-eval's word_perplexity of documents, each with its number of words."""
     documents = tuple(
         DocumentResult(
             str(n), f"hash {n}", str(n), {"word_perplexity,none": total}, weights={"word_perplexity,none": count}

@@ -26,7 +26,6 @@ from minitron_platform.training.events import Measured, Resumed
 from minitron_platform.training.train import TrainTask, train
 from minitron_platform.training.view import TrainingView
 from minitron_platform.workers import models
-from minitron_platform.workers.failures import WorkerFailures
 from minitron_platform.workers.worker import Worker, WorkersFailed, WorkerStarted
 from minitron_platform.workers.workers import Workers
 
@@ -64,9 +63,9 @@ def test_workers_of_a_stage_read_no_model_again_and_write_nothing_for_a_driver_t
     def twice(self, function, task, **how):
         name = function.__module__.rsplit(".", 1)[-1]
         for_a_replaced_driver(self, name, function, task, **how)
-        failures = WorkerFailures(self.console, 3, self._store)
+        on_event = self._failure_handler(3)
         for event in (WorkerStarted(1, "node-1"), WorkersFailed((1,), f"killed in {name}")):
-            failures.event(event)
+            on_event(event)
         compute(self, function, task, **how)
         before = len(loads)
         result = compute(self, function, task, **how)
