@@ -178,6 +178,22 @@ def test_memory_that_a_program_shares_out_to_several_processes_is_limited_too(ru
     sandbox.stop()
 
 
+def test_a_program_that_waits_for_a_busy_machine_has_its_cpu_time_all_the_same(tmp_path):
+    file = tmp_path / "runner.py"
+    file.write_text(RUNS_PROGRAMS)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    sandbox = Sandbox(Limits(seconds=0.5), [tmp_path])
+
+    def run(program: str) -> float:
+        return sandbox.call(file, "solved", program, seconds=60)
+
+    assert escapes(run, "import time\ntime.sleep(0.8)") == has_sandbox()
+    assert not escapes(run, "while True: pass")
+    assert not escapes(run, "import time\nwhile True: time.sleep(9)")
+    sandbox.stop()
+
+
 def humaneval(folder) -> Task:
     documents = [
         {
