@@ -43,7 +43,7 @@ from minitron_platform.stopping import stopped_by_signals
 from minitron_platform.system_metrics import system_metrics
 from minitron_platform.tracking.check import BEST_EFFORT
 from minitron_platform.tracking.client import RegistryError
-from minitron_platform.tracking.events import Status
+from minitron_platform.tracking.events import status_of
 from minitron_platform.tracking.flusher import STOP_PATIENCE, Flusher
 from minitron_platform.tracking.restarts import RESTARTS, Restarts, read_restarts
 from minitron_platform.tracking.spool import RunLog, Spool
@@ -156,7 +156,7 @@ def run(
                 _check_registered(context)
         except BaseException as error:
             if not _is_lost(fence):  # otherwise the record belongs to the driver that continues the run
-                run_record.end(_end_status(error))
+                run_record.end(status_of(error))
                 spool.end_open("KILLED")  # trials
             raise
         finally:
@@ -186,11 +186,6 @@ def _run_lease(locations: Locations, key: str, console: Console, take_over: bool
             run_lease = lease(locations, f"run-{key}", f"run {key}", run=key, console=console, take_over=reason)
             fence = stack.enter_context(run_lease)
         yield fence
-
-
-def _end_status(error: BaseException) -> Status:
-    """MLflow's status of what `error` has ended: KILLED if somebody stopped it, by Ctrl-C or SIGTERM."""
-    return "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED"
 
 
 def _is_lost(fence: Fence) -> bool:
@@ -280,7 +275,7 @@ def _run_stage(context: Context, stage: Stage[Any], run_record: RunRecord, befor
                         record = _compute(context, stage, folder, fingerprint)
             except BaseException as error:
                 if not _is_lost(context.held[0]):  # otherwise the record belongs to the other driver, as above
-                    log.end(_end_status(error))
+                    log.end(status_of(error))
                 raise
         context.finish(stage, record.output)
         context.seconds[record.output.fingerprint] = record.seconds

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
-import os
-import subprocess
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,20 +9,19 @@ from minitron import storage
 from minitron.evaluation.metrics import AGREEMENT, KL
 from minitron.text import markdown
 from minitron_platform.cluster.hardware import Hardware
-from minitron_platform.cluster.packaging import package_folder
 from minitron_platform.recipes.build import heldout_source, text_sources
 from minitron_platform.recipes.schema import Recipe
+from minitron_platform.source_tags import source_tags
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.data import Data
 from minitron_platform.stages.evaluate import Evaluate
 from minitron_platform.stages.search import Search
 from minitron_platform.stages.state import RunState
 from minitron_platform.tracking.events import Status
-from minitron_platform.tracking.mlflow_runs import KIND_TAG, RUN_KIND
+from minitron_platform.tracking.mlflow_runs import KIND_TAG, NOTE, RUN_KIND
 from minitron_platform.tracking.spool import RunLog
 
 RECIPE_FILE = "recipe.yaml"
-NOTE = "mlflow.note.content"  # the description at the top of a run's page, in Markdown
 MAX_METRICS = 12  # results in the parent; all are in the record of the stage `evaluate`
 
 
@@ -50,7 +46,8 @@ class RunRecord:
         if self.open:
             return
         recipe = self.context.recipe
-        tags = {KIND_TAG: RUN_KIND, "minitron.recipe": recipe.name, NOTE: description(self.context), **_source()}
+        tags = {KIND_TAG: RUN_KIND, "minitron.recipe": recipe.name, NOTE: description(self.context)}
+        tags |= source_tags("minitron run")
         self.log.start(self.context.run_key, tags=tags)
         self.log.params({**parameters(recipe), "separate_documents": self.context.separate_documents})
         self.log.artifact(storage.join(self.context.locations.run(self.context.run_key), RECIPE_FILE))
@@ -160,26 +157,3 @@ def _table(state: RunState) -> Iterator[str]:
     if finished:
         yield ""
         yield "All results are in the artifact `report.html`."
-
-
-def _source() -> Mapping[str, str]:
-    """MLflow's tags for who runs which code; the commit only in a checkout."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError, ImportError):  # a user without a name, as in some containers
-        user = str(os.getuid())
-    tags = {"mlflow.user": user, "mlflow.source.name": "minitron run", "mlflow.source.type": "LOCAL"}
-    commit = _commit()
-    return tags | ({"mlflow.source.git.commit": commit} if commit else {})
-
-
-def _commit() -> str:
-    """The commit of the checkout that the code is in; empty without one, or without git."""
-    folder = package_folder("minitron")
-    if not (folder.parent / ".git").exists():
-        return ""
-    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""

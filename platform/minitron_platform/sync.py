@@ -15,7 +15,7 @@ from minitron_platform.console import Console
 from minitron_platform.late_registration import register_waiting
 from minitron_platform.leases import LeaseHeldError, lease
 from minitron_platform.locations import Locations
-from minitron_platform.tracking.check import REQUIRED, check_tracking
+from minitron_platform.tracking.check import check_accepts
 from minitron_platform.tracking.flusher import Flusher
 from minitron_platform.tracking.spool import Spool
 
@@ -27,7 +27,7 @@ def sync(locations: Locations, console: Console) -> int:
     Runs whose driver is alive are left to it. What a run left open because its driver was killed is ended as KILLED; the next
     driver of the run continues it. A run whose students cannot be registered, for example because a file is damaged, is said
     and does not hinder the others. Raises InputError for a storage without records, MinitronError if MLflow does not take
-    everything or a student cannot be registered, and what `check_tracking` raises.
+    everything or a student cannot be registered, and what `check_accepts` raises.
     """
     sent, unsent = 0, 0
     failed: list[str] = []
@@ -88,7 +88,7 @@ def _sync_run(locations: Locations, key: str, console: Console) -> _Synced:
         if not experiment:
             console.say(f"[yellow]{escape(key)}: nothing says which experiment it belongs to, so it is left out[/]")
             return _Synced()
-        check_tracking(locations.tracking_uri, experiment, REQUIRED)
+        check_accepts(locations.tracking_uri, experiment)
         spool.end_open("KILLED")
         flusher = Flusher(spool, locations.tracking_uri, experiment)
         try:

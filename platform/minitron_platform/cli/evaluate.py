@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from minitron.evaluation import Task
+    from minitron.evaluation.result_file import ModelResults
     from minitron_platform.locations import Locations
 
 DEFAULT_SUITE = "quick"
@@ -55,6 +57,9 @@ SHOWN_CHARACTERS = 1_000  # of a prompt or an answer in the terminal
     help="Processes that share the documents. [default: one per GPU, one without GPUs]",
 )
 @click.option("--upload", is_flag=True, help=UPLOAD_MODELS_HELP)
+@click.option(
+    "--experiment", metavar="NAME", help="Record the scores in this experiment of MLflow, a run for each model."
+)
 @engine_option
 @dtype_option
 @tracking_options
@@ -75,6 +80,7 @@ def evaluate(
     address: str | None,
     workers: int | None,
     upload: bool,
+    experiment: str | None,
     engine: str,
     dtype: str,
 ) -> None:
@@ -92,6 +98,7 @@ def evaluate(
     from minitron import storage
     from minitron.evaluation.result_file import results_json
     from minitron.evaluation.suites import suite as named_suite
+    from minitron_platform.tracking.check import check_accepts
 
     if suite and tasks:
         raise InputError("--suite and --tasks: both were given", "give one of them")
@@ -103,30 +110,51 @@ def evaluate(
         raise InputError("MODEL: one is given twice", "give each once")
     if engine != "transformers" and (workers or address):
         raise InputError(f"--engine {engine}: it has no workers", "leave out --workers and --address")
+    if experiment is not None and not experiment.strip():
+        raise InputError("--experiment: it is empty", "give a name, such as evaluations")
     console = Console(command_line())
     _check(models, wanted, tokenizer)
+    if experiment is not None:
+        check_accepts(locations.tracking_uri, experiment)
     console.say(f"{len(wanted)} task{'s' if len(wanted) > 1 else ''}: {escape(', '.join(task.key for task in wanted))}")
     if plan_only:
         return
+    from minitron_platform.cli.evaluation_tables import sample_lines, score_table
     from minitron_platform.cli.scoring import Scoring
     from minitron_platform.cluster.own_workers import own_workers
 
     if upload:
         wanted = _uploaded(wanted, locations.storage, lambda line: console.say(escape(line)))
-    with own_workers(console, locations.storage, address=address, count=workers) as group:
-        scoring = Scoring(console, group, wanted, locations, upload, dtype, batch_rows, samples, tokenizer, engine)
-        results = [scoring.score(model) for model in models]
-    from minitron_platform.cli.evaluation_tables import sample_lines, score_table
-
-    console.table(score_table(results))
-    for line in sample_lines(results, SHOWN_CHARACTERS) if samples else ():
-        console.say(line)
-    if out:
-        named = None if chosen is None else {"name": chosen.name, "version": chosen.version}
-        storage.write_json(out, results_json(results, wanted, named))
-        console.say(f"written to [bold]{escape(out)}[/]; compare files with `minitron compare`")
+    named = None if chosen is None else {"name": chosen.name, "version": chosen.version}
+    with ExitStack() as recorded:  # ends after the results are shown and written, whether MLflow answers or not
+        score = _recorded(recorded, locations, experiment, wanted, named, console)
+        with own_workers(console, locations.storage, address=address, count=workers) as group:
+            scoring = Scoring(console, group, wanted, locations, upload, dtype, batch_rows, samples, tokenizer, engine)
+            results = [score(model, scoring.score) for model in models]
+        console.table(score_table(results))
+        for line in sample_lines(results, SHOWN_CHARACTERS) if samples else ():
+            console.say(line)
+        if out:
+            storage.write_json(out, results_json(results, wanted, named))
+            console.say(f"written to [bold]{escape(out)}[/]; compare files with `minitron compare`")
     if any(result.failures for result in results):
         raise SystemExit(1)
+
+
+def _recorded(
+    stack: ExitStack,
+    locations: Locations,
+    experiment: str | None,
+    tasks: tuple[Task, ...],
+    suite: dict[str, Any] | None,
+    console: Console,
+) -> Callable[[str, Callable[[str], ModelResults]], ModelResults]:
+    """What scores a model, and records it in MLflow if there is an experiment; the record ends with `stack`."""
+    if experiment is None:
+        return lambda model, scored: scored(model)
+    from minitron_platform.evaluation_record import evaluation_record
+
+    return stack.enter_context(evaluation_record(locations, experiment, tasks, suite, console)).score
 
 
 def requested_tasks(

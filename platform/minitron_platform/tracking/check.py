@@ -50,6 +50,12 @@ def check_tracking(tracking_uri: str, experiment: str, policy: str | None = None
     return f"{problem}: {CONSEQUENCE}"
 
 
+def check_accepts(tracking_uri: str, experiment: str) -> None:
+    """Raise InputError or StorageError if MLflow's server or database does not answer, or for what `check_tracking` refuses."""
+    if problem := _problem(tracking_uri, experiment):
+        raise InputError(problem, "start it or correct its address")
+
+
 def _problem(tracking_uri: str, experiment: str) -> str | None:
     """The problem if MLflow does not answer, None if everything is well; raises InputError for what the user must fix."""
     prepare_mlflow(tracking_uri)

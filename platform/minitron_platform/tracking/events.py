@@ -43,6 +43,11 @@ def check_key(key: str) -> str:
     return key
 
 
+def status_of(error: BaseException) -> Status:
+    """The status of what `error` has ended: KILLED if somebody stopped it, by Ctrl-C or SIGTERM."""
+    return "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED"
+
+
 def mlflow_name(name: str) -> str:
     """`name` with characters that MLflow does not allow in names replaced: lm-eval's `acc,none` becomes `acc_none`."""
     return re.sub(r"/+", "/", re.sub(r"[^\w.\- :/]", "_", name)).strip("/")[:NAME_LENGTH]

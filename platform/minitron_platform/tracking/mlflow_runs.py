@@ -14,8 +14,9 @@ from minitron_platform.tracking.moved_database import artifact_folder
 log = logging.getLogger(__name__)
 
 KEY_TAG = "minitron.key"
-KIND_TAG = "minitron.kind"  # whether a run is that of a recipe, a stage or a trial
+KIND_TAG = "minitron.kind"  # whether a run is that of a recipe, a stage, a trial or an evaluation
 RUN_KIND = "run"
+NOTE = "mlflow.note.content"  # the description at the top of a run's page, in Markdown
 PAGE = 1000  # runs in one answer
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -12,13 +14,18 @@ from helpers import tiny
 from helpers.command import minitron_here
 from helpers.completions_server import CompletionsServer, canned, completing, vllm_command
 from helpers.evaluating import write_jsonl
+from helpers.mlflow_server import free_port
 from helpers.serving import serving
+from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM
 
 from minitron.checkpoints.identity import checkpoint_identity
 from minitron.errors import InputError
 from minitron.evaluation.result_file import SCHEMA, read_results
 from minitron.models import load_tokenizer
+from minitron_platform.stages.evaluate import score_metrics
+from minitron_platform.tracking.mlflow_runs import NOTE
+from minitron_platform.tracking.sender import Sender
 from minitron_platform.workers.workers import Workers
 
 
@@ -223,9 +230,104 @@ def test_workers_get_names_of_models_that_do_not_depend_on_the_working_directory
     assert sources == [packaged, str(folder / "random")]
 
 
+@pytest.fixture
+def tracked(folder, tmp_path, empty_database):
+    """Options that record an evaluation in a database, whose client comes with them."""
+    uri = f"sqlite:///{shutil.copy(empty_database, tmp_path)}"
+    options = ("--tasks", "arc_easy,arc_easy:2", "--data", "data", "--dtype", "float32", "--storage", tmp_path / "runs")
+    return (*options, "--tracking-uri", uri), MlflowClient(uri)
+
+
+def recorded(client, experiment):
+    """The runs of an experiment by name."""
+    ids = [client.get_experiment_by_name(experiment).experiment_id]
+    return {run.info.run_name: run for run in client.search_runs(ids)}
+
+
+def test_every_model_has_a_run_in_mlflow_with_the_metrics_of_a_stage_and_what_they_were_measured_on(folder, tracked):
+    options, client = tracked
+    shutil.copytree(folder / "random", folder / "other", dirs_exist_ok=True)
+    (folder / "one.yaml").write_text("name: mine\nversion: 3\ntasks: [{name: arc_easy, limit: 5}]\n")
+    options = ("--suite", "one.yaml", *options[2:], "--experiment", "Papers' table", "--out", "m.json")
+    done = minitron_here("evaluate", "random", folder / "other", *options, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "in experiment Papers' table of MLflow at sqlite:" in done.stdout
+    runs = recorded(client, "Papers' table")
+    assert sorted(runs) == ["other", "random"]
+    for result in read_results(str(folder / "m.json")):
+        data, info = (getattr(runs[result.model.rsplit("/", 1)[-1]], part) for part in ("data", "info"))
+        (key, evaluated), score = *result.tasks.items(), result.tasks["arc_easy"].score
+        assert data.metrics == score_metrics({key: score}) | evaluated.numbers(key)
+        assert data.metrics["arc_easy.acc_norm_stderr"] > 0
+        assert data.metrics["arc_easy.documents"] == 5
+        known = {"model": result.model, "suite": "mine", "suite_version": "3", "dtype": "float32", "limit": "5"}
+        known |= {"engine": "transformers", "identity": result.identity, "arc_easy.measured_on": score.settings}
+        known["arc_easy.limit"] = known.pop("limit")
+        assert known.items() <= data.params.items()
+        assert "first 5 of 12 documents" in data.params["arc_easy.measured_on"]
+        assert f"| {score.shown_as.text(score.value, score.stderr)} | {score.settings} |" in data.tags[NOTE]
+        assert (info.status, data.tags["minitron.kind"]) == ("FINISHED", "evaluation")
+        file = client.download_artifacts(info.run_id, "results.json")
+        (alone,) = read_results(file)
+        assert alone == result
+        jsonschema.validate(json.loads(Path(file).read_text()), json.loads(SCHEMA.read_text()))
+
+
+def test_scores_that_mlflow_did_not_take_are_shown_and_written_and_sent_later(folder, tracked, monkeypatch):
+    """MLflow answers before the evaluation, and is away when it ends."""
+    options, client = tracked
+    monkeypatch.setattr("minitron_platform.tracking.flusher.LAST_PAUSE", 0.01)
+
+    class Away(Sender):
+        def send_all(self):
+            raise ConnectionError("away")
+
+    monkeypatch.setattr("minitron_platform.tracking.flusher.Sender", Away)
+    done = minitron_here(
+        "evaluate", "random", *options, "--limit", "4", "--experiment", "later", "--out", "away.json", cwd=folder
+    )
+    assert done.returncode == 2
+    assert re.search(r"\d+ records of the evaluation are not in MLflow at sqlite:", done.stderr)
+    assert "run `minitron sync`" in done.stderr
+    assert "│ arc_easy_2shot" in done.stdout
+    (result,) = read_results(str(folder / "away.json"))
+    assert recorded(client, "later") == {}
+    monkeypatch.undo()
+    sent = minitron_here("sync", *options[options.index("--storage") :], cwd=folder)
+    assert sent.returncode == 0, sent.stderr
+    (run,) = recorded(client, "later").values()
+    for key, evaluated in result.tasks.items():
+        assert run.data.metrics.items() >= evaluated.numbers(key).items()
+    assert run.info.status == "FINISHED"
+    assert "results.json" in [file.path for file in client.list_artifacts(run.info.run_id)]
+
+
+def test_an_evaluation_that_fails_ends_its_run_and_the_next_model_is_not_recorded(folder, tracked, monkeypatch):
+    options, client = tracked
+
+    def compute(self, function, task):
+        raise InputError("not now", "later")
+
+    monkeypatch.setattr(Workers, "compute", compute)
+    done = minitron_here("evaluate", "random", folder / "random", *options, "--experiment", "fails", cwd=folder)
+    assert (done.returncode, "not now" in done.stderr) == (2, True)
+    (run,) = recorded(client, "fails").values()
+    assert (run.info.run_name, run.info.status) == ("random", "FAILED")
+
+
+def test_an_mlflow_that_does_not_answer_is_refused_before_a_model_is_loaded(folder, tmp_path):
+    address = f"http://127.0.0.1:{free_port()}"
+    options = ("--tasks", "arc_easy", "--data", "data", "--tracking-uri", address)
+    done = minitron_here("evaluate", "random", *options, "--experiment", "e", "--plan", cwd=folder)
+    assert done.returncode == 2
+    assert f"MLflow at {address} does not answer" in done.stderr
+    assert minitron_here("evaluate", "random", *options, "--plan", cwd=folder).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
+        (["--experiment", " "], "--experiment: it is empty"),
         (["--engine", "vllm", "--workers", "2"], "--engine vllm: it has no workers"),
         (["--suite", "x"], "suite 'x': does not exist"),
         (["--suite", "quick", "--tasks", "piqa"], "--suite and --tasks: both were given"),
