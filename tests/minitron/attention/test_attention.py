@@ -172,6 +172,44 @@ def test_compiled_layers_have_one_graph_per_window_size_for_all_documents(flex_o
     assert len(graphs) == 2  # of layers with a window and without
 
 
+@pytest.mark.parametrize(("family", "masks"), [("gemma2", 2), ("llama", 1)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_flex_attention_has_the_same_gradients_if_activations_are_recomputed(
+    family, masks, compiled, flex_on_cpu, monkeypatch
+):
+    """With documents, windows and soft-caps, compiled as on CUDA, alone or with the whole layer, but not fused."""
+    compile_, graphs = torch.compile, []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    model, rows, other = model_of(family), packed(), packed(seed=2)
+    weights, parameters = torch.randn(64), list(model.get_decoder().parameters())
+
+    def gradients(recompute, compiled):
+        with running_blocks(model, activation_checkpointing=recompute, compiled=compiled):
+            states = final_hidden(model, rows, DOCUMENTS)
+            with torch.no_grad():
+                final_hidden(model, other, DOCUMENTS)  # whose masks are not those of the backward pass
+            return torch.autograd.grad((states * weights).sum(), parameters)
+
+    expected = gradients("none", compiled=False)  # with dense masks
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=counting, **options))
+    monkeypatch.setattr(row_attention, "chosen_kernel", lambda device: "flex")
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    interface._compiled.cache_clear()
+    torch._dynamo.reset()
+    found = {how: gradients(how, compiled) for how in ("selective", "full", "none")}
+    # for each mask, one with gradients and one without; of whole layers, which run as they are without gradients, one a setting
+    assert len(graphs) == masks * (4 if compiled else 2)
+    for how, own in found.items():
+        assert all(map(torch.equal, own, found["none"])), how
+        for got, wanted in zip(own, expected, strict=True):
+            assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max())), how
+    interface._compiled.cache_clear()
+
+
 def test_kernels_of_further_shapes_replace_those_that_are_too_many(flex_on_cpu, monkeypatch, caplog):
     compile_, made = torch.compile, []
 
