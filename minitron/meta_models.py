@@ -205,6 +205,7 @@ def write_model(model: nn.Module, weights: Checkpoint, dtype: torch.dtype, folde
         if writer:
             for stored, part in weights.stored(name, whole.cpu()):
                 writer.add(stored, part.contiguous())
+        del whole  # before the next one is gathered
     if writer is None or folder is None:
         return
     writer.close()

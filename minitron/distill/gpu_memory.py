@@ -54,7 +54,8 @@ class GpuMemory:
     start: int = 0
     """Total while the models are loaded."""
     end: int = 0
-    """Total while the trained model is written; a sharded one is gathered one tensor at a time."""
+    """Total while the trained model is written, without what only steps need; a sharded one is gathered one tensor at a time,
+    rounded to the dtype that it computes in."""
 
     @property
     def parts(self) -> dict[str, int]:
@@ -112,10 +113,13 @@ def gpu_memory(
     training = _Training(student, config, seq_length, processes, parts, value_bytes, trained)
     tokens = training.tokens
     state = training.state
+    kept = 0  # of the teacher, from the first step to the last
     if teacher is not None:
         inside = value_bytes * teacher.num_layers * layer_parameters(teacher)
         parts = parts_of(inside, processes, node_processes, gpu_bytes)
-        state = replace(state, teacher=_teacher(teacher, teacher_kept, tokens, parts, value_bytes))
+        kept = _teacher(teacher, teacher_kept, parts, value_bytes)
+        states = tokens * (teacher.hidden_size * value_bytes + (FLOAT if teacher_kept == "head" else 0))
+        state = replace(state, teacher=kept + states)
     cutting = 0
     if source is not None and not training.split:
         size = source.num_parameters * value_bytes
@@ -151,8 +155,11 @@ def gpu_memory(
         communication=training.gathered + training.reduced_last,
     )
     step = max(in_teacher, in_loss, in_backward, at_the_end, key=lambda memory: memory.step)
-    held = replace(state, gradients=0).step
-    return replace(step, start=max(held, cutting), end=held + (FLOAT * training.embedding if training.split else 0))
+    start = max(replace(state, gradients=0).step, cutting)
+    written = replace(state, masters=0, moments=0, gradients=0, teacher=kept)
+    if training.split:
+        written = replace(written, masters=state.masters, communication=value_bytes * student.largest_tensor)
+    return replace(step, start=start, end=written.step)
 
 
 @dataclass(frozen=True)
@@ -253,16 +260,15 @@ class _Training:
         return (2 * self.value_bytes + FLOAT) * self.embedding
 
 
-def _teacher(teacher: Architecture, kept: TeacherKept, tokens: int, parts: int, value_bytes: int) -> int:
-    head = teacher.vocab_size * teacher.hidden_size
-    states = tokens * (teacher.hidden_size * value_bytes + (FLOAT if kept == "head" else 0))
+def _teacher(teacher: Architecture, kept: TeacherKept, parts: int, value_bytes: int) -> int:
+    """Bytes of the teacher's weights."""
     if kept == "head":
-        return head * value_bytes + states
+        return teacher.vocab_size * teacher.hidden_size * value_bytes
     if kept == "whole" or parts == 1:
-        return teacher.num_parameters * value_bytes + states
+        return teacher.num_parameters * value_bytes
     layer = layer_parameters(teacher)
     inside = teacher.num_layers * layer
-    return value_bytes * (teacher.num_parameters - inside + inside // parts) + states
+    return value_bytes * (teacher.num_parameters - inside + inside // parts)
 
 
 def layer_parameters(architecture: Architecture) -> int:

@@ -9,8 +9,13 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+WRAPPERS = (DTensor, AsyncCollectiveTensor)  # tensors around other tensors
+NOT_MEMORY = (*WRAPPERS, FakeTensor)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -26,12 +31,12 @@ class LiveBytes(TorchDispatchMode):
         self.peak = self.alive
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        if any(kind.__name__ == "DTensor" for kind in types):
-            return NotImplemented  # its parts are counted
+        if any(issubclass(kind, WRAPPERS) for kind in types):
+            return NotImplemented  # what is inside is counted
         result = function(*arguments, **(named or {}))
         for tensor in tree_leaves(result):
             # fake ones are what DTensor finds out shapes with
-            if isinstance(tensor, torch.Tensor) and not tensor.is_meta and not isinstance(tensor, FakeTensor):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta and not isinstance(tensor, NOT_MEMORY):
                 self._count(tensor.untyped_storage())
         return result
 

@@ -13,9 +13,11 @@ import torch.distributed as dist
 from helpers import tiny
 from helpers.live_bytes import LiveBytes
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoConfig
 
-from minitron import meta_models
+from minitron import Architecture, meta_models
 from minitron.distill import DistillConfig, LiveTeacher, Losses, distill, sharding
+from minitron.distill.gpu_memory import CONTEXT, gpu_memory
 from minitron.meta_models import open_model, write_model
 
 NEXT_TOKEN = Losses(logits="none", cross_entropy=1.0)
@@ -72,27 +74,37 @@ def checkpoints(tmp_path_factory):
     return folder
 
 
-def rehearse(folder, result, world, micro_batches):
-    """Train for two steps and save; the peak of each part, and of what is left after it, in bytes a parameter."""
+def settings(world, micro_batches):
+    return DistillConfig(steps=2, batch_rows=micro_batches * world, micro_batch_rows=1, shard=True, max_skipped_steps=2)
+
+
+def live_teacher(folder):
+    """A teacher whose layers are split over the processes, if there are several."""
+    model, weights = open_model(folder, torch.bfloat16)
+    return LiveTeacher(model, shard=True, device=torch.device("cpu"), weights=weights)
+
+
+def rehearse(folder, result, world, micro_batches, teacher=None):
+    """Train for two steps and save to `result`, which only one process has; the peak of each part, and of what is left after
+    it, in bytes a parameter. teacher: the folder of a live one."""
     peaks, left = {}, {}
-    with LiveBytes().counting() as live:
+    with LiveBytes().counting() as counted:
         student, weights = open_model(folder, torch.bfloat16)
         size = sum(parameter.numel() for parameter in student.parameters())
 
         def mark(part):
-            peaks[part], left[part] = live.peak / size, live.alive / size
-            live.begin_peak()
+            peaks[part], left[part] = counted.peak / size, counted.alive / size
+            counted.begin_peak()
 
-        live.begin_peak()
+        counted.begin_peak()
+        targets = live_teacher(teacher) if teacher else None
         reading = Reading(weights)
         distill(
             student,
-            None,
+            targets,
             RandomRows(),
-            DistillConfig(
-                steps=2, batch_rows=micro_batches * world, micro_batch_rows=1, shard=True, max_skipped_steps=2
-            ),
-            losses=NEXT_TOKEN,
+            settings(world, micro_batches),
+            losses=Losses() if teacher else NEXT_TOKEN,
             weights=reading,
             resumed=lambda _: mark("set-up"),
             evaluate=lambda done, _: mark(f"step {done}"),
@@ -120,6 +132,41 @@ def test_a_student_split_inside_nodes_is_held_once_in_each_node(checkpoints, pro
     _check_budgets(peaks, left, read, shards=8)
     # 35 B parameters leave too little of 80 GB if only 8 processes share them
     assert sharding.mesh_shape(torch.device("cpu"), 16 * 35_000_000_000) == (32,)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "world", "node"),
+    [
+        ("wide", None, 1, 0),  # not split
+        ("deep", "deep", 1, 0),
+        ("wide", None, 32, 0),
+        ("deep", "deep", 8, 0),
+        ("deep", "deep", 32, 8),  # split inside nodes
+    ],
+)
+def test_writing_a_trained_student_takes_the_estimated_bytes(
+    checkpoints, processes, monkeypatch, student, teacher, world, node
+):
+    if world > 1:
+        processes(world)
+    if node:
+        nodes_of_eight(monkeypatch)
+    own, other = (name and checkpoints / name for name in (student, teacher))
+    peaks, left, _ = rehearse(own, None, world, micro_batches=1, teacher=other)
+    shape, theirs = (folder and Architecture.from_config(AutoConfig.from_pretrained(folder)) for folder in (own, other))
+    estimate = gpu_memory(
+        shape,
+        settings(world, 1),
+        RandomRows.seq_length,
+        teacher=theirs,
+        teacher_kept="whole" if world == 1 else "sharded",
+        processes=world,
+        node_processes=node,
+        gpu_bytes=80_000_000_000,
+    )
+    assert estimate.end - CONTEXT == pytest.approx(peaks["saving"] * shape.num_parameters, rel=0.1)
+    # one tensor at a time, and its rounded part
+    assert (peaks["saving"] - left["end"]) * shape.num_parameters < 1.2 * 2 * shape.largest_tensor
 
 
 def test_trainings_one_after_another_use_the_same_groups_of_processes(processes, monkeypatch):
