@@ -3,7 +3,7 @@
 A difference is the mean of the documents' differences. Its standard error is that of these differences, with documents that
 belong together as clusters. It is far smaller than the scores' standard errors suggest, as models are right on the same
 documents. Of scores that are no mean of one number for each document it is the spread of the differences of bootstrap
-replicates.
+replicates, and of a group of such scores that of its tasks' differences.
 Sources: Miller 2024, arXiv 2411.00640, section 4; Holm 1979, Scandinavian Journal of Statistics 6.
 """
 
@@ -131,8 +131,8 @@ def _obstacle(task: str, reference: ModelResults, model: ModelResults) -> str:
     if error_of_replicates(first, second) is not None:
         return ""
     return (
-        f"{first.score.metric} is no mean over documents, and the results are of an earlier version, of a group, or not of the "
-        "same documents"
+        f"{first.score.metric} is no mean over documents, and the results are of an earlier version or not of the same "
+        "documents, or of documents on which some draws have no score"
     )
 
 
@@ -188,8 +188,9 @@ def _difference(task: str, one: ModelResults, other: ModelResults) -> Difference
     stderr: float | None
     fixed = 0.0
     if first.values() is None or second.values() is None:
-        stderr = error_of_replicates(first, second)
-        assert stderr is not None
+        error = error_of_replicates(first, second)
+        assert error is not None
+        stderr, fixed = error.stderr, error.fixed
         value = second.score.value - first.score.value
         clusters = [document.cluster for document in second.documents]
         p_value: float | None = _t_test(value, stderr, len(set(clusters)))
@@ -202,8 +203,7 @@ def _difference(task: str, one: ModelResults, other: ModelResults) -> Difference
                 "evaluate both on the same documents",
             )
         value = math.fsum(differences) / len(differences)
-        error = difference_error if _is_binary(first, second) else standard_error
-        stderr = error(differences, clusters)
+        stderr = (difference_error if _is_binary(first, second) else standard_error)(differences, clusters)
         p_value = _p_value(differences, value, stderr, len(set(clusters)))
         if second.score.has_tasks_as_clusters and stderr:
             fixed = _fixed_error(differences, clusters, stderr)

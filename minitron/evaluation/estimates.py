@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 REPLICATES = 100  # lm-eval's number for metrics that take long, such as BLEU
@@ -27,36 +27,53 @@ _OF_LOG_LIKELIHOOD: dict[str, Callable[[float], tuple[float, float]]] = {
 
 
 def contributions(
-    metric: str, values: Sequence[float], weights: Sequence[float], tasks: Sequence[Hashable]
+    metric: str,
+    values: Sequence[float],
+    weights: Sequence[float],
+    tasks: Sequence[Hashable],
+    *,
+    by_task: bool = False,
 ) -> list[float] | None:
     """One number per document, so that their mean is the score; None if the score is no such mean.
 
     metric: lm-eval's name. values: of each document, of a perplexity its log-likelihood in nats. weights: what a value is
-    divided by, such as its number of words; 1 for a plain mean. tasks: the task of each document if the score is the mean over
-    tasks of any size; otherwise all equal.
+    divided by, such as its number of words; 1 for a plain mean. tasks: the task of each document of a group; otherwise all
+    equal. by_task: whether a group's tasks count the same, whatever their size; otherwise its documents do.
     """
-    if metric in _OF_LOG_LIKELIHOOD:
-        if len(set(tasks)) > 1 or not math.fsum(weights):
+    of_task: dict[Hashable, list[int]] = defaultdict(list)
+    for number, task in enumerate(tasks):
+        of_task[task].append(number)
+    found = [0.0] * len(values)
+    means: dict[Hashable, float] = {}
+    for task, numbers in of_task.items():
+        own = _of_one_task(metric, [values[n] for n in numbers], [weights[n] for n in numbers])
+        if own is None:
             return None
-        total = math.fsum(weights)
-        mean = math.fsum(values) / total
-        try:
-            score, slope = _OF_LOG_LIKELIHOOD[metric](mean)
-        except OverflowError:
-            return None
-        scale = len(values) / total
-        return [score + slope * scale * (v - mean * w) for v, w in zip(values, weights, strict=True)]
-    if any(weight != 1 for weight in weights):
-        return None
-    by_task: dict[Hashable, list[float]] = defaultdict(list)
-    for value, task in zip(values, tasks, strict=True):
-        by_task[task].append(value)
-    if len(by_task) < 2:
-        return list(values)
-    means = {task: math.fsum(own) / len(own) for task, own in by_task.items()}
+        means[task] = math.fsum(own) / len(own)
+        for number, value in zip(numbers, own, strict=True):
+            found[number] = value
+    if not by_task or len(means) < 2:
+        return found
     score = math.fsum(means.values()) / len(means)
     share = len(values) / len(means)
-    return [score + share / len(by_task[task]) * (v - means[task]) for v, task in zip(values, tasks, strict=True)]
+    return [
+        score + share / len(of_task[task]) * (value - means[task]) for value, task in zip(found, tasks, strict=True)
+    ]
+
+
+def _of_one_task(metric: str, values: Sequence[float], weights: Sequence[float]) -> list[float] | None:
+    if metric not in _OF_LOG_LIKELIHOOD:
+        return list(values) if all(weight == 1 for weight in weights) else None
+    total = math.fsum(weights)
+    if not total:
+        return None
+    mean = math.fsum(values) / total
+    try:
+        score, slope = _OF_LOG_LIKELIHOOD[metric](mean)
+    except OverflowError:
+        return None
+    scale = len(values) / total
+    return [score + slope * scale * (v - mean * w) for v, w in zip(values, weights, strict=True)]
 
 
 def is_mean_of(numbers: Sequence[float], score: float) -> bool:
@@ -85,3 +102,17 @@ def replicates(
     except (ValueError, ArithmeticError):
         return ()
     return scores if all(map(math.isfinite, scores)) else ()
+
+
+def group_replicates(own: Mapping[str, Sequence[float]], weights: Mapping[str, float]) -> tuple[float, ...]:
+    """Scores of a group whose documents are drawn within each of its tasks, from the `replicates` of each task.
+
+    own, weights: by task, the weights with a sum of 1. Empty if a task has no replicates.
+    """
+    if not all(own.values()):
+        return ()
+    drawn = []
+    for name, scores in own.items():
+        # Tasks of one size have the same draws, as if their documents belonged together: another order parts them.
+        drawn.append([weights[name] * score for score in random.Random(name).sample(list(scores), len(scores))])
+    return tuple(math.fsum(scores) for scores in zip(*drawn, strict=True))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from dataclasses import dataclass
 
-from minitron.evaluation.scores import DocumentResult, Evaluated, contributions_of
+from minitron.evaluation.scores import DocumentResult, Evaluated
+from minitron.evaluation.uncertainty import standard_error
 
 CONFIDENCE = 0.95
 
@@ -13,11 +16,7 @@ def paired_differences(first: Evaluated, second: Evaluated) -> tuple[list[float]
     """A number for each document that both have, whose mean is the difference of the second's and the first's scores on these
     documents, and the document's cluster. Both must have `values()`."""
     before, after = common_documents(first, second)
-    one, other = (
-        contributions_of(result.score.metric, result.main, documents, by_task=result.score.is_mean_over_tasks)
-        for result, documents in ((first, before), (second, after))
-    )
-    pairs = zip(one or (), other or (), strict=True)
+    pairs = zip(first.numbers_of(before) or (), second.numbers_of(after) or (), strict=True)
     return [b - a for a, b in pairs], [document.cluster for document in before]
 
 
@@ -28,10 +27,26 @@ def common_documents(first: Evaluated, second: Evaluated) -> tuple[list[Document
     return [known[document.id, document.hash] for document in after], after
 
 
-def error_of_replicates(first: Evaluated, second: Evaluated) -> float | None:
-    """Standard error of the difference of two scores that are no means over documents; None without bootstrap replicates of the
-    same documents."""
+@dataclass(frozen=True)
+class DifferenceError:
+    """Standard error of the difference of two scores that are no means of one number for each document."""
+
+    stderr: float
+    fixed: float
+    """The part that more documents do not reduce: what differs between the tasks of a group, which has no others."""
+
+
+def error_of_replicates(first: Evaluated, second: Evaluated) -> DifferenceError | None:
+    """None without bootstrap replicates of the same documents; for a group by its tasks also without their scores."""
     hashes = [[document.hash for document in each.documents] for each in (first, second)]
     if not (first.replicates and second.replicates) or hashes[0] != hashes[1]:
         return None
-    return statistics.stdev(b - a for a, b in zip(first.replicates, second.replicates, strict=True))
+    within = statistics.stdev(b - a for a, b in zip(first.replicates, second.replicates, strict=True))
+    if not second.score.has_tasks_as_clusters:
+        return DifferenceError(within, 0.0)
+    if not second.task_scores or first.task_scores.keys() != second.task_scores.keys():
+        return None
+    tasks = [document.task for document in second.documents]
+    stderr = standard_error([second.task_scores[task] - first.task_scores[task] for task in tasks], tasks)
+    assert stderr is not None
+    return DifferenceError(stderr, math.sqrt(max(0.0, stderr**2 - within**2)))

@@ -22,7 +22,8 @@ class Score:
     stderr: float | None
     """Standard error, which takes into account which documents belong together (`num_clusters`), and is not zero for a share of
     0 or 1 (`minitron.evaluation.uncertainty.score_error`). Of a metric that is neither a mean over documents nor a perplexity,
-    the spread of `Evaluated.replicates`. None for one document, and for groups of such metrics."""
+    the spread of `Evaluated.replicates`; of a group of such scores, that of its tasks' scores around it. None for one document
+    or one group of them, and where the spread cannot be told: of scores that are not defined for all draws or all equal."""
     num_documents: int
     num_fewshot: int
     version: str
@@ -43,14 +44,19 @@ class Score:
     """The split of the few-shot examples; None without, if the definition contains them, and in results of earlier versions."""
 
     @property
+    def is_of_group(self) -> bool:
+        """Whether this is the score of several tasks, whose names are the first parts of the documents' ids."""
+        return self.num_tasks is not None and self.num_tasks > 1
+
+    @property
     def has_tasks_as_clusters(self) -> bool:
         """Whether the groups of documents are the tasks of a group, such as subjects, so that more documents add none."""
-        return self.num_tasks is not None and self.num_tasks > 1 and self.num_clusters == self.num_tasks
+        return self.is_of_group and self.num_clusters == self.num_tasks
 
     @property
     def is_mean_over_tasks(self) -> bool:
         """Whether this is the score of a group in which every task counts the same, of any number of documents."""
-        return self.num_tasks is not None and self.num_tasks > 1 and self.num_clusters is None
+        return self.is_of_group and self.num_clusters is None
 
     @property
     def shown_as(self) -> Metric:
@@ -65,7 +71,7 @@ class Score:
             return f"first {self.num_documents:,} documents of {self.split}"
         if self.num_available == self.num_documents:
             return f"all {self.num_documents:,} documents of {self.split}"
-        if self.num_tasks is not None and self.num_tasks > 1:
+        if self.is_of_group:
             return (
                 f"{self.num_documents:,} of {self.num_available:,} documents of {self.split}, the first ones of each of "
                 f"{self.num_tasks:,} tasks"
@@ -115,6 +121,11 @@ class DocumentResult:
     weights: dict[str, float] = field(default_factory=dict)
     """By "METRIC,FILTER", the number of words or bytes that the log-likelihood is divided by; 1 where there is none."""
 
+    @property
+    def task(self) -> str:
+        """Of a document of a group, the name of its task."""
+        return self.id.split("/", 1)[0]
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -144,7 +155,10 @@ class Evaluated:
     """As many as were requested, the worst first."""
     replicates: tuple[float, ...] = ()
     """Of a score that is no mean of one number for each document, the scores of documents drawn with replacement, the same ones
-    for every model that is scored on these documents (`minitron.evaluation.estimates.replicates`)."""
+    for every model that is scored on these documents (`minitron.evaluation.estimates.replicates`); of a group, drawn within
+    each of its tasks."""
+    task_scores: dict[str, float] = field(default_factory=dict)
+    """Of a group, the scores of its tasks by name; empty in results of earlier versions."""
 
     def numbers(self, name: str) -> dict[str, float]:
         """All metrics with their standard errors, by names that begin with `name`.
@@ -170,8 +184,13 @@ class Evaluated:
     def values(self) -> list[float] | None:
         """One number per document, so that their mean is the score: of a mean over documents the metric, otherwise see
         `minitron.evaluation.estimates.contributions`. None if the score is no such mean."""
-        found = contributions_of(self.score.metric, self.main, self.documents, by_task=self.score.is_mean_over_tasks)
+        found = self.numbers_of(self.documents)
         return found if found is not None and is_mean_of(found, self.score.value) else None
+
+    def numbers_of(self, documents: Sequence[DocumentResult]) -> list[float] | None:
+        """As `values`, of some documents, whose mean is the score that they have alone."""
+        grouped, by_task = self.score.is_of_group, self.score.is_mean_over_tasks
+        return contributions_of(self.score.metric, self.main, documents, grouped=grouped, by_task=by_task)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Evaluated:
@@ -183,15 +202,17 @@ class Evaluated:
             documents=tuple(DocumentResult(**each) for each in values["documents"]),
             samples=tuple(Sample(**each) for each in values["samples"]),
             replicates=tuple(values.get("replicates", ())),  # results of earlier versions have none
+            task_scores=dict(values.get("task_scores", {})),
         )
 
 
 def contributions_of(
-    metric: str, key: str, documents: Sequence[DocumentResult], *, by_task: bool
+    metric: str, key: str, documents: Sequence[DocumentResult], *, grouped: bool, by_task: bool = False
 ) -> list[float] | None:
     """`minitron.evaluation.estimates.contributions` of a metric, which documents have under `key`; None if one lacks it.
 
-    by_task: whether the score is the mean over tasks, whose names are the first parts of the documents' ids.
+    grouped: whether the documents are those of several tasks, whose names are the first parts of their ids. by_task: whether
+    the score is the mean over these tasks.
     """
     if not documents or any(key not in document.values for document in documents):
         return None
@@ -199,7 +220,8 @@ def contributions_of(
         metric,
         [document.values[key] for document in documents],
         [document.weights.get(key, 1.0) for document in documents],
-        [document.id.split("/", 1)[0] if by_task else "" for document in documents],
+        [document.task if grouped else "" for document in documents],
+        by_task=by_task,
     )
 
 

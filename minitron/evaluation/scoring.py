@@ -14,7 +14,7 @@ import numpy as np
 
 from minitron.errors import InputError
 from minitron.evaluation.benchmarks import FILTER, METRIC
-from minitron.evaluation.estimates import is_mean_of, replicates
+from minitron.evaluation.estimates import group_replicates, is_mean_of, replicates
 from minitron.evaluation.metrics import task_metric
 from minitron.evaluation.scores import (
     DocumentResult,
@@ -26,7 +26,7 @@ from minitron.evaluation.scores import (
     renamed,
     worst_first,
 )
-from minitron.evaluation.uncertainty import passage_of, score_error
+from minitron.evaluation.uncertainty import passage_of, score_error, standard_error
 from minitron.storage import fingerprint
 
 PER_WORD_OR_BYTE = ("word_perplexity", "byte_perplexity", "bits_per_byte")  # lm-eval has a pair for each document
@@ -62,7 +62,7 @@ def evaluated(
     if _contributions(metric, f"{metric},{chosen}", main.value, documents) is None:
         drawn = _replicates(built, metric, chosen, results["samples"][part], documents)
     if drawn:
-        metrics[metrics.index(main)] = main = replace(main, stderr=statistics.stdev(drawn))
+        metrics[metrics.index(main)] = main = replace(main, stderr=_spread(drawn))
     higher_is_better = main.higher_is_better
     if higher_is_better is None:
         higher_is_better = task_metric(part, metric).higher_is_better
@@ -155,8 +155,8 @@ def _stderr(metric: str, key: str, value: float, documents: Sequence[DocumentRes
 
 
 def _contributions(metric: str, key: str, value: float, documents: Sequence[DocumentResult]) -> list[float] | None:
-    """Numbers of the documents whose mean is `value`; None if there are none."""
-    found = contributions_of(metric, key, documents, by_task=False)
+    """Numbers of the documents of a task whose mean is `value`; None if there are none."""
+    found = contributions_of(metric, key, documents, grouped=False)
     return found if found is not None and is_mean_of(found, value) else None
 
 
@@ -172,11 +172,18 @@ def _replicates(
     return replicates(built.aggregation()[metric], [items[document.id] for document in having], clusters)
 
 
+def _spread(replicates: Sequence[float]) -> float | None:
+    """Their standard deviation; None if all are equal, as where every answer is wrong: that does not show that all would be."""
+    return statistics.stdev(replicates) or None if replicates else None
+
+
 def pooled(task: str, members: Mapping[str, Evaluated], samples: int, *, by_size: bool = True) -> Evaluated:
     """The result of a group of tasks: the mean over all their documents, or with `by_size` false over the tasks.
 
-    members: by name. The documents of one member belong together (the subjects of MMLU), unless the mean is over the tasks.
+    members: by name. The documents of one member belong together (the subjects of MMLU), unless the mean is over the tasks or
+    there is only one.
     """
+    by_size = by_size and len(members) > 1
     scores = [member.score for member in members.values()]
     first = next(iter(members.values()))
     if metrics_of := {score.metric for score in scores} - {first.score.metric}:
@@ -213,6 +220,12 @@ def pooled(task: str, members: Mapping[str, Evaluated], samples: int, *, by_size
             stderr = math.sqrt(sum(one**2 for one in known)) / len(values) if len(known) == len(values) else None
         else:
             stderr = _stderr(each.metric, f"{each.metric},{each.filter}", value, documents)
+            if (
+                stderr is None
+            ):  # the score is that of no mean over documents, but a mean of the tasks' scores all the same
+                of_task = dict(zip(members, (own.value for own in values), strict=True))
+                tasks = [document.task for document in documents]
+                stderr = standard_error([of_task[task] for task in tasks], tasks) or None  # zero would be chance
         metrics.append(MetricValue(each.metric, each.filter, value, stderr, each.higher_is_better))
     main = next((m for m in metrics if (m.metric, m.filter) == (first.score.metric, first.filter)), None)
     available = [score.num_available or score.num_documents for score in scores]
@@ -232,13 +245,29 @@ def pooled(task: str, members: Mapping[str, Evaluated], samples: int, *, by_size
         examples=first.score.examples,
     )
     kept = [replace(sample, id=f"{name}/{sample.id}") for name, member in members.items() for sample in member.samples]
-    return Evaluated(
+    result = Evaluated(
         score,
         first.filter,
         tuple(metrics),
         documents,
         worst_first(kept, samples, higher_is_better=score.higher_is_better),
+        task_scores={name: member.score.value for name, member in members.items()},
     )
+    if result.values() is not None:
+        return result
+    weights = {name: size / sum(sizes) for name, size in zip(members, sizes, strict=True)}
+    drawn = group_replicates({name: _drawn(member) for name, member in members.items()}, weights)
+    if score.stderr is None and not by_size:
+        score = replace(score, stderr=_spread(drawn))
+    return replace(result, score=score, replicates=drawn)
+
+
+def _drawn(member: Evaluated) -> tuple[float, ...]:
+    """The replicates of a task, also of one whose score happens to be a mean over documents."""
+    values = member.values()
+    if values is None:
+        return member.replicates
+    return replicates(statistics.fmean, values, [document.cluster for document in member.documents])
 
 
 def _sample(built: Any, sample: Mapping[str, Any], metric: str) -> Sample | None:

@@ -73,7 +73,8 @@ class TaskWatch:
 
     def _change(self, before: Evaluated, now: Evaluated, tasks: int) -> Change | None:
         if before.values() is None or now.values() is None:
-            value, stderr = now.score.value - before.score.value, error_of_replicates(before, now)
+            error = error_of_replicates(before, now)
+            value, stderr = now.score.value - before.score.value, None if error is None else error.stderr
         else:
             differences, clusters = paired_differences(before, now)
             value = sum(differences) / max(1, len(differences))

@@ -14,8 +14,11 @@ from minitron.evaluation.result_file import ModelResults
 def score_table(results: Sequence[ModelResults]) -> Table:
     """A row per task with its metric, unit and documents, and a column per model."""
     keys = list(dict.fromkeys(key for result in results for key in (*result.tasks, *result.failures)))
-    has_errors = any(each.score.stderr is not None for result in results for each in result.tasks.values())
-    table = Table(caption=f"{PLUS_MINUS} is the standard error" if has_errors else None, caption_justify="left")
+    errors = [each.score.stderr for result in results for each in result.tasks.values()]
+    caption = f"{PLUS_MINUS} is the standard error" if errors else None
+    if None in errors:
+        caption = f"{caption}; - where it cannot be told: of one document or task, and of scores that do not vary"
+    table = Table(caption=caption, caption_justify="left")
     table.add_column("task")
     table.add_column("metric")
     for result in results:
@@ -39,7 +42,7 @@ def _value(result: ModelResults, key: str) -> str:
     if key not in result.tasks:
         return "failed" if key in result.failures else "not measured"
     score = result.tasks[key].score
-    return score.shown_as.text(score.value, score.stderr)
+    return score.shown_as.text(score.value, score.stderr) + (f" {PLUS_MINUS} -" if score.stderr is None else "")
 
 
 def sample_lines(results: Sequence[ModelResults], longest: int) -> Iterator[str]:

@@ -230,6 +230,16 @@ def test_workers_get_names_of_models_that_do_not_depend_on_the_working_directory
     assert sources == [packaged, str(folder / "random")]
 
 
+def test_a_score_without_an_error_says_so(folder):
+    options = ("--tasks", "arc_easy", "--data", "data", "--dtype", "float32")
+    one = minitron_here("evaluate", "random", *options, "--limit", "1", cwd=folder)
+    assert re.search(r"│ +\d+\.0 ± - │", one.stdout)
+    assert "; - where it cannot be told: of one document or task" in " ".join(one.stdout.split())
+    more = minitron_here("evaluate", "random", *options, "--limit", "4", cwd=folder)
+    assert "± is the standard error" in more.stdout
+    assert "cannot be told" not in more.stdout
+
+
 @pytest.fixture
 def tracked(folder, tmp_path, empty_database):
     """Options that record an evaluation in a database, whose client comes with them."""
