@@ -130,7 +130,11 @@ def _pack(folder: Path, tokenizer: Any, seq_length: int, num_rows: int) -> Rows:
 def _config(architecture: Architecture, seq_length: int) -> Any:
     from transformers import LlamaConfig
 
-    given = LlamaConfig(vocab_size=architecture.vocab_size, max_position_embeddings=max(8192, seq_length))
+    given = LlamaConfig(
+        vocab_size=architecture.vocab_size,
+        max_position_embeddings=max(8192, seq_length),
+        tie_word_embeddings=architecture.tied,
+    )
     config = architecture.to_config(given)
     config.architectures = ["LlamaForCausalLM"]
     return config

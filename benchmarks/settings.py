@@ -35,6 +35,7 @@ class Wanted:
     micro_batch_rows: int | None = None
     recompute: str | None = None
     optimizer: str | None = None
+    fp8: str = "none"
 
 
 def settings_to_try(
@@ -74,6 +75,7 @@ def _ours(
             micro_batch_rows=wanted.micro_batch_rows or 1,
             activation_checkpointing=wanted.recompute or "none",
             optimizer=optimizer,
+            fp8=wanted.fp8,
         )
         free = {"micro_batch_rows": wanted.micro_batch_rows, "activation_checkpointing": wanted.recompute}
         chosen = [name for name, value in free.items() if value is None]

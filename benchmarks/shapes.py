@@ -14,9 +14,14 @@ LLAMA_TOKENS = 128_256
 _8B = Architecture(32, 4096, 14_336, 32, 8, 128, LLAMA_TOKENS, False)
 _70B = Architecture(80, 8192, 28_672, 64, 8, 128, LLAMA_TOKENS, False)
 _3B = Architecture(28, 3072, 8192, 24, 8, 128, LLAMA_TOKENS, True)
+_135M = Architecture(30, 576, 1536, 9, 3, 64, 49_152, True)
 _TINY = Architecture(2, 64, 128, 4, 2, 16, 512, True)
 
 RANDOM: dict[str, tuple[Architecture, Architecture]] = {
+    "llama-135m": (
+        _135M,
+        replace(_135M, num_layers=24, intermediate_size=960),
+    ),  # into 89M; the teacher is as SmolLM2-135M
     "llama-3b": (_3B, replace(_3B, hidden_size=2304, intermediate_size=6144)),
     "llama-8b": (_8B, replace(_8B, hidden_size=3072, intermediate_size=9216)),  # of arXiv 2408.11796
     "llama-70b": (_70B, replace(_70B, hidden_size=6144, intermediate_size=18_432, num_heads=48)),

@@ -23,7 +23,7 @@ def tries_of(
     name: str, options: argparse.Namespace, teacher: Architecture, student: Architecture, gpu_bytes: int
 ) -> list[Settings]:
     """The settings to try for the trainer of this name."""
-    wanted = Wanted(options.batch, options.micro_batch, options.recompute, options.optimizer)
+    wanted = Wanted(options.batch, options.micro_batch, options.recompute, options.optimizer, options.fp8)
     ours = CONTENDERS[name].package == "minitron"
     return settings_to_try(wanted, teacher, student, options.sequence, gpu_bytes, ours=ours, live=name != OURS)
 
@@ -69,8 +69,9 @@ class Comparison:
         sizes = " -> ".join(f"{shape.num_parameters / 1e9:.2f}B" for shape in (self.teacher, self.student))
         title = (
             f"{options.shapes}, {sizes}, {self.teacher.num_layers} layers; {options.batch} rows of {options.sequence} tokens "
-            f"a step{', compiled' if options.compile else ''}; {kind_of_seconds()}; {options.rounds} rounds of "
-            f"{options.steps} {'after each other' if on_gpu() else 'in alternation'}, median (lowest to highest)"
+            f"a step{', compiled' if options.compile else ''}{_fp8(options.fp8)}; {kind_of_seconds()}; "
+            f"{options.rounds} rounds of {options.steps} {'after each other' if on_gpu() else 'in alternation'}, "
+            "median (lowest to highest)"
         )
         return markdown(title, ["", *self.names], columns_of(self.outcomes, tokens, flops, self.about))
 
@@ -127,7 +128,7 @@ class Comparison:
         options = self.options
         given = {"materials": self.folder, "contender": name, "batch": batch, "optimizer": settings.optimizer}
         given |= {"micro-batch": settings.micro_batch_rows, "recompute": settings.recompute, "shapes": options.shapes}
-        given |= {"warm-up": options.warm_up, "steps": options.steps, "rounds": options.rounds}
+        given |= {"fp8": options.fp8, "warm-up": options.warm_up, "steps": options.steps, "rounds": options.rounds}
         return Worker(
             [*command(**given), *["--compile"] * options.compile], self.folder / f"{name.replace(' ', '-')}.log"
         )
@@ -139,6 +140,10 @@ def command(**options: object) -> list[str]:
     for key, value in options.items():
         parts += [f"--{key}", str(value)]
     return parts
+
+
+def _fp8(scaling: str) -> str:
+    return "" if scaling == "none" else f", FP8 {scaling} in minitron"
 
 
 def _say(text: str) -> None:

@@ -41,6 +41,8 @@ class Setup:
     """What the backward pass computes again, as `DistillConfig.activation_checkpointing`."""
     optimizer: str
     compile: bool
+    fp8: str = "none"
+    """Of minitron alone, as `DistillConfig.fp8`."""
 
 
 Stepped = Callable[[dict[str, Any]], None]
@@ -60,6 +62,7 @@ def _ours(materials: Materials, setup: Setup, stepped: Stepped, *, live: bool) -
         activation_checkpointing=setup.recompute,
         optimizer=setup.optimizer,
         compile=setup.compile,
+        fp8=setup.fp8,
         seed=SEED,
     )
 

@@ -2,9 +2,10 @@
 
     python -m benchmarks.whole_step [--shapes llama-3b] [--only minitron TRL] [--out docs/benchmarks.md]
 
-"smollm2": SmolLM2-135M is distilled into a student of 90M parameters that is pruned from it. "llama-3b", "llama-8b" and
-"llama-70b" need a GPU and have random weights: 3.2B into 2.0B, 8B into 4.5B, and 70B into 35B with as many layers as fit.
-"tiny" only tries the command. Rows are the documentation of installed packages. The trainers are in benchmarks/trainers.py.
+"smollm2": SmolLM2-135M is distilled into a student of 90M parameters that is pruned from it. "llama-135m", "llama-3b",
+"llama-8b" and "llama-70b" need a GPU and have random weights: 135M into 89M, 3.2B into 2.0B, 8B into 4.5B, and 70B into 35B
+with as many layers as fit. "tiny" only tries the command. Rows are the documentation of installed packages. The trainers are in
+benchmarks/trainers.py.
 
 Each trainer runs in a process of its own, and so does the preparation. On a CPU they take turns of a few steps. On a GPU each
 ends before the next one begins, so that each has all the memory. There they train with the fastest settings that fit: those
@@ -39,6 +40,7 @@ from minitron.device import datasheet_flops, gpu_bytes, matmul_flops
 from minitron.distill import DistillConfig
 from minitron.distill.blocks import ACTIVATION_CHECKPOINTING
 from minitron.distill.config import OPTIMIZERS
+from minitron.distill.fp8 import FP8
 
 ABOUT = "about.json"
 ON_CPUS = (SMOLLM2, "tiny")
@@ -64,6 +66,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--optimizer", choices=OPTIMIZERS, help="of minitron (default: what fits; adamw on a CPU)")
     parser.add_argument("--compile", action="store_true", help="torch.compile in all trainers")
+    parser.add_argument(
+        "--fp8", choices=FP8, default="none", help="products of minitron's linear layers, with --compile"
+    )
     parser.add_argument("--rows", type=int, default=32, help="rows of text, which are repeated")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before the first round")
     parser.add_argument("--steps", type=int, default=1, help="steps of a round")
@@ -137,6 +142,7 @@ def _train(options: argparse.Namespace) -> None:
         recompute=options.recompute,
         optimizer=options.optimizer,
         compile=options.compile,
+        fp8=options.fp8,
     )
     contender = CONTENDERS[options.contender]
     for module in contender.modules:
