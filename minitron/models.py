@@ -21,7 +21,7 @@ from minitron.checkpoints.gguf import read_once
 from minitron.checkpoints.gguf_contents import check_tensors
 from minitron.checkpoints.gguf_header import check_gguf
 from minitron.checkpoints.gguf_remote import header_copy
-from minitron.checkpoints.gguf_rope import add_scaling, check_scaling
+from minitron.checkpoints.gguf_rope import add_scaling
 from minitron.checkpoints.headers import (
     check_no_adapter,
     has_adapters,
@@ -143,7 +143,6 @@ def check_contents(source: str, revision: str | None = None) -> None:
     if "gguf_file" in arguments:
         header = check_gguf(Path(folder, arguments["gguf_file"]))
         check_tensors(header, Architecture.from_config(config), source)
-        check_scaling(header, source)
         if not remote:
             add_scaling(config, header, source)
         return

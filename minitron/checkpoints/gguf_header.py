@@ -26,21 +26,28 @@ MOST_ELEMENTS = (
     10_000_000  # of all arrays; gguf makes an object of hundreds of bytes of each. A vocabulary has 1,000,000
 )
 MOST_TENSORS = 1_000_000
+MOST_KEYS = 10_000  # files have less than a hundred
+LONGEST_TEXT = 256  # characters that are kept of a value
 MOST_DIMENSIONS = 8  # gguf has 4
 LEAST_PAIR = 8 + 4 + 1  # bytes of a key and a value: length, type, value
 LEAST_TENSOR = 8 + 4 + 4 + 8  # bytes of a tensor's entry: length, dimensions, type, offset
 LEAST_ALIGNMENT, MOST_ALIGNMENT = 32, 2**16  # of the first tensor, in bytes; the least is the default
-ARCHITECTURE, ALIGNMENT, SCALING = "general.architecture", "general.alignment", ".rope.scal"
+ARCHITECTURE, ALIGNMENT = "general.architecture", "general.alignment"
+TOKENIZER = "tokenizer."
 LIMITS = {
     ".block_count": MOST_LAYERS,
     ".expert_count": MOST_EXPERTS,
     ".embedding_length": LARGEST_SIZE,
     ".feed_forward_length": LARGEST_SIZE,
+    ".expert_feed_forward_length": LARGEST_SIZE,
     ".vocab_size": LARGEST_SIZE,
+    ".attention.key_length": LARGEST_SIZE,
     ".attention.head_count": LARGEST_SIZE,
     ".attention.head_count_kv": LARGEST_SIZE,
 }
 """By the end of a key."""
+Value = str | int | float | tuple[str | int | float, ...]
+"""An array is a tuple, an empty one if it is longer than `MOST_LAYERS` or holds texts or floats. Bools are 0 and 1."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +62,14 @@ class StoredTensor:
 @dataclass(frozen=True, eq=False)
 class GgufHeader:
     """What the header of a GGUF file says, one object as long as the file does not change: its path, struct's byte order, the
-    architecture in llama.cpp's spelling, the tensors by name, and the scaling of RoPE by the keys without the architecture
-    (`rope.scaling.type`)."""
+    architecture in llama.cpp's spelling, the tensors by name, and the values of the architecture's keys by key without the
+    architecture (`rope.scaling.type`)."""
 
     path: Path
     order: str
     architecture: str
     tensors: Mapping[str, StoredTensor] = field(repr=False)  # hundreds
-    rope_scaling: Mapping[str, str | int | float]
+    values: Mapping[str, Value] = field(repr=False)
 
 
 class _InvalidHeader(Exception):
@@ -121,7 +128,7 @@ class _Header:
             self.order = ">"  # the version in the other byte order
         self.read("I")
         self.elements = 0
-        self.kept: dict[str, str | int | float] = {}
+        self.kept: dict[str, Value] = {}  # of all keys but the tokenizer's
         self.tensors: dict[str, StoredTensor] = {}  # without the position of the first one
 
     def read(self, kind: str) -> int:
@@ -146,15 +153,20 @@ class _Header:
     def check(self) -> None:
         tensors, pairs = self.read("Q"), self.read("Q")
         room = self.size - self.position
-        if tensors > MOST_TENSORS or tensors * LEAST_TENSOR + pairs * LEAST_PAIR > room:
+        if tensors > MOST_TENSORS or pairs > MOST_KEYS or tensors * LEAST_TENSOR + pairs * LEAST_PAIR > room:
             raise _InvalidHeader(f"{tensors:,} tensors and {pairs:,} keys in {self.size:,} bytes")
         for _ in range(pairs):
             key = self.string().decode(errors="replace")
-            for value in self._values(self.read("I"), nested=False):
-                if key in (ARCHITECTURE, ALIGNMENT) or SCALING in key:
-                    self.kept[key] = value
+            kind = self.read("I")
+            values = tuple(self._values(kind, nested=False))
+            for value in values:
                 if not isinstance(value, str):
                     self._check_size(key, value)
+            if key.startswith(TOKENIZER):
+                continue
+            if key in self.kept:  # gguf takes the first one
+                raise _InvalidHeader(f"key {key[:100]!r} twice")
+            self.kept[key] = values if kind == ARRAY else values[0]
         for _ in range(tensors):
             self._check_tensor()
 
@@ -164,13 +176,14 @@ class _Header:
         alignment = self.kept.get(ALIGNMENT, LEAST_ALIGNMENT)
         if not isinstance(alignment, int) or not 1 <= alignment <= MOST_ALIGNMENT:
             raise _InvalidHeader(f"{ALIGNMENT} is {alignment!r}")
+        own = f"{architecture}."
         first = math.ceil(self.position / alignment) * alignment
         return GgufHeader(
             path,
             self.order,
             architecture,
             {name: replace(tensor, start=first + tensor.start) for name, tensor in self.tensors.items()},
-            {key.removeprefix(f"{architecture}."): value for key, value in self.kept.items() if SCALING in key},
+            {key.removeprefix(own): value for key, value in self.kept.items() if key.startswith(own)},
         )
 
     def _values(self, kind: int, *, nested: bool) -> Iterator[str | int | float]:
@@ -180,7 +193,7 @@ class _Header:
         elif kind == STRING:
             text = self.string()
             if not nested:
-                yield text.decode(errors="replace")
+                yield text.decode(errors="replace")[:LONGEST_TEXT]
         elif kind == ARRAY and not nested:
             inner, count = self.read("I"), self.read("Q")
             self.elements += count

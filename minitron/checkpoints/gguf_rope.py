@@ -1,4 +1,4 @@
-"""The scaling of RoPE in a GGUF file, which transformers does not read: it builds the model without."""
+"""The scaling of RoPE in a tensor of a GGUF file, which transformers does not read: it builds the model without."""
 
 from __future__ import annotations
 
@@ -20,21 +20,16 @@ FACTORS = "rope_freqs.weight"
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}  # of all Llama 3 models
 TRAINED = 8192  # tokens that Llama 3 models were trained with before their frequencies were scaled
 ORIGINAL_LENGTH = "rope.scaling.original_context_length"
+FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names of the types of layers
 FLOAT32 = 0  # ggml's number of the type
 ORIGINAL = "give the model as safetensors, from which the file was converted"
 
 
-def check_scaling(header: GgufHeader, where: str) -> None:
-    """Raise InputError for a scaling of RoPE in the header's keys, such as yarn. where: the file's name in errors."""
-    scaling = header.rope_scaling
-    kind = scaling.get("rope.scaling.type", "linear")
-    factor = scaling.get("rope.scaling.factor", scaling.get("rope.scale_linear", 1.0))
-    if kind != "none" and factor != 1.0:
-        raise InputError(
-            f"{where}: its header scales RoPE (rope.scaling.type {kind!r}, factor {factor}), which transformers does not read "
-            "from a GGUF file",
-            ORIGINAL,
-        )
+def rope_of(config: PretrainedConfig, layers: str = FULL) -> dict[str, Any]:
+    """The parameters of RoPE in a type of layers, of a config with one for all types or one for each."""
+    parameters: dict[str, Any] = config.rope_parameters
+    result: dict[str, Any] = parameters.get(layers, parameters)
+    return result
 
 
 def add_scaling(config: PretrainedConfig, header: GgufHeader, where: str) -> None:
@@ -48,11 +43,11 @@ def add_scaling(config: PretrainedConfig, header: GgufHeader, where: str) -> Non
     plain: dict[str, Any] = dict(config.rope_parameters)
     if factors is not None and torch.all(factors == 1):
         return
-    length = header.rope_scaling.get(ORIGINAL_LENGTH, TRAINED)
+    length = header.values.get(ORIGINAL_LENGTH, TRAINED)
     scaled = plain | LLAMA3 | {"original_max_position_embeddings": length}
     if factors is not None and plain.get("rope_type") == "default" and "rope_theta" in plain:
         scaled["factor"] = float(factors.max())
-        expected = _frequencies(config, scaled | {"factor": 1.0}) / _frequencies(config, scaled)
+        expected = frequencies_of(config, scaled | {"factor": 1.0}) / frequencies_of(config, scaled)
         if expected.shape == factors.shape and torch.allclose(expected, factors, rtol=1e-5):
             config.rope_parameters = scaled
             return
@@ -74,11 +69,12 @@ def _read(header: GgufHeader) -> Tensor | None:
     return torch.from_numpy(values.astype(np.float32)) if len(values) == stored.shape[0] else None
 
 
-def _frequencies(config: PretrainedConfig, rope_parameters: dict[str, Any]) -> Tensor:
-    """transformers' rotary frequencies, [head_dim / 2], of a config with these parameters of RoPE."""
+def frequencies_of(config: PretrainedConfig, rope_parameters: dict[str, Any]) -> Tensor:
+    """transformers' rotary frequencies, [rotating part of a head / 2], of a config with these parameters of RoPE, which are not
+    of the type "default"."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     changed = copy.deepcopy(config)
     changed.rope_parameters = rope_parameters
-    frequencies: Tensor = ROPE_INIT_FUNCTIONS["llama3"](changed, torch.device("cpu"))[0]
+    frequencies: Tensor = ROPE_INIT_FUNCTIONS[rope_parameters["rope_type"]](changed, torch.device("cpu"))[0]
     return frequencies

@@ -18,6 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from minitron.arguments import short_repr
+from minitron.checkpoints.gguf_config import complete_config
 from minitron.checkpoints.gguf_header import GgufHeader, check_gguf
 from minitron.checkpoints.limits import CONFIG_BYTES, check_limits
 from minitron.errors import InputError
@@ -122,6 +123,8 @@ def read_config(folder: str, where: str, **arguments: Any) -> PretrainedConfig:
         config: PretrainedConfig = (
             copy.deepcopy(_gguf_config(header)) if header else AutoConfig.from_pretrained(folder, **arguments)
         )
+        if header:
+            complete_config(config, header, where)
     check_config(config, where)
     return config
 

@@ -14,19 +14,15 @@ from helpers import tiny
 
 NAMES = {"gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "mistral": "llama"}  # llama.cpp's, where they differ
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "nemotron", "gemma2", "gemma3_text", "phi3", "qwen3_moe")
-# What transformers does not read from a GGUF file has transformers' default, that is None here.
 COMMON: dict[str, Any] = {
-    **dict.fromkeys(("sliding_window_pattern", "query_pre_attn_scalar", "rope_parameters")),
-    **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping")),
     **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
     **{"attention_bias": False, "mlp_bias": False},
 }
+# Sliding windows are shorter than the rows of `tiny.rows`; None is transformers' default.
 OWN: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
-    "qwen3": {"head_dim": 128},
-    "gemma2": {"sliding_window": None},
-    "gemma3_text": {"sliding_window": 8},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True, "intermediate_size": 768},
+    "gemma3_text": {"attn_logit_softcapping": None},
+    "phi3": {"sliding_window": 5},
 }
 Tensors = dict[str, np.ndarray]
 
@@ -41,10 +37,14 @@ def write(
     made: torch.nn.Module,
     change: Callable[[Tensors], Tensors] = lambda tensors: tensors,
     values: Mapping[str, Any] | None = None,
+    title: str = "tiny",
 ) -> None:
     """Write a model and the tokenizer of all tiny models. change: of the tensors. values: of the header, by key without the
-    architecture; None leaves the key out."""
+    architecture; None leaves the key out. title: the model's name."""
     config = made.config
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    layers = getattr(config, "layer_types", None) if config.model_type.startswith("gemma") else None
+    partial = rope.get("partial_rotary_factor", 1.0)
     name = NAMES.get(config.model_type, config.model_type)
     header = {
         "block_count": config.num_hidden_layers,
@@ -54,19 +54,30 @@ def write(
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": getattr(config, "rms_norm_eps", None) or config.norm_eps,
-        "rope.freq_base": 10_000.0 if name != "gemma3" else 1_000_000.0,
+        "attention.layer_norm_epsilon": getattr(config, "norm_eps", None),
+        "rope.freq_base": rope["rope_theta"],
         "vocab_size": config.vocab_size,
-        "attention.sliding_window": getattr(config, "sliding_window", None),
+        "attention.sliding_window": getattr(config, "sliding_window", None) if name != "llama" else None,
+        "attention.sliding_window_pattern": layers and [kind == "sliding_attention" for kind in layers],
+        "attn_logit_softcapping": getattr(config, "attn_logit_softcapping", None),
+        "final_logit_softcapping": getattr(config, "final_logit_softcapping", None),
         "attention.key_length": config.head_dim if name != "llama" else None,
-        "rope.dimension_count": config.head_dim if name == "llama" else None,
+        "attention.value_length": config.head_dim if name != "llama" else None,
+        "rope.dimension_count": int(partial * config.head_dim) if name == "llama" or partial != 1 else None,
         "expert_count": getattr(config, "num_experts", None),
         "expert_used_count": getattr(config, "num_experts_per_tok", None),
+        "expert_feed_forward_length": getattr(config, "moe_intermediate_size", None),
         **(values or {}),
     }
     writer = gguf.GGUFWriter(path, name)
+    writer.add_name(title)
     for key, value in header.items():
         if isinstance(value, str):
             writer.add_string(f"{name}.{key}", value)
+        elif isinstance(value, list):
+            writer.add_array(f"{name}.{key}", value)
+        elif isinstance(value, bool):
+            writer.add_bool(f"{name}.{key}", value)
         elif value is not None:
             add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
             add(f"{name}.{key}", value)

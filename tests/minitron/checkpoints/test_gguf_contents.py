@@ -64,13 +64,6 @@ TAMPERED = {
     "another shape": (plus("output_norm.weight", 3), {}, "output_norm.weight is [3], not [64]", "as safetensors"),
     "more layers": (dict, {"block_count": 1}, "make 2 layers, but the header's block_count is 1", "again"),
     "fewer layers": (dict, {"block_count": 3}, "make 2 layers, but the header's block_count is 3", "again"),
-    "RoPE scaled by yarn": (
-        dict,
-        {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0},
-        "rope.scaling.type 'yarn', factor 4.0",
-        "as safetensors",
-    ),
-    "RoPE scaled by an old key": (dict, {"rope.scale_linear": 2.0}, "'linear', factor 2.0", "as safetensors"),
     "unknown factors of RoPE": (plus(FACTORS, 7, value=2), {}, "factors in rope_freqs.weight", "as safetensors"),
 }
 
