@@ -1,4 +1,5 @@
-"""What a training step costs whatever the hardware: bytes that operations move, and times that the host waits for a GPU."""
+"""What a training step costs whatever the hardware: bytes that operations move, bytes that processes exchange, and times that
+the host waits for a GPU."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ from minitron.distill.timing import Stopwatch
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive"}
 READS = {Tensor.tolist, Tensor.cpu, Tensor.numpy}
 INDEXING = {"index", "index_put", "index_put_"}  # with a mask
+LOCAL = {"wait_tensor", "_wrap_tensor_autograd"}  # of the operations of torch.distributed, those that send nothing
 OVERWRITING = {"copy_", "_foreach_copy_", "fill_", "zero_"}  # what is there is not read
 
 
@@ -30,18 +32,20 @@ class StepCounts(TorchDispatchMode):
 
     `moved` has, for each step, the bytes that are read and written in "teacher", "forward" (the student's), "loss", "backward"
     (with the sums of gradients) and "optimizer" (with clipping): of every operation its tensors' values, without views, and as
-    if nothing were kept in a cache. `waits` has, for each step, what would make the host wait for a GPU, by operation and line
-    of this package.
+    if nothing were kept in a cache. `exchanged` has, for each step and kind of collective, the bytes of whole tensors: after an
+    all-gather, before a reduce-scatter, or all-reduced. `waits` has, for each step, what would make the host wait for a GPU,
+    by operation and line of this package.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.moved: list[Counter[str]] = []
+        self.exchanged: list[Counter[str]] = []
         self.waits: list[Counter[str]] = []
         self._begin()
 
     def _begin(self) -> None:
-        self._moved, self._waits = Counter[str](), Counter[str]()
+        self._moved, self._exchanged, self._waits = Counter[str](), Counter[str](), Counter[str]()
         self._bytes, self._last = 0, ""
 
     def lap(self, part: str) -> None:
@@ -53,6 +57,7 @@ class StepCounts(TorchDispatchMode):
         self._bytes = 0
         if part == "optimizer":
             self.moved.append(self._moved)
+            self.exchanged.append(self._exchanged)
             self.waits.append(self._waits)
             self._begin()
 
@@ -84,11 +89,15 @@ class StepCounts(TorchDispatchMode):
         if any(kind.__name__ == "DTensor" for kind in types):
             return NotImplemented  # its parts are counted
         named = named or {}
-        name = function._schema.name.split("::")[1]
+        library, name = function._schema.name.split("::")
         masks = [leaf for leaf in tree_leaves(arguments[1:2]) if isinstance(leaf, Tensor)]
         if name in WAITS or (name in INDEXING and any(mask.dtype == torch.bool for mask in masks)):
             self._wait(name)
         result = function(*arguments, **named)
+        if "c10d" in library:
+            if name not in LOCAL:
+                self._exchanged[name] += max(leaf.nbytes for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))
+            return result
         self.move(_moved(function._schema, name, arguments, named, result))
         return result
 

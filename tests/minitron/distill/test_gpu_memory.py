@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from helpers.meta_step import architecture, count_split_step, count_step, like_cuda, meta_model
 from helpers.tiny import FAMILIES, OWN
 from torch.distributed.device_mesh import init_device_mesh
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from minitron.architecture import Architecture
 from minitron.distill import DistillConfig, sharding
@@ -176,18 +174,6 @@ def test_gradients_move_to_their_sums_as_soon_as_they_are_there():
     assert peaks["backward"] < 18 * parameters + 2 * embedding + 0.5 * parameters
 
 
-@pytest.fixture
-def processes():
-    """A function that makes this process the first of many, which send nothing."""
-
-    def begin(*shape):
-        dist.init_process_group("fake", rank=0, world_size=math.prod(shape), store=FakeStore())
-        return init_device_mesh("cpu", shape, mesh_dim_names=("nodes", "shards")[-len(shape) :])
-
-    yield begin
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize(
     ("student", "teacher", "layers", "live", "shape", "rows", "recompute"),
     [
@@ -201,7 +187,8 @@ def processes():
 def test_the_estimate_for_a_part_of_a_split_student_equals_the_counted_bytes(
     processes, monkeypatch, student, teacher, layers, live, shape, rows, recompute
 ):
-    mesh = processes(*shape)
+    processes(math.prod(shape))
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("nodes", "shards")[-len(shape) :])
     monkeypatch.setattr(sharding, "mesh_of", lambda device, size: mesh)
     settings = replace(config(rows, recompute), shard=True)
     with like_cuda():

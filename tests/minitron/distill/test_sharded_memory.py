@@ -1,6 +1,6 @@
 """What a process holds of a model that is split over many, counted on a process group that sends nothing.
 
-The loop, its losses and its files are the real ones; gathered weights are whatever was in memory, so that steps are skipped.
+The loop, its losses and its files are the real ones.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from helpers import tiny
 from helpers.live_bytes import LiveBytes
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig
 
 from minitron import Architecture, meta_models
@@ -45,24 +44,6 @@ class Reading:
         rows = self.weights.rows(name, start, stop)
         self.values += rows.numel()
         return rows
-
-
-@pytest.fixture
-def processes():
-    """A function that makes this process the first of many."""
-
-    def begin(world):
-        dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
-
-    yield begin
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def nodes_of_eight(monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setattr(sharding, "_gpu_bytes", lambda device: 80_000_000_000)
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +106,7 @@ def test_no_process_holds_more_of_a_split_student_than_its_part(checkpoints, pro
 
 
 def test_a_student_split_inside_nodes_is_held_once_in_each_node(checkpoints, processes, monkeypatch, tmp_path):
-    processes(32)
-    nodes_of_eight(monkeypatch)
+    processes(32, node=8)
     monkeypatch.setattr(meta_models, "FILE_BYTES", 1 << 18)
     peaks, left, read = rehearse(checkpoints / "deep", tmp_path, 32, micro_batches=2)
     _check_budgets(peaks, left, read, shards=8)
@@ -144,13 +124,9 @@ def test_a_student_split_inside_nodes_is_held_once_in_each_node(checkpoints, pro
         ("deep", "deep", 32, 8),  # split inside nodes
     ],
 )
-def test_writing_a_trained_student_takes_the_estimated_bytes(
-    checkpoints, processes, monkeypatch, student, teacher, world, node
-):
+def test_writing_a_trained_student_takes_the_estimated_bytes(checkpoints, processes, student, teacher, world, node):
     if world > 1:
-        processes(world)
-    if node:
-        nodes_of_eight(monkeypatch)
+        processes(world, node)
     own, other = (name and checkpoints / name for name in (student, teacher))
     peaks, left, _ = rehearse(own, None, world, micro_batches=1, teacher=other)
     shape, theirs = (folder and Architecture.from_config(AutoConfig.from_pretrained(folder)) for folder in (own, other))
@@ -169,16 +145,14 @@ def test_writing_a_trained_student_takes_the_estimated_bytes(
     assert (peaks["saving"] - left["end"]) * shape.num_parameters < 1.2 * 2 * shape.largest_tensor
 
 
-def test_trainings_one_after_another_use_the_same_groups_of_processes(processes, monkeypatch):
-    nodes_of_eight(monkeypatch)
-
+def test_trainings_one_after_another_use_the_same_groups_of_processes(processes):
     def train():
         teacher = LiveTeacher(tiny.model(num_hidden_layers=2), shard=True)
         config = DistillConfig(steps=1, batch_rows=32, micro_batch_rows=1, shard=True, max_skipped_steps=1)
         distill(tiny.model(num_hidden_layers=2), teacher, RandomRows(), config)
 
     for _ in range(2):
-        processes(32)
+        processes(32, node=8)
         groups = []
         for _ in range(2):
             train()

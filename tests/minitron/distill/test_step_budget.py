@@ -1,4 +1,5 @@
-"""The cost of a training step, counted on a CPU: bytes that it moves, and times that it would make the host wait for a GPU."""
+"""The cost of a training step, counted on a CPU: bytes that it moves, bytes that processes exchange, and times that the host
+would wait for a GPU."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from helpers import tiny
 from helpers.distilling import CHANNELS, INTERMEDIATE, live_teacher, load_teacher, pruned_student, stored_teacher
 from helpers.meta_step import Stored, like_cuda, meta_model
 from helpers.step_counts import StepCounts
@@ -20,6 +22,7 @@ from minitron.distill.losses.objective import Objective
 from minitron.distill.state import TrainingState
 from minitron.distill.teacher.top_k import TopKTeacher, store_top_k
 from minitron.logits import Head
+from minitron.models import layers_of
 
 # four micro-batches, so that what a step does once does not hide what each of them does
 CONFIG = DistillConfig(steps=2, batch_rows=4, micro_batch_rows=1, warmup_steps=0)
@@ -120,6 +123,61 @@ def _check(bytes_moved, student, budgets):
     assert moved.keys() == budgets.keys()
     for part, budget in budgets.items():
         assert moved[part] < SLACK * budget, f"{part}: {moved[part]:.1f} bytes per parameter"
+
+
+def untied_student(folder):
+    return tiny.model(tied=False, num_hidden_layers=2, hidden_size=48).to(torch.bfloat16)
+
+
+# by name: the student, what recomputes activations, the number of processes, and of those of a node
+SPLIT: dict[str, Any] = {
+    "tied": (bfloat16_student, "none", 8, 0),
+    "untied": (untied_student, "full", 8, 0),
+    "inside nodes": (bfloat16_student, "selective", 16, 8),
+}
+# as BUDGETS, per parameter of the whole student; copies into and out of what is gathered are among them
+SPLIT_BUDGETS = {
+    "tied": {"teacher": 87.1, "forward": 86.8, "loss": 64.6, "backward": 178.3, "optimizer": 5.6},
+    "untied": {"teacher": 149.9, "forward": 75.4, "loss": 111.2, "backward": 183.4, "optimizer": 5.6},
+    "inside nodes": {"teacher": 87.1, "forward": 86.8, "loss": 64.6, "backward": 209.8, "optimizer": 5.6},
+}
+
+
+@pytest.mark.parametrize("variant", SPLIT)
+def test_a_step_of_a_split_student_exchanges_what_fsdp_needs(variant, material, processes):
+    make_student, recompute, world, node = SPLIT[variant]
+    processes(world, node)
+    model = load_teacher(material).to(torch.bfloat16)
+    with StepCounts() as counts:
+        student = distill(
+            make_student(material),
+            LiveTeacher(model, shard=True),
+            Rows.open(str(material / "rows"), "train"),
+            replace(CONFIG, batch_rows=4 * world, activation_checkpointing=recompute, shard=True),
+            losses=WITH_LABELS,
+        )
+    shards = node or world
+    layers, taught = (_padded(layers_of(each), shards) for each in (student, model))
+    parameters = len(list(student.parameters()))
+    whole = _padded(student, shards)
+    # in each of four micro-batches every unit is gathered in bfloat16 forward, and a layer again backward
+    gathered = 4 * 2 * (whole + layers + taught)
+    reduced = 4 * 4 * whole  # in float32
+    # the parts of the loss, and norms of the gradients; of nodes, once a step the sums of each process's part
+    sums = 40 + (4 * whole // shards if node else 0)
+    assert counts.exchanged[1] == {
+        "_allgather_base_": gathered,
+        "_reduce_scatter_base_": reduced,
+        "allreduce_": sums,
+        "all_reduce": 4 * parameters,
+    }
+    assert list(counts.waits[1].values()) == [1], counts.waits[1]
+    _check(counts.moved[1], student, SPLIT_BUDGETS[variant])
+
+
+def _padded(module, shards):
+    """Number of values of the parameters, each with rows that can be split."""
+    return sum(-(-len(each) // shards) * shards * each[0].numel() for each in module.parameters())
 
 
 class Launches:
