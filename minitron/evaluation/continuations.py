@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minitron.architecture import Architecture
-from minitron.attention import takes_masks
+from minitron.attention import row_arguments, takes_masks, use_own_attention
 from minitron.evaluation.answers import Answers, batch_name
 from minitron.evaluation.batches import BatchRows, prefixed_rows, rows_of_batch
 from minitron.evaluation.shared_prefix import SharedPrefix, shared_length
@@ -113,6 +113,7 @@ def log_likelihoods(
     again, and where new ones are kept.
     """
     decoder, _ = decoder_and_head(model)
+    use_own_attention(model.config)  # in batches with and without a mask alike
     head = Head.of(model)
     own: list[tuple[int, Answer]] = []
     check_same("the requests", _content(continuations), together)
@@ -230,7 +231,8 @@ def _hidden(decoder: Any, batch: list[_Row], weight: Tensor, prefix: SharedPrefi
     padded = [row.ids() + [0] * (length - len(row)) for row in batch]
     ids = _sent(torch.tensor(padded), weight.device)
     if not masked:  # causal attention ignores the padding on the right
-        return decoder(input_ids=ids, use_cache=False).last_hidden_state
+        causal = row_arguments(decoder, ids, kernel="dense")  # flex_attention would be compiled for every length
+        return decoder(input_ids=ids, use_cache=False, **causal).last_hidden_state
     visible = _sent(torch.stack([row.visible(length) for row in batch])[:, None], weight.device)
     mask = torch.zeros(visible.shape, dtype=weight.dtype, device=weight.device)
     mask.masked_fill_(~visible, torch.finfo(weight.dtype).min)

@@ -1,19 +1,26 @@
 """A stand-in for a GPU whose copies are made as late as streams and events allow: what waits for too little sees that they
-are not there yet."""
+are not there yet. Its kernels run at once, after the copies to it in their stream."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from helpers.step_counts import READS, waits
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 MISSING = -1
+CPU = {"cpu", torch.device("cpu")}
+# in inference mode the operation below these is not seen
+VALUES = {Tensor.item, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__}
 
 
 class LateGpu:
@@ -46,8 +53,12 @@ class LateGpu:
         plain_to, plain_copy = Tensor.to, Tensor.copy_
 
         def to(tensor: Tensor, *target: Any, non_blocking: bool = False, **named: Any) -> Tensor:
+            if self.holds(tensor) and CPU & {*target}:  # into memory that PyTorch pins, if the host does not wait
+                return copy_(self._pin(torch.full(tensor.shape, MISSING, dtype=tensor.dtype)), tensor, non_blocking)
             if torch.device("cuda") not in target:
                 return plain_to(tensor, *target, non_blocking=non_blocking, **named)
+            if self.holds(tensor):
+                return tensor
             return copy_(self.holding(torch.full_like(tensor, MISSING)), tensor, non_blocking)
 
         def copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
@@ -56,7 +67,7 @@ class LateGpu:
             here = source if self.holds(target) else target
             assert non_blocking, "the host waits for this copy"
             assert _address(here) in self._pinned, "the host waits for a copy from or to memory that is not pinned"
-            self.current().copies.append(lambda: plain_copy(target, source))
+            self.current().copies.append(partial(plain_copy, target, source))
             return target
 
         monkeypatch.setattr(Tensor, "to", to)
@@ -78,9 +89,18 @@ class LateGpu:
         yield
         self._thread.stream = self.main
 
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Within the block, what is made on this GPU or computed from its tensors is its own too, and must not be read by the
+        host."""
+        with _Kernels(self), _Host(self):
+            yield
+
     def holding(self, tensor: Tensor) -> Tensor:
         """The tensor, now one of this GPU's."""
-        return self._on_gpu.setdefault(_address(tensor), tensor)
+        if tensor.numel():
+            self._on_gpu.setdefault(_address(tensor), tensor)
+        return tensor
 
     def holds(self, tensor: Tensor) -> bool:
         return _address(tensor) in self._on_gpu
@@ -96,7 +116,18 @@ class LateGpu:
 class Stream:
     def __init__(self, gpu: LateGpu) -> None:
         self.gpu = gpu
-        self.copies: list[Callable[[], Tensor]] = []  # that nobody has waited for
+        self.copies: list[partial[Tensor]] = []  # that nobody has waited for
+
+    def make(self, copies: Iterable[partial[Tensor]]) -> None:
+        for copy in copies:
+            if copy in self.copies:
+                self.copies.remove(copy)
+                with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.inference_mode():
+                    copy()
+
+    def compute(self) -> None:
+        """The next kernel has what was copied to the GPU before it."""
+        self.make([copy for copy in self.copies if self.gpu.holds(copy.args[0])])
 
     def record_event(self) -> Event:
         event = Event(self.gpu)
@@ -117,10 +148,43 @@ class Event:
 
     def synchronize(self) -> None:
         self.gpu.current()  # checks the thread
-        for copy in self.before:
-            if copy in self.stream.copies:
-                self.stream.copies.remove(copy)
-                copy()
+        self.stream.make(self.before)
+
+
+class _Kernels(TorchDispatchMode):
+    def __init__(self, gpu: LateGpu) -> None:
+        super().__init__()
+        self.gpu = gpu
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        named = named or {}
+        read = [leaf for leaf in tree_leaves((arguments, named)) if isinstance(leaf, Tensor) and leaf.numel()]
+        if not any(map(self.gpu.holds, read)):
+            return function(*arguments, **named)
+        name = function._schema.name.split("::")[1]
+        assert all(self.gpu.holds(tensor) for tensor in read if tensor.ndim), (
+            f"{name} of tensors that are not on the GPU"
+        )
+        assert not waits(name, arguments), f"the host waits for {name}"
+        self.gpu.current().compute()
+        return tree_map_only(Tensor, self.gpu.holding, function(*arguments, **named))
+
+
+class _Host(TorchFunctionMode):
+    def __init__(self, gpu: LateGpu) -> None:
+        super().__init__()
+        self.gpu = gpu
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        named = named or {}
+        if function == Tensor.device.__get__ and self.gpu.holds(arguments[0]):
+            return torch.device("cuda")
+        assert not (function in READS | VALUES and self.gpu.holds(arguments[0])), (
+            f"the host waits for {function.__name__}"
+        )
+        if named.get("device") != torch.device("cuda"):
+            return function(*arguments, **named)
+        return self.gpu.holding(function(*arguments, **{**named, "device": "cpu"}))
 
 
 def _address(tensor: Tensor) -> int:

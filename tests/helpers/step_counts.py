@@ -90,8 +90,7 @@ class StepCounts(TorchDispatchMode):
             return NotImplemented  # its parts are counted
         named = named or {}
         library, name = function._schema.name.split("::")
-        masks = [leaf for leaf in tree_leaves(arguments[1:2]) if isinstance(leaf, Tensor)]
-        if name in WAITS or (name in INDEXING and any(mask.dtype == torch.bool for mask in masks)):
+        if waits(name, arguments):
             self._wait(name)
         result = function(*arguments, **named)
         if "c10d" in library:
@@ -113,6 +112,12 @@ class StepCounts(TorchDispatchMode):
         ]
         file = own[-1].filename.rsplit("/minitron/", 1)[1]
         self._waits[f"{name} in {file}: {own[-1].line}"] += 1
+
+
+def waits(name: str, arguments: Any) -> bool:
+    """Whether an operation makes the host wait for a GPU, by its name without the overload."""
+    masks = [leaf for leaf in tree_leaves(arguments[1:2]) if isinstance(leaf, Tensor)]
+    return name in WAITS or (name in INDEXING and any(mask.dtype == torch.bool for mask in masks))
 
 
 def _moved(schema: Any, name: str, arguments: Any, named: Any, result: Any) -> list[Tensor]:

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import tiny
+from helpers.late_gpu import LateGpu
 
 from minitron.evaluation import batches, continuations
 from minitron.evaluation.continuations import Continuation, log_likelihoods
@@ -137,3 +138,20 @@ def test_a_batch_is_begun_before_the_answers_of_the_one_before_are_read():
     model.model.register_forward_pre_hook(lambda *_: begun.append(1))
     answers = log_likelihoods(model, [Continuation([1, number], [2]) for number in range(3)], 1)
     assert [(next(answers)[0], len(begun)) for _ in range(3)] == [(0, 2), (1, 3), (2, 3)]
+
+
+@pytest.mark.parametrize("shared", [0, 40])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_on_a_gpu_answers_are_read_when_they_are_there_and_nothing_else_is_waited_for(family, shared, monkeypatch):
+    model = tiny.model(family, sliding_window=128)
+    beginning = random.Random(1).choices(range(300), k=shared)
+    asked = [Continuation([*beginning, *each.context], each.tokens) for each in _questions()]
+    expected = dict(log_likelihoods(model, asked, 3))
+    gpu = LateGpu(monkeypatch)
+    for tensor in (*model.parameters(), *model.buffers()):
+        gpu.holding(tensor)
+    with gpu.computing():
+        found = dict(log_likelihoods(model, asked, 3))
+    for number, answer in expected.items():
+        assert found[number].log_likelihood == pytest.approx(answer.log_likelihood, rel=1e-6)
+        assert found[number].greedy is answer.greedy
