@@ -137,7 +137,7 @@ def heldout_metrics(
             theirs = None if teacher_hidden is None else _teacher_batch(teacher_hidden, batch, seq_length, device)
             loss: list[Tensor] = []
             kl: list[Tensor] = []
-            agreed = 0
+            agreed: list[Tensor] = []  # of each part, read at the end: a GPU goes on meanwhile
             for first in range(0, len(targets), chunk_tokens):
                 chunk = slice(first, first + chunk_tokens)
                 student_logits = student_head.logits(hidden[chunk], student_buffer)
@@ -149,20 +149,20 @@ def heldout_metrics(
                     loss.append(-student.gather(1, targets[chunk][part, None])[:, 0].double())
                     if teacher_logits is not None:
                         teacher = log_softmax_(teacher_logits[part], buffer=buffer)
-                        agreed += int((student.argmax(-1) == teacher.argmax(-1)).sum())
+                        agreed.append((student.argmax(-1) == teacher.argmax(-1)).sum())
                         probability = torch.exp(teacher, out=first_rows(buffer, teacher))
                         kl.append(probability.mul_(teacher.sub_(student)).sum(-1).double())
             if counts:
-                means = [torch.cat(values).view(-1, seq_length - 1).mean(1).tolist() for values in (loss, kl) if values]
+                means = torch.stack([torch.cat(v).view(-1, seq_length - 1).mean(1) for v in (loss, kl) if v]).tolist()
                 of_batch = zip(range(batch.start, batch.stop), *means, strict=True)
                 scores += [[*of_row, *[0.0] * (2 - len(means)), 0.0] for of_row in of_batch]
-                scores[-1][-1] = agreed
+                scores[-1][-1] = sum(torch.stack(agreed).tolist()) if agreed else 0.0
             if progress is not None:
                 progress(batch.stop, num_rows)
 
     of_all = sorted(all_rows(torch.tensor(scores, dtype=torch.float64).view(-1, 4), together).tolist())
     row_loss, row_kl = [row[1] for row in of_all], [row[2] for row in of_all] if teacher_hidden else []
-    agreed = int(sum(row[3] for row in of_all))
+    same = int(sum(row[3] for row in of_all))
     for name, values in (("loss", row_loss), ("KL", row_kl)):
         for row, value in enumerate(values):
             if not math.isfinite(value):
@@ -174,7 +174,7 @@ def heldout_metrics(
     return HeldoutMetrics(
         loss=math.fsum(row_loss) / num_rows,
         kl=math.fsum(row_kl) / num_rows if teacher_hidden is not None else None,
-        top1_agreement=agreed / tokens if teacher_hidden is not None else None,
+        top1_agreement=same / tokens if teacher_hidden is not None else None,
         tokens=tokens,
         per_row_loss=row_loss,
         per_row_kl=row_kl if teacher_hidden is not None else None,

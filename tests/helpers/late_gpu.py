@@ -4,6 +4,7 @@ are not there yet. Its kernels run at once, after the copies to it in their stre
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.step_counts import READS, waits
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -24,13 +25,14 @@ VALUES = {Tensor.item, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor
 
 
 class LateGpu:
-    """Replaces torch's copies to and from CUDA. Raises AssertionError for a copy that would make the host wait, and for a
-    thread that would use, and so take memory on, the node's first GPU instead of its process's."""
+    """Replaces torch's copies to and from CUDA. Raises AssertionError for what would make the host wait, unless `waits` counts
+    it, and for a thread that would use, and so take memory on, the node's first GPU instead of its process's."""
 
     number = 3  # of this process's GPU
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.main = Stream(self)
+        self.waits: Counter[str] | None = None
         self.recorded: list[tuple[Tensor, Stream]] = []  # as `Tensor.record_stream` was called
         self._on_gpu: dict[int, Tensor] = {}  # by the address of their storage, which is kept so that it stays theirs
         self._pinned: dict[int, Tensor] = {}
@@ -65,9 +67,12 @@ class LateGpu:
             if self.holds(target) == self.holds(source):
                 return plain_copy(target, source)
             here = source if self.holds(target) else target
-            assert non_blocking, "the host waits for this copy"
-            assert _address(here) in self._pinned, "the host waits for a copy from or to memory that is not pinned"
-            self.current().copies.append(partial(plain_copy, target, source))
+            stream, copy = self.current(), partial(plain_copy, target, source)
+            stream.copies.append(copy)
+            pinned = _address(here) in self._pinned
+            if not (non_blocking and pinned):
+                self.wait("this copy" if pinned else "a copy from or to memory that is not pinned")
+                stream.make([*stream.copies])
             return target
 
         monkeypatch.setattr(Tensor, "to", to)
@@ -91,16 +96,23 @@ class LateGpu:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Within the block, what is made on this GPU or computed from its tensors is its own too, and must not be read by the
-        host."""
+        """Within the block, what is made on this GPU or computed from its tensors is its own too, and the host waits for it."""
         with _Kernels(self), _Host(self):
             yield
+
+    def wait(self, what: str) -> None:
+        assert self.waits is not None, f"the host waits for {what}"
+        self.waits[what] += 1
 
     def holding(self, tensor: Tensor) -> Tensor:
         """The tensor, now one of this GPU's."""
         if tensor.numel():
             self._on_gpu.setdefault(_address(tensor), tensor)
         return tensor
+
+    def hold(self, model: nn.Module) -> None:
+        for tensor in (*model.parameters(), *model.buffers()):
+            self.holding(tensor)
 
     def holds(self, tensor: Tensor) -> bool:
         return _address(tensor) in self._on_gpu
@@ -165,7 +177,8 @@ class _Kernels(TorchDispatchMode):
         assert all(self.gpu.holds(tensor) for tensor in read if tensor.ndim), (
             f"{name} of tensors that are not on the GPU"
         )
-        assert not waits(name, arguments), f"the host waits for {name}"
+        if waits(name, arguments):
+            self.gpu.wait(name)
         self.gpu.current().compute()
         return tree_map_only(Tensor, self.gpu.holding, function(*arguments, **named))
 
@@ -179,9 +192,8 @@ class _Host(TorchFunctionMode):
         named = named or {}
         if function == Tensor.device.__get__ and self.gpu.holds(arguments[0]):
             return torch.device("cuda")
-        assert not (function in READS | VALUES and self.gpu.holds(arguments[0])), (
-            f"the host waits for {function.__name__}"
-        )
+        if function in READS | VALUES and self.gpu.holds(arguments[0]):
+            self.gpu.wait(function.__name__)
         if named.get("device") != torch.device("cuda"):
             return function(*arguments, **named)
         return self.gpu.holding(function(*arguments, **{**named, "device": "cpu"}))

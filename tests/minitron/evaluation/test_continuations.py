@@ -148,8 +148,7 @@ def test_on_a_gpu_answers_are_read_when_they_are_there_and_nothing_else_is_waite
     asked = [Continuation([*beginning, *each.context], each.tokens) for each in _questions()]
     expected = dict(log_likelihoods(model, asked, 3))
     gpu = LateGpu(monkeypatch)
-    for tensor in (*model.parameters(), *model.buffers()):
-        gpu.holding(tensor)
+    gpu.hold(model)
     with gpu.computing():
         found = dict(log_likelihoods(model, asked, 3))
     for number, answer in expected.items():

@@ -10,6 +10,7 @@ import socket
 import statistics
 import sys
 import weakref
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 import torch
 from helpers import tiny
 from helpers.evaluating import VOCAB, WORDS, arc_documents, byte_tokenizer, tiny_model, write_jsonl
+from helpers.late_gpu import LateGpu
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from minitron.errors import InputError, NonFiniteError
@@ -105,6 +107,25 @@ def test_heldout_metrics_equal_a_dense_float64_reference(student, teacher, rows)
     assert metrics.top1_agreement == pytest.approx(float(agreement))
     assert metrics.per_row_loss == pytest.approx(loss.mean(1).tolist(), abs=1e-5)
     assert metrics.per_row_kl == pytest.approx(kl.mean(1).tolist(), abs=1e-5)
+
+
+def test_on_a_gpu_the_host_waits_as_often_for_many_chunks_as_for_one(student, teacher, rows, monkeypatch):
+    expected = heldout_metrics(student, rows, **teacher_targets(teacher, rows), batch_rows=2)
+    gpu = LateGpu(monkeypatch)
+    for model in (student, teacher):
+        gpu.hold(model)
+    counted = []
+    for chunk_tokens in (100, 4):
+        gpu.waits = Counter()
+        with gpu.computing():
+            targets = teacher_targets(teacher, rows)
+            found = heldout_metrics(student, rows, **targets, batch_rows=2, chunk_tokens=chunk_tokens)
+        assert found.per_row_kl == pytest.approx(expected.per_row_kl, rel=1e-5)
+        assert found.top1_agreement == expected.top1_agreement
+        counted.append(gpu.waits)
+    assert counted[1] == counted[0]
+    # in each of three batches for the means and for the number of positions that agree
+    assert counted[0]["tolist"] == 6
 
 
 def test_the_kl_of_a_model_to_itself_is_zero(student, rows):
