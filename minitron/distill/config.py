@@ -40,6 +40,8 @@ class DistillConfig:
     """Activations of a layer that are recomputed in the backward pass instead of kept: "none", "selective" or "full"."""
     compile: bool = False
     """Compile the layers of the student and of a live teacher, each by itself."""
+    cuda_graphs: bool = False
+    """Launch all kernels of a micro-batch together, as a CUDA graph; without effect on CPUs."""
     fp8: str = "none"
     """Products of the layers' linear modules in FP8, also of a live teacher: "none", or with one scale per tensor or row,
     "tensorwise" or "rowwise". On CPUs they are emulated."""
@@ -78,5 +80,15 @@ class DistillConfig:
                 f"optimizer: {self.optimizer} with shard, which splits the same over the processes",
                 "use one of the two",
             )
+        if self.cuda_graphs and not can_be_recorded(self):
+            other = (
+                "shard" if self.shard else f"fp8: {self.fp8}" if self.fp8 != "none" else f"optimizer: {self.optimizer}"
+            )
+            raise InputError(f"cuda_graphs with {other}", "use one of the two")
         if not 0 <= self.decay_share <= 1:
             raise InputError(f"decay_share: {self.decay_share} is no share of the steps", "use 0 to 1")
+
+
+def can_be_recorded(config: DistillConfig) -> bool:
+    """Whether the micro-batches of such a training can be CUDA graphs."""
+    return not config.shard and config.fp8 == "none" and config.optimizer != ADAMW_OFFLOAD

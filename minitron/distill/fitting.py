@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from minitron.architecture import Architecture
 from minitron.arguments import check_type
 from minitron.distill.blocks import ACTIVATION_CHECKPOINTING
-from minitron.distill.config import ON_WHOLE_STUDENTS, DistillConfig
+from minitron.distill.config import ON_WHOLE_STUDENTS, DistillConfig, can_be_recorded
 from minitron.distill.gpu_memory import GpuMemory, TeacherKept, gpu_memory
 
-CHOSEN = ("micro_batch_rows", "activation_checkpointing", "shard", "compile")
+CHOSEN = ("micro_batch_rows", "activation_checkpointing", "shard", "compile", "cuda_graphs")
 """Fields of `DistillConfig` that change results only by rounding, and can be chosen: `compile` by the length of the training,
-the others according to the memory."""
+`cuda_graphs` by the size of the student, the others according to the memory."""
 SHARE = 0.9
 """Usable share of a GPU's memory; the rest is lost to fragmentation."""
 KEPT: dict[TeacherKept, str] = {
@@ -28,6 +28,10 @@ MOST_TOKENS = 16_384
 LAYERS_TO_COMPILE = 40_000
 """Layers, in all micro-batches of a process, from which on their compilation pays: about 40 s at 1 ms that a compiled layer
 saves. Both figures are assumed, not measured."""
+
+LAUNCHED_FLOPS = 1e12
+"""FLOPs of a layer's forward and backward pass in a micro-batch, below which a GPU may wait for the launches of its kernels: an
+H200 computes them in 2 to 3 ms, and the host launches an uncompiled layer in 4."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Fit:
             "shard" if config.shard else "no shard",
             f"optimizer {config.optimizer}",
             *(["compile"] if config.compile else []),
+            *(["cuda_graphs"] if config.cuda_graphs else []),
         ]
         return ", ".join([*parts, KEPT[self.teacher_kept]] if self.memory.teacher else parts)
 
@@ -90,7 +95,12 @@ def fitting(
     check_type("student", student, Architecture)
     check_type("config", config, DistillConfig, "a DistillConfig")
     best: Fit | None = None
+    recordable = not compared and not any(model and model.num_experts for model in (student, teacher))
     for settings, kept in _in_order(config, seq_length, chosen, teacher_kept, processes, student.num_layers):
+        if "cuda_graphs" in chosen:
+            small = _layer_flops(student, settings, seq_length) < LAUNCHED_FLOPS
+            graphs = recordable and small and kept != "sharded" and can_be_recorded(settings)
+            settings = replace(settings, cuda_graphs=graphs)
         memory = gpu_memory(
             student,
             settings,
@@ -149,6 +159,12 @@ def _in_order(
 def _compiled(config: DistillConfig, num_layers: int, processes: int) -> bool:
     micro_batches = -(-config.batch_rows // (processes * config.micro_batch_rows))
     return config.fp8 != "none" or config.steps * micro_batches * num_layers >= LAYERS_TO_COMPILE
+
+
+def _layer_flops(student: Architecture, config: DistillConfig, seq_length: int) -> float:
+    """FLOPs of a layer's forward and backward pass in a micro-batch; a layer's share of the head counts."""
+    tokens = config.micro_batch_rows * seq_length
+    return 3 * student.flops_per_token(seq_length) * tokens / student.num_layers
 
 
 def _halved(number: int) -> list[int]:

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +19,13 @@ from minitron import storage
 from minitron.arguments import check_model, check_type, short_repr
 from minitron.data import DocumentBoundaries, Rows, rows_for_step
 from minitron.device import device
+from minitron.distill import cuda_graphs
 from minitron.distill.blocks import compiled_blocks, running_blocks
 from minitron.distill.checkpoints import Checkpoints
 from minitron.distill.config import DistillConfig
 from minitron.distill.curve import Curve, Point
 from minitron.distill.determinism import deterministic_kernels
-from minitron.distill.feeder import Feeder
+from minitron.distill.feeder import Feeder, MicroBatch
 from minitron.distill.fp8 import capability_of, check_fp8, fp8_linears
 from minitron.distill.losses import Losses
 from minitron.distill.losses.objective import Objective
@@ -151,6 +153,12 @@ def distill(
         feeder = stack.enter_context(Feeder(rows, objective.targets, compute_device))
         alike = sharded or (isinstance(objective.targets, LiveTeacher) and objective.targets.sharded)
         state = stack.enter_context(TrainingState(objective.trained(), config))
+        total = torch.zeros(5, dtype=torch.float64, device=compute_device)
+        run: cuda_graphs.Run = partial(_micro_batch, objective, total)
+        if config.cuda_graphs and cuda_graphs.available(compute_device):
+            cuda_graphs.check_recordable(objective, feeder)
+            state.keep_sums()
+            run = stack.enter_context(cuda_graphs.CudaGraphs(run, watch))
         saver = (
             stack.enter_context(Checkpoints(checkpoints, key=key, before_commit=before_commit, saved=saved))
             if checkpoints
@@ -174,7 +182,8 @@ def distill(
                 next_indices = rows_for_step(len(rows), config.batch_rows, step + 1, config.seed)
                 following = _micro_batches(next_indices, config.micro_batch_rows, world, rank, alike=alike)
             feeder.expect([row for part, _ in (*batches, *following) for row in part])
-            share = _forward_backward(objective, feeder, batches, following[0][0] if following else None)
+            total.zero_()
+            _forward_backward(objective, feeder, run, batches, following[0][0] if following else None)
             rate = learning_rate(
                 step,
                 total_steps=config.steps,
@@ -185,8 +194,8 @@ def distill(
                 decay_share=config.decay_share,
             )
             if save_now and save_now():
-                share[-1] = 1.0
-            (*parts, requests), norm = state.reduce(share)
+                total[-1] = 1.0
+            (*parts, requests), norm = state.reduce(total)
             hurry = bool(requests) and not hurried
             finite = math.isfinite(parts[0]) and math.isfinite(norm)
             if finite:
@@ -251,27 +260,28 @@ def _micro_batches(
 def _forward_backward(
     objective: Objective,
     feeder: Feeder,
+    run: cuda_graphs.Run,
     batches: list[tuple[Sequence[int], float]],
     following: Sequence[int] | None,
-) -> Tensor:
-    """Compute the gradients of this process's share of the global mean loss; returns that share of each part of the loss, and
-    a zero: float64 [5].
-
-    following: the rows of the next step's first micro-batch.
-    """
-    total = torch.zeros(5, dtype=torch.float64, device=feeder.device)
+) -> None:
+    """Compute this process's micro-batches of a step. following: the rows of the next step's first one."""
     for number, (part, share) in enumerate(batches, start=1):
         last = number == len(batches)
         if isinstance(objective, FSDPModule):
             begin_micro_batch(objective, last=last)
-        tokens, stored = feeder.take(part, following if last else batches[number][0])
+        batch = feeder.take(part, following if last else batches[number][0])
         # nearly all bytes that are read are the teacher's states
-        objective.watch.lap("data" if stored is None else "teacher")
-        loss, values = objective(part, tokens, stored)
-        (loss * share).backward()
-        total[:-1] += values * share
+        objective.watch.lap("data" if batch.stored is None else "teacher")
+        run(part, batch, torch.full((), share, dtype=torch.float64, device=feeder.device))
         objective.watch.lap("student")
-    return total
+
+
+def _micro_batch(objective: Objective, total: Tensor, indices: Sequence[int], batch: MicroBatch, share: Tensor) -> None:
+    """Add the gradients of a micro-batch's share of the global mean loss to their sums, and that share of each part of the loss
+    to `total`, float64 [5], whose last value is left alone."""
+    loss, parts = objective(indices, *batch)
+    (loss * share.to(loss.dtype)).backward()
+    total[:-1] += parts * share
 
 
 def _resume(state: TrainingState, saver: Checkpoints) -> tuple[int, int]:

@@ -42,6 +42,7 @@ class TrainingState:
                     "exp_avg_sq": torch.zeros_like(master),
                 }
         self._sums: list[Tensor | None] = [None] * len(named)  # float32, on the devices of the working weights
+        self._kept: list[Tensor] = []
 
     def _master(self, parameter: nn.Parameter) -> Tensor:
         device = torch.device("cpu") if self.offloaded else parameter.device
@@ -60,6 +61,11 @@ class TrainingState:
     ) -> None:
         for hook in self._hooks:
             hook.remove()
+
+    def keep_sums(self) -> None:
+        """Keep the sums of the gradients where they are from step to step, as CUDA graphs that add to them need."""
+        self._kept = [torch.zeros_like(parameter, dtype=torch.float32) for _, parameter in self.named]
+        self._sums = [*self._kept]
 
     def _add(self, index: int, parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
@@ -125,7 +131,9 @@ class TrainingState:
     def clear(self) -> None:
         """Forget the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
-        self._sums = [None] * len(self.named)
+        self._sums = [*self._kept] or [None] * len(self.named)
+        if self._kept:
+            torch._foreach_zero_(self._kept)
 
     @torch.no_grad()
     def _round(self, indices: range | list[int]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,12 +21,23 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
+        self._paused = False
         self.restart()
 
     def lap(self, part: str) -> None:
         """Add the time since the last lap to `part`, one of `PARTS`."""
-        self._laps.append(part)
-        self._marks.append(self._mark())
+        if not self._paused:
+            self._laps.append(part)
+            self._marks.append(self._mark())
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside the context laps are not added; the next one after it has their time."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def restart(self) -> None:
         """Discard all laps and start the next one now."""

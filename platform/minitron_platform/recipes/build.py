@@ -195,15 +195,15 @@ def auto_settings(training: schema.Training) -> tuple[str, ...]:
 
 def training_values(training: schema.Training) -> dict[str, Any]:
     """A training's values for fingerprints: with the values for CPUs instead of `auto`, and without `deterministic`,
-    `fp8: none`, which earlier versions did not have, and optimizers that compute the same. What is left out changes the
-    result only by rounding."""
+    `cuda_graphs` and `fp8: none`, which earlier versions did not have, and optimizers that compute the same. What is left out
+    changes the result only by rounding."""
     config = distill_config(training)
-    values = training.model_dump(exclude={"deterministic"})
+    values = training.model_dump(exclude={"deterministic", "cuda_graphs"})
     if training.fp8 == "none":
         del values["fp8"]
     if training.optimizer != ADAMW_8BIT:
         del values["optimizer"]
-    return values | {name: getattr(config, name) for name in auto_settings(training)}
+    return values | {name: getattr(config, name) for name in auto_settings(training) if name in values}
 
 
 def training_identity(training: schema.Training) -> dict[str, Any]:

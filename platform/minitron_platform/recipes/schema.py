@@ -203,7 +203,8 @@ class Training(_Section):
     The learning rate warms up linearly, then follows a cosine or `wsd`, which decays in the last share `decay_share` of the
     steps. `evaluate_every`: steps between measurements on the held-out rows; `evaluate_tasks_every`: between runs of the
     tasks of `evaluate`; `checkpoint_every`: between checkpoints; 0 for never. `shard`: split weights and optimizer state
-    over the workers. `auto` chooses for GPUs (`minitron.distill.fitting`): `compile` for long trainings, the others by memory.
+    over the workers. `auto` chooses for GPUs (`minitron.distill.fitting`): `compile` for long trainings, `cuda_graphs` for
+    small students, the others by memory.
     """
 
     steps: Positive
@@ -225,6 +226,7 @@ class Training(_Section):
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     optimizer: Literal["adamw", "adamw-offload", "adamw-8bit"] = "adamw"
     compile: bool | Literal["auto"] = "auto"
+    cuda_graphs: bool | Literal["auto"] = "auto"
     fp8: Literal["none", "tensorwise", "rowwise"] = "none"
     deterministic: bool = False
 

@@ -97,6 +97,7 @@ PAIRS = {
             "activation_checkpointing": "full",
             "optimizer": "adamw-offload",
             "compile": True,
+            "cuda_graphs": True,
             "fp8": "rowwise",
             "deterministic": True,
         },
