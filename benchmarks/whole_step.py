@@ -65,7 +65,13 @@ def main(arguments: list[str] | None = None) -> None:
         help="gradient checkpointing in all trainers (default: what fits; none on a CPU); TRL's default is full",
     )
     parser.add_argument("--optimizer", choices=OPTIMIZERS, help="of minitron (default: what fits; adamw on a CPU)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile in all trainers")
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="all",
+        choices=("all", "minitron"),
+        help="torch.compile in all trainers, or in ours alone",
+    )
     parser.add_argument(
         "--fp8", choices=FP8, default="none", help="products of minitron's linear layers, with --compile"
     )
@@ -141,7 +147,7 @@ def _train(options: argparse.Namespace) -> None:
         micro_batch_rows=options.micro_batch,
         recompute=options.recompute,
         optimizer=options.optimizer,
-        compile=options.compile,
+        compile=bool(options.compile),
         fp8=options.fp8,
     )
     contender = CONTENDERS[options.contender]

@@ -29,7 +29,7 @@ def _copy(source: str, size: int) -> Path:
     length = min(FIRST_BYTES, size)
     while True:
         [data] = read_ranges(source, [(0, length)])
-        if length == size or header_bytes(data, size) is not None:
+        if length == size or header_bytes(bytes(data), size) is not None:
             break
         length = min(4 * length, size)
     folder = Path(tempfile.mkdtemp(prefix="minitron-gguf-"))

@@ -18,18 +18,22 @@ from minitron.storage.addresses import filesystem, is_local, local_path
 from minitron.storage.problems import access_errors
 
 READERS = 4  # threads; of a request to an object store most is waiting
+Buffer = bytes | bytearray | memoryview
+NewBuffer = Callable[[int], bytearray | memoryview]
+"""Memory of so many bytes, to read into."""
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def read_ranges(path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes | bytearray]:
-    """The bytes [start, end) of a file for each range, on object stores all requested at once.
+def read_ranges(path: str, ranges: Sequence[tuple[int, int]], new_buffer: NewBuffer = bytearray) -> list[Buffer]:
+    """The bytes [start, end) of a file for each range, on object stores all requested at once; those of a local file are in
+    what `new_buffer` returns.
 
     Raises StorageError for a file that is missing or shorter.
     """
     with access_errors(path):
         try:
-            data = _local(path, ranges) if is_local(path) else _remote(path, ranges)
+            data = _local(path, ranges, new_buffer) if is_local(path) else _remote(path, ranges)
         except FileNotFoundError as error:
             raise StorageError(f"{path}: missing", "delete its folder and run again") from error
     for (start, end), value in zip(ranges, data, strict=True):
@@ -38,12 +42,12 @@ def read_ranges(path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes | by
     return data
 
 
-def _local(path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes | bytearray]:
-    result: list[bytes | bytearray] = []
+def _local(path: str, ranges: Sequence[tuple[int, int]], new_buffer: NewBuffer) -> list[Buffer]:
+    result: list[Buffer] = []
     with open(local_path(path), "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         for start, end in ranges:
-            data = bytearray(max(0, min(end, size) - start))
+            data = new_buffer(max(0, min(end, size) - start))
             done = 0
             while done < len(data) and (count := os.preadv(file.fileno(), [memoryview(data)[done:]], start + done)):
                 done += count
@@ -51,24 +55,27 @@ def _local(path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes | bytearr
     return result
 
 
-def _remote(path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes | bytearray]:
+def _remote(path: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
     fs, inner = filesystem(path)
     starts, ends = [start for start, _ in ranges], [end for _, end in ranges]
     return list(fs.cat_ranges([inner] * len(ranges), starts, ends, on_error="raise"))
 
 
-def read_checked(path: str, entry: Mapping[str, Any], ranges: Sequence[tuple[int, int]]) -> list[bytes | bytearray]:
+def read_checked(
+    path: str, entry: Mapping[str, Any], ranges: Sequence[tuple[int, int]], new_buffer: NewBuffer = bytearray
+) -> list[Buffer]:
     """As `read_ranges`, with the parts of these ranges checked. entry: the file's in its manifest; without parts nothing is
     checked.
 
     Raises StorageError naming a part that is altered.
     """
     if not entry.get("parts"):
-        return read_ranges(path, ranges)
+        return read_ranges(path, ranges, new_buffer)
     parts = [parts_of(entry, start, end) for start, end in ranges]
     wide = [(_start(entry, numbers[0]), entry["parts"]["ends"][numbers[-1]]) for numbers in parts]
-    result: list[bytes | bytearray] = []
-    for (start, end), (begin, _), numbers, data in zip(ranges, wide, parts, read_ranges(path, wide), strict=True):
+    result: list[Buffer] = []
+    read = read_ranges(path, wide, new_buffer)
+    for (start, end), (begin, _), numbers, data in zip(ranges, wide, parts, read, strict=True):
         view = memoryview(data)
         for number in numbers:
             first, last = _start(entry, number), entry["parts"]["ends"][number]
@@ -109,7 +116,7 @@ def _start(entry: Mapping[str, Any], number: int) -> int:
     return int(entry["parts"]["ends"][number - 1]) if number else 0
 
 
-def _check(path: str, entry: Mapping[str, Any], number: int, data: bytes | bytearray | memoryview) -> None:
+def _check(path: str, entry: Mapping[str, Any], number: int, data: Buffer) -> None:
     actual, expected = hashlib.sha256(data).hexdigest(), entry["parts"]["sha256"][number]
     if actual != expected:
         raise StorageError(

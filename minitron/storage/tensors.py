@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minitron.errors import StorageError
-from minitron.storage.ranges import read_checked
+from minitron.storage.ranges import Buffer, read_checked
 
 DTYPES = {
     "F64": torch.float64,
@@ -55,11 +55,11 @@ class Slot:
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
         return Slot(self.dtype, (last - first, *self.shape[1:]), self.start + first * row)
 
-    def tensor(self, data: bytes | bytearray) -> Tensor:
-        """The tensor whose bytes these are; it keeps a bytearray as its memory."""
+    def tensor(self, data: Buffer) -> Tensor:
+        """The tensor whose bytes these are; its memory is `data`, or a copy of bytes."""
         if not data:
             return torch.empty(self.shape, dtype=self.dtype)
-        memory = data if isinstance(data, bytearray) else bytearray(data)
+        memory = bytearray(data) if isinstance(data, bytes) else data
         return torch.frombuffer(memory, dtype=self.dtype).view(self.shape)
 
 
@@ -145,8 +145,8 @@ def read_slots(path: str, entry: Mapping[str, Any]) -> dict[str, Slot]:
         if base > min(size, LONGEST_HEADER):
             raise ValueError(f"a header of {base - 8} bytes")
         if base > len(begin):
-            begin += read_checked(path, entry, [(len(begin), base)])[0]
-        return dict(_slots(json.loads(begin[8:base]), base, size))
+            begin = bytes(begin) + bytes(read_checked(path, entry, [(len(begin), base)])[0])
+        return dict(_slots(json.loads(bytes(begin[8:base])), base, size))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StorageError(f"{path}: not a safetensors file ({error!r})", "delete its folder and run again") from error
 

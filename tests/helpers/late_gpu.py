@@ -40,6 +40,7 @@ class LateGpu:
         self.set_device(self.number)
         cuda = {
             "is_available": lambda: True,
+            "is_initialized": lambda: True,
             "current_device": lambda: self.number,
             "set_device": self.set_device,
             "Stream": lambda device: Stream(self),
@@ -79,6 +80,7 @@ class LateGpu:
         monkeypatch.setattr(Tensor, "copy_", copy_)
         monkeypatch.setattr(Tensor, "is_cuda", property(self.holds))
         monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: self._pin(tensor.clone()))
+        monkeypatch.setattr(Tensor, "is_pinned", lambda tensor: _address(tensor) in self._pinned)
         monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: self.recorded.append((tensor, stream)))
 
     def set_device(self, number: int) -> None:

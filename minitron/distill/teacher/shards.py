@@ -78,7 +78,7 @@ class Shards:
             self._waiting = deque(position for position in self._waiting if position not in blocks)
         rows = {position: block.rows.result()[block.offset] for position, block in blocks.items()}
         self._read_ahead()
-        return {name: torch.stack([rows[position][name] for position in positions]) for name in rows[positions[0]]}
+        return {name: _stacked([rows[position][name] for position in positions]) for name in rows[positions[0]]}
 
     def prefetch(self, indices: Sequence[int]) -> None:
         """Begin to read the rows with these numbers, in this order; replaces the rows of an earlier call."""
@@ -144,7 +144,7 @@ class Shards:
         number, row = divmod(first, self._index.rows_per_shard)
         shard = self._shard(number)
         slots = {name: slot.rows(row, row + count) for name, slot in shard.slots.items()}
-        data = read_checked(shard.path, shard.entry, [(slot.start, slot.end) for slot in slots.values()])
+        data = read_checked(shard.path, shard.entry, [(slot.start, slot.end) for slot in slots.values()], _buffer)
         tensors = {name: slot.tensor(value) for (name, slot), value in zip(slots.items(), data, strict=True)}
         return [{name: tensor[offset] for name, tensor in tensors.items()} for offset in range(count)]
 
@@ -169,3 +169,17 @@ class Shards:
             shapes = {name: list(slot.shape) for name, slot in slots.items()}
             raise StorageError(f"{path}: has {shapes} where {rows} rows are expected", f"delete {folder} and run again")
         return _Shard(path, entry, slots)
+
+
+def _buffer(size: int) -> bytearray | memoryview:
+    """Memory to read into. In a process that uses a GPU it is pinned: PyTorch keeps such memory and gives it out again, while
+    new pages take longer to get than to read from a disk's cache."""
+    if not torch.cuda.is_initialized():
+        return bytearray(size)
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy().data
+
+
+def _stacked(rows: list[Tensor]) -> Tensor:
+    """[len(rows), ...], pinned as `_buffer` is."""
+    shape = (len(rows), *rows[0].shape)
+    return torch.stack(rows, out=torch.empty(shape, dtype=rows[0].dtype, pin_memory=torch.cuda.is_initialized()))
