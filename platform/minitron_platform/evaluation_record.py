@@ -121,7 +121,7 @@ def evaluation_record(
     address = escape(redact(locations.tracking_uri))
     if unsent:
         raise MinitronError(
-            f"{unsent:,} records of the evaluation are not in MLflow at {redact(locations.tracking_uri)}; they stay in "
+            f"MLflow at {redact(locations.tracking_uri)} lacks {unsent:,} records of the evaluation; they stay in "
             f"{locations.storage}, with the results",
             "check that MLflow answers, and run `minitron sync` with the same --storage and --tracking-uri",
         )
