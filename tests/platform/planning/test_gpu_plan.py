@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,8 @@ from helpers.command import minitron_here
 
 from minitron.architecture import Architecture
 from minitron.architecture.published import BASES
+from minitron.distill import DistillConfig
+from minitron.distill.fitting import CHOSEN, fitting
 from minitron.errors import InputError
 from minitron_platform import load_recipe, plan
 from minitron_platform.estimates.gpu import correction_on_gpus, distillation_on_gpus, trials_on_gpus
@@ -152,12 +155,38 @@ def test_layers_are_compiled_on_gpus_in_trainings_that_are_long_enough_or_multip
     assert not compiled("distill.steps=1000", "distill.compile=false")
 
 
+def test_small_students_are_trained_with_cuda_graphs_where_they_can_be():
+    small = Architecture(24, 576, 960, 9, 3, 64, 49_152, True)
+    experts = replace(small, num_experts=8, experts_per_token=2, family="qwen3_moe")
+    settings = DistillConfig(steps=40, batch_rows=16)
+
+    def chosen(student=small, config=settings, **named):
+        fit = fitting(student, config, 1024, 80_000_000_000, **named)
+        assert ("cuda_graphs" in fit.settings) == fit.config.cuda_graphs
+        return fit.config.cuda_graphs
+
+    assert chosen()
+    assert chosen(teacher=small, teacher_kept=("whole",))
+    assert not chosen(replace(small, hidden_size=4608, intermediate_size=14_336))
+    assert not chosen(experts)
+    assert not chosen(teacher=experts, teacher_kept=("whole",))
+    assert not chosen(teacher=small, teacher_kept=("sharded",), processes=2)
+    assert not chosen(compared=1)
+    assert not chosen(config=replace(settings, optimizer="adamw-offload"))
+    assert not chosen(config=replace(settings, fp8="rowwise"))
+    assert not chosen(config=replace(settings, shard=True), processes=2, chosen=("cuda_graphs",))
+    assert not chosen(chosen=("compile",))
+
+
 def test_what_is_left_to_the_memory_keeps_the_names_of_runs_and_stages(bench):
     def recipe(*overrides):
         return load_recipe(str(bench / "recipe.yaml"), overrides)
 
-    said = [f"distill.{text}" for text in (*VALUES, "compile=false")]
-    free = [f"distill.{key}=auto" for key in ("micro_batch_rows", "activation_checkpointing", "shard", "compile")]
+    said = [f"distill.{text}" for text in (*VALUES, "compile=false", "cuda_graphs=false")]
+    free = [
+        f"distill.{key}=auto"
+        for key in ("micro_batch_rows", "activation_checkpointing", "shard", "compile", "cuda_graphs")
+    ]
     assert training_identity(recipe(*said).distill) == training_identity(recipe(*free).distill)
     assert "optimizer" not in training_identity(recipe().distill)
     assert run_key(recipe(*said)) == run_key(recipe(*free)) == run_key(recipe(*free, "distill.optimizer=adamw-offload"))
