@@ -10,6 +10,7 @@ from minitron.architecture import Architecture
 from minitron.arguments import check_type
 from minitron.distill.config import ADAMW_8BIT, ADAMW_OFFLOAD, DistillConfig
 from minitron.distill.low_bit import MOMENT_BYTES
+from minitron.distill.offload import BUFFERS, SLICE_VALUES
 from minitron.distill.sharding import STATE_BYTES, parts_of
 from minitron.distill.teacher.shards import READ_AHEAD_BYTES
 from minitron.distill.teacher.stored import stored_bytes
@@ -27,7 +28,7 @@ class HostMemory:
     libraries: int = LIBRARIES
     context: int = CONTEXT
     optimizer: int = 0
-    """What `adamw-offload` keeps there: float32 weights, both moments, and the gradient of one parameter."""
+    """What `adamw-offload` keeps there: float32 weights, both moments, and pinned buffers for gradients and new weights."""
     checkpoint: int = 0
     """The copy of the training state that is written in the background, in pinned memory."""
     reading: int = 0
@@ -72,7 +73,10 @@ def training_host_memory(
     offloaded = config.optimizer == ADAMW_OFFLOAD
     optimizer = 0
     if offloaded:
-        optimizer = int(trained * 3 * FLOAT * student.num_parameters) + FLOAT * student.largest_tensor
+        values = int(trained * student.num_parameters)
+        slice_values = min(SLICE_VALUES, values)
+        staged = pinned_bytes(FLOAT * slice_values) + pinned_bytes(value_bytes * slice_values)
+        optimizer = 3 * FLOAT * values + BUFFERS * staged
     saved = bool(config.checkpoint_every) if saved is None else saved
     checkpoint = _checkpoint_bytes(student, config, processes, parts, trained, pinned=not offloaded) if saved else 0
     reading = -(-value_bytes * student.largest_tensor // parts)

@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass
 
 from minitron.architecture import Architecture
 from minitron.distill.activations import FLOAT, backward_per_token, final_norm, kept_per_token
-from minitron.distill.config import ADAMW_8BIT, DistillConfig
+from minitron.distill.config import ADAMW_8BIT, ADAMW_OFFLOAD, DistillConfig
 from minitron.distill.losses.chunked import CHUNK_TOKENS as LOSS_TOKENS
 from minitron.distill.low_bit import MOMENT_BYTES
+from minitron.distill.offload import BUFFERS, SLICE_VALUES
 from minitron.distill.teacher.shards import READ_AHEAD_BYTES
 from minitron.distill.teacher.stored import stored_bytes
 from minitron.logits import CHUNK_TOKENS, most_tokens
@@ -35,7 +36,7 @@ class MainMemory:
     source: int = 0
     """What is read of a model that is converted, and copies of it."""
     optimizer: int = 0
-    """float32 master weights and AdamW's two moments."""
+    """float32 master weights and AdamW's two moments; with "adamw-offload" also its buffers for gradients and new weights."""
     gradients: int = 0
     activations: int = 0
     logits: int = 0
@@ -112,12 +113,15 @@ def training_memory(
         teacher_bytes = kept * value_bytes
     moment = MOMENT_BYTES if config.optimizer == ADAMW_8BIT else FLOAT
     copy = int((FLOAT + 2 * moment) * parameters) // workers if config.checkpoint_every else 0
+    staged = 0
+    if config.optimizer == ADAMW_OFFLOAD:
+        staged = BUFFERS * (FLOAT + value_bytes) * min(SLICE_VALUES, parameters)
     if shards > 1:
         weights += FLOAT * head + value_bytes * inner // student.num_layers  # gathered: the head and one layer
     return MainMemory(
         weights=weights,
         teacher=teacher_bytes,
-        optimizer=int((FLOAT + 2 * moment) * parameters) // shards,
+        optimizer=int((FLOAT + 2 * moment) * parameters) // shards + staged,
         gradients=gradients,
         activations=_training_activations(student, tokens, value_bytes, config.activation_checkpointing),
         logits=chunks + head * (FLOAT + value_bytes),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,7 @@ from torch.nn.utils import get_total_norm
 
 from minitron.distill.config import ADAMW_8BIT, ADAMW_OFFLOAD, DistillConfig
 from minitron.distill.low_bit import adamw_8bit, moment_parts
+from minitron.distill.offload import OffloadedStep, sliced
 
 
 class TrainingState:
@@ -20,33 +23,35 @@ class TrainingState:
 
     Inside the context a gradient moves from the working weight to the float32 sums as soon as the backward pass has made it:
     the gradients of the whole model never exist in the working dtype beside the sums. With the optimizer "adamw-offload"
-    masters and moments are in main memory and are updated there, one parameter after the other.
+    masters and moments are in main memory and are updated there (see `OffloadedStep`).
     """
 
     def __init__(self, named: list[tuple[str, nn.Parameter]], config: DistillConfig) -> None:
         self.config = config
         self.named = named
-        self.offloaded = config.optimizer == ADAMW_OFFLOAD
+        self.offloaded: OffloadedStep | None = None
         self.masters = [p if isinstance(p, DTensor) else self._master(p) for _, p in named]
         self.optimizer: torch.optim.Optimizer
         if config.optimizer == ADAMW_8BIT:
             self.optimizer = adamw_8bit(self.masters, config.betas, config.weight_decay)
+            self._moments: Mapping[Tensor, Any] = self.optimizer.state
         else:
-            self.optimizer = torch.optim.AdamW(
-                self.masters, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True
-            )
-            for master in self.masters:
-                self.optimizer.state[master] = {
-                    "step": torch.zeros((), device=master.device),
-                    "exp_avg": torch.zeros_like(master),
-                    "exp_avg_sq": torch.zeros_like(master),
-                }
+            whole = [(master, torch.zeros_like(master), torch.zeros_like(master)) for master in self.masters]
+            self._moments = {master: {"exp_avg": first, "exp_avg_sq": second} for master, first, second in whole}
+            if config.optimizer == ADAMW_OFFLOAD:
+                parameters = [parameter for _, parameter in named]
+                self.optimizer = _adamw(sliced(whole, parameters), config)
+                self.offloaded = OffloadedStep(parameters, self.optimizer)
+            else:
+                self.optimizer = _adamw(whole, config)
         self._sums: list[Tensor | None] = [None] * len(named)  # float32, on the devices of the working weights
         self._kept: list[Tensor] = []
 
     def _master(self, parameter: nn.Parameter) -> Tensor:
-        device = torch.device("cpu") if self.offloaded else parameter.device
-        return parameter.detach().to(device, torch.float32, copy=True)
+        weight = parameter.detach()
+        if self.config.optimizer == ADAMW_OFFLOAD:
+            return weight.to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
+        return weight.to(torch.float32, copy=True)
 
     def __enter__(self) -> TrainingState:
         self._hooks = [
@@ -111,22 +116,16 @@ class TrainingState:
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
-        if self.offloaded:  # so that one gradient at a time is in main memory
-            for index in range(len(self.masters)):
-                self._step([index])
-        else:
-            self._step(range(len(self.masters)))
-
-    def _step(self, indices: range | list[int]) -> None:
-        """Of these parameters; the optimizer leaves those alone that have no gradient."""
-        for index in indices:
-            master, total = self.masters[index], self._sums[index]
+        if self.offloaded:
+            self.offloaded.update(self._sums)
+            return
+        for index, (master, total) in enumerate(zip(self.masters, self._sums, strict=True)):
             if total is not None:
-                master.grad, self._sums[index] = total.to(master.device), None
+                master.grad, self._sums[index] = total, None
         self.optimizer.step()
-        for index in indices:
-            self.masters[index].grad = None
-        self._round(indices)
+        for master in self.masters:
+            master.grad = None
+        self._round()
 
     def clear(self) -> None:
         """Forget the gradients."""
@@ -136,8 +135,8 @@ class TrainingState:
             torch._foreach_zero_(self._kept)
 
     @torch.no_grad()
-    def _round(self, indices: range | list[int]) -> None:
-        own = [(self.named[index][1], self.masters[index]) for index in indices]
+    def _round(self) -> None:
+        own = [(parameter, master) for (_, parameter), master in zip(self.named, self.masters, strict=True)]
         working = [parameter.detach() for parameter, master in own if master is not parameter]
         if working:
             torch._foreach_copy_(working, [master for parameter, master in own if master is not parameter])
@@ -146,7 +145,7 @@ class TrainingState:
         """Everything that the next step depends on, the tensors themselves: float32, and the codes of moments of 8 bits."""
         tensors: dict[str, Tensor] = {}
         for master, (name, _) in zip(self.masters, self.named, strict=True):
-            moments = self.optimizer.state[master]
+            moments = self._moments[master]
             tensors[f"master.{name}"] = master.detach()
             for moment in ("exp_avg", "exp_avg_sq"):
                 tensors |= {f"{moment}.{name}{part}": tensor for part, tensor in moment_parts(moments[moment])}
@@ -154,6 +153,24 @@ class TrainingState:
 
     def restored(self, updates: int) -> None:
         """Go on with what was read into `tensors`, the state after that many updates."""
-        for master in self.masters:
-            self.optimizer.state[master]["step"].fill_(float(updates))
-        self._round(range(len(self.masters)))
+        for state in self.optimizer.state.values():
+            state["step"].fill_(float(updates))
+        if self.offloaded:
+            self.offloaded.round()
+        else:
+            self._round()
+
+
+def _adamw(updated: list[tuple[Tensor, Tensor, Tensor]], config: DistillConfig) -> torch.optim.AdamW:
+    """The optimizer of masters, or parts of them, with these two moments."""
+    optimizer = torch.optim.AdamW(
+        [master for master, _, _ in updated],
+        lr=0.0,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    for master, first, second in updated:
+        step = torch.zeros((), device=master.device)
+        optimizer.state[master] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+    return optimizer

@@ -1,5 +1,6 @@
 """A stand-in for a GPU whose copies are made as late as streams and events allow: what waits for too little sees that they
-are not there yet. Its kernels run at once, after the copies to it in their stream."""
+are not there yet. Its kernels run at once, after the copies to it in their stream. With `early` copies are made at once too:
+what is copied or overwritten too soon is seen."""
 
 from __future__ import annotations
 
@@ -30,9 +31,10 @@ class LateGpu:
 
     number = 3  # of this process's GPU
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, early: bool = False) -> None:
         self.main = Stream(self)
         self.waits: Counter[str] | None = None
+        self.event_waits = 0  # of the host
         self.recorded: list[tuple[Tensor, Stream]] = []  # as `Tensor.record_stream` was called
         self._on_gpu: dict[int, Tensor] = {}  # by the address of their storage, which is kept so that it stays theirs
         self._pinned: dict[int, Tensor] = {}
@@ -73,6 +75,7 @@ class LateGpu:
             pinned = _address(here) in self._pinned
             if not (non_blocking and pinned):
                 self.wait("this copy" if pinned else "a copy from or to memory that is not pinned")
+            if early or not (non_blocking and pinned):
                 stream.make([*stream.copies])
             return target
 
@@ -130,9 +133,9 @@ class LateGpu:
 class Stream:
     def __init__(self, gpu: LateGpu) -> None:
         self.gpu = gpu
-        self.copies: list[partial[Tensor]] = []  # that nobody has waited for
+        self.copies: list[partial[Any]] = []  # that nobody has waited for, and waits for other streams between them
 
-    def make(self, copies: Iterable[partial[Tensor]]) -> None:
+    def make(self, copies: Iterable[partial[Any]]) -> None:
         for copy in copies:
             if copy in self.copies:
                 self.copies.remove(copy)
@@ -141,7 +144,7 @@ class Stream:
 
     def compute(self) -> None:
         """The next kernel has what was copied to the GPU before it."""
-        self.make([copy for copy in self.copies if self.gpu.holds(copy.args[0])])
+        self.make([copy for copy in self.copies if not copy.args or self.gpu.holds(copy.args[0])])
 
     def record_event(self) -> Event:
         event = Event(self.gpu)
@@ -149,7 +152,9 @@ class Stream:
         return event
 
     def wait_event(self, event: Event) -> None:
-        event.synchronize()
+        self.copies.append(partial(event.make))
+        if self is self.gpu.main:  # where kernels follow, which run at once
+            self.compute()
 
 
 class Event:
@@ -161,6 +166,10 @@ class Event:
         self.before = list(self.stream.copies)
 
     def synchronize(self) -> None:
+        self.gpu.event_waits += 1
+        self.make()
+
+    def make(self) -> None:
         self.gpu.current()  # checks the thread
         self.stream.make(self.before)
 

@@ -66,7 +66,8 @@ BUDGETS = {
     "top-k": {"forward": 115.2, "loss": 41.9, "backward": 289.1, "optimizer": 52.1},
     "layers": {"teacher": 176.4, "forward": 115.2, "loss": 229.5, "backward": 328.1, "optimizer": 53.1},
     "recomputed": {"forward": 115.2, "loss": 107.9, "backward": 393.4, "optimizer": 52.1},
-    "offloaded": {"forward": 115.2, "loss": 107.9, "backward": 289.1, "optimizer": 52.1},
+    # and 16 from gradients into buffers and from buffers into the student
+    "offloaded": {"forward": 115.2, "loss": 107.9, "backward": 289.1, "optimizer": 68.1},
     # torchao's step without the compilation that makes it one pass
     "8 bits": {"forward": 115.2, "loss": 107.9, "backward": 289.1, "optimizer": 160.1},
     "bfloat16": {"teacher": 52.9, "forward": 52.9, "loss": 64.7, "backward": 151.8, "optimizer": 50.1},
@@ -104,8 +105,8 @@ def counted(material):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_step_makes_the_host_wait_once(counted, variant):
-    """For the loss and the norm of the gradient, which say whether the step counts. What the optimizer copies to main memory
-    with "adamw-offload" is not seen on a CPU."""
+    """For the loss and the norm of the gradient, which say whether the step counts. With "adamw-offload" it also waits for
+    copies to and from main memory, which test_copies.py counts."""
     counts, _ = counted(variant)
     assert list(counts.waits[1].values()) == [1], counts.waits[1]
     assert next(iter(counts.waits[1])).startswith("tolist in distill/state.py")

@@ -25,7 +25,7 @@ from helpers.distilling import (
 from minitron.architecture import Architecture
 from minitron.data import Rows, rows_for_step
 from minitron.device import datasheet_flops
-from minitron.distill import DistillConfig, Losses, StoredTeacher, distill, loop
+from minitron.distill import DistillConfig, Losses, StoredTeacher, distill, loop, offload
 from minitron.distill.schedule import learning_rate
 from minitron.distill.timing import Stopwatch
 from minitron.errors import InputError, NonFiniteError
@@ -227,7 +227,8 @@ def test_activation_checkpointing_recomputes_and_does_not_change_the_result(mate
         replace(CONFIG, activation_checkpointing="some")
 
 
-def test_an_offloaded_optimizer_trains_the_same_and_resumes_from_either(material, tmp_path):
+def test_an_offloaded_optimizer_trains_the_same_and_resumes_from_either(material, monkeypatch, tmp_path):
+    monkeypatch.setattr(offload, "SLICE_VALUES", 256)
     offloaded = replace(CONFIG, optimizer="adamw-offload")
     losses, student = distil(material)
     own, same = distil(material, offloaded)
