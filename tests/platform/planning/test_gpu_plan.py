@@ -183,10 +183,7 @@ def test_what_is_left_to_the_memory_keeps_the_names_of_runs_and_stages(bench):
         return load_recipe(str(bench / "recipe.yaml"), overrides)
 
     said = [f"distill.{text}" for text in (*VALUES, "compile=false", "cuda_graphs=false")]
-    free = [
-        f"distill.{key}=auto"
-        for key in ("micro_batch_rows", "activation_checkpointing", "shard", "compile", "cuda_graphs")
-    ]
+    free = [f"distill.{key}=auto" for key in CHOSEN]
     assert training_identity(recipe(*said).distill) == training_identity(recipe(*free).distill)
     assert "optimizer" not in training_identity(recipe().distill)
     assert run_key(recipe(*said)) == run_key(recipe(*free)) == run_key(recipe(*free, "distill.optimizer=adamw-offload"))
