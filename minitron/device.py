@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -64,6 +65,19 @@ def random_devices() -> list[int]:
 def on_this_gpu() -> Callable[[], None] | None:
     """For a new thread to call: it then uses the GPU that this thread uses, and takes no memory on the node's first one."""
     return partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_available() else None
+
+
+def values_of(tensor: Tensor) -> list[float]:
+    """The values of a tensor [n], for which the host waits.
+
+    On a GPU they are copied to pinned memory, and an event is waited for: while the driver waits itself, with a copy to other
+    memory, no other thread of the process can copy anything to the GPU.
+    """
+    if not tensor.is_cuda:
+        return list(tensor.tolist())
+    copy = tensor.to("cpu", non_blocking=True)
+    torch.cuda.current_stream(tensor.device).record_event().synchronize()
+    return list(copy.tolist())
 
 
 def gpu_bytes() -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
+from minitron.device import values_of
 from minitron.distill.config import ADAMW_8BIT, ADAMW_OFFLOAD, DistillConfig
 from minitron.distill.low_bit import adamw_8bit, moment_parts
 from minitron.distill.offload import OffloadedStep, sliced
@@ -95,7 +96,7 @@ class TrainingState:
         )  # as clip_grad_norm_, for gradients of no parameter
         local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
         torch._foreach_mul_(local, scale)  # a small model on a GPU waits for each kernel to be launched
-        *summed, before = torch.cat([parts, norm.double().view(1)]).tolist()
+        *summed, before = values_of(torch.cat([parts, norm.double().view(1)]))
         return summed, before
 
     def _gradient(self, index: int) -> Tensor:

@@ -10,6 +10,7 @@ from helpers.late_gpu import MISSING, LateGpu
 from torch import nn
 
 from minitron.data import Rows
+from minitron.device import values_of
 from minitron.distill import DistillConfig, offload
 from minitron.distill.checkpoints import Checkpoints
 from minitron.distill.feeder import Feeder
@@ -34,6 +35,11 @@ def test_micro_batches_are_there_when_they_are_taken_and_are_kept_while_they_are
             assert all(torch.equal(tensor, wanted[name]) for name, tensor in stored.items())
             recorded = [(id(tensor), stream) for tensor, stream in gpu.recorded]
             assert {(id(tensor), gpu.main) for tensor in (tokens, *stored.values())} <= set(recorded)
+
+
+def test_values_are_read_when_they_are_there(monkeypatch):
+    gpu = LateGpu(monkeypatch)
+    assert values_of(gpu.holding(torch.tensor([1.0, 2.0]))) == [1.0, 2.0]
 
 
 def test_a_shard_is_written_when_its_rows_are_there(monkeypatch, tmp_path):

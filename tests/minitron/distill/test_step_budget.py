@@ -109,7 +109,7 @@ def test_a_step_makes_the_host_wait_once(counted, variant):
     copies to and from main memory, which test_copies.py counts."""
     counts, _ = counted(variant)
     assert list(counts.waits[1].values()) == [1], counts.waits[1]
-    assert next(iter(counts.waits[1])).startswith("tolist in distill/state.py")
+    assert next(iter(counts.waits[1])).startswith("tolist in device.py")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
