@@ -69,7 +69,7 @@ class Comparison:
         sizes = " -> ".join(f"{shape.num_parameters / 1e9:.2f}B" for shape in (self.teacher, self.student))
         title = (
             f"{options.shapes}, {sizes}, {self.teacher.num_layers} layers; {options.batch} rows of {options.sequence} tokens "
-            f"a step{_compiled(options.compile)}{_fp8(options.fp8)}; {kind_of_seconds()}; "
+            f"a step{_compiled(options.compile)}{_own(options)}; {kind_of_seconds()}; "
             f"{options.rounds} rounds of {options.steps} {'after each other' if on_gpu() else 'in alternation'}, "
             "median (lowest to highest)"
         )
@@ -129,10 +129,10 @@ class Comparison:
         given = {"materials": self.folder, "contender": name, "batch": batch, "optimizer": settings.optimizer}
         given |= {"micro-batch": settings.micro_batch_rows, "recompute": settings.recompute, "shapes": options.shapes}
         given |= {"fp8": options.fp8, "warm-up": options.warm_up, "steps": options.steps, "rounds": options.rounds}
-        compiled = options.compile == "all" or (options.compile and CONTENDERS[name].package == "minitron")
-        return Worker(
-            [*command(**given), *["--compile"] * bool(compiled)], self.folder / f"{name.replace(' ', '-')}.log"
-        )
+        ours = CONTENDERS[name].package == "minitron"
+        flags = ["--compile"] * (options.compile == "all" or (options.compile == "minitron" and ours))
+        flags += ["--cuda-graphs"] * (options.cuda_graphs and ours)
+        return Worker([*command(**given), *flags], self.folder / f"{name.replace(' ', '-')}.log")
 
 
 def command(**options: object) -> list[str]:
@@ -147,8 +147,10 @@ def _compiled(what: str | None) -> str:
     return f", compiled{'' if what == 'all' else ' in minitron'}" if what else ""
 
 
-def _fp8(scaling: str) -> str:
-    return "" if scaling == "none" else f", FP8 {scaling} in minitron"
+def _own(options: argparse.Namespace) -> str:
+    """What minitron has besides."""
+    fp8 = "" if options.fp8 == "none" else f", FP8 {options.fp8} in minitron"
+    return fp8 + (", CUDA graphs in minitron" if options.cuda_graphs else "")
 
 
 def _say(text: str) -> None:

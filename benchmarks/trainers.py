@@ -43,6 +43,8 @@ class Setup:
     compile: bool
     fp8: str = "none"
     """Of minitron alone, as `DistillConfig.fp8`."""
+    cuda_graphs: bool = False
+    """Of minitron alone."""
 
 
 Stepped = Callable[[dict[str, Any]], None]
@@ -63,6 +65,7 @@ def _ours(materials: Materials, setup: Setup, stepped: Stepped, *, live: bool) -
         optimizer=setup.optimizer,
         compile=setup.compile,
         fp8=setup.fp8,
+        cuda_graphs=setup.cuda_graphs,
         seed=SEED,
     )
 

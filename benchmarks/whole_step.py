@@ -75,6 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--fp8", choices=FP8, default="none", help="products of minitron's linear layers, with --compile"
     )
+    parser.add_argument("--cuda-graphs", action="store_true", help="in minitron's trainings: for small models")
     parser.add_argument("--rows", type=int, default=32, help="rows of text, which are repeated")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before the first round")
     parser.add_argument("--steps", type=int, default=1, help="steps of a round")
@@ -149,6 +150,7 @@ def _train(options: argparse.Namespace) -> None:
         optimizer=options.optimizer,
         compile=bool(options.compile),
         fp8=options.fp8,
+        cuda_graphs=options.cuda_graphs,
     )
     contender = CONTENDERS[options.contender]
     for module in contender.modules:
