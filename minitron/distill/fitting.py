@@ -32,6 +32,9 @@ saves, both of an H200."""
 LAUNCHED_FLOPS = 1e12
 """FLOPs of a layer's forward and backward pass in a micro-batch, below which a GPU may wait for the launches of its kernels: an
 H200 computes them in 2 to 3 ms, and the host launches an uncompiled layer in 4."""
+RECORDED = ("llama", "qwen2", "qwen3", "nemotron")
+"""Families whose micro-batches become CUDA graphs by themselves: those without windows and soft-capping, as flex_attention has
+not run in a graph yet."""
 
 
 @dataclass(frozen=True)
@@ -86,16 +89,19 @@ def fitting(
     value_bytes: int = 2,
     trained: float = 1.0,
     compared: int = 0,
+    separate_documents: bool = False,
 ) -> Fit:
     """The fastest settings that fit in `room` bytes of each of `processes` GPUs, or those that need the least.
 
-    The fields of `config` in `chosen` (a subset of `CHOSEN`) and one of `teacher_kept` are chosen. The other arguments are
-    those of `gpu_memory`; `gpu_bytes` is the size of the whole GPU.
+    The fields of `config` in `chosen` (a subset of `CHOSEN`) and one of `teacher_kept` are chosen. separate_documents: whether
+    tokens attend only to their own document of a row. The other arguments are those of `gpu_memory`; `gpu_bytes` is the size
+    of the whole GPU.
     """
     check_type("student", student, Architecture)
     check_type("config", config, DistillConfig, "a DistillConfig")
     best: Fit | None = None
-    recordable = not compared and not any(model and model.num_experts for model in (student, teacher))
+    plain = all(model.family in RECORDED for model in (student, teacher) if model is not None)
+    recordable = plain and trained == 1.0 and not compared and not separate_documents
     for settings, kept in _in_order(config, seq_length, chosen, teacher_kept, processes, student.num_layers):
         if "cuda_graphs" in chosen:
             small = _layer_flops(student, settings, seq_length) < LAUNCHED_FLOPS

@@ -16,7 +16,7 @@ from minitron.distill.fitting import SHARE, Fit, fitting
 from minitron.distill.gpu_memory import TeacherKept
 from minitron.errors import InputError
 from minitron_platform.estimates.teacher import runs_live_teacher
-from minitron_platform.recipes.build import auto_settings, distill_config
+from minitron_platform.recipes.build import auto_settings, distill_config, separates_documents
 from minitron_platform.recipes.resources import NODE_GPUS, TRIALS_PER_GPU, ResolvedResources, resolve, smallest_batch
 from minitron_platform.recipes.schema import Member, Recipe, Training
 
@@ -64,6 +64,8 @@ class GpuTraining:
     """Number of outputs within layers that the losses compare."""
     node_gpus: int = NODE_GPUS
     """GPUs of a node."""
+    separate_documents: bool = False
+    """Whether tokens attend only to their own document of a row."""
     pauses: bool = False
     """Whether its state is saved so that it goes on later, as at a rung, without `checkpoint_every` too."""
 
@@ -95,6 +97,7 @@ class GpuTraining:
             value_bytes=self.value_bytes,
             trained=self.trained,
             compared=self.compared,
+            separate_documents=self.separate_documents,
         )
 
     def check(
@@ -208,6 +211,7 @@ def correction_on_gpus(
         seq_length=recipe.data.seq_length,
         value_bytes=value_bytes,
         trained=1.0 if recipe.correct.method == "full" else 0.01,
+        separate_documents=separates_documents(recipe, on_gpus=True),
         pauses=recipe.correct.when == "measured",
         **_workers(recipe, resources),
         **_settings(training),
@@ -235,6 +239,7 @@ def distillation_on_gpus(
         teacher=teacher,
         teacher_kept=KEPT[recipe.targets.teacher] if runs_live_teacher(losses, recipe.targets.mode) else ("head",),
         compared=len(losses.hidden) + len(losses.attention) + len(losses.mlp_input) + losses.embedding,
+        separate_documents=separates_documents(recipe, on_gpus=True),
         **_workers(recipe, resources),
         **_settings(training),
     )
@@ -266,6 +271,7 @@ def trials_on_gpus(
         source=source,
         # a worker that has scored candidates goes on with it to their trials; several workers start anew for each trial
         source_kept=recipe.search.forward is not None and resources.workers_per_trial == 1,
+        separate_documents=separates_documents(recipe, on_gpus=True),
         pauses=recipe.search.halving is not None,
         **_settings(recipe.search.training),
     )

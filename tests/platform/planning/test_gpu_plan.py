@@ -14,7 +14,7 @@ from helpers.command import minitron_here
 
 from minitron.architecture import Architecture
 from minitron.architecture.published import BASES
-from minitron.distill import DistillConfig
+from minitron.distill import DistillConfig, Losses
 from minitron.distill.fitting import CHOSEN, fitting
 from minitron.errors import InputError
 from minitron_platform import load_recipe, plan
@@ -172,10 +172,26 @@ def test_small_students_are_trained_with_cuda_graphs_where_they_can_be():
     assert not chosen(teacher=experts, teacher_kept=("whole",))
     assert not chosen(teacher=small, teacher_kept=("sharded",), processes=2)
     assert not chosen(compared=1)
+    assert not chosen(separate_documents=True)
+    assert not chosen(trained=0.01)
+    assert not chosen(replace(small, family="mistral"))
     assert not chosen(config=replace(settings, optimizer="adamw-offload"))
     assert not chosen(config=replace(settings, fp8="rowwise"))
     assert not chosen(config=replace(settings, shard=True), processes=2, chosen=("cuda_graphs",))
     assert not chosen(chosen=("compile",))
+
+
+def test_cuda_graphs_are_left_out_where_documents_are_kept_apart():
+    small = Architecture(24, 576, 960, 9, 3, 64, 49_152, True)
+
+    def graphs(*overrides):
+        recipe = load_recipe(LLAMA, ["distill.micro_batch_rows=1", "distill.cuda_graphs=auto", *overrides])
+        member, resources = recipe.family[0], resolve(recipe, 0)
+        training = distillation_on_gpus(recipe, member, small, small, 2, resources, Losses())
+        return training.fit().config.cuda_graphs
+
+    assert graphs("data.separate_documents=false")
+    assert not graphs("data.separate_documents=auto")  # on GPUs they are kept apart
 
 
 def test_what_is_left_to_the_memory_keeps_the_names_of_runs_and_stages(bench):
