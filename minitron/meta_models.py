@@ -25,7 +25,7 @@ from minitron.checkpoints.reading import quiet_transformers, read_config
 from minitron.families.config import make_plain
 from minitron.logits import Head
 from minitron.models import is_finite, is_other_attention, load_model, not_finite
-from minitron.sharded_tensors import is_dtensor
+from minitron.sharded_tensors import is_dtensor, whole
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -201,11 +201,11 @@ def write_model(model: nn.Module, weights: Checkpoint, dtype: torch.dtype, folde
     than a file of FILE_BYTES, or one larger parameter; every process has one whole parameter at a time on its device.
     """
     writer = ShardWriter(folder, FILE_BYTES) if folder else None
-    for name, whole in _whole(model, dtype):
+    for name, gathered in _gathered(model, dtype):
         if writer:
-            for stored, part in weights.stored(name, whole.cpu()):
+            for stored, part in weights.stored(name, gathered.cpu()):
                 writer.add(stored, part.contiguous())
-        del whole  # before the next one is gathered
+        del gathered  # before the next one is gathered
     if writer is None or folder is None:
         return
     writer.close()
@@ -218,7 +218,6 @@ def write_model(model: nn.Module, weights: Checkpoint, dtype: torch.dtype, folde
         shutil.copyfile(weights.folder / GENERATION, folder / GENERATION)
 
 
-def _whole(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _gathered(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
-        rounded = parameter.detach().to(dtype)
-        yield name, rounded.full_tensor() if is_dtensor(rounded) else rounded
+        yield name, whole(parameter.detach().to(dtype))

@@ -32,6 +32,7 @@ from minitron.collectives import gather_results
 from minitron.device import on_this_gpu
 from minitron.distill.checkpoint_files import LAYOUT, PiecesReader, PiecesWriter, file_name
 from minitron.errors import StorageError
+from minitron.sharded_tensors import own_part
 
 log = logging.getLogger(__name__)
 _MANIFEST = re.compile(rf"step-(\d{{8}})/{re.escape(storage.MANIFEST)}")
@@ -239,14 +240,10 @@ def _copy(tensors: dict[str, Tensor], earlier: dict[str, Tensor]) -> dict[str, T
     for name, tensor in tensors.items():
         if name not in earlier or earlier[name].shape != tensor.shape:
             earlier[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        _local(earlier[name]).copy_(_local(tensor), non_blocking=True)
+        own_part(earlier[name]).copy_(own_part(tensor), non_blocking=True)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return {name: earlier[name] for name in tensors}
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _first(error: CheckpointException) -> BaseException:

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from minitron.errors import InputError
 from minitron.meta_models import emptied
 from minitron.models import decoder_and_head, layers_of
-from minitron.sharded_tensors import is_dtensor
+from minitron.sharded_tensors import whole
 
 STATE_BYTES = 16
 """Bytes per trained parameter: float32 master weight, gradient and AdamW's two moments."""
@@ -45,7 +45,7 @@ def working_copy(student: nn.Module) -> Iterator[nn.Module]:
         yield working
         with torch.no_grad():
             for mine, trained in zip(student.parameters(), working.parameters(), strict=True):
-                mine.copy_(trained.full_tensor() if is_dtensor(trained) else trained)
+                mine.copy_(whole(trained))
     finally:
         student.to(device)
 

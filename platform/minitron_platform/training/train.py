@@ -25,7 +25,7 @@ from minitron.evaluation import Evaluated, Task, heldout_metrics
 from minitron.evaluation.batches import BatchRows
 from minitron.evaluation.watch import Change, TaskWatch
 from minitron.logits import Head
-from minitron.meta_models import open_model, read_, write_model
+from minitron.meta_models import open_model, write_model
 from minitron.models import load_model, load_tokenizer, save_model, save_tokenizer
 from minitron.processes import largest, wait_for_all
 from minitron.tokenizer_beginning import with_beginning
@@ -131,7 +131,7 @@ def train(task: TrainTask, worker: Worker) -> MinitronError | None:
         send_metrics({"teacher_shards": dist.get_world_size() if targets.sharded else 1}, 0)
 
     try:
-        with trainable(model, task.method, lora_rank=task.lora_rank):
+        with trainable(model, task.method, lora_rank=task.lora_rank, weights=weights) as source:
             distill(
                 model,
                 targets,
@@ -150,7 +150,7 @@ def train(task: TrainTask, worker: Worker) -> MinitronError | None:
                 evaluate=evaluate,
                 evaluate_at=task_steps,
                 until=task.until,
-                weights=weights,
+                weights=source,
             )
     except NonFiniteError as error:
         return error
@@ -171,11 +171,8 @@ def _start(task: TrainTask) -> tuple[nn.Module, Checkpoint | None, Targets | Non
     folder = storage.fetch(task.student or inputs.teacher)
     weights: Checkpoint | None = None
     sharded = task.config.shard and dist.get_world_size() > 1
-    adapted = task.method == "lora"  # adapters are added to weights that have been read
-    if (sharded and not adapted) or device().type == "cuda":  # so that no worker has a copy in main memory
+    if sharded or device().type == "cuda":  # so that no worker has a copy in main memory
         student, weights = open_model(folder, DTYPES[inputs.dtype])
-        if adapted:
-            read_(student, weights, DTYPES[inputs.dtype], device())
     else:
         student = load_model(folder, DTYPES[inputs.dtype]).to(device())
     if task.student is None:

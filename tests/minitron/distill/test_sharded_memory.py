@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from minitron import Architecture, meta_models
 from minitron.distill import DistillConfig, LiveTeacher, Losses, distill, sharding
 from minitron.distill.gpu_memory import CONTEXT, gpu_memory
+from minitron.distill.trainable import trainable
 from minitron.meta_models import open_model, write_model
 
 NEXT_TOKEN = Losses(logits="none", cross_entropy=1.0)
@@ -65,9 +66,9 @@ def live_teacher(folder):
     return LiveTeacher(model, shard=True, device=torch.device("cpu"), weights=weights)
 
 
-def rehearse(folder, result, world, micro_batches, teacher=None):
+def rehearse(folder, result, world, micro_batches, teacher=None, method="full"):
     """Train for two steps and save to `result`, which only one process has; the peak of each part, and of what is left after
-    it, in bytes a parameter. teacher: the folder of a live one."""
+    it, in bytes a parameter. teacher: the folder of a live one; method: of `trainable`."""
     peaks, left = {}, {}
     with LiveBytes().counting() as counted:
         student, weights = open_model(folder, torch.bfloat16)
@@ -80,17 +81,18 @@ def rehearse(folder, result, world, micro_batches, teacher=None):
         counted.begin_peak()
         targets = live_teacher(teacher) if teacher else None
         reading = Reading(weights)
-        distill(
-            student,
-            targets,
-            RandomRows(),
-            settings(world, micro_batches),
-            losses=Losses() if teacher else NEXT_TOKEN,
-            weights=reading,
-            resumed=lambda _: mark("set-up"),
-            evaluate=lambda done, _: mark(f"step {done}"),
-            evaluate_at=(1, 2),
-        )
+        with trainable(student, method, lora_rank=2, weights=reading) as source:
+            distill(
+                student,
+                targets,
+                RandomRows(),
+                settings(world, micro_batches),
+                losses=Losses() if teacher else NEXT_TOKEN,
+                weights=source,
+                resumed=lambda _: mark("set-up"),
+                evaluate=lambda done, _: mark(f"step {done}"),
+                evaluate_at=(1, 2),
+            )
         mark("end")
         write_model(student, weights, torch.bfloat16, result)
         mark("saving")
@@ -103,6 +105,25 @@ def test_no_process_holds_more_of_a_split_student_than_its_part(checkpoints, pro
     monkeypatch.setattr(meta_models, "FILE_BYTES", 1 << 18)
     peaks, left, read = rehearse(checkpoints / "deep", tmp_path, world, micro_batches=2)
     _check_budgets(peaks, left, read, shards=world)
+
+
+@pytest.mark.parametrize(("world", "node"), [(8, 0), (32, 8)])
+def test_a_process_holds_its_part_of_a_frozen_model_and_of_its_adapters(checkpoints, processes, world, node):
+    processes(world, node)
+    peaks, left, read = rehearse(checkpoints / "deep", None, world, micro_batches=2, method="lora")
+    shards = node or world
+    # float32 weights, and of the adapters, 2 % of the parameters, also gradients and moments
+    state = 4 / shards + 0.02 * 16 / shards
+    assert read == pytest.approx(1 / shards, rel=0.01)
+    assert peaks["set-up"] < state + 0.1
+    assert peaks["step 1"] < state + 0.9
+    assert peaks["step 2"] < state + 0.9
+    assert left["step 2"] < state + 0.1
+    assert peaks["end"] < state + 0.1  # while adapters are merged
+    shape = Architecture.from_config(AutoConfig.from_pretrained(checkpoints / "deep"))
+    options = {"processes": world, "node_processes": node, "gpu_bytes": 80_000_000_000, "trained": 0.02}
+    estimate = gpu_memory(shape, settings(world, 2), RandomRows.seq_length, **options)
+    assert estimate.end - CONTEXT == pytest.approx(peaks["saving"] * shape.num_parameters, rel=0.1)
 
 
 def test_a_student_split_inside_nodes_is_held_once_in_each_node(checkpoints, processes, monkeypatch, tmp_path):
