@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.distilling import CONFIG, load_teacher
+from helpers.reading import Reading
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 
@@ -28,18 +29,6 @@ RANK = 5  # which two processes share unequally
 LORA = replace(
     CONFIG, steps=6, batch_rows=5, micro_batch_rows=1, peak_lr=5e-3, shard=True, checkpoint_every=2, evaluate_every=6
 )
-
-
-class Reading:
-    """A checkpoint that counts the values that are read from it."""
-
-    def __init__(self, weights):
-        self.weights, self.values = weights, 0
-
-    def rows(self, name, start, stop):
-        rows = self.weights.rows(name, start, stop)
-        self.values += rows.numel()
-        return rows
 
 
 def correct(folder, result=None, from_files=True, config=LORA, dtype=torch.float32, **options):

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from helpers import tiny
 from helpers.live_bytes import LiveBytes
+from helpers.reading import Reading
 from transformers import AutoConfig
 
 from minitron import Architecture, meta_models
@@ -33,18 +34,6 @@ class RandomRows:
 
     def take(self, indices):
         return tiny.rows(len(list(indices)), self.seq_length)
-
-
-class Reading:
-    """A checkpoint that counts the values that are read from it."""
-
-    def __init__(self, weights):
-        self.weights, self.values = weights, 0
-
-    def rows(self, name, start, stop):
-        rows = self.weights.rows(name, start, stop)
-        self.values += rows.numel()
-        return rows
 
 
 @pytest.fixture(scope="module")
