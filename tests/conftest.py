@@ -7,6 +7,8 @@ import socket
 
 import pytest
 
+from minitron.garbage import collector_off
+
 os.environ.update(
     MLFLOW_DISABLE_TELEMETRY="true",
     RAY_USAGE_STATS_ENABLED="0",
@@ -20,6 +22,13 @@ os.environ.update(
 def pytest_make_parametrize_id(val, argname):
     """Bytes are not part of a test's name: those of a packed file hold the time, and each pytest worker has its own."""
     return argname if isinstance(val, bytes) else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session):
+    """The test files import torch, transformers and Ray."""
+    with collector_off():
+        return (yield)
 
 
 @pytest.fixture

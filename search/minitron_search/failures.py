@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-import torch
 from ray.exceptions import (
     ActorDiedError,
     OutOfMemoryError,
@@ -20,12 +19,17 @@ from minitron.errors import InputError, MinitronError, NonFiniteError, TakenOver
 
 _NO_MODULE = re.compile(r"No module named '([\w.]+)'")
 MAX_LENGTH = 400  # characters of a reason, without its remedy
-# Errors that a second attempt would raise again.
-NOT_RETRYABLE = (NonFiniteError, InputError, TakenOverError, torch.OutOfMemoryError)
 LESS_MEMORY = (
     "lower micro_batch_rows, use activation checkpointing, run fewer workers or trials at once, shard, or use a machine with "
     "more memory"
 )
+
+
+def not_retryable() -> tuple[type[Exception], ...]:
+    """Errors that a second attempt would raise again."""
+    import torch
+
+    return NonFiniteError, InputError, TakenOverError, torch.OutOfMemoryError
 
 
 def cause(error: BaseException) -> BaseException:
@@ -50,7 +54,8 @@ def first_cause(failures: Mapping[int, BaseException]) -> tuple[list[int], BaseE
     When one process fails, the collective operations of the others raise RuntimeError: these are not the cause.
     """
     causes = {rank: cause(failure) for rank, failure in sorted(failures.items())}
-    for kinds in ((MinitronError, *NOT_RETRYABLE), (RayActorError,)):
+    own: tuple[type[BaseException], ...] = (MinitronError, *not_retryable())
+    for kinds in (own, (RayActorError,)):
         if ranks := [rank for rank, error in causes.items() if isinstance(error, kinds)]:
             return ranks, causes[ranks[0]]
     others = [rank for rank, error in causes.items() if type(error) is not RuntimeError]
@@ -60,6 +65,8 @@ def first_cause(failures: Mapping[int, BaseException]) -> tuple[list[int], BaseE
 
 def reason(error: BaseException) -> str:
     """Why a trial failed, in one line."""
+    import torch
+
     error = cause(error)
     text = " ".join(str(error).split())
     remedy = ""

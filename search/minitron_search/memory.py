@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 
-import torch
-
 
 def release_memory() -> None:
     """Return freed memory, which the allocators keep for reuse, to the system; with a GPU also the memory of reference cycles,
@@ -15,6 +13,8 @@ def release_memory() -> None:
     Tune runs every trial in a thread of its own, and the C library's allocator keeps memory that a thread has freed for that
     thread: a worker would grow by the size of a student with every candidate.
     """
+    import torch
+
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()

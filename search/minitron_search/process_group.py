@@ -3,39 +3,61 @@
 torch.distributed's store, where the processes find each other, asks for no password, and by itself listens on all network
 interfaces of the first worker's node. Here it listens on the loopback interface if all workers are on one node, and so do the
 connections for gradients unless GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME is set; else at that node's address in the cluster.
+
+Ray Train's controller reads this module, and has no use for torch, whose import takes a second.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from datetime import timedelta
 from typing import Any
 
 import ray
-import torch.distributed as dist
-from ray.train.torch import TorchConfig
-from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
+from ray.exceptions import GetTimeoutError
+from ray.train.backend import Backend, BackendConfig
+from ray.train.constants import DEFAULT_TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S, TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
+from ray.train.v2._internal.util import TrainingFramework
+
+from minitron.garbage import collector_off
+from minitron_search.worker_imports import import_libraries
 
 LOOPBACK = "127.0.0.1"
+TIMEOUT_SECONDS = 1800.0  # of an operation of the group
 _listening: list[socket.socket] = []  # of the first worker, from `listen` to `join`
 
 
-class NarrowTorchConfig(TorchConfig):
+class ProcessGroupConfig(BackendConfig):
     """Ray Train's configuration of the process group, with NCCL on GPUs and Gloo on CPUs."""
 
     @property
-    def backend_cls(self) -> type[_TorchBackend]:
+    def backend_cls(self) -> type[Backend]:
         return _Backend
 
+    @property
+    def train_func_context(self) -> type:
+        """What the workers' function runs in: it chooses the process's GPU. For the driver and the workers."""
+        from ray.train.torch.config import TorchConfigContextManager
 
-class _Backend(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        return TorchConfigContextManager
+
+    @property
+    def framework(self) -> TrainingFramework:
+        return TrainingFramework.TORCH
+
+
+class _Backend(Backend):
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        worker_group.execute(_import_libraries)
         on_gpus = worker_group.get_resources_per_worker().get("GPU", 0) > 0
         addresses = worker_group.execute(ray.util.get_node_ip_address)
         address = LOOPBACK if len(set(addresses)) == 1 else addresses[0]
         port = worker_group.execute_single(0, listen, address)
-        worker_group.execute(_set_torch_distributed_env_vars)
+        worker_group.execute(_set_rank_variables)
         joins = [
             worker_group.execute_single_async(
                 rank,
@@ -44,11 +66,40 @@ class _Backend(_TorchBackend):
                 rank,
                 len(addresses),
                 (address, port),
-                backend_config.timeout_s,
+                TIMEOUT_SECONDS,
             )
             for rank in range(len(addresses))
         ]
         ray.get(joins)
+
+    def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        set_limit = os.environ.get(TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S)  # as in Ray's own backend
+        limit = float(set_limit or DEFAULT_TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S)
+        try:
+            ray.get(worker_group.execute_async(_leave, len(worker_group) > 1), timeout=limit)
+        except GetTimeoutError:
+            logging.getLogger("ray.train").warning("the processes have not left their group after %g s", limit)
+
+
+def _import_libraries() -> None:
+    """On the GPU of this process, because some libraries look at the current one when they are imported."""
+    with collector_off():
+        from ray.train.torch.config import TorchConfigContextManager
+
+        with TorchConfigContextManager():
+            import_libraries()
+
+
+def _set_rank_variables() -> None:
+    from ray.train.torch.config import _set_torch_distributed_env_vars
+
+    _set_torch_distributed_env_vars()
+
+
+def _leave(destroy_process_group: bool) -> None:
+    from ray.train.torch.config import _shutdown_torch
+
+    _shutdown_torch(destroy_process_group)
 
 
 def listen(address: str) -> int:
@@ -60,6 +111,8 @@ def listen(address: str) -> int:
 
 def join(backend: str, rank: int, world: int, store: tuple[str, int], timeout_s: float) -> None:
     """Make this process one of the group. store: address and port of the first process's store."""
+    import torch.distributed as dist
+
     if store[0] == LOOPBACK:
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, _loopback_interface())

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from ray import cloudpickle, tune
 from ray.exceptions import RayError
 from ray.tune import Callback, Stopper
@@ -27,9 +26,10 @@ from minitron.environment import environment_variables
 from minitron.errors import StorageError
 from minitron.log_records import make_records_safe
 from minitron_search.events import Event, Failed, OutOfGpuMemory, Report, Retried, from_tune, to_tune
-from minitron_search.failures import NOT_RETRYABLE, cause, reason
+from minitron_search.failures import cause, not_retryable, reason
 from minitron_search.memory import release_memory
 from minitron_search.ray_patches import keep_workers, patch_oom_as_actor_error
+from minitron_search.worker_imports import import_libraries
 
 OnEvent = Callable[[str, Event], None]  # called with the candidate's key
 LOOK_SECONDS = 2.0
@@ -158,11 +158,14 @@ class RunningTune:
 
 def _trial(config: dict[str, Any]) -> None:
     make_records_safe()
+    import_libraries()
+    import torch
+
     try:
         cloudpickle.loads(config["item"].work)(_report)
     except torch.OutOfMemoryError as error:
         _report(OutOfGpuMemory(reason(error)))
-    except NOT_RETRYABLE as error:
+    except not_retryable() as error:
         _report(Failed(reason(error)))  # not raised, so that Tune does not retry
     release_memory()  # the process is reused, or shares its GPU with another trial
 

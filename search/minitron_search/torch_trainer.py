@@ -1,5 +1,5 @@
-"""Ray Train's TorchTrainer without helper processes that a distillation does not need and whose start would delay its first
-step.
+"""Ray Train's TorchTrainer without what a distillation does not need and whose start would delay its first step: helper
+processes, and torch in the controller.
 
 Distillation uses no Ray datasets. A private Ray is a single node that ends with its driver: it has no autoscaler to inform, no
 placement groups that could outlive the driver, and no node that could be preempted.
@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ray.train.torch import TorchTrainer as RayTorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.failure_handling import FailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, ScalingPolicy
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from minitron_search.private_ray import is_private
-from minitron_search.process_group import NarrowTorchConfig
+from minitron_search.process_group import ProcessGroupConfig
 
 
-class TorchTrainer(RayTorchTrainer):
+class TorchTrainer(DataParallelTrainer):
     """failure_policy, scaling_policy: decide about restarts and the number of workers instead of Ray Train's own. callbacks:
     further ones, that run in the controller."""
 
@@ -32,7 +32,7 @@ class TorchTrainer(RayTorchTrainer):
         callbacks: Sequence[Any] = (),
         **options: Any,
     ) -> None:
-        super().__init__(*arguments, torch_config=NarrowTorchConfig(), **options)
+        super().__init__(*arguments, backend_config=ProcessGroupConfig(), **options)
         self._failure_policy = failure_policy
         self._scaling_policy = scaling_policy
         self._callbacks = callbacks

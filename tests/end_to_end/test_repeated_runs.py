@@ -50,7 +50,7 @@ def test_a_deleted_mlflow_database_is_filled_again(finished, tmp_path):
     folder = finished.copy(tmp_path)
     for file in (folder / "runs").glob("mlflow.db*"):
         file.unlink()
-    again = run_minitron("run", "recipe.yaml", "--storage", "runs", cwd=folder)
+    again = minitron_here("run", "recipe.yaml", "--storage", "runs", cwd=folder)
     assert again.returncode == 0, again.stderr
     assert reused(again) == len(STAGES) - 1
     version = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db").get_model_version_by_alias("tiny-student", "candidate")

@@ -1,10 +1,11 @@
-"""Imports have no side effects on the process."""
+"""Imports have no side effects on the process, and a process imports no large library that its work does not need."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
+import pytest
 from helpers.command import ROOT, environment
 
 IMPORTED_AGAIN = """
@@ -38,9 +39,53 @@ def test_imports_change_neither_the_environment_nor_the_warning_filters():
     assert "nothing changed in" in done.stdout, done.stderr[-2000:]
 
 
-def test_the_command_line_starts_without_torch():
-    started = "import sys, minitron_platform.cli.commands; print(sorted({'torch', 'ray', 'numpy'} & set(sys.modules)))"
-    done = subprocess.run(
-        [sys.executable, "-c", started], env=environment(), capture_output=True, text=True, timeout=60
-    )
+# Each takes 0.1 to 2 s of CPU, of which a run starts ten processes.
+TORCH = {"torch", "transformers"}
+OTHERS = {
+    "mlflow",
+    "lm_eval",
+    "datasets",
+    "matplotlib",
+    "sklearn",
+    "optuna",
+    "peft",
+    "sqlalchemy",
+    "ray.rllib",
+    "scipy.stats",
+}
+LARGE = {"ray", "numpy", "pandas", "pyarrow", "requests", *TORCH, *OTHERS}
+STARTS = {
+    "a command": ("import minitron_platform.cli.commands", LARGE),
+    "the help": (
+        "from click.testing import CliRunner; from minitron_platform.cli.commands import main; "
+        "assert not CliRunner().invoke(main, ['--help']).exit_code",
+        LARGE,
+    ),
+    "a command for jobs": (
+        "from click.testing import CliRunner; from minitron_platform.cli.commands import main; "
+        "CliRunner().invoke(main, ['status', '--address', 'http://127.0.0.1:9'])",
+        LARGE - {"ray", "requests", "numpy"},
+    ),
+    "what a trial's worker reads first": ("import minitron_search.running_tune", TORCH | OTHERS),
+    "what Ray Train's controller reads": (
+        "import minitron_search.torch_trainer, minitron_search.elastic, minitron_platform.workers.policies",
+        TORCH | OTHERS,
+    ),
+    "the actor of calls": (
+        "import minitron_platform.workers.calls",
+        {"ray.train", "ray.tune", "ray.data", "pandas", *TORCH, *OTHERS},
+    ),
+    "a worker that trains": (
+        "from minitron_search.worker_imports import import_libraries; import_libraries(); "
+        "import minitron_search.trial, minitron_platform.training.train",
+        OTHERS,
+    ),
+}
+
+
+@pytest.mark.parametrize("process", STARTS)
+def test_a_process_starts_without_the_libraries_that_it_does_not_need(process):
+    imports, unwanted = STARTS[process]
+    code = f"import sys; {imports}; print(sorted(sys.modules.keys() & {sorted(unwanted)}))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr

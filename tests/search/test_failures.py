@@ -9,7 +9,7 @@ import ray
 from ray.exceptions import RayError
 from ray.train import ControllerError
 
-from minitron_search.failures import NOT_RETRYABLE, first_cause, reason
+from minitron_search.failures import first_cause, not_retryable, reason
 
 
 @ray.remote
@@ -44,5 +44,5 @@ def test_a_worker_that_lacks_a_package_to_read_what_it_is_sent_fails_for_good(ra
         ray.get(_takes.remote(_NeedsMore()))
     ranks, found = first_cause({0: raised.value})
     assert ranks == [0]
-    assert isinstance(found, NOT_RETRYABLE)
+    assert isinstance(found, not_retryable())
     assert "lacks the Python package absent" in found.problem

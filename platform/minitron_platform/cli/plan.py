@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from minitron.garbage import collector_off
 from minitron_platform.cli.options import recipe_options
 from minitron_platform.cli.plan_tables import show_plan
 from minitron_platform.console import Console
@@ -71,7 +72,7 @@ def checked_plan(
     cluster: Any = None,
 ) -> Any:
     """The plan of a recipe."""
-    with console.working("planning"):
+    with console.working("planning"), collector_off():
         from minitron_platform.planning.plan import plan as make_plan
 
         return make_plan(recipe, storage_path=storage_path, tracking_uri=tracking_uri, address=address, cluster=cluster)

@@ -9,6 +9,7 @@ import click
 from rich.markup import escape
 
 from minitron import __version__
+from minitron.garbage import collector_off
 from minitron.storage import redact
 from minitron_platform.cli.options import TAKE_OVER_HELP, UPLOAD_HELP, known_stage, recipe_options
 from minitron_platform.cli.plan import checked_plan
@@ -46,7 +47,7 @@ def run(
     loaded = load_recipe(recipe, overrides)
     if upload:
         loaded = _uploaded(console, loaded, storage_path, tracking_uri)
-    with console.working("starting"):
+    with console.working("starting"), collector_off():
         from minitron_platform.pipeline import has_run
         from minitron_platform.pipeline import run as run_pipeline
         from minitron_platform.report.final_table import final_table

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+from ray import cloudpickle
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -57,8 +58,8 @@ class _Calls:
         self.changed = asyncio.Condition()
         self.events: asyncio.Queue[object] = asyncio.Queue()
         self.size = 0
-        self.workers: dict[int, tuple[WorkerStarted, Any]] = {}
-        self.controller: list[Any] = []  # its actor, once it has started
+        self.workers: dict[int, tuple[WorkerStarted, bytes]] = {}
+        self.controller: list[bytes] = []  # its actor, once it has started
         self.returned: set[int] = set()  # ranks that have returned from the present call
         self.result: Any = None
         self.busy = False  # whether a call is in progress
@@ -84,12 +85,12 @@ class _Calls:
             self.stopped = True
             self.changed.notify_all()
 
-    async def handles(self) -> list[Any]:
-        """Actors of the workers."""
+    async def handles(self) -> list[bytes]:
+        """Actors of the workers, from `packed_actor`."""
         return [handle for _, handle in self.workers.values()]
 
-    async def controllers(self) -> list[Any]:
-        """The actor of Ray Train's controller, if it has started."""
+    async def controllers(self) -> list[bytes]:
+        """The actor of Ray Train's controller, if it has started, from `packed_actor`."""
         return self.controller
 
     async def get(self) -> object:
@@ -108,9 +109,9 @@ class _Calls:
         self.workers.clear()
         self.returned.clear()
 
-    async def join(self, event: WorkerStarted, handle: list[Any]) -> None:
+    async def join(self, event: WorkerStarted, handle: bytes) -> None:
         """A worker of the group is ready."""
-        self.workers[event.rank] = (event, handle[0])
+        self.workers[event.rank] = (event, handle)
         if self.call:
             self.events.put_nowait(event)
 
@@ -137,9 +138,9 @@ class _Calls:
 
     # for Ray Train's controller
 
-    async def controller_started(self, handle: list[Any]) -> None:
+    async def controller_started(self, handle: bytes) -> None:
         """The controller has started."""
-        self.controller = handle
+        self.controller = [handle]
 
     async def may_resize(self, first: bool) -> bool:
         """Whether the group may be restarted with another number of workers now: between calls, or just after a checkpoint.
@@ -163,6 +164,11 @@ def start_calls(max_failures: int) -> Any:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(num_cpus=0)(_Calls)
     return actor.options(scheduling_strategy=here).remote(max_failures)
+
+
+def packed_actor() -> bytes:
+    """This process's actor, pickled: the actor of calls only passes it on, and would import Ray Train to read it."""
+    return bytes(cloudpickle.dumps(ray.get_runtime_context().current_actor))
 
 
 def node_name() -> str:

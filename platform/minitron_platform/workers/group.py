@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 import ray
+from ray import cloudpickle
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, TrainingFailedError
 
@@ -148,9 +149,9 @@ class WorkerGroup:
         """End the workers in the middle of a call."""
         with suppress(RayError):
             ray.get(self.calls.stop.remote())
-            workers = ray.get(self.calls.handles.remote())
+            workers = list(map(cloudpickle.loads, ray.get(self.calls.handles.remote())))
             # without workers Ray Train waits for resources, and would not end by itself
-            controllers = [] if workers else ray.get(self.calls.controllers.remote())
+            controllers = [] if workers else list(map(cloudpickle.loads, ray.get(self.calls.controllers.remote())))
             for actor in workers or controllers:
                 ray.kill(actor)
             for controller in controllers:

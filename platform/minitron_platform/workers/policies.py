@@ -12,8 +12,9 @@ from ray.train.v2._internal.execution.failure_handling import DefaultFailurePoli
 from ray.train.v2._internal.execution.worker_group.poll import _is_preempted_actor
 from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 
+from minitron_platform.workers.calls import packed_actor
 from minitron_platform.workers.worker import WorkersFailed
-from minitron_search.failures import NOT_RETRYABLE, first_cause, reason
+from minitron_search.failures import first_cause, not_retryable, reason
 
 
 class ControllerStarted(ControllerCallback):
@@ -24,7 +25,7 @@ class ControllerStarted(ControllerCallback):
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Called in the controller."""
-        self.calls.controller_started.remote([ray.get_runtime_context().current_actor])
+        self.calls.controller_started.remote(packed_actor())
 
 
 class CallFailurePolicy(DefaultFailurePolicy):
@@ -43,7 +44,10 @@ class CallFailurePolicy(DefaultFailurePolicy):
         elif isinstance(error, WorkerGroupError):
             ranks, cause = first_cause(error.worker_failures)
             counts = not any(map(_is_preempted_actor, error.worker_failures.values()))
-            event, retryable = WorkersFailed(tuple(ranks), reason(cause), counts), not isinstance(cause, NOT_RETRYABLE)
+            event, retryable = (
+                WorkersFailed(tuple(ranks), reason(cause), counts),
+                not isinstance(cause, not_retryable()),
+            )
         else:
             return super().make_decision(error)
         try:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from minitron.log_records import make_records_safe
 from minitron.processes import wait_for_all
-from minitron_platform.workers.calls import Call, node_name, sender
+from minitron_platform.workers.calls import Call, node_name, packed_actor, sender
 from minitron_platform.workers.worker import SentProgress, Worker, WorkerStarted
 from minitron_search.leaving import group_is_leaving
 from minitron_search.memory import release_memory
@@ -27,8 +27,7 @@ def serve(config: dict[str, Any]) -> None:
     if rank == 0:
         ray.get(calls.begin.remote(count))
     wait_for_all()  # so that no process joins or answers before the actor knows of the new group
-    this_actor = ray.get_runtime_context().current_actor
-    ray.get(calls.join.remote(WorkerStarted(rank, node_name()), [this_actor]))
+    ray.get(calls.join.remote(WorkerStarted(rank, node_name()), packed_actor()))
     send = sender(calls, rank)
     number = 0
     while (call := ray.get(calls.next.remote(number))) is not None:

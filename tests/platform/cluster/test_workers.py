@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 import torch.distributed as dist
 from helpers.cluster import drain, two_nodes
@@ -124,6 +125,10 @@ def test_the_same_processes_serve_one_call_after_another(cluster, tmp_path):
     assert {event.rank for event in events if isinstance(event, WorkerStarted)} == {0, 1}
     processes = {path.name: path.read_text() for path in tmp_path.iterdir() if path.name.isdigit()}
     assert set(processes.values()) == {"0", "1"}
+    # the processes beside them have no use for torch, whose import takes a second of CPU, nor the first for Ray Train
+    assert not _imported(group.calls) & {"torch", "transformers", "pandas", "ray.train"}
+    (controller,) = map(cloudpickle.loads, ray.get(group.calls.controllers.remote()))
+    assert not _imported(controller) & {"torch", "transformers", "mlflow"}
 
     # only the first of them, and a failure of one call does not count for the next
     assert group.run(identify, job, events.append, everywhere=False) == (process, 0, 1)
@@ -147,6 +152,11 @@ def test_the_same_processes_serve_one_call_after_another(cluster, tmp_path):
     assert not group.is_open
     group.close()
     assert not (tmp_path / "ray").exists()
+
+
+def _imported(actor):
+    """Names of the modules that an actor of Ray has imported."""
+    return set(ray.get(actor.__ray_call__.remote(lambda self: list(sys.modules)), timeout=60))
 
 
 def die_once(job, worker):

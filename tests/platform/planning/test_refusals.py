@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from helpers.command import minitron_here, run_minitron
+from helpers.command import minitron_here
 
 from minitron.errors import InputError
 from minitron_platform.recipes.load import load_recipe
@@ -111,7 +111,7 @@ def test_a_teacher_with_damaged_weights_is_refused_by_name(bench, tmp_path):
     shutil.copytree(bench / "teacher", tmp_path / "teacher")
     weights = tmp_path / "teacher" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    refused = run_minitron(
+    refused = minitron_here(
         "run", "recipe.yaml", "--storage", tmp_path / "runs", "--set", f"teacher.model={tmp_path}/teacher", cwd=bench
     )
     assert refused.returncode == 2, refused.stderr

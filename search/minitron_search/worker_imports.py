@@ -1,0 +1,25 @@
+"""The imports of a worker that computes with models: most of its start, so that they come in one go. This module itself imports
+nothing that takes long."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+
+from minitron.garbage import collector_off
+
+LIBRARIES = (
+    "torch",
+    "minitron.distill.loop",
+    "minitron.meta_models",
+    "transformers.models.auto.modeling_auto",
+    "transformers.modeling_utils",
+)
+
+
+@cache
+def import_libraries() -> None:
+    """Import, once, what every worker with a model needs."""
+    with collector_off():
+        for name in LIBRARIES:
+            import_module(name)
