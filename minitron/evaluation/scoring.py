@@ -257,8 +257,13 @@ def pooled(task: str, members: Mapping[str, Evaluated], samples: int, *, by_size
         return result
     weights = {name: size / sum(sizes) for name, size in zip(members, sizes, strict=True)}
     drawn = group_replicates({name: _drawn(member) for name, member in members.items()}, weights)
+    within = _spread(drawn)
     if score.stderr is None and not by_size:
-        score = replace(score, stderr=_spread(drawn))
+        score = replace(score, stderr=within)
+    elif by_size and main and main.stderr is not None and within is not None and within > main.stderr:
+        # a few tasks may lie close together by chance; the error of drawing documents is in that of drawing tasks
+        score, wider = replace(score, stderr=within), replace(main, stderr=within)
+        result = replace(result, metrics=tuple(wider if each is main else each for each in result.metrics))
     return replace(result, score=score, replicates=drawn)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from minitron.redaction import redact
 from minitron_platform.cli.options import tracking_options
 from minitron_platform.console import Console, echo
 
@@ -21,7 +22,7 @@ def sync(locations: Any) -> None:
     from minitron_platform.sync import sync as sync_records
 
     sent = sync_records(locations, Console())
-    click.echo(f"{sent:,} records sent" if sent else "MLflow has all records")
+    click.echo(f"{sent:,} records sent" if sent else f"nothing to send: no records wait in {redact(locations.storage)}")
 
 
 @click.command()

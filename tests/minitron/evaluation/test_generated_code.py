@@ -13,7 +13,7 @@ import pytest
 from helpers.evaluating import byte_tokenizer, tiny_model, write_jsonl
 
 from minitron.errors import InputError
-from minitron.evaluation import Task, evaluate, evaluate_documents
+from minitron.evaluation import Task, evaluate, evaluate_documents, generated_code
 from minitron.evaluation.requests import DocumentRequests
 from minitron.evaluation.sandbox import Limits, Sandbox, StoppedError, check_sandbox
 from minitron.evaluation.task_index import stock
@@ -233,6 +233,43 @@ def test_humaneval_is_scored_in_the_sandbox_and_no_file_of_the_working_folder_ru
         with pytest.raises(InputError, match="there is no sandbox"):
             evaluate(tiny_model(0), byte_tokenizer(), [task])
     assert not (tmp_path / "executed").exists()
+
+
+SEVERAL = """
+task: several
+output_type: generate_until
+dataset_path: documents
+test_split: test
+doc_to_text: "{{prompt}}"
+doc_to_target: "{{test}}\\ncheck({{entry_point}})"
+repeats: 6
+generation_kwargs: {until: ["class"], do_sample: true, temperature: 0.2}
+metric_list: [{metric: !function grade.pass_at, aggregation: mean, higher_is_better: true, k: [2]}]
+filter_list:
+  - {name: programs, filter: [{function: custom, filter_fn: !function grade.programs}]}
+"""
+GRADE = """
+import evaluate
+def pass_at(references, predictions, k):
+    return evaluate.load("code_eval").compute(references=references, predictions=predictions, k=k)[0]
+def programs(answers, documents):
+    return [[document["prompt"] + each for each in own] for own, document in zip(answers, documents)]
+"""
+
+
+@pytest.mark.skipif(not has_sandbox(), reason="needs bubblewrap")
+def test_programs_that_never_end_leave_time_for_the_others_of_their_document(tmp_path, monkeypatch):
+    for name, text in (("several.yaml", SEVERAL), ("grade.py", GRADE)):
+        (tmp_path / name).write_text(text)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    monkeypatch.setattr(generated_code, "GRADER_SECONDS", 0.5)
+    monkeypatch.setattr(generated_code, "Limits", lambda: Limits(seconds=1.0))
+    answers = [*["    while True: pass\n"] * 2, *["    return a + b\n"] * 4]
+    monkeypatch.setattr(DocumentRequests, "generate_until", lambda self, requests, **_: answers)
+    task = Task("several", humaneval(tmp_path).data, limit=1, allow_code=True, folder=str(tmp_path))
+    [result] = evaluate_documents(tiny_model(0), byte_tokenizer(), [task]).values()
+    assert result.score.value == pytest.approx(1 - 1 / 15)  # one pair of 15 is the two that never end
 
 
 def test_formulas_and_programs_that_a_grader_evaluates_run_in_the_sandbox(tmp_path, monkeypatch):

@@ -271,6 +271,8 @@ def test_a_task_at_two_numbers_of_examples_has_two_scores():
     tasks = [schema.Task(name=name, num_fewshot=shots) for name, shots in (("mmlu", 5), ("piqa", 0), ("mmlu", 0))]
     assert [task.key for task in build.lm_eval_tasks(tasks)] == ["mmlu", "piqa", "mmlu_0shot"]
     assert [task.key for task in build.lm_eval_tasks(tasks[1:])] == ["piqa", "mmlu"]
+    with pytest.raises(InputError, match="'mmlu' is given twice with num_fewshot 0"):
+        build.lm_eval_tasks([*tasks, tasks[-1]])
 
 
 def test_candidates_are_compared_on_logit_losses_alone(recipe):
