@@ -53,6 +53,7 @@ from helpers.forking import fork
 from minitron.distill import DistillConfig, Losses, checkpoints, distill
 from minitron.distill.state import TrainingState
 from minitron.meta_models import open_model
+from minitron.sharded_tensors import own_part
 
 folder, processes, settings = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
 
@@ -77,13 +78,13 @@ copy, copied, states = checkpoints._copy, [], []
 
 def counted(tensors, earlier):
     copy(tensors, earlier)
-    copied.append(sum(checkpoints._local(tensor).nbytes for tensor in earlier.values()))
+    copied.append(sum(own_part(tensor).nbytes for tensor in earlier.values()))
     return {name: earlier[name] for name in tensors}
 
 
 def update(state, rate):
     staged = state.offloaded.staging_bytes if state.offloaded else 0
-    states.append(staged + sum(checkpoints._local(tensor).nbytes for tensor in state.tensors().values()))
+    states.append(staged + sum(own_part(tensor).nbytes for tensor in state.tensors().values()))
     return first_update(state, rate)
 
 
