@@ -10,7 +10,7 @@ from minitron.architecture import Architecture
 from minitron.arguments import check_type
 from minitron.distill.config import ADAMW_8BIT, ADAMW_OFFLOAD, DistillConfig
 from minitron.distill.low_bit import MOMENT_BYTES
-from minitron.distill.offload import BUFFERS, SLICE_VALUES
+from minitron.distill.offload import buffer_sizes
 from minitron.distill.sharding import STATE_BYTES, parts_of
 from minitron.distill.teacher.shards import READ_AHEAD_BYTES
 from minitron.distill.teacher.stored import stored_bytes
@@ -74,9 +74,7 @@ def training_host_memory(
     optimizer = 0
     if offloaded:
         values = int(trained * student.num_parameters)
-        slice_values = min(SLICE_VALUES, values)
-        staged = pinned_bytes(FLOAT * slice_values) + pinned_bytes(value_bytes * slice_values)
-        optimizer = 3 * FLOAT * values + BUFFERS * staged
+        optimizer = 3 * FLOAT * values + sum(map(pinned_bytes, buffer_sizes(values, value_bytes)))
     saved = bool(config.checkpoint_every) if saved is None else saved
     checkpoint = _checkpoint_bytes(student, config, processes, parts, trained, pinned=not offloaded) if saved else 0
     reading = -(-value_bytes * student.largest_tensor // parts)

@@ -9,7 +9,7 @@ from minitron.distill.activations import FLOAT, backward_per_token, final_norm, 
 from minitron.distill.config import ADAMW_8BIT, ADAMW_OFFLOAD, DistillConfig
 from minitron.distill.losses.chunked import CHUNK_TOKENS as LOSS_TOKENS
 from minitron.distill.low_bit import MOMENT_BYTES
-from minitron.distill.offload import BUFFERS, SLICE_VALUES
+from minitron.distill.offload import buffer_sizes
 from minitron.distill.teacher.shards import READ_AHEAD_BYTES
 from minitron.distill.teacher.stored import stored_bytes
 from minitron.logits import CHUNK_TOKENS, most_tokens
@@ -115,7 +115,7 @@ def training_memory(
     copy = int((FLOAT + 2 * moment) * parameters) // workers if config.checkpoint_every else 0
     staged = 0
     if config.optimizer == ADAMW_OFFLOAD:
-        staged = BUFFERS * (FLOAT + value_bytes) * min(SLICE_VALUES, parameters)
+        staged = sum(buffer_sizes(parameters, value_bytes))
     if shards > 1:
         weights += FLOAT * head + value_bytes * inner // student.num_layers  # gathered: the head and one layer
     return MainMemory(

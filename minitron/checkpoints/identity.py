@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from minitron.architecture import Architecture
 from minitron.checkpoints.headers import read_headers
-from minitron.sharded_tensors import is_dtensor
+from minitron.sharded_tensors import whole
 from minitron.storage import fingerprint
 
 if TYPE_CHECKING:
@@ -45,16 +45,14 @@ def checkpoint_identity(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str
 def model_identity(model: Any, tokenizer: PreTrainedTokenizerBase) -> str:
     """The `checkpoint_identity` that a loaded model has when it is saved as it is, in its dtype. All processes of a model that
     is split over them call this alike."""
-    whole = hashlib.sha256()
+    hashed = hashlib.sha256()
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     for name, tensor in sorted(model.state_dict().items()):
         if head is embedding and name == HEAD:
             continue  # a tied head is not saved
-        whole.update(repr((name, DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))).encode())
-        if is_dtensor(tensor):
-            tensor = tensor.full_tensor()
-        whole.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
-    return _identity(whole.hexdigest(), model.config, tokenizer)
+        hashed.update(repr((name, DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))).encode())
+        hashed.update(whole(tensor).detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return _identity(hashed.hexdigest(), model.config, tokenizer)
 
 
 def _identity(weights: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -14,7 +14,7 @@ from minitron.checkpoints.contents import filled
 from minitron.checkpoints.files import Checkpoint
 from minitron.checkpoints.headers import read_headers
 from minitron.checkpoints.reading import read_config
-from minitron.sharded_tensors import is_dtensor
+from minitron.sharded_tensors import whole
 
 VALUES = 256  # of each parameter, the first ones
 
@@ -28,8 +28,7 @@ def model_sample(model: nn.Module) -> str:
     parameters = dict(model.named_parameters())
 
     def first_rows(name: str, rows: int) -> Tensor:
-        values = parameters[name].detach()
-        return (values.full_tensor() if is_dtensor(values) else values)[:rows]
+        return whole(parameters[name].detach())[:rows]
 
     return _hash(Architecture.from_config(model.config), first_rows)
 

@@ -26,8 +26,6 @@ FIRST_RUNS = 2
 
 Run = Callable[[Sequence[int], MicroBatch, Tensor], None]
 """Computes a micro-batch: the numbers of its rows, the rows, and their share of the step, a scalar."""
-Record = Callable[[Callable[[], None], Any], Callable[[], object]]
-"""Records what a function launches, with a memory pool; returns what launches it again."""
 
 
 class _Recorded(NamedTuple):

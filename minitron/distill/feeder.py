@@ -81,5 +81,4 @@ class Feeder:
             return batch, self._stream.record_event()
 
     def _copied(self, tensor: Tensor) -> Tensor:
-        pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
-        return pinned.to(self.device, non_blocking=True)
+        return tensor.pin_memory().to(self.device, non_blocking=True)  # itself if it is pinned

@@ -10,11 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from minitron.distill.activations import FLOAT
+
 SLICE_VALUES = 1 << 26
 """Most values of a slice, and of the slices that are updated together. A multiple of 16, so that AdamW on a CPU, which takes
 whole cache lines at a time, computes every value as it would in a whole tensor."""
 BUFFERS = 2
 """Staging buffers of each direction: one is copied while the CPU works on the other."""
+
+
+def buffer_sizes(values: int, value_bytes: int) -> list[int]:
+    """Bytes of each staging buffer for so many float32 gradients, and as many new weights of `value_bytes` bytes."""
+    largest = min(SLICE_VALUES, values)
+    return BUFFERS * [FLOAT * largest, value_bytes * largest]
 
 
 def sliced(

@@ -17,6 +17,7 @@ from minitron.device import values_of
 from minitron.distill.config import ADAMW_8BIT, ADAMW_OFFLOAD, DistillConfig
 from minitron.distill.low_bit import adamw_8bit, moment_parts
 from minitron.distill.offload import OffloadedStep, sliced
+from minitron.sharded_tensors import own_part, whole
 
 
 class TrainingState:
@@ -37,14 +38,14 @@ class TrainingState:
             self.optimizer = adamw_8bit(self.masters, config.betas, config.weight_decay)
             self._moments: Mapping[Tensor, Any] = self.optimizer.state
         else:
-            whole = [(master, torch.zeros_like(master), torch.zeros_like(master)) for master in self.masters]
-            self._moments = {master: {"exp_avg": first, "exp_avg_sq": second} for master, first, second in whole}
+            updated = [(master, torch.zeros_like(master), torch.zeros_like(master)) for master in self.masters]
+            self._moments = {master: {"exp_avg": first, "exp_avg_sq": second} for master, first, second in updated}
             if config.optimizer == ADAMW_OFFLOAD:
                 parameters = [parameter for _, parameter in named]
-                self.optimizer = _adamw(sliced(whole, parameters), config)
+                self.optimizer = _adamw(sliced(updated, parameters), config)
                 self.offloaded = OffloadedStep(parameters, self.optimizer)
             else:
-                self.optimizer = _adamw(whole, config)
+                self.optimizer = _adamw(updated, config)
         self._sums: list[Tensor | None] = [None] * len(named)  # float32, on the devices of the working weights
         self._kept: list[Tensor] = []
 
@@ -84,17 +85,15 @@ class TrainingState:
         before: the only values for which the host waits in a step."""
         gradients = [self._gradient(index) for index in range(len(self.named))]
         if dist.is_initialized() and dist.get_world_size() > 1:
-            whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
-            pending = [dist.all_reduce(tensor, async_op=True) for tensor in (parts, *whole)]
+            plain = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+            pending = [dist.all_reduce(tensor, async_op=True) for tensor in (parts, *plain)]
             for work in pending:
                 work.wait()
-        norm = get_total_norm(gradients, foreach=True)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+        norm = whole(get_total_norm(gradients, foreach=True))
         scale = (self.config.clip_norm / (norm + 1e-6)).clamp(
             max=1.0
         )  # as clip_grad_norm_, for gradients of no parameter
-        local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+        local = [own_part(gradient) for gradient in gradients]
         torch._foreach_mul_(local, scale)  # a small model on a GPU waits for each kernel to be launched
         *summed, before = values_of(torch.cat([parts, norm.double().view(1)]))
         return summed, before

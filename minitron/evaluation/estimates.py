@@ -34,7 +34,7 @@ def contributions(
     *,
     by_task: bool = False,
 ) -> list[float] | None:
-    """One number per document, so that their mean is the score; None if the score is no such mean.
+    """One number per document whose mean is the score; None if the score cannot be written as such a mean.
 
     metric: lm-eval's name. values: of each document, of a perplexity its log-likelihood in nats. weights: what a value is
     divided by, such as its number of words; 1 for a plain mean. tasks: the task of each document of a group; otherwise all

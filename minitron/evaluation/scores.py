@@ -183,7 +183,7 @@ class Evaluated:
 
     def values(self) -> list[float] | None:
         """One number per document, so that their mean is the score: of a mean over documents the metric, otherwise see
-        `minitron.evaluation.estimates.contributions`. None if the score is no such mean."""
+        `minitron.evaluation.estimates.contributions`. None if the score cannot be written as such a mean."""
         found = self.numbers_of(self.documents)
         return found if found is not None and is_mean_of(found, self.score.value) else None
 

@@ -20,7 +20,7 @@ from minitron.storage.problems import access_errors
 READERS = 4  # threads; of a request to an object store most is waiting
 Buffer = bytes | bytearray | memoryview
 NewBuffer = Callable[[int], bytearray | memoryview]
-"""Memory of so many bytes, to read into."""
+"""Makes a buffer of this number of bytes to read into."""
 T = TypeVar("T")
 R = TypeVar("R")
 

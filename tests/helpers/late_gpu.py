@@ -83,7 +83,6 @@ class LateGpu:
         monkeypatch.setattr(Tensor, "copy_", copy_)
         monkeypatch.setattr(Tensor, "is_cuda", property(self.holds))
         monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: self._pin(tensor.clone()))
-        monkeypatch.setattr(Tensor, "is_pinned", lambda tensor: _address(tensor) in self._pinned)
         monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: self.recorded.append((tensor, stream)))
 
     def set_device(self, number: int) -> None:

@@ -208,13 +208,11 @@ def correction_on_gpus(
     return GpuTraining(
         key=recipe.correction_key,
         student=teacher,
-        seq_length=recipe.data.seq_length,
         value_bytes=value_bytes,
         trained=1.0 if recipe.correct.method == "full" else 0.01,
-        separate_documents=separates_documents(recipe, on_gpus=True),
         pauses=recipe.correct.when == "measured",
         **_workers(recipe, resources),
-        **_settings(training),
+        **_settings(recipe, training),
     )
 
 
@@ -234,14 +232,12 @@ def distillation_on_gpus(
     return GpuTraining(
         key=recipe.distillation_key(member),
         student=student,
-        seq_length=recipe.data.seq_length,
         value_bytes=value_bytes,
         teacher=teacher,
         teacher_kept=KEPT[recipe.targets.teacher] if runs_live_teacher(losses, recipe.targets.mode) else ("head",),
         compared=len(losses.hidden) + len(losses.attention) + len(losses.mlp_input) + losses.embedding,
-        separate_documents=separates_documents(recipe, on_gpus=True),
         **_workers(recipe, resources),
-        **_settings(training),
+        **_settings(recipe, training),
     )
 
 
@@ -265,15 +261,13 @@ def trials_on_gpus(
         gpu_bytes=resources.gpu_memory_bytes,
         node_gpus=resources.gpus_per_node,
         student=student,
-        seq_length=recipe.data.seq_length,
         value_bytes=value_bytes,
         teacher=teacher,
         source=source,
         # a worker that has scored candidates goes on with it to their trials; several workers start anew for each trial
         source_kept=recipe.search.forward is not None and resources.workers_per_trial == 1,
-        separate_documents=separates_documents(recipe, on_gpus=True),
         pauses=recipe.search.halving is not None,
-        **_settings(recipe.search.training),
+        **_settings(recipe, recipe.search.training),
     )
 
 
@@ -297,8 +291,13 @@ def _workers(recipe: Recipe, resources: ResolvedResources) -> dict[str, Any]:
     }
 
 
-def _settings(training: Training) -> dict[str, Any]:
-    return {"config": distill_config(training), "chosen": auto_settings(training)}
+def _settings(recipe: Recipe, training: Training) -> dict[str, Any]:
+    return {
+        "config": distill_config(training),
+        "chosen": auto_settings(training),
+        "seq_length": recipe.data.seq_length,
+        "separate_documents": separates_documents(recipe, on_gpus=True),
+    }
 
 
 def gigabytes(size: int) -> str:

@@ -130,7 +130,7 @@ def untied_student(folder):
     return tiny.model(tied=False, num_hidden_layers=2, hidden_size=48).to(torch.bfloat16)
 
 
-# by name: the student, what recomputes activations, the number of processes, and of those of a node
+# by name: the student, activation checkpointing, the number of processes, and those of each node (0 without nodes)
 SPLIT: dict[str, Any] = {
     "tied": (bfloat16_student, "none", 8, 0),
     "untied": (untied_student, "full", 8, 0),
