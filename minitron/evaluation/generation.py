@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from minitron.arguments import check_model, check_tokenizer
+from minitron.arguments import check_fields, check_model, check_tokenizer
 from minitron.data import document_tokens
 from minitron.errors import InputError
 from minitron.evaluation.mode import undisturbed
 
 MAX_NEW_TOKENS = 128
+SEEDS = 2**63  # of torch.manual_seed
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,24 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens: {self.max_new_tokens} is less than 1", "give 1 or more")
-        if self.temperature < 0:
-            raise InputError(f"temperature: {self.temperature} is negative", "give 0 or more")
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"temperature: {self.temperature} is not a temperature", "give 0 or more")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p: {self.top_p} is not a share", "give more than 0 and at most 1")
+        if not 0 <= self.seed < SEEDS:
+            raise InputError(f"seed: {self.seed} is not a seed", f"give a number from 0 to {SEEDS - 1}")
+
+    def check_room(self, longest: int | None) -> None:
+        """Raise InputError if a text alone has more tokens than a model's `longest`, without its prompt."""
+        if longest is not None and self.max_new_tokens >= longest:
+            raise InputError(
+                f"max_new_tokens: {self.max_new_tokens:,} leave no room for a prompt in the {longest:,} tokens that the model "
+                "accepts",
+                f"give fewer than {longest:,}",
+            )
 
 
 def complete(

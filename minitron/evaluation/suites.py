@@ -105,15 +105,23 @@ def _read(path: Path) -> Suite:
         whole = Suite(values["name"], values["version"], values.get("description", ""), made)
     except InputError as error:
         raise InputError(f"suite {path}: {error.problem}", error.remedy) from error
+    first: dict[tuple[str, int], int] = {}
+    for number, task in enumerate(made):
+        if (same := first.setdefault((task.name, task.num_fewshot), number)) != number:
+            raise InputError(
+                f"suite {path}: tasks.{same} and tasks.{number} are both {task.name} with num_fewshot {task.num_fewshot}, "
+                "and scores are kept by both",
+                "leave one of them out, or give it another num_fewshot",
+            )
     return whole
 
 
-def settings_of(name: str) -> list[dict[str, Any]]:
+def settings_of(suite: Suite) -> list[dict[str, Any]]:
     """The tasks of a suite as keyword arguments of `minitron.evaluation.Task`, without those that have their default."""
     defaults = {field.name: field.default for field in fields(SuiteTask)}
     return [
         {key: value for key, value in vars(task).items() if key == "name" or value != defaults[key]}
-        for task in suite(name).tasks
+        for task in suite.tasks
     ]
 
 

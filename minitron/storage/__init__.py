@@ -38,6 +38,7 @@ from minitron.storage.uploads import (
     uploaded_hashes,
     uploaded_size,
 )
+from minitron.storage.writable import check_file_writable, check_folder_writable, check_local_folder
 
 __all__ = [
     "MANIFEST",
@@ -45,6 +46,9 @@ __all__ = [
     "absolute",
     "access_errors",
     "check_address",
+    "check_file_writable",
+    "check_folder_writable",
+    "check_local_folder",
     "commit_files",
     "committed_folder",
     "create_bytes",

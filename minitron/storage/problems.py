@@ -6,6 +6,7 @@ import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from safetensors import SafetensorError
 
@@ -61,7 +62,11 @@ def disk_errors(path: str) -> Iterator[None]:
 
 def free_bytes(path: str) -> int:
     """Free bytes on the disk that holds the nearest existing parent of a local path."""
-    folder = local_path(path)
+    return shutil.disk_usage(nearest_parent(local_path(path))).free
+
+
+def nearest_parent(folder: Path) -> Path:
+    """The folder itself if it exists, otherwise the nearest of its parents that does."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return folder

@@ -48,12 +48,7 @@ def vllm_server(
     """
     folder = Path(source).expanduser()
     source = str(folder) if folder.exists() else source
-    command = shutil.which(COMMAND)
-    if command is None:
-        raise InputError(
-            "vLLM is not installed: no command vllm on the PATH",
-            "install it in an environment of its own (pip install vllm) and put that on the PATH, or use --engine transformers",
-        )
+    command = vllm_command()
     on_cpu = device().type == "cpu"
     cache_gib = str(_cache_gib(source, dtype, longest, concurrent))
     with socket.socket() as free:
@@ -123,6 +118,17 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
             continue
+
+
+def vllm_command() -> str:
+    """vLLM's command on the PATH. Raises InputError if it is not there."""
+    command = shutil.which(COMMAND)
+    if command is None:
+        raise InputError(
+            "vLLM is not installed: no command vllm on the PATH",
+            "install it in an environment of its own (pip install vllm) and put that on the PATH, or use --engine transformers",
+        )
+    return command
 
 
 def check_servable(source: str) -> None:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from minitron import storage
+from minitron_platform.cli.options import check_out
 from minitron_platform.console import Console
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def compare(files: tuple[str, ...], tasks: str | None, out: str | None) -> None:
     from minitron.evaluation.result_file import read_results
     from minitron_platform.cli.evaluation_tables import score_table
 
+    check_out(out)
     results = _named([(path, result) for path in files for result in read_results(path)])
     if tasks is not None:
         results = with_tasks(results, [task.strip() for task in tasks.split(",")])

@@ -9,15 +9,22 @@ import click
 from rich.markup import escape
 
 from minitron.errors import InputError
-from minitron_platform.cli.model_sources import MODEL_HELP, SERVER_HELP, dtype_option, engine_option, is_registered
-from minitron_platform.cli.options import tracking_options
+from minitron_platform.cli.model_sources import (
+    MODEL_HELP,
+    SERVER_HELP,
+    check_models,
+    dtype_option,
+    engine_option,
+    is_registered,
+)
+from minitron_platform.cli.options import check_out, tracking_options
 from minitron_platform.cli.program import command_line
 from minitron_platform.console import Console
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from minitron.evaluation import Task
+    from minitron.evaluation import Suite, Task
     from minitron.evaluation.result_file import ModelResults
     from minitron_platform.locations import Locations
 
@@ -96,24 +103,30 @@ def evaluate(
     minitron evaluate s3://bucket/student --address auto --workers 8 --storage s3://bucket/runs
     """
     from minitron import storage
+    from minitron.completions import is_served
     from minitron.evaluation.result_file import results_json
     from minitron.evaluation.suites import suite as named_suite
+    from minitron.throughput.vllm import vllm_command
+    from minitron_platform.cluster.own_workers import check_workers, own_workers
     from minitron_platform.tracking.check import check_accepts
 
-    if suite and tasks:
+    if suite is not None and tasks is not None:
         raise InputError("--suite and --tasks: both were given", "give one of them")
-    chosen = None if tasks else named_suite(suite or DEFAULT_SUITE)
-    wanted = requested_tasks(
-        None if tasks else suite or DEFAULT_SUITE, tasks, data, limit, folder=task_folder, allow_code=allow_code
-    )
-    if len(set(models)) < len(models):
-        raise InputError("MODEL: one is given twice", "give each once")
+    chosen = named_suite(DEFAULT_SUITE if suite is None else suite) if tasks is None else None
+    wanted = requested_tasks(chosen, tasks, data, limit, folder=task_folder, allow_code=allow_code)
     if engine != "transformers" and (workers or address):
         raise InputError(f"--engine {engine}: it has no workers", "leave out --workers and --address")
     if experiment is not None and not experiment.strip():
         raise InputError("--experiment: it is empty", "give a name, such as evaluations")
     console = Console(command_line())
-    _check(models, wanted, tokenizer)
+    check_out(out)
+    storage.check_folder_writable(locations.storage)
+    if not all(map(is_served, models)):
+        if engine == "transformers":
+            check_workers(address, workers)
+        else:
+            vllm_command()
+    _check(models, wanted, tokenizer, locations)
     if experiment is not None:
         check_accepts(locations.tracking_uri, experiment)
     console.say(f"{len(wanted)} task{'s' if len(wanted) > 1 else ''}: {escape(', '.join(task.key for task in wanted))}")
@@ -121,7 +134,6 @@ def evaluate(
         return
     from minitron_platform.cli.evaluation_tables import sample_lines, score_table
     from minitron_platform.cli.scoring import Scoring
-    from minitron_platform.cluster.own_workers import own_workers
 
     if upload:
         wanted = _uploaded(wanted, locations.storage, lambda line: console.say(escape(line)))
@@ -158,7 +170,7 @@ def _recorded(
 
 
 def requested_tasks(
-    suite: str | None,
+    suite: Suite | None,
     tasks: str | None,
     data: str | None,
     limit: float | None,
@@ -166,12 +178,13 @@ def requested_tasks(
     folder: str | None,
     allow_code: bool,
 ) -> tuple[Task, ...]:
-    """The tasks of a suite, or those that `tasks` lists as NAME or NAME:SHOTS. Raises InputError for another list."""
+    """The tasks of a suite, or those that `tasks` lists as NAME or NAME:SHOTS. Raises InputError for another list, and for a
+    task that it has twice with one number of examples."""
     from minitron.evaluation import Task
     from minitron.evaluation.suites import folder_of, settings_of
     from minitron_platform.recipes.paths import absolute
 
-    entries: list[dict[str, Any]] = settings_of(suite) if suite else [_entry(each) for each in (tasks or "").split(",")]
+    entries = settings_of(suite) if suite else _entries(tasks or "")
     made: list[Task] = []
     for entry in entries:
         repeated = any(other.name == entry["name"] for other in made)
@@ -199,32 +212,49 @@ def _uploaded(tasks: tuple[Task, ...], root: str, say: Callable[[str], None]) ->
     )
 
 
+def _entries(text: str) -> list[dict[str, Any]]:
+    entries = [_entry(each) for each in text.split(",")]
+    for entry in entries:
+        if (times := entries.count(entry)) > 1:
+            name, shots = entry["name"], entry["num_fewshot"]
+            raise InputError(
+                f"--tasks: {name} is given {times} times with {shots} examples",
+                f"give it once, or with different numbers of examples: {name}:{shots},{name}:{shots + 5}",
+            )
+    return entries
+
+
 def _entry(text: str) -> dict[str, Any]:
     name, _, shots = text.strip().partition(":")
     if not name or (":" in text and not shots.isdecimal()):
         raise InputError(
             f"--tasks: {text!r} is not a task", "write NAME, or NAME:5 for 5 examples, with commas between"
         )
-    return {"name": name, **({"num_fewshot": int(shots)} if shots else {})}
+    return {"name": name, "num_fewshot": int(shots or 0)}
 
 
-def _check(models: tuple[str, ...], tasks: tuple[Task, ...], tokenizer: str | None) -> None:
-    """Raise InputError for tasks that cannot run, before any model is loaded."""
+def _check(models: tuple[str, ...], tasks: tuple[Task, ...], tokenizer: str | None, locations: Locations) -> None:
+    """Raise InputError for models and tasks that cannot run, before any model is loaded."""
     from minitron.completions import is_served
     from minitron.evaluation import check_requirements, check_tasks
-    from minitron.models import check_source, source_architecture
+    from minitron.models import source_tokenizer
 
     check_tasks(tasks)
-    longest: list[int] = []
     served = [model for model in models if is_served(model)]
     if served and tokenizer is None:
         raise InputError(
             f"{served[0]}: a server counts tokens that only its tokenizer knows", "give it with --tokenizer DIR"
         )
+    longest = check_models(models, locations)
+    conversing = any(task.chat_template for task in tasks)
     for model in models:
-        if not (model in served or is_registered(model)):
-            check_source(model)
-            _, length = source_architecture(model)
-            longest += [length] if length else []
+        source = tokenizer if model in served else model
+        if source is None or is_registered(model) or not (model in served or conversing):
+            continue
+        if conversing and not getattr(source_tokenizer(source), "chat_template", None):
+            raise InputError(
+                f"{model}: tasks are asked with the chat template, and its tokenizer has none",
+                "give an instruct model, or a suite without chat_template",
+            )
     for task in tasks:
-        check_requirements(task, min(longest, default=None))
+        check_requirements(task, longest)

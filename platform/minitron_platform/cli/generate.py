@@ -10,11 +10,12 @@ import click
 from rich.markup import escape
 
 from minitron.errors import InputError
-from minitron_platform.cli.model_sources import MODEL_HELP, checkpoint, dtype_option, load
+from minitron_platform.cli.model_sources import MODEL_HELP, check_models, checkpoint, dtype_option, load
 from minitron_platform.cli.options import tracking_options
 from minitron_platform.console import Console, echo
 
 if TYPE_CHECKING:
+    from minitron.evaluation.generation import Sampling
     from minitron_platform.locations import Locations
 
 RESET = "/reset"
@@ -52,9 +53,12 @@ def generate(
     \b
     minitron generate ./teacher ./student --prompt "The capital of France is"
     """
-    from minitron.evaluation.generation import Sampling, complete
+    from minitron.evaluation.generation import complete
 
-    settings = Sampling(**sampling)
+    settings = _checked(models, locations, sampling)
+    for prompt in prompts:
+        if not prompt:
+            raise InputError("--prompt: it is empty", "give the text that the models are to continue")
     console = Console()
     texts: dict[str, list[str]] = {}
     for model in models:
@@ -80,9 +84,9 @@ def chat(locations: Locations, model: str, system: str | None, dtype: str, **sam
 
     Write a line and the model answers, with its own chat template. /reset begins again; Ctrl-D ends.
     """
-    from minitron.evaluation.generation import Sampling, answer
+    from minitron.evaluation.generation import answer
 
-    settings = Sampling(**sampling)
+    settings = _checked((model,), locations, sampling)
     console = Console()
     beginning = [{"role": "system", "content": system}] if system else []
     messages = list(beginning)
@@ -105,6 +109,21 @@ def chat(locations: Locations, model: str, system: str | None, dtype: str, **sam
                 text = answer(loaded.model, loaded.tokenizer, messages, settings)
             messages.append({"role": "assistant", "content": text})
             echo(text)
+
+
+def _checked(models: tuple[str, ...], locations: Locations, sampling: dict[str, Any]) -> Sampling:
+    """The settings. Raises InputError for them and for models that cannot be used, before one is loaded."""
+    from minitron.evaluation.generation import Sampling
+
+    try:
+        settings = Sampling(**sampling)
+        settings.check_room(check_models(models, locations))
+    except InputError as error:
+        field, colon, rest = error.problem.partition(": ")
+        if not (colon and field in sampling):
+            raise
+        raise InputError(f"--{field.replace('_', '-')}: {rest}", error.remedy) from error
+    return settings
 
 
 def _line() -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from minitron.errors import InputError
 from minitron.packages import PACKAGE
 from minitron.storage import is_local, local_path
 
@@ -84,6 +85,38 @@ def is_registered(model: str) -> bool:
     if model.startswith(PACKAGE) or not is_local(model) or local_path(model).exists():
         return False
     return REGISTERED.match(model) is not None
+
+
+def check_models(models: Sequence[str], locations: Locations) -> int | None:
+    """The fewest tokens that one of the models accepts, None if none says it: by what can be read before any is loaded.
+
+    Raises InputError for a model that is given twice, does not exist or has other tensors than its config says, and
+    MinitronError for a registry or server that does not answer.
+    """
+    from minitron.completions import Served, is_served, model_entry
+    from minitron.models import check_contents, source_architecture
+
+    if twice := next((model for number, model in enumerate(models) if model in models[:number]), None):
+        raise InputError(f"MODEL: {twice} is given twice", "give each once")
+    longest: list[int] = []
+    for model in models:
+        if is_served(model):
+            model_entry(Served.parse(model))
+        elif is_registered(model):
+            _check_registered(model, locations)
+        else:
+            _, length = source_architecture(model)
+            check_contents(model)
+            longest += [length] if length else []
+    return min(longest, default=None)
+
+
+def _check_registered(model: str, locations: Locations) -> None:
+    """Raise InputError if the registry has no such alias."""
+    from minitron_platform.tracking.client import open_registry, version_named
+
+    with open_registry(locations.tracking_uri) as client:
+        version_named(client, model)
 
 
 def load(source: str, dtype: str) -> Loaded:

@@ -33,6 +33,19 @@ def tracking_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def check_out(path: str | None) -> None:
+    """Raise InputError for a file of --out that cannot be written, before the work whose results it gets."""
+    from minitron import storage
+    from minitron.errors import InputError, StorageError
+
+    if path is None:
+        return
+    try:
+        storage.check_file_writable(path)
+    except StorageError as error:  # the remedy is another file, not another --storage
+        raise InputError(f"--out {error.problem}", error.remedy) from error
+
+
 def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The recipe argument, with the options of every command that reads one."""
     options = [

@@ -9,8 +9,16 @@ import click
 from rich.markup import escape
 
 from minitron.errors import InputError
-from minitron_platform.cli.model_sources import ENGINES, MODEL_HELP, SERVER_HELP, checkpoint, dtype_option, load
-from minitron_platform.cli.options import tracking_options
+from minitron_platform.cli.model_sources import (
+    ENGINES,
+    MODEL_HELP,
+    SERVER_HELP,
+    check_models,
+    checkpoint,
+    dtype_option,
+    load,
+)
+from minitron_platform.cli.options import check_out, tracking_options
 from minitron_platform.console import Console
 
 if TYPE_CHECKING:
@@ -70,9 +78,10 @@ def throughput(
     from minitron_platform.cli.throughput_table import model_numbers, notes, throughput_table
 
     workloads = _workloads(shapes, batch)
-    for what, given in (("MODEL", models), ("--engine", kinds)):
-        if len(set(given)) < len(given):
-            raise InputError(f"{what}: one is given twice", "give each once")
+    if len(set(kinds)) < len(kinds):
+        raise InputError("--engine: one is given twice", "give each once")
+    check_out(out)
+    check_models(models, locations)
     torch_dtype = str(compute_dtype(dtype)).removeprefix("torch.")
     console = Console()
     with ExitStack() as opened, console.working("throughput"):

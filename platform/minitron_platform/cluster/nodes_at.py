@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,12 +12,14 @@ from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RayError
 
 from minitron.device import datasheet
+from minitron.errors import MinitronError
 from minitron.loopback import is_loopback
 from minitron_platform.addresses import answers
 from minitron_platform.cluster.head_check import check_head
 from minitron_search.nodes import Node, possible_nodes, present_nodes
 
 ANSWER_SECONDS = 3.0
+JOIN_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,19 @@ def listens_at_loopback_alone(address: str) -> bool:
     if not (port.isdecimal() and is_loopback(host.strip("[]"))):
         return False
     return not answers(canonicalize_bootstrap_address(address) or "", ANSWER_SECONDS)
+
+
+def check_answers(address: str) -> None:
+    """Raise MinitronError if nothing listens at HOST:PORT or ray://HOST:PORT; ray.init would retry for more than a minute."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=JOIN_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise MinitronError(
+                f"Ray at {address!r} does not answer ({getattr(error, 'strerror', None) or error})",
+                "check the address with `ray status` on the cluster, or leave it out for a private Ray on this machine",
+            ) from error
 
 
 def nodes_at(address: str | None) -> ClusterNodes | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -11,12 +12,14 @@ import torch
 from minitron import storage
 from minitron.device import cores
 from minitron.errors import InputError
+from minitron_platform.addresses import check_ray_address
 from minitron_platform.cluster.head_watch import HeadWatch
 from minitron_platform.cluster.room import cluster_nodes, counted, gpus_of, joins_cluster
 from minitron_platform.cluster.watch import ClusterWatch
 from minitron_platform.console import Console
 from minitron_platform.recipes.resources import ResolvedResources
 from minitron_platform.workers.workers import Workers
+from minitron_search.nodes import Node
 from minitron_search.placement import max_concurrent_trials
 
 MAX_FAILURES = 3
@@ -47,7 +50,7 @@ def own_workers(console: Console, storage_root: str, *, address: str | None, cou
                 console.status("starting Ray")
                 cpus = max(cores(), count_here)
                 stack.enter_context(ray_session("local", num_cpus=cpus, num_gpus=gpus_here, seats=count_here))
-            return _room(count)
+            return _room(count, cluster_nodes())
 
         workers = Workers(
             console,
@@ -62,9 +65,25 @@ def own_workers(console: Console, storage_root: str, *, address: str | None, cou
             workers.close()  # before Ray ends
 
 
-def _room(count: int | None) -> ResolvedResources:
-    """The resources of the workers on the connected cluster. Raises InputError if it is too small."""
-    nodes = cluster_nodes()
+def check_workers(address: str | None, count: int | None) -> None:
+    """Raise InputError or MinitronError if `own_workers` could not start: a cluster that does not answer, or has not enough
+    room. Nothing is started and no cluster joined; one whose nodes cannot be seen from outside is checked once it is joined."""
+    given = address or os.environ.get("RAY_ADDRESS")
+    check_ray_address(given)
+    if not joins_cluster(address):
+        gpus = torch.cuda.device_count()
+        _room(count, [{"CPU": max(cores(), count or 1), "GPU": gpus}])
+        return
+    from minitron_platform.cluster.nodes_at import check_answers, nodes_at  # imports Ray
+
+    assert given is not None
+    check_answers(given)
+    if there := nodes_at(given):
+        _room(count, there.possible)
+
+
+def _room(count: int | None, nodes: Sequence[Node]) -> ResolvedResources:
+    """The resources of the workers on these nodes. Raises InputError if there is too little room."""
     gpus = gpus_of(nodes)
     count = count or max(1, gpus)
     resources = ResolvedResources(

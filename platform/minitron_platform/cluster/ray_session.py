@@ -26,7 +26,7 @@ from minitron.environment import environment_variables
 from minitron.errors import InputError, MinitronError
 from minitron_platform.addresses import check_ray_address
 from minitron_platform.cluster.head_check import check_head, send_token
-from minitron_platform.cluster.nodes_at import listens_at_loopback_alone
+from minitron_platform.cluster.nodes_at import check_answers, listens_at_loopback_alone
 from minitron_platform.cluster.packaging import PACKAGES, package_folder, stage_code
 from minitron_platform.cluster.tokens import auth_token
 from minitron_platform.workers.workers import SEAT
@@ -136,15 +136,7 @@ def _keep_worker_logs(ray_folder: Path, target: Path) -> None:
 
 def _join(address: str) -> None:
     """Connect to a running cluster."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        try:  # ray.init would retry for more than a minute
-            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-        except OSError as error:
-            raise MinitronError(
-                f"Ray at {address!r} does not answer ({error.strerror or error})",
-                "check the address with `ray status` on the cluster, or leave it out for a private Ray on this machine",
-            ) from error
+    check_answers(address)
     at_loopback = listens_at_loopback_alone(address)
     if address.startswith("ray://"):
         send_token()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from uuid import uuid4
 
 import torch
 
@@ -18,7 +17,7 @@ from minitron.distill.config import ADAMW_8BIT
 from minitron.distill.fp8 import check_fp8
 from minitron.distill.low_bit import check_low_bit
 from minitron.distill.trainable import check_lora
-from minitron.errors import InputError, StorageError
+from minitron.errors import InputError
 from minitron.evaluation import Task, check_requirements, check_tasks
 from minitron.models import is_local_source, source_tokenizer
 from minitron.tokenizer_beginning import with_beginning
@@ -123,13 +122,7 @@ def check_machine(resources: ResolvedResources, storage_path: str, *, elsewhere:
     for a storage that cannot be written."""
     if not elsewhere:
         _check_gpu_count(resources)
-    # its own name: other drivers may check the same storage at this moment
-    probe = storage.join(storage_path, f".writable-{uuid4().hex}")
-    try:
-        storage.write_bytes(probe, b"")
-        storage.remove(probe)
-    except StorageError as error:
-        raise type(error)(error.problem.replace(probe, storage_path), error.remedy) from error
+    storage.check_folder_writable(storage_path)
 
 
 def check_benchmarks(recipe: Recipe, max_seq_length: int | None, finished: Mapping[str, set[str]]) -> None:
@@ -156,8 +149,9 @@ def benchmark_tasks(recipe: Recipe) -> Iterator[tuple[str, Task]]:
     """Every benchmark of the recipe with its key."""
     search_tasks = recipe.search.evaluate.tasks if recipe.search.evaluate else []
     for key, tasks in (("evaluate.tasks", recipe.evaluate.tasks), ("search.evaluate.tasks", search_tasks)):
-        for index, task in enumerate(lm_eval_tasks(tasks, recipe.evaluate.allow_code, recipe.evaluate.task_folder)):
-            yield f"{key}.{index}", task
+        with named_by_key(key):
+            made = lm_eval_tasks(tasks, recipe.evaluate.allow_code, recipe.evaluate.task_folder)
+        yield from ((f"{key}.{index}", task) for index, task in enumerate(made))
     if recipe.calibrate.task:
         yield "calibrate.task", lm_eval_tasks([recipe.calibrate.task])[0]
 

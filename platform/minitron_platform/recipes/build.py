@@ -104,7 +104,7 @@ def lm_eval_tasks(
         if task in given:
             raise InputError(
                 f"task {task.name!r} is given twice with num_fewshot {task.num_fewshot}",
-                "leave one out, or give it another number of examples (on the command line NAME:SHOTS)",
+                "leave one out, or give it another num_fewshot",
             )
         given.append(task)
         repeated = any(other.name == task.name for other in made)

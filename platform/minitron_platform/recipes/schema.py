@@ -369,7 +369,7 @@ class Evaluate(_Grown):
     data: str | None = None
     limit: Positive | Share | None = None
     task_folder: str | None = None
-    prompts: Annotated[list[str], Field(max_length=100)] = []
+    prompts: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=100)] = []
     training_limit: Positive | None = None
     batch_rows: Positive | Literal["auto"] = "auto"
     throughput: bool = False

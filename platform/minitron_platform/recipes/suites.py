@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from minitron.errors import InputError
-from minitron.evaluation.suites import folder_of, settings_of
+from minitron.evaluation.suites import folder_of, settings_of, suite
 
 
 def expanded(values: Any) -> Any:
@@ -20,7 +20,7 @@ def expanded(values: Any) -> Any:
     tasks = [dict(task) if isinstance(task, dict) else task for task in values.get("tasks") or []]
     if isinstance(values.get("suite"), str):
         try:
-            of_suite = settings_of(values.pop("suite"))
+            of_suite = settings_of(suite(values.pop("suite")))
         except InputError as error:
             raise ValueError(f"{error.problem}; {error.remedy}") from error
         given = {(task.get("name"), task.get("num_fewshot", 0)) for task in tasks if isinstance(task, dict)}

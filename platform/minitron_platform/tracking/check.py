@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 import sqlite3
-import tempfile
 from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote
 
 from minitron.environment import environment_variables
 from minitron.errors import InputError, StorageError
-from minitron.storage import redact
-from minitron_platform.tracking.flusher import create_database, prepare_mlflow, sqlite_path
+from minitron.storage import check_local_folder, redact
+from minitron_platform.tracking.flusher import configure_mlflow, create_database, sqlite_path
 from minitron_platform.tracking.mlflow_runs import check_not_deleted
 
 TIMEOUT = "10"  # seconds to wait for an answer of the server
@@ -58,7 +57,7 @@ def check_accepts(tracking_uri: str, experiment: str) -> None:
 
 def _problem(tracking_uri: str, experiment: str) -> str | None:
     """The problem if MLflow does not answer, None if everything is well; raises InputError for what the user must fix."""
-    prepare_mlflow(tracking_uri)
+    configure_mlflow(tracking_uri)
     database = sqlite_path(tracking_uri)
     if database is not None and not database.exists():
         _check_new(database)
@@ -89,8 +88,7 @@ def check_database(tracking_uri: str) -> None:
 def _check_new(database: Path) -> None:
     """Raise InputError for a file that cannot be created; nothing is left of the try."""
     try:
-        with tempfile.TemporaryFile(dir=database.parent):
-            pass
+        check_local_folder(database.parent)
     except OSError as error:
         raise InputError(
             f"MLflow's database {database} cannot be created ({error.strerror})",

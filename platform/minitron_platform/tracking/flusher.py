@@ -48,11 +48,20 @@ def check_address(tracking_uri: str) -> None:
 
 
 def prepare_mlflow(tracking_uri: str) -> None:
-    """Set MLflow's environment variables for this process and its children, and create the folder of a SQLite database.
+    """As `configure_mlflow`, and create the folder of a SQLite database. Raises StorageError if it cannot be created."""
+    configure_mlflow(tracking_uri)
+    path = sqlite_path(tracking_uri)
+    if path is not None:
+        with disk_errors(str(path.parent)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def configure_mlflow(tracking_uri: str) -> None:
+    """Set MLflow's environment variables for this process and its children.
 
     Call it before mlflow is imported. It turns off telemetry, unpickling of models and log lines about migrations, and makes
     requests short and without retries (a repeated "create run" could create two runs). Variables that are set already are kept.
-    Raises InputError for an address that is neither a database nor a server, StorageError if the folder cannot be created.
+    Raises InputError for an address that is neither a database nor a server.
     """
     check_address(tracking_uri)
     for name, value in {
@@ -70,10 +79,6 @@ def prepare_mlflow(tracking_uri: str) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # It logs the traceback of every failed SQL statement before it raises the error, which is reported once, by our code.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-    path = sqlite_path(tracking_uri)
-    if path is not None:
-        with disk_errors(str(path.parent)):
-            path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def create_database(tracking_uri: str) -> None:

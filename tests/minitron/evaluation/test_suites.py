@@ -118,7 +118,7 @@ def test_a_suite_may_be_a_file_of_ones_own(bench, tmp_path):
     gsm8k, piqa = recipe.evaluate.tasks
     assert (gsm8k.name, gsm8k.num_fewshot, gsm8k.limit, gsm8k.chat_template) == ("gsm8k", 5, 20, True)
     assert (piqa.name, piqa.num_fewshot, piqa.limit) == ("piqa", 0, None)
-    wanted = requested_tasks(str(tmp_path / "mine.yaml"), None, None, None, folder=None, allow_code=False)
+    wanted = requested_tasks(suite(str(tmp_path / "mine.yaml")), None, None, None, folder=None, allow_code=False)
     assert wanted == (Task("gsm8k", None, 5, 20, chat_template=True), Task("piqa"))
 
 

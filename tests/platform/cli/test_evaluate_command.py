@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from minitron.checkpoints.identity import checkpoint_identity
 from minitron.errors import InputError
+from minitron.evaluation import suites
 from minitron.evaluation.result_file import SCHEMA, read_results
 from minitron.models import load_tokenizer
 from minitron_platform.stages.evaluate import score_metrics
@@ -334,6 +335,9 @@ def test_an_mlflow_that_does_not_answer_is_refused_before_a_model_is_loaded(fold
     assert minitron_here("evaluate", "random", *options, "--plan", cwd=folder).returncode == 0
 
 
+ARC = ("--tasks", "arc_easy", "--data", "data")
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
@@ -345,9 +349,58 @@ def test_an_mlflow_that_does_not_answer_is_refused_before_a_model_is_loaded(fold
         (["--tasks", "piqa", "--data", "data"], "data/piqa: no such file or folder"),
         (["--tasks", "arc_easy:4", "--data", "data"], "the split 'train' of .* has 3 examples"),
         (["--suite", "minitron-base", "--data", "data"], "winogrande: no such file or folder"),
+        (["--tasks", ""], "--tasks: '' is not a task"),
+        (["--tasks", "piqa, piqa:0,piqa:5"], "--tasks: piqa is given 2 times .*numbers of examples: piqa:0,piqa:5"),
+        (["--suite", "thrice.yaml"], r"tasks.0 and tasks.2 are both piqa with num_fewshot 0.* another num_fewshot"),
+        ([*ARC, "--out", "data"], "--out data: is a folder .*the name of a file"),
+        ([*ARC, "--out", "/proc/x/a.json"], "--out /proc/x/a.json: .*cannot be written .*another folder$"),
+        (
+            [*ARC, "--out", "data/arc_easy/test.jsonl/a.json"],
+            "--out data/arc_easy/test.jsonl/a.json: .*cannot be written",
+        ),
+        ([*ARC, "--out", "ftp://host/a.json"], "--out 'ftp://host/?': scheme 'ftp' is not allowed"),
+        ([*ARC, "--storage", "/proc/x"], "/proc/x: cannot be written .*another folder with --storage"),
+        ([*ARC, "--storage", "thrice.yaml"], "thrice.yaml: cannot be written .*another folder with --storage"),
+        ([*ARC, "--address", "127.0.0.1:1"], "Ray at '127.0.0.1:1' does not answer .*leave it out"),
+        ([*ARC, "--address", "clustr"], "'clustr': not the address of a Ray cluster"),
+        ([*ARC, "./gone"], "./gone does not exist"),
+        ([*ARC, "random"], "MODEL: random is given twice"),
+        ([*ARC, "missing@champion"], "mlflow.db: there is no MLflow database"),
+        ([*ARC, "damaged"], "damaged.*model.safetensors"),
+        ([*ARC, "http://127.0.0.1:1/v1#m", "--tokenizer", "random"], "127.0.0.1:1/v1.* cannot be reached"),
+        (
+            ["--suite", "conversing.yaml", "--data", "data"],
+            "random: tasks are asked with the chat template, and its tok",
+        ),
     ],
 )
-def test_what_cannot_run_is_refused_before_a_model_is_loaded(folder, options, problem):
-    done = minitron_here("evaluate", "random", *options, cwd=folder)
+@pytest.mark.parametrize("plan", [True, False])
+def test_what_cannot_run_is_refused_before_a_model_is_loaded(folder, options, problem, plan, monkeypatch):
+    """By --plan, and without it before anything is scored; nothing is left in the storage."""
+    (folder / "thrice.yaml").write_text(
+        "name: a\nversion: 1\ntasks: [{name: piqa}, {name: sciq}, {name: piqa, limit: 3}]\n"
+    )
+    (folder / "conversing.yaml").write_text("name: a\nversion: 1\ntasks: [{name: arc_easy, chat_template: true}]\n")
+    shutil.copytree(folder / "random", folder / "damaged", dirs_exist_ok=True)
+    (folder / "damaged" / "model.safetensors").write_bytes(b"cut off")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(Workers, "compute", lambda *_: pytest.fail("a model was loaded"))
+    before = sorted(folder.iterdir())
+    done = minitron_here("evaluate", "random", *options, *(["--plan"] if plan else []), cwd=folder)
     assert done.returncode == 2
-    assert re.search(problem, done.stderr), done.stderr
+    assert re.search(problem, " ".join(done.stderr.split())), done.stderr
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_plan_leaves_nothing_behind(folder, tmp_path, monkeypatch):
+    """Not even the folder of a database whose address was mistyped."""
+    (folder / "own.yaml").write_text("name: a\nversion: 1\ntasks: [{name: arc_easy, limit: 3}]\n")
+    places = ("--storage", "new/runs", "--tracking-uri", f"sqlite:///{tmp_path}/other/mlflow.db", "--out", "out/a.json")
+    arguments = ("--suite", folder / "own.yaml", "--data", folder / "data", *places, "--experiment", "e", "--plan")
+    reads = []
+    read = suites._read
+    monkeypatch.setattr(suites, "_read", lambda path: reads.append(path) or read(path))
+    done = minitron_here("evaluate", folder / "random", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.rglob("*")) == []
+    assert len(reads) == 1

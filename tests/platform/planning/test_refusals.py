@@ -66,6 +66,7 @@ BAD = {
         "distill.fp8: models that compute in float32",
         "bfloat16",
     ),
+    "an empty prompt": (["--set", "evaluate.prompts=[a, '']"], "evaluate.prompts.1: ''", "--set evaluate.prompts"),
     "no such stage": (["--until", "prune"], "'prune' is not one of", "calibrate"),
     "too little room": (["--set", "data.train_rows=990000000000"], "GB free", "--storage"),
     "too little memory": (
@@ -105,6 +106,14 @@ def test_invalid_input_is_refused_before_work_starts(bench, case, tmp_path):
     assert named in refused.stderr
     assert remedy in refused.stderr
     assert not (tmp_path / "runs" / "stages").exists()
+
+
+def test_a_plan_leaves_nothing_behind(bench, tmp_path):
+    """Neither the storage nor the folder of MLflow's database, whose address may be mistyped."""
+    places = ("--storage", tmp_path / "runs", "--tracking-uri", f"sqlite:///{tmp_path}/mlflow/mlflow.db")
+    planned = minitron_here("plan", "recipe.yaml", *places, cwd=bench)
+    assert planned.returncode == 0, planned.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_teacher_with_damaged_weights_is_refused_by_name(bench, tmp_path):
