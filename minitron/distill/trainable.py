@@ -77,7 +77,7 @@ def trainable(
             yield adapted
         return
     if method == "norms":
-        names = [name for name, parameter in model.named_parameters() if parameter.ndim == 1 and "norm" in name]
+        names = [name for name, parameter in model.named_parameters() if _is_norm(name, parameter.ndim)]
         model.requires_grad_(False)
         for name in names:
             model.get_parameter(name).requires_grad_(True)
@@ -85,6 +85,25 @@ def trainable(
         yield weights
     finally:
         model.requires_grad_(True)
+
+
+def trained_parameters(architecture: Architecture, method: str, *, lora_rank: int = 16) -> int:
+    """Number of parameters that `trainable` trains: of "full" all, of "norms" those of the norms, of "lora" rank · (in + out)
+    for each matrix of the layers."""
+    if method == "full":
+        return architecture.num_parameters
+    inner, outer = (
+        [(parameter.name, [architecture.axis_size(axis) for axis in parameter.axes]) for parameter in parameters]
+        for parameters in (architecture.layer_parameters, architecture.outer_parameters)
+    )
+    if method == "lora":
+        return architecture.num_layers * lora_rank * sum(sum(shape) for _, shape in inner if len(shape) == 2)
+    norms = [sum(shape[0] for name, shape in each if _is_norm(name, len(shape))) for each in (inner, outer)]
+    return architecture.num_layers * norms[0] + norms[1]
+
+
+def _is_norm(name: str, dimensions: int) -> bool:
+    return dimensions == 1 and "norm" in name
 
 
 def check_lora(architecture: Architecture) -> None:

@@ -23,6 +23,10 @@ from minitron.evaluation.result_file import ModelResults
 from minitron.evaluation.scores import Evaluated
 from minitron.evaluation.uncertainty import difference_error, standard_error
 
+NOT_COMPARED = (
+    "is no mean over documents, and the results are of an earlier version or not of the same documents, or of documents on "
+    "which some draws have no score"
+)
 POWER = 0.8  # chance that the stated number of documents shows a difference of the size that was measured
 
 
@@ -61,9 +65,23 @@ class Difference:
         return self.adjusted is not None and self.adjusted < 1 - CONFIDENCE
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What differs between models."""
+
+    differences: list[Difference]
+    not_compared: list[str]
+    """Sentences on tasks of which a model and its reference have scores, but no difference with an uncertainty."""
+
+
 def compare(results: Sequence[ModelResults]) -> list[Difference]:
+    """The differences of `comparison`, which raises the same errors."""
+    return comparison(results).differences
+
+
+def comparison(results: Sequence[ModelResults]) -> Comparison:
     """The differences of all models to the first one, on every task that both have, corrected for their number. On a task that
-    the first model lacks they are those to the first one that has it. Those in `not_compared` are left out.
+    the first model lacks they are those to the first one that has it.
 
     Raises InputError if fewer than two models are given, if they have no task in common that can be compared, or if a task was
     run with other settings or on other documents.
@@ -76,10 +94,18 @@ def compare(results: Sequence[ModelResults]) -> list[Difference]:
     for each in pairs:
         _check_templates(*each)
         _check_settings(*each)
-    found = [_difference(*each) for each in pairs if not _obstacle(*each)]
+    found: list[Difference] = []
+    left_out: list[str] = []
+    for task, reference, model in pairs:
+        difference = _difference(task, reference, model)
+        if difference is not None:
+            found.append(difference)
+        else:
+            metric = reference.tasks[task].score.metric
+            left_out.append(f"{task} of {model.model} is not compared: {metric} {NOT_COMPARED}")
     if not found:
-        raise InputError("; ".join(not_compared(results)), "evaluate the models again, on a task that can be compared")
-    return _corrected(found)
+        raise InputError("; ".join(left_out), "evaluate the models again, on a task that can be compared")
+    return Comparison(_corrected(found), left_out)
 
 
 def _references(results: Sequence[ModelResults]) -> list[tuple[ModelResults, list[tuple[ModelResults, list[str]]]]]:
@@ -106,12 +132,6 @@ def _pairs(results: Sequence[ModelResults]) -> list[tuple[str, ModelResults, Mod
     ]
 
 
-def not_compared(results: Sequence[ModelResults]) -> list[str]:
-    """Sentences on tasks of which a model and its reference have scores, but no difference with an uncertainty."""
-    reasons = [(task, model, _obstacle(task, reference, model)) for task, reference, model in _pairs(results)]
-    return [f"{task} of {model.model} is not compared: {reason}" for task, model, reason in reasons if reason]
-
-
 def with_tasks(results: Sequence[ModelResults], tasks: Sequence[str]) -> list[ModelResults]:
     """The results with no other tasks than `tasks`. Raises InputError for one that no model has."""
     known = sorted({task for result in results for task in result.tasks})
@@ -121,19 +141,6 @@ def with_tasks(results: Sequence[ModelResults], tasks: Sequence[str]) -> list[Mo
     return [
         replace(each, tasks={task: result for task, result in each.tasks.items() if task in tasks}) for each in results
     ]
-
-
-def _obstacle(task: str, reference: ModelResults, model: ModelResults) -> str:
-    """Why a difference has no uncertainty; empty if it has one."""
-    first, second = reference.tasks[task], model.tasks[task]
-    if first.values() is not None and second.values() is not None:
-        return ""
-    if error_of_replicates(first, second) is not None:
-        return ""
-    return (
-        f"{first.score.metric} is no mean over documents, and the results are of an earlier version or not of the same "
-        "documents, or of documents on which some draws have no score"
-    )
 
 
 def setting_notes(results: Sequence[ModelResults]) -> list[str]:
@@ -183,13 +190,15 @@ def _check_templates(task: str, reference: ModelResults, model: ModelResults) ->
         )
 
 
-def _difference(task: str, one: ModelResults, other: ModelResults) -> Difference:
+def _difference(task: str, one: ModelResults, other: ModelResults) -> Difference | None:
+    """None if nothing is known about its uncertainty."""
     first, second = one.tasks[task], other.tasks[task]
     stderr: float | None
     fixed = 0.0
     if first.values() is None or second.values() is None:
         error = error_of_replicates(first, second)
-        assert error is not None
+        if error is None:
+            return None
         stderr, fixed = error.stderr, error.fixed
         value = second.score.value - first.score.value
         clusters = [document.cluster for document in second.documents]

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from minitron.arguments import check_type
 
 PLUS_MINUS = "±"
+UNKNOWN_ERROR = "-"
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,17 @@ class Metric:
         """Name and unit, for the heading of a column or row."""
         return f"{self.name}, {self.unit}" if self.unit else self.name
 
-    def text(self, value: float, stderr: float | None = None) -> str:
-        """A stored value in the metric's unit, with its standard error if given, without name and unit."""
-        digits = self._digits(value) if self.digits is None else self.digits
-        shown = f"{self.scale * value:,.{digits}f}"
-        if stderr is None or math.isnan(stderr):
-            return shown
-        return f"{shown} {PLUS_MINUS} {self.scale * stderr:,.{digits}f}"
+    def text(self, value: float) -> str:
+        """A stored value in the metric's unit, without name and unit; for a score see `with_error`."""
+        return f"{self.scale * value:,.{self._digits(value)}f}"
+
+    def with_error(self, value: float, stderr: float | None) -> str:
+        """A score and its standard error in the metric's unit, without name and unit: "47.5 ± 4.6", or "47.5 ± -" where the
+        error cannot be told (see `error_note`)."""
+        error = UNKNOWN_ERROR
+        if stderr is not None and not math.isnan(stderr):
+            error = f"{self.scale * stderr:,.{self._digits(value)}f}"
+        return f"{self.text(value)} {PLUS_MINUS} {error}"
 
     def span(self, value: float, stderr: float | None) -> tuple[float, float]:
         """A value minus and plus its standard error, in the metric's unit; of a percentage what lies between 0 and 100."""
@@ -47,13 +53,26 @@ class Metric:
         low, high = self.scale * (value - reach), self.scale * (value + reach)
         return (max(low, 0.0), min(high, 100.0)) if self.unit == "%" else (low, high)
 
-    def sentence(self, value: float, stderr: float | None = None) -> str:
-        """As `text`, with the metric's name and unit."""
-        return f"{self.name} {self.text(value, stderr)} {self.unit}".rstrip()
+    def sentence(self, text: str) -> str:
+        """A value as text with the metric's name and unit."""
+        return f"{self.name} {text} {self.unit}".rstrip()
 
     def _digits(self, value: float) -> int:
+        if self.digits is not None:
+            return self.digits
         size = abs(self.scale * value)
         return 3 if not math.isfinite(size) or size < 1 else max(0, 3 - math.floor(math.log10(size)))
+
+
+def error_note(errors: Iterable[float | None]) -> str:
+    """What ± means, for the caption of scores with these standard errors; empty without scores."""
+    known = [error is not None and not math.isnan(error) for error in errors]
+    if not known:
+        return ""
+    note = f"{PLUS_MINUS} is the standard error"
+    if all(known):
+        return note
+    return f"{note}; {UNKNOWN_ERROR} where it cannot be told: of one document or task, and of scores that do not vary"
 
 
 LOSS = Metric("held-out loss", "nats per token", digits=3, higher_is_better=False)

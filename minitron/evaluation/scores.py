@@ -64,6 +64,11 @@ class Score:
         return task_metric(self.task, self.metric)
 
     @property
+    def text(self) -> str:
+        """The score and its standard error, without metric and unit: "47.5 ± 4.6", or "47.5 ± -" where that cannot be told."""
+        return self.shown_as.with_error(self.value, self.stderr)
+
+    @property
     def documents(self) -> str:
         """The documents that were scored, in words: "first 40 of 1,172 documents of test", and of a group "228 of 14,042
         documents of test, the first ones of each of 57 tasks"."""
@@ -89,7 +94,18 @@ class Score:
     @property
     def sentence(self) -> str:
         """The score and what it was measured on: "acc 47.5 ± 4.6 % (0-shot, first 40 of 1,172 documents of test)"."""
-        return f"{self.shown_as.sentence(self.value, self.stderr)} ({self.settings})"
+        return f"{self.shown_as.sentence(self.text)} ({self.settings})"
+
+
+def score_row(task: str, scores: Sequence[Score | None], absent: str = "") -> tuple[str, list[str]]:
+    """The row of a benchmark in a table with a column for each model: its title, with metric, unit and what was measured, and
+    the scores; `absent` for None. What was measured in another way says so itself. `scores` has one that is not None."""
+    first = next(score for score in scores if score is not None)
+    cells = [
+        absent if score is None else score.text + ("" if score.settings == first.settings else f" ({score.settings})")
+        for score in scores
+    ]
+    return f"{task} {first.shown_as.title} ({first.settings})", cells
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,9 @@ class Console:
             self.rich.print(_from_markup(message), soft_wrap=True)
 
     def table(self, table: Table) -> None:
-        """Print a table."""
+        """Print a table. A text that is wider than its column is folded: cut off, two names could look the same."""
+        for column in table.columns:
+            column.overflow = "fold"
         with self._lock:
             self._last_print = time.monotonic()
             self.rich.print(table)

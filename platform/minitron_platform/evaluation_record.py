@@ -15,6 +15,7 @@ from rich.markup import escape
 from minitron import storage
 from minitron.errors import MinitronError, StorageError, one_line
 from minitron.evaluation import Task
+from minitron.evaluation.metrics import error_note
 from minitron.evaluation.result_file import ModelResults, results_json
 from minitron.storage import redact
 from minitron.text import markdown
@@ -137,7 +138,9 @@ def _description(result: ModelResults) -> str:
     """The scores, in Markdown."""
     lines = ["| task | metric | score | measured on |", "|---|---|---:|---|"]
     for key, each in result.tasks.items():
-        shown = each.score.shown_as
-        cells = (key, shown.title, shown.text(each.score.value, each.score.stderr), each.score.settings)
+        score = each.score
+        cells = (key, score.shown_as.title, score.text, score.settings)
         lines.append(f"| {' | '.join(map(markdown, cells))} |")
+    if note := error_note(each.score.stderr for each in result.tasks.values()):
+        lines += ["", f"{note}."]
     return "\n".join(lines)

@@ -30,6 +30,11 @@ class BenchmarkScore:
         """Unit and format of `value` and `stderr`."""
         return task_metric(self.task, self.metric)
 
+    @property
+    def text(self) -> str:
+        """The score and its standard error, without metric and unit, as `minitron.evaluation.scores.Score` has it."""
+        return self.shown_as.with_error(self.value, self.stderr)
+
 
 @dataclass(frozen=True)
 class RankedCandidate:

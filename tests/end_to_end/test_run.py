@@ -20,6 +20,7 @@ from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM
 
 from minitron import Architecture
+from minitron.evaluation import Score
 from minitron_platform.tracking.links import newest_run_links
 
 
@@ -127,6 +128,8 @@ def test_mlflow_shows_the_run_its_stages_and_the_trials_below_the_search(finishe
     for name in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"):  # all metrics of a task
         assert 0 < evaluated[f"distilled.arc_easy.{name}"] <= 1
     assert evaluated["distilled.arc_easy.documents"] == 10
+    tags = next(run for run in stages if run.info.run_name == "evaluate").data.tags
+    assert tags["minitron.benchmark.arc_easy"].startswith("acc, 0-shot, first 10 of ")
     assert "| tiny-student |" in parent.data.tags["mlflow.note.content"]
     assert parent.data.tags["mlflow.user"]
     given = {i.tags[0].value: i.dataset for i in client.get_run(parent.info.run_id).inputs.dataset_inputs}
@@ -155,6 +158,12 @@ def test_the_student_is_registered_with_its_lineage_and_can_be_promoted(finished
     (result,) = card.data.eval_results
     score = done["evaluate"]["table"]["distilled"]["tasks"]["arc_easy"]
     assert (result.dataset_name, result.metric_type, result.metric_value) == ("arc_easy", "acc", score["value"])
+    settings = Score(**score).settings
+    assert settings.startswith("0-shot, first 10 of ")
+    assert result.metric_name == f"acc {Score(**score).text} % ({settings})"
+    assert f"| arc\\_easy acc, % ({settings}) | " in card.text
+    assert card.text.count(f" {Score(**score).text} |") >= 1
+    assert "; ± is the standard error" in card.text
     (model,) = client.search_logged_models([client.get_experiment_by_name("tiny").experiment_id])
     assert str(model.status) == "READY"
     assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "tiny-student", "version": str(version.version)}]
@@ -163,6 +172,7 @@ def test_the_student_is_registered_with_its_lineage_and_can_be_promoted(finished
     assert shown["kl"] == pytest.approx(done["evaluate"]["table"]["distilled"]["kl"])
     assert shown["arc_easy.acc"] == score["value"]
     assert shown["teacher.parameters"] == done["evaluate"]["table"]["teacher"]["parameters"]
+    assert model.params["arc_easy.measured_on"] == settings
     assert model.params["architecture"] == str(Architecture.from_dict(done["search"]["winner"]))
     listed = minitron_here("models", "--storage", "runs", cwd=finished.folder)
     assert "tiny-student" in listed.stdout

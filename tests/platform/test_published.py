@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -9,7 +11,14 @@ from transformers import LlamaConfig
 from minitron.architecture import Architecture
 from minitron.evaluation import Score, suite
 from minitron.evaluation.benchmarks import METRIC
-from minitron_platform.report.family import DISTILLED, TEACHER, FamilyModel, benchmark_table, quality_chart
+from minitron_platform.report.family import (
+    DISTILLED,
+    TEACHER,
+    FamilyModel,
+    benchmark_chart,
+    benchmark_table,
+    quality_chart,
+)
 from minitron_platform.report.published import PUBLISHED, SHOTS
 from minitron_platform.stages.evaluate import Figures, score_metrics
 
@@ -43,6 +52,30 @@ def test_all_nine_benchmarks_of_the_papers_stand_beside_ours_with_their_source()
     assert len(rows) == 2 + len(PUBLISHED)
     assert "published, not run here: arXiv 2408.11796, table 1 (Minitron 4B, " in table.caption
     assert "arXiv 2407.14679, table 2 (Minitron 8B)" in table.caption
+
+
+def test_a_score_has_its_error_and_what_it_was_measured_on_in_tables_and_when_pointed_at():
+    """That no error can be told is shown, too."""
+    scored = model(DISTILLED, {"winogrande": 5, "sciq": 0})
+    scored.figures.tasks["sciq"] = replace(scored.figures.tasks["sciq"], stderr=None)
+    table = benchmark_table([scored])
+    assert table.body[0] == ["mine, distilled", "50.0 ± 2.0", "50.0 ± -"]
+    assert table.caption.startswith("± is the standard error; - where it cannot be told")
+    on = "5-shot, first 100 of 1,000 documents of test"
+    assert f"winogrande: acc, {on}" in table.caption
+    quality, benchmarks = quality_chart([scored]), benchmark_chart([scored])
+    assert benchmarks is not None
+    pointed_at = [told(quality.rows[0], view) for name, view in quality.views.items() if name[0] == "winogrande acc"]
+    assert len(pointed_at) == 3
+    assert all(shown["acc, %"] == "50.0 ± 2.0" and shown["measured on"] == on for shown in pointed_at)
+    assert [told(row, benchmarks.views[()])["%"] for row in benchmarks.rows] == ["50.0 ± 2.0", "50.0 ± -"]
+    assert told(benchmarks.rows[0], benchmarks.views[()])["measured on"] == f"acc, {on}"
+
+
+def told(row, view):
+    """What a chart shows of the point of a row when it is pointed at, by title."""
+    (tooltip,) = [layer["encoding"]["tooltip"] for layer in view["layer"] if "tooltip" in layer.get("encoding", {})]
+    return {each.get("title", each["field"]): row[each["field"]] for each in tooltip}
 
 
 @pytest.mark.parametrize("shots", [{"winogrande": 0}, {"sciq": 5}])

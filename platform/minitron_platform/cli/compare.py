@@ -37,21 +37,22 @@ def compare(files: tuple[str, ...], tasks: str | None, out: str | None) -> None:
     """
     from dataclasses import asdict
 
-    from minitron.evaluation.comparison import compare as differences_of
-    from minitron.evaluation.comparison import not_compared, setting_notes, with_tasks
+    from minitron.evaluation.comparison import comparison, setting_notes, with_tasks
     from minitron.evaluation.result_file import read_results
     from minitron_platform.cli.evaluation_tables import score_table
+    from minitron_platform.cli.short_names import short_names
 
     check_out(out)
     results = _named([(path, result) for path in files for result in read_results(path)])
     if tasks is not None:
         results = with_tasks(results, [task.strip() for task in tasks.split(",")])
-    differences = differences_of(results)
+    compared = comparison(results)
+    differences, names = compared.differences, short_names([result.model for result in results])
     console = Console()
     console.table(score_table(results))
     shown = {key: each.score.shown_as for result in results for key, each in result.tasks.items()}
     table = Table(
-        title=f"differences to {results[0].model}",
+        title=f"differences to {escape(names[results[0].model])}",
         title_justify="left",
         caption=f"intervals of 95 %, paired by document; real: significant at 5 % after Holm's correction for "
         f"{len(differences)} difference{'s' if len(differences) != 1 else ''}",
@@ -69,10 +70,10 @@ def compare(files: tuple[str, ...], tasks: str | None, out: str | None) -> None:
         value = f"{'+' if each.value > 0 else ''}{metric.text(each.value)}"
         title = f"{each.task} {metric.title}"
         first = each.reference == results[0].model
-        model = each.model if first else f"{each.model}, to {each.reference}"
+        model = names[each.model] if first else f"{names[each.model]}, to {names[each.reference]}"
         table.add_row(title, model, value, interval, f"{each.num_documents:,}", _verdict(each))
     console.table(table)
-    for note in [*not_compared(results), *setting_notes(results)]:
+    for note in [*compared.not_compared, *setting_notes(results)]:
         console.say(f"[yellow]{escape(note)}[/]")
     if out:
         storage.write_json(out, [asdict(each) | {"is_real": each.is_real} for each in differences])

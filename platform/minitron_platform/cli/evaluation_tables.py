@@ -7,25 +7,24 @@ from collections.abc import Iterator, Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from minitron.evaluation.metrics import PLUS_MINUS
+from minitron.evaluation.metrics import error_note
 from minitron.evaluation.result_file import ModelResults
+from minitron_platform.cli.short_names import legend, short_names
 
 
 def score_table(results: Sequence[ModelResults]) -> Table:
-    """A row per task with its metric, unit and documents, and a column per model."""
+    """A row per task with its metric, unit and documents, and a column per model (see `short_names`)."""
+    names = short_names([result.model for result in results])
     keys = list(dict.fromkeys(key for result in results for key in (*result.tasks, *result.failures)))
-    errors = [each.score.stderr for result in results for each in result.tasks.values()]
-    caption = f"{PLUS_MINUS} is the standard error" if errors else None
-    if None in errors:
-        caption = f"{caption}; - where it cannot be told: of one document or task, and of scores that do not vary"
-    table = Table(caption=caption, caption_justify="left")
+    note = error_note(each.score.stderr for result in results for each in result.tasks.values())
+    table = Table(caption="\n".join(filter(None, [*map(escape, legend(names)), note])) or None, caption_justify="left")
     table.add_column("task")
     table.add_column("metric")
     for result in results:
-        table.add_column(result.model, justify="right")
+        table.add_column(names[result.model], justify="right")
     table.add_column("measured on")
     for key in keys:
-        scores = {result.model: result.tasks[key].score for result in results if key in result.tasks}
+        scores = {names[result.model]: result.tasks[key].score for result in results if key in result.tasks}
         shown = [_value(result, key) for result in results]
         score = next(iter(scores.values()), None)
         lower = " (lower is better)" if score and score.higher_is_better is False else ""
@@ -41,8 +40,7 @@ def score_table(results: Sequence[ModelResults]) -> Table:
 def _value(result: ModelResults, key: str) -> str:
     if key not in result.tasks:
         return "failed" if key in result.failures else "not measured"
-    score = result.tasks[key].score
-    return score.shown_as.text(score.value, score.stderr) + (f" {PLUS_MINUS} -" if score.stderr is None else "")
+    return result.tasks[key].score.text
 
 
 def sample_lines(results: Sequence[ModelResults], longest: int) -> Iterator[str]:
@@ -51,7 +49,8 @@ def sample_lines(results: Sequence[ModelResults], longest: int) -> Iterator[str]
         for key, evaluated in result.tasks.items():
             metric = evaluated.score.shown_as
             for sample in evaluated.samples:
-                yield f"\n[bold]{escape(result.model)} · {escape(key)} {escape(sample.id)}[/]  {metric.sentence(sample.value)}"
+                value = metric.sentence(metric.text(sample.value))
+                yield f"\n[bold]{escape(result.model)} · {escape(key)} {escape(sample.id)}[/]  {value}"
                 yield f"[dim]{escape(_end(sample.prompt, longest))}[/]"
                 yield f"  expected  {escape(_end(sample.target, longest).strip())}"
                 yield f"  answered  {escape(_end(sample.answer, longest).strip())}"

@@ -40,7 +40,7 @@ def models(locations: Any) -> None:
     table = Table(caption=f"KL to the teacher and held-out loss in {KL.unit}", caption_justify="left")
     for title in ("model", "version", "alias", "parameters", "KL", "loss", "tokens/s"):
         names = title in ("model", "alias")
-        table.add_column(title, no_wrap=not names, overflow="fold", min_width=8 if names else None)
+        table.add_column(title, no_wrap=not names, min_width=8 if names else None)
     for row in versions:
         table.add_row(
             row.name,

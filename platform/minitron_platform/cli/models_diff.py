@@ -32,7 +32,7 @@ def diff(locations: Any, first: str, second: str) -> None:
     names = [title(version) for version in versions]
     table = Table()
     for heading in ("", *names, "difference"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading)
     sides = [_settings(version, locations.storage) for version in versions]
     changed = [key for key in {**sides[0], **sides[1]} if sides[0].get(key) != sides[1].get(key)]
     for key in changed:
@@ -93,14 +93,17 @@ def _flat(value: Any, key: str) -> dict[str, str]:
 
 
 def _measured_on(versions: list[Any]) -> list[str]:
-    """What the benchmark scores of both versions were measured on: a sentence for each task, or two if they differ."""
+    """What ± is, and what the benchmark scores of both versions were measured on: a sentence for each task, or two if they
+    differ."""
+    from minitron.evaluation.metrics import error_note
     from minitron_platform.tracking.lineage import title
     from minitron_platform.tracking.version_figures import figures_of
 
     first, second = (figures_of(version) for version in versions)
     if first is None or second is None:
         return []
-    sentences = []
+    note = error_note(score.stderr for each in (first, second) for score in each.student.tasks.values())
+    sentences = [f"{note}; of a difference, in brackets, half the interval of 95 %"] if note else []
     for task in (task for task in first.student.tasks if task in second.student.tasks):
         settings = [each.student.tasks[task].settings for each in (first, second)]
         if settings[0] == settings[1]:
@@ -134,7 +137,7 @@ def _figures(versions: list[Any], storage_root: str) -> list[tuple[str, ...]]:
     for task in (task for task in first.student.tasks if task in second.student.tasks):
         old_score, new_score = first.student.tasks[task], second.student.tasks[task]
         worse = worse_task(task, new_score, old_score, *documents)
-        texts = [score.shown_as.text(score.value, score.stderr) for score in (old_score, new_score)]
+        texts = [score.text for score in (old_score, new_score)]
         rows.append(
             (
                 f"{task} {new_score.shown_as.title}",

@@ -65,22 +65,23 @@ def _show_tree(console: Console, line: Sequence[str], descendants: Sequence[Any]
 def _show_figures(console: Console, figures: Any) -> None:
     from rich.table import Table
 
-    from minitron.evaluation.metrics import KL, LOSS, SPEED
+    from minitron.evaluation.metrics import KL, LOSS, SPEED, error_note
+    from minitron.evaluation.scores import score_row
 
     if figures is None:
         return
     others = {"parent": figures.parent, "teacher": figures.teacher}
     columns = {"version": figures.student, **{name: each for name, each in others.items() if each is not None}}
-    table = Table()
+    note = error_note(score.stderr for each in columns.values() for score in each.tasks.values())
+    table = Table(caption=note or None, caption_justify="left")
     for title in ("", *columns):
         table.add_column(title)
     rows = {}
     for metric, name in ((LOSS, "loss"), (KL, "kl"), (SPEED, "tokens_per_second")):
         rows[metric.title] = [_text(metric, getattr(each, name)) for each in columns.values()]
-    for task, score in figures.student.tasks.items():
-        scores = [each.tasks.get(task) for each in columns.values()]
-        texts = ["" if one is None else one.shown_as.text(one.value, one.stderr) for one in scores]
-        rows[f"{task} {score.shown_as.title} ({score.settings})"] = texts
+    for task in figures.student.tasks:
+        title, texts = score_row(task, [each.tasks.get(task) for each in columns.values()])
+        rows[title] = texts
     for name, values in rows.items():
         if any(values):
             table.add_row(name, *values)

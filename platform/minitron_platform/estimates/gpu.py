@@ -15,6 +15,7 @@ from minitron.distill.config import ADAMW, ADAMW_8BIT, ADAMW_OFFLOAD, ON_WHOLE_S
 from minitron.distill.fitting import SHARE, Fit, fitting
 from minitron.distill.gpu_memory import TeacherKept
 from minitron.errors import InputError
+from minitron_platform.estimates.memory import corrected_share
 from minitron_platform.estimates.teacher import runs_live_teacher
 from minitron_platform.recipes.build import auto_settings, distill_config, separates_documents
 from minitron_platform.recipes.resources import NODE_GPUS, TRIALS_PER_GPU, ResolvedResources, resolve, smallest_batch
@@ -209,7 +210,7 @@ def correction_on_gpus(
         key=recipe.correction_key,
         student=teacher,
         value_bytes=value_bytes,
-        trained=1.0 if recipe.correct.method == "full" else 0.01,
+        trained=corrected_share(recipe.correct, teacher),
         pauses=recipe.correct.when == "measured",
         **_workers(recipe, resources),
         **_settings(recipe, training),

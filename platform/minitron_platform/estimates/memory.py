@@ -11,12 +11,13 @@ from pathlib import Path
 from minitron.architecture import Architecture
 from minitron.distill.teacher.shard_writing import SHARD_BYTES
 from minitron.distill.teacher.stored import stored_bytes
+from minitron.distill.trainable import trained_parameters
 from minitron.errors import InputError
 from minitron.evaluation.batches import CPU_ROWS
 from minitron.importance.estimate import BATCH_TOKENS
 from minitron.memory import MainMemory, conversion_memory, forward_memory, training_memory
 from minitron_platform.recipes.build import distill_config
-from minitron_platform.recipes.schema import Member, Recipe, WorkerRange
+from minitron_platform.recipes.schema import Correct, Member, Recipe, WorkerRange
 
 DRIVER_BYTES = 1_200_000_000  # of the driver and of Ray's own processes while workers train
 FORWARD_ROWS = 4  # rows of a batch in a forward pass without gradients
@@ -64,9 +65,19 @@ def correction_memory(recipe: Recipe, teacher: Architecture, value_bytes: int, w
     if recipe.correct is None or correction is None:
         return None
     each = training_memory(teacher, distill_config(correction), recipe.data.seq_length, value_bytes, workers=workers)
-    if recipe.correct.method != "full":
-        each = replace(each, optimizer=0, gradients=0, checkpoint=0)
+    share = corrected_share(recipe.correct, teacher)
+    each = replace(
+        each,
+        optimizer=int(share * each.optimizer),
+        gradients=int(share * each.gradients),
+        checkpoint=int(share * each.checkpoint),
+    )
     return ProcessMemory(workers, each, recipe.correction_key, "resources.workers")
+
+
+def corrected_share(correct: Correct, teacher: Architecture) -> float:
+    """Share of the teacher's parameters that its correction trains; adapters count as a part of these."""
+    return trained_parameters(teacher, correct.method, lora_rank=correct.lora_rank) / teacher.num_parameters
 
 
 def targets_memory(recipe: Recipe, teacher: Architecture, value_bytes: int) -> ProcessMemory:

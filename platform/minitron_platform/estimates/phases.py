@@ -12,6 +12,7 @@ from minitron.data.part_files import BLOCK_TOKENS
 from minitron.data.parts import PART_BYTES
 from minitron.data.rows import number_of_shards
 from minitron_platform.estimates.gpu import GpuTraining
+from minitron_platform.estimates.memory import corrected_share
 from minitron_platform.estimates.outlook import DOCUMENT_TOKENS, MASTER_BYTES, Outlook, head_flops
 from minitron_platform.estimates.requests import (
     TRIAL,
@@ -85,7 +86,9 @@ def correction_parts(outlook: Outlook, gpu: GpuTraining | None) -> tuple[Part, .
         return ()
     measured = _heldout(outlook, [outlook.teacher] * 2)
     forward = outlook.teacher.flops_per_token(outlook.recipe.data.seq_length)
-    return measured, _training(outlook, training, outlook.teacher, 3 * forward, gpu)
+    assert outlook.recipe.correct is not None
+    share = corrected_share(outlook.recipe.correct, outlook.teacher)
+    return measured, _training(outlook, training, outlook.teacher, (2 + share) * forward, gpu, trained=share)
 
 
 def calibration_parts(outlook: Outlook, base: Architecture, passes: float) -> tuple[Part, ...]:
@@ -188,14 +191,15 @@ def _training(
     *,
     live: bool = False,
     row_bytes: int = 0,
+    trained: float = 1.0,
 ) -> DataParallel:
-    """row_bytes: that are read from the storage for a row."""
+    """row_bytes: that are read from the storage for a row. trained: share of the student's parameters that is trained."""
     rows = training.steps * training.batch_rows
     tokens = rows * outlook.recipe.data.seq_length
     checkpoints = training.steps // training.checkpoint_every if training.checkpoint_every else 0
     inside, between = step_traffic(gpu, live) if gpu else (0.0, 0.0)
     models = [student, outlook.teacher] if live else [student]
-    checkpoint = MASTER_BYTES * student.num_parameters
+    checkpoint = int(MASTER_BYTES * trained * student.num_parameters)
     requests = checkpoints * checkpoint_requests(checkpoint, outlook.resources.workers)
     requests += rows_requests(rows, row_bytes) + model_requests(_bytes(outlook, student))
     return DataParallel(

@@ -51,7 +51,7 @@ def task_verdicts(
         if worse is None:
             yield Verdict(f"{task} {title}", "unknown", OTHERWISE)
         else:
-            yield _verdict(f"{task} {title}", worse, 0.0, worse.text(score.shown_as), BEYOND)
+            yield _verdict(f"{task} {title}", worse, 0.0, worse.text(score.shown_as, score.settings), BEYOND)
 
 
 def _verdict(gate: str, worse: Worse, allowed: float, measured: str, limit: str) -> Verdict:

@@ -32,10 +32,13 @@ class Worse:
         """The least that it is worse by, with a confidence of 97.5 %; the difference itself if there is no interval."""
         return self.value if self.reach is None else self.value - self.reach
 
-    def text(self, metric: Metric) -> str:
+    def text(self, metric: Metric, measured_on: str = "") -> str:
+        """As text, with its interval and, of a benchmark, what it was measured on."""
         interval = "no interval" if self.reach is None else f"±{metric.text(self.reach)}"
         way = " worse" if self.value > 0 else " better" if self.value < 0 else ""
-        return f"{metric.text(abs(self.value))}{way} ({interval}{', paired' if self.paired else ''})"
+        paired = ", paired" if self.paired else ""
+        on = f"; {measured_on}" if measured_on else ""
+        return f"{metric.text(abs(self.value))}{way} ({interval}{paired}{on})"
 
 
 def worse_rows(

@@ -60,5 +60,5 @@ def _tasks(subject: Subject, figures: VersionFigures) -> list[Verdict]:
             verdicts.append(Verdict(gate, "unknown", OTHERWISE))
         else:
             status: Status = "passed" if worse.at_least <= limit else "failed"
-            verdicts.append(Verdict(gate, status, worse.text(score.shown_as), allowed))
+            verdicts.append(Verdict(gate, status, worse.text(score.shown_as, score.settings), allowed))
     return verdicts

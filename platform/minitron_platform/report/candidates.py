@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from minitron.evaluation.metrics import KL
+from minitron.evaluation.metrics import KL, error_note
 from minitron_platform.recipes.search_schedule import SearchSchedule
 from minitron_platform.report.charts import INK, QUIET, TOKENS, Chart, Mark, Row, Spec, colours, number, view
 from minitron_platform.report.final_table import task_title
@@ -153,7 +153,7 @@ def _rung_view() -> Spec:
 def benchmark_text(candidate: RankedCandidate, task: str) -> str:
     """A candidate's score on a task; empty if it has none."""
     score = candidate.score(task)
-    return "" if score is None else score.shown_as.text(score.value, score.stderr)
+    return "" if score is None else score.text
 
 
 def benchmark_titles(search: SearchOutput) -> dict[str, str]:
@@ -163,13 +163,10 @@ def benchmark_titles(search: SearchOutput) -> dict[str, str]:
 
 def benchmarks_text(search: SearchOutput) -> str:
     """A sentence that says what the candidates' scores were measured on; empty without scores."""
-    measured = {
-        score.task: f"{score.task}: {score.measured_on}"
-        for candidate in search.ranking
-        for score in candidate.benchmarks
-        if score.measured_on
-    }
-    return f"Scores with their standard error, {'; '.join(measured.values())}." if measured else ""
+    scores = [score for candidate in search.ranking for score in candidate.benchmarks]
+    measured = {score.task: f"{score.task}: {score.measured_on}" for score in scores if score.measured_on}
+    note = error_note(score.stderr for score in scores)
+    return ". ".join([*(["; ".join(measured.values())] if measured else []), note]) + "." if scores else ""
 
 
 def serving_text(search: SearchOutput) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from minitron.architecture import Architecture
-from minitron.evaluation.metrics import PLUS_MINUS, Metric, task_metric
+from minitron.evaluation.metrics import Metric, error_note, task_metric
 from minitron.evaluation.scores import Score
 from minitron_platform.report.charts import INK, QUIET, Chart, Mark, Row, Spec, colour, colours, number, one_view, view
 from minitron_platform.report.final_table import measured_on
@@ -82,6 +82,8 @@ def quality_chart(models: Sequence[FamilyModel]) -> Chart:
         for index, quality in enumerate(qualities):
             value, low, high = quality.of(model.figures)
             row |= {f"q{index}": value, f"low{index}": low, f"high{index}": high}
+            if (score := quality.score_of(model.figures)) is not None:
+                row |= {f"t{index}": score.text, f"on{index}": score.settings}
         rows.append(row)
     published = list(_published(qualities))
     rows += published
@@ -125,10 +127,14 @@ class _Quality:
         if not self.task:
             value = self.metric.scale * getattr(figures, self.field)
             return value, value, value
-        score = figures.tasks.get(self.task)
+        score = self.score_of(figures)
         if score is None:
             return math.nan, math.nan, math.nan
         return self.metric.scale * score.value, *self.metric.span(score.value, score.stderr)
+
+    def score_of(self, figures: Figures) -> Score | None:
+        """A model's score; None of a metric of the held-out rows."""
+        return figures.tasks.get(self.task) if self.task else None
 
 
 def _qualities(models: Sequence[FamilyModel]) -> Iterator[_Quality]:
@@ -147,8 +153,9 @@ def _published(qualities: Sequence[_Quality]) -> Iterator[Row]:
         for index, quality in enumerate(qualities):
             own = quality.score
             score = None if own is None else model.score(own.task, own.num_fewshot)
-            if score is not None:
-                row[f"q{index}"] = quality.metric.scale * score
+            if own is not None and score is not None:
+                row |= {f"q{index}": quality.metric.scale * score, f"t{index}": quality.metric.text(score)}
+                row[f"on{index}"] = f"{own.num_fewshot}-shot, not run here"
         if len(row) > 4:
             yield row
 
@@ -175,6 +182,9 @@ def _quality_view(colour_of: Spec, index: int, quality: _Quality, cost: int, tit
         {**x, "format": ",.4~g"},
         {**y, "format": ",.4~g"},
     ]
+    if quality.task:
+        tooltip[-1] = {"field": f"t{index}", "title": quality.metric.title}
+        tooltip.append({"field": f"on{index}", "title": "measured on"})
     shown = {"filter": f"isValid(datum.q{index}) && isValid(datum.c{cost})"}
     shape = {
         "field": "state",
@@ -235,6 +245,8 @@ def benchmark_chart(models: Sequence[FamilyModel]) -> Chart | None:
                     "label": _label(model),
                     "task": task,
                     "score": metric.scale * score.value,
+                    "text": score.text,
+                    "measured_on": measured_on(score),
                     "low": low,
                     "high": high,
                 }
@@ -266,9 +278,8 @@ def benchmark_chart(models: Sequence[FamilyModel]) -> Chart | None:
                 "tooltip": [
                     {"field": "label", "title": "model"},
                     {"field": "task"},
-                    {"field": "score", "title": "%", "format": ".1f"},
-                    {"field": "low", "title": "- standard error", "format": ".1f"},
-                    {"field": "high", "title": "+ standard error", "format": ".1f"},
+                    {"field": "text", "title": "%"},
+                    {"field": "measured_on", "title": "measured on"},
                 ],
             },
         },
@@ -296,7 +307,7 @@ def benchmark_table(models: Sequence[FamilyModel]) -> BenchmarkTable:
     body = []
     for model in models:
         own = model.figures.tasks
-        cells = [own[t].shown_as.text(own[t].value, own[t].stderr) if t in own else "failed" for t in scores]
+        cells = [own[t].text if t in own else "failed" for t in scores]
         body.append([_label(model), *cells])
     beside = []
     for each in PUBLISHED:
@@ -309,7 +320,8 @@ def benchmark_table(models: Sequence[FamilyModel]) -> BenchmarkTable:
     measured = {
         f"{t}: {sentence}": None for m in models for t, s in m.figures.tasks.items() for sentence in [measured_on(s)]
     }
-    caption = [f"{PLUS_MINUS} is the standard error", *measured]
+    note = error_note(score.stderr for model in models for score in model.figures.tasks.values())
+    caption = [*([note] if note else []), *measured]
     if beside:
         caption.append(f"published, not run here: {sources(beside)}, whose own harness and documents may differ")
     return BenchmarkTable(header, body, " · ".join(caption))

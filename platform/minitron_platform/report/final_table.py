@@ -8,7 +8,7 @@ from functools import partial
 from rich.table import Table
 
 from minitron.evaluation import task_metric
-from minitron.evaluation.metrics import KL, PLUS_MINUS, SPEED, Metric
+from minitron.evaluation.metrics import KL, SPEED, Metric, error_note
 from minitron.evaluation.scores import Score
 from minitron_platform.recipes.build import lm_eval_tasks
 from minitron_platform.stages.evaluate import HELDOUT, Evaluate, Figures
@@ -63,7 +63,7 @@ def _benchmarks(state: RunState) -> dict[str, str | None]:
 
 def _score_text(task: str, figures: Figures) -> str:
     score = figures.tasks.get(task)
-    return "failed" if score is None else score.shown_as.text(score.value, score.stderr)
+    return "failed" if score is None else score.text
 
 
 def task_title(task: str, metric: str | None) -> str:
@@ -84,9 +84,8 @@ def caption(state: RunState) -> str:
     reasons = {task: reason for figures in columns for task, reason in figures.failures.items()}
     failures = [f"{task} failed: {reason}" for task, reason in reasons.items()]
     tokens = f"{columns[-1].heldout_tokens:,} held-out tokens"
-    has_errors = any(score.stderr is not None for score in scores.values())
-    errors = [f"{PLUS_MINUS} is the standard error"] if has_errors else []
-    return " · ".join([f"loss and KL in {KL.unit} on {tokens}", *tasks, *errors, *failures])
+    note = error_note(score.stderr for figures in columns for score in figures.tasks.values())
+    return " · ".join([f"loss and KL in {KL.unit} on {tokens}", *tasks, *([note] if note else []), *failures])
 
 
 def final_table(state: RunState) -> Table:

@@ -9,8 +9,8 @@ from typing import Any
 
 from minitron import storage
 from minitron.errors import MinitronError, StorageError
-from minitron.evaluation.metrics import KL, LOSS
-from minitron_platform.report.final_table import task_title
+from minitron.evaluation.metrics import KL, LOSS, error_note
+from minitron_platform.report.final_table import measured_on, task_title
 from minitron_platform.stages.register import Register
 from minitron_platform.stages.state import RunState
 from minitron_platform.tracking.client import open_registry, registered_models, versions_of
@@ -88,12 +88,16 @@ def _version(version: Any, kind: str, parent: str, root: str) -> Version:
     return Version(title(version), kind, parent, figures_of(version), size)
 
 
-def variant_table(versions: Sequence[Version]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of students and their variants."""
+def variant_table(versions: Sequence[Version]) -> tuple[list[str], list[list[str]], str]:
+    """Header, rows and caption of the table of students and their variants."""
     measured = [version.figures.student for version in versions if version.figures is not None]
     metrics = {task: score.metric for each in measured for task, score in each.tasks.items()}
     tasks = [task_title(task, metric) for task, metric in metrics.items()]
-    return ["version", "weights,\nMB", KL.name, LOSS.name, *tasks, "made from"], [
+    scores = [(task, score) for each in measured for task, score in each.tasks.items()]
+    note = error_note(score.stderr for _, score in scores)
+    on = dict.fromkeys(f"{task}: {measured_on(score)}" for task, score in scores)
+    caption = " · ".join(["quantised weights are measured dequantised", *on, *([note] if note else [])])
+    rows = [
         [
             version.title,
             "" if version.weights_bytes is None else f"{version.weights_bytes / 1e6:,.1f}",
@@ -102,6 +106,7 @@ def variant_table(versions: Sequence[Version]) -> tuple[list[str], list[list[str
         ]
         for version in versions
     ]
+    return ["version", "weights,\nMB", KL.name, LOSS.name, *tasks, "made from"], rows, caption
 
 
 def _cells(figures: VersionFigures | None, tasks: Sequence[str]) -> Iterator[str]:
@@ -116,4 +121,4 @@ def _cells(figures: VersionFigures | None, tasks: Sequence[str]) -> Iterator[str
     for task in tasks:
         score = own.tasks.get(task)
         failed = "failed" if task in own.failures else ""
-        yield failed if score is None else score.shown_as.text(score.value, score.stderr)
+        yield failed if score is None else score.text

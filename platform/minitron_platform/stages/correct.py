@@ -15,7 +15,7 @@ from minitron.distill import Losses
 from minitron.distill.inputs import DistillInputs
 from minitron.evaluation import HeldoutMetrics, heldout_metrics
 from minitron_platform.estimates.gpu import correction_on_gpus
-from minitron_platform.estimates.memory import correction_memory
+from minitron_platform.estimates.memory import corrected_share, correction_memory
 from minitron_platform.estimates.node_memory import training_work
 from minitron_platform.estimates.outlook import MASTER_BYTES, Estimate, Outlook
 from minitron_platform.estimates.phases import correction_parts
@@ -80,14 +80,14 @@ class Correct(Stage[CorrectOutput]):
         if settings is None or training is None:
             return Estimate("none in the recipe")
         tokens = training.steps * training.batch_rows * recipe.data.seq_length
-        # the probe always writes a checkpoint; those of norms and adapters are negligible
-        checkpoints = 3 * MASTER_BYTES if settings.method == "full" else 0
+        share = corrected_share(settings, teacher)
+        checkpoints = 3 * MASTER_BYTES * share  # the probe always writes one
         memory = correction_memory(recipe, teacher, outlook.value_bytes, outlook.resources.workers)
         gpu = correction_on_gpus(recipe, teacher, outlook.value_bytes, outlook.resources)
         return Estimate(
             f"{settings.method}, at most {tokens:,} tokens, {settings.when}",
-            flops=3.0 * tokens * teacher.flops_per_token(recipe.data.seq_length),
-            bytes=(checkpoints + 2 * outlook.value_bytes) * teacher.num_parameters,
+            flops=(2 + share) * tokens * teacher.flops_per_token(recipe.data.seq_length),
+            bytes=int((checkpoints + 2 * outlook.value_bytes) * teacher.num_parameters),
             memory=memory,
             gpu=gpu,
             node=training_work(gpu),

@@ -39,6 +39,7 @@ from minitron_platform.stages.stage import Stage, StageOutput
 from minitron_platform.stages.state import RunState
 from minitron_platform.stages.targets import Targets, distill_inputs
 from minitron_platform.stages.teacher import Teacher, chat_template_input, generation_input
+from minitron_platform.tracking.events import BENCHMARK_TAG
 from minitron_platform.workers import models
 from minitron_platform.workers.worker import Worker
 from minitron_search.memory import release_memory
@@ -200,9 +201,11 @@ class Evaluate(Stage[EvaluateOutput]):
         return output.model_copy(update={"summary": f"{output.summary} · {failed}"})
 
     def record(self, context: Context, output: EvaluateOutput) -> None:
-        """Tag the stage's MLflow run with the benchmarks that failed."""
+        """Tag the stage's MLflow run with the benchmarks that failed, and with what the others were measured on."""
         failed = [f"{name}: {reason}" for name, reason in output.failures.items()]
-        context.log(self.name).tags({"minitron.failed_benchmarks": "; ".join(failed) or "none"})
+        scores = {task: score for figures in output.table.values() for task, score in figures.tasks.items()}
+        measured_on = {f"{BENCHMARK_TAG}{task}": f"{score.metric}, {score.settings}" for task, score in scores.items()}
+        context.log(self.name).tags({"minitron.failed_benchmarks": "; ".join(failed) or "none", **measured_on})
 
     def metrics(self, output: EvaluateOutput) -> dict[str, float]:
         """All measurements of all models."""

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import minitron
-from minitron.evaluation.metrics import KL, SPEED
+from minitron.evaluation.metrics import KL, SPEED, error_note
+from minitron.evaluation.scores import score_row
 from minitron.text import markdown
 from minitron_platform.recipes.build import text_sources
 from minitron_platform.recipes.schema import Recipe
@@ -38,7 +39,7 @@ def model_card(state: RunState) -> ModelCard:
             dataset_name=task,
             dataset_split=score.split,
             metric_type=score.metric,
-            metric_name=score.settings,
+            metric_name=score.sentence,
             metric_value=score.value,
         )
         for task, score in distilled.tasks.items()
@@ -128,7 +129,9 @@ def _lines(state: RunState) -> Iterator[str]:
     yield ""
     yield from _results(table)
     yield ""
-    yield f"Loss and KL in {KL.unit} on {table['distilled'].heldout_tokens:,} held-out tokens; ± is the standard error."
+    note = error_note(score.stderr for figures in table.values() for score in figures.tasks.values())
+    heldout = f"Loss and KL in {KL.unit} on {table['distilled'].heldout_tokens:,} held-out tokens"
+    yield f"{'; '.join([heldout, *([note] if note else [])])}."
     yield ""
     yield "## Intended use"
     yield ""
@@ -167,10 +170,9 @@ def _results(table: dict[str, Figures]) -> Iterator[str]:
     rows = [("parameters", [f"{table[name].parameters:,}" for name in MODELS])]
     for field, metric in HELDOUT.items():
         rows.append((metric.title, [metric.text(getattr(table[name], field)) for name in MODELS]))
-    for task, score in table["distilled"].tasks.items():
-        scores = [table[name].tasks.get(task) for name in MODELS]
-        shown = ["failed" if own is None else own.shown_as.text(own.value, own.stderr) for own in scores]
-        rows.append((f"{markdown(task)} {markdown(score.shown_as.title)}, {score.num_fewshot}-shot", shown))
+    for task in table["distilled"].tasks:
+        title, shown = score_row(task, [table[name].tasks.get(task) for name in MODELS], "failed")
+        rows.append((markdown(title), shown))
     speeds = [table[name].tokens_per_second for name in MODELS]
     if any(speed is not None for speed in speeds):
         rows.append((SPEED.unit, ["" if speed is None else SPEED.text(speed) for speed in speeds]))

@@ -131,6 +131,7 @@ def _registration(context: Context, previous: schema.Member | None) -> Registrat
             "architecture": str(distilled.architecture),
             "tokens": str(distilled.tokens),
             "run": context.run_key,
+            **{f"{task}.measured_on": score.settings for task, score in figures.student.tasks.items()},
         },
         record=context.record_key(Register.name, context.member),
         registry=None if context.locations.uses_own_database else redact(context.locations.tracking_uri),

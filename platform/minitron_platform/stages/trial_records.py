@@ -13,7 +13,7 @@ from minitron_platform.console import seconds
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.search_output import SearchOutput
 from minitron_platform.stages.trial_restarts import TrialRestarts
-from minitron_platform.tracking.events import STATE_TAG, TRAINING
+from minitron_platform.tracking.events import BENCHMARK_TAG, STATE_TAG, TRAINING
 from minitron_platform.tracking.restarts import Restart, now, record_restart
 from minitron_platform.tracking.spool import RunLog
 from minitron_search.events import (
@@ -88,7 +88,7 @@ def _record_result(log: RunLog, result: TrialResult, ranked: RankedCandidate | N
         if score.stderr is not None:
             metrics[f"{name}_stderr"] = score.stderr
         if score.measured_on:
-            log.tags({f"minitron.benchmark.{score.task}": f"{score.metric}, {score.measured_on}"})
+            log.tags({f"{BENCHMARK_TAG}{score.task}": f"{score.metric}, {score.measured_on}"})
     log.metrics(metrics, step=result.steps)
 
 

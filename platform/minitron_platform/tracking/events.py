@@ -20,6 +20,7 @@ NAME_LENGTH = 250  # MLflow's limit for the name of a metric, parameter or tag, 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 Event = dict[str, Any]
 
+BENCHMARK_TAG = "minitron.benchmark."  # followed by a benchmark's name; the metric, and what it was measured on
 STATE_TAG = "minitron.state"  # of a trial, which is open in MLflow until its search ends
 TRAINING = "training"  # its value while it trains; others say why it does not
 FIELDS: dict[str, dict[str, type]] = {  # of each kind of event

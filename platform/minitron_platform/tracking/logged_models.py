@@ -40,9 +40,8 @@ def find_or_create(
     models = client.search_logged_models([experiment], f"tags.`{MANIFEST_TAG}` = '{tags[MANIFEST_TAG]}'")
     if models:
         return models[0]
-    return client.create_logged_model(
-        experiment, name, source_run_id=run_id, tags=dict(tags), params=dict(params or {})
-    )
+    shown = {mlflow_name(key): value for key, value in (params or {}).items()}
+    return client.create_logged_model(experiment, name, source_run_id=run_id, tags=dict(tags), params=shown)
 
 
 def complete(client: MlflowClient, model_id: str, figures: ModelFigures, name: str, version: str) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import minitron
-from minitron.evaluation.metrics import KL, LOSS
+from minitron.evaluation.metrics import KL, LOSS, error_note
+from minitron.evaluation.scores import score_row
 from minitron.text import markdown
 from minitron_platform.gates.card import licence_of
 from minitron_platform.stages.model_card import loading_lines
@@ -78,10 +79,12 @@ def _results(figures: VersionFigures) -> Iterator[str]:
     for metric, field in ((LOSS, "loss"), (KL, "kl")):
         values = [getattr(each, field) for each in known.values()]
         yield f"| {metric.title} | {' | '.join('' if value is None else metric.text(value) for value in values)} |"
-    for task, score in figures.student.tasks.items():
-        scores = [each.tasks.get(task) for each in known.values()]
-        cells = ["" if one is None else one.shown_as.text(one.value, one.stderr) for one in scores]
-        yield f"| {markdown(task)} {markdown(score.shown_as.title)}, {score.num_fewshot}-shot | {' | '.join(cells)} |"
+    for task in figures.student.tasks:
+        row, cells = score_row(task, [each.tasks.get(task) for each in known.values()])
+        yield f"| {markdown(row)} | {' | '.join(cells)} |"
+    if note := error_note(score.stderr for each in known.values() for score in each.tasks.values()):
+        yield ""
+        yield f"{note}."
 
 
 def _without_header(text: str) -> str:

@@ -14,12 +14,13 @@ import pytest
 import torch
 from helpers.distilling import CONFIG, load_teacher
 from helpers.reading import Reading
+from helpers.tiny import DENSE, FAMILIES, architecture, model
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 
 from minitron.data import Rows
 from minitron.distill import Losses, distill
-from minitron.distill.trainable import trainable
+from minitron.distill.trainable import trainable, trained_parameters
 from minitron.errors import NonFiniteError
 from minitron.meta_models import open_model, write_model
 from minitron.models import final_hidden, load_model
@@ -161,3 +162,19 @@ def _diverge(model):
             if "lora_B" in name:
                 parameter.data.fill_(torch.nan)
         raise NonFiniteError("loss nan", "lower the learning rate")
+
+
+def trained(of, method, **settings):
+    """Number of parameters that require a gradient."""
+    with trainable(of, method, **settings):
+        return sum(parameter.numel() for parameter in of.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_number_of_trained_parameters_is_known_without_a_model(family):
+    own = model(family)
+    shape = architecture(own)
+    assert trained_parameters(shape, "full") == trained(own, "full")
+    assert trained_parameters(shape, "norms") == trained(own, "norms")
+    for rank in (2, 16) if family in DENSE else ():
+        assert trained_parameters(shape, "lora", lora_rank=rank) == trained(own, "lora", lora_rank=rank)

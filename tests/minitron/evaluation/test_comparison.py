@@ -11,7 +11,7 @@ import pytest
 
 from minitron.errors import InputError
 from minitron.evaluation import DocumentResult, Evaluated, Score
-from minitron.evaluation.comparison import compare, not_compared, setting_notes, with_tasks
+from minitron.evaluation.comparison import compare, comparison, setting_notes, with_tasks
 from minitron.evaluation.estimates import replicates
 from minitron.evaluation.result_file import ModelResults
 from minitron.evaluation.uncertainty import score_error
@@ -218,7 +218,7 @@ def test_a_task_that_cannot_be_compared_is_named_and_the_others_are_compared():
     old = replace(of_pairs(BASE, BASE[::-1]), replicates=())  # of an earlier version
     first, second = model("a", arc=result(BASE), pairs=old), model("b", arc=result(BASE), pairs=old)
     assert [each.task for each in compare([first, second])] == ["arc"]
-    (sentence,) = not_compared([first, second])
+    (sentence,) = comparison([first, second]).not_compared
     assert sentence.startswith("pairs of b is not compared: mcc is no mean over documents")
     with pytest.raises(InputError, match="pairs of b is not compared"):
         compare(with_tasks([first, second], ["pairs"]))

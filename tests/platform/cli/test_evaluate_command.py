@@ -276,7 +276,8 @@ def test_every_model_has_a_run_in_mlflow_with_the_metrics_of_a_stage_and_what_th
         known["arc_easy.limit"] = known.pop("limit")
         assert known.items() <= data.params.items()
         assert "first 5 of 12 documents" in data.params["arc_easy.measured_on"]
-        assert f"| {score.shown_as.text(score.value, score.stderr)} | {score.settings} |" in data.tags[NOTE]
+        assert f"| {score.text} | {score.settings} |" in data.tags[NOTE]
+        assert data.tags[NOTE].endswith("± is the standard error.")
         assert (info.status, data.tags["minitron.kind"]) == ("FINISHED", "evaluation")
         file = client.download_artifacts(info.run_id, "results.json")
         (alone,) = read_results(file)

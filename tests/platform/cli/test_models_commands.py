@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from minitron_platform.gates.documents import write_rows
 from minitron_platform.tracking.registry import register
 from minitron_platform.tracking.version_figures import Measured, VersionFigures
 
-SCORES = {task: Score(task, "acc", 0.5, 0.05, 100, 0, "1", "test", True) for task in ("quiz", "arc", "piqa")}
+SCORES = {
+    task: Score(task, "acc", 0.5, error, 100, 0, "1", "test", True)
+    for task, error in (("quiz", 0.05), ("arc", 0.05), ("piqa", None))
+}
 
 
 @pytest.fixture
@@ -47,7 +51,7 @@ def family(tmp_path: Path, empty_database: Path) -> Path:
         figures = VersionFigures(
             heldout="rows",
             student=Measured(loss=loss, kl=loss - 1, documents=f"{run}.json", tokens_per_second=1234.0, tasks=SCORES),
-            teacher=Measured(loss=1.5, kl=0.0),
+            teacher=Measured(loss=1.5, kl=0.0, tasks={"quiz": replace(SCORES["quiz"], num_documents=50)}),
         )
         tags = {
             "minitron.teacher": "acme/base",
@@ -87,7 +91,11 @@ def test_models_show_prints_the_lineage_from_the_teacher_on(family: Path) -> Non
     ]
     assert "2.500" in shown
     assert "1.500" in shown  # the teacher's loss
-    assert "quiz acc, % (0-shot, " in shown
+    rows = [" ".join(line.replace("│", " ").split()) for line in shown.splitlines()]
+    on = "(0-shot, first 100 documents of test)"
+    assert f"quiz acc, % {on} 50.0 ± 5.0 50.0 ± 5.0 (0-shot, first 50 documents of test)" in rows
+    assert f"piqa acc, % {on} 50.0 ± -" in rows
+    assert "± is the standard error; - where it cannot be told" in " ".join(shown.split())
     after = command(family, "show", "large/1").stdout.split("this one")[1].splitlines()
     assert after[1:3] == ["      └─ small version 1", "         └─ tiny version 1"]
     assert "large version 2 (candidate)" in command(family, "show", "large@candidate").stdout
@@ -107,7 +115,9 @@ def test_models_diff_shows_architecture_recipe_and_paired_differences(family: Pa
     assert rows["held-out loss, nats per token"] == ["2.000", "2.125", "0.125 worse (±0.000, paired)"]
     assert list(rows)[-3:] == ["quiz acc, %", "arc acc, %", "piqa acc, %"]
     assert rows["arc acc, %"] == ["50.0 ± 5.0", "50.0 ± 5.0", "0.0 (±13.9)"]
-    assert "\narc: 0-shot, " in shown  # what it was measured on
+    assert rows["piqa acc, %"] == ["50.0 ± -", "50.0 ± -", "0.0 (no interval)"]
+    assert "\narc: 0-shot, first 100 documents" in shown  # what it was measured on
+    assert "\n± is the standard error; - where it cannot be told" in shown
 
 
 def test_models_delete_says_what_hangs_on_a_version_and_asks(family: Path) -> None:

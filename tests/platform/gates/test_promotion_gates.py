@@ -158,7 +158,7 @@ def test_a_good_version_passes_and_who_promoted_it_and_what_was_measured_is_on_t
     assert "reason" not in recorded
     said = {verdict["gate"]: (verdict["status"], verdict["measured"]) for verdict in recorded["gates"]}
     assert said["KL to the teacher against version 1"] == ("passed", "0.020 better (±0.000, paired)")
-    assert said["quiz against version 1"][1] == "0.0 (±4.8, paired)"
+    assert said["quiz against version 1"][1] == "0.0 (±4.8, paired; 0-shot, first 40 documents of test)"
     assert said["weights"] == ("passed", "6 files compared")
     assert said["licence"][0] == "unknown"
 

@@ -58,6 +58,20 @@ def test_the_example_of_the_readme_fits_on_h100s():
         assert training.check(what).fits, what
 
 
+def test_adapters_of_a_higher_rank_take_more_memory():
+    """By the shapes of Llama 3.1 8B: a layer's matrices have 81,920 rows and columns together."""
+    parameters, in_layers = 8_030_261_248, 32 * 81_920
+    memory = {}
+    for rank in (16, 128):
+        training = "{steps: 100, batch_rows: 64, micro_batch_rows: 1, peak_lr: 1.0e-4, shard: false, compile: false}"
+        changes = ["correct.method=lora", f"correct.lora_rank={rank}", f"correct.training={training}"]
+        correction = trainings(LLAMA, changes)["correct"]
+        assert round(correction.trained * parameters) == rank * in_layers
+        fit = correction.fit()
+        memory[rank] = fit.memory.masters + fit.memory.moments  # in float32
+    assert memory[128] - memory[16] == pytest.approx(3 * 4 * 112 * in_layers, rel=1e-6)
+
+
 def test_a_training_that_does_not_fit_is_refused_with_the_nearest_settings_that_do():
     alone = ["resources.workers_per_trial=1", "search.training.micro_batch_rows=4"]
     found = trainings(LLAMA, [*alone, "search.training.activation_checkpointing=none"])
