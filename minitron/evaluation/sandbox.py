@@ -35,9 +35,9 @@ INSTALL = "install bubblewrap (apt-get install bubblewrap) and allow it to creat
 class Limits:
     """Limits of a sandbox.
 
-    seconds: of one program, CPU time; it may take three times as long by the clock, as on a busy machine. lm-eval's code_eval
-    has 3 by the clock. memory_bytes: address space of each process, and memory of all together. processes: including threads;
-    in the whole sandbox.
+    seconds: of one program with all processes that it starts, CPU time, which is looked at 20 times a second; it may take three
+    times as long by the clock, as on a busy machine. lm-eval's code_eval has 3 by the clock. memory_bytes: address space of
+    each process, and memory of all together. processes: including threads; in the whole sandbox.
     """
 
     seconds: float = 5.0

@@ -4,9 +4,9 @@ Only the standard library is imported here. SETTINGS is JSON, see `Sandbox`. Req
 {"file", "function", "arguments", "keywords"}; each is answered with a line on standard output: {"value": …} or {"problem": …},
 and "is_clean".
 
-Every call runs in a child process, and so does every program that a model has written. When a call ends, all processes that
-it started are killed and its files are deleted. Where files are left all the same, "is_clean" is false, and the other side
-starts a new sandbox.
+Every call runs in a child process, and so does every program that a model has written. When a program ends or is stopped, all
+processes that it started are killed, and when a call ends, its files are deleted too. Where files are left all the same,
+"is_clean" is false, and the other side starts a new sandbox.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ import struct
 import sys
 import time
 import types
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 ANSWER_BYTES = 1 << 20  # longest result of a call
 FILE_BYTES = 10_000_000  # largest file
 OPEN_FILES = 128
-LOOK_SECONDS = 0.05  # between two looks at the memory of all processes
+LOOK_SECONDS = 0.05  # between two looks at the memory and the CPU time of all processes
+KILL_SECONDS = 5.0  # in which the processes that a program has started must be gone
 TIME_OF_DAY = 3.0  # most seconds that a program may take for one of CPU time: other work must not decide what it scores
 SET_DUMPABLE, SET_SECCOMP = 4, 22  # Linux: prctl's PR_SET_DUMPABLE and PR_SET_SECCOMP
 NEW_USER = 0x1000_0000  # CLONE_NEWUSER
@@ -182,9 +183,12 @@ def _function(file: str, name: str, modules: dict[str, types.ModuleType]) -> Fun
     return function
 
 
-def _in_child(work: Callable[[], bytes], seconds: float, most: int) -> bytes:
+def _in_child(work: Callable[[], bytes], seconds: float, most: int, cpu_seconds: float = math.inf) -> bytes:
     """The bytes that `work` returns in a child process, at most `most`; what there is of them after `seconds`, or when all
-    processes of the sandbox together have more memory than one may have."""
+    processes of the sandbox together have more memory than one may have, or have taken more than `cpu_seconds` of CPU time.
+    All processes that it has started are killed."""
+    others = {process.number for process in _processes()}
+    cpu = _CpuTime()
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -202,7 +206,7 @@ def _in_child(work: Callable[[], bytes], seconds: float, most: int) -> bytes:
     received = b""
     while len(received) <= most and (left := deadline - time.monotonic()) > 0:
         if not select.select([read], [], [], min(left, LOOK_SECONDS))[0]:
-            if _resident_bytes() > resource.getrlimit(resource.RLIMIT_AS)[0]:
+            if _resident_bytes() > resource.getrlimit(resource.RLIMIT_AS)[0] or cpu.seconds() > cpu_seconds:
                 break
             continue
         part = os.read(read, 1 << 16)
@@ -210,9 +214,76 @@ def _in_child(work: Callable[[], bytes], seconds: float, most: int) -> bytes:
             break
         received += part
     os.close(read)
+    is_over = cpu.seconds() > cpu_seconds  # it may have ended before it was looked at
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return received
+    _kill_others(others)
+    return b"" if is_over else received
+
+
+def _kill_others(kept: set[int]) -> None:
+    """Kill all processes of the sandbox but this one and those whose numbers are in `kept`. Raises TimeoutError if there are
+    always new ones."""
+    deadline = time.monotonic() + KILL_SECONDS
+    while numbers := [process.number for process in _processes() if process.number not in kept]:
+        if time.monotonic() > deadline:
+            raise TimeoutError("its processes cannot be stopped")
+        for number in numbers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+
+
+class _Process(NamedTuple):
+    """A process of the sandbox that has not ended. Times are in clock ticks."""
+
+    number: int
+    started: int
+    own: int
+    """CPU time of the process itself."""
+    children: int
+    """CPU time of those of its children that have ended, and of theirs."""
+
+
+def _processes() -> Iterator[_Process]:
+    """All processes but this one."""
+    for entry in os.scandir("/proc"):
+        if entry.name.isdecimal() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError), open(f"/proc/{entry.name}/stat") as file:
+                # behind the name: state, parent, ..., utime, stime, cutime, cstime (14 to 17 in proc(5)), ..., start (22)
+                values = file.read().rpartition(")")[2].split()
+                if values[0] not in "ZX":
+                    user, system, their_user, their_system = map(int, values[11:15])
+                    yield _Process(int(entry.name), int(values[19]), user + system, their_user + their_system)
+
+
+class _CpuTime:
+    """The CPU time of all processes of the sandbox but this one, since the object was made.
+
+    A process that ends adds its time to that of its parent, or of the sandbox's first process, so that nothing is lost. Where a
+    parent has refused to hear of it (SIGCHLD ignored) it is lost: what was seen of each process is therefore added up too.
+    """
+
+    def __init__(self) -> None:
+        first = list(_processes())
+        self._total = self._sum(first)
+        self._before = {(each.number, each.started): each.own for each in first}
+        self._seen: dict[tuple[int, int], int] = {}
+
+    def seconds(self) -> float:
+        now = list(_processes())
+        self._seen |= {(each.number, each.started): each.own for each in now}
+        seen = sum(own - self._before.get(key, 0) for key, own in self._seen.items())
+        return max(self._sum(now) - self._total, seen) / os.sysconf("SC_CLK_TCK")
+
+    @staticmethod
+    def _sum(processes: Sequence[_Process]) -> int:
+        return sum(each.own + each.children for each in processes) + round(_ended_children() * os.sysconf("SC_CLK_TCK"))
+
+
+def _ended_children() -> float:
+    """CPU time of the children of this process that have ended, in seconds."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _resident_bytes() -> int:
@@ -294,14 +365,15 @@ def _pass_at(k: int, solved: list[bool]) -> float:
 
 
 def _passes(program: str, seconds: float) -> bool:
-    """Whether a program ends by itself, without an exception, within `seconds` of CPU time.
+    """Whether a program ends by itself, without an exception, within `seconds` of CPU time of all its processes together.
 
     It runs in the process that says so. What that says is another word each time, which a program has to look for.
     """
     word = os.urandom(16).hex().encode()
 
+    cpu = math.ceil(seconds)
+
     def work() -> bytes:
-        cpu = math.ceil(seconds)
         resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
         try:
             exec(compile(program, "<program>", "exec"), {})
@@ -309,7 +381,7 @@ def _passes(program: str, seconds: float) -> bool:
             return b""
         return word
 
-    return _in_child(work, TIME_OF_DAY * seconds, len(word)) == word
+    return _in_child(work, TIME_OF_DAY * seconds, len(word), cpu) == word
 
 
 if __name__ == "__main__":

@@ -22,6 +22,9 @@ from minitron_platform.recipes.load import load_recipe
 
 RUNS_PROGRAMS = """
 import evaluate
+def all_solved(programs):
+    results = evaluate.load("code_eval").compute(references=[""], predictions=[programs], k=[1])[1]
+    return [result["passed"] for _, result in results[0]]
 def solved(program):
     return evaluate.load("code_eval").compute(references=[""], predictions=[[program]], k=[1])[0]["pass@1"]
 """
@@ -31,6 +34,19 @@ KEYS = """
 import ctypes, os
 libc = ctypes.CDLL(None, use_errno=True)
 add_key, request_key, keyctl = (248, 249, 250) if os.uname().machine == "x86_64" else (217, 218, 219)
+"""
+
+# Two children, each of which takes less CPU time than one process may.
+CPU_TIME = """
+import os, time, signal
+signal.signal(signal.SIGCHLD, signal.{heard})
+for _ in range(2):
+    if os.fork() == 0:
+        while time.process_time() < {seconds}: pass
+        os._exit(0)
+try:
+    while True: os.wait()
+except ChildProcessError: pass
 """
 
 # Each ends without an exception only if the attack succeeds.
@@ -130,6 +146,37 @@ def test_an_attack_is_stopped_and_the_next_program_runs_as_before(name, runner, 
         assert not escapes(runner, attack)
     assert secret.read_text() == "secret"
     assert escapes(runner, "pass") == has_sandbox()
+
+
+@pytest.fixture
+def programs(tmp_path):
+    """Runs the programs of a document, each with a second of CPU time: a function of their texts that returns whether each
+    ended without an exception."""
+    file = tmp_path / "runner.py"
+    file.write_text(RUNS_PROGRAMS)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)  # root's sandbox has the rights of another user
+    sandbox = Sandbox(Limits(seconds=1), [tmp_path])
+    yield lambda *programs: sandbox.call(file, "all_solved", programs, seconds=60)
+    sandbox.stop()
+
+
+@pytest.mark.parametrize("heard", ["SIG_DFL", "SIG_IGN"])  # the second hides the CPU time of processes that have ended
+@pytest.mark.skipif(not has_sandbox(), reason="nothing runs without bubblewrap")
+def test_the_processes_of_a_program_share_its_cpu_time(programs, heard):
+    assert programs(CPU_TIME.format(seconds=0.05, heard=heard), CPU_TIME.format(seconds=0.6, heard=heard)) == [
+        True,
+        False,
+    ]
+
+
+@pytest.mark.skipif(not has_sandbox(), reason="nothing runs without bubblewrap")
+def test_the_processes_of_a_program_are_gone_when_the_next_one_of_its_document_runs(programs):
+    leaves = "import os\nif os.fork() == 0:\n    os.setsid()\n    os.execv('/usr/bin/sleep', ['sleep', '59'])"
+    waits = "\nwhile 'sleep\\n' not in NAMES: pass"
+    names = "[open(f'/proc/{n}/comm').read() for n in os.listdir('/proc') if n.isdecimal()]"
+    alone = f"import os\nassert 'sleep\\n' not in {names}"
+    assert programs(leaves + waits.replace("NAMES", names), alone) == [True, True]
 
 
 LEFT_BEHIND = {
