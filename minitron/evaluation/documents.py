@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from minitron.errors import InputError
 from minitron.files import file_stat, files_below
 from minitron.packages import PACKAGE, package_path
-from minitron.storage import is_local, local_path, uploaded_copy, uploaded_hashes
+from minitron.storage import is_local, is_uploaded, local_path, uploaded_copy, uploaded_hashes
 
 if TYPE_CHECKING:
     import datasets
@@ -48,13 +48,30 @@ def locate(data: str) -> Path:
     return path
 
 
+def locate_documents(data: str) -> Path:
+    """As `locate`, of benchmark documents, which need not have been uploaded to remote storage."""
+    if data.startswith(PACKAGE) or is_local(data):
+        return locate(data)
+    from minitron.evaluation.remote_documents import documents_copy
+
+    path = documents_copy(data)
+    if not path.exists():
+        raise InputError(f"{data}: no such file or folder", f"check the path, or give {FORMATS}")
+    return path
+
+
 def documents_identity(data: str) -> list[list[str | int]]:
     """[relative path, size in bytes, modification time in ns] of every file at `data`: changes when the documents, splits or
-    subjects change. Symbolic links are followed.
+    subjects change. Symbolic links are followed. In remote storage [path, SHA-256] of what was uploaded, otherwise [path, size,
+    version] as the storage lists them.
 
     Raises InputError as `locate`, and StorageError for a dangling link."""
     if not data.startswith(PACKAGE) and not is_local(data):
-        return [[name, sha256] for name, sha256 in sorted(uploaded_hashes(data).items())]
+        if is_uploaded(data):
+            return [[name, sha256] for name, sha256 in sorted(uploaded_hashes(data).items())]
+        from minitron.evaluation.remote_documents import versions
+
+        return versions(data)
     root = locate(data)
     if root.is_file():
         files = {root.name: root}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -130,8 +131,8 @@ def folder_of(data: str, task: str) -> str:
 
     It has the name of the task, or of the benchmark if the documents of several tasks are the same (SAME_DOCUMENTS); or it is
     in the folder of a larger group, as a subject of MMLU. Where there is none, or no such package, it is one that does not
-    exist, which `check_tasks` refuses. In remote storage, where `--upload` puts the folder of each task by itself, none is
-    looked for but that of the task's name.
+    exist, which `check_tasks` refuses. In remote storage it is looked for when the documents are read
+    (`minitron.evaluation.remote_documents`).
     """
     address = f"{data.rstrip('/')}/{task}"
     if data.startswith(PACKAGE):
@@ -139,27 +140,42 @@ def folder_of(data: str, task: str) -> str:
             folder = package_path(data)
         except InputError:
             return address
-        return f"{data.rstrip('/')}/{_folder_in(folder, task).relative_to(folder)}"
-    return str(_folder_in(local_path(data), task)) if is_local(data) else address
+        return f"{data.rstrip('/')}/{folder_in(task, _local_entries(folder))}"
+    return str(local_path(data) / folder_in(task, _local_entries(local_path(data)))) if is_local(data) else address
 
 
-def _folder_in(folder: Path, task: str) -> Path:
+Entries = Callable[[str], dict[str, bool]]
+"""The names directly in a folder, by its path below the data, and whether each is a folder; empty if it does not exist."""
+
+
+def folder_in(task: str, entries: Entries) -> str:
+    """Path of a task's folder below the data; the task's name if there is none."""
+    top = entries("")
     for name in (task, SAME_DOCUMENTS.get(task, task)):
-        if (folder / name).exists():
-            return folder / name
-    return _inside_group(folder, task) or folder / task
+        if name in top:
+            return name
+    return _inside_group(task, entries) or task
 
 
-def _inside_group(folder: Path, task: str) -> Path | None:
+def _local_entries(folder: Path) -> Entries:
+    def entries(inner: str) -> dict[str, bool]:
+        path = folder / inner
+        return {each.name: each.is_dir() for each in path.iterdir()} if path.is_dir() else {}
+
+    return entries
+
+
+def _inside_group(task: str, entries: Entries) -> str | None:
     """The documents of a part of a group in the folder of the whole group: mmlu/anatomy for mmlu_anatomy, and mmlu, which has
     nothing but folders, for mmlu_stem. None if they are not there."""
     for end in [number for number, letter in enumerate(task) if letter == "_"]:
-        whole, part = folder / task[:end], task[end + 1 :]
-        if not whole.is_dir():
+        whole, part = task[:end], task[end + 1 :]
+        if not entries("").get(whole):
             continue
+        inner = entries(whole)
         for name in (task, part):
-            if (whole / name).is_dir():
-                return whole / name
-        if all(inner.is_dir() and not (inner / "state.json").is_file() for inner in whole.iterdir()):
+            if inner.get(name):
+                return f"{whole}/{name}"
+        if all(inner.values()) and not any("state.json" in entries(f"{whole}/{name}") for name in inner):
             return whole
     return None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from minitron.arguments import check_fields, check_type, short_repr
 from minitron.errors import InputError
 from minitron.evaluation.benchmarks import RENAMED_FIELDS
-from minitron.evaluation.documents import check_whole, documents_identity, find_splits, locate, read_split
+from minitron.evaluation.documents import check_whole, documents_identity, find_splits, locate_documents, read_split
 from minitron.evaluation.generated_code import guarded_metrics, hub_metrics, runs_generated_code, sandboxed
 from minitron.evaluation.own_tasks import allowed_roots, check_includes, with_folder
 from minitron.evaluation.requirements import (
@@ -180,7 +180,7 @@ def parts(task: Task) -> Iterator[Part]:
     known = _index(task)
     members = _group(task).members if is_group(task) else {task.name: known.tasks[task.name]}
     roots = allowed_roots(task.folder)
-    root_folder = None if task.data is None else locate(task.data)
+    root_folder = None if task.data is None else locate_documents(task.data)
     for name, definition in members.items():
         check_includes(task.name, definition, roots)
         config = read_definition(definition, functions=False)

