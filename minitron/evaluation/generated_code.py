@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,8 @@ from typing import Any
 from minitron.errors import InputError, MinitronError
 from minitron.evaluation.requirements import ALLOW, check_metric_file, loaded_metrics, modules, named_function
 from minitron.evaluation.sandbox import Limits, Sandbox, StoppedError
-from minitron.evaluation.sandbox_worker import TIME_OF_DAY
+from minitron.evaluation.sandbox_worker import TIME_OF_DAY, program_key
+from minitron.evaluation.scores import Evaluated, Sample
 
 CODE_METRIC = "code_eval"
 _PARSERS = {"sympy", "math_verify", "latex2sympy2", "latex2sympy2_extended"}
@@ -40,8 +41,10 @@ def hub_metrics(config: dict[str, Any], roots: Sequence[Path]) -> list[str]:
     return sorted(listed.union(*(loaded_metrics(file) for file in modules(config, roots))) - {CODE_METRIC})
 
 
-def sandboxed(task: str, config: dict[str, Any], named: dict[str, Any], roots: Sequence[Path]) -> dict[str, Any]:
-    """The definition `config` with its scoring functions called in a sandbox.
+def sandboxed(
+    task: str, config: dict[str, Any], named: dict[str, Any], roots: Sequence[Path]
+) -> tuple[dict[str, Any], Sandbox]:
+    """The definition `config` with its scoring functions called in a sandbox, and the sandbox.
 
     named: the same definition with names of functions instead of the functions. roots: folders with its Python files. Raises
     InputError without a sandbox.
@@ -64,7 +67,17 @@ def sandboxed(task: str, config: dict[str, Any], named: dict[str, Any], roots: S
         {**entry, "metric": _metric(task, sandbox, by_name["metric"], roots)} if callable(entry["metric"]) else entry
         for entry, by_name in zip(config.get("metric_list") or (), named.get("metric_list") or (), strict=True)
     ]
-    return changed
+    return changed, sandbox
+
+
+def with_problems(result: Evaluated, sandbox: Sandbox) -> Evaluated:
+    """The result of a task that was scored in `sandbox`, whose samples say what went wrong in their programs."""
+
+    def named(sample: Sample) -> Sample:
+        program = sample.answer if sample.extracted is None else sample.extracted
+        return replace(sample, problem=sandbox.problems.get(program_key(program, sample.target)))
+
+    return replace(result, samples=tuple(map(named, result.samples)))
 
 
 def _metric(task: str, sandbox: Sandbox, name: str, roots: Sequence[Path]) -> Callable[..., Any]:

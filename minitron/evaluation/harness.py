@@ -28,7 +28,7 @@ from minitron.arguments import check_model, check_tokenizer, check_type
 from minitron.errors import InputError, MinitronError
 from minitron.evaluation.answers import Answers, AnswerStore
 from minitron.evaluation.batches import BatchRows
-from minitron.evaluation.generated_code import guarded_metrics
+from minitron.evaluation.generated_code import guarded_metrics, with_problems
 from minitron.evaluation.mode import evaluating
 from minitron.evaluation.scorer import Scorer
 from minitron.evaluation.scores import Evaluated, Score
@@ -290,7 +290,7 @@ def _evaluated(scorer: Scorer, task: Task, part: Part, built: Any, samples: int,
             fewshot_as_multiturn=task.chat_template,
             confirm_run_unsafe_code=task.allow_code,  # in a sandbox, see `build`
         )
-    return evaluated(
+    result = evaluated(
         task.name,
         part.name,
         built,
@@ -300,6 +300,7 @@ def _evaluated(scorer: Scorer, task: Task, part: Part, built: Any, samples: int,
         samples=samples,
         examples=part.examples,
     )
+    return result if built.minitron_sandbox is None else with_problems(result, built.minitron_sandbox)
 
 
 class _NoBar(tqdm):

@@ -60,6 +60,8 @@ class Sandbox:
         """folders: that are there inside too, read-only."""
         self.limits = limits or Limits()
         self.folders = folders
+        self.problems: dict[str, str] = {}
+        """What went wrong in each program that has failed, by `minitron.evaluation.sandbox_worker.program_key`."""
         self._process: subprocess.Popen[bytes] | None = None
 
     def call(self, file: Path, function: str, *arguments: Any, seconds: float | None = None, **keywords: Any) -> Any:
@@ -85,6 +87,8 @@ class Sandbox:
             self.stop()
         if "problem" in answer:
             raise StoppedError(str(answer["problem"]))
+        if isinstance(programs := answer.get("programs"), dict):
+            self.problems |= {str(key): str(problem) for key, problem in programs.items()}
         return answer["value"]
 
     def start(self) -> None:

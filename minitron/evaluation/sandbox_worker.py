@@ -2,7 +2,7 @@
 
 Only the standard library is imported here. SETTINGS is JSON, see `Sandbox`. Requests are lines of JSON on standard input,
 {"file", "function", "arguments", "keywords"}; each is answered with a line on standard output: {"value": …} or {"problem": …},
-and "is_clean".
+"is_clean", and "programs": what went wrong in each program that failed, by `program_key`.
 
 Every call runs in a child process, and so does every program that a model has written. When a program ends or is stopped, all
 processes that it started are killed, and when a call ends, its files are deleted too. Where files are left all the same,
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import importlib.util
 import json
 import math
@@ -29,6 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 ANSWER_BYTES = 1 << 20  # longest result of a call
+PROBLEM_BYTES = 1000  # longest description of what went wrong in a program
 FILE_BYTES = 10_000_000  # largest file
 OPEN_FILES = 128
 LOOK_SECONDS = 0.05  # between two looks at the memory and the CPU time of all processes
@@ -157,7 +159,8 @@ def _call(request: dict[str, Any], modules: dict[str, types.ModuleType]) -> dict
 
     def work() -> bytes:
         try:
-            return json.dumps({"value": function(*request["arguments"], **request["keywords"])}).encode()
+            value = function(*request["arguments"], **request["keywords"])
+            return json.dumps({"value": value, "programs": PROBLEMS}).encode()
         except BaseException as error:  # noqa: BLE001, the other side raises it
             return json.dumps({"problem": f"{type(error).__name__}: {error}"[:1000]}).encode()
 
@@ -168,6 +171,14 @@ def _call(request: dict[str, Any], modules: dict[str, types.ModuleType]) -> dict
     except ValueError:
         answer = None
     return answer if isinstance(answer, dict) else {"problem": "it was stopped, or it ended the process"}
+
+
+PROBLEMS: dict[str, str] = {}  # of the programs that one call has run, in the process of the call
+
+
+def program_key(program: str, test: str) -> str:
+    """The name of a program with its test."""
+    return hashlib.sha256(f"{test}\0{program}".encode(errors="replace")).hexdigest()
 
 
 def _function(file: str, name: str, modules: dict[str, types.ModuleType]) -> Function:
@@ -345,8 +356,10 @@ def _metrics(seconds: float) -> types.ModuleType:
         for problem, (programs, test) in enumerate(zip(predictions, references, strict=True)):
             results[problem] = []
             for number, program in enumerate(programs):
-                passed = _passes(f"{program}\n{test}", seconds)
-                results[problem].append((number, {"passed": passed}))
+                wrong = _problem(program, test, seconds)
+                if wrong is not None:
+                    PROBLEMS[program_key(program, test)] = wrong
+                results[problem].append((number, {"passed": wrong is None}))
         scores = {}
         for count in [k] if isinstance(k, int) else k:
             solved = [[result["passed"] for _, result in each] for each in results.values()]
@@ -364,24 +377,45 @@ def _pass_at(k: int, solved: list[bool]) -> float:
     return 1.0 - math.comb(wrong, k) / math.comb(len(solved), k)
 
 
-def _passes(program: str, seconds: float) -> bool:
-    """Whether a program ends by itself, without an exception, within `seconds` of CPU time of all its processes together.
+def _problem(program: str, test: str, seconds: float) -> str | None:
+    """None if a program with its test ends by itself, without an exception, within `seconds` of CPU time of all its processes
+    together; otherwise what went wrong: the last line of the error, and the line of the test in which it was raised.
 
     It runs in the process that says so. What that says is another word each time, which a program has to look for.
     """
     word = os.urandom(16).hex().encode()
-
     cpu = math.ceil(seconds)
+    source = f"{program}\n{test}"
 
     def work() -> bytes:
         resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
         try:
-            exec(compile(program, "<program>", "exec"), {})
-        except BaseException:  # noqa: BLE001, whatever it is, the program has failed
-            return b""
+            exec(compile(source, "<program>", "exec"), {})
+        except BaseException as error:  # noqa: BLE001, whatever it is, the program has failed
+            return _described(error, source, program.count("\n") + 1).encode(errors="replace")[:PROBLEM_BYTES]
         return word
 
-    return _in_child(work, TIME_OF_DAY * seconds, len(word), cpu) == word
+    said = _in_child(work, TIME_OF_DAY * seconds, PROBLEM_BYTES, cpu)
+    if said == word:
+        return None
+    limits = f"{cpu} s of CPU time, {TIME_OF_DAY * seconds:g} s by the clock, or memory"
+    return said.decode(errors="replace") or f"stopped at a limit ({limits}), or it ended its process"
+
+
+def _described(error: BaseException, source: str, program_lines: int) -> str:
+    """The last line of an error's message, and the line of the test behind `program_lines` that led to it."""
+    lines, line, place = source.split("\n"), "", error.__traceback__
+    while place is not None:
+        number = place.tb_lineno
+        if place.tb_frame.f_code.co_filename == "<program>" and program_lines < number <= len(lines):
+            line = lines[number - 1].strip()
+        place = place.tb_next
+    try:
+        message = str(error).strip()
+    except Exception:  # noqa: BLE001, the error may be a class of the program
+        message = ""
+    last = f"{type(error).__name__}: {message.splitlines()[-1]}" if message else type(error).__name__
+    return f"{last}, in: {line}" if line else last
 
 
 if __name__ == "__main__":

@@ -155,7 +155,11 @@ class Sample:
     answer: str
     """The choice that the metric counts, or the text that the model wrote."""
     extracted: str | None = None
-    """What the task's filter took from the text, if that differs; None in results of earlier versions, whose `answer` it is."""
+    """What the task's filter took from the text, if that differs; None in results of earlier versions, whose `answer` it is. Of
+    HumanEval and MBPP the program that was run, before its test."""
+    problem: str | None = None
+    """Of a program that failed in the sandbox, the last line of its error and the line of the test that failed; None otherwise,
+    and in results of earlier versions."""
 
 
 @dataclass(frozen=True)

@@ -262,7 +262,9 @@ def _build(task: Task, part: Part) -> HarnessTask:
     if "langdetect" in sys.modules:  # which IFEval asks for the language of an answer; it draws at random
         sys.modules["langdetect"].DetectorFactory.seed = 0
     if runs_generated_code(by_name, roots):
-        config = sandboxed(task.name, config, by_name, roots)
+        config, sandbox = sandboxed(task.name, config, by_name, roots)
+    else:
+        sandbox = None
     columns: list[str] = []
     if part.splits is not None:
         config, columns = _with_local_documents(task, part, config)
@@ -278,6 +280,7 @@ def _build(task: Task, part: Part) -> HarnessTask:
         ) from error
     built.set_config(key="num_fewshot", value=task.num_fewshot)
     built.set_fewshot_seed(seed=FEWSHOT_SEED)
+    built.minitron_sandbox = sandbox  # which knows what went wrong in programs; None without any
     return built
 
 

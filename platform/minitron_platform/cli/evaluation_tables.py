@@ -52,10 +52,22 @@ def sample_lines(results: Sequence[ModelResults], longest: int) -> Iterator[str]
                 value = metric.sentence(metric.text(sample.value))
                 yield f"\n[bold]{escape(result.model)} · {escape(key)} {escape(sample.id)}[/]  {value}"
                 yield f"[dim]{escape(_end(sample.prompt, longest))}[/]"
-                yield f"  expected  {escape(_end(sample.target, longest).strip())}"
-                yield f"  answered  {escape(_end(sample.answer, longest).strip())}"
+                yield from _labelled("expected", _end(sample.target, longest))
+                yield from _labelled("answered", _end(sample.answer, longest))
                 if sample.extracted is not None:
-                    yield f"  extracted {escape(_end(sample.extracted, longest).strip())}"
+                    yield from _labelled("extracted", _end(sample.extracted, longest))
+                if sample.problem is not None:
+                    yield from _labelled("failed", sample.problem)
+
+
+def _labelled(label: str, text: str) -> Iterator[str]:
+    """A text behind its label; one of several lines, such as a program, below it."""
+    lines = text.strip("\n").rstrip().split("\n")
+    if len(lines) == 1:
+        yield f"  {label:<9} {escape(lines[0].strip())}"
+        return
+    yield f"  {label}"
+    yield from (f"    {escape(line)}" for line in lines)
 
 
 def _end(text: str, longest: int) -> str:

@@ -241,7 +241,7 @@ def test_a_program_that_waits_for_a_busy_machine_has_its_cpu_time_all_the_same(t
     sandbox.stop()
 
 
-def humaneval(folder) -> Task:
+def humaneval(folder, count: int = 3) -> Task:
     documents = [
         {
             "task_id": str(n),
@@ -249,7 +249,7 @@ def humaneval(folder) -> Task:
             "test": "def check(f):\n    assert f(1, 2) == 3",
             "entry_point": "add",
         }
-        for n in range(3)
+        for n in range(count)
     ]
     return Task("humaneval", str(write_jsonl(folder / "documents" / "test.jsonl", documents)))
 
@@ -276,10 +276,40 @@ def test_humaneval_is_scored_in_the_sandbox_and_no_file_of_the_working_folder_ru
         shown = [(sample.value, sample.answer, sample.extracted) for sample in result.samples]
         programs = [f"def add(a, b):\n{answer}" for answer in answers]
         assert shown == [(value, answers[n], programs[n]) for value, n in ((0.0, 1), (0.0, 2), (1.0, 0))]
+        limits = "5 s of CPU time, 15 s by the clock, or memory"
+        assert [sample.problem for sample in result.samples] == [
+            f"stopped at a limit ({limits}), or it ended its process",
+            "AssertionError, in: assert f(1, 2) == 3",
+            None,
+        ]
     else:
         with pytest.raises(InputError, match="there is no sandbox"):
             evaluate(tiny_model(0), byte_tokenizer(), [task])
     assert not (tmp_path / "executed").exists()
+
+
+PROBLEMS = {
+    "def add(a, b):\n    return a.no": "AttributeError: 'int' object has no attribute 'no', in: assert f(1, 2) == 3",
+    "def add(a, b)": "SyntaxError: expected ':' (<program>, line 1)",
+    "raise ValueError('\\n'.join('ab'))": "ValueError: b",
+    "class Odd(Exception):\n    def __str__(self): 1 / 0\nraise Odd": "Odd",
+    f"raise ValueError({5000 * 'x'!r})": f"ValueError: {5000 * 'x'}"[:1000],
+}
+
+
+@pytest.mark.skipif(not has_sandbox(), reason="needs bubblewrap")
+def test_what_went_wrong_in_a_program_is_told_by_its_error_and_the_line_of_its_test(tmp_path, monkeypatch):
+    answers = [[each] for each in PROBLEMS]
+    (tmp_path / "several.yaml").write_text(SEVERAL.replace("repeats: 6", "repeats: 1").replace("k: [2]", "k: [1]"))
+    (tmp_path / "grade.py").write_text(GRADE.replace('document["prompt"] + each', "each"))
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    monkeypatch.setattr(
+        DocumentRequests, "generate_until", lambda self, requests, **_: [answers[r.doc_id][0] for r in requests]
+    )
+    task = Task("several", humaneval(tmp_path, len(answers)).data, allow_code=True, folder=str(tmp_path))
+    [result] = evaluate_documents(tiny_model(0), byte_tokenizer(), [task], samples=9).values()
+    assert {sample.answer: sample.problem for sample in result.samples} == PROBLEMS
 
 
 SEVERAL = """

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from minitron.checkpoints.identity import checkpoint_identity
 from minitron.errors import InputError
 from minitron.evaluation import suites
+from minitron.evaluation.requests import DocumentRequests
 from minitron.evaluation.result_file import SCHEMA, read_results
 from minitron.models import load_tokenizer
 from minitron_platform.stages.evaluate import score_metrics
@@ -135,6 +136,33 @@ def test_a_wrong_choice_of_a_question_is_shown_beside_the_right_one(folder):
     write_jsonl(folder / "wrong" / "winogrande" / "validation.jsonl", wrong)
     again = minitron_here("evaluate", "random", "--tasks", "winogrande", "--data", "wrong", cwd=folder)
     assert "0.0 ± 15.3" in again.stdout  # 100 sqrt(2/8 (1 - 2/8) / 8)
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="programs run in bubblewrap")
+def test_a_program_is_shown_with_its_test_and_what_went_wrong(folder, monkeypatch):
+    test = "def check(f):\n    assert f(1, 2) == 3\n    assert f(1, 1) == 2"
+    document = {"task_id": "0", "prompt": "def add(a, b):\n", "test": test, "entry_point": "add"}
+    write_jsonl(folder / "code" / "humaneval" / "test.jsonl", [document])
+    monkeypatch.setattr(DocumentRequests, "generate_until", lambda self, requests, **_: ["    return a * b + 1\n"])
+    options = ("--tasks", "humaneval", "--data", "code", "--allow-code", "--samples", "1", "--out", "code.json")
+    done = minitron_here("evaluate", "random", *options, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.split("humaneval 0")[1].splitlines()
+    start = shown.index("  expected")
+    assert shown[start : start + 9] == [
+        "  expected",
+        *(f"    {line}" for line in [*test.splitlines(), "check(add)"]),
+        "  answered  return a * b + 1",
+        "  extracted",
+        "    def add(a, b):",
+        "        return a * b + 1",
+    ]
+    assert "failed" not in done.stdout  # 1 · 2 + 1 is 3, and 1 · 1 + 1 is 2
+    document["test"] += "\n    assert f(2, 2) == 4"
+    write_jsonl(folder / "code" / "humaneval" / "test.jsonl", [document])
+    wrong = minitron_here("evaluate", "random", *options, cwd=folder)
+    assert "  failed    AssertionError, in: assert f(2, 2) == 4" in wrong.stdout.splitlines()
+    jsonschema.validate(json.loads((folder / "code.json").read_text()), json.loads(SCHEMA.read_text()))
 
 
 GENERATING = """
@@ -255,7 +283,9 @@ def recorded(client, experiment):
     return {run.info.run_name: run for run in client.search_runs(ids)}
 
 
-def test_every_model_has_a_run_in_mlflow_with_the_metrics_of_a_stage_and_what_they_were_measured_on(folder, tracked):
+def test_every_model_has_a_run_in_mlflow_with_the_metrics_of_a_stage_and_what_they_were_measured_on(
+    folder, tracked, tmp_path
+):
     options, client = tracked
     shutil.copytree(folder / "random", folder / "other", dirs_exist_ok=True)
     (folder / "one.yaml").write_text("name: mine\nversion: 3\ntasks: [{name: arc_easy, limit: 5}]\n")
@@ -279,6 +309,7 @@ def test_every_model_has_a_run_in_mlflow_with_the_metrics_of_a_stage_and_what_th
         assert f"| {score.text} | {score.settings} |" in data.tags[NOTE]
         assert data.tags[NOTE].endswith("± is the standard error.")
         assert (info.status, data.tags["minitron.kind"]) == ("FINISHED", "evaluation")
+        assert Path(info.artifact_uri).is_relative_to(tmp_path / "artifacts")  # beside the database
         file = client.download_artifacts(info.run_id, "results.json")
         (alone,) = read_results(file)
         assert alone == result
