@@ -6,6 +6,8 @@ command line prints both and exits with 2; any other exception is a bug and keep
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from minitron.redaction import redact
 from minitron.text import printable
 
@@ -38,6 +40,15 @@ def one_line(error: BaseException, longest: int = 400) -> str:
 
 class InputError(MinitronError):
     """An argument, file, model or dataset that cannot be used as given."""
+
+
+def together(errors: Sequence[InputError]) -> InputError:
+    """One error of one or several: of several a line for each, with its remedy."""
+    if len(errors) == 1:
+        return errors[0]
+    lines = [f"{error.problem} ({error.remedy})" if error.remedy else error.problem for error in errors]
+    listed = "".join(f"\n  - {' '.join(line.split())}" for line in lines)
+    return InputError(f"{len(errors)} problems:{listed}", "correct them, as the lines say")
 
 
 class StorageError(MinitronError):

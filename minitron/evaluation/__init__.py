@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from minitron.evaluation.heldout import teacher_targets as teacher_targets
     from minitron.evaluation.metrics import Metric as Metric
     from minitron.evaluation.metrics import task_metric as task_metric
+    from minitron.evaluation.readiness import check_ready as check_ready
+    from minitron.evaluation.readiness import check_requirements as check_requirements
+    from minitron.evaluation.readiness import task_gaps as task_gaps
     from minitron.evaluation.scores import DocumentResult as DocumentResult
     from minitron.evaluation.scores import Evaluated as Evaluated
     from minitron.evaluation.scores import Score as Score
@@ -28,7 +31,6 @@ if TYPE_CHECKING:
     from minitron.evaluation.suites import Suite as Suite
     from minitron.evaluation.suites import suite as suite
     from minitron.evaluation.tasks import Task as Task
-    from minitron.evaluation.tasks import check_requirements as check_requirements
     from minitron.evaluation.tasks import check_tasks as check_tasks
 
 _PUBLIC = {
@@ -47,7 +49,9 @@ _PUBLIC = {
     "suite": ".suites",
     "Task": ".tasks",
     "check_tasks": ".tasks",
-    "check_requirements": ".tasks",
+    "check_ready": ".readiness",
+    "check_requirements": ".readiness",
+    "task_gaps": ".readiness",
     "Throughput": ".speed",
     "interleaved_throughput": ".speed",
     "interleaved_token_latency": ".speed",

@@ -8,35 +8,30 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
-import datasets
-import lm_eval.api.model
-import lm_eval.api.task
-import lm_eval.models.huggingface
-import numpy as np
 import torch
 from lm_eval.evaluator import evaluate as run_harness
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from minitron.arguments import check_model, check_tokenizer, check_type
 from minitron.errors import InputError, MinitronError
 from minitron.evaluation.answers import Answers, AnswerStore
 from minitron.evaluation.batches import BatchRows
+from minitron.evaluation.build import build, documents_of
 from minitron.evaluation.generated_code import guarded_metrics, with_problems
 from minitron.evaluation.mode import evaluating
+from minitron.evaluation.questions import check_questions
+from minitron.evaluation.quiet import quiet, usual_random_state
 from minitron.evaluation.scorer import Scorer
 from minitron.evaluation.scores import Evaluated, Score
 from minitron.evaluation.scoring import evaluated, pooled
 from minitron.evaluation.tasks import (
     Part,
     Task,
-    build,
     by_size,
     check_settings,
     check_tasks,
@@ -177,7 +172,7 @@ def _all_scored(
     answers: AnswerStore | None,
 ) -> dict[str, Evaluated]:
     """The results of all tasks. make_scorer: takes their number of documents."""
-    with _quiet(), sandboxed_templates(), _usual_random_state():
+    with quiet(), sandboxed_templates(), usual_random_state():
         work = _prepared(tasks, on_failure, together)
         sizes = [scored_documents(task.limit, len(built.task_docs)) for task, members in work for _, built in members]
         scorer = make_scorer(sum(sizes))
@@ -275,11 +270,25 @@ def _graded(scorer: Scorer, task: Task, part: Part, built: Any, samples: int, st
     return Evaluated.from_dict(json.loads(result))
 
 
+@contextmanager
+def _documents_named(task: Task, part: Part, built: Any, count: int) -> Iterator[None]:
+    """Name the document, if an exception is one of lm-eval that cannot make a question of it."""
+    try:
+        yield
+    except (MinitronError, MemoryError, torch.OutOfMemoryError, _AllAnsweredError):
+        raise
+    except Exception:
+        if part.splits is not None:
+            examples = documents_of(task, part, part.examples) if part.examples else None
+            check_questions(built, documents_of(task, part, part.scored), examples, count)
+        raise
+
+
 def _evaluated(scorer: Scorer, task: Task, part: Part, built: Any, samples: int, stored: Answers | None) -> Evaluated:
     limit = scored_documents(task.limit, len(built.task_docs))
     scorer.begin(limit, stored)
     # Standard errors are computed below from the documents' values; lm-eval would bootstrap for some metrics.
-    with guarded_metrics(task.name, allowed=task.allow_code):
+    with guarded_metrics(task.name, allowed=task.allow_code), _documents_named(task, part, built, limit):
         results = run_harness(
             scorer,
             {"tasks": {part.name: built}},
@@ -301,48 +310,3 @@ def _evaluated(scorer: Scorer, task: Task, part: Part, built: Any, samples: int,
         examples=part.examples,
     )
     return result if built.minitron_sandbox is None else with_problems(result, built.minitron_sandbox)
-
-
-class _NoBar(tqdm):
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **{**options, "disable": True})
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence progress bars and messages below error level of lm-eval and datasets inside the context."""
-    modules = (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface)
-    bars = [module.tqdm for module in modules]
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    had_bars = not datasets.are_progress_bars_disabled()
-    for module in modules:
-        module.tqdm = _NoBar
-    logger.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        for module, bar in zip(modules, bars, strict=True):
-            module.tqdm = bar
-        logger.setLevel(level)
-        if had_bars:
-            datasets.enable_progress_bars()
-
-
-@contextmanager
-def _usual_random_state() -> Iterator[None]:
-    """Seed the global random generators, which some task definitions use, as lm-eval does, and restore their states on exit."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    try:
-        random.seed(0)
-        np.random.seed(1234)
-        torch.manual_seed(1234)
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if gpus:
-            torch.cuda.set_rng_state_all(gpus)

@@ -32,13 +32,30 @@ class _Templates(SandboxedEnvironment):
         return self._compiled[source]
 
 
+class NullError(ValueError):
+    """A null of a document would be written into a question, as the text "None"."""
+
+
+def _not_null(value: Any) -> Any:
+    if value is None:
+        raise NullError
+    return value
+
+
 @contextmanager
-def sandboxed_templates() -> Iterator[None]:
-    """Inside the context lm-eval's templates reach the fields of a document and their public methods, and nothing else."""
+def sandboxed_templates(*, refuse_null: bool = False) -> Iterator[None]:
+    """Inside the context lm-eval's templates reach the fields of a document and their public methods, and nothing else.
+
+    refuse_null: whether NullError is raised where a template writes None."""
     import lm_eval.utils  # takes a second, which a run with nothing to do does not need
 
     usual = lm_eval.utils.env
-    sandbox = _Templates(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
+    sandbox = _Templates(
+        loader=BaseLoader(),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        finalize=_not_null if refuse_null else None,
+    )
     sandbox.filters.update(usual.filters)
     lm_eval.utils.env = sandbox
     try:

@@ -104,7 +104,7 @@ def test_a_failed_benchmark_is_reported_and_does_not_change_the_ranking(made, se
         assert metrics == ([("wikitext", "word_perplexity")] if candidate.winner else [])
     assert list(result.failures) == [plain.winner]
     assert "its benchmarks: arc_easy: " in result.failures[plain.winner]
-    assert "do not fit" in result.failures[plain.winner]
+    assert "does not fit" in result.failures[plain.winner]
 
 
 def test_the_latency_of_an_architecture_is_measured_once(made, ray_here, tmp_path):

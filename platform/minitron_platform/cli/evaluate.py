@@ -236,10 +236,9 @@ def _entry(text: str) -> dict[str, Any]:
 def _check(models: tuple[str, ...], tasks: tuple[Task, ...], tokenizer: str | None, locations: Locations) -> None:
     """Raise InputError for models and tasks that cannot run, before any model is loaded."""
     from minitron.completions import is_served
-    from minitron.evaluation import check_requirements, check_tasks
+    from minitron.evaluation import check_ready
     from minitron.models import source_tokenizer
 
-    check_tasks(tasks)
     served = [model for model in models if is_served(model)]
     if served and tokenizer is None:
         raise InputError(
@@ -256,5 +255,4 @@ def _check(models: tuple[str, ...], tasks: tuple[Task, ...], tokenizer: str | No
                 f"{model}: tasks are asked with the chat template, and its tokenizer has none",
                 "give an instruct model, or a suite without chat_template",
             )
-    for task in tasks:
-        check_requirements(task, longest)
+    check_ready(tasks, longest)

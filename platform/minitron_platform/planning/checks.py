@@ -17,8 +17,8 @@ from minitron.distill.config import ADAMW_8BIT
 from minitron.distill.fp8 import check_fp8
 from minitron.distill.low_bit import check_low_bit
 from minitron.distill.trainable import check_lora
-from minitron.errors import InputError
-from minitron.evaluation import Task, check_requirements, check_tasks
+from minitron.errors import InputError, together
+from minitron.evaluation import Task, check_tasks, task_gaps
 from minitron.models import is_local_source, source_tokenizer
 from minitron.tokenizer_beginning import with_beginning
 from minitron_platform.estimates.teacher import check_targets
@@ -126,7 +126,8 @@ def check_machine(resources: ResolvedResources, storage_path: str, *, elsewhere:
 
 
 def check_benchmarks(recipe: Recipe, max_seq_length: int | None, finished: Mapping[str, set[str]]) -> None:
-    """Raise InputError for benchmarks that lack a package, metric or document, as long as a stage before them has to be done.
+    """Raise InputError for benchmarks that lack a package, metric or document, or whose documents make no questions, as long as
+    a stage before them has to be done. All that is missing is named at once.
 
     Once only the evaluation is left, a benchmark that fails costs nothing else: it is reported and tried again.
 
@@ -139,10 +140,22 @@ def check_benchmarks(recipe: Recipe, max_seq_length: int | None, finished: Mappi
         for stage, key in task_keys.items()
         if any(stage not in finished.get(member.model, ()) for member in recipe.family)
     }
-    for key, task in benchmark_tasks(recipe):
-        if any(key.startswith(prefix) for prefix in unfinished):
-            with named_by_key(key):
-                check_requirements(task, max_seq_length)
+    tasks = [each for each in benchmark_tasks(recipe) if any(each[0].startswith(prefix) for prefix in unfinished)]
+    _check_gaps(tasks, max_seq_length)
+
+
+def _check_gaps(tasks: Iterable[tuple[str, Task]], max_seq_length: int | None) -> None:
+    """Raise InputError naming everything that the tasks lack, by their keys in the recipe."""
+    gaps: list[InputError] = []
+    for key, task in tasks:
+        for gap in task_gaps(task, max_seq_length):
+            try:
+                with named_by_key(key):
+                    raise gap
+            except InputError as error:
+                gaps.append(error)
+    if gaps:
+        raise together(gaps)
 
 
 def benchmark_tasks(recipe: Recipe) -> Iterator[tuple[str, Task]]:
@@ -162,9 +175,15 @@ def check_benchmark_names(tasks: Iterable[tuple[str, Task]]) -> None:
     tasks: each with its key in the recipe.
     """
     seen: dict[str, str] = {}
-    for key, task in tasks:
-        with named_by_key(key):
-            check_tasks([task])
+    given = list(tasks)
+    try:
+        for key, task in given:
+            with named_by_key(key):
+                check_tasks([task])
+    except InputError:
+        _check_gaps(given, None)  # names what the others lack, too
+        raise
+    for key, task in given:
         name = f"{key.rstrip('.0123456789')} {task.name} {task.num_fewshot}"
         if name in seen:
             raise InputError(

@@ -82,3 +82,21 @@ def test_plan_names_the_recipe_key_of_a_benchmark_that_cannot_run(bench, empty_c
     recipe = load_recipe(str(bench / "recipe.yaml"), options)
     with pytest.raises(InputError, match=r"evaluate\.tasks\.1: task 'wikitext': its documents"):
         plan(recipe, storage_path=str(bench / "unused"))
+
+
+def test_plan_names_the_recipe_keys_of_all_benchmarks_that_cannot_run(bench, tmp_path):
+    """What their documents lack, too; and those of a run in which only the evaluation is left are not looked at."""
+    documents = arc_documents(3)
+    del documents[1]["question"]
+    write_jsonl(tmp_path / "arc.jsonl", documents)
+    tasks = f"{{name: arc_easy, data: {tmp_path}/arc.jsonl}}, {{name: mbpp, data: {tmp_path}/gone}}"
+    recipe = load_recipe(str(bench / "recipe.yaml"), [f"evaluate.tasks=[{tasks}]"])
+    with pytest.raises(InputError, match=r"^3 problems:") as refusal:
+        plan(recipe, storage_path=str(tmp_path / "unused"))
+    first, second, third = refusal.value.problem.splitlines()[1:]
+    assert f"evaluate.tasks.0: task 'arc_easy': {tmp_path}/arc.jsonl, line 2: " in first
+    assert f"evaluate.tasks.1: {tmp_path}/gone: no such file or folder" in second
+    assert "evaluate.tasks.1: task 'mbpp': it runs code" in third
+    recipe = load_recipe(str(bench / "recipe.yaml"), [f"evaluate.tasks=[{tasks.partition('}, ')[0]}}}]"])
+    with pytest.raises(InputError, match=r"^evaluate\.tasks\.0: task 'arc_easy': .*arc\.jsonl, line 2: .*'question'"):
+        plan(recipe, storage_path=str(tmp_path / "unused"))

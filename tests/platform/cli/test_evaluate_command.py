@@ -381,6 +381,10 @@ ARC = ("--tasks", "arc_easy", "--data", "data")
         (["--tasks", "piqa", "--data", "data"], "data/piqa: no such file or folder"),
         (["--tasks", "arc_easy:4", "--data", "data"], "the split 'train' of .* has 3 examples"),
         (["--suite", "minitron-base", "--data", "data"], "winogrande: no such file or folder"),
+        (
+            ["--tasks", "mbpp,arc_easy", "--data", "lacking"],
+            "2 problems: - .*mbpp.*--allow-code.* - .*line 1.*'question'",
+        ),
         (["--tasks", ""], "--tasks: '' is not a task"),
         (["--tasks", "piqa, piqa:0,piqa:5"], "--tasks: piqa is given 2 times .*numbers of examples: piqa:0,piqa:5"),
         (["--suite", "thrice.yaml"], r"tasks.0 and tasks.2 are both piqa with num_fewshot 0.* another num_fewshot"),
@@ -413,6 +417,8 @@ def test_what_cannot_run_is_refused_before_a_model_is_loaded(folder, options, pr
         "name: a\nversion: 1\ntasks: [{name: piqa}, {name: sciq}, {name: piqa, limit: 3}]\n"
     )
     (folder / "conversing.yaml").write_text("name: a\nversion: 1\ntasks: [{name: arc_easy, chat_template: true}]\n")
+    write_jsonl(folder / "lacking" / "arc_easy" / "test.jsonl", [{"choices": {"text": ["a"], "label": ["A"]}}])
+    write_jsonl(folder / "lacking" / "mbpp" / "test.jsonl", [{"text": "a"}])
     shutil.copytree(folder / "random", folder / "damaged", dirs_exist_ok=True)
     (folder / "damaged" / "model.safetensors").write_bytes(b"cut off")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
