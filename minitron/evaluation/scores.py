@@ -149,9 +149,11 @@ class Sample:
 
     id: str
     value: float
-    """Of the benchmark's main metric."""
+    """Of the benchmark's main metric; of a perplexity, that of this document."""
     prompt: str
+    """Of a document that is a text, such as a page whose perplexity is measured, the text."""
     target: str
+    """Empty for a text."""
     answer: str
     """The choice that the metric counts, or the text that the model wrote."""
     extracted: str | None = None
@@ -160,6 +162,9 @@ class Sample:
     problem: str | None = None
     """Of a program that failed in the sandbox, the last line of its error and the line of the test that failed; None otherwise,
     and in results of earlier versions."""
+    is_right: bool | None = None
+    """Of a choice whose metric is one number for all documents, such as F1, whether it is the right one; then `value` is 1 or
+    0. None for other metrics, and in results of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +253,11 @@ def contributions_of(
 def worst_first(samples: Sequence[Sample], count: int, *, higher_is_better: bool | None) -> tuple[Sample, ...]:
     """The `count` samples with the worst values, in the order of the documents if values are equal."""
     sign = -1 if higher_is_better is False else 1
-    return tuple(sorted(samples, key=lambda sample: sign * sample.value)[:count])
+
+    def goodness(sample: Sample) -> float:
+        return sign * sample.value if sample.is_right is None else float(sample.is_right)
+
+    return tuple(sorted(samples, key=goodness)[:count])
 
 
 def renamed(document: DocumentResult, part: str, cluster: str | None = None) -> DocumentResult:

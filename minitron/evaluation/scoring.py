@@ -30,6 +30,7 @@ from minitron.evaluation.uncertainty import passage_of, score_error, standard_er
 from minitron.storage import fingerprint
 
 PER_WORD_OR_BYTE = ("word_perplexity", "byte_perplexity", "bits_per_byte")  # lm-eval has a pair for each document
+LARGEST_EXPONENT = 700.0  # of a perplexity that is a number
 LONGEST_TEXT = 20_000  # characters of a prompt or answer that is kept; of a longer one the end
 
 
@@ -276,10 +277,45 @@ def _drawn(member: Evaluated) -> tuple[float, ...]:
 
 
 def _sample(built: Any, sample: Mapping[str, Any], metric: str) -> Sample | None:
-    """A document with the model's answer; None if the metric is not a number for each document."""
+    """A document with the model's answer; None if it can neither be shown by the metric nor by whether the answer is right."""
+    if (pair := _log_likelihood(metric, sample.get(metric))) is not None:
+        return _text_sample(sample, metric, *pair)
     value = _number(sample.get(metric))
     if value is None:
-        return None
+        return _right_or_wrong(built, sample, metric) if built.OUTPUT_TYPE == "multiple_choice" else None
+    if metric == "perplexity":  # of a document the log-likelihood
+        value = _perplexity(value)
+    return _answer_sample(built, sample, metric, value)
+
+
+def _text_sample(sample: Mapping[str, Any], metric: str, total: float, units: float) -> Sample:
+    """A document that is a text of so many words or bytes, with its own perplexity. total: its log-likelihood in nats."""
+    unit = "words" if metric == "word_perplexity" else "bytes"
+    text = str(sample["arguments"][0][0])
+    mean = total / max(1.0, units)
+    return Sample(
+        id=str(sample["doc_id"]),
+        value=-mean / math.log(2) if metric == "bits_per_byte" else _perplexity(mean),
+        prompt=text[-LONGEST_TEXT:],
+        target="",
+        answer=f"log-likelihood {total:,.1f} nats, of {units:,.0f} {unit}",
+    )
+
+
+def _perplexity(log_likelihood: float) -> float:
+    return math.exp(min(-log_likelihood, LARGEST_EXPONENT))
+
+
+def _right_or_wrong(built: Any, sample: Mapping[str, Any], metric: str) -> Sample:
+    """A document of a metric that is one number for all of them, such as F1: whether the model's choice is the right one."""
+    right = built.doc_to_text(sample["doc"]) if built.multiple_input else sample["target"]
+    allowed = right if isinstance(right, list) else [right]
+    best = _chosen(built, sample, metric)
+    is_right = best in allowed or _choices(built, sample)[best] in allowed
+    return replace(_answer_sample(built, sample, metric, float(is_right)), is_right=is_right)
+
+
+def _answer_sample(built: Any, sample: Mapping[str, Any], metric: str, value: float) -> Sample:
     requests, answers = sample["arguments"], sample["filtered_resps"]
     scored = all(isinstance(answer, list | tuple) and len(answer) == 2 for answer in answers)
     extracted = None
@@ -310,11 +346,15 @@ def _joined(answers: Sequence[Any]) -> str:
     return "\n".join(str(text) for each in answers for text in (each if isinstance(each, list) else [each]))
 
 
-def _chosen(built: Any, sample: Mapping[str, Any], metric: str) -> int:
-    """The choice that `metric` takes for the model's answer. Source: `ConfigurableTask.process_results` of lm-eval."""
+def _choices(built: Any, sample: Mapping[str, Any]) -> list[str]:
     has_choices = built.config.doc_to_choice is not None  # a task that is a class may have none
     texts = built.doc_to_choice(sample["doc"]) if has_choices else [request[1] for request in sample["arguments"]]
-    choices = [str(text) for text in texts]
+    return [str(text) for text in texts]
+
+
+def _chosen(built: Any, sample: Mapping[str, Any], metric: str) -> int:
+    """The choice that `metric` takes for the model's answer. Source: `ConfigurableTask.process_results` of lm-eval."""
+    choices = _choices(built, sample)
     values = [float(answer[0]) for answer in sample["filtered_resps"]]
     if metric == "acc_mutual_info":  # the second half is the choices without the question
         values = [value - alone for value, alone in zip(values, values[len(choices) :], strict=False)]

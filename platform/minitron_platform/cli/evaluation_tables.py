@@ -48,11 +48,17 @@ def sample_lines(results: Sequence[ModelResults], longest: int) -> Iterator[str]
     for result in results:
         for key, evaluated in result.tasks.items():
             metric = evaluated.score.shown_as
+            if not evaluated.samples:
+                reason = f"{metric.name} is computed from all documents together, and says nothing about one"
+                yield f"\n[bold]{escape(result.model)} · {escape(key)}[/]  no samples: {escape(reason)}"
             for sample in evaluated.samples:
                 value = metric.sentence(metric.text(sample.value))
+                if sample.is_right is not None:
+                    value = "right" if sample.is_right else "wrong"
                 yield f"\n[bold]{escape(result.model)} · {escape(key)} {escape(sample.id)}[/]  {value}"
                 yield f"[dim]{escape(_end(sample.prompt, longest))}[/]"
-                yield from _labelled("expected", _end(sample.target, longest))
+                if sample.target:
+                    yield from _labelled("expected", _end(sample.target, longest))
                 yield from _labelled("answered", _end(sample.answer, longest))
                 if sample.extracted is not None:
                     yield from _labelled("extracted", _end(sample.extracted, longest))
