@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from minitron.evaluation.benchmarks import RENAMED_FIELDS
 from minitron.evaluation.documents import read_split, with_nulls
-from minitron.evaluation.generated_code import guarded_metrics, runs_generated_code, sandboxed
+from minitron.evaluation.generated_code import guarded_metrics, may_load_metrics, runs_generated_code, sandboxed
 from minitron.evaluation.own_tasks import allowed_roots
 from minitron.evaluation.questions import Documents
 from minitron.evaluation.requirements import check_nltk_data
@@ -27,8 +28,15 @@ FEWSHOT_SEED = 1234  # lm-eval's default, so that the few-shot examples are thos
 
 def build(task: Task, part: Part) -> HarnessTask:
     """The lm-eval task of `part` with its documents loaded. Raises InputError for documents that do not fit the definition."""
-    with sandboxed_templates(), guarded_metrics(task.name, allowed=task.allow_code):
+    with sandboxed_templates(), metrics_guard(task, part):
         return _build(task, part)
+
+
+def metrics_guard(task: Task, part: Part) -> AbstractContextManager[None]:
+    """`guarded_metrics` for a definition that may need it."""
+    if may_load_metrics(read_definition(part.definition, functions=False), allowed_roots(task.folder)):
+        return guarded_metrics(task.name, allowed=task.allow_code)
+    return nullcontext()
 
 
 def _build(task: Task, part: Part) -> HarnessTask:

@@ -41,6 +41,17 @@ def hub_metrics(config: dict[str, Any], roots: Sequence[Path]) -> list[str]:
     return sorted(listed.union(*(loaded_metrics(file) for file in modules(config, roots))) - {CODE_METRIC})
 
 
+def may_load_metrics(config: dict[str, Any], roots: Sequence[Path]) -> bool:
+    """Whether a task may ask the package `evaluate` for a metric: by a name that lm-eval does not know, or in its own code. The
+    package takes seconds to import."""
+    import lm_eval.api.metrics  # registers lm-eval's own  # noqa: F401
+    from lm_eval.api.registry import METRIC_REGISTRY
+
+    listed = config.get("metric_list") or ()
+    known = all(not each.get("hf_evaluate") and str(each.get("metric")) in METRIC_REGISTRY for each in listed)
+    return not known or "class" in config or any(_imports_evaluate(file) for file in modules(config, roots))
+
+
 def sandboxed(
     task: str, config: dict[str, Any], named: dict[str, Any], roots: Sequence[Path]
 ) -> tuple[dict[str, Any], Sandbox]:
@@ -168,6 +179,20 @@ def guarded_metrics(task: str, *, allowed: bool) -> Iterator[None]:
 def _never(**_: Any) -> tuple[dict[str, float], dict[str, Any]]:
     """code_eval's result for programs that were not run."""
     return {"pass@1": 0.0}, {}
+
+
+@lru_cache(maxsize=256)
+def _imports_evaluate(file: Path) -> bool:
+    """Whether a file imports the package `evaluate` anywhere, or by a name that is computed."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module or ""]
+        if isinstance(node, ast.Name | ast.Attribute):
+            names = [node.id if isinstance(node, ast.Name) else node.attr]
+        if any(name.split(".")[0] in ("evaluate", "importlib", "import_module", "__import__") for name in names):
+            return True
+    return False
 
 
 @lru_cache(maxsize=256)

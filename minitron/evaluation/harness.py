@@ -21,8 +21,8 @@ from minitron.arguments import check_model, check_tokenizer, check_type
 from minitron.errors import InputError, MinitronError
 from minitron.evaluation.answers import Answers, AnswerStore
 from minitron.evaluation.batches import BatchRows
-from minitron.evaluation.build import build, documents_of
-from minitron.evaluation.generated_code import guarded_metrics, with_problems
+from minitron.evaluation.build import build, documents_of, metrics_guard
+from minitron.evaluation.generated_code import with_problems
 from minitron.evaluation.mode import evaluating
 from minitron.evaluation.questions import check_questions
 from minitron.evaluation.quiet import quiet, usual_random_state
@@ -288,7 +288,7 @@ def _evaluated(scorer: Scorer, task: Task, part: Part, built: Any, samples: int,
     limit = scored_documents(task.limit, len(built.task_docs))
     scorer.begin(limit, stored)
     # Standard errors are computed below from the documents' values; lm-eval would bootstrap for some metrics.
-    with guarded_metrics(task.name, allowed=task.allow_code), _documents_named(task, part, built, limit):
+    with metrics_guard(task, part), _documents_named(task, part, built, limit):
         results = run_harness(
             scorer,
             {"tasks": {part.name: built}},

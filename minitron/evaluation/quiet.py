@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import datasets
-import lm_eval.api.model
 import lm_eval.api.task
-import lm_eval.models.huggingface
 import numpy as np
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
+
+WITH_BARS = (lm_eval.api.task.__name__, "lm_eval.api.model", "lm_eval.models.huggingface")  # the others are large
 
 
 class _NoBar(tqdm):
@@ -25,7 +26,7 @@ class _NoBar(tqdm):
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence progress bars and messages below error level of lm-eval and datasets inside the context."""
-    modules = (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface)
+    modules: list[Any] = [sys.modules[name] for name in WITH_BARS if name in sys.modules]
     bars = [module.tqdm for module in modules]
     logger = logging.getLogger("lm_eval")
     level = logger.level

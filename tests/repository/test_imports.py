@@ -75,6 +75,14 @@ STARTS = {
         "import minitron_platform.workers.calls",
         {"ray.train", "ray.tune", "ray.data", "pandas", *TORCH, *OTHERS},
     ),
+    "what a plan reads of a benchmark": (
+        "import json, pathlib, tempfile; from minitron.evaluation import Task, check_requirements; "
+        "folder = tempfile.TemporaryDirectory(); file = pathlib.Path(folder.name, 'test.jsonl'); "
+        "choices = {'text': ['a', 'b'], 'label': ['A', 'B']}; "
+        "file.write_text(json.dumps({'question': 'a', 'choices': choices, 'answerKey': 'A'})); "
+        "check_requirements(Task('arc_easy', folder.name))",
+        {"evaluate", "peft", "lm_eval.models.huggingface", "transformers.pipelines", "mlflow", "ray"},
+    ),
     "a worker that trains": (
         "from minitron_search.worker_imports import import_libraries; import_libraries(); "
         "import minitron_search.trial, minitron_platform.training.train",
