@@ -71,8 +71,30 @@ def complete(
     """
     check_model("model", model)
     check_tokenizer("tokenizer", tokenizer)
-    ids = document_tokens(tokenizer, add_bos).opened(tokenizer.encode(prompt, add_special_tokens=False))
+    ids = _opened(tokenizer, prompt, add_bos)
     return _continued(model, tokenizer, ids, sampling or Sampling(), streamer, in_step=in_step)
+
+
+def check_prompt(
+    tokenizer: Any, prompt: str, sampling: Sampling, longest: int | None, *, add_bos: bool | None = None
+) -> None:
+    """Raise InputError for a prompt that `complete` refuses, before a model is loaded. longest: tokens that it accepts."""
+    _check_ids(_opened(tokenizer, prompt, add_bos), sampling, longest)
+
+
+def _opened(tokenizer: Any, prompt: str, add_bos: bool | None) -> list[int]:
+    return document_tokens(tokenizer, add_bos).opened(tokenizer.encode(prompt, add_special_tokens=False))
+
+
+def _check_ids(ids: list[int], sampling: Sampling, longest: int | None) -> None:
+    if not ids:
+        raise InputError("the prompt is empty, and the tokenizer has no token to begin with", "give a text")
+    if longest is not None and len(ids) + sampling.max_new_tokens > longest:
+        raise InputError(
+            f"the prompt has {len(ids):,} tokens, which with {sampling.max_new_tokens:,} new ones are more than the "
+            f"{longest:,} that the model accepts",
+            "give a shorter prompt, or fewer new tokens",
+        )
 
 
 def answer(
@@ -101,15 +123,7 @@ def answer(
 def _continued(
     model: Any, tokenizer: Any, ids: list[int], sampling: Sampling, streamer: Any, *, in_step: bool = False
 ) -> str:
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if not ids:
-        raise InputError("the prompt is empty, and the tokenizer has no token to begin with", "give a text")
-    if longest is not None and len(ids) + sampling.max_new_tokens > longest:
-        raise InputError(
-            f"the prompt has {len(ids):,} tokens, which with {sampling.max_new_tokens:,} new ones are more than the "
-            f"{longest:,} that the model accepts",
-            "give a shorter prompt, or fewer new tokens",
-        )
+    _check_ids(ids, sampling, getattr(model.config, "max_position_embeddings", None))
     drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature else {}
     row = torch.tensor([ids], device=model.device)
     ends = _end_tokens(model, tokenizer)

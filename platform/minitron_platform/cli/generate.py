@@ -10,7 +10,14 @@ import click
 from rich.markup import escape
 
 from minitron.errors import InputError
-from minitron_platform.cli.model_sources import MODEL_HELP, check_models, checkpoint, dtype_option, load
+from minitron_platform.cli.model_sources import (
+    MODEL_HELP,
+    check_models,
+    checkpoint,
+    dtype_option,
+    is_registered,
+    load,
+)
 from minitron_platform.cli.options import tracking_options
 from minitron_platform.console import Console, echo
 
@@ -59,6 +66,7 @@ def generate(
     for prompt in prompts:
         if not prompt:
             raise InputError("--prompt: it is empty", "give the text that the models are to continue")
+    _check_prompts(models, prompts, settings)
     console = Console()
     texts: dict[str, list[str]] = {}
     for model in models:
@@ -124,6 +132,23 @@ def _checked(models: tuple[str, ...], locations: Locations, sampling: dict[str, 
             raise
         raise InputError(f"--{field.replace('_', '-')}: {rest}", error.remedy) from error
     return settings
+
+
+def _check_prompts(models: tuple[str, ...], prompts: tuple[str, ...], settings: Sampling) -> None:
+    """Raise InputError for a prompt that is too long for a model. The tokenizer of a GGUF file takes seconds to read, and
+    registered models are copied first: theirs are checked once they are loaded."""
+    from minitron.evaluation.generation import check_prompt
+    from minitron.models import source_architecture, source_tokenizer
+
+    for model in models:
+        if is_registered(model) or model.endswith(".gguf"):
+            continue
+        (_, longest), tokenizer = source_architecture(model), source_tokenizer(model)
+        for prompt in prompts:
+            try:
+                check_prompt(tokenizer, prompt, settings, longest)
+            except InputError as error:
+                raise InputError(f"{model}: {error.problem}", error.remedy) from error
 
 
 def _line() -> str | None:

@@ -19,6 +19,7 @@ from minitron.distill.low_bit import check_low_bit
 from minitron.distill.trainable import check_lora
 from minitron.errors import InputError, together
 from minitron.evaluation import Task, check_tasks, task_gaps
+from minitron.evaluation.generation import Sampling, check_prompt
 from minitron.models import is_local_source, source_tokenizer
 from minitron.tokenizer_beginning import with_beginning
 from minitron_platform.estimates.teacher import check_targets
@@ -27,6 +28,7 @@ from minitron_platform.recipes.consistency import check_consistency, trainings
 from minitron_platform.recipes.keys import named_by_key
 from minitron_platform.recipes.resources import ResolvedResources
 from minitron_platform.recipes.schema import Recipe
+from minitron_platform.stages.evaluate import COMPLETION_TOKENS
 
 
 def check_recipe(recipe: Recipe, teacher: Architecture, max_seq_length: int | None) -> None:
@@ -39,7 +41,7 @@ def check_recipe(recipe: Recipe, teacher: Architecture, max_seq_length: int | No
     check_text(recipe)
     check_benchmark_names(benchmark_tasks(recipe))
     check_with_teacher(recipe, teacher, max_seq_length)
-    _check_tokenizer(recipe, teacher)
+    _check_tokenizer(recipe, teacher, max_seq_length)
 
 
 def check_text(recipe: Recipe) -> None:
@@ -74,13 +76,18 @@ def check_with_teacher(recipe: Recipe, teacher: Architecture, max_seq_length: in
         check_lora(teacher)
 
 
-def _check_tokenizer(recipe: Recipe, teacher: Architecture) -> None:
-    """Raise InputError for a tokenizer that cannot be read or is not the teacher's. That of a GGUF file takes seconds to read;
-    the stage checks it."""
+def _check_tokenizer(recipe: Recipe, teacher: Architecture, max_seq_length: int | None) -> None:
+    """Raise InputError for a tokenizer that cannot be read or is not the teacher's, and for prompts that are too long. A GGUF
+    file's takes seconds to read; the stages check it."""
     model = recipe.teacher.model
-    if not model.endswith(".gguf"):
-        with named_by_key("teacher.model"):
-            check_tokenizer_fits(source_tokenizer(model, recipe.teacher.revision), teacher.vocab_size, model)
+    if model.endswith(".gguf"):
+        return
+    with named_by_key("teacher.model"):
+        tokenizer = source_tokenizer(model, recipe.teacher.revision)
+        check_tokenizer_fits(tokenizer, teacher.vocab_size, model)
+    for index, prompt in enumerate(recipe.evaluate.prompts):
+        with named_by_key(f"evaluate.prompts.{index}"):
+            check_prompt(tokenizer, prompt, Sampling(COMPLETION_TOKENS), max_seq_length, add_bos=recipe.data.bos)
 
 
 def check_outcomes(recipe: Recipe, teacher: Architecture, candidates: Mapping[str, list[Architecture]]) -> None:

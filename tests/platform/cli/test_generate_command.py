@@ -49,6 +49,7 @@ def test_prompts_are_continued_by_each_model_and_a_chat_keeps_its_messages(bench
         (["--max-new-tokens", "2048"], "--max-new-tokens: 2,048 leave no room for a prompt in the 2,048 tokens"),
         (["--seed", str(2**63)], "--seed: 9223372036854775808 is not a seed"),
         (["--seed", "-1"], "--seed: -1 is not a seed"),
+        (["--prompt", "a " * 2000], "teacher: the prompt has 2,001 tokens"),
         (["./gone"], "./gone does not exist"),
         (["teacher"], "MODEL: teacher is given twice"),
         (["gone@champion"], "there is no MLflow database"),

@@ -67,6 +67,11 @@ BAD = {
         "bfloat16",
     ),
     "an empty prompt": (["--set", "evaluate.prompts=[a, '']"], "evaluate.prompts.1: ''", "--set evaluate.prompts"),
+    "a prompt that is too long": (
+        ["--set", f"evaluate.prompts=[a, '{'a ' * 2000}']"],
+        "evaluate.prompts.1: the prompt has",
+        "shorter prompt",
+    ),
     "no such stage": (["--until", "prune"], "'prune' is not one of", "calibrate"),
     "too little room": (["--set", "data.train_rows=990000000000"], "GB free", "--storage"),
     "too little memory": (
