@@ -172,11 +172,11 @@ def test_the_processes_of_a_program_share_its_cpu_time(programs, heard):
 
 @pytest.mark.skipif(not has_sandbox(), reason="nothing runs without bubblewrap")
 def test_the_processes_of_a_program_are_gone_when_the_next_one_of_its_document_runs(programs):
-    leaves = "import os\nif os.fork() == 0:\n    os.setsid()\n    os.execv('/usr/bin/sleep', ['sleep', '59'])"
-    waits = "\nwhile 'sleep\\n' not in NAMES: pass"
+    # Popen returns when the child has become `sleep`
+    leaves = "import subprocess\nsubprocess.Popen(['/usr/bin/sleep', '59'], start_new_session=True)"
     names = "[open(f'/proc/{n}/comm').read() for n in os.listdir('/proc') if n.isdecimal()]"
     alone = f"import os\nassert 'sleep\\n' not in {names}"
-    assert programs(leaves + waits.replace("NAMES", names), alone) == [True, True]
+    assert programs(leaves, alone) == [True, True]
 
 
 LEFT_BEHIND = {
