@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 LOWEST := .venv-lowest
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install -c constraints.txt
+PIP := $(BIN)/python -m pip install --no-compile -c constraints.txt
 INPUTS := pyproject.toml constraints.txt requirements-data.txt
 
 # What the bounds of pyproject.toml concern: each library that is used, with checkpoints and one whole run on Ray.
@@ -48,12 +48,14 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Minitron needs Python 3.11 to 3.13: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 
-# torch first: with it in place nothing else asks for another build of it
+# torch first: with it in place nothing else asks for another build of it. Compiled at the end on all cores, while pip would use one;
+# quietly, because some files are for other versions of Python.
 $(VENV)/.installed: $(BIN)/python $(INPUTS)
 	@echo 'Installing about 180 packages into $(VENV): a few minutes, the last of them quiet.'
 	$(PIP) torch
 	$(PIP) -e '.[dev]'
 	$(PIP) --no-deps -r requirements-data.txt
+	$(BIN)/python -c 'import compileall; compileall.compile_dir("$(VENV)/lib", quiet=2, workers=0)'
 	touch $@
 
 fuzz: $(VENV)/.installed  ## odd recipes, checkpoints, texts, scores and registries, a hundred times as many as in `make test`

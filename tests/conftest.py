@@ -15,6 +15,7 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",  # more threads do not help tiny models and slow down processes that share the cores
+    OMP_WAIT_POLICY="passive",  # threads of a trial that wait for each other leave the cores to the other processes
     RAY_worker_niceness="0",  # by default Ray's workers hardly compute while other tests do
 )
 

@@ -98,14 +98,11 @@ def _wait_until(process, condition, what):
 
 @pytest.fixture(scope="module")
 def stopped(finished, tmp_path_factory):
-    """The storage of a run that was killed before its search, stopped in it, and stopped again while it started; and what was
-    seen of the last two of these three processes. Its recipe is that of `finished`."""
+    """The storage of a run that was stopped in its search, and stopped again while it started; and what was seen of these two
+    processes. Its recipe is that of `finished`."""
     folder, seen = tmp_path_factory.mktemp("stopped"), SimpleNamespace()
     shutil.copy(finished.folder / "recipe.yaml", folder)
     storage, log = folder / "stopped", folder / "stopped.log"
-    process = _start(folder, "stopped", until="targets")
-    _kill_when(process, lambda: list(storage.glob("stages/targets/*/heldout/index.json")), "stored targets")
-    log.write_text("")
     process = _start(folder, "stopped")
     _wait_until(process, lambda: list(storage.glob("trials/*/*/result.json")), "a finished trial")
     seen.in_search = _stop(process, signal.SIGTERM, log)

@@ -46,7 +46,7 @@ def searched(made, ray_here, tmp_path_factory):
     """Three candidates, their search task with weights kept, its result, and the pool."""
     folder = tmp_path_factory.mktemp("trials")
     found, task = made[2][:3], search_task(made, folder, rungs=(), keep_weights=True)
-    return found, task, search(task, found), Pool(str(folder / "tune"), max_failures=0)
+    return found, task, search(task, found), Pool(str(folder / "tune"), share={"CPU": 2}, max_failures=0)
 
 
 def test_benchmarks_run_once_on_the_winner_and_the_next_best(made, bench, searched):

@@ -46,8 +46,9 @@ from minitron_search.trial_store import TrialResult, trial_key, trial_result
 from minitron_search.trial_student import trial_student
 
 
-def _pool(folder, **options):
-    return Pool(str(Path(folder) / "tune"), **options)
+def _pool(folder, share=2, **options):
+    """share: CPUs of a trial, by default both, so that one process runs them all."""
+    return Pool(str(Path(folder) / "tune"), share={"CPU": share}, **options)
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +262,7 @@ def test_storage_that_cannot_be_used_ends_the_search(made, to_the_end, tmp_path)
     (work, done), started = _work(tmp_path), time.monotonic()
     full, other = (replace(made[2][0], num_layers=kind) for kind in (7, 8))
     with pytest.raises(StorageError, match="no room left") as raised:
-        _pool(tmp_path, max_failures=0).run(work, [full, other], done)
+        _pool(tmp_path, share=1, max_failures=0).run(work, [full, other], done)
     assert "free some space" in raised.value.remedy
     assert "finished candidates are kept" in raised.value.remedy
     assert time.monotonic() - started < 50  # it did not wait for the other trial
@@ -280,7 +281,7 @@ def test_a_worker_releases_the_memory_of_a_finished_trial(made, to_the_end, tmp_
         report(Progress(1, {"memory": megabytes}))
         (tmp_path / f"{architecture.num_layers}.done").touch()
 
-    pool = _pool(tmp_path, share={"CPU": 2}, on_event=lambda _, event: used.append(event.metrics["memory"]))
+    pool = _pool(tmp_path, on_event=lambda _, event: used.append(event.metrics["memory"]))
     pieces = [replace(made[2][0], num_layers=number) for number in range(1, 6)]
     pool.run(work, pieces, lambda architecture: (tmp_path / f"{architecture.num_layers}.done").exists())
     assert max(used) - min(used) < 300, used  # megabytes; otherwise it grows by 256 per trial
@@ -288,7 +289,7 @@ def test_a_worker_releases_the_memory_of_a_finished_trial(made, to_the_end, tmp_
 
 def test_a_trial_that_fits_on_no_node_is_refused(made, to_the_end, tmp_path):
     with pytest.raises(InputError, match="nodes have"):
-        search(search_task(made, tmp_path), made[2], pool=_pool(tmp_path, share={"CPU": 100}))
+        search(search_task(made, tmp_path), made[2], pool=_pool(tmp_path, share=100))
 
 
 def test_the_number_of_concurrent_trials_depends_on_what_fits_on_each_node():
@@ -329,7 +330,7 @@ def test_two_workers_with_a_sharded_student_train_like_one_and_share_its_measure
     whole, events = to_the_end[0], []
     task = search_task(made, tmp_path, config=replace(CONFIG, shard=True, micro_batch_rows=2, checkpoint_every=5))
     task = replace(task, materials=_counting(task.materials, tmp_path))
-    pool = _pool(tmp_path, workers=2, on_event=lambda _, event: events.append(event))
+    pool = _pool(tmp_path, share=1, workers=2, on_event=lambda _, event: events.append(event))
     found = search(task, made[2][-1:], pool=pool)
     ours, theirs = (trial_result(t.folder, found.winner) for t in (task, whole))
     assert ours.per_row_kl == pytest.approx(theirs.per_row_kl, rel=1e-4)
@@ -344,11 +345,13 @@ def test_two_workers_with_a_sharded_student_train_like_one_and_share_its_measure
 
 
 def _lease(taken, folder):
-    """(what files there are in `folder`, what takes the lease, what raises once it is taken). The first process that learns of
-    it leaves a list of the files there. Workers cannot import this file, but get functions that a function has made."""
+    """(what files there are in `folder`, what takes the lease, what raises once it is taken). Half-written files, which nobody
+    else sees, are left out. The first process that learns of it leaves a list of the files there. Workers cannot import this
+    file, but get functions that a function has made."""
 
     def files():
-        return sorted(f"{path} {path.stat().st_mtime_ns}" for path in folder.rglob("*") if path.is_file())
+        whole = [path for path in folder.rglob("*") if not any(part.endswith(".tmp") for part in path.parts)]
+        return sorted(f"{path} {path.stat().st_mtime_ns}" for path in whole if path.is_file())
 
     def take():
         taken.write_text("\n".join(files()))
@@ -419,7 +422,7 @@ def test_workers_of_a_trial_whose_driver_was_replaced_stop_writing_and_are_not_r
             take()
 
     with pytest.raises(MinitronError, match=r"no candidate of the search finished(.|\n)*the trials were taken over"):
-        search(task, made[2][-1:], pool=_pool(tmp_path, workers=2, on_event=on_event))
+        search(task, made[2][-1:], pool=_pool(tmp_path, share=1, workers=2, on_event=on_event))
     assert not [event for event in events if isinstance(event, Retried)]
     assert files() == (tmp_path / "seen").read_text().splitlines()
 

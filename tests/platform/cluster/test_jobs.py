@@ -726,6 +726,7 @@ def test_a_recipe_runs_as_a_job_on_a_cluster_whose_head_loads_no_model(
     # relative paths are relative to the folder of the submitter, not of the job
     settings = ["--set", "teacher.model=./teacher", "--set", "data.path=text.jsonl", "--set", "distill.steps=6"]
     settings += ["--set", "family.0.space={num_layers: [4], hidden_size: [36], intermediate_size: [48, 72]}"]
+    settings += ["--set", "resources={workers: 1, cpus_per_trial: 2}"]  # one process at a time
     tracking = ["--tracking-uri", f"sqlite:///{as_user.folder}/mlflow.db"]
     printed = minitron(
         "submit",

@@ -103,9 +103,9 @@ def cluster():
         yield made
 
 
-def _group(folder, **options):
+def _group(folder, count=2, **options):
     given = {"threads": 1, "max_failures": 1, "scratch": str(folder / "ray")} | options
-    return WorkerGroup(2, {"CPU": 1.0}, **given)
+    return WorkerGroup(count, {"CPU": 1.0}, **given)
 
 
 def _wait_until(condition, seconds=90):
@@ -168,7 +168,7 @@ def die_once(job, worker):
 
 
 def test_an_error_of_the_input_is_not_tried_again(cluster, tmp_path):
-    group = _group(tmp_path)
+    group = _group(tmp_path, count=1)
     with pytest.raises(InputError, match="rows: none"):
         group.run(fail, Job(str(tmp_path), "input"), lambda event: None, everywhere=False)
     assert len(list(tmp_path.glob("attempt-*"))) == 1
