@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from minitron.evaluation.benchmarks import RENAMED_FIELDS
-from minitron.evaluation.documents import read_split, with_nulls
+from minitron.evaluation.document_splits import read_split, with_nulls
 from minitron.evaluation.generated_code import guarded_metrics, may_load_metrics, runs_generated_code, sandboxed
 from minitron.evaluation.own_tasks import allowed_roots
 from minitron.evaluation.questions import Documents

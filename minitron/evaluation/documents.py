@@ -1,35 +1,22 @@
-"""Reading benchmark documents from local files: their location, splits and content.
-
-Files are read directly; nothing is downloaded, cached or written.
-"""
+"""Where benchmark documents are: the folder that is named, and the files of its splits. The documents are not read."""
 
 from __future__ import annotations
 
-import codecs
-import gzip
-import io
 import json
 import re
-import zlib
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from minitron.errors import InputError
+from minitron.evaluation.document_files import readable
 from minitron.files import file_stat, files_below
 from minitron.packages import PACKAGE, package_path
 from minitron.storage import is_local, is_uploaded, local_path, uploaded_copy, uploaded_hashes
-
-if TYPE_CHECKING:
-    import datasets
 
 FORMATS = (
     "an Arrow folder (Dataset.save_to_disk), or files named by split, such as test.jsonl, test.jsonl.gz, test.jsonl.zst or "
     "test.parquet"
 )
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-LONGEST_REASON = 250
 _SHARD = re.compile(r"-(\d+)-of-(\d+)$")
 
 
@@ -126,81 +113,6 @@ def check_whole(paths: list[Path]) -> None:
         )
 
 
-def read_split(paths: list[Path]) -> datasets.Dataset:
-    """All documents of one split, in memory; `paths` as `find_splits` returns them.
-
-    Raises InputError naming the file and line that cannot be read, for a split without documents, and as `check_whole`.
-    """
-    check_whole(paths)
-    import datasets
-    import pyarrow
-
-    parts = [_read(path) for path in paths]
-    try:
-        documents = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
-    except (ValueError, pyarrow.ArrowException) as error:
-        raise InputError(
-            f"{paths[0].parent}: its {len(paths)} files of one split have different fields ({error})",
-            "give files with the same fields",
-        ) from error
-    if len(documents) == 0:
-        raise InputError(f"{paths[0]}: contains no documents", "give a file with at least one document")
-    return documents
-
-
-def count_documents(paths: list[Path]) -> int:
-    """Number of documents of a split; for parquet and jsonl they are not parsed. Raises InputError as `check_whole`."""
-    check_whole(paths)
-    total = 0
-    for path in paths:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            with _readable(path):
-                total += pyarrow.parquet.read_metadata(path).num_rows
-        elif path.is_dir():
-            total += len(read_split([path]))
-        else:
-            total += sum(bool(line.strip()) for line in _lines(path))
-    return total
-
-
-def places(paths: list[Path], numbers: Collection[int]) -> dict[int, tuple[str, dict[str, Any] | None]]:
-    """Where documents of a split are, by their numbers in it, which begin with 0: "FILE, line 3" or "FILE, document 3"; and
-    what that line of a .jsonl file says (None for other files)."""
-    found: dict[int, tuple[str, dict[str, Any] | None]] = {}
-    first = 0
-    for path in paths:
-        of_file: Iterable[tuple[str, dict[str, Any] | None]]
-        if path.is_dir() or path.suffix == ".parquet":
-            of_file = [(f"{path}, document {number + 1}", None) for number in range(count_documents([path]))]
-        else:
-            of_file = ((f"{path}, line {line}", document) for line, document in _numbered_json(path))
-        for number, place in enumerate(of_file, first):
-            if number in numbers:
-                found[number] = place
-            first = number + 1
-    return found
-
-
-def with_nulls(documents: datasets.Dataset) -> list[int]:
-    """Numbers of the documents in which a field, or one inside a field, is null or missing."""
-    import pyarrow.compute
-
-    columns = list(documents.data.columns)
-    missing = None
-    while columns:
-        column = columns.pop()
-        if column.null_count:
-            mask = pyarrow.compute.is_null(column)
-            missing = mask if missing is None else pyarrow.compute.or_(missing, mask)
-        if pyarrow.types.is_struct(column.type):
-            columns += column.flatten()
-    if missing is None:
-        return []
-    return [number for number, each in enumerate(missing.to_pylist()) if each]
-
-
 def _is_data(path: Path) -> bool:
     return path.is_file() and path.name.endswith(SUFFIXES)
 
@@ -219,100 +131,5 @@ def _stem(path: Path) -> str:
 
 
 def _arrow_split(folder: Path) -> str:
-    with _readable(folder):
+    with readable(folder):
         return str(dict(json.loads((folder / "state.json").read_text())).get("_split") or folder.name)
-
-
-def _read(path: Path) -> datasets.Dataset:
-    import datasets
-    import pyarrow.parquet
-
-    if path.is_dir() or path.suffix == ".parquet":
-        with _readable(path):
-            if path.is_dir():
-                return datasets.Dataset.load_from_disk(str(path), keep_in_memory=True)
-            return datasets.Dataset(pyarrow.parquet.read_table(path))
-    numbered = list(_numbered_json(path))
-    try:
-        return datasets.Dataset.from_list([document for _, document in numbered])
-    except (pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:
-        raise InputError(
-            f"{path}{_other_type(numbered)}: its documents cannot be read as one table "
-            f"({' '.join(str(error).split())[:LONGEST_REASON]})",
-            "give every document the same fields, each with values of one type",
-        ) from error
-
-
-def _other_type(numbered: list[tuple[int, dict[str, Any]]]) -> str:
-    """Where a field first has a value of another type than in the documents before: ", line 3, field 'label': text after a
-    number"; empty if nowhere."""
-    first: dict[str, tuple[str, int]] = {}
-    for line, document in numbered:
-        for name, value in document.items():
-            if value is None:
-                continue
-            kind = next((words for types, words in _KINDS if isinstance(value, types)), "a value")
-            before, there = first.setdefault(name, (kind, line))
-            if kind != before:
-                return f", line {line}, field {name!r}: {kind}, and {before} on line {there}"
-    return ""
-
-
-_KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
-    (bool, "true or false"),
-    ((int, float), "a number"),
-    (str, "text"),
-    (list, "a list"),
-    (dict, "an object"),
-)
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Raise InputError for a file that cannot be read, or is not what its name says."""
-    import pyarrow
-
-    try:
-        yield
-    except (pyarrow.ArrowException, ValueError, TypeError, KeyError, OSError) as error:
-        kind = "an Arrow folder (Dataset.save_to_disk)" if path.is_dir() else "a whole parquet file"
-        raise InputError(
-            f"{path}: its documents cannot be read: is not {kind} ({' '.join(str(error).split())[:LONGEST_REASON]})",
-            "copy or download it again",
-        ) from error
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file, which may be compressed by gzip or Zstandard. Raises InputError if that is damaged."""
-    try:
-        if path.suffix == ".gz":
-            with gzip.open(path, "rb") as unpacked:
-                yield from unpacked
-        elif path.suffix == ".zst":
-            import pyarrow
-
-            with open(path, "rb") as packed, pyarrow.CompressedInputStream(packed, "zstd") as stream:
-                yield from io.BufferedReader(stream)
-        else:
-            with open(path, "rb") as lines:
-                yield from lines
-    except (OSError, EOFError, zlib.error) as error:
-        what = "unpacked" if path.suffix in (".gz", ".zst") else "read"
-        raise InputError(f"{path}: cannot be {what} ({error})", "copy or download it again") from error
-
-
-def _numbered_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The documents of a file with the numbers of their lines, from 1; empty lines are none."""
-    for number, line in enumerate(_lines(path), start=1):
-        text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-        if not text.strip():
-            continue
-        try:
-            document = json.loads(text)
-        except (ValueError, RecursionError) as error:  # also for bytes that are not UTF-8, and a number of 5,000 digits
-            raise InputError(
-                f"{path}, line {number}: not JSON ({error})", "write one JSON object on each line"
-            ) from error
-        if not isinstance(document, dict):
-            raise InputError(f"{path}, line {number}: not a JSON object", "write one JSON object on each line")
-        yield number, document

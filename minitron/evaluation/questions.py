@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import UndefinedError
 
 from minitron.errors import InputError, MinitronError
-from minitron.evaluation.documents import count_documents, places
+from minitron.evaluation.document_splits import count_documents, places
 from minitron.evaluation.templates import NullError, sandboxed_templates
 
 if TYPE_CHECKING:

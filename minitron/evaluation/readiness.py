@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from minitron.arguments import check_type
 from minitron.errors import InputError, together
 from minitron.evaluation.build import build, documents_of
-from minitron.evaluation.documents import locate_documents, read_split
+from minitron.evaluation.document_splits import read_split
+from minitron.evaluation.documents import locate_documents
 from minitron.evaluation.generated_code import hub_metrics, runs_generated_code
 from minitron.evaluation.own_tasks import allowed_roots
 from minitron.evaluation.questions import check_questions

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron.errors import InputError
-from minitron.evaluation.documents import count_documents
+from minitron.evaluation.document_splits import count_documents
 
 SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
 

@@ -12,7 +12,8 @@ from helpers.evaluating import arc_documents, write_jsonl
 
 from minitron.errors import InputError
 from minitron.evaluation import Task, check_tasks
-from minitron.evaluation.documents import count_documents, find_splits, read_split
+from minitron.evaluation.document_splits import count_documents, read_split
+from minitron.evaluation.documents import find_splits
 
 LINES = b'{"a": 1}\n\n{"a": 2}'
 
