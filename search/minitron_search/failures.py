@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 
 from ray.exceptions import (
@@ -27,9 +28,13 @@ LESS_MEMORY = (
 
 def not_retryable() -> tuple[type[Exception], ...]:
     """Errors that a second attempt would raise again."""
-    import torch
+    return NonFiniteError, InputError, TakenOverError, *out_of_gpu_memory()
 
-    return NonFiniteError, InputError, TakenOverError, torch.OutOfMemoryError
+
+def out_of_gpu_memory() -> tuple[type[Exception], ...]:
+    """torch's error, or nothing in a process that has not imported torch, whose import takes a second."""
+    error = getattr(sys.modules.get("torch"), "OutOfMemoryError", None)
+    return (error,) if error else ()
 
 
 def cause(error: BaseException) -> BaseException:
@@ -65,15 +70,13 @@ def first_cause(failures: Mapping[int, BaseException]) -> tuple[list[int], BaseE
 
 def reason(error: BaseException) -> str:
     """Why a trial failed, in one line."""
-    import torch
-
     error = cause(error)
     text = " ".join(str(error).split())
     remedy = ""
     if isinstance(error, MinitronError):
         text = error.problem
         remedy = error.remedy
-    elif isinstance(error, torch.OutOfMemoryError):
+    elif isinstance(error, out_of_gpu_memory()):
         text = f"out of GPU memory: {'. '.join(text.split('. ')[:2])}"
         remedy = LESS_MEMORY
     elif isinstance(error, MemoryError):

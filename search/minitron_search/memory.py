@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import sys
 
 
 def release_memory() -> None:
@@ -13,9 +14,8 @@ def release_memory() -> None:
     Tune runs every trial in a thread of its own, and the C library's allocator keeps memory that a thread has freed for that
     thread: a worker would grow by the size of a student with every candidate.
     """
-    import torch
-
-    if torch.cuda.is_available():
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc alone has it

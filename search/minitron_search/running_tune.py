@@ -6,6 +6,7 @@ Starting a worker takes seconds, and each new worker reads the model that candid
 from __future__ import annotations
 
 import logging
+import sys
 import tempfile
 import threading
 from collections import deque
@@ -24,12 +25,12 @@ from ray.tune.search import ConcurrencyLimiter, Searcher
 from minitron import storage
 from minitron.environment import environment_variables
 from minitron.errors import StorageError
+from minitron.garbage import collector_off
 from minitron.log_records import make_records_safe
 from minitron_search.events import Event, Failed, OutOfGpuMemory, Report, Retried, from_tune, to_tune
-from minitron_search.failures import cause, not_retryable, reason
+from minitron_search.failures import cause, not_retryable, out_of_gpu_memory, reason
 from minitron_search.memory import release_memory
 from minitron_search.ray_patches import keep_workers, patch_oom_as_actor_error
-from minitron_search.worker_imports import import_libraries
 
 OnEvent = Callable[[str, Event], None]  # called with the candidate's key
 LOOK_SECONDS = 2.0
@@ -158,16 +159,25 @@ class RunningTune:
 
 def _trial(config: dict[str, Any]) -> None:
     make_records_safe()
-    import_libraries()
-    import torch
-
+    work = _unpickled(config["item"].work)
     try:
-        cloudpickle.loads(config["item"].work)(_report)
-    except torch.OutOfMemoryError as error:
+        work(_report)
+    except out_of_gpu_memory() as error:
         _report(OutOfGpuMemory(reason(error)))
     except not_retryable() as error:
         _report(Failed(reason(error)))  # not raised, so that Tune does not retry
     release_memory()  # the process is reused, or shares its GPU with another trial
+
+
+def _unpickled(work: bytes) -> Callable[[Report], None]:
+    """The work, and with it the imports that it needs."""
+    loaded: Callable[[Report], None]
+    if "torch" in sys.modules:  # of an earlier trial, whose garbage must be found
+        loaded = cloudpickle.loads(work)
+        return loaded
+    with collector_off():
+        loaded = cloudpickle.loads(work)
+    return loaded
 
 
 def _report(event: Event) -> None:

@@ -48,6 +48,7 @@ from minitron_search.trial_store import (
     write_rung,
 )
 from minitron_search.trial_student import is_rank_zero, source, trial_student
+from minitron_search.worker_imports import import_libraries
 
 T = TypeVar("T", ForwardScore, RungResult)
 
@@ -59,6 +60,7 @@ def finished_result(task: SearchTask, architecture: Architecture) -> TrialResult
 
 def score(task: SearchTask, architecture: Architecture, report: Report) -> None:
     """Prune the candidate and store its exact held-out KL without training it; `report` gets a `Scored`."""
+    import_libraries()
     _use_threads(task)
     origin, teacher_head = source(task.materials, task.origin)
     measured = _forward_score(task, architecture, lambda: task.origin.prune(origin, architecture), teacher_head)
@@ -73,6 +75,7 @@ def run_trial(task: SearchTask, architecture: Architecture, report: Report, *, u
     last checkpoint; one is saved at once when this process's node is about to be taken away. `report` gets `Started`,
     `Undistilled`, a `Progress` for each step, `RungReached` at each rung, `Leaving`, and `Paused` or `Finished`.
     """
+    import_libraries()
     if not prepare(task, architecture):
         return
     train(task, architecture, report, NodeIsLeaving(), until=until)

@@ -233,7 +233,7 @@ def test_a_kept_worker_that_has_died_gets_no_trial(cluster, candidates, tmp_path
 
     def work(architecture, report):
         report(Started(os.getpid()))
-        (tmp_path / trial_key(architecture)).touch()
+        (tmp_path / trial_key(architecture)).write_text(" ".join(sys.modules))
 
     def on_event(architecture, event):
         if isinstance(event, Started):
@@ -250,6 +250,8 @@ def test_a_kept_worker_that_has_died_gets_no_trial(cluster, candidates, tmp_path
         _wait_until(lambda: [a["State"] for a in actors().values() if a["Pid"] == died] == ["DEAD"])
         assert run(candidates[:2]) == {}
     assert pids[candidates[1]] != died
+    # work without a model does not wait for what models need
+    assert not {"torch", "transformers"} & set((tmp_path / trial_key(candidates[1])).read_text().split())
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.long)])
