@@ -107,7 +107,11 @@ def numbered_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             document = json.loads(text)
-        except (ValueError, RecursionError) as error:  # also for bytes that are not UTF-8, and a number of 5,000 digits
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{path}, line {number}: not UTF-8 ({error.reason}, byte {error.start + 1})", "save the file as UTF-8"
+            ) from error
+        except (ValueError, RecursionError) as error:  # also for a number of 5,000 digits
             raise InputError(
                 f"{path}, line {number}: not JSON ({error})", "write one JSON object on each line"
             ) from error

@@ -134,7 +134,17 @@ def ask(built: HarnessTask, number: int, document: dict[str, Any], num_fewshot: 
         doc=document, ctx=context, metadata=metadata, apply_chat_template=False, chat_template=None
     )
     texts = [text for each in (made if isinstance(made, list) else [made]) for text in each.args]
-    return iter([*texts, built.doc_to_target(document)])
+    target = built.doc_to_target(document)
+    if built.OUTPUT_TYPE == "multiple_choice":
+        _check_answer(target, len(texts) if built.multiple_input else len(built.doc_to_choice(document)))
+    return iter([*texts, target])
+
+
+def _check_answer(target: Any, choices: int) -> None:
+    """Raise ValueError for the number of an answer that is none of the choices: lm-eval would count every answer as wrong."""
+    for number in target if isinstance(target, list) else [target]:
+        if isinstance(number, int) and not 0 <= number < choices:
+            raise ValueError(f"the answer is choice {number + 1} of {choices}")
 
 
 def _check_examples(built: HarnessTask, examples: Documents) -> None:

@@ -27,8 +27,7 @@ def _encoded_texts(context: str, continuation: str) -> Iterator[str]:
 
 class DocumentRequests(HFLM):
     """lm-eval's transformers backend, in which every request starts with the tokens `around.begin` exactly once, also if it is
-    truncated on the left. If `around.begin` is empty, a text without context follows an end-of-text token, like a document
-    in a packed row."""
+    truncated on the left. A text without context follows `prefix_token_id`, see `minitron.evaluation.scorer.first_context`."""
 
     around: DocumentTokens
     cut = 0

@@ -98,7 +98,7 @@ def read_results(path: str) -> list[ModelResults]:
         content = json.loads(storage.read_bytes(path))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not JSON ({error})", remedy) from error
-    if not isinstance(content, dict) or not isinstance(content.get("models"), list):
+    if not isinstance(content, dict) or "format" not in content or not isinstance(content.get("models"), list):
         raise InputError(f"{path}: is not a file of results", remedy)
     if content.get("format") != FORMAT:
         raise InputError(f"{path}: has format {short_repr(content.get('format'))}, not {FORMAT}", remedy)

@@ -10,13 +10,22 @@ import torch
 
 from minitron.architecture import Architecture
 from minitron.checkpoints.identity import generation_settings
-from minitron.data import document_tokens
+from minitron.data import DocumentTokens, document_tokens
 from minitron.errors import InputError
 from minitron.evaluation.answers import Answers, batch_name
 from minitron.evaluation.batches import CPU_ROWS, BatchRows, generated_rows
 from minitron.evaluation.continuations import Continuation, log_likelihoods
 from minitron.evaluation.requests import DocumentRequests
 from minitron.processes import all_rows, all_succeed, check_same, dealt, is_sharded
+
+
+def first_context(around: DocumentTokens, add_bos: bool | None) -> int | None:
+    """The token before a text that has no context, such as one whose perplexity is measured. None stands for lm-eval's choice:
+    BOS, also if the tokenizer does not add it, or else EOS. With an `add_bos` that was chosen, what is before a document."""
+    if add_bos is None:
+        return None
+    before = [*around.end, *around.begin]
+    return before[-1] if before else None
 
 
 class Scorer(DocumentRequests):
@@ -33,13 +42,12 @@ class Scorer(DocumentRequests):
         together: bool,
     ) -> None:
         self.around = document_tokens(tokenizer, add_bos)
-        before = [*self.around.end, *self.around.begin]  # tokens before a text without context
         super().__init__(
             pretrained=model,
             tokenizer=copy.deepcopy(tokenizer),  # lm-eval sets a padding token on the one it is given
             batch_size=CPU_ROWS if batch_size == "auto" else batch_size,
             softmax_dtype="float32",
-            prefix_token_id=before[-1] if before else None,
+            prefix_token_id=first_context(self.around, add_bos),
         )
         self._batch_rows = batch_size
         # of texts that are generated
@@ -66,7 +74,12 @@ class Scorer(DocumentRequests):
 
     def settings(self) -> dict[str, Any]:
         """What its answers to the same requests depend on besides the model, apart from rounding."""
-        return {"dtype": str(self.model.dtype), "device": self.device.type, "begin": list(self.around.begin)}
+        return {
+            "dtype": str(self.model.dtype),
+            "device": self.device.type,
+            "begin": list(self.around.begin),
+            "prefix": self.prefix_token_id,
+        }
 
     def text_settings(self) -> dict[str, Any]:
         """What the texts that it writes depend on besides `settings`; a JSON value."""

@@ -19,7 +19,7 @@ from minitron.completions import Served, completed, model_entry
 from minitron.data import document_tokens
 from minitron.errors import InputError
 from minitron.evaluation.answers import batch_name
-from minitron.evaluation.scorer import Scorer
+from minitron.evaluation.scorer import Scorer, first_context
 
 CONCURRENT = 8  # requests at a time, by default
 LENGTH = 2_048  # tokens of prompt and answer, of a server that does not say how many its model accepts
@@ -40,8 +40,7 @@ class ServedScorer(Scorer):
         TemplateLM.__init__(self)  # without the transformers backend's, which loads a model
         self.served = served
         self.around = document_tokens(tokenizer, add_bos)
-        before = [*self.around.end, *self.around.begin]
-        self.custom_prefix_token_id = before[-1] if before else None
+        self.custom_prefix_token_id = first_context(self.around, add_bos)
         self.tokenizer = copy.deepcopy(tokenizer)
         self.backend = "causal"
         self.chat_template_args: dict[str, Any] = {}
@@ -53,7 +52,12 @@ class ServedScorer(Scorer):
         self.start(total, progress)
 
     def settings(self) -> dict[str, Any]:
-        return {"server": "completions", "begin": list(self.around.begin), "length": self.max_length}
+        return {
+            "server": "completions",
+            "begin": list(self.around.begin),
+            "prefix": self.prefix_token_id,
+            "length": self.max_length,
+        }
 
     def text_settings(self) -> dict[str, Any]:
         return {}  # those of the server's model are part of what names it, see `AnswerStore`

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -90,19 +90,12 @@ def _read(path: Path) -> Suite:
         raise InputError(f"suite {path}: cannot be read ({error.strerror})", "check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"suite {path}: is not YAML ({' '.join(str(error).split())[:200]})", remedy) from error
-    if not isinstance(values, dict) or (wrong := {"name", "version", "tasks"} ^ set(values) - {"description"}):
-        keys = f": {', '.join(map(str, wrong))} unknown or missing" if isinstance(values, dict) else ""
-        raise InputError(f"suite {path}: has other keys than a suite{keys}", remedy)
-    tasks = values["tasks"]
-    if not isinstance(tasks, list) or not tasks or not all(isinstance(entry, dict) for entry in tasks):
-        raise InputError(f"suite {path}: tasks is not a list of at least one task", remedy)
-    names = [field.name for field in fields(SuiteTask)]
-    for number, entry in enumerate(tasks):
-        if "name" not in entry or (unknown := [key for key in entry if key not in names]):
-            what = f"the unknown key {unknown[0]!r}" if "name" in entry else "no name"
-            raise InputError(f"suite {path}: tasks.{number} has {what}", remedy)
+    if not isinstance(values, dict):
+        raise InputError(f"suite {path}: {'is empty' if values is None else 'has no keys'}", remedy)
+    if wrong := list(_wrong_keys(values)):
+        raise InputError(f"suite {path}: {'; '.join(wrong)}", remedy)
     try:
-        made = tuple(SuiteTask(**entry) for entry in tasks)
+        made = tuple(SuiteTask(**entry) for entry in values["tasks"])
         whole = Suite(values["name"], values["version"], values.get("description", ""), made)
     except InputError as error:
         raise InputError(f"suite {path}: {error.problem}", error.remedy) from error
@@ -115,6 +108,29 @@ def _read(path: Path) -> Suite:
                 "leave one of them out, or give it another num_fewshot",
             )
     return whole
+
+
+def _wrong_keys(values: dict[Any, Any]) -> Iterator[str]:
+    """What keeps the content of a file from being a suite, apart from the values of the settings."""
+    for what, keys in (
+        ("lacks", [key for key in ("name", "version", "tasks") if key not in values]),
+        ("has the unknown", [key for key in values if key not in (field.name for field in fields(Suite))]),
+    ):
+        if keys:
+            yield f"{what} {', '.join(short_repr(key) for key in keys)}"
+    tasks = values.get("tasks", [{"name": ""}])
+    if not isinstance(tasks, list) or not tasks:
+        yield "tasks is not a list of at least one task"
+        return
+    known = [field.name for field in fields(SuiteTask)]
+    for number, entry in enumerate(tasks):
+        if not isinstance(entry, dict):
+            yield f"tasks.{number} is {short_repr(entry)}, not an object such as {{name: piqa}}"
+            continue
+        if "name" not in entry:
+            yield f"tasks.{number} has no name"
+        if unknown := [key for key in entry if key not in known]:
+            yield f"tasks.{number} has the unknown {', '.join(short_repr(key) for key in unknown)}"
 
 
 def settings_of(suite: Suite) -> list[dict[str, Any]]:

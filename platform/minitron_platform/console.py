@@ -27,6 +27,9 @@ from minitron.text import printable
 FILE_COLUMNS = 120  # width of tables if the output is not a terminal
 HEARTBEAT_SECONDS = 8.0  # longest time without a line if the output is not a terminal
 SPEED_SECONDS = 60.0  # whose speed the estimated time left is computed from
+LEAST_SECONDS = (
+    1.0  # before which no time left is shown: what comes in batches comes at once, and says nothing of their time
+)
 STYLES = ("bold", "dim", "green", "yellow")  # that our messages use; names in them may contain other markup
 
 
@@ -117,7 +120,8 @@ class Console:
             while len(recent) > 2 and now - recent[1][0] >= SPEED_SECONDS:
                 recent.popleft()
             since, first = recent[0]
-            left = f" · {seconds((now - since) / (done - first) * (total - done))} left" if first < done < total else ""
+            known = first < done < total and now - since >= LEAST_SECONDS
+            left = f" · {seconds((now - since) / (done - first) * (total - done))} left" if known else ""
             self.status(f"{done:,}/{total:,} {unit}{left}")
 
         return update

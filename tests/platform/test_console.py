@@ -33,6 +33,16 @@ def test_what_an_interrupted_run_had_finished_does_not_shorten_the_time_left(cou
     assert shown[-1] == "1,000/1,000 documents"
 
 
+def test_a_batch_whose_documents_come_at_once_says_nothing_of_the_time_left(counting):
+    now, shown, count = counting
+    for done in range(1, 17):  # two batches of 16 seconds
+        now[0] += 0.01 if done % 8 else 16
+        count(done, 64)
+        if done == 7:
+            assert shown[-1] == "7/64 documents"
+    assert shown[-1] == "16/64 documents · 1 min 43 s left"
+
+
 def test_work_that_began_again_is_timed_from_its_new_beginning(counting):
     now, shown, count = counting
     for done in (1, 90, 1, 91):  # its worker has died after 90

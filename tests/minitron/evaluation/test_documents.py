@@ -42,7 +42,7 @@ DAMAGED = {
     "deep": ("[" * 100_000, "line 1: not JSON"),
     "long numbers": ('{"a": ' + "9" * 5_000 + "}", "line 1: not JSON"),
     "large numbers": ('{"a": ' + "9" * 400 + "}", "its documents cannot be read as one table"),
-    "not UTF-8": (b'{"a": 1}\n{"a": "\xff\xfe"}', "line 2: not JSON"),
+    "not UTF-8": (b'{"a": 1}\n{"a": "\xff\xfe"}', "line 2: not UTF-8"),
     "not objects": ("[1]", "line 1: not a JSON object"),
     "nothing": ("\n", "contains no documents"),
 }

@@ -118,11 +118,22 @@ def test_a_null_of_a_parquet_file_is_named_by_its_document(asked, tmp_path):
     assert "test.parquet, document 4: " in refused_alike(asked, Task("arc_easy", str(tmp_path)))
 
 
+def test_the_number_of_an_answer_that_is_none_of_the_choices_is_refused(tmp_path):
+    short = changed(ARC, 3, choices={"text": ["a"], "label": ["A", "B"]}, answerKey="B")
+    write_jsonl(tmp_path / "test.jsonl", short)
+    with pytest.raises(InputError, match=r"test\.jsonl, line 4: .*the answer is choice 2 of 1; its fields are"):
+        check_requirements(Task("arc_easy", str(tmp_path)))
+
+
 LINES = b"".join(json.dumps(document).encode() + b"\n" for document in ARC)
 UNREADABLE = {
     "empty": ("test.jsonl", b"", r"test\.jsonl: contains no documents"),
     "cut off in a line": ("test.jsonl", LINES[:-30], r"test\.jsonl, line 6: not JSON"),
-    "not UTF-8": ("test.jsonl", LINES + b'{"question": "\xff"}', r"test\.jsonl, line 7: not JSON .*utf-8"),
+    "not UTF-8": (
+        "test.jsonl",
+        LINES + b'{"question": "\xff"}',
+        r"test\.jsonl, line 7: not UTF-8 \(invalid start byte, byte 15\)",
+    ),
     "not a document": ("test.jsonl", LINES + b"3\n", r"test\.jsonl, line 7: not a JSON object"),
     "a gzip file that is cut off": ("test.jsonl.gz", gzip.compress(LINES)[:-9], r"test\.jsonl\.gz: cannot be unpacked"),
     "a Zstandard file that is cut off": (

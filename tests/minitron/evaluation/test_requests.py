@@ -84,6 +84,19 @@ def test_each_kind_of_request_gives_the_scores_of_lm_eval(student, tokenizer, tm
         assert all(ours)
 
 
+def test_a_text_without_context_begins_with_bos_as_in_lm_eval_also_if_the_tokenizer_does_not_add_it(student, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token, tokenizer.eos_token = "a", "b"
+    file = write_jsonl(tmp_path / "test.jsonl", pages(3, 40))
+
+    def perplexity(**options):
+        return evaluate(student, tokenizer, [Task("wikitext", str(file))], **options)["wikitext"].value
+
+    expected = by_lm_eval(student, tokenizer, "wikitext", file)["word_perplexity,none"]
+    assert perplexity() == pytest.approx(expected, rel=1e-5)
+    assert perplexity(add_bos=False) != pytest.approx(expected, rel=1e-5)  # then EOS, as between documents
+
+
 def test_the_perplexity_of_a_random_model_is_near_its_vocabulary_size(tokenizer, tmp_path):
     model = tiny_model(1, initializer_range=1e-4)
     file = write_jsonl(tmp_path / "test.jsonl", pages(3, 200))

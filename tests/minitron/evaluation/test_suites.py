@@ -130,11 +130,16 @@ def test_a_suite_may_be_a_file_of_ones_own(bench, tmp_path):
     [
         (None, "cannot be read"),
         ("[", "is not YAML"),
-        ("- gsm8k", "has other keys than a suite"),
-        (OWN_SUITE.replace("version: 3", "verson: 3"), "has other keys than a suite"),
+        ("- gsm8k", "has no keys"),
+        ("", "is empty"),
+        (OWN_SUITE.replace("version: 3", "verson: 3"), "lacks 'version'; has the unknown 'verson'"),
         (OWN_SUITE.replace("version: 3", "version: x"), "version: 'x' is not a whole number"),
         ("name: mine\nversion: 1\ntasks: []", "tasks is not a list of at least one task"),
-        (OWN_SUITE.replace("num_fewshot", "shots"), "tasks.0 has the unknown key 'shots'"),
+        (OWN_SUITE.replace("num_fewshot", "shots"), "tasks.0 has the unknown 'shots'"),
+        (
+            "name: mine\nversion: 1\ntasks:\n- {nam: piqa}\n- arc_easy",
+            "tasks.0 has no name; tasks.0 has the unknown 'nam'; tasks.1 is 'arc_easy', not an object such as {name: piqa}",
+        ),
         (OWN_SUITE.replace("num_fewshot: 5", "num_fewshot: many"), "num_fewshot: 'many' is not a whole number"),
     ],
 )
