@@ -55,7 +55,7 @@ $(VENV)/.installed: $(BIN)/python $(INPUTS)
 	$(PIP) torch
 	$(PIP) -e '.[dev]'
 	$(PIP) --no-deps -r requirements-data.txt
-	$(BIN)/python -c 'import compileall; compileall.compile_dir("$(VENV)/lib", quiet=2, workers=0)'
+	$(BIN)/python -c 'import compileall; compileall.compile_dir("$(abspath $(VENV))/lib", quiet=2, workers=0)'
 	touch $@
 
 fuzz: $(VENV)/.installed  ## odd recipes, checkpoints, texts, scores and registries, a hundred times as many as in `make test`

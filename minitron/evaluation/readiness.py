@@ -62,7 +62,7 @@ def task_gaps(task: Task, longest: int | None = None) -> list[InputError]:
     with gaps.noted():
         definitions = members(task)
     located = task.data is None
-    if task.data is not None:
+    if task.data is not None and definitions:
         with gaps.noted():
             folder = locate_documents(task.data)
             located = True

@@ -315,7 +315,7 @@ def _remove_a_node(cluster, pid):
     cluster.remove_node(_node_of(cluster, pid), allow_graceful=False)
 
 
-@pytest.mark.parametrize("fault", [_kill_a_worker, _remove_a_node])
+@pytest.mark.parametrize("fault", [_kill_a_worker, pytest.param(_remove_a_node, marks=pytest.mark.long)])
 def test_a_search_resumes_a_trial_after_its_worker_or_node_was_killed(
     cluster, undisturbed, made, candidates, tmp_path, fault
 ):

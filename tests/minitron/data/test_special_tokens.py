@@ -268,7 +268,12 @@ def test_every_request_of_a_benchmark_begins_like_the_rows(kind: str, tasks: dic
 
     plain = _byte_level(bos_token=BEGIN, eos_token=END, pad_token=PAD)
     assert _requests(model, plain, tasks[kind], add_bos=True) == requests
-    assert _requests(model, plain, tasks[kind]) == without
+    own = _requests(model, plain, tasks[kind])
+    if kind == "rolling":  # lm-eval puts BOS there, also if the tokenizer does not add it
+        assert bos in {ids[0] for ids in own}
+        assert [ids[1:] for ids in own] == [ids[1:] for ids in without]
+    else:
+        assert own == without
 
 
 def test_a_tokenizer_that_appends_an_end_token_does_not_put_it_between_question_and_answer(

@@ -173,6 +173,13 @@ def test_an_arrow_folder_that_is_none_is_named(tmp_path):
     assert refused.value.remedy == "copy or download it again"
 
 
+def test_of_a_task_that_does_not_exist_no_documents_are_missed(tmp_path):
+    with pytest.raises(InputError) as refused:
+        check_requirements(Task("arc_easyy", str(tmp_path / "gone")))
+    assert refused.value.problem == "task 'arc_easyy': lm-eval has no such task"
+    assert "did you mean arc_easy" in refused.value.remedy
+
+
 def test_everything_that_tasks_lack_is_named_in_one_error(tmp_path, monkeypatch):
     monkeypatch.setattr("minitron.evaluation.requirements.find_spec", lambda name: None if name == "nltk" else name)
     write_jsonl(tmp_path / "arc" / "test.jsonl", without(ARC, 2, "question"))
