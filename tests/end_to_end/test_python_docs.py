@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import shutil
 
+import pytest
 from helpers.command import ROOT
 
 TEXT = (ROOT / "docs" / "python.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
+@pytest.mark.long
 def test_the_snippets_of_the_python_docs_run(finished, tmp_path, ray_here, monkeypatch, capsys):
     """The first in a storage in which the same search has finished."""
     finished.copy(tmp_path)

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 
+import pytest
 from helpers.command import minitron_here
 from helpers.finished_run import STAGES, results, reused
 from mlflow import MlflowClient
@@ -21,6 +22,7 @@ def _diverging(section):
     return [f"--set={section}.{key}" for key in ("peak_lr=10", "min_lr=10", "weight_decay=100")]
 
 
+@pytest.mark.long
 def test_a_run_that_diverges_stops_and_names_the_step(copied, ray_here):
     steep = ["--set=resources.workers=1", *_diverging("distill")]
     stopped = minitron_here("run", "recipe.yaml", "--storage", "runs", *steep, cwd=copied)

@@ -163,6 +163,7 @@ def _together(material, out, port, how="logits"):
     return dict(json.loads(line) for line in Path(f"{out}.jsonl").read_text().splitlines())
 
 
+@pytest.mark.long
 def test_two_processes_train_like_one(material, tmp_path, free_port):
     alone, _ = distil(material)
     together = _together(material, tmp_path / "together", free_port())
