@@ -20,7 +20,8 @@ BUFFERS = 2
 
 
 def buffer_sizes(values: int, value_bytes: int) -> list[int]:
-    """Bytes of each staging buffer for so many float32 gradients, and as many new weights of `value_bytes` bytes."""
+    """Size in bytes of each staging buffer: for the float32 gradients of `values` parameters, and for their new weights, which
+    have `value_bytes` bytes each."""
     largest = min(SLICE_VALUES, values)
     return BUFFERS * [FLOAT * largest, value_bytes * largest]
 

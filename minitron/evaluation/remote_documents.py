@@ -41,7 +41,9 @@ def _listed(address: str) -> tuple[str, dict[str, storage.ListedFile]]:
     files = _documents(address)
     data, _, task = address.rpartition("/")
     if not files and not data.endswith(":/"):
-        address = f"{data}/{folder_in(task, lambda inner: storage.entries(storage.join(data, *filter(None, [inner]))))}"
+        address = (
+            f"{data}/{folder_in(task, lambda inner: storage.entries(storage.join(data, inner) if inner else data))}"
+        )
         files = _documents(address)
     if not files:
         raise InputError(

@@ -252,7 +252,7 @@ class _Process(NamedTuple):
     own: int
     """CPU time of the process itself."""
     children: int
-    """CPU time of those of its children that have ended, and of theirs."""
+    """CPU time of its children, and of their children, that have ended."""
 
 
 def _processes() -> Iterator[_Process]:

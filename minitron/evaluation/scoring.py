@@ -289,7 +289,7 @@ def _sample(built: Any, sample: Mapping[str, Any], metric: str) -> Sample | None
 
 
 def _text_sample(sample: Mapping[str, Any], metric: str, total: float, units: float) -> Sample:
-    """A document that is a text of so many words or bytes, with its own perplexity. total: its log-likelihood in nats."""
+    """A document that is one text, with its own perplexity. total: its log-likelihood in nats. units: its words or bytes."""
     unit = "words" if metric == "word_perplexity" else "bytes"
     text = str(sample["arguments"][0][0])
     mean = total / max(1.0, units)

@@ -7,8 +7,9 @@ import json
 import logging
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,21 +43,12 @@ def fetch(target: str, cache: str | None = None, *, weights: bool = True) -> Pat
     files = expected["files"]
     if not weights:
         files = {name: entry for name, entry in files.items() if not name.endswith(WEIGHTS)}
-    folder = Path(cache or cache_folder())
-    copy = folder / fingerprint([target, expected, *([] if weights else ["without files of weights"])])
-    with locked(copy):
-        if is_committed(str(copy)) and not _is_whole(copy, files):
-            log.warning("%s: damaged copy of %s, copying it again", copy, target)
-            remove(str(copy))
-        if not is_committed(str(copy)):
-            make_room(folder, sum(entry["bytes"] for entry in files.values()))
-            _copy(target, copy, files)
-            _note_checked(copy, _states(copy, files))
-        os.utime(copy / MANIFEST)  # when it was last used
-    return copy
+    key = [target, expected, *([] if weights else ["without files of weights"])]
+    size = sum(entry["bytes"] for entry in files.values())
+    return _cached(target, key, cache, size, partial(_copy, target, files), files)
 
 
-def _copy(target: str, copy: Path, files: dict[str, Any]) -> None:
+def _copy(target: str, files: dict[str, Any], copy: Path) -> None:
     with committed_folder(str(copy)) as folder:
         _download(target, folder, files)
     if not _same_files(manifest(str(copy))["files"], files):
@@ -73,21 +65,44 @@ def fetch_listed(target: str, files: Mapping[str, ListedFile], cache: str | None
     """
     for name in files:
         check_name(name, target)
+    key = [target, {name: [file.size, file.version] for name, file in files.items()}]
+    return _cached(target, key, cache, sum(file.size for file in files.values()), partial(_copy_listed, target, files))
+
+
+def _copy_listed(target: str, files: Mapping[str, ListedFile], copy: Path) -> None:
+    with committed_folder(str(copy)) as made:
+        _download(target, made, files)
+        for name, listed in files.items():
+            if (size := (made / name).stat().st_size) != listed.size:
+                problem = f"{target}/{name}: has {size:,} bytes, and was listed with {listed.size:,}"
+                raise StorageError(problem, "it is being written: run again")
+
+
+def _cached(
+    target: str,
+    key: list[Any],
+    cache: str | None,
+    size: int,
+    make: Callable[[Path], None],
+    files: dict[str, Any] | None = None,
+) -> Path:
+    """The copy of `target` with this key in the user's cache; if it is not there, or damaged, `make` makes it. size: in bytes.
+    files: of the manifest that it must have, None for that of the copy."""
     folder = Path(cache or cache_folder())
-    copy = folder / fingerprint([target, {name: [file.size, file.version] for name, file in files.items()}])
+    copy = folder / fingerprint(key)
+
+    def expected() -> dict[str, Any]:
+        whole: dict[str, Any] = manifest(str(copy))["files"] if files is None else files
+        return whole
+
     with locked(copy):
-        if is_committed(str(copy)) and not _is_whole(copy, manifest(str(copy))["files"]):
+        if is_committed(str(copy)) and not _is_whole(copy, expected()):
             log.warning("%s: damaged copy of %s, copying it again", copy, target)
             remove(str(copy))
         if not is_committed(str(copy)):
-            make_room(folder, sum(file.size for file in files.values()))
-            with committed_folder(str(copy)) as made:
-                _download(target, made, files)
-                for name, listed in files.items():
-                    if (size := (made / name).stat().st_size) != listed.size:
-                        problem = f"{target}/{name}: has {size:,} bytes, and was listed with {listed.size:,}"
-                        raise StorageError(problem, "it is being written: run again")
-            _note_checked(copy, _states(copy, manifest(str(copy))["files"]))
+            make_room(folder, size)
+            make(copy)
+            _note_checked(copy, _states(copy, expected()))
         os.utime(copy / MANIFEST)  # when it was last used
     return copy
 

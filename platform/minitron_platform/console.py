@@ -27,9 +27,7 @@ from minitron.text import printable
 FILE_COLUMNS = 120  # width of tables if the output is not a terminal
 HEARTBEAT_SECONDS = 8.0  # longest time without a line if the output is not a terminal
 SPEED_SECONDS = 60.0  # whose speed the estimated time left is computed from
-LEAST_SECONDS = (
-    1.0  # before which no time left is shown: what comes in batches comes at once, and says nothing of their time
-)
+LEAST_SECONDS = 1.0  # before which no time left is shown: the counts of one batch come at once
 STYLES = ("bold", "dim", "green", "yellow")  # that our messages use; names in them may contain other markup
 
 

@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -171,12 +171,9 @@ def _trial(config: dict[str, Any]) -> None:
 
 def _unpickled(work: bytes) -> Callable[[Report], None]:
     """The work, and with it the imports that it needs."""
-    loaded: Callable[[Report], None]
-    if "torch" in sys.modules:  # of an earlier trial, whose garbage must be found
-        loaded = cloudpickle.loads(work)
-        return loaded
-    with collector_off():
-        loaded = cloudpickle.loads(work)
+    is_first = "torch" not in sys.modules  # otherwise there was a trial before, whose garbage must be found
+    with collector_off() if is_first else nullcontext():
+        loaded: Callable[[Report], None] = cloudpickle.loads(work)
     return loaded
 
 
