@@ -189,17 +189,20 @@ def _shape(value: Any) -> Any:
 
 def _reason(error: Exception, document: Mapping[str, Any]) -> str:
     if isinstance(error, NullError):
-        return f"null in {', '.join(_nulls(document))} would be written as None"
+        return f"null in {', '.join(name for name, value in _fields(document) if value is None)} would be written as None"
     if isinstance(error, KeyError):
         return f"there is no field {error}"
     if isinstance(error, UndefinedError) and (match := _UNDEFINED.search(str(error))):
         return f"there is no field {match[1] or match[2]!r}"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:LONGEST_REASON]}"
+    said = " ".join(str(error).split())[:LONGEST_REASON]
+    named = [name for name, value in _fields(document) if isinstance(value, str) and repr(value) in said]
+    return f"{type(error).__name__}: {said}" + (f" (from {' and '.join(named)})" if named else "")
 
 
-def _nulls(document: Mapping[str, Any]) -> Iterator[str]:
+def _fields(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and values of a document's fields, those inside others as "outer.inner"."""
     for name, value in document.items():
-        if value is None:
-            yield str(name)
-        elif isinstance(value, Mapping):
-            yield from (f"{name}.{inner}" for inner in _nulls(value))
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{inner}", each) for inner, each in _fields(value))
+        else:
+            yield str(name), value

@@ -4,6 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
+
+from minitron_search.worker_imports import import_libraries
+
+# what else a training with a model of `tiny` imports when it needs it
+LATER = (
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "transformers.models.llama.modeling_llama",
+)
+
+
+def import_before_fork() -> None:
+    """Import what the processes would each import."""
+    import_libraries()
+    for name in LATER:
+        import_module(name)
 
 
 def fork_two() -> int:
@@ -13,6 +31,7 @@ def fork_two() -> int:
 
 def fork(count: int) -> int:
     """The same for `count` processes, which get 0 to count - 1."""
+    import_before_fork()
     children = []
     for rank in range(count):
         child = os.fork()

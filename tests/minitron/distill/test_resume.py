@@ -29,6 +29,7 @@ from helpers.distilling import (
     load_teacher,
     pruned_student,
 )
+from helpers.forking import import_before_fork
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
@@ -162,6 +163,7 @@ def _together(name, job, *, world=2, victim=None, kill_at=0, kill_after=0.0, kil
 
 def everything(folder, out):
     """All runs whose results the tests use."""
+    import_before_fork()
     sharded = {"folder": folder, "config": SHARDED}
     began = time.monotonic()
     _together(f"{out}/whole", sharded)
