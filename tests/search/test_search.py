@@ -326,6 +326,7 @@ def _counting(inputs, folder):
     return Counting(**vars(inputs))
 
 
+@pytest.mark.long
 def test_two_workers_with_a_sharded_student_train_like_one_and_share_its_measurements(made, to_the_end, tmp_path):
     whole, events = to_the_end[0], []
     task = search_task(made, tmp_path, config=replace(CONFIG, shard=True, micro_batch_rows=2, checkpoint_every=5))

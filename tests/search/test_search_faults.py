@@ -89,6 +89,7 @@ search(*pickle.load(open(sys.argv[2], "rb")))
 """
 
 
+@pytest.mark.long
 def test_a_search_resumes_after_its_driver_was_killed(cluster, undisturbed, made, candidates, tmp_path):
     task = _long(made, tmp_path / "trials")
     (tmp_path / "arguments").write_bytes(pickle.dumps((task, candidates)))
