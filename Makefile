@@ -10,8 +10,7 @@ INPUTS := pyproject.toml constraints.txt requirements-data.txt
 
 # What the bounds of pyproject.toml concern: each library that is used, with checkpoints and one whole run on Ray.
 FAST := $(addprefix tests/,minitron/attention minitron/data/test_data.py minitron/distill/test_checkpoint_files.py \
-  minitron/distill/test_checkpoints.py \
-  minitron/distill/test_step_budget.py::test_a_step_makes_the_host_wait_once \
+  minitron/distill/test_checkpoints.py minitron/distill/test_step_budget.py::test_a_step_makes_the_host_wait_once \
   minitron/distill/test_sharding.py minitron/evaluation/test_evaluation.py minitron/test_meta_models.py \
   minitron/pruning/test_pruning.py platform/cli platform/tracking/test_registry.py platform/tracking/test_tracking.py \
   repository/test_locks.py end_to_end/test_run.py)

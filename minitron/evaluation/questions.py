@@ -189,7 +189,8 @@ def _shape(value: Any) -> Any:
 
 def _reason(error: Exception, document: Mapping[str, Any]) -> str:
     if isinstance(error, NullError):
-        return f"null in {', '.join(name for name, value in _fields(document) if value is None)} would be written as None"
+        nulls = ", ".join(name for name, value in _fields(document) if value is None)
+        return f"null in {nulls} would be written as None"
     if isinstance(error, KeyError):
         return f"there is no field {error}"
     if isinstance(error, UndefinedError) and (match := _UNDEFINED.search(str(error))):

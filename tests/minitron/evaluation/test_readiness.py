@@ -75,7 +75,11 @@ MISSING = {
     "one that a function reads": ("hellaswag", without(ENDINGS, 4, "ctx_b"), "line 5: .*: there is no field 'ctx_b'"),
     "one that a function reads, of all": ("hellaswag", without(ENDINGS[:1], 0, "label"), "line 1: .*no field 'label'"),
     "a value": ("arc_easy", changed(ARC, 3, question=None), "line 4: .*: null in question would be written as None"),
-    "a choice": ("arc_easy", changed(ARC, 5, answerKey="Z"), "line 6: .*ValueError: 'Z' is not in list \\(from answerKey\\)"),
+    "a choice": (
+        "arc_easy",
+        changed(ARC, 5, answerKey="Z"),
+        "line 6: .*ValueError: 'Z' is not in list \\(from answerKey\\)",
+    ),
     "a number": ("hellaswag", changed(ENDINGS, 2, label="two"), "line 3: .*ValueError: .*'two'"),
 }
 
