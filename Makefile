@@ -23,8 +23,8 @@ unexport PYTHONDONTWRITEBYTECODE
 run: $(VENV)/.installed  ## SmolLM2-135M to about 90M parameters, on this machine
 	$(BIN)/minitron run smollm2-135m-cpu
 
-# In the order of their names: that of xdist leaves the files with few tests, which are the long ones, for the end. A test process
-# that crashes ends the tests; without it xdist waits for ever for the rest of its file.
+# In the order of pyproject.toml: that of xdist leaves the files with few tests, which are the long ones, for the end. A test process
+# that crashes ends the tests; otherwise xdist waits for ever for the rest of its file.
 SPREAD := --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 test: $(VENV)/.installed  ## the tests, three files at a time

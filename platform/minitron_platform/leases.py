@@ -132,7 +132,8 @@ def _acquire(folder: str, what: str, holder: Holder, console: Console, take_over
             elif time.monotonic() - last_beat_at > current.ttl:
                 reason = f"no heartbeat for {current.ttl:g} s"
         if current is None or released or reason:
-            if create_epoch(folder, epoch + 1, holder):
+            # a driver that was slow may create a file that a later holder has removed already
+            if create_epoch(folder, epoch + 1, holder) and newest_epoch(storage.names(folder)) == epoch + 1:
                 if reason:
                     console.say(f"  [yellow]{escape(what)} taken over from {escape(str(current))}: {reason}[/]")
                 if epoch:

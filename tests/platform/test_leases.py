@@ -11,6 +11,7 @@ import time
 import uuid
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -91,6 +92,34 @@ def test_a_second_driver_waits_until_the_first_is_done(where):
     assert f"@{socket.gethostname()}, process {os.getpid()}" in console.lines[0]
     assert "--take-over" in console.lines[0]
     assert len(console.lines) == 1
+
+
+def test_a_driver_that_two_others_have_overtaken_waits_for_the_second(where, monkeypatch):
+    """The second removes the files of the first, so that there is room for the one that the slow driver creates."""
+    console, others, got = Said(), ExitStack(), []
+
+    def late(folder, epoch, holder):
+        monkeypatch.setattr(leases, "create_epoch", create_epoch)
+        with _hold(where):
+            pass
+        others.enter_context(_hold(where))
+        return create_epoch(folder, epoch, holder)
+
+    monkeypatch.setattr(leases, "create_epoch", late)
+
+    def slow():
+        with _hold(where, console) as fence:
+            fence.check()
+            got.append(fence.epoch)
+
+    thread = threading.Thread(target=slow)
+    thread.start()
+    try:
+        assert console.waits.wait(30)
+    finally:
+        others.close()
+        thread.join(30)
+    assert got == [3]
 
 
 def test_only_one_of_many_drivers_has_the_lease_at_a_time(where):

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 from typing import get_args
 
@@ -21,6 +22,14 @@ def test_the_platform_folder_never_shadows_the_standard_library():
     assert not (ROOT / "platform" / "__init__.py").exists()
     assert Path(platform.__file__).parent == Path(sysconfig.get_path("stdlib"))
     subprocess.run([sys.executable, "-c", "import uuid, ray"], cwd=ROOT, check=True)
+
+
+def test_pytest_looks_into_every_folder_of_tests():
+    """They are listed in pyproject.toml, those with the longest tests first."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["testpaths"]
+    assert set(listed) == {
+        f"tests/{path.relative_to(ROOT / 'tests').parts[0]}" for path in ROOT.glob("tests/**/test_*.py")
+    }
 
 
 def test_public_names_are_importable_from_the_top():
