@@ -17,8 +17,5 @@ def private_settings() -> dict[str, str]:
     settings = {
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody preempts its node
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # upper limit of the delay at the end of a training
-        # By default each start of Ray in a process leaves a C++ thread, which sends metrics to agents that have ended (seen in
-        # Ray 2.60 with gdb); the older way of sending them leaves none.
-        "RAY_enable_open_telemetry": "0",
     }
     return {_MARK: "1", **{name: value for name, value in settings.items() if name not in os.environ}}

@@ -36,6 +36,7 @@ from minitron_search.private_ray import private_settings
 # have at most 107 bytes on Linux.
 LONGEST_TEMP_DIR = 44
 METRICS_PORT = "MINITRON_METRICS_PORT"  # environment variable: where a private Ray serves its metrics
+OPEN_TELEMETRY = "RAY_enable_open_telemetry"  # environment variable of Ray: whether metrics are sent with OpenTelemetry
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # environment variable that Ray sets for the entrypoint of a job
 
 QUIET = {
@@ -183,6 +184,10 @@ def _private_settings() -> dict[str, str]:
     """Environment variables for a private Ray and its workers."""
     global _local_token
     settings = private_settings()
+    if not os.environ.get(METRICS_PORT):
+        # By default each start of Ray in a process leaves a C++ thread, which sends metrics to agents that have ended (seen in
+        # Ray 2.60 with gdb). The older way of sending them leaves none, but goes on serving those of ended trials.
+        settings[OPEN_TELEMETRY] = os.environ.get(OPEN_TELEMETRY, "0")
     if _local_token or auth_token() is None:
         # Otherwise Ray would write a token into the home folder. One per process, because Ray caches the first one: a file that
         # another program writes there meanwhile would be of no use.
