@@ -55,8 +55,8 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Minitron needs Python 3.11 to 3.13: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 
-# torch by pip, which finds the build that pip's settings name, and the others by uv, which takes a tenth of the time. Modules are
-# compiled when they are first imported, which is a third of them.
+# torch by pip, which finds the build that pip's settings name, and the others by uv, which takes seconds. Modules are compiled when
+# they are first imported, which is a third of them.
 $(VENV)/.installed: $(BIN)/python $(INPUTS)
 	@echo 'Installing about 180 packages into $(VENV): a minute or two.'
 	$(BIN)/python -m pip install --no-compile -c constraints.txt torch uv

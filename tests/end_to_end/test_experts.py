@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import html
 import json
-import time
-import urllib.request
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import pytest
-import ray
 import yaml
-from helpers import tiny
-from helpers.command import minitron_here
+from helpers import scraped_run, tiny
+from helpers.command import ROOT, environment, minitron_here
 from helpers.report_page import ReportPage
 from mlflow import MlflowClient
-from prometheus_client.parser import text_string_to_metric_families
 
-from minitron.environment import environment_variables
 from minitron.models import load_tokenizer
-from minitron_platform.monitoring import METRICS, Monitor
+from minitron_platform.monitoring import METRICS
 from minitron_platform.stages.search_output import SearchOutput
 from minitron_search.trial_store import trial_result
 
@@ -39,14 +36,7 @@ class Mixture(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def metrics_every_second():
-    """Ray takes the metrics of its processes every 10 seconds otherwise."""
-    with environment_variables({"RAY_metrics_report_interval_ms": "1000"}):
-        yield
-
-
-@pytest.fixture(scope="module")
-def mixture(bench, metrics_every_second, ray_here):
+def mixture(bench):
     """A run whose metrics are scraped in the middle of the distillation and after the end."""
     teacher = bench / "mixture"
     tokenizer = tiny.tokenizer()
@@ -71,20 +61,17 @@ def mixture(bench, metrics_every_second, ray_here):
     (bench / "mixture.yaml").write_text(yaml.safe_dump(values))
     planned = minitron_here("plan", "mixture.yaml", "--storage", "mixture-runs", cwd=bench)
     assert planned.returncode == 0, planned.stderr
-    during = {}
-
-    def scraped(monitor, event):
-        """The run goes on after the first step of its distillation when Ray's endpoint has the metrics of that step."""
-        take_notice(monitor, event)
-        if event["key"].endswith(".distill") and "tokens_per_second" in event.get("values", {}) and not during:
-            during.update(_exported(lambda found: _value(found, "step", "distill") is not None))
-
-    take_notice = Monitor.event
-    with mock.patch.object(Monitor, "event", scraped):
-        finished = minitron_here("run", "mixture.yaml", "--storage", "mixture-runs", cwd=bench)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    after = _exported(lambda found: found.get(("ray_minitron_running", ("kind", "run"), ("part", ""))) == 0)
-    return Mixture(planned.stdout, finished.stdout, bench / "mixture-runs", during, after)
+    # Ray takes the metrics of its processes every 10 seconds otherwise
+    every_second = {**environment(), "RAY_metrics_report_interval_ms": "1000"}
+    every_second["PYTHONPATH"] += f"{os.pathsep}{ROOT / 'tests'}"
+    command = [sys.executable, "-m", scraped_run.__name__]
+    done = subprocess.run(command, cwd=bench, env=every_second, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    said = json.loads((bench / "scraped.json").read_text())
+    during, after = (
+        {(name, *map(tuple, tags)): value for (name, *tags), value in said[when]} for when in ("during", "after")
+    )
+    return Mixture(planned.stdout, said["printed"], bench / "mixture-runs", during, after)
 
 
 def test_the_students_tokenizer_begins_texts_as_the_student_was_trained(mixture, bench):
@@ -93,25 +80,6 @@ def test_the_students_tokenizer_begins_texts_as_the_student_was_trained(mixture,
     assert load_tokenizer(student).encode("river") == [teacher.bos_token_id, *teacher.encode("river")]
     card = (student / "README.md").read_text()
     assert "- text begins with the BOS token (data.add_bos: true), which its tokenizer adds" in card
-
-
-def _exported(is_there):
-    """Metrics at Ray's endpoint once `is_there` is true of them: {(name, tags without Ray's own): value}."""
-    (node,) = ray.nodes()
-    url = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
-    deadline = time.monotonic() + 60
-    while True:
-        with urllib.request.urlopen(url, timeout=30) as answer:
-            families = text_string_to_metric_families(answer.read().decode())
-        samples = [sample for family in families for sample in family.samples if "_minitron_" in sample.name]
-        found = {
-            (s.name, *sorted((k, v) for k, v in s.labels.items() if k in ("part", "what", "kind", "state"))): s.value
-            for s in samples
-            if s.labels["run"].startswith("mixture-")
-        }
-        if is_there(found) or time.monotonic() > deadline:
-            return found
-        time.sleep(0.1)
 
 
 def _value(found, name, part):
@@ -185,7 +153,7 @@ def test_a_search_stored_by_an_earlier_version_is_read(mixture):
     assert read.winner == output.winner
 
 
-def test_running_again_reads_the_finished_trials(mixture, bench):
+def test_running_again_reads_the_finished_trials(mixture, bench, ray_here):
     storage = mixture.storage
     before = {path: path.stat().st_mtime_ns for path in storage.glob("trials/*/*/*.json")}
     (record,) = storage.glob("stages/search/*/stage.json")
