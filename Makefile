@@ -15,7 +15,7 @@ FAST := $(addprefix tests/,minitron/attention minitron/data/test_data.py minitro
   minitron/pruning/test_pruning.py platform/cli platform/tracking/test_registry.py platform/tracking/test_tracking.py \
   repository/test_locks.py end_to_end/test_run.py)
 
-# The compiled modules are kept, whatever the shell says: without them each process would take a minute to start.
+# Compiled modules are kept, whatever the shell says: otherwise each process would compile all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: run test test-long test-lowest lint fuzz dashboards locks clean secrets audit
