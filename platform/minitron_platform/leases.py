@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 
@@ -132,13 +132,15 @@ def _acquire(folder: str, what: str, holder: Holder, console: Console, take_over
             elif time.monotonic() - last_beat_at > current.ttl:
                 reason = f"no heartbeat for {current.ttl:g} s"
         if current is None or released or reason:
-            # a driver that was slow may create a file that a later holder has removed already
-            if create_epoch(folder, epoch + 1, holder) and newest_epoch(storage.names(folder)) == epoch + 1:
-                if reason:
-                    console.say(f"  [yellow]{escape(what)} taken over from {escape(str(current))}: {reason}[/]")
-                if epoch:
-                    _remove_earlier_epochs(folder, epoch + 1)
-                return epoch + 1
+            if create_epoch(folder, epoch + 1, holder):
+                files = storage.names(folder)
+                if (
+                    newest_epoch(files) == epoch + 1
+                ):  # otherwise later holders have removed the file that was in the way
+                    if reason:
+                        console.say(f"  [yellow]{escape(what)} taken over from {escape(str(current))}: {reason}[/]")
+                    _remove_earlier_epochs(folder, files, epoch + 1)
+                    return epoch + 1
             continue  # another driver was faster
         if announced != epoch and wait:
             hint = "; use --take-over to take it from that driver" if current.run == holder.run else ""
@@ -152,9 +154,9 @@ def _beat(fence: Fence) -> str:
     return (storage.read_bytes_if_exists(fence.beat_path) or b"").decode(errors="replace")  # there may be none yet
 
 
-def _remove_earlier_epochs(folder: str, epoch: int) -> None:
-    """Remove the files of all epochs before `epoch`."""
-    for name in storage.names(folder):
+def _remove_earlier_epochs(folder: str, files: Iterable[str], epoch: int) -> None:
+    """Remove those of the lease's files that are of epochs before `epoch`."""
+    for name in files:
         if name[:8].isdigit() and int(name[:8]) < epoch:
             storage.remove(storage.join(folder, name))
 
@@ -191,7 +193,8 @@ class _Heartbeat(threading.Thread):
             beats += 1
             try:
                 storage.write_bytes(self.fence.beat_path, str(beats).encode())
-                self.fence.check()
+                if beats > 1:  # whoever has acquired the lease has looked a moment ago
+                    self.fence.check()
                 failing = False
             except LeaseLostError as error:
                 self.lost = error
