@@ -11,7 +11,7 @@ from minitron_search.worker_imports import import_libraries
 # what else a training with a model of `tiny` imports when it needs it
 LATER = (
     "torch._dynamo",
-    "torch.distributed.checkpoint",
+    "torch.distributed.checkpoint.hf_storage",
     "torch.distributed.fsdp",
     "transformers.models.llama.modeling_llama",
 )

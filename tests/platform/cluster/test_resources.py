@@ -184,7 +184,7 @@ def test_a_private_ray_starts_early_and_has_the_gpus_that_trials_and_workers_req
     gpus(1)
     started, init = [], ray.init
     monkeypatch.setattr(ray, "init", lambda **options: [started.append(time.time()), init(**options)][1])
-    one = "family.0.space={num_layers: [4], hidden_size: [36], intermediate_size: [48]}"
+    one = "family.0.space={num_layers: [4], hidden_size: [36], intermediate_size: [48, 72]}"
     recipe = load_recipe(str(bench / "recipe.yaml"), [one, "family.0.tolerance=0.5", "evaluate.tasks=[]"])
     done = run(
         recipe, storage_path=str(tmp_path / "runs"), until="search"
@@ -194,7 +194,7 @@ def test_a_private_ray_starts_early_and_has_the_gpus_that_trials_and_workers_req
     assert len(started) == 1
     assert started[0] < targets.stat().st_mtime  # during the stages before the search
     search = done.output(Search)
-    assert len(search.ranking) == search.candidates == 1
+    assert len(search.ranking) == search.candidates == 2
     assert not search.failures
     parts = (tmp_path / "runs" / "runs").glob("*/spool/*.jsonl")
     records = [json.loads(line) for part in parts for line in part.read_text().splitlines()]

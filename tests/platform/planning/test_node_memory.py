@@ -69,8 +69,6 @@ class RandomRows:
 
 
 torch.set_num_threads(1)
-open_model(f"{folder}/model", torch.bfloat16)  # imports before the fork
-import torch._dynamo, torch.distributed.fsdp, torch.distributed.checkpoint.hf_storage
 rank = fork(processes)
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
 copy, copied, states = checkpoints._copy, [], []
