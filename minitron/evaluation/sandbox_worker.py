@@ -35,6 +35,7 @@ FILE_BYTES = 10_000_000  # largest file
 OPEN_FILES = 128
 LOOK_SECONDS = 0.05  # between two looks at the memory and the CPU time of all processes
 KILL_SECONDS = 5.0  # in which the processes that a program has started must be gone
+GONE_SECONDS = 0.001  # between two looks whether they are
 TIME_OF_DAY = 3.0  # most seconds that a program may take for one of CPU time: other work must not decide what it scores
 SET_DUMPABLE, SET_SECCOMP = 4, 22  # Linux: prctl's PR_SET_DUMPABLE and PR_SET_SECCOMP
 NEW_USER = 0x1000_0000  # CLONE_NEWUSER
@@ -164,7 +165,7 @@ def _call(request: dict[str, Any], modules: dict[str, types.ModuleType]) -> dict
         except BaseException as error:  # noqa: BLE001, the other side raises it
             return json.dumps({"problem": f"{type(error).__name__}: {error}"[:1000]}).encode()
 
-    text = _in_child(work, request["seconds"], ANSWER_BYTES)
+    text = _in_child(work, request["seconds"], ANSWER_BYTES, runs_programs=True)
     _clean_up()
     try:
         answer = json.loads(text)
@@ -194,10 +195,21 @@ def _function(file: str, name: str, modules: dict[str, types.ModuleType]) -> Fun
     return function
 
 
-def _in_child(work: Callable[[], bytes], seconds: float, most: int, cpu_seconds: float = math.inf) -> bytes:
+def _in_child(
+    work: Callable[[], bytes],
+    seconds: float,
+    most: int,
+    cpu_seconds: float = math.inf,
+    *,
+    runs_programs: bool = False,
+) -> bytes:
     """The bytes that `work` returns in a child process, at most `most`; what there is of them after `seconds`, or when all
     processes of the sandbox together have more memory than one may have, or have taken more than `cpu_seconds` of CPU time.
-    All processes that it has started are killed."""
+    All processes that it has started are killed.
+
+    runs_programs: of a child that calls this function itself, whose own children are killed in its stead when the memory is too
+    much: it has the results of other programs.
+    """
     others = {process.number for process in _processes()}
     cpu = _CpuTime()
     read, write = os.pipe()
@@ -216,8 +228,17 @@ def _in_child(work: Callable[[], bytes], seconds: float, most: int, cpu_seconds:
     deadline = time.monotonic() + seconds
     received = b""
     while len(received) <= most and (left := deadline - time.monotonic()) > 0:
-        if not select.select([read], [], [], min(left, LOOK_SECONDS))[0]:
-            if _resident_bytes() > resource.getrlimit(resource.RLIMIT_AS)[0] or cpu.seconds() > cpu_seconds:
+        has_ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        if not select.select([read], [], [], 0 if has_ended else min(left, LOOK_SECONDS))[0]:
+            if has_ended:  # what it has started holds the pipe
+                break
+            # listed before the memory is looked at, so that the next program, which may begin now, is not among them
+            started = {process.number for process in _processes()} - others - {child}
+            if _resident_bytes() > resource.getrlimit(resource.RLIMIT_AS)[0]:
+                if not (runs_programs and started):
+                    break
+                _kill(started)
+            if cpu.seconds() > cpu_seconds:
                 break
             continue
         part = os.read(read, 1 << 16)
@@ -233,19 +254,26 @@ def _in_child(work: Callable[[], bytes], seconds: float, most: int, cpu_seconds:
 
 
 def _kill_others(kept: set[int]) -> None:
-    """Kill all processes of the sandbox but this one and those whose numbers are in `kept`. Raises TimeoutError if there are
-    always new ones."""
+    """Kill all processes of the sandbox but this one and those whose numbers are in `kept`, and wait until they are gone: the
+    next program could see one that the sandbox's first process has not yet waited for, and it counts as one of its processes.
+    Raises TimeoutError if there are always new ones."""
     deadline = time.monotonic() + KILL_SECONDS
-    while numbers := [process.number for process in _processes() if process.number not in kept]:
+    while numbers := {process.number for process in _processes()} - kept:
         if time.monotonic() > deadline:
             raise TimeoutError("its processes cannot be stopped")
-        for number in numbers:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(number, signal.SIGKILL)
+        _kill(numbers)
+        time.sleep(GONE_SECONDS)
+
+
+def _kill(numbers: set[int]) -> None:
+    for number in numbers:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
 
 
 class _Process(NamedTuple):
-    """A process of the sandbox that has not ended. Times are in clock ticks."""
+    """A process of the sandbox, also one that has ended if its parent has not waited for it. The kernel says the same state of
+    one whose first thread has ended while others go on. Times are in clock ticks."""
 
     number: int
     started: int
@@ -262,9 +290,8 @@ def _processes() -> Iterator[_Process]:
             with contextlib.suppress(OSError), open(f"/proc/{entry.name}/stat") as file:
                 # behind the name: state, parent, ..., utime, stime, cutime, cstime (14 to 17 in proc(5)), ..., start (22)
                 values = file.read().rpartition(")")[2].split()
-                if values[0] not in "ZX":
-                    user, system, their_user, their_system = map(int, values[11:15])
-                    yield _Process(int(entry.name), int(values[19]), user + system, their_user + their_system)
+                user, system, their_user, their_system = map(int, values[11:15])
+                yield _Process(int(entry.name), int(values[19]), user + system, their_user + their_system)
 
 
 class _CpuTime:
@@ -302,9 +329,18 @@ def _resident_bytes() -> int:
     pages = 0
     for entry in os.scandir("/proc"):
         if entry.name.isdecimal():
-            with contextlib.suppress(OSError), open(f"/proc/{entry.name}/statm") as file:
-                pages += int(file.read().split()[1])
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                pages += _resident_pages(f"/proc/{entry.name}")
     return pages * resource.getpagesize()
+
+
+def _resident_pages(process: str) -> int:
+    """Memory of a process, by its folder in /proc. A thread that has ended, as the first one may have, shows none."""
+    for thread in os.scandir(f"{process}/task"):
+        with contextlib.suppress(OSError), open(f"{thread.path}/statm") as file:
+            if pages := int(file.read().split()[1]):
+                return pages
+    return 0
 
 
 def _clean_up() -> None:

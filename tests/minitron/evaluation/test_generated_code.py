@@ -36,6 +36,24 @@ libc = ctypes.CDLL(None, use_errno=True)
 add_key, request_key, keyctl = (248, 249, 250) if os.uname().machine == "x86_64" else (217, 218, 219)
 """
 
+# Begins a process that goes on when its first thread has ended: /proc says of it that it has ended, and has no memory.
+GOES_ON = """
+import ctypes, os, threading, time
+libc = ctypes.CDLL(None)
+def has_ended(number):
+    return ') Z' in open(f'/proc/{number}/stat').read()
+def begin(work):
+    def wait_and_work():
+        while not has_ended(os.getpid()): time.sleep(0.01)
+        work()
+    child = os.fork()
+    if child == 0:
+        libc.prctl(15, b'sleep')
+        threading.Thread(target=wait_and_work).start()
+        libc.syscall(60 if os.uname().machine == 'x86_64' else 93, 0)
+    while not has_ended(child): time.sleep(0.01)
+"""
+
 # Two children, each of which takes less CPU time than one process may.
 CPU_TIME = """
 import os, time, signal
@@ -170,13 +188,26 @@ def test_the_processes_of_a_program_share_its_cpu_time(programs, heard):
     ]
 
 
-@pytest.mark.skipif(not has_sandbox(), reason="nothing runs without bubblewrap")
-def test_the_processes_of_a_program_are_gone_when_the_next_one_of_its_document_runs(programs):
+LEFT_RUNNING = {
     # Popen returns when the child has become `sleep`
-    leaves = "import subprocess\nsubprocess.Popen(['/usr/bin/sleep', '59'], start_new_session=True)"
+    "a process": "import subprocess\nsubprocess.Popen(['/usr/bin/sleep', '59'], start_new_session=True)",
+    "a process whose first thread has ended": GOES_ON + "begin(lambda: time.sleep(59))",
+}
+
+
+@pytest.mark.parametrize("name", LEFT_RUNNING)
+@pytest.mark.skipif(not has_sandbox(), reason="nothing runs without bubblewrap")
+def test_the_processes_of_a_program_are_gone_when_the_next_one_of_its_document_runs(programs, name):
     names = "[open(f'/proc/{n}/comm').read() for n in os.listdir('/proc') if n.isdecimal()]"
     alone = f"import os\nassert 'sleep\\n' not in {names}"
-    assert programs(leaves, alone) == [True, True]
+    assert programs(*[LEFT_RUNNING[name], alone] * 10) == [True] * 20
+
+
+@pytest.mark.skipif(not has_sandbox(), reason="nothing runs without bubblewrap")
+def test_a_process_whose_first_thread_has_ended_takes_of_the_cpu_time(programs):
+    work = "while time.process_time() < 0.7: pass\n    os.write(write, b'a')\n    time.sleep(59)"
+    busy = f"read, write = os.pipe()\ndef work():\n    {work}\nbegin(work), begin(work)\nos.read(read, 1), os.read(read, 1)"
+    assert programs(GOES_ON + busy, "pass") == [False, True]
 
 
 LEFT_BEHIND = {
@@ -214,14 +245,36 @@ for _ in range(4):
 """
 
 
-def test_memory_that_a_program_shares_out_to_several_processes_is_limited_too(runner, tmp_path):
+SHARED_OUT_TO_THREADS = (
+    GOES_ON
+    + """
+read, write = os.pipe()
+def work():
+    memory = b"a" * (150 << 20)
+    os.write(write, b"a")
+    time.sleep(59)
+for _ in range(4):
+    begin(work)
+for _ in range(4):
+    os.read(read, 1)
+time.sleep(1)
+"""
+)
+
+
+@pytest.mark.parametrize(
+    "program", [SHARED_OUT, SHARED_OUT_TO_THREADS], ids=["processes", "those without a first thread"]
+)
+@pytest.mark.skipif(not has_sandbox(), reason="nothing runs without bubblewrap")
+def test_memory_that_a_program_shares_out_to_several_processes_is_limited_too(program, tmp_path):
     file = tmp_path / "runner.py"
     file.write_text(RUNS_PROGRAMS)
     for folder in (tmp_path, *tmp_path.parents[:2]):
         folder.chmod(0o755)
     sandbox = Sandbox(Limits(seconds=20, memory_bytes=400 << 20), [tmp_path])
-    assert not escapes(lambda program: sandbox.call(file, "solved", program), SHARED_OUT)
-    assert escapes(lambda program: sandbox.call(file, "solved", program), "b'a' * (150 << 20)") == has_sandbox()
+    small = "b'a' * (150 << 20)"
+    solved = sandbox.call(file, "all_solved", [small, program, small, program, small], seconds=60)
+    assert solved == [True, False, True, False, True]
     sandbox.stop()
 
 
