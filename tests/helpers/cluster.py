@@ -14,6 +14,7 @@ from ray.cluster_utils import Cluster
 
 from minitron_platform.cluster import ray_session as local_ray
 from minitron_search import private_ray
+from minitron_search.shutdown import shutdown_ray
 
 
 @contextmanager
@@ -34,7 +35,7 @@ def two_nodes(**settings: str) -> Iterator[Cluster]:
             ray.init(address=made.address, log_to_driver=False)
             yield made
         finally:
-            ray.shutdown()
+            shutdown_ray()
             made.shutdown()
 
 

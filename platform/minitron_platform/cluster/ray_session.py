@@ -31,6 +31,7 @@ from minitron_platform.cluster.packaging import PACKAGES, package_folder, stage_
 from minitron_platform.cluster.tokens import auth_token
 from minitron_platform.workers.workers import SEAT
 from minitron_search.private_ray import private_settings
+from minitron_search.shutdown import shutdown_ray
 
 # Ray appends "/session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store" to its folder, and the path of a socket may
 # have at most 107 bytes on Linux.
@@ -106,19 +107,19 @@ def ray_session(
                 try:
                     yield
                 except BaseException:
-                    ray.shutdown()
+                    shutdown_ray()
                     if keep_logs is not None:
                         with suppress(OSError):  # must not replace the error that ended the block
                             _keep_worker_logs(Path(folder), Path(keep_logs))
                     raise
                 finally:
-                    ray.shutdown()
+                    shutdown_ray()
         else:
             _join(address)
             try:
                 yield
             finally:
-                ray.shutdown()
+                shutdown_ray()
 
 
 def head_address(address: str | None) -> str:

@@ -36,6 +36,30 @@ def test_a_metrics_port_in_use_is_refused_before_ray_waits_for_it(monkeypatch: p
             pass
 
 
+COLLECTING = """
+import gc, threading, time, ray
+from minitron_platform.cluster.ray_session import ray_session
+def collect():
+    while ray.is_initialized(): time.sleep(0)
+    gc.collect()
+with ray_session(None, num_cpus=1):
+    gc.disable()
+    number = ray.put(0).binary()
+    cycle = [ray.ObjectRef(number) for _ in range(100_000)]
+    cycle.append(cycle)
+    del cycle
+    threading.Thread(target=collect).start()
+print("ended")
+"""
+
+
+def test_a_thread_that_collects_garbage_while_ray_is_shut_down_does_not_end_the_process() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", COLLECTING], env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "ended\n"), done.stderr
+
+
 JOINING = """
 import sys, ray
 from minitron_platform.cluster.ray_session import ray_session
