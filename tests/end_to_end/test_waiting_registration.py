@@ -13,13 +13,6 @@ from mlflow import MlflowClient
 
 
 @pytest.fixture
-def impatient(monkeypatch):
-    """A registration waits for MLflow's answer for a moment only."""
-    monkeypatch.setattr("minitron_platform.pipeline.ANSWER_SECONDS", 0.3)
-    monkeypatch.setattr("minitron_platform.tracking.flusher.LAST_PAUSE", 0.1)
-
-
-@pytest.fixture
 def folder(finished, tmp_path):
     """A recipe and the storage of its finished run; with another tracking server only the registration is left to do."""
     folder = finished.copy(tmp_path)
@@ -32,15 +25,23 @@ def run(folder, address, *arguments):
     return minitron_here("run", "recipe.yaml", "--storage", "runs", "--tracking-uri", address, *arguments, cwd=folder)
 
 
+def run_without_mlflow(folder, address, *arguments):
+    """The same, where MLflow is away: the registration waits for its answer for a moment only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minitron_platform.pipeline.ANSWER_SECONDS", 0.3)
+        patch.setattr("minitron_platform.tracking.flusher.LAST_PAUSE", 0.1)
+        return run(folder, address, *arguments)
+
+
 def report(folder):
     (path,) = (folder / "runs" / "runs").glob("*/report.html")
     return path.read_text()
 
 
-def test_a_server_that_is_away_from_start_to_end_is_given_everything_by_sync(folder, empty_database, impatient):
+def test_a_server_that_is_away_from_start_to_end_is_given_everything_by_sync(folder, empty_database):
     port = free_port()
     address = f"http://127.0.0.1:{port}"
-    done = run(folder, address, "--set", "tracking=best-effort")
+    done = run_without_mlflow(folder, address, "--set", "tracking=best-effort")
     assert done.returncode == 0, done.stderr
     assert reused(done) == len(STAGES) - 1
     assert "tiny-student: not in the registry, because MLflow did not take it; all else is finished" in done.stdout
@@ -83,12 +84,10 @@ def test_a_server_that_is_away_from_start_to_end_is_given_everything_by_sync(fol
         assert len(client.search_model_versions("name='tiny-student'")) == 1
 
 
-def test_without_best_effort_the_run_fails_after_its_report_and_the_next_run_registers(
-    folder, empty_database, impatient
-):
+def test_without_best_effort_the_run_fails_after_its_report_and_the_next_run_registers(folder, empty_database):
     port = free_port()
     address = f"http://127.0.0.1:{port}"
-    done = run(folder, address)
+    done = run_without_mlflow(folder, address)
     assert done.returncode == 2
     assert "tiny-student: not in the registry" in done.stderr
     assert "minitron sync" in done.stderr
@@ -107,9 +106,9 @@ def test_without_best_effort_the_run_fails_after_its_report_and_the_next_run_reg
     assert "tiny-student version 1" in report(folder)
 
 
-def test_a_sync_that_cannot_register_one_run_says_why_and_goes_on_with_the_others(folder, empty_database, impatient):
+def test_a_sync_that_cannot_register_one_run_says_why_and_goes_on_with_the_others(folder, empty_database):
     away = f"http://127.0.0.1:{free_port()}"
-    assert run(folder, away).returncode == 2
+    assert run_without_mlflow(folder, away).returncode == 2
     (own,) = (folder / "runs" / "runs").iterdir()
     before = (own / "results.json").read_bytes()
     (stage,) = [
