@@ -17,5 +17,6 @@ def private_settings() -> dict[str, str]:
     settings = {
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody preempts its node
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # upper limit of the delay at the end of a training
+        "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # as Ray Train sets it for its controller
     }
     return {_MARK: "1", **{name: value for name, value in settings.items() if name not in os.environ}}

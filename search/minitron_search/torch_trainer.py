@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import ray
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, ScalingPolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from minitron_search.private_ray import is_private
@@ -49,7 +52,24 @@ class TorchTrainer(DataParallelTrainer):
             options["scaling_policy"] = self._scaling_policy
         elif is_private():
             options["scaling_policy"] = _NoAutoscaler(self.scaling_config)
-        return super()._initialize_and_run_controller(**options)
+        if not is_private():
+            return super()._initialize_and_run_controller(**options)
+        controller = ray.remote(num_cpus=0)(_Controller).remote(**options)
+        ray.get(controller.run.remote())
+        return ray.get(controller.get_result.remote())
+
+
+class _WorkerGroup(WorkerGroup):
+    """Without a runtime environment, whose processes Ray starts twice, one after the other, and never ahead: it would only hold
+    the variables of Ray Train, and those of a private Ray have the driver's environment."""
+
+    @staticmethod
+    def _get_worker_runtime_env(custom_runtime_env: Any) -> Any:
+        return custom_runtime_env
+
+
+class _Controller(TrainController):
+    worker_group_cls = _WorkerGroup
 
 
 class _NoAutoscaler(FixedScalingPolicy):

@@ -74,10 +74,9 @@ class WorkerGroup:
             scaling_policy=ElasticPolicy(scaling, self.calls) if elastic else None,
             callbacks=[ControllerStarted(self.calls)],
         )
-        thread = ThreadPoolExecutor(1, thread_name_prefix="workers")
-        self._ended = thread.submit(trainer.fit)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="workers")
+        self._ended = self._thread.submit(trainer.fit)
         self._ended.add_done_callback(self._report_end)
-        thread.shutdown(wait=False)
 
     @property
     def is_open(self) -> bool:
@@ -138,6 +137,9 @@ class WorkerGroup:
             self._kill()
         with suppress(RayError):
             ray.kill(self.calls)
+        self._thread.shutdown(
+            wait=self._ended.done()
+        )  # if it used Ray after Ray's shutdown, that would end the process
         with suppress(OSError, StorageError):  # Ray Train may still write there; the next run removes the rest
             storage.remove(self.scratch)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import platform
 import socket
 import subprocess
@@ -13,12 +15,16 @@ import pytest
 import ray
 from helpers.command import environment
 from helpers.serving import serving
+from ray import cloudpickle
 from ray.experimental import internal_kv
+from ray.train import RunConfig, ScalingConfig
 
 from minitron.errors import InputError, MinitronError
 from minitron_platform.cluster.nodes_at import nodes_at
 from minitron_platform.cluster.ray_session import METRICS_PORT, _private_settings, ray_session
 from minitron_platform.cluster.tokens import auth_token
+from minitron_search.torch_trainer import TorchTrainer
+from minitron_search.train_files import storage_settings
 
 
 @pytest.mark.parametrize("port", ["80", "70000", "metrics", "-1"])
@@ -51,6 +57,32 @@ with ray_session(None, num_cpus=1):
     threading.Thread(target=collect).start()
 print("ended")
 """
+
+
+OF_RAY_TRAIN = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
+}
+
+
+def _tell(config: dict[str, str]) -> None:
+    found = {"runtime_env": dict(ray.get_runtime_context().runtime_env)}
+    Path(config["file"]).write_text(json.dumps(found | {name: os.environ.get(name) for name in OF_RAY_TRAIN}))
+
+
+def test_ray_train_on_a_private_ray_needs_no_runtime_environment_to_have_the_drivers_variables(
+    ray_here: None, tmp_path: Path
+) -> None:
+    """Ray starts a process with a runtime environment twice: the first one only prepares the second."""
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
+    TorchTrainer(
+        _tell,
+        train_loop_config={"file": str(tmp_path / "told")},
+        scaling_config=ScalingConfig(num_workers=1),
+        run_config=RunConfig(name="tell", **storage_settings(str(tmp_path / "ray"))),
+    ).fit()
+    assert json.loads((tmp_path / "told").read_text()) == {"runtime_env": {}, **OF_RAY_TRAIN}
 
 
 def test_a_thread_that_collects_garbage_while_ray_is_shut_down_does_not_end_the_process() -> None:
