@@ -24,8 +24,8 @@ from minitron.evaluation.scores import Evaluated
 from minitron.evaluation.uncertainty import difference_error, standard_error
 
 NOT_COMPARED = (
-    "is no mean over documents, and the results are of an earlier version or not of the same documents, or of documents on "
-    "which some draws have no score"
+    "is no mean over documents with finite values, and the results are of an earlier version or not of the same documents, or "
+    "of documents on which some draws have no score"
 )
 POWER = 0.8  # chance that the stated number of documents shows a difference of the size that was measured
 

@@ -34,7 +34,8 @@ def contributions(
     *,
     by_task: bool = False,
 ) -> list[float] | None:
-    """One number per document whose mean is the score; None if the score cannot be written as such a mean.
+    """One number per document whose mean is the score; None if the score cannot be written as such a mean, or a value is not
+    finite.
 
     metric: lm-eval's name. values: of each document, of a perplexity its log-likelihood in nats. weights: what a value is
     divided by, such as its number of words; 1 for a plain mean. tasks: the task of each document of a group; otherwise all
@@ -62,6 +63,8 @@ def contributions(
 
 
 def _of_one_task(metric: str, values: Sequence[float], weights: Sequence[float]) -> list[float] | None:
+    if not all(map(math.isfinite, values)):
+        return None
     if metric not in _OF_LOG_LIKELIHOOD:
         return list(values) if all(weight == 1 for weight in weights) else None
     total = math.fsum(weights)

@@ -37,9 +37,10 @@ class DifferenceError:
 
 
 def error_of_replicates(first: Evaluated, second: Evaluated) -> DifferenceError | None:
-    """None without bootstrap replicates of the same documents; for a group by its tasks also without their scores."""
+    """None without as many bootstrap replicates of the same documents; for a group by its tasks also without their scores."""
     hashes = [[document.hash for document in each.documents] for each in (first, second)]
-    if not (first.replicates and second.replicates) or hashes[0] != hashes[1]:
+    counts = {len(first.replicates), len(second.replicates)}
+    if len(counts) > 1 or min(counts) < 2 or hashes[0] != hashes[1]:
         return None
     within = statistics.stdev(b - a for a, b in zip(first.replicates, second.replicates, strict=True))
     if not second.score.has_tasks_as_clusters:

@@ -16,6 +16,7 @@ from typing import Any
 from minitron import __version__, storage
 from minitron.arguments import short_repr
 from minitron.errors import InputError
+from minitron.evaluation.schema import mismatch
 from minitron.evaluation.scores import Evaluated
 from minitron.evaluation.tasks import Task
 
@@ -92,8 +93,11 @@ def _model_json(results: ModelResults) -> dict[str, Any]:
 
 
 def read_results(path: str) -> list[ModelResults]:
-    """The results in a file that `minitron evaluate --out` wrote. Raises InputError for any other file."""
+    """The results in a file that `minitron evaluate --out` wrote. Raises InputError for any other file, and for one that is
+    damaged, with the key."""
     remedy = "give a file that `minitron evaluate --out FILE.json` wrote"
+    if storage.is_local(path) and storage.local_path(path).is_dir():
+        raise InputError(f"{path}: is a folder, not a file of results", remedy)
     try:
         content = json.loads(storage.read_bytes(path))
     except (ValueError, RecursionError) as error:
@@ -102,11 +106,28 @@ def read_results(path: str) -> list[ModelResults]:
         raise InputError(f"{path}: is not a file of results", remedy)
     if content.get("format") != FORMAT:
         raise InputError(f"{path}: has format {short_repr(content.get('format'))}, not {FORMAT}", remedy)
-    try:
-        common = {"settings": dict(content["settings"]), "versions": dict(content["versions"])}
-        return [_model({**values, **common}) for values in content["models"]]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: is damaged ({type(error).__name__}: {error})", remedy) from error
+    if not content["models"]:
+        raise InputError(f"{path}: has no models", remedy)
+    problem = mismatch(content, json.loads(SCHEMA.read_text())) or _wrong_documents(content["models"])
+    if problem:
+        raise InputError(f"{path}: is damaged: {problem}", remedy)
+    common = {"settings": content["settings"], "versions": content["versions"]}
+    return [_model({**values, **common}) for values in content["models"]]
+
+
+def _wrong_documents(models: Sequence[Mapping[str, Any]]) -> str:
+    """Where documents are missing or repeated, which would count in comparisons; empty if nowhere."""
+    for number, model in enumerate(models):
+        for task, result in model["tasks"].items():
+            key = f"models.{number}.tasks.{task}.documents"
+            seen: set[str] = set()
+            for document in result["documents"]:
+                if document["id"] in seen:
+                    return f"{key}: document {short_repr(document['id'])} is there twice"
+                seen.add(document["id"])
+            if len(seen) != result["score"]["num_documents"]:
+                return f"{key}: has {len(seen) or 'no'} documents, but the score is of {result['score']['num_documents']:,}"
+    return ""
 
 
 def _model(values: dict[str, Any]) -> ModelResults:

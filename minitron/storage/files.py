@@ -40,7 +40,7 @@ def read_bytes(path: str) -> bytes:
 
 def read_bytes_if_exists(path: str) -> bytes | None:
     """The content of a file; None if it does not exist. One request to an object store either way, where `exists` takes two
-    for a missing file. Raises StorageError for a pipe or device, which may never end."""
+    for a missing file. Raises StorageError for a folder, and for a pipe or device, which may never end."""
     fs, inner = filesystem(path)
     if is_local(path) and is_special(inner):
         raise StorageError(f"{path}: is a pipe or device, not a file", "give the path of a file")
@@ -49,8 +49,10 @@ def read_bytes_if_exists(path: str) -> bytes | None:
     with access_errors(path):
         try:
             return bytes(fs.cat_file(inner, **whole))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):  # also of a name below a file
             return None
+        except IsADirectoryError as error:
+            raise StorageError(f"{path}: is a folder, not a file", "give the path of a file") from error
 
 
 def _arguments(fs: Any, method: str) -> Collection[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +116,96 @@ def test_the_error_of_replicates_is_computed_once_for_each_task(tmp_path: Path, 
     text = " ".join(compared(written(tmp_path / "r.json", models)))
     assert "old of two is not compared: mcc is no mean over documents" in text
     assert sorted(counted) == sorted([0.6, 0.7] * 2)
+
+
+def refused(*files: str) -> str:
+    """The error that the command prints, on one line."""
+    done = CliRunner().invoke(main, ["compare", *files], catch_exceptions=False)
+    assert done.exit_code == 2, done.output
+    return " ".join(done.output.split())
+
+
+FIRST = ("models", 0)
+RESULT = (*FIRST, "tasks", "arc_easy")
+DOCUMENT = (*RESULT, "documents", 3)
+WRONG: dict[str, tuple[tuple[str | int, ...], Any, str]] = {
+    "text for a number": (
+        (*DOCUMENT, "values", "acc,none"),
+        "x",
+        "models.0.tasks.arc_easy.documents.3.values.acc,none: 'x' is not a number",
+    ),
+    "true for a number": ((*DOCUMENT, "values", "acc,none"), True, "values.acc,none: True is not a number"),
+    "a number that is too large": ((*DOCUMENT, "values", "acc,none"), 10**400, "is not a number"),
+    "no document": (DOCUMENT, None, "models.0.tasks.arc_easy.documents.3: None is not an object"),
+    "a number for a name": ((*FIRST, "model"), 5, "models.0.model: 5 is not text"),
+    "no text and not null": ((*FIRST, "chat_template"), 5, "models.0.chat_template: 5 is not text or null"),
+    "a list for an object": ((*FIRST, "tasks"), [], "models.0.tasks: a list is not an object"),
+    "no model": (FIRST, 5, "models.0: 5 is not an object"),
+    "an engine that is none": ((*FIRST, "engine"), "tgi", "models.0.engine: 'tgi' is not 'transformers' or"),
+    "fewer examples than none": ((*RESULT, "score", "num_fewshot"), -1, "num_fewshot: -1 is less than 0"),
+    "half a document": ((*RESULT, "score", "num_documents"), 0.5, "num_documents: 0.5 is not a whole number"),
+    "an unknown key": ((*DOCUMENT, "colour"), "red", "documents.3.colour: is no key of such a file"),
+    "settings of a task": (("settings", "arc_easy"), 5, "settings.arc_easy: 5 is not an object"),
+    "no documents": ((*RESULT, "documents"), [], "arc_easy.documents: has no documents, but the score is of 40"),
+    "no models": (("models",), [], "has no models"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_damaged_file_is_refused_by_name_key_and_value(tmp_path: Path, case: str) -> None:
+    keys, value, problem = WRONG[case]
+    whole = written(tmp_path / "whole.json", {"one": {"arc_easy": accuracy(2)}})
+    content = json.loads(Path(whole).read_text())
+    inner = content
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text(json.dumps(content))
+    message = refused(whole, str(damaged))
+    assert "damaged.json: " in message
+    assert problem in message
+    assert "give a file that `minitron evaluate --out FILE.json` wrote" in message
+
+
+def test_a_key_that_is_missing_and_a_document_that_is_there_twice_are_named(tmp_path: Path) -> None:
+    whole = written(tmp_path / "whole.json", {"one": {"arc_easy": accuracy(2)}})
+    content = json.loads(Path(whole).read_text())
+    documents = content["models"][0]["tasks"]["arc_easy"]["documents"]
+    documents.append(documents[7])
+    content["models"][0]["tasks"]["arc_easy"]["score"]["num_documents"] = COUNT + 1
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text(json.dumps(content))
+    assert "models.0.tasks.arc_easy.documents: document '7' is there twice" in refused(whole, str(damaged))
+    del documents[4]["hash"]
+    damaged.write_text(json.dumps(content))
+    assert "models.0.tasks.arc_easy.documents.4.hash: is missing" in refused(whole, str(damaged))
+
+
+def test_a_folder_and_a_name_below_a_file_are_no_files_of_results(tmp_path: Path) -> None:
+    whole = written(tmp_path / "whole.json", {"one": {"arc_easy": accuracy(2)}})
+    message = refused(str(tmp_path), whole)
+    assert f"{tmp_path}: is a folder, not a file of results" in message
+    assert "give a file that `minitron evaluate --out FILE.json` wrote" in message
+    assert f"{whole}/x: no such file" in refused(whole, f"{whole}/x")
+
+
+@pytest.mark.parametrize("values", [[math.inf, -math.inf], [math.inf], [math.nan]])
+def test_values_that_are_not_finite_are_not_compared(tmp_path: Path, values: list[float]) -> None:
+    """A model in float16 may give a text a log-likelihood of minus infinity."""
+    usual = accuracy(2)
+    documents = [
+        replace(each, values={"acc,none": value}) for each, value in zip(usual.documents, values, strict=False)
+    ]
+    wrong = replace(usual, documents=(*documents, *usual.documents[len(documents) :]))
+    wrong = replace(wrong, score=replace(wrong.score, value=sum(values)))
+    models = {"one": {"arc_easy": usual, "other": usual}, "two": {"arc_easy": wrong, "other": usual}}
+    text = " ".join(compared(written(tmp_path / "r.json", models)))
+    assert "arc_easy of two is not compared: acc is no mean over documents with finite values" in text
+
+
+def test_other_numbers_of_replicates_are_not_compared(tmp_path: Path) -> None:
+    for draws in ((3, 4), (1, 1)):
+        one, two = ({"mnli": correlation(0.1 * n, draws[n]), "arc_easy": accuracy(2)} for n in range(2))
+        text = " ".join(compared(written(tmp_path / "r.json", {"one": one, "two": two})))
+        assert "mnli of two is not compared" in text
