@@ -117,4 +117,18 @@ def numbered_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             ) from error
         if not isinstance(document, dict):
             raise InputError(f"{path}, line {number}: not a JSON object", "write one JSON object on each line")
+        if b"\\ud" in text or b"\\uD" in text:
+            _check_surrogates(document, f"{path}, line {number}")
         yield number, document
+
+
+def _check_surrogates(document: dict[str, Any], place: str) -> None:
+    """Raise InputError for half a surrogate pair, which JSON can write and UTF-8 cannot. place: of the document."""
+    for name, value in document.items():
+        try:
+            json.dumps([name, value], ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{place}, field {name!r}: has half a surrogate pair, {error.object[error.start]!r}, which is no character",
+                "remove it, or write the whole character",
+            ) from error

@@ -6,7 +6,7 @@ The errors name the file, the line and the field.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,7 +136,10 @@ def ask(built: HarnessTask, number: int, document: dict[str, Any], num_fewshot: 
     texts = [text for each in (made if isinstance(made, list) else [made]) for text in each.args]
     target = built.doc_to_target(document)
     if built.OUTPUT_TYPE == "multiple_choice":
-        _check_answer(target, len(texts) if built.multiple_input else len(built.doc_to_choice(document)))
+        choices = built.doc_to_choice(document)
+        _check_answer(target, len(texts) if built.multiple_input else len(choices))
+        if not callable(built.config.process_results):
+            _check_texts(choices)
     return iter([*texts, target])
 
 
@@ -145,6 +148,17 @@ def _check_answer(target: Any, choices: int) -> None:
     for number in target if isinstance(target, list) else [target]:
         if isinstance(number, int) and not 0 <= number < choices:
             raise ValueError(f"the answer is choice {number + 1} of {choices}")
+
+
+class EmptyChoiceError(ValueError):
+    """A choice is an empty text."""
+
+
+def _check_texts(choices: Sequence[str]) -> None:
+    """Raise EmptyChoiceError for an empty choice: lm-eval divides by its length (acc_norm), and would never choose it."""
+    for number, text in enumerate(choices, start=1):
+        if text == "":
+            raise EmptyChoiceError(f"choice {number} of {len(choices)} is empty")
 
 
 def _check_examples(built: HarnessTask, examples: Documents) -> None:
@@ -195,9 +209,14 @@ def _reason(error: Exception, document: Mapping[str, Any]) -> str:
         return f"there is no field {error}"
     if isinstance(error, UndefinedError) and (match := _UNDEFINED.search(str(error))):
         return f"there is no field {match[1] or match[2]!r}"
-    said = " ".join(str(error).split())[:LONGEST_REASON]
-    named = [name for name, value in _fields(document) if isinstance(value, str) and repr(value) in said]
-    return f"{type(error).__name__}: {said}" + (f" (from {' and '.join(named)})" if named else "")
+    if isinstance(error, EmptyChoiceError):
+        said = str(error)
+        named = [name for name, value in _fields(document) if value == "" or (isinstance(value, list) and "" in value)]
+    else:
+        text = " ".join(str(error).split())[:LONGEST_REASON]
+        named = [name for name, value in _fields(document) if isinstance(value, str) and repr(value) in text]
+        said = f"{type(error).__name__}: {text}"
+    return said + (f" (from {' and '.join(named)})" if named else "")
 
 
 def _fields(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -129,6 +129,19 @@ def test_the_number_of_an_answer_that_is_none_of_the_choices_is_refused(tmp_path
         check_requirements(Task("arc_easy", str(tmp_path)))
 
 
+def test_a_choice_without_text_is_refused(tmp_path):
+    """Not scored as lm-eval does: it divides by the choice's length for acc_norm, warns, and never chooses it. None of the real
+    documents of ARC, HellaSwag, PIQA and the like has one, so that no published score is out of reach."""
+    texts = {"text": ["green", "", "blue", "red"], "label": ["A", "B", "C", "D"]}
+    write_jsonl(tmp_path / "test.jsonl", changed(ARC, 3, choices=texts))
+    with pytest.raises(InputError, match=r"test\.jsonl, line 4: .*choice 2 of 4 is empty \(from choices\.text\); its"):
+        check_requirements(Task("arc_challenge", str(tmp_path)))
+    check_requirements(Task("arc_challenge", str(tmp_path), limit=3))
+    whole = json.dumps(changed(ARC, 3, question="\U0001f600")[3])  # a pair of surrogates in JSON
+    (tmp_path / "test.jsonl").write_text(whole)
+    check_requirements(Task("arc_challenge", str(tmp_path)))
+
+
 LINES = b"".join(json.dumps(document).encode() + b"\n" for document in ARC)
 UNREADABLE = {
     "empty": ("test.jsonl", b"", r"test\.jsonl: contains no documents"),
@@ -146,6 +159,12 @@ UNREADABLE = {
         r"test\.jsonl\.zst: cannot be unpacked",
     ),
     "no parquet file": ("test.parquet", b"PAR1" + LINES, r"test\.parquet: .*is not a whole parquet file"),
+    "half a surrogate pair": (
+        "test.jsonl",
+        LINES
+        + json.dumps(ARC[0] | {"choices": {"text": ["\ud83d\ude00", "a \ud800 b"], "label": ["A", "B"]}}).encode(),
+        r"test\.jsonl, line 7, field 'choices': has half a surrogate pair, '\\ud800', .*\n.*write the whole character",
+    ),
     "another type": (
         "test.jsonl",
         LINES + json.dumps(ARC[0] | {"question": 7}).encode(),
