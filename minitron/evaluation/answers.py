@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from minitron import storage
-from minitron.errors import StorageError
 from minitron.processes import from_first, own_rank
+
+log = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 30.0  # of work that is lost at most when a process is killed
 VERSION = 1  # raised when an answer to the same requests changes by more than rounding
@@ -60,10 +62,7 @@ class AnswerStore:
     settings: Any = None
 
     def open(self, task: Any, together: bool) -> Answers:
-        """The answers to the requests of a task. task: a JSON value that names it. All processes of `together` call this.
-
-        Raises StorageError for a damaged file.
-        """
+        """The answers to the requests of a task. task: a JSON value that names it. All processes of `together` call this."""
         key = storage.fingerprint([VERSION, self.settings, task])
         folder = storage.join(self.folder, self.model, key)
         content = b"{}"
@@ -82,12 +81,21 @@ def batch_name(requests: Iterable[bytes]) -> str:
 
 
 def _read(folder: str) -> dict[str, Any]:
+    """The answers in all files of a folder. A damaged file is deleted with a warning: what it held is computed again."""
     known: dict[str, Any] = {}
     for name in storage.names(folder):
         if name.endswith(".json") and not name.startswith("."):
             path = storage.join(folder, name)
-            values = storage.read_json(path)
-            if not isinstance(values, dict):
-                raise StorageError(f"{path}: is damaged", "delete the file; its answers are computed again")
-            known |= values
+            content = storage.read_bytes_if_exists(path)
+            if content is None:  # another process found it damaged
+                continue
+            try:
+                values = json.loads(content)
+            except (ValueError, RecursionError):
+                values = None
+            if isinstance(values, dict):
+                known |= values
+            else:
+                log.warning("%s: is damaged; it is deleted, and its answers are computed again", storage.redact(path))
+                storage.remove(path)
     return known

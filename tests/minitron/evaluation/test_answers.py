@@ -6,7 +6,6 @@ import pytest
 from helpers.evaluating import arc_documents, byte_tokenizer, sums, tiny_model, write_jsonl
 
 from minitron.checkpoints.identity import model_identity
-from minitron.errors import StorageError
 from minitron.evaluation import Task, evaluate_documents
 from minitron.evaluation.answers import AnswerStore
 
@@ -55,7 +54,7 @@ def test_an_interrupted_evaluation_is_resumed_and_a_repeated_one_computes_nothin
     assert 0 < without < again[0]
 
 
-def test_another_model_has_other_answers_and_a_damaged_file_is_named(tasks, tmp_path):
+def test_another_model_has_other_answers(tasks, tmp_path):
     tokenizer, folder = byte_tokenizer(), str(tmp_path / "answers")
     results = []
     for seed in (1, 2):
@@ -64,10 +63,30 @@ def test_another_model_has_other_answers_and_a_damaged_file_is_named(tasks, tmp_
         results.append(evaluate_documents(model, tokenizer, tasks[:1], answers=store)["arc_easy"])
         assert results[-1] == evaluate_documents(model, tokenizer, tasks[:1])["arc_easy"]
     assert results[0].documents != results[1].documents
-    (file, *_) = sorted((tmp_path / "answers" / store.model).glob("*/*.json"))
-    file.write_text("[]")
-    with pytest.raises(StorageError, match=f"{file.name}: is damaged"):
-        evaluate_documents(model, tokenizer, tasks[:1], answers=store)
+
+
+def test_damaged_files_are_computed_again_with_a_warning_for_each(tasks, tmp_path, monkeypatch, caplog):
+    model, tokenizer = tiny_model(1), byte_tokenizer()
+    store = AnswerStore(str(tmp_path / "answers"), model_identity(model, tokenizer))
+    monkeypatch.setattr("minitron.evaluation.answers.FLUSH_SECONDS", 0.0)  # a file for each batch
+
+    def evaluated():
+        return evaluate_documents(model, tokenizer, tasks, batch_size=2, answers=store)
+
+    expected = evaluated()
+    files = sorted((tmp_path / "answers" / store.model).glob("*/*.json"))
+    whole = {file: file.read_bytes() for file in files}
+    contents = [b"[]", b"", b"\xff", b"[" * 100_000]
+    for number, file in enumerate(files):
+        file.write_bytes(contents[number] if number < len(contents) else whole[file][:-9])
+    assert evaluated() == expected
+    for file in files:
+        assert f"{file}: is damaged; it is deleted, and its answers are computed again" in caplog.messages
+    assert {file: file.read_bytes() for file in files} == whole
+    caplog.clear()
+    passes = counted(model)
+    assert evaluated() == expected
+    assert (passes, caplog.messages) == ([0], [])
 
 
 def test_texts_are_kept_by_the_generation_settings_and_choices_are_not(tasks, tmp_path):
