@@ -24,6 +24,7 @@ from typing import Any
 
 from minitron.errors import InputError, MinitronError
 
+INSIDE, WORKER = "/minitron", "sandbox_worker.py"
 TMP_BYTES = 16 << 20  # of temporary files
 START_SECONDS = 30.0  # longest start
 MARGIN_SECONDS = 30.0  # added to the limit of a call: loading the packages that its function imports
@@ -110,7 +111,7 @@ class Sandbox:
         folders = [Path(sys.base_prefix).resolve(), *map(Path, _packages()), *self.folders]
         with tempfile.TemporaryFile() as errors:
             self._process = subprocess.Popen(
-                [program, *_walls(folders), "--", str(python), "-I", "/worker.py", json.dumps(settings)],
+                [program, *_walls(folders), "--", str(python), "-I", f"{INSIDE}/{WORKER}", json.dumps(settings)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -156,7 +157,8 @@ def check_sandbox() -> None:
 def _walls(folders: Sequence[Path]) -> list[str]:
     """bwrap's options: what there is inside, besides the system's libraries."""
     options = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
-    options += ["--die-with-parent", "--new-session", "--clearenv"]
+    # no reaper as the first process: a program of the same user could read and write its memory and files
+    options += ["--die-with-parent", "--as-pid-1", "--new-session", "--clearenv"]
     for name, value in (
         ("PATH", "/usr/bin:/bin"),
         ("HOME", "/tmp"),
@@ -181,8 +183,9 @@ def _walls(folders: Sequence[Path]) -> list[str]:
             for parent in list(folder.parents)[-2::-1]:  # bwrap makes missing ones that nobody but it may enter
                 options += ["--perms", "0755", "--dir", str(parent)]
             options += ["--ro-bind", str(folder), str(folder)]
-    worker = Path(__file__).with_name("sandbox_worker.py")
-    return [*options, "--ro-bind", str(worker), "/worker.py", "--remount-ro", "/", "--chdir", "/tmp"]
+    for name in (WORKER, "system_calls.py"):
+        options += ["--ro-bind", str(Path(__file__).with_name(name)), f"{INSIDE}/{name}"]
+    return [*options, "--remount-ro", "/", "--chdir", "/tmp"]
 
 
 def _packages() -> list[str]:

@@ -1,11 +1,12 @@
-"""Calls scoring functions inside the sandbox; `minitron.evaluation.sandbox` starts it as `python -I worker.py SETTINGS`.
+"""Calls scoring functions inside the sandbox; `minitron.evaluation.sandbox` starts it as `python -I FILE SETTINGS`.
 
-Only the standard library is imported here. SETTINGS is JSON, see `Sandbox`. Requests are lines of JSON on standard input,
-{"file", "function", "arguments", "keywords"}; each is answered with a line on standard output: {"value": …} or {"problem": …},
-"is_clean", and "programs": what went wrong in each program that failed, by `program_key`.
+Only the standard library is imported here, and the file beside this one. SETTINGS is JSON, see `Sandbox`. Requests are lines of
+JSON on standard input, {"file", "function", "arguments", "keywords"}; each is answered with a line on standard output:
+{"value": …} or {"problem": …}, "is_clean", and "programs": what went wrong in each program that failed, by `program_key`.
 
-Every call runs in a child process, and so does every program that a model has written. When a program ends or is stopped, all
-processes that it started are killed, and when a call ends, its files are deleted too. Where files are left all the same,
+This process is the first one of the sandbox, which no other can stop or look into. Every call runs in a child of it, and every
+program that a model has written in a child of the call: each in a session of its own, and without a way to signal its parent.
+When a program ends or is stopped, the processes and the files that it left are removed. Where some are left all the same,
 "is_clean" is false, and the other side starts a new sandbox.
 """
 
@@ -22,50 +23,38 @@ import resource
 import select
 import shutil
 import signal
-import struct
+import socket
 import sys
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-ANSWER_BYTES = 1 << 20  # longest result of a call
+if __name__ == "__main__":  # isolated: the folder of this file is not searched
+    sys.path.insert(0, os.path.dirname(__file__))
+    import system_calls  # type: ignore[import-not-found]
+
+    del sys.path[0]
+else:
+    from minitron.evaluation import system_calls
+
+ANSWER_BYTES = 8 << 20  # longest result of a call
 PROBLEM_BYTES = 1000  # longest description of what went wrong in a program
+PROBLEMS_BYTES = 4 << 20  # of all programs of a call; those behind it have none
 FILE_BYTES = 10_000_000  # largest file
 OPEN_FILES = 128
 LOOK_SECONDS = 0.05  # between two looks at the memory and the CPU time of all processes
+MOST_FILES = 10_000  # that are deleted
 KILL_SECONDS = 5.0  # in which the processes that a program has started must be gone
 GONE_SECONDS = 0.001  # between two looks whether they are
 TIME_OF_DAY = 3.0  # most seconds that a program may take for one of CPU time: other work must not decide what it scores
-SET_DUMPABLE, SET_SECCOMP = 4, 22  # Linux: prctl's PR_SET_DUMPABLE and PR_SET_SECCOMP
-NEW_USER = 0x1000_0000  # CLONE_NEWUSER
-REFUSED, MISSING = 0x5_0000 | 1, 0x5_0000 | 38  # a system call that fails with EPERM, with ENOSYS
-ALLOWED = 0x7FFF_0000
-# Families of sockets that end in the sandbox: AF_UNIX, AF_INET and AF_INET6. AF_VSOCK, for one, does not.
-FAMILIES = (1, 2, 10)
-# Machine: its number in a filter.
-MACHINES = {"x86_64": 0xC000_003E, "aarch64": 0xC000_00B7}
-CLONE, UNSHARE = {"x86_64": 56, "aarch64": 220}, {"x86_64": 272, "aarch64": 97}
-CLONE3 = 435
-SOCKETS = {"x86_64": (41, 53), "aarch64": (198, 199)}  # socket, socketpair
-# Those whose first argument names a process, and may only be 0, the caller: prlimit64, sched_setaffinity.
-OWN_PROCESS_CALLS = {"x86_64": (302, 203), "aarch64": (261, 122)}
-REFUSED_CALLS = {
-    "x86_64": (
-        *(29, 64, 68, 240, 319, 447),  # shmget, semget, msgget, mq_open, memfd_create, memfd_secret
-        *(248, 249, 250),  # add_key, request_key, keyctl
-        *(425, 426, 427),  # io_uring_setup, io_uring_enter, io_uring_register
-        *(141, 142, 144, 251, 314),  # setpriority, sched_setparam, sched_setscheduler, ioprio_set, sched_setattr
-    ),
-    "aarch64": (
-        *(194, 190, 186, 180, 279, 447),
-        *(217, 218, 219),
-        *(425, 426, 427),
-        *(140, 118, 119, 30, 274),
-    ),
-}
+END_WITH_PARENT, SET_DUMPABLE, TAKE_ORPHANS = (
+    1,
+    4,
+    36,
+)  # prctl's PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER
+ALL_CHILDREN = 0x4000_0000  # waitpid's __WALL: also those that do not end with SIGCHLD
 Function = Callable[..., Any]
-Line = tuple[int, int, int, int]  # of a filter: what it does, how many lines it skips if true and if false, a number
 
 
 def main(settings: dict[str, Any]) -> None:
@@ -79,7 +68,7 @@ def main(settings: dict[str, Any]) -> None:
         answers.write("ready\n")
         answers.flush()
         modules: dict[str, types.ModuleType] = {}
-        kept = _names_in_folders()
+        kept = _folders()
         for line in requests:
             answer = _call(json.loads(line), modules)
             answers.write(json.dumps(answer | {"is_clean": _are_only(kept)}) + "\n")
@@ -100,55 +89,15 @@ def _limit(settings: dict[str, Any]) -> None:
         os.setgroups([])
         os.setresgid(settings["user"], settings["user"], settings["user"])
         os.setresuid(settings["user"], settings["user"], settings["user"])
-    _filter_system_calls()
-    # No other process of this user can then read or change this one's memory and files.
-    ctypes.CDLL(None).prctl(SET_DUMPABLE, 0, 0, 0, 0)
+        _prctl(END_WITH_PARENT, signal.SIGKILL)  # which bwrap had asked for, and another user's process loses
+    system_calls.keep_inside()
+    _prctl(SET_DUMPABLE, 0)  # no other process of this user can then read or change this one's memory and files
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the first process hears of no signal that it has no handler for
 
 
-def _filter_system_calls() -> None:
-    """Refuse system calls to this process and its children (seccomp) that would give memory without a limit or that outlives
-    the process, reach the keys of the user who started the sandbox, reach outside by another kind of socket, go around this
-    filter (io_uring), or change the limits and the priority of this process for the next program. User namespaces, where
-    memory could be mounted, are refused too: bwrap refuses them only to users other than root.
-
-    clone3, whose flags a filter cannot read, is refused as unknown, and the C library then calls clone. Raises OSError if there
-    is no filter for this kind of machine, or if it is not accepted.
-    """
-    machine = os.uname().machine
-    if machine not in MACHINES:
-        raise OSError(f"there is no filter of system calls for {machine}")
-    load, equal, any_bit, at_least, answer = 0x20, 0x15, 0x45, 0x35, 0x06
-    refuse, unknown, allow = (answer, 0, 0, REFUSED), (answer, 0, 0, MISSING), (answer, 0, 0, ALLOWED)
-    argument = (load, 0, 0, 16)  # the low half of the first one
-
-    def calls(numbers: Sequence[int], then: Sequence[Line]) -> list[Line]:
-        """Lines that do `then` for system calls of these numbers, and go on behind it for others."""
-        last = len(numbers) - 1
-        tests = [
-            (equal, last - index, 0 if index < last else len(then), number) for index, number in enumerate(numbers)
-        ]
-        return [*tests, *then]
-
-    families = [(equal, len(FAMILIES) - index, 0, family) for index, family in enumerate(FAMILIES)]
-    program = [
-        (load, 0, 0, 4),  # the kind of machine: others, such as the 32 bits of the same one, have other numbers
-        (equal, 1, 0, MACHINES[machine]),
-        refuse,
-        (load, 0, 0, 0),  # the number of the system call
-        (at_least, 0, 1, 0x4000_0000),  # x32
-        unknown,
-        *calls((CLONE3,), [unknown]),
-        *calls(REFUSED_CALLS[machine], [refuse]),
-        *calls((CLONE[machine], UNSHARE[machine]), [argument, (any_bit, 0, 1, NEW_USER), refuse, allow]),
-        *calls(SOCKETS[machine], [argument, *families, refuse, allow]),
-        *calls(OWN_PROCESS_CALLS[machine], [argument, (equal, 1, 0, 0), refuse, allow]),
-        allow,
-    ]
-    filters = b"".join(struct.pack("HBBI", *line) for line in program)
-    memory = ctypes.create_string_buffer(filters, len(filters))
-    header = ctypes.create_string_buffer(struct.pack("HL", len(program), ctypes.addressof(memory)))
-    if ctypes.CDLL(None, use_errno=True).prctl(SET_SECCOMP, 2, header, 0, 0):  # bwrap has set no_new_privs
-        raise OSError(ctypes.get_errno(), "the filter of system calls is not accepted")
+def _prctl(option: int, value: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), f"prctl({option}, {value}) has failed")
 
 
 def _call(request: dict[str, Any], modules: dict[str, types.ModuleType]) -> dict[str, Any]:
@@ -159,6 +108,7 @@ def _call(request: dict[str, Any], modules: dict[str, types.ModuleType]) -> dict
         return {"problem": f"{type(error).__name__}: {error}"}
 
     def work() -> bytes:
+        _prctl(TAKE_ORPHANS, 1)
         try:
             value = function(*request["arguments"], **request["keywords"])
             return json.dumps({"value": value, "programs": PROBLEMS}).encode()
@@ -166,7 +116,8 @@ def _call(request: dict[str, Any], modules: dict[str, types.ModuleType]) -> dict
             return json.dumps({"problem": f"{type(error).__name__}: {error}"[:1000]}).encode()
 
     text = _in_child(work, request["seconds"], ANSWER_BYTES, runs_programs=True)
-    _clean_up()
+    with contextlib.suppress(PermissionError):  # it has closed the folder, and is_clean says so
+        _remove(os.listdir("/tmp"))
     try:
         answer = json.loads(text)
     except ValueError:
@@ -175,6 +126,14 @@ def _call(request: dict[str, Any], modules: dict[str, types.ModuleType]) -> dict
 
 
 PROBLEMS: dict[str, str] = {}  # of the programs that one call has run, in the process of the call
+PROBLEM_SIZES: list[int] = []  # in bytes of JSON
+
+
+def _keep_problem(key: str, wrong: str) -> None:
+    size = len(json.dumps({key: wrong}))
+    if sum(PROBLEM_SIZES) + size <= PROBLEMS_BYTES:
+        PROBLEMS[key] = wrong
+        PROBLEM_SIZES.append(size)
 
 
 def program_key(program: str, test: str) -> str:
@@ -213,25 +172,31 @@ def _in_child(
     others = {process.number for process in _processes()}
     cpu = _CpuTime()
     read, write = os.pipe()
-    child = os.fork()
+    parent, child = os.getpid(), os.fork()
     if child == 0:
+        write_bytes, leave = os.write, os._exit  # which a program may replace
         try:
-            os.dup2(0, 2)
+            os.setsid()  # a group of its own, and its own share of the CPUs
+            null = os.open(os.devnull, os.O_RDWR)
+            for descriptor in range(3):
+                os.dup2(null, descriptor)
             os.dup2(write, 3)
             os.closerange(4, OPEN_FILES)  # also those on which the other processes talk
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if not runs_programs:
+                system_calls.refuse_signals(parent)
             data = work()
             while data:
-                data = data[os.write(3, data) :]
+                data = data[write_bytes(3, data) :]
         finally:
-            os._exit(0)
+            leave(0)
     os.close(write)
-    deadline = time.monotonic() + seconds
-    received = b""
-    while len(received) <= most and (left := deadline - time.monotonic()) > 0:
-        has_ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-        if not select.select([read], [], [], 0 if has_ended else min(left, LOOK_SECONDS))[0]:
-            if has_ended:  # what it has started holds the pipe
-                break
+    deadline, next_look = time.monotonic() + seconds, time.monotonic() + LOOK_SECONDS
+    received, has_ended = b"", False
+    while len(received) <= most and (now := time.monotonic()) < deadline:
+        if now >= next_look:
+            next_look = now + LOOK_SECONDS
+            _wait_for_ended(child)
             # listed before the memory is looked at, so that the next program, which may begin now, is not among them
             started = {process.number for process in _processes()} - others - {child}
             if _resident_bytes() > resource.getrlimit(resource.RLIMIT_AS)[0]:
@@ -240,17 +205,38 @@ def _in_child(
                 _kill(started)
             if cpu.seconds() > cpu_seconds:
                 break
-            continue
-        part = os.read(read, 1 << 16)
-        if not part:
+        has_ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        if select.select([read], [], [], 0 if has_ended else max(0.0, min(deadline, next_look) - now))[0]:
+            part = os.read(read, 1 << 16)
+            received += part
+            if not part:  # closed by all, before or while the child ends
+                has_ended = _ends_within(child, deadline)
+                break
+        elif has_ended:  # what it has started holds the pipe
             break
-        received += part
     os.close(read)
-    is_over = cpu.seconds() > cpu_seconds  # it may have ended before it was looked at
+    is_over = not has_ended or cpu.seconds() > cpu_seconds  # it may have ended before it was looked at
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     _kill_others(others)
     return b"" if is_over else received
+
+
+def _ends_within(child: int, deadline: float) -> bool:
+    """Whether a child that has closed its pipe ends until then."""
+    while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(GONE_SECONDS)
+    return True
+
+
+def _wait_for_ended(kept: int | None = None) -> None:
+    """Wait for the children of this process that have ended, among them the orphans of others, up to the child `kept`."""
+    options = os.WEXITED | os.WNOHANG | os.WNOWAIT | ALL_CHILDREN
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitid(os.P_ALL, 0, options)) and ended.si_pid != kept:
+            os.waitpid(ended.si_pid, ALL_CHILDREN)
 
 
 def _kill_others(kept: set[int]) -> None:
@@ -262,6 +248,7 @@ def _kill_others(kept: set[int]) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError("its processes cannot be stopped")
         _kill(numbers)
+        _wait_for_ended()
         time.sleep(GONE_SECONDS)
 
 
@@ -287,9 +274,9 @@ def _processes() -> Iterator[_Process]:
     """All processes but this one."""
     for entry in os.scandir("/proc"):
         if entry.name.isdecimal() and int(entry.name) != os.getpid():
-            with contextlib.suppress(OSError), open(f"/proc/{entry.name}/stat") as file:
+            with contextlib.suppress(OSError), open(f"/proc/{entry.name}/stat", "rb") as file:
                 # behind the name: state, parent, ..., utime, stime, cutime, cstime (14 to 17 in proc(5)), ..., start (22)
-                values = file.read().rpartition(")")[2].split()
+                values = file.read().rpartition(b")")[2].split()
                 user, system, their_user, their_system = map(int, values[11:15])
                 yield _Process(int(entry.name), int(values[19]), user + system, their_user + their_system)
 
@@ -343,34 +330,71 @@ def _resident_pages(process: str) -> int:
     return 0
 
 
-def _clean_up() -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(-1, signal.SIGKILL)  # everything in the sandbox but this process
-    while True:  # orphans belong to the sandbox's first process, children of this one must be waited for
-        try:
-            os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
+def _remove(names: Sequence[str]) -> None:
+    """Delete these entries of /tmp: not closed folders, nor deep ones, nor a great many, whose number only a program's time
+    limits."""
+    left = MOST_FILES - len(names)
+    for name in names if left >= 0 else ():
+        path = f"/tmp/{name}"
+        with contextlib.suppress(OSError, RecursionError):
+            if not os.path.isdir(path) or os.path.islink(path):
+                os.unlink(path)
+            elif (left := left - _entries(path, left)) >= 0:
+                shutil.rmtree(path)
+
+
+def _entries(path: str, most: int) -> int:
+    """The number of entries in a folder and the folders in it, counted up to the first folder with which they are more than
+    `most`."""
+    found = 0
+    for _, folders, files in os.walk(path):
+        found += len(folders) + len(files)
+        if found > most:
             break
-    for entry in os.scandir("/tmp"):
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path, ignore_errors=True)  # not closed folders, nor deep ones
-        else:
-            os.unlink(entry.path)
+    return found
 
 
-def _names_in_folders() -> dict[str, list[str]]:
+class _Temporary:
+    """What there is in /tmp before a program runs."""
+
+    def __init__(self) -> None:
+        self._names, self._mode, self._free = set(os.listdir("/tmp")), os.stat("/tmp").st_mode, _free_blocks()
+
+    def restore(self) -> None:
+        """Remove what has come since then."""
+        with contextlib.suppress(PermissionError):  # the folder is root's, as which no program runs
+            os.chmod("/tmp", self._mode)
+        _remove(sorted(set(os.listdir("/tmp")) - self._names))
+        deadline = time.monotonic() + GONE_SECONDS * 50
+        while _free_blocks() < self._free and time.monotonic() < deadline:
+            # the kernel then looks for sockets, and files in messages, that only a cycle of messages holds
+            for end in socket.socketpair():
+                end.close()
+            time.sleep(GONE_SECONDS)
+
+
+def _free_blocks() -> int:
+    return os.statvfs("/tmp").f_bfree
+
+
+def _folders() -> dict[str, tuple[object, ...]]:
     """What is in /tmp before the first call, by folder: the folders that lead to those of the caller, which are not entered."""
-    names = {}
-    for folder, folders, files in os.walk("/tmp"):
-        names[folder] = sorted([*folders, *files])
+    found = {}
+    for folder, folders, _ in os.walk("/tmp"):
+        found[folder] = _described_folder(folder)
         folders[:] = [name for name in folders if not os.path.ismount(os.path.join(folder, name))]
-    return names
+    return found
 
 
-def _are_only(kept: dict[str, list[str]]) -> bool:
+def _described_folder(path: str) -> tuple[object, ...]:
+    """Its names, rights, attributes and free room, all of which another program could see."""
+    return sorted(os.listdir(path)), os.stat(path).st_mode, sorted(os.listxattr(path)), os.statvfs(path).f_bfree
+
+
+def _are_only(kept: dict[str, tuple[object, ...]]) -> bool:
     """Whether there is nothing else in these folders."""
     try:
-        return all(sorted(os.listdir(folder)) == names for folder, names in kept.items())
+        return all(_described_folder(path) == found for path, found in kept.items())
     except OSError:  # a folder was removed or closed
         return False
 
@@ -394,7 +418,7 @@ def _metrics(seconds: float) -> types.ModuleType:
             for number, program in enumerate(programs):
                 wrong = _problem(program, test, seconds)
                 if wrong is not None:
-                    PROBLEMS[program_key(program, test)] = wrong
+                    _keep_problem(program_key(program, test), wrong)
                 results[problem].append((number, {"passed": wrong is None}))
         scores = {}
         for count in [k] if isinstance(k, int) else k:
@@ -426,13 +450,15 @@ def _problem(program: str, test: str, seconds: float) -> str | None:
     def work() -> bytes:
         resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
         try:
-            exec(compile(source, "<program>", "exec"), {})
+            exec(compile(source, "<program>", "exec", dont_inherit=True), {})
         except BaseException as error:  # noqa: BLE001, whatever it is, the program has failed
             return _described(error, source, program.count("\n") + 1).encode(errors="replace")[:PROBLEM_BYTES]
         return word
 
+    before = _Temporary()
     said = _in_child(work, TIME_OF_DAY * seconds, PROBLEM_BYTES, cpu)
-    if said == word:
+    before.restore()
+    if word in said and not said.replace(word, b""):  # several times where the program has forked
         return None
     limits = f"{cpu} s of CPU time, {TIME_OF_DAY * seconds:g} s by the clock, or memory"
     return said.decode(errors="replace") or f"stopped at a limit ({limits}), or it ended its process"

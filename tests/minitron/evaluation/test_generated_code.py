@@ -11,23 +11,15 @@ import sys
 
 import pytest
 from helpers.evaluating import byte_tokenizer, tiny_model, write_jsonl
+from helpers.programs import RUNS_PROGRAMS, has_sandbox, sandboxed
 
 from minitron.errors import InputError
 from minitron.evaluation import Task, evaluate, evaluate_documents, generated_code
 from minitron.evaluation.requests import DocumentRequests
-from minitron.evaluation.sandbox import Limits, Sandbox, StoppedError, check_sandbox
+from minitron.evaluation.sandbox import Limits, Sandbox, StoppedError
 from minitron.evaluation.task_index import stock
 from minitron_platform import plan
 from minitron_platform.recipes.load import load_recipe
-
-RUNS_PROGRAMS = """
-import evaluate
-def all_solved(programs):
-    results = evaluate.load("code_eval").compute(references=[""], predictions=[programs], k=[1])[1]
-    return [result["passed"] for _, result in results[0]]
-def solved(program):
-    return evaluate.load("code_eval").compute(references=[""], predictions=[[program]], k=[1])[0]["pass@1"]
-"""
 
 # The system calls of the kernel's keyrings, and io_uring's, have no function in Python.
 KEYS = """
@@ -127,14 +119,6 @@ def runner(tmp_path_factory):
     sandbox.stop()
 
 
-def has_sandbox() -> bool:
-    try:
-        check_sandbox()
-    except InputError:
-        return False
-    return True
-
-
 def escapes(run, program: str) -> bool:
     """Whether a program that a sandbox should stop ends well. Without a sandbox it does not run."""
     try:
@@ -168,15 +152,9 @@ def test_an_attack_is_stopped_and_the_next_program_runs_as_before(name, runner, 
 
 @pytest.fixture
 def programs(tmp_path):
-    """Runs the programs of a document, each with a second of CPU time: a function of their texts that returns whether each
-    ended without an exception."""
-    file = tmp_path / "runner.py"
-    file.write_text(RUNS_PROGRAMS)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)  # root's sandbox has the rights of another user
-    sandbox = Sandbox(Limits(seconds=1), [tmp_path])
-    yield lambda *programs: sandbox.call(file, "all_solved", programs, seconds=60)
-    sandbox.stop()
+    """Runs the programs of a document, each with a second of CPU time."""
+    with sandboxed(tmp_path, Limits(seconds=1)) as run:
+        yield run
 
 
 @pytest.mark.parametrize("heard", ["SIG_DFL", "SIG_IGN"])  # the second hides the CPU time of processes that have ended
