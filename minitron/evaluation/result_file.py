@@ -6,6 +6,7 @@ Its JSON schema is `definitions/results.schema.json`. `format` is raised when a 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -16,7 +17,6 @@ from typing import Any
 from minitron import __version__, storage
 from minitron.arguments import short_repr
 from minitron.errors import InputError
-from minitron.evaluation.schema import mismatch
 from minitron.evaluation.scores import Evaluated
 from minitron.evaluation.tasks import Task
 
@@ -99,7 +99,7 @@ def read_results(path: str) -> list[ModelResults]:
     if storage.is_local(path) and storage.local_path(path).is_dir():
         raise InputError(f"{path}: is a folder, not a file of results", remedy)
     try:
-        content = json.loads(storage.read_bytes(path))
+        content = json.loads(storage.read_bytes(path), parse_int=_whole)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not JSON ({error})", remedy) from error
     if not isinstance(content, dict) or "format" not in content or not isinstance(content.get("models"), list):
@@ -108,11 +108,30 @@ def read_results(path: str) -> list[ModelResults]:
         raise InputError(f"{path}: has format {short_repr(content.get('format'))}, not {FORMAT}", remedy)
     if not content["models"]:
         raise InputError(f"{path}: has no models", remedy)
-    problem = mismatch(content, json.loads(SCHEMA.read_text())) or _wrong_documents(content["models"])
+    problem = _mismatch(content) or _wrong_documents(content["models"])
     if problem:
         raise InputError(f"{path}: is damaged: {problem}", remedy)
     common = {"settings": content["settings"], "versions": content["versions"]}
     return [_model({**values, **common}) for values in content["models"]]
+
+
+def _whole(text: str) -> int:
+    """The number of a text. Raises ValueError for one that a float cannot hold."""
+    if len(text) > sys.float_info.max_10_exp:
+        raise ValueError(f"{text[:10]}… is too large a number")
+    return int(text)
+
+
+def _mismatch(content: dict[str, Any]) -> str:
+    """The first place at which the file is not what its schema says, with the keys; empty if there is none."""
+    from jsonschema import Draft202012Validator
+
+    error = next(Draft202012Validator(json.loads(SCHEMA.read_text())).iter_errors(content), None)
+    if error is None:
+        return ""
+    message = error.message  # begins with the whole value
+    message = message if len(message) < 200 else f"{message[:80]} … {message[-100:]}"
+    return f"{'.'.join(map(str, error.absolute_path)) or 'the file'}: {message}"
 
 
 def _wrong_documents(models: Sequence[Mapping[str, Any]]) -> str:

@@ -132,20 +132,32 @@ WRONG: dict[str, tuple[tuple[str | int, ...], Any, str]] = {
     "text for a number": (
         (*DOCUMENT, "values", "acc,none"),
         "x",
-        "models.0.tasks.arc_easy.documents.3.values.acc,none: 'x' is not a number",
+        "models.0.tasks.arc_easy.documents.3.values.acc,none: 'x' is not of type 'number'",
     ),
-    "true for a number": ((*DOCUMENT, "values", "acc,none"), True, "values.acc,none: True is not a number"),
-    "a number that is too large": ((*DOCUMENT, "values", "acc,none"), 10**400, "is not a number"),
-    "no document": (DOCUMENT, None, "models.0.tasks.arc_easy.documents.3: None is not an object"),
-    "a number for a name": ((*FIRST, "model"), 5, "models.0.model: 5 is not text"),
-    "no text and not null": ((*FIRST, "chat_template"), 5, "models.0.chat_template: 5 is not text or null"),
-    "a list for an object": ((*FIRST, "tasks"), [], "models.0.tasks: a list is not an object"),
-    "no model": (FIRST, 5, "models.0: 5 is not an object"),
-    "an engine that is none": ((*FIRST, "engine"), "tgi", "models.0.engine: 'tgi' is not 'transformers' or"),
-    "fewer examples than none": ((*RESULT, "score", "num_fewshot"), -1, "num_fewshot: -1 is less than 0"),
-    "half a document": ((*RESULT, "score", "num_documents"), 0.5, "num_documents: 0.5 is not a whole number"),
-    "an unknown key": ((*DOCUMENT, "colour"), "red", "documents.3.colour: is no key of such a file"),
-    "settings of a task": (("settings", "arc_easy"), 5, "settings.arc_easy: 5 is not an object"),
+    "true for a number": ((*DOCUMENT, "values", "acc,none"), True, "values.acc,none: True is not of type 'number'"),
+    "a number that is too large": (
+        (*DOCUMENT, "values", "acc,none"),
+        10**400,
+        "is not JSON (1000000000… is too large",
+    ),
+    "no document": (DOCUMENT, None, "models.0.tasks.arc_easy.documents.3: None is not of type 'object'"),
+    "a number for a name": ((*FIRST, "model"), 5, "models.0.model: 5 is not of type 'string'"),
+    "no text and not null": ((*FIRST, "chat_template"), 5, "models.0.chat_template: 5 is not of type 'string', 'null'"),
+    "a list for an object": ((*FIRST, "tasks"), [], "models.0.tasks: [] is not of type 'object'"),
+    "no model": (FIRST, 5, "models.0: 5 is not of type 'object'"),
+    "an engine that is none": ((*FIRST, "engine"), "tgi", "models.0.engine: 'tgi' is not one of ['transformers', "),
+    "fewer examples than none": (
+        (*RESULT, "score", "num_fewshot"),
+        -1,
+        "num_fewshot: -1 is less than the minimum of 0",
+    ),
+    "half a document": ((*RESULT, "score", "num_documents"), 0.5, "num_documents: 0.5 is not of type 'integer'"),
+    "an unknown key": (
+        (*DOCUMENT, "colour"),
+        "red",
+        "documents.3: Additional properties are not allowed",
+    ),
+    "settings of a task": (("settings", "arc_easy"), 5, "settings.arc_easy: 5 is not of type 'object'"),
     "no documents": ((*RESULT, "documents"), [], "arc_easy.documents: has no documents, but the score is of 40"),
     "no models": (("models",), [], "has no models"),
 }
@@ -179,7 +191,7 @@ def test_a_key_that_is_missing_and_a_document_that_is_there_twice_are_named(tmp_
     assert "models.0.tasks.arc_easy.documents: document '7' is there twice" in refused(whole, str(damaged))
     del documents[4]["hash"]
     damaged.write_text(json.dumps(content))
-    assert "models.0.tasks.arc_easy.documents.4.hash: is missing" in refused(whole, str(damaged))
+    assert "models.0.tasks.arc_easy.documents.4: 'hash' is a required property" in refused(whole, str(damaged))
 
 
 def test_a_folder_and_a_name_below_a_file_are_no_files_of_results(tmp_path: Path) -> None:
