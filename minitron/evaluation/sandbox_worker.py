@@ -52,7 +52,7 @@ END_WITH_PARENT, SET_DUMPABLE, TAKE_ORPHANS = (
     1,
     4,
     36,
-)  # prctl's PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER
+)  # PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER of prctl
 ALL_CHILDREN = 0x4000_0000  # waitpid's __WALL: also those that do not end with SIGCHLD
 Function = Callable[..., Any]
 
@@ -162,8 +162,8 @@ def _in_child(
     *,
     runs_programs: bool = False,
 ) -> bytes:
-    """The bytes that `work` returns in a child process, at most `most`; what there is of them after `seconds`, or when all
-    processes of the sandbox together have more memory than one may have, or have taken more than `cpu_seconds` of CPU time.
+    """The bytes that `work` returns in a child process, at most `most`; none if that has not ended after `seconds`, or before
+    all processes of the sandbox together have more memory than one may have, or have taken more than `cpu_seconds` of CPU time.
     All processes that it has started are killed.
 
     runs_programs: of a child that calls this function itself, whose own children are killed in its stead when the memory is too
@@ -192,7 +192,7 @@ def _in_child(
             leave(0)
     os.close(write)
     deadline, next_look = time.monotonic() + seconds, time.monotonic() + LOOK_SECONDS
-    received, has_ended = b"", False
+    received, is_open, has_ended = b"", True, False
     while len(received) <= most and (now := time.monotonic()) < deadline:
         if now >= next_look:
             next_look = now + LOOK_SECONDS
@@ -206,29 +206,20 @@ def _in_child(
             if cpu.seconds() > cpu_seconds:
                 break
         has_ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-        if select.select([read], [], [], 0 if has_ended else max(0.0, min(deadline, next_look) - now))[0]:
+        if is_open and select.select([read], [], [], 0 if has_ended else max(0.0, min(deadline, next_look) - now))[0]:
             part = os.read(read, 1 << 16)
             received += part
-            if not part:  # closed by all, before or while the child ends
-                has_ended = _ends_within(child, deadline)
-                break
-        elif has_ended:  # what it has started holds the pipe
+            is_open = bool(part)
+        elif has_ended:  # also if what it has started holds the pipe
             break
+        elif not is_open:
+            time.sleep(GONE_SECONDS)
     os.close(read)
     is_over = not has_ended or cpu.seconds() > cpu_seconds  # it may have ended before it was looked at
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     _kill_others(others)
     return b"" if is_over else received
-
-
-def _ends_within(child: int, deadline: float) -> bool:
-    """Whether a child that has closed its pipe ends until then."""
-    while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(GONE_SECONDS)
-    return True
 
 
 def _wait_for_ended(kept: int | None = None) -> None:
