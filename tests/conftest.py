@@ -92,10 +92,11 @@ def ray_here():
 
 
 @pytest.fixture(scope="session")
-def empty_database(tmp_path_factory):
+def empty_database(shared):
     """A database with MLflow's tables, to be copied: creating them takes seconds."""
+    from helpers.sharing import made_once
+
     from minitron_platform.tracking.flusher import create_database
 
-    file = tmp_path_factory.mktemp("store") / "mlflow.db"
-    create_database(f"sqlite:///{file}")
-    return file
+    folder = made_once(shared / "database", lambda folder: create_database(f"sqlite:///{folder}/mlflow.db"))
+    return folder / "mlflow.db"

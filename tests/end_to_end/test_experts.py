@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ class Mixture(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def mixture(bench):
+def mixture(bench, empty_database):
     """A run whose metrics are scraped in the middle of the distillation and after the end."""
     teacher = bench / "mixture"
     tokenizer = tiny.tokenizer()
@@ -59,6 +60,8 @@ def mixture(bench):
     values["distill"] |= {"steps": 2, "warmup_steps": 1, "evaluate_every": 1}
     values["resources"] = {"workers": 1, "cpus_per_trial": 2}
     (bench / "mixture.yaml").write_text(yaml.safe_dump(values))
+    (bench / "mixture-runs").mkdir()
+    shutil.copy(empty_database, bench / "mixture-runs")
     planned = minitron_here("plan", "mixture.yaml", "--storage", "mixture-runs", cwd=bench)
     assert planned.returncode == 0, planned.stderr
     # Ray takes the metrics of its processes every 10 seconds otherwise

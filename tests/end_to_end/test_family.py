@@ -40,7 +40,7 @@ def _correction(**changes):
 
 
 @pytest.fixture(scope="module")
-def family(bench, ray_here):
+def family(bench, ray_here, empty_database):
     """The command and the results of a run: a corrected teacher, a model pruned from it, and one pruned from that model."""
     members = [
         {"model": "tiny-large", "parameters": 75_000, "tolerance": 0.15, "space": LARGE},
@@ -53,6 +53,8 @@ def family(bench, ray_here):
         correct=_correction(),
         calibrate={"rows": 16, "layers": "logit_error", "depth": "scattered", "layer_rows": 4},
     )
+    (bench / "family").mkdir()
+    shutil.copy(empty_database, bench / "family")
     result = minitron_here("run", recipe, "--storage", "family", cwd=bench)
     assert result.returncode == 0, result.stdout + result.stderr
     (path,) = (bench / "family" / "runs").glob("*/results.json")

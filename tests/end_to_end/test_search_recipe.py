@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -66,9 +67,11 @@ def _outputs(result):
 
 
 @pytest.fixture(scope="module")
-def searched(bench, ray_here):
+def searched(bench, ray_here, empty_database):
     """The outputs of the student's stages, and the storage."""
     storage = bench / "all"
+    storage.mkdir()
+    shutil.copy(empty_database, storage)
     context = run(_recipe(bench, 60_000), storage_path=str(storage))
     return _outputs(context), storage
 
