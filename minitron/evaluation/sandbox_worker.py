@@ -13,7 +13,6 @@ When a program ends or is stopped, the processes and the files that it left are 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import importlib.util
 import json
@@ -89,15 +88,14 @@ def _limit(settings: dict[str, Any]) -> None:
         os.setgroups([])
         os.setresgid(settings["user"], settings["user"], settings["user"])
         os.setresuid(settings["user"], settings["user"], settings["user"])
-        _prctl(END_WITH_PARENT, signal.SIGKILL)  # which bwrap had asked for, and another user's process loses
+        system_calls.prctl(
+            END_WITH_PARENT, signal.SIGKILL
+        )  # which bwrap had asked for, and another user's process loses
     system_calls.keep_inside()
-    _prctl(SET_DUMPABLE, 0)  # no other process of this user can then read or change this one's memory and files
+    system_calls.prctl(
+        SET_DUMPABLE, 0
+    )  # no other process of this user can then read or change this one's memory and files
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the first process hears of no signal that it has no handler for
-
-
-def _prctl(option: int, value: int) -> None:
-    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), f"prctl({option}, {value}) has failed")
 
 
 def _call(request: dict[str, Any], modules: dict[str, types.ModuleType]) -> dict[str, Any]:
@@ -108,10 +106,10 @@ def _call(request: dict[str, Any], modules: dict[str, types.ModuleType]) -> dict
         return {"problem": f"{type(error).__name__}: {error}"}
 
     def work() -> bytes:
-        _prctl(TAKE_ORPHANS, 1)
+        system_calls.prctl(TAKE_ORPHANS, 1)
         try:
             value = function(*request["arguments"], **request["keywords"])
-            return json.dumps({"value": value, "programs": PROBLEMS}).encode()
+            return json.dumps({"value": value, "programs": _sent_problems()}).encode()
         except BaseException as error:  # noqa: BLE001, the other side raises it
             return json.dumps({"problem": f"{type(error).__name__}: {error}"[:1000]}).encode()
 
@@ -126,14 +124,17 @@ def _call(request: dict[str, Any], modules: dict[str, types.ModuleType]) -> dict
 
 
 PROBLEMS: dict[str, str] = {}  # of the programs that one call has run, in the process of the call
-PROBLEM_SIZES: list[int] = []  # in bytes of JSON
 
 
-def _keep_problem(key: str, wrong: str) -> None:
-    size = len(json.dumps({key: wrong}))
-    if sum(PROBLEM_SIZES) + size <= PROBLEMS_BYTES:
-        PROBLEMS[key] = wrong
-        PROBLEM_SIZES.append(size)
+def _sent_problems() -> dict[str, str]:
+    """The first of them, as many as an answer has room for."""
+    sent, size = {}, 0
+    for key, problem in PROBLEMS.items():
+        size += len(json.dumps({key: problem}))
+        if size > PROBLEMS_BYTES:
+            break
+        sent[key] = problem
+    return sent
 
 
 def program_key(program: str, test: str) -> str:
@@ -409,7 +410,7 @@ def _metrics(seconds: float) -> types.ModuleType:
             for number, program in enumerate(programs):
                 wrong = _problem(program, test, seconds)
                 if wrong is not None:
-                    _keep_problem(program_key(program, test), wrong)
+                    PROBLEMS[program_key(program, test)] = wrong
                 results[problem].append((number, {"passed": wrong is None}))
         scores = {}
         for count in [k] if isinstance(k, int) else k:

@@ -10,6 +10,7 @@ import ctypes
 import os
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 SET_SECCOMP = 22  # prctl's PR_SET_SECCOMP
 CLONE_PTRACE, CLONE_PARENT, CLONE_NEWUSER = 0x2000, 0x8000, 0x1000_0000
@@ -125,5 +126,11 @@ def _install(program: Sequence[Line]) -> None:
     filters = b"".join(struct.pack("HBBI", *line) for line in program)
     memory = ctypes.create_string_buffer(filters, len(filters))
     header = ctypes.create_string_buffer(struct.pack("HL", len(program), ctypes.addressof(memory)))
-    if ctypes.CDLL(None, use_errno=True).prctl(SET_SECCOMP, 2, header, 0, 0):  # bwrap has set no_new_privs
-        raise OSError(ctypes.get_errno(), "the filter of system calls is not accepted")
+    prctl(SET_SECCOMP, 2, header, problem="the filter of system calls is not accepted")  # bwrap has set no_new_privs
+
+
+def prctl(option: int, *arguments: Any, problem: str = "") -> None:
+    """Call prctl(2) with the arguments and zeros. Raises OSError."""
+    zeros = [0] * (4 - len(arguments))
+    if ctypes.CDLL(None, use_errno=True).prctl(option, *arguments, *zeros):
+        raise OSError(ctypes.get_errno(), problem or f"prctl({option}, {arguments[0]}) has failed")

@@ -134,9 +134,8 @@ def _acquire(folder: str, what: str, holder: Holder, console: Console, take_over
         if current is None or released or reason:
             if create_epoch(folder, epoch + 1, holder):
                 files = storage.names(folder)
-                if (
-                    newest_epoch(files) == epoch + 1
-                ):  # otherwise later holders have removed the file that was in the way
+                # otherwise later holders have removed the file that was in the way
+                if newest_epoch(files) == epoch + 1:
                     if reason:
                         console.say(f"  [yellow]{escape(what)} taken over from {escape(str(current))}: {reason}[/]")
                     _remove_earlier_epochs(folder, files, epoch + 1)

@@ -137,9 +137,8 @@ class WorkerGroup:
             self._kill()
         with suppress(RayError):
             ray.kill(self.calls)
-        self._thread.shutdown(
-            wait=self._ended.done()
-        )  # if it used Ray after Ray's shutdown, that would end the process
+        # if the thread used Ray after Ray's shutdown, that would end the process
+        self._thread.shutdown(wait=self._ended.done())
         with suppress(OSError, StorageError):  # Ray Train may still write there; the next run removes the rest
             storage.remove(self.scratch)
 

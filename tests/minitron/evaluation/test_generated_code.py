@@ -11,7 +11,7 @@ import sys
 
 import pytest
 from helpers.evaluating import byte_tokenizer, tiny_model, write_jsonl
-from helpers.programs import RUNS_PROGRAMS, has_sandbox, sandboxed
+from helpers.programs import RUNS_PROGRAMS, has_sandbox
 
 from minitron.errors import InputError
 from minitron.evaluation import Task, evaluate, evaluate_documents, generated_code
@@ -26,37 +26,6 @@ KEYS = """
 import ctypes, os
 libc = ctypes.CDLL(None, use_errno=True)
 add_key, request_key, keyctl = (248, 249, 250) if os.uname().machine == "x86_64" else (217, 218, 219)
-"""
-
-# Begins a process that goes on when its first thread has ended: /proc says of it that it has ended, and has no memory.
-GOES_ON = """
-import ctypes, os, threading, time
-libc = ctypes.CDLL(None)
-def has_ended(number):
-    return ') Z' in open(f'/proc/{number}/stat').read()
-def begin(work):
-    def wait_and_work():
-        while not has_ended(os.getpid()): time.sleep(0.01)
-        work()
-    child = os.fork()
-    if child == 0:
-        libc.prctl(15, b'sleep')
-        threading.Thread(target=wait_and_work).start()
-        libc.syscall(60 if os.uname().machine == 'x86_64' else 93, 0)
-    while not has_ended(child): time.sleep(0.01)
-"""
-
-# Two children, each of which takes less CPU time than one process may.
-CPU_TIME = """
-import os, time, signal
-signal.signal(signal.SIGCHLD, signal.{heard})
-for _ in range(2):
-    if os.fork() == 0:
-        while time.process_time() < {seconds}: pass
-        os._exit(0)
-try:
-    while True: os.wait()
-except ChildProcessError: pass
 """
 
 # Each ends without an exception only if the attack succeeds.
@@ -150,44 +119,6 @@ def test_an_attack_is_stopped_and_the_next_program_runs_as_before(name, runner, 
     assert escapes(runner, "pass") == has_sandbox()
 
 
-@pytest.fixture
-def programs(tmp_path):
-    """Runs the programs of a document, each with a second of CPU time."""
-    with sandboxed(tmp_path, Limits(seconds=1)) as run:
-        yield run
-
-
-@pytest.mark.parametrize("heard", ["SIG_DFL", "SIG_IGN"])  # the second hides the CPU time of processes that have ended
-@pytest.mark.skipif(not has_sandbox(), reason="nothing runs without bubblewrap")
-def test_the_processes_of_a_program_share_its_cpu_time(programs, heard):
-    assert programs(CPU_TIME.format(seconds=0.05, heard=heard), CPU_TIME.format(seconds=0.6, heard=heard)) == [
-        True,
-        False,
-    ]
-
-
-LEFT_RUNNING = {
-    # Popen returns when the child has become `sleep`
-    "a process": "import subprocess\nsubprocess.Popen(['/usr/bin/sleep', '59'], start_new_session=True)",
-    "a process whose first thread has ended": GOES_ON + "begin(lambda: time.sleep(59))",
-}
-
-
-@pytest.mark.parametrize("name", LEFT_RUNNING)
-@pytest.mark.skipif(not has_sandbox(), reason="nothing runs without bubblewrap")
-def test_the_processes_of_a_program_are_gone_when_the_next_one_of_its_document_runs(programs, name):
-    names = "[open(f'/proc/{n}/comm').read() for n in os.listdir('/proc') if n.isdecimal()]"
-    alone = f"import os\nassert 'sleep\\n' not in {names}"
-    assert programs(*[LEFT_RUNNING[name], alone] * 10) == [True] * 20
-
-
-@pytest.mark.skipif(not has_sandbox(), reason="nothing runs without bubblewrap")
-def test_a_process_whose_first_thread_has_ended_takes_of_the_cpu_time(programs):
-    work = "while time.process_time() < 0.7: pass\n    os.write(write, b'a')\n    time.sleep(59)"
-    busy = f"read, write = os.pipe()\ndef work():\n    {work}\nbegin(work), begin(work)\nos.read(read, 1), os.read(read, 1)"
-    assert programs(GOES_ON + busy, "pass") == [False, True]
-
-
 LEFT_BEHIND = {
     "a file": "open('/tmp/a', 'w').write('a')",
     "a closed folder": "import os\nos.mkdir('/tmp/a')\nopen('/tmp/a/a', 'wb').write(bytes(9_000_000))\nos.chmod('/tmp/a', 0)",
@@ -201,59 +132,6 @@ def test_nothing_that_a_program_leaves_behind_is_there_for_the_next(name, runner
     assert escapes(runner, LEFT_BEHIND[name]) == has_sandbox()
     assert escapes(runner, "import os\nassert not os.path.exists('/tmp/a')") == has_sandbox()
     assert escapes(runner, "for n in 'ab': open(f'/tmp/{n}', 'wb').write(bytes(7_000_000))") == has_sandbox()
-
-
-SHARED_OUT = """
-import os
-read, write = os.pipe()
-begun, begin = os.pipe()
-for _ in range(4):
-    if os.fork() == 0:
-        memory = b"a" * (150 << 20)
-        os.write(write, b"a")
-        os.read(begun, 1)  # until all have theirs
-        os._exit(0)
-for _ in range(4):
-    os.read(read, 1)
-import time
-time.sleep(1)
-os.write(begin, b"aaaa")
-for _ in range(4):
-    os.wait()
-"""
-
-
-SHARED_OUT_TO_THREADS = (
-    GOES_ON
-    + """
-read, write = os.pipe()
-def work():
-    memory = b"a" * (150 << 20)
-    os.write(write, b"a")
-    time.sleep(59)
-for _ in range(4):
-    begin(work)
-for _ in range(4):
-    os.read(read, 1)
-time.sleep(1)
-"""
-)
-
-
-@pytest.mark.parametrize(
-    "program", [SHARED_OUT, SHARED_OUT_TO_THREADS], ids=["processes", "those without a first thread"]
-)
-@pytest.mark.skipif(not has_sandbox(), reason="nothing runs without bubblewrap")
-def test_memory_that_a_program_shares_out_to_several_processes_is_limited_too(program, tmp_path):
-    file = tmp_path / "runner.py"
-    file.write_text(RUNS_PROGRAMS)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
-    sandbox = Sandbox(Limits(seconds=20, memory_bytes=400 << 20), [tmp_path])
-    small = "b'a' * (150 << 20)"
-    solved = sandbox.call(file, "all_solved", [small, program, small, program, small], seconds=60)
-    assert solved == [True, False, True, False, True]
-    sandbox.stop()
 
 
 def test_a_program_that_waits_for_a_busy_machine_has_its_cpu_time_all_the_same(tmp_path):

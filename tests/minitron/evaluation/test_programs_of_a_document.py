@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from helpers.programs import has_sandbox, sandboxed
@@ -120,3 +121,109 @@ def test_long_errors_of_many_programs_leave_room_for_the_results(programs: Run) 
 def test_a_great_many_files_cost_a_new_sandbox(programs: Run) -> None:
     assert programs("import os\nfor n in range(10_001): os.mkdir(f'/tmp/{n}')") == [True]
     assert programs("import os\nassert not os.path.exists('/tmp/1')") == [True]
+
+
+# Begins a process that goes on when its first thread has ended: /proc says of it that it has ended, and has no memory.
+GOES_ON = """
+import ctypes, os, threading, time
+libc = ctypes.CDLL(None)
+def has_ended(number):
+    return ') Z' in open(f'/proc/{number}/stat').read()
+def begin(work):
+    def wait_and_work():
+        while not has_ended(os.getpid()): time.sleep(0.01)
+        work()
+    child = os.fork()
+    if child == 0:
+        libc.prctl(15, b'sleep')
+        threading.Thread(target=wait_and_work).start()
+        libc.syscall(60 if os.uname().machine == 'x86_64' else 93, 0)
+    while not has_ended(child): time.sleep(0.01)
+"""
+
+# Two children, each of which takes less CPU time than one process may.
+CPU_TIME = """
+import os, time, signal
+signal.signal(signal.SIGCHLD, signal.{heard})
+for _ in range(2):
+    if os.fork() == 0:
+        while time.process_time() < {seconds}: pass
+        os._exit(0)
+try:
+    while True: os.wait()
+except ChildProcessError: pass
+"""
+
+
+@pytest.mark.parametrize("heard", ["SIG_DFL", "SIG_IGN"])  # the second hides the CPU time of processes that have ended
+def test_the_processes_of_a_program_share_its_cpu_time(heard: str, programs: Run) -> None:
+    assert programs(CPU_TIME.format(seconds=0.05, heard=heard), CPU_TIME.format(seconds=0.6, heard=heard)) == [
+        True,
+        False,
+    ]
+
+
+LEFT_RUNNING = {
+    # Popen returns when the child has become `sleep`
+    "a process": "import subprocess\nsubprocess.Popen(['/usr/bin/sleep', '59'], start_new_session=True)",
+    "a process whose first thread has ended": GOES_ON + "begin(lambda: time.sleep(59))",
+}
+
+
+@pytest.mark.parametrize("name", LEFT_RUNNING)
+def test_the_processes_of_a_program_are_gone_when_the_next_one_of_its_document_runs(name: str, programs: Run) -> None:
+    names = "[open(f'/proc/{n}/comm').read() for n in os.listdir('/proc') if n.isdecimal()]"
+    alone = f"import os\nassert 'sleep\\n' not in {names}"
+    assert programs(*[LEFT_RUNNING[name], alone] * 10) == [True] * 20
+
+
+def test_a_process_whose_first_thread_has_ended_takes_of_the_cpu_time(programs: Run) -> None:
+    work = "while time.process_time() < 0.7: pass\n    os.write(write, b'a')\n    time.sleep(59)"
+    busy = f"read, write = os.pipe()\ndef work():\n    {work}\nbegin(work), begin(work)\nos.read(read, 1), os.read(read, 1)"
+    assert programs(GOES_ON + busy, "pass") == [False, True]
+
+
+SHARED_OUT = """
+import os
+read, write = os.pipe()
+begun, begin = os.pipe()
+for _ in range(4):
+    if os.fork() == 0:
+        memory = b"a" * (150 << 20)
+        os.write(write, b"a")
+        os.read(begun, 1)  # until all have theirs
+        os._exit(0)
+for _ in range(4):
+    os.read(read, 1)
+import time
+time.sleep(1)
+os.write(begin, b"aaaa")
+for _ in range(4):
+    os.wait()
+"""
+
+
+SHARED_OUT_TO_THREADS = (
+    GOES_ON
+    + """
+read, write = os.pipe()
+def work():
+    memory = b"a" * (150 << 20)
+    os.write(write, b"a")
+    time.sleep(59)
+for _ in range(4):
+    begin(work)
+for _ in range(4):
+    os.read(read, 1)
+time.sleep(1)
+"""
+)
+
+
+@pytest.mark.parametrize(
+    "program", [SHARED_OUT, SHARED_OUT_TO_THREADS], ids=["processes", "those without a first thread"]
+)
+def test_memory_that_a_program_shares_out_to_several_processes_is_limited_too(program: str, tmp_path: Path) -> None:
+    small = "b'a' * (150 << 20)"
+    with sandboxed(tmp_path, Limits(seconds=20, memory_bytes=400 << 20)) as run:
+        assert run(small, program, small, program, small) == [True, False, True, False, True]
