@@ -56,16 +56,22 @@ def cause(error: BaseException) -> BaseException:
 def first_cause(failures: Mapping[int, BaseException]) -> tuple[list[int], BaseException]:
     """The ranks that failed first and their error, from the errors of the workers of one training, by rank.
 
-    When one process fails, the collective operations of the others raise RuntimeError: these are not the cause.
+    When one process fails, the collective operations of the others raise RuntimeError with Gloo, and errors of
+    torch.distributed's own with NCCL: these are not the cause.
     """
     causes = {rank: cause(failure) for rank, failure in sorted(failures.items())}
     own: tuple[type[BaseException], ...] = (MinitronError, *not_retryable())
     for kinds in (own, (RayActorError,)):
         if ranks := [rank for rank, error in causes.items() if isinstance(error, kinds)]:
             return ranks, causes[ranks[0]]
-    others = [rank for rank, error in causes.items() if type(error) is not RuntimeError]
+    others = [rank for rank, error in causes.items() if not _is_of_the_group(error)]
     ranks = [*others, *causes][:1]
     return ranks, causes[ranks[0]]
+
+
+def _is_of_the_group(error: BaseException) -> bool:
+    own = getattr(sys.modules.get("torch.distributed"), "DistError", None)
+    return type(error) is RuntimeError or (own is not None and isinstance(error, own))
 
 
 def reason(error: BaseException) -> str:

@@ -6,6 +6,7 @@ import importlib
 
 import pytest
 import ray
+import torch.distributed as dist
 from ray.exceptions import RayError
 from ray.train import ControllerError
 
@@ -46,3 +47,10 @@ def test_a_worker_that_lacks_a_package_to_read_what_it_is_sent_fails_for_good(ra
     assert ranks == [0]
     assert isinstance(found, not_retryable())
     assert "lacks the Python package absent" in found.problem
+
+
+@pytest.mark.parametrize("of_the_group", [RuntimeError, dist.DistBackendError, dist.DistNetworkError])
+def test_collectives_that_end_because_another_process_failed_are_not_the_cause(of_the_group):
+    """Gloo raises RuntimeError, NCCL its subclasses."""
+    ranks, found = first_cause({0: of_the_group("aborted"), 1: KeyError("rows"), 2: of_the_group("aborted")})
+    assert (ranks, type(found)) == ([1], KeyError)
