@@ -125,7 +125,8 @@ def gpu_memory(
         size = source.num_parameters * value_bytes
         cutting = size + student.num_parameters * value_bytes + state.teacher + CONTEXT
         state = replace(state, source=size if source_kept else 0)
-    state = replace(state, gradients=training.sums if training.micro_batches > 1 else 0)
+    kept_sums = training.micro_batches > 1 or config.cuda_graphs  # graphs add to sums that stay where they are
+    state = replace(state, gradients=training.sums if kept_sums else 0)
     in_teacher = state
     if teacher is not None and teacher_kept != "head":
         rounded = 0 if config.fp8 == "none" else fp8_per_token(teacher)

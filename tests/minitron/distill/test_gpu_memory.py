@@ -164,6 +164,14 @@ def test_a_trial_needs_its_source_at_the_start_and_longer_only_if_it_is_kept():
     assert estimates[0] == estimates[1]  # read from a file
 
 
+def test_the_sums_that_cuda_graphs_add_to_count_from_the_first_micro_batch():
+    """Without graphs they are made as the gradients come, when the loss's memory is free again."""
+    student = Architecture(12, 576, 1536, 9, 3, 64, 49_152, tied=True)
+    settings = DistillConfig(steps=1, batch_rows=4, micro_batch_rows=4)
+    recorded, plain = (gpu_memory(student, replace(settings, cuda_graphs=on), 4096) for on in (True, False))
+    assert (plain.gradients, recorded.gradients) == (0, 4 * student.num_parameters)
+
+
 def test_gradients_move_to_their_sums_as_soon_as_they_are_there():
     with like_cuda():
         student = named("llama-4.5b", 6)
