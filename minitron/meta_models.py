@@ -24,6 +24,7 @@ from minitron.checkpoints.headers import read_headers
 from minitron.checkpoints.reading import quiet_transformers, read_config
 from minitron.families.config import make_plain
 from minitron.logits import Head
+from minitron.model_imports import import_models
 from minitron.models import is_finite, is_other_attention, load_model, not_finite
 from minitron.sharded_tensors import is_dtensor, whole
 
@@ -95,6 +96,7 @@ def open_model(folder: str | Path, dtype: torch.dtype) -> MetaModel:
 
     Raises InputError unless these hold the tensors of the model in config.json.
     """
+    import_models()
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, GenerationConfig
 

@@ -39,6 +39,7 @@ from minitron.errors import InputError
 from minitron.families import family_of
 from minitron.families.config import make_plain
 from minitron.files import file_stat
+from minitron.model_imports import import_models
 from minitron.packages import PACKAGE, package_path
 
 # Keys that transformers writes into tokenizer_config.json about the machine it ran on and about code outside the folder.
@@ -236,6 +237,7 @@ def not_finite(where: str, names: Sequence[str]) -> InputError:
 
 def _filled_model(folder: str, where: str, **arguments: Any) -> Any:
     """Load a causal language model. Raises InputError unless the checkpoint has every parameter and nothing else."""
+    import_models()
     from transformers import AutoModelForCausalLM
 
     arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # mismatched ones are refused below

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from minitron.model_imports import import_models
+
 PREFIX = "minitron_"
 WRAPPED = ("sdpa", "eager")  # the implementations of transformers that are wrapped
 # Kernels that a process keeps: for teacher and student, with and without gradients, each number of rows and kind of mask.
@@ -60,6 +62,7 @@ def _is_causal(config: Any) -> bool:
 
 @lru_cache
 def _register() -> None:
+    import_models()
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

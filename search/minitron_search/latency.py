@@ -16,6 +16,7 @@ from minitron.checkpoints.reading import read_config
 from minitron.device import DTYPES, device, device_name
 from minitron.errors import MinitronError
 from minitron.evaluation import interleaved_throughput, interleaved_token_latency
+from minitron.model_imports import import_models
 from minitron.models import quiet_transformers
 from minitron_search.arguments import absolute_path
 
@@ -149,6 +150,7 @@ def _config(folder: str) -> PretrainedConfig:
 
 
 def _random_model(config: PretrainedConfig, architecture: Architecture, dtype: str) -> PreTrainedModel:
+    import_models()
     from transformers import AutoModelForCausalLM
 
     with quiet_transformers(), torch.device(device()):

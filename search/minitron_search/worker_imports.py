@@ -8,18 +8,15 @@ from importlib import import_module
 
 from minitron.garbage import collector_off
 
-LIBRARIES = (
-    "torch",
-    "minitron.distill.loop",
-    "minitron.meta_models",
-    "transformers.models.auto.modeling_auto",
-    "transformers.modeling_utils",
-)
+LIBRARIES = ("torch", "minitron.distill.loop", "minitron.meta_models", "transformers.models.auto.modeling_auto")
 
 
 @cache
 def import_libraries() -> None:
     """Import, once, what every worker with a model needs."""
     with collector_off():
+        from minitron.model_imports import import_models
+
+        import_models()
         for name in LIBRARIES:
             import_module(name)
