@@ -31,7 +31,7 @@ def row_arguments(
     model: Any, input_ids: Tensor, documents: DocumentBoundaries | None = None, kernel: Kernel | None = None
 ) -> dict[str, Any]:
     """Arguments for the decoder of a transformers model on rows without padding, int64 [rows, seq_length]: masks, and with
-    `documents` positions that restart in each document, so that documents do not attend to each other.
+    `documents` positions that restart in each document (except with longrope), so that documents do not attend to each other.
 
     kernel: by default the one for the tokens' device. Raises InputError for `documents` with an attention implementation
     that was chosen explicitly, and for layers with attention other than full and sliding.
@@ -52,9 +52,19 @@ def row_arguments(
         kind: _mask(config, dtype, input_ids, window, numbers, kernel) for kind, window in _windows(config).items()
     }
     arguments: dict[str, Any] = {"attention_mask": masks.get("", masks)}
-    if documents:
+    if documents and short_length(config) is None:
         arguments["position_ids"] = documents.positions(input_ids)
     return arguments
+
+
+def short_length(config: Any) -> int | None:
+    """Number of positions up to which rotary embeddings have other factors than beyond (longrope), or None.
+
+    transformers chooses by the largest position of a batch. With positions that restart, a row's factors would depend on the
+    documents of the rows beside it. Within a document only distances count, so that positions in the row do as well.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    return int(rope["original_max_position_embeddings"]) if rope.get("rope_type") == "longrope" else None
 
 
 def _windows(config: Any) -> dict[str, int | None]:

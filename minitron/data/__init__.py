@@ -2,6 +2,7 @@
 
 from minitron.data.boundaries import DocumentBoundaries
 from minitron.data.documents import Document, check_chat_template, check_first_row, documents
+from minitron.data.fields import ends_inside_chats
 from minitron.data.in_parts import InParts
 from minitron.data.packing import pack, tokenizer_identity
 from minitron.data.rows import Rows, Split, rows_for_step, rows_of_steps
@@ -21,6 +22,7 @@ __all__ = [
     "check_first_row",
     "document_tokens",
     "documents",
+    "ends_inside_chats",
     "pack",
     "rows_for_step",
     "rows_of_steps",

@@ -73,6 +73,19 @@ class RowText:
             ) from error
 
 
+def ends_inside_chats(tokenizer: Any) -> bool:
+    """Whether a tokenizer's chat template may write the end-of-text token before the end of a chat, as most do after every
+    message or answer."""
+    from jinja2 import TemplateError
+
+    chat = [{"role": role, "content": "a"} for role in ("user", "assistant") * 2]
+    try:
+        text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
+        return True  # of a template for other roles it is not known
+    return tokenizer.eos_token_id in tokenizer.encode(text, add_special_tokens=False)[:-1]
+
+
 def top_level(key: str, names: Mapping[str, Any] | list[str]) -> str:
     """The column among `names` that contains the field `key`: `key` itself, or the part before one of its dots; empty if
     there is none."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from minitron.arguments import check_tokenizer, check_type, check_types
 from minitron.data.documents import check_chat_template
+from minitron.data.fields import ends_inside_chats
 from minitron.data.in_parts import InParts, pack_in_parts
 from minitron.data.merging import Chunks, write_rows
 from minitron.data.parts import whole
@@ -105,6 +106,7 @@ def pack(
     for one in [*sources, *([heldout] if heldout else [])]:
         check_chat_template(one, tokenizer)
     around = document_tokens(tokenizer, add_bos)
+    has_chats = any(one.messages for one in [*sources, *([heldout] if heldout else [])])
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     layout = Layout(
         sources=tuple(one.label for one in sources),
@@ -128,6 +130,7 @@ def pack(
             shard_rows,
             drop_duplicates,
         ),
+        ends_inside=has_chats and ends_inside_chats(tokenizer),
     )
     fraction = layout.request["heldout_fraction"]
     hows = [Tokenising(one, tokenizer, around, fraction, layout.dtype) for one in sources]

@@ -32,7 +32,7 @@ class Layout:
     """What the rows consist of; it can be pickled.
 
     sources, weights: name and weight of each source. heldout: name of the source of the held-out rows, if they have their own.
-    request: what the index records of the settings.
+    request: what the index records of the settings. ends_inside: whether the end-of-text token may also be inside a document.
     """
 
     sources: tuple[str, ...]
@@ -46,6 +46,7 @@ class Layout:
     dtype: np.dtype
     vocab_size: int
     request: Mapping[str, Any]
+    ends_inside: bool = False
 
 
 @dataclass(frozen=True)
@@ -285,6 +286,8 @@ class Placer:
             "request": dict(self.layout.request),
             "sources": [self._counts(number, name) for number, name in enumerate(names)],
         }
+        if self.layout.ends_inside:
+            index["ends_inside"] = True
         if left_out := _named({reason: int(counts.sum()) for reason, counts in self._left_out.items()}):
             index["left_out"] = left_out
         return index

@@ -125,7 +125,14 @@ class Rows:
 
     @property
     def boundaries(self) -> DocumentBoundaries:
-        """How to tell where documents begin in these rows."""
+        """How to tell where documents begin in these rows. Raises InputError for chats whose messages end with the end-of-text
+        token, as documents do: an answer would not see its question."""
+        if self.index.get("ends_inside"):
+            raise InputError(
+                f"{self.folder}: documents cannot be told apart, because the tokenizer's chat template ends messages with the "
+                "end-of-text token, too",
+                "let the documents of a row attend to each other",
+            )
         packed = self.index["request"]
         return DocumentBoundaries(packed["eos"], tuple(packed.get("begin", ())))
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from minitron.architecture import Architecture
-from minitron.attention import row_arguments, takes_masks, use_own_attention
+from minitron.attention import row_arguments, short_length, takes_masks, use_own_attention
 from minitron.evaluation.answers import Answers, batch_name
 from minitron.evaluation.batches import BatchRows, prefixed_rows, rows_of_batch
 from minitron.evaluation.shared_prefix import SharedPrefix, shared_length
@@ -54,6 +55,8 @@ class _Row:
     """Input tokens after the context (a continuation without its last token) -> indices of the continuations with them."""
     before: int = 0
     """Number of tokens of the shared prefix."""
+    is_long: bool = False
+    """Whether it is longer than `short_length` of the model; such rows share neither batches nor a prefix with others."""
 
     def __len__(self) -> int:
         return len(self.context) + sum(map(len, self.branches))
@@ -171,11 +174,9 @@ def _batches(
     before = rows[0].before if rows else 0
     most = prefixed_rows(batch_rows, Architecture.from_config(config), before, device) if before else len(rows)
     batches = []
-    for several in (
-        True,
-        False,
-    ):  # in separate batches, because rows without a mask may be longer than the sliding window
-        alike = [row for row in rows if (len(row.branches) > 1) is several]
+    # in separate batches, because rows without a mask may be longer than the sliding window
+    for several, is_long in product((True, False), (True, False)):
+        alike = [row for row in rows if (len(row.branches) > 1, row.is_long) == (several, is_long)]
         masked = several or before > 0
         while alike:
             longest = len(alike[0])
@@ -188,17 +189,20 @@ def _batches(
 
 
 def _rows(continuations: Sequence[Continuation], config: Any) -> list[_Row]:
-    shared: dict[tuple[int, ...], _Row] = {}
+    shared: dict[tuple[tuple[int, ...], bool], _Row] = {}
+    most = short_length(config)
     for number, continuation in enumerate(continuations):
         context = tuple(continuation.context)
-        row = shared.setdefault(context, _Row(context))
+        is_long = most is not None and len(context) + len(continuation.tokens) - 1 > most
+        row = shared.setdefault((context, is_long), _Row(context, is_long=is_long))
         row.branches.setdefault(tuple(continuation.tokens[:-1]), []).append(number)
     window = (getattr(config, "sliding_window", None) or float("inf")) if takes_masks(config) else 0
 
     def fits(row: _Row) -> bool:
         return max(row.positions()) < window
 
-    if all(map(fits, shared.values())) and (prefix := shared_length(list(shared))):
+    may_share = all(fits(row) and not row.is_long for row in shared.values())
+    if may_share and (prefix := shared_length([row.context for row in shared.values()])):
         return [row.without(prefix) for row in shared.values()]
     return [
         part
@@ -206,7 +210,7 @@ def _rows(continuations: Sequence[Continuation], config: Any) -> list[_Row]:
         for part in (
             [row]
             if len(row.branches) == 1 or fits(row)
-            else [_Row(row.context, {b: n}) for b, n in row.branches.items()]
+            else [_Row(row.context, {b: n}, is_long=row.is_long) for b, n in row.branches.items()]
         )
     ]
 

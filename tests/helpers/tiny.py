@@ -88,6 +88,14 @@ def model(family: str = "llama", tied: bool = True, seed: int = 0, **changes: An
     return made
 
 
+def longrope_model(short_length: int) -> torch.nn.Module:
+    """A model whose rotary embeddings have other factors in texts of more than `short_length` tokens."""
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
+    rope |= {"short_factor": [1.0, 1.5], "long_factor": [2.0, 4.0]}
+    lengths = {"max_position_embeddings": 256, "original_max_position_embeddings": short_length}
+    return model("phi3", rope_parameters=rope, head_dim=None, **lengths)
+
+
 def architecture(of: torch.nn.Module) -> Architecture:
     return Architecture.from_config(of.config)
 

@@ -10,7 +10,7 @@ import torch
 from minitron import storage
 from minitron.architecture import Architecture
 from minitron.checkpoints.tokenizer_files import check_tokenizer_fits
-from minitron.data import TextSource, check_chat_template, check_first_row
+from minitron.data import TextSource, check_chat_template, check_first_row, ends_inside_chats
 from minitron.data import source_identity as text_identity
 from minitron.device import compute_capability
 from minitron.distill.config import ADAMW_8BIT
@@ -70,8 +70,15 @@ def check_with_teacher(recipe: Recipe, teacher: Architecture, max_seq_length: in
             with_beginning(source_tokenizer(recipe.teacher.model, recipe.teacher.revision), recipe.data.bos)
     for key, source in all_text_sources(recipe.data).items():
         if source.messages is not None:
+            tokenizer = source_tokenizer(recipe.teacher.model, recipe.teacher.revision)
             with named_by_key(key):
-                check_chat_template(source, source_tokenizer(recipe.teacher.model, recipe.teacher.revision))
+                check_chat_template(source, tokenizer)
+            if recipe.data.separate_documents is True and ends_inside_chats(tokenizer):
+                raise InputError(
+                    f"data.separate_documents: true, but the chat template for {key}.messages ends messages with the "
+                    "end-of-text token, as documents do: answers would not see their questions",
+                    "leave it out, or set it to false",
+                )
     if recipe.correct and recipe.correct.method == "lora":
         check_lora(teacher)
 

@@ -50,7 +50,7 @@ from minitron_platform.planning.checks import (
 from minitron_platform.planning.cluster import GPU, WORKER_START, Cluster, assumed_cluster, cluster_here
 from minitron_platform.planning.disk import DiskNeed
 from minitron_platform.planning.simulation import simulate
-from minitron_platform.recipes.build import separates_documents
+from minitron_platform.recipes.build import has_chats, separates_documents
 from minitron_platform.recipes.candidates import family_candidates
 from minitron_platform.recipes.consistency import check_consistency
 from minitron_platform.recipes.keys import named_by_key
@@ -369,11 +369,12 @@ def _documents_text(recipe: Recipe) -> str:
     on_gpu = chosen_kernel(device()) == "flex"
     if separates_documents(recipe):
         return "those in one row do not attend to each other" + ("" if on_gpu else ", by masks, which are slow on CPUs")
-    return "those in one row attend to each other" + (
-        "; only GPUs separate them at no cost (data.separate_documents)"
-        if recipe.data.separate_documents == "auto"
-        else ""
-    )
+    together = "those in one row attend to each other"
+    if recipe.data.separate_documents != "auto":
+        return together
+    if has_chats(recipe.data):
+        return f"{together}, because chats are not told apart (data.separate_documents)"
+    return f"{together}; only GPUs separate them at no cost (data.separate_documents)"
 
 
 def _known_gpus(resources: ResolvedResources, speed: Speed, elsewhere: bool, joined: Cluster | None) -> Cluster | None:

@@ -56,6 +56,11 @@ def all_text_sources(data: schema.Data) -> dict[str, TextSource]:
     return text_sources(data) | ({"data.heldout": heldout} if heldout else {})
 
 
+def has_chats(data: schema.Data) -> bool:
+    """Whether any of the text is chats."""
+    return any(source.messages for source in all_text_sources(data).values())
+
+
 def _text_source(key: str, section: schema.HeldoutText | schema.WeightedText | schema.Data) -> TextSource:
     with named_by_key(key):
         return TextSource(**section.model_dump(include={field.name for field in fields(TextSource)}))
@@ -80,12 +85,14 @@ def document_tokens(data: schema.Data, tokens: DocumentTokens) -> DocumentTokens
 
 def separates_documents(recipe: schema.Recipe, on_gpus: bool | None = None) -> bool:
     """Whether attention is restricted to the tokens of the same document; `auto`: if models run on GPUs, where that is
-    faster.
+    faster, and none of the text is chats, in which most templates end every message as a document ends.
 
     on_gpus: whether a cluster's workers run on GPUs; None if models run on this machine's device.
     """
     if recipe.data.separate_documents != "auto":
         return recipe.data.separate_documents
+    if has_chats(recipe.data):
+        return False
     if 0 in (recipe.resources.gpus_per_trial, recipe.resources.gpus_per_worker):
         return False
     return chosen_kernel(device() if on_gpus is None else torch.device("cuda" if on_gpus else "cpu")) == "flex"

@@ -108,7 +108,7 @@ class Data(_Text):
 
     `add_bos`: whether a beginning-of-sequence token precedes every document, and starts every row and benchmark request;
     `auto` follows the teacher's tokenizer. `separate_documents`: whether attention is restricted to the tokens of the same
-    document, in all models and stages; `auto`: if models run on GPUs.
+    document, in all models and stages; `auto`: if models run on GPUs and no text is chats.
     """
 
     kind: TextKind | None = None

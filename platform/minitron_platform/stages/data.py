@@ -25,7 +25,14 @@ from minitron_platform.estimates.outlook import Estimate, Outlook
 from minitron_platform.estimates.phases import data_parts
 from minitron_platform.estimates.teacher import TOKEN_BYTES
 from minitron_platform.recipes import schema
-from minitron_platform.recipes.build import all_text_sources, data_values, document_tokens, heldout_source, text_sources
+from minitron_platform.recipes.build import (
+    all_text_sources,
+    data_values,
+    document_tokens,
+    has_chats,
+    heldout_source,
+    text_sources,
+)
 from minitron_platform.stages.context import Context
 from minitron_platform.stages.stage import ArtifactPath, Stage, StageOutput
 from minitron_platform.stages.state import RunState
@@ -119,7 +126,7 @@ class Data(Stage[DataOutput]):
             "source": identities[0] if len(identities) == 1 else identities,
             **({"heldout": source_identity(heldout)} if heldout else {}),
             "data": values,
-            **chat_template_input(state, any(source.messages for source in all_text_sources(data).values())),
+            **chat_template_input(state, has_chats(data)),
             "begin": list(special_tokens.begin),
             "end": list(special_tokens.end),
         }

@@ -10,6 +10,7 @@ from helpers import distilling, tiny
 from helpers.documents import DOCUMENTS, one_by_one
 
 from minitron import estimate_importance
+from minitron.attention import row_arguments
 from minitron.data import Rows
 from minitron.distill import LiveTeacher, StoredTeacher, store_hidden
 from minitron.distill.inputs import DistillInputs
@@ -43,6 +44,14 @@ def test_calibration_and_held_out_metrics_do_not_depend_on_which_documents_share
         Head.of(each).logits(hidden).double().log_softmax(-1) for each, hidden in ((teacher, other), (model, own))
     )
     assert metrics.kl == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-4)
+
+
+def test_with_longrope_a_row_does_not_depend_on_the_documents_of_the_rows_beside_it():
+    model, rows = tiny.longrope_model(short_length=12), tiny.rows(2, 24)
+    rows[rows == DOCUMENTS.end] = 8
+    rows[0, [8, 16]] = DOCUMENTS.end  # the documents of the first row are short, that of the second is long
+    both, alone = (model.model(input_ids=ids, **row_arguments(model, ids, DOCUMENTS))[0] for ids in (rows, rows[:1]))
+    assert torch.allclose(both[:1], alone, atol=1e-5)
 
 
 def test_live_and_stored_teachers_must_separate_documents_like_the_student(material, tmp_path):

@@ -56,3 +56,22 @@ def test_boundaries_of_packed_rows_are_where_documents_were_joined(tmp_path, add
 def test_an_end_token_among_several_beginning_tokens_is_refused():
     with pytest.raises(InputError, match=r"begin with the tokens \[3, 7\], among them the end-of-text token 7"):
         DocumentBoundaries(7, (3, 7))
+
+
+@pytest.mark.parametrize(("after_each", "known"), [("<eos>", False), (" end", True)])
+def test_chats_whose_messages_end_like_documents_have_no_boundaries(tmp_path, after_each, known):
+    words = tiny.tokenizer()
+    words.chat_template = f"{{% for m in messages %}}{{{{ m.content }}}}{after_each}{{% endfor %}}"
+    chat = [{"role": role, "content": f"{role} river stone"} for role in ("user", "assistant") * 2]
+    (tmp_path / "chats.jsonl").write_text((json.dumps({"chat": chat}) + "\n") * 30)
+    source = TextSource("jsonl", path=str(tmp_path / "chats.jsonl"), messages="chat")
+    sizes = {"seq_length": 200, "train_rows": 4, "heldout_rows": 0, "heldout_fraction": 0.0}
+    rows = pack(source, words, str(tmp_path / "rows"), **sizes)
+    length = len(words(words.apply_chat_template(chat, tokenize=False))["input_ids"]) + known
+    if not known:
+        with pytest.raises(InputError, match="template ends messages with the end-of-text token"):
+            rows.boundaries  # noqa: B018
+        return
+    numbers = rows.boundaries.numbers(ids := rows.take(range(2)))
+    assert ids[0, length - 1] == words.eos_token_id
+    assert numbers[0].tolist() == [1 + position // length for position in range(200)]

@@ -35,7 +35,7 @@ def _questions():
 def _alone(model, continuation):
     ids = torch.tensor([[*continuation.context, *continuation.tokens]])
     with torch.inference_mode():
-        log_p = torch.log_softmax(model(input_ids=ids).logits[0, :-1].double(), -1)[-len(continuation.tokens) :]
+        log_p = torch.log_softmax(model(input_ids=ids[:, :-1]).logits[0].double(), -1)[-len(continuation.tokens) :]
     wanted = torch.tensor(continuation.tokens)
     return float(log_p.gather(1, wanted[:, None]).sum()), bool((log_p.argmax(-1) == wanted).all())
 
@@ -61,6 +61,17 @@ def test_answers_that_share_a_context_score_like_separate_rows_in_every_family(f
             assert found[number].log_likelihood == pytest.approx(log_likelihood, rel=2e-5, abs=2e-5)
             assert found[number].greedy is greedy
     assert found[len(asked) - 1].greedy
+
+
+def test_with_longrope_an_answer_has_the_factors_of_its_own_length():
+    model = tiny.longrope_model(short_length=12)
+    asked = _questions()
+    lengths = [len(each.context) + len(each.tokens) - 1 for each in asked]
+    assert min(lengths) < 12 < max(lengths)
+    shared = [Continuation([5] * 40 + each.context, each.tokens) for each in asked]  # all are long
+    for answers in (asked, shared):
+        for number, found in log_likelihoods(model, answers, 100):
+            assert found.log_likelihood == pytest.approx(_alone(model, answers[number])[0], rel=2e-5, abs=2e-5)
 
 
 def test_on_a_gpu_batches_have_a_number_of_tokens_and_answers_score_the_same(monkeypatch):

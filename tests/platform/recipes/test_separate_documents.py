@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 
+from minitron.errors import InputError
 from minitron_platform.planning.plan import plan
 from minitron_platform.recipes import build
 from minitron_platform.recipes.load import load_recipe
@@ -20,6 +24,7 @@ from minitron_platform.stages.finished import run_key
         (["resources.gpus_per_trial=0"], False, False),
         (["resources.gpus_per_worker=0"], False, False),
         (["resources.gpus_per_worker=2"], False, True),
+        (["data.messages=chat"], False, False),  # in most templates a message ends as a document does
     ],
 )
 def test_documents_are_kept_apart_where_models_run_on_gpus(bench, monkeypatch, overrides, on_cpu, on_gpu):
@@ -44,3 +49,23 @@ def test_the_plan_says_that_documents_see_each_other_on_cpus_and_how_to_change_i
     assert planned.documents_text == (
         "those in one row attend to each other; only GPUs separate them at no cost (data.separate_documents)"
     )
+
+
+def test_documents_are_not_told_apart_where_messages_end_like_them(bench, tmp_path):
+    copy = shutil.copytree(bench, tmp_path / "bench")
+    chat = [{"role": role, "content": "river stone"} for role in ("user", "assistant")]
+    (copy / "chats.jsonl").write_text(json.dumps({"chat": chat}) + "\n")
+    template = next(copy.rglob("tokenizer_config.json")).with_name("chat_template.jinja")
+    overrides = [f"data.path={copy / 'chats.jsonl'}", "data.messages=chat", f"teacher.model={template.parent}"]
+    for each, fits in (("<eos>", False), ("!", True)):
+        template.write_text(f"{{% for m in messages %}}{{{{ m.role }}}} {{{{ m.content }}}}{each}{{% endfor %}}<eos>")
+        recipe = load_recipe(str(copy / "recipe.yaml"), [*overrides, "data.separate_documents=true"])
+        if fits:
+            assert plan(recipe, storage_path=str(tmp_path / "runs")).documents_text.startswith(
+                "those in one row do not"
+            )
+        else:
+            with pytest.raises(InputError, match=r"true, but the chat template for data\.messages ends messages"):
+                plan(recipe, storage_path=str(tmp_path / "runs"))
+    planned = plan(load_recipe(str(copy / "recipe.yaml"), overrides), storage_path=str(tmp_path / "runs"))
+    assert planned.documents_text.endswith("because chats are not told apart (data.separate_documents)")
