@@ -13,10 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# PyTorch looks at this once, in a process's first product on a GPU, and without it refuses deterministic products from then on
-# (alertCuBLASConfigNotDeterministic): too late for a training after other work of its process. 32 MiB, as it takes on an H100.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 

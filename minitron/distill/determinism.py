@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+
+def allow_deterministic_products() -> None:
+    """Let products of matrices on GPUs be deterministic in this process. To be called before its first one.
+
+    PyTorch looks at the variable in a process's first product on a GPU, and without it refuses deterministic ones from then on
+    (alertCuBLASConfigNotDeterministic).
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @contextmanager
@@ -13,12 +23,13 @@ def deterministic_kernels(device: torch.device) -> Iterator[None]:
     """Within the block PyTorch uses deterministic kernels, and raises RuntimeError for an operation that has none. CPUs need
     no other kernels: nothing changes there.
 
-    Products of matrices also need what `minitron.device` sets in the environment.
+    Products of matrices also need `allow_deterministic_products`, which is in time here if nothing was multiplied before.
     """
     if device.type == "cpu":
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    allow_deterministic_products()
     torch.use_deterministic_algorithms(True)
     try:
         yield

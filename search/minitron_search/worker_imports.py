@@ -1,5 +1,5 @@
-"""The imports of a worker that computes with models: most of its start, so that they come in one go. This module itself imports
-nothing that takes long."""
+"""The start of a worker that computes with models: mostly imports, which come in one go. This module itself imports nothing
+that takes long."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ LIBRARIES = ("torch", "minitron.distill.loop", "minitron.meta_models", "transfor
 
 @cache
 def import_libraries() -> None:
-    """Import, once, what every worker with a model needs."""
+    """Import, once, what every worker with a model needs, before it computes anything."""
     with collector_off():
+        from minitron.distill.determinism import allow_deterministic_products
         from minitron.model_imports import import_models
 
+        allow_deterministic_products()
         import_models()
         for name in LIBRARIES:
             import_module(name)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 
 from helpers.command import ROOT
 from helpers.joining import join_two
+
+from minitron_search.worker_imports import import_libraries
 
 
 def test_workers_listen_only_at_the_chosen_address_and_exchange_values_exactly():
@@ -24,6 +27,14 @@ def test_workers_listen_only_at_the_chosen_address_and_exchange_values_exactly()
         assert address in listening
         assert not listening & {"0.0.0.0", "::"}
         assert address != "127.0.0.1" or listening == {address}
+
+
+def test_a_worker_allows_deterministic_products_before_it_computes(monkeypatch):
+    """PyTorch looks at the variable once, in a process's first product on a GPU, which may be in calibration."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is as before after the test
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    import_libraries.__wrapped__()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 def test_no_code_of_ours_exchanges_objects_as_pickles():
