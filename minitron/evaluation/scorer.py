@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from minitron.architecture import Architecture
+from minitron.attention import short_length
 from minitron.checkpoints.identity import generation_settings
 from minitron.data import DocumentTokens, document_tokens
 from minitron.errors import InputError
@@ -165,13 +166,16 @@ class Scorer(DocumentRequests):
         return missing, texts, cut
 
     def _generations(self, requests: list[Any]) -> list[list[int]]:
-        """The indices of the requests of each batch, which have the same settings and similar lengths; the longest first."""
-        alike: dict[str, list[int]] = {}
-        for index, request in enumerate(requests):
-            alike.setdefault(repr(request.args[1]), []).append(index)
+        """The indices of the requests of each batch, which have the same settings and similar lengths, with longrope on the
+        same side of `short_length`; the longest first."""
+        short = short_length(self.model.config)
+        alike: dict[tuple[str, bool], list[int]] = {}
+        lengths = [len(self.tok_encode(request.args[0])) for request in requests]
+        for index, (request, length) in enumerate(zip(requests, lengths, strict=True)):
+            alike.setdefault((repr(request.args[1]), short is not None and length > short), []).append(index)
         batches = []
         for indices in alike.values():
-            indices.sort(key=lambda index: (-len(self.tok_encode(requests[index].args[0])), requests[index].args[0]))
+            indices.sort(key=lambda index: (-lengths[index], requests[index].args[0]))
             parts = [indices[start : start + self.batch_size] for start in range(0, len(indices), self.batch_size)]
             batches += [sorted(part) for part in parts]
         return batches

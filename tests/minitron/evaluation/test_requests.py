@@ -7,13 +7,16 @@ import logging
 
 import pytest
 import torch
+from helpers import tiny
 from helpers.evaluating import arc_documents, byte_tokenizer, pages, sums, tiny_model, write_jsonl
 from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from minitron.errors import InputError, one_line
 from minitron.evaluation import Task, evaluate, task_metric
+from minitron.evaluation.scorer import Scorer
 from minitron.evaluation.tasks import parts, read_definition
 
 
@@ -179,3 +182,18 @@ def test_out_of_memory_and_interrupts_are_raised_and_not_recorded_as_failures(
     task = Task("arc_easy", str(write_jsonl(tmp_path / "test.jsonl", arc_documents(1))))
     with pytest.raises(error):
         evaluate(student, tokenizer, [task], on_failure=lambda name, failure: None)
+
+
+def test_with_longrope_a_text_is_generated_with_the_factors_of_its_own_prompt(tokenizer):
+    model = tiny.longrope_model(short_length=24)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # so that texts depend on what stands before
+    settings = {"until": ["\n\n"], "max_gen_toks": 8, "do_sample": False}
+    prompts = ["the river", "a stone", "the river and the stone and the cloud and the tree", "word"]
+    asked = [
+        Instance("generate_until", {}, (prompt, settings), number, (None, None, None))
+        for number, prompt in enumerate(prompts)
+    ]
+    texts = [Scorer(model, tokenizer, rows, None, len(asked), None, False).generate_until(asked) for rows in (1, 4)]
+    assert texts[0] == texts[1]
