@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -66,3 +67,25 @@ main()
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 130
     assert done.stderr.strip() == "stopped before anything had begun"
+
+
+INTERRUPTS_A_DATACLASS = """
+import sys
+
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "minitron_platform.recipes.load":
+            exec("raise KeyboardInterrupt")  # dataclasses run code as text, too
+
+sys.meta_path.insert(0, Interrupt())
+"""
+
+
+def test_ctrl_c_within_code_as_text_ends_python_m_with_a_code_too(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTS_A_DATACLASS)
+    variables = environment()
+    variables["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *filter(None, [variables.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "minitron_platform", "recipes"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
+    assert "stopped; to resume: " in done.stderr
+    assert done.returncode == 130
