@@ -56,8 +56,6 @@ class RowText:
         return "".join(f"{plain}{texts[key] if key else ''}" for plain, key in self._parts)
 
     def _chat(self, messages: Any, location: Any) -> str:
-        from jinja2 import TemplateError
-
         key = self.source.messages
         if not isinstance(messages, list) or not messages or not all(isinstance(item, Mapping) for item in messages):
             raise InputError(
@@ -65,8 +63,8 @@ class RowText:
                 'each message must be an object with "role" and "content"',
             )
         try:
-            return str(self.tokenizer.apply_chat_template([dict(item) for item in messages], tokenize=False))
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            return _chat_text(self.tokenizer, [dict(item) for item in messages])
+        except ValueError as error:
             raise InputError(
                 f"{location}: the tokenizer's chat template refuses {key!r} ({error})",
                 "correct the messages' roles and contents, or remove the row",
@@ -76,14 +74,22 @@ class RowText:
 def ends_inside_chats(tokenizer: Any) -> bool:
     """Whether a tokenizer's chat template may write the end-of-text token before the end of a chat, as most do after every
     message or answer."""
-    from jinja2 import TemplateError
-
     chat = [{"role": role, "content": "a"} for role in ("user", "assistant") * 2]
     try:
-        text = str(tokenizer.apply_chat_template(chat, tokenize=False))
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
+        text = _chat_text(tokenizer, chat)
+    except ValueError:
         return True  # of a template for other roles it is not known
     return tokenizer.eos_token_id in tokenizer.encode(text, add_special_tokens=False)[:-1]
+
+
+def _chat_text(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
+    """What a tokenizer's chat template writes. Raises ValueError if it refuses the messages."""
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(str(error)) from error
 
 
 def top_level(key: str, names: Mapping[str, Any] | list[str]) -> str:

@@ -103,10 +103,10 @@ def pack(
     check_type("target", target, str, "the path of a folder")
     if heldout is not None:
         check_type("heldout", heldout, TextSource)
-    for one in [*sources, *([heldout] if heldout else [])]:
+    texts = [*sources, *([heldout] if heldout else [])]
+    for one in texts:
         check_chat_template(one, tokenizer)
     around = document_tokens(tokenizer, add_bos)
-    has_chats = any(one.messages for one in [*sources, *([heldout] if heldout else [])])
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     layout = Layout(
         sources=tuple(one.label for one in sources),
@@ -130,7 +130,7 @@ def pack(
             shard_rows,
             drop_duplicates,
         ),
-        ends_inside=has_chats and ends_inside_chats(tokenizer),
+        ends_inside=any(one.messages for one in texts) and ends_inside_chats(tokenizer),
     )
     fraction = layout.request["heldout_fraction"]
     hows = [Tokenising(one, tokenizer, around, fraction, layout.dtype) for one in sources]

@@ -8,6 +8,10 @@ from contextlib import contextmanager
 
 import torch
 
+from minitron.environment import environment_variables
+
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+
 
 def allow_deterministic_products() -> None:
     """Let products of matrices on GPUs be deterministic in this process. To be called before its first one.
@@ -15,7 +19,7 @@ def allow_deterministic_products() -> None:
     PyTorch looks at the variable in a process's first product on a GPU, and without it refuses deterministic ones from then on
     (alertCuBLASConfigNotDeterministic).
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.update(_workspace())
 
 
 @contextmanager
@@ -23,15 +27,20 @@ def deterministic_kernels(device: torch.device) -> Iterator[None]:
     """Within the block PyTorch uses deterministic kernels, and raises RuntimeError for an operation that has none. CPUs need
     no other kernels: nothing changes there.
 
-    Products of matrices also need `allow_deterministic_products`, which is in time here if nothing was multiplied before.
+    Products of matrices also need `allow_deterministic_products`, unless nothing was multiplied before the block.
     """
     if device.type == "cpu":
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    allow_deterministic_products()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    with environment_variables(_workspace()):
+        torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _workspace() -> dict[str, str]:
+    """The setting of cuBLAS that PyTorch asks for, unless it is set."""
+    return {} if CUBLAS_WORKSPACE in os.environ else {CUBLAS_WORKSPACE: ":4096:8"}

@@ -8,7 +8,7 @@ from importlib import import_module
 
 from minitron.garbage import collector_off
 
-LIBRARIES = ("torch", "minitron.distill.loop", "minitron.meta_models", "transformers.models.auto.modeling_auto")
+LIBRARIES = ("minitron.distill.loop", "minitron.meta_models", "transformers.models.auto.modeling_auto")
 
 
 @cache

@@ -35,6 +35,13 @@ GEMMA = {
     "attn_logit_softcapping": 2.0,
     "query_pre_attn_scalar": 16,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.5],
+    "long_factor": [2.0, 4.0],
+}
 OWN: dict[str, dict[str, Any]] = {
     "gemma2": GEMMA,
     "gemma3_text": {**GEMMA, "sliding_window_pattern": 2},
@@ -90,10 +97,8 @@ def model(family: str = "llama", tied: bool = True, seed: int = 0, **changes: An
 
 def longrope_model(short_length: int) -> torch.nn.Module:
     """A model whose rotary embeddings have other factors in texts of more than `short_length` tokens."""
-    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
-    rope |= {"short_factor": [1.0, 1.5], "long_factor": [2.0, 4.0]}
     lengths = {"max_position_embeddings": 256, "original_max_position_embeddings": short_length}
-    return model("phi3", rope_parameters=rope, head_dim=None, **lengths)
+    return model("phi3", rope_parameters=dict(LONGROPE), head_dim=None, **lengths)
 
 
 def architecture(of: torch.nn.Module) -> Architecture:

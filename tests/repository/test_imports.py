@@ -101,7 +101,7 @@ def test_a_process_starts_without_the_libraries_that_it_does_not_need(process):
 
 
 CALLED_LATER = """
-import numpy, sys, threading, torch
+import numpy, sys, torch
 from minitron.model_imports import DEFERRED, import_models
 import_models()
 assert not sys.modules.keys() & DEFERRED.keys()

@@ -13,8 +13,7 @@ from minitron.distill.determinism import deterministic_kernels
 
 
 def test_deterministic_kernels_are_used_on_a_gpu_within_the_block(monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is as before after the test
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     with deterministic_kernels(torch.device("cuda")):
         assert torch.are_deterministic_algorithms_enabled()
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
@@ -22,6 +21,7 @@ def test_deterministic_kernels_are_used_on_a_gpu_within_the_block(monkeypatch):
             raise ZeroDivisionError
         assert torch.are_deterministic_algorithms_enabled()
     assert not torch.are_deterministic_algorithms_enabled()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 
 
 def test_a_deterministic_training_is_the_same_on_a_cpu(material):

@@ -119,9 +119,7 @@ def test_an_implicit_head_dim_becomes_explicit(family, tmp_path):
 
 
 def longrope(hidden_size):
-    factors = {"short_factor": [1.0, 1.5], "long_factor": [2.0, 4.0]}
-    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5, **factors}
-    return Phi3Config(hidden_size=hidden_size, num_attention_heads=8, rope_parameters=rope)
+    return Phi3Config(hidden_size=hidden_size, num_attention_heads=8, rope_parameters=dict(tiny.LONGROPE))
 
 
 def test_a_longrope_model_keeps_its_ratio_of_hidden_size_to_heads():
