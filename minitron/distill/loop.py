@@ -18,27 +18,22 @@ from torch.distributed.fsdp import FSDPModule
 from minitron import storage
 from minitron.arguments import check_model, check_type, short_repr
 from minitron.data import DocumentBoundaries, Rows, rows_for_step
-from minitron.device import device
 from minitron.distill import cuda_graphs
-from minitron.distill.blocks import compiled_blocks, running_blocks
 from minitron.distill.checkpoints import Checkpoints
 from minitron.distill.config import DistillConfig
 from minitron.distill.curve import Curve, Point
-from minitron.distill.determinism import deterministic_kernels
 from minitron.distill.feeder import Feeder, MicroBatch
-from minitron.distill.fp8 import capability_of, check_fp8, fp8_linears
 from minitron.distill.losses import Losses
 from minitron.distill.losses.objective import Objective
+from minitron.distill.preparation import preparation
 from minitron.distill.report import Reporter, StepReport
 from minitron.distill.schedule import learning_rate
-from minitron.distill.sharding import begin_micro_batch, gathered, shard_, working_copy
+from minitron.distill.sharding import begin_micro_batch, gathered
 from minitron.distill.state import TrainingState
 from minitron.distill.teacher.live import LiveTeacher, Targets
-from minitron.distill.timing import Stopwatch
 from minitron.errors import InputError, NonFiniteError
-from minitron.evaluation.mode import evaluating, undisturbed
-from minitron.meta_models import InMemory, Weights, on_meta, read_
-from minitron.models import head_of
+from minitron.evaluation.mode import undisturbed
+from minitron.meta_models import Weights
 
 log = logging.getLogger(__name__)
 
@@ -94,68 +89,22 @@ def distill(
     the gradient is not finite in more than `max_skipped_steps` steps. Such steps update nothing and are not reported; they are
     logged, and written to `checkpoints` as `nonfinite-STEP.json`.
     """
-    check_model("student", student)
-    if not hasattr(rows, "take") or not hasattr(rows, "seq_length"):  # a tensor, or the folder's path
-        check_type("rows", rows, Rows, "Rows, as Rows.open(...) returns them")
-    if targets is not None and not callable(getattr(targets, "batch", None)):
-        raise InputError(
-            f"targets: {short_repr(targets)} is not a teacher",
-            "give LiveTeacher(model) for a loaded model, or a StoredTeacher or TopKTeacher",
-        )
-    if documents is not None:
-        check_type("documents", documents, DocumentBoundaries)
-    check_type("config", config, DistillConfig, "a DistillConfig")
-    check_type("losses", losses, Losses, "Losses")
-    if until is not None and not checkpoints:
-        raise InputError(f"until: {until} without checkpoints", "say where the state at that step is to be saved")
-    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    _check_arguments(student, targets, rows, config, losses, documents, until, checkpoints)
     before_commit = before_commit or (lambda: None)
-    sharded = config.shard and world > 1
-    compute_device = device() if on_meta(student) else next(student.parameters()).device
-    dtype = head_of(student).dtype
-    if config.fp8 != "none":
-        check_fp8(dtype, rows.seq_length, capability_of(compute_device))
-    watch = Stopwatch(compute_device)
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     with ExitStack() as stack:
-        if config.deterministic:
-            stack.enter_context(deterministic_kernels(compute_device))
-        working = student
-        if sharded and weights is None:
-            working, weights = stack.enter_context(working_copy(student)), InMemory(student)
-        if weights is not None and not sharded:
-            read_(working, weights, dtype, compute_device)
-        # a step depends on weights and rows alone: no dropout, no noise on routers
-        stack.enter_context(evaluating(working))
-        objective = Objective(working, targets, losses, channels, watch, documents, weights if sharded else None)
-        if objective.intermediate:
-            objective.intermediate.to(compute_device)
-        compared = objective.intermediate
-        stack.enter_context(fp8_linears(working, config.fp8, compute_device, with_gradients=True))
-        if isinstance(objective.targets, LiveTeacher):
-            stack.enter_context(fp8_linears(objective.targets.model, config.fp8, compute_device, with_gradients=False))
-        stack.enter_context(
-            running_blocks(
-                working,
-                activation_checkpointing=config.activation_checkpointing,
-                compiled=config.compile,
-                recorded=compared.student_modules if compared else (),
-            )
+        prepared = stack.enter_context(
+            preparation(student, targets, rows.seq_length, config, losses, channels, documents, weights)
         )
-        if config.compile and isinstance(objective.targets, LiveTeacher):
-            recorded = compared.teacher_modules if compared else ()
-            stack.enter_context(compiled_blocks(objective.targets.model, recorded=recorded))
-        if world > 1:
-            _start_alike(objective)
-        if sharded:
-            assert weights is not None
-            shard_(objective, compute_device)
-            read_(working, weights, dtype, compute_device)
-        feeder = stack.enter_context(Feeder(rows, objective.targets, compute_device))
-        alike = sharded or (isinstance(objective.targets, LiveTeacher) and objective.targets.sharded)
+        objective, device = prepared.objective, prepared.device
+        working, watch = objective.student, objective.watch
+        feeder = stack.enter_context(Feeder(rows, objective.targets, device))
+        alike = prepared.sharded or (isinstance(objective.targets, LiveTeacher) and objective.targets.sharded)
+        batches_of = partial(_micro_batches, len(rows), config, world=world, rank=rank, alike=alike)
         state = stack.enter_context(TrainingState(objective.trained(), config))
-        total = torch.zeros(5, dtype=torch.float64, device=compute_device)
+        total = torch.zeros(5, dtype=torch.float64, device=device)
         run: cuda_graphs.Run = partial(_micro_batch, objective, total)
-        if config.cuda_graphs and cuda_graphs.available(compute_device):
+        if config.cuda_graphs and cuda_graphs.available(device):
             cuda_graphs.check_recordable(objective, feeder)
             state.keep_sums()
             run = stack.enter_context(cuda_graphs.CudaGraphs(run, watch))
@@ -172,45 +121,33 @@ def distill(
         if resumed:
             resumed(first)
         last = config.steps if until is None else min(until, config.steps)
-        reporter = Reporter(objective, config, rows.seq_length, dtype, first) if report else None
+        reporter = Reporter(objective, config, rows.seq_length, prepared.dtype, first) if report else None
         hurried = False  # whether a checkpoint was saved because of `save_now`
         for step in range(first, last):
-            indices = rows_for_step(len(rows), config.batch_rows, step, config.seed)
-            batches = _micro_batches(indices, config.micro_batch_rows, world, rank, alike=alike)
-            following = []
-            if step + 1 < config.steps:
-                next_indices = rows_for_step(len(rows), config.batch_rows, step + 1, config.seed)
-                following = _micro_batches(next_indices, config.micro_batch_rows, world, rank, alike=alike)
+            batches, following = batches_of(step), batches_of(step + 1)
             feeder.expect([row for part, _ in (*batches, *following) for row in part])
             total.zero_()
             _forward_backward(objective, feeder, run, batches, following[0][0] if following else None)
-            rate = learning_rate(
-                step,
-                total_steps=config.steps,
-                peak=config.peak_lr,
-                minimum=config.min_lr,
-                warmup_steps=config.warmup_steps,
-                schedule=config.schedule,
-                decay_share=config.decay_share,
-            )
             if save_now and save_now():
                 total[-1] = 1.0
             (*parts, requests), norm = state.reduce(total)
             hurry = bool(requests) and not hurried
             finite = math.isfinite(parts[0]) and math.isfinite(norm)
+            rate = _learning_rate(step, config)
             if finite:
                 state.update(rate)
             else:
                 skipped += 1
-                found = {"step": step, "rows": indices, "loss": parts[0], "grad_norm": norm}
+                indices = rows_for_step(len(rows), config.batch_rows, step, config.seed)
+                record = {"step": step, "rows": indices, "loss": parts[0], "grad_norm": norm}
                 if curve:
                     before_commit()
-                _not_finite(found, skipped, config, checkpoints if rank == 0 else None)
+                _not_finite(record, skipped, config, checkpoints if rank == 0 else None)
             state.clear()
             watch.lap("optimizer")
             done = step + 1
-            wanted = config.evaluate_every and done % config.evaluate_every == 0
-            if evaluate and (wanted or done in evaluate_at):
+            at_interval = config.evaluate_every and done % config.evaluate_every == 0
+            if evaluate and (at_interval or done in evaluate_at):
                 with gathered(objective), undisturbed(working):
                     evaluate(done, working)
                 watch.lap("evaluation")
@@ -225,7 +162,7 @@ def distill(
                 before_commit()
                 curve.save(done)
             # The last step of a sharded student is saved too: if gathering fails, the training is not repeated.
-            before_gathering = config.checkpoint_every and sharded and done == config.steps
+            before_gathering = config.checkpoint_every and prepared.sharded and done == config.steps
             if saver and (regular or before_gathering or hurry or done == until):
                 saver.save(done, state.tensors(), {"skipped": skipped})
                 if hurry:
@@ -238,20 +175,41 @@ def distill(
     return student.eval()
 
 
-def _start_alike(objective: Objective) -> None:
-    """Broadcast the initial values of trained parameters from process 0. Projections and adapters are computed in each process
-    and may differ in the last bits between machines. Weights on the meta device are read from the same file by all."""
-    for _, parameter in objective.trained():
-        if not parameter.is_meta:
-            dist.broadcast(parameter.detach(), 0)
+def _check_arguments(
+    student: nn.Module,
+    targets: Targets | None,
+    rows: Rows,
+    config: DistillConfig,
+    losses: Losses,
+    documents: DocumentBoundaries | None,
+    until: int | None,
+    checkpoints: str | None,
+) -> None:
+    check_model("student", student)
+    if not hasattr(rows, "take") or not hasattr(rows, "seq_length"):  # a tensor, or the folder's path
+        check_type("rows", rows, Rows, "Rows, as Rows.open(...) returns them")
+    if targets is not None and not callable(getattr(targets, "batch", None)):
+        raise InputError(
+            f"targets: {short_repr(targets)} is not a teacher",
+            "give LiveTeacher(model) for a loaded model, or a StoredTeacher or TopKTeacher",
+        )
+    if documents is not None:
+        check_type("documents", documents, DocumentBoundaries)
+    check_type("config", config, DistillConfig, "a DistillConfig")
+    check_type("losses", losses, Losses, "Losses")
+    if until is not None and not checkpoints:
+        raise InputError(f"until: {until} without checkpoints", "say where the state at that step is to be saved")
 
 
 def _micro_batches(
-    indices: list[int], size: int, world: int, rank: int, *, alike: bool
+    num_rows: int, config: DistillConfig, step: int, *, world: int, rank: int, alike: bool
 ) -> list[tuple[Sequence[int], float]]:
-    """The rows of each micro-batch of a process, and their share of the step's rows. With `alike` every process has the same
-    number of micro-batches; a process that has too few repeats a row, with a share of 0."""
-    own = indices[rank::world]
+    """The rows of each micro-batch of a process, and their share of the step's rows; none after the last step. With `alike`
+    every process has the same number of micro-batches; a process that has too few repeats a row, with a share of 0."""
+    if step >= config.steps:
+        return []
+    indices = rows_for_step(num_rows, config.batch_rows, step, config.seed)
+    own, size = indices[rank::world], config.micro_batch_rows
     count = math.ceil((math.ceil(len(indices) / world) if alike else len(own)) / size)
     parts = [own[number * size : (number + 1) * size] for number in range(count)]
     return [(part or indices[:1], len(part) / len(indices)) for part in parts]
@@ -284,21 +242,33 @@ def _micro_batch(objective: Objective, total: Tensor, indices: Sequence[int], ba
     total[:-1] += parts * share
 
 
+def _learning_rate(step: int, config: DistillConfig) -> float:
+    return learning_rate(
+        step,
+        total_steps=config.steps,
+        peak=config.peak_lr,
+        minimum=config.min_lr,
+        warmup_steps=config.warmup_steps,
+        schedule=config.schedule,
+        decay_share=config.decay_share,
+    )
+
+
 def _resume(state: TrainingState, saver: Checkpoints) -> tuple[int, int]:
     """Load the newest undamaged checkpoint. Returns the number of steps done and how many of them were skipped."""
-    found = saver.load(state.tensors())
-    if found is None:
+    saved = saver.load(state.tensors())
+    if saved is None:
         return 0, 0
-    skipped = found.get("skipped", 0)
-    state.restored(found["step"] - skipped)
-    return found["step"], skipped
+    skipped = saved.get("skipped", 0)
+    state.restored(saved["step"] - skipped)
+    return saved["step"], skipped
 
 
-def _not_finite(found: dict[str, Any], skipped: int, config: DistillConfig, folder: str | None) -> None:
+def _not_finite(record: dict[str, Any], skipped: int, config: DistillConfig, folder: str | None) -> None:
     """Write down the step's rows. Raises NonFiniteError if more steps were skipped than `config` allows."""
-    problem = "loss {loss} and gradient norm {grad_norm} at step {step}, rows {rows}".format(**found)
+    problem = "loss {loss} and gradient norm {grad_norm} at step {step}, rows {rows}".format(**record)
     if folder:
-        storage.write_json(storage.join(folder, f"nonfinite-{found['step']:08d}.json"), found)
+        storage.write_json(storage.join(folder, f"nonfinite-{record['step']:08d}.json"), record)
     if skipped > config.max_skipped_steps:
         raise NonFiniteError(problem, "lower the learning rate, or look at those rows of the data")
     log.warning("step skipped, %d of at most %d: %s", skipped, config.max_skipped_steps, problem)
