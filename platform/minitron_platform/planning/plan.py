@@ -22,17 +22,11 @@ from minitron.models import check_contents, source_architecture
 from minitron_platform.addresses import check_ray_address
 from minitron_platform.cluster.room import (
     check_nodes,
-    gpus_of,
-    joins_cluster,
-    private_node,
     resources_here,
-    room_text,
-    starting_text,
-    trials_at_once,
 )
 from minitron_platform.estimates.gpu import GpuTraining
 from minitron_platform.estimates.memory import ProcessMemory, check_memory, machine_memory
-from minitron_platform.estimates.node_memory import GpuNode, NodeMemory, NodeWork, trains_on
+from minitron_platform.estimates.node_memory import NodeMemory, NodeWork, trains_on
 from minitron_platform.estimates.outlook import Estimate, Outlook
 from minitron_platform.estimates.phases import distillation_flops, trial_flops
 from minitron_platform.estimates.requests import HEARTBEATS_PER_HOUR, RECORDS_PER_HOUR
@@ -47,15 +41,16 @@ from minitron_platform.planning.checks import (
     check_outcomes,
     check_recipe,
 )
-from minitron_platform.planning.cluster import GPU, WORKER_START, Cluster, assumed_cluster, cluster_here
+from minitron_platform.planning.cluster import WORKER_START, Cluster
 from minitron_platform.planning.disk import DiskNeed
+from minitron_platform.planning.machines import Machines, machines_of
 from minitron_platform.planning.simulation import simulate
 from minitron_platform.recipes.build import has_chats, separates_documents
 from minitron_platform.recipes.candidates import family_candidates
 from minitron_platform.recipes.consistency import check_consistency
 from minitron_platform.recipes.keys import named_by_key
 from minitron_platform.recipes.load import changed_recipe, check_recipe_type
-from minitron_platform.recipes.resources import NODE_GPUS, ResolvedResources, gpu_warnings, resolve
+from minitron_platform.recipes.resources import ResolvedResources
 from minitron_platform.recipes.schema import Member, Recipe
 from minitron_platform.stages.finished import finished_stages
 from minitron_platform.stages.order import steps
@@ -63,10 +58,9 @@ from minitron_platform.stages.search import Search
 from minitron_platform.stages.stage import Stage
 from minitron_platform.stages.state import RunState
 from minitron_platform.tracking.check import check_tracking
-from minitron_search.nodes import main_memory
 
 if TYPE_CHECKING:
-    from minitron_platform.cluster.nodes_at import ClusterNodes
+    pass
 
 
 TRAINING = ("correct", "search", "distill")  # stages that train; the others make forward passes
@@ -218,44 +212,21 @@ def plan(
     with named_by_key("teacher.model"):
         teacher, max_seq_length = source_architecture(recipe.teacher.model, recipe.teacher.revision)
         check_contents(recipe.teacher.model, recipe.teacher.revision)
-    there = _nodes_of(address) if cluster is None and joins_cluster(address) else None
-    joined = _assumed(there) if there else None
-    on_cluster = (
-        resolve(
-            recipe,
-            gpus_of(there.possible),
-            gpu_memory_bytes=joined.gpu_bytes if joined else 0,
-            gpus_per_node=there.gpus_per_node or NODE_GPUS,
-        )
-        if there
-        else None
-    )
-    has_gpus = cluster is not None or (on_cluster is not None and on_cluster.uses_gpus)
-    # auto means bfloat16 on GPUs
-    dtype = compute_dtype("bfloat16" if has_gpus and recipe.teacher.dtype == "auto" else recipe.teacher.dtype)
-    value_bytes = dtype.itemsize
-    given = cluster is not None
-    uses_cluster = given or joins_cluster(address)
-    if cluster:
-        resources = cluster.resources(recipe)
-        cluster.check(resources)
-    elif uses_cluster:
-        resources = on_cluster or resolve(recipe, 0)
-    else:
-        resources = resources_here(recipe, teacher, value_bytes)
+    machines = machines_of(address, cluster)
+    dtype, resources = machines.dtype_and_resources(recipe, teacher)
     check_recipe(recipe, teacher, max_seq_length)
     family = family_candidates(recipe, teacher)
     candidates = {model: allowed.architectures for model, allowed in family.items()}
     check_outcomes(recipe, teacher, candidates)
-    check_machine(resources, locations.storage, elsewhere=uses_cluster)
-    if there:
-        check_nodes(resources, there.possible)
-    known = given or not uses_cluster or recipe.teacher.dtype != "auto"
-    gpus_here = resources.uses_gpus and not uses_cluster
-    in_fp8 = check_fp8_trainings(recipe, dtype if known else None, gpus_here=gpus_here)
+    check_machine(resources, locations.storage, elsewhere=machines.elsewhere)
+    if machines.nodes:
+        check_nodes(resources, machines.nodes.possible)
+    is_dtype_known = machines.address is None or recipe.teacher.dtype != "auto"
+    gpus_here = resources.uses_gpus and not machines.elsewhere
+    in_fp8 = check_fp8_trainings(recipe, dtype if is_dtype_known else None, gpus_here=gpus_here)
     tracking_warning = check_tracking(locations.tracking_uri, recipe.experiment, recipe.tracking)
     speed = speed_here(dtype)
-    cluster = cluster or _known_gpus(resources, speed, uses_cluster, joined)
+    cluster = machines.gpus(resources, speed)
     cluster = cluster and cluster.computing_in(dtype)
     finished, bytes_written = finished_stages(recipe, locations, dtype)
     check_benchmarks(recipe, max_seq_length, {model: set(stages) for model, stages in finished.family.items()})
@@ -264,47 +235,18 @@ def plan(
         teacher,
         resources,
         family=family,
-        value_bytes=value_bytes,
-        concurrent_trials=_concurrent_trials(resources, cluster, there),
+        value_bytes=dtype.itemsize,
+        concurrent_trials=machines.concurrent_trials(resources, cluster),
     )
-    teacher_costs = {mode: teacher_cost(recipe, teacher, outlook.losses, value_bytes, mode) for mode in MODES}
     costs = [_cost(stage, member, outlook, finished, speed, cluster) for stage, member in steps(recipe)]
     costs.sort(key=lambda cost: cost.model != "")  # shared stages first
     on_gpus = torch.cuda.is_available() or resources.uses_gpus
-    free = storage.free_bytes(locations.storage) if storage.is_local(locations.storage) else None
+    _check_main_memory(costs, outlook, machines, on_gpus)
+    _check_gpu_memory(costs, outlook, machines, cluster)
     warnings = [tracking_warning] if tracking_warning else []
-    nodes = _gpu_nodes(recipe, resources, uses_cluster, there)
-    gpus = cluster.gpus if cluster and (given or joined or not uses_cluster) else None
-    for cost, training in _gpu_trainings(costs):
-        trials = cost.estimate.node.trials if cost.estimate.node else 1
-        training.check(_stage_text(cost), gpus=gpus, on_nodes=partial(trains_on, nodes, trials))
-    for cost, work in _node_works(costs):
-        work.check(_stage_text(cost), nodes)
-    if given:
-        assert cluster is not None
-        warnings += gpu_warnings(recipe, resources, cluster.gpus, dtype)
-        resources_text = room_text(resources, cluster.node_list)
-    elif there:
-        warnings += gpu_warnings(recipe, resources, gpus_of(there.possible), dtype)
-        resources_text = room_text(resources, there.possible) + starting_text(there.possible, there.present)
-    elif uses_cluster:
-        warnings.append(
-            f"the cluster at {address or os.environ.get('RAY_ADDRESS')} does not tell its nodes to this machine, so that "
-            "what they have room for is only checked once it is joined"
-        )
-        resources_text = (
-            "those of the cluster, reported once it is joined; times, memory and dtype here assume none of its GPUs"
-        )
-        if recipe.resources.gpu_memory_bytes == "auto" and _gpu_trainings(costs):
-            resources_text += f" but those in the recipe, of {resources.gpu_memory_bytes / 1e9:g} GB each"
-    else:
-        available = machine_memory()
-        for cost, memory in _memories(costs, on_gpus):
-            check_memory(_stage_text(cost), memory, available, partial(_memory_with, outlook, cost))
-        warnings += gpu_warnings(recipe, resources, torch.cuda.device_count(), dtype)
-        if in_fp8 and not resources.uses_gpus:
-            warnings.append(f"{in_fp8[0]}: CPUs emulate FP8, which is slower than bfloat16; results are those of FP8")
-        resources_text = room_text(resources, [private_node(resources)])
+    warnings += machines.warnings(recipe, resources, dtype)
+    if in_fp8 and not machines.elsewhere and not resources.uses_gpus:
+        warnings.append(f"{in_fp8[0]}: CPUs emulate FP8, which is slower than bfloat16; results are those of FP8")
     result = Plan(
         recipe=recipe,
         locations=locations,
@@ -313,29 +255,55 @@ def plan(
         sampled=frozenset(model for model, allowed in family.items() if allowed.sampled),
         notes=_hardware_notes(teacher, candidates),
         costs=costs,
-        teacher_costs=teacher_costs,
+        teacher_costs={mode: teacher_cost(recipe, teacher, outlook.losses, dtype.itemsize, mode) for mode in MODES},
         dtype=str(dtype).removeprefix("torch."),
         speed=speed,
-        free_bytes=free,
+        free_bytes=storage.free_bytes(locations.storage) if storage.is_local(locations.storage) else None,
         warnings=warnings,
         on_gpus=on_gpus,
         resources=resources,
-        resources_text=resources_text,
+        resources_text=machines.text(recipe, resources, trains_on_gpus=bool(_gpu_trainings(costs))),
         documents_text=_documents_text(recipe),
         outlook=outlook,
         in_fp8=in_fp8,
         cluster=cluster,
     )
-    if free is not None and free + bytes_written < result.bytes:
-        parts = {cost.title: cost.estimate.bytes for cost in costs if not cost.done}
-        need = DiskNeed(locations.storage, result.bytes, free + bytes_written, parts)
-        if not given:
-            raise need.error(recipe, partial(_fits_on_disk, result, free))
-        warnings.append(f"{need.problem}; give the cluster's storage with --storage, or one with more room")
+    if lack := _missing_disk(result, bytes_written):
+        if machines.assumed is None:
+            raise lack.error(recipe, partial(_fits_on_disk, result))
+        warnings.append(f"{lack.problem}; give the cluster's storage with --storage, or one with more room")
     return result
 
 
-def _fits_on_disk(planned: Plan, free: int, recipe: Recipe) -> bool:
+def _check_main_memory(costs: list[Cost], outlook: Outlook, machines: Machines, on_gpus: bool) -> None:
+    """Raise InputError for a stage that needs more main memory than this machine has; nodes of clusters check their own."""
+    if not machines.elsewhere:
+        available = machine_memory()
+        for cost, memory in _memories(costs, on_gpus):
+            check_memory(_stage_text(cost), memory, available, partial(_memory_with, outlook, cost))
+
+
+def _check_gpu_memory(costs: list[Cost], outlook: Outlook, machines: Machines, cluster: Cluster | None) -> None:
+    """Raise InputError for a stage that does not fit on the GPUs of `cluster`, or in the main memory of their nodes."""
+    nodes = machines.gpu_nodes(outlook.recipe, outlook.resources)
+    is_known = machines.address is None or machines.joined is not None
+    for cost, training in _gpu_trainings(costs):
+        trials = cost.estimate.node.trials if cost.estimate.node else 1
+        gpus = cluster.gpus if cluster and is_known else None
+        training.check(_stage_text(cost), gpus=gpus, on_nodes=partial(trains_on, nodes, trials))
+    for cost, work in _node_works(costs):
+        work.check(_stage_text(cost), nodes)
+
+
+def _missing_disk(planned: Plan, bytes_written: int) -> DiskNeed | None:
+    """The disk space that a plan needs, if there is less. bytes_written: what an unfinished stage has written already."""
+    if planned.free_bytes is None or planned.free_bytes + bytes_written >= planned.bytes:
+        return None
+    parts = {cost.title: cost.estimate.bytes for cost in planned.costs if not cost.done}
+    return DiskNeed(planned.locations.storage, planned.bytes, planned.free_bytes + bytes_written, parts)
+
+
+def _fits_on_disk(planned: Plan, recipe: Recipe) -> bool:
     """Whether the disk of `planned` has room for `recipe`, which differs in `targets.mode` or `data.train_rows`."""
     outlook = planned.outlook
     cost = teacher_cost(recipe, planned.teacher, outlook.losses, outlook.value_bytes, recipe.targets.mode)
@@ -346,17 +314,12 @@ def _fits_on_disk(planned: Plan, free: int, recipe: Recipe) -> bool:
         for stage, member in steps(recipe)
         if not finished.is_finished(stage, member)
     )
-    return needed <= free + written
+    assert planned.free_bytes is not None
+    return needed <= planned.free_bytes + written
 
 
 def _stage_text(cost: Cost) -> str:
     return f"{cost.stage} of {cost.model}" if cost.model else cost.stage
-
-
-def _nodes_of(address: str | None) -> ClusterNodes | None:
-    from minitron_platform.cluster.nodes_at import nodes_at  # imports Ray
-
-    return nodes_at(address)
 
 
 def _hardware_notes(teacher: Architecture, candidates: dict[str, list[Architecture]]) -> list[str]:
@@ -375,29 +338,6 @@ def _documents_text(recipe: Recipe) -> str:
     if has_chats(recipe.data):
         return f"{together}, because chats are not told apart (data.separate_documents)"
     return f"{together}; only GPUs separate them at no cost (data.separate_documents)"
-
-
-def _known_gpus(resources: ResolvedResources, speed: Speed, elsewhere: bool, joined: Cluster | None) -> Cluster | None:
-    """The GPUs of this machine with the FLOP/s of `speed`, those of the cluster, or those that the recipe needs `elsewhere`.
-
-    None if trials or workers have none."""
-    if not (resources.gpus_per_trial and resources.gpus_per_worker):
-        return None
-    if not elsewhere:
-        return cluster_here(torch.cuda.device_count(), speed)
-    if joined:
-        return joined
-    workers = resources.workers * resources.gpus_per_worker
-    trial = resources.workers_per_trial * resources.gpus_per_trial
-    return assumed_cluster(math.ceil(max(workers, trial)))
-
-
-def _assumed(there: ClusterNodes) -> Cluster | None:
-    """The GPUs of a cluster that is to be joined, by the data sheet of their model, or of an H100 if it is not known; None
-    without any."""
-    if not there.gpus_per_node:
-        return None
-    return assumed_cluster(gpus_of(there.possible), there.gpus_per_node, gpu=there.gpu or GPU)
 
 
 def _cost(
@@ -464,25 +404,3 @@ def _gpu_trainings(costs: list[Cost]) -> list[tuple[Cost, GpuTraining]]:
 def _node_works(costs: list[Cost]) -> list[tuple[Cost, NodeWork]]:
     """Work on nodes with GPUs that is not done yet."""
     return [(cost, cost.estimate.node) for cost in costs if cost.estimate.node is not None and not cost.done]
-
-
-def _gpu_nodes(
-    recipe: Recipe, resources: ResolvedResources, uses_cluster: bool, there: ClusterNodes | None
-) -> list[GpuNode]:
-    """The nodes with GPUs that trials and workers run on, if their main memory is known."""
-    given = recipe.resources.node_memory_bytes
-    if given != "auto":
-        return [GpuNode(resources.gpus_per_node, int(given))]
-    if there:
-        nodes = {(int(node.get("GPU", 0)), main_memory(node)) for node in there.possible}
-        return [GpuNode(gpus, memory) for gpus, memory in sorted(nodes) if gpus]
-    return [] if uses_cluster else [GpuNode(resources.gpus_per_node, machine_memory())]
-
-
-def _concurrent_trials(resources: ResolvedResources, cluster: Cluster | None, there: ClusterNodes | None) -> int:
-    """Number of trials that run at the same time on the cluster or on this machine. If it lacks the GPUs that they need,
-    because those are another cluster's, its CPUs are counted instead."""
-    if there:
-        return trials_at_once(resources, there.possible)
-    nodes = cluster.node_list if cluster else [private_node(resources)]
-    return trials_at_once(resources, nodes) or trials_at_once(replace(resources, gpus_per_trial=0), nodes)

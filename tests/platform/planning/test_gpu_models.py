@@ -80,7 +80,7 @@ def nodes(*kinds):
 
 def test_the_gpus_of_a_cluster_that_answers_count_before_it_is_joined(bench, tmp_path, monkeypatch):
     def planned(*kinds):
-        monkeypatch.setattr("minitron_platform.planning.plan._nodes_of", lambda address: nodes(*kinds))
+        monkeypatch.setattr("minitron_platform.planning.machines._nodes_of", lambda address: nodes(*kinds))
         recipe = load_recipe(str(bench / "recipe.yaml"))
         found = plan(recipe, storage_path=tmp_path / "planned", address="10.0.0.1:6379")
         return found.resources.gpu_memory_bytes / 1e9, found.cluster.gpu

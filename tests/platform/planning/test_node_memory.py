@@ -255,6 +255,6 @@ def test_the_command_prints_it(bench):
 
 
 def test_the_memory_of_this_machine_counts_if_it_has_the_gpus(bench, tmp_path, gpu, monkeypatch):
-    monkeypatch.setattr("minitron_platform.planning.plan.machine_memory", lambda: 3_000_000_000)
+    monkeypatch.setattr("minitron_platform.planning.machines.machine_memory", lambda: 3_000_000_000)
     with pytest.raises(InputError, match=r"(?s)a node needs .* and has 3\.0 GB"):
         plan(load_recipe(str(bench / "recipe.yaml")), storage_path=tmp_path / "planned")
