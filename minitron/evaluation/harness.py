@@ -24,11 +24,12 @@ from minitron.evaluation.batches import BatchRows
 from minitron.evaluation.build import build, documents_of, metrics_guard
 from minitron.evaluation.generated_code import with_problems
 from minitron.evaluation.mode import evaluating
+from minitron.evaluation.pooling import pooled
 from minitron.evaluation.questions import check_questions
 from minitron.evaluation.quiet import quiet, usual_random_state
 from minitron.evaluation.scorer import Scorer
 from minitron.evaluation.scores import Evaluated, Score
-from minitron.evaluation.scoring import evaluated, pooled
+from minitron.evaluation.scoring import evaluated
 from minitron.evaluation.tasks import (
     Part,
     Task,
