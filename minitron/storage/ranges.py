@@ -96,17 +96,17 @@ def parts_of(entry: Mapping[str, Any], start: int, end: int) -> range:
     return range(bisect_right(ends, start), bisect_right(ends, max(start, end - 1)) + 1)
 
 
-def read_ahead(work: Callable[[T], R], items: Iterable[T], threads: int = READERS) -> Generator[R]:
+def read_ahead(work: Callable[[T], R], items: Iterable[T]) -> Generator[R]:
     """`work` of each item, in order, run in threads a few items ahead of whoever takes the results.
 
     Whoever does not take all of them closes the generator: it waits for its threads, which must not happen when the garbage
     collector comes to it, for example while another thread is being started.
     """
-    with ThreadPoolExecutor(threads, thread_name_prefix="reader") as pool:
+    with ThreadPoolExecutor(READERS, thread_name_prefix="reader") as pool:
         pending = []
         for item in items:
             pending.append(pool.submit(work, item))
-            if len(pending) > threads:
+            if len(pending) > READERS:
                 yield pending.pop(0).result()
         for future in pending:
             yield future.result()

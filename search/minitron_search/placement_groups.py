@@ -31,7 +31,7 @@ def remove_orphaned_groups() -> None:
     """Remove the groups of actors that have died. Ray Train has a cleaner for those of its controller, which needs Ray's
     dashboard, and a cluster may have none."""
     for group in _groups():
-        if group.state != PlacementGroupTableData.REMOVED and _is_dead(group.creator_actor_id):
+        if group.state != PlacementGroupTableData.REMOVED and is_dead(group.creator_actor_id):
             _remove(group)
 
 
@@ -42,7 +42,7 @@ def _groups() -> list[PlacementGroupTableData]:
     return [group for group in groups if group.creator_job_id.hex() == job]
 
 
-def _is_dead(actor: bytes) -> bool:
+def is_dead(actor: bytes) -> bool:
     """Whether Ray knows that the actor of this id has died; false for what the driver has created, which has no actor."""
     if not actor or ActorID(actor).is_nil():
         return False

@@ -150,15 +150,15 @@ def _paired_difference(result: TrialResult, best: TrialResult) -> tuple[float, f
     return mean, error, result is best or mean <= t_quantile(rows - 1) * error
 
 
-def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
-    """The quantile of Student's t with `freedom` degrees of freedom at two-sided `confidence`.
+def t_quantile(freedom: int) -> float:
+    """The quantile of Student's t with `freedom` degrees of freedom at two-sided CONFIDENCE.
 
     One degree of freedom has a closed form; for more, the expansion around the normal quantile (Abramowitz and Stegun 26.7.5)
     is within 1 % at 95 % confidence.
     """
     if freedom == 1:
-        return math.tan(math.pi * confidence / 2)
-    z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
+        return math.tan(math.pi * CONFIDENCE / 2)
+    z = statistics.NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     return z + sum(
         term / freedom**power
         for power, term in enumerate(

@@ -109,10 +109,10 @@ def keep_workers() -> None:
 
 def _is_dead(manager: Any, tracked_actor: Any) -> bool:
     """Whether Ray knows that an actor of Tune's manager has died."""
-    import ray
+    from minitron_search.placement_groups import is_dead
 
     actor, _ = manager._live_actors_to_ray_actors_resources[tracked_actor]
-    return bool(ray._private.state.actors(actor._actor_id.hex())["State"] == "DEAD")
+    return is_dead(actor._actor_id.binary())
 
 
 def _warn(error: Exception, consequence: str) -> None:

@@ -67,7 +67,7 @@ def ray_node(title: str, arguments: Sequence[str], say: Callable[[str], None]) -
 
     title: names it in errors. arguments: of `ray start`. say: receives messages, one line at a time.
     """
-    with private_folder(None) as folder:
+    with private_folder() as folder:
         node = RayNode(title, arguments, folder, say)
         try:
             yield node

@@ -61,7 +61,6 @@ def ray_session(
     memory: int | None = None,
     object_store_memory: int | None = None,
     seats: int = 0,
-    temp_dir: str | None = None,
     keep_logs: str | None = None,
 ) -> Iterator[None]:
     """Connect to Ray, or start a private one, for the duration of the block, and shut it down afterwards.
@@ -74,12 +73,10 @@ def ray_session(
     memory, object_store_memory: bytes for workers and for the object store; by default Ray's shares of the free memory.
     seats: number of workers of a private Ray that wait while others have its CPUs, see `minitron_platform.workers`.
     keep_logs: folder for the output of the private Ray's workers if the block ends with an error.
-    temp_dir: folder for the private Ray's sockets and logs, at most 44 bytes long. By default a temporary folder that is
-        deleted at the end.
 
     If Ray is already initialized in this process, it is used as it is and left running. When this process is killed, the
     private Ray's workers end within seconds, and its two agents, which first try to report to the dead head, within a minute.
-    Raises InputError for an address or temp_dir that cannot be used, MinitronError if the cluster does not answer.
+    Raises InputError for an address that cannot be used, MinitronError if the cluster does not answer.
     """
     if ray.is_initialized():
         yield
@@ -89,7 +86,7 @@ def ray_session(
     with environment_variables(QUIET):
         if address is None or address == "local":
             logging.getLogger("ray").setLevel(logging.ERROR)  # ray.init warns if it is called outside the main thread
-            with private_folder(temp_dir) as folder, environment_variables(_private_settings()):
+            with private_folder() as folder, environment_variables(_private_settings()):
                 with _one_small_node(), _signals_kept(), _start_errors():
                     ray.init(
                         address="local",
@@ -272,19 +269,8 @@ def _signals_kept() -> Iterator[None]:
 
 
 @contextmanager
-def private_folder(temp_dir: str | None) -> Iterator[str]:
-    """Folder for a private Ray: `temp_dir`, or a temporary one that is deleted after the block."""
-    if temp_dir is not None:
-        folder = os.path.abspath(temp_dir)
-        if len(os.fsencode(folder)) > LONGEST_TEMP_DIR:
-            raise InputError(
-                f"Ray's folder {folder}: the path has {len(os.fsencode(folder))} bytes, and with more than {LONGEST_TEMP_DIR} "
-                "the paths of Ray's sockets are too long",
-                "choose a shorter path, for example /tmp/ray",
-            )
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        yield folder
-        return
+def private_folder() -> Iterator[str]:
+    """A temporary folder for a private Ray's sockets and logs, which is deleted after the block."""
     parent = tempfile.gettempdir()
     folder = tempfile.mkdtemp(prefix="mt-", dir=parent if len(os.fsencode(parent)) <= LONGEST_TEMP_DIR - 14 else "/tmp")
     # Another process deletes the folder when this one ends, so that it is deleted even if this one is killed.

@@ -99,14 +99,6 @@ def gpus_of(nodes: Sequence[Node]) -> int:
     return sum(int(node.get("GPU", 0)) for node in nodes)
 
 
-def cluster_cpus_gpus() -> tuple[float, float]:
-    """Number of CPU and GPU slots of the connected cluster."""
-    import ray
-
-    resources = ray.cluster_resources()
-    return float(resources.get("CPU", 0.0)), float(resources.get("GPU", 0.0))
-
-
 def private_node(resources: ResolvedResources) -> Node:
     """Resources of a private Ray on this machine: all GPUs, and a CPU slot per core, or more if one trial or all training
     workers together need more."""

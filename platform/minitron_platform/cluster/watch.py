@@ -76,7 +76,7 @@ class ClusterWatch:
             return
         if self._request is None:
             self._since = now
-        self._request = Request(bundles, list(_state().available_resources_per_node().values()))
+        self._request = Request(bundles, list(ray._private.state.available_resources_per_node().values()))
         if now - self._since > PATIENCE:
             self.console.note(self._text)
         if self.timeout is not None and now - self._since > self.timeout:
@@ -98,7 +98,9 @@ class ClusterWatch:
         return f"waiting for {self._request}, requested {seconds(time.monotonic() - self._since)} ago"
 
     def _look_at_nodes(self) -> None:
-        nodes = {node["NodeID"]: node for node in _state().node_table() if node["Alive"]}
+        import ray
+
+        nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
         if self._nodes is not None:
             lost = [node for key, node in self._nodes.items() if key not in nodes]
             joined = [node for key, node in nodes.items() if key not in self._nodes]
@@ -108,12 +110,6 @@ class ClusterWatch:
             if joined:
                 self.console.say(f"  [green]joined[/]  {escape(_names(joined))}")
         self._nodes = nodes
-
-
-def _state() -> Any:
-    import ray
-
-    return ray._private.state.state
 
 
 def _requested() -> list[Node]:

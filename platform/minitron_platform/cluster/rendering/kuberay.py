@@ -11,7 +11,6 @@ from minitron_platform.cluster.rendering.figures import Data, Nodes, check_image
 from minitron_platform.cluster.rendering.templates import ENVIRONMENT, render
 
 LABEL = re.compile(r"[\w./-]+", re.ASCII)
-FABRICS = ("efa", "rdma")
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class KubeRay:
     redis: str | None = None
     """HOST:PORT for the state of Ray's head."""
     fabric: str | None = None
-    """Network adapters for NCCL, one of FABRICS."""
+    """Network adapters for NCCL, "efa" or "rdma"."""
     node_labels: Mapping[str, str] = field(default_factory=dict)
     """Labels of the nodes that workers may run on."""
     recipe: str | None = None
