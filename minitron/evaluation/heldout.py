@@ -121,48 +121,25 @@ def heldout_metrics(
     num_rows, seq_length = rows.shape
     batch_rows = batch_rows or rows_per_batch(seq_length)
     batches = batches_of(num_rows, batch_rows)
-    # of each row: its number, loss and KL; of the last row of a batch also the positions of the batch with the same first token
-    scores: list[list[float]] = []
+    scores: list[tuple[float, ...]] = []  # of each row: its number, loss, KL and positions with the same first token
     with torch.inference_mode(), evaluating(model):
-        # kept for all chunks: memory of this size goes back to the system when it is freed, and is slow to come again
         chunk_tokens = chunk_tokens or tokens_per_chunk(student_head.weight, CHUNK_TOKENS)
-        shape = min(chunk_tokens, batch_rows * seq_length), len(student_head.weight)
-        student_buffer = torch.empty(shape, device=device)
-        teacher_buffer = None if head_on_device is None else torch.empty(shape, device=device)
-        buffer = cache_buffer(student_head.weight)
+        scorer = _TokenScorer(student_head, head_on_device, min(chunk_tokens, batch_rows * seq_length))
         for batch, counts in dealt(batches, model, together=together):
             ids = rows[batch].to(device)
             hidden = final_hidden(model, ids, documents)[:, :-1].flatten(0, 1)
-            targets = ids[:, 1:].flatten()
             theirs = None if teacher_hidden is None else _teacher_batch(teacher_hidden, batch, seq_length, device)
-            loss: list[Tensor] = []
-            kl: list[Tensor] = []
-            agreed: list[Tensor] = []  # of each part, read at the end: a GPU goes on meanwhile
-            for first in range(0, len(targets), chunk_tokens):
-                chunk = slice(first, first + chunk_tokens)
-                student_logits = student_head.logits(hidden[chunk], student_buffer)
-                teacher_logits = None
-                if theirs is not None and head_on_device is not None:
-                    teacher_logits = head_on_device.logits(theirs[chunk], teacher_buffer)
-                for part in cache_slices(student_logits):
-                    student = log_softmax_(student_logits[part], buffer=buffer)
-                    loss.append(-student.gather(1, targets[chunk][part, None])[:, 0].double())
-                    if teacher_logits is not None:
-                        teacher = log_softmax_(teacher_logits[part], buffer=buffer)
-                        agreed.append((student.argmax(-1) == teacher.argmax(-1)).sum())
-                        probability = torch.exp(teacher, out=first_rows(buffer, teacher))
-                        kl.append(probability.mul_(teacher.sub_(student)).sum(-1).double())
+            of_tokens = scorer.scores(hidden, ids[:, 1:].flatten(), theirs)
             if counts:
-                means = torch.stack([torch.cat(v).view(-1, seq_length - 1).mean(1) for v in (loss, kl) if v]).tolist()
-                of_batch = zip(range(batch.start, batch.stop), *means, strict=True)
-                scores += [[*of_row, *[0.0] * (2 - len(means)), 0.0] for of_row in of_batch]
-                scores[-1][-1] = sum(torch.stack(agreed).tolist()) if agreed else 0.0
+                loss, kl, same = (score.view(-1, seq_length - 1) for score in of_tokens)
+                of_rows = torch.stack([loss.mean(1), kl.mean(1), same.sum(1, dtype=torch.float64)]).tolist()
+                scores += zip(range(batch.start, batch.stop), *of_rows, strict=True)
             if progress is not None:
                 progress(batch.stop, num_rows)
 
     of_all = sorted(all_rows(torch.tensor(scores, dtype=torch.float64).view(-1, 4), together).tolist())
     row_loss, row_kl = [row[1] for row in of_all], [row[2] for row in of_all] if teacher_hidden else []
-    same = int(sum(row[3] for row in of_all))
+    same_tokens = int(sum(row[3] for row in of_all))
     for name, values in (("loss", row_loss), ("KL", row_kl)):
         for row, value in enumerate(values):
             if not math.isfinite(value):
@@ -174,18 +151,53 @@ def heldout_metrics(
     return HeldoutMetrics(
         loss=math.fsum(row_loss) / num_rows,
         kl=math.fsum(row_kl) / num_rows if teacher_hidden is not None else None,
-        top1_agreement=same / tokens if teacher_hidden is not None else None,
+        top1_agreement=same_tokens / tokens if teacher_hidden is not None else None,
         tokens=tokens,
         per_row_loss=row_loss,
         per_row_kl=row_kl if teacher_hidden is not None else None,
     )
 
 
+class _TokenScorer:
+    """Compares a student's predictions with the next tokens and with a teacher. `tokens` logits of each model exist at a time.
+
+    Their memory is kept for all chunks: when it is freed it goes back to the system, and is slow to come again.
+    """
+
+    def __init__(self, student: Head, teacher: Head | None, tokens: int) -> None:
+        shape, device = (tokens, len(student.weight)), student.weight.device
+        self._student, self._student_logits = student, torch.empty(shape, device=device)
+        self._teacher, self._teacher_logits = teacher, None if teacher is None else torch.empty(shape, device=device)
+        self._buffer = cache_buffer(student.weight)
+
+    def scores(self, hidden: Tensor, targets: Tensor, theirs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Of n tokens the loss and KL(teacher || student), float64 [n], and whether both rank the same token first, bool [n];
+        the last two are zero without a teacher. hidden, theirs: final hidden states of student and teacher, [n, d]. targets:
+        next tokens, int64 [n]."""
+        loss = torch.empty(len(targets), dtype=torch.float64, device=hidden.device)
+        kl, same = torch.zeros_like(loss), torch.zeros_like(loss, dtype=torch.bool)
+        size = len(self._student_logits)
+        for first in range(0, len(targets), size):
+            chunk = slice(first, first + size)
+            student_logits = self._student.logits(hidden[chunk], self._student_logits)
+            teacher_logits = None
+            if theirs is not None and self._teacher is not None:
+                teacher_logits = self._teacher.logits(theirs[chunk], self._teacher_logits)
+            for part in cache_slices(student_logits):
+                student = log_softmax_(student_logits[part], buffer=self._buffer)
+                loss[chunk][part] = -student.gather(1, targets[chunk][part, None])[:, 0].double()
+                if teacher_logits is not None:
+                    teacher = log_softmax_(teacher_logits[part], buffer=self._buffer)
+                    same[chunk][part] = student.argmax(-1) == teacher.argmax(-1)
+                    probability = torch.exp(teacher, out=first_rows(self._buffer, teacher))
+                    kl[chunk][part] = probability.mul_(teacher.sub_(student)).sum(-1).double()
+        return loss, kl, same
+
+
 def _check(
     rows: Tensor, head: Head, teacher_hidden: Callable[[slice], Tensor] | None, teacher_head: Head | None
 ) -> None:
     vocabulary = head.weight.shape[0]
-
     low, high = int(rows.min()), int(rows.max())
     if low < 0 or high >= vocabulary:
         raise InputError(

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minitron.distill import loop
+from minitron.distill import preparation
 from minitron.distill.timing import Stopwatch
 
 # operations whose result's value or size the host reads, and methods that copy to main memory, which on CPUs do nothing
@@ -76,7 +76,7 @@ class StepCounts(TorchDispatchMode):
                 return function(*arguments, **(named or {}))
 
         self._inside = ExitStack()
-        self._inside.enter_context(patch.object(loop, "Stopwatch", Watch))
+        self._inside.enter_context(patch.object(preparation, "Stopwatch", Watch))
         self._inside.enter_context(Reads())
         super().__enter__()
         return self

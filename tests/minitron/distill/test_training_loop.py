@@ -25,7 +25,7 @@ from helpers.distilling import (
 from minitron.architecture import Architecture
 from minitron.data import Rows, rows_for_step
 from minitron.device import datasheet_flops
-from minitron.distill import DistillConfig, Losses, StoredTeacher, distill, loop, offload
+from minitron.distill import DistillConfig, Losses, StoredTeacher, distill, offload, preparation
 from minitron.distill.schedule import learning_rate
 from minitron.distill.timing import Stopwatch
 from minitron.errors import InputError, NonFiniteError
@@ -176,7 +176,7 @@ def test_the_times_of_a_step_are_not_kept_after_it(material, monkeypatch, report
             super().__init__(device)
             watches.append(self)
 
-    monkeypatch.setattr(loop, "Stopwatch", Kept)
+    monkeypatch.setattr(preparation, "Stopwatch", Kept)
     losses = Losses(logits="none", cross_entropy=1.0)
     rows = Rows.open(str(material / "rows"), "train")
     distill(pruned_student(material), None, rows, replace(CONFIG, steps=3), losses=losses, report=report)
