@@ -118,7 +118,7 @@ def report(run: KilledRun, before: Undisturbed, out: Path | None, *, ended: bool
 
 
 def largest_difference(one: Path, other: Path) -> float | None:
-    """Of two files of weights, relative to the largest weight of each tensor; None unless both exist."""
+    """Largest difference of two files of weights, relative to the largest weight of each tensor; None unless both exist."""
     if not (one.exists() and other.exists()):
         return None
     first, second = load_file(one), load_file(other)

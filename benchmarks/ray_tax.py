@@ -46,7 +46,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a step, median of a training's."""
+    """Cost of a step, the median of a training's steps."""
 
     seconds: float
     cpu_seconds: float

@@ -30,7 +30,7 @@ class Outcome:
 
     settings: Settings
     answers: list[dict[str, Any]] = field(default_factory=list)
-    """Of each round, as `Worker.turn` returns them."""
+    """Answers of each round, as `Worker.turn` returns them."""
     failure: str = ""
     """Why there is none."""
 

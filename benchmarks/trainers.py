@@ -42,9 +42,9 @@ class Setup:
     optimizer: str
     compile: bool
     fp8: str = "none"
-    """Of minitron alone, as `DistillConfig.fp8`."""
+    """As `DistillConfig.fp8`; only for minitron."""
     cuda_graphs: bool = False
-    """Of minitron alone."""
+    """Only for minitron."""
 
 
 Stepped = Callable[[dict[str, Any]], None]

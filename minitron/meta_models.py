@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 FILE_BYTES = 2 << 30
-"""Of a file that is written. Its tensors wait in main memory until it is full."""
+"""Largest size of a file that is written. Its tensors wait in main memory until it is full."""
 GENERATION = "generation_config.json"
 
 

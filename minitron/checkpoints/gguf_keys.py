@@ -151,7 +151,7 @@ COMMON: Mapping[str, Key] = {
     **dict.fromkeys(("expert_group_count", "expert_group_used_count", "expert_weights_scale"), _fixed(1, 0)),
     **dict.fromkeys(("moe_every_n_layers", "interleave_moe_layer_step"), _fixed(1, 0)),
 }
-"""Of every family: what its model computes with, in the order in which the config is completed."""
+"""Keys of every family: what its model computes with, in the order in which the config is completed."""
 
 _PARTIAL_ROTARY = Key(lambda config: (_rotary_dim(config),), _write_rotary_dim)
 _GEMMA = {

@@ -69,7 +69,7 @@ class Sink(Protocol):
         """Take the next tokens of a split."""
 
     def keep(self, blocks: Set[int]) -> None:
-        """Of the blocks that were read, only these will be placed from again."""
+        """Forget the blocks that were read, except these: no more tokens come from the others."""
 
 
 class Placer:

@@ -25,7 +25,7 @@ FP8 = ("none", "tensorwise", "rowwise")
 CAPABILITY = (8, 9)
 """The lowest CUDA compute capability of GPUs with FP8 products."""
 MULTIPLE = 16
-"""Of every dimension of FP8 products: sizes of weights, and tokens of a micro-batch."""
+"""Every dimension of an FP8 product is a multiple of this: sizes of weights, and tokens of a micro-batch."""
 
 
 def check_fp8(dtype: torch.dtype | None, seq_length: int, capability: tuple[int, int] | None = None) -> None:

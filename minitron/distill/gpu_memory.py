@@ -241,7 +241,7 @@ class _Training:
 
     @property
     def gathered(self) -> int:
-        """Of a sharded student: the head, the running layer and the next one."""
+        """Gathered weights of a sharded student: the head, the running layer and the next one."""
         if not self.split:
             return 0
         return self.value_bytes * (self.embedding + 2 * layer_parameters(self.student))

@@ -34,7 +34,7 @@ class Prepared:
     """Its student is the given one, or a sharded copy of a student that was given in memory."""
     device: torch.device
     dtype: torch.dtype
-    """Of the student's computation."""
+    """The dtype that the student computes in."""
     sharded: bool
     """Whether the student's parameters are split over the processes."""
 

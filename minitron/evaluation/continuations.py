@@ -266,7 +266,7 @@ class _BatchAnswers:
     """The answers of a batch, which a GPU may not have computed yet."""
 
     numbers: list[int]
-    """Of the continuations."""
+    """Numbers of the continuations."""
     sizes: list[int]
     """Their numbers of tokens."""
     log_probs: Tensor = field(repr=False)

@@ -46,9 +46,9 @@ class ModelResults:
     chat_template: str | None = None
     """Hash of its tokenizer's chat template, 16 hexadecimal digits; None without one, and in results of earlier versions."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Of each task: num_fewshot, limit, chat_template (whether it was used) and data."""
+    """Settings of each task: num_fewshot, limit, chat_template (whether it was used) and data."""
     versions: dict[str, str] = field(default_factory=dict)
-    """Of the packages that scored it."""
+    """Versions of the packages that scored it."""
 
 
 def results_json(
@@ -66,7 +66,7 @@ def results_json(
 
 
 def package_versions() -> dict[str, str]:
-    """Of Minitron and the packages that prompts, scores and models come from."""
+    """Versions of Minitron and of the packages that prompts, scores and models come from."""
     return {"minitron": __version__, **{name: version(name) for name in ("lm_eval", "transformers", "torch")}}
 
 

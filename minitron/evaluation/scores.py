@@ -38,7 +38,7 @@ class Score:
     """Number of groups of documents that belong together, such as subjects or the questions on one passage; None if each
     document is on its own."""
     num_tasks: int | None = None
-    """Of a group, the number of its tasks, to each of which a limit applies; None for one task, and in results of earlier
+    """Number of tasks of a group, to each of which a limit applies; None for one task, and in results of earlier
     versions."""
     examples: str | None = None
     """The split of the few-shot examples; None without, if the definition contains them, and in results of earlier versions."""
@@ -139,7 +139,7 @@ class DocumentResult:
 
     @property
     def task(self) -> str:
-        """Of a document of a group, the name of its task."""
+        """Name of the task, for a document of a group."""
         return self.id.split("/", 1)[0]
 
 
@@ -149,9 +149,9 @@ class Sample:
 
     id: str
     value: float
-    """Of the benchmark's main metric; of a perplexity, that of this document."""
+    """Value of the benchmark's main metric; for a perplexity, that of this document."""
     prompt: str
-    """Of a document that is a text, such as a page whose perplexity is measured, the text."""
+    """The model's input; the text itself if the document is one, such as a page whose perplexity is measured."""
     target: str
     """Empty for a text."""
     answer: str
@@ -160,10 +160,10 @@ class Sample:
     """What the task's filter took from the text, if that differs; None in results of earlier versions, whose `answer` it is. Of
     HumanEval and MBPP the program that was run, before its test."""
     problem: str | None = None
-    """Of a program that failed in the sandbox, the last line of its error and the line of the test that failed; None otherwise,
+    """Last line of the error of a program that failed in the sandbox, and the line of the test that failed; None otherwise,
     and in results of earlier versions."""
     is_right: bool | None = None
-    """Of a choice whose metric is one number for all documents, such as F1, whether it is the right one; then `value` is 1 or
+    """Whether a choice is the right one, if its metric is one number for all documents, such as F1; then `value` is 1 or
     0. None for other metrics, and in results of earlier versions."""
 
 
@@ -173,17 +173,17 @@ class Evaluated:
 
     score: Score
     filter: str
-    """Of the score's metric."""
+    """lm-eval's filter of the score's metric."""
     metrics: tuple[MetricValue, ...]
     documents: tuple[DocumentResult, ...]
     samples: tuple[Sample, ...] = ()
     """As many as were requested, the worst first."""
     replicates: tuple[float, ...] = ()
-    """Of a score that is no mean of one number for each document, the scores of documents drawn with replacement, the same ones
+    """For a score that is not a mean over documents, the scores of documents drawn with replacement, the same ones
     for every model that is scored on these documents (`minitron.evaluation.estimates.replicates`); of a group, drawn within
     each of its tasks."""
     task_scores: dict[str, float] = field(default_factory=dict)
-    """Of a group, the scores of its tasks by name; empty in results of earlier versions."""
+    """Scores of a group's tasks by name; empty for one task, and in results of earlier versions."""
 
     def numbers(self, name: str) -> dict[str, float]:
         """All metrics with their standard errors, by names that begin with `name`.
@@ -207,13 +207,13 @@ class Evaluated:
         return f"{self.score.metric},{self.filter}"
 
     def values(self) -> list[float] | None:
-        """One number per document, so that their mean is the score: of a mean over documents the metric, otherwise see
+        """One number per document, so that their mean is the score: the metric itself for a mean over documents, otherwise see
         `minitron.evaluation.estimates.contributions`. None if the score cannot be written as such a mean."""
         found = self.numbers_of(self.documents)
         return found if found is not None and is_mean_of(found, self.score.value) else None
 
     def numbers_of(self, documents: Sequence[DocumentResult]) -> list[float] | None:
-        """As `values`, of some documents, whose mean is the score that they have alone."""
+        """As `values`, for some documents; their mean is the score of these documents alone."""
         grouped, by_task = self.score.is_of_group, self.score.is_mean_over_tasks
         return contributions_of(self.score.metric, self.main, documents, grouped=grouped, by_task=by_task)
 

@@ -142,7 +142,7 @@ def _contributions(metric: str, key: str, value: float, documents: Sequence[Docu
 def _replicates(
     built: Any, metric: str, name: str, samples: Sequence[Mapping[str, Any]], documents: Sequence[DocumentResult]
 ) -> tuple[float, ...]:
-    """Of a metric that is no mean of one number for each document, such as F1 or BLEU. name: of lm-eval's filter."""
+    """Replicates of a metric that is not a mean over documents, such as F1 or BLEU. name: that of lm-eval's filter."""
     items = {
         str(each["doc_id"]): each[metric] for each in samples if each["filter"] == name and metric in each["metrics"]
     }

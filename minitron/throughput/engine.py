@@ -41,7 +41,7 @@ class Engine(Protocol):
     """A loaded model that generates text greedily, and goes on after an end-of-text token where it can."""
 
     kind: str
-    """Of the engine, for tables: "transformers", "vllm" or "server"."""
+    """Kind of engine, for tables: "transformers", "vllm" or "server"."""
     longest: int | None
     """Number of tokens that prompt and answer may have together; None if unknown."""
 

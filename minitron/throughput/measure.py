@@ -22,7 +22,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value."""
+        """The spread of at least one value."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -47,7 +47,7 @@ class Throughput:
     requests_per_second: Spread | None = None
     output_tokens_per_second: Spread | None = None
     tokens_per_second: Spread | None = None
-    """Of prompts and answers together."""
+    """Tokens of prompts and answers together."""
     first_token_seconds: Spread | None = None
     """From sending a request to its first token, the median of a batch."""
     inter_token_seconds: Spread | None = None

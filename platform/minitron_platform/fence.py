@@ -67,7 +67,7 @@ class Fence:
     """One acquisition of a lease. It can be pickled and sent to workers, which check it before they commit anything."""
 
     folder: str
-    """Of the lease, in the storage."""
+    """Folder of the lease in the storage."""
     epoch: int
     what: str
     """Name of the work that the lease protects, for messages."""

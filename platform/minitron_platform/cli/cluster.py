@@ -71,7 +71,7 @@ def launch(
     Each stops exactly the processes that it has started. The nodes need the same RAY_AUTH_TOKEN. At SIGUSR1 to rank 0,
     trainings save a checkpoint, COMMAND ends after at most --notice seconds, and the exit code is 75.
     """
-    from minitron_platform.cluster.launch import Place
+    from minitron_platform.cluster.launch import JobNode
     from minitron_platform.cluster.launch import launch as launch_command
 
     if rank >= nodes:
@@ -80,6 +80,6 @@ def launch(
         )
     if rank == 0 and not command:
         raise InputError("--rank 0 without a command", "give it behind --")
-    place = Place(rank=rank, nodes=nodes, head=head, port=port, cpus=cpus, gpus=gpus)
-    code = launch_command(command, place, notice=notice, timeout=timeout, say=lambda line: echo(line, err=True))
+    node = JobNode(rank=rank, nodes=nodes, head=head, port=port, cpus=cpus, gpus=gpus)
+    code = launch_command(command, node, notice=notice, timeout=timeout, say=lambda line: echo(line, err=True))
     raise SystemExit(code)

@@ -24,7 +24,7 @@ class JobRow:
 
     submission_id: str
     name: str
-    """Of the run."""
+    """Name of the run."""
     status: str
     """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
     started: float | None
@@ -38,7 +38,7 @@ class JobRow:
     code: str
     """Content hash of the packages that were sent."""
     version: str
-    """Of Minitron, where the run was submitted."""
+    """Version of Minitron on the machine that submitted the run."""
     resume: str = ""
     """The command that submitted it, which submits it again; empty if it was submitted from Python."""
 

@@ -44,7 +44,7 @@ class JobNeeds:
     dependencies: Dependencies = "as-is"
     """Where its packages come from, see `minitron_platform.cluster.job_check.packages_to_bring`."""
     extras: tuple[str, ...] = ()
-    """Of Minitron, such as "s3"."""
+    """Minitron's extras that it needs, such as "s3"."""
     driver_cpus: float = 0.0
     """Without CPUs and memory it runs on the head, even if that has no CPUs for others."""
     driver_memory: int = 0

@@ -33,34 +33,34 @@ from minitron_platform.cluster.tokens import auth_token
 INTERRUPTED = 75  # exit code after a notice; EX_TEMPFAIL of sysexits.h: try again
 ENDED = 128 + signal.SIGTERM  # exit code after SIGTERM or SIGINT
 POLL = 0.5  # seconds
-HEAD_SECONDS = 2.0  # that the head has to answer in
+HEAD_SECONDS = 2.0  # time for the head to answer
 HEAD_GONE = 5.0  # seconds without an answer, after which a worker believes that the head has ended
 
 
 @dataclass(frozen=True)
-class Place:
+class JobNode:
     """One node of the job."""
 
     rank: int
-    """Of this node; 0 has the head."""
+    """Number of this node; the head is on node 0."""
     nodes: int
     head: str
     """Host name or address of the node of rank 0."""
     port: int
-    """Of the head; free on its node."""
+    """Port of the head; free on its node."""
     cpus: int | None = None
-    """That Ray may use on this node; None for all that it detects."""
+    """CPUs that Ray may use on this node; None for all that it detects."""
     gpus: int | None = None
-    """That Ray may use on this node; None for all that it detects."""
+    """GPUs that Ray may use on this node; None for all that it detects."""
 
     @property
     def address(self) -> str:
-        """Of the cluster."""
+        """Address of the cluster, HOST:PORT."""
         return f"{self.head}:{self.port}"
 
 
 class _Signals:
-    """What this process has been told."""
+    """The signals that this process has received."""
 
     def __init__(self) -> None:
         self.noticed = False
@@ -82,7 +82,7 @@ class _Signals:
         return self.noticed or self.ended
 
 
-def launch(command: Sequence[str], place: Place, *, notice: float, timeout: float, say: Callable[[str], None]) -> int:
+def launch(command: Sequence[str], node: JobNode, *, notice: float, timeout: float, say: Callable[[str], None]) -> int:
     """Run `command` on the node of rank 0, with a Ray of all nodes at RAY_ADDRESS, and return its exit code; 0 on other nodes.
 
     notice: seconds between SIGUSR1 at rank 0, which says that the nodes will be taken away, and the end. In this time trainings
@@ -96,47 +96,47 @@ def launch(command: Sequence[str], place: Place, *, notice: float, timeout: floa
             "no token is set for Ray, and everybody who reaches the nodes could run code on them",
             "set RAY_AUTH_TOKEN to the same secret on all nodes (openssl rand -hex 32), or RAY_AUTH_TOKEN_PATH to its file",
         )
-    _check_head(place)
-    if place.rank == 0 and shutil.which(command[0]) is None:  # it is started when all nodes have joined
+    _check_head(node)
+    if node.rank == 0 and shutil.which(command[0]) is None:  # it is started when all nodes have joined
         raise InputError(f"{command[0]}: there is no such program", "activate the environment that has it")
     signals = _Signals()
     deadline = time.monotonic() + timeout
     with environment_variables({**QUIET, "RAY_AUTH_MODE": "token"}):
         Config.initialize("")  # Ray has read RAY_AUTH_MODE when it was imported
-        if place.rank > 0:
-            return _follow(place, signals, deadline, say)
-        with ray_node("head", _head_arguments(place), say) as head:
-            _await(_HeadJoined(place), signals, deadline, [head])
-            with ray_node("worker", _worker_arguments(place), say) as worker:
-                _await(_Joined(place, say), signals, deadline, [head, worker])
-                return _run(command, place, signals, notice, head)
+        if node.rank > 0:
+            return _follow(node, signals, deadline, say)
+        with ray_node("head", _head_arguments(node), say) as head:
+            _await(_HeadJoined(node), signals, deadline, [head])
+            with ray_node("worker", _worker_arguments(node), say) as worker:
+                _await(_Joined(node, say), signals, deadline, [head, worker])
+                return _run(command, node, signals, notice, head)
 
 
-def _follow(place: Place, signals: _Signals, deadline: float, say: Callable[[str], None]) -> int:
+def _follow(node: JobNode, signals: _Signals, deadline: float, say: Callable[[str], None]) -> int:
     """Be a worker until the head has ended."""
-    _await(_HeadJoined(place), signals, deadline, [])
-    with ray_node("worker", _worker_arguments(place), say) as worker:
+    _await(_HeadJoined(node), signals, deadline, [])
+    with ray_node("worker", _worker_arguments(node), say) as worker:
         answered = time.monotonic()
         while not signals.any and time.monotonic() < answered + HEAD_GONE:
             time.sleep(POLL)
-            if answers(f"{place.head}:{place.port}", HEAD_SECONDS):
+            if answers(f"{node.head}:{node.port}", HEAD_SECONDS):
                 worker.check()
                 answered = time.monotonic()
     return 0
 
 
-def _run(command: Sequence[str], place: Place, signals: _Signals, notice: float, head: RayNode) -> int:
+def _run(command: Sequence[str], node: JobNode, signals: _Signals, notice: float, head: RayNode) -> int:
     """The exit code of the command, or that of the signal that has ended it."""
     if signals.any:
         return ENDED if signals.ended else INTERRUPTED
-    with environment_variables({"RAY_ADDRESS": place.address}):
+    with environment_variables({"RAY_ADDRESS": node.address}):
         process = start(command)
     last = math.inf  # time.monotonic() at which the command is ended
     while process.poll() is None:
         if signals.noticed and last == math.inf:
-            _announce_end(place, notice)
+            _announce_end(node, notice)
             last = time.monotonic() + notice
-        if signals.ended or head.has_ended or time.monotonic() > last or (last < math.inf and not _living(place)):
+        if signals.ended or head.has_ended or time.monotonic() > last or (last < math.inf and not _living(node)):
             end(process, signal.SIGTERM)
             head.check()
             return ENDED if signals.ended else INTERRUPTED
@@ -144,52 +144,54 @@ def _run(command: Sequence[str], place: Place, signals: _Signals, notice: float,
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
-def _living(place: Place, *, head: bool = False) -> list[str]:
+def _living(node: JobNode, *, head: bool = False) -> list[str]:
     """Ids of the living worker nodes, or of the head. Raises ray.exceptions.RpcError if the head does not answer."""
-    infos = GcsClient(address=place.address).get_all_node_info(timeout=10)
-    return [node.hex() for node, info in infos.items() if info.state == GcsNodeInfo.ALIVE and info.is_head_node == head]
+    infos = GcsClient(address=node.address).get_all_node_info(timeout=10)
+    return [
+        number.hex() for number, info in infos.items() if info.state == GcsNodeInfo.ALIVE and info.is_head_node == head
+    ]
 
 
-def _announce_end(place: Place, notice: float) -> None:
+def _announce_end(node: JobNode, notice: float) -> None:
     """Tell Ray that all worker nodes will be taken away in `notice` seconds; each ends earlier if it has no work."""
-    client = GcsClient(address=place.address)
+    client = GcsClient(address=node.address)
     reason = DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
-    for node in _living(place):
+    for other in _living(node):
         client.drain_node(
-            node, reason, "the scheduler takes the nodes away", int((time.time() + notice) * 1000), timeout=10
+            other, reason, "the scheduler takes the nodes away", int((time.time() + notice) * 1000), timeout=10
         )
 
 
-def _head_arguments(place: Place) -> list[str]:
-    host = socket.gethostbyname(place.head)
+def _head_arguments(node: JobNode) -> list[str]:
+    host = socket.gethostbyname(node.head)
     # some systems give a machine's own name an address of the loopback interface, which others could not reach
     own = [] if host.startswith("127.") else ["--node-ip-address", host]
-    ports = ["--port", str(place.port), "--ray-client-server-port", free_port()]
+    ports = ["--port", str(node.port), "--ray-client-server-port", free_port()]
     return ["--head", "--num-cpus", "0", "--num-gpus", "0", "--dashboard-host", "127.0.0.1", *ports, *_agent(), *own]
 
 
-def _worker_arguments(place: Place) -> list[str]:
-    arguments = ["--address", place.address, *_agent()]
-    for option, value in (("--num-cpus", place.cpus), ("--num-gpus", place.gpus)):
+def _worker_arguments(node: JobNode) -> list[str]:
+    arguments = ["--address", node.address, *_agent()]
+    for option, value in (("--num-cpus", node.cpus), ("--num-gpus", node.gpus)):
         if value is not None:
             arguments += [option, str(value)]
     return arguments
 
 
-def _check_head(place: Place) -> None:
+def _check_head(node: JobNode) -> None:
     """Raise InputError for a head whose name is not known, or, on its node, whose port is in use."""
     try:
-        if not place.head:
+        if not node.head:
             raise OSError("no name")
-        socket.gethostbyname(place.head)
+        socket.gethostbyname(node.head)
     except (OSError, UnicodeError) as error:
-        raise InputError(f"--head {place.head}: {error}", "give a name or address that all nodes know") from error
-    if place.rank > 0:
+        raise InputError(f"--head {node.head}: {error}", "give a name or address that all nodes know") from error
+    if node.rank > 0:
         return
     try:
-        socket.create_server(("", place.port)).close()
+        socket.create_server(("", node.port)).close()
     except OSError as error:
-        problem = f"--port {place.port}: {os.strerror(error.errno or 0)}"
+        problem = f"--port {node.port}: {os.strerror(error.errno or 0)}"
         raise InputError(problem, "give another port, the same on all nodes of the job") from error
 
 
@@ -206,48 +208,46 @@ def free_port() -> str:
 class _HeadJoined:
     """Whether the head has joined its cluster, which it does seconds after it listens; until then others are refused."""
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
+    def __init__(self, node: JobNode) -> None:
+        self.node = node
 
     def __call__(self) -> bool:
         try:
-            return answers(f"{self.place.head}:{self.place.port}", HEAD_SECONDS) and bool(
-                _living(self.place, head=True)
-            )
+            return answers(f"{self.node.head}:{self.node.port}", HEAD_SECONDS) and bool(_living(self.node, head=True))
         except RpcError:  # it has not started completely, or is busy
             return False
 
     def __str__(self) -> str:
-        return f"no head answers at {self.place.address}"
+        return f"no head answers at {self.node.address}"
 
 
 class _Joined:
     """Whether all nodes have joined the head."""
 
-    def __init__(self, place: Place, say: Callable[[str], None]) -> None:
-        self.place = place
+    def __init__(self, node: JobNode, say: Callable[[str], None]) -> None:
+        self.node = node
         self.say = say
         self.count = 0
 
     def __call__(self) -> bool:
         try:
-            count = len(_living(self.place))
+            count = len(_living(self.node))
         except RpcError:  # the head is busy
             return False
         if count != self.count:
             self.count = count
             self.say(str(self))
-        return count >= self.place.nodes
+        return count >= self.node.nodes
 
     def __str__(self) -> str:
-        return f"{self.count} of {self.place.nodes} nodes have joined Ray at {self.place.address}"
+        return f"{self.count} of {self.node.nodes} nodes have joined Ray at {self.node.address}"
 
 
 def _await(condition: _HeadJoined | _Joined, signals: _Signals, deadline: float, started: Sequence[RayNode]) -> None:
     """Wait for the condition, or for a signal. Raises MinitronError at the deadline, or if a started node ends."""
     while not signals.any and not condition():
-        for node in started:
-            node.check()
+        for process in started:
+            process.check()
         if time.monotonic() > deadline:
             raise MinitronError(
                 f"{condition}, and the time for it is over", "see the other nodes' output, or give --timeout"

@@ -30,7 +30,7 @@ class ProcessMemory:
     processes: int
     """Number of processes; a search runs more at once if there is memory for them."""
     each: MainMemory
-    """Of one process."""
+    """Memory of one process."""
     key: str = ""
     """Recipe key of the training that the processes do; empty for work in the driver alone."""
     workers_key: str = ""

@@ -41,7 +41,7 @@ class NodeMemory:
     processes: int
     """Most processes of the stage on a node."""
     each: HostMemory
-    """Of one process."""
+    """Memory of one process."""
     file: int = 0
     """What the first process needs besides: a checkpoint's file that is written, or a model that is converted."""
 

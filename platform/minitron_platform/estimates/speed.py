@@ -22,11 +22,11 @@ class Speed:
     """FLOP/s of models on this machine: of one CPU core, or of one GPU."""
 
     forward: float
-    """Of forward passes."""
+    """FLOP/s in forward passes."""
     training: float
-    """Of training steps."""
+    """FLOP/s in training steps."""
     matmul: float
-    """Of products of large matrices, on all cores."""
+    """FLOP/s in products of large matrices, on all cores."""
     measured: str = ""
     """When `minitron doctor --calibrate` measured it, such as "2026-11-26"; empty if it is assumed."""
 

@@ -10,7 +10,7 @@ class Part:
     """A part of a stage's work. Sizes are in bytes."""
 
     flops: float = 0
-    """Of all workers together."""
+    """FLOPs of all workers together."""
     tokens: int = 0
     """Tokens that a model reads."""
     reads_per_node: int = 0
@@ -60,8 +60,8 @@ class Trials(Part):
     shares: tuple[float, ...]
     """Every trial's share of the work, in the order in which they start; the sum is 1."""
     workers: int
-    """Of a trial."""
+    """Workers of a trial."""
     gpus: float
-    """Of each worker of a trial."""
+    """GPUs of each of these workers."""
     balance: float = 1.0
     """Share of the time that the workers of a trial compute, because the rows of a step may not divide by their number."""

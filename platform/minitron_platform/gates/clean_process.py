@@ -17,13 +17,13 @@ LONGEST = 3600.0  # seconds
 
 @dataclass(frozen=True)
 class Loaded:
-    """What such a process has seen of a checkpoint."""
+    """What a clean process has seen of a checkpoint."""
 
     problem: str | None
     """Why it cannot be loaded; then the figures are None."""
     parameters: int | None = None
     bytes: int | None = None
-    """Of weights and buffers, in the dtype that they are stored in."""
+    """Bytes of weights and buffers, in the dtype that they are stored in."""
     milliseconds: float | None = None
     """To the next token after a prompt, median; None if it was not timed."""
     device: str = ""

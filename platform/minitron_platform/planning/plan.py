@@ -110,7 +110,7 @@ class Plan:
     dtype: str
     """Compute dtype, by torch's name."""
     speed: Speed
-    """Of this machine in `dtype`."""
+    """Speed of this machine in `dtype`."""
     free_bytes: int | None
     """Free space of the storage; None if it is not a local disk."""
     warnings: list[str]

@@ -15,7 +15,7 @@ class PruningBase:
     """A checkpoint to prune."""
 
     folder: str
-    """Of the checkpoint."""
+    """Folder of the checkpoint."""
     id: str
     """Content address of the model."""
     architecture: Architecture

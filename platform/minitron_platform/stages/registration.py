@@ -22,9 +22,9 @@ class Registration(BaseModel):
     description: str
     tags: dict[str, str]
     metrics: dict[str, float]
-    """Of the MLflow logged model."""
+    """Metrics of the MLflow logged model."""
     params: dict[str, str]
-    """Of the MLflow logged model."""
+    """Parameters of the MLflow logged model."""
     record: str
     """Key of the record of the stage `register`, which the logged model's figures belong to."""
     registry: str | None = None

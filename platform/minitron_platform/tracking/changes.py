@@ -50,7 +50,7 @@ class Changes:
 
     key: str
     time_ms: int
-    """Of the first event."""
+    """Time of the first event."""
     events: int = 0
     start: Event | None = None
     """The latest start."""

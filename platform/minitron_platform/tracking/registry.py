@@ -83,7 +83,7 @@ class ModelRow:
     source: str
     """Folder of the weights, or MLflow's address of an uploaded model."""
     run_id: str | None
-    """Of the MLflow run that registered it."""
+    """The MLflow run that registered it."""
     made_from: str | None
     """For example "aligned from small version 3"; None for what no other tool has changed."""
 

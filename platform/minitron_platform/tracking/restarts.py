@@ -18,7 +18,7 @@ class Restart:
     """One failure of a worker or trial, and its restart if there was one."""
 
     time: str
-    """Of the failure, in UTC."""
+    """When it failed, in UTC."""
     what: str
     """The worker or trial that failed."""
     node: str

@@ -43,9 +43,9 @@ class VersionFigures(BaseModel):
     student: Measured
     teacher: Measured | None = None
     pruned: Measured | None = None
-    """Of the student before its distillation; None in versions of earlier releases."""
+    """Figures of the student before its distillation; None in versions of earlier releases."""
     parent: Measured | None = None
-    """Of what an aligned or quantised variant was made from."""
+    """Figures of the model that an aligned or quantised variant was made from."""
 
 
 def figures_of(version: Any) -> VersionFigures | None:

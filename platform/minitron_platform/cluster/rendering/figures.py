@@ -25,9 +25,9 @@ class Nodes:
 
     count: int
     gpus: int
-    """Of each node; 0 for nodes that compute on their CPUs."""
+    """GPUs of each node; 0 for nodes that compute on their CPUs."""
     cpus: int
-    """Of each node."""
+    """CPUs of each node."""
     memory: int
     """GiB of each node."""
 

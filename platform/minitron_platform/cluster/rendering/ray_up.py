@@ -28,7 +28,7 @@ class RayUp:
     data: Data
     region: str
     disk_image: str
-    """Of all nodes, with NVIDIA's driver and docker: an AMI at AWS. Ray's own default is too old for an H100."""
+    """Image of all nodes' disks, with NVIDIA's driver and docker: an AMI at AWS. Ray's own default is too old for an H100."""
     machine: str | None = None
     """Type of the worker nodes; None for one with 8 H100."""
     zone: str | None = None
