@@ -148,7 +148,9 @@ def _living(node: JobNode, *, head: bool = False) -> list[str]:
     """Ids of the living worker nodes, or of the head. Raises ray.exceptions.RpcError if the head does not answer."""
     infos = GcsClient(address=node.address).get_all_node_info(timeout=10)
     return [
-        number.hex() for number, info in infos.items() if info.state == GcsNodeInfo.ALIVE and info.is_head_node == head
+        node_id.hex()
+        for node_id, info in infos.items()
+        if info.state == GcsNodeInfo.ALIVE and info.is_head_node == head
     ]
 
 

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -58,10 +58,6 @@ from minitron_platform.stages.search import Search
 from minitron_platform.stages.stage import Stage
 from minitron_platform.stages.state import RunState
 from minitron_platform.tracking.check import check_tracking
-
-if TYPE_CHECKING:
-    pass
-
 
 TRAINING = ("correct", "search", "distill")  # stages that train; the others make forward passes
 
