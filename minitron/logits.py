@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minitron.arguments import check_model
+from minitron.config_values import declared
 from minitron.models import head_of
 
 CHUNK_TOKENS = 512  # default for the largest number of tokens in a chunk
@@ -47,8 +48,8 @@ class Head:
     @classmethod
     def from_config(cls, weight: Tensor, config: Any) -> Head:
         """As `of`, from the output matrix [V, d] and the config of the model."""
-        scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-        return cls(weight, softcap=getattr(config, "final_logit_softcapping", None) or 0.0, scale=scale)
+        scale = (declared(config, "logit_scale") or 1.0) / (declared(config, "logits_scaling") or 1.0)
+        return cls(weight, softcap=declared(config, "final_logit_softcapping") or 0.0, scale=scale)
 
     def to(self, device: torch.device) -> Head:
         """The same head on a device, detached from the graph for gradients."""

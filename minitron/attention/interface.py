@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from minitron.config_values import declared
 from minitron.model_imports import import_models
 
 PREFIX = "minitron_"
@@ -56,8 +57,8 @@ def softcap_of(config: Any) -> float | None:
 
 
 def _is_causal(config: Any) -> bool:
-    kinds = set(getattr(config, "layer_types", None) or ())
-    return kinds <= {"full_attention", "sliding_attention"} and not getattr(config, "use_bidirectional_attention", None)
+    kinds = set(declared(config, "layer_types") or ())
+    return kinds <= {"full_attention", "sliding_attention"} and not declared(config, "use_bidirectional_attention")
 
 
 @lru_cache

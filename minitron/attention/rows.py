@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minitron.attention.interface import PREFIX, is_own, plain_causal, use_own_attention
 from minitron.attention.masks import block_mask, dense_mask
+from minitron.config_values import declared
 from minitron.data.boundaries import DocumentBoundaries
 from minitron.errors import InputError
 
@@ -69,10 +70,10 @@ def short_length(config: Any) -> int | None:
 
 def _windows(config: Any) -> dict[str, int | None]:
     """The window of each kind of layer, None for all earlier positions; the kind is "" if all layers are of the same kind."""
-    window = getattr(config, "sliding_window", None)
-    if not getattr(config, "layer_types", None):
+    window, kinds = declared(config, "sliding_window"), declared(config, "layer_types")
+    if not kinds:
         return {"": window}
-    return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(config.layer_types))}
+    return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}
 
 
 def _mask(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minitron.architecture import Architecture
 from minitron.attention import row_arguments, short_length, takes_masks, use_own_attention
+from minitron.config_values import declared
 from minitron.evaluation.answers import Answers, batch_name
 from minitron.evaluation.batches import BatchRows, prefixed_rows, rows_of_batch
 from minitron.evaluation.shared_prefix import SharedPrefix, shared_length
@@ -196,7 +197,7 @@ def _rows(continuations: Sequence[Continuation], config: Any) -> list[_Row]:
         is_long = most is not None and len(context) + len(continuation.tokens) - 1 > most
         row = shared.setdefault((context, is_long), _Row(context, is_long=is_long))
         row.branches.setdefault(tuple(continuation.tokens[:-1]), []).append(number)
-    window = (getattr(config, "sliding_window", None) or float("inf")) if takes_masks(config) else 0
+    window = (declared(config, "sliding_window") or float("inf")) if takes_masks(config) else 0
 
     def fits(row: _Row) -> bool:
         return max(row.positions()) < window

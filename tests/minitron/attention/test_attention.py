@@ -66,6 +66,28 @@ def test_without_documents_a_cpu_computes_the_same_bits_as_transformers(family):
     assert model.config.to_dict() == own.config.to_dict()
 
 
+def test_keys_of_another_model_in_a_config_change_the_attention_as_little_as_in_transformers(flex_on_cpu):
+    """A checkpoint that was converted from Mistral or Qwen to Llama's names often keeps them."""
+    stray = {
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "chunked_attention"],
+        "use_bidirectional_attention": True,
+    }
+    plain, model, rows = model_of("llama").double(), model_of("llama").double(), tiny.rows(2, 24)
+    for name, value in stray.items():
+        setattr(model.config, name, value)  # as from_pretrained does with what config.json has
+    expected = plain.get_decoder()(rows).last_hidden_state
+    assert torch.equal(model.get_decoder()(rows, use_cache=False).last_hidden_state, expected)
+    assert torch.equal(final_hidden(model, rows), expected)
+    rows = packed()
+    for kernel in ("dense", "flex"):
+        apart = [
+            each.get_decoder()(rows, use_cache=False, **row_arguments(each, rows, DOCUMENTS, kernel))[0]
+            for each in (model, plain)
+        ]
+        assert torch.equal(*apart)
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "mistral"])
 def test_sliding_windows_and_soft_caps_in_flex_attention_equal_those_of_transformers(family, flex_on_cpu):
     model, rows = model_of(family, **REFERENCE.get(family, {})).double(), tiny.rows(2, 24)

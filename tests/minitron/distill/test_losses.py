@@ -189,6 +189,8 @@ def _causal_lm(family, **changes):
         ("gemma2", {"final_logit_softcapping": 3.0}),
         ("cohere", {"logit_scale": 0.3}),
         ("granite", {"logits_scaling": 4.0}),
+        ("llama", {"logit_scale": 0.3, "logits_scaling": 4.0, "final_logit_softcapping": 3.0}),  # which it ignores
+        ("gemma2", {"final_logit_softcapping": None, "logit_scale": 0.3}),
     ],
 )
 def test_a_head_gives_the_logits_of_its_model(family, changes):

@@ -1,0 +1,17 @@
+"""Values of transformers configs that the model itself reads."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+
+def declared(config: Any, name: str) -> Any:
+    """The value of a key of a transformers config; None if it has none, or if its class does not know the key.
+
+    A config keeps every key of its file, also those that came with the weights from a model of another type, such as the
+    sliding_window of a Mistral that was converted to Llama's names. The model ignores them.
+    """
+    kind = type(config)
+    knows = hasattr(kind, name) or name in inspect.signature(kind.__init__).parameters
+    return getattr(config, name, None) if knows else None
