@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from minitron.architecture import PRUNABLE, Architecture
 from minitron.arguments import check_model, check_type
 from minitron.errors import InputError
+from minitron.families.config import LONGROPE
 from minitron.importance import LayerScoring, estimate_importance
 from minitron.pruning.selection import kept_layers
 from minitron.pruning.slicing import prune
@@ -77,6 +78,8 @@ def _between(base: Architecture, target: Architecture, share: float, current: Ar
     # whole KV groups with the same number of query heads each
     in_group = part(base.num_heads // base.num_kv_heads, target.num_heads // target.num_kv_heads)
     sizes["num_heads"] = in_group * sizes["num_kv_heads"]
+    if LONGROPE in base.flags:  # which fixes hidden_size // heads
+        sizes["hidden_size"] = max(target.hidden_size, base.head_dim * sizes["num_heads"])
     if base.table.hidden_in_heads:
         heads = sizes["num_heads"]
         sizes["hidden_size"] = sizes["hidden_size"] // heads * heads

@@ -16,6 +16,7 @@ from minitron.pruning.iterative import shapes_between
 LLAMA = Architecture(32, 4096, 14336, 32, 8, 128, 128_256, False)
 NEMO = Architecture(40, 5120, 14336, 32, 8, 128, 131_072, False, "mistral")
 NEMOTRON = Architecture(32, 6144, 24576, 48, 8, 128, 256_000, False, "nemotron")
+PHI = Architecture(32, 3072, 8192, 32, 32, 96, 32_064, False, "phi3", flags=("longrope",))
 SMOL = Architecture(30, 576, 1536, 9, 3, 64, 49_152, True)
 
 
@@ -82,16 +83,15 @@ def test_a_hidden_size_that_must_be_a_multiple_of_nine_heads_is_found():
 
 
 def test_a_hidden_size_that_longrope_fixes_is_kept():
-    phi = Architecture(32, 3072, 8192, 32, 32, 96, 32_064, False, "phi3", flags=("longrope",))
     for how in ("width", "both"):
-        shape = architecture_for(phi, int(phi.num_parameters * 0.9), how=how)
-        shape.check_inside(phi)
+        shape = architecture_for(PHI, int(PHI.num_parameters * 0.9), how=how)
+        shape.check_inside(PHI)
         assert shape.hidden_size == 3072
-        assert abs(shape.num_parameters / phi.num_parameters - 0.9) < 0.05
+        assert abs(shape.num_parameters / PHI.num_parameters - 0.9) < 0.05
     with pytest.raises(InputError, match="cannot be reached by width") as caught:
-        architecture_for(phi, phi.num_parameters // 2)
+        architecture_for(PHI, PHI.num_parameters // 2)
     nearest = int(caught.value.remedy.split()[1].strip(","))
-    architecture_for(phi, nearest).check_inside(phi)
+    architecture_for(PHI, nearest).check_inside(PHI)
 
 
 def test_the_whole_model_is_its_own_nearest_shape():
@@ -173,6 +173,15 @@ def test_intermediate_shapes_shrink_evenly_to_the_target(change, steps):
         for step, shape in enumerate(shapes):
             assert abs(shape.num_layers - (30 - step * 19 / steps)) <= 0.5
             assert abs(shape.hidden_size - (576 - step * 396 / steps)) <= 9
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4, 7])
+@pytest.mark.parametrize("target", [(1536, 16, 16), (2400, 25, 25), (1066, 11, 11), (1824, 19, 19)], ids=str)
+def test_intermediate_shapes_keep_the_ratio_that_longrope_fixes(target, steps):
+    hidden, heads, groups = target
+    shapes = [PHI, *shapes_between(PHI, replace(PHI, hidden_size=hidden, num_heads=heads, num_kv_heads=groups), steps)]
+    for before, after in zip(shapes, shapes[1:], strict=False):
+        after.check_inside(before)
 
 
 def test_an_invalid_number_of_steps_is_refused():
