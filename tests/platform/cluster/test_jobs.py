@@ -679,7 +679,7 @@ def test_a_local_run_has_a_private_ray_that_leaves_nothing_behind(end: str, tmp_
     assert driver.stdout is not None
     assert driver.stderr is not None
     try:
-        (cpus, _), file, pids, session = json.loads(driver.stdout.readline())
+        cpus, file, pids, session = json.loads(driver.stdout.readline())
         assert cpus == 64
         assert file == str(tmp_path / "code/minitron/__init__.py")
         assert all(map(is_alive, pids))
