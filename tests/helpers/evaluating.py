@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -75,3 +77,19 @@ def write_jsonl(path: Path, documents: list[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(document) + "\n" for document in documents))
     return path
+
+
+def results_of_lm_eval(model: Any, tokenizer: Any, definition: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """What lm-eval itself finds for a model in memory and the definition of a task."""
+    from lm_eval import evaluator
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    scorer = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=1, softmax_dtype="float32")
+    manager = TaskManager(include_defaults=False)
+    # which runs pip and other programs to describe the machine
+    with patch.object(evaluator, "add_env_info"):
+        results: dict[str, Any] = evaluator.simple_evaluate(
+            scorer, tasks=[definition], bootstrap_iters=0, task_manager=manager, **settings
+        )
+    return results

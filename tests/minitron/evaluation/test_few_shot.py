@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import random
 
 import pytest
 import yaml
-from helpers.evaluating import WORDS, arc_documents, byte_tokenizer, sums, tiny_model, write_jsonl
-from lm_eval import simple_evaluate
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
+from helpers.evaluating import (
+    WORDS,
+    arc_documents,
+    byte_tokenizer,
+    results_of_lm_eval,
+    sums,
+    tiny_model,
+    write_jsonl,
+)
 
 from minitron.errors import InputError
 from minitron.evaluation import Task, check_tasks, evaluate_documents
@@ -80,15 +84,7 @@ def by_lm_eval(model, tokenizer, task, files, cache):
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {name: str(file) for name, file in files.items()}, "cache_dir": str(cache)},
     }
-    scorer = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=1, softmax_dtype="float32")
-    results = simple_evaluate(
-        scorer,
-        tasks=[config],
-        num_fewshot=task.num_fewshot,
-        bootstrap_iters=0,
-        task_manager=TaskManager(include_defaults=False),
-        log_samples=True,
-    )
+    results = results_of_lm_eval(model, tokenizer, config, num_fewshot=task.num_fewshot, log_samples=True)
     return {str(sample["doc_id"]): sample for sample in results["samples"][task.name]}
 
 

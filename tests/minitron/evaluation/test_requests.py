@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 
 import pytest
 import torch
 from helpers import tiny
-from helpers.evaluating import arc_documents, byte_tokenizer, pages, sums, tiny_model, write_jsonl
-from lm_eval import simple_evaluate
+from helpers.evaluating import arc_documents, byte_tokenizer, pages, results_of_lm_eval, sums, tiny_model, write_jsonl
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 from minitron.errors import InputError, one_line
 from minitron.evaluation import Task, evaluate, task_metric
@@ -31,11 +28,7 @@ def by_lm_eval(model, tokenizer, task, file, limit=None):
         "test_split": "test",
         "num_fewshot": 0,
     }
-    scorer = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=1, softmax_dtype="float32")
-    manager = TaskManager(include_defaults=False)
-    return simple_evaluate(scorer, tasks=[config], limit=limit, bootstrap_iters=0, task_manager=manager)["results"][
-        task
-    ]
+    return results_of_lm_eval(model, tokenizer, config, limit=limit)["results"][task]
 
 
 @pytest.fixture(scope="module")
