@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import fields
+from functools import lru_cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -51,9 +52,14 @@ def check_fields(settings: Any) -> None:
     Understood are str, bool, int, float (which an int is, too), Literal, tuple (which may be a list, as JSON gives it), other
     classes, and unions of one of them with None or a Literal. A bool is not accepted as a number.
     """
-    hints = get_type_hints(type(settings))
+    hints = _hints(type(settings))  # type: ignore[arg-type]  # mypy takes no class for hashable
     for field in fields(settings):
         _check_hint(field.name, getattr(settings, field.name), hints[field.name])
+
+
+@lru_cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _check_hint(name: str, value: Any, hint: Any) -> None:

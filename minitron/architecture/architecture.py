@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from minitron.arguments import check_types, short_repr
@@ -165,7 +166,7 @@ class Architecture:
             shape[0] = self.experts_per_token
         return math.prod(shape) if len(shape) > 1 else 0
 
-    @property
+    @cached_property
     def num_parameters(self) -> int:
         """Exact number of parameters; tied matrices are counted once."""
         return self._count(self.outer_parameters) + self.num_layers * self._count(self.layer_parameters)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from minitron.architecture import Architecture
@@ -60,12 +60,12 @@ class GpuMemory:
     @property
     def parts(self) -> dict[str, int]:
         """The items of a step that are not 0, the largest first."""
-        sizes = {name: size for name, size in asdict(self).items() if name not in ("start", "end") and size}
+        sizes = {name: size for name in _ITEMS if (size := getattr(self, name))}
         return dict(sorted(sizes.items(), key=lambda part: -part[1]))
 
     @property
     def step(self) -> int:
-        return sum(self.parts.values())
+        return sum(getattr(self, name) for name in _ITEMS)
 
     @property
     def peak(self) -> int:
@@ -74,6 +74,9 @@ class GpuMemory:
     def __str__(self) -> str:
         """For example "38.1 GB: gradients 18.0, weights 9.0, ..."; the items in GB."""
         return f"{self.peak / 1e9:.1f} GB: " + ", ".join(f"{n} {size / 1e9:.1f}" for n, size in self.parts.items())
+
+
+_ITEMS = tuple(field.name for field in fields(GpuMemory) if field.name not in ("start", "end"))
 
 
 def gpu_memory(
