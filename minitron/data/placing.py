@@ -128,6 +128,8 @@ class Placer:
                 hashes.add(value)
             if cutter.full:
                 self._heldout = hashes
+                if self._seen is not None:
+                    self._seen = SeenHashes()  # it has documents that were read, and are not held out
                 return
         rows = f"{cutter.rows_done} of {cutter.rows} held-out rows (from {cutter.documents} documents)"
         raise InputError(f"the held-out text ends after {rows}", _lower("heldout", cutter.rows_done))

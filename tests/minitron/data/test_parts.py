@@ -9,6 +9,7 @@ import random
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -155,6 +156,21 @@ def test_held_out_text_of_its_own_is_in_no_training_row(tokenizer: Any, tmp_path
     with pytest.raises(InputError, match=r"the held-out text ends after \d+ of 900 held-out rows") as error:
         pack(source, tokenizer, str(tmp_path / "more"), heldout=held, **(sizes | {"heldout_rows": 900}))
     assert "lower heldout_rows to" in error.value.remedy
+
+
+def test_held_out_text_that_is_not_needed_is_no_duplicate(tokenizer: Any, tmp_path: Path, small_parts: None) -> None:
+    texts = tiny.texts(60, seed=3)
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in [*texts, *texts[:5]]))
+    source = TextSource("jsonl", f"{tmp_path}/text.jsonl")
+    ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
+    held = len([*chain(*ids[:3])]) // 16  # its last row ends inside the third document, or with it
+    expected = [*chain(*ids[3:])]
+    sizes = {"seq_length": 16, "train_rows": len(expected) // 16, "heldout_rows": held}
+    for name, in_parts in (("one", None), ("parts", InParts(f"{tmp_path}/kept"))):
+        options = {"heldout": source, "drop_duplicates": True, "in_parts": in_parts}
+        rows = pack(source, tokenizer, f"{tmp_path}/{name}", **sizes, **options)
+        assert rows.take(range(len(rows))).flatten().tolist() == expected[: len(rows) * 16], name
+        assert rows.index["left_out"] == {"in_heldout": 3}
 
 
 def _pack_until_killed(corpus: Path, tokenizer: Any, target: str, calls: Path, limit: int) -> None:
