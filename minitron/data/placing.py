@@ -209,6 +209,7 @@ class Placer:
             kept = pieces.copy()
             for field in ("tokens", "characters", "first", "last"):
                 kept[field][reasons != 0] = 0
+        until = until or [*self.cutters.values()]
         last = -1
         for number, split in enumerate(SPLITS):
             cutter = self.cutters[split]
@@ -225,8 +226,9 @@ class Placer:
                     if reason:
                         dropped = pieces["first"][counted] & (reasons[counted] == reason)
                         np.add.at(self._left_out[name], sources[counted], dropped)
-            last = max(last, *counted[-1:].tolist(), -1)
-        if not all(cutter.full for cutter in until or self.cutters.values()):
+            if cutter in until:  # a piece that only counts what was left out is of the first split
+                last = max(last, *counted[-1:].tolist(), -1)
+        if not all(cutter.full for cutter in until):
             last = len(pieces) - 1
         for name in ("missing", "length"):
             np.add.at(self._left_out[name], sources[: last + 1], pieces[name][: last + 1])

@@ -158,16 +158,20 @@ def test_held_out_text_of_its_own_is_in_no_training_row(tokenizer: Any, tmp_path
     assert "lower heldout_rows to" in error.value.remedy
 
 
-def test_held_out_text_that_is_not_needed_is_no_duplicate(tokenizer: Any, tmp_path: Path, small_parts: None) -> None:
+@pytest.mark.parametrize("drop_duplicates", [True, False])
+def test_held_out_text_that_is_not_needed_leaves_nothing_out(
+    tokenizer: Any, tmp_path: Path, *, drop_duplicates: bool
+) -> None:
     texts = tiny.texts(60, seed=3)
-    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in [*texts, *texts[:5]]))
-    source = TextSource("jsonl", f"{tmp_path}/text.jsonl")
+    lines = [json.dumps({"text": text}) for text in [*texts, *texts[:5], None]]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    source = TextSource("jsonl", f"{tmp_path}/text.jsonl", on_missing="skip")
     ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
     held = len([*chain(*ids[:3])]) // 16  # its last row ends inside the third document, or with it
     expected = [*chain(*ids[3:])]
     sizes = {"seq_length": 16, "train_rows": len(expected) // 16, "heldout_rows": held}
     for name, in_parts in (("one", None), ("parts", InParts(f"{tmp_path}/kept"))):
-        options = {"heldout": source, "drop_duplicates": True, "in_parts": in_parts}
+        options = {"heldout": source, "drop_duplicates": drop_duplicates, "in_parts": in_parts}
         rows = pack(source, tokenizer, f"{tmp_path}/{name}", **sizes, **options)
         assert rows.take(range(len(rows))).flatten().tolist() == expected[: len(rows) * 16], name
         assert rows.index["left_out"] == {"in_heldout": 3}
