@@ -21,6 +21,8 @@ from minitron.importance import LayerScoring, estimate_importance
 from minitron.pruning.selection import kept_layers
 from minitron.pruning.slicing import prune
 
+EXPERT_WIDTHS = 8  # multiples of it are what transformers' grouped multiplication of experts accepts
+
 
 def prune_in_steps(
     model: nn.Module,
@@ -78,6 +80,10 @@ def _between(base: Architecture, target: Architecture, share: float, current: Ar
     # whole KV groups with the same number of query heads each
     in_group = part(base.num_heads // base.num_kv_heads, target.num_heads // target.num_kv_heads)
     sizes["num_heads"] = in_group * sizes["num_kv_heads"]
+    if base.num_experts:
+        for field in ("hidden_size", "intermediate_size"):
+            aligned = round(sizes[field] / EXPERT_WIDTHS) * EXPERT_WIDTHS
+            sizes[field] = min(max(aligned, getattr(target, field)), getattr(base, field))
     if LONGROPE in base.flags:  # which fixes hidden_size // heads
         sizes["hidden_size"] = max(target.hidden_size, base.head_dim * sizes["num_heads"])
     if base.table.hidden_in_heads:
