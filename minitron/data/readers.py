@@ -53,22 +53,24 @@ def read_text(file: io.BufferedReader, path: str, source: TextSource, text: RowT
 
 
 def _between(blocks: Iterator[str], separator: re.Pattern[str], path: str) -> Iterator[str]:
-    """The texts between matches of `separator`, which have at most LONGEST_SEPARATOR characters."""
+    """The texts between matches of `separator`, which have at most LONGEST_SEPARATOR characters, as what it looks at before and
+    after them has."""
     buffer = ""
+    start = scanned = 0  # positions in it: of the current document, and up to which it has no further match
     for block in blocks:
-        scanned = max(0, len(buffer) - LONGEST_SEPARATOR)
         buffer += block
-        start = 0
-        for match in separator.finditer(buffer, scanned):
-            if match.end() == len(buffer):  # more of it may follow
+        certain = len(buffer) - LONGEST_SEPARATOR  # a match that ends after it may be another one with more text
+        for match in separator.finditer(buffer, max(start, scanned)):
+            if match.end() > certain:
                 break
             yield buffer[start : match.start()]
             start = match.end()
-        buffer = buffer[start:]
-        if len(buffer) > LONGEST_DOCUMENT:
+        if len(buffer) - start > LONGEST_DOCUMENT:
             raise InputError(f"{path}: no separator in {len(buffer):,} characters", "check separator against the file")
-    start = 0
-    for match in separator.finditer(buffer):
+        cut = max(0, start - LONGEST_SEPARATOR)
+        buffer, start = buffer[cut:], start - cut
+        scanned = max(0, certain - LONGEST_SEPARATOR - cut)
+    for match in separator.finditer(buffer, max(start, scanned)):
         yield buffer[start : match.start()]
         start = match.end()
     yield buffer[start:]

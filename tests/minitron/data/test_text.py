@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from helpers import tiny
 
-from minitron.data import TextSource, check_first_row, documents, pack
+from minitron.data import TextSource, check_first_row, documents, pack, readers
 from minitron.data.fields import RowText
 from minitron.errors import InputError
 
@@ -148,6 +148,19 @@ def test_compressed_text_is_read_without_further_packages(tmp_path: Path, codec:
     with pyarrow.CompressedOutputStream(f"{tmp_path}/a.jsonl.{codec}", names.get(codec, codec)) as file:
         file.write(line * 3)
     assert _texts(TextSource("jsonl", str(tmp_path))) == ["one"] * 3
+
+
+@pytest.mark.parametrize(
+    ("separator", "before", "after", "last"),
+    [("blank-line", "\n\n ", "\nb", "b"), ("/^#/", "\n##", "b", "#b"), (r"/\n(?!bc)/", "\nb", "c\nd", "d")],
+)
+def test_a_separator_at_the_end_of_a_block_is_found_as_anywhere(
+    tmp_path: Path, separator: str, before: str, after: str, last: str
+) -> None:
+    text = "a" * (readers.BLOCK - len(before)) + before + after
+    (tmp_path / "a.txt").write_text(text)
+    found = _texts(TextSource("text", f"{tmp_path}/a.txt", separator=separator))
+    assert found[1:] == [last]
 
 
 def test_separators_divide_a_file_of_any_size_into_documents(tmp_path: Path) -> None:
