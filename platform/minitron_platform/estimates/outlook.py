@@ -77,7 +77,6 @@ class Estimate:
 
     what: str
     """The work in a few words."""
-    flops: float = 0
     bytes: int = 0
     """Peak use of the storage."""
     start_up_seconds: float = 5
@@ -89,7 +88,12 @@ class Estimate:
     node: NodeWork | None = None
     """What it does on the nodes, whose main memory that takes; None on CPUs, and if it is negligible."""
     parts: tuple[Part, ...] = ()
-    """How the workers of a cluster share the work; by default one of them does it."""
+    """The work, and how the workers of a cluster share it; empty if it is negligible."""
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of all models, on one machine as on a cluster."""
+        return sum(part.flops for part in self.parts)
 
     def cpu_seconds(self, cpus: int) -> float:
         """Time for work without models on this many CPUs."""
@@ -109,10 +113,3 @@ class Estimate:
 def head_flops(architecture: Architecture) -> int:
     """FLOPs of the language-model head per token."""
     return 2 * architecture.vocab_size * architecture.hidden_size
-
-
-def training_flops(outlook: Outlook, student: Architecture, tokens: int) -> float:
-    """FLOPs of distilling `student` on `tokens` tokens from stored hidden states: its forward and backward pass and the
-    teacher's head."""
-    seq_length = outlook.recipe.data.seq_length
-    return tokens * (3 * student.flops_per_token(seq_length) + head_flops(outlook.teacher))

@@ -32,7 +32,6 @@ from minitron_platform.estimates.phases import distillation_flops, trial_flops
 from minitron_platform.estimates.requests import HEARTBEATS_PER_HOUR, RECORDS_PER_HOUR
 from minitron_platform.estimates.speed import Speed, speed_here
 from minitron_platform.estimates.teacher import MODES, TeacherCost, teacher_cost
-from minitron_platform.estimates.work import Alone
 from minitron_platform.locations import Locations, resolve_locations
 from minitron_platform.planning.checks import (
     check_benchmarks,
@@ -356,8 +355,7 @@ def _cost(
     )
     if cluster is None:
         return cost
-    parts = estimate.parts or (Alone(flops=estimate.flops),)
-    time = simulate(parts, estimate.start_up_seconds, cluster, outlook.resources)
+    time = simulate(estimate.parts, estimate.start_up_seconds, cluster, outlook.resources)
     return replace(cost, seconds=time.seconds, busy=time.busy, bound=time.bound)
 
 

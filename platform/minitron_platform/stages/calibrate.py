@@ -68,7 +68,6 @@ class Calibrate(Stage[CalibrateOutput]):
     def estimate(self, outlook: Outlook, member: schema.Member | None) -> Estimate:
         assert member is not None
         settings = outlook.recipe.calibrate
-        seq_length = outlook.recipe.data.seq_length
         base = outlook.base(member)
         depths = {shape.num_layers for shape in outlook.shapes(member)}
         scoring = layer_scoring(settings, base.num_layers, depths)
@@ -78,7 +77,6 @@ class Calibrate(Stage[CalibrateOutput]):
             passes = scoring.passes(base.num_layers, scoring.rows or 0) / 2
         return Estimate(
             f"{settings.rows} rows, layers by {settings.layers}, {settings.depth}",
-            flops=base.flops_per_token(seq_length) * seq_length * (settings.rows + passes),
             bytes=4 * base.num_layers * base.intermediate_size,
             memory=calibration_memory(outlook.recipe, outlook.teacher, outlook.value_bytes),
             node=forward_work([base], outlook.value_bytes, outlook.resources),

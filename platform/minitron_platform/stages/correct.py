@@ -86,7 +86,6 @@ class Correct(Stage[CorrectOutput]):
         gpu = correction_on_gpus(recipe, teacher, outlook.value_bytes, outlook.resources)
         return Estimate(
             f"{settings.method}, at most {tokens:,} tokens, {settings.when}",
-            flops=(2 + share) * tokens * teacher.flops_per_token(recipe.data.seq_length),
             bytes=int((checkpoints + 2 * outlook.value_bytes) * teacher.num_parameters),
             memory=memory,
             gpu=gpu,

@@ -14,7 +14,7 @@ from minitron.pruning.source import PruningSource
 from minitron_platform.estimates.gpu import TEACHER, distillation_on_gpus
 from minitron_platform.estimates.memory import distillation_memory
 from minitron_platform.estimates.node_memory import training_work
-from minitron_platform.estimates.outlook import MASTER_BYTES, Estimate, Outlook, training_flops
+from minitron_platform.estimates.outlook import MASTER_BYTES, Estimate, Outlook
 from minitron_platform.estimates.phases import distillation_parts
 from minitron_platform.estimates.teacher import runs_live_teacher
 from minitron_platform.recipes import schema
@@ -75,7 +75,6 @@ class Distill(Stage[DistillOutput]):
         tokens = training.steps * training.batch_rows * recipe.data.seq_length
         largest = outlook.largest(member)
         live_teacher = runs_live_teacher(outlook.losses[member.model], recipe.targets.mode)
-        teacher_flops = outlook.teacher.flops_per_token(recipe.data.seq_length) * tokens if live_teacher else 0
         checkpoints = 3 * MASTER_BYTES if training.checkpoint_every else 0
         gpu = distillation_on_gpus(
             recipe,
@@ -89,7 +88,6 @@ class Distill(Stage[DistillOutput]):
         return Estimate(
             f"{tokens:,} tokens on {workers} worker{'s' if workers > 1 else ''}"
             + (", running the teacher" if live_teacher else ""),
-            flops=training_flops(outlook, largest, tokens) + teacher_flops,
             bytes=(checkpoints + 2 * outlook.value_bytes) * largest.num_parameters,
             start_up_seconds=20,
             memory=distillation_memory(

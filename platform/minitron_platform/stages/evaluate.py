@@ -25,8 +25,8 @@ from minitron.models import load_tokenizer
 from minitron.processes import from_first, is_sharded, own_rank
 from minitron_platform.estimates.memory import evaluation_memory
 from minitron_platform.estimates.node_memory import forward_work
-from minitron_platform.estimates.outlook import DOCUMENT_TOKENS, Estimate, Outlook
-from minitron_platform.estimates.phases import benchmark_documents, evaluation_parts
+from minitron_platform.estimates.outlook import Estimate, Outlook
+from minitron_platform.estimates.phases import evaluation_parts
 from minitron_platform.gates.documents import add_tasks, documents_path, write_rows
 from minitron_platform.recipes import schema
 from minitron_platform.recipes.build import examples_input, worker_tasks
@@ -137,14 +137,10 @@ class Evaluate(Stage[EvaluateOutput]):
     def estimate(self, outlook: Outlook, member: schema.Member | None) -> Estimate:
         assert member is not None
         recipe = outlook.recipe
-        seq_length = recipe.data.seq_length
         models = 3 if member is recipe.family[0] else 2  # the family shares the teacher's evaluation
-        documents = benchmark_documents(recipe.evaluate.tasks)
-        tokens = documents * DOCUMENT_TOKENS + recipe.data.heldout_rows * seq_length
         tasks = [task.name for task in recipe.evaluate.tasks] or ["held-out rows only"]
         return Estimate(
             ", ".join([f"{models} models", *tasks, *(["throughput"] if recipe.evaluate.throughput else [])]),
-            flops=outlook.teacher.flops_per_token(seq_length) * models * tokens,
             start_up_seconds=10,
             memory=evaluation_memory(recipe, outlook.teacher, outlook.largest(member), outlook.value_bytes),
             node=forward_work([outlook.teacher, outlook.largest(member)], outlook.value_bytes, outlook.resources),

@@ -10,8 +10,8 @@ from minitron.device import DTYPES
 from minitron_platform.estimates.gpu import trials_on_gpus
 from minitron_platform.estimates.memory import search_memory, trial_memory
 from minitron_platform.estimates.node_memory import training_work
-from minitron_platform.estimates.outlook import DOCUMENT_TOKENS, MASTER_BYTES, Estimate, Outlook, head_flops
-from minitron_platform.estimates.phases import benchmark_documents, search_parts
+from minitron_platform.estimates.outlook import MASTER_BYTES, Estimate, Outlook
+from minitron_platform.estimates.phases import search_parts
 from minitron_platform.recipes import build, schema
 from minitron_platform.recipes.build import logit_losses, training_identity
 from minitron_platform.recipes.candidates import CandidateSpace
@@ -86,36 +86,24 @@ class Search(Stage[SearchOutput]):
     def estimate(self, outlook: Outlook, member: schema.Member | None) -> Estimate:
         assert member is not None
         recipe = outlook.recipe
-        seq_length = recipe.data.seq_length
         shapes = outlook.shapes(member)
         largest = outlook.largest(member)
-        teacher_head = head_flops(outlook.teacher)
         schedule = SearchSchedule(recipe.search)
         distilled = schedule.distilled(len(shapes), len(member.points))
-        step_tokens = recipe.search.training.batch_rows * seq_length
-        # the mean of all candidates, because it is not known which are distilled
-        mean_flops = sum(shape.flops_per_token(seq_length) for shape in shapes) / len(shapes)
-        training_flops = schedule.total_steps(distilled) * step_tokens * (3 * mean_flops + teacher_head)
-        heldout_rows = min(recipe.search.heldout_rows or recipe.data.heldout_rows, recipe.data.heldout_rows)
-        measurements = len(shapes) + (1 + len(schedule.rungs)) * distilled
-        measurement_flops = measurements * heldout_rows * seq_length * (mean_flops + teacher_head)
+        step_tokens = recipe.search.training.batch_rows * recipe.data.seq_length
         disk_bytes = 0
         if schedule.halving:  # all trials keep a checkpoint while they wait at a rung
             disk_bytes += 2 * MASTER_BYTES * largest.num_parameters * distilled
         if recipe.search.training.checkpoint_every:
             concurrent_trials = max(1, min(len(shapes), outlook.concurrent_trials))
             disk_bytes += 3 * MASTER_BYTES * largest.num_parameters * concurrent_trials
-        benchmark_flops = 0.0
-        if benchmarks := recipe.search.evaluate:
+        if recipe.search.evaluate:
             disk_bytes += outlook.value_bytes * largest.num_parameters * distilled  # all keep their weights to the end
-            documents = min(benchmarks.keep, distilled) * benchmark_documents(benchmarks.tasks)
-            benchmark_flops = documents * DOCUMENT_TOKENS * mean_flops
         gpu = trials_on_gpus(
             recipe, outlook.teacher, outlook.base(member), largest, outlook.value_bytes, outlook.resources
         )
         return Estimate(
             _work_text(outlook, member, distilled, schedule.steps * step_tokens),
-            flops=training_flops + measurement_flops + benchmark_flops,
             bytes=disk_bytes,
             start_up_seconds=20,
             memory=search_memory(

@@ -76,7 +76,6 @@ class Targets(Stage[TargetsOutput]):
         cost = outlook.teacher_cost
         return Estimate(
             f"{cost.rows * outlook.recipe.data.seq_length:,} tokens, one forward pass of the teacher",
-            flops=cost.stored_flops,
             bytes=cost.bytes,
             memory=targets_memory(outlook.recipe, outlook.teacher, outlook.value_bytes),
             node=targets_work(outlook.teacher, outlook.value_bytes, cost.bytes, outlook.resources),

@@ -68,3 +68,12 @@ def test_a_plan_takes_as_long_as_the_measured_speed_says(bench, tmp_path):
     assert took == pytest.approx(flops / 2e6)  # two workers with a core each
     took, flops = seconds("targets", forward=1e6)
     assert took == pytest.approx(flops / 4e6)  # one process on all cores
+
+
+def test_a_teacher_that_runs_beside_the_student_has_its_head_counted_once(bench, tmp_path):
+    recipe = load_recipe(bench / "recipe.yaml", ["targets.mode=online"])
+    planned = plan(recipe, storage_path=tmp_path)
+    (distill,) = (cost for cost in planned.costs if cost.stage == "distill")
+    student, length = planned.candidates["tiny-student"][0], recipe.data.seq_length
+    each = 3 * student.flops_per_token(length) + planned.teacher.flops_per_token(length)
+    assert distill.estimate.flops == recipe.distill.steps * recipe.distill.batch_rows * length * each
