@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from minitron.architecture import Architecture
 from minitron.device import compute_dtype, cores, gpu_bytes
 from minitron.errors import InputError
 from minitron_platform.estimates.gpu import are_trials_small
-from minitron_platform.recipes.resources import NODE_GPUS, ResolvedResources, resolve, with_room_for
+from minitron_platform.recipes.resources import NODE_GPUS, ResolvedResources, resolve, with_room_on
 from minitron_platform.recipes.schema import Recipe
 from minitron_search.nodes import Node, possible_nodes
 from minitron_search.placement import max_concurrent_trials
@@ -35,18 +36,24 @@ def resources_here(recipe: Recipe, teacher: Architecture, value_bytes: int) -> R
     size = gpu_bytes()
     small = gpus > 0 and are_trials_small(recipe, teacher, value_bytes, size)
     resources = resolve(recipe, gpus, gpu_memory_bytes=size, small_trials=small, gpus_per_node=gpus or NODE_GPUS)
-    return with_room_for(resources, gpus)  # this machine does not grow
+    return with_room_on(resources, [private_node(resources)])  # this machine does not grow
 
 
 def resources_of_cluster(recipe: Recipe) -> ResolvedResources:
     """The recipe's resources on the connected cluster, with the nodes that its autoscaler may start. Trials do not share a
     GPU unless the recipe says so."""
     nodes = cluster_nodes()
-    gpus = gpus_of(nodes)
+    return resolve_on(recipe, nodes, gpu_memory_bytes=_cluster_gpu_bytes() if gpus_of(nodes) else 0)
+
+
+def resolve_on(recipe: Recipe, nodes: Sequence[Node], *, gpu_memory_bytes: int = 0) -> ResolvedResources:
+    """The recipe's resources on a cluster of these nodes; of `workers: auto`, no more than have room on them."""
     largest = max((gpus_of([node]) for node in nodes), default=0)
-    return resolve(
-        recipe, gpus, gpu_memory_bytes=_cluster_gpu_bytes() if gpus else 0, gpus_per_node=largest or NODE_GPUS
-    )
+    resources = resolve(recipe, gpus_of(nodes), gpu_memory_bytes=gpu_memory_bytes, gpus_per_node=largest or NODE_GPUS)
+    if recipe.resources.workers != "auto":
+        return resources
+    room = max_concurrent_trials(nodes, resources.worker_share)
+    return replace(resources, workers=max(1, min(resources.workers, room)))
 
 
 def _cluster_gpu_bytes() -> int:
@@ -120,7 +127,9 @@ def room_text(resources: ResolvedResources, nodes: Sequence[Node]) -> str:
     gpus = gpus_of(nodes)
     num_trials = trials_at_once(resources, nodes)
     available = counted(gpus, "GPU") if gpus else "no GPU"
-    workers = counted(resources.workers, "worker")
+    fewest_workers = resources.least_workers or resources.workers
+    workers = f"{fewest_workers} to " if fewest_workers < resources.workers else ""
+    workers += counted(resources.workers, "worker")
     trials = counted(num_trials, "trial")
     least = resources.least_workers_per_trial
     fewest = f"{least} to " if least and least < resources.workers_per_trial else ""
@@ -152,7 +161,7 @@ def starting_text(possible: Sequence[Node], present: Sequence[Node]) -> str:
 
 def checked_resources(recipe: Recipe, nodes: Sequence[Node]) -> ResolvedResources:
     """The recipe's resources on a cluster of these nodes. Raises what `check_nodes` raises."""
-    resources = resolve(recipe, gpus_of(nodes))
+    resources = resolve_on(recipe, nodes)
     check_nodes(resources, nodes)
     return resources
 
@@ -176,14 +185,16 @@ def check_nodes(resources: ResolvedResources, nodes: Sequence[Node]) -> None:
     ):
         each_cpus = share["CPU"]
         each_gpus = share.get("GPU", 0)
-        if not max_concurrent_trials(nodes, share):
+        room = max_concurrent_trials(nodes, share)
+        if not room:
             raise InputError(
                 f"resources: a {key} needs {each_cpus:g} CPUs and {each_gpus:g} GPUs, and no node of the cluster has that many",
-                f"lower resources.cpus_per_{key} or resources.gpus_per_{key}",
+                f"lower resources.cpus_per_{key} or resources.gpus_per_{key}, or use larger nodes",
             )
-        if not max_concurrent_trials(nodes, share, count):
+        if room < count:
+            apart = "" if count * each_cpus > cpus or count * each_gpus > gpus else f", on nodes with room for {room}"
             raise InputError(
                 f"resources.{count_key}: {count} need {count * each_cpus:g} CPUs and {count * each_gpus:g} GPUs together, "
-                f"and the cluster has {cpus:g} and {gpus:g}",
+                f"and the cluster has {cpus:g} and {gpus:g}{apart}",
                 f"lower resources.{count_key}, or the CPUs and GPUs of each, or use a larger cluster",
             )

@@ -18,7 +18,14 @@ from minitron.errors import InputError
 from minitron_platform.estimates.memory import corrected_share
 from minitron_platform.estimates.teacher import runs_live_teacher
 from minitron_platform.recipes.build import auto_settings, distill_config, separates_documents
-from minitron_platform.recipes.resources import NODE_GPUS, TRIALS_PER_GPU, ResolvedResources, resolve, smallest_batch
+from minitron_platform.recipes.resources import (
+    NODE_GPUS,
+    TRIALS_PER_GPU,
+    ResolvedResources,
+    processes_on,
+    resolve,
+    smallest_batch,
+)
 from minitron_platform.recipes.schema import Member, Recipe, Training
 
 MAX_WORKERS = 64  # that a remedy suggests
@@ -41,8 +48,8 @@ class GpuTraining:
     processes: int
     most_processes: int
     """That the rows of a step are enough for."""
-    share: float
-    """Share of a GPU that each process has."""
+    gpus: float
+    """GPUs that each process has; it computes on one of them at most."""
     gpu_bytes: int
     """Memory of a GPU."""
     student: Architecture
@@ -71,8 +78,18 @@ class GpuTraining:
     """Whether its state is saved so that it goes on later, as at a rung, without `checkpoint_every` too."""
 
     @property
+    def share(self) -> float:
+        """Share of a GPU's memory that each process has."""
+        return min(1.0, self.gpus)
+
+    @property
+    def node_processes(self) -> int:
+        """Most processes on a node."""
+        return processes_on(self.node_gpus, self.gpus)
+
+    @property
     def share_key(self) -> str:
-        """Recipe key of `share`."""
+        """Recipe key of `gpus`."""
         return self.workers_key.replace("workers_per_trial", "gpus_per_trial").replace("workers", "gpus_per_worker")
 
     @property
@@ -93,7 +110,7 @@ class GpuTraining:
             source=self.source,
             source_kept=self.source_kept,
             processes=self.processes,
-            node_processes=self.node_gpus,
+            node_processes=self.node_processes,
             gpu_bytes=self.gpu_bytes,
             value_bytes=self.value_bytes,
             trained=self.trained,
@@ -196,7 +213,7 @@ def on_workers(number: int, training: GpuTraining) -> GpuTraining:
 
 
 def on_whole_gpus(training: GpuTraining) -> GpuTraining:
-    return replace(training, share=1.0)
+    return replace(training, gpus=1.0)
 
 
 def correction_on_gpus(
@@ -258,7 +275,7 @@ def trials_on_gpus(
         workers_key="resources.workers_per_trial",
         processes=resources.least_workers_per_trial or resources.workers_per_trial,
         most_processes=recipe.search.training.batch_rows,
-        share=min(1.0, resources.gpus_per_trial),
+        gpus=resources.gpus_per_trial,
         gpu_bytes=resources.gpu_memory_bytes,
         node_gpus=resources.gpus_per_node,
         student=student,
@@ -286,7 +303,7 @@ def _workers(recipe: Recipe, resources: ResolvedResources) -> dict[str, Any]:
         "processes": resources.least_workers
         or resources.workers,  # each has the more memory to hold, the fewer there are
         "most_processes": smallest_batch(recipe),
-        "share": min(1.0, resources.gpus_per_worker),
+        "gpus": resources.gpus_per_worker,
         "gpu_bytes": resources.gpu_memory_bytes,
         "node_gpus": resources.gpus_per_node,
     }

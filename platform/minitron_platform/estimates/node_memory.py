@@ -123,14 +123,14 @@ def training_work(training: GpuTraining | None, trials: int = 1) -> NodeWork | N
         teacher=training.teacher,
         stored=fit.teacher_kept == "head",
         processes=training.processes,
-        node_processes=training.node_gpus,
+        node_processes=training.node_processes,
         gpu_bytes=training.gpu_bytes,
         value_bytes=training.value_bytes,
         trained=training.trained,
         saved=training.pauses or bool(fit.config.checkpoint_every),
     )
     file = file_bytes(training.student, training.value_bytes)
-    return NodeWork(training.share, trials * training.processes, each, file, training, trials)
+    return NodeWork(training.gpus, trials * training.processes, each, file, training, trials)
 
 
 def trains_on(nodes: Sequence[GpuNode], trials: int, training: GpuTraining) -> bool:

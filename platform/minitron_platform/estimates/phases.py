@@ -24,6 +24,7 @@ from minitron_platform.estimates.requests import (
 from minitron_platform.estimates.teacher import TOKEN_BYTES, runs_live_teacher
 from minitron_platform.estimates.traffic import step_traffic
 from minitron_platform.estimates.work import Alone, DataParallel, Part, Split, Trials
+from minitron_platform.recipes.resources import processes_on
 from minitron_platform.recipes.schema import Member, Task, Training
 from minitron_platform.recipes.search_schedule import SearchSchedule
 from minitron_search.halving import kept
@@ -330,7 +331,8 @@ def _fetch_requests(outlook: Outlook, model: Architecture) -> int:
 
 
 def _worker_nodes(outlook: Outlook) -> int:
-    return math.ceil(outlook.resources.workers / outlook.resources.gpus_per_node)
+    resources = outlook.resources
+    return math.ceil(resources.workers / processes_on(resources.gpus_per_node, resources.gpus_per_worker))
 
 
 def _bytes(outlook: Outlook, model: Architecture) -> int:

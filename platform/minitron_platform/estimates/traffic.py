@@ -16,7 +16,7 @@ def step_traffic(training: GpuTraining, live_teacher: bool) -> tuple[float, floa
 
     Collectives over several nodes send as much between two nodes as inside one, over the network cards of all GPUs of a node.
     """
-    processes, node = training.processes, training.node_gpus
+    processes, node = training.processes, training.node_processes
     if processes == 1:
         return 0.0, 0.0
     fit = training.fit()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -9,11 +10,12 @@ import torch
 
 from minitron.device import DATASHEETS, datasheet
 from minitron.errors import InputError
-from minitron_platform.cluster.room import Node, trials_at_once
+from minitron_platform.cluster.room import Node, counted, gpus_of, resolve_on
 from minitron_platform.estimates.phases import TOKENS_PER_CPU_SECOND
 from minitron_platform.estimates.speed import Speed
-from minitron_platform.recipes.resources import NODE_GPUS, ResolvedResources, resolve, with_room_for
+from minitron_platform.recipes.resources import NODE_GPUS, ResolvedResources, processes_on, with_room_on
 from minitron_platform.recipes.schema import Recipe
+from minitron_search.placement import max_concurrent_trials
 
 GPU = "H100"
 UTILISATION = 0.3  # of the data sheet's FLOP/s, as one H100 had in whole steps of a 3B model; below 1B it is much less
@@ -28,7 +30,7 @@ NODE_CPUS = 1_000_000  # enough for everything: what counts are the GPUs
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster of equal GPUs.
+    """A cluster of equal GPUs, on nodes that are alike unless `listed`.
 
     Raises InputError for numbers that cannot be."""
 
@@ -44,6 +46,8 @@ class Cluster:
     """Memory of a GPU by its data sheet; 0 if it is not known."""
     utilisation: float = UTILISATION
     """Share of the data sheet's FLOP/s that models reach."""
+    listed: tuple[Node, ...] = ()
+    """The nodes as Ray lists them, of a cluster that is there; `gpus_per_node` are those of the largest."""
 
     def __post_init__(self) -> None:
         for name, count in (("gpus", self.gpus), ("gpus-per-node", self.gpus_per_node)):
@@ -52,52 +56,71 @@ class Cluster:
 
     @property
     def nodes(self) -> int:
-        """Number of nodes; the last may have fewer GPUs."""
-        return -(-self.gpus // self.gpus_per_node)
+        """Number of nodes with GPUs."""
+        return sum(gpus_of([node]) > 0 for node in self.node_list)
 
     @property
     def node_list(self) -> list[Node]:
-        """The nodes as Ray lists them, with more CPUs than anything needs."""
+        """The nodes as Ray lists them. Those that are not there have more CPUs than anything needs, and the last may have fewer
+        GPUs."""
+        if self.listed:
+            return list(self.listed)
         sizes = [min(self.gpus_per_node, self.gpus - first) for first in range(0, self.gpus, self.gpus_per_node)]
         return [{"CPU": NODE_CPUS, "GPU": size} for size in sizes]
 
     def resources(self, recipe: Recipe) -> ResolvedResources:
         """The recipe's resources on this cluster."""
-        return self.fitted(resolve(recipe, self.gpus, gpu_memory_bytes=self.gpu_bytes))
+        return self.fitted(resolve_on(recipe, self.node_list, gpu_memory_bytes=self.gpu_bytes))
 
     def fitted(self, resources: ResolvedResources) -> ResolvedResources:
-        """`resources` on this cluster: of a range of workers, as many as have a GPU."""
-        return replace(with_room_for(resources, self.gpus), gpus_per_node=self.gpus_per_node)
+        """`resources` on this cluster: of a range of workers, as many as have room."""
+        return replace(with_room_on(resources, self.node_list), gpus_per_node=self.gpus_per_node)
 
     def check(self, resources: ResolvedResources) -> None:
         """Raise InputError if trials and workers need more GPUs than there are, or none."""
-        workers = resources.least_workers or resources.workers
-        needed = workers * (resources.gpus_per_worker or 1)
-        if needed > self.gpus:
-            raise InputError(
-                f"resources.workers: {workers} need {needed:g} GPUs, and --gpus says {self.gpus}",
-                "lower resources.workers or leave it out, or give more with --gpus",
-            )
-        for key, each in (("trial", resources.gpus_per_trial), ("worker", resources.gpus_per_worker)):
+        counts = {
+            "workers": (resources.least_workers or resources.workers, resources.gpus_per_worker),
+            "workers_per_trial": (
+                resources.least_workers_per_trial or resources.workers_per_trial,
+                resources.gpus_per_trial,
+            ),
+        }
+        for key, (count, each) in counts.items():
+            needed = count * (each or 1)
+            if needed > self.gpus:
+                raise InputError(
+                    f"resources.{key}: {count} need{'s' if count == 1 else ''} {counted(needed, 'GPU')}, and --gpus says "
+                    f"{self.gpus}",
+                    f"lower resources.{key} or leave it out, or give more with --gpus",
+                )
+        for key, (_, each) in zip(("worker", "trial"), counts.values(), strict=True):
             if not each:
                 raise InputError(
                     f"resources.gpus_per_{key}: without a GPU for each {key}, a cluster of GPUs cannot be planned",
-                    f"leave resources.gpus_per_{key} out and use no more workers than GPUs, or leave --gpus out",
+                    f"leave resources.gpus_per_{key} out, or leave --gpus out",
                 )
-        if not trials_at_once(resources, self.node_list):
-            least = resources.least_workers_per_trial or resources.workers_per_trial
-            needed = least * resources.gpus_per_trial
-            raise InputError(
-                f"resources.workers_per_trial: a trial needs {needed:g} GPUs, {resources.gpus_per_trial:g} of them on "
-                f"one node, and there are {self.gpus} on nodes of {self.gpus_per_node}",
-                "lower resources.workers_per_trial or gpus_per_trial, or give more with --gpus",
-            )
+        shares = (resources.worker_share, resources.trial_share)
+        for (key, (count, each)), share in zip(counts.items(), shares, strict=True):
+            room = max_concurrent_trials(self.node_list, share)
+            if not room:
+                name = "gpus_per_worker" if key == "workers" else "gpus_per_trial"
+                raise InputError(
+                    f"resources.{name}: {each:g} GPUs on one node, and nodes have {self.gpus_per_node}",
+                    f"lower resources.{name}, or give larger nodes with --gpus-per-node",
+                )
+            if room < count:
+                raise InputError(
+                    f"resources.{key}: {count} with {each:g} GPUs each, and {self.gpus} GPUs on nodes of "
+                    f"{self.gpus_per_node} are enough for {room}",
+                    f"lower resources.{key} to {room}, or give more with --gpus",
+                )
 
     def computing_in(self, dtype: torch.dtype) -> Cluster:
         """The same cluster with the FLOP/s that its GPUs have in `dtype` by their data sheet."""
         if not self.gpu:
             return self
-        return assumed_cluster(self.gpus, self.gpus_per_node, gpu=self.gpu, utilisation=self.utilisation, dtype=dtype)
+        same = assumed_cluster(self.gpus, self.gpus_per_node, gpu=self.gpu, utilisation=self.utilisation, dtype=dtype)
+        return replace(same, listed=self.listed)
 
     def assumptions(self, memory: int, in_fp8: Sequence[str] = ()) -> list[str]:
         """What the times and the settings rest on, one sentence each. memory: bytes of a GPU that the plan goes by. in_fp8:
@@ -146,6 +169,21 @@ def assumed_cluster(
         f"{str(dtype).removeprefix('torch.')} (small models reach less)"
     )
     return Cluster(gpus, gpus_per_node, peak * utilisation, text, gpu, sheet.memory, utilisation)
+
+
+def cluster_for(resources: ResolvedResources) -> Cluster:
+    """The smallest cluster with room for all workers and for a trial, on nodes of NODE_GPUS unless a process needs more."""
+    needs = (
+        (resources.workers, resources.gpus_per_worker),
+        (resources.workers_per_trial, resources.gpus_per_trial),
+    )
+    node = max(NODE_GPUS, *(math.ceil(each) for _, each in needs))
+
+    def gpus(count: int, each: float) -> int:
+        full, last = divmod(count - 1, processes_on(node, each))  # a process has all its GPUs on one node
+        return full * node + math.ceil((last + 1) * each)
+
+    return assumed_cluster(max(gpus(*need) for need in needs), node)
 
 
 def cluster_here(gpus: int, speed: Speed) -> Cluster:

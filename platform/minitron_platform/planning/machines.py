@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from minitron_platform.cluster.room import (
     gpus_of,
     joins_cluster,
     private_node,
+    resolve_on,
     resources_here,
     room_text,
     starting_text,
@@ -23,8 +23,8 @@ from minitron_platform.cluster.room import (
 from minitron_platform.estimates.memory import machine_memory
 from minitron_platform.estimates.node_memory import GpuNode
 from minitron_platform.estimates.speed import Speed
-from minitron_platform.planning.cluster import GPU, Cluster, assumed_cluster, cluster_here
-from minitron_platform.recipes.resources import NODE_GPUS, ResolvedResources, gpu_warnings, resolve
+from minitron_platform.planning.cluster import GPU, Cluster, assumed_cluster, cluster_for, cluster_here
+from minitron_platform.recipes.resources import ResolvedResources, gpu_warnings, resolve, with_room_on
 from minitron_platform.recipes.schema import Recipe
 from minitron_search.nodes import main_memory
 
@@ -54,7 +54,10 @@ class Machines:
         None without any."""
         if self.nodes is None or not self.nodes.gpus_per_node:
             return None
-        return assumed_cluster(gpus_of(self.nodes.possible), self.nodes.gpus_per_node, gpu=self.nodes.gpu or GPU)
+        nodes = tuple(self.nodes.possible)
+        return replace(
+            assumed_cluster(gpus_of(nodes), self.nodes.gpus_per_node, gpu=self.nodes.gpu or GPU), listed=nodes
+        )
 
     def dtype_and_resources(self, recipe: Recipe, teacher: Architecture) -> tuple[torch.dtype, ResolvedResources]:
         """The dtype that models compute in, and the resources of trials and workers; without GPUs for a cluster whose nodes are
@@ -65,12 +68,8 @@ class Machines:
             self.assumed.check(resources)
         elif self.nodes:
             joined = self.joined
-            resources = resolve(
-                recipe,
-                gpus_of(self.nodes.possible),
-                gpu_memory_bytes=joined.gpu_bytes if joined else 0,
-                gpus_per_node=self.nodes.gpus_per_node or NODE_GPUS,
-            )
+            resources = resolve_on(recipe, self.nodes.possible, gpu_memory_bytes=joined.gpu_bytes if joined else 0)
+            resources = with_room_on(resources, self.nodes.possible)
         # auto means bfloat16 on GPUs
         auto_on_gpus = recipe.teacher.dtype == "auto" and resources is not None and resources.uses_gpus
         dtype = compute_dtype("bfloat16" if auto_on_gpus else recipe.teacher.dtype)
@@ -87,9 +86,7 @@ class Machines:
             return None
         if not self.elsewhere:
             return cluster_here(torch.cuda.device_count(), speed)
-        workers = resources.workers * resources.gpus_per_worker
-        trial = resources.workers_per_trial * resources.gpus_per_trial
-        return self.joined or assumed_cluster(math.ceil(max(workers, trial)))
+        return self.joined or cluster_for(resources)
 
     def gpu_nodes(self, recipe: Recipe, resources: ResolvedResources) -> list[GpuNode]:
         """The nodes with GPUs that trials and workers run on, if their main memory is known."""

@@ -20,7 +20,7 @@ from minitron_platform.planning.cluster import (
     TRIAL_START,
     Cluster,
 )
-from minitron_platform.recipes.resources import ResolvedResources
+from minitron_platform.recipes.resources import ResolvedResources, processes_on
 
 COMPUTE = "GPU compute"
 
@@ -55,7 +55,8 @@ class _Room:
     @property
     def worker_nodes(self) -> int:
         """Number of nodes that have workers, which fill one node after another."""
-        return min(self.cluster.nodes, math.ceil(self.workers / self.cluster.gpus_per_node))
+        on_each = processes_on(self.cluster.gpus_per_node, self.resources.gpus_per_worker)
+        return min(self.cluster.nodes, math.ceil(self.workers / on_each))
 
 
 def simulate(parts: Sequence[Part], start_up: float, cluster: Cluster, resources: ResolvedResources) -> StageTime:
@@ -119,7 +120,7 @@ def _trials(part: Trials, room: _Room) -> StageTime:
     )
     at_once = trials_at_once(resources, cluster.node_list)
     count = len(part.shares)
-    speed = cluster.gpu_flops * part.gpus * part.workers * part.balance
+    speed = cluster.gpu_flops * min(1.0, part.gpus) * part.workers * part.balance
     bytes_per_second = STORAGE_BYTES * cluster.nodes / min(at_once, count)
     computing = [part.flops * share / speed for share in part.shares]
     transfer = [(part.reads + part.writes) * share / bytes_per_second for share in part.shares]

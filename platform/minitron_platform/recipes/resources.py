@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from minitron_platform.recipes.schema import Recipe, WorkerRange
+from minitron_search.placement import max_concurrent_trials
 
 TRIALS_PER_GPU = 4  # of small candidates; a single one leaves the GPU idle half of the time
 CPU_WORKERS = 2  # training workers on a machine without a GPU
@@ -97,17 +99,17 @@ def _range(workers: int | WorkerRange) -> tuple[int, int | None]:
     return (workers.max, workers.min) if isinstance(workers, WorkerRange) else (workers, None)
 
 
-def with_room_for(resources: ResolvedResources, gpus: int) -> ResolvedResources:
-    """`resources` with as many workers of each range as have one of `gpus` GPUs."""
+def with_room_on(resources: ResolvedResources, nodes: Sequence[Mapping[str, float]]) -> ResolvedResources:
+    """`resources` with as many workers of each range as `nodes`, by Ray's resource names, have room for."""
 
-    def fitting(most: int, least: int | None, gpus_each: float) -> int:
-        return max(least, min(most, int(gpus / gpus_each))) if least and gpus_each else most
+    def fitting(most: int, least: int | None, share: Mapping[str, float]) -> int:
+        return max(least, min(most, max_concurrent_trials(nodes, share))) if least else most
 
     return replace(
         resources,
-        workers=fitting(resources.workers, resources.least_workers, resources.gpus_per_worker),
+        workers=fitting(resources.workers, resources.least_workers, resources.worker_share),
         workers_per_trial=fitting(
-            resources.workers_per_trial, resources.least_workers_per_trial, resources.gpus_per_trial
+            resources.workers_per_trial, resources.least_workers_per_trial, resources.trial_share
         ),
     )
 
@@ -159,6 +161,12 @@ def gpu_warnings(recipe: Recipe, resources: ResolvedResources, gpus: int, dtype:
             "leave it at auto unless you need it"
         )
     return warnings
+
+
+def processes_on(node_gpus: int, gpus_each: float) -> int:
+    """Number of processes that train together on a node, with `gpus_each` of its `node_gpus` GPUs each; those with a part of a
+    GPU train alone."""
+    return max(1, int(node_gpus / max(1.0, gpus_each)))
 
 
 def _share(cpus: float, gpus: float) -> dict[str, float]:

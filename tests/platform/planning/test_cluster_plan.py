@@ -11,6 +11,7 @@ from minitron.architecture import Architecture
 from minitron.architecture.published import BASES
 from minitron.errors import InputError
 from minitron_platform import load_recipe, plan
+from minitron_platform.cluster.nodes_at import ClusterNodes
 from minitron_platform.cluster.room import trials_at_once
 from minitron_platform.estimates.outlook import Outlook
 from minitron_platform.estimates.teacher import teacher_cost
@@ -169,6 +170,50 @@ def test_a_plan_for_a_cluster_has_its_gpu_hours_and_price(bench):
     assert plan(recipe, storage_path=bench / "planned").price is None  # no GPUs
 
 
+@pytest.mark.parametrize(
+    ("given", "gpus", "cpus", "workers"),
+    [
+        ({"gpus_per_worker": 3}, (8, 8), 64, 4),  # two on each node; the six GPUs that are left are on two nodes
+        ({}, (8,), 5, 5),  # a CPU for each
+        ({"workers": "{min: 1, max: 32}"}, (8, 2), 64, 10),
+        ({"gpus_per_trial": 5, "workers_per_trial": 4}, (8, 5, 5, 5), 64, 16),
+    ],
+)
+def test_workers_and_trials_are_those_that_the_nodes_of_a_cluster_have_room_for(
+    bench, monkeypatch, given, gpus, cpus, workers
+):
+    nodes = [{"CPU": float(cpus), "GPU": float(number)} for number in gpus]
+    monkeypatch.setattr("minitron_platform.planning.machines._nodes_of", lambda address: ClusterNodes(nodes, nodes))
+    overrides = [*(f"resources.{key}={value}" for key, value in given.items()), "distill.batch_rows=16"]
+    recipe = load_recipe(str(bench / "recipe.yaml"), [*overrides, "search.training.batch_rows=16"])
+    planned = plan(recipe, storage_path=bench / "planned", address="10.0.0.1:6379")
+    assert planned.resources.workers == workers
+    assert planned.seconds > 0
+    assert f"{workers} workers with" in planned.resources_text
+
+
+def recipe_settings(count, gpus, *, trial=False):
+    keys = ("workers_per_trial", "gpus_per_trial") if trial else ("workers", "gpus_per_worker")
+    return [f"resources.{key}={value}" for key, value in zip(keys, (count, gpus), strict=True)]
+
+
+def test_a_plan_without_the_nodes_assumes_as_many_as_the_processes_need(bench, free_port):
+    def assumed(*overrides):
+        recipe = load_recipe(str(bench / "recipe.yaml"), overrides)
+        found = plan(recipe, storage_path=bench / "planned", address=f"127.0.0.1:{free_port()}").cluster
+        return found.gpus, found.gpus_per_node
+
+    assert assumed(*recipe_settings(4, 3), *recipe_settings(1, 16, trial=True)) == (16, 16)
+    # two on a node; on the 4 GPUs that 12 leave on the second node only one would have room
+    assert assumed(*recipe_settings(4, 3), *recipe_settings(4, 3, trial=True)) == (14, 8)
+
+
+def test_a_process_computes_on_one_of_its_gpus(bench):
+    one = small(Trials(flops=10 * FLOPS, shares=(1.0,), workers=1, gpus=1))
+    two = small(Trials(flops=10 * FLOPS, shares=(1.0,), workers=1, gpus=2))
+    assert one.seconds == two.seconds == pytest.approx(10 + TRIAL_START)
+
+
 def test_the_gpus_that_a_recipe_names_for_a_cluster_decide_the_time(bench, free_port):
     def hours(workers):
         settings = {"workers": workers, "gpus_per_worker": 1, "gpus_per_trial": 1}
@@ -188,7 +233,22 @@ def test_the_gpus_that_a_recipe_names_for_a_cluster_decide_the_time(bench, free_
         (
             ["resources.gpus_per_trial=4"],
             {"gpus": 4, "gpus_per_node": 2},
-            r"a trial needs 4 GPUs, 4 of them on one node",
+            r"resources.gpus_per_trial: 4 GPUs on one node, and nodes have 2\n.*larger nodes with --gpus-per-node",
+        ),
+        (
+            ["resources.workers=5", "resources.gpus_per_worker=3"],
+            {"gpus": 16},
+            r"resources.workers: 5 with 3 GPUs each, and 16 GPUs on nodes of 8 are enough for 4\n.*lower .* to 4",
+        ),
+        (
+            ["resources.gpus_per_worker=16"],
+            {"gpus": 16},
+            r"resources.gpus_per_worker: 16 GPUs on one node, and nodes have 8",
+        ),
+        (
+            ["resources.workers_per_trial=4"],
+            {"gpus": 2},
+            r"resources.workers_per_trial: 4 need 4 GPUs, and --gpus says 2",
         ),
         ([], {"gpus": 0}, r"gpus: 0\n.*give a number from 1 to 100,000"),
         ([], {"gpus": 1, "gpus_per_node": 0}, r"gpus-per-node: 0\n.*give a number from 1"),
@@ -200,3 +260,11 @@ def test_a_cluster_that_cannot_be_is_refused(bench, overrides, cluster, refusal)
     recipe = load_recipe(str(bench / "recipe.yaml"), overrides)
     with pytest.raises(InputError, match=refusal):
         plan(recipe, storage_path=bench / "planned", cluster=assumed_cluster(**cluster))
+
+
+def test_workers_with_two_gpus_each_are_half_as_many_on_a_node(plan_large):
+    planned = plan_large("resources.workers=8", "resources.gpus_per_worker=2", "correct=null", gpus=16)
+    student = planned.candidates["llama-3.1-4b-width"][0]
+    fit = planned.gpu_memory["llama-3.1-4b-width distill"]
+    assert fit.memory.masters == 4 * student.num_parameters // 4  # a copy in each node, split over its four workers
+    assert planned.node_memory["llama-3.1-4b-width distill"].processes == 4

@@ -46,7 +46,7 @@ def test_a_plan_shows_the_costs_of_both_modes(planned):
         assert parts(found, "bytes")["targets"] == either[mode].bytes
         assert parts(found, "flops")["targets"] == either[mode].stored_flops
     more = parts(online, "flops")["distill"] - parts(stored, "flops")["distill"]
-    head = 2 * stored.teacher.vocab_size * stored.teacher.hidden_size * 32 * 24 * 4  # which the loss runs in either mode
+    head = 2 * stored.teacher.vocab_size * stored.teacher.hidden_size * 32 * 24 * 4  # the loss runs it in both modes
     assert more == pytest.approx(either["online"].online_flops - head)
     top = planned("targets.top_k=5", "losses.hidden=[]").teacher_costs["stored"]
     assert top.bytes == 96 * 32 * 5 * 8 + stored_bytes(16, 32, 48, 4)
