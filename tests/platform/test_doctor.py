@@ -10,12 +10,15 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import huggingface_hub
 import pytest
+import ray
 from helpers.command import minitron_here
 from helpers.serving import serving
 
+from minitron_platform.cluster.ray_session import ray_session
 from minitron_platform.cluster.requirements import Environment
 from minitron_platform.doctor import examine, services
 from minitron_platform.doctor.allreduce import finding as all_reduce_finding
+from minitron_platform.doctor.cluster import probe
 from minitron_platform.doctor.finding import Finding
 from minitron_platform.doctor.node import Gpu, StorageSpeed, node_facts
 from minitron_platform.doctor.node_checks import node_findings
@@ -78,6 +81,7 @@ def test_nodes_with_other_versions_or_gpus_are_named(here):
     assert "optuna" in found["versions", "all nodes"].value
     assert "5.0.1 on node-2" in found["versions", "all nodes"].value
     assert found["versions", "all nodes"].state == "failed"
+    here = replace(here, visible_gpus=None)
     first = replace(here, gpus=(GPU, GPU), torch_gpus=2, nvlink=False)
     second = replace(here, node="node-2", gpus=(replace(GPU, driver="550.2"),), torch_gpus=0)
     found = _findings(first, second)
@@ -86,6 +90,26 @@ def test_nodes_with_other_versions_or_gpus_are_named(here):
     assert found["GPUs", "node-2"].state == "failed"
     assert "built for the driver's CUDA" in found["GPUs", "node-2"].remedy
     assert "550.2, 570.1" in found["GPUs", "all nodes"].value
+
+
+def test_gpus_that_cuda_visible_devices_leaves_out_are_no_failure(here):
+    def found(visible, used):
+        return _findings(replace(here, gpus=(GPU, GPU, GPU), visible_gpus=visible, torch_gpus=used))["GPUs", here.node]
+
+    few = found("0,GPU-5b1c", 2)
+    assert (few.state, few.value.split(", ", 2)[2]) == ("ok", "of which CUDA_VISIBLE_DEVICES='0,GPU-5b1c' leaves 2")
+    assert (found(None, 2).state, found(None, 3).state) == ("failed", "ok")
+    assert (found("0,7", 1).state, found("0,7", 1).remedy.split(" or ")[0]) == ("failed", "unset CUDA_VISIBLE_DEVICES")
+    assert found("MIG-5b1c", 1).state == "ok"
+    assert found("", 0).state == "skipped"
+
+
+def test_the_doctor_of_a_cluster_sees_the_gpus_of_a_node_without_taking_one(tmp_path):
+    with ray_session(None, num_cpus=1, num_gpus=1):
+        (node,) = (node["NodeID"] for node in ray.nodes())
+        probes = [probe(node, sees_gpus=sees) for sees in (True, False)]
+        facts = ray.get([each.facts.remote(str(tmp_path), "") for each in probes])
+    assert [each.visible_gpus for each in facts] == [None, ""]  # Ray hides the GPUs from processes that have none
 
 
 @contextmanager

@@ -40,9 +40,13 @@ METRICS_PORT = "MINITRON_METRICS_PORT"  # environment variable: where a private 
 OPEN_TELEMETRY = "RAY_enable_open_telemetry"  # environment variable of Ray: whether metrics are sent with OpenTelemetry
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # environment variable that Ray sets for the entrypoint of a job
 
+SEES_NO_GPU = (
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"  # environment variable of Ray: whether a worker with num_gpus=0 sees no GPU
+)
+
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",  # no telemetry
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a worker with num_gpus=0 sees no GPU
+    SEES_NO_GPU: "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 

@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from minitron import storage
 from minitron.errors import MinitronError, one_line
-from minitron_platform.cluster.ray_session import ray_session
+from minitron_platform.cluster.ray_session import SEES_NO_GPU, ray_session
 from minitron_platform.doctor import allreduce
 from minitron_platform.doctor.finding import Finding
 from minitron_platform.doctor.node import NodeFacts, node_facts
@@ -46,7 +46,9 @@ def findings_of_cluster(address: str | None, storage_root: str) -> Iterator[Find
     """The findings about the nodes of the cluster at `address`. storage_root: where runs keep their files."""
     with ray_session(address):
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        actors = {node["NodeID"]: _actor(node["NodeID"], num_gpus=0) for node in nodes}
+        actors = {
+            node["NodeID"]: probe(node["NodeID"], sees_gpus=node["Resources"].get("GPU", 0) > 0) for node in nodes
+        }
         names = {node["NodeID"]: node["NodeManagerHostname"] for node in nodes}
         mark, storage_problem = _mark(storage_root)
         if storage_problem is not None:
@@ -65,9 +67,13 @@ def findings_of_cluster(address: str | None, storage_root: str) -> Iterator[Find
         yield _all_reduce(nodes, actors, list(facts.values()))
 
 
-def _actor(node: str, num_gpus: int) -> Any:
+def probe(node: str, num_gpus: int = 0, *, sees_gpus: bool = False) -> Any:
+    """An actor on this node that says what it has. sees_gpus: it sees all GPUs that Ray has there, as otherwise only processes
+    with GPUs of their own do."""
     here = NodeAffinitySchedulingStrategy(node, soft=False)
-    return ray.remote(num_cpus=0, num_gpus=num_gpus)(_Probe).options(scheduling_strategy=here).remote()
+    environment = {"env_vars": {SEES_NO_GPU: "0"}} if sees_gpus else None
+    actor = ray.remote(num_cpus=0, num_gpus=num_gpus)(_Probe)
+    return actor.options(scheduling_strategy=here, runtime_env=environment).remote()
 
 
 def _mark(storage_root: str) -> tuple[str, Finding | None]:
@@ -108,11 +114,11 @@ def _all_reduce(nodes: Sequence[dict[str, Any]], actors: Actors, facts: Sequence
     gpus = {node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in nodes if node["NodeID"] in actors}
     on_gpus = any(gpus.values())
     if on_gpus:
-        group = [_actor(node, num_gpus=1) for node, count in gpus.items() for _ in range(count)]
+        group = [probe(node, num_gpus=1) for node, count in gpus.items() for _ in range(count)]
     else:
         group = [actors[node["NodeID"]] for node in nodes if node["Resources"].get("CPU")]
         if len(group) == 1:
-            group += [_actor(next(node["NodeID"] for node in nodes if node["Resources"].get("CPU")), num_gpus=0)]
+            group += [probe(next(node["NodeID"] for node in nodes if node["Resources"].get("CPU")))]
     if len(group) < 2:
         return Finding("all-reduce", "all nodes", "skipped", f"{len(group)} GPU")
     first = group[0].free_address.remote()

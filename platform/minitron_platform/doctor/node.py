@@ -62,6 +62,8 @@ class NodeFacts:
     gpus: tuple[Gpu, ...]
     torch_gpus: int
     """GPUs that PyTorch can use."""
+    visible_gpus: str | None
+    """CUDA_VISIBLE_DEVICES, which limits them; None if it is not set."""
     rdma: tuple[str, ...]
     """Network devices with remote direct memory access."""
     nvlink: bool | None
@@ -84,6 +86,7 @@ def node_facts(storage_root: str, mark: str) -> NodeFacts:
         temp_free_bytes=shutil.disk_usage(temp).free,
         gpus=gpus,
         torch_gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        visible_gpus=os.environ.get("CUDA_VISIBLE_DEVICES"),
         rdma=tuple(sorted(each.name for each in Path("/sys/class/infiniband").glob("*"))),
         nvlink=_nvlink() if len(gpus) > 1 else None,
         storage=_storage_speed(storage_root, mark),

@@ -83,9 +83,18 @@ def gpus(node: NodeFacts) -> Finding:
     links = {True: ", NVLink", False: ", no NVLink", None: ""}[node.nvlink]
     rdma = f", RDMA {' '.join(node.rdma)}" if node.rdma else ""
     value = f"{names}, driver {node.gpus[0].driver}{links}{rdma}"
-    if node.torch_gpus < len(node.gpus):
+    offered = len(node.gpus)
+    if node.visible_gpus is not None:
+        offered = min(offered, len([name for name in node.visible_gpus.split(",") if name.strip()]))
+        value += f", of which CUDA_VISIBLE_DEVICES={node.visible_gpus!r} leaves {offered}"
+    if node.torch_gpus < offered:
         remedy = "install PyTorch built for the driver's CUDA, and offer all GPUs to the container"
+        if node.visible_gpus is not None:
+            remedy = f"unset CUDA_VISIBLE_DEVICES or name GPUs that nvidia-smi -L lists; else {remedy}"
         return Finding("GPUs", node.node, "failed", f"{value}; PyTorch uses {node.torch_gpus}", remedy)
+    if not offered:
+        remedy = "to use them unset CUDA_VISIBLE_DEVICES, or offer them to Ray (`ray start --num-gpus`)"
+        return Finding("GPUs", node.node, "skipped", value, remedy)
     if node.nvlink is False:
         return Finding("GPUs", node.node, "warning", value, "keep workers on one GPU each, or use nodes with NVLink")
     return Finding("GPUs", node.node, "ok", value)
