@@ -32,6 +32,7 @@ from minitron_platform.estimates.phases import distillation_flops, trial_flops
 from minitron_platform.estimates.requests import HEARTBEATS_PER_HOUR, RECORDS_PER_HOUR
 from minitron_platform.estimates.speed import Speed, speed_here
 from minitron_platform.estimates.teacher import MODES, TeacherCost, teacher_cost
+from minitron_platform.estimates.work import Trials
 from minitron_platform.locations import Locations, resolve_locations
 from minitron_platform.planning.checks import (
     check_benchmarks,
@@ -348,7 +349,7 @@ def _cost(
         stage=stage.name,
         model=member.model if member else "",
         estimate=estimate,
-        seconds=estimate.flops / speed.of_stage(stage.name in TRAINING, _cores_used(stage.name, outlook))
+        seconds=estimate.flops / speed.of_stage(stage.name in TRAINING, _cores_used(stage.name, outlook, estimate))
         + estimate.start_up_seconds
         + estimate.cpu_seconds(cores()),
         done=finished.is_finished(stage, member),
@@ -359,11 +360,16 @@ def _cost(
     return replace(cost, seconds=time.seconds, busy=time.busy, bound=time.bound)
 
 
-def _cores_used(stage: str, outlook: Outlook) -> float:
-    """CPU cores of this machine that a stage computes on."""
+def _cores_used(stage: str, outlook: Outlook, estimate: Estimate) -> float:
+    """CPU cores of this machine that a stage computes on: of a search, those of the trials that there are, and that its memory
+    has room for."""
     resources = outlook.resources
     if stage == Search.name:
-        return outlook.concurrent_trials * resources.workers_per_trial * resources.cpus_per_trial
+        assert estimate.memory is not None
+        room = machine_memory() // (estimate.memory.processes * estimate.memory.each.total)
+        most = max(len(part.shares) for part in estimate.parts if isinstance(part, Trials))
+        trials = min(outlook.concurrent_trials, most, max(1, room))
+        return trials * resources.workers_per_trial * resources.cpus_per_trial
     return resources.workers * resources.cpus_per_worker if stage in TRAINING else math.inf
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import singledispatch
 
-from minitron_platform.cluster.room import trials_at_once
+from minitron_platform.cluster.room import counted, trials_at_once
 from minitron_platform.estimates.work import Alone, DataParallel, Part, Split, Trials
 from minitron_platform.planning.cluster import (
     BETWEEN_BYTES,
@@ -140,9 +140,9 @@ def _trials(part: Trials, room: _Room) -> StageTime:
 
 def _compute_bound(items: int, room: _Room, what: str) -> str:
     """What keeps computing from being faster."""
-    if items < room.cluster.gpus:
-        return f"{items:,} {what}"
-    return COMPUTE if room.workers >= room.cluster.gpus else f"{room.workers} workers"
+    if min(items, room.workers) >= room.cluster.gpus:
+        return COMPUTE
+    return f"{items:,} {what}" if items <= room.workers else counted(room.workers, "worker")
 
 
 def _busy(part: Part, room: _Room) -> float:

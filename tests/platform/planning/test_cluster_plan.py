@@ -208,6 +208,12 @@ def test_a_plan_without_the_nodes_assumes_as_many_as_the_processes_need(bench, f
     assert assumed(*recipe_settings(4, 3), *recipe_settings(4, 3, trial=True)) == (14, 8)
 
 
+def test_fewer_workers_than_gpus_bound_a_step_that_has_rows_for_more():
+    part = DataParallel(flops=80 * FLOPS, steps=10, batch_rows=3)
+    assert small(part, workers=2).bound == "2 workers"
+    assert small(part).bound == "3 rows in a step"
+
+
 def test_a_process_computes_on_one_of_its_gpus(bench):
     one = small(Trials(flops=10 * FLOPS, shares=(1.0,), workers=1, gpus=1))
     two = small(Trials(flops=10 * FLOPS, shares=(1.0,), workers=1, gpus=2))

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from minitron_platform.cluster import room
 from minitron_platform.doctor import measure_speed
 from minitron_platform.estimates import speed as speeds
 from minitron_platform.estimates.speed import Speed, speed_here, store_speed
@@ -68,6 +69,26 @@ def test_a_plan_takes_as_long_as_the_measured_speed_says(bench, tmp_path):
     assert took == pytest.approx(flops / 2e6)  # two workers with a core each
     took, flops = seconds("targets", forward=1e6)
     assert took == pytest.approx(flops / 4e6)  # one process on all cores
+
+
+def test_a_search_computes_on_the_cores_of_the_trials_that_there_are_and_have_memory(bench, tmp_path, monkeypatch):
+    for module in (speeds, room):
+        monkeypatch.setattr(module, "cores", lambda: 64)
+    store_speed(torch.float32, Speed(1e6, 1e6, 1e6, "today"))
+
+    def search(*overrides):
+        planned = plan(load_recipe(bench / "recipe.yaml", overrides), storage_path=tmp_path)
+        cost = next(cost for cost in planned.costs if cost.stage == "search")
+        cores = cost.estimate.flops / 1e6 / (cost.seconds - cost.estimate.start_up_seconds)
+        return cores, len(planned.candidates["tiny-student"]), cost.estimate.memory.each.total
+
+    cores, candidates, each = search()
+    assert 1 < candidates < 64
+    assert cores == pytest.approx(candidates)
+    assert search("resources.cpus_per_trial=2")[0] == pytest.approx(2 * candidates)
+    memory = (candidates - 1) * each + each // 2
+    monkeypatch.setattr("minitron_platform.planning.plan.machine_memory", lambda: memory)
+    assert search()[0] == pytest.approx(candidates - 1)
 
 
 def test_a_teacher_that_runs_beside_the_student_has_its_head_counted_once(bench, tmp_path):
