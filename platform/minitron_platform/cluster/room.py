@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -58,7 +59,7 @@ def resolve_on(recipe: Recipe, nodes: Sequence[Node], *, gpu_memory_bytes: int =
 
 def _cluster_gpu_bytes() -> int:
     """Memory of the smallest GPU of the connected cluster in bytes, from nvidia-smi on each node; 0 if no node answers."""
-    return min(filter(None, _on_nodes(_node_gpu_bytes, "GPU")), default=0)
+    return min(filter(None, _on_nodes(node_gpu_bytes, "GPU")), default=0)
 
 
 def cluster_cpu_dtype() -> torch.dtype:
@@ -86,14 +87,23 @@ def _on_nodes(function: Callable[[], Result], resource: str) -> list[Result]:
     return results
 
 
-def _node_gpu_bytes() -> int:
-    """Memory of the smallest GPU of this node in bytes, without a CUDA context on it; 0 without nvidia-smi."""
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]  # MiB
+def node_gpu_bytes() -> int:
+    """Memory of the smallest GPU of this node, or part of one (MIG), in bytes, without a CUDA context on it; 0 without
+    nvidia-smi."""
+    whole = _nvidia_smi("--query-gpu=memory.total", "--format=csv,noheader,nounits")  # MiB
+    sizes = [int(line) << 20 for line in whole.split() if line.isdigit()]
+    sizes += [int(size) * 10**9 for size in re.findall(r"^ +MIG .*?(\d+)gb", _nvidia_smi("-L"), re.MULTILINE)]
+    return min(sizes, default=0)
+
+
+def _nvidia_smi(*arguments: str) -> str:
+    """What nvidia-smi prints; empty if there is none, or it fails."""
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=True)
+        return subprocess.run(
+            ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=ANSWER_SECONDS / 3, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError):
-        return 0
-    return min((int(line) << 20 for line in result.stdout.split() if line.isdigit()), default=0)
+        return ""
 
 
 def cluster_nodes() -> list[Node]:

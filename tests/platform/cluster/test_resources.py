@@ -200,3 +200,24 @@ def test_a_private_ray_starts_early_and_has_the_gpus_that_trials_and_workers_req
     records = [json.loads(line) for part in parts for line in part.read_text().splitlines()]
     (settings,) = (record["values"] for record in records if "gpu_memory_estimate" in record.get("values", {}))
     assert (settings["micro_batch_rows"], settings["teacher_kept"]) == ("2", "head")
+
+
+LISTED = """GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-5b1c)
+  MIG 3g.40gb     Device  0: (UUID: MIG-0a)
+  MIG 1g.10gb+me  Device  1: (UUID: MIG-0b)
+GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-77aa)
+"""
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"), [(LISTED, 10 * 10**9), ("GPU 0: NVIDIA H100 80GB HBM3\n", 81559 << 20)]
+)
+def test_the_memory_of_a_part_of_a_gpu_is_that_of_the_part(tmp_path, monkeypatch, listed, expected):
+    (tmp_path / "listed").write_text(listed)
+    command = tmp_path / "nvidia-smi"
+    command.write_text(f"#!/bin/sh\n[ $1 = -L ] && cat {tmp_path}/listed || printf '81559\\n81559\\n'\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert room.node_gpu_bytes() == expected
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert room.node_gpu_bytes() == 0
