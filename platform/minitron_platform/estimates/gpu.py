@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -131,10 +132,11 @@ class GpuTraining:
         if fit.memory.peak <= self.room:
             return fit
         need = f"{stage}: needs {fit.memory} of each of {_gpus(self.processes)}, and there are {gigabytes(self.room)}"
-        nearest = self._nearest(MAX_WORKERS if gpus is None else min(gpus, MAX_WORKERS), on_nodes)
+        each = max(1, math.ceil(self.gpus))
+        nearest = self._nearest(MAX_WORKERS if gpus is None else min(gpus // each, MAX_WORKERS), on_nodes)
         elsewhere = ""
         if nearest is None and gpus is not None and (nearest := self._nearest(MAX_WORKERS, on_nodes)):
-            elsewhere = f"with {_gpus(nearest[2].processes)}, "
+            elsewhere = f"with {_gpus(nearest[2].processes * each)}, "
         if nearest is None:
             remedy = "train a smaller student, or use GPUs with more memory or more of them"
         else:
@@ -146,8 +148,8 @@ class GpuTraining:
         raise InputError(need, remedy)
 
     def _nearest(self, most: int, on_nodes: Callable[[GpuTraining], bool]) -> tuple[list[str], Fit, GpuTraining] | None:
-        """The smallest number of changes of the recipe with which the training fits on at most so many GPUs, as KEY=VALUE,
-        with the training that they make; more workers only if nothing else is enough. None if nothing is."""
+        """The smallest number of changes of the recipe with which the training fits on the GPUs of at most so many processes,
+        as KEY=VALUE, with the training that they make; more workers only if nothing else is enough. None if nothing is."""
         for workers in self._more_workers(most):
             for count in range(4):
                 for some in combinations(self._changes(), count):

@@ -53,6 +53,12 @@ def test_workers_that_the_cluster_has_gpus_for_are_offered_without_more(plan_lar
     assert refused.value.remedy.startswith("set ")
 
 
+def test_workers_that_are_offered_have_all_their_gpus(plan_large):
+    few = ["resources.workers=1", "resources.gpus_per_worker=2", "resources.workers_per_trial=4", "correct=null"]
+    with pytest.raises(InputError, match=r"with 8 GPUs, set resources\.workers=4, which takes"):
+        plan_large(*few, "resources.gpu_memory_bytes=40e9", gpus=4)
+
+
 @pytest.mark.parametrize("memory", [60, 200])
 def test_the_settings_that_a_refusal_for_main_memory_of_a_node_names_are_enough(plan_large, memory):
     overrides = ["correct=null", f"resources.node_memory_bytes={memory}e9"]
