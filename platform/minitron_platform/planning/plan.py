@@ -50,7 +50,7 @@ from minitron_platform.recipes.candidates import family_candidates
 from minitron_platform.recipes.consistency import check_consistency
 from minitron_platform.recipes.keys import named_by_key
 from minitron_platform.recipes.load import changed_recipe, check_recipe_type
-from minitron_platform.recipes.resources import ResolvedResources
+from minitron_platform.recipes.resources import ResolvedResources, idle_workers_warning
 from minitron_platform.recipes.schema import Member, Recipe
 from minitron_platform.stages.finished import finished_stages
 from minitron_platform.stages.order import steps
@@ -241,6 +241,7 @@ def plan(
     _check_gpu_memory(costs, outlook, machines, cluster)
     warnings = [tracking_warning] if tracking_warning else []
     warnings += machines.warnings(recipe, resources, dtype)
+    warnings += filter(None, [idle_workers_warning(recipe, resources)])
     if in_fp8 and not machines.elsewhere and not resources.uses_gpus:
         warnings.append(f"{in_fp8[0]}: CPUs emulate FP8, which is slower than bfloat16; results are those of FP8")
     result = Plan(

@@ -169,6 +169,18 @@ def processes_on(node_gpus: int, gpus_each: float) -> int:
     return max(1, int(node_gpus / max(1.0, gpus_each)))
 
 
+def idle_workers_warning(recipe: Recipe, resources: ResolvedResources) -> str | None:
+    """A warning about workers for which no step of a training has a row; None if there are none."""
+    rows = smallest_batch(recipe)
+    idle = resources.workers - rows
+    if idle <= 0:
+        return None
+    return (
+        f"resources.workers: {resources.workers}, but the smallest batch_rows of a training is {rows}, so that "
+        f"{idle} of them train{'s' if idle == 1 else ''} nothing in its steps; lower it to {rows}"
+    )
+
+
 def _share(cpus: float, gpus: float) -> dict[str, float]:
     return {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
 

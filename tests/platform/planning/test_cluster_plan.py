@@ -274,3 +274,14 @@ def test_workers_with_two_gpus_each_are_half_as_many_on_a_node(plan_large):
     fit = planned.gpu_memory["llama-3.1-4b-width distill"]
     assert fit.memory.masters == 4 * student.num_parameters // 4  # a copy in each node, split over its four workers
     assert planned.node_memory["llama-3.1-4b-width distill"].processes == 4
+
+
+def test_workers_that_no_step_has_a_row_for_are_named(bench):
+    def warnings(workers):
+        recipe = load_recipe(str(bench / "recipe.yaml"), [f"resources.workers={workers}", "distill.batch_rows=4"])
+        return plan(recipe, storage_path=bench / "planned", cluster=assumed_cluster(8)).warnings
+
+    assert not any("batch_rows" in warning for warning in warnings(4))
+    (warning,) = (warning for warning in warnings(6) if "batch_rows" in warning)
+    assert warning.startswith("resources.workers: 6, but the smallest batch_rows of a training is 4, so that 2 of them")
+    assert warning.endswith("lower it to 4")
