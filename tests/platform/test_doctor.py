@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 import ray
 from helpers.command import minitron_here
