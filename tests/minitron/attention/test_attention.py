@@ -257,6 +257,27 @@ def test_kernels_of_further_shapes_replace_those_that_are_too_many(flex_on_cpu, 
     interface._compiled.cache_clear()
 
 
+def test_the_kernel_serves_held_out_rows_in_inference_mode_between_the_steps_of_a_training(flex_on_cpu, monkeypatch):
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=aot_eager, **options))
+    interface._compiled.cache_clear()
+    torch._dynamo.reset()
+    model, rows = model_of("llama").double(), packed()
+    parameters = list(model.get_decoder().parameters())
+    expected = final_hidden(model, rows, DOCUMENTS)
+    exact = torch.autograd.grad(expected.sum(), parameters)
+    monkeypatch.setattr(row_attention, "chosen_kernel", lambda device: "flex")
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    for measured in (True, False, True, False):
+        with torch.inference_mode(measured):
+            states = final_hidden(model, rows, DOCUMENTS)
+            assert torch.allclose(states, expected, rtol=1e-5, atol=1e-5)
+        if not measured:
+            for got, wanted in zip(torch.autograd.grad(states.sum(), parameters), exact, strict=True):
+                assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+    interface._compiled.cache_clear()
+
+
 def test_an_explicit_attention_implementation_is_kept_and_cannot_separate_documents():
     model, rows = model_of("llama", attn_implementation="flex_attention"), packed()
     assert row_arguments(model, rows) == {}
