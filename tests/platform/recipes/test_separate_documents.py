@@ -55,7 +55,7 @@ def test_documents_are_not_told_apart_where_messages_end_like_them(bench, tmp_pa
     copy = shutil.copytree(bench, tmp_path / "bench")
     chat = [{"role": role, "content": "river stone"} for role in ("user", "assistant")]
     (copy / "chats.jsonl").write_text(json.dumps({"chat": chat}) + "\n")
-    template = next(copy.rglob("tokenizer_config.json")).with_name("chat_template.jinja")
+    template = copy / "teacher" / "chat_template.jinja"  # tests of this process may have left other models beside it
     overrides = [f"data.path={copy / 'chats.jsonl'}", "data.messages=chat", f"teacher.model={template.parent}"]
     for each, fits in (("<eos>", False), ("!", True)):
         template.write_text(f"{{% for m in messages %}}{{{{ m.role }}}} {{{{ m.content }}}}{each}{{% endfor %}}<eos>")
