@@ -22,12 +22,22 @@ def possible_nodes(state: Any = None) -> list[Node]:
     alive = _alive(state)
     config = state.get_cluster_config()
     groups = config.node_group_configs if config else ()
-    running = Counter((node.get("Labels") or {}).get(GROUP_LABEL, "") for node in alive)
+    names = {group.name for group in groups}
+    named, unnamed = Counter[str](), Counter[tuple[float, ...]]()
+    for node in alive:
+        name = (node.get("Labels") or {}).get(GROUP_LABEL)
+        if name in names:
+            named[name] += 1
+        else:
+            unnamed[_shape(node["Resources"])] += 1
     added: list[Node] = []
     for group in groups:
-        most = MOST_ADDED if group.max_count < 0 else min(group.max_count, MOST_ADDED + running[group.name])
         resources = {"memory": ANY_MEMORY, **{name: float(amount) for name, amount in group.resources.items()}}
-        added += [resources] * max(0, most - (running[group.name] or _equal(alive, resources)))
+        left = max(0, (MOST_ADDED if group.max_count < 0 else group.max_count) - named[group.name])
+        # of groups of one shape, those that come first have the nodes that do not say which group they are of
+        running = min(left, unnamed[_shape(resources)])
+        unnamed[_shape(resources)] -= running
+        added += [resources] * min(left - running, MOST_ADDED)
     return [*(node["Resources"] for node in alive), *added]
 
 
@@ -48,7 +58,6 @@ def _alive(state: Any) -> list[dict[str, Any]]:
     return [node for node in state.node_table() if node["Alive"]]
 
 
-def _equal(nodes: list[dict[str, Any]], resources: Node) -> int:
-    """Number of nodes with these CPUs and GPUs, for clusters whose nodes do not say which group they are of."""
-    shape = [resources.get(name, 0) for name in ("CPU", "GPU")]
-    return sum([node["Resources"].get(name, 0) for name in ("CPU", "GPU")] == shape for node in nodes)
+def _shape(resources: Node) -> tuple[float, ...]:
+    """CPUs and GPUs, by which nodes that do not say which group they are of are counted."""
+    return tuple(resources.get(name, 0.0) for name in ("CPU", "GPU"))

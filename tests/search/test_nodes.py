@@ -44,3 +44,17 @@ def test_a_cluster_without_autoscaler_has_the_nodes_that_are_there():
 
 def test_a_group_without_a_limit_is_large():
     assert len(possible_nodes(_cluster([], ("gpu", {"GPU": 8}, -1)))) == MOST_ADDED
+
+
+def test_a_node_that_runs_takes_the_place_of_one_that_may_be_started_of_all_groups_of_its_shape():
+    node = {"CPU": 64.0, "GPU": 8.0}
+    groups = [(name, {"CPU": 64, "GPU": 8}, most) for name, most in (("spot", 2), ("reserved", 3))]
+    for names in (
+        ["", "", ""],
+        ["spot", "spot", ""],
+        ["spot", "spot"],
+        ["reserved"],
+        ["reserved", "", ""],
+        ["of another"],
+    ):
+        assert _gpus(possible_nodes(_cluster([(node, name) for name in names], *groups))) == [8] * 5
