@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -196,3 +197,25 @@ def test_a_document_is_never_among_its_own_examples(tmp_path, splits, present, p
         write_jsonl(tmp_path / "data" / f"{name}.jsonl", arc_documents(3))
     with pytest.raises(InputError, match=problem):
         check_tasks([Task("own", str(tmp_path / "data"), num_fewshot=SHOTS, folder=str(tmp_path / "mine"))])
+
+
+def test_a_definition_that_sets_the_number_of_examples_to_0_keeps_it_as_in_lm_eval(student, tokenizer, tmp_path):
+    fixed = DEFINITION | {"test_split": "test", "training_split": "train", "num_fewshot": 0}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "own.yaml").write_text(yaml.safe_dump(fixed))
+    group = {"group": "both", "task": ["own"]}
+    (tmp_path / "mine" / "both.yaml").write_text(yaml.safe_dump(group))
+    files = {name: write_jsonl(tmp_path / "data" / f"{name}.jsonl", arc_documents(4)) for name in ("train", "test")}
+    none = Task("own", str(tmp_path / "data"), folder=str(tmp_path / "mine"))
+    found = evaluate_documents(student, tokenizer, [none], samples=10, batch_size=4)["own"]
+    asked = by_lm_eval(student, tokenizer, replace(none, num_fewshot=SHOTS), files, tmp_path / "cache")
+    assert {each.id: each.prompt for each in found.documents} == {
+        number: sample["prompt_hash"][:16] for number, sample in asked.items()
+    }
+    for data in (none.data, None):  # in a folder, and on the hub
+        with pytest.raises(InputError, match="num_fewshot is 3, but its definition sets it to 0") as refusal:
+            check_tasks([replace(none, data=data, num_fewshot=SHOTS)])
+        assert "set num_fewshot to 0" in refusal.value.remedy
+    with pytest.raises(InputError, match="its definition 'own' sets it to 0") as refusal:
+        check_tasks([replace(none, name="both", num_fewshot=SHOTS)])
+    assert refusal.value.remedy.startswith("name its tasks one by one")
