@@ -186,7 +186,7 @@ def check_code_allowed(task: Task, config: dict[str, Any]) -> None:
 def part_of(task: Task, name: str, definition: Path, config: dict[str, Any], root_folder: Path | None) -> Part:
     """The part of `task` with this definition. root_folder: of its documents, None for those on the hub.
 
-    Raises InputError for documents that are not there or too few, which are not read, and for examples where the definition sets
+    Raises InputError for documents that are not there or too few, which are not read, and for examples if the definition sets
     their number to 0."""
     if task.num_fewshot and config.get("num_fewshot") == 0:  # lm-eval keeps the 0 whatever number is asked for
         of = f" {name!r}" if is_group(task) else ""

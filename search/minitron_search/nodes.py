@@ -25,7 +25,7 @@ def possible_nodes(state: Any = None) -> list[Node]:
     names = {group.name for group in groups}
     named, unnamed = Counter[str](), Counter[tuple[float, ...]]()
     for node in alive:
-        name = (node.get("Labels") or {}).get(GROUP_LABEL)
+        name = (node.get("Labels") or {}).get(GROUP_LABEL, "")
         if name in names:
             named[name] += 1
         else:
