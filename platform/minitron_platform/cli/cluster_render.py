@@ -295,15 +295,15 @@ def _recipe_text(recipe: str | None, overrides: tuple[str, ...], workers: Nodes)
 
     loaded = load_recipe(recipe, overrides)
     node = {"CPU": float(workers.cpus), "GPU": float(workers.gpus), "memory": float(workers.memory << 30)}
-    resources = checked_resources(loaded, [node] * workers.count)
-    gpus = workers.count * workers.gpus
-    for warning in gpu_warnings(loaded, resources, gpus, DTYPES.get(loaded.teacher.dtype, torch.bfloat16)):
+    nodes = [node] * workers.count
+    resources = checked_resources(loaded, nodes)
+    for warning in gpu_warnings(loaded, resources, nodes, DTYPES.get(loaded.teacher.dtype, torch.bfloat16)):
         click.echo(f"warning: {warning}", err=True)
     if resources.uses_gpus:
         from minitron_platform.planning.cluster import assumed_cluster
         from minitron_platform.planning.coming_nodes import missing_memory
 
-        coming = assumed_cluster(gpus, workers.gpus)
+        coming = assumed_cluster(workers.count * workers.gpus, workers.gpus)
         if lack := missing_memory(loaded, coming, workers.memory << 30):
             remedy = lack.remedy.replace("nodes with more main memory", "nodes with more main memory (--memory)")
             click.echo(f"warning: {lack.problem}; {remedy}", err=True)

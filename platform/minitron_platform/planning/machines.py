@@ -109,15 +109,15 @@ class Machines:
     def warnings(self, recipe: Recipe, resources: ResolvedResources, dtype: torch.dtype) -> list[str]:
         """What is wasteful about the recipe's resources, or cannot be checked."""
         if self.assumed:
-            return gpu_warnings(recipe, resources, self.assumed.gpus, dtype)
+            return gpu_warnings(recipe, resources, self.assumed.node_list, dtype)
         if self.nodes:
-            return gpu_warnings(recipe, resources, gpus_of(self.nodes.possible), dtype)
+            return gpu_warnings(recipe, resources, self.nodes.possible, dtype)
         if self.address:
             return [
                 f"the cluster at {self.address} does not tell its nodes to this machine, so that what they have room for is "
                 "only checked once it is joined"
             ]
-        return gpu_warnings(recipe, resources, torch.cuda.device_count(), dtype)
+        return gpu_warnings(recipe, resources, [private_node(resources)], dtype)
 
     def text(self, recipe: Recipe, resources: ResolvedResources, *, trains_on_gpus: bool) -> str:
         """`resources` as a sentence. trains_on_gpus: whether stages that are not done yet do."""

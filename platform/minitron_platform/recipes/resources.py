@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -127,9 +128,13 @@ def _auto_workers(recipe: Recipe, gpus: int) -> int:
     return min(max(1, int(gpus / gpus_per_worker)), max_workers)
 
 
-def gpu_warnings(recipe: Recipe, resources: ResolvedResources, gpus: int, dtype: torch.dtype) -> list[str]:
-    """Warnings about a machine or cluster with `gpus` GPUs on which models compute in `dtype`: workers that are left on CPUs
-    because they outnumber the GPUs, and float32, which is slow on GPUs."""
+def gpu_warnings(
+    recipe: Recipe, resources: ResolvedResources, nodes: Sequence[Mapping[str, float]], dtype: torch.dtype
+) -> list[str]:
+    """Warnings about a machine or cluster of `nodes`, by Ray's resource names, on whose GPUs models compute in `dtype`: workers
+    that are left on CPUs because they outnumber the GPUs, GPUs that are idle for lack of CPUs, and float32, which is slow on
+    GPUs."""
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     if not gpus:
         return []
     given = recipe.resources
@@ -155,12 +160,47 @@ def gpu_warnings(recipe: Recipe, resources: ResolvedResources, gpus: int, dtype:
         for key, count, requested_gpus, chosen_gpus, alternative in settings
         if requested_gpus == "auto" and not chosen_gpus
     ]
+    warnings += _idle_gpus(recipe, resources, nodes, gpus)
     if dtype == torch.float32 and resources.uses_gpus:
         warnings.append(
             "teacher.dtype: float32 on GPUs takes twice the memory of bfloat16 and many times as long; "
             "leave it at auto unless you need it"
         )
     return warnings
+
+
+def _idle_gpus(
+    recipe: Recipe, resources: ResolvedResources, nodes: Sequence[Mapping[str, float]], gpus: int
+) -> Iterator[str]:
+    """Warnings about GPUs that no worker or trial is given because the nodes have no CPUs for it."""
+    given = recipe.resources.workers
+    most = _auto_workers(recipe, gpus) if given == "auto" else _range(given)[0]
+    per_trial, least = resources.workers_per_trial, resources.least_workers_per_trial
+    for name, where, share, workers, smallest, limit in (
+        ("worker", "", resources.worker_share, 1, None, most),
+        ("trial", " in the search", resources.trial_share, per_trial, least, math.inf),
+    ):
+        each = share.get("GPU", 0)
+        room = max_concurrent_trials(nodes, share, workers, smallest)
+        if not each or not room:
+            continue
+        by_gpus = max_concurrent_trials(nodes, {"GPU": each}, workers, smallest)
+        # of parts of GPUs, Ray fills one GPU before the next
+        used, usable = (math.ceil(min(count * workers, limit) * each - 1e-9) for count in (room, by_gpus))
+        if used == usable:
+            continue
+        enough = min(
+            node.get("CPU", 0) // count for node in nodes if (count := max_concurrent_trials([node], {"GPU": each}))
+        )
+        to = f" to {enough:g}" if enough >= 1 else ""
+        yield (
+            f"resources.cpus_per_{name}: {share['CPU']:g} leaves {_counted(usable - used, 'GPU')} idle{where}, since the nodes "
+            f"have CPUs for {_counted(room, name)}; lower it{to}, or use nodes with more CPUs"
+        )
+
+
+def _counted(count: int, unit: str) -> str:
+    return f"{count} {unit}{'s' if count > 1 else ''}"
 
 
 def processes_on(node_gpus: int, gpus_each: float) -> int:

@@ -19,7 +19,6 @@ from minitron_platform.cluster.room import (
     check_cluster,
     cluster_cpu_dtype,
     cluster_nodes,
-    gpus_of,
     joins_cluster,
     private_node,
     resources_here,
@@ -110,11 +109,10 @@ class RayStart:
     def _report_cluster(self, context: Context, resources: ResolvedResources) -> None:
         """Print the resources of trials and workers, and warnings about the cluster's GPUs."""
         nodes = cluster_nodes()
-        gpus = gpus_of(nodes)
         context.console.say(f"  resources: {room_text(resources, nodes)}{starting_text(nodes, present_nodes())}")
         # auto means bfloat16 on GPUs
         dtype = torch.float32 if context.recipe.teacher.dtype == "float32" else torch.bfloat16
-        for warning in gpu_warnings(context.recipe, resources, gpus, dtype):
+        for warning in gpu_warnings(context.recipe, resources, nodes, dtype):
             context.console.say(f"  [yellow]{escape(warning)}[/]")
 
     def _here(self, context: Context) -> ResolvedResources:

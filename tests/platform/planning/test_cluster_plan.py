@@ -192,6 +192,40 @@ def test_workers_and_trials_are_those_that_the_nodes_of_a_cluster_have_room_for(
     assert f"{workers} workers with" in planned.resources_text
 
 
+@pytest.mark.parametrize(
+    ("given", "cpus", "idle"),
+    [
+        (
+            {"cpus_per_worker": 16},
+            64,
+            ["cpus_per_worker: 16 leaves 4 GPUs idle, since the nodes have CPUs for 4 workers; lower it to 8"],
+        ),
+        ({"cpus_per_worker": 16, "workers": "{min: 1, max: 6}"}, 64, ["cpus_per_worker: 16 leaves 2 GPUs idle, since"]),
+        ({"cpus_per_worker": 16, "workers": 4}, 64, []),  # no more are wanted
+        ({"cpus_per_worker": 8}, 64, []),
+        (
+            {"cpus_per_trial": 64},
+            64,
+            ["cpus_per_trial: 64 leaves 7 GPUs idle in the search, since the nodes have CPUs for 1 trial;"],
+        ),
+        ({"cpus_per_trial": 16, "gpus_per_trial": 0.5}, 64, ["cpus_per_trial: 16 leaves 6 GPUs idle in the search"]),
+        ({"cpus_per_trial": 2, "gpus_per_trial": 0.1}, 144, []),  # eight trials wait, but every GPU has some
+        ({}, 5, ["cpus_per_worker: 1 leaves 3 GPUs idle", "cpus_per_trial: 1 leaves 3 GPUs idle"]),
+    ],
+)
+def test_gpus_that_are_idle_for_lack_of_cpus_are_named(bench, monkeypatch, given, cpus, idle):
+    nodes = [{"CPU": float(cpus), "GPU": 8.0}]
+    monkeypatch.setattr("minitron_platform.planning.machines._nodes_of", lambda address: ClusterNodes(nodes, nodes))
+    overrides = [*(f"resources.{key}={value}" for key, value in given.items()), "distill.batch_rows=16"]
+    recipe = load_recipe(str(bench / "recipe.yaml"), [*overrides, "search.training.batch_rows=16"])
+    warnings = plan(recipe, storage_path=bench / "planned", address="10.0.0.1:6379").warnings
+    found = [text for text in warnings if "idle" in text]
+    assert len(found) == len(idle)
+    for text, expected in zip(found, idle, strict=True):
+        assert text.startswith(f"resources.{expected}")
+        assert text.endswith(", or use nodes with more CPUs")
+
+
 def recipe_settings(count, gpus, *, trial=False):
     keys = ("workers_per_trial", "gpus_per_trial") if trial else ("workers", "gpus_per_worker")
     return [f"resources.{key}={value}" for key, value in zip(keys, (count, gpus), strict=True)]
