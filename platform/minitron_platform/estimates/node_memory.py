@@ -84,30 +84,77 @@ class NodeWork:
 
     def on(self, gpus: int) -> NodeMemory:
         """The memory of a node with this number of GPUs."""
-        room = gpus * int(1 / self.share + 1e-9) if self.share < 1 else int(gpus / self.share)
-        return NodeMemory(max(1, min(self.processes, room)), self.each, self.file)
+        return NodeMemory(max(1, min(self.processes, self._room(gpus))), self.each, self.file)
 
     def fits_on(self, nodes: Sequence[GpuNode]) -> bool:
-        """Whether one of `nodes` has the memory for it; also if none is known."""
-        return not nodes or any(self.on(node.gpus).total <= node.memory for node in nodes)
+        """Whether one of `nodes` has the memory for it, and all together for the processes that at least run at once; also if
+        none is known. A single node stands for any number of such nodes."""
+        return not nodes or not self._small(nodes) or (self._any_fits(nodes) and self._held(nodes) >= self._together)
 
     def check(self, stage: str, nodes: Sequence[GpuNode]) -> None:
-        """Raise InputError if the stage fits on none of `nodes`; the remedy names the nearest settings that do. `stage` is the
+        """Raise InputError if the stage does not fit on `nodes`; the remedy names the nearest settings that do. `stage` is the
         stage's name for the message."""
         if self.fits_on(nodes):
             return
-        node = min(nodes, key=lambda node: self.on(node.gpus).total - node.memory)
+        small = self._small(nodes)
+        if self._any_fits(nodes):
+            room = f"so that there is room for {self._held(nodes)} of {self._together} processes"
+            raise InputError(f"{self._lack(stage, nodes)}, {room}", self._remedy(small))
+        node = min(small, key=self._missing)
         problem = f"{stage}: a node needs {self.on(node.gpus)} of main memory, and has {gigabytes(node.memory)}"
-        nearest = _nearest(self.training, self.trials, node) if self.training else None
+        raise InputError(problem, self._remedy([node]))
+
+    def warning(self, stage: str, nodes: Sequence[GpuNode]) -> str | None:
+        """A warning about a stage that fits on `nodes`, but not on each of them: Ray does not know the main memory that
+        processes on GPUs need. None if it fits on each. stage: as above."""
+        if not (small := self._small(nodes)):
+            return None
+        return f"{self._lack(stage, nodes)}, and Ray may place processes there; {self._remedy(small)}"
+
+    def _room(self, gpus: int) -> int:
+        """Number of processes that this number of GPUs of a node have room for."""
+        return gpus * int(1 / self.share + 1e-9) if self.share < 1 else int(gpus / self.share)
+
+    @property
+    def _together(self) -> int:
+        """Processes that run at the same time or not at all: those of one trial, or all."""
+        return self.processes // self.trials
+
+    def _usable(self, nodes: Sequence[GpuNode]) -> list[GpuNode]:
+        """Nodes that a process has room on."""
+        return [node for node in nodes if self._room(node.gpus)] or list(nodes)
+
+    def _missing(self, node: GpuNode) -> int:
+        return self.on(node.gpus).total - node.memory
+
+    def _small(self, nodes: Sequence[GpuNode]) -> list[GpuNode]:
+        """Nodes without the memory for as many processes as their GPUs have room for."""
+        return [node for node in self._usable(nodes) if self._missing(node) > 0]
+
+    def _any_fits(self, nodes: Sequence[GpuNode]) -> bool:
+        return len(self._small(nodes)) < len(self._usable(nodes))
+
+    def _held(self, nodes: Sequence[GpuNode]) -> int:
+        """Number of processes that `nodes` have GPUs and main memory for."""
+        return sum(
+            min(self._room(node.gpus), max(0, node.memory - DRIVER_BYTES) // max(1, self.each.total)) for node in nodes
+        )
+
+    def _lack(self, stage: str, nodes: Sequence[GpuNode]) -> str:
+        """What the smallest of `nodes` lacks, if others have enough."""
+        small = self._small(nodes)
+        node = max(small, key=self._missing)
+        have = "has" if len(small) == 1 else "have"
+        count = f"{len(small)} of {len(self._usable(nodes))} nodes {have} less ({gigabytes(node.memory)})"
+        return f"{stage}: a node needs {self.on(node.gpus)} of main memory, {count}"
+
+    def _remedy(self, nodes: Sequence[GpuNode]) -> str:
+        """The nearest settings that fit on each of `nodes`, as a remedy."""
+        nearest = _nearest(self.training, self.trials, nodes) if self.training else None
         if nearest is None:
-            remedy = "use nodes with more main memory, or with fewer GPUs each"
-        else:
-            changes, smaller = nearest
-            remedy = (
-                f"set {' and '.join(changes)}, which takes {gigabytes(smaller.total)}, "
-                "or use nodes with more main memory"
-            )
-        raise InputError(problem, remedy)
+            return "use nodes with more main memory, or with fewer GPUs each"
+        changes, total = nearest
+        return f"set {' and '.join(changes)}, which takes {gigabytes(total)}, or use nodes with more main memory"
 
 
 def training_work(training: GpuTraining | None, trials: int = 1) -> NodeWork | None:
@@ -134,7 +181,7 @@ def training_work(training: GpuTraining | None, trials: int = 1) -> NodeWork | N
 
 
 def trains_on(nodes: Sequence[GpuNode], trials: int, training: GpuTraining) -> bool:
-    """Whether one of `nodes` has the main memory for a training, `trials` of which run at once."""
+    """Whether `nodes` have the main memory for a training, `trials` of which run at once."""
     work = training_work(training, trials)
     return work is None or work.fits_on(nodes)
 
@@ -174,9 +221,9 @@ def conversion_work(
     return NodeWork(resources.gpus_per_worker, resources.workers, HostMemory(), file=size * teacher.num_parameters)
 
 
-def _nearest(training: GpuTraining, trials: int, node: GpuNode) -> tuple[list[str], NodeMemory] | None:
-    """The smallest number of changes of the recipe with which the training fits on its GPUs and on the node; None if nothing
-    is enough."""
+def _nearest(training: GpuTraining, trials: int, nodes: Sequence[GpuNode]) -> tuple[list[str], int] | None:
+    """The smallest number of changes of the recipe with which the training fits on its GPUs and on each of `nodes`, and the
+    bytes of a node then; None if nothing is enough."""
     changes = list(_changes(training))
     for count in range(1, 4):
         for some in combinations(changes, count):
@@ -187,9 +234,9 @@ def _nearest(training: GpuTraining, trials: int, node: GpuNode) -> tuple[list[st
                 changed = change(changed)
             work = training_work(changed, trials)
             assert work is not None
-            memory = work.on(node.gpus)
-            if memory.total <= node.memory and changed.fit().fits:
-                return [name for name, _ in some], memory
+            totals = [work.on(node.gpus).total for node in nodes]
+            if all(total <= node.memory for total, node in zip(totals, nodes, strict=True)) and changed.fit().fits:
+                return [name for name, _ in some], max(totals)
     return None
 
 

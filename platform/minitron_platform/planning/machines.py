@@ -89,13 +89,14 @@ class Machines:
         return self.joined or cluster_for(resources)
 
     def gpu_nodes(self, recipe: Recipe, resources: ResolvedResources) -> list[GpuNode]:
-        """The nodes with GPUs that trials and workers run on, if their main memory is known."""
+        """The nodes with GPUs that trials and workers run on, if their main memory is known; one for all of them if they are
+        alike."""
         given = recipe.resources.node_memory_bytes
         if given != "auto":
             return [GpuNode(resources.gpus_per_node, int(given))]
         if self.nodes:
-            nodes = {(int(node.get("GPU", 0)), main_memory(node)) for node in self.nodes.possible}
-            return [GpuNode(gpus, memory) for gpus, memory in sorted(nodes) if gpus]
+            nodes = [GpuNode(int(node.get("GPU", 0)), main_memory(node)) for node in self.nodes.possible]
+            return [node for node in nodes if node.gpus]
         return [] if self.elsewhere else [GpuNode(resources.gpus_per_node, machine_memory())]
 
     def concurrent_trials(self, resources: ResolvedResources, gpus: Cluster | None) -> int:

@@ -238,8 +238,8 @@ def plan(
     costs.sort(key=lambda cost: cost.model != "")  # shared stages first
     on_gpus = torch.cuda.is_available() or resources.uses_gpus
     _check_main_memory(costs, outlook, machines, on_gpus)
-    _check_gpu_memory(costs, outlook, machines, cluster)
-    warnings = [tracking_warning] if tracking_warning else []
+    memory_warning = _check_gpu_memory(costs, outlook, machines, cluster)
+    warnings = list(filter(None, [tracking_warning, memory_warning]))
     warnings += machines.warnings(recipe, resources, dtype)
     warnings += filter(None, [idle_workers_warning(recipe, resources)])
     if in_fp8 and not machines.elsewhere and not resources.uses_gpus:
@@ -280,16 +280,20 @@ def _check_main_memory(costs: list[Cost], outlook: Outlook, machines: Machines, 
             check_memory(_stage_text(cost), memory, available, partial(_memory_with, outlook, cost))
 
 
-def _check_gpu_memory(costs: list[Cost], outlook: Outlook, machines: Machines, cluster: Cluster | None) -> None:
-    """Raise InputError for a stage that does not fit on the GPUs of `cluster`, or in the main memory of their nodes."""
+def _check_gpu_memory(costs: list[Cost], outlook: Outlook, machines: Machines, cluster: Cluster | None) -> str | None:
+    """Raise InputError for a stage that does not fit on the GPUs of `cluster`, or in the main memory of their nodes. Returns a
+    warning about the stage that needs most of it, if only some of the nodes have as much."""
     nodes = machines.gpu_nodes(outlook.recipe, outlook.resources)
     is_known = machines.address is None or machines.joined is not None
     for cost, training in _gpu_trainings(costs):
         trials = cost.estimate.node.trials if cost.estimate.node else 1
         gpus = cluster.gpus if cluster and is_known else None
         training.check(_stage_text(cost), gpus=gpus, on_nodes=partial(trains_on, nodes, trials))
-    for cost, work in _node_works(costs):
+    works = _node_works(costs)
+    for cost, work in works:
         work.check(_stage_text(cost), nodes)
+    works.sort(key=lambda entry: entry[1].on(outlook.resources.gpus_per_node).total, reverse=True)
+    return next((text for cost, work in works if (text := work.warning(_stage_text(cost), nodes))), None)
 
 
 def _missing_disk(planned: Plan, bytes_written: int) -> DiskNeed | None:

@@ -22,6 +22,7 @@ from minitron.errors import InputError
 from minitron.host_memory import pinned_bytes, training_host_memory
 from minitron.memory import LIBRARIES
 from minitron_platform import load_recipe, plan
+from minitron_platform.cluster.nodes_at import ClusterNodes
 from minitron_platform.estimates import node_memory
 from minitron_platform.estimates.gpu import distillation_on_gpus, trials_on_gpus
 from minitron_platform.estimates.node_memory import GpuNode, conversion_work, targets_work, training_work
@@ -158,6 +159,51 @@ def test_offloaded_state_is_in_every_process_of_a_node_and_refused_where_the_nod
     assert "set distill.optimizer=adamw and distill.shard=true, which takes" in refused.value.remedy
     again = [text for text in OFFLOADED if "optimizer" not in text and "shard" not in text]
     training_work(training(overrides=[*again, "distill.shard=true"])).check("distill", [GpuNode(8, 256_000_000_000)])
+
+
+def test_one_large_node_does_not_hide_small_ones_that_workers_are_placed_on():
+    large, small = GpuNode(8, 600_000_000_000), GpuNode(8, 256_000_000_000)  # three of the eight processes
+    work = training_work(training(overrides=OFFLOADED))
+    work.check("distill of x", [large, small])
+    warning = work.warning("distill of x", [large, small])
+    assert re.search(
+        r"GB: 8 processes of .*, 1 of 2 nodes has less \(256.0 GB\), and Ray may place processes there", warning
+    )
+    assert "set distill.optimizer=adamw and distill.shard=true, which takes" in warning
+    assert work.warning("distill of x", [large, large]) is None
+    several = training_work(replace(training(overrides=OFFLOADED), processes=24))
+    several.check("distill of x", [large])  # any number of such nodes
+    several.check("distill of x", [large, large, large, small])
+    with pytest.raises(InputError, match=r"2 of 3 nodes have less \(256.0 GB\), so that there is room for 1\d of 24"):
+        several.check("distill of x", [large, small, small])
+    # a node that no process has room on neither helps nor hinders
+    whole = replace(several, share=4)
+    whole.check("distill of x", [*[large] * 12, GpuNode(2, 1)])
+    assert whole.warning("distill of x", [*[large] * 12, GpuNode(2, 1)]) is None
+    with pytest.raises(InputError, match="a node needs"):
+        whole.check("distill of x", [GpuNode(8, 10**9), GpuNode(2, 10**13)])
+    trials = training_work(
+        training("search", ["resources.workers_per_trial=1", "resources.gpus_per_trial=1"]), trials=40
+    )
+    trials.check("search", [GpuNode(8, 10**13), GpuNode(8, 10**9)])  # one at a time at least
+    assert "search: a node needs" in trials.warning("search", [GpuNode(8, 10**13), GpuNode(8, 10**9)])
+
+
+def test_a_plan_goes_by_the_memory_of_each_node_of_a_cluster(bench, tmp_path, monkeypatch):
+    def planned(*gigabytes):
+        nodes = [{"CPU": 8.0, "GPU": 1.0, "memory": size * 1e9} for size in gigabytes]
+        monkeypatch.setattr("minitron_platform.planning.machines._nodes_of", lambda address: ClusterNodes(nodes, nodes))
+        recipe = load_recipe(str(bench / "recipe.yaml"), ["resources.workers=4"])
+        found = plan(recipe, storage_path=tmp_path / "planned", address="10.0.0.1:6379")
+        return [text for text in found.warnings if "of main memory" in text]
+
+    assert planned(9, 9, 9, 9) == []
+    (warning,) = planned(9, 9, 9, 9, 1, 1)
+    assert "2 of 6 nodes have less (1.0 GB), and Ray may place processes there" in warning
+    with pytest.raises(
+        InputError, match=r"3 of 6 nodes have less \(1.0 GB\), so that there is room for 3 of 4 processes"
+    ):
+        planned(9, 9, 9, 1, 1, 1)
 
 
 def test_workers_on_several_nodes_share_the_copies_of_checkpoints():
