@@ -612,7 +612,8 @@ def value():
     return marker.VALUE
 
 with ray_session(None, num_cpus=50):
-    print("driver", marker.VALUE, "worker", ray.get(ray.remote(value).remote()), ray.cluster_resources()["CPU"])
+    there = ray.cluster_resources()
+    print("driver", marker.VALUE, "worker", ray.get(ray.remote(value).remote()), (there["CPU"], there.get("GPU", 0.0)))
 """
 
 
@@ -626,7 +627,7 @@ def test_a_job_runs_the_code_that_was_sent(as_user: Head, checkout: Checkout) ->
         row = status(as_user.address, submission_id)[0]
         output = "".join(logs(as_user.address, submission_id))
         assert row.status == "SUCCEEDED", output
-        assert f"driver {value} worker {value} 2.0" in output
+        assert f"driver {value} worker {value} (2.0, 0.0)" in output
         hashes.append(row.code)
     assert hashes[0] != hashes[1]
 
