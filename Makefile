@@ -8,12 +8,13 @@ UV = UV_DEFAULT_INDEX=$(or $(UV_DEFAULT_INDEX),$(PIP_INDEX_URL),$(shell $(BIN)/p
   $(BIN)/uv pip install --python
 INPUTS := pyproject.toml constraints.txt requirements-data.txt
 
-# What the bounds of pyproject.toml concern: each library that is used, with checkpoints and one whole run on Ray.
-FAST := $(addprefix tests/,minitron/attention minitron/data/test_data.py minitron/distill/test_checkpoint_files.py \
-  minitron/distill/test_checkpoints.py minitron/distill/test_step_budget.py::test_a_step_makes_the_host_wait_once \
-  minitron/distill/test_sharding.py minitron/evaluation/test_evaluation.py minitron/test_meta_models.py \
-  minitron/pruning/test_pruning.py platform/cli platform/tracking/test_registry.py platform/tracking/test_tracking.py \
-  repository/test_locks.py end_to_end/test_run.py)
+# What the bounds of pyproject.toml concern: each library that is used, with checkpoints and one whole run on Ray. The long ones
+# first, so that both processes have work to the end.
+FAST := $(addprefix tests/,end_to_end/test_run.py minitron/distill/test_sharding.py platform/tracking/test_registry.py \
+  platform/tracking/test_tracking.py minitron/attention minitron/pruning/test_pruning.py platform/cli \
+  minitron/distill/test_checkpoint_files.py minitron/distill/test_step_budget.py::test_a_step_makes_the_host_wait_once \
+  minitron/data/test_data.py minitron/test_meta_models.py minitron/evaluation/test_evaluation.py \
+  minitron/distill/test_checkpoints.py repository/test_locks.py)
 
 # Compiled modules are kept, whatever the shell says: otherwise each process would compile all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
