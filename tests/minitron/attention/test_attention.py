@@ -30,6 +30,24 @@ def flex_on_cpu(monkeypatch):
     monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
 
 
+@pytest.fixture
+def use_kernel(flex_on_cpu, monkeypatch):
+    """A function that compiles flex_attention with a backend of torch.compile, as on CUDA, until the end of the test."""
+
+    def use(backend):
+        compile_ = torch.compile
+        monkeypatch.setattr(
+            torch, "compile", lambda function, **options: compile_(function, backend=backend, **options)
+        )
+        monkeypatch.setattr(row_attention, "chosen_kernel", lambda device: "flex")
+        monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+        interface._compiled.cache_clear()
+        torch._dynamo.reset()
+
+    yield use
+    interface._compiled.cache_clear()
+
+
 def model_of(family, **changes):
     return tiny.model(family, **{"num_hidden_layers": 2, **WINDOW.get(family, {}), **changes})
 
@@ -196,11 +214,9 @@ def test_compiled_layers_have_one_graph_per_window_size_for_all_documents(flex_o
 
 @pytest.mark.parametrize(("family", "masks"), [("gemma2", 2), ("llama", 1)])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_flex_attention_has_the_same_gradients_if_activations_are_recomputed(
-    family, masks, compiled, flex_on_cpu, monkeypatch
-):
+def test_flex_attention_has_the_same_gradients_if_activations_are_recomputed(family, masks, compiled, use_kernel):
     """With documents, windows and soft-caps, compiled as on CUDA, alone or with the whole layer, but not fused."""
-    compile_, graphs = torch.compile, []
+    graphs = []
 
     def counting(graph, inputs):
         graphs.append(graph)
@@ -217,11 +233,7 @@ def test_flex_attention_has_the_same_gradients_if_activations_are_recomputed(
             return torch.autograd.grad((states * weights).sum(), parameters)
 
     expected = gradients("none", compiled=False)  # with dense masks
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=counting, **options))
-    monkeypatch.setattr(row_attention, "chosen_kernel", lambda device: "flex")
-    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
-    interface._compiled.cache_clear()
-    torch._dynamo.reset()
+    use_kernel(counting)
     found = {how: gradients(how, compiled) for how in ("selective", "full", "none")}
     # for each mask, one with gradients and one without; of whole layers, which run as they are without gradients, one a setting
     assert len(graphs) == masks * (4 if compiled else 2)
@@ -229,45 +241,34 @@ def test_flex_attention_has_the_same_gradients_if_activations_are_recomputed(
         assert all(map(torch.equal, own, found["none"])), how
         for got, wanted in zip(own, expected, strict=True):
             assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max())), how
-    interface._compiled.cache_clear()
 
 
-def test_kernels_of_further_shapes_replace_those_that_are_too_many(flex_on_cpu, monkeypatch, caplog):
-    compile_, made = torch.compile, []
+def test_kernels_of_further_shapes_replace_those_that_are_too_many(use_kernel, monkeypatch, caplog):
+    made = []
 
     def counting(graph, inputs):
         made.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=counting, **options))
     monkeypatch.setattr(interface, "KERNELS", 2)
-    interface._compiled.cache_clear()
-    torch._dynamo.reset()
     rows = packed()
     models = {heads: model_of("llama", num_attention_heads=heads, num_key_value_heads=1) for heads in (1, 2, 4)}
     expected = {heads: final_hidden(model, rows, DOCUMENTS) for heads, model in models.items()}
-    monkeypatch.setattr(row_attention, "chosen_kernel", lambda device: "flex")
-    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    use_kernel(counting)
     with torch.no_grad():
         for heads in (1, 2, 4, 2, 4):
             assert torch.allclose(final_hidden(models[heads], rows, DOCUMENTS), expected[heads], atol=1e-5)
     # the third drops the first two
     assert len(made) == 4
     assert caplog.text.count("compiled anew") == 1
-    interface._compiled.cache_clear()
 
 
-def test_the_kernel_serves_held_out_rows_in_inference_mode_between_the_steps_of_a_training(flex_on_cpu, monkeypatch):
-    compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=aot_eager, **options))
-    interface._compiled.cache_clear()
-    torch._dynamo.reset()
+def test_the_kernel_serves_held_out_rows_in_inference_mode_between_the_steps_of_a_training(use_kernel):
     model, rows = model_of("llama").double(), packed()
     parameters = list(model.get_decoder().parameters())
     expected = final_hidden(model, rows, DOCUMENTS)
     exact = torch.autograd.grad(expected.sum(), parameters)
-    monkeypatch.setattr(row_attention, "chosen_kernel", lambda device: "flex")
-    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    use_kernel(aot_eager)
     for measured in (True, False, True, False):
         with torch.inference_mode(measured):
             states = final_hidden(model, rows, DOCUMENTS)
@@ -275,7 +276,6 @@ def test_the_kernel_serves_held_out_rows_in_inference_mode_between_the_steps_of_
         if not measured:
             for got, wanted in zip(torch.autograd.grad(states.sum(), parameters), exact, strict=True):
                 assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
-    interface._compiled.cache_clear()
 
 
 def test_an_explicit_attention_implementation_is_kept_and_cannot_separate_documents():
