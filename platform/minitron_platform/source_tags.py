@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import getpass
 import os
-import subprocess
 
 from minitron_platform.cluster.packaging import package_folder
+from minitron_platform.program_output import program_output
 
 
 def source_tags(command: str) -> dict[str, str]:
@@ -25,8 +25,4 @@ def _commit() -> str:
     folder = package_folder("minitron")
     if not (folder.parent / ".git").exists():
         return ""
-    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
+    return program_output("git", "-C", str(folder), "rev-parse", "HEAD", seconds=10).strip()

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 Node = dict[str, float]  # the resources of a node, by Ray's names
 GROUP_LABEL = "ray.io/node-group"  # ray._raylet.RAY_NODE_GROUP_KEY
 MOST_ADDED = 1000  # nodes of a kind, if the autoscaler has no limit
 ANY_MEMORY = 1e15  # bytes, of a node whose memory is known once it has started
+
+
+def gpus_of(nodes: Iterable[Mapping[str, float]]) -> int:
+    """Number of GPUs of `nodes`."""
+    return sum(int(node.get("GPU", 0)) for node in nodes)
 
 
 def present_nodes(state: Any = None) -> list[Node]:

@@ -9,6 +9,7 @@ import torch
 from minitron import storage
 from minitron.device import datasheet_flops, processor
 from minitron_platform.cluster.room import cluster_nodes, cores
+from minitron_search.nodes import gpus_of
 
 FILE = "hardware.json"
 _TYPE = "accelerator_type:"  # how Ray names the resource that says which GPUs a node has
@@ -47,7 +48,7 @@ def machine() -> Hardware:
 def cluster() -> Hardware:
     """The connected Ray cluster."""
     nodes = cluster_nodes()
-    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    gpus = gpus_of(nodes)
     types = sorted({name.removeprefix(_TYPE) for node in nodes for name in node if name.startswith(_TYPE)})
     cpus = sum(int(node.get("CPU", 0)) for node in nodes)
     text = f"{len(nodes)} Ray nodes, {cpus} CPUs" + (f", {gpus} x {', '.join(types) or 'GPU'}" if gpus else "")

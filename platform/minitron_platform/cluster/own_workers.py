@@ -13,13 +13,14 @@ from minitron import storage
 from minitron.device import cores
 from minitron.errors import InputError
 from minitron_platform.addresses import check_ray_address
+from minitron_platform.amounts import counted
 from minitron_platform.cluster.head_watch import HeadWatch
-from minitron_platform.cluster.room import cluster_nodes, counted, gpus_of, joins_cluster
+from minitron_platform.cluster.room import cluster_nodes, joins_cluster
 from minitron_platform.cluster.watch import ClusterWatch
 from minitron_platform.console import Console
 from minitron_platform.recipes.resources import ResolvedResources
 from minitron_platform.workers.workers import Workers
-from minitron_search.nodes import Node
+from minitron_search.nodes import Node, gpus_of
 from minitron_search.placement import max_concurrent_trials
 
 MAX_FAILURES = 3

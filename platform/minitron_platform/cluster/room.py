@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -16,10 +15,12 @@ import torch
 from minitron.architecture import Architecture
 from minitron.device import compute_dtype, cores, gpu_bytes
 from minitron.errors import InputError
+from minitron_platform.amounts import counted
 from minitron_platform.estimates.gpu import are_trials_small
+from minitron_platform.program_output import program_output
 from minitron_platform.recipes.resources import NODE_GPUS, ResolvedResources, resolve, with_room_on
 from minitron_platform.recipes.schema import Recipe
-from minitron_search.nodes import Node, possible_nodes
+from minitron_search.nodes import Node, gpus_of, possible_nodes
 from minitron_search.placement import max_concurrent_trials
 
 ANSWER_SECONDS = 30  # longest wait for nodes to report their devices
@@ -97,23 +98,12 @@ def node_gpu_bytes() -> int:
 
 
 def _nvidia_smi(*arguments: str) -> str:
-    """What nvidia-smi prints; empty if there is none, or it fails."""
-    try:
-        return subprocess.run(
-            ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=ANSWER_SECONDS / 3, check=True
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
+    return program_output("nvidia-smi", *arguments, seconds=ANSWER_SECONDS / 3)
 
 
 def cluster_nodes() -> list[Node]:
     """Resources of the connected cluster's nodes, with those that its autoscaler may start."""
     return possible_nodes()
-
-
-def gpus_of(nodes: Sequence[Node]) -> int:
-    """Number of GPUs of `nodes`."""
-    return sum(int(node.get("GPU", 0)) for node in nodes)
 
 
 def private_node(resources: ResolvedResources) -> Node:
@@ -155,11 +145,6 @@ def _share_text(share: Node, processes: int) -> str:
     """For example "0.25 GPU each"; `share` is what each process takes."""
     unit = "GPU" if "GPU" in share else "CPU"
     return counted(share[unit], unit) + (" each" if processes > 1 else "")
-
-
-def counted(amount: float, unit: str) -> str:
-    """For example "2 workers"."""
-    return f"{amount:g} {unit}{'s' if amount > 1 else ''}"
 
 
 def starting_text(possible: Sequence[Node], present: Sequence[Node]) -> str:

@@ -6,7 +6,6 @@ import os
 import resource
 import shutil
 import socket
-import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from minitron import storage
 from minitron.errors import MinitronError, one_line
 from minitron_platform.cluster.probe import environment
 from minitron_platform.cluster.requirements import Environment
+from minitron_platform.program_output import program_output
 
 SHARED_MEMORY = "/dev/shm"
 PROBE_BYTES = 16 << 20  # written to the storage and read again
@@ -122,21 +122,16 @@ def _size(folder: str) -> int | None:
 
 def _gpus() -> tuple[Gpu, ...]:
     query = "--query-gpu=name,driver_version,memory.total"
-    lines = _output("nvidia-smi", query, "--format=csv,noheader,nounits").splitlines()
+    lines = _nvidia_smi(query, "--format=csv,noheader,nounits").splitlines()
     rows = [[part.strip() for part in line.split(",")] for line in lines if line.count(",") == 2]
     return tuple(Gpu(name, driver, int(size) << 20) for name, driver, size in rows if size.isdigit())  # MiB
 
 
 def _nvlink() -> bool | None:
-    rows = [line.split() for line in _output("nvidia-smi", "topo", "-m").splitlines() if line.startswith("GPU")]
+    rows = [line.split() for line in _nvidia_smi("topo", "-m").splitlines() if line.startswith("GPU")]
     links = [cell for number, row in enumerate(rows) for cell in row[1 : len(rows) + 1] if cell != "X"]
     return all(cell.startswith("NV") for cell in links) if links else None
 
 
-def _output(*command: str) -> str:
-    """What a program prints; empty if it does not exist or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout
+def _nvidia_smi(*arguments: str) -> str:
+    return program_output("nvidia-smi", *arguments, seconds=COMMAND_SECONDS)

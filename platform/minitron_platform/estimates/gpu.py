@@ -148,8 +148,8 @@ class GpuTraining:
         raise InputError(need, remedy)
 
     def _nearest(self, most: int, on_nodes: Callable[[GpuTraining], bool]) -> tuple[list[str], Fit, GpuTraining] | None:
-        """The smallest number of changes of the recipe with which the training fits on the GPUs of at most so many processes,
-        as KEY=VALUE, with the training that they make; more workers only if nothing else is enough. None if nothing is."""
+        """The fewest changes of the recipe, as KEY=VALUE, with which the training fits, and the training with them. It may then
+        have up to `most` processes, but has more than now only if nothing else is enough. None if nothing is enough."""
         for workers in self._more_workers(most):
             for count in range(4):
                 for some in combinations(self._changes(), count):

@@ -10,11 +10,13 @@ import torch
 
 from minitron.device import DATASHEETS, datasheet
 from minitron.errors import InputError
-from minitron_platform.cluster.room import Node, counted, gpus_of, resolve_on
+from minitron_platform.amounts import counted
+from minitron_platform.cluster.room import resolve_on
 from minitron_platform.estimates.phases import TOKENS_PER_CPU_SECOND
 from minitron_platform.estimates.speed import Speed
 from minitron_platform.recipes.resources import NODE_GPUS, ResolvedResources, processes_on, with_room_on
 from minitron_platform.recipes.schema import Recipe
+from minitron_search.nodes import Node, gpus_of
 from minitron_search.placement import max_concurrent_trials
 
 GPU = "H100"
@@ -78,14 +80,13 @@ class Cluster:
 
     def check(self, resources: ResolvedResources) -> None:
         """Raise InputError if trials and workers need more GPUs than there are, or none."""
-        counts = {
-            "workers": (resources.least_workers or resources.workers, resources.gpus_per_worker),
-            "workers_per_trial": (
-                resources.least_workers_per_trial or resources.workers_per_trial,
-                resources.gpus_per_trial,
-            ),
-        }
-        for key, (count, each) in counts.items():
+        workers = resources.least_workers or resources.workers
+        of_trial = resources.least_workers_per_trial or resources.workers_per_trial
+        needs = (
+            ("workers", workers, "gpus_per_worker", resources.gpus_per_worker, resources.worker_share),
+            ("workers_per_trial", of_trial, "gpus_per_trial", resources.gpus_per_trial, resources.trial_share),
+        )
+        for key, count, _, each, _ in needs:
             needed = count * (each or 1)
             if needed > self.gpus:
                 raise InputError(
@@ -93,17 +94,16 @@ class Cluster:
                     f"{self.gpus}",
                     f"lower resources.{key} or leave it out, or give more with --gpus",
                 )
-        for key, (_, each) in zip(("worker", "trial"), counts.values(), strict=True):
+        for _, _, name, each, _ in needs:
             if not each:
                 raise InputError(
-                    f"resources.gpus_per_{key}: without a GPU for each {key}, a cluster of GPUs cannot be planned",
-                    f"leave resources.gpus_per_{key} out, or leave --gpus out",
+                    f"resources.{name}: without a GPU for each {name.removeprefix('gpus_per_')}, a cluster of GPUs cannot be "
+                    "planned",
+                    f"leave resources.{name} out, or leave --gpus out",
                 )
-        shares = (resources.worker_share, resources.trial_share)
-        for (key, (count, each)), share in zip(counts.items(), shares, strict=True):
+        for key, count, name, each, share in needs:
             room = max_concurrent_trials(self.node_list, share)
             if not room:
-                name = "gpus_per_worker" if key == "workers" else "gpus_per_trial"
                 raise InputError(
                     f"resources.{name}: {each:g} GPUs on one node, and nodes have {self.gpus_per_node}",
                     f"lower resources.{name}, or give larger nodes with --gpus-per-node",

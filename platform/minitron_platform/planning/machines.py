@@ -11,7 +11,6 @@ import torch
 from minitron.architecture import Architecture
 from minitron.device import compute_dtype
 from minitron_platform.cluster.room import (
-    gpus_of,
     joins_cluster,
     private_node,
     resolve_on,
@@ -26,7 +25,7 @@ from minitron_platform.estimates.speed import Speed
 from minitron_platform.planning.cluster import GPU, Cluster, assumed_cluster, cluster_for, cluster_here
 from minitron_platform.recipes.resources import ResolvedResources, gpu_warnings, resolve, with_room_on
 from minitron_platform.recipes.schema import Recipe
-from minitron_search.nodes import main_memory
+from minitron_search.nodes import gpus_of, main_memory
 
 if TYPE_CHECKING:
     from minitron_platform.cluster.nodes_at import ClusterNodes

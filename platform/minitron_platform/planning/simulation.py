@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import singledispatch
 
-from minitron_platform.cluster.room import counted, trials_at_once
+from minitron_platform.amounts import counted
+from minitron_platform.cluster.room import trials_at_once
 from minitron_platform.estimates.work import Alone, DataParallel, Part, Split, Trials
 from minitron_platform.planning.cluster import (
     BETWEEN_BYTES,

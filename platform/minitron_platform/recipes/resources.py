@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from minitron_platform.amounts import counted
 from minitron_platform.recipes.schema import Recipe, WorkerRange
+from minitron_search.nodes import gpus_of
 from minitron_search.placement import max_concurrent_trials
 
 TRIALS_PER_GPU = 4  # of small candidates; a single one leaves the GPU idle half of the time
@@ -134,7 +136,7 @@ def gpu_warnings(
     """Warnings about a machine or cluster of `nodes`, by Ray's resource names, on whose GPUs models compute in `dtype`: workers
     that are left on CPUs because they outnumber the GPUs, GPUs that are idle for lack of CPUs, and float32, which is slow on
     GPUs."""
-    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    gpus = gpus_of(nodes)
     if not gpus:
         return []
     given = recipe.resources
@@ -194,13 +196,9 @@ def _idle_gpus(
         )
         to = f" to {enough:g}" if enough >= 1 else ""
         yield (
-            f"resources.cpus_per_{name}: {share['CPU']:g} leaves {_counted(usable - used, 'GPU')} idle{where}, since the nodes "
-            f"have CPUs for {_counted(room, name)}; lower it{to}, or use nodes with more CPUs"
+            f"resources.cpus_per_{name}: {share['CPU']:g} leaves {counted(usable - used, 'GPU')} idle{where}, since the nodes "
+            f"have CPUs for {counted(room, name)}; lower it{to}, or use nodes with more CPUs"
         )
-
-
-def _counted(count: int, unit: str) -> str:
-    return f"{count} {unit}{'s' if count > 1 else ''}"
 
 
 def processes_on(node_gpus: int, gpus_each: float) -> int:
