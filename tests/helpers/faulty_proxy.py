@@ -27,7 +27,8 @@ class FaultyProxy(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.port = port
         self.delay = 0.0
-        self.requests = 0
+        self.asked: list[str] = []
+        """The paths of all requests."""
         self._next: Iterator[Fault] = itertools.repeat("pass")
         self._lock = threading.Lock()
 
@@ -39,10 +40,10 @@ class FaultyProxy(ThreadingHTTPServer):
         self.delay = delay
         self._next = itertools.cycle(faults)
 
-    def fault(self) -> Fault:
+    def fault(self, path: str) -> Fault:
         """That of the next request."""
         with self._lock:
-            self.requests += 1
+            self.asked.append(path)
             return next(self._next)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -54,7 +55,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: FaultyProxy
 
     def _forward(self) -> None:
-        fault = self.server.fault()
+        fault = self.server.fault(self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         time.sleep(self.server.delay)
         if fault == "away":

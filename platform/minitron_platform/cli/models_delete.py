@@ -23,11 +23,10 @@ def delete(locations: Any, model: str, yes: bool) -> None:
     """
     from minitron_platform.tracking.alias_history import moves_of
     from minitron_platform.tracking.client import (
+        all_versions,
         open_registry,
         registered_model,
-        registered_models,
         version_named,
-        versions_of,
     )
     from minitron_platform.tracking.lineage import lineage, title
     from minitron_platform.tracking.moves import previous_version
@@ -39,7 +38,7 @@ def delete(locations: Any, model: str, yes: bool) -> None:
         version = version_named(client, model)
         registered = registered_model(client, version.name)
         pointing = sorted(alias for alias, number in registered.aliases.items() if str(number) == str(version.version))
-        every = [each for one in registered_models(client) for each in versions_of(client, one.name)]
+        every = all_versions(client)
         numbers = {str(each.version) for each in every if each.name == version.name}
         number = str(version.version)
         earlier = {alias: previous_version(moves_of(registered, alias), number, numbers) for alias in pointing}

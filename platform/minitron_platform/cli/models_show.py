@@ -23,11 +23,10 @@ def show(locations: Any, model: str) -> None:
     """
     from minitron_platform.gates.judge import PROMOTED_TAG
     from minitron_platform.tracking.client import (
+        all_versions,
         open_registry,
         registered_model,
-        registered_models,
         version_named,
-        versions_of,
     )
     from minitron_platform.tracking.lineage import described, lineage, title
     from minitron_platform.tracking.registry import listed_location
@@ -36,7 +35,7 @@ def show(locations: Any, model: str) -> None:
     with open_registry(locations.tracking_uri) as client:
         version = version_named(client, model)
         aliases = registered_model(client, version.name).aliases
-        every = [each for one in registered_models(client) for each in versions_of(client, one.name)]
+        every = all_versions(client)
     console = Console()
     names = sorted(alias for alias, number in aliases.items() if str(number) == str(version.version))
     console.say(f"[bold]{escape(title(version))}[/]" + escape(f" ({', '.join(names)})" if names else ""))

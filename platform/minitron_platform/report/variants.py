@@ -13,7 +13,7 @@ from minitron.evaluation.metrics import KL, LOSS, error_note
 from minitron_platform.report.final_table import measured_on, task_title
 from minitron_platform.stages.register import Register
 from minitron_platform.stages.state import RunState
-from minitron_platform.tracking.client import open_registry, registered_models, versions_of
+from minitron_platform.tracking.client import all_versions, open_registry
 from minitron_platform.tracking.flusher import sqlite_path
 from minitron_platform.tracking.lineage import lineage, title
 from minitron_platform.tracking.version_figures import VersionFigures, figures_of
@@ -54,7 +54,7 @@ def versions_with_variants(state: RunState) -> tuple[Version, ...]:
         return ()
     try:
         with open_registry(uri) as client:
-            every = [each for model in registered_models(client) for each in versions_of(client, model.name)]
+            every = all_versions(client)
     except MinitronError as error:
         log.warning("the report is without variants of the students: %s", error.problem)
         return ()

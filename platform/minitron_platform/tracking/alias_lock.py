@@ -85,17 +85,17 @@ def _try(client: MlflowClient, lock_name: str, owner: str, description: str) -> 
 
 def _owner(client: MlflowClient, lock_name: str) -> str:
     """Whose lock it is; empty if there is none."""
-    return _unless_missing(lambda: str(client.get_registered_model(lock_name).tags.get(OWNER_TAG, "unknown")), "")
+    return unless_missing(lambda: str(client.get_registered_model(lock_name).tags.get(OWNER_TAG, "unknown")), "")
 
 
 def _release(client: MlflowClient, lock_name: str, owner: str) -> None:
     """Remove the lock if it is still that owner's."""
     if _owner(client, lock_name) == owner:
-        _unless_missing(lambda: client.delete_registered_model(lock_name), None)
+        unless_missing(lambda: client.delete_registered_model(lock_name), None)
 
 
-def _unless_missing(request: Callable[[], Any], default: Any) -> Any:
-    """The answer of a request about a registered model; `default` if there is none of that name any more."""
+def unless_missing(request: Callable[[], Any], default: Any) -> Any:
+    """The answer of a request about a registered model; `default` if there is none of that name."""
     from mlflow.exceptions import MlflowException
 
     try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from minitron.errors import InputError, MinitronError
 from minitron.storage import redact
-from minitron_platform.tracking.alias_lock import LOCK_PREFIX
+from minitron_platform.tracking.alias_lock import LOCK_PREFIX, unless_missing
 from minitron_platform.tracking.aliases import check_alias
 from minitron_platform.tracking.check import check_database
 from minitron_platform.tracking.flusher import create_database, prepare_mlflow, sqlite_path
@@ -71,13 +71,19 @@ def checked_alias(alias: str) -> None:
 
 def registered_model(client: MlflowClient, name: str) -> Any:
     """A registered model. Raises InputError if there is none of that name."""
-    known = {model.name: model for model in registered_models(client)}
-    if name not in known:
-        remedy = f"choose one of: {', '.join(sorted(known))}"
-        if not known:
-            remedy = "no model is registered there: check the storage and MLflow's address, or run a recipe first"
-        raise InputError(f"no model {name!r} is registered", remedy)
-    return known[name]
+    model = None if name.startswith(LOCK_PREFIX) else find_registered(client, name)
+    if model is not None and model.name == name:  # some databases do not tell capitals from small letters
+        return model
+    known = [model.name for model in registered_models(client)]
+    remedy = f"choose one of: {', '.join(known)}"
+    if not known:
+        remedy = "no model is registered there: check the storage and MLflow's address, or run a recipe first"
+    raise InputError(f"no model {name!r} is registered", remedy)
+
+
+def find_registered(client: MlflowClient, name: str) -> Any | None:
+    """A registered model, asked for by its name: a server may hold thousands of others. None if there is none."""
+    return unless_missing(lambda: client.get_registered_model(name), None)
 
 
 def registered_version(client: MlflowClient, name: str, version: str) -> Any:
@@ -130,6 +136,12 @@ def versions_of(client: MlflowClient, name: str) -> list[Any]:
     condition = f"name = '{name}'" if re.fullmatch(r"[\w .-]+", name) else None
     versions = _all_pages(lambda token: client.search_model_versions(condition, page_token=token))
     return [version for version in versions if version.name == name]
+
+
+def all_versions(client: MlflowClient) -> list[Any]:
+    """The versions of all models, sorted by name, then newest first."""
+    versions = _all_pages(lambda token: client.search_model_versions(page_token=token))
+    return sorted(versions, key=lambda version: (version.name, -int(version.version)))
 
 
 def _all_pages(page: Callable[[str | None], Any]) -> list[Any]:

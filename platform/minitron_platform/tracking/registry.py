@@ -36,8 +36,10 @@ from minitron.storage import (
 )
 from minitron_platform.tracking.client import (
     aliased_version,
+    all_versions,
     check_model_name,
     checked_alias,
+    find_registered,
     open_registry,
     registered_model,
     registered_models,
@@ -129,7 +131,7 @@ def register(
     verify(source, hashes=False)
     tags = {**tags, MANIFEST_TAG: _sha256(read_bytes(join(source, MANIFEST)))}
     with open_registry(tracking_uri, create=True) as client:
-        if not any(model.name == name for model in registered_models(client)):
+        if find_registered(client, name) is None:
             _create_registered(client, name)
         versions = versions_of(client, name)
         existing = _same_weights(versions, tags[MANIFEST_TAG])
@@ -211,30 +213,31 @@ def models(tracking_uri: str, storage_root: str | None = None) -> list[ModelRow]
         return []
     rows = []
     with open_registry(tracking_uri) as client:
-        for model in registered_models(client):
-            for version in sorted(versions_of(client, model.name), key=lambda version: -int(version.version)):
-                rows.append(
-                    ModelRow(
-                        name=model.name,
-                        version=str(version.version),
-                        aliases=tuple(sorted(a for a, v in model.aliases.items() if str(v) == str(version.version))),
-                        created=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC),
-                        parameters=None if (size := number_in(version, "minitron.parameters")) is None else round(size),
-                        heldout_loss=number_in(version, "minitron.heldout_loss"),
-                        heldout_kl=number_in(version, "minitron.heldout_kl"),
-                        tokens_per_second=None
-                        if (known := figures_of(version)) is None
-                        else known.student.tokens_per_second,
-                        tasks={
-                            tag.removeprefix(TASK_TAG): text
-                            for tag, text in sorted(version.tags.items())
-                            if tag.startswith(TASK_TAG)
-                        },
-                        source=listed_location(version, storage_root),
-                        run_id=version.run_id or None,
-                        made_from=made_from(version),
-                    )
+        aliases = {model.name: model.aliases for model in registered_models(client)}
+        for version in all_versions(client):
+            pointing = aliases.get(version.name, {}).items()
+            rows.append(
+                ModelRow(
+                    name=version.name,
+                    version=str(version.version),
+                    aliases=tuple(sorted(alias for alias, number in pointing if str(number) == str(version.version))),
+                    created=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC),
+                    parameters=None if (size := number_in(version, "minitron.parameters")) is None else round(size),
+                    heldout_loss=number_in(version, "minitron.heldout_loss"),
+                    heldout_kl=number_in(version, "minitron.heldout_kl"),
+                    tokens_per_second=None
+                    if (known := figures_of(version)) is None
+                    else known.student.tokens_per_second,
+                    tasks={
+                        tag.removeprefix(TASK_TAG): text
+                        for tag, text in sorted(version.tags.items())
+                        if tag.startswith(TASK_TAG)
+                    },
+                    source=listed_location(version, storage_root),
+                    run_id=version.run_id or None,
+                    made_from=made_from(version),
                 )
+            )
     return rows
 
 

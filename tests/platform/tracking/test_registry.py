@@ -17,6 +17,7 @@ import pytest
 import requests
 from click.testing import CliRunner
 from helpers.command import environment
+from helpers.faulty_proxy import faulty_proxy
 from helpers.mlflow_server import free_port, mlflow_server
 from mlflow import MlflowClient
 
@@ -337,6 +338,36 @@ def test_a_server_gets_the_weights_uploaded(
     stored.write_bytes(b"cut")
     with pytest.raises(StorageError, match=r"model\.safetensors has 3 bytes"):
         promote(address, NAME, unverified=True)
+
+
+def test_a_model_is_found_by_its_name_and_all_are_listed_at_once(
+    protected: tuple[SplitResult, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server of a company holds thousands of models."""
+    link, _ = protected
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", str(link.username))
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", str(link.password))
+    assert link.port
+    with faulty_proxy(link.port) as proxy:
+
+        def added(name: str) -> str:
+            source = weights(tmp_path / name, name.encode())
+            return register(proxy.address, name=name, source=source, run_id=None, tags={})
+
+        def requests_of_a_list() -> int:
+            before = len(proxy.asked)
+            assert {"mine"} <= {row.name for row in models(proxy.address)}
+            return len(proxy.asked) - before
+
+        for _ in range(2):
+            assert added("mine") == "1"
+        promote(proxy.address, "mine")
+        pull(proxy.address, "mine", str(tmp_path / "pulled"))
+        assert not [path for path in proxy.asked if "registered-models/search" in path]
+        of_one = requests_of_a_list()
+        for name in ("another", "a third"):
+            added(name)
+        assert requests_of_a_list() == of_one
 
 
 def test_a_version_whose_recorded_hash_was_deleted_is_promoted_only_unverified(uri: str, tmp_path: Path) -> None:
