@@ -132,6 +132,10 @@ class Architecture:
         """Length of a tensor dimension of the kind `axis`."""
         if isinstance(axis, tuple):
             return sum(self.axis_size(part) for part in axis)
+        return self._axis_sizes[axis]
+
+    @cached_property
+    def _axis_sizes(self) -> dict[str, int]:
         return {
             HIDDEN: self.hidden_size,
             MLP: self.intermediate_size,
@@ -140,7 +144,7 @@ class Architecture:
             EXPERTS: self.num_experts,
             HEAD_DIM: self.head_dim,
             VOCAB: self.vocab_size,
-        }[axis]
+        }
 
     def _present(self, parameters: Sequence[Parameter]) -> list[Parameter]:
         head = self.table.head if self.tied else None

@@ -17,7 +17,7 @@ from numbers import Integral
 from minitron.architecture import Architecture
 from minitron.arguments import check_type, check_types
 from minitron_search.limits import Limits
-from minitron_search.space import MLP_RATIO, candidate, check_budget, check_space
+from minitron_search.space import MLP_RATIO, candidate, check_budget, check_space, combinations
 
 Score = Callable[[list[Architecture]], Mapping[Architecture, float]]
 GridIndex = dict[str, int]  # the index of a value, for every axis
@@ -84,10 +84,16 @@ def draw(space: Space, count: int, seed: int, known: Set[Architecture] = frozens
     if 100,000 random combinations do not contain that many."""
     generator = random.Random(f"draw {seed}")
     drawn: dict[Architecture, None] = {}
+    tried: set[tuple[int, ...]] = set()
+    all_tried = combinations(space.axes)
     for _ in range(DRAWS):
-        if len(drawn) >= count:
+        if len(drawn) >= count or len(tried) == all_tried:
             break
-        architecture = space.at({axis: generator.randrange(len(values)) for axis, values in space.axes.items()})
+        indices = tuple(generator.randrange(len(values)) for values in space.axes.values())
+        if indices in tried:
+            continue
+        tried.add(indices)
+        architecture = space.at(dict(zip(space.axes, indices, strict=True)))
         if architecture is not None and architecture not in known:
             drawn[architecture] = None
     return list(drawn)
