@@ -19,7 +19,7 @@ FAST := $(addprefix tests/,end_to_end/test_run.py minitron/distill/test_sharding
 # Compiled modules are kept, whatever the shell says: otherwise each process would compile all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test test-long test-lowest lint fuzz dashboards locks clean secrets audit
+.PHONY: run test test-clusters test-long test-lowest lint fuzz dashboards locks clean secrets audit
 
 run: $(VENV)/.installed  ## SmolLM2-135M to about 90M parameters, on this machine
 	$(BIN)/minitron run smollm2-135m-cpu
@@ -31,8 +31,11 @@ SPREAD := --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 test: $(VENV)/.installed  ## the tests, three files at a time
 	$(BIN)/python -m pytest -n 3 $(SPREAD)
 
+test-clusters: $(VENV)/.installed  ## jobs, workers and trials on clusters of several nodes, some of which are lost
+	$(BIN)/python -m pytest -n 3 $(SPREAD) tests/clusters
+
 test-long: $(VENV)/.installed  ## the tests that take a minute or more each
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -m long tests
 
 test-lowest: $(LOWEST)/.installed  ## a fast part of them with the lowest versions that pyproject.toml allows
 	$(LOWEST)/bin/python -m pytest -n 2 $(SPREAD) $(FAST) --ignore tests/platform/cli/test_models_add.py

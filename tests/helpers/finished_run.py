@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from helpers import tiny
 from helpers.command import run_minitron
 
@@ -31,8 +32,11 @@ class FinishedRun:
 
 
 def run_recipe(folder: Path) -> None:
-    """Fill a folder with what `tiny.bench` makes, and run its recipe with the storage `runs`."""
-    tiny.bench(folder)
+    """Fill a folder with what `tiny.bench` makes, and run its recipe with the storage `runs`; one trial at a time, because the
+    imports of a second process would cost more than its trials."""
+    file = tiny.bench(folder) / "recipe.yaml"
+    recipe = yaml.safe_load(file.read_text()) | {"resources": {"cpus_per_trial": 2}}
+    file.write_text(yaml.safe_dump(recipe, sort_keys=False))
     result = run_minitron("run", "recipe.yaml", "--storage", "runs", cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
     (folder / "printed.txt").write_text(result.stdout)

@@ -1,4 +1,4 @@
-"""What `minitron doctor` says about a machine with a problem. cluster/test_workers.py lets it look at a whole cluster."""
+"""What `minitron doctor` says about a machine with a problem. tests/clusters lets it look at a whole cluster."""
 
 from __future__ import annotations
 

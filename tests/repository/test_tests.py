@@ -8,7 +8,7 @@ from helpers.command import ROOT
 
 TESTS = ROOT / "tests"
 PACKAGES = {"minitron": "minitron", "search": "search/minitron_search", "platform": "platform/minitron_platform"}
-OTHERS = ("end_to_end", "properties", "helpers", "repository")
+OTHERS = ("clusters", "end_to_end", "properties", "helpers", "repository")
 FILES = {path.relative_to(TESTS): path for path in TESTS.rglob("*.py")}
 
 

@@ -1,172 +1,32 @@
-"""Ray jobs on a real head with token authentication, and the private Ray of a local run."""
+"""What is refused before a job is submitted, the script that starts a head, and the private Ray of a local run."""
 
 from __future__ import annotations
 
 import json
 import os
 import py_compile
-import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
-import s3fs
-from helpers.command import minitron_here, run_minitron
-from helpers.s3_server import s3_server
+from helpers.command import ROOT
 from helpers.serving import serving
+from helpers.submitting import PLACES, RECIPE, TOKEN, Checkout, copy_packages, free_ports, wait_until
 
 from minitron.errors import InputError, MinitronError
-from minitron_platform import load_recipe
-from minitron_platform import submit as submit_recipe
 from minitron_platform.cluster import packaging
-from minitron_platform.cluster.job_start import JobNeeds, checked, entrypoint_for, resume
+from minitron_platform.cluster.job_start import entrypoint_for
 from minitron_platform.cluster.job_start import submit_text as submit
-from minitron_platform.cluster.jobs import exit_code, logs, status, stop
+from minitron_platform.cluster.jobs import status
 from minitron_platform.cluster.jobs_api import connect
 from minitron_platform.cluster.packaging import PACKAGES, code_hash, package_folder, stage_code
-
-ROOT = Path(__file__).resolve().parents[3]
-RECIPE = "teacher: tiny\nname: café\n"
-TOKEN = "0123456789abcdef" * 4
-PLACES = {"minitron": ".", "minitron_search": "search", "minitron_platform": "platform"}
-
-
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"after {seconds} s still not: {what}"
-        time.sleep(0.2)
-
-
-def free_ports(count: int) -> list[str]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [str(server.getsockname()[1]) for server in sockets]
-    for server in sockets:
-        server.close()
-    return ports
-
-
-# On a cluster's nodes Minitron is not installed, only what it needs: its code comes with the job. Nor is what one extra brings.
-NOT_INSTALLED = """
-import importlib.metadata as metadata
-
-MISSING = ("minitron", "gcsfs")
-installed, all_installed = metadata.distribution, metadata.distributions
-
-def distribution(name):
-    if name in MISSING:
-        raise metadata.PackageNotFoundError(name)
-    return installed(name)
-
-def distributions(**context):
-    return (found for found in all_installed(**context) if found.name not in MISSING)
-
-metadata.distribution, metadata.distributions = distribution, distributions
-"""
-
-
-def python_path(*folders: Path) -> str:
-    return os.pathsep.join(map(str, folders))
-
-
-@dataclass
-class Head:
-    address: str
-    token_path: str
-    folder: Path
-    """Home of the head's processes; those of the other node have "node" inside it."""
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[dict[str, str]]:
-    with s3_server() as settings:
-        yield settings
-
-
-@pytest.fixture(scope="module")
-def head(s3: dict[str, str]) -> Iterator[Head]:
-    """A head without CPUs for others, started by the shipped script, and a node with two CPUs. Each has a home of its own, and
-    is in a process group of its own."""
-    with (
-        tempfile.TemporaryDirectory(prefix="mj-", dir="/tmp", ignore_cleanup_errors=True) as folder,
-        ExitStack() as stack,
-    ):
-        (Path(folder) / "token").write_text(TOKEN)
-        (Path(folder) / "site").mkdir()
-        (Path(folder) / "site" / "sitecustomize.py").write_text(NOT_INSTALLED)
-        gcs, dashboard, agent, client, node_agent = free_ports(5)
-
-        def start(name: str, home: Path, *command: str) -> Callable[[], None]:
-            """Start a process that ends with the fixture; returns a function that checks that it runs."""
-            home.mkdir(exist_ok=True)
-            log = home / f"{name}.log"
-            process = subprocess.Popen(
-                command,
-                env={
-                    **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
-                    **s3,
-                    "PATH": python_path(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"],
-                    "PYTHONPATH": os.pathsep.join(filter(None, [f"{folder}/site", os.environ.get("PYTHONPATH")])),
-                    "HOME": str(home),
-                    "RAY_AUTH_MODE": "token",
-                    "RAY_AUTH_TOKEN_PATH": f"{folder}/token",
-                    "MINITRON_RAY_FOLDER": f"{folder}/ray",
-                },
-                stdout=log.open("w"),
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            stack.callback(process.wait)
-            stack.callback(os.killpg, process.pid, signal.SIGKILL)
-
-            def check() -> None:
-                assert process.poll() is None, log.read_text()
-
-            return check
-
-        script = [str(ROOT / "clusters/local/start-head.sh"), "--address", ray.util.get_node_ip_address()]
-        script += ["--block", "--port", gcs, "--dashboard-port", dashboard]
-        ports = ["--dashboard-agent-listen-port", agent, "--ray-client-server-port", client]
-        check = start("head", Path(folder), *script, *ports, "--num-cpus", "0")
-        head = Head(f"http://127.0.0.1:{dashboard}", f"{folder}/token", Path(folder))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("RAY_AUTH_TOKEN_PATH", head.token_path)
-
-            def answers() -> bool:
-                check()
-                try:
-                    return status(head.address) == []
-                except MinitronError:
-                    return False
-
-            wait_until(answers, "the head answers")
-        own = ["--dashboard-agent-listen-port", node_agent, "--num-cpus", "2"]
-        # otherwise it would delete the files of jobs that do not run on it from the head's folder
-        own += ["--temp-dir", f"{folder}/node/ray"]
-        start("node", head.folder / "node", "ray", "start", "--block", "--address", f"127.0.0.1:{gcs}", *own)
-        yield head
-
-
-@pytest.fixture
-def as_user(head: Head, monkeypatch: pytest.MonkeyPatch) -> Head:
-    """An environment with the token of the cluster."""
-    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", head.token_path)
-    return head
 
 
 @pytest.fixture
@@ -177,37 +37,9 @@ def without_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
-@dataclass
-class Checkout:
-    """A copy of the packages, laid out as in the repository, and a client that submits from it."""
-
-    root: Path
-
-    def submit(self, address: str, name: str, entrypoint: str, resume: str = "") -> tuple[str, str]:
-        """Submit `entrypoint` as a job; returns the submission id and the standard error."""
-        client = "import sys; from minitron_platform.cluster.job_start import submit_text as submit; "
-        client += (
-            f"name, address, entrypoint, resume = sys.argv[1:]; print(submit({RECIPE!r}, name=name, address=address, "
-        )
-        client += "entrypoint=entrypoint, resume=resume))"
-        paths = [self.root, self.root / "search", self.root / "platform"]
-        sent = subprocess.run(
-            [sys.executable, "-c", client, name, address, entrypoint, resume],
-            # RAY_ADDRESS would send Ray's own client to another cluster
-            env={**os.environ, "PYTHONPATH": python_path(*paths), "RAY_ADDRESS": "http://127.0.0.1:1"},
-            cwd=self.root,
-            capture_output=True,
-            text=True,
-        )
-        assert sent.returncode == 0, sent.stderr
-        return sent.stdout.strip(), sent.stderr
-
-
 @pytest.fixture
 def checkout(tmp_path: Path) -> Checkout:
-    for package, place in PLACES.items():
-        shutil.copytree(package_folder(package), tmp_path / place / package)
-    return Checkout(tmp_path)
+    return copy_packages(tmp_path)
 
 
 def test_the_command_of_a_run_survives_quoting_for_any_value() -> None:
@@ -486,92 +318,6 @@ def test_code_is_identified_by_its_content(tmp_path: Path) -> None:
     assert code_hash(staged) != code_hash(again)
 
 
-def test_a_wrong_or_missing_token_is_refused_with_a_remedy(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 64)
-    with pytest.raises(MinitronError, match="the head refused the token") as refusal:
-        submit(RECIPE, name="run", address=head.address)
-    assert "RAY_AUTH_TOKEN_PATH" in refusal.value.remedy
-    monkeypatch.delenv("RAY_AUTH_TOKEN")
-    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
-    monkeypatch.setenv("HOME", str(head.folder / "nobody"))
-    with pytest.raises(MinitronError, match="the head requires a token"):
-        status(head.address)
-
-
-def test_a_job_runs_once_at_a_time_and_can_be_followed_and_stopped_by_its_name(
-    as_user: Head, checkout: Checkout
-) -> None:
-    address = as_user.address
-    # longer than the 3 s after which Ray kills a job by default
-    closing = 'trap "sleep 3.5; echo closed; exit" TERM; '
-    entrypoint = closing + 'echo begun; cat recipe.yaml; echo "to resume: $MINITRON_RESUME"; sleep 600'
-    typed = "minitron submit mine.yaml --set a=b"
-    work = {"address": address, "name": "sleeper", "entrypoint": entrypoint, "resume": typed}
-    first, said = checkout.submit(**work)
-    assert first.startswith("sleeper-")
-    assert first.endswith("-a1")
-    assert said == ""
-    again, said = checkout.submit(**work | {"resume": "minitron submit ./mine.yaml --set a=b"})
-    assert again == first
-    assert "nothing was submitted" in said
-
-    lines: list[str] = []
-    follower = threading.Thread(target=lambda: lines.extend(logs(address, "sleeper", follow=True)))
-    follower.start()
-    wait_until(lambda: "begun" in "".join(lines), "the follower sees the first line while the job runs")
-    assert status(address, "sleeper")[0].status == "RUNNING"
-    assert stop(address, "sleeper") == "STOPPED"
-    follower.join(timeout=30)
-    assert not follower.is_alive()
-    assert "café" in "".join(lines)
-    assert f"to resume: {typed}" in "".join(lines)
-    assert "closed" in "".join(logs(address, first))
-    assert status(address, "sleeper")[0].resume == typed
-
-    second, said = checkout.submit(**work)
-    assert second == first.removesuffix("-a1") + "-a2"
-    assert said == ""
-    assert {row.submission_id for row in status(address) if row.name == "sleeper"} == {first, second}
-    assert stop(address, second) == "STOPPED"
-    assert stop(address, "sleeper") == "STOPPED"  # no job is active any more, so that the name means the last attempt
-    assert exit_code(address, second) == 130
-
-    third = resume(address, second)  # its recipe and command are kept by the cluster; the code is that of this process
-    wait_until(lambda: "café" in "".join(logs(address, third)), "the resumed job prints its recipe")
-    assert f"to resume: {typed}" in "".join(logs(address, third))
-    assert resume(address, third) == third
-    assert stop(address, third) == "STOPPED"
-
-    with pytest.raises(InputError, match="no such job") as refusal:
-        status(address, "sleepy")
-    assert first in refusal.value.remedy
-    assert second in refusal.value.remedy
-
-
-def test_what_has_killed_a_run_is_named_and_a_name_means_the_job_that_was_active(as_user: Head, tmp_path: Path) -> None:
-    address = as_user.address
-
-    def minitron(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return minitron_here(*arguments, "--address", address, cwd=tmp_path)
-
-    killed = submit(RECIPE, name="several", address=address, entrypoint="exec sh -c 'kill -9 $$'")
-    wait_until(lambda: not status(address, killed)[0].is_active, "the job has ended")
-    facts = json.loads(minitron("status", killed, "--json").stdout)
-    assert facts["status"] == "FAILED"
-    assert "killed (SIGKILL)" in facts["reason"]
-    assert "no memory" in facts["reason"]
-    assert minitron("logs", killed, "--follow").returncode == 128 + signal.SIGKILL
-
-    # the name means the active job, and several ones as soon as that has ended
-    submit(RECIPE, name="several", address=address, entrypoint="sleep 5; exit 7")
-    assert minitron("logs", "several", "--follow").returncode == 7
-    submit(RECIPE, name="several", address=address, entrypoint="sleep 600")
-    stopped = minitron("stop", "several")
-    assert (stopped.returncode, stopped.stdout) == (0, "STOPPED\n")
-    assert "to resume: " in stopped.stderr
-    assert "more than one job has this name" in minitron("stop", "several").stderr
-
-
 def test_no_shell_is_between_ray_and_a_run() -> None:
     """Ray took a run for failed whose shell was killed, and the run went on."""
     command = entrypoint_for("recipe.yaml", {}).replace(
@@ -579,57 +325,6 @@ def test_no_shell_is_between_ray_and_a_run() -> None:
     )
     shown = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "ps"
-
-
-def test_a_cluster_that_lacks_a_package_is_refused_before_anything_is_submitted(as_user: Head) -> None:
-    with pytest.raises(InputError, match=r"gcsfs is missing, >=[\d.]+ is needed") as refusal:
-        checked(JobNeeds("image", extras=("gcs",)), address=as_user.address)
-    assert "--env uv" in refusal.value.remedy
-
-
-def test_a_recipe_that_the_cluster_has_no_room_for_is_refused_before_it_is_submitted(
-    as_user: Head, bench: Path
-) -> None:
-    recipe = load_recipe(bench / "recipe.yaml", ["resources.workers=64", "distill.batch_rows=64"])
-
-    def refused() -> bool:
-        with pytest.raises(InputError) as refusal:
-            submit_recipe(recipe, address=as_user.address, say=lambda line: None)
-        return refusal.value.problem.startswith("resources.workers: 64 need 64 CPUs and 0 GPUs together")
-
-    wait_until(refused, "the node with CPUs has joined")
-    with pytest.raises(InputError, match="no such job"):
-        status(as_user.address, recipe.name)
-
-
-DRIVER = """
-import ray, minitron, minitron_search
-from minitron_platform import marker
-from minitron_platform.cluster.ray_session import ray_session
-
-def value():
-    from minitron_platform import marker
-    return marker.VALUE
-
-with ray_session(None, num_cpus=50):
-    there = ray.cluster_resources()
-    print("driver", marker.VALUE, "worker", ray.get(ray.remote(value).remote()), (there["CPU"], there.get("GPU", 0.0)))
-"""
-
-
-def test_a_job_runs_the_code_that_was_sent(as_user: Head, checkout: Checkout) -> None:
-    """The driver and its workers import the sent packages, and the next job has the edited ones."""
-    hashes = []
-    for value in ("old", "new"):
-        (checkout.root / "platform/minitron_platform/marker.py").write_text(f"VALUE = {value!r}\n")
-        submission_id, _ = checkout.submit(as_user.address, "edited", f"python -c {shlex.quote(DRIVER)}")
-        wait_until(lambda job=submission_id: not status(as_user.address, job)[0].is_active, "the job has ended")
-        row = status(as_user.address, submission_id)[0]
-        output = "".join(logs(as_user.address, submission_id))
-        assert row.status == "SUCCEEDED", output
-        assert f"driver {value} worker {value} (2.0, 0.0)" in output
-        hashes.append(row.code)
-    assert hashes[0] != hashes[1]
 
 
 SESSION = """
@@ -701,64 +396,3 @@ def test_a_local_run_has_a_private_ray_that_leaves_nothing_behind(end: str, tmp_
     finally:
         driver.kill()
         driver.wait()
-
-
-def _state(head: Head, what: str) -> list[dict[str, Any]]:
-    """Records of Ray's state API."""
-    request = urllib.request.Request(
-        f"{head.address}/api/v0/{what}?limit=1000&detail=1", headers={"Authorization": f"Bearer {TOKEN}"}
-    )
-    with urllib.request.urlopen(request) as answer:
-        records: list[dict[str, Any]] = json.load(answer)["data"]["result"]["result"]
-    return records
-
-
-def test_a_recipe_runs_as_a_job_on_a_cluster_whose_head_loads_no_model(
-    as_user: Head, s3: dict[str, str], bench: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def minitron(*arguments: str) -> str:
-        done = run_minitron(*arguments, cwd=bench)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    for name, value in s3.items():
-        monkeypatch.setenv(name, value)
-    files = s3fs.S3FileSystem()
-    files.mkdir("runs")
-    # relative paths are relative to the folder of the submitter, not of the job
-    settings = ["--set", "teacher.model=./teacher", "--set", "data.path=text.jsonl", "--set", "distill.steps=6"]
-    settings += ["--set", "family.0.space={num_layers: [4], hidden_size: [36], intermediate_size: [48, 72]}"]
-    settings += ["--set", "resources={workers: 1, cpus_per_trial: 2}"]  # one process at a time
-    tracking = ["--tracking-uri", f"sqlite:///{as_user.folder}/mlflow.db"]
-    printed = minitron(
-        "submit",
-        "recipe.yaml",
-        "--address",
-        as_user.address,
-        "--storage",
-        "s3://runs",
-        *settings,
-        *tracking,
-        "--upload",
-        "--follow",
-    )
-    job = printed.splitlines()[0]
-    facts = json.loads(minitron("status", job, "--json", "--address", as_user.address))
-    assert (facts["status"], facts["stage"], facts["progress"]) == ("SUCCEEDED", "register", "done"), printed
-    for stage in ("teacher", "search", "distill", "register"):
-        assert f"✓ {stage}" in printed
-    assert files.exists(files.glob("runs/uploads/*/teacher/model.safetensors")[0])
-    (results,) = files.glob("runs/runs/*/results.json")
-    table = json.loads(files.cat(results))["family"]["tiny-student"]["evaluate"]["table"]
-    assert table["distilled"]["kl"] < table["pruned"]["kl"]
-
-    # Ray's records: trials and the workers of all stages ran on the other node
-    heads = {node["node_id"]: node["is_head_node"] for node in _state(as_user, "nodes")}
-    actors = [actor for actor in _state(as_user, "actors") if actor["node_id"]]
-    # (Ray records a trial's class as `ImplicitFunc`, at times with a prefix)
-    ran = {(actor["class_name"], heads[actor["node_id"]]) for actor in actors}
-    for work in ("RayTrainWorker", "ImplicitFunc"):
-        assert {on_head for name, on_head in ran if name.endswith(work)} == {False}, ran
-    # the driver did not even copy a model's weights to its node
-    assert list((as_user.folder / "node" / ".cache").rglob("model*.safetensors"))
-    assert not list((as_user.folder / ".cache").rglob("model*.safetensors"))
