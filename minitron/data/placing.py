@@ -220,7 +220,7 @@ class Placer:
             counted = mine[: len(cut.used)]
             self.sink.place(split, Placement(spans_of(kept[counted], cut.used), cut.begins, cut.shards))
             np.add.at(self._tokens[:, number], sources[counted], cut.used)
-            np.add.at(self._documents[:, number], sources[counted], kept["last"][counted])
+            np.add.at(self._documents[:, number], sources[counted], kept["first"][counted])
             if reasons is not None:
                 for reason, name in enumerate(REASONS):
                     if reason:

@@ -60,7 +60,7 @@ class RowCutter:
             shards = list(range(-self.done % self._shard_tokens, used, self._shard_tokens))
             self.done += used
         count = int(np.count_nonzero(starts < used)) if self.full else len(pieces)
-        self.documents += int(np.count_nonzero(pieces["last"][:count]))
+        self.documents += int(np.count_nonzero(pieces["first"][:count]))
         self.characters += int(pieces["characters"][:count].sum())
         of_pieces = np.minimum(ends[:count], used) - starts[:count] if self.full else pieces["tokens"].astype(np.int64)
         return Cut(of_pieces, np.array(begins, np.int64), np.array(shards, np.int64))

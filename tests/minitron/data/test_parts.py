@@ -331,6 +331,19 @@ def test_tokens_and_documents_of_every_source_are_counted(tokenizer: Any, tmp_pa
     assert rows.index["left_out"] == {"duplicates": sum(duplicates), "missing": 1}
 
 
+def test_a_long_document_whose_end_is_not_needed_is_counted(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minitron.data.tokenising.LONGEST_PIECE", 100)
+    (tmp_path / "long.txt").write_text("\n".join(tiny.texts(60)))
+    source = TextSource("text", f"{tmp_path}/long.txt")
+    sizes = {"seq_length": 16, "train_rows": 4, "heldout_rows": 0, "heldout_fraction": 0.0}
+    for name, in_parts in (("here", None), ("parts", InParts(f"{tmp_path}/work"))):
+        rows = pack(source, tokenizer, f"{tmp_path}/{name}", **sizes, in_parts=in_parts)
+        assert rows.sources[0].documents == {"train": 1, "heldout": 0}
+        assert rows.index["splits"]["train"]["documents"] == 1
+
+
 def test_an_error_in_text_that_is_not_needed_stops_nothing(tokenizer: Any, tmp_path: Path, small_parts: None) -> None:
     lines = [json.dumps({"text": text}) for text in tiny.texts(100)]
     (tmp_path / "text.jsonl").write_text("\n".join([*lines, "not JSON", *lines]))
