@@ -27,7 +27,8 @@ def _encoded_texts(context: str, continuation: str) -> Iterator[str]:
 
 class DocumentRequests(HFLM):
     """lm-eval's transformers backend, in which every request starts with the tokens `around.begin` exactly once, also if it is
-    truncated on the left. A text without context follows `prefix_token_id`, see `minitron.evaluation.scorer.first_context`."""
+    truncated on the left. A text without context follows `prefix_token_id`, see `minitron.evaluation.scorer.first_context`; so
+    does one whose context has no tokens, such as white space, which lm-eval counts as a part of the text."""
 
     around: DocumentTokens
     cut = 0
@@ -49,6 +50,14 @@ class DocumentRequests(HFLM):
             ids = self.around.opened(ids)
         return self.cut_left(ids, left_truncate_len) if left_truncate_len else ids
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        before, tokens = super()._encode_pair(context, continuation)
+        return before or [self.prefix_token_id], tokens
+
+    def prompt(self, string: str, longest: int | None = None) -> list[int]:
+        """The ids of a text to continue, the last `longest` of them."""
+        return self.tok_encode(string, left_truncate_len=longest) or [self.prefix_token_id]
+
     def tok_batch_encode(
         self,
         strings: list[str],
@@ -57,7 +66,7 @@ class DocumentRequests(HFLM):
         truncation: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and attention mask, two int64 [len(strings), length of the longest]."""
-        rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
+        rows = [self.prompt(string, left_truncate_len) for string in strings]
         longest = max(map(len, rows))
         ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
         mask = torch.zeros((len(rows), longest), dtype=torch.int64)

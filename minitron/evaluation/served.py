@@ -89,7 +89,7 @@ class ServedScorer(Scorer):
                     f"answers may have {length} tokens, but the server's model accepts {self.max_length} with the question",
                     "serve it with a longer context, or leave the task out",
                 )
-            ids = self.tok_encode(text, left_truncate_len=self.max_length - length)
+            ids = self.prompt(text, self.max_length - length)
             temperature = float(settings.get("temperature") or 0.0) if settings.get("do_sample") else 0.0
             rows.append((ids, [each for each in stop if each], length, temperature))
         return [str(text) for text in self._answered(rows, lambda row: self._text(*row))]

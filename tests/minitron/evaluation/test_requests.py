@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import pytest
 import torch
@@ -91,6 +92,37 @@ def test_a_text_without_context_begins_with_bos_as_in_lm_eval_also_if_the_tokeni
     expected = by_lm_eval(student, tokenizer, "wikitext", file)["word_perplexity,none"]
     assert perplexity() == pytest.approx(expected, rel=1e-5)
     assert perplexity(add_bos=False) != pytest.approx(expected, rel=1e-5)  # then EOS, as between documents
+
+
+OWN = """task: own
+test_split: test
+doc_to_text: "{{text}}"
+doc_to_target: "{{target}}"
+target_delimiter: ""
+"""
+
+
+@pytest.mark.parametrize(("context", "text"), [("", " one two"), (" ", "one two"), (" \n", " one two")])
+def test_a_context_without_tokens_is_scored_as_no_context(context, text, student, tokenizer, tmp_path):
+    metrics = "output_type: loglikelihood\nmetric_list:\n  - metric: perplexity\n"
+    (tmp_path / "own.yaml").write_text(f"{OWN}{metrics}")
+    file = write_jsonl(tmp_path / "test.jsonl", [{"text": context, "target": text}])
+    score = evaluate(student, tokenizer, [Task("own", str(file), folder=str(tmp_path))])["own"]
+    ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer.encode(f"{context}{text}", add_special_tokens=False)]])
+    with torch.no_grad():
+        log_p = student(ids).logits[0, :-1].double().log_softmax(-1)
+    expected = -float(log_p.gather(1, ids[0, 1:, None]).sum())
+    assert math.log(score.value) == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_empty_prompt_is_continued_from_the_token_before_a_text(student, tokenizer, tmp_path, generated):
+    settings = "output_type: generate_until\ngeneration_kwargs: {max_gen_toks: 8, until: []}\n"
+    (tmp_path / "own.yaml").write_text(f"{OWN}{settings}metric_list:\n  - metric: exact_match\n")
+    file = write_jsonl(tmp_path / "test.jsonl", [{"text": "", "target": "one"}])
+    evaluate(student, tokenizer, [Task("own", str(file), folder=str(tmp_path))])
+    ids = torch.tensor([[tokenizer.eos_token_id]])
+    made = student.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)[0, 1:]
+    assert generated == [[tokenizer.decode(made, skip_special_tokens=True)]]
 
 
 def test_the_perplexity_of_a_random_model_is_near_its_vocabulary_size(tokenizer, tmp_path):
