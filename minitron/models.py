@@ -30,6 +30,7 @@ from minitron.checkpoints.headers import (
     hub_headers,
     read_headers,
 )
+from minitron.checkpoints.hub_errors import given_by_hub
 from minitron.checkpoints.pickles import pickled_headers
 from minitron.checkpoints.quantised import as_ordinary, check_blocks, load_arguments, method_of, plain_model
 from minitron.checkpoints.reading import check_files, quiet_transformers, read_config, readable
@@ -306,14 +307,15 @@ def _downloaded(folder: str, revision: str | None, arguments: dict[str, Any]) ->
     from huggingface_hub import snapshot_download
 
     weights = {header.file for header in hub_headers(folder, revision).values()}
-    return str(
-        snapshot_download(
-            folder,
-            revision=revision,
-            allow_patterns=["*.json", *weights, "tokenizer*", "*.model"],
-            local_files_only=arguments.get("local_files_only", False),
+    with given_by_hub(folder):
+        return str(
+            snapshot_download(
+                folder,
+                revision=revision,
+                allow_patterns=["*.json", *weights, "tokenizer*", "*.model"],
+                local_files_only=arguments.get("local_files_only", False),
+            )
         )
-    )
 
 
 def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from minitron.checkpoints.hub_errors import given_by_hub
 from minitron.errors import InputError, one_line
 
 INDEX = "model.safetensors.index.json"
@@ -130,10 +131,10 @@ def hub_headers(name: str, revision: str | None) -> dict[str, Header]:
     """As `read_headers`, for a model on the hub: from the local cache if it has the weights, otherwise from the headers of the
     files on the hub.
 
-    Raises InputError for a model without safetensors, and if the weights are not in the cache and the hub cannot be reached.
+    Raises InputError for a model without safetensors, and if the weights are not in the cache and the hub does not give them.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HTTPError, NotASafetensorsRepoError, SafetensorsParsingError
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
     for file in (SINGLE, INDEX):
         cached = try_to_load_from_cache(name, file, revision=revision)
@@ -145,7 +146,8 @@ def hub_headers(name: str, revision: str | None) -> dict[str, Header]:
                     raise
                 break  # the index is in the cache, but not all of its files
     try:
-        metadata = HfApi().get_safetensors_metadata(name, revision=revision)
+        with given_by_hub(name):
+            metadata = HfApi().get_safetensors_metadata(name, revision=revision)
     except NotASafetensorsRepoError as error:
         raise InputError(
             f"{name}: has no safetensors on the hub; files of other formats are pickles, which can run code",
@@ -154,11 +156,6 @@ def hub_headers(name: str, revision: str | None) -> dict[str, Header]:
         ) from error
     except SafetensorsParsingError as error:
         raise InputError(f"{name}: the safetensors files cannot be read ({error})", "use another revision") from error
-    except (HTTPError, OSError) as error:
-        raise InputError(
-            f"{name}: the weights are not all in the local cache, and the hub cannot be reached",
-            f"connect to the network, or run `hf download {name}` first",
-        ) from error
     return by_name(
         name,
         (

@@ -1,11 +1,11 @@
-"""A stand-in for the Hugging Face hub on this machine, as far as an upload needs it: it keeps the files of commits. Weights go
-by Git LFS, so a client has to set `HF_HUB_DISABLE_XET`."""
+"""A stand-in for the Hugging Face hub on this machine, as far as an upload or download of a model needs it: it keeps the files
+of commits. Weights go by Git LFS, so a client has to set `HF_HUB_DISABLE_XET`."""
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -18,10 +18,12 @@ class Hub(ThreadingHTTPServer):
 
     files: content of each path in commits. created: requests for repositories. public: names of repositories that exist and
     that everybody can read. objects: content of the large files, by SHA-256. sent: the SHA-256 of those that a client has sent.
-    refused: that of one that is not accepted.
+    refused: that of one that is not accepted. gated: names of repositories whose weights nobody may read. cut: of those
+    whose weights are sent in part.
     """
 
     TOKEN = "hf_stand_in"
+    COMMIT = "1" * 40
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -31,6 +33,8 @@ class Hub(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.sent: list[str] = []
         self.refused = ""
+        self.gated: set[str] = set()
+        self.cut: set[str] = set()
         self.address = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -82,19 +86,55 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.objects[name] = body
         return self._answer(200, {})
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
         if self.path.startswith("/api/models/"):
-            name = self.path.removeprefix("/api/models/")
-            return self._answer(200, {"id": name, "private": name not in self.server.public})
+            if "/tree/" in self.path:
+                files = self.server.files.items()
+                return self._answer(200, [{"type": "file", "path": p, "size": len(d), "oid": "0"} for p, d in files])
+            name = self.path.removeprefix("/api/models/").split("/revision/")[0]
+            about = {"id": name, "private": name not in self.server.public, "sha": Hub.COMMIT}
+            return self._answer(200, about | {"siblings": [{"rfilename": file} for file in self.server.files]})
+        if "/resolve/" in self.path:
+            name, _, file = self.path[1:].partition("/resolve/")
+            return self._send(name, file.split("/", 1)[1])
         return self._answer(404, {"error": "not found"})
 
-    def _answer(self, status: int, value: Any) -> None:
+    def _send(self, name: str, file: str) -> None:
+        """Answer with a file, or the part of it that is asked for."""
+        is_weights = _mode(file) == "lfs"
+        if name in self.server.gated and is_weights:
+            return self._answer(403, {"error": "restricted"}, {"X-Error-Code": "GatedRepo"})
+        if file not in self.server.files:
+            return self._answer(404, {"error": "not found"}, {"X-Error-Code": "EntryNotFound"})
+        data = self.server.files[file]
+        if wanted := self.headers.get("Range"):
+            first, last = wanted.removeprefix("bytes=").split("-")
+            data = data[int(first) : int(last) + 1 if last else None]
+        self.send_response(206 if wanted else 200)
+        for header, value in {
+            "Content-Length": len(data),
+            "ETag": f'"{len(data)}"',
+            "X-Repo-Commit": Hub.COMMIT,
+        }.items():
+            self.send_header(header, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data[:100] if name in self.server.cut and is_weights and not wanted else data)
+        return None
+
+    def _answer(self, status: int, value: Any, headers: Mapping[str, str] | None = None) -> None:
         data = json.dumps(value).encode()
         self.send_response(status)
+        for name, content in (headers or {}).items():
+            self.send_header(name, content)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
 
     def log_message(self, *arguments: Any) -> None:
         pass
