@@ -28,14 +28,14 @@ run: $(VENV)/.installed  ## SmolLM2-135M to about 90M parameters, on this machin
 # that crashes ends the tests; otherwise xdist waits for ever for the rest of its file.
 SPREAD := --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
-test: $(VENV)/.installed  ## the tests, three files at a time
-	$(BIN)/python -m pytest -n 3 $(SPREAD)
+test: $(VENV)/.installed  ## the tests of what happens on one machine, three files at a time
+	$(BIN)/python -m pytest -n 3 $(SPREAD) --ignore tests/clusters
 
 test-clusters: $(VENV)/.installed  ## jobs, workers and trials on clusters of several nodes, some of which are lost
 	$(BIN)/python -m pytest -n 3 $(SPREAD) tests/clusters
 
 test-long: $(VENV)/.installed  ## the tests that take a minute or more each
-	$(BIN)/python -m pytest -m long tests
+	$(BIN)/python -m pytest -m long
 
 test-lowest: $(LOWEST)/.installed  ## a fast part of them with the lowest versions that pyproject.toml allows
 	$(LOWEST)/bin/python -m pytest -n 2 $(SPREAD) $(FAST) --ignore tests/platform/cli/test_models_add.py
