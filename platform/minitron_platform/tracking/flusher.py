@@ -24,7 +24,7 @@ from minitron.errors import InputError, StorageError
 from minitron.storage import PRIVATE, disk_errors, lock_file, redact
 from minitron_platform.fence import LeaseLostError
 from minitron_platform.tracking.mlflow_runs import AnsweredClient
-from minitron_platform.tracking.moved_database import ARTIFACTS, update_addresses
+from minitron_platform.tracking.moved_database import ARTIFACTS, artifact_folder, update_addresses
 from minitron_platform.tracking.sender import Sender, count_events, unreachable
 from minitron_platform.tracking.sent import known_offsets
 from minitron_platform.tracking.spool import Spool
@@ -106,7 +106,10 @@ def create_database(tracking_uri: str) -> None:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             try:
                 MlflowClient(f"sqlite:///{folder}/new.db").search_experiments(max_results=1)
-                with closing(sqlite3.connect(f"{folder}/new.db")) as database:
+                with closing(sqlite3.connect(f"{folder}/new.db", isolation_level=None)) as database:
+                    # MLflow's is the folder mlruns of whatever directory this process was started in
+                    default = str(path.parent / ARTIFACTS / artifact_folder("Default"))
+                    database.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = 0", (default,))
                     database.execute("VACUUM INTO ?", (f"{folder}/complete.db",))
             except (sqlite3.Error, MlflowException) as error:
                 raise StorageError(

@@ -39,7 +39,9 @@ def update_addresses(database: Path) -> None:
         tables = {name for (name,) in store.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if "experiments" not in tables:
             return
-        experiments = store.execute("SELECT name, artifact_location FROM experiments").fetchall()
+        # not of MLflow's own experiment `Default`, which says nothing before there is another one
+        own = "SELECT name, artifact_location FROM experiments WHERE experiment_id <> 0"
+        experiments = store.execute(own).fetchall()
         former_folders = {old for name, address in experiments if (old := _former_folder(here, name, address))}
         for old in sorted(former_folders):
             if old == here or _is_same_folder(old, here):

@@ -344,7 +344,7 @@ def test_a_model_is_found_by_its_name_and_all_are_listed_at_once(
     protected: tuple[SplitResult, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server of a company holds thousands of models."""
-    link, _ = protected
+    link, folder = protected
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", str(link.username))
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", str(link.password))
     assert link.port
@@ -368,6 +368,8 @@ def test_a_model_is_found_by_its_name_and_all_are_listed_at_once(
         for name in ("another", "a third"):
             added(name)
         assert requests_of_a_list() == of_one
+    # of no run, so that they are in MLflow's experiment `Default`
+    assert len(list((folder / "artifacts" / "Default").rglob("model.safetensors"))) == 3
 
 
 def test_a_version_whose_recorded_hash_was_deleted_is_promoted_only_unverified(uri: str, tmp_path: Path) -> None:
