@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
 
 VERSIONS_TAG = "mlflow.modelVersions"  # by which MLflow's page of a logged model links the registered versions
+REFUSED = re.compile("[/:.%\"']")  # in the name of a logged model, though a registered one may have dots and percent signs
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,16 @@ def find_or_create(
     tags: Mapping[str, str],
     params: Mapping[str, str] | None = None,
 ) -> LoggedModel:
-    """The logged model of the weights whose manifest is in `tags`, in the experiment of the run that made it."""
+    """The logged model of the weights whose manifest is in `tags`, in the experiment of the run that made it.
+
+    name: of the registered model; the logged one has `_` for characters that MLflow refuses there.
+    """
     experiment = client.get_run(run_id).info.experiment_id if run_id else "0"
     models = client.search_logged_models([experiment], f"tags.`{MANIFEST_TAG}` = '{tags[MANIFEST_TAG]}'")
     if models:
         return models[0]
     shown = {mlflow_name(key): value for key, value in (params or {}).items()}
+    name = REFUSED.sub("_", name)
     return client.create_logged_model(experiment, name, source_run_id=run_id, tags=dict(tags), params=shown)
 
 

@@ -71,7 +71,8 @@ def test_registering_twice_creates_one_version(uri: str, tmp_path: Path) -> None
     assert (oldest.parameters, oldest.heldout_kl, oldest.heldout_loss) == (1200, 0.25, None)
 
 
-def test_the_logged_model_of_a_version_has_its_figures_once(uri: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "logged"), [(NAME, NAME), ("qwen2.5-3b", "qwen2_5-3b"), ("half%", "half_")])
+def test_the_logged_model_of_a_version_has_its_figures_once(uri: str, tmp_path: Path, name: str, logged: str) -> None:
     from mlflow import MlflowClient
 
     client = MlflowClient(uri)
@@ -81,13 +82,13 @@ def test_the_logged_model_of_a_version_has_its_figures_once(uri: str, tmp_path: 
 
     def once(kl: float) -> None:
         figures = ModelFigures(run_id, {"kl": kl, "arc.acc,none": 0.5}, {"teacher": "large"})
-        register(uri, name=NAME, source=source, run_id=run_id, tags={}, figures=figures)
+        register(uri, name=name, source=source, run_id=run_id, tags={}, figures=figures)
 
     for kl in (0.25, 0.25, 0.2):  # again after a driver was killed, and after the evaluation was repeated
         once(kl)
     (model,) = client.search_logged_models([experiment])
-    assert (model.name, str(model.status), model.params) == (NAME, "READY", {"teacher": "large"})
-    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": NAME, "version": "1"}]
+    assert (model.name, str(model.status), model.params) == (logged, "READY", {"teacher": "large"})
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": name, "version": "1"}]
     shown = {each.key: each.value for each in sorted(model.metrics, key=lambda each: each.timestamp)}
     assert shown == {"arc.acc_none": 0.5, "kl": 0.2}
     assert [point.value for point in client.get_metric_history(run_id, "kl")] == [0.25, 0.2]
