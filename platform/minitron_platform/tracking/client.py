@@ -56,9 +56,13 @@ def open_registry(tracking_uri: str, *, create: bool = False) -> Iterator[Mlflow
 
 
 def check_model_name(name: str) -> None:
-    """Raise InputError for a model name that MLflow does not allow."""
-    if not name or any(character in name for character in "/:'\"`"):
-        raise InputError(f"model name {name!r} is not allowed", "use a name without slashes, colons or quotes")
+    """Raise InputError for a model name that MLflow does not allow, or that no command could name again."""
+    if not name or any(character in name for character in "/:@'\"`") or not name.isprintable():
+        raise InputError(
+            f"model name {name!r} is not allowed", "use a name without slashes, colons, quotes, @ or line breaks"
+        )
+    if name.startswith(LOCK_PREFIX):
+        raise InputError(f"model name {name!r} is not allowed", f"use one that does not begin with {LOCK_PREFIX}")
 
 
 def checked_alias(alias: str) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
 
 VERSIONS_TAG = "mlflow.modelVersions"  # by which MLflow's page of a logged model links the registered versions
-REFUSED = re.compile("[/:.%\"']")  # in the name of a logged model, though a registered one may have dots and percent signs
+REFUSED = re.compile("[/:.%\"']")  # in the name of a logged model; that of a registered one may have dots
 
 
 @dataclass(frozen=True)

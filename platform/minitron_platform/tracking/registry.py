@@ -314,7 +314,7 @@ def _upload(
 
 
 def _create_registered(client: MlflowClient, name: str) -> None:
-    """Create a registered model, unless another process does at the same moment."""
+    """Create a registered model, unless another process does at the same moment. Raises InputError for the name of a prompt."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -322,6 +322,10 @@ def _create_registered(client: MlflowClient, name: str) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+        if find_registered(client, name) is None:  # prompts share the names of models, and are not found as such
+            raise InputError(
+                f"model name {name!r}: MLflow has a prompt of that name", "choose another one, or rename the prompt"
+            ) from error
 
 
 def _sha256(data: bytes) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import socket
@@ -213,8 +214,11 @@ def test_errors_name_the_existing_models_and_versions(
         with pytest.raises(InputError, match=f"alias '{alias}' is not allowed"):
             register(uri, name=NAME, source=weights(tmp_path / "new", b"new"), run_id=None, tags={}, alias=alias)
     assert len(models(uri)) == 1  # nothing else was registered
-    with pytest.raises(InputError, match="'a/b'"):
-        register(uri, name="a/b", source=str(tmp_path / "a"), run_id=None, tags={})
+    MlflowClient(uri).register_prompt("greeting", "Hello")
+    for name in ("a/b", "a@b", "a\nb", "minitron-lock-a", "greeting"):
+        with pytest.raises(InputError, match=re.escape(f"model name {name!r}")):
+            register(uri, name=name, source=str(tmp_path / "a"), run_id=None, tags={})
+    assert [row.name for row in models(uri)] == [NAME]
     with pytest.raises(StorageError, match=r"has no manifest\.json"):
         register(uri, name=NAME, source=str(tmp_path), run_id=None, tags={})
     with pytest.raises(MinitronError, match=r"127\.0\.0\.1"):
