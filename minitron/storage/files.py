@@ -159,7 +159,7 @@ def names(path: str) -> list[str]:
     with access_errors(path):
         try:
             entries = fs.ls(inner, detail=False)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
     return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries)
 

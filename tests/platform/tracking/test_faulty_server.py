@@ -186,6 +186,7 @@ def test_sync_leaves_a_live_run_alone_and_ends_one_that_was_killed(
     spool.record("tiny-1").start("tiny-1")
     spool.record("tiny-1.search").start("search", parent="tiny-1")
     spool.flush()  # and then the driver is killed
+    (tmp_path / "runs" / "comparison.html").touch()  # of `minitron report` for two runs
     monkeypatch.setenv("MINITRON_LEASE_SECONDS", "1")  # a heartbeat every 0.25 s
     with lease(locations, "run-tiny-1", "run tiny-1", run="tiny-1", console=Console()):
         assert sync(locations, Console()) == 0
