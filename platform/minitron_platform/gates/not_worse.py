@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -14,6 +15,7 @@ from minitron_platform.tracking.version_figures import Measured
 Field = Literal["kl", "loss"]
 METRICS = {"kl": KL, "loss": LOSS}
 BEYOND = "not worse beyond the interval"
+NO_NUMBER = "the other one's is not a number"
 OTHERWISE = "scored on other documents or in another way"
 
 
@@ -31,11 +33,15 @@ def heldout_verdicts(
         mean, other, metric = getattr(mine, field), getattr(theirs, field), METRICS[field]
         gate = f"{metric.name} {title}"
         limit = BEYOND if allowed is None else f"at most {metric.text(allowed)} worse"
-        if mean is not None and other is not None:
+        if other is None:
+            continue
+        if mean is None:
+            yield Verdict(gate, "failed", NOT_MEASURED, limit)
+        elif _is_nan_alone(other, mean):
+            yield Verdict(gate, "unknown", NO_NUMBER)
+        else:
             worse = worse_rows(field, mean, other, *documents)
             yield _verdict(gate, worse, allowed or 0.0, worse.text(metric), limit)
-        elif other is not None:
-            yield Verdict(gate, "failed", NOT_MEASURED, limit)
 
 
 def task_verdicts(
@@ -47,11 +53,19 @@ def task_verdicts(
         if score is None:  # one that failed has a verdict of its own
             yield Verdict(f"{task} {title}", "unknown", NOT_MEASURED)
             continue
+        if _is_nan_alone(other.value, score.value):
+            yield Verdict(f"{task} {title}", "unknown", NO_NUMBER)
+            continue
         worse = worse_task(task, score, other, *documents)
         if worse is None:
             yield Verdict(f"{task} {title}", "unknown", OTHERWISE)
         else:
             yield _verdict(f"{task} {title}", worse, 0.0, worse.text(score.shown_as, score.settings), BEYOND)
+
+
+def _is_nan_alone(other: float, mine: float) -> bool:
+    """Whether the other model's figure is NaN, and this one's is not: a broken version must not keep its successor out."""
+    return math.isnan(other) and not math.isnan(mine)
 
 
 def _verdict(gate: str, worse: Worse, allowed: float, measured: str, limit: str) -> Verdict:

@@ -66,7 +66,7 @@ def worse_task(
     if len(both) == 2 and (found := _paired(task, both)) is not None:
         return Worse(sign * found.value, found.reach, paired=True)
     errors = [score.stderr, reference_score.stderr]
-    known = [error for error in errors if error is not None]
+    known = [error for error in errors if error is not None and not math.isnan(error)]
     reach = NORMAL_95 * math.hypot(*known) if len(known) == 2 else None
     return Worse(sign * (score.value - reference_score.value), reach, paired=False)
 

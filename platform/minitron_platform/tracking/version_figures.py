@@ -14,12 +14,14 @@ from minitron.evaluation.scores import Score
 log = logging.getLogger(__name__)
 
 FIGURES_TAG = "minitron.figures"
+# JSON has no NaN; as null it would not be read as a number again, and all other figures would be lost with it
+KEEPS_NAN = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
 
 class Measured(BaseModel):
     """Measurements of one model."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = KEEPS_NAN
 
     loss: float
     """Held-out, nats per token."""
@@ -36,7 +38,7 @@ class Measured(BaseModel):
 class VersionFigures(BaseModel):
     """What is known of a version, and of the models that it is compared with."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = KEEPS_NAN
 
     heldout: str | None = None
     """Identity of the teacher and of the held-out rows: loss and KL of two versions with the same can be compared."""

@@ -7,6 +7,7 @@ import math
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ from minitron_platform.gates.documents import add_tasks, write_rows
 from minitron_platform.gates.gate import Subject
 from minitron_platform.promotion import GateError, promote
 from minitron_platform.recipes.schema import Gates
-from minitron_platform.tracking.registry import register
+from minitron_platform.tracking.registry import figure_tags, register
 from minitron_platform.tracking.version_figures import Measured, VersionFigures
 
 NAME = "tiny-family"
@@ -122,7 +123,7 @@ def registry(tmp_path: Path, checkpoints: Path, empty_database: Path, load_once:
                 values["teacher"]["tasks"] = {}
             case "kl":
                 values["student"]["kl"] = None
-        recorded = {} if lacks == "figures" else {"minitron.figures": json.dumps(values)}
+        recorded = {} if lacks == "figures" else figure_tags(VersionFigures.model_validate(values))
         return {
             **({"minitron.kind": kind, "minitron.cut_from": f"{NAME} version 1"} if kind else {}),
             **recorded,
@@ -199,6 +200,7 @@ def test_a_version_that_fails_one_gate_is_refused(registry: Any, gate: str, chan
         (["loss against the teacher"], {"lacks": "teacher", "gates": Gates(max_loss_increase=9.0)}),
         (["quiz against the teacher"], {"lacks": "the teacher's tasks", "gates": Gates(max_task_loss=1.0)}),
         (["held-out loss against version 1"], {"worse_loss": math.nan}),
+        (["held-out loss against the pruned model"], {"worse_loss": math.nan}),
         (["quiz against the teacher"], {"wrong": 40, "lacks": "teacher", "gates": Gates(max_task_loss=1.0)}),
     ],
 )
@@ -206,6 +208,22 @@ def test_what_a_limit_or_the_champion_asks_for_must_have_been_measured(
     registry: Any, gates: list[str], changes: dict[str, Any]
 ) -> None:
     assert set(gates) <= set(registry.failed(**changes))
+
+
+def test_a_champion_whose_figures_are_no_numbers_does_not_keep_its_successor_out(registry: Any) -> None:
+    tags = registry.client.get_model_version(NAME, "1").tags
+    figures = VersionFigures.model_validate_json(tags["minitron.figures"])
+    score = replace(figures.student.tasks["quiz"], value=math.nan, stderr=math.nan)
+    broken = figures.student.model_copy(
+        update={"loss": math.nan, "kl": math.nan, "tasks": {"quiz": score}, "documents": None}
+    )
+    for tag, value in figure_tags(figures.model_copy(update={"student": broken})).items():
+        registry.client.set_model_version_tag(NAME, "1", tag, value)
+    assert registry.failed() == []
+    assert registry.failed(worse_loss=math.nan) == [
+        "held-out loss against the pruned model",
+        "held-out loss against version 1",
+    ]
 
 
 def test_a_version_that_is_worse_than_the_champion_is_refused_if_the_difference_is_beyond_its_uncertainty(
