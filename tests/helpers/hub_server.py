@@ -4,6 +4,7 @@ of commits. Weights go by Git LFS, so a client has to set `HF_HUB_DISABLE_XET`."
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,18 +17,19 @@ from helpers.serving import serving
 class Hub(ThreadingHTTPServer):
     """Accepts requests with `TOKEN`.
 
-    files: content of each path in commits. created: requests for repositories. public: names of repositories that exist and
-    that everybody can read. objects: content of the large files, by SHA-256. sent: the SHA-256 of those that a client has sent.
-    refused: that of one that is not accepted. gated: names of repositories whose weights nobody may read. cut: of those
-    whose weights are sent in part.
+    files: content of each path in the newest commit. earlier: the same of the others, by commit. created: requests for
+    repositories. public: names of repositories that exist and that everybody can read. objects: content of the large files, by
+    SHA-256. sent: the SHA-256 of those that a client has sent. refused: that of one that is not accepted. gated: names of
+    repositories whose weights nobody may read. cut: of those whose weights are sent in part.
     """
 
     TOKEN = "hf_stand_in"
-    COMMIT = "1" * 40
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.commit = "1" * 40
         self.files: dict[str, bytes] = {}
+        self.earlier: dict[str, dict[str, bytes]] = {}
         self.created: list[dict[str, Any]] = []
         self.public: set[str] = set()
         self.objects: dict[str, bytes] = {}
@@ -36,6 +38,15 @@ class Hub(ThreadingHTTPServer):
         self.gated: set[str] = set()
         self.cut: set[str] = set()
         self.address = f"http://127.0.0.1:{self.server_port}"
+
+    def push(self, files: dict[str, bytes]) -> None:
+        """Replace the files, in a new commit."""
+        self.earlier[self.commit] = self.files
+        self.commit, self.files = str(len(self.earlier) + 1) * 40, files
+
+    def at(self, revision: str) -> tuple[str, dict[str, bytes]]:
+        """The commit that a revision means, and its files."""
+        return (revision, self.earlier[revision]) if revision in self.earlier else (self.commit, self.files)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -90,34 +101,37 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        if self.path.startswith("/api/models/"):
+        if self.path.startswith(("/api/models/", "/api/datasets/")):
             if "/tree/" in self.path:
-                files = self.server.files.items()
-                return self._answer(200, [{"type": "file", "path": p, "size": len(d), "oid": "0"} for p, d in files])
-            name = self.path.removeprefix("/api/models/").split("/revision/")[0]
-            about = {"id": name, "private": name not in self.server.public, "sha": Hub.COMMIT}
-            return self._answer(200, about | {"siblings": [{"rfilename": file} for file in self.server.files]})
+                _, files = self.server.at(self.path.partition("/tree/")[2].split("/")[0].split("?")[0])
+                listed = [{"type": "file", "path": p, "size": len(d), "oid": "0"} for p, d in files.items()]
+                return self._answer(200, listed)
+            name, _, revision = self.path.removeprefix("/api/").partition("/")[2].partition("/revision/")
+            commit, files = self.server.at(revision.split("?")[0])
+            about = {"id": name, "private": name not in self.server.public, "sha": commit}
+            return self._answer(200, about | {"siblings": [{"rfilename": file} for file in files]})
         if "/resolve/" in self.path:
-            name, _, file = self.path[1:].partition("/resolve/")
-            return self._send(name, file.split("/", 1)[1])
+            name, _, file = self.path.removeprefix("/datasets")[1:].partition("/resolve/")
+            return self._send(name, *file.split("/", 1))
         return self._answer(404, {"error": "not found"})
 
-    def _send(self, name: str, file: str) -> None:
+    def _send(self, name: str, revision: str, file: str) -> None:
         """Answer with a file, or the part of it that is asked for."""
         is_weights = _mode(file) == "lfs"
         if name in self.server.gated and is_weights:
             return self._answer(403, {"error": "restricted"}, {"X-Error-Code": "GatedRepo"})
-        if file not in self.server.files:
+        commit, files = self.server.at(revision)
+        if file not in files:
             return self._answer(404, {"error": "not found"}, {"X-Error-Code": "EntryNotFound"})
-        data = self.server.files[file]
+        data = files[file]
         if wanted := self.headers.get("Range"):
             first, last = wanted.removeprefix("bytes=").split("-")
             data = data[int(first) : int(last) + 1 if last else None]
         self.send_response(206 if wanted else 200)
         for header, value in {
             "Content-Length": len(data),
-            "ETag": f'"{len(data)}"',
-            "X-Repo-Commit": Hub.COMMIT,
+            "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
+            "X-Repo-Commit": commit,
         }.items():
             self.send_header(header, str(value))
         self.end_headers()

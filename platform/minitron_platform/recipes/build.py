@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from minitron_search.benchmarks import Benchmarks
 
 # Fields of `losses` that need intermediate states of the teacher, which are not stored.
+HELDOUT = "data.heldout"  # the recipe key of the held-out text's own source
 INTERMEDIATE = {"hidden", "hidden_loss", "embedding", "attention", "mlp_input", "alpha"}
 
 
@@ -47,13 +48,13 @@ def text_sources(data: schema.Data) -> dict[str, TextSource]:
 
 def heldout_source(data: schema.Data) -> TextSource | None:
     """The text of the held-out rows; None if they are taken from the text of the training rows. Raises as `text_sources`."""
-    return _text_source("data.heldout", data.heldout) if data.heldout else None
+    return _text_source(HELDOUT, data.heldout) if data.heldout else None
 
 
 def all_text_sources(data: schema.Data) -> dict[str, TextSource]:
     """`text_sources` and `heldout_source`."""
     heldout = heldout_source(data)
-    return text_sources(data) | ({"data.heldout": heldout} if heldout else {})
+    return text_sources(data) | ({HELDOUT: heldout} if heldout else {})
 
 
 def has_chats(data: schema.Data) -> bool:

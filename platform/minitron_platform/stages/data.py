@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from minitron import storage
-from minitron.data import DocumentTokens, InParts, Rows, pack, source_identity
+from minitron.data import DocumentTokens, InParts, Rows, TextSource, pack
+from minitron.data.hub import is_local_folder
 from minitron.data.in_parts import Run, in_this_process
 from minitron.data.python_docs import python_identity
 from minitron.data.rows import SourceCounts
@@ -26,11 +27,11 @@ from minitron_platform.estimates.phases import data_parts
 from minitron_platform.estimates.teacher import TOKEN_BYTES
 from minitron_platform.recipes import schema
 from minitron_platform.recipes.build import (
+    HELDOUT,
     all_text_sources,
     data_values,
     document_tokens,
     has_chats,
-    heldout_source,
     text_sources,
 )
 from minitron_platform.stages.context import Context
@@ -116,15 +117,15 @@ class Data(Stage[DataOutput]):
     def inputs(self, state: RunState) -> dict[str, Any]:
         data = state.recipe.data
         special_tokens = _special_tokens(state)
-        identities = [source_identity(source) for source in text_sources(data).values()]
-        heldout = heldout_source(data)
+        identities = [state.texts[key] for key in text_sources(data)]
+        heldout = state.texts.get(HELDOUT)
         values = data_values(data)
         for key in ("add_bos", "separate_documents"):  # the effect of the first is in the two last entries
             values.pop(key, None)
         return {
             "teacher": state.output(Teacher).id,
             "source": identities[0] if len(identities) == 1 else identities,
-            **({"heldout": source_identity(heldout)} if heldout else {}),
+            **({"heldout": heldout} if heldout else {}),
             "data": values,
             **chat_template_input(state, has_chats(data)),
             "begin": list(special_tokens.begin),
@@ -195,6 +196,7 @@ def _packed(context: Context, target: str, parts: str) -> Rows:
     kinds = {source.kind for source in all_text_sources(data).values()}
     packing = _Packing(
         data=data,
+        sources={key: _pinned(source, context.texts[key]) for key, source in all_text_sources(data).items()},
         teacher=context.output(Teacher).folder,
         target=target,
         parts=parts if _in_tasks(data) else None,
@@ -218,9 +220,17 @@ def _packed(context: Context, target: str, parts: str) -> Rows:
     return Rows.open(target, "train")
 
 
+def _pinned(source: TextSource, identity: dict[str, Any]) -> TextSource:
+    """A dataset on the hub at the commit of its identity; other sources as they are."""
+    on_hub = source.kind == "hub" and not is_local_folder(source.path)
+    return replace(source, revision=identity["commit"]) if on_hub else source
+
+
 @dataclass(frozen=True)
 class _Packing:
     data: schema.Data
+    sources: dict[str, TextSource]
+    """The texts by their recipe keys."""
     teacher: str
     """Checkpoint folder."""
     target: str
@@ -242,14 +252,14 @@ def _pack(task: _Packing, progress: Progress, before_commit: Callable[[], None],
     """Pack the rows. before_commit: as `Worker.before_commit`. run: makes the calls for the parts of the text."""
     data = task.data
     pack(
-        list(text_sources(data).values()),
+        [source for key, source in task.sources.items() if key != HELDOUT],
         load_tokenizer(storage.fetch(task.teacher, weights=False)),
         task.target,
         seq_length=data.seq_length,
         train_rows=data.train_rows,
         heldout_rows=data.heldout_rows,
         heldout_fraction=data.heldout_fraction,
-        heldout=heldout_source(data),
+        heldout=task.sources.get(HELDOUT),
         add_bos=data.bos,
         drop_duplicates=data.drop_duplicates,
         in_parts=InParts(task.parts, _Fenced(run, before_commit)) if task.parts else None,

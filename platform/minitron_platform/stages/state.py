@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 
 from minitron import storage
+from minitron.data import source_identity as text_identity
 from minitron.device import compute_dtype
+from minitron.models import source_identity
 from minitron_platform.locations import Locations
-from minitron_platform.recipes.build import separates_documents
+from minitron_platform.recipes.build import all_text_sources, separates_documents
 from minitron_platform.recipes.keys import named_by_key
 from minitron_platform.recipes.schema import Member, Recipe
 from minitron_platform.stages.stage import Stage, StageOutput, StudentOutput
@@ -38,6 +41,19 @@ class RunState:
     """Outputs of the other stages, by the model's name, then the stage's."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Time that the finished stages took, by the fingerprint of their output."""
+
+    # Names on the hub are resolved once, so that the commits that are read are those of the fingerprints, whatever is pushed
+    # meanwhile.
+
+    @cached_property
+    def teacher_source(self) -> dict[str, Any]:
+        """Identity of the teacher's source, see `minitron.models.source_identity`."""
+        return source_identity(self.recipe.teacher.model, self.recipe.teacher.revision)
+
+    @cached_property
+    def texts(self) -> dict[str, dict[str, Any]]:
+        """Identities of the texts by their recipe keys, see `minitron.data.source_identity`."""
+        return {key: text_identity(source) for key, source in all_text_sources(self.recipe.data).items()}
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -12,7 +12,7 @@ from minitron.checkpoints.reading import read_config
 from minitron.checkpoints.tokenizer_files import check_tokenizer_fits
 from minitron.data import DocumentTokens, document_tokens
 from minitron.device import DTYPES
-from minitron.models import load_source, load_tokenizer, save_model, source_identity
+from minitron.models import load_source, load_tokenizer, save_model
 from minitron_platform.estimates.memory import teacher_memory
 from minitron_platform.estimates.node_memory import conversion_work
 from minitron_platform.estimates.outlook import Estimate, Outlook
@@ -54,9 +54,8 @@ class Teacher(Stage[TeacherOutput]):
         return "teacher.model"
 
     def inputs(self, state: RunState) -> dict[str, Any]:
-        teacher = state.recipe.teacher
         return {
-            "source": source_identity(teacher.model, teacher.revision),
+            "source": state.teacher_source,
             "dtype": str(state.compute_dtype).removeprefix("torch."),
         }
 
@@ -75,7 +74,7 @@ class Teacher(Stage[TeacherOutput]):
         teacher = context.recipe.teacher
         conversion = _Conversion(
             model=teacher.model,
-            revision=teacher.revision,
+            revision=context.teacher_source.get("revision", teacher.revision),
             dtype=str(context.compute_dtype).removeprefix("torch."),
             target=storage.join(folder, "model"),
         )
@@ -87,6 +86,7 @@ class _Conversion:
     model: str
     """A name on the hub, a folder or a file."""
     revision: str | None
+    """Of a name on the hub, a commit."""
     dtype: str
     target: str
     """Folder that the checkpoint is committed to."""

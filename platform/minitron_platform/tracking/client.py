@@ -17,6 +17,8 @@ from minitron_platform.tracking.flusher import create_database, prepare_mlflow, 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+SHOWN = 20  # names in an error
+
 
 class RegistryError(MinitronError):
     """The registry does not answer, or not as it should; later it may."""
@@ -79,7 +81,8 @@ def registered_model(client: MlflowClient, name: str) -> Any:
     if model is not None and model.name == name:  # some databases do not tell capitals from small letters
         return model
     known = [model.name for model in registered_models(client)]
-    remedy = f"choose one of: {', '.join(known)}"
+    more = f" and {len(known) - SHOWN:,} more, see `minitron models`" if len(known) > SHOWN else ""
+    remedy = f"choose one of: {', '.join(known[:SHOWN])}{more}"
     if not known:
         remedy = "no model is registered there: check the storage and MLflow's address, or run a recipe first"
     raise InputError(f"no model {name!r} is registered", remedy)
@@ -144,8 +147,9 @@ def versions_of(client: MlflowClient, name: str) -> list[Any]:
 
 def all_versions(client: MlflowClient) -> list[Any]:
     """The versions of all models, sorted by name, then newest first."""
-    versions = _all_pages(lambda token: client.search_model_versions(page_token=token))
-    return sorted(versions, key=lambda version: (version.name, -int(version.version)))
+    # in this order no page lacks a version that is changed meanwhile
+    order = ["name ASC", "version_number DESC"]
+    return _all_pages(lambda token: client.search_model_versions(order_by=order, page_token=token))
 
 
 def _all_pages(page: Callable[[str | None], Any]) -> list[Any]:

@@ -16,7 +16,7 @@ from minitron.architecture import Architecture
 from minitron.data import DocumentTokens
 from minitron_platform.locations import Locations
 from minitron_platform.recipes.load import load_recipe
-from minitron_platform.stages import calibrate, data, evaluate, state, teacher
+from minitron_platform.stages import calibrate, evaluate, state
 from minitron_platform.stages.evaluate import Figures
 from minitron_platform.stages.finished import run_key
 from minitron_platform.stages.order import steps
@@ -61,8 +61,8 @@ def fingerprints(monkeypatch):
     """A function that gives the fingerprints of a recipe's stages, as if each had left outputs with fixed values."""
     # besides the recipe they depend on the hardware's dtype, the files of teacher and text, and lm-eval's version
     monkeypatch.setattr(state, "compute_dtype", lambda name: torch.float32)
-    monkeypatch.setattr(teacher, "source_identity", lambda model, revision: "teacher")
-    monkeypatch.setattr(data, "source_identity", lambda source: "text")
+    monkeypatch.setattr(state, "source_identity", lambda model, revision: "teacher")
+    monkeypatch.setattr(state, "text_identity", lambda source: "text")
     monkeypatch.setattr(evaluate, "documents_identity", lambda path: "documents")
     monkeypatch.setattr(evaluate, "version", lambda package: "0.4")
 
