@@ -28,6 +28,7 @@ run: $(VENV)/.installed  ## SmolLM2-135M to about 90M parameters, on this machin
 # that crashes ends the tests; otherwise xdist waits for ever for the rest of its file.
 SPREAD := --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
+# By a pattern: pytest reads a folder that its testpaths name, whether it is ignored or not.
 test: $(VENV)/.installed  ## the tests of what happens on one machine, three files at a time
 	$(BIN)/python -m pytest -n 3 $(SPREAD) --ignore-glob 'tests/clusters/*'
 

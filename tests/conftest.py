@@ -83,6 +83,15 @@ def material(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Inputs of a search: distillation inputs with a trained teacher, the source that students are pruned from, and six
+    candidates."""
+    from helpers import searching
+
+    return searching.make_inputs(tmp_path_factory.mktemp("search"))
+
+
+@pytest.fixture(scope="module")
 def ray_here():
     """A private Ray with two CPUs that the runs of this process share, where each would start its own."""
     from minitron_platform.cluster.ray_session import ray_session

@@ -263,16 +263,22 @@ def test_the_doctor_looks_at_every_node_and_measures_between_them(cluster, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("least", "awaited"), [(None, 4), (3, 3)], ids=["fixed", "elastic"])
-def test_a_group_that_waits_for_room_says_for_what_and_gives_up_in_the_end(
-    cluster, tmp_path, monkeypatch, least, awaited
-):
-    monkeypatch.setattr(group_module, "LOOK_SECONDS", 0.2)
+@pytest.fixture
+def impatient(monkeypatch):
+    """A console and a list of its notes, where a run that waits for room looks five times a second and says so at once."""
     monkeypatch.setattr(watch, "LOOK_SECONDS", 0.2)
     monkeypatch.setattr(watch, "PATIENCE", 0.0)
-    console = Console()
-    notes = []
+    console, notes = Console(), []
     monkeypatch.setattr(console, "note", lambda text: notes.append(text() if text else None))
+    return console, notes
+
+
+@pytest.mark.parametrize(("least", "awaited"), [(None, 4), (3, 3)], ids=["fixed", "elastic"])
+def test_a_group_that_waits_for_room_says_for_what_and_gives_up_in_the_end(
+    cluster, tmp_path, monkeypatch, impatient, least, awaited
+):
+    monkeypatch.setattr(group_module, "LOOK_SECONDS", 0.2)
+    console, notes = impatient
     resources = ResolvedResources(1, 1, 0, 4, cpus_per_worker=1, gpus_per_worker=0, max_failures=1, least_workers=least)
     workers = Workers(
         console,
@@ -301,14 +307,10 @@ def until_file(path, part):
 
 
 def test_tasks_that_wait_for_room_say_for_what_and_give_up_in_the_end_and_those_that_run_may_take_longer(
-    cluster, tmp_path, monkeypatch
+    cluster, tmp_path, monkeypatch, impatient
 ):
     monkeypatch.setattr(parts, "LOOK_SECONDS", 0.2)
-    monkeypatch.setattr(watch, "LOOK_SECONDS", 0.2)
-    monkeypatch.setattr(watch, "PATIENCE", 0.0)
-    console = Console()
-    notes = []
-    monkeypatch.setattr(console, "note", lambda text: notes.append(text() if text else None))
+    console, notes = impatient
     options = {"max_failures": 0, "say": notes.append}
     end = tmp_path / "end"
     count = len(cluster.worker_nodes)

@@ -33,8 +33,8 @@ from minitron_search.limits import Limits
 if TYPE_CHECKING:
     from minitron_search.benchmarks import Benchmarks
 
-# Fields of `losses` that need intermediate states of the teacher, which are not stored.
 HELDOUT = "data.heldout"  # the recipe key of the held-out text's own source
+# Fields of `losses` that need intermediate states of the teacher, which are not stored.
 INTERMEDIATE = {"hidden", "hidden_loss", "embedding", "attention", "mlp_input", "alpha"}
 
 

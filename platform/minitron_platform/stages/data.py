@@ -193,10 +193,11 @@ def _packed(context: Context, target: str, parts: str) -> Rows:
     data = context.recipe.data
     tokens = (data.train_rows + data.heldout_rows) * data.seq_length
     here = context.workers.computes_here()
-    kinds = {source.kind for source in all_text_sources(data).values()}
+    sources = {key: _pinned(source, context.texts[key]) for key, source in all_text_sources(data).items()}
+    kinds = {source.kind for source in sources.values()}
     packing = _Packing(
         data=data,
-        sources={key: _pinned(source, context.texts[key]) for key, source in all_text_sources(data).items()},
+        sources=sources,
         teacher=context.output(Teacher).folder,
         target=target,
         parts=parts if _in_tasks(data) else None,

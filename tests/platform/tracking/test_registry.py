@@ -241,6 +241,15 @@ def protected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SplitR
             yield urlsplit(link), folder
 
 
+@pytest.fixture
+def signed_in(protected: tuple[SplitResult, Path], monkeypatch: pytest.MonkeyPatch) -> tuple[SplitResult, Path]:
+    """`protected`, with the password in MLflow's environment variables."""
+    link, _ = protected
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", str(link.username))
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", str(link.password))
+    return protected
+
+
 def test_the_ui_asks_everybody_for_the_password_that_its_owner_alone_can_read(
     protected: tuple[SplitResult, Path],
 ) -> None:
@@ -283,11 +292,9 @@ def test_a_password_that_others_can_read_or_wrote_is_refused(tmp_path: Path, mon
 
 
 def test_a_server_gets_the_weights_uploaded(
-    protected: tuple[SplitResult, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    signed_in: tuple[SplitResult, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    link, served = protected
-    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", str(link.username))
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", str(link.password))
+    link, served = signed_in
     address = f"http://{link.hostname}:{link.port}"
     source = weights(tmp_path / "weights", b"w" * 100_000)
     steps: list[tuple[int, int]] = []
@@ -346,12 +353,10 @@ def test_a_server_gets_the_weights_uploaded(
 
 
 def test_a_model_is_found_by_its_name_and_all_are_listed_at_once(
-    protected: tuple[SplitResult, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    signed_in: tuple[SplitResult, Path], tmp_path: Path
 ) -> None:
     """A server of a company holds thousands of models."""
-    link, folder = protected
-    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", str(link.username))
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", str(link.password))
+    link, folder = signed_in
     assert link.port
     with faulty_proxy(link.port) as proxy:
 
