@@ -33,7 +33,7 @@ test: $(VENV)/.installed  ## the tests of what happens on one machine, three fil
 	$(BIN)/python -m pytest -n 3 $(SPREAD) --ignore-glob 'tests/clusters/*'
 
 test-clusters: $(VENV)/.installed  ## jobs, workers and trials on clusters of several nodes, some of which are lost
-	$(BIN)/python -m pytest -n 3 $(SPREAD) tests/clusters
+	$(BIN)/python -m pytest -n 2 $(SPREAD) tests/clusters
 
 test-long: $(VENV)/.installed  ## the tests that take a minute or more each
 	$(BIN)/python -m pytest -m long

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
 import re
 import socket
+from contextlib import suppress
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from minitron.arguments import check_type
-from minitron.errors import InputError
+from minitron.errors import InputError, MinitronError
 from minitron.loopback import is_loopback
 from minitron.storage import redact
 
@@ -23,6 +25,21 @@ def answers(address: str, seconds: float) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine at which nothing listens now. They are none of those that the system gives to a program that asks
+    for any port, and none that Ray's workers take by default. Raises MinitronError if there are too few."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(20_000, 32_768), 200):  # unlike processes with the same seed
+        with suppress(OSError):
+            socket.create_server(("", port)).close()
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise MinitronError(
+        "no port is free between 20000 and 32767", "end what listens there: `ss -ltn` shows the ports in use"
+    )
 
 
 def check_jobs_address(address: Any) -> None:

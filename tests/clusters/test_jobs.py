@@ -11,8 +11,8 @@ import sys
 import tempfile
 import threading
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ import ray
 import s3fs
 from helpers.command import ROOT, minitron_here, run_minitron
 from helpers.s3_server import s3_server
-from helpers.submitting import RECIPE, TOKEN, Checkout, copy_packages, free_ports, python_path, wait_until
+from helpers.submitting import RECIPE, TOKEN, Checkout, copy_packages, python_path, wait_until
 
 from minitron.errors import InputError, MinitronError
 from minitron_platform import load_recipe
 from minitron_platform import submit as submit_recipe
+from minitron_platform.addresses import free_ports
 from minitron_platform.cluster.job_start import JobNeeds, checked, resume
 from minitron_platform.cluster.job_start import submit_text as submit
 from minitron_platform.cluster.jobs import exit_code, logs, status, stop
@@ -58,6 +59,43 @@ class Head:
     """Home of the head's processes; those of the other node have "node" inside it."""
 
 
+class Process:
+    """A process in a group of its own, which is started again if it ends: Ray gives the agents of a node 15 s to start."""
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
+        self.command, self.environment, self.log = command, environment, log
+        self.starts = 0
+        self._start()
+
+    def _start(self) -> None:
+        self.starts += 1
+        with self.log.open("w") as output:
+            self.process = subprocess.Popen(
+                self.command, env=self.environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def keep_running(self) -> None:
+        """Start it again if it has ended, at most twice."""
+        if self.process.poll() is not None:
+            assert self.starts < 3, self.log.read_text()
+            self._start()
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):  # it has ended
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def _state(head: Head, what: str) -> list[dict[str, Any]]:
+    """Records of Ray's state API."""
+    request = urllib.request.Request(
+        f"{head.address}/api/v0/{what}?limit=1000&detail=1", headers={"Authorization": f"Bearer {TOKEN}"}
+    )
+    with urllib.request.urlopen(request) as answer:
+        records: list[dict[str, Any]] = json.load(answer)["data"]["result"]["result"]
+    return records
+
+
 @pytest.fixture(scope="module")
 def s3() -> Iterator[dict[str, str]]:
     with s3_server() as settings:
@@ -75,56 +113,51 @@ def head(s3: dict[str, str]) -> Iterator[Head]:
         (Path(folder) / "token").write_text(TOKEN)
         (Path(folder) / "site").mkdir()
         (Path(folder) / "site" / "sitecustomize.py").write_text(NOT_INSTALLED)
-        gcs, dashboard, agent, client, node_agent = free_ports(5)
 
-        def start(name: str, home: Path, *command: str) -> Callable[[], None]:
-            """Start a process that ends with the fixture; returns a function that checks that it runs."""
+        def start(name: str, home: Path, *command: str) -> Process:
+            """Start a process that ends with the fixture."""
             home.mkdir(exist_ok=True)
-            log = home / f"{name}.log"
-            process = subprocess.Popen(
-                command,
-                env={
-                    **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
-                    **s3,
-                    "PATH": python_path(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"],
-                    "PYTHONPATH": os.pathsep.join(filter(None, [f"{folder}/site", os.environ.get("PYTHONPATH")])),
-                    "HOME": str(home),
-                    "RAY_AUTH_MODE": "token",
-                    "RAY_AUTH_TOKEN_PATH": f"{folder}/token",
-                    "MINITRON_RAY_FOLDER": f"{folder}/ray",
-                },
-                stdout=log.open("w"),
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            stack.callback(process.wait)
-            stack.callback(os.killpg, process.pid, signal.SIGKILL)
+            environment = {
+                **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+                **s3,
+                "PATH": python_path(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"],
+                "PYTHONPATH": os.pathsep.join(filter(None, [f"{folder}/site", os.environ.get("PYTHONPATH")])),
+                "HOME": str(home),
+                "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN_PATH": f"{folder}/token",
+                "MINITRON_RAY_FOLDER": f"{folder}/ray",
+            }
+            process = Process(command, environment, home / f"{name}.log")
+            stack.callback(process.kill)
+            return process
 
-            def check() -> None:
-                assert process.poll() is None, log.read_text()
-
-            return check
-
-        script = [str(ROOT / "clusters/local/start-head.sh"), "--address", ray.util.get_node_ip_address()]
-        script += ["--block", "--port", gcs, "--dashboard-port", dashboard]
-        ports = ["--dashboard-agent-listen-port", agent, "--ray-client-server-port", client]
-        check = start("head", Path(folder), *script, *ports, "--num-cpus", "0")
-        head = Head(f"http://127.0.0.1:{dashboard}", f"{folder}/token", Path(folder))
         with pytest.MonkeyPatch.context() as patch:
+            gcs, dashboard, agent, client, node_agent = map(str, free_ports(5))
+            head = Head(f"http://127.0.0.1:{dashboard}", f"{folder}/token", Path(folder))
             patch.setenv("RAY_AUTH_TOKEN_PATH", head.token_path)
+            script = [str(ROOT / "clusters/local/start-head.sh"), "--address", ray.util.get_node_ip_address()]
+            script += ["--block", "--port", gcs, "--dashboard-port", dashboard]
+            ports = ["--dashboard-agent-listen-port", agent, "--ray-client-server-port", client]
+            first = start("head", head.folder, *script, *ports, "--num-cpus", "0")
 
             def answers() -> bool:
-                check()
+                first.keep_running()
                 try:
                     return status(head.address) == []
                 except MinitronError:
                     return False
 
             wait_until(answers, "the head answers")
-        own = ["--dashboard-agent-listen-port", node_agent, "--num-cpus", "2"]
-        # otherwise it would delete the files of jobs that do not run on it from the head's folder
-        own += ["--temp-dir", f"{folder}/node/ray"]
-        start("node", head.folder / "node", "ray", "start", "--block", "--address", f"127.0.0.1:{gcs}", *own)
+            join = ["ray", "start", "--block", "--address", f"127.0.0.1:{gcs}", "--num-cpus", "2"]
+            # otherwise it would delete the files of jobs that do not run on it from the head's folder
+            join += ["--dashboard-agent-listen-port", node_agent, "--temp-dir", f"{folder}/node/ray"]
+            node = start("node", head.folder / "node", *join)
+
+            def joined() -> bool:
+                node.keep_running()
+                return "ALIVE" in [record["state"] for record in _state(head, "nodes") if not record["is_head_node"]]
+
+            wait_until(joined, "the node with CPUs has joined")
         yield head
 
 
@@ -276,16 +309,6 @@ def test_a_job_runs_the_code_that_was_sent(as_user: Head, checkout: Checkout) ->
         assert f"driver {value} worker {value} (2.0, 0.0)" in output
         hashes.append(row.code)
     assert hashes[0] != hashes[1]
-
-
-def _state(head: Head, what: str) -> list[dict[str, Any]]:
-    """Records of Ray's state API."""
-    request = urllib.request.Request(
-        f"{head.address}/api/v0/{what}?limit=1000&detail=1", headers={"Authorization": f"Bearer {TOKEN}"}
-    )
-    with urllib.request.urlopen(request) as answer:
-        records: list[dict[str, Any]] = json.load(answer)["data"]["result"]["result"]
-    return records
 
 
 def test_a_recipe_runs_as_a_job_on_a_cluster_whose_head_loads_no_model(

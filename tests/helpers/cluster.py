@@ -13,6 +13,7 @@ from ray._private.authentication.authentication_token_setup import maybe_enable_
 from ray.cluster_utils import Cluster
 
 from minitron_platform.cluster import ray_session as local_ray
+from minitron_platform.cluster.late_agents import agents_may_be_late
 from minitron_search import private_ray
 from minitron_search.shutdown import shutdown_ray
 
@@ -20,7 +21,11 @@ from minitron_search.shutdown import shutdown_ray
 @contextmanager
 def two_nodes(**settings: str) -> Iterator[Cluster]:
     """Start the cluster and connect to it. settings: further environment variables for its processes."""
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="mt-", dir="/tmp") as folder:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryDirectory(prefix="mt-", dir="/tmp") as folder,
+        agents_may_be_late(),
+    ):
         # the token of this process's private Rays, because Ray keeps the first token that it reads
         for name, value in {**local_ray._private_settings(), "RAY_TMPDIR": folder, **settings}.items():
             patch.setenv(name, value)
@@ -28,8 +33,9 @@ def two_nodes(**settings: str) -> Iterator[Cluster]:
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         head = {"num_cpus": 0, "memory": 0, "include_dashboard": False}
         quick = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000}
-        made = Cluster(initialize_head=True, head_node_args={**head, "_system_config": quick})
+        made = Cluster()
         try:
+            made.add_node(**head, _system_config=quick)
             for _ in range(2):
                 made.add_node(num_cpus=1)
             ray.init(address=made.address, log_to_driver=False)

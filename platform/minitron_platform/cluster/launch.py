@@ -25,7 +25,7 @@ from ray.exceptions import RpcError
 
 from minitron.environment import environment_variables
 from minitron.errors import InputError, MinitronError
-from minitron_platform.addresses import answers
+from minitron_platform.addresses import answers, free_ports
 from minitron_platform.cluster.ray_node import RayNode, end, ray_node, start
 from minitron_platform.cluster.ray_session import QUIET
 from minitron_platform.cluster.tokens import auth_token
@@ -168,7 +168,7 @@ def _head_arguments(node: JobNode) -> list[str]:
     host = socket.gethostbyname(node.head)
     # some systems give a machine's own name an address of the loopback interface, which others could not reach
     own = [] if host.startswith("127.") else ["--node-ip-address", host]
-    ports = ["--port", str(node.port), "--ray-client-server-port", free_port()]
+    ports = ["--port", str(node.port), "--ray-client-server-port", str(*free_ports(1))]
     return ["--head", "--num-cpus", "0", "--num-gpus", "0", "--dashboard-host", "127.0.0.1", *ports, *_agent(), *own]
 
 
@@ -198,13 +198,8 @@ def _check_head(node: JobNode) -> None:
 
 
 def _agent() -> list[str]:
-    return ["--dashboard-agent-listen-port", free_port()]  # Ray's default is one port for all nodes of a machine
-
-
-def free_port() -> str:
-    """A port of this machine at which nobody listens now."""
-    with socket.create_server(("", 0)) as server:
-        return str(server.getsockname()[1])
+    # Ray's default is one port for all nodes of a machine
+    return ["--dashboard-agent-listen-port", str(*free_ports(1))]
 
 
 class _HeadJoined:

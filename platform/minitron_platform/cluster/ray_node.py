@@ -45,8 +45,8 @@ class RayNode:
         return self._process.poll() is not None
 
     def check(self) -> None:
-        """Start the node again if it could not start: Ray gives it 30 s, which a busy machine may exceed. Raises MinitronError
-        with the end of Ray's output if it has started and ended, or could not start three times."""
+        """Start the node again if it could not start: Ray gives its agents 15 s, which a busy machine may exceed. Raises
+        MinitronError with the end of Ray's output if it has started and ended, or could not start three times."""
         if not self.has_ended:
             return
         output = self._log.read_text(errors="replace")

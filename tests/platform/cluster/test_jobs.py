@@ -18,9 +18,10 @@ import pytest
 import ray
 from helpers.command import ROOT
 from helpers.serving import serving
-from helpers.submitting import PLACES, RECIPE, TOKEN, Checkout, copy_packages, free_ports, wait_until
+from helpers.submitting import PLACES, RECIPE, TOKEN, Checkout, copy_packages, wait_until
 
 from minitron.errors import InputError, MinitronError
+from minitron_platform.addresses import free_ports
 from minitron_platform.cluster import packaging
 from minitron_platform.cluster.job_start import entrypoint_for
 from minitron_platform.cluster.job_start import submit_text as submit
@@ -172,7 +173,7 @@ def short_path() -> Iterator[Path]:
 def own_ports() -> list[str]:
     """Options of start-head.sh: ports at which no other Ray of this machine listens."""
     options = ("--port", "--dashboard-port", "--ray-client-server-port")
-    return [word for pair in zip(options, free_ports(3), strict=True) for word in pair]
+    return [word for pair in zip(options, map(str, free_ports(3)), strict=True) for word in pair]
 
 
 def test_a_head_listens_on_loopback_and_keeps_its_session_where_no_other_user_can_enter(short_path: Path) -> None:
@@ -272,7 +273,7 @@ def test_a_local_head_ends_alone(short_path: Path) -> None:
 )
 def test_what_a_head_cannot_start_with_is_one_error(short_path: Path, options: list[str], problem: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        names = {"TAKEN": str(server.getsockname()[1]), "FREE": free_ports(1)[0]}
+        names = {"TAKEN": str(server.getsockname()[1]), "FREE": str(free_ports(1)[0])}
         for name, port in names.items():
             options = [option.replace(name, port) for option in options]
             problem = problem.replace(name, port)
