@@ -121,7 +121,7 @@ def _facts(address: str, row: JobRow, insecure: bool) -> dict[str, Any]:
         "name": row.name,
         "status": row.status,
         "stage": at.stage,
-        "progress": at.status,
+        "progress": at.status or (row.message if row.status == "PENDING" else ""),
         "reason": row.reason,
         "started": row.started,
         "ended": row.ended,

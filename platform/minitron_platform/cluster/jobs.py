@@ -18,7 +18,7 @@ from minitron.errors import InputError, MinitronError
 from minitron_platform.cluster.job_log import Progress, progress, stage_log
 from minitron_platform.cluster.job_rows import ENDED, JobRow, find_job, job_rows
 from minitron_platform.cluster.job_start import STOP_SECONDS
-from minitron_platform.cluster.jobs_api import connect, head_errors
+from minitron_platform.cluster.jobs_api import connect, head_errors, said
 
 STOP_WAIT = STOP_SECONDS + 20.0  # seconds
 RECONNECTIONS = 10  # to a log, one after another
@@ -38,10 +38,14 @@ def status(address: str, submission_id: str | None = None, *, insecure: bool = F
 
 
 def job_progress(address: str, row: JobRow, *, insecure: bool = False) -> Progress:
-    """The stage that a run is at, from its log. Raises what `status` raises."""
+    """The stage that a run is at, from its log; a status that says why if its node is gone or the log is no text, which must
+    not hide what is known of other runs. Raises what `status` raises."""
     client = connect(address, insecure)
-    with head_errors(address):
-        return progress(client.get_job_logs(row.submission_id))
+    try:
+        log = client.get_job_logs(row.submission_id)
+    except (OSError, RuntimeError) as error:
+        return Progress("", f"its log cannot be read: {said(error)}")
+    return progress(log)
 
 
 def logs(

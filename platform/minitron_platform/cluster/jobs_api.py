@@ -80,6 +80,15 @@ def head_errors(address: str) -> Iterator[None]:
         ) from error
     except RuntimeError as error:
         raise MinitronError(
-            f"{address}: {str(error).strip().splitlines()[0][:500]}",
+            f"{address}: {said(error)}",
             "check that this is the dashboard of a Ray head with the same version of Ray as here, and its logs",
         ) from error
+
+
+def said(error: Exception) -> str:
+    """An error of Ray's client as one line. Of a traceback on the cluster only the end names what is wrong."""
+    lines = [line for line in str(error).splitlines() if line.strip(" .")]
+    if not lines:
+        return type(error).__name__
+    first, traceback, _ = lines[0].partition("Traceback (most recent call last)")
+    return (first + lines[-1] if traceback else lines[0]).strip()[:500]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from helpers.command import ROOT
+from helpers.command import ROOT, minitron_here
 from helpers.serving import serving
 from helpers.submitting import PLACES, RECIPE, TOKEN, Checkout, copy_packages, wait_until
 
@@ -114,6 +114,49 @@ def test_a_head_that_cannot_start_jobs_yet_is_asked_again(without_token: None) -
         client = connect(f"http://127.0.0.1:{head.server_port}", insecure=False)
         assert client.submit_job(entrypoint="true") == "first"
     assert not answers
+
+
+def test_a_run_whose_log_cannot_be_read_does_not_hide_the_others(without_token: None, tmp_path: Path) -> None:
+    """As that of a run whose node is gone, or that has printed bytes that are no UTF-8."""
+    names = ("waiting", "whole", "broken")
+
+    def job(name: str) -> dict[str, object]:
+        known = {"type": "SUBMISSION", "entrypoint": "true", "metadata": {"minitron.run": name}}
+        known |= {"status": "PENDING", "message": "no CPUs"} if name == "waiting" else {"status": "RUNNING"}
+        return {**known, "submission_id": f"{name}-0-a1", "start_time": 1000 + names.index(name)}
+
+    class Head(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path.endswith("/broken-0-a1/logs"):
+                self._send(500, "Traceback (most recent call last):\n  File …\nUnicodeDecodeError: byte 0xff\n.")
+            elif self.path.endswith("/logs"):
+                self._send(200, {"logs": "✓ teacher  done\n" if "whole" in self.path else ""})
+            elif self.path.endswith("/jobs/"):
+                self._send(200, [job(name) for name in names])
+            else:
+                self._send(200, {"version": "4", "ray_version": ray.__version__, "ray_commit": "", "session_name": ""})
+
+        def _send(self, code: int, content: object) -> None:
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write((content if isinstance(content, str) else json.dumps(content)).encode())
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Head)) as head:
+        address = f"http://127.0.0.1:{head.server_port}"
+        listed = minitron_here("jobs", "--json", "--address", address, cwd=tmp_path)
+        log = minitron_here("logs", "broken", "--address", address, cwd=tmp_path)
+    broken, whole, waiting = json.loads(listed.stdout)
+    assert (whole["job"], whole["stage"], whole["progress"]) == ("whole-0-a1", "teacher", "done")
+    assert (waiting["stage"], waiting["progress"]) == ("", "no CPUs")  # as `minitron jobs` shows it
+    assert broken["status"] == "RUNNING"
+    assert (
+        broken["progress"]
+        == "its log cannot be read: Request failed with status code 500: UnicodeDecodeError: byte 0xff"
+    )
+    assert "status code 500: UnicodeDecodeError: byte 0xff\n" in log.stderr
 
 
 @pytest.mark.parametrize("key", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "my_password", "RAY_AUTH_TOKEN"])
