@@ -260,6 +260,12 @@ def test_what_has_killed_a_run_is_named_and_a_name_means_the_job_that_was_active
     assert "more than one job has this name" in minitron("stop", "several").stderr
 
 
+def test_what_has_kept_a_cluster_from_its_check_is_not_printed_as_its_findings(as_user: Head, tmp_path: Path) -> None:
+    failed = minitron_here("doctor", "--json", "--storage", "/tmp/a?b", "--address", as_user.address, cwd=tmp_path)
+    assert (failed.returncode, failed.stdout) == (2, "")  # no JSON, so that a program reads nothing instead of a log
+    assert "error: storage '/tmp/a?b': contains '?'" in failed.stderr
+
+
 def test_a_cluster_that_lacks_a_package_is_refused_before_anything_is_submitted(as_user: Head) -> None:
     with pytest.raises(InputError, match=r"gcsfs is missing, >=[\d.]+ is needed") as refusal:
         checked(JobNeeds("image", extras=("gcs",)), address=as_user.address)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
+from minitron.text import printable_log
 from minitron_platform.cli.options import INSECURE_HELP, STORAGE_HELP, TRACKING_HELP
 from minitron_platform.console import Console, echo
 
 if TYPE_CHECKING:
     from minitron_platform.doctor.finding import Finding
 
+PRINTED_JSON = re.compile(
+    r"^\[$.*?^\]$", re.MULTILINE | re.DOTALL
+)  # in a log that has lines of Ray and of libraries too
 COLOURS = {"ok": "green", "warning": "yellow", "failed": "red", "skipped": "dim"}
 
 
@@ -129,6 +134,7 @@ def _as_job(address: str, insecure: bool, storage_path: str | None, tracking_uri
     )
     if as_json:
         log = "".join(logs(address, job, follow=True, insecure=insecure))
-        click.echo(log[log.find("\n[") + 1 :], nl=False)
+        found = PRINTED_JSON.search(log)
+        click.echo(found[0] if found else printable_log(log), err=not found)  # without findings the log says why
         return exit_code(address, job, insecure=insecure)
     return follow_job(address, job, insecure=insecure)
