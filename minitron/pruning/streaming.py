@@ -63,6 +63,7 @@ def prune_checkpoint(
         dtype=dtype,
         shard_bytes=shard_bytes,
         progress=progress,
+        new=True,
     )
 
 
@@ -77,10 +78,11 @@ def write_pruned(
     dtype: torch.dtype | None = None,
     shard_bytes: int = 2**30,
     progress: Callable[[int, int], None] | None = None,
+    new: bool = False,
     before_commit: Callable[[], None] = lambda: None,
 ) -> None:
-    """`prune_checkpoint` to an `address` where there may be files of an earlier attempt that was not completed. before_commit:
-    as in `minitron.storage.committed_folder`."""
+    """`prune_checkpoint` to an `address` where there may be files of an earlier attempt that was not completed. new,
+    before_commit: as in `minitron.storage.committed_folder`."""
     check_type("architecture", architecture, Architecture, "an Architecture")
     check_type("scores", scores, ImportanceScores, "ImportanceScores")
     if dtype is not None:
@@ -108,7 +110,7 @@ def write_pruned(
         read = merged_source(read, base, architecture, selection, scores, merge_heads)
     total = len(base.outer_parameters) + architecture.num_layers * len(base.layer_parameters)
     note = {"architecture": architecture.to_dict(), "layers": selection.layers, "scores": scores.provenance}
-    with storage.committed_folder(address, note, before_commit=before_commit) as staging:
+    with storage.committed_folder(address, note, new=new, before_commit=before_commit) as staging:
         writer = ShardWriter(staging, shard_bytes)
         for done, (name, tensor) in enumerate(sliced_tensors(read, base, architecture, selection), start=1):
             for stored, part in checkpoint.stored(name, tensor):

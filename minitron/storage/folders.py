@@ -31,13 +31,18 @@ from minitron.storage.ranges import check_entry
 
 @contextmanager
 def committed_folder(
-    target: str, note: dict[str, Any] | None = None, *, before_commit: Callable[[], None] = lambda: None
+    target: str,
+    note: dict[str, Any] | None = None,
+    *,
+    new: bool = False,
+    before_commit: Callable[[], None] = lambda: None,
 ) -> Iterator[Path]:
     """Yield a temporary local folder; on exit without an error, publish it at `target`, its manifest last.
 
     note: JSON value stored in the manifest. before_commit: called before anything is written at `target`; it may raise a
-    MinitronError to prevent that. If another process publishes `target` in the meantime, its folder is kept. Raises
-    StorageError for a local folder that is there already, is not empty and has no manifest: nobody knows whose it is.
+    MinitronError to prevent that. If another process publishes `target` in the meantime, its folder is kept; with `new` that
+    is a StorageError, for a name that the user has chosen, where another result may be in it. Raises StorageError for a local
+    folder that is there already, is not empty and has no manifest: nobody knows whose it is.
     """
     with disk_errors(target):
         if is_local(target) and _is_foreign(local_path(target)):
@@ -49,7 +54,9 @@ def committed_folder(
         try:
             yield temporary
             before_commit()
-            publish(temporary, target, upload(temporary, target), note)
+            if new and not is_local(target) and is_committed(target):
+                raise StorageError(f"{target}: someone else has made this folder meanwhile", "give another folder")
+            publish(temporary, target, upload(temporary, target), note, new=new)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -91,12 +98,14 @@ def upload(
     return entries
 
 
-def publish(temporary: Path, target: str, files: dict[str, Any], note: dict[str, Any] | None = None) -> None:
-    """Commit a staging folder whose files are uploaded, by writing the manifest."""
+def publish(
+    temporary: Path, target: str, files: dict[str, Any], note: dict[str, Any] | None = None, *, new: bool = False
+) -> None:
+    """Commit a staging folder whose files are uploaded, by writing the manifest. new: as in `committed_folder`."""
     manifest = json.dumps({"files": files, "note": note or {}}, indent=1, sort_keys=True) + "\n"
     if is_local(target):
         (temporary / MANIFEST).write_text(manifest)
-        _publish(temporary, local_path(target))
+        _publish(temporary, local_path(target), new)
     else:
         write_bytes(join(target, MANIFEST), manifest.encode())
 
@@ -122,13 +131,13 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _publish(temporary: Path, target: Path) -> None:
+def _publish(temporary: Path, target: Path, new: bool) -> None:
     try:
         os.rename(temporary, target)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        if _is_foreign(target):
+        if new or _is_foreign(target):
             kept = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}")
             os.rename(temporary, kept)
             raise StorageError(

@@ -215,7 +215,7 @@ def _prune_in_memory(
         student = prune_model(loaded, target, scores, layers=kept, merge_heads=sign)
         console.status("writing")
         with storage.committed_folder(
-            out, {"architecture": target.to_dict(), "layers": kept, "scores": scores.provenance}
+            out, {"architecture": target.to_dict(), "layers": kept, "scores": scores.provenance}, new=True
         ) as folder:
             save_model(student, tokenizer, folder)
 

@@ -6,6 +6,7 @@ the SHA-256 of its manifest, and the manifest that of every file, so that the co
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -34,6 +35,7 @@ from minitron.storage import (
     verify,
     write_bytes,
 )
+from minitron.storage.private import lock_file
 from minitron.storage.ranges import read_ranges
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 MANIFEST_TAG = "minitron.manifest_sha256"
 PATH_TAG = "minitron.storage_path"  # path of the weights relative to the storage
 CARD = "README.md"  # the model card beside the weights, which is not part of their identity
+LOCK = ".lock"  # in the folder of an unfinished copy
 PIECE = 8 * 2**20  # bytes of a request
 AT_ONCE = 8  # requests for pieces of a file at the same time
 UPLOADED = "models:/"  # how the address of a logged model starts
@@ -135,7 +138,7 @@ def _resumed_folder(target: str, files: dict[str, Any]) -> Iterator[Path]:
     """As `committed_folder`, but what an interrupted call for the same files has left is used: beside a local target, in a
     hidden folder that is named after their hashes."""
     if not is_local(target):
-        with committed_folder(target) as folder:
+        with committed_folder(target, new=True) as folder:
             yield folder
         return
     final = local_path(target)
@@ -144,18 +147,43 @@ def _resumed_folder(target: str, files: dict[str, Any]) -> Iterator[Path]:
         part.mkdir(parents=True, exist_ok=True)
         if part.is_symlink():
             raise StorageError(f"{part}: is a link", "delete it")
-        try:
-            yield part
-            for file in [path for path in part.rglob("*") if path.is_file()]:
-                if str(file.relative_to(part)) not in files:  # half a file, under a temporary name
-                    file.unlink()
-            with committed_folder(target) as folder:
-                for path in part.iterdir():
+        with _alone(part, target):
+            yield from _filled(part, target, files)
+
+
+def _filled(part: Path, target: str, files: dict[str, Any]) -> Iterator[Path]:
+    """Yield `part`, and publish at `target` what is in it then."""
+    try:
+        yield part
+        for file in [path for path in part.rglob("*") if path.is_file()]:
+            if str(file.relative_to(part)) not in {LOCK, *files}:  # half a file, under a temporary name
+                file.unlink()
+        with committed_folder(target, new=True) as folder:
+            for path in part.iterdir():
+                if path.name != LOCK:
                     os.rename(path, folder / path.name)
+            (part / LOCK).unlink()
             part.rmdir()
-        except AlteredError:
-            shutil.rmtree(part, ignore_errors=True)
-            raise
+    except AlteredError:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _alone(part: Path, target: str) -> Iterator[None]:
+    """Raise StorageError if another process fills the folder `part`: two would append to the same files."""
+    with lock_file(part / LOCK) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_free = os.path.samestat((part / LOCK).stat(), os.fstat(lock))
+        except (BlockingIOError, FileNotFoundError):  # the other one has just published it
+            is_free = False
+        if not is_free:
+            raise StorageError(
+                f"{target}: another process is copying the same weights to it",
+                "wait until it has ended, or give another folder",
+            )
+        yield
 
 
 @contextmanager

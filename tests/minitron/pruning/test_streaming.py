@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from minitron import prune, storage
-from minitron.errors import InputError
+from minitron.errors import InputError, StorageError
 from minitron.importance import LayerScoring, estimate_importance
 from minitron.models import load_model, load_tokenizer, save_model
 from minitron.pruning.iterative import prune_in_steps, shapes_between
@@ -150,6 +150,22 @@ def test_an_existing_folder_is_not_changed(tmp_path):
     with pytest.raises(InputError, match="out exists"):
         prune_checkpoint(tmp_path / "model", tmp_path / "out", target, scores)
     assert (tmp_path / "out/precious").read_text() == "here"
+
+
+def test_a_model_is_not_lost_to_another_that_was_written_to_the_same_folder_meanwhile(tmp_path):
+    _, target, scores = on_disk(tmp_path / "model")
+    model, out = tmp_path / "model", tmp_path / "out"
+    smaller = replace(target, num_layers=target.num_layers - 1)
+
+    def other(done, total):
+        if done == total:
+            prune_checkpoint(model, out, smaller, scores)
+
+    with pytest.raises(StorageError, match="someone else has made this folder meanwhile; the result is in") as caught:
+        prune_checkpoint(model, out, target, scores, progress=other)
+    kept = caught.value.problem.rsplit(" ", 1)[1]
+    layers = [storage.manifest(str(folder))["note"]["architecture"]["num_layers"] for folder in (out, kept)]
+    assert layers == [smaller.num_layers, target.num_layers]
 
 
 def test_unreadable_checkpoints_are_refused_and_named(tmp_path):

@@ -459,6 +459,35 @@ def test_models_pull_goes_on_in_the_middle_of_a_file(
     assert sum(end - start for start, end in read) == len(content) - first + (len(content) if left != "a part" else 0)
 
 
+def test_two_copies_of_a_model_to_one_folder_at_once_do_not_spoil_each_other(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        add(uri, tmp_path / name, name)
+    out = tmp_path / "out"
+    refused: list[str] = []
+    started: list[str] = []
+
+    def read_ranges(path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes | bytearray]:
+        if not started:
+            started.append(path)
+            with pytest.raises(StorageError) as caught:
+                pull(uri, NAME, str(out), version="2")
+            refused.append(caught.value.problem)
+            pull(uri, NAME, str(out), version="1")  # other weights, which are there first
+        return storage_ranges.read_ranges(path, ranges)
+
+    monkeypatch.setattr(version_weights, "read_ranges", read_ranges)
+    with pytest.raises(StorageError, match="someone else has made this folder meanwhile; the result is in") as caught:
+        pull(uri, NAME, str(out), version="2")
+    assert refused == [f"{out}: another process is copying the same weights to it"]
+    kept = caught.value.problem.rsplit(" ", 1)[1]
+    for folder, source in ((out, "one"), (kept, "two")):
+        verify(str(folder))
+        assert manifest(str(folder))["files"] == manifest(str(tmp_path / source))["files"]
+    assert not list(tmp_path.glob(".out.*"))
+
+
 def test_the_ui_refuses_other_machines_and_ports_in_use(uri: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"(?s)0\.0\.0\.0.*--insecure"):
         serve(uri, str(tmp_path), host="0.0.0.0")
