@@ -28,6 +28,7 @@ from minitron.errors import InputError, MinitronError
 from minitron_platform import load_recipe
 from minitron_platform import submit as submit_recipe
 from minitron_platform.addresses import free_ports
+from minitron_platform.cluster import jobs
 from minitron_platform.cluster.job_start import JobNeeds, checked, resume
 from minitron_platform.cluster.job_start import submit_text as submit
 from minitron_platform.cluster.jobs import exit_code, logs, status, stop
@@ -234,6 +235,22 @@ def test_a_job_runs_once_at_a_time_and_can_be_followed_and_stopped_by_its_name(
         status(address, "sleepy")
     assert first in refusal.value.remedy
     assert second in refusal.value.remedy
+
+
+def test_a_run_that_waits_for_room_ends_as_soon_as_it_starts_once_it_was_stopped(
+    as_user: Head, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, both = as_user.address, JobNeeds(driver_cpus=2)
+    first = submit(RECIPE, name="first", address=address, entrypoint="sleep 600", needs=both)
+    wait_until(lambda: status(address, first)[0].status == "RUNNING", "the first job has both CPUs")
+    second = submit(RECIPE, name="second", address=address, entrypoint="sleep 600", needs=both)
+    with monkeypatch.context() as hasty, pytest.raises(MinitronError, match="has not started") as refusal:
+        hasty.setattr(jobs, "STOP_WAIT", 2.0)
+        stop(address, second)
+    assert "it ends as soon as it starts" in refusal.value.remedy
+    assert stop(address, first) == "STOPPED"
+    wait_until(lambda: not status(address, second)[0].is_active, "the second job has ended")
+    assert status(address, second)[0].status == "STOPPED"
 
 
 def test_what_has_killed_a_run_is_named_and_a_name_means_the_job_that_was_active(as_user: Head, tmp_path: Path) -> None:

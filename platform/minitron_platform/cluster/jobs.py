@@ -109,6 +109,11 @@ def stop(address: str, submission_id: str, *, insecure: bool = False) -> str:
         while state not in ENDED and time.monotonic() < deadline:
             time.sleep(0.3)
             state = client.get_job_status(row.submission_id).value
+        if state == "PENDING":  # Ray stops no command that it has not started yet
+            raise MinitronError(
+                f"{row.submission_id} has not started, so that it cannot end yet: it waits for resources or its environment",
+                "nothing more is to be done: it ends as soon as it starts, or once Ray gives it up, after 15 minutes by default",
+            )
         if state not in ENDED:
             raise MinitronError(
                 f"{row.submission_id} is still {state.lower()}, {STOP_WAIT:g} s after it was told to stop",
