@@ -244,9 +244,10 @@ def test_a_run_that_waits_for_room_ends_as_soon_as_it_starts_once_it_was_stopped
     first = submit(RECIPE, name="first", address=address, entrypoint="sleep 600", needs=both)
     wait_until(lambda: status(address, first)[0].status == "RUNNING", "the first job has both CPUs")
     second = submit(RECIPE, name="second", address=address, entrypoint="sleep 600", needs=both)
-    with monkeypatch.context() as hasty, pytest.raises(MinitronError, match="has not started") as refusal:
+    with monkeypatch.context() as hasty:
         hasty.setattr(jobs, "STOP_WAIT", 2.0)
-        stop(address, second)
+        with pytest.raises(MinitronError, match="has not started") as refusal:
+            stop(address, second)
     assert "it ends as soon as it starts" in refusal.value.remedy
     assert stop(address, first) == "STOPPED"
     wait_until(lambda: not status(address, second)[0].is_active, "the second job has ended")

@@ -112,7 +112,7 @@ def stop(address: str, submission_id: str, *, insecure: bool = False) -> str:
         if state == "PENDING":  # Ray stops no command that it has not started yet
             raise MinitronError(
                 f"{row.submission_id} has not started, so that it cannot end yet: it waits for resources or its environment",
-                "nothing more is to be done: it ends as soon as it starts, or once Ray gives it up, after 15 minutes by default",
+                "do nothing more: it ends as soon as it starts, or when Ray gives it up, after 15 minutes by default",
             )
         if state not in ENDED:
             raise MinitronError(

@@ -13,6 +13,8 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+from minitron.errors import StorageError
+
 log = logging.getLogger(__name__)
 
 ARTIFACTS = "artifacts"  # folder beside our databases for the artifacts of new experiments
@@ -30,8 +32,22 @@ def update_addresses(database: Path) -> None:
 
     Nothing is changed unless the artifacts are beside the database; a copy of the database alone, such as a backup, keeps its
     addresses. The former folder is known from experiments whose artifacts were moved with the database. Addresses outside that
-    folder do not change, nor those of files that were not moved.
+    folder do not change, nor those of files that were not moved. A database that this user can only read is read as it is.
+    Raises StorageError for one that cannot be updated for another reason, such as a full disk or a lock.
     """
+    try:
+        _update(database)
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_READONLY:  # the low byte; the others say why
+            log.warning("%s was moved, and cannot be written: it has addresses in the former folder", database)
+            return
+        raise StorageError(
+            f"{database} was moved, and the addresses in it cannot be updated ({error})",
+            "free some disk space, or end what is using it, and run the command again",
+        ) from error
+
+
+def _update(database: Path) -> None:
     here = str(database.parent)
     if not (database.parent / ARTIFACTS).is_dir():
         return

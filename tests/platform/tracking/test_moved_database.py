@@ -67,3 +67,16 @@ def test_another_path_to_the_same_folder_is_not_a_move(store, tmp_path, caplog):
         update_addresses(tmp_path / "link" / "mlflow.db")
     assert _addresses(store) == before
     assert caplog.text == ""
+
+
+def test_a_moved_database_that_cannot_be_written_is_read_as_it_is(store, tmp_path, caplog):
+    """As of a storage that is mounted elsewhere to be read alone."""
+    before = _addresses(store)
+    here = store.rename(tmp_path / "elsewhere")
+    with open(here / "mlflow.db", "r+b") as file:
+        file.seek(18)
+        file.write(bytes([3]))  # a version of the format that this SQLite reads, but does not write
+    with caplog.at_level(logging.WARNING):
+        update_addresses(here / "mlflow.db")
+    assert "cannot be written: it has addresses in the former folder" in caplog.text
+    assert _addresses(here) == before
