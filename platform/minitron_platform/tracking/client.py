@@ -38,6 +38,8 @@ def open_registry(tracking_uri: str, *, create: bool = False) -> Iterator[Mlflow
         )
     prepare_mlflow(tracking_uri)
     remedy = "check that the server is running and that the address is correct"
+    if database is not None:
+        remedy = "check that this user can write the file and its folder, and that the disk is not full"
     try:
         check_database(tracking_uri)
     except ConnectionError as error:
@@ -53,7 +55,9 @@ def open_registry(tracking_uri: str, *, create: bool = False) -> Iterator[Mlflow
             raise InputError(
                 f"MLflow at {redact(tracking_uri)}: {redact(str(error))}", "change the value in the message"
             ) from error
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        # SQLAlchemy's remark on when it sent a statement comes before what the database answered
+        lines = [line for line in str(error).splitlines() if not line.startswith("(raised as a result of ")]
+        reason = (lines or [type(error).__name__])[0][:300]
         raise RegistryError(f"MLflow at {redact(tracking_uri)}: {redact(reason)}", remedy) from error
 
 

@@ -28,6 +28,7 @@ from minitron.storage import ranges as storage_ranges
 from minitron_platform.cli.commands import main
 from minitron_platform.locations import resolve_locations
 from minitron_platform.tracking import version_weights
+from minitron_platform.tracking.client import RegistryError, open_registry, registered_version
 from minitron_platform.tracking.logged_models import ModelFigures
 from minitron_platform.tracking.moves import promote, rollback
 from minitron_platform.tracking.registry import models, pull, register
@@ -486,6 +487,24 @@ def test_two_copies_of_a_model_to_one_folder_at_once_do_not_spoil_each_other(
         verify(str(folder))
         assert manifest(str(folder))["files"] == manifest(str(tmp_path / source))["files"]
     assert not list(tmp_path.glob(".out.*"))
+
+
+def test_a_change_in_a_database_that_cannot_be_written_says_so(uri: str, tmp_path: Path) -> None:
+    add(uri, tmp_path / "one", "one")
+    database = tmp_path / "read-only.db"
+    content = bytearray(Path(uri.removeprefix("sqlite:///")).read_bytes())
+    content[18] = 3  # a version of the format that this SQLite reads, but does not write
+    database.write_bytes(content)
+    with open_registry(f"sqlite:///{database}") as client:
+        assert registered_version(client, NAME, "1").version == 1
+    for change in (
+        lambda client: client.delete_model_version(NAME, "1"),
+        lambda client: client.set_registered_model_alias(NAME, "champion", "1"),
+    ):
+        refused = pytest.raises(RegistryError, match="attempt to write a readonly database")
+        with refused as caught, open_registry(f"sqlite:///{database}") as client:
+            change(client)
+        assert "check that this user can write the file" in caught.value.remedy
 
 
 def test_the_ui_refuses_other_machines_and_ports_in_use(uri: str, tmp_path: Path) -> None:
