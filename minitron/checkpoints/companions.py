@@ -8,6 +8,7 @@ from pathlib import Path
 from minitron.errors import InputError
 from minitron.files import is_part_of
 
+LICENCES = ("LICENSE*", "NOTICE*")
 COMPANIONS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -20,8 +21,7 @@ COMPANIONS = (
     "chat_template*",
     "additional_chat_templates/*",
     "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
+    *LICENCES,
 )
 
 
@@ -30,7 +30,7 @@ def companions(folder: Path) -> Iterator[Path]:
     for pattern in COMPANIONS:
         for file in folder.glob(pattern):
             if file.is_file():
-                _check_link(folder, file)
+                check_link(folder, file)
                 yield file
 
 
@@ -42,12 +42,13 @@ def check_links(folder: Path) -> None:
     alone.
     """
     if (folder / "config.json").exists():
-        _check_link(folder, folder / "config.json")
+        check_link(folder, folder / "config.json")
     for _ in companions(folder):
         pass
 
 
-def _check_link(folder: Path, file: Path) -> None:
+def check_link(folder: Path, file: Path) -> None:
+    """Raise InputError for a file that is a link to one outside the model in `folder`."""
     if not is_part_of(folder, file):
         raise InputError(
             f"{file}: a link to {file.resolve()}, which is not part of the model",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import click
@@ -33,6 +33,8 @@ def push(locations: Any, model: str, repository: str, public: bool, unverified: 
     from minitron_platform.tracking.lineage import title
     from minitron_platform.tracking.version_weights import CARD, verified_folder
 
+    if "/" not in repository:
+        raise InputError(f"{repository!r} does not say whose repository it is", f"give it as OWNER/{repository}")
     with open_registry(locations.tracking_uri) as client:
         version = version_named(client, model)
         with verified_folder(client, version, locations.storage, unverified=unverified) as folder:
@@ -55,10 +57,16 @@ def _upload(repository: str, folder: Path, names: Sequence[str], *, public: bool
     hub = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
     try:
         hub.create_repo(repository, private=not public, exist_ok=True)
-        if not public and not hub.model_info(repository).private:
+        there = hub.model_info(repository)
+        if not public and not there.private:
             raise InputError(
                 f"{repository} is public: everybody could read the weights",
                 "add --public if you want that, or choose another name",
+            )
+        if others := _read_too((file.rfilename for file in there.siblings or []), names):
+            raise InputError(
+                f"{repository} has {', '.join(others)}, which whoever loads this version from there would read, too",
+                f"delete what is of another version (hf repos delete-files {repository} …), or choose another name",
             )
         files = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in dict.fromkeys(names)]
         return str(hub.create_commit(repository, files, commit_message=message).commit_url)
@@ -68,3 +76,15 @@ def _upload(repository: str, folder: Path, names: Sequence[str], *, public: bool
             f"{repository}: cannot be uploaded to {hub.endpoint}: {one_line(error.__cause__ or error)}",
             "check the name, and the token with `hf auth whoami`; unset HF_HUB_OFFLINE; call it again to send what is missing",
         ) from error
+
+
+def _read_too(there: Iterable[str], names: Sequence[str]) -> list[str]:
+    """Files of a repository that are not among `names`, and that transformers or vLLM would read with or in place of them:
+    weights, adapters, and what belongs to the tokenizer and to generation."""
+    from minitron.checkpoints.companions import COMPANIONS, LICENCES
+    from minitron.checkpoints.headers import ADAPTER, INDEX
+
+    patterns = ("*.safetensors", INDEX, ADAPTER, *(pattern for pattern in COMPANIONS if pattern not in LICENCES))
+    return [
+        name for name in there if name not in names and any(PurePosixPath("/", name).match(f"/{p}") for p in patterns)
+    ]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from minitron import storage
-from minitron.checkpoints.companions import companions
+from minitron.checkpoints.companions import check_link, companions
 from minitron.checkpoints.headers import INDEX, SINGLE, check_no_adapter, read_headers
 from minitron.checkpoints.quantised import method_of
 from minitron.checkpoints.reading import read_config
@@ -17,6 +17,7 @@ from minitron.errors import InputError
 from minitron.models import check_source, load_source, source_tokenizer
 from minitron_platform.locations import Locations
 from minitron_platform.tracking.variant_tags import Kind
+from minitron_platform.tracking.version_weights import CARD
 
 UNMEASURED = (
     "measure it with another tool and add --unmeasured, which registers it without figures: a promotion then needs --force "
@@ -31,6 +32,7 @@ def checkpoint_folder(source: str, kind: Kind) -> Path:
     if not folder.is_dir():
         raise InputError(f"{source} is not a folder", "give the folder of a transformers checkpoint")
     check_no_adapter(folder)
+    check_link(folder, folder / CARD)  # its text becomes part of the variant's card
     read_headers(folder)
     source_tokenizer(source)
     if kind == "aligned" and _quantisation(source) is not None:

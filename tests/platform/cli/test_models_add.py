@@ -142,6 +142,18 @@ def test_a_quantised_variant_is_measured_dequantised_and_refused_with_the_remedy
     assert any("# tiny-unmeasured\n" in card and "Not measured" in card for card in cards)
 
 
+def test_a_card_that_is_a_link_out_of_the_folder_does_not_become_a_part_of_the_variants_card(copied: Path) -> None:
+    folder = variant(copied, "linked", dict)
+    (copied / "private.txt").write_text("a secret")
+    (folder / "README.md").unlink(missing_ok=True)
+    (folder / "README.md").symlink_to(copied / "private.txt")
+    add = ("models", "add", "linked", "--as", "tiny-linked", "--parent", "tiny-student/1", "--kind", "aligned")
+    refused = command(copied, *add, "--unmeasured")
+    assert refused.returncode == 2
+    assert "README.md: a link to" in refused.stderr
+    assert not any("a secret" in path.read_text() for path in (copied / "runs").rglob("README.md"))
+
+
 def test_variants_are_in_the_report_beside_their_parents(copied: Path) -> None:
     variant(copied, "aligned", noise(3e-3))
     variant(copied, "small", lambda tensors: in_fp8(tensors, BLOCK), fp8_config(BLOCK))

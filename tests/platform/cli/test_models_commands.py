@@ -214,6 +214,24 @@ def test_models_push_does_not_publish_in_a_repository_that_everybody_can_read_un
     assert "model.safetensors" in hub.files
 
 
+def test_models_push_refuses_a_repository_whose_other_files_would_be_read_with_the_weights(
+    family: Path, hub: Hub
+) -> None:
+    kept = {"notes.md": b"", "LICENSE": b"", ".gitattributes": b"", "onnx/model.safetensors": b""}
+    for other in ("model-00001-of-00002.safetensors", "adapter_config.json", "chat_template.jinja"):
+        hub.files = {other: b"of another version", **kept}
+        refused = command(family, "push", "small/1", "acme/small")
+        assert refused.exit_code == 2
+        assert f"acme/small has {other}, which" in refused.stderr
+        assert (set(hub.files), hub.sent) == ({other, *kept}, [])
+    hub.files = dict(kept)
+    assert command(family, "push", "small/1", "acme/small").exit_code == 0
+    assert kept.keys() < hub.files.keys()
+    hub.created.clear()
+    assert "give it as OWNER/small" in command(family, "push", "small/1", "small").stderr
+    assert hub.created == []
+
+
 def test_models_push_that_was_interrupted_sends_only_what_is_missing(family: Path, hub: Hub) -> None:
     with committed_folder(str(family / "students" / "parts")) as folder:
         for part in ("a", "b"):
