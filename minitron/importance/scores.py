@@ -21,7 +21,10 @@ WEIGHTS = "weights"  # key of the provenance: the sample of the model's weights,
 
 @dataclass(frozen=True)
 class ImportanceScores:
-    """Scores of every prunable unit; larger is more important. All tensors are float32."""
+    """Scores of every prunable unit; larger is more important. All tensors are float32.
+
+    Raises InputError for a NaN, which would be ranked as more important than any number.
+    """
 
     heads: Tensor = field(repr=False)
     """[layers, heads]"""
@@ -40,6 +43,14 @@ class ImportanceScores:
     """{metric: {n: layers in the order of iterative removal, n at a time}}."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """JSON values: rows and settings that the scores were computed with."""
+
+    def __post_init__(self) -> None:
+        for name, tensor in self._tensors().items():
+            if count := int(tensor.isnan().sum()):
+                raise InputError(
+                    f"scores: {count:,} of {tensor.numel():,} values of {name} are not numbers",
+                    "calibrate in bfloat16 or float32, in which activations do not overflow, and check the model's weights",
+                )
 
     @property
     def layers(self) -> Tensor:
@@ -67,6 +78,14 @@ class ImportanceScores:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, with the provenance in its metadata. Raises StorageError if it cannot be written."""
+        data = save(
+            {name: tensor.contiguous() for name, tensor in self._tensors().items()},
+            metadata={"provenance": json.dumps(self.provenance, sort_keys=True)},
+        )
+        write_bytes(str(path), data)  # save_file would create a file that only its owner can read
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All scores, by their names in a file."""
         tensors = {
             "heads": self.heads,
             "neurons": self.neurons,
@@ -77,11 +96,7 @@ class ImportanceScores:
         }
         if self.experts is not None:
             tensors["experts"] = self.experts
-        data = save(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            metadata={"provenance": json.dumps(self.provenance, sort_keys=True)},
-        )
-        write_bytes(str(path), data)  # save_file would create a file that only its owner can read
+        return tensors
 
     @classmethod
     def load(cls, path: str | Path) -> ImportanceScores:
@@ -102,7 +117,7 @@ class ImportanceScores:
             scores = cls(**tensors, removal=removal, orders=orders, provenance=provenance)
             scores._check()
             return scores
-        except (OSError, SafetensorError, TypeError, ValueError, RecursionError) as error:
+        except (OSError, SafetensorError, TypeError, ValueError, RuntimeError, InputError) as error:
             raise StorageError(
                 f"{path}: cannot be read as importance scores ({one_line(error, LONGEST_REASON)})",
                 "give a file that ImportanceScores.save or a calibration wrote; if it is one, it is damaged: calibrate again",

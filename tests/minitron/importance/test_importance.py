@@ -8,10 +8,12 @@ import json
 import pytest
 import torch
 from helpers import tiny
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitron import ImportanceScores, estimate_importance, logits
+from minitron.architecture import Architecture
 from minitron.errors import InputError, StorageError
 from minitron.evaluation import Task, evaluate
 from minitron.importance import LayerScoring, removal, similarity
@@ -313,6 +315,20 @@ def test_scores_survive_saving_and_loading(tmp_path):
     damaged.write_bytes((tmp_path / "scores.safetensors").read_bytes()[:-7])
     with pytest.raises(StorageError, match=r"damaged\.safetensors"):
         ImportanceScores.load(damaged)
+
+
+def test_scores_that_are_not_numbers_are_refused_and_not_ranked_first(tmp_path):
+    overflowing = tiny.model()
+    overflowing.model.layers[2].mlp.down_proj.weight.data.fill_(3e38)
+    with pytest.raises(InputError, match="values of heads are not numbers"):
+        estimate_importance(overflowing, tiny.rows())
+    file = tmp_path / "scores.safetensors"
+    tiny.scores(Architecture.from_config(overflowing.config)).save(file)
+    tensors = load_file(file)
+    tensors["channels"][3] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(StorageError, match=r"scores\.safetensors: .* 1 of 64 values of channels are not numbers"):
+        ImportanceScores.load(file)
 
 
 @pytest.mark.parametrize(
