@@ -67,6 +67,8 @@ def check_model_name(name: str) -> None:
         raise InputError(
             f"model name {name!r} is not allowed", "use a name without slashes, colons, quotes, @ or line breaks"
         )
+    if name == "." or name.startswith(".."):
+        raise InputError(f"model name {name!r} is not allowed", "use one that does not begin with dots")
     if name.startswith(LOCK_PREFIX):
         raise InputError(f"model name {name!r} is not allowed", f"use one that does not begin with {LOCK_PREFIX}")
 

@@ -26,7 +26,7 @@ from minitron_platform.tracking.variant_tags import KIND_TAG, PARENT_TAG, Kind
 from minitron_platform.tracking.version_figures import VersionFigures, figures_of
 from minitron_platform.tracking.version_weights import CARD, MANIFEST_TAG, PATH_TAG, location
 from minitron_platform.variants.card import variant_card
-from minitron_platform.variants.figures import measured, run_of
+from minitron_platform.variants.figures import check_comparable, measured, run_of
 from minitron_platform.variants.mlflow_run import model_figures, run_of_variant
 from minitron_platform.variants.weights import checkpoint_folder, load_variant, store
 
@@ -91,8 +91,9 @@ def add_variant(
         with console.working(f"measuring {kind} {name}"):
             console.status("loading")
             model, tokenizer = load_variant(source, DTYPES[distill_inputs(state).dtype])
+            check_comparable(state, made_from, model, tokenizer)
             weights, manifest, _ = _stored(locations, folder, name, tags)
-            figures, quality = measured(state, made_from, model, tokenizer, weights, console)
+            figures, quality = measured(state, made_from, model, weights, console)
         tags |= figure_tags(figures)
     parent_card = storage.read_bytes_if_exists(storage.join(location(made_from, locations.storage), CARD))
     card = variant_card(

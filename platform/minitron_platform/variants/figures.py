@@ -7,10 +7,11 @@ from typing import Any
 from torch import nn
 
 from minitron import storage
+from minitron.architecture import Architecture
 from minitron.data import tokenizer_identity
 from minitron.device import device
 from minitron.errors import InputError, StorageError
-from minitron.models import load_tokenizer
+from minitron.models import load_tokenizer, source_architecture
 from minitron.names import check_name
 from minitron_platform.console import Console
 from minitron_platform.gates.documents import documents_path
@@ -51,21 +52,32 @@ def run_of(parent: Any, locations: Locations) -> RunState:
     return state
 
 
-def measured(
-    state: RunState, parent: Any, model: nn.Module, tokenizer: Any, weights: str, console: Console
-) -> tuple[VersionFigures, Quality]:
-    """The figures of a loaded variant, whose checkpoint is the folder `weights` in the storage. What is stored of them is not
-    measured again. Raises InputError for a tokenizer that is not the parent's."""
-    teacher = state.output(Teacher).folder
-    if tokenizer_identity(tokenizer) != tokenizer_identity(load_tokenizer(storage.fetch(teacher, weights=False))):
+def check_comparable(state: RunState, parent: Any, model: nn.Module, tokenizer: Any) -> None:
+    """Raise InputError for a variant with another tokenizer or vocabulary than the teacher, with which it has no KL."""
+    teacher = storage.fetch(state.output(Teacher).folder, weights=False)
+    if tokenizer_identity(tokenizer) != tokenizer_identity(load_tokenizer(teacher)):
         raise InputError(
             f"its tokenizer turns text into other tokens than that of {title(parent)}: loss and KL cannot be compared",
             f"keep the tokenizer (a chat template may differ); or {UNMEASURED}",
         )
+    own, expected = Architecture.from_config(model.config).vocab_size, source_architecture(str(teacher))[0].vocab_size
+    if own != expected:
+        raise InputError(
+            f"its vocabulary has {own:,} tokens, that of the teacher of {title(parent)} {expected:,}: loss and KL cannot be "
+            "compared",
+            f"undo what added or removed rows of the embeddings (resize_token_embeddings({expected})); or {UNMEASURED}",
+        )
+
+
+def measured(
+    state: RunState, parent: Any, model: nn.Module, weights: str, console: Console
+) -> tuple[VersionFigures, Quality]:
+    """The figures of a loaded variant, whose checkpoint is the folder `weights` in the storage. What is stored of them is not
+    measured again."""
     path = storage.join(weights.rsplit("/", 1)[0], f"quality-{measurement_fingerprint(state)}.json")
     task = Evaluation(
         inputs=distill_inputs(state),
-        tokenizer=teacher,
+        tokenizer=state.output(Teacher).folder,
         models={NAME: weights},
         stored={NAME: path},
         speeds=None,

@@ -14,7 +14,7 @@ from minitron.checkpoints.headers import INDEX, SINGLE, check_no_adapter, read_h
 from minitron.checkpoints.quantised import method_of
 from minitron.checkpoints.reading import read_config
 from minitron.errors import InputError
-from minitron.models import check_source, load_source, source_tokenizer
+from minitron.models import check_contents, check_source, load_source, source_tokenizer
 from minitron_platform.locations import Locations
 from minitron_platform.tracking.variant_tags import Kind
 from minitron_platform.tracking.version_weights import CARD
@@ -26,7 +26,8 @@ UNMEASURED = (
 
 
 def checkpoint_folder(source: str, kind: Kind) -> Path:
-    """The folder of a checkpoint of safetensors with its tokenizer. Raises InputError for anything else."""
+    """The folder of a checkpoint of safetensors with its tokenizer. Raises InputError for anything else, and if the tensors
+    of an aligned model are not those of its config; those of a quantised one are compared when it is loaded."""
     check_source(source)
     folder = storage.local_path(source)
     if not folder.is_dir():
@@ -35,11 +36,14 @@ def checkpoint_folder(source: str, kind: Kind) -> Path:
     check_link(folder, folder / CARD)  # its text becomes part of the variant's card
     read_headers(folder)
     source_tokenizer(source)
-    if kind == "aligned" and _quantisation(source) is not None:
-        raise InputError(
-            f"{source}: it is to be added as aligned, but its weights are quantised (quantization_config in config.json)",
-            "add the aligned model that it was quantised from first, then this one with --kind quantised and that --parent",
-        )
+    if kind == "aligned":
+        if _quantisation(source) is not None:
+            raise InputError(
+                f"{source}: it is to be added as aligned, but its weights are quantised (quantization_config in config.json)",
+                "add the aligned model that it was quantised from first, then this one with --kind quantised and that "
+                "--parent",
+            )
+        check_contents(source)
     return folder
 
 

@@ -142,6 +142,27 @@ def test_a_quantised_variant_is_measured_dequantised_and_refused_with_the_remedy
     assert any("# tiny-unmeasured\n" in card and "Not measured" in card for card in cards)
 
 
+def test_a_checkpoint_that_cannot_be_measured_or_loaded_is_refused_before_it_is_copied(copied: Path) -> None:
+    def padded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        rows = tensors["model.embed_tokens.weight"]
+        return tensors | {"model.embed_tokens.weight": torch.cat([rows, torch.zeros(8, rows.shape[1])])}
+
+    rows = len(load_file(variant(copied, "whole", dict) / "model.safetensors")["model.embed_tokens.weight"])
+    variant(copied, "padded", padded, {"vocab_size": rows + 8})
+    variant(copied, "part", lambda tensors: {k: v for k, v in tensors.items() if "layers.0.mlp.down_proj" not in k})
+    stored = sorted((copied / "runs").glob("variants/*"))
+    options = ("--as", "tiny-refused", "--parent", "tiny-student/1", "--kind", "aligned")
+    refused = command(copied, "models", "add", "padded", *options)
+    assert (
+        f"its vocabulary has {rows + 8} tokens, that of the teacher of tiny-student version 1 {rows}" in refused.stderr
+    )
+    assert "--unmeasured" in refused.stderr
+    refused = command(copied, "models", "add", "part", *options, "--unmeasured")
+    assert "the tensors are not those of the model in config.json" in refused.stderr
+    assert sorted((copied / "runs").glob("variants/*")) == stored
+    assert "tiny-refused" not in command(copied, "models").stdout
+
+
 def test_a_card_that_is_a_link_out_of_the_folder_does_not_become_a_part_of_the_variants_card(copied: Path) -> None:
     folder = variant(copied, "linked", dict)
     (copied / "private.txt").write_text("a secret")

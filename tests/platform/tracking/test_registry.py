@@ -216,7 +216,7 @@ def test_errors_name_the_existing_models_and_versions(
             register(uri, name=NAME, source=weights(tmp_path / "new", b"new"), run_id=None, tags={}, alias=alias)
     assert len(models(uri)) == 1  # nothing else was registered
     MlflowClient(uri).register_prompt("greeting", "Hello")
-    for name in ("a/b", "a@b", "a\nb", "minitron-lock-a", "greeting"):
+    for name in ("a/b", "a@b", "a\nb", ".", "..a", "minitron-lock-a", "greeting"):
         with pytest.raises(InputError, match=re.escape(f"model name {name!r}")):
             register(uri, name=name, source=str(tmp_path / "a"), run_id=None, tags={})
     assert [row.name for row in models(uri)] == [NAME]
