@@ -63,6 +63,19 @@ def location(version: Any, storage_root: str | None) -> str:
     return folder if folder != version.source and is_committed(folder) else str(version.source)
 
 
+def read_card(client: MlflowClient, version: Any, storage_root: str | None) -> str | None:
+    """The model card beside a version's weights, in the storage or in MLflow; None if there is none. Raises StorageError for
+    uploaded weights that were replaced."""
+    folder = location(version, storage_root)
+    if folder.startswith(UPLOADED):
+        with _source(client, version, storage_root, unverified=True) as uploaded:
+            assert isinstance(uploaded, UploadedWeights)
+            card = uploaded.card()
+    else:
+        card = read_bytes_if_exists(join(folder, CARD))
+    return None if card is None else card.decode(errors="replace")
+
+
 def check_weights(client: MlflowClient, version: Any, storage_root: str | None, *, unverified: bool = False) -> None:
     """Raise StorageError, with its name, for a file of a version's weights that is missing or altered, and for a version that
     does not say what was registered, unless `unverified`."""

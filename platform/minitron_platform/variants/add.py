@@ -24,7 +24,7 @@ from minitron_platform.tracking.lineage import title
 from minitron_platform.tracking.registry import figure_tags, register
 from minitron_platform.tracking.variant_tags import KIND_TAG, PARENT_TAG, Kind
 from minitron_platform.tracking.version_figures import VersionFigures, figures_of
-from minitron_platform.tracking.version_weights import CARD, MANIFEST_TAG, PATH_TAG, location
+from minitron_platform.tracking.version_weights import CARD, MANIFEST_TAG, PATH_TAG, read_card
 from minitron_platform.variants.card import variant_card
 from minitron_platform.variants.figures import check_comparable, measured, run_of
 from minitron_platform.variants.mlflow_run import model_figures, run_of_variant
@@ -95,10 +95,9 @@ def add_variant(
             weights, manifest, _ = _stored(locations, folder, name, tags)
             figures, quality = measured(state, made_from, model, weights, console)
         tags |= figure_tags(figures)
-    parent_card = storage.read_bytes_if_exists(storage.join(location(made_from, locations.storage), CARD))
-    card = variant_card(
-        name, kind, made_from, folder, figures, None if parent_card is None else parent_card.decode(errors="replace")
-    )
+    with open_registry(locations.tracking_uri) as client:
+        parent_card = read_card(client, made_from, locations.storage)
+    card = variant_card(name, kind, made_from, folder, figures, parent_card)
     storage.write_bytes(storage.join(weights, CARD), str(card).encode())
     with open_registry(locations.tracking_uri) as client:
         run_id = run_of_variant(client, made_from, name, kind, manifest)

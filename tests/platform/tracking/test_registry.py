@@ -304,6 +304,7 @@ def test_a_server_gets_the_weights_uploaded(
 
     client = MlflowClient(address)
     run_id = client.create_run(client.create_experiment("family")).info.run_id
+    Path(source, "README.md").write_text("card")
 
     def once() -> str:
         return register(
@@ -329,6 +330,7 @@ def test_a_server_gets_the_weights_uploaded(
     assert pull(address, NAME, str(tmp_path / "pulled")) == "1"
     assert manifest(str(tmp_path / "pulled"))["files"] == manifest(source)["files"]
     verify(str(tmp_path / "pulled"))
+    assert version_weights.read_card(client, client.get_model_version(NAME, "1"), None) == "card"
     got = download_artifacts(f"models:/{NAME}@champion")
     assert (Path(got) / "model.safetensors").read_bytes() == b"w" * 100_000
     assert (Path(got) / "tokenizer" / "vocab.json").read_text() == "{}"
