@@ -15,8 +15,6 @@ def is_private() -> bool:
 def private_settings() -> dict[str, str]:
     """Environment variables for its driver and workers, except those that the user has set."""
     settings = {
-        "RAY_raylet_start_wait_time_s": "120",  # with 30, the default, a busy machine may be too slow to start it
-        "RAY_agent_register_timeout_ms": "120000",  # its agents, too
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody preempts its node
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # upper limit of the delay at the end of a training
         "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # as Ray Train sets it for its controller

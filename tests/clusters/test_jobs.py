@@ -156,7 +156,11 @@ def head(s3: dict[str, str]) -> Iterator[Head]:
 
             def joined() -> bool:
                 node.keep_running()
-                return "ALIVE" in [record["state"] for record in _state(head, "nodes") if not record["is_head_node"]]
+                with suppress(OSError):  # the head is busy
+                    return "ALIVE" in [
+                        record["state"] for record in _state(head, "nodes") if not record["is_head_node"]
+                    ]
+                return False
 
             wait_until(joined, "the node with CPUs has joined")
         yield head

@@ -26,7 +26,6 @@ from minitron.environment import environment_variables
 from minitron.errors import InputError, MinitronError
 from minitron_platform.addresses import check_ray_address
 from minitron_platform.cluster.head_check import check_head, send_token
-from minitron_platform.cluster.late_agents import agents_may_be_late
 from minitron_platform.cluster.nodes_at import check_answers, listens_at_loopback_alone
 from minitron_platform.cluster.packaging import PACKAGES, package_folder, stage_code
 from minitron_platform.cluster.tokens import auth_token
@@ -219,7 +218,7 @@ def _one_small_node() -> Iterator[None]:
     for name in UNUSED:
         setattr(Node, name, _nothing)
     try:
-        with _at_loopback(), agents_may_be_late():
+        with _at_loopback():
             yield
     finally:
         for name, method in before.items():

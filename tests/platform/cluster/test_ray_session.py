@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 import ray
 from helpers.command import environment
 from helpers.serving import serving
 from ray import cloudpickle
-from ray._private.node import Node
-from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 from ray.experimental import internal_kv
 from ray.train import RunConfig, ScalingConfig
 
@@ -47,41 +40,6 @@ def test_a_metrics_port_in_use_is_refused_before_ray_waits_for_it(monkeypatch: p
         monkeypatch.setenv(METRICS_PORT, str(port))
         with pytest.raises(InputError, match=f"{METRICS_PORT}={port}: Address already in use"), ray_session("local"):
             pass
-
-
-def _stopping(start: Callable[..., None], name: str, seconds: float) -> Callable[..., None]:
-    """A `Node.start_raylet` after which the process `name` does nothing for some time, as if other programs had all cores."""
-
-    def start_slowly(node: Node, *arguments: Any, **options: Any) -> None:
-        start(node, *arguments, **options)
-        (raylet,) = node.all_processes[PROCESS_TYPE_RAYLET]
-        started, found = psutil.Process(raylet.process.pid), []
-        while not found:
-            found = [
-                each for each in [started, *started.children()] if any(name in word for word in each.cmdline()[:3])
-            ]
-        found[0].suspend()
-        if seconds < math.inf:
-            threading.Timer(seconds, found[0].resume).start()
-
-    return start_slowly
-
-
-@pytest.mark.parametrize(
-    ("name", "seconds"),
-    [
-        # Ray's limit for a node is 30 seconds, and 15 for its agents to say where they listen
-        pytest.param("raylet/raylet", 40, marks=pytest.mark.long),
-        ("dashboard/agent.py", math.inf),
-        ("runtime_env/agent/main.py", math.inf),
-    ],
-)
-def test_a_private_ray_may_take_longer_to_start_than_ray_allows(
-    name: str, seconds: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Node, "start_raylet", _stopping(Node.start_raylet, name, seconds))
-    with ray_session("local", num_cpus=1):
-        assert ray.get(ray.remote(lambda: 7).remote()) == 7
 
 
 COLLECTING = """
