@@ -17,9 +17,8 @@ from minitron_platform.console import Console, echo
 if TYPE_CHECKING:
     from minitron_platform.doctor.finding import Finding
 
-PRINTED_JSON = re.compile(
-    r"^\[$.*?^\]$", re.MULTILINE | re.DOTALL
-)  # in a log that has lines of Ray and of libraries too
+# in a log that has lines of Ray and of libraries too
+PRINTED_JSON = re.compile(r"^\[$.*?^\]$", re.MULTILINE | re.DOTALL)
 COLOURS = {"ok": "green", "warning": "yellow", "failed": "red", "skipped": "dim"}
 
 

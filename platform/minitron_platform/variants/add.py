@@ -73,6 +73,7 @@ def add_variant(
     folder = checkpoint_folder(source, kind)
     with open_registry(locations.tracking_uri) as client:
         made_from = version_named(client, parent)
+        parent_card = read_card(client, made_from, locations.storage)
     architecture, _ = source_architecture(source)
     tags = {
         **{tag: made_from.tags[tag] for tag in INHERITED if tag in made_from.tags},
@@ -95,8 +96,6 @@ def add_variant(
             weights, manifest, _ = _stored(locations, folder, name, tags)
             figures, quality = measured(state, made_from, model, weights, console)
         tags |= figure_tags(figures)
-    with open_registry(locations.tracking_uri) as client:
-        parent_card = read_card(client, made_from, locations.storage)
     card = variant_card(name, kind, made_from, folder, figures, parent_card)
     storage.write_bytes(storage.join(weights, CARD), str(card).encode())
     with open_registry(locations.tracking_uri) as client:

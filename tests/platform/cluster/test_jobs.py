@@ -88,27 +88,31 @@ def test_a_head_that_is_down_or_does_not_answer_is_an_error(without_token: None)
         status(f"http://127.0.0.1:{silent.getsockname()[1]}")
 
 
+class JobsApi(BaseHTTPRequestHandler):
+    """Stands for a head, of which it tells the version."""
+
+    def do_GET(self) -> None:
+        self._send(200, {"version": "4", "ray_version": ray.__version__, "ray_commit": "", "session_name": ""})
+
+    def _send(self, code: int, content: object) -> None:
+        self.send_response(code)
+        self.end_headers()
+        self.wfile.write((content if isinstance(content, str) else json.dumps(content)).encode())
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
 def test_a_head_that_cannot_start_jobs_yet_is_asked_again(without_token: None) -> None:
     answers = [
         (500, "No available agent to submit job, please try again later.."),
         (200, {"job_id": "first", "submission_id": "first"}),
     ]
 
-    class Head(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self._send(200, {"version": "4", "ray_version": ray.__version__, "ray_commit": "", "session_name": ""})
-
+    class Head(JobsApi):
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
             self._send(*answers.pop(0))
-
-        def _send(self, code: int, content: object) -> None:
-            self.send_response(code)
-            self.end_headers()
-            self.wfile.write((content if isinstance(content, str) else json.dumps(content)).encode())
-
-        def log_message(self, format: str, *arguments: object) -> None:
-            pass
 
     with serving(ThreadingHTTPServer(("127.0.0.1", 0), Head)) as head:
         client = connect(f"http://127.0.0.1:{head.server_port}", insecure=False)
@@ -125,7 +129,7 @@ def test_a_run_whose_log_cannot_be_read_does_not_hide_the_others(without_token: 
         known |= {"status": "PENDING", "message": "no CPUs"} if name == "waiting" else {"status": "RUNNING"}
         return {**known, "submission_id": f"{name}-0-a1", "start_time": 1000 + names.index(name)}
 
-    class Head(BaseHTTPRequestHandler):
+    class Head(JobsApi):
         def do_GET(self) -> None:
             if self.path.endswith("/broken-0-a1/logs"):
                 self._send(500, "Traceback (most recent call last):\n  File …\nUnicodeDecodeError: byte 0xff\n.")
@@ -134,15 +138,7 @@ def test_a_run_whose_log_cannot_be_read_does_not_hide_the_others(without_token: 
             elif self.path.endswith("/jobs/"):
                 self._send(200, [job(name) for name in names])
             else:
-                self._send(200, {"version": "4", "ray_version": ray.__version__, "ray_commit": "", "session_name": ""})
-
-        def _send(self, code: int, content: object) -> None:
-            self.send_response(code)
-            self.end_headers()
-            self.wfile.write((content if isinstance(content, str) else json.dumps(content)).encode())
-
-        def log_message(self, format: str, *arguments: object) -> None:
-            pass
+                super().do_GET()
 
     with serving(ThreadingHTTPServer(("127.0.0.1", 0), Head)) as head:
         address = f"http://127.0.0.1:{head.server_port}"
