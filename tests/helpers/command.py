@@ -36,8 +36,10 @@ def minitron_here(*arguments, cwd, typed=None):
     """Like `run_minitron` but in this process, which saves the seconds of the imports: for tests of the output. typed: the
     lines of its input."""
     from minitron_platform.cli.commands import main
+    from minitron_search import private_ray
 
-    with contextlib.chdir(cwd), mock.patch.dict(os.environ, environment(), clear=True):
+    mark = {name: os.environ[name] for name in (private_ray._MARK,) if name in os.environ}  # of the Ray that it uses
+    with contextlib.chdir(cwd), mock.patch.dict(os.environ, environment() | mark, clear=True):
         done = CliRunner().invoke(main, [str(argument) for argument in arguments], input=typed)
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception

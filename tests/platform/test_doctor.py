@@ -14,7 +14,7 @@ import ray
 from helpers.command import minitron_here
 from helpers.serving import serving
 
-from minitron_platform.cluster.ray_session import ray_session
+from minitron_platform.cluster.ray_session import IN_A_JOB, ray_session
 from minitron_platform.cluster.requirements import Environment
 from minitron_platform.doctor import examine, services
 from minitron_platform.doctor.allreduce import finding as all_reduce_finding
@@ -104,7 +104,8 @@ def test_gpus_that_cuda_visible_devices_leaves_out_are_no_failure(here):
     assert found("", 0).state == "skipped"
 
 
-def test_the_doctor_of_a_cluster_sees_the_gpus_of_a_node_without_taking_one(tmp_path):
+def test_the_doctor_of_a_cluster_sees_the_gpus_of_a_node_without_taking_one(tmp_path, monkeypatch):
+    monkeypatch.setenv(IN_A_JOB, "{}")  # its Ray has the agents, which probes need
     with ray_session(None, num_cpus=1, num_gpus=1):
         (node,) = (node["NodeID"] for node in ray.nodes())
         probes = [probe(node, sees_gpus=sees) for sees in (True, False)]

@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import ray
@@ -25,7 +25,8 @@ from minitron.device import cores
 from minitron.environment import environment_variables
 from minitron.errors import InputError, MinitronError
 from minitron_platform.addresses import check_ray_address
-from minitron_platform.cluster.head_check import check_head, send_token
+from minitron_platform.cluster.head_check import PRIVATE, check_head, send_token
+from minitron_platform.cluster.no_agents import no_agents
 from minitron_platform.cluster.nodes_at import check_answers, listens_at_loopback_alone
 from minitron_platform.cluster.packaging import PACKAGES, package_folder, stage_code
 from minitron_platform.cluster.tokens import auth_token
@@ -79,7 +80,7 @@ def ray_session(
     keep_logs: folder for the output of the private Ray's workers if the block ends with an error.
 
     If Ray is already initialized in this process, it is used as it is and left running. When this process is killed, the
-    private Ray's workers end within seconds, and its two agents, which first try to report to the dead head, within a minute.
+    private Ray's processes end within seconds.
     Raises InputError for an address that cannot be used, MinitronError if the cluster does not answer.
     """
     if ray.is_initialized():
@@ -90,7 +91,7 @@ def ray_session(
     with environment_variables(QUIET):
         if address is None or address == "local":
             logging.getLogger("ray").setLevel(logging.ERROR)  # ray.init warns if it is called outside the main thread
-            with private_folder() as folder, environment_variables(_private_settings()):
+            with private_folder() as folder, environment_variables(_private_settings()), _agents_where_needed():
                 with _one_small_node(), _signals_kept(), _start_errors():
                     ray.init(
                         address="local",
@@ -99,6 +100,7 @@ def ray_session(
                         object_store_memory=object_store_memory,
                         _memory=memory,
                         resources={SEAT: seats} if seats else None,
+                        labels=PRIVATE,
                         include_dashboard=False,
                         _metrics_export_port=_metrics_port(),
                         log_to_driver=False,
@@ -203,6 +205,11 @@ def _private_settings() -> dict[str, str]:
     if paths:
         settings["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
     return settings
+
+
+def _agents_where_needed() -> AbstractContextManager[None]:
+    """A private Ray's node has its agents if it serves metrics, or if a job has brought a runtime environment."""
+    return nullcontext() if os.environ.get(METRICS_PORT) or IN_A_JOB in os.environ else no_agents()
 
 
 @contextmanager

@@ -1,28 +1,25 @@
-"""What a private Ray is refused before it starts, and heads that listen on the loopback interface alone."""
+"""A private Ray: what is refused before it starts, what it has, and its end."""
 
 from __future__ import annotations
 
 import json
 import os
-import platform
+import signal
 import socket
 import subprocess
 import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 from helpers.command import environment
-from helpers.serving import serving
 from ray import cloudpickle
-from ray.experimental import internal_kv
 from ray.train import RunConfig, ScalingConfig
 
 from minitron.errors import InputError, MinitronError
 from minitron_platform.cluster.nodes_at import nodes_at
-from minitron_platform.cluster.ray_session import METRICS_PORT, _private_settings, ray_session
-from minitron_platform.cluster.tokens import auth_token
+from minitron_platform.cluster.ray_session import IN_A_JOB, METRICS_PORT, _private_settings, ray_session
 from minitron_search.torch_trainer import TorchTrainer
 from minitron_search.train_files import storage_settings
 
@@ -40,6 +37,34 @@ def test_a_metrics_port_in_use_is_refused_before_ray_waits_for_it(monkeypatch: p
         monkeypatch.setenv(METRICS_PORT, str(port))
         with pytest.raises(InputError, match=f"{METRICS_PORT}={port}: Address already in use"), ray_session("local"):
             pass
+
+
+def test_a_private_ray_in_a_job_has_the_runtime_environment_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(IN_A_JOB, json.dumps({"runtime_env": {"env_vars": {"OF_THE_JOB": "7"}}}))
+    with ray_session("local", num_cpus=1):
+        assert ray.get(ray.remote(lambda: os.environ["OF_THE_JOB"]).remote()) == "7"
+
+
+ENDED_AT_ONCE = """
+import os, psutil, signal, sys
+from minitron_platform.cluster.ray_session import ray_session
+with ray_session("local", num_cpus=1):
+    print(*(each.pid for each in psutil.Process().children(recursive=True)), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_no_process_of_a_private_ray_outlives_a_killed_run_for_long() -> None:
+    killed = subprocess.run([sys.executable, "-c", ENDED_AT_ONCE], env=environment(), stdout=subprocess.PIPE, text=True)
+    left = [psutil.Process(int(pid)) for pid in killed.stdout.split() if psutil.pid_exists(int(pid))]
+    assert killed.returncode == -signal.SIGKILL
+    assert len(killed.stdout.split()) >= 5
+    assert not psutil.wait_procs(left, timeout=20)[1]
+
+
+def test_nobody_joins_the_private_ray_of_a_run(ray_here: None) -> None:
+    with pytest.raises(MinitronError, match="is the private one of a run on this machine, and ends with it"):
+        nodes_at(ray.get_runtime_context().gcs_address)
 
 
 COLLECTING = """
@@ -90,77 +115,6 @@ def test_a_thread_that_collects_garbage_while_ray_is_shut_down_does_not_end_the_
         [sys.executable, "-c", COLLECTING], env=environment(), capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout) == (0, "ended\n"), done.stderr
-
-
-JOINING = """
-import sys, ray
-from minitron_platform.cluster.ray_session import ray_session
-with ray_session(sys.argv[1]):
-    print(ray.get(ray.remote(num_cpus=0)(lambda: 3).remote()))
-"""
-
-
-def own_token() -> str:
-    """The token of this process's private Ray."""
-    return _private_settings().get("RAY_AUTH_TOKEN") or auth_token() or ""
-
-
-def join(address: str, token: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Join the cluster in a process of its own."""
-    environ = {name: value for name, value in environment().items() if not name.startswith("RAY_AUTH")}
-    environ |= {"RAY_AUTH_TOKEN": token, **variables} if token else variables
-    return subprocess.run(
-        [sys.executable, "-c", JOINING, address], env=environ, capture_output=True, text=True, timeout=120
-    )
-
-
-def test_a_head_that_listens_on_the_loopback_interface_alone_is_seen_and_joined(ray_here: None) -> None:
-    address = ray.get_runtime_context().gcs_address
-    assert address.startswith("127.0.0.1:")
-    seen = nodes_at(address)
-    assert seen is not None
-    assert seen.present[0]["CPU"] == 2
-    done = join(address, own_token())
-    assert done.stdout.strip() == "3", done.stderr
-
-
-@pytest.mark.parametrize(("token", "reason"), [("0" * 64, "refused the token"), ("", "requires a token")])
-def test_a_head_that_wants_another_token_is_one_error_at_once(
-    token: str, reason: str, ray_here: None, tmp_path: Path
-) -> None:
-    """Ray would try again for 15 s, with a line of its log each time, and end with "failed to connect"."""
-    address = ray.get_runtime_context().gcs_address
-    done = join(address, token, HOME=str(tmp_path))
-    assert done.stderr.splitlines()[-2].startswith(
-        f"minitron.errors.MinitronError: Ray at '{address}': the head {reason}"
-    )
-    assert "gcs_client.cc" not in done.stderr
-
-
-def test_another_program_in_place_of_the_head_is_named_at_once() -> None:
-    with serving(ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)) as server:
-        address = f"127.0.0.1:{server.server_port}"
-        with pytest.raises(MinitronError, match="not the head of a Ray cluster") as refusal:
-            nodes_at(address)
-        done = join(address, own_token())
-    assert address in refusal.value.problem
-    assert "6379" in refusal.value.remedy
-    assert str(refusal.value.problem) in done.stderr.splitlines()[-2]
-    assert "gcs_client.cc" not in done.stderr
-
-
-def test_a_cluster_with_another_python_is_named_with_both_versions(ray_here: None) -> None:
-    key = {"key": b"CLUSTER_METADATA", "namespace": b"cluster"}
-    before = internal_kv._internal_kv_get(**key)
-    other = before.replace(platform.python_version().encode(), b"3.11.99")
-    internal_kv._internal_kv_put(**key, value=other, overwrite=True)
-    try:
-        done = join(ray.get_runtime_context().gcs_address, own_token())
-    finally:
-        internal_kv._internal_kv_put(**key, value=before, overwrite=True)
-    error = done.stderr.splitlines()[-2]
-    assert "Python: 3.11.99" in error
-    assert f"Python: {platform.python_version()}" in error
 
 
 def test_a_token_that_another_program_writes_later_changes_nothing(
