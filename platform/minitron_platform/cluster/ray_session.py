@@ -92,7 +92,7 @@ def ray_session(
         if address is None or address == "local":
             logging.getLogger("ray").setLevel(logging.ERROR)  # ray.init warns if it is called outside the main thread
             with private_folder() as folder, environment_variables(_private_settings()), _agents_where_needed():
-                with _one_small_node(), _signals_kept(), _start_errors():
+                with _one_small_node(), _plain_workers(), _signals_kept(), _start_errors():
                     ray.init(
                         address="local",
                         num_cpus=max(cores(), num_cpus or 0),
@@ -106,6 +106,7 @@ def ray_session(
                         log_to_driver=False,
                         logging_level=logging.ERROR,
                         _temp_dir=folder,
+                        _skip_env_hook=True,
                     )
                 try:
                     yield
@@ -230,6 +231,18 @@ def _one_small_node() -> Iterator[None]:
     finally:
         for name, method in before.items():
             setattr(Node, name, method)
+
+
+@contextmanager
+def _plain_workers() -> Iterator[None]:
+    """The workers of a driver that joins Ray inside the context use its Python as it is. Under `uv run`, Ray would start them
+    with `uv run` too, in a copy of the current folder."""
+    usual = ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV
+    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
+    try:
+        yield
+    finally:
+        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = usual
 
 
 @contextmanager

@@ -45,6 +45,35 @@ def test_a_private_ray_in_a_job_has_the_runtime_environment_of_the_job(monkeypat
         assert ray.get(ray.remote(lambda: os.environ["OF_THE_JOB"]).remote()) == "7"
 
 
+HOOKED = """
+import ray, sys
+from minitron_platform.cluster.ray_session import ray_session
+
+def add(runtime_env):
+    return {"env_vars": {"OF_THE_HOOK": "7"}}
+
+if __name__ == "__main__":
+    with ray_session("local", num_cpus=1):
+        print(dict(ray.get_runtime_context().runtime_env), ray.get(ray.remote(lambda: sys.executable).remote()))
+"""
+
+
+UV = Path(sys.executable).with_name("uv")
+
+
+@pytest.mark.parametrize("started_with", [(UV, "run", "--no-project", "--python", sys.executable), ()])
+def test_the_workers_of_a_private_ray_have_the_drivers_python_whatever_ray_would_add(
+    started_with: tuple[str | Path, ...], tmp_path: Path
+) -> None:
+    """By itself Ray starts workers with `uv run` where the driver is, and with what a hook of the administrator's adds."""
+    (tmp_path / "hooked.py").write_text(HOOKED)
+    command = [*started_with, sys.executable, tmp_path / "hooked.py"]
+    variables = environment() | {"RAY_RUNTIME_ENV_HOOK": "hooked.add"}
+    variables["PYTHONPATH"] = os.pathsep.join([variables["PYTHONPATH"], str(tmp_path)])
+    done = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout == f"{{}} {sys.executable}\n", done.stderr
+
+
 ENDED_AT_ONCE = """
 import os, psutil, signal, sys
 from minitron_platform.cluster.ray_session import ray_session
