@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 
 import pytest
 
@@ -35,13 +34,9 @@ def pytest_collection(session):
 @pytest.fixture
 def free_port():
     """A function that returns a free port of the loopback address."""
+    from helpers.mlflow_server import free_port
 
-    def find() -> int:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            return listener.getsockname()[1]
-
-    return find
+    return free_port
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from minitron_platform.addresses import free_ports
 
 SERVE = """
 import sys
@@ -25,9 +26,8 @@ def environment() -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port at which nothing listens, and which the system gives to no other program meanwhile."""
+    return free_ports(1)[0]
 
 
 @contextmanager

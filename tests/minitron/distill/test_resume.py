@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -40,6 +39,7 @@ from minitron.distill.checkpoints import Checkpoints, committed_steps
 from minitron.distill.inputs import DistillInputs
 from minitron.distill.state import TrainingState
 from minitron.evaluation import Task
+from minitron_platform.addresses import free_ports
 from minitron_platform.training.train import TrainTask, task_metrics, task_results
 
 # 5 rows for 2 processes: unequal parts
@@ -140,9 +140,7 @@ def _process(rank, world, port, name, kill_after, kill_gathering, job):
 
 def _together(name, job, *, world=2, victim=None, kill_at=0, kill_after=0.0, kill_gathering=False):
     """Run a job in `world` forked processes; with a `victim`, until that process has been killed, and then kill the others."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_ports(1)[0]
     fork, processes = multiprocessing.get_context("fork"), []
     for rank in range(world):
         dies = rank == victim
