@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+from minitron.errors import MinitronError
 from minitron_search.private_ray import is_private
 
 
@@ -43,7 +44,8 @@ def keep_workers() -> None:
 
     A kept actor that has died since, as with its node, gets no trial: that would be a failure of the trial.
     Tune also looks for new trials every tenth of a second instead of every second, and in a private Ray uses workers that have
-    already started. A version of Ray without the private classes is not patched; a warning says so.
+    already started. A version of Ray without the private classes is not patched; a warning says so, and in a private Ray
+    MinitronError is raised.
     """
     import ray
 
@@ -56,6 +58,10 @@ def keep_workers() -> None:
         next_trial = TuneController._update_trial_queue
         reuse = TuneController._maybe_reuse_cached_actor
     except (ImportError, AttributeError) as error:
+        if is_private():  # without the agent that sets up the runtime environments of Tune's own actors
+            raise MinitronError(
+                f"this version of Ray is not supported ({error})", "install one that Minitron allows: ray>=2.60,<2.61"
+            ) from error
         _warn(error, "workers are restarted for every round of a search")
         return
 
@@ -75,8 +81,8 @@ def keep_workers() -> None:
             return super().flush_cached_objects(force_all=True) if force_all else iter(())
 
     class DriversEnvironment(_ActorClassCache):
-        """Creates actors without a runtime environment in a private Ray, whose workers have the driver's environment: for
-        another one Ray would start new workers instead of using those that wait."""
+        """Creates actors without a runtime environment in a private Ray, whose workers have the driver's environment: it has no
+        agent that sets up another, and would start new workers for it instead of using those that wait."""
 
         def get(self, trainable_cls: Any) -> Any:
             if not is_private():

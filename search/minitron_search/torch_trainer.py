@@ -60,8 +60,8 @@ class TorchTrainer(DataParallelTrainer):
 
 
 class _WorkerGroup(WorkerGroup):
-    """Without a runtime environment, whose processes Ray starts twice, one after the other, and never ahead: it would only hold
-    the variables of Ray Train, and those of a private Ray have the driver's environment."""
+    """Without a runtime environment, which a private Ray's node could not set up, and whose processes Ray starts twice, one
+    after the other, and never ahead: it would only hold the variables of Ray Train, which workers have with the driver's."""
 
     @staticmethod
     def _get_worker_runtime_env(custom_runtime_env: Any) -> Any:

@@ -13,7 +13,6 @@ from ray._private.authentication.authentication_token_setup import maybe_enable_
 from ray.cluster_utils import Cluster
 
 from minitron_platform.cluster import ray_session as local_ray
-from minitron_platform.cluster.no_agents import no_agents
 from minitron_search import private_ray
 from minitron_search.shutdown import shutdown_ray
 
@@ -21,11 +20,7 @@ from minitron_search.shutdown import shutdown_ray
 @contextmanager
 def two_nodes(**settings: str) -> Iterator[Cluster]:
     """Start the cluster and connect to it. settings: further environment variables for its processes."""
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        tempfile.TemporaryDirectory(prefix="mt-", dir="/tmp") as folder,
-        no_agents(),
-    ):
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="mt-", dir="/tmp") as folder:
         # the token of this process's private Rays, because Ray keeps the first token that it reads
         for name, value in {**local_ray._private_settings(), "RAY_TMPDIR": folder, **settings}.items():
             patch.setenv(name, value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 from dataclasses import fields, make_dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -32,6 +33,7 @@ from minitron_search import (
 )
 from minitron_search.benchmarks import Benchmarks
 from minitron_search.events import Event, from_tune, to_tune
+from minitron_search.ray_patches import keep_workers
 from minitron_search.trial_store import forward_score, rung_result, trial_folder, trial_result
 
 BASE = Architecture(4, 64, 96, 8, 2, 8, 300, True)
@@ -170,3 +172,12 @@ def test_a_ray_version_without_the_private_class_is_warned_about_and_still_works
     )
     assert result.returncode == 0, result.stderr
     assert "this version of Ray is not supported" in result.stdout
+
+
+def test_a_private_ray_of_such_a_version_is_refused_as_tunes_own_actors_need_what_its_node_lacks(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray.tune.execution.class_cache", types.ModuleType("class_cache"))
+    with pytest.warns(RuntimeWarning, match="workers are restarted for every round"):
+        keep_workers.__wrapped__()
+    monkeypatch.setenv("MINITRON_PRIVATE_RAY", "1")
+    with pytest.raises(MinitronError, match="this version of Ray is not supported"):
+        keep_workers.__wrapped__()

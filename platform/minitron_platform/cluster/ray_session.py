@@ -72,7 +72,8 @@ def ray_session(
 
     address: of a running cluster ("auto", "host:6379", "ray://host:10001"). None uses the cluster in RAY_ADDRESS, which Ray
         sets inside a job; if that is not set either, a private Ray is started on this machine, without dashboard, telemetry
-        and log lines on the terminal, with a token of its own, and at the loopback interface alone.
+        and log lines on the terminal, with a token of its own, and at the loopback interface alone. Its actors and tasks have
+        the environment of this process, and can have no runtime environment.
     num_cpus: number of CPU slots that the private Ray has at least, even if the machine has fewer cores.
     num_gpus: number of GPUs that it has; by default those that Ray detects.
     memory, object_store_memory: bytes for workers and for the object store; by default Ray's shares of the free memory.
