@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -85,7 +86,10 @@ with ray_session("local", num_cpus=1):
 
 def test_no_process_of_a_private_ray_outlives_a_killed_run_for_long() -> None:
     killed = subprocess.run([sys.executable, "-c", ENDED_AT_ONCE], env=environment(), stdout=subprocess.PIPE, text=True)
-    left = [psutil.Process(int(pid)) for pid in killed.stdout.split() if psutil.pid_exists(int(pid))]
+    left = []
+    for pid in killed.stdout.split():
+        with suppress(psutil.NoSuchProcess):
+            left.append(psutil.Process(int(pid)))
     assert killed.returncode == -signal.SIGKILL
     assert len(killed.stdout.split()) >= 5
     assert not psutil.wait_procs(left, timeout=20)[1]
