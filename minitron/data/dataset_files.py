@@ -13,6 +13,7 @@ from typing import Any
 
 from minitron.errors import InputError
 from minitron.files import is_part_of
+from minitron.replaced import replaced
 
 HUB = "hf://datasets/"  # how the addresses of a hub dataset's own files begin
 
@@ -38,11 +39,8 @@ def own_files(folder: Path | None) -> Iterator[None]:
                 raise _foreign(f"{file}, a link to {Path(file).resolve()}")
         return found
 
-    data_files.resolve_pattern = checked
-    try:
+    with replaced(data_files, resolve_pattern=checked):
         yield
-    finally:
-        data_files.resolve_pattern = find
 
 
 def _foreign(files: str) -> InputError:

@@ -20,6 +20,7 @@ from minitron.evaluation.requirements import ALLOW, check_metric_file, loaded_me
 from minitron.evaluation.sandbox import Limits, Sandbox, StoppedError
 from minitron.evaluation.sandbox_worker import TIME_OF_DAY, program_key
 from minitron.evaluation.scores import Evaluated, Sample
+from minitron.replaced import replaced
 
 CODE_METRIC = "code_eval"
 _PARSERS = {"sympy", "math_verify", "latex2sympy2", "latex2sympy2_extended"}
@@ -164,11 +165,10 @@ def guarded_metrics(task: str, *, allowed: bool) -> Iterator[None]:
         check_metric_file(path)
         return load(path, *arguments, **keywords)
 
-    evaluate.load = guarded
     try:
-        yield
+        with replaced(evaluate, load=guarded):
+            yield
     finally:
-        evaluate.load = load
         if refused:
             raise InputError(
                 f"task {task!r}: lm-eval has no metric {refused[0]!r}, and would run Python code of that name",

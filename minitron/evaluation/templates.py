@@ -12,6 +12,8 @@ from typing import Any
 from jinja2 import BaseLoader, StrictUndefined, Template
 from jinja2.sandbox import SandboxedEnvironment
 
+from minitron.replaced import replaced
+
 KEPT = 1000  # compiled templates
 
 
@@ -49,16 +51,12 @@ def sandboxed_templates(*, refuse_null: bool = False) -> Iterator[None]:
     refuse_null: whether NullError is raised where a template writes None."""
     import lm_eval.utils  # takes a second, which a run with nothing to do does not need
 
-    usual = lm_eval.utils.env
     sandbox = _Templates(
         loader=BaseLoader(),
         undefined=StrictUndefined,
         keep_trailing_newline=True,
         finalize=_not_null if refuse_null else None,
     )
-    sandbox.filters.update(usual.filters)
-    lm_eval.utils.env = sandbox
-    try:
+    sandbox.filters.update(lm_eval.utils.env.filters)
+    with replaced(lm_eval.utils, env=sandbox):
         yield
-    finally:
-        lm_eval.utils.env = usual

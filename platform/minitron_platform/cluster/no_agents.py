@@ -17,6 +17,8 @@ from ray._raylet import (  # type: ignore[attr-defined]
     persist_port,
 )
 
+from minitron.replaced import replaced
+
 AGENTS = ("--dashboard_agent_command", "--runtime_env_agent_command")  # arguments of Ray's node: how to start them
 PORTS = (
     METRICS_AGENT_PORT_NAME,
@@ -47,11 +49,8 @@ def no_agents() -> Iterator[None]:
                 command = [_with_idle_agent(argument) for argument in command]
             return usual(command, process_type, *arguments, **options)
 
-        services.start_ray_process = start_ray_process
-        try:
+        with replaced(services, start_ray_process=start_ray_process):
             yield
-        finally:
-            services.start_ray_process = usual
 
 
 def _with_idle_agent(argument: str) -> str:

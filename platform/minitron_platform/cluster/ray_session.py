@@ -24,6 +24,7 @@ from ray._private.services import canonicalize_bootstrap_address
 from minitron.device import cores
 from minitron.environment import environment_variables
 from minitron.errors import InputError, MinitronError
+from minitron.replaced import replaced
 from minitron_platform.addresses import check_ray_address
 from minitron_platform.cluster.head_check import PRIVATE, check_head, send_token
 from minitron_platform.cluster.no_agents import no_agents
@@ -223,38 +224,19 @@ def _one_small_node() -> Iterator[None]:
     process that adds nodes, one that copies the workers' output to the driver, and the server of a dashboard without pages:
     together a third of its start.
     """
-    before = {name: getattr(Node, name) for name in UNUSED}
-    for name in UNUSED:
-        setattr(Node, name, _nothing)
-    try:
-        with _at_loopback():
-            yield
-    finally:
-        for name, method in before.items():
-            setattr(Node, name, method)
+    with _at_loopback(), replaced(Node, **dict.fromkeys(UNUSED, _nothing)):
+        yield
 
 
-@contextmanager
-def _plain_workers() -> Iterator[None]:
+def _plain_workers() -> AbstractContextManager[None]:
     """The workers of a driver that joins Ray inside the context use its Python as it is. Under `uv run`, Ray would start them
     with `uv run` too, in a copy of the current folder."""
-    usual = ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV
-    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
-    try:
-        yield
-    finally:
-        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = usual
+    return replaced(ray_constants, RAY_ENABLE_UV_RUN_RUNTIME_ENV=False)
 
 
-@contextmanager
-def _at_loopback() -> Iterator[None]:
+def _at_loopback() -> AbstractContextManager[None]:
     """Inside the context Ray calls this machine 127.0.0.1, and not by its address in the network."""
-    usual = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = usual
+    return replaced(ray_constants, ENABLE_RAY_CLUSTER=False)
 
 
 @contextmanager
@@ -283,12 +265,10 @@ def _signals_kept() -> Iterator[None]:
     closing; with that goes the C++ stack of a crash of this process, of which Python prints its own. Workers keep both.
     """
     handler = signal.getsignal(signal.SIGTERM)
-    before = ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER
-    ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True
     try:
-        yield
+        with replaced(ray_constants, RAY_DISABLE_FAILURE_SIGNAL_HANDLER=True):
+            yield
     finally:
-        ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = before
         if threading.current_thread() is threading.main_thread() and handler not in (None, signal.SIG_DFL):
             signal.signal(signal.SIGTERM, handler)
 
