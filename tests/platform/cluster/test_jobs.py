@@ -368,7 +368,7 @@ def test_no_shell_is_between_ray_and_a_run() -> None:
 
 
 SESSION = """
-import json, os, sys
+import json, os, psutil, sys
 import ray
 from minitron_platform.cluster.ray_session import ray_session
 
@@ -380,7 +380,8 @@ with ray_session(None, num_cpus=64):
     node = ray._private.worker.global_worker.node
     file, worker = ray.get(ray.remote(seen).remote())
     raylet = node.all_processes["raylet"][0].process.pid
-    print(json.dumps([ray.cluster_resources()["CPU"], file, [worker, raylet], node.get_session_dir_path()]), flush=True)
+    pids = [worker, raylet, *(each.pid for each in psutil.Process().children(recursive=True))]
+    print(json.dumps([ray.cluster_resources()["CPU"], file, pids, node.get_session_dir_path()]), flush=True)
     sys.stdin.readline()
 tasks = os.listdir("/proc/self/task")
 named = [open(f"/proc/self/task/{task}/comm").read().strip() for task in tasks]
@@ -418,7 +419,8 @@ def test_a_local_run_has_a_private_ray_that_leaves_nothing_behind(end: str, tmp_
         cpus, file, pids, session = json.loads(driver.stdout.readline())
         assert cpus == 64
         assert file == str(tmp_path / "code/minitron/__init__.py")
-        assert all(map(is_alive, pids))
+        assert all(map(is_alive, pids[:2]))
+        assert len(set(pids)) >= 5
         folder = Path(session).parents[1]
         assert folder.stat().st_mode & 0o077 == 0  # only this user can read sockets and logs
         if end == "killed":
@@ -430,7 +432,7 @@ def test_a_local_run_has_a_private_ray_that_leaves_nothing_behind(end: str, tmp_
             assert json.loads(driver.stdout.readline()) == [False, 1]
             assert driver.stderr.read() == ""  # Ray prints nothing
             assert driver.wait() == 0
-        wait_until(lambda: not any(map(is_alive, pids)), "raylet and worker are gone")
+        wait_until(lambda: not any(map(is_alive, pids)), "all processes of the private Ray are gone", seconds=20)
         wait_until(lambda: not folder.exists(), "the folder of sockets and logs is gone")
         assert list((tmp_path / "home").iterdir()) == []  # no token file is left
     finally:

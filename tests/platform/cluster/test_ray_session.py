@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 from helpers.command import environment
@@ -73,26 +70,6 @@ def test_the_workers_of_a_private_ray_have_the_drivers_python_whatever_ray_would
     variables["PYTHONPATH"] = os.pathsep.join([variables["PYTHONPATH"], str(tmp_path)])
     done = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.stdout == f"{{}} {sys.executable}\n", done.stderr
-
-
-ENDED_AT_ONCE = """
-import os, psutil, signal, sys
-from minitron_platform.cluster.ray_session import ray_session
-with ray_session("local", num_cpus=1):
-    print(*(each.pid for each in psutil.Process().children(recursive=True)), flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-def test_no_process_of_a_private_ray_outlives_a_killed_run_for_long() -> None:
-    killed = subprocess.run([sys.executable, "-c", ENDED_AT_ONCE], env=environment(), stdout=subprocess.PIPE, text=True)
-    left = []
-    for pid in killed.stdout.split():
-        with suppress(psutil.NoSuchProcess):
-            left.append(psutil.Process(int(pid)))
-    assert killed.returncode == -signal.SIGKILL
-    assert len(killed.stdout.split()) >= 5
-    assert not psutil.wait_procs(left, timeout=20)[1]
 
 
 def test_nobody_joins_the_private_ray_of_a_run(ray_here: None) -> None:
