@@ -86,7 +86,7 @@ def reading_order(paths: list[str]) -> list[tuple[str, str]]:
 
 
 def _remote_files(fs: fsspec.AbstractFileSystem, inner: str, kind: Kind) -> dict[str, dict[str, Any]] | None:
-    fs.invalidate_cache()  # fsspec caches the listings of object stores
+    fs.invalidate_cache()  # the hub's driver keeps its listings
     if fs.isfile(inner):
         return {inner: fs.info(inner)}
     if fs.isdir(inner):

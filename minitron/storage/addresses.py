@@ -16,6 +16,9 @@ SCHEMES = ("file", "local", *STORAGES)
 EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "az": "azure"}
 """The extra of Minitron that brings the driver of a scheme."""
 REMOTE = tuple(scheme for scheme in STORAGES if scheme != "memory")  # with a bucket or repository
+UNCACHED = {"use_listings_cache": False}
+"""What turns off the listings that fsspec keeps of object stores: other processes change the files, and all threads of this
+one share the driver."""
 
 
 def check_address(path: str) -> None:
@@ -58,7 +61,7 @@ def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if scheme in REMOTE:
         quiet_drivers()
     try:
-        fs, inner = url_to_fs(path)
+        fs, inner = url_to_fs(path, **(UNCACHED if scheme in EXTRAS else {}))
     except ImportError as error:
         extra = EXTRAS.get(scheme)
         remedy = f"pip install 'minitron[{extra}]'" if extra else "install the fsspec driver it names"

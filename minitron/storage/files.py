@@ -15,6 +15,8 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import fsspec
+
 from minitron.errors import MissingFileError, StorageError
 from minitron.files import is_special
 from minitron.storage.addresses import filesystem, is_local, local_path
@@ -25,8 +27,15 @@ MANIFEST = "manifest.json"
 CONDITIONAL = ("s3", "gs", "gcs", "abfs", "az", "memory")  # schemes for which fsspec can create a file exclusively
 
 
-def exists(path: str) -> bool:
+def _current(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """As `filesystem`, without what the driver of the model hub, which is a thread's own, has kept of earlier listings."""
     fs, inner = filesystem(path)
+    fs.invalidate_cache()
+    return fs, inner
+
+
+def exists(path: str) -> bool:
+    fs, inner = _current(path)
     with access_errors(path):
         return bool(fs.exists(inner))
 
@@ -122,8 +131,9 @@ def create_bytes(path: str, data: bytes) -> bool:
         try:
             fs.pipe_file(inner, data, mode="create")
         except FileExistsError:
-            # drivers retry a put whose response was lost, and the second attempt finds the file of the first
-            return read_bytes(path) == data
+            # drivers retry a put whose response was lost, and the second attempt finds the file of the first; another
+            # process may have removed the file meanwhile
+            return read_bytes_if_exists(path) == data
     return True
 
 
@@ -147,15 +157,14 @@ def write_json(path: str, value: Any) -> None:
 
 def size(path: str) -> int:
     """Bytes of all files below a folder; 0 if it does not exist."""
-    fs, inner = filesystem(path)
+    fs, inner = _current(path)
     with access_errors(path):
         return int(fs.du(inner)) if fs.exists(inner) else 0
 
 
 def names(path: str) -> list[str]:
     """Current names of the files and folders directly in a folder, sorted; empty if it does not exist."""
-    fs, inner = filesystem(path)
-    fs.invalidate_cache()  # fsspec caches the listings of object stores
+    fs, inner = _current(path)
     with access_errors(path):
         try:
             entries = fs.ls(inner, detail=False)
@@ -166,8 +175,7 @@ def names(path: str) -> list[str]:
 
 def entries(path: str) -> dict[str, bool]:
     """Whether each file or folder directly in a folder is a folder, by name, from one listing; empty if it does not exist."""
-    fs, inner = filesystem(path)
-    fs.invalidate_cache()
+    fs, inner = _current(path)
     with access_errors(path):
         try:
             listed = fs.ls(inner, detail=True)
@@ -193,8 +201,7 @@ VERSIONS = ("ETag", "etag", "blob_id", "LastModified", "last_modified", "updated
 def listed_files(path: str) -> dict[str, ListedFile]:
     """Current size and version of all files below a folder, by their names relative to it, or of the file `path` under an
     empty name, from one listing; empty if there is none."""
-    fs, inner = filesystem(path)
-    fs.invalidate_cache()
+    fs, inner = _current(path)
     root = str(fs._strip_protocol(inner)).rstrip("/")
     with access_errors(path):
         listed = fs.find(inner, detail=True)
@@ -210,8 +217,7 @@ def listed_files(path: str) -> dict[str, ListedFile]:
 def file_sizes(path: str) -> dict[str, int]:
     """Current sizes in bytes of all files below a folder, by their names relative to it, from one listing; empty if it does
     not exist."""
-    fs, inner = filesystem(path)
-    fs.invalidate_cache()
+    fs, inner = _current(path)
     root = str(fs._strip_protocol(inner)).rstrip("/") + "/"
     with access_errors(path):
         listed = fs.find(inner, detail=True)

@@ -41,7 +41,7 @@ def test_an_address_inside_another_is_refused(internal, chain):
 
 
 def test_an_address_that_fsspec_opens_with_another_driver_is_refused(internal, monkeypatch):
-    monkeypatch.setattr("minitron.storage.addresses.url_to_fs", lambda path: fsspec.url_to_fs(internal))
+    monkeypatch.setattr("minitron.storage.addresses.url_to_fs", lambda path, **_: fsspec.url_to_fs(internal))
     with pytest.raises(StorageError, match="opened as memory, not as hf"):
         storage.filesystem("hf://datasets/a/b")
 

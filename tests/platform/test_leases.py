@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import subprocess
@@ -319,6 +320,59 @@ def test_a_write_that_the_client_repeated_counts_as_successful(monkeypatch):
     assert storage.create_bytes(f"{address}/a", b"mine")
     assert not storage.create_bytes(f"{address}/a", b"theirs")
     assert storage.read_bytes(f"{address}/a") == b"mine"
+
+
+def test_a_write_is_refused_if_the_file_in_its_way_is_removed_meanwhile(monkeypatch):
+    address = f"memory://{uuid.uuid4().hex}"
+    fs = storage.filesystem(address)[0]
+    storage.write_bytes(f"{address}/a", b"theirs")
+
+    def refused(path, data, mode):
+        try:
+            type(fs).pipe_file(fs, path, data, mode=mode)
+        finally:
+            fs.rm_file(path)
+
+    monkeypatch.setattr(fs, "pipe_file", refused)
+    assert not storage.create_bytes(f"{address}/a", b"mine")
+
+
+def test_a_listing_shows_what_was_written_before_it_while_another_thread_lists_the_same_folder(s3, monkeypatch):
+    folder, kind = f"{s3}/{uuid.uuid4().hex}", type(storage.filesystem(s3)[0])
+    storage.write_bytes(f"{folder}/a", b"1")
+    listed, go_on = threading.Event(), threading.Event()
+    list_pages, forget = kind._iterdir, kind.invalidate_cache
+
+    async def list_slowly(*args, **options):
+        async for entry in list_pages(*args, **options):
+            yield entry
+        while not go_on.is_set():
+            listed.set()
+            await asyncio.sleep(0.01)
+
+    def forget_before_the_other_ends(*args):
+        forget(*args)
+        go_on.set()
+        slow.join(30)
+
+    slow = threading.Thread(target=storage.names, args=(folder,))
+    monkeypatch.setattr(kind, "_iterdir", list_slowly)
+    slow.start()
+    assert listed.wait(30)
+    fsspec.filesystem("s3", skip_instance_cache=True).pipe_file(f"{folder}/b", b"2")
+    monkeypatch.setattr(kind, "invalidate_cache", forget_before_the_other_ends)
+    assert storage.names(folder) == ["a", "b"]
+
+
+def test_whether_a_file_exists_does_not_depend_on_an_earlier_listing(s3):
+    folder, other = f"{s3}/{uuid.uuid4().hex}", fsspec.filesystem("s3", skip_instance_cache=True)
+    storage.write_bytes(f"{folder}/a", b"1")
+    assert storage.names(folder) == ["a"]
+    other.pipe_file(f"{folder}/b", b"22")
+    other.rm_file(f"{folder}/a")
+    assert storage.exists(f"{folder}/b")
+    assert not storage.exists(f"{folder}/a")
+    assert storage.size(folder) == 2
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "1e9"])
