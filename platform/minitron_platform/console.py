@@ -16,6 +16,7 @@ from rich.console import ConsoleOptions, RenderableType
 from rich.errors import MarkupError
 from rich.live import Live
 from rich.markup import escape
+from rich.measure import measure_renderables
 from rich.segment import Segment
 from rich.spinner import Spinner
 from rich.table import Table
@@ -91,12 +92,22 @@ class Console:
             self.rich.print(_from_markup(message), soft_wrap=True)
 
     def table(self, table: Table) -> None:
-        """Print a table. A text that is wider than its column is folded: cut off, two names could look the same."""
+        """Print a table. A text that is wider than its column is folded: cut off, two names could look the same. Columns that
+        do not wrap keep their width, also if the table is then wider than the terminal, which wraps it."""
+        least = len(table.columns) + 1  # the lines between the columns
         for column in table.columns:
             column.overflow = "fold"
+            if column.no_wrap:
+                measured = measure_renderables(self.rich, self.rich.options, [column.header, *column.cells])
+                column.min_width = measured.maximum
+            least += column.min_width or 1
+        if least + 2 * len(table.columns) > self.rich.width:
+            table.padding = 0
+        if least > self.rich.width:
+            table.width = least
         with self._lock:
             self._last_print = time.monotonic()
-            self.rich.print(table)
+            self.rich.print(table, crop=False)
 
     def status(self, message: str | Callable[[], str]) -> None:
         """Set the status of the current work. A function is called each time the status is shown."""

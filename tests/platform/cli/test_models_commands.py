@@ -75,9 +75,18 @@ def test_models_lists_alias_and_speed_of_the_family(family: Path) -> None:
     lines = command(family).stdout.splitlines()
     (newest,) = [line for line in lines if "large" in line and "candidate" in line and "1,234" in line]
     assert " 2 " in newest
-    narrow = CliRunner(env={"COLUMNS": "80"}).invoke(main, ["models", "--storage", str(family)]).stdout
+
+
+@pytest.mark.parametrize("columns", ["30", "60", "80"])
+def test_models_shows_names_and_figures_on_a_narrow_terminal_too(family: Path, columns: str) -> None:
+    narrow = CliRunner(env={"COLUMNS": columns}).invoke(main, ["models", "--storage", str(family)]).stdout
     assert "…" not in narrow
-    assert "1,234" in narrow
+    table = narrow.split("KL to the")[0].splitlines()
+    newest = next(line for line in table if "large" in line)
+    assert "candidat" in newest
+    assert "1,234" in newest
+    assert "tokens/s" in table[1]
+    assert columns == "30" or max(map(len, table)) <= int(columns)
 
 
 def test_models_show_prints_the_lineage_from_the_teacher_on(family: Path) -> None:
