@@ -174,7 +174,10 @@ class Console:
     def _print_heartbeats(self, stop: threading.Event) -> None:
         while not stop.wait(0.5):
             if time.monotonic() - self._last_print > HEARTBEAT_SECONDS:
-                self.say(f"  … {self._text()}")
+                try:
+                    self.say(f"  … {self._text()}")
+                except OSError:  # such as a full disk behind it, which the next line of the work meets too
+                    return
 
 
 def seconds(value: float) -> str:

@@ -9,14 +9,27 @@ from typing import Any
 
 
 def main(**options: Any) -> Any:
-    """Run the command that was typed. Ctrl-C before it has begun ends in a sentence, as later. options: those of click."""
+    """Run the command that was typed. Ctrl-C before it has begun ends in a sentence, as later, and so does output that cannot
+    be written. options: those of click."""
     _open_missing_streams()
     try:
         from minitron_platform.cli.commands import main as command
     except KeyboardInterrupt:
         print("\nstopped before anything had begun", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
-    return command(**options)
+    from minitron_platform.cli.output import unwritable
+    from minitron_platform.console import print_error
+
+    try:
+        return command(**options)
+    except OSError:
+        refused = unwritable("\n")  # an unbuffered stream has nothing waiting
+        if refused is None:
+            raise
+        print_error(refused)
+        raise SystemExit(2) from None
+    finally:
+        unwritable()
 
 
 def _open_missing_streams() -> None:
