@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from ray._raylet import (  # type: ignore[attr-defined]
 )
 
 from minitron.replaced import replaced
+from minitron_platform.cluster.waiting import waiting
 
 AGENTS = ("--dashboard_agent_command", "--runtime_env_agent_command")  # arguments of Ray's node: how to start them
 PORTS = (
@@ -57,4 +59,4 @@ def _with_idle_agent(argument: str) -> str:
     """An argument of Ray's node. If it says how to start an agent: with a command instead that waits for the node's end, when
     its input ends, and ignores further arguments."""
     name, _, _ = argument.partition("=")
-    return f'{name}=sh -c "exec cat"' if name in AGENTS else argument
+    return f"{name}={subprocess.list2cmdline(waiting())}" if name in AGENTS else argument

@@ -31,6 +31,7 @@ from minitron_platform.cluster.no_agents import no_agents
 from minitron_platform.cluster.nodes_at import check_answers, listens_at_loopback_alone
 from minitron_platform.cluster.packaging import PACKAGES, package_folder, stage_code
 from minitron_platform.cluster.tokens import auth_token
+from minitron_platform.cluster.waiting import waiting
 from minitron_platform.workers.workers import SEAT
 from minitron_search.private_ray import private_settings
 from minitron_search.shutdown import shutdown_ray
@@ -279,6 +280,6 @@ def private_folder() -> Iterator[str]:
     parent = tempfile.gettempdir()
     folder = tempfile.mkdtemp(prefix="mt-", dir=parent if len(os.fsencode(parent)) <= LONGEST_TEMP_DIR - 14 else "/tmp")
     # Another process deletes the folder when this one ends, so that it is deleted even if this one is killed.
-    delete = ["sh", "-c", 'cat >/dev/null; rm -rf "$1"', "sh", folder]
+    delete = [*waiting("import shutil; shutil.rmtree(sys.argv[1], ignore_errors=True)"), folder]
     with subprocess.Popen(delete, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True):
         yield f"{folder}/r"  # Ray makes its folder accessible to all users, so it gets one inside ours

@@ -63,11 +63,13 @@ UV = Path(sys.executable).with_name("uv")
 def test_the_workers_of_a_private_ray_have_the_drivers_python_whatever_ray_would_add(
     started_with: tuple[str | Path, ...], tmp_path: Path
 ) -> None:
-    """By itself Ray starts workers with `uv run` where the driver is, and with what a hook of the administrator's adds."""
+    """By itself Ray starts workers with `uv run` where the driver is, and with what a hook of the administrator's adds. No
+    program is looked for in PATH, not even a shell."""
     (tmp_path / "hooked.py").write_text(HOOKED)
     command = [*started_with, sys.executable, tmp_path / "hooked.py"]
     variables = environment() | {"RAY_RUNTIME_ENV_HOOK": "hooked.add"}
     variables["PYTHONPATH"] = os.pathsep.join([variables["PYTHONPATH"], str(tmp_path)])
+    variables["PATH"] = str(tmp_path)
     done = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.stdout == f"{{}} {sys.executable}\n", done.stderr
 
