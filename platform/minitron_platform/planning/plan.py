@@ -58,6 +58,7 @@ from minitron_platform.stages.search import Search
 from minitron_platform.stages.stage import Stage
 from minitron_platform.stages.state import RunState
 from minitron_platform.tracking.check import check_tracking
+from minitron_platform.tracking.registry import check_not_prompts
 
 TRAINING = ("correct", "search", "distill")  # stages that train; the others make forward passes
 
@@ -221,6 +222,9 @@ def plan(
     gpus_here = resources.uses_gpus and not machines.elsewhere
     in_fp8 = check_fp8_trainings(recipe, dtype if is_dtype_known else None, gpus_here=gpus_here)
     tracking_warning = check_tracking(locations.tracking_uri, recipe.experiment, recipe.tracking)
+    if tracking_warning is None:
+        models = {f"{recipe.key(member)}.model": member.model for member in recipe.family}
+        check_not_prompts(locations.tracking_uri, models)
     speed = speed_here(dtype)
     cluster = machines.gpus(resources, speed)
     cluster = cluster and cluster.computing_in(dtype)

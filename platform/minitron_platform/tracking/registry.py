@@ -12,7 +12,7 @@ import hashlib
 import logging
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -35,6 +35,7 @@ from minitron.storage import (
     verify,
 )
 from minitron_platform.tracking.client import (
+    RegistryError,
     aliased_version,
     all_versions,
     check_model_name,
@@ -165,6 +166,28 @@ def _same_weights(versions: list[Any], manifest_sha256: str) -> list[Any]:
     """The versions with this manifest, oldest first."""
     same = [version for version in versions if version.tags.get(MANIFEST_TAG) == manifest_sha256]
     return sorted(same, key=lambda version: int(version.version))
+
+
+def check_not_prompts(tracking_uri: str, names: Mapping[str, str]) -> None:
+    """Raise InputError if MLflow has a prompt of one of the model names `names`, by recipe key: it would refuse the model after
+    all the work. Does nothing if the registry does not answer, which it only has to when the model is registered."""
+    database = sqlite_path(tracking_uri)
+    if database is not None and not database.exists():
+        return
+    try:
+        with open_registry(tracking_uri) as client:
+            for key, name in names.items():
+                if client.get_prompt(name) is not None:
+                    raise _prompt_of_that_name(f"{key}: {name!r}")
+    except RegistryError as error:
+        log.warning("cannot check whether a prompt has the name of a model: %s", error.problem)
+
+
+def _prompt_of_that_name(named: str) -> InputError:
+    return InputError(
+        f"{named}: MLflow has a prompt of that name, and no model can have it",
+        "choose another one, or rename the prompt",
+    )
 
 
 def has_version(tracking_uri: str, name: str, version: str) -> bool:
@@ -323,9 +346,7 @@ def _create_registered(client: MlflowClient, name: str) -> None:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
         if find_registered(client, name) is None:  # prompts share the names of models, and are not found as such
-            raise InputError(
-                f"model name {name!r}: MLflow has a prompt of that name", "choose another one, or rename the prompt"
-            ) from error
+            raise _prompt_of_that_name(f"model name {name!r}") from error
 
 
 def _sha256(data: bytes) -> str:

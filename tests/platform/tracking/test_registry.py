@@ -31,7 +31,7 @@ from minitron_platform.tracking import version_weights
 from minitron_platform.tracking.client import RegistryError, open_registry, registered_version
 from minitron_platform.tracking.logged_models import ModelFigures
 from minitron_platform.tracking.moves import promote, rollback
-from minitron_platform.tracking.registry import models, pull, register
+from minitron_platform.tracking.registry import check_not_prompts, models, pull, register
 from minitron_platform.tracking.server import serve
 from minitron_platform.tracking.ui_password import read_password
 
@@ -219,6 +219,9 @@ def test_errors_name_the_existing_models_and_versions(
     for name in ("a/b", "a@b", "a\nb", ".", "..a", "minitron-lock-a", "greeting"):
         with pytest.raises(InputError, match=re.escape(f"model name {name!r}")):
             register(uri, name=name, source=str(tmp_path / "a"), run_id=None, tags={})
+    with pytest.raises(InputError, match=r"family\.1\.model: 'greeting': MLflow has a prompt of that name") as refusal:
+        check_not_prompts(uri, {"family.0.model": NAME, "family.1.model": "greeting"})
+    assert refusal.value.remedy == "choose another one, or rename the prompt"
     assert [row.name for row in models(uri)] == [NAME]
     with pytest.raises(StorageError, match=r"has no manifest\.json"):
         register(uri, name=NAME, source=str(tmp_path), run_id=None, tags={})
