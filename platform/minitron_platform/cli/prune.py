@@ -100,8 +100,9 @@ def prune(
 ) -> None:
     """Prune MODEL to a smaller checkpoint and write it to OUT, a new folder.
 
-    MODEL is a checkpoint folder, a hub name, a .gguf file or package:NAME/PATH. A folder or hub model is read and written
-    one tensor at a time, so it may be larger than the memory; a .gguf file is loaded as a whole.
+    MODEL is a checkpoint folder, a hub name, a .gguf file, package:NAME/PATH, or the address of a model that Minitron wrote to
+    remote storage, such as a student; OUT may be remote too. A folder or hub model is read and written one tensor at a time,
+    so it may be larger than the memory; a .gguf file is loaded as a whole.
 
     Give the new shape in one of three ways: by sizes (--hidden-size 3072 --intermediate-size 9216; sizes that are not given
     do not change), by --parameters, or by --like.

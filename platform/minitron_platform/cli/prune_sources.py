@@ -22,11 +22,26 @@ DUPLICATE_WEIGHTS = ("consolidated*", "original/*", "onnx/*")  # the same weight
 def local_model(model: str, revision: str | None, files: Sequence[str]) -> str:
     """Path of `model` as a local folder or .gguf file.
 
-    Downloads the files of a hub model that match the patterns `files` into the hub's cache. Raises InputError for a model that
-    does not exist or cannot be downloaded.
+    Downloads the files of a hub model that match the patterns `files` into the hub's cache, and copies one in remote storage
+    into the user's, without weights for `CONFIG` alone. Raises InputError for a model that does not exist or cannot be
+    downloaded.
     """
+    from minitron.checkpoints.gguf_remote import header_copy
+    from minitron.models import is_remote_source
     from minitron.packages import PACKAGE, package_path
 
+    if is_remote_source(model):
+        if not storage.is_uploaded(model):
+            raise InputError(
+                f"{model}: not a folder that minitron wrote, so nothing verifies it",
+                "copy it to this machine, and give the copy",
+            )
+        if revision:
+            raise InputError(
+                f"--revision: {revision} has no effect, because {model} is no hub model", "leave --revision out"
+            )
+        header_only = model.endswith(".gguf") and files == CONFIG
+        return str(header_copy(model) if header_only else storage.uploaded_copy(model, weights=files != CONFIG))
     path = Path(package_path(model)) if model.startswith(PACKAGE) else storage.local_path(model)
     if path.exists():
         if revision:
@@ -64,12 +79,15 @@ def _first_line(error: Exception) -> str:
 
 def check_outside(model: str, out: str) -> None:
     """Raise InputError for a target inside the folder of the model, which transformers would read as part of it."""
+    inside = InputError(f"{out} is inside the model's folder {model}", "give a folder outside it")
     if not (storage.is_local(model) and storage.is_local(out)):
+        if out.startswith(f"{model.rstrip('/')}/"):
+            raise inside
         return
     source = storage.local_path(model).resolve()
     target = storage.local_path(out).resolve()
     if source.is_dir() and target.is_relative_to(source):
-        raise InputError(f"{out} is inside the model's folder {model}", "give a folder outside it")
+        raise inside
 
 
 def sample_of(model: str) -> str | None:

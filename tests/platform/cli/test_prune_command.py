@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from helpers import tiny
 from helpers.command import run_minitron
 
-from minitron import estimate_importance, prune
+from minitron import estimate_importance, prune, storage
 from minitron.checkpoints.sample import checkpoint_sample, model_sample
 from minitron.models import load_model
 from minitron_platform.cli.commands import main
@@ -295,6 +295,24 @@ def test_scores_without_experts_are_refused_for_a_mixture(tmp_path):
     result = call(tmp_path, "--num-experts", "3")
     assert result.exit_code == 2
     assert "no experts, but this model has experts [5, 4]" in " ".join(result.output.split())
+
+
+def test_prune_reads_and_writes_remote_storage(folder):
+    model = "memory://prune/model"
+    storage.commit_files({path.name: path for path in (folder / "model").iterdir()}, model)
+    scores = ["--scores", str(folder / "scores.safetensors")]
+    done = CliRunner().invoke(main, ["prune", model, "memory://prune/out", "--num-layers", "4", *scores])
+    assert done.exit_code == 0, done.output
+    shutil.copytree(storage.fetch("memory://prune/out"), folder / "remote")
+    check(folder, "remote", num_layers=4)
+    fsspec.filesystem("memory").pipe("/foreign/config.json", b"{}")
+    for source, out, said in (
+        (model, f"{model}/out", "is inside the model's folder"),
+        ("memory://foreign", "memory://prune/other", "memory://foreign: not a folder that minitron wrote"),
+    ):
+        refused = CliRunner().invoke(main, ["prune", source, out, "--num-layers", "4", *scores])
+        assert refused.exit_code == 2
+        assert said in " ".join(refused.output.split())
 
 
 def test_an_existing_target_folder_is_refused(folder):
