@@ -7,7 +7,7 @@ from typing import Any
 import click
 from rich.markup import escape
 
-from minitron.errors import InputError
+from minitron.errors import InputError, NotWritableError
 from minitron.storage import redact
 from minitron_platform.cli.models_add import add
 from minitron_platform.cli.models_delete import delete
@@ -82,15 +82,18 @@ def pull(locations: Any, model: str, folder: str, version: str | None, unverifie
         option = f" --version {version}" if version else ""
         raise InputError(f"{model}{option}: more than one alias or version", "give one of them")
     version = version or named
-    pulled = pull_model(
-        locations.tracking_uri,
-        name,
-        folder,
-        version=version,
-        alias=alias or CHAMPION,
-        storage_root=locations.storage,
-        unverified=unverified,
-    )
+    try:
+        pulled = pull_model(
+            locations.tracking_uri,
+            name,
+            folder,
+            version=version,
+            alias=alias or CHAMPION,
+            storage_root=locations.storage,
+            unverified=unverified,
+        )
+    except NotWritableError as error:  # the remedy is another folder, not another --storage
+        raise InputError(f"FOLDER {error.problem}", error.remedy) from error
     echo(f"{name} version {pulled}, verified, is in {folder}")
 
 

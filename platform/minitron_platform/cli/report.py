@@ -7,7 +7,7 @@ from typing import Any
 import click
 from rich.markup import escape
 
-from minitron_platform.cli.options import tracking_options
+from minitron_platform.cli.options import check_out, tracking_options
 from minitron_platform.console import Console
 
 
@@ -24,6 +24,7 @@ def report(locations: Any, runs: tuple[str, ...], out: str | None) -> None:
     RUN is the name of a run, such as smollm2-135m-cpu-720783ab, its recipe's name, of which the newest run is taken, or a model
     of its family. Without RUN, the finished runs of the storage are listed.
     """
+    check_out(out)
     from minitron_platform.report.finished_run import finished_runs
     from minitron_platform.report.write import write_page
 

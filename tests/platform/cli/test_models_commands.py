@@ -174,6 +174,17 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield running
 
 
+@pytest.mark.parametrize(
+    "arguments", [["models", "pull", "small@candidate", "/proc/x"], ["report", "a", "--out", "/proc/x"]]
+)
+def test_the_remedy_for_a_file_outside_the_storage_is_not_another_storage(family: Path, arguments: list[str]) -> None:
+    refused = CliRunner(env={"COLUMNS": "200"}).invoke(main, [*arguments, "--storage", str(family)])
+    assert refused.exit_code == 2
+    assert "/proc/x: " in refused.stderr
+    assert "cannot be written (No such file or directory)" in refused.stderr
+    assert refused.stderr.splitlines()[-1] == "  fix: choose another folder"
+
+
 def test_models_pull_takes_one_version_by_its_number(family: Path, tmp_path_factory: Any) -> None:
     target = tmp_path_factory.mktemp("copies") / "copy"
     both = command(family, "pull", "large/1", str(target), "--version", "2")
