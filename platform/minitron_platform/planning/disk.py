@@ -27,11 +27,12 @@ class DiskNeed:
     @property
     def problem(self) -> str:
         """What is missing, and what takes the most."""
+        unit, size_of_unit = ("GB", 1e9) if self.needed >= 1e9 else ("MB", 1e6)
         largest = sorted(self.parts.items(), key=lambda part: -part[1])[:LARGEST]
-        named = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in largest if size)
+        named = ", ".join(f"{name} {size / size_of_unit:.1f}" for name, size in largest if size)
         return (
-            f"{self.storage}: the run needs about {self.needed / 1e9:.1f} GB ({named}), and the disk has "
-            f"{self.free / 1e9:.1f} GB free"
+            f"{self.storage}: the run needs about {self.needed / size_of_unit:.1f} {unit} ({named}), and the "
+            f"disk has {self.free / size_of_unit:.1f} {unit} free"
         )
 
     def error(self, recipe: Recipe, fits: Callable[[Recipe], bool]) -> StorageError:

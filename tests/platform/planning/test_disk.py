@@ -39,7 +39,9 @@ def test_a_disk_that_fewer_rows_do_not_help_is_refused_with_what_takes_the_room(
     disk(planned(ONLINE).bytes // 2)
     refused = refusal(planned, ONLINE)
     assert refused.remedy == "free some space, or choose another location with --storage"
-    assert re.search(r"needs about \d+\.\d GB \(.*search \d.*\), and the disk has", refused.problem)
+    assert re.search(
+        r"needs about [1-9]\d*\.\d MB \(.*search [1-9].*\), and the disk has [1-9]\d*\.\d MB", refused.problem
+    )
     assert "training rows fit" not in refused.problem
 
 
