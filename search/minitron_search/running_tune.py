@@ -102,6 +102,8 @@ class RunningTune:
             self._count_again()
             look()
         if self.running.done():
+            if self.round.raised is not None:  # of some events Tune raises its text alone
+                raise self.round.raised
             self.running.result()
         if error := self.round.error:
             raise StorageError(
@@ -225,7 +227,8 @@ class StopOnStorageError(Stopper):
 class _Round(Callback):
     """Follows the trials of one call of `RunningTune.run`, in Tune's thread, and forwards their events.
 
-    `failed` has the reason, by key, of each trial that failed for good; `error` is the storage error that ended all.
+    `failed` has the reason, by key, of each trial that failed for good; `error` is the storage error that ended all,
+    and `raised` what `on_event` raised, which ends all too.
     `restarts` is the number of restarts of a trial that runs again with a whole GPU; None if all trials have whole GPUs.
     """
 
@@ -235,6 +238,7 @@ class _Round(Callback):
         self.on_event: OnEvent | None = None
         self.failed: dict[str, str] = {}
         self.error: StorageError | None = None
+        self.raised: BaseException | None = None
         self.cancelled = False
         self._unfinished = set[str]()
         self._ended = False
@@ -302,7 +306,11 @@ class _Round(Callback):
         if isinstance(event, Failed):
             self.failed[key] = event.reason
         if self.on_event:
-            self.on_event(key, event)
+            try:
+                self.on_event(key, event)
+            except BaseException as error:
+                self.raised = error
+                raise
 
 
 def _node(trial: Any) -> str:

@@ -269,6 +269,19 @@ def test_storage_that_cannot_be_used_ends_the_search(made, to_the_end, tmp_path)
     assert time.monotonic() - started < 50  # it did not wait for the other trial
 
 
+def test_an_error_of_whoever_follows_the_events_ends_the_search_as_it_is(made, to_the_end, tmp_path):
+    """Ray Tune would raise another one, with its text."""
+    refused = StorageError("/x/trial.txt: the disk is full", "free some space")
+
+    def on_event(_, event):
+        raise refused
+
+    work, done = _work(tmp_path)
+    with pytest.raises(StorageError) as raised:
+        _pool(tmp_path, max_failures=0, on_event=on_event).run(work, [replace(made[2][0], num_layers=3)], done)
+    assert raised.value is refused
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc, which only Linux has")
 def test_a_worker_releases_the_memory_of_a_finished_trial(made, to_the_end, tmp_path):
     """Every trial frees memory that the C library's allocator keeps for the trial's thread, if it is not released."""
