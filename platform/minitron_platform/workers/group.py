@@ -143,6 +143,8 @@ class WorkerGroup:
             storage.remove(self.scratch)
 
     def _report_end(self, ended: Future[Any]) -> None:
+        if not ray.is_initialized():  # the call would start another Ray
+            return
         with suppress(RayError):  # Ray has stopped, which the caller of `run` sees by itself
             ray.get(self.calls.put.remote(GroupEnded()))
 
