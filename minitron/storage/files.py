@@ -24,6 +24,7 @@ from minitron.storage.private import PRIVATE, write_new
 from minitron.storage.problems import access_errors, disk_errors
 
 MANIFEST = "manifest.json"
+ATTEMPTS = 3  # to delete a folder that other processes still use
 CONDITIONAL = ("s3", "gs", "gcs", "abfs", "az", "memory")  # schemes for which fsspec can create a file exclusively
 
 
@@ -157,9 +158,7 @@ def write_json(path: str, value: Any) -> None:
 
 def size(path: str) -> int:
     """Bytes of all files below a folder; 0 if it does not exist."""
-    fs, inner = _current(path)
-    with access_errors(path):
-        return int(fs.du(inner)) if fs.exists(inner) else 0
+    return sum(file_sizes(path).values())
 
 
 def names(path: str) -> list[str]:
@@ -244,11 +243,22 @@ def remove(path: str) -> None:
 
 def _remove_local(path: Path) -> None:
     if path.is_symlink() or not path.is_dir():
-        path.unlink()
-        return
+        try:
+            path.unlink()
+            return
+        except OSError:
+            if path.is_symlink() or not path.is_dir():  # otherwise another process has made the folder meanwhile
+                raise
     doomed = temporary_name(path)  # what a killed process leaves of it is deleted with its staging folders
     os.rename(path, doomed)
-    shutil.rmtree(doomed)
+    for _ in range(ATTEMPTS):
+        try:
+            shutil.rmtree(doomed)
+            return
+        except OSError as error:
+            # another process was writing a file there when the folder was renamed; or NFS keeps one that is still open
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
 
 
 def temporary_name(target: Path) -> Path:

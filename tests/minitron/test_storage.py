@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import uuid
+from pathlib import Path
 
 import pytest
 
@@ -112,6 +113,48 @@ def test_removal_deletes_the_manifest_first(address):
     storage.remove(address)
     assert not storage.is_committed(address)
     storage.remove(address)  # removing it again does nothing
+
+
+def test_a_folder_that_is_made_while_it_is_removed_is_removed(tmp_path, monkeypatch):
+    target, unlink = tmp_path / "address", Path.unlink
+
+    def made_meanwhile(self, *arguments, **options):
+        if self == target:
+            target.mkdir()
+        unlink(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "unlink", made_meanwhile)
+    storage.remove(str(target))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_which_another_process_is_writing_is_removed(tmp_path, monkeypatch):
+    (tmp_path / "address" / "inner").mkdir(parents=True)
+    late, rmdir = [b"1", b"2"], os.rmdir
+
+    def written_meanwhile(path, *arguments, **options):
+        if late and os.path.isabs(path):
+            (Path(path) / "late").write_bytes(late.pop())
+        rmdir(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "rmdir", written_meanwhile)
+    storage.remove(str(tmp_path / "address"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_size_of_a_folder_in_which_files_are_deleted_is_that_of_one_look(address, monkeypatch):
+    storage.write_bytes(storage.join(address, "a"), b"abc")
+    fs, inner = storage.filesystem(address)
+    find = type(fs).find
+
+    def deleted_after_the_look(self, *arguments, **options):
+        try:
+            return find(self, *arguments, **options)
+        finally:
+            fs.rm_file(f"{inner}/a")
+
+    monkeypatch.setattr(type(fs), "find", deleted_after_the_look)
+    assert storage.size(address) == 3
 
 
 def test_writing_a_file_replaces_it_atomically(address):
