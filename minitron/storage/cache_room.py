@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minitron.errors import InputError
-from minitron.storage.files import MANIFEST, remove
-from minitron.storage.folders import manifest
+from minitron.storage.files import MANIFEST, remove, size
+from minitron.storage.folders import sweep
 from minitron.storage.private import lock_file
 
 log = logging.getLogger(__name__)
@@ -39,17 +39,29 @@ def locked(copy: Path, *, wait: bool = True) -> Iterator[bool]:
 def make_room(folder: Path, needed: int) -> None:
     """Delete the copies that were not used for the longest time until `needed` more bytes fit below the limit: that of the
     environment variable MINITRON_CACHE_GB, else half of the disk. A copy that was used in the last hour is kept."""
-    used = {path.parent: path.stat().st_mtime for path in folder.glob(f"*/{MANIFEST}")}
-    sizes = {copy: sum(entry["bytes"] for entry in manifest(str(copy))["files"].values()) for copy in used}
+    for name in {path.name.split(".")[1] for path in folder.glob(".*.tmp")}:
+        sweep(folder, name)
+    # those whose names begin with a dot are being made or deleted
+    copies = [path.parent for path in folder.glob(f"*/{MANIFEST}") if not path.parent.name.startswith(".")]
+    used = {copy: at for copy in copies if (at := _last_used(copy)) is not None}
+    sizes = {copy: size(str(copy)) for copy in used}
     excess = sum(sizes.values()) + needed - _limit(folder)
     for copy in sorted(used, key=used.__getitem__):
         if excess <= 0 or time.time() - used[copy] < IN_USE_SECONDS:
             break
         with locked(copy, wait=False) as free:
-            if free:
+            if free and _last_used(copy) in (used[copy], None):  # not used meanwhile, or deleted by another process
                 log.info("%s: deleted, not used for the longest time", copy)
                 remove(str(copy))
                 excess -= sizes[copy]
+
+
+def _last_used(copy: Path) -> float | None:
+    """When a copy was last used, a Unix time; None if another process has deleted it."""
+    try:
+        return (copy / MANIFEST).stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def _limit(folder: Path) -> float:

@@ -96,7 +96,7 @@ def _cached(
         return whole
 
     with locked(copy):
-        if is_committed(str(copy)) and not _is_whole(copy, expected()):
+        if is_committed(str(copy)) and not _is_whole(copy, expected):
             log.warning("%s: damaged copy of %s, copying it again", copy, target)
             remove(str(copy))
         if not is_committed(str(copy)):
@@ -122,13 +122,17 @@ def _same_files(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return hashes[0] == hashes[1]
 
 
-def _is_whole(copy: Path, files: dict[str, Any]) -> bool:
-    """Whether a copy has the content of all files of a manifest, and all are this user's own.
+def _is_whole(copy: Path, expected: Callable[[], dict[str, Any]]) -> bool:
+    """Whether a copy has a manifest, the content of all files that are `expected`, and all are this user's own.
 
     The operating system's numbers for each file (size, inode, times of the last writing and change) are noted beside
     the copy when its SHA-256 is checked. Only files with other numbers are hashed again. No program can set the last of them.
     """
-    if not _same_files(manifest(str(copy))["files"], files):
+    try:
+        files = expected()
+        if not _same_files(manifest(str(copy))["files"], files):
+            return False
+    except StorageError:  # the machine has stopped before the manifest was on its disk
         return False
     states = _states(copy, files)
     if any(states.get(name, [None])[0] != entry["bytes"] for name, entry in files.items()):

@@ -68,7 +68,7 @@ def staging_folder(target: str) -> Path:
     parent = local_path(target).parent if local else Path(tempfile.gettempdir())
     parent.mkdir(parents=True, exist_ok=True)
     name = target.rstrip("/").rsplit("/", 1)[-1]
-    _sweep(parent, name)
+    sweep(parent, name)
     temporary = temporary_name(parent / name)
     temporary.mkdir(mode=0o777 if local else 0o700)
     return temporary
@@ -110,8 +110,8 @@ def publish(
         write_bytes(join(target, MANIFEST), manifest.encode())
 
 
-def _sweep(parent: Path, name: str) -> None:
-    """Delete staging folders for the same target left by killed processes of this user on this machine."""
+def sweep(parent: Path, name: str) -> None:
+    """Delete staging folders for the target `name` in a local folder, left by killed processes of this user on this machine."""
     for folder in parent.glob(f".{glob.escape(name)}.*.tmp"):
         host, _, pid = folder.name.removeprefix(f".{name}.").rsplit(".", 2)[0].rpartition("-")
         if host != socket.gethostname() or not pid.isdigit() or _is_alive(int(pid)):
@@ -148,7 +148,11 @@ def _publish(temporary: Path, target: Path, new: bool) -> None:
 
 def _is_foreign(target: Path) -> bool:
     """Whether a local folder has files, but no manifest."""
-    return target.is_dir() and not (target / MANIFEST).exists() and any(target.iterdir())
+    try:
+        names = os.listdir(target)  # one look: another process may delete the folder or make it meanwhile
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return bool(names) and MANIFEST not in names
 
 
 def is_committed(target: str) -> bool:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
+import socket
+import subprocess
+import sys
 import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from minitron import storage
 from minitron.errors import InputError
+from minitron.storage import cache_room
 
 
 def _remote(content=b"abc"):
@@ -56,3 +63,62 @@ def test_copies_that_were_not_used_for_long_make_room_for_new_ones(tmp_path, mon
     monkeypatch.setenv("MINITRON_CACHE_GB", "much")
     with pytest.raises(InputError, match="MINITRON_CACHE_GB: 'much' is not a number"):
         storage.fetch(_remote(), cache=str(tmp_path))
+
+
+@pytest.fixture
+def full(tmp_path, monkeypatch):
+    """A copy in the cache `tmp_path` that was not used for hours, and must make room for any other."""
+    monkeypatch.setenv("MINITRON_CACHE_GB", "1500e-9")
+    copy = storage.fetch(_remote(bytes(1000)), cache=str(tmp_path))
+    used = time.time() - 7200
+    os.utime(copy / "manifest.json", (used, used))
+    return copy
+
+
+def test_a_copy_that_another_process_uses_while_room_is_made_is_kept(full, tmp_path, monkeypatch):
+    locked = cache_room.locked
+
+    @contextmanager
+    def used_before(copy, *, wait=True):
+        os.utime(copy / "manifest.json")
+        with locked(copy, wait=wait) as free:
+            yield free
+
+    monkeypatch.setattr(cache_room, "locked", used_before)
+    storage.fetch(_remote(bytes(1001)), cache=str(tmp_path))
+    assert (full / "a.bin").exists()
+
+
+def test_copies_that_another_process_deletes_while_room_is_made_do_not_hinder(full, tmp_path, monkeypatch):
+    glob = Path.glob
+
+    def deleted_meanwhile(self, pattern):
+        for path in list(glob(self, pattern)):
+            if path.parent == full:
+                shutil.rmtree(full)
+            yield path
+
+    monkeypatch.setattr(Path, "glob", deleted_meanwhile)
+    assert (storage.fetch(_remote(bytes(1001)), cache=str(tmp_path)) / "a.bin").exists()
+    assert not full.exists()
+
+
+def test_what_killed_processes_left_in_the_cache_is_deleted_and_what_others_are_making_is_kept(full, tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left, made = (tmp_path / f".{'a' * 16}.{socket.gethostname()}-{pid}.0.tmp" for pid in (dead.pid, os.getpid()))
+    for folder in (left, made):
+        shutil.copytree(full, folder)
+        os.utime(folder / "manifest.json", (0, 0))
+    storage.fetch(_remote(bytes(1001)), cache=str(tmp_path))
+    assert [folder.exists() for folder in (left, made, full)] == [False, True, False]
+
+
+def test_a_copy_whose_manifest_is_damaged_is_made_again_and_does_not_hinder_others(full, tmp_path):
+    remote = _remote()
+    copy = storage.fetch(remote, cache=str(tmp_path))
+    for each in (copy, full):
+        (each / "manifest.json").write_text("")
+    assert storage.fetch(remote, cache=str(tmp_path)) == copy
+    assert (copy / "a.bin").read_bytes() == b"abc"
+    storage.verify(str(copy))
