@@ -77,18 +77,18 @@ def lease(
     fence = Fence(folder, _acquire(folder, what, holder, console, take_over, wait), what)
     heartbeat = _Heartbeat(fence, holder.ttl)
     heartbeat.start()
+    ended_with: BaseException | None = None
     try:
         yield fence
     except BaseException as error:
-        if heartbeat.lost is not None and error is not heartbeat.lost:
-            raise heartbeat.lost from error
+        ended_with = error
         raise
     finally:
         heartbeat.stop()
         if heartbeat.lost is None:
             _release(fence)
-    if heartbeat.lost is not None:
-        raise heartbeat.lost
+        elif ended_with is not heartbeat.lost:
+            raise heartbeat.lost from ended_with
 
 
 def _release(fence: Fence) -> None:
@@ -210,5 +210,11 @@ class _Heartbeat(threading.Thread):
                 return
 
     def stop(self) -> None:
-        self._stop_now.set()
-        self.join()
+        while True:
+            try:
+                self._stop_now.set()
+                self.join()
+                return
+            except KeyboardInterrupt:
+                if self.lost is None:
+                    raise  # the user's; otherwise the last heartbeat has just seen that the lease is lost

@@ -235,6 +235,21 @@ def test_a_driver_whose_lease_was_taken_over_stops_in_the_middle_of_its_work(whe
     assert f"process {os.getpid()}" in said
 
 
+def test_a_lease_that_is_seen_to_be_lost_when_its_work_ends_is_lost(where, monkeypatch):
+    monkeypatch.setenv("MINITRON_LEASE_SECONDS", "1")
+    checks, check = threading.Event(), Fence.check
+
+    def until_the_work_has_ended(fence):
+        checks.set()
+        threading.current_thread()._stop_now.wait(30)
+        check(fence)
+
+    monkeypatch.setattr(Fence, "check", until_the_work_has_ended)
+    with pytest.raises(LeaseLostError), _hold(where):  # noqa: PT012
+        assert checks.wait(30)
+        _elsewhere(where, ttl=1.0)
+
+
 def test_leases_of_earlier_drivers_are_removed(where):
     for _ in range(3):
         with _hold(where):
