@@ -18,10 +18,10 @@ from minitron.errors import StorageError
 from minitron.names import check_name, inside
 from minitron.storage.addresses import filesystem, is_local, join, local_path
 from minitron.storage.cache_room import locked, make_room
-from minitron.storage.files import MANIFEST, ListedFile, read_bytes, read_json, remove, write_bytes
+from minitron.storage.files import MANIFEST, ListedFile, listed_files, read_bytes, read_json, remove, write_bytes
 from minitron.storage.folders import committed_folder, is_committed, manifest
 from minitron.storage.hashing import fingerprint, sha256
-from minitron.storage.problems import access_errors
+from minitron.storage.problems import access_errors, missing_errors
 
 WEIGHTS = (".safetensors", ".bin")  # ends of the names of files with weights
 
@@ -72,10 +72,22 @@ def fetch_listed(target: str, files: Mapping[str, ListedFile]) -> Path:
 def _copy_listed(target: str, files: Mapping[str, ListedFile], copy: Path) -> None:
     with committed_folder(str(copy)) as made:
         _download(target, made, files)
+        now = _listed_now(target, files)
         for name, listed in files.items():
-            if (size := (made / name).stat().st_size) != listed.size:
+            size = (made / name).stat().st_size
+            if size != listed.size or now.get(name) != listed:
                 problem = f"{target}/{name}: has {size:,} bytes, and was listed with {listed.size:,}"
+                if size == listed.size:
+                    problem = f"{target}/{name}: was replaced while it was copied"
                 raise StorageError(problem, "it is being written: run again")
+
+
+def _listed_now(target: str, files: Mapping[str, ListedFile]) -> dict[str, ListedFile]:
+    if len(files) > 1:
+        return listed_files(target)
+    [name] = files  # there may be many others beside it
+    found = listed_files(join(target, name))
+    return {name: found[""]} if "" in found else {}
 
 
 def _cached(
@@ -113,7 +125,8 @@ def _download(target: str, folder: Path, names: Iterable[str]) -> None:
     for name in names:
         file = inside(folder, name, join(target, MANIFEST))
         file.parent.mkdir(parents=True, exist_ok=True)
-        with access_errors(join(target, name)):
+        path = join(target, name)
+        with access_errors(path), missing_errors(path, f"delete {target} and run again"):
             fs.get_file(f"{inner}/{name}", str(file))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from minitron.errors import MinitronError, NotWritableError
+from minitron.errors import MinitronError, NotWritableError, StorageError
 from minitron.storage.addresses import is_local, local_path
 from minitron.storage.refusals import storage_error
 
@@ -33,6 +33,16 @@ def access_errors(path: str) -> Iterator[None]:
         if full or (is_local(path) and not isinstance(error, PermissionError)):
             raise
         raise storage_error(path, error) from error
+
+
+@contextmanager
+def missing_errors(path: str, remedy: str) -> Iterator[None]:
+    """Turn the error that a file is not there into a StorageError that says so, for a file that must be there: elsewhere in an
+    object store it means that there is no bucket."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise StorageError(f"{path}: missing", remedy) from error
 
 
 @contextmanager

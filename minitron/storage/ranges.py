@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from minitron.errors import StorageError
 from minitron.storage.addresses import filesystem, is_local, local_path
-from minitron.storage.problems import access_errors
+from minitron.storage.problems import access_errors, missing_errors
 
 READERS = 4  # threads; of a request to an object store most is waiting
 Buffer = bytes | bytearray | memoryview
@@ -31,11 +31,8 @@ def read_ranges(path: str, ranges: Sequence[tuple[int, int]], new_buffer: NewBuf
 
     Raises StorageError for a file that is missing or shorter.
     """
-    with access_errors(path):
-        try:
-            data = _local(path, ranges, new_buffer) if is_local(path) else _remote(path, ranges)
-        except FileNotFoundError as error:
-            raise StorageError(f"{path}: missing", "delete its folder and run again") from error
+    with access_errors(path), missing_errors(path, "delete its folder and run again"):
+        data = _local(path, ranges, new_buffer) if is_local(path) else _remote(path, ranges)
     for (start, end), value in zip(ranges, data, strict=True):
         if len(value) != end - start:
             raise StorageError(f"{path}: ends before byte {end}, which was written", "delete its folder and run again")

@@ -99,6 +99,8 @@ def _refusal(path: str, error: Exception) -> Refusal | None:
         )
     if names & NO_BUCKET or isinstance(error, FileNotFoundError):  # a write needs nothing else to exist
         return Refusal(f"there is no bucket or container {bucket}", "create it, or correct the address")
+    if "FileExpired" in names:
+        return Refusal("the file was replaced while it was read", "run again")
     if names & BUSY or statuses & {429, 503} or getattr(chain[0], "errno", None) == errno.EBUSY:
         return Refusal(
             "the storage limits requests, after several attempts too",

@@ -16,10 +16,11 @@ from minitron.storage.hashing import fingerprint, sha256
 def upload_files(files: Mapping[str, Path], root: str) -> str:
     """Copy files to the folder below `root` that is named by their content, unless they are there; returns its address.
 
-    files: local path by path inside the folder.
+    files: local path by path inside the folder. Raises InputError for a file that changes meanwhile.
     """
-    target = join(root, fingerprint(hashes_of(files)))
-    commit_files(files, target)
+    hashes = hashes_of(files)
+    target = join(root, fingerprint(hashes))
+    commit_files(files, target, hashes)
     return target
 
 
@@ -28,8 +29,9 @@ def hashes_of(files: Mapping[str, Path]) -> dict[str, str]:
     return {name: sha256(path) for name, path in files.items()}
 
 
-def commit_files(files: Mapping[str, Path], target: str) -> None:
-    """Copy files to the committed folder `target`, unless it is there. files: local path by path inside the folder."""
+def commit_files(files: Mapping[str, Path], target: str, hashes: Mapping[str, str]) -> None:
+    """Copy files to the committed folder `target`, unless it is there. files: local path by path inside the folder. hashes:
+    what `hashes_of` gave, by which `target` was named. Raises InputError for a file that has changed since."""
     if is_committed(target):
         return
     with committed_folder(target) as folder:
@@ -37,6 +39,8 @@ def commit_files(files: Mapping[str, Path], target: str) -> None:
             copy = folder / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
+            if sha256(copy) != hashes[name]:
+                raise InputError(f"{path}: changed while it was uploaded", "run again when nothing writes to it")
 
 
 def is_uploaded(address: str) -> bool:

@@ -18,7 +18,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from minitron import storage
-from minitron.errors import InputError
+from minitron.errors import InputError, StorageError
 from minitron.storage import cache_room
 
 
@@ -122,3 +122,38 @@ def test_a_copy_whose_manifest_is_damaged_is_made_again_and_does_not_hinder_othe
     assert storage.fetch(remote, cache=str(tmp_path)) == copy
     assert (copy / "a.bin").read_bytes() == b"abc"
     storage.verify(str(copy))
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "b"]], ids=["file", "files"])
+def test_a_listed_file_that_is_replaced_while_it_is_copied_is_refused(names, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    target = f"memory://{uuid.uuid4().hex}"
+    for name in names:
+        storage.write_bytes(f"{target}/{name}", b"old")
+    listed = storage.listed_files(target)
+    storage.write_bytes(f"{target}/a", b"new")
+    with pytest.raises(StorageError, match="/a: was replaced while it was copied"):
+        storage.fetch_listed(target, listed)
+    listed = storage.listed_files(target)
+    assert (storage.fetch_listed(target, listed) / "a").read_bytes() == b"new"
+    assert len(list((tmp_path / "minitron").glob("*/manifest.json"))) == 1
+
+
+@pytest.mark.parametrize("where", ["local", "memory"])
+def test_a_file_that_changes_while_it_is_uploaded_is_not_kept_under_the_name_of_its_old_content(
+    where, tmp_path, monkeypatch
+):
+    root = str(tmp_path / "uploads") if where == "local" else f"memory://{uuid.uuid4().hex}"
+    path, copyfile = tmp_path / "text", shutil.copyfile
+    path.write_text("old")
+
+    def changed_before(source, target):
+        path.write_text("new")
+        return copyfile(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", changed_before)
+        with pytest.raises(InputError, match="text: changed while it was uploaded"):
+            storage.upload_files({"text": path}, root)
+    path.write_text("old")
+    assert storage.read_bytes(f"{storage.upload_files({'text': path}, root)}/text") == b"old"

@@ -61,9 +61,10 @@ def store(locations: Locations, folder: Path, name: str) -> str:
     """Copy a checkpoint's config, weights, tokenizer and licence to the storage, once for the model `name`, whose card is put
     beside them; returns the folder there."""
     files = {str(path.relative_to(folder)): path for path in _files(folder)}
-    content = storage.fingerprint([name, storage.hashes_of(files)])
+    hashes = storage.hashes_of(files)
+    content = storage.fingerprint([name, hashes])
     target = storage.join(locations.storage, "variants", content, "model")
-    storage.commit_files(files, target)
+    storage.commit_files(files, target, hashes)
     return target
 
 
