@@ -10,12 +10,13 @@ import errno
 import glob
 import hashlib
 import json
+import logging
 import os
 import shutil
 import socket
 import tempfile
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,22 @@ from typing import Any
 from minitron.errors import StorageError
 from minitron.names import check_name
 from minitron.storage.addresses import filesystem, is_local, join, local_path
-from minitron.storage.files import MANIFEST, exists, file_sizes, read_json, temporary_name, write_bytes
+from minitron.storage.files import (
+    CONDITIONAL,
+    MANIFEST,
+    create_bytes,
+    exists,
+    file_sizes,
+    read_json,
+    remove,
+    temporary_name,
+    write_bytes,
+)
 from minitron.storage.hashing import sha256
-from minitron.storage.problems import access_errors, disk_errors
+from minitron.storage.problems import access_errors, disk_errors, missing_errors
 from minitron.storage.ranges import check_entry
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -41,7 +54,8 @@ def committed_folder(
 
     note: JSON value stored in the manifest. before_commit: called before anything is written at `target`; it may raise a
     MinitronError to prevent that. If another process publishes `target` in the meantime, its folder is kept; with `new` that
-    is a StorageError, for a name that the user has chosen, where another result may be in it. Raises StorageError for a local
+    is a StorageError, for a name that the user has chosen, where another result may be in it. In an object store, of two that
+    copy their files there at the same time, the last one's are kept. Raises StorageError for a local
     folder that is there already, is not empty and has no manifest: nobody knows whose it is.
     """
     with disk_errors(target):
@@ -54,8 +68,10 @@ def committed_folder(
         try:
             yield temporary
             before_commit()
-            if new and not is_local(target) and is_committed(target):
-                raise StorageError(f"{target}: someone else has made this folder meanwhile", "give another folder")
+            if not is_local(target) and is_committed(target):
+                if new:
+                    raise StorageError(f"{target}: someone else has made this folder meanwhile", "give another folder")
+                return
             publish(temporary, target, upload(temporary, target), note, new=new)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -91,11 +107,15 @@ def upload(
             name = str(file.relative_to(temporary))
             entries[name] = known.get(name) or {"bytes": file.stat().st_size, "sha256": sha256(file)}
     if not is_local(target):
-        fs, inner = filesystem(target)
-        with access_errors(target):
-            for name in entries:
-                fs.put_file(str(temporary / name), f"{inner}/{name}")
+        _put(temporary, target, entries)
     return entries
+
+
+def _put(temporary: Path, target: str, names: Iterable[str]) -> None:
+    fs, inner = filesystem(target)
+    with access_errors(target):
+        for name in names:
+            fs.put_file(str(temporary / name), f"{inner}/{name}")
 
 
 def publish(
@@ -107,7 +127,19 @@ def publish(
         (temporary / MANIFEST).write_text(manifest)
         _publish(temporary, local_path(target), new)
     else:
-        write_bytes(join(target, MANIFEST), manifest.encode())
+        _publish_remote(temporary, target, files, manifest.encode())
+
+
+def _publish_remote(temporary: Path, target: str, files: Collection[str], manifest: bytes) -> None:
+    path = join(target, MANIFEST)
+    if path.split("://", 1)[0] not in CONDITIONAL:
+        write_bytes(path, manifest)
+        return
+    while not create_bytes(path, manifest):
+        # the files of the two may be mixed now, and the other process writes no more
+        log.warning("%s: another process has written this folder at the same time; its files are replaced", target)
+        remove(path)
+        _put(temporary, target, [name for name in files if (temporary / name).is_file()])
 
 
 def sweep(parent: Path, name: str) -> None:
@@ -196,7 +228,7 @@ def verify(target: str, *, hashes: bool = True, only: Collection[str] | None = N
         if sizes[name] != expected["bytes"]:
             raise StorageError(f"{path}: has {sizes[name]} bytes, but {expected['bytes']} were written", remedy)
         if hashes:
-            with access_errors(target), fs.open(f"{inner}/{name}", "rb") as file:
+            with access_errors(path), missing_errors(path, remedy), fs.open(f"{inner}/{name}", "rb") as file:
                 actual = hashlib.file_digest(file, "sha256").hexdigest()
             if actual != expected["sha256"]:
                 raise StorageError(f"{path}: SHA-256 is {actual}, expected {expected['sha256']}", remedy)

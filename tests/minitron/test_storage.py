@@ -10,6 +10,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from minitron import storage
 from minitron.errors import StorageError
@@ -79,6 +80,24 @@ def test_a_damaged_folder_is_refused_and_the_damage_named(tmp_path, damage, name
         storage.verify(str(target))
 
 
+@pytest.mark.parametrize("read", [storage.verify, storage.fetch], ids=["verify", "fetch"])
+def test_a_file_that_is_deleted_while_its_folder_is_read_is_named(read, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    address = f"memory://{uuid.uuid4().hex}"
+    with storage.committed_folder(address) as folder:
+        (folder / "a.bin").write_bytes(b"abc")
+    opened = MemoryFileSystem._open
+
+    def deleted_before(self, path, mode="rb", *arguments, **options):
+        if path.endswith("a.bin"):
+            self.store.pop(path, None)
+        return opened(self, path, mode, *arguments, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "_open", deleted_before)
+    with pytest.raises(StorageError, match=r"a.bin: missing"):
+        read(address)
+
+
 def test_files_of_a_killed_process_are_cleaned_up(tmp_path):
     target = str(tmp_path / "address")
     program = (
@@ -96,15 +115,35 @@ def test_files_of_a_killed_process_are_cleaned_up(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["address"]
 
 
-def test_the_first_commit_of_a_folder_wins(tmp_path):
-    target = tmp_path / "address"
-    with storage.committed_folder(str(target)) as mine:
+def test_the_first_commit_of_a_folder_wins(address, tmp_path):
+    with storage.committed_folder(address) as mine:
         (mine / "a").write_text("mine")
-        with storage.committed_folder(str(target)) as theirs:
+        with storage.committed_folder(address) as theirs:
             (theirs / "a").write_text("theirs")
-    assert (target / "a").read_text() == "theirs"
-    storage.verify(str(target))
-    assert list(tmp_path.iterdir()) == [target]
+    assert storage.read_bytes(storage.join(address, "a")) == b"theirs"
+    storage.verify(address)
+    assert [path.name for path in tmp_path.iterdir()] == (["address"] if storage.is_local(address) else [])
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_a_folder_that_two_processes_copy_to_an_object_store_at_once_is_never_a_mixture(name, monkeypatch):
+    address = f"memory://{uuid.uuid4().hex}"
+    put, commits = MemoryFileSystem.put_file, ["theirs", "mine"]
+
+    def commit(text):
+        with storage.committed_folder(address) as folder:
+            for each in "ab":
+                (folder / each).write_text(text)
+
+    def put_while_the_other_commits(self, path, target, *arguments, **options):
+        put(self, path, target, *arguments, **options)
+        if commits and target.endswith(f"/{name}"):
+            commit(commits.pop(0))
+
+    monkeypatch.setattr(MemoryFileSystem, "put_file", put_while_the_other_commits)
+    commit(commits.pop())
+    storage.verify(address)
+    assert not commits
 
 
 def test_removal_deletes_the_manifest_first(address):
