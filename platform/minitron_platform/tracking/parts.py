@@ -24,6 +24,7 @@ from minitron_platform.tracking.events import line, read_lines
 
 NAME = re.compile(r"^(\d{6})\.(\d{6})\.jsonl$")
 PART_BYTES = 1 << 19
+CLOSED = -1  # in place of a descriptor, whose number may soon be that of another file
 SESSION = "session"  # the kind of a session's first event, which belongs to no run
 
 
@@ -139,7 +140,9 @@ class LocalPart:
         return size
 
     def close(self) -> None:
-        os.close(self._file)
+        if self._file != CLOSED:
+            os.close(self._file)
+        self._file = CLOSED
 
 
 class RemotePart:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,22 @@ def flush(spool: Spool, uri: str) -> Flusher:
     flusher = Flusher(spool, uri, EXPERIMENT, interval=0.2)
     assert flusher.close() == 0
     return flusher
+
+
+def test_what_is_recorded_after_the_end_goes_into_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minitron_platform.tracking.spool.LAST_ATTEMPTS", 1)
+    spool = Spool(str(tmp_path / "spool"))
+    spool.record("search").start("search")
+    spool.close()
+    with ExitStack() as opened:
+        # one has the number of the closed file; leaving the block raises for one that is closed
+        others = [opened.enter_context(open(tmp_path / str(number), "w")) for number in range(20)]
+        spool.record("search").tags({"late": 1})
+        spool.close()
+    assert spool.lost == 1
+    assert {Path(other.name).read_bytes() for other in others} == {b""}
 
 
 def test_children_are_nested_and_everything_arrives(spool: Spool, uri: str, tmp_path: Path) -> None:
