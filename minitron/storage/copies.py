@@ -24,6 +24,7 @@ from minitron.storage.hashing import fingerprint, sha256
 from minitron.storage.problems import access_errors, missing_errors
 
 WEIGHTS = (".safetensors", ".bin")  # ends of the names of files with weights
+BEING_WRITTEN = "it is being written: run again"
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def fetch(target: str, cache: str | None = None, *, weights: bool = True) -> Pat
 
 def _copy(target: str, files: dict[str, Any], copy: Path) -> None:
     with committed_folder(str(copy)) as folder:
-        _download(target, folder, files)
+        _download(target, folder, files, f"delete {target} and run again")
     if not _same_files(manifest(str(copy))["files"], files):
         remove(str(copy))
         raise StorageError(f"{target}: the downloaded copy does not match its manifest", "run again")
@@ -71,7 +72,7 @@ def fetch_listed(target: str, files: Mapping[str, ListedFile]) -> Path:
 
 def _copy_listed(target: str, files: Mapping[str, ListedFile], copy: Path) -> None:
     with committed_folder(str(copy)) as made:
-        _download(target, made, files)
+        _download(target, made, files, BEING_WRITTEN)
         now = _listed_now(target, files)
         for name, listed in files.items():
             size = (made / name).stat().st_size
@@ -79,7 +80,7 @@ def _copy_listed(target: str, files: Mapping[str, ListedFile], copy: Path) -> No
                 problem = f"{target}/{name}: has {size:,} bytes, and was listed with {listed.size:,}"
                 if size == listed.size:
                     problem = f"{target}/{name}: was replaced while it was copied"
-                raise StorageError(problem, "it is being written: run again")
+                raise StorageError(problem, BEING_WRITTEN)
 
 
 def _listed_now(target: str, files: Mapping[str, ListedFile]) -> dict[str, ListedFile]:
@@ -119,14 +120,14 @@ def _cached(
     return copy
 
 
-def _download(target: str, folder: Path, names: Iterable[str]) -> None:
-    """Copy files of a remote folder to a new local one."""
+def _download(target: str, folder: Path, names: Iterable[str], remedy: str) -> None:
+    """Copy files of a remote folder to a new local one. remedy: if one is missing."""
     fs, inner = filesystem(target)
     for name in names:
         file = inside(folder, name, join(target, MANIFEST))
         file.parent.mkdir(parents=True, exist_ok=True)
         path = join(target, name)
-        with access_errors(path), missing_errors(path, f"delete {target} and run again"):
+        with access_errors(path), missing_errors(path, remedy):
             fs.get_file(f"{inner}/{name}", str(file))
 
 

@@ -164,18 +164,23 @@ def _is_alive(pid: int) -> bool:
 
 
 def _publish(temporary: Path, target: Path, new: bool) -> None:
-    try:
-        os.rename(temporary, target)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        if new or _is_foreign(target):
-            kept = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}")
-            os.rename(temporary, kept)
-            raise StorageError(
-                f"{target}: someone else has made this folder meanwhile; the result is in {kept}",
-                f"delete {target} or move it, and run again",
-            ) from error
+    while True:
+        try:
+            os.rename(temporary, target)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            if new or _is_foreign(target):
+                kept = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}")
+                os.rename(temporary, kept)
+                raise StorageError(
+                    f"{target}: someone else has made this folder meanwhile; the result is in {kept}",
+                    f"delete {target} or move it, and run again",
+                ) from error
+        if (target / MANIFEST).exists():
+            return
+        # it was in the way, and another process has deleted it meanwhile
 
 
 def _is_foreign(target: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import uuid
@@ -123,6 +124,25 @@ def test_the_first_commit_of_a_folder_wins(address, tmp_path):
     assert storage.read_bytes(storage.join(address, "a")) == b"theirs"
     storage.verify(address)
     assert [path.name for path in tmp_path.iterdir()] == (["address"] if storage.is_local(address) else [])
+
+
+def test_a_folder_is_committed_if_the_one_in_its_way_is_deleted_meanwhile(tmp_path, monkeypatch):
+    target, rename = tmp_path / "address", os.rename
+    with storage.committed_folder(str(target)) as folder:
+        (folder / "a").write_text("old")
+
+    def deleted_afterwards(source, to):
+        try:
+            rename(source, to)
+        except OSError:
+            shutil.rmtree(to)
+            raise
+
+    with storage.committed_folder(str(target)) as folder:
+        (folder / "a").write_text("new")
+        monkeypatch.setattr(os, "rename", deleted_afterwards)
+    assert (target / "a").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [target]
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
