@@ -298,8 +298,7 @@ def test_scores_without_experts_are_refused_for_a_mixture(tmp_path):
 
 
 def test_prune_reads_and_writes_remote_storage(folder):
-    model = "memory://prune/model"
-    storage.commit_files({path.name: path for path in (folder / "model").iterdir()}, model)
+    model = storage.upload_files({path.name: path for path in (folder / "model").iterdir()}, "memory://prune")
     scores = ["--scores", str(folder / "scores.safetensors")]
     done = CliRunner().invoke(main, ["prune", model, "memory://prune/out", "--num-layers", "4", *scores])
     assert done.exit_code == 0, done.output
