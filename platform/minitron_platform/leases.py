@@ -20,7 +20,7 @@ from functools import lru_cache
 from rich.markup import escape
 
 from minitron import storage
-from minitron.errors import InputError, MinitronError, StorageError
+from minitron.errors import InputError, MinitronError, StorageError, one_line
 from minitron_platform.console import Console
 from minitron_platform.fence import Fence, Holder, LeaseLostError, create_epoch, end_name, newest_epoch, read_holder
 from minitron_platform.locations import Locations
@@ -204,7 +204,7 @@ class _Heartbeat(threading.Thread):
                 return
             except (OSError, StorageError) as error:
                 if not failing:
-                    log.warning("%s: no heartbeat could be written (%s)", self.fence.folder, error)
+                    log.warning("%s: no heartbeat could be written (%s)", self.fence.folder, one_line(error))
                 failing = True
             if self._stop_now.wait(self.interval):
                 return

@@ -18,6 +18,8 @@ from typing import Any
 import psutil
 import torch
 
+from minitron.errors import one_line
+
 log = logging.getLogger(__name__)
 
 SECONDS = 10.0  # between two samples
@@ -70,7 +72,7 @@ def _gpus() -> Iterator[Any]:
         for number in range(pynvml.nvmlDeviceGetCount()):
             yield pynvml.nvmlDeviceGetHandleByIndex(number)
     except pynvml.NVMLError as error:
-        log.warning("GPUs are missing in the system metrics: %s", error)
+        log.warning("GPUs are missing in the system metrics: %s", one_line(error))
 
 
 def _gpu_values(gpu: Any) -> dict[str, float]:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from minitron import storage
-from minitron.errors import StorageError
+from minitron.errors import StorageError, one_line
 from minitron.evaluation.scores import Evaluated
 from minitron.names import check_name
 
@@ -48,5 +48,5 @@ def read_documents(storage_root: str | None, path: str | None) -> Documents | No
         values = storage.read_json_if_exists(storage.join(storage_root, check_name(path, "a version's figures")))
         return None if values is None else Documents(values)
     except (KeyError, TypeError, ValueError, AttributeError, StorageError) as error:
-        log.warning("%s: has no results of documents, and is not used (%s)", path, error)
+        log.warning("%s: has no results of documents, and is not used (%s)", path, one_line(error))
         return None

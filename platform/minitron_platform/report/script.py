@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 from minitron import storage
 from minitron.cache import cache_folder
-from minitron.errors import StorageError
+from minitron.errors import StorageError, one_line
 from minitron_platform.shipped_files import data_folder
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def page_script() -> str:
             storage.write_bytes(str(kept), _bundled(own).encode(), private=True)
         return kept.read_text(encoding="utf-8")
     except (OSError, StorageError) as error:  # of a home that cannot be written
-        log.info("the script of the report is not kept: %s", error)
+        log.info("the script of the report is not kept: %s", one_line(error))
         return _bundled(own)
 
 

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from minitron import storage
-from minitron.errors import StorageError
+from minitron.errors import StorageError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -57,5 +57,5 @@ def _read(path: str) -> dict[str, int]:
     try:
         return {str(name): int(offset) for name, offset in storage.read_json(path).items()}
     except (StorageError, AttributeError, TypeError, ValueError) as error:
-        log.warning("%s is damaged, so all records are sent again (this changes nothing): %s", path, error)
+        log.warning("%s is damaged, so all records are sent again (this changes nothing): %s", path, one_line(error))
         return {}
