@@ -22,6 +22,7 @@ from minitron.config_values import declared
 from minitron.evaluation.answers import Answers, batch_name
 from minitron.evaluation.batches import BatchRows, prefixed_rows, rows_of_batch
 from minitron.evaluation.shared_prefix import SharedPrefix, shared_length
+from minitron.kv_cache import with_cache
 from minitron.logits import Head, cache_slices, logsumexp
 from minitron.models import decoder_and_head
 from minitron.processes import all_rows, all_succeed, check_same, dealt
@@ -242,9 +243,7 @@ def _hidden(decoder: Any, batch: list[_Row], weight: Tensor, prefix: SharedPrefi
     mask = torch.zeros(visible.shape, dtype=weight.dtype, device=weight.device)
     mask.masked_fill_(~visible, torch.finfo(weight.dtype).min)
     positions = _sent(torch.tensor([row.positions() + [0] * (length - len(row)) for row in batch]), weight.device)
-    cached = (
-        {"use_cache": False} if prefix is None else {"use_cache": True, "past_key_values": prefix.cache(len(batch))}
-    )
+    cached = {"use_cache": False} if prefix is None else with_cache(prefix.cache(len(batch)))
     return decoder(input_ids=ids, attention_mask=mask, position_ids=positions, **cached).last_hidden_state
 
 

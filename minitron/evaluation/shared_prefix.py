@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from minitron.kv_cache import with_cache
+
 LEAST_TOKENS = 32  # fewer are not worth a pass of their own
 
 
@@ -34,7 +36,7 @@ class SharedPrefix:
     def computed(cls, decoder: Any, tokens: Sequence[int], device: torch.device) -> SharedPrefix:
         """Those of `tokens`, all of which the layers keep, sliding windows or not."""
         cache = DynamicCache()
-        decoder(input_ids=torch.tensor([list(tokens)], device=device), past_key_values=cache, use_cache=True)
+        decoder(input_ids=torch.tensor([list(tokens)], device=device), **with_cache(cache))
         return cls([(layer.keys, layer.values) for layer in cache.layers])
 
     def cache(self, rows: int) -> DynamicCache:

@@ -17,6 +17,7 @@ from minitron.arguments import check_model, check_type
 from minitron.device import synchronize
 from minitron.errors import InputError
 from minitron.evaluation.mode import evaluating
+from minitron.kv_cache import cache_of, with_cache
 from minitron.processes import is_sharded, largest
 
 MIN_PASSES = 5
@@ -179,13 +180,13 @@ def _filled_cache(model: Any, ids: torch.Tensor) -> Any:
     if not ids.shape[1]:
         return None
     with torch.inference_mode(), evaluating(model):
-        return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        return cache_of(model(input_ids=ids, use_cache=True, logits_to_keep=1))
 
 
 def _decode(model: Any, token: torch.Tensor, cache: Any) -> float:
     layers = [] if cache is None else cache.layers
     before = [dict(vars(layer)) for layer in layers]  # a step makes new tensors of keys and values
-    taken = _timed_pass(model, token, past_key_values=cache, use_cache=True)
+    taken = _timed_pass(model, token, **with_cache(cache))
     for layer, state in zip(layers, before, strict=True):
         vars(layer).update(state)
     return taken

@@ -157,8 +157,8 @@ def write_json(path: str, value: Any) -> None:
 
 
 def size(path: str) -> int:
-    """Bytes of all files below a folder; 0 if it does not exist."""
-    return sum(file_sizes(path).values())
+    """Bytes of all files below a folder, or of a file; 0 if it does not exist."""
+    return sum(file.size for file in listed_files(path).values())
 
 
 def names(path: str) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from minitron.arguments import check_model
 from minitron.device import synchronize
 from minitron.evaluation.mode import evaluating
+from minitron.kv_cache import cache_of, with_cache
 from minitron.throughput.engine import Request, Workload
 
 
@@ -61,8 +62,8 @@ class InMemoryEngine:
 
     def _step(self, ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
         """The most probable next tokens [batch, 1] after `ids` [batch, length], and the cache with them."""
-        output = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
+        output = self.model(input_ids=ids, logits_to_keep=1, **with_cache(cache))
+        return output.logits[:, -1].argmax(-1, keepdim=True), cache_of(output)
 
 
 def _cache_bytes(cache: Any) -> int:

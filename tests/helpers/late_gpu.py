@@ -53,6 +53,8 @@ class LateGpu:
         }
         for name, function in cuda.items():
             monkeypatch.setattr(torch.cuda, name, function)
+        # a PyTorch that was built for GPUs would ask the driver, which is not there
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
         for name in ("empty", "empty_like"):
             monkeypatch.setattr(torch, name, partial(self._allocated, getattr(torch, name)))
         plain_to, plain_copy = Tensor.to, Tensor.copy_

@@ -17,6 +17,7 @@ from transformers import GemmaTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from minitron.data import DocumentTokens, Rows, TextSource, document_tokens, pack
 from minitron.errors import InputError, StorageError
 from minitron.evaluation import Task, evaluate
+from minitron.kv_cache import cache_name
 from minitron.models import load_tokenizer
 from minitron.tokenizer_beginning import with_beginning
 
@@ -214,7 +215,7 @@ def _requests(model: Any, tokenizer: Any, task: Task, **options: Any) -> list[li
 
     def look(_: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         ids = given["input_ids"] if "input_ids" in given else args[0]
-        if given.get("past_key_values") is None or ids.shape[1] > 1:  # without the single tokens of generation
+        if given.get(cache_name()) is None or ids.shape[1] > 1:  # without the single tokens of generation
             seen.extend([token for token in row if token != tokenizer.pad_token_id] for row in ids.tolist())
 
     hook = model.get_decoder().register_forward_pre_hook(look, with_kwargs=True)

@@ -36,6 +36,7 @@ from minitron.evaluation import (
 )
 from minitron.evaluation.documents import locate
 from minitron.evaluation.mode import undisturbed
+from minitron.kv_cache import cache_name
 from minitron.logits import Head
 
 
@@ -491,7 +492,7 @@ def test_each_decoding_step_that_is_timed_computes_the_same_token_with_the_other
     seen = []
 
     def note(_, __, arguments):
-        cache = arguments.get("past_key_values")
+        cache = arguments.get(cache_name())
         lengths = set() if cache is None else {layer.keys.shape[2] for layer in cache.layers}
         seen.append((arguments["input_ids"].shape, lengths))
 
