@@ -158,7 +158,7 @@ def write_json(path: str, value: Any) -> None:
 
 def size(path: str) -> int:
     """Bytes of all files below a folder, or of a file; 0 if it does not exist."""
-    return sum(file.size for file in listed_files(path).values())
+    return sum(int(entry["size"]) for _, entry in _listed(path))
 
 
 def names(path: str) -> list[str]:
@@ -200,27 +200,28 @@ VERSIONS = ("ETag", "etag", "blob_id", "LastModified", "last_modified", "updated
 def listed_files(path: str) -> dict[str, ListedFile]:
     """Current size and version of all files below a folder, by their names relative to it, or of the file `path` under an
     empty name, from one listing; empty if there is none."""
-    fs, inner = _current(path)
-    root = str(fs._strip_protocol(inner)).rstrip("/")
-    with access_errors(path):
-        listed = fs.find(inner, detail=True)
     return {
-        name[len(root) + 1 :]: ListedFile(
-            int(entry["size"]), next((str(entry[k]) for k in VERSIONS if entry.get(k)), "")
-        )
-        for name, entry in listed.items()
-        if name == root or name.startswith(f"{root}/")
+        name: ListedFile(int(entry["size"]), next((str(entry[k]) for k in VERSIONS if entry.get(k)), ""))
+        for name, entry in _listed(path)
     }
 
 
 def file_sizes(path: str) -> dict[str, int]:
     """Current sizes in bytes of all files below a folder, by their names relative to it, from one listing; empty if it does
     not exist."""
+    return {name: int(entry["size"]) for name, entry in _listed(path) if name}
+
+
+def _listed(path: str) -> list[tuple[str, dict[str, Any]]]:
+    """What fsspec's `find` says of each file below a folder, by its name relative to it; of the file `path` under an empty
+    one."""
     fs, inner = _current(path)
-    root = str(fs._strip_protocol(inner)).rstrip("/") + "/"
+    root = str(fs._strip_protocol(inner)).rstrip("/")
     with access_errors(path):
         listed = fs.find(inner, detail=True)
-    return {name[len(root) :]: int(entry["size"]) for name, entry in listed.items() if name.startswith(root)}
+    return [
+        (name[len(root) + 1 :], entry) for name, entry in listed.items() if name == root or name.startswith(f"{root}/")
+    ]
 
 
 def remove(path: str) -> None:

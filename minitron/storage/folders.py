@@ -49,14 +49,15 @@ def committed_folder(
     *,
     new: bool = False,
     before_commit: Callable[[], None] = lambda: None,
+    known: Mapping[str, dict[str, Any]] | None = None,
 ) -> Iterator[Path]:
     """Yield a temporary local folder; on exit without an error, publish it at `target`, its manifest last.
 
     note: JSON value stored in the manifest. before_commit: called before anything is written at `target`; it may raise a
     MinitronError to prevent that. If another process publishes `target` in the meantime, its folder is kept; with `new` that
     is a StorageError, for a name that the user has chosen, where another result may be in it. In an object store, of two that
-    copy their files there at the same time, the last one's are kept. Raises StorageError for a local
-    folder that is there already, is not empty and has no manifest: nobody knows whose it is.
+    copy their files there at the same time, the last one's are kept. known: as for `upload`; the block may add to it. Raises
+    StorageError for a local folder that is there already, is not empty and has no manifest: nobody knows whose it is.
     """
     with disk_errors(target):
         if is_local(target) and _is_foreign(local_path(target)):
@@ -72,7 +73,7 @@ def committed_folder(
                 if new:
                     raise StorageError(f"{target}: someone else has made this folder meanwhile", "give another folder")
                 return
-            publish(temporary, target, upload(temporary, target), note, new=new)
+            publish(temporary, target, upload(temporary, target, known=known), note, new=new)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

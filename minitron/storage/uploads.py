@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from minitron.errors import InputError
 from minitron.storage.addresses import check_address, join
@@ -34,13 +35,15 @@ def commit_files(files: Mapping[str, Path], target: str, hashes: Mapping[str, st
     what `hashes_of` gave, by which `target` was named. Raises InputError for a file that has changed since."""
     if is_committed(target):
         return
-    with committed_folder(target) as folder:
+    copied: dict[str, dict[str, Any]] = {}
+    with committed_folder(target, known=copied) as folder:
         for name, path in files.items():
             copy = folder / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
             if sha256(copy) != hashes[name]:
                 raise InputError(f"{path}: changed while it was uploaded", "run again when nothing writes to it")
+            copied[name] = {"bytes": copy.stat().st_size, "sha256": hashes[name]}
 
 
 def is_uploaded(address: str) -> bool:

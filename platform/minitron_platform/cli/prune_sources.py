@@ -36,20 +36,21 @@ def local_model(model: str, revision: str | None, files: Sequence[str]) -> str:
                 f"{model}: not a folder that minitron wrote, so nothing verifies it",
                 "copy it to this machine, and give the copy",
             )
-        if revision:
-            raise InputError(
-                f"--revision: {revision} has no effect, because {model} is no hub model", "leave --revision out"
-            )
+        _check_no_revision(revision, model, "is no hub model")
         header_only = model.endswith(".gguf") and files == CONFIG
         return str(header_copy(model) if header_only else storage.uploaded_copy(model, weights=files != CONFIG))
     path = Path(package_path(model)) if model.startswith(PACKAGE) else storage.local_path(model)
     if path.exists():
-        if revision:
-            raise InputError(f"--revision: {revision} has no effect, because {model} is local", "leave --revision out")
+        _check_no_revision(revision, model, "is local")
         return str(path)
     if model.startswith((".", "/", "~")) or model.endswith(".gguf"):
         raise InputError(f"{model} does not exist", "give a checkpoint folder, a .gguf file or a hub name")
     return _download(model, revision, files)
+
+
+def _check_no_revision(revision: str | None, model: str, why: str) -> None:
+    if revision:
+        raise InputError(f"--revision: {revision} has no effect, because {model} {why}", "leave --revision out")
 
 
 def _download(name: str, revision: str | None, files: Sequence[str]) -> str:
